@@ -1,0 +1,54 @@
+//! Sessions: a loaded model that prefills and decodes. Executors run a model's plans: the reference on candle tensors,
+//! and the CPU engine with our own threaded kernels.
+
+use anyhow::Result;
+
+/// A loaded model with its key/value cache. Every call continues where the cache ends.
+pub trait Session {
+    /// Tokens that the cache holds.
+    fn position(&self) -> usize;
+
+    /// Forgets all that the cache holds from `position` on. `position` ≤ [`Self::position`].
+    fn rewind(&mut self, position: usize);
+
+    /// Runs `tokens` (at least one) in one call and returns the greedy next token, once the host can read it.
+    fn prefill(&mut self, tokens: &[u32]) -> Result<u32>;
+
+    /// `n` further greedy steps after [`Self::prefill`] or an earlier `decode`; each feeds the token before it.
+    /// `on_token` is called once a step, as soon as the host can read its token. End-of-sequence tokens are not special.
+    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()>;
+
+    /// Logits from which the last token was chosen, fp32 `[vocab]`.
+    fn logits(&mut self) -> Result<Vec<f32>>;
+
+    /// Waits until the device has done all that was asked.
+    fn synchronize(&mut self) -> Result<()>;
+
+    fn footprint(&self) -> Footprint;
+
+    /// Zero for formats without outlier columns.
+    fn outlier_columns(&self) -> OutlierColumns;
+}
+
+/// Exact bytes that a session holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub struct Footprint {
+    /// Weights in their stored formats: codes and statistics, no padding.
+    pub weights_bytes: u64,
+    /// Weights as they lie in memory, padding and repacking included.
+    pub weights_resident_bytes: u64,
+    pub kv_cache_bytes: u64,
+    /// Activations and scratch.
+    pub scratch_bytes: u64,
+    /// Bytes of weights that one decode step reads.
+    pub weight_bytes_per_token: u64,
+    /// Bytes of keys and values for one position.
+    pub kv_bytes_per_position: u64,
+}
+
+/// Counts of LLM.int8's outlier columns since the session began.
+#[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
+pub struct OutlierColumns {
+    pub calls: u64,
+    pub columns: u64,
+}

@@ -1,0 +1,79 @@
+//! The errors that code chooses by; everything else is an `anyhow::Error` with context.
+//!
+//! A message says what, where, what was seen and what is allowed, in lower case without a full stop, with the user's own
+//! words in backticks. A hint says what to do next. [`crate::ui`] prints them, [`exit_code`] maps them.
+
+use std::fmt;
+
+/// What the user typed, or a file they named, cannot be used: exit code 2.
+#[derive(Debug)]
+pub struct BadInput {
+    message: String,
+    hint: Option<String>,
+}
+
+impl BadInput {
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None }
+    }
+
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    pub fn hint_text(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+}
+
+impl fmt::Display for BadInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for BadInput {}
+
+/// A model did not fit: the case becomes a record with status `oom` and the others go on.
+#[derive(Debug, Clone, Copy)]
+pub struct OutOfMemory {
+    /// Bytes of the allocation that failed, or that the case is known to need; 0 where unknown.
+    pub wanted_bytes: u64,
+    /// Bytes that were free then; 0 where unknown.
+    pub free_bytes: u64,
+}
+
+impl fmt::Display for OutOfMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+        write!(f, "out of memory: wanted {:.2} GiB, {:.2} GiB free", gib(self.wanted_bytes), gib(self.free_bytes))
+    }
+}
+
+impl std::error::Error for OutOfMemory {}
+
+/// A case failed or is invalid although the command itself was sound: exit code 1.
+#[derive(Debug)]
+pub struct CaseFailed(pub String);
+
+impl fmt::Display for CaseFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for CaseFailed {}
+
+/// Exit code of a failed command (design.md section 7): 1 for a failed case, 2 for usage or set-up.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<CaseFailed>() {
+        Some(_) => 1,
+        None => 2,
+    }
+}
+
+/// The hint of the innermost [`BadInput`] in the chain, if it has one.
+pub fn hint(error: &anyhow::Error) -> Option<String> {
+    error.downcast_ref::<BadInput>().and_then(BadInput::hint_text).map(str::to_owned)
+}

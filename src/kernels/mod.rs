@@ -1,0 +1,4 @@
+//! Plumbing that knows no format and no model: instruction sets, threads, and the operations between the matrices.
+
+pub mod cpu;
+pub mod isa;

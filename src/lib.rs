@@ -1,0 +1,30 @@
+//! `quantbench` tells in one command what a precision costs and buys for a model on this machine.
+//!
+//! It loads a model, holds its linear weights in fp16, int8 (LLM.int8) or 4-bit (NF4 with double quantization), runs
+//! the generate loop and reports speed, memory and the limit that the hardware sets. ARCHITECTURE.md draws the layers;
+//! a module here imports nothing that stands above it in this list, except the leaves `record`, `report`, `stats` and
+//! `events`, which every layer may use.
+
+pub mod commands;
+
+pub mod cli;
+pub mod ui;
+
+pub mod harness;
+
+pub mod engine;
+
+pub mod models;
+pub mod plan;
+pub mod weights;
+
+pub mod quant;
+
+pub mod kernels;
+
+pub mod error;
+
+pub mod events;
+pub mod record;
+pub mod report;
+pub mod stats;

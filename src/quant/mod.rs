@@ -1,0 +1,175 @@
+//! Formats: how a weight matrix is held, quantized and multiplied.
+//!
+//! A format is one folder here and one line in [`FORMATS`]. It stores exactly the bytes that bitsandbytes stores (its
+//! CPU rules, on every device), keeps a plain safe-Rust reference as the oracle in its `mod.rs`, and has kernels for the
+//! CPU (`cpu.rs`) and CUDA (`cuda.rs`) beside it.
+//!
+//! Dimensions: a weight is `[n, k]` row-major, n outputs and k inputs; activations are `[m, k]`; `y = x · Wᵀ` is `[m, n]`.
+
+pub mod fp16;
+pub mod int8;
+pub mod nf4;
+
+use std::ops::Range;
+
+use candle_core::Result;
+use half::f16;
+
+use crate::kernels::cpu::shared::SharedSlice;
+use crate::kernels::isa::Isa;
+
+/// A weight matrix in fp16, row-major: what a checkpoint holds after the cast and before quantization.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HalfMatrix {
+    pub n: usize,
+    pub k: usize,
+    /// `n * k` values.
+    pub data: Vec<f16>,
+}
+
+/// How a format is configured; the defaults are bitsandbytes'.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FormatOptions {
+    /// LLM.int8: an activation of at least this magnitude marks its column as an outlier column.
+    pub int8_threshold: f32,
+}
+
+impl Default for FormatOptions {
+    fn default() -> Self {
+        Self { int8_threshold: 6.0 }
+    }
+}
+
+/// A row of [`FORMATS`].
+pub struct FormatEntry {
+    /// Canonical name, as records have it: one name per arithmetic.
+    pub name: &'static str,
+    /// Other words a user may type for it.
+    pub aliases: &'static [&'static str],
+    /// One sentence for help and README.
+    pub doc: &'static str,
+    pub new: fn(FormatOptions) -> Box<dyn Format>,
+}
+
+/// Every precision that can be asked for, in the order tables show them.
+pub static FORMATS: &[FormatEntry] = &[fp16::ENTRY, int8::ENTRY, nf4::ENTRY, nf4::ENTRY_NO_DOUBLE_QUANT];
+
+/// The entry whose name or alias is `word`.
+pub fn find(word: &str) -> Option<&'static FormatEntry> {
+    FORMATS.iter().find(|entry| entry.name == word || entry.aliases.contains(&word))
+}
+
+/// Quantizes matrices into one storage format.
+pub trait Format: Send + Sync {
+    fn name(&self) -> &'static str;
+
+    /// Bytes that an `[n, k]` matrix takes in storage: codes and statistics, no padding.
+    fn stored_bytes(&self, n: usize, k: usize) -> usize;
+
+    /// Fails where bitsandbytes cannot hold the matrix either, naming the reason.
+    fn quantize(&self, weight: HalfMatrix) -> Result<Box<dyn Stored>>;
+}
+
+/// One tensor of a stored matrix under the name that bitsandbytes gives it, relative to the weight: `""` is the weight
+/// itself, `"absmax"` is `{weight}.absmax`.
+pub struct Part {
+    pub suffix: &'static str,
+    pub dtype: safetensors::Dtype,
+    pub shape: Vec<usize>,
+    /// Little-endian.
+    pub bytes: Vec<u8>,
+}
+
+/// A matrix in the exact bytes that bitsandbytes stores.
+pub trait Stored: Send + Sync {
+    /// `(n, k)`.
+    fn shape(&self) -> (usize, usize);
+
+    /// The stored tensors; their sizes add up to [`Format::stored_bytes`].
+    fn parts(&self) -> Vec<Part>;
+
+    /// The values that the multiplication uses, fp32 `[n, k]`.
+    fn dequantize(&self) -> Vec<f32>;
+
+    /// The oracle: `y = x · Wᵀ` in plain safe Rust, by the format's own arithmetic. `x` is `[m, k]`, the result `[m, n]`.
+    fn multiply(&self, x: &[f32], m: usize) -> Vec<f32>;
+
+    /// Repacks into the layout that the CPU kernels of `isa` stream.
+    fn pack(self: Box<Self>, isa: Isa) -> Box<dyn CpuMatrix>;
+
+    /// Uploads to a CUDA device.
+    #[cfg(feature = "cuda")]
+    fn upload(&self, device: &candle_core::Device) -> Result<Box<dyn CudaMatrix>>;
+}
+
+/// Activations of one call in the forms that the kernels read. Buffers are reused, so that a decode step allocates nothing.
+#[derive(Debug, Default)]
+pub struct Prepared {
+    /// Rows.
+    pub m: usize,
+    /// Columns.
+    pub k: usize,
+    /// `[m, k]` fp32, in the order that the kernel wants.
+    pub f32s: Vec<f32>,
+    /// `[m, k]` int8 codes of LLM.int8.
+    pub i8s: Vec<i8>,
+    /// `[m, k]` int16 codes (AVX2 NF4).
+    pub i16s: Vec<i16>,
+    /// Per row.
+    pub scales: Vec<f32>,
+    /// LLM.int8's outlier columns of this call, ascending.
+    pub outlier_columns: Vec<u32>,
+}
+
+/// A matrix in the layout that a CPU kernel streams. The stored bytes stay recoverable bit for bit.
+pub trait CpuMatrix: Send + Sync {
+    /// Name of the format whose arithmetic this is; matrices of one name and k share a [`Prepared`].
+    fn format(&self) -> &'static str;
+
+    /// `(n, k)`.
+    fn shape(&self) -> (usize, usize);
+
+    /// Bytes of the format, without padding: what a token has to read.
+    fn stored_bytes(&self) -> usize;
+
+    /// Bytes that this layout takes in memory.
+    fn resident_bytes(&self) -> usize;
+
+    /// The stored form again.
+    fn unpack(&self) -> Box<dyn Stored>;
+
+    /// Dequantized rows, fp32 `[rows, k]` into `out`: embedding rows and tests.
+    fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]);
+
+    /// Brings `x` `[m, k]` into the kernel's form. Called by one thread, before [`Self::multiply`] on all.
+    fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared);
+
+    /// Output rows are handed to threads in multiples of this.
+    fn row_granule(&self) -> usize {
+        4
+    }
+
+    /// `y[.., rows] = x · W[rows, ..]ᵀ + bias[rows]`, where `y` is `[m, n]` and no other thread writes the same columns.
+    /// `scratch` belongs to the calling thread and is only ever grown.
+    fn multiply(
+        &self,
+        x: &Prepared,
+        rows: Range<usize>,
+        bias: Option<&[f32]>,
+        y: &SharedSlice<'_, f32>,
+        scratch: &mut Vec<f32>,
+    );
+}
+
+/// A matrix on a CUDA device.
+#[cfg(feature = "cuda")]
+pub trait CudaMatrix: Send + Sync {
+    /// `(n, k)`.
+    fn shape(&self) -> (usize, usize);
+
+    /// Bytes of the format on the device, without padding.
+    fn stored_bytes(&self) -> usize;
+
+    /// `y = x · Wᵀ`: `x` fp16 `[m, k]` contiguous on the device, the result fp16 `[m, n]`, fp32 sums.
+    fn multiply(&self, x: &candle_core::Tensor) -> Result<candle_core::Tensor>;
+}

@@ -1,0 +1,48 @@
+//! Where weights come from, and which of them stay in fp16.
+//!
+//! A [`Source`] gives tensors by name as fp16 rows, so that a loader streams them: read, cast, quantize, drop. No fp16 copy
+//! of the model ever exists.
+
+pub mod spec;
+
+use std::ops::Range;
+
+use half::f16;
+
+/// What records say about the weights.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct SourceInfo {
+    pub source: SourceKind,
+    /// Dtype of the checkpoint's tensors before the cast, e.g. `bf16`; the commonest where they differ.
+    pub dtype: String,
+    /// Seed of random weights.
+    pub seed: Option<u64>,
+    /// The hub's etags, or `xxh3:…` over header, sizes and 1 MiB samples of each file, or `seed:N`.
+    pub hash: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceKind {
+    Hub,
+    Local,
+    Random,
+}
+
+/// Tensors by name. Implementations are read from many threads at once.
+pub trait Source: Send + Sync {
+    fn info(&self) -> &SourceInfo;
+
+    /// Shape of a tensor, `None` where the source has no such tensor.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+
+    /// All names, sorted: error messages name the nearest.
+    fn names(&self) -> Vec<String>;
+
+    /// Rows of a tensor seen as `[shape[0], product of the rest]`, cast to fp16 (round to nearest even) into `out`. Returns
+    /// how many finite values became infinite. Fails on an I/O error or a dtype that is not f16, bf16 or f32.
+    fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f16]) -> anyhow::Result<usize>;
+
+    /// Bytes that reading the whole tensor costs, for progress and bandwidth.
+    fn stored_bytes(&self, name: &str) -> u64;
+}

@@ -1,0 +1,35 @@
+//! What a model asks of a checkpoint: names, shapes and what each tensor is for.
+
+/// What a matrix is for; [`super::policy`] decides from it which format holds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// A linear layer inside a block: quantized.
+    Projection,
+    /// The output head: kept in fp16.
+    Head,
+    /// A token embedding, also where a tied head shares it: kept in fp16.
+    Embedding,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct MatrixSpec {
+    /// As the checkpoint spells it, `….weight` included.
+    pub name: String,
+    pub n: usize,
+    pub k: usize,
+    pub role: Role,
+}
+
+/// A norm weight or a bias.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VectorSpec {
+    pub name: String,
+    pub len: usize,
+    pub kind: VectorKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VectorKind {
+    NormWeight,
+    Bias,
+}
