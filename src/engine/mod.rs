@@ -1,7 +1,13 @@
 //! Sessions: a loaded model that prefills and decodes. Executors run a model's plans: the reference on candle tensors,
 //! and the CPU engine with our own threaded kernels.
 
+use std::time::Duration;
+
 use anyhow::Result;
+
+use crate::plan::Model;
+use crate::quant::FormatOptions;
+use crate::weights::Source;
 
 /// A loaded model with its key/value cache. Every call continues where the cache ends.
 pub trait Session {
@@ -51,4 +57,38 @@ pub struct Footprint {
 pub struct OutlierColumns {
     pub calls: u64,
     pub columns: u64,
+}
+
+/// What to load a session from.
+pub struct Setup<'a> {
+    pub model: &'a Model,
+    pub source: &'a dyn Source,
+    /// A name of [`crate::quant::FORMATS`].
+    pub precision: &'a str,
+    pub options: FormatOptions,
+    pub device: Device,
+    /// Workers of the CPU engine, at least 1.
+    pub threads: usize,
+    /// Tokens that the key/value cache must hold: depth + prompt + generated.
+    pub capacity: usize,
+}
+
+/// A device that exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    Cuda(usize),
+}
+
+/// A session and how it came to be.
+pub struct Loaded {
+    pub session: Box<dyn Session>,
+    /// First byte read to weights usable.
+    pub load: Duration,
+    /// Time spent quantizing and repacking, summed over threads and divided by them.
+    pub quantize: Duration,
+    /// Finite checkpoint values that became infinite in fp16.
+    pub fp16_overflow: u64,
+    /// Instruction set of the kernels, or the CUDA architecture.
+    pub isa: String,
 }

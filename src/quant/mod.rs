@@ -28,7 +28,7 @@ pub struct HalfMatrix {
 }
 
 /// How a format is configured; the defaults are bitsandbytes'.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct FormatOptions {
     /// LLM.int8: an activation of at least this magnitude marks its column as an outlier column.
     pub int8_threshold: f32,
