@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
+use quantbench::record::metrics::{self, METRICS};
 use quantbench::record::{Document, Record, SCHEMA_VERSION};
 use quantbench::report::{self, Options, WRITERS};
 use serde_json::Value;
@@ -16,7 +17,7 @@ fn check(path: &Path, actual: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
     if env::var_os("UPDATE_EXPECT").is_some() {
         fs::create_dir_all(path.parent().expect("a file has a folder")).expect("make the folder");
-        return fs::write(&path, actual).expect("write the expected file");
+        return report::write_file(&path, actual).expect("write the expected file");
     }
     let expected = fs::read_to_string(&path).unwrap_or_default();
     let regenerate = "if the new text is right: UPDATE_EXPECT=1 cargo test --test report";
@@ -50,6 +51,18 @@ fn documents() -> Vec<(String, String)> {
 
 fn parsed() -> Vec<(String, Document)> {
     documents().into_iter().map(|(name, text)| (name, serde_json::from_str(&text).expect("parse an example"))).collect()
+}
+
+/// The examples' samples are made by hand; what follows from them is computed (run the update twice after changing samples).
+#[test]
+fn examples_agree_with_their_samples() {
+    for (name, mut document) in parsed() {
+        for record in &mut document.records {
+            record.metrics = metrics::summaries(record);
+        }
+        let text = serde_json::to_string_pretty(&document).expect("a document is JSON") + "\n";
+        check(Path::new(&format!("{RECORDS}/{name}.json")), &text);
+    }
 }
 
 #[test]
@@ -113,9 +126,11 @@ fn csv_rows_have_as_many_fields_as_the_header() {
         for row in &rows {
             assert_eq!(row.len(), rows[0].len(), "{name}");
         }
-        let decode_tps = rows[0].iter().position(|field| field == "decode_tps").expect("a column");
-        for (row, record) in rows[1..].iter().zip(&document.records) {
-            assert_eq!(row[decode_tps].parse().ok(), record.metrics["decode_tps"].median, "{name}");
+        for metric in METRICS {
+            let column = rows[0].iter().position(|field| field == metric.key).expect("a column");
+            for (row, record) in rows[1..].iter().zip(&document.records) {
+                assert_eq!(row[column].parse().ok(), metric.value(record), "{name} {}", metric.key);
+            }
         }
     }
 }

@@ -17,8 +17,8 @@ const TOKEN_LETTERS: usize = 16;
 /// Folders that hold users' homes, on Linux, macOS and Windows.
 const HOMES: &[&str] = &["/home/", "/Users/", "\\Users\\", "/root/"];
 
-/// The command line of `args` (the program first), quoted for a shell. Paths keep their last component; hub ids and prompts
-/// stay; a hub token becomes `hf_***`.
+/// The command line of `args` (the program first), quoted for a shell. Paths keep their last component; hub ids stay, and
+/// prompts but for paths into a home; a hub token becomes `hf_***`.
 pub fn shareable_command(args: impl Iterator<Item = String>) -> String {
     let mut flag = String::new();
     let mut words = Vec::new();
@@ -44,8 +44,17 @@ fn shareable_word(flag: &str, arg: &str) -> String {
 }
 
 fn shareable_value(flag: &str, value: &str) -> String {
-    let keep = TEXT_FLAGS.contains(&flag) || (MODEL_FLAGS.contains(&flag) && is_hub_id(value));
-    if keep { value.into() } else { last_component(value).into() }
+    match flag {
+        flag if TEXT_FLAGS.contains(&flag) => without_homes(value),
+        flag if MODEL_FLAGS.contains(&flag) && is_hub_id(value) => value.into(),
+        _ => last_component(value).into(),
+    }
+}
+
+/// Words of a text that lead into a home keep their last component.
+fn without_homes(text: &str) -> String {
+    let shareable = |word| if HOMES.iter().any(|home| str::contains(word, home)) { last_component(word) } else { word };
+    text.split_inclusive(char::is_whitespace).map(shareable).collect()
 }
 
 /// `owner/name` that is no folder here.
@@ -115,6 +124,7 @@ mod tests {
             (&["C:\\Users\\ann\\quantbench.exe", "--quiet"], "quantbench.exe --quiet"),
             (&["quantbench", "--prompt-file", "a/b/it's.txt"], r"quantbench --prompt-file 'it'\''s.txt'"),
             (&["quantbench", "--prompt", "is 1/2 more?"], "quantbench --prompt 'is 1/2 more?'"),
+            (&["quantbench", "--prompt", "sum up /home/ann/a.txt now"], "quantbench --prompt 'sum up a.txt now'"),
             (&["quantbench", "--prompt="], "quantbench --prompt="),
             (&["quantbench", "--prompt", ""], "quantbench --prompt ''"),
             (

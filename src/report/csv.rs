@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde_json::Value;
 
 use super::{Options, Writer};
+use crate::record::metrics::METRICS;
 use crate::record::{Document, Record};
 
 pub const WRITER: Writer = Writer {
@@ -37,40 +38,9 @@ const FACTS: &[(&str, &str)] = &[
     ("batch_size", "/workload/batch_size"),
 ];
 
-const MEASURED: &[&str] = &[
-    "decode_tps",
-    "prefill_tps",
-    "output_tps",
-    "latency_s",
-    "latency_per_token_ms",
-    "ttft_ms",
-    "tpot_ms",
-    "itl_ms",
-    "load_s",
-];
-
-const SINGLE: &[(&str, &str)] = &[
-    ("ratio_to_fp16", "/ratio_to_fp16/median"),
-    ("ratio_to_fp16_ci95_low", "/ratio_to_fp16/ci95_low"),
-    ("ratio_to_fp16_ci95_high", "/ratio_to_fp16/ci95_high"),
-    ("ratio_to_fp16_by_bytes", "/ratio_to_fp16/by_bytes"),
-    ("start_bytes", "/memory/start_bytes"),
-    ("end_bytes", "/memory/end_bytes"),
-    ("peak_bytes", "/memory/peak_bytes"),
-    ("load_peak_bytes", "/memory/load_peak_bytes"),
-    ("weights_bytes", "/memory/weights_bytes"),
-    ("kv_cache_bytes", "/memory/kv_cache_bytes"),
-    ("process_peak_rss_bytes", "/memory/process_peak_rss_bytes"),
-    ("weight_bytes_per_token", "/bandwidth/weight_bytes_per_token"),
-    ("kv_bytes_per_token", "/bandwidth/kv_bytes_per_token"),
-    ("read_gb_s", "/bandwidth/read_gb_s"),
-    ("achieved_gb_s", "/bandwidth/achieved_gb_s"),
-    ("mbu", "/bandwidth/mbu"),
-    ("outlier_columns_mean", "/int8/outlier_columns_mean"),
-];
-
 /// Facts that follow the metrics.
 const CONTEXT: &[(&str, &str)] = &[
+    ("speedup_paired", "/ratio_to_fp16/paired"),
     ("cpu", "/environment/cpu"),
     ("isa", "/environment/isa"),
     ("threads", "/environment/threads"),
@@ -113,13 +83,16 @@ fn facts(list: &[(&str, &str)]) -> Vec<Column> {
     list.iter().map(|(name, pointer)| (name.to_string(), pointer.to_string())).collect()
 }
 
-/// Median and interval of each measured quantity, then the numbers that are one value a record.
+/// Every row of METRICS; a median is followed by the ends of its interval.
 fn metric_columns() -> Vec<Column> {
-    let measured = MEASURED.iter().flat_map(|key| {
-        let column = |suffix: &str, field: &str| (format!("{key}{suffix}"), format!("/metrics/{key}/{field}"));
-        [column("", "median"), column("_ci95_low", "ci95_low"), column("_ci95_high", "ci95_high")]
+    let columns = METRICS.iter().flat_map(|metric| {
+        let pointer = format!("/{}", metric.path.replace('.', "/"));
+        let interval = pointer.strip_suffix("median").map(|summary| {
+            ["ci95_low", "ci95_high"].map(|end| (format!("{}_{end}", metric.key), format!("{summary}{end}")))
+        });
+        std::iter::once((metric.key.to_owned(), pointer)).chain(interval.into_iter().flatten())
     });
-    measured.chain(SINGLE.iter().map(|(name, pointer)| (name.to_string(), pointer.to_string()))).collect()
+    columns.collect()
 }
 
 /// Empty for what is not defined; lists are joined by `; `.

@@ -37,8 +37,11 @@ fn block(records: &[Record], options: &Options) -> String {
 
 fn rows(records: &[Record], wide: bool) -> String {
     let sheet = columns::sheet(records, wide);
-    let header =
-        |(name, unit): &(&str, &str)| if unit.is_empty() { name.to_string() } else { format!("{name}, {unit}") };
+    let header = |&(name, unit): &(&str, &str)| match unit {
+        "" => name.to_owned(),
+        remark if remark.starts_with('(') => format!("{name} {remark}"),
+        unit => format!("{name}, {unit}"),
+    };
     let marks = std::iter::once(":---").chain(std::iter::repeat("---:")).take(sheet.headers.len());
     let mut text = line(sheet.headers.iter().map(header)) + &line(marks.map(String::from));
     for Row { precision, values } in &sheet.rows {

@@ -91,7 +91,7 @@ fn not_faster(measured: &[&Record], others: &[&Record]) -> String {
     let (same, slower, unknown) = (with(Finding::NoDifference), with(Finding::Slower), with(Finding::Unknown));
     let mut parts = Vec::new();
     if !same.is_empty() {
-        parts.push(format!("no measurable difference in decode speed between fp16 and {}", names(&same)));
+        parts.push(format!("no measurable difference in decode speed from fp16 for {}", names(&same)));
     }
     if !slower.is_empty() {
         let ratios: Vec<_> = slower.iter().map(|record| format!("{} {}", record.precision, speed_up(record))).collect();
@@ -194,5 +194,85 @@ fn names(records: &[&Record]) -> String {
     match names.split_last() {
         Some((last, rest)) if !rest.is_empty() => format!("{} and {last}", rest.join(", ")),
         _ => names.concat(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{Document, Ratio};
+
+    const SCOPE: &str = " (this machine, batch 1, these lengths)";
+
+    type Interval = Option<(f64, f64)>;
+
+    /// fp16 at 20 tokens/s with int8 and nf4, whose ratios to fp16 have these intervals and no memory is known.
+    fn records(int8: Interval, nf4: Interval) -> Vec<Record> {
+        let text = include_str!("../../tests/golden/records/three_precisions.json");
+        let mut records = serde_json::from_str::<Document>(text).expect("an example record").records;
+        for (record, interval) in records[1..].iter_mut().zip([int8, nf4]) {
+            record.ratio_to_fp16 = Some(Ratio {
+                median: interval.map_or(2.0, |(low, high)| (low + high) / 2.0),
+                ci95_low: interval.map(|i| i.0),
+                ci95_high: interval.map(|i| i.1),
+                paired: true,
+                by_bytes: 2.0,
+            });
+        }
+        records.iter_mut().for_each(|record| record.memory.peak_bytes = None);
+        records
+    }
+
+    #[test]
+    fn a_claim_goes_as_far_as_the_intervals() {
+        let cases: &[(Interval, Interval, &str)] = &[
+            (Some((1.5, 1.7)), Some((1.9, 2.1)), "nf4 decodes fastest: 2.00× fp16 (95 % interval 1.90 to 2.10)"),
+            (
+                Some((1.5, 1.9)),
+                Some((1.8, 2.0)),
+                "int8 and nf4 decode faster than fp16, with no measurable difference between them: \
+                 1.70× fp16 (95 % interval 1.50 to 1.90), 1.90× fp16 (95 % interval 1.80 to 2.00)",
+            ),
+            (None, Some((1.8, 2.0)), "nf4 decodes faster than fp16: 1.90× fp16 (95 % interval 1.80 to 2.00)"),
+            (Some((0.9, 1.1)), Some((0.8, 1.0)), "no measurable difference in decode speed from fp16 for int8 and nf4"),
+            (
+                Some((0.2, 0.4)),
+                Some((0.5, 0.7)),
+                "fp16 decodes fastest: int8 0.30× fp16 (95 % interval 0.20 to 0.40), \
+                 nf4 0.60× fp16 (95 % interval 0.50 to 0.70)",
+            ),
+            (
+                Some((0.2, 0.4)),
+                None,
+                "slower: int8 0.30× fp16 (95 % interval 0.20 to 0.40); too few repeats to compare fp16 with nf4",
+            ),
+            (None, None, "too few repeats to compare fp16 with int8 and nf4"),
+        ];
+        for (int8, nf4, expected) in cases {
+            assert_eq!(verdict(&records(*int8, *nf4)), format!("{expected}{SCOPE}"));
+        }
+    }
+
+    #[test]
+    fn memory_is_told_both_ways() {
+        let mut records = records(Some((1.5, 1.7)), Some((1.9, 2.1)));
+        let speed = "nf4 decodes fastest: 2.00× fp16 (95 % interval 1.90 to 2.10)";
+        records[0].memory.peak_bytes = Some(2 << 30);
+        let cases = [
+            (1 << 30, "; nf4 saves 1.00 of 2.00 GiB peak memory"),
+            (3 << 30, "; nf4 takes 1.00 GiB more peak memory than fp16's 2.00"),
+            ((2 << 30) + 1000, ""),
+        ];
+        for (peak_bytes, expected) in cases {
+            records[2].memory.peak_bytes = Some(peak_bytes);
+            assert_eq!(verdict(&records), format!("{speed}{expected}{SCOPE}"));
+        }
+    }
+
+    #[test]
+    fn nothing_ran() {
+        let mut records = records(None, None);
+        records.iter_mut().for_each(|record| record.status = Status::Oom);
+        assert_eq!(verdict(&records), format!("no precision gave a result{SCOPE}"));
     }
 }
