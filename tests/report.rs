@@ -53,7 +53,8 @@ fn parsed() -> Vec<(String, Document)> {
     documents().into_iter().map(|(name, text)| (name, serde_json::from_str(&text).expect("parse an example"))).collect()
 }
 
-/// The examples' samples are made by hand; what follows from them is computed (run the update twice after changing samples).
+/// The examples' samples are made by hand; what follows from them is computed. After changing samples, update twice: the
+/// other expected files are made from these.
 #[test]
 fn examples_agree_with_their_samples() {
     for (name, mut document) in parsed() {

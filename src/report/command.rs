@@ -17,8 +17,8 @@ const TOKEN_LETTERS: usize = 16;
 /// Folders that hold users' homes, on Linux, macOS and Windows.
 const HOMES: &[&str] = &["/home/", "/Users/", "\\Users\\", "/root/"];
 
-/// The command line of `args` (the program first), quoted for a shell. Paths keep their last component; hub ids stay, and
-/// prompts but for paths into a home; a hub token becomes `hf_***`.
+/// The command line of `args` (the program first), quoted for a shell. Paths keep their last component; hub ids stay,
+/// and prompts but for paths into a home; a hub token becomes `hf_***`.
 pub fn shareable_command(args: impl Iterator<Item = String>) -> String {
     let mut flag = String::new();
     let mut words = Vec::new();

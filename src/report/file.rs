@@ -9,8 +9,8 @@ use tempfile::Builder;
 
 use crate::error::BadInput;
 
-/// Writes `text` under a temporary name beside `path` and renames it, so that no reader ever sees half a file. Devices and
-/// pipes are written in place. Fails with [`BadInput`] where the path cannot be written.
+/// Writes `text` under a temporary name beside `path` and renames it, so that no reader ever sees half a file. Devices
+/// and pipes are written in place. Fails with [`BadInput`] where the path cannot be written.
 pub fn write_file(path: &Path, text: &str) -> Result<()> {
     let written = match target(path)? {
         Target::File(file) => replace(&file, text),

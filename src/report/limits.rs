@@ -18,8 +18,8 @@ pub struct PrecisionBytes {
     pub weights_bytes: u64,
 }
 
-/// A block that says, for each model and precision, how many tokens/s `read_gb_s` (1e9 bytes/s, measured) allows at most and
-/// how many GiB the weights take; it ends with the command to type next. Never part of a record.
+/// A block that says, for each model and precision, how many tokens/s `read_gb_s` (1e9 bytes/s, measured) allows at most
+/// and how many GiB the weights take; it ends with the command to type next. Never part of a record.
 pub fn limits(read_gb_s: f64, models: &[ModelBytes], next_command: &str) -> String {
     let precisions = precisions(models);
     let pair = |a: &str, b: &str| [a.to_owned(), b.to_owned()];
@@ -34,7 +34,8 @@ pub fn limits(read_gb_s: f64, models: &[ModelBytes], next_command: &str) -> Stri
         Line::Cells(std::iter::once(plain(&model.name)).chain(cells).collect())
     }));
     format!(
-        "What {read_gb_s:.1} GB/s of read bandwidth allows at batch 1 (limit, not measured; weights alone, no KV cache):\n\n\
+        "What {read_gb_s:.1} GB/s of read bandwidth allows at batch 1 \
+         (limit, not measured; weights alone, no KV cache):\n\n\
          {}\nMeasure one of them with:\n  {next_command}\n",
         grid::render(&lines)
     )

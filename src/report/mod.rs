@@ -1,7 +1,8 @@
-//! Reports: what a reader sees of a document. A report is made from records alone and never sees a tensor or the terminal.
+//! Reports: what a reader sees of a document. A report is made from records alone and never sees a tensor or a
+//! terminal.
 //!
-//! An output is one file here and one line in [`WRITERS`]. Machine output keeps bytes and `null`; tables for people show
-//! GiB (2^30) and `-`.
+//! An output is one file here and one line in [`WRITERS`]. Machine output keeps bytes and `null`; tables for people
+//! show GiB (2^30) and `-`.
 
 mod case;
 mod columns;

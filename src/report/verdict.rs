@@ -1,5 +1,5 @@
-//! One sentence from the data: which precision decodes fastest, by how much, and what memory it saves. It claims no more
-//! than the intervals carry.
+//! One sentence from the data: which precision decodes fastest, by how much, and what memory it saves. It claims no
+//! more than the intervals carry.
 
 use super::case::{GIB, plain, status_word};
 use crate::record::{Record, Status, Summary};
