@@ -1,6 +1,8 @@
 //! Sessions: a loaded model that prefills and decodes. Executors run a model's plans: the reference on candle tensors,
 //! and the CPU engine with our own threaded kernels.
 
+pub mod fake;
+
 use std::time::Duration;
 
 use anyhow::Result;
