@@ -1,12 +1,22 @@
 //! Sessions: a loaded model that prefills and decodes. Executors run a model's plans: the reference on candle tensors,
 //! and the CPU engine with our own threaded kernels.
 
+pub mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cuda.rs"]
+mod cuda;
 pub mod fake;
+mod load;
+pub mod reference;
 
 use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::events::Listener;
+use crate::kernels::isa::Isa;
 use crate::plan::Model;
 use crate::quant::FormatOptions;
 use crate::weights::Source;
@@ -93,4 +103,12 @@ pub struct Loaded {
     pub fp16_overflow: u64,
     /// Instruction set of the kernels, or the CUDA architecture.
     pub isa: String,
+}
+
+/// Loads a session on the asked device.
+pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
+    match setup.device {
+        Device::Cpu => cpu::load(setup, Isa::detect(), events),
+        Device::Cuda(ordinal) => cuda::load(setup, ordinal, events),
+    }
 }

@@ -8,8 +8,10 @@
 //! Dimensions: `t` tokens of the call (rows), `h` heads, `g` key/value heads, `d` head dim, `[n, k]` matrices.
 
 mod builder;
+mod storage;
 
 pub use builder::{Builder, LinearLayer, Path};
+pub use storage::{Slot, Storage};
 
 use std::collections::HashSet;
 
@@ -153,26 +155,27 @@ impl Model {
     }
 
     /// Bytes that one decode step must read of the weights: every matrix of a linear once, one row of an embedding, every
-    /// vector. `matrix_bytes` says what a format stores for a matrix; vectors count 2 bytes a value, as fp16 checkpoints
-    /// hold them.
-    pub fn weight_bytes_per_token(&self, matrix_bytes: impl Fn(&MatrixSpec) -> usize) -> usize {
+    /// vector. `matrix_bytes[i]` is what the stored form of `matrices[i]` takes; vectors count 2 bytes a value, as fp16
+    /// checkpoints hold them.
+    pub fn weight_bytes_per_token(&self, matrix_bytes: &[usize]) -> usize {
         let mut read = HashSet::new();
-        let mut bytes = self.vectors.iter().map(|v| 2 * v.len).sum::<usize>();
+        let mut bytes = self.vector_bytes();
         for op in &self.decoder.ops {
             match op {
-                Op::Embed { table, .. } => {
-                    let spec = &self.matrices[table.0];
-                    bytes += matrix_bytes(spec) / spec.n;
-                }
+                Op::Embed { table, .. } => bytes += matrix_bytes[table.0] / self.matrices[table.0].n,
                 Op::Linear { parts, .. } => {
-                    for part in parts.iter().filter(|part| read.insert(part.weight)) {
-                        bytes += matrix_bytes(&self.matrices[part.weight.0]);
-                    }
+                    let new = parts.iter().filter(|part| read.insert(part.weight));
+                    bytes += new.map(|part| matrix_bytes[part.weight.0]).sum::<usize>();
                 }
                 _ => {}
             }
         }
         bytes
+    }
+
+    /// Norm weights and biases at 2 bytes a value.
+    pub fn vector_bytes(&self) -> usize {
+        self.vectors.iter().map(|v| 2 * v.len).sum()
     }
 
     /// Bytes of keys and values for one position, at `element_bytes` a value.

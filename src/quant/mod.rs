@@ -144,6 +144,11 @@ pub trait CpuMatrix: Send + Sync {
     /// Brings `x` `[m, k]` into the kernel's form. Called by one thread, before [`Self::multiply`] on all.
     fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared);
 
+    /// Whether `prepare` looks for outlier columns.
+    fn finds_outliers(&self) -> bool {
+        false
+    }
+
     /// Output rows are handed to threads in multiples of this.
     fn row_granule(&self) -> usize {
         4
