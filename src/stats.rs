@@ -249,7 +249,9 @@ mod tests {
     #[test]
     fn ranks_equal_the_published_table() {
         // Lower ranks of the 95 % interval of a median, e.g. Conover, Practical Nonparametric Statistics, table A3.
-        for (n, rank) in [(5, None), (6, Some(1)), (8, Some(1)), (9, Some(2)), (12, Some(3)), (15, Some(4)), (19, Some(5))] {
+        for (n, rank) in
+            [(5, None), (6, Some(1)), (8, Some(1)), (9, Some(2)), (12, Some(3)), (15, Some(4)), (19, Some(5))]
+        {
             assert_eq!(median_rank(n), rank, "{n} samples");
         }
     }

@@ -10,7 +10,7 @@ use half::f16;
 use super::Setup;
 use crate::events::{Event, Listener, Unit};
 use crate::quant::{self, Format, HalfMatrix, Stored};
-use crate::weights::spec::{MatrixSpec, VectorSpec};
+use crate::weights::spec::{MatrixSpec, VectorKind, VectorSpec};
 use crate::weights::{Source, policy};
 
 /// fp16 bytes that may be on their way from the source to their final form at once. A larger tensor travels alone.
@@ -144,7 +144,8 @@ impl Shared {
         let mut data = vec![f16::ZERO; spec.len];
         let overflow = source.read_rows(&spec.name, 0..spec.len, &mut data)?;
         self.overflow.fetch_add(overflow as u64, Ordering::Relaxed);
-        Ok(data.into_iter().map(f16::to_f32).collect())
+        let offset = if spec.kind == VectorKind::NormOffset { 1.0 } else { 0.0 };
+        Ok(data.into_iter().map(|value| value.to_f32() + offset).collect())
     }
 }
 

@@ -13,11 +13,11 @@ pub mod reference;
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::events::Listener;
 use crate::kernels::isa::Isa;
-use crate::plan::Model;
+use crate::plan::{Model, Picture};
 use crate::quant::FormatOptions;
 use crate::weights::Source;
 
@@ -28,6 +28,9 @@ pub trait Session {
 
     /// Forgets all that the cache holds from `position` on. `position` ≤ [`Self::position`].
     fn rewind(&mut self, position: usize);
+
+    /// Runs the encoder, where the model has one, over a prompt or a picture; the decoder calls behind it read the result.
+    fn encode(&mut self, input: EncoderInput) -> Result<()>;
 
     /// Runs `tokens` (at least one) in one call and returns the greedy next token, once the host can read it.
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32>;
@@ -48,6 +51,14 @@ pub trait Session {
     fn outlier_columns(&self) -> OutlierColumns;
 }
 
+/// What an encoder reads.
+#[derive(Debug, Clone, Copy)]
+pub enum EncoderInput<'a> {
+    Tokens(&'a [u32]),
+    /// Normalised pixels, `[3, size, size]`.
+    Pixels(&'a [f32]),
+}
+
 /// Exact bytes that a session holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Footprint {
@@ -62,6 +73,8 @@ pub struct Footprint {
     pub weight_bytes_per_token: u64,
     /// Bytes of keys and values for one position.
     pub kv_bytes_per_position: u64,
+    /// Bytes of the encoder's keys and values that every decode step reads, whatever its position.
+    pub cross_kv_bytes: u64,
 }
 
 /// Counts of LLM.int8's outlier columns since the session began.
@@ -81,8 +94,10 @@ pub struct Setup<'a> {
     pub device: Device,
     /// Workers of the CPU engine, at least 1.
     pub threads: usize,
-    /// Tokens that the key/value cache must hold: depth + prompt + generated.
+    /// Tokens that the decoder's key/value cache must hold: depth + prompt + generated.
     pub capacity: usize,
+    /// Tokens or patches that the encoder must hold; 0 without one.
+    pub encoder_capacity: usize,
 }
 
 /// A device that exists.
@@ -111,4 +126,24 @@ pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
         Device::Cpu => cpu::load(setup, Isa::detect(), events),
         Device::Cuda(ordinal) => cuda::load(setup, ordinal, events),
     }
+}
+
+/// The rows that a patch convolution multiplies: pixels `[3, size, size]` to `[patches, 3 · patch²]`, channel by channel.
+fn patch_rows(pixels: &[f32], picture: Picture) -> Result<Vec<f32>> {
+    let Picture { size, patch, .. } = picture;
+    if pixels.len() != 3 * size * size {
+        bail!("a picture of {} values was given; this model reads 3 × {size} × {size}", pixels.len());
+    }
+    let per_side = size / patch;
+    let mut rows = Vec::with_capacity(pixels.len());
+    for block in 0..per_side * per_side {
+        let (top, left) = (block / per_side * patch, block % per_side * patch);
+        for channel in 0..3 {
+            for y in top..top + patch {
+                let start = (channel * size + y) * size + left;
+                rows.extend_from_slice(&pixels[start..start + patch]);
+            }
+        }
+    }
+    Ok(rows)
 }

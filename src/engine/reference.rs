@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail};
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 
 use super::load::{Streamed, stream};
-use super::{Footprint, Loaded, OutlierColumns, Session, Setup};
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
-use crate::plan::{ActivationKind, Mask, Model, NormKind, Op, Rope};
+use crate::plan::{ActivationKind, BiasId, BufferId, CacheId, EncoderInputKind, Holds, Mask, Model, NormKind, Op, Plan, Rope};
 use crate::quant::Stored;
 use crate::weights::spec::MatrixSpec;
 
@@ -56,6 +56,12 @@ pub struct Reference {
     /// Keys and values of each cache, `[g, t, d]`; empty before the first token.
     caches: Vec<Option<(Tensor, Tensor)>>,
     position: usize,
+    /// Rows of the last encoder call.
+    encoded: usize,
+    /// `[patches, hidden]`
+    features: Option<Tensor>,
+    /// What [`Op::Patches`] reads: `[patches, channels · patch²]`.
+    patches: Option<Tensor>,
     logits: Option<Tensor>,
     last_token: u32,
 }
@@ -85,6 +91,9 @@ impl Reference {
             vectors,
             caches: vec![None; setup.model.caches.len()],
             position: 0,
+            encoded: 0,
+            features: None,
+            patches: None,
             logits: None,
             last_token: 0,
         };
@@ -97,74 +106,116 @@ impl Reference {
         })
     }
 
-    /// Runs `tokens` through the plan and returns the next one.
-    fn run(&mut self, tokens: &[u32]) -> Result<u32> {
-        let mut buffers: Vec<Option<Tensor>> = vec![None; self.model.decoder.buffers.len()];
-        let ops = self.model.decoder.ops.clone();
-        for op in &ops {
+    /// Runs a call of `rows` rows through `plan`.
+    fn run(&mut self, plan: &Plan, tokens: &[u32]) -> Result<()> {
+        let mut buffers = Buffers(vec![None; plan.buffers.len()]);
+        for op in &plan.ops {
             self.step(op, tokens, &mut buffers).with_context(|| format!("reference executor at {op:?}"))?;
         }
+        Ok(())
+    }
+
+    fn decoder_call(&mut self, tokens: &[u32]) -> Result<u32> {
+        let plan = self.model.decoder.clone();
+        self.run(&plan, tokens)?;
         self.position += tokens.len();
         Ok(self.last_token)
     }
 
-    fn step(&mut self, op: &Op, tokens: &[u32], buffers: &mut [Option<Tensor>]) -> candle_core::Result<()> {
-        let read = |buffers: &[Option<Tensor>], id: crate::plan::BufferId| {
-            buffers[id.0]
-                .clone()
-                .ok_or_else(|| candle_core::Error::Msg(format!("buffer {} is read before it is written", id.0)))
-        };
+    fn step(&mut self, op: &Op, tokens: &[u32], buffers: &mut Buffers) -> candle_core::Result<()> {
         match op {
-            Op::Embed { table, out } => {
-                buffers[out.0] = Some(self.matrices[table.0].rows(tokens)?.to_dtype(self.compute)?);
+            Op::Embed { table, scale, image, out } => {
+                buffers.set(*out, self.embed(tokens, *table, *scale, *image)?);
             }
+            Op::Patches { out } => {
+                let patches = self.patches.as_ref().ok_or_else(|| missing("a picture"))?;
+                buffers.set(*out, patches.to_dtype(self.compute)?);
+            }
+            Op::AddRows { x, table } => {
+                let rows = buffers.get(*x)?;
+                let ids: Vec<u32> = (0..rows.dim(0)? as u32).collect();
+                let table = self.matrices[table.0].rows(&ids)?.to_dtype(self.compute)?;
+                buffers.set(*x, (rows + table)?);
+            }
+            Op::Features { x } => self.features = Some(buffers.get(*x)?),
             Op::Norm { kind, weight, epsilon, x, out } => {
-                let x = read(buffers, *x)?;
-                buffers[out.0] = Some(self.norm(*kind, &self.vectors[weight.0], *epsilon, &x)?);
+                let y = self.norm(*kind, &self.vectors[weight.0], *epsilon, &buffers.get(*x)?)?;
+                buffers.set(*out, y);
             }
             Op::Linear { x, parts } => {
-                let x = read(buffers, *x)?;
+                let x = buffers.get(*x)?.contiguous()?;
                 for part in parts {
-                    let y = self.matrices[part.weight.0].forward(&x.contiguous()?)?;
-                    buffers[part.out.0] = Some(match part.bias {
+                    let y = self.matrices[part.weight.0].forward(&x)?;
+                    let y = match part.bias {
                         Some(bias) => y.broadcast_add(&self.vectors[bias.0].to_dtype(self.compute)?)?,
                         None => y,
-                    });
+                    };
+                    buffers.set(part.out, y);
                 }
             }
-            Op::RopeAppend { q, k, v, cache, rope } => {
+            Op::Append { k, v, cache, rotate } => {
                 let d = self.model.caches[cache.0].head_dim;
-                let rope = self.model.ropes[rope.0].clone();
-                buffers[q.0] = Some(self.rotate(&rope, &read(buffers, *q)?, d)?);
-                let k = heads(&self.rotate(&rope, &read(buffers, *k)?, d)?, d)?;
-                self.append(cache.0, k, heads(&read(buffers, *v)?, d)?)?;
+                let (mut k, v) = (buffers.get(*k)?, buffers.get(*v)?);
+                if let Some(rotate) = rotate {
+                    let rope = self.model.ropes[rotate.rope.0].clone();
+                    k = self.rotate(&rope, &k, d)?;
+                    buffers.set(rotate.q, self.rotate(&rope, &buffers.get(rotate.q)?, d)?);
+                }
+                self.append(*cache, heads(&k, d)?, heads(&v, d)?)?;
             }
-            Op::Attention { q, cache, out, scale, mask: Mask::Causal } => {
-                buffers[out.0] = Some(self.attend(&read(buffers, *q)?, cache.0, *scale)?);
+            Op::Attention { q, cache, out, scale, mask, bias } => {
+                let y = self.attend(&buffers.get(*q)?, *cache, *scale, *mask, *bias)?;
+                buffers.set(*out, y);
             }
             Op::Activate { kind, gate, up, out } => {
-                let gate = read(buffers, *gate)?;
+                let gate = buffers.get(*gate)?;
                 let y = match kind {
                     ActivationKind::Silu => gate.silu()?,
                     ActivationKind::GeluTanh => gate.gelu()?,
+                    ActivationKind::Relu => gate.relu()?,
                 };
-                buffers[out.0] = Some(match up {
-                    Some(up) => (y * read(buffers, *up)?)?,
+                let y = match up {
+                    Some(up) => (y * buffers.get(*up)?)?,
                     None => y,
-                });
+                };
+                buffers.set(*out, y);
             }
-            Op::Add { a, b, out } => buffers[out.0] = Some((read(buffers, *a)? + read(buffers, *b)?)?),
-            Op::LastRow { x, out } => {
-                let x = read(buffers, *x)?;
-                buffers[out.0] = Some(x.narrow(0, x.dim(0)? - 1, 1)?);
+            Op::Add { a, b, out } => buffers.set(*out, (buffers.get(*a)? + buffers.get(*b)?)?),
+            Op::LastRow { x, out, scale } => {
+                let x = buffers.get(*x)?;
+                buffers.set(*out, (x.narrow(0, x.dim(0)? - 1, 1)? * *scale as f64)?);
             }
             Op::Argmax { logits } => {
-                let logits = read(buffers, *logits)?.to_dtype(DType::F32)?.flatten_all()?;
+                let logits = buffers.get(*logits)?.to_dtype(DType::F32)?.flatten_all()?;
                 self.last_token = first_largest(&logits.to_vec1::<f32>()?);
                 self.logits = Some(logits);
             }
         }
         Ok(())
+    }
+
+    fn embed(
+        &self,
+        tokens: &[u32],
+        table: crate::plan::MatrixId,
+        scale: f32,
+        image: Option<u32>,
+    ) -> candle_core::Result<Tensor> {
+        let rows = (self.matrices[table.0].rows(tokens)?.to_dtype(self.compute)? * scale as f64)?;
+        let n_image = tokens.iter().filter(|&&token| Some(token) == image).count();
+        if n_image == 0 {
+            return Ok(rows);
+        }
+        let features = self.features.as_ref().ok_or_else(|| missing("image features"))?;
+        let mut next = 0;
+        let picked = tokens.iter().enumerate().map(|(row, &token)| {
+            if Some(token) != image {
+                return rows.narrow(0, row, 1);
+            }
+            next += 1;
+            features.narrow(0, next - 1, 1)
+        });
+        Tensor::cat(&picked.collect::<candle_core::Result<Vec<_>>>()?, 0)
     }
 
     /// Row by row in fp32, back in the compute dtype.
@@ -200,8 +251,10 @@ impl Reference {
         Tensor::cat(&[turned_a, turned_b, rest], 2)?.reshape((t, width))?.to_dtype(self.compute)
     }
 
-    fn append(&mut self, cache: usize, k: Tensor, v: Tensor) -> candle_core::Result<()> {
-        self.caches[cache] = Some(match self.caches[cache].take() {
+    /// The encoder's caches hold one call, the decoder's grow.
+    fn append(&mut self, cache: CacheId, k: Tensor, v: Tensor) -> candle_core::Result<()> {
+        let old = self.caches[cache.0].take().filter(|_| self.model.caches[cache.0].holds == Holds::Decoder);
+        self.caches[cache.0] = Some(match old {
             Some((keys, values)) => (Tensor::cat(&[keys, k], 1)?, Tensor::cat(&[values, v], 1)?),
             None => (k, v),
         });
@@ -209,31 +262,79 @@ impl Reference {
     }
 
     /// `q` is `[t, h · d]`; softmax in fp32.
-    fn attend(&self, q: &Tensor, cache: usize, scale: f32) -> candle_core::Result<Tensor> {
-        let spec = self.model.caches[cache];
-        let Some((keys, values)) = &self.caches[cache] else {
-            candle_core::bail!("attention reads a cache that nothing was appended to");
-        };
+    fn attend(
+        &self,
+        q: &Tensor,
+        cache: CacheId,
+        scale: f32,
+        mask: Mask,
+        bias: Option<BiasId>,
+    ) -> candle_core::Result<Tensor> {
+        let spec = self.model.caches[cache.0];
+        let (keys, values) = self.caches[cache.0].as_ref().ok_or_else(|| missing("keys and values"))?;
         let (t, width) = q.dims2()?;
-        let (g, d) = (spec.kv_heads, spec.head_dim);
+        let (g, d, total) = (spec.kv_heads, spec.head_dim, keys.dim(1)?);
         let group = width / d / g;
         // [t, g · group, d] → [g, group · t, d]: the heads of a group read the same keys.
         let q = q.reshape((t, g, group, d))?.permute((1, 2, 0, 3))?.reshape((g, group * t, d))?;
         let (q, keys, values) = (q.to_dtype(DType::F32)?, keys.to_dtype(DType::F32)?, values.to_dtype(DType::F32)?);
         let scores = (q.matmul(&keys.transpose(1, 2)?.contiguous()?)? * scale as f64)?;
-        let total = keys.dim(1)?;
-        let mask: Vec<f32> = (0..group * t)
-            .flat_map(|row| {
-                let last_seen = total - t + row % t;
-                (0..total).map(move |column| if column <= last_seen { 0.0 } else { f32::NEG_INFINITY })
-            })
-            .collect();
-        let scores = scores.broadcast_add(&Tensor::from_vec(mask, (1, group * t, total), &self.device)?)?;
+        let bias = self.bias(g * group, t, total, mask, bias)?;
+        let bias = Tensor::from_vec(bias, (g, group * t, total), &self.device)?;
+        let scores = (scores + bias)?;
         let weights = (scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?).exp()?;
         let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
         let out = weights.matmul(&values.contiguous()?)?.reshape((g, group, t, d))?;
         out.permute((2, 0, 1, 3))?.reshape((t, width))?.to_dtype(self.compute)
     }
+
+    /// What is added to the scores, `[h, t, total]`: the relative bias, and −∞ where the mask hides a key.
+    fn bias(&self, h: usize, t: usize, total: usize, mask: Mask, bias: Option<BiasId>) -> candle_core::Result<Vec<f32>> {
+        let causal = match mask {
+            Mask::Causal => true,
+            Mask::Full => false,
+            Mask::Prefix => self.position > 0,
+        };
+        let table = match bias {
+            Some(bias) => {
+                let bias = &self.model.biases[bias.0];
+                let buckets = self.model.matrices[bias.table.0].n;
+                let ids: Vec<u32> = (0..buckets as u32).collect();
+                let rows = self.matrices[bias.table.0].rows(&ids)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+                Some((bias, rows))
+            }
+            None => None,
+        };
+        let mut out = Vec::with_capacity(h * t * total);
+        for head in 0..h {
+            for row in 0..t {
+                let query = total - t + row;
+                out.extend((0..total).map(|key| match &table {
+                    _ if causal && key > query => f32::NEG_INFINITY,
+                    Some((bias, rows)) => rows[bias.bucket(key as i64 - query as i64, rows.len())][head],
+                    None => 0.0,
+                }));
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// The buffers of one call.
+struct Buffers(Vec<Option<Tensor>>);
+
+impl Buffers {
+    fn get(&self, id: BufferId) -> candle_core::Result<Tensor> {
+        self.0[id.0].clone().ok_or_else(|| missing("a buffer"))
+    }
+
+    fn set(&mut self, id: BufferId, value: Tensor) {
+        self.0[id.0] = Some(value);
+    }
+}
+
+fn missing(what: &str) -> candle_core::Error {
+    candle_core::Error::Msg(format!("{what} is read before it is written"))
 }
 
 /// `[t, heads · d]` → `[heads, t, d]`
@@ -255,7 +356,8 @@ impl Session for Reference {
 
     fn rewind(&mut self, position: usize) {
         assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
-        for cache in &mut self.caches {
+        let specs = self.model.caches.iter();
+        for (_, cache) in specs.zip(&mut self.caches).filter(|(spec, _)| spec.holds == Holds::Decoder) {
             *cache = match cache.take() {
                 Some((k, v)) if position > 0 => match (k.i((.., ..position)), v.i((.., ..position))) {
                     (Ok(k), Ok(v)) => Some((k, v)),
@@ -267,16 +369,34 @@ impl Session for Reference {
         self.position = position;
     }
 
+    fn encode(&mut self, input: EncoderInput) -> Result<()> {
+        let Some(encoder) = self.model.encoder.clone() else { bail!("this model has no encoder") };
+        match (encoder.input, input) {
+            (EncoderInputKind::Tokens, EncoderInput::Tokens(tokens)) => {
+                self.encoded = tokens.len();
+                self.run(&encoder.plan, tokens)
+            }
+            (EncoderInputKind::Picture(picture), EncoderInput::Pixels(pixels)) => {
+                let patches = patch_rows(pixels, picture)?;
+                let width = patches.len() / picture.patches();
+                self.encoded = picture.patches();
+                self.patches = Some(Tensor::from_vec(patches, (picture.patches(), width), &self.device)?);
+                self.run(&encoder.plan, &[])
+            }
+            _ => bail!("this model's encoder reads another kind of input"),
+        }
+    }
+
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
         if tokens.is_empty() {
             bail!("a prefill needs at least one token");
         }
-        self.run(tokens)
+        self.decoder_call(tokens)
     }
 
     fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
         for _ in 0..n {
-            let token = self.run(&[self.last_token])?;
+            let token = self.decoder_call(&[self.last_token])?;
             on_token(token);
         }
         Ok(())
@@ -302,6 +422,7 @@ impl Session for Reference {
             scratch_bytes: 0,
             weight_bytes_per_token: self.model.weight_bytes_per_token(&stored) as u64,
             kv_bytes_per_position: kv_per_position as u64,
+            cross_kv_bytes: (self.model.cross_bytes_per_position(self.compute.size_in_bytes()) * self.encoded) as u64,
         }
     }
 

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::Architecture;
 use super::config::{RopeSettings, TokenIds, activation, parse, require_positive};
-use crate::plan::{ActivationKind, BufferId, Builder, LinearLayer, Mask, Model, Path, Role, RopeId};
+use crate::plan::{ActivationKind, BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
 
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "llama", doc: "Llama 2, 3.x, SmolLM2: decoder-only, grouped-query attention", build };
@@ -81,13 +81,14 @@ fn build(config: &Value) -> Result<Model> {
         true => table,
         false => b.matrix(&Path::root().at("lm_head"), config.vocab_size, config.hidden_size, Role::Head),
     };
-    b.head(x, head, None);
-    Ok(b.finish(
-        ARCHITECTURE.model_type,
-        config.max_position_embeddings,
-        config.vocab_size,
-        config.eos_token_id.to_vec(),
-    ))
+    b.head(x, 1.0, head, None);
+    Ok(b.finish(Facts {
+        architecture: ARCHITECTURE.model_type,
+        context: config.max_position_embeddings,
+        vocab: config.vocab_size,
+        eos: config.eos_token_id.to_vec(),
+        decoder_start: None,
+    }))
 }
 
 /// `x += attention(norm(x))`, then `x += feed_forward(norm(x))`.
@@ -109,10 +110,10 @@ fn attention(b: &mut Builder, path: &Path, shape: &Shape, rope: RopeId, x: Buffe
         bias: config.attention_bias,
     };
     let [q, k, v] = b.linears(x, [layer("q_proj", heads), layer("k_proj", kv_heads), layer("v_proj", kv_heads)]);
-    let cache = b.cache(*kv_heads, *head_dim);
+    let cache = b.cache(*kv_heads, *head_dim, Holds::Decoder);
     b.rope_append(q, k, v, cache, rope);
     let scale = 1.0 / (*head_dim as f32).sqrt();
-    let h = b.attention(q, cache, scale, Mask::Causal);
+    let h = b.attention(q, cache, scale, Mask::Causal, None);
     b.linear(h, path.at("o_proj"), config.hidden_size, config.attention_bias)
 }
 

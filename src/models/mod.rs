@@ -1,8 +1,12 @@
 //! Model architectures: each file reads a `config.json` and builds a plan. A model never names a precision.
 
 mod config;
+mod gemma;
 mod llama;
+mod paligemma;
 mod phi;
+mod siglip;
+mod t5;
 
 use candle_core::{Result, bail};
 use serde_json::Value;
@@ -19,7 +23,7 @@ pub struct Architecture {
 }
 
 /// Every architecture that can be run.
-pub static ARCHITECTURES: &[Architecture] = &[llama::ARCHITECTURE, phi::ARCHITECTURE];
+pub static ARCHITECTURES: &[Architecture] = &[llama::ARCHITECTURE, phi::ARCHITECTURE, t5::ARCHITECTURE, gemma::ARCHITECTURE, paligemma::ARCHITECTURE];
 
 /// The model that a `config.json` describes. Fails on an unknown `model_type`, a missing or mistyped key, and on settings
 /// that the architecture's file does not compute.

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::Architecture;
 use super::config::{RopeSettings, TokenIds, activation, parse, require_positive};
-use crate::plan::{BufferId, Builder, LinearLayer, Mask, Model, Path, Role, RopeId};
+use crate::plan::{BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
 
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "phi", doc: "Phi-1, Phi-1.5, Phi-2: decoder-only, parallel blocks, biases", build };
@@ -85,13 +85,14 @@ fn build(config: &Value) -> Result<Model> {
         true => table,
         false => b.matrix(&lm_head, config.vocab_size, config.hidden_size, Role::Head),
     };
-    b.head(x, head, Some(&lm_head));
-    Ok(b.finish(
-        ARCHITECTURE.model_type,
-        config.max_position_embeddings,
-        config.vocab_size,
-        config.eos_token_id.to_vec(),
-    ))
+    b.head(x, 1.0, head, Some(&lm_head));
+    Ok(b.finish(Facts {
+        architecture: ARCHITECTURE.model_type,
+        context: config.max_position_embeddings,
+        vocab: config.vocab_size,
+        eos: config.eos_token_id.to_vec(),
+        decoder_start: None,
+    }))
 }
 
 /// `x += attention(norm(x)) + feed_forward(norm(x))`, one norm for both.
@@ -109,9 +110,9 @@ fn attention(b: &mut Builder, path: &Path, config: &Config, rope: RopeId, x: Buf
     let layer = |name: &str, heads: usize| LinearLayer { path: path.at(name), n: heads * head_dim, bias: true };
     let (heads, kv_heads) = (config.num_attention_heads, config.kv_heads());
     let [q, k, v] = b.linears(x, [layer("q_proj", heads), layer("k_proj", kv_heads), layer("v_proj", kv_heads)]);
-    let cache = b.cache(kv_heads, head_dim);
+    let cache = b.cache(kv_heads, head_dim, Holds::Decoder);
     b.rope_append(q, k, v, cache, rope);
-    let h = b.attention(q, cache, 1.0 / (head_dim as f32).sqrt(), Mask::Causal);
+    let h = b.attention(q, cache, 1.0 / (head_dim as f32).sqrt(), Mask::Causal, None);
     b.linear(h, path.at("dense"), config.hidden_size, true)
 }
 

@@ -22,10 +22,13 @@ impl Op {
     /// Buffers that the operation reads or writes; in-place ones are listed once.
     pub fn buffers(&self) -> Vec<BufferId> {
         match self {
-            Op::Embed { out, .. } => vec![*out],
-            Op::Norm { x, out, .. } | Op::LastRow { x, out } => vec![*x, *out],
+            Op::Embed { out, .. } | Op::Patches { out } => vec![*out],
+            Op::AddRows { x, .. } | Op::Features { x } => vec![*x],
+            Op::Norm { x, out, .. } | Op::LastRow { x, out, .. } => vec![*x, *out],
             Op::Linear { x, parts } => std::iter::once(*x).chain(parts.iter().map(|part| part.out)).collect(),
-            Op::RopeAppend { q, k, v, .. } => vec![*q, *k, *v],
+            Op::Append { k, v, rotate, .. } => {
+                [Some(*k), Some(*v), rotate.map(|r| r.q)].into_iter().flatten().collect()
+            }
             Op::Attention { q, out, .. } => vec![*q, *out],
             Op::Activate { gate, up, out, .. } => [Some(*gate), *up, Some(*out)].into_iter().flatten().collect(),
             Op::Add { a, b, out } => vec![*a, *b, *out],

@@ -81,7 +81,9 @@ pub static METRICS: &[Metric] = &[
         better: Lower,
         doc: "inter-token latency, one value a decode step; its interval is over the repeats' medians",
         path: "metrics.itl_ms.median",
-        values: Some(|r| r.samples.decode_step_ns.iter().map(|s| s.iter().map(|&ns| milliseconds(ns)).collect()).collect()),
+        values: Some(|r| {
+            r.samples.decode_step_ns.iter().map(|s| s.iter().map(|&ns| milliseconds(ns)).collect()).collect()
+        }),
     },
     Metric {
         key: "latency_s",
@@ -108,7 +110,13 @@ pub static METRICS: &[Metric] = &[
         values: Some(|r| r.phases.get("load").map(|&s| vec![vec![s]]).unwrap_or_default()),
     },
     stored("speedup_vs_fp16", "x", Higher, "decode_tps over that of fp16 in the same run", "ratio_to_fp16.median"),
-    stored("speedup_by_bytes", "x", Higher, "what the bytes of a decode step allow over fp16", "ratio_to_fp16.by_bytes"),
+    stored(
+        "speedup_by_bytes",
+        "x",
+        Higher,
+        "what the bytes of a decode step allow over fp16",
+        "ratio_to_fp16.by_bytes",
+    ),
     stored("mbu", "share", Higher, "bytes a second that decoding reads over the read bandwidth", "bandwidth.mbu"),
     stored("achieved_gb_s", "GB/s", Higher, "bytes per token times decode_tps", "bandwidth.achieved_gb_s"),
     stored("read_gb_s", "GB/s", Higher, "read bandwidth of the device in the same run", "bandwidth.read_gb_s"),

@@ -64,6 +64,17 @@ pub enum Step {
     },
 }
 
+/// Attention over one cache.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Attend {
+    pub q: BufferId,
+    pub cache: CacheId,
+    pub out: BufferId,
+    pub scale: f32,
+    pub mask: Mask,
+    pub bias: Option<BiasId>,
+}
+
 /// How a step is split over the workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Split {
@@ -82,10 +93,11 @@ impl Step {
     pub fn split(&self, single: bool) -> Split {
         match self {
             Step::Prepare { .. } | Step::Argmax { .. } | Step::LastRow { .. } => Split::One,
-            Step::Embed { .. } | Step::Norm { .. } if single => Split::One,
-            Step::Embed { .. } | Step::Norm { .. } => Split::Rows,
+            Step::Patches { .. } | Step::Features { .. } => Split::One,
+            Step::Embed { .. } | Step::Norm { .. } | Step::AddRows { .. } if single => Split::One,
+            Step::Embed { .. } | Step::Norm { .. } | Step::AddRows { .. } => Split::Rows,
             Step::Linear { .. } | Step::Activate { .. } | Step::Add { .. } => Split::Elements,
-            Step::RopeAppend { .. } | Step::Attend { .. } => Split::Heads,
+            Step::Append { .. } | Step::Attend(_) => Split::Heads,
         }
     }
 }
@@ -108,16 +120,19 @@ pub fn lower(plan: &Plan, group: impl Fn(MatrixId) -> &'static str) -> Vec<Step>
     let mut steps = Vec::new();
     for op in &plan.ops {
         match op.clone() {
-            Op::Embed { table, out } => steps.push(Step::Embed { table, out }),
+            Op::Embed { table, scale, image, out } => steps.push(Step::Embed { table, scale, image, out }),
+            Op::Patches { out } => steps.push(Step::Patches { out }),
+            Op::AddRows { x, table } => steps.push(Step::AddRows { x, table }),
+            Op::Features { x } => steps.push(Step::Features { x }),
             Op::Norm { kind, weight, epsilon, x, out } => steps.push(Step::Norm { kind, weight, epsilon, x, out }),
             Op::Linear { x, parts } => lower_linear(x, parts, &group, &mut steps),
-            Op::RopeAppend { q, k, v, cache, rope } => steps.push(Step::RopeAppend { q, k, v, cache, rope }),
-            Op::Attention { q, cache, out, scale, mask: Mask::Causal } => {
-                steps.push(Step::Attend { q, cache, out, scale });
+            Op::Append { k, v, cache, rotate } => steps.push(Step::Append { k, v, cache, rotate }),
+            Op::Attention { q, cache, out, scale, mask, bias } => {
+                steps.push(Step::Attend(Attend { q, cache, out, scale, mask, bias }));
             }
             Op::Activate { kind, gate, up, out } => steps.push(Step::Activate { kind, gate, up, out }),
             Op::Add { a, b, out } => steps.push(Step::Add { a, b, out }),
-            Op::LastRow { x, out } => steps.push(Step::LastRow { x, out }),
+            Op::LastRow { x, out, scale } => steps.push(Step::LastRow { x, out, scale }),
             Op::Argmax { logits } => steps.push(Step::Argmax { logits }),
         }
     }
