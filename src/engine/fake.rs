@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Result;
 
-use super::{Footprint, OutlierColumns, Session};
+use super::{EncoderInput, Footprint, OutlierColumns, Session};
 
 /// Nanoseconds that only a [`FakeSession`] and tests move. Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -77,6 +77,10 @@ impl Session for FakeSession {
         self.position = position;
     }
 
+    fn encode(&mut self, _input: EncoderInput) -> Result<()> {
+        anyhow::bail!("a fake session has no encoder")
+    }
+
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
         if let Some(run) = self.runs.pop_front() {
             self.current = run;
@@ -115,6 +119,7 @@ impl Session for FakeSession {
             scratch_bytes: 60,
             weight_bytes_per_token: 900,
             kv_bytes_per_position: 10,
+            cross_kv_bytes: 0,
         }
     }
 

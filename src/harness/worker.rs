@@ -98,6 +98,7 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         device,
         threads: job.threads,
         capacity: job.capacity(),
+        encoder_capacity: 0,
     };
     let loaded = engine::load(&setup, events)?;
     let memory = ProcessMemory::default();
