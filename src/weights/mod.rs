@@ -3,11 +3,45 @@
 //! A [`Source`] gives tensors by name as fp16 rows, so that a loader streams them: read, cast, quantize, drop. No fp16 copy
 //! of the model ever exists.
 
+pub mod builtin;
+mod cast;
+pub mod hub;
+mod open;
+pub mod policy;
+pub mod random;
+pub mod safetensors;
 pub mod spec;
+pub mod tokenizer;
+
+pub use builtin::builtin_models;
+pub use open::{Checkpoint, open, open_with};
 
 use std::ops::Range;
 
 use half::f16;
+
+/// Which model, and where its weights come from.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Request {
+    /// A hub id, a local folder, or a built-in shape.
+    pub model_id: String,
+    /// Branch, tag or commit on the hub.
+    pub revision: Option<String>,
+    /// Only what the cache holds.
+    pub offline: bool,
+    pub weights: WeightsChoice,
+    /// Of random weights.
+    pub seed: u64,
+    /// Norm channels that random weights scale so that LLM.int8 meets outliers.
+    pub outlier_channels: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum WeightsChoice {
+    /// Real weights for a hub id or a folder, random only for a built-in name.
+    Auto,
+    Random,
+}
 
 /// What records say about the weights.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]

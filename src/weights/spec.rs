@@ -7,8 +7,12 @@ pub enum Role {
     Projection,
     /// The output head: kept in fp16.
     Head,
-    /// A token embedding, also where a tied head shares it: kept in fp16.
+    /// A table of rows (tokens, positions, distances), also where a tied head shares it: kept in fp16.
     Embedding,
+    /// A patch convolution, seen as `[n, channels · height · width]`: kept in fp16.
+    Patches,
+    /// A linear that transformers keeps in fp32 whatever the model's dtype (T5's `wo`).
+    HighPrecision,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -30,6 +34,9 @@ pub struct VectorSpec {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VectorKind {
+    /// Around 1.
     NormWeight,
+    /// Around 0: the norm multiplies by 1 more than it (Gemma).
+    NormOffset,
     Bias,
 }
