@@ -1,0 +1,315 @@
+//! Statistics of repeated measurements. Leaf module: it knows no benchmark.
+//!
+//! Sources, by the names used below:
+//! - *Hahn & Meeker*, Statistical Intervals (1991), section 5.2: distribution-free interval of a median from order statistics;
+//! - *Efron & Tibshirani*, An Introduction to the Bootstrap (1993), section 13.3: the percentile interval;
+//! - *Hyndman & Fan*, Sample Quantiles in Statistical Packages (1996): definition 7 of a quantile;
+//! - *Iglewicz & Hoaglin*, How to Detect and Handle Outliers (1993): the modified Z score and its threshold 3.5.
+
+use crate::record::Summary;
+
+/// Below this many samples the interval of a median comes from order statistics, from it on from the bootstrap: few samples
+/// make few distinct resamples, and many make the ranks' exact coverage coarser than the bootstrap's error.
+pub const BOOTSTRAP_FROM: usize = 20;
+
+/// Resamples of a bootstrap. The Monte Carlo error of a 2.5 % tail is then √(0.025 · 0.975 / 2000) = 0.35 points.
+const RESAMPLES: usize = 2000;
+
+/// Seed of every bootstrap, so that the same samples give the same interval.
+const BOOTSTRAP_SEED: u64 = 0x5eed;
+
+/// Modified Z score from which a value is an outlier (Iglewicz & Hoaglin).
+const OUTLIER_Z: f64 = 3.5;
+
+/// An outlier is also this far from the median. Without it a run whose median absolute deviation is near zero would
+/// find outliers in differences that nobody cares for.
+const OUTLIER_SHARE: f64 = 0.05;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Interval {
+    pub low: f64,
+    pub high: f64,
+}
+
+/// A ratio of two medians, or the median of paired ratios.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RatioEstimate {
+    pub median: f64,
+    pub interval: Option<Interval>,
+}
+
+/// Everything a record says about one metric. `groups` holds the values of each repeat; most metrics have one value a
+/// repeat. Values of one repeat are not independent of each other, so the interval is that of the median of the repeats'
+/// medians, while every other number is taken over all values.
+pub fn summarize(unit: &str, groups: &[Vec<f64>]) -> Summary {
+    let mut values: Vec<f64> = groups.iter().flatten().copied().filter(|value| value.is_finite()).collect();
+    values.sort_by(f64::total_cmp);
+    let medians: Vec<f64> = groups.iter().filter_map(|group| median(group)).collect();
+    let interval = median_interval(&medians);
+    Summary {
+        unit: unit.to_owned(),
+        median: median(&values),
+        min: values.first().copied(),
+        max: values.last().copied(),
+        mean: mean(&values),
+        stdev: stdev(&values),
+        n: values.len() as u64,
+        ci95_low: interval.map(|i| i.low),
+        ci95_high: interval.map(|i| i.high),
+        p50: carried_percentile(&values, 50),
+        p90: carried_percentile(&values, 90),
+        p95: carried_percentile(&values, 95),
+        p99: carried_percentile(&values, 99),
+    }
+}
+
+/// `None` for no values.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    quantile(&sorted, 0.5)
+}
+
+/// `None` for no values.
+pub fn mean(values: &[f64]) -> Option<f64> {
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+}
+
+/// Sample standard deviation, n − 1; `None` below two values.
+pub fn stdev(values: &[f64]) -> Option<f64> {
+    let mean = mean(values)?;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (values.len() >= 2).then(|| (squares / (values.len() - 1) as f64).sqrt())
+}
+
+/// Quantile `q` of ascending values by definition 7 of Hyndman & Fan.
+fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
+    let last = sorted.len().checked_sub(1)?;
+    let at = q * last as f64;
+    let below = sorted[at.floor() as usize];
+    let above = sorted[at.ceil() as usize];
+    // Equal neighbours are returned untouched: `below + 0 · ∞` would be NaN.
+    Some(if below == above { below } else { below + (above - below) * at.fract() })
+}
+
+/// Percentile `p` of ascending values where at least one value is expected beyond it: p50 from 2 values, p90 from 10, p95
+/// from 20, p99 from 100.
+pub fn carried_percentile(sorted: &[f64], p: u32) -> Option<f64> {
+    let beyond = sorted.len() as u64 * u64::from(100 - p);
+    if beyond >= 100 { quantile(sorted, f64::from(p) / 100.0) } else { None }
+}
+
+/// 95 % interval of the median. `None` below 6 values: the widest ranks of 5 cover 1 − 2/2⁵ = 93.75 %.
+pub fn median_interval(values: &[f64]) -> Option<Interval> {
+    if values.len() >= BOOTSTRAP_FROM {
+        return Some(bootstrap(values.len(), |rng| {
+            let resample: Vec<f64> = (0..values.len()).map(|_| values[rng.below(values.len())]).collect();
+            middle(resample)
+        }));
+    }
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = median_rank(sorted.len())?;
+    Some(Interval { low: sorted[rank - 1], high: sorted[sorted.len() - rank] })
+}
+
+/// Largest rank r for which the r-th smallest and the r-th largest of `n` values enclose the median with at least 95 %:
+/// the tail P(X < r) of X ~ Binomial(n, 1/2) stays within 2.5 % (Hahn & Meeker).
+fn median_rank(n: usize) -> Option<usize> {
+    let mut probability = 0.5f64.powi(n as i32);
+    let mut tail = 0.0;
+    let mut rank = 0;
+    while rank < n && tail + probability <= 0.025 {
+        tail += probability;
+        rank += 1;
+        probability *= (n - rank + 1) as f64 / rank as f64;
+    }
+    (rank > 0).then_some(rank)
+}
+
+/// Percentile interval of a statistic over resamples. `size` varies the stream of random numbers with the sample count.
+fn bootstrap(size: usize, mut statistic: impl FnMut(&mut SplitMix64) -> f64) -> Interval {
+    let mut rng = SplitMix64::new(BOOTSTRAP_SEED ^ size as u64);
+    let mut found: Vec<f64> = (0..RESAMPLES).map(|_| statistic(&mut rng)).collect();
+    found.sort_by(f64::total_cmp);
+    let cut = RESAMPLES / 40;
+    Interval { low: found[cut], high: found[RESAMPLES - 1 - cut] }
+}
+
+/// Median of a non-empty buffer by selection: the bootstrap's inner loop.
+fn middle(mut values: Vec<f64>) -> f64 {
+    let half = values.len() / 2;
+    let (below, &mut upper, _) = values.select_nth_unstable_by(half, f64::total_cmp);
+    if below.len() == half && values.len() % 2 == 1 {
+        return upper;
+    }
+    let lower = values[..half].iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    (lower + upper) / 2.0
+}
+
+/// `above[i] / below[i]` where repeat i of both ran in the same round, so that drift cancels. Surplus values are dropped.
+pub fn paired_ratio(above: &[f64], below: &[f64]) -> Option<RatioEstimate> {
+    let ratios: Vec<f64> = above.iter().zip(below).map(|(a, b)| a / b).collect();
+    Some(RatioEstimate { median: median(&ratios)?, interval: median_interval(&ratios) })
+}
+
+/// Ratio of the medians of samples taken at different times; both sides are resampled, from 6 values a side on.
+pub fn unpaired_ratio(above: &[f64], below: &[f64]) -> Option<RatioEstimate> {
+    let ratio = median(above)? / median(below)?;
+    let resampled = |values: &[f64], rng: &mut SplitMix64| {
+        middle((0..values.len()).map(|_| values[rng.below(values.len())]).collect())
+    };
+    let interval = (above.len().min(below.len()) >= 6)
+        .then(|| bootstrap(above.len(), |rng| resampled(above, rng) / resampled(below, rng)));
+    Some(RatioEstimate { median: ratio, interval })
+}
+
+/// Half width of the interval over the median; `None` where there is no interval.
+pub fn relative_half_width(values: &[f64]) -> Option<f64> {
+    let interval = median_interval(values)?;
+    Some((interval.high - interval.low) / 2.0 / median(values)?.abs())
+}
+
+/// Indices of values whose modified Z score 0.6745 · |x − median| / MAD exceeds 3.5 (Iglewicz & Hoaglin) and that lie over
+/// 5 % off the median.
+pub fn outliers(values: &[f64]) -> Vec<usize> {
+    let Some(center) = median(values) else { return Vec::new() };
+    let deviations: Vec<f64> = values.iter().map(|value| (value - center).abs()).collect();
+    let mad = median(&deviations).unwrap_or(0.0);
+    let is_outlier = |deviation: f64| deviation > OUTLIER_SHARE * center.abs() && 0.6745 * deviation > OUTLIER_Z * mad;
+    (0..values.len()).filter(|&i| is_outlier(deviations[i])).collect()
+}
+
+/// Random numbers for resampling and synthetic prompts: Steele, Lea & Flood, Fast Splittable Pseudorandom Number
+/// Generators (2014).
+#[derive(Debug, Clone)]
+pub struct SplitMix64(u64);
+
+impl SplitMix64 {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub fn next_u64(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in `0..n`, up to a bias of n / 2⁶⁴. `n` ≥ 1.
+    pub fn below(&mut self, n: usize) -> usize {
+        ((u128::from(self.next_u64()) * n as u128) >> 64) as usize
+    }
+
+    /// Uniform in [0, 1).
+    pub fn unit(&mut self) -> f64 {
+        (self.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn location_and_spread() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
+        assert_eq!(mean(&[1.0, 2.0, 6.0]), Some(3.0));
+        assert_eq!(stdev(&[1.0]), None);
+        // Squares of 2, 4, 4, 4, 5, 5, 7, 9 about their mean 5 sum to 32; over n − 1 = 7.
+        let spread = stdev(&[2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]);
+        assert_eq!(spread, Some((32.0f64 / 7.0).sqrt()));
+    }
+
+    #[test]
+    fn selection_agrees_with_sorting() {
+        let mut rng = SplitMix64::new(1);
+        for n in 1..40 {
+            let values: Vec<f64> = (0..n).map(|_| (rng.below(10)) as f64).collect();
+            assert_eq!(Some(middle(values.clone())), median(&values), "{values:?}");
+        }
+    }
+
+    #[test]
+    fn percentiles_appear_when_the_count_carries_them() {
+        for (n, p, carried) in [(1, 50, false), (2, 50, true), (9, 90, false), (10, 90, true), (19, 95, false)]
+            .into_iter()
+            .chain([(20, 95, true), (99, 99, false), (100, 99, true)])
+        {
+            let values: Vec<f64> = (0..n).map(f64::from).collect();
+            assert_eq!(carried_percentile(&values, p).is_some(), carried, "p{p} of {n}");
+        }
+        let eleven: Vec<f64> = (0..11).map(f64::from).collect();
+        assert_eq!(carried_percentile(&eleven, 90), Some(9.0));
+    }
+
+    #[test]
+    fn ranks_equal_the_published_table() {
+        // Lower ranks of the 95 % interval of a median, e.g. Conover, Practical Nonparametric Statistics, table A3.
+        for (n, rank) in
+            [(5, None), (6, Some(1)), (8, Some(1)), (9, Some(2)), (12, Some(3)), (15, Some(4)), (19, Some(5))]
+        {
+            assert_eq!(median_rank(n), rank, "{n} samples");
+        }
+    }
+
+    #[test]
+    fn intervals_cover_the_true_median() {
+        const TRIALS: usize = 1000;
+        let mut rng = SplitMix64::new(7);
+        // A right-skewed distribution, as times are: 1 + the square of a uniform number, with median 1.25.
+        for n in [6, 9, 14, 19, 20, 25, 40] {
+            let covered = (0..TRIALS)
+                .filter(|_| {
+                    let values: Vec<f64> = (0..n).map(|_| 1.0 + rng.unit().powi(2)).collect();
+                    median_interval(&values).is_some_and(|i| i.low <= 1.25 && 1.25 <= i.high)
+                })
+                .count();
+            let share = covered as f64 / TRIALS as f64;
+            // Ranks cover at least 95 % exactly. The percentile bootstrap of a median comes out at some order statistic and
+            // may lose up to 1.5 points at these counts. Three standard errors of the simulation, 3 · √(0.95 · 0.05 / 1000),
+            // are 2.1 points.
+            let nominal = if n < BOOTSTRAP_FROM { 0.95 } else { 0.935 };
+            assert!(share >= nominal - 0.021, "{n} samples: {share}");
+        }
+    }
+
+    #[test]
+    fn same_samples_same_interval() {
+        let values: Vec<f64> = (0..30).map(|i| f64::from(i * 7 % 30)).collect();
+        assert_eq!(median_interval(&values), median_interval(&values));
+    }
+
+    #[test]
+    fn pairing_cancels_drift() {
+        let slowing: Vec<f64> = (0..8).map(|i| 100.0 / f64::from(i + 1)).collect();
+        let doubled: Vec<f64> = slowing.iter().map(|v| 2.0 * v).collect();
+        let paired = paired_ratio(&doubled, &slowing).unwrap();
+        assert_eq!(paired, RatioEstimate { median: 2.0, interval: Some(Interval { low: 2.0, high: 2.0 }) });
+        let unpaired = unpaired_ratio(&doubled, &slowing).unwrap();
+        assert_eq!(unpaired.median, 2.0);
+        assert!(unpaired.interval.unwrap().low < 1.0);
+        assert_eq!(paired_ratio(&[], &[]), None);
+    }
+
+    #[test]
+    fn outliers_are_far_by_both_measures() {
+        assert_eq!(outliers(&[10.0, 10.1, 9.9, 10.0, 14.0]), [4]);
+        // Far in deviations, but within 5 % of the median.
+        assert!(outliers(&[10.0, 10.0, 10.0, 10.001, 10.2]).is_empty());
+        // No spread at all but for one.
+        assert_eq!(outliers(&[10.0, 10.0, 10.0, 11.0]), [3]);
+        assert!(outliers(&[]).is_empty());
+    }
+
+    #[test]
+    fn steps_of_one_repeat_do_not_narrow_the_interval() {
+        let groups: Vec<Vec<f64>> = (0..6).map(|i| vec![f64::from(i); 50]).collect();
+        let summary = summarize("ms", &groups);
+        assert_eq!((summary.n, summary.median, summary.p99), (300, Some(2.5), Some(5.0)));
+        assert_eq!((summary.ci95_low, summary.ci95_high), (Some(0.0), Some(5.0)));
+    }
+}

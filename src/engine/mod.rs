@@ -1,7 +1,25 @@
 //! Sessions: a loaded model that prefills and decodes. Executors run a model's plans: the reference on candle tensors,
 //! and the CPU engine with our own threaded kernels.
 
-use anyhow::Result;
+pub mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cuda.rs"]
+mod cuda;
+pub mod fake;
+mod load;
+pub mod reference;
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+use crate::events::Listener;
+use crate::kernels::isa::Isa;
+use crate::plan::{Model, Picture};
+use crate::quant::FormatOptions;
+use crate::weights::Source;
 
 /// A loaded model with its key/value cache. Every call continues where the cache ends.
 pub trait Session {
@@ -10,6 +28,9 @@ pub trait Session {
 
     /// Forgets all that the cache holds from `position` on. `position` ≤ [`Self::position`].
     fn rewind(&mut self, position: usize);
+
+    /// Runs the encoder, where the model has one, over a prompt or a picture; the decoder calls behind it read the result.
+    fn encode(&mut self, input: EncoderInput) -> Result<()>;
 
     /// Runs `tokens` (at least one) in one call and returns the greedy next token, once the host can read it.
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32>;
@@ -30,6 +51,14 @@ pub trait Session {
     fn outlier_columns(&self) -> OutlierColumns;
 }
 
+/// What an encoder reads.
+#[derive(Debug, Clone, Copy)]
+pub enum EncoderInput<'a> {
+    Tokens(&'a [u32]),
+    /// Normalised pixels, `[3, size, size]`.
+    Pixels(&'a [f32]),
+}
+
 /// Exact bytes that a session holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Footprint {
@@ -44,6 +73,8 @@ pub struct Footprint {
     pub weight_bytes_per_token: u64,
     /// Bytes of keys and values for one position.
     pub kv_bytes_per_position: u64,
+    /// Bytes of the encoder's keys and values that every decode step reads, whatever its position.
+    pub cross_kv_bytes: u64,
 }
 
 /// Counts of LLM.int8's outlier columns since the session began.
@@ -51,4 +82,68 @@ pub struct Footprint {
 pub struct OutlierColumns {
     pub calls: u64,
     pub columns: u64,
+}
+
+/// What to load a session from.
+pub struct Setup<'a> {
+    pub model: &'a Model,
+    pub source: &'a dyn Source,
+    /// A name of [`crate::quant::FORMATS`].
+    pub precision: &'a str,
+    pub options: FormatOptions,
+    pub device: Device,
+    /// Workers of the CPU engine, at least 1.
+    pub threads: usize,
+    /// Tokens that the decoder's key/value cache must hold: depth + prompt + generated.
+    pub capacity: usize,
+    /// Tokens or patches that the encoder must hold; 0 without one.
+    pub encoder_capacity: usize,
+}
+
+/// A device that exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    Cuda(usize),
+}
+
+/// A session and how it came to be.
+pub struct Loaded {
+    pub session: Box<dyn Session>,
+    /// First byte read to weights usable.
+    pub load: Duration,
+    /// Time spent quantizing and repacking, summed over threads and divided by them.
+    pub quantize: Duration,
+    /// Finite checkpoint values that became infinite in fp16.
+    pub fp16_overflow: u64,
+    /// Instruction set of the kernels, or the CUDA architecture.
+    pub isa: String,
+}
+
+/// Loads a session on the asked device.
+pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
+    match setup.device {
+        Device::Cpu => cpu::load(setup, Isa::detect(), events),
+        Device::Cuda(ordinal) => cuda::load(setup, ordinal, events),
+    }
+}
+
+/// The rows that a patch convolution multiplies: pixels `[3, size, size]` to `[patches, 3 · patch²]`, channel by channel.
+fn patch_rows(pixels: &[f32], picture: Picture) -> Result<Vec<f32>> {
+    let Picture { size, patch, .. } = picture;
+    if pixels.len() != 3 * size * size {
+        bail!("a picture of {} values was given; this model reads 3 × {size} × {size}", pixels.len());
+    }
+    let per_side = size / patch;
+    let mut rows = Vec::with_capacity(pixels.len());
+    for block in 0..per_side * per_side {
+        let (top, left) = (block / per_side * patch, block % per_side * patch);
+        for channel in 0..3 {
+            for y in top..top + patch {
+                let start = (channel * size + y) * size + left;
+                rows.extend_from_slice(&pixels[start..start + patch]);
+            }
+        }
+    }
+    Ok(rows)
 }

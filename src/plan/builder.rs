@@ -30,15 +30,26 @@ pub struct LinearLayer {
     pub bias: bool,
 }
 
-/// Collects the tensors of a model and the operations of its plan.
+/// Collects the tensors of a model and the operations of its plans, one plan after the other.
 #[derive(Default)]
 pub struct Builder {
     matrices: Vec<MatrixSpec>,
     vectors: Vec<VectorSpec>,
     caches: Vec<CacheSpec>,
     ropes: Vec<Rope>,
+    biases: Vec<RelativeBias>,
     buffers: Vec<Buffer>,
     ops: Vec<Op>,
+    encoder: Option<Encoder>,
+}
+
+/// What config.json says of a model beside its plan.
+pub struct Facts {
+    pub architecture: &'static str,
+    pub context: usize,
+    pub vocab: usize,
+    pub eos: Vec<u32>,
+    pub decoder_start: Option<u32>,
 }
 
 impl Builder {
@@ -62,8 +73,13 @@ impl Builder {
         RopeId(self.ropes.len() - 1)
     }
 
-    pub fn cache(&mut self, kv_heads: usize, head_dim: usize) -> CacheId {
-        self.caches.push(CacheSpec { kv_heads, head_dim });
+    pub fn relative_bias(&mut self, bias: RelativeBias) -> BiasId {
+        self.biases.push(bias);
+        BiasId(self.biases.len() - 1)
+    }
+
+    pub fn cache(&mut self, kv_heads: usize, head_dim: usize, holds: Holds) -> CacheId {
+        self.caches.push(CacheSpec { kv_heads, head_dim, holds });
         CacheId(self.caches.len() - 1)
     }
 
@@ -83,13 +99,38 @@ impl Builder {
     }
 
     pub fn embed(&mut self, table: MatrixId) -> BufferId {
+        self.embed_scaled(table, 1.0, None)
+    }
+
+    pub fn embed_scaled(&mut self, table: MatrixId, scale: f32, image: Option<u32>) -> BufferId {
         let out = self.buffer("embedding", self.matrices[table.0].k, Rows::Tokens);
-        self.ops.push(Op::Embed { table, out });
+        self.ops.push(Op::Embed { table, scale, image, out });
         out
+    }
+
+    /// Patches of a picture with `channels` channels.
+    pub fn patches(&mut self, picture: Picture, channels: usize) -> BufferId {
+        let out = self.buffer("patches", channels * picture.patch * picture.patch, Rows::Tokens);
+        self.ops.push(Op::Patches { out });
+        out
+    }
+
+    pub fn add_rows(&mut self, x: BufferId, table: MatrixId) {
+        self.ops.push(Op::AddRows { x, table });
+    }
+
+    pub fn features(&mut self, x: BufferId) {
+        self.ops.push(Op::Features { x });
     }
 
     pub fn rms_norm(&mut self, path: &Path, epsilon: f32, x: BufferId) -> BufferId {
         let weight = self.vector(path.name("weight"), self.width(x), VectorKind::NormWeight);
+        self.norm(NormKind::Rms, weight, epsilon, x)
+    }
+
+    /// A norm whose checkpoint holds `weight − 1`, as Gemma's does.
+    pub fn rms_norm_offset(&mut self, path: &Path, epsilon: f32, x: BufferId) -> BufferId {
+        let weight = self.vector(path.name("weight"), self.width(x), VectorKind::NormOffset);
         self.norm(NormKind::Rms, weight, epsilon, x)
     }
 
@@ -107,9 +148,13 @@ impl Builder {
 
     /// Linear layers that read the same activations, as one group.
     pub fn linears<const N: usize>(&mut self, x: BufferId, layers: [LinearLayer; N]) -> [BufferId; N] {
+        self.linears_as(Role::Projection, x, layers)
+    }
+
+    pub fn linears_as<const N: usize>(&mut self, role: Role, x: BufferId, layers: [LinearLayer; N]) -> [BufferId; N] {
         let (k, rows) = (self.width(x), self.buffers[x.0].rows);
         let parts = layers.map(|layer| {
-            let weight = self.matrix(&layer.path, layer.n, k, Role::Projection);
+            let weight = self.matrix(&layer.path, layer.n, k, role);
             let bias = layer.bias.then(|| self.vector(layer.path.name("bias"), layer.n, VectorKind::Bias));
             LinearPart { weight, bias, out: self.buffer(&layer.path.0, layer.n, rows) }
         });
@@ -119,17 +164,32 @@ impl Builder {
     }
 
     pub fn linear(&mut self, x: BufferId, path: Path, n: usize, bias: bool) -> BufferId {
-        let [out] = self.linears(x, [LinearLayer { path, n, bias }]);
+        self.linear_as(Role::Projection, x, path, n, bias)
+    }
+
+    pub fn linear_as(&mut self, role: Role, x: BufferId, path: Path, n: usize, bias: bool) -> BufferId {
+        let [out] = self.linears_as(role, x, [LinearLayer { path, n, bias }]);
         out
     }
 
-    pub fn rope_append(&mut self, q: BufferId, k: BufferId, v: BufferId, cache: CacheId, rope: RopeId) {
-        self.ops.push(Op::RopeAppend { q, k, v, cache, rope });
+    pub fn append(&mut self, k: BufferId, v: BufferId, cache: CacheId) {
+        self.ops.push(Op::Append { k, v, cache, rotate: None });
     }
 
-    pub fn attention(&mut self, q: BufferId, cache: CacheId, scale: f32, mask: Mask) -> BufferId {
+    pub fn rope_append(&mut self, q: BufferId, k: BufferId, v: BufferId, cache: CacheId, rope: RopeId) {
+        self.ops.push(Op::Append { k, v, cache, rotate: Some(Rotate { rope, q }) });
+    }
+
+    pub fn attention(
+        &mut self,
+        q: BufferId,
+        cache: CacheId,
+        scale: f32,
+        mask: Mask,
+        bias: Option<BiasId>,
+    ) -> BufferId {
         let out = self.same("attention", q);
-        self.ops.push(Op::Attention { q, cache, out, scale, mask });
+        self.ops.push(Op::Attention { q, cache, out, scale, mask, bias });
         out
     }
 
@@ -144,10 +204,10 @@ impl Builder {
         self.ops.push(Op::Add { a, b, out: a });
     }
 
-    /// The head over the last token, and the next token from it. `bias` names a head that has one.
-    pub fn head(&mut self, x: BufferId, weight: MatrixId, bias: Option<&Path>) {
+    /// The head over the last token times `scale`, and the next token from it. `bias` names a head that has one.
+    pub fn head(&mut self, x: BufferId, scale: f32, weight: MatrixId, bias: Option<&Path>) {
         let last = self.buffer("last", self.width(x), Rows::Last);
-        self.ops.push(Op::LastRow { x, out: last });
+        self.ops.push(Op::LastRow { x, out: last, scale });
         let vocab = self.matrices[weight.0].n;
         let bias = bias.map(|path| self.vector(path.name("bias"), vocab, VectorKind::Bias));
         let logits = self.buffer("logits", vocab, Rows::Last);
@@ -155,17 +215,26 @@ impl Builder {
         self.ops.push(Op::Argmax { logits });
     }
 
-    pub fn finish(self, architecture: &'static str, context: usize, vocab: usize, eos: Vec<u32>) -> Model {
+    /// Ends the encoder's plan; what follows is the decoder's.
+    pub fn end_encoder(&mut self, input: EncoderInputKind) {
+        let plan = Plan { buffers: std::mem::take(&mut self.buffers), ops: std::mem::take(&mut self.ops) };
+        self.encoder = Some(Encoder { input, plan });
+    }
+
+    pub fn finish(self, facts: Facts) -> Model {
         Model {
-            architecture,
+            architecture: facts.architecture,
             matrices: self.matrices,
             vectors: self.vectors,
             caches: self.caches,
             ropes: self.ropes,
+            biases: self.biases,
+            encoder: self.encoder,
             decoder: Plan { buffers: self.buffers, ops: self.ops },
-            context,
-            vocab,
-            eos,
+            context: facts.context,
+            vocab: facts.vocab,
+            eos: facts.eos,
+            decoder_start: facts.decoder_start,
         }
     }
 }

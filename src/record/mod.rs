@@ -1,1 +1,260 @@
+//! The record: one JSON object for each precision of a run. Leaf module; every output is made from it.
+//!
+//! Bytes are bytes, times say their unit in the name, an undefined number is `null`. [`metrics::METRICS`] lists the numbers
+//! that tables, gates and reports can name. `docs/record.schema.json` is generated from these types.
 
+pub mod metrics;
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Raised when a key changes its meaning or goes away; new keys do not raise it.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// A whole output file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Document {
+    pub schema_version: u32,
+    pub records: Vec<Record>,
+}
+
+/// One precision of one case.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Record {
+    pub status: Status,
+    /// Why the status is not `ok`.
+    pub reason: Option<String>,
+    /// Something disturbed the measurement; `warnings` says what.
+    #[serde(default)]
+    pub tainted: bool,
+    pub engine: Engine,
+    /// The command that made this record; paths keep their last component.
+    pub command: String,
+    /// RFC 3339, UTC.
+    pub timestamp: String,
+    pub model: ModelFacts,
+    pub weights: WeightFacts,
+    /// One name per arithmetic: `fp16`, `int8`, `nf4`, `nf4-nodq`.
+    pub precision: String,
+    /// LLM.int8 only.
+    pub int8: Option<Int8Facts>,
+    pub device: DeviceFacts,
+    pub workload: Workload,
+    /// How the repeats were taken and what ended them.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// Seconds by phase: `resolve`, `load`, `quantize`, `warmup`, `measure`, …
+    pub phases: BTreeMap<String, f64>,
+    pub samples: Samples,
+    /// By METRICS key.
+    pub metrics: BTreeMap<String, Summary>,
+    pub dtypes: Dtypes,
+    /// Speed-up in `decode_tps` over the fp16 record of the same run, from paired repeats.
+    pub ratio_to_fp16: Option<Ratio>,
+    pub memory: Memory,
+    pub bandwidth: Bandwidth,
+    pub output: Output,
+    pub environment: Environment,
+    pub warnings: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    Ok,
+    /// It did not fit into memory.
+    Oom,
+    /// It ran, but its output cannot be right: non-finite logits, a wrong token count.
+    Invalid,
+    Error,
+    Timeout,
+}
+
+/// Whose code ran.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Engine {
+    pub name: String,
+    pub version: String,
+    pub commit: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ModelFacts {
+    /// Hub id, built-in name, or the last component of a folder.
+    pub id: String,
+    /// Commit on the hub.
+    pub revision: Option<String>,
+    /// `model_type` of config.json.
+    pub architecture: String,
+    pub parameters: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct WeightFacts {
+    /// `hub`, `local` or `random`.
+    pub source: String,
+    /// Of the checkpoint, before the cast to fp16.
+    pub dtype: String,
+    pub seed: Option<u64>,
+    pub hash: String,
+    /// Finite checkpoint values that became infinite in fp16.
+    pub fp16_overflow: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Int8Facts {
+    pub threshold: f64,
+    /// Outlier columns per linear call in decode, on average.
+    pub outlier_columns_mean: Option<f64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct DeviceFacts {
+    /// `cpu` or `cuda`.
+    pub kind: String,
+    pub name: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Workload {
+    pub n_prompt: u64,
+    pub n_gen: u64,
+    /// Tokens in the cache before the prompt.
+    pub n_depth: u64,
+    pub n_image: u64,
+    pub batch_size: u64,
+}
+
+/// How the repeats were taken.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Protocol {
+    /// Runs before the counted ones, at full shape and length.
+    pub n_warmup: u64,
+    /// What ended the warm-up: `agreed`, `count`, `cap` or `max_time`.
+    pub warmup_ended: String,
+    pub n_repeats: u64,
+    /// What ended the repeats: `rel_ci`, `count` or `max_time`.
+    pub ended: String,
+    /// `interleaved` with the other precisions, or `in_turn`.
+    pub order: String,
+    /// What the intervals span: `within-run`, one start of the worker.
+    pub interval: String,
+}
+
+/// Raw nanoseconds, one entry per counted repeat.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Samples {
+    /// Start of prefill to the first token on the host.
+    pub prefill_ns: Vec<u64>,
+    /// Every decode step of every repeat.
+    pub decode_step_ns: Vec<Vec<u64>>,
+    /// Start of prefill to the last token on the host.
+    pub end_to_end_ns: Vec<u64>,
+    /// The first warm-up run, kept apart: end to end.
+    pub cold_ns: Option<u64>,
+    /// Every warm-up run, the first included: end to end.
+    #[serde(default)]
+    pub warmup_ns: Vec<u64>,
+}
+
+/// Statistics of one metric over the counted repeats.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Summary {
+    pub unit: String,
+    pub median: Option<f64>,
+    pub min: Option<f64>,
+    pub max: Option<f64>,
+    pub mean: Option<f64>,
+    /// Sample standard deviation, n − 1.
+    pub stdev: Option<f64>,
+    pub n: u64,
+    /// 95 % interval of the median.
+    pub ci95_low: Option<f64>,
+    pub ci95_high: Option<f64>,
+    /// Only where the count carries them.
+    pub p50: Option<f64>,
+    pub p90: Option<f64>,
+    pub p95: Option<f64>,
+    pub p99: Option<f64>,
+}
+
+/// A ratio of paired repeats.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Ratio {
+    pub median: f64,
+    pub ci95_low: Option<f64>,
+    pub ci95_high: Option<f64>,
+    /// False where the two precisions did not run in turn.
+    pub paired: bool,
+    /// What the bytes alone allow: bytes per token at fp16 over bytes per token here.
+    pub by_bytes: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Dtypes {
+    pub weights: String,
+    pub compute: String,
+    pub kv_cache: String,
+    pub logits: String,
+}
+
+/// Bytes. On a CPU: resident set of the worker process; on CUDA: the memory pool's own counters.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Memory {
+    /// After load and warm-up, before prefill.
+    pub start_bytes: Option<u64>,
+    /// After the run.
+    pub end_bytes: Option<u64>,
+    /// High-water mark in the run.
+    pub peak_bytes: Option<u64>,
+    /// High-water mark while loading.
+    pub load_peak_bytes: Option<u64>,
+    /// In the stored formats, without padding.
+    pub weights_bytes: Option<u64>,
+    pub kv_cache_bytes: Option<u64>,
+    pub scratch_bytes: Option<u64>,
+    /// Highest resident set of the process from start to end.
+    pub process_peak_rss_bytes: Option<u64>,
+    /// Of a model that did not fit: what it asked for, where known.
+    #[serde(default)]
+    pub wanted_bytes: Option<u64>,
+    /// Of a model that did not fit: what was free then, where known.
+    #[serde(default)]
+    pub free_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Bandwidth {
+    pub weight_bytes_per_token: Option<u64>,
+    /// At the mean depth of the run.
+    pub kv_bytes_per_token: Option<u64>,
+    /// Read bandwidth of this device, measured in the same run.
+    pub read_gb_s: Option<f64>,
+    pub copy_gb_s: Option<f64>,
+    /// Bytes per token times `decode_tps`.
+    pub achieved_gb_s: Option<f64>,
+    /// `achieved_gb_s / read_gb_s`.
+    pub mbu: Option<f64>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Output {
+    pub token_ids: Vec<u32>,
+    pub text: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Environment {
+    pub cpu: String,
+    pub isa: String,
+    pub threads: u64,
+    pub os: String,
+    /// `release` or `debug`.
+    pub build_profile: String,
+    pub features: Vec<String>,
+    pub gpu: Option<String>,
+    pub driver: Option<String>,
+    pub cuda: Option<String>,
+}

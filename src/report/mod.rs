@@ -1,1 +1,68 @@
+//! Reports: what a reader sees of a document. A report is made from records alone and never sees a tensor or a
+//! terminal.
+//!
+//! An output is one file here and one line in [`WRITERS`]. Machine output keeps bytes and `null`; tables for people
+//! show GiB (2^30) and `-`.
 
+mod case;
+mod columns;
+mod command;
+mod csv;
+mod file;
+mod grid;
+mod json;
+mod limits;
+mod markdown;
+mod table;
+mod verdict;
+
+pub use command::{private_words, shareable_command};
+pub use file::{check_writable, write_file};
+pub use limits::{ModelBytes, PrecisionBytes, limits};
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::error::BadInput;
+use crate::record::Document;
+
+/// How a report is written; the defaults are the narrow table.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Every column that the records can fill. Machine output is always whole.
+    pub wide: bool,
+}
+
+/// A row of [`WRITERS`].
+pub struct Writer {
+    /// As `--format` takes it.
+    pub name: &'static str,
+    /// Of files, lower case and without the dot; the first is the usual one.
+    pub extensions: &'static [&'static str],
+    /// One sentence for help and README.
+    pub doc: &'static str,
+    /// The whole output, ending in a newline unless it is empty.
+    pub write: fn(&Document, &Options) -> Result<String>,
+}
+
+/// Every output format, the default first.
+pub static WRITERS: &[Writer] = &[table::WRITER, json::WRITER, json::LINES_WRITER, csv::WRITER, markdown::WRITER];
+
+/// The writer called `name`.
+pub fn find(name: &str) -> Option<&'static Writer> {
+    WRITERS.iter().find(|writer| writer.name == name)
+}
+
+/// The writer for a file by its extension. Fails with [`BadInput`] where no writer has it.
+pub fn by_extension(path: &Path) -> Result<&'static Writer> {
+    let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
+    let writer = WRITERS.iter().find(|writer| writer.extensions.contains(&extension.as_str()));
+    writer.ok_or_else(|| {
+        let known: Vec<_> = WRITERS.iter().flat_map(|w| w.extensions).map(|e| format!(".{e}")).collect();
+        let seen = if extension.is_empty() { "no extension".into() } else { format!("extension `.{extension}`") };
+        BadInput::new(format!("no output format for `{}`: {seen}, known are {}", path.display(), known.join(" ")))
+            .hint("give the file one of these extensions")
+            .into()
+    })
+}

@@ -1,0 +1,308 @@
+//! The CPU engine: a model's plans, lowered once, replayed for each call by a pool of workers that stay inside it from the
+//! first operation to the last. fp32 activations and cache; a decode step allocates nothing.
+
+mod run;
+mod schedule;
+
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+
+use self::run::{Call, Outcome};
+use self::schedule::{Step, lower};
+use super::load::stream;
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
+use crate::events::Listener;
+use crate::kernels::cpu::pool::Pool;
+use crate::kernels::cpu::rope::Angles;
+use crate::kernels::isa::Isa;
+use crate::plan::{CacheSpec, EncoderInputKind, Holds, Model, Op, Plan, RelativeBias, Rows, Storage};
+use crate::quant::{CpuMatrix, Prepared, Stored};
+use crate::weights::spec::MatrixSpec;
+
+/// Weights, caches and activations of one loaded model.
+pub struct CpuSession {
+    pool: Pool,
+    weights: Weights,
+    encoder: Option<Program>,
+    decoder: Program,
+    memory: Memory,
+    /// Tokens in the decoder's caches.
+    position: usize,
+    /// Rows of the last encoder call.
+    encoded: usize,
+    last_token: u32,
+    outliers: OutlierColumns,
+}
+
+/// What calls only read.
+struct Weights {
+    model: Model,
+    isa: Isa,
+    matrices: Vec<Box<dyn CpuMatrix>>,
+    vectors: Vec<Vec<f32>>,
+    angles: Vec<Angles>,
+    biases: Vec<BiasTable>,
+    /// Positions that the decoder's and the encoder's caches can hold.
+    capacity: usize,
+    encoder_capacity: usize,
+    /// Elements are handed to workers in multiples of this, whichever matrix they come from.
+    granule: usize,
+}
+
+/// A plan, lowered, with the memory of its buffers.
+struct Program {
+    plan: Arc<Plan>,
+    steps: Arc<[Step]>,
+    storage: Arc<Storage>,
+    /// One per slot of the storage, `rows · width` elements; grown by the longest call.
+    slots: Vec<Vec<f32>>,
+}
+
+/// What calls write, beside a program's buffers.
+struct Memory {
+    caches: Vec<Cache>,
+    /// Image features, `[patches, hidden]`.
+    features: Vec<f32>,
+    prepared: Prepared,
+    /// One per worker.
+    scratch: Vec<Vec<f32>>,
+}
+
+/// Keys and values of one layer, `[g, capacity, d]` each, so that a head's positions lie together.
+struct Cache {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// A relative bias laid out by distance: `[h, 2 · reach + 1]`, distance 0 in the middle, so that the biases of one query
+/// lie together.
+struct BiasTable {
+    values: Vec<f32>,
+    reach: usize,
+}
+
+impl BiasTable {
+    fn new(bias: &RelativeBias, table: &dyn CpuMatrix, reach: usize) -> Self {
+        let (buckets, heads) = table.shape();
+        let mut learned = vec![0.0; buckets * heads];
+        table.dequantize_rows(0..buckets, &mut learned);
+        let distances = -(reach as i64)..=reach as i64;
+        let of_head = |head: usize| {
+            let learned = &learned;
+            distances.clone().map(move |distance| learned[bias.bucket(distance, buckets) * heads + head])
+        };
+        Self { values: (0..heads).flat_map(of_head).collect(), reach }
+    }
+
+    /// Biases of `head` from a query at `query` to the keys `0..seen`.
+    fn of(&self, head: usize, query: usize, seen: usize) -> &[f32] {
+        let start = head * (2 * self.reach + 1) + self.reach - query;
+        &self.values[start..start + seen]
+    }
+}
+
+/// Loads `setup` for the kernels of `isa`.
+pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
+    let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
+    let streamed = stream(setup, events, &finish)?;
+    let session = CpuSession::new(setup, isa, streamed.matrices, streamed.vectors);
+    Ok(Loaded {
+        session: Box::new(session),
+        load: streamed.elapsed,
+        quantize: streamed.quantize,
+        fp16_overflow: streamed.fp16_overflow,
+        isa: isa.name().to_owned(),
+    })
+}
+
+impl CpuSession {
+    fn new(setup: &Setup, isa: Isa, matrices: Vec<Box<dyn CpuMatrix>>, vectors: Vec<Vec<f32>>) -> Self {
+        let model = setup.model.clone();
+        let reach = setup.capacity.max(setup.encoder_capacity);
+        let cache = |spec: &CacheSpec| {
+            let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
+            let len = spec.kv_heads * capacity * spec.head_dim;
+            Cache { keys: vec![0.0; len], values: vec![0.0; len] }
+        };
+        let bias = |bias: &RelativeBias| BiasTable::new(bias, matrices[bias.table.0].as_ref(), reach);
+        Self {
+            pool: Pool::new(setup.threads),
+            encoder: model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices)),
+            decoder: Program::new(&model.decoder, &matrices),
+            memory: Memory {
+                caches: model.caches.iter().map(cache).collect(),
+                features: Vec::new(),
+                prepared: Prepared::default(),
+                scratch: vec![Vec::new(); setup.threads],
+            },
+            position: 0,
+            encoded: 0,
+            last_token: 0,
+            outliers: OutlierColumns::default(),
+            weights: Weights {
+                angles: model.ropes.iter().map(|r| Angles::new(&r.inverse_frequencies, setup.capacity)).collect(),
+                biases: model.biases.iter().map(bias).collect(),
+                granule: matrices.iter().map(|m| m.row_granule()).max().unwrap_or(1),
+                capacity: setup.capacity,
+                encoder_capacity: setup.encoder_capacity,
+                isa,
+                model,
+                matrices,
+                vectors,
+            },
+        }
+    }
+
+    /// Runs `tokens` through the decoder in one call.
+    fn decoder_call(&mut self, tokens: &[u32]) -> Result<u32> {
+        let end = self.position + tokens.len();
+        if tokens.is_empty() || end > self.weights.capacity {
+            let (n, capacity) = (tokens.len(), self.weights.capacity);
+            bail!("a call of {n} tokens at position {} does not fit a cache of {capacity}", self.position);
+        }
+        self.weights.check_tokens(tokens)?;
+        let call =
+            Call { rows: tokens.len(), tokens, patches: &[], position: self.position, encoded: self.encoded };
+        let outcome = self.decoder.run(&self.weights, &self.pool, &mut self.memory, call);
+        self.last_token = outcome.token;
+        self.position = end;
+        self.outliers.calls += outcome.outlier_calls;
+        self.outliers.columns += outcome.outlier_columns;
+        Ok(self.last_token)
+    }
+
+    fn encoder_call(&mut self, tokens: &[u32], patches: &[f32], rows: usize) -> Result<()> {
+        let capacity = self.weights.encoder_capacity;
+        if rows == 0 || rows > capacity {
+            bail!("an encoder call of {rows} rows does not fit a cache of {capacity}");
+        }
+        self.weights.check_tokens(tokens)?;
+        let Some(encoder) = &mut self.encoder else { bail!("this model has no encoder") };
+        let call = Call { rows, tokens, patches, position: 0, encoded: rows };
+        encoder.run(&self.weights, &self.pool, &mut self.memory, call);
+        self.encoded = rows;
+        Ok(())
+    }
+}
+
+impl Weights {
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        match tokens.iter().find(|&&token| token as usize >= self.model.vocab) {
+            Some(token) => bail!("token {token} is outside the vocabulary of {}", self.model.vocab),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Program {
+    fn new(plan: &Plan, matrices: &[Box<dyn CpuMatrix>]) -> Self {
+        let storage = plan.storage();
+        Self {
+            steps: lower(plan, |matrix| matrices[matrix.0].format()).into(),
+            slots: vec![Vec::new(); storage.slots.len()],
+            storage: Arc::new(storage),
+            plan: Arc::new(plan.clone()),
+        }
+    }
+
+    fn run(&mut self, weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
+        for (slot, floats) in self.storage.slots.iter().zip(&mut self.slots) {
+            let rows = if slot.rows == Rows::Tokens { call.rows } else { 1 };
+            if floats.len() < rows * slot.width {
+                floats.resize(rows * slot.width, 0.0);
+            }
+        }
+        run::run(self, weights, pool, memory, call)
+    }
+
+    /// The logits of the last call, where one was run.
+    fn logits(&self) -> Option<&[f32]> {
+        let logits = self.plan.ops.iter().find_map(|op| match op {
+            Op::Argmax { logits } => Some(logits.0),
+            _ => None,
+        })?;
+        self.slots[self.storage.slot_of[logits]].get(..self.plan.buffers[logits].width)
+    }
+}
+
+impl Session for CpuSession {
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn rewind(&mut self, position: usize) {
+        assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
+        self.position = position;
+    }
+
+    fn encode(&mut self, input: EncoderInput) -> Result<()> {
+        let kind = self.weights.model.encoder.as_ref().map(|encoder| encoder.input);
+        match (kind, input) {
+            (Some(EncoderInputKind::Tokens), EncoderInput::Tokens(tokens)) => {
+                self.encoder_call(tokens, &[], tokens.len())
+            }
+            (Some(EncoderInputKind::Picture(picture)), EncoderInput::Pixels(pixels)) => {
+                self.encoder_call(&[], &patch_rows(pixels, picture)?, picture.patches())
+            }
+            (Some(_), _) => bail!("this model's encoder reads another kind of input"),
+            (None, _) => bail!("this model has no encoder"),
+        }
+    }
+
+    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+        self.decoder_call(tokens)
+    }
+
+    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+        for _ in 0..n {
+            let token = self.decoder_call(&[self.last_token])?;
+            on_token(token);
+        }
+        Ok(())
+    }
+
+    fn logits(&mut self) -> Result<Vec<f32>> {
+        match self.decoder.logits() {
+            Some(logits) => Ok(logits.to_vec()),
+            None => bail!("no token was run yet"),
+        }
+    }
+
+    /// Calls return when their workers are done.
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn footprint(&self) -> Footprint {
+        let Weights { model, matrices, .. } = &self.weights;
+        let stored: Vec<usize> = matrices.iter().map(|m| m.stored_bytes()).collect();
+        let resident: usize = matrices.iter().map(|m| m.resident_bytes()).sum();
+        let vectors = model.vector_bytes();
+        let cache_floats: usize = self.memory.caches.iter().map(|c| c.keys.len() + c.values.len()).sum();
+        Footprint {
+            weights_bytes: (stored.iter().sum::<usize>() + vectors) as u64,
+            // Vectors are held in fp32.
+            weights_resident_bytes: (resident + 2 * vectors) as u64,
+            kv_cache_bytes: 4 * cache_floats as u64,
+            scratch_bytes: self.scratch_bytes() as u64,
+            weight_bytes_per_token: model.weight_bytes_per_token(&stored) as u64,
+            kv_bytes_per_position: model.kv_bytes_per_position(4) as u64,
+            cross_kv_bytes: (model.cross_bytes_per_position(4) * self.encoded) as u64,
+        }
+    }
+
+    fn outlier_columns(&self) -> OutlierColumns {
+        self.outliers
+    }
+}
+
+impl CpuSession {
+    fn scratch_bytes(&self) -> usize {
+        let Memory { features, prepared, scratch, .. } = &self.memory;
+        let programs = self.encoder.iter().chain([&self.decoder]);
+        let buffers = programs.flat_map(|program| &program.slots).chain(scratch).map(Vec::capacity).sum::<usize>();
+        let floats = buffers + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
+        4 * floats + 2 * prepared.i16s.capacity() + prepared.i8s.capacity()
+    }
+}

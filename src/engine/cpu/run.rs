@@ -1,0 +1,361 @@
+//! One call: the workers walk the steps together, each on its own part.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use super::schedule::{Attend, Step, must_meet};
+use super::{Memory, Program, Weights};
+use crate::kernels::cpu::pool::{Pool, Worker};
+use crate::kernels::cpu::shared::SharedSlice;
+use crate::kernels::cpu::{activation, attention, norm, rope, vector};
+use crate::plan::{
+    ActivationKind, BufferId, CacheId, Holds, LinearPart, Mask, MatrixId, NormKind, Plan, Rotate, Rows, Storage,
+    VectorId,
+};
+use crate::quant::Prepared;
+
+/// A prefill hands out attention in blocks of this many query rows of one key/value head.
+const QUERY_BLOCK: usize = 16;
+
+/// What a call is about.
+#[derive(Clone, Copy)]
+pub struct Call<'a> {
+    pub rows: usize,
+    /// One per row; none for a picture.
+    pub tokens: &'a [u32],
+    /// Patches of a picture, `[rows, channels · patch²]`.
+    pub patches: &'a [f32],
+    /// Tokens in the decoder's caches before this call; 0 for an encoder.
+    pub position: usize,
+    /// Rows in the encoder's caches once this call has appended.
+    pub encoded: usize,
+}
+
+/// What a call leaves behind, apart from its buffers.
+pub struct Outcome {
+    pub token: u32,
+    /// Linear groups that looked for outlier columns, and the columns they found.
+    pub outlier_calls: u64,
+    pub outlier_columns: u64,
+}
+
+/// Replays `program` for one call. Its slots must be large enough.
+pub fn run(program: &mut Program, weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
+    let caches = memory.caches.iter_mut();
+    let runner = Runner {
+        weights,
+        plan: &program.plan,
+        storage: &program.storage,
+        call,
+        slots: program.slots.iter_mut().map(|slot| SharedSlice::new(slot)).collect(),
+        caches: caches.map(|c| (SharedSlice::new(&mut c.keys), SharedSlice::new(&mut c.values))).collect(),
+        features: SharedSlice::new(std::slice::from_mut(&mut memory.features)),
+        prepared: SharedSlice::new(std::slice::from_mut(&mut memory.prepared)),
+        scratch: SharedSlice::new(&mut memory.scratch),
+        token: AtomicU32::new(0),
+        outlier_columns: AtomicU64::new(0),
+        outlier_calls: AtomicU64::new(0),
+    };
+    let single = call.rows == 1;
+    let steps = &program.steps;
+    pool.run(&|worker: &Worker| {
+        for (index, step) in steps.iter().enumerate() {
+            if index > 0 && must_meet(&steps[index - 1], step, single) {
+                worker.barrier();
+            }
+            runner.step(step, worker);
+        }
+    });
+    Outcome {
+        token: runner.token.into_inner(),
+        outlier_calls: runner.outlier_calls.into_inner(),
+        outlier_columns: runner.outlier_columns.into_inner(),
+    }
+}
+
+/// Everything the workers share for one call. Who touches what follows from [`Step::split`].
+struct Runner<'a> {
+    weights: &'a Weights,
+    plan: &'a Plan,
+    storage: &'a Storage,
+    call: Call<'a>,
+    slots: Vec<SharedSlice<'a, f32>>,
+    /// Keys and values of each cache.
+    caches: Vec<(SharedSlice<'a, f32>, SharedSlice<'a, f32>)>,
+    /// One element, written by worker 0 at the end of a vision encoder.
+    features: SharedSlice<'a, Vec<f32>>,
+    /// One element, written by worker 0.
+    prepared: SharedSlice<'a, Prepared>,
+    /// One element per worker.
+    scratch: SharedSlice<'a, Vec<f32>>,
+    token: AtomicU32,
+    outlier_columns: AtomicU64,
+    outlier_calls: AtomicU64,
+}
+
+impl Runner<'_> {
+    fn step(&self, step: &Step, worker: &Worker) {
+        let first = worker.index() == 0;
+        match step {
+            Step::Embed { table, scale, image, out } => self.embed(*table, *scale, *image, *out, worker),
+            Step::AddRows { x, table } => self.add_rows(*x, *table, worker),
+            Step::Norm { kind, weight, epsilon, x, out } => self.norm(*kind, *weight, *epsilon, *x, *out, worker),
+            Step::Patches { out } if first => self.whole_mut(*out).copy_from_slice(self.call.patches),
+            Step::Features { x } if first => self.keep_features(*x),
+            Step::LastRow { x, out, scale } if first => self.last_row(*x, *out, *scale),
+            Step::Prepare { x, matrix } if first => self.prepare(*x, *matrix),
+            Step::Argmax { logits } if first => {
+                let token = vector::argmax(self.weights.isa, self.part(*logits, 0, 0..self.width(*logits)));
+                self.token.store(token as u32, Ordering::Relaxed);
+            }
+            Step::Patches { .. } | Step::Features { .. } | Step::LastRow { .. } => {}
+            Step::Prepare { .. } | Step::Argmax { .. } => {}
+            Step::Linear { parts } => parts.iter().for_each(|part| self.linear(part, worker)),
+            Step::Activate { kind, gate, up, out } => self.activate(*kind, *gate, *up, *out, worker),
+            Step::Add { a, b, out } => self.add(*a, *b, *out, worker),
+            Step::Append { k, v, cache, rotate } => self.append(*k, *v, *cache, *rotate, worker),
+            Step::Attend(attend) => self.attend(attend, worker),
+        }
+    }
+
+    fn width(&self, buffer: BufferId) -> usize {
+        self.plan.buffers[buffer.0].width
+    }
+
+    /// Rows of this call.
+    fn rows(&self, buffer: BufferId) -> usize {
+        match self.plan.buffers[buffer.0].rows {
+            Rows::Tokens => self.call.rows,
+            Rows::Last => 1,
+        }
+    }
+
+    /// `columns` of a row, for reading.
+    fn part(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &[f32] {
+        let start = row * self.width(buffer);
+        // SAFETY: a step reads what earlier steps wrote; `must_meet` put a barrier where the split changed, and
+        // `Plan::storage` gives no two buffers that live at once the same slot.
+        unsafe { self.slots[self.storage.slot_of[buffer.0]].range(start + columns.start..start + columns.end) }
+    }
+
+    /// `columns` of a row, for writing by the one worker whose share they are.
+    #[allow(clippy::mut_from_ref)]
+    fn part_mut(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &mut [f32] {
+        let start = row * self.width(buffer);
+        // SAFETY: the split of the step gives these columns of this row to one worker, and no other buffer that is read
+        // in the step shares the slot.
+        unsafe { self.slots[self.storage.slot_of[buffer.0]].range_mut(start + columns.start..start + columns.end) }
+    }
+
+    fn row_mut(&self, buffer: BufferId, row: usize) -> &mut [f32] {
+        self.part_mut(buffer, row, 0..self.width(buffer))
+    }
+
+    /// All rows: for worker 0 in a step of its own.
+    fn whole(&self, buffer: BufferId) -> &[f32] {
+        self.part(buffer, 0, 0..self.rows(buffer) * self.width(buffer))
+    }
+
+    fn whole_mut(&self, buffer: BufferId) -> &mut [f32] {
+        self.part_mut(buffer, 0, 0..self.rows(buffer) * self.width(buffer))
+    }
+
+    #[allow(clippy::mut_from_ref)]
+    fn scratch(&self, worker: &Worker) -> &mut Vec<f32> {
+        // SAFETY: each worker takes the element of its own index.
+        unsafe { &mut self.scratch.range_mut(worker.index()..worker.index() + 1)[0] }
+    }
+
+    fn prepared(&self) -> &Prepared {
+        // SAFETY: written by worker 0 in `prepare` only, with a barrier before any linear reads it.
+        unsafe { &self.prepared.range(0..1)[0] }
+    }
+
+    /// Rows of a call with several are split over the workers; a single row is worker 0's.
+    fn own_rows(&self, buffer: BufferId, worker: &Worker) -> Range<usize> {
+        match (self.rows(buffer), worker.index()) {
+            (1, 0) => 0..1,
+            (1, _) => 0..0,
+            (rows, _) => worker.share(rows, 1),
+        }
+    }
+
+    fn embed(&self, table: MatrixId, scale: f32, image: Option<u32>, out: BufferId, worker: &Worker) {
+        let is_image = |token: &u32| Some(*token) == image;
+        for row in self.own_rows(out, worker) {
+            let (token, out) = (self.call.tokens[row], self.row_mut(out, row));
+            if is_image(&token) {
+                let nth = self.call.tokens[..row].iter().filter(|token| is_image(token)).count();
+                // SAFETY: written by the encoder's call, only read by the decoder's.
+                let features = unsafe { &self.features.range(0..1)[0] };
+                out.copy_from_slice(&features[nth * out.len()..(nth + 1) * out.len()]);
+                continue;
+            }
+            self.weights.matrices[table.0].dequantize_rows(token as usize..token as usize + 1, out);
+            if scale != 1.0 {
+                out.iter_mut().for_each(|value| *value *= scale);
+            }
+        }
+    }
+
+    fn add_rows(&self, x: BufferId, table: MatrixId, worker: &Worker) {
+        let scratch = self.scratch(worker);
+        scratch.resize(scratch.len().max(self.width(x)), 0.0);
+        let learned = &mut scratch[..self.width(x)];
+        for row in self.own_rows(x, worker) {
+            self.weights.matrices[table.0].dequantize_rows(row..row + 1, learned);
+            vector::add_to(self.weights.isa, self.row_mut(x, row), learned);
+        }
+    }
+
+    fn keep_features(&self, x: BufferId) {
+        // SAFETY: worker 0 alone touches the features in an encoder's call.
+        let features = unsafe { &mut self.features.range_mut(0..1)[0] };
+        features.clear();
+        features.extend_from_slice(self.whole(x));
+    }
+
+    fn norm(&self, kind: NormKind, weight: VectorId, epsilon: f32, x: BufferId, out: BufferId, worker: &Worker) {
+        let Weights { isa, vectors, .. } = self.weights;
+        let weight = &vectors[weight.0];
+        for row in self.own_rows(out, worker) {
+            let (x, out) = (self.part(x, row, 0..self.width(x)), self.row_mut(out, row));
+            match kind {
+                NormKind::Rms => norm::rms(*isa, x, weight, epsilon, out),
+                NormKind::Layer { bias } => norm::layer(*isa, x, weight, &vectors[bias.0], epsilon, out),
+            }
+        }
+    }
+
+    fn last_row(&self, x: BufferId, out: BufferId, scale: f32) {
+        let last = self.part(x, self.rows(x) - 1, 0..self.width(x));
+        for (out, value) in self.row_mut(out, 0).iter_mut().zip(last) {
+            *out = scale * value;
+        }
+    }
+
+    fn prepare(&self, x: BufferId, matrix: MatrixId) {
+        let matrix = &self.weights.matrices[matrix.0];
+        // SAFETY: only worker 0 prepares, and the linears that read the last preparation lie behind a barrier.
+        let prepared = unsafe { &mut self.prepared.range_mut(0..1)[0] };
+        prepared.outlier_columns.clear();
+        matrix.prepare(self.whole(x), self.rows(x), prepared);
+        if matrix.finds_outliers() {
+            self.outlier_calls.fetch_add(1, Ordering::Relaxed);
+            self.outlier_columns.fetch_add(prepared.outlier_columns.len() as u64, Ordering::Relaxed);
+        }
+    }
+
+    fn linear(&self, part: &LinearPart, worker: &Worker) {
+        let matrix = &self.weights.matrices[part.weight.0];
+        let columns = worker.share(matrix.shape().0, self.weights.granule);
+        let bias = part.bias.map(|bias| self.weights.vectors[bias.0].as_slice());
+        let y = &self.slots[self.storage.slot_of[part.out.0]];
+        matrix.multiply(self.prepared(), columns, bias, y, self.scratch(worker));
+    }
+
+    fn activate(&self, kind: ActivationKind, gate: BufferId, up: Option<BufferId>, out: BufferId, worker: &Worker) {
+        let columns = worker.share(self.width(out), self.weights.granule);
+        for row in 0..self.rows(out) {
+            let gate = self.part(gate, row, columns.clone());
+            let up = up.map(|up| self.part(up, row, columns.clone()));
+            let out = self.part_mut(out, row, columns.clone());
+            match kind {
+                ActivationKind::Silu => activation::silu(self.weights.isa, gate, up, out),
+                ActivationKind::GeluTanh => activation::gelu_tanh(self.weights.isa, gate, up, out),
+                ActivationKind::Relu => activation::relu(self.weights.isa, gate, up, out),
+            }
+        }
+    }
+
+    /// `out` is `a`: the plan's only sums are residuals.
+    fn add(&self, a: BufferId, b: BufferId, out: BufferId, worker: &Worker) {
+        assert_eq!(a, out, "the CPU engine adds in place");
+        let columns = worker.share(self.width(out), self.weights.granule);
+        for row in 0..self.rows(out) {
+            let b = self.part(b, row, columns.clone());
+            vector::add_to(self.weights.isa, self.part_mut(out, row, columns.clone()), b);
+        }
+    }
+
+    /// Positions that a cache can hold.
+    fn capacity(&self, cache: CacheId) -> usize {
+        match self.weights.model.caches[cache.0].holds {
+            Holds::Decoder => self.weights.capacity,
+            Holds::Encoder => self.weights.encoder_capacity,
+        }
+    }
+
+    /// Each worker takes whole key/value heads with the query heads that read them.
+    fn append(&self, k: BufferId, v: BufferId, cache: CacheId, rotate: Option<Rotate>, worker: &Worker) {
+        let spec = self.weights.model.caches[cache.0];
+        let d = spec.head_dim;
+        let (keys, values) = &self.caches[cache.0];
+        for head in worker.share(spec.kv_heads, 1) {
+            let columns = head * d..(head + 1) * d;
+            for row in 0..self.rows(k) {
+                let position = self.call.position + row;
+                let key = self.part_mut(k, row, columns.clone());
+                if let Some(Rotate { rope, q }) = rotate {
+                    let (cos, sin) = self.weights.angles[rope.0].at(position);
+                    let group = self.width(q) / spec.kv_heads;
+                    let queries = self.part_mut(q, row, head * group..(head + 1) * group);
+                    queries.chunks_exact_mut(d).for_each(|query| rope::rotate(query, cos, sin));
+                    rope::rotate(key, cos, sin);
+                }
+                let at = (head * self.capacity(cache) + position) * d;
+                // SAFETY: this head's positions are this worker's alone in this step.
+                unsafe { keys.range_mut(at..at + d) }.copy_from_slice(key);
+                // SAFETY: as above.
+                unsafe { values.range_mut(at..at + d) }.copy_from_slice(self.part(v, row, columns.clone()));
+            }
+        }
+    }
+
+    /// One row: by key/value heads, as they were appended. Several: by heads and blocks of rows, dealt out in turn since
+    /// later rows see more.
+    fn attend(&self, attend: &Attend, worker: &Worker) {
+        let heads = self.weights.model.caches[attend.cache.0].kv_heads;
+        let rows = self.rows(attend.q);
+        if rows == 1 {
+            worker.share(heads, 1).for_each(|head| self.attend_row(attend, head, 0, worker));
+            return;
+        }
+        let blocks = rows.div_ceil(QUERY_BLOCK);
+        for item in (worker.index()..heads * blocks).step_by(worker.count()) {
+            let (block, head) = (item / heads, item % heads);
+            let rows = block * QUERY_BLOCK..rows.min((block + 1) * QUERY_BLOCK);
+            rows.for_each(|row| self.attend_row(attend, head, row, worker));
+        }
+    }
+
+    /// Positions of the cache that a row sees.
+    fn seen(&self, attend: &Attend, row: usize) -> usize {
+        if self.weights.model.caches[attend.cache.0].holds == Holds::Encoder {
+            return self.call.encoded;
+        }
+        let full = match attend.mask {
+            Mask::Causal => false,
+            Mask::Full => true,
+            Mask::Prefix => self.call.position == 0,
+        };
+        self.call.position + if full { self.call.rows } else { row + 1 }
+    }
+
+    fn attend_row(&self, attend: &Attend, head: usize, row: usize, worker: &Worker) {
+        let spec = self.weights.model.caches[attend.cache.0];
+        let d = spec.head_dim;
+        let seen = self.seen(attend, row);
+        let at = head * self.capacity(attend.cache) * d;
+        let (keys, values) = &self.caches[attend.cache.0];
+        // SAFETY: appended by this worker, or by others before a barrier; nothing appends in this step.
+        let (keys, values) = unsafe { (keys.range(at..at + seen * d), values.range(at..at + seen * d)) };
+        let group = self.width(attend.q) / spec.kv_heads;
+        let columns = head * group..(head + 1) * group;
+        let query = self.part(attend.q, row, columns.clone());
+        let out = self.part_mut(attend.out, row, columns);
+        // One query head a key/value head wherever there is a bias (T5): its biases lie together.
+        let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position + row, seen));
+        attention::attend(self.weights.isa, query, keys, values, d, attend.scale, bias, out, self.scratch(worker));
+    }
+}

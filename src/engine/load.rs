@@ -1,0 +1,181 @@
+//! Streams a model's tensors from a source into a format: read, cast, quantize, finish, drop, several at a time.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use half::f16;
+
+use super::Setup;
+use crate::events::{Event, Listener, Unit};
+use crate::quant::{self, Format, HalfMatrix, Stored};
+use crate::weights::spec::{MatrixSpec, VectorKind, VectorSpec};
+use crate::weights::{Source, policy};
+
+/// fp16 bytes that may be on their way from the source to their final form at once. A larger tensor travels alone.
+/// Together with what quantizing adds, this stays inside the 256 MB that loading may use beyond the final size.
+const IN_FLIGHT_BYTES: usize = 96 << 20;
+
+/// Matrices in the order of the model, finished by the caller, and vectors as fp32.
+pub struct Streamed<T> {
+    pub matrices: Vec<T>,
+    pub vectors: Vec<Vec<f32>>,
+    pub elapsed: Duration,
+    /// Quantizing and finishing, summed over threads and divided by them.
+    pub quantize: Duration,
+    pub fp16_overflow: u64,
+}
+
+/// Loads every tensor of `setup.model` with `setup.threads` threads. `finish` turns a stored matrix into what the engine
+/// keeps; it runs on the loading threads.
+pub fn stream<T: Send>(
+    setup: &Setup,
+    events: &dyn Listener,
+    finish: &(dyn Fn(&MatrixSpec, Box<dyn Stored>) -> candle_core::Result<T> + Sync),
+) -> Result<Streamed<T>> {
+    let start = Instant::now();
+    let formats = Formats::new(setup)?;
+    let specs = &setup.model.matrices;
+    let total = specs.iter().map(|spec| setup.source.stored_bytes(&spec.name)).sum();
+    events.on(Event::Begin { label: format!("load + quantize {}", setup.precision), total, unit: Unit::Bytes });
+
+    let shared = Shared { budget: Budget::default(), ..Shared::default() };
+    let slots: Vec<Mutex<Option<T>>> = specs.iter().map(|_| Mutex::new(None)).collect();
+    let load_one = |index: usize| -> Result<()> {
+        let spec = &specs[index];
+        let bytes = 2 * spec.n * spec.k;
+        let _room = shared.budget.take(bytes);
+        let weight = shared.read(setup.source, spec)?;
+        let begin = Instant::now();
+        let stored = formats.of(spec).quantize(weight).with_context(|| format!("quantizing `{}`", spec.name))?;
+        let finished = finish(spec, stored).with_context(|| format!("placing `{}`", spec.name))?;
+        shared.quantize_ns.fetch_add(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        *slots[index].lock().expect("a loader that panics ends the load") = Some(finished);
+        let done = shared.done_bytes.fetch_add(setup.source.stored_bytes(&spec.name), Ordering::Relaxed);
+        events.on(Event::Progress { done: done + setup.source.stored_bytes(&spec.name) });
+        Ok(())
+    };
+    shared.run(setup.threads, specs.len(), &load_one)?;
+    let vectors =
+        setup.model.vectors.iter().map(|spec| shared.read_vector(setup.source, spec)).collect::<Result<_>>()?;
+    events.on(Event::End);
+
+    let matrices = slots.into_iter().map(|slot| slot.into_inner().ok().flatten());
+    Ok(Streamed {
+        matrices: matrices.collect::<Option<_>>().ok_or_else(|| anyhow!("a loading thread ended early"))?,
+        vectors,
+        elapsed: start.elapsed(),
+        quantize: Duration::from_nanos(shared.quantize_ns.load(Ordering::Relaxed) / setup.threads as u64),
+        fp16_overflow: shared.overflow.load(Ordering::Relaxed),
+    })
+}
+
+/// The asked format, and fp16 for what stays in it.
+struct Formats {
+    asked: Box<dyn Format>,
+    fp16: Box<dyn Format>,
+}
+
+impl Formats {
+    fn new(setup: &Setup) -> Result<Self> {
+        let make = |name: &str| {
+            let entry = quant::find(name).ok_or_else(|| anyhow!("no format is named `{name}`"))?;
+            Ok::<_, anyhow::Error>((entry.new)(setup.options))
+        };
+        Ok(Self { asked: make(setup.precision)?, fp16: make("fp16")? })
+    }
+
+    fn of(&self, spec: &MatrixSpec) -> &dyn Format {
+        match policy::keeps_fp16(spec.role) {
+            true => self.fp16.as_ref(),
+            false => self.asked.as_ref(),
+        }
+    }
+}
+
+/// What the loading threads share.
+#[derive(Default)]
+struct Shared {
+    budget: Budget,
+    next: AtomicUsize,
+    failure: Mutex<Option<anyhow::Error>>,
+    overflow: AtomicU64,
+    quantize_ns: AtomicU64,
+    done_bytes: AtomicU64,
+}
+
+impl Shared {
+    /// Hands out `0..count` to `threads` threads; the first failure stops the rest.
+    fn run(&self, threads: usize, count: usize, one: &(dyn Fn(usize) -> Result<()> + Sync)) -> Result<()> {
+        let work = || {
+            loop {
+                let index = self.next.fetch_add(1, Ordering::Relaxed);
+                if index >= count {
+                    return;
+                }
+                if let Err(error) = one(index) {
+                    self.next.store(count, Ordering::Relaxed);
+                    let mut failure = self.failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                    failure.get_or_insert(error);
+                    return;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(work);
+            }
+        });
+        match self.failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    fn read(&self, source: &dyn Source, spec: &MatrixSpec) -> Result<HalfMatrix> {
+        let mut data = vec![f16::ZERO; spec.n * spec.k];
+        let overflow = source.read_rows(&spec.name, 0..spec.n, &mut data)?;
+        self.overflow.fetch_add(overflow as u64, Ordering::Relaxed);
+        Ok(HalfMatrix { n: spec.n, k: spec.k, data })
+    }
+
+    fn read_vector(&self, source: &dyn Source, spec: &VectorSpec) -> Result<Vec<f32>> {
+        let mut data = vec![f16::ZERO; spec.len];
+        let overflow = source.read_rows(&spec.name, 0..spec.len, &mut data)?;
+        self.overflow.fetch_add(overflow as u64, Ordering::Relaxed);
+        let offset = if spec.kind == VectorKind::NormOffset { 1.0 } else { 0.0 };
+        Ok(data.into_iter().map(|value| value.to_f32() + offset).collect())
+    }
+}
+
+/// Bounds the fp16 bytes in flight.
+#[derive(Default)]
+struct Budget {
+    taken: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Budget {
+    /// Waits until `bytes` more fit, or nothing else is in flight.
+    fn take(&self, bytes: usize) -> Room<'_> {
+        let lock = self.taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let full = |taken: &mut usize| *taken > 0 && *taken + bytes > IN_FLIGHT_BYTES;
+        let mut taken = self.freed.wait_while(lock, full).unwrap_or_else(|poisoned| poisoned.into_inner());
+        *taken += bytes;
+        Room { budget: self, bytes }
+    }
+}
+
+/// Bytes taken from a [`Budget`], given back on drop.
+struct Room<'a> {
+    budget: &'a Budget,
+    bytes: usize,
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        *self.budget.taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) -= self.bytes;
+        self.budget.freed.notify_all();
+    }
+}

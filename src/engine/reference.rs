@@ -1,0 +1,432 @@
+//! The oracle: one operation at a time on candle tensors, on any device.
+//!
+//! On the CPU everything is fp32 and a linear is its format's plain reference; on CUDA activations are fp16, sums and
+//! norms fp32, and a linear is the format's device kernel. Speed is no aim here.
+
+use anyhow::{Context, Result, bail};
+use candle_core::{D, DType, Device, IndexOp, Tensor};
+
+use super::load::{Streamed, stream};
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
+use crate::events::Listener;
+use crate::plan::{ActivationKind, BiasId, BufferId, CacheId, EncoderInputKind, Holds, Mask, Model, NormKind, Op, Plan, Rope};
+use crate::quant::Stored;
+use crate::weights::spec::MatrixSpec;
+
+/// A linear layer on candle tensors.
+pub trait Linear: Send + Sync {
+    /// `y = x · Wᵀ`: `x` is `[m, k]` in the session's compute dtype, `y` `[m, n]` in the same.
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor>;
+
+    /// Rows of the weight, `[tokens, k]` in its own dtype.
+    fn rows(&self, tokens: &[u32]) -> candle_core::Result<Tensor>;
+
+    fn stored_bytes(&self) -> usize;
+}
+
+/// The format's plain reference on the CPU.
+struct Oracle(Box<dyn Stored>);
+
+impl Linear for Oracle {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let (m, _) = x.dims2()?;
+        let (n, _) = self.0.shape();
+        let y = self.0.multiply(&x.flatten_all()?.to_vec1::<f32>()?, m);
+        Tensor::from_vec(y, (m, n), x.device())
+    }
+
+    fn rows(&self, tokens: &[u32]) -> candle_core::Result<Tensor> {
+        let (n, k) = self.0.shape();
+        let table = Tensor::from_vec(self.0.dequantize(), (n, k), &Device::Cpu)?;
+        table.index_select(&Tensor::new(tokens, &Device::Cpu)?, 0)
+    }
+
+    fn stored_bytes(&self) -> usize {
+        self.0.parts().iter().map(|part| part.bytes.len()).sum()
+    }
+}
+
+/// Runs a model's plan on candle tensors.
+pub struct Reference {
+    model: Model,
+    device: Device,
+    compute: DType,
+    matrices: Vec<Box<dyn Linear>>,
+    vectors: Vec<Tensor>,
+    /// Keys and values of each cache, `[g, t, d]`; empty before the first token.
+    caches: Vec<Option<(Tensor, Tensor)>>,
+    position: usize,
+    /// Rows of the last encoder call.
+    encoded: usize,
+    /// `[patches, hidden]`
+    features: Option<Tensor>,
+    /// What [`Op::Patches`] reads: `[patches, channels · patch²]`.
+    patches: Option<Tensor>,
+    logits: Option<Tensor>,
+    last_token: u32,
+}
+
+/// Loads the oracle on the CPU.
+pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
+    let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(Box::new(Oracle(stored)) as Box<dyn Linear>);
+    let streamed = stream(setup, events, &finish)?;
+    Reference::loaded(setup, streamed, Device::Cpu, DType::F32, "candle".to_owned())
+}
+
+impl Reference {
+    /// A session from streamed linears.
+    pub fn loaded(
+        setup: &Setup,
+        streamed: Streamed<Box<dyn Linear>>,
+        device: Device,
+        compute: DType,
+        isa: String,
+    ) -> Result<Loaded> {
+        let vectors = streamed.vectors.into_iter().map(|v| Tensor::new(v, &device)).collect::<Result<_, _>>()?;
+        let session = Self {
+            model: setup.model.clone(),
+            device,
+            compute,
+            matrices: streamed.matrices,
+            vectors,
+            caches: vec![None; setup.model.caches.len()],
+            position: 0,
+            encoded: 0,
+            features: None,
+            patches: None,
+            logits: None,
+            last_token: 0,
+        };
+        Ok(Loaded {
+            session: Box::new(session),
+            load: streamed.elapsed,
+            quantize: streamed.quantize,
+            fp16_overflow: streamed.fp16_overflow,
+            isa,
+        })
+    }
+
+    /// Runs a call of `rows` rows through `plan`.
+    fn run(&mut self, plan: &Plan, tokens: &[u32]) -> Result<()> {
+        let mut buffers = Buffers(vec![None; plan.buffers.len()]);
+        for op in &plan.ops {
+            self.step(op, tokens, &mut buffers).with_context(|| format!("reference executor at {op:?}"))?;
+        }
+        Ok(())
+    }
+
+    fn decoder_call(&mut self, tokens: &[u32]) -> Result<u32> {
+        let plan = self.model.decoder.clone();
+        self.run(&plan, tokens)?;
+        self.position += tokens.len();
+        Ok(self.last_token)
+    }
+
+    fn step(&mut self, op: &Op, tokens: &[u32], buffers: &mut Buffers) -> candle_core::Result<()> {
+        match op {
+            Op::Embed { table, scale, image, out } => {
+                buffers.set(*out, self.embed(tokens, *table, *scale, *image)?);
+            }
+            Op::Patches { out } => {
+                let patches = self.patches.as_ref().ok_or_else(|| missing("a picture"))?;
+                buffers.set(*out, patches.to_dtype(self.compute)?);
+            }
+            Op::AddRows { x, table } => {
+                let rows = buffers.get(*x)?;
+                let ids: Vec<u32> = (0..rows.dim(0)? as u32).collect();
+                let table = self.matrices[table.0].rows(&ids)?.to_dtype(self.compute)?;
+                buffers.set(*x, (rows + table)?);
+            }
+            Op::Features { x } => self.features = Some(buffers.get(*x)?),
+            Op::Norm { kind, weight, epsilon, x, out } => {
+                let y = self.norm(*kind, &self.vectors[weight.0], *epsilon, &buffers.get(*x)?)?;
+                buffers.set(*out, y);
+            }
+            Op::Linear { x, parts } => {
+                let x = buffers.get(*x)?.contiguous()?;
+                for part in parts {
+                    let y = self.matrices[part.weight.0].forward(&x)?;
+                    let y = match part.bias {
+                        Some(bias) => y.broadcast_add(&self.vectors[bias.0].to_dtype(self.compute)?)?,
+                        None => y,
+                    };
+                    buffers.set(part.out, y);
+                }
+            }
+            Op::Append { k, v, cache, rotate } => {
+                let d = self.model.caches[cache.0].head_dim;
+                let (mut k, v) = (buffers.get(*k)?, buffers.get(*v)?);
+                if let Some(rotate) = rotate {
+                    let rope = self.model.ropes[rotate.rope.0].clone();
+                    k = self.rotate(&rope, &k, d)?;
+                    buffers.set(rotate.q, self.rotate(&rope, &buffers.get(rotate.q)?, d)?);
+                }
+                self.append(*cache, heads(&k, d)?, heads(&v, d)?)?;
+            }
+            Op::Attention { q, cache, out, scale, mask, bias } => {
+                let y = self.attend(&buffers.get(*q)?, *cache, *scale, *mask, *bias)?;
+                buffers.set(*out, y);
+            }
+            Op::Activate { kind, gate, up, out } => {
+                let gate = buffers.get(*gate)?;
+                let y = match kind {
+                    ActivationKind::Silu => gate.silu()?,
+                    ActivationKind::GeluTanh => gate.gelu()?,
+                    ActivationKind::Relu => gate.relu()?,
+                };
+                let y = match up {
+                    Some(up) => (y * buffers.get(*up)?)?,
+                    None => y,
+                };
+                buffers.set(*out, y);
+            }
+            Op::Add { a, b, out } => buffers.set(*out, (buffers.get(*a)? + buffers.get(*b)?)?),
+            Op::LastRow { x, out, scale } => {
+                let x = buffers.get(*x)?;
+                buffers.set(*out, (x.narrow(0, x.dim(0)? - 1, 1)? * *scale as f64)?);
+            }
+            Op::Argmax { logits } => {
+                let logits = buffers.get(*logits)?.to_dtype(DType::F32)?.flatten_all()?;
+                self.last_token = first_largest(&logits.to_vec1::<f32>()?);
+                self.logits = Some(logits);
+            }
+        }
+        Ok(())
+    }
+
+    fn embed(
+        &self,
+        tokens: &[u32],
+        table: crate::plan::MatrixId,
+        scale: f32,
+        image: Option<u32>,
+    ) -> candle_core::Result<Tensor> {
+        let rows = (self.matrices[table.0].rows(tokens)?.to_dtype(self.compute)? * scale as f64)?;
+        let n_image = tokens.iter().filter(|&&token| Some(token) == image).count();
+        if n_image == 0 {
+            return Ok(rows);
+        }
+        let features = self.features.as_ref().ok_or_else(|| missing("image features"))?;
+        let mut next = 0;
+        let picked = tokens.iter().enumerate().map(|(row, &token)| {
+            if Some(token) != image {
+                return rows.narrow(0, row, 1);
+            }
+            next += 1;
+            features.narrow(0, next - 1, 1)
+        });
+        Tensor::cat(&picked.collect::<candle_core::Result<Vec<_>>>()?, 0)
+    }
+
+    /// Row by row in fp32, back in the compute dtype.
+    fn norm(&self, kind: NormKind, weight: &Tensor, epsilon: f32, x: &Tensor) -> candle_core::Result<Tensor> {
+        let x = x.to_dtype(DType::F32)?;
+        let centred = match kind {
+            NormKind::Rms => x,
+            NormKind::Layer { .. } => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+        };
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let normed = centred.broadcast_div(&(variance + epsilon as f64)?.sqrt()?)?.broadcast_mul(weight)?;
+        let normed = match kind {
+            NormKind::Rms => normed,
+            NormKind::Layer { bias } => normed.broadcast_add(&self.vectors[bias.0])?,
+        };
+        normed.to_dtype(self.compute)
+    }
+
+    /// `x` is `[t, heads · d]`; each head's first `rotary_dim` elements turn by position.
+    fn rotate(&self, rope: &Rope, x: &Tensor, d: usize) -> candle_core::Result<Tensor> {
+        let (t, width) = x.dims2()?;
+        let half = rope.rotary_dim / 2;
+        let angles: Vec<f32> = (self.position..self.position + t)
+            .flat_map(|position| rope.inverse_frequencies.iter().map(move |f| f * position as f32))
+            .collect();
+        let angles = Tensor::from_vec(angles, (t, 1, half), &self.device)?;
+        let (cos, sin) = (angles.cos()?, angles.sin()?);
+        let x = x.reshape((t, width / d, d))?.to_dtype(DType::F32)?;
+        let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+        let turned_a = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let turned_b = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        let rest = x.narrow(2, 2 * half, d - 2 * half)?;
+        Tensor::cat(&[turned_a, turned_b, rest], 2)?.reshape((t, width))?.to_dtype(self.compute)
+    }
+
+    /// The encoder's caches hold one call, the decoder's grow.
+    fn append(&mut self, cache: CacheId, k: Tensor, v: Tensor) -> candle_core::Result<()> {
+        let old = self.caches[cache.0].take().filter(|_| self.model.caches[cache.0].holds == Holds::Decoder);
+        self.caches[cache.0] = Some(match old {
+            Some((keys, values)) => (Tensor::cat(&[keys, k], 1)?, Tensor::cat(&[values, v], 1)?),
+            None => (k, v),
+        });
+        Ok(())
+    }
+
+    /// `q` is `[t, h · d]`; softmax in fp32.
+    fn attend(
+        &self,
+        q: &Tensor,
+        cache: CacheId,
+        scale: f32,
+        mask: Mask,
+        bias: Option<BiasId>,
+    ) -> candle_core::Result<Tensor> {
+        let spec = self.model.caches[cache.0];
+        let (keys, values) = self.caches[cache.0].as_ref().ok_or_else(|| missing("keys and values"))?;
+        let (t, width) = q.dims2()?;
+        let (g, d, total) = (spec.kv_heads, spec.head_dim, keys.dim(1)?);
+        let group = width / d / g;
+        // [t, g · group, d] → [g, group · t, d]: the heads of a group read the same keys.
+        let q = q.reshape((t, g, group, d))?.permute((1, 2, 0, 3))?.reshape((g, group * t, d))?;
+        let (q, keys, values) = (q.to_dtype(DType::F32)?, keys.to_dtype(DType::F32)?, values.to_dtype(DType::F32)?);
+        let scores = (q.matmul(&keys.transpose(1, 2)?.contiguous()?)? * scale as f64)?;
+        let bias = self.bias(g * group, t, total, mask, bias)?;
+        let bias = Tensor::from_vec(bias, (g, group * t, total), &self.device)?;
+        let scores = (scores + bias)?;
+        let weights = (scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?).exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        let out = weights.matmul(&values.contiguous()?)?.reshape((g, group, t, d))?;
+        out.permute((2, 0, 1, 3))?.reshape((t, width))?.to_dtype(self.compute)
+    }
+
+    /// What is added to the scores, `[h, t, total]`: the relative bias, and −∞ where the mask hides a key.
+    fn bias(&self, h: usize, t: usize, total: usize, mask: Mask, bias: Option<BiasId>) -> candle_core::Result<Vec<f32>> {
+        let causal = match mask {
+            Mask::Causal => true,
+            Mask::Full => false,
+            Mask::Prefix => self.position > 0,
+        };
+        let table = match bias {
+            Some(bias) => {
+                let bias = &self.model.biases[bias.0];
+                let buckets = self.model.matrices[bias.table.0].n;
+                let ids: Vec<u32> = (0..buckets as u32).collect();
+                let rows = self.matrices[bias.table.0].rows(&ids)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+                Some((bias, rows))
+            }
+            None => None,
+        };
+        let mut out = Vec::with_capacity(h * t * total);
+        for head in 0..h {
+            for row in 0..t {
+                let query = total - t + row;
+                out.extend((0..total).map(|key| match &table {
+                    _ if causal && key > query => f32::NEG_INFINITY,
+                    Some((bias, rows)) => rows[bias.bucket(key as i64 - query as i64, rows.len())][head],
+                    None => 0.0,
+                }));
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// The buffers of one call.
+struct Buffers(Vec<Option<Tensor>>);
+
+impl Buffers {
+    fn get(&self, id: BufferId) -> candle_core::Result<Tensor> {
+        self.0[id.0].clone().ok_or_else(|| missing("a buffer"))
+    }
+
+    fn set(&mut self, id: BufferId, value: Tensor) {
+        self.0[id.0] = Some(value);
+    }
+}
+
+fn missing(what: &str) -> candle_core::Error {
+    candle_core::Error::Msg(format!("{what} is read before it is written"))
+}
+
+/// `[t, heads · d]` → `[heads, t, d]`
+fn heads(x: &Tensor, d: usize) -> candle_core::Result<Tensor> {
+    let (t, width) = x.dims2()?;
+    x.reshape((t, width / d, d))?.transpose(0, 1)?.contiguous()
+}
+
+/// The lowest index among the largest values, as torch.argmax gives it on a CPU.
+fn first_largest(logits: &[f32]) -> u32 {
+    let better = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
+    (1..logits.len()).fold(0, better) as u32
+}
+
+impl Session for Reference {
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn rewind(&mut self, position: usize) {
+        assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
+        let specs = self.model.caches.iter();
+        for (_, cache) in specs.zip(&mut self.caches).filter(|(spec, _)| spec.holds == Holds::Decoder) {
+            *cache = match cache.take() {
+                Some((k, v)) if position > 0 => match (k.i((.., ..position)), v.i((.., ..position))) {
+                    (Ok(k), Ok(v)) => Some((k, v)),
+                    _ => None,
+                },
+                _ => None,
+            };
+        }
+        self.position = position;
+    }
+
+    fn encode(&mut self, input: EncoderInput) -> Result<()> {
+        let Some(encoder) = self.model.encoder.clone() else { bail!("this model has no encoder") };
+        match (encoder.input, input) {
+            (EncoderInputKind::Tokens, EncoderInput::Tokens(tokens)) => {
+                self.encoded = tokens.len();
+                self.run(&encoder.plan, tokens)
+            }
+            (EncoderInputKind::Picture(picture), EncoderInput::Pixels(pixels)) => {
+                let patches = patch_rows(pixels, picture)?;
+                let width = patches.len() / picture.patches();
+                self.encoded = picture.patches();
+                self.patches = Some(Tensor::from_vec(patches, (picture.patches(), width), &self.device)?);
+                self.run(&encoder.plan, &[])
+            }
+            _ => bail!("this model's encoder reads another kind of input"),
+        }
+    }
+
+    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+        if tokens.is_empty() {
+            bail!("a prefill needs at least one token");
+        }
+        self.decoder_call(tokens)
+    }
+
+    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+        for _ in 0..n {
+            let token = self.decoder_call(&[self.last_token])?;
+            on_token(token);
+        }
+        Ok(())
+    }
+
+    fn logits(&mut self) -> Result<Vec<f32>> {
+        let logits = self.logits.as_ref().context("no token was run yet")?;
+        Ok(logits.to_vec1::<f32>()?)
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(self.device.synchronize()?)
+    }
+
+    fn footprint(&self) -> Footprint {
+        let stored: Vec<usize> = self.matrices.iter().map(|m| m.stored_bytes()).collect();
+        let kv_per_position = self.model.kv_bytes_per_position(self.compute.size_in_bytes());
+        let weights_bytes = (stored.iter().sum::<usize>() + self.model.vector_bytes()) as u64;
+        Footprint {
+            weights_bytes,
+            weights_resident_bytes: weights_bytes,
+            kv_cache_bytes: (kv_per_position * self.position) as u64,
+            scratch_bytes: 0,
+            weight_bytes_per_token: self.model.weight_bytes_per_token(&stored) as u64,
+            kv_bytes_per_position: kv_per_position as u64,
+            cross_kv_bytes: (self.model.cross_bytes_per_position(self.compute.size_in_bytes()) * self.encoded) as u64,
+        }
+    }
+
+    fn outlier_columns(&self) -> OutlierColumns {
+        OutlierColumns::default()
+    }
+}

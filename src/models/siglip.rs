@@ -1,0 +1,93 @@
+//! SigLIP's vision tower (Zhai et al. 2023): patches, learned positions, pre-norm blocks that see everything.
+
+use candle_core::{Result, bail};
+use serde::Deserialize;
+
+use super::config::{activation, require_positive};
+use crate::plan::{ActivationKind, BufferId, Builder, CacheId, Holds, LinearLayer, Mask, Path, Picture, Role};
+
+/// Settings with SiglipVisionConfig's defaults where a file leaves the key out.
+#[derive(Debug, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    pub hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_channels: usize,
+    pub image_size: usize,
+    pub patch_size: usize,
+    layer_norm_eps: f32,
+    hidden_act: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            hidden_size: 768,
+            intermediate_size: 3072,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            num_channels: 3,
+            image_size: 224,
+            patch_size: 16,
+            layer_norm_eps: 1e-6,
+            hidden_act: "gelu_pytorch_tanh".to_owned(),
+        }
+    }
+}
+
+impl Config {
+    pub fn check(&self) -> Result<()> {
+        require_positive(&[
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_attention_heads", self.num_attention_heads),
+            ("patch_size", self.patch_size),
+            ("image_size", self.image_size),
+        ])?;
+        let (size, patch) = (self.image_size, self.patch_size);
+        if size % patch != 0 || self.hidden_size % self.num_attention_heads != 0 || self.num_channels != 3 {
+            bail!("config.json's vision tower must have 3 channels, an image size ({size}) in whole patches ({patch}) and equal heads");
+        }
+        Ok(())
+    }
+}
+
+/// The tower under `path`: patches to the last norm.
+pub fn tower(b: &mut Builder, path: &Path, config: &Config, picture: Picture) -> Result<BufferId> {
+    let activation = activation(&config.hidden_act)?;
+    let path = path.at("vision_model");
+    let embeddings = path.at("embeddings");
+    let patches = b.patches(picture, config.num_channels);
+    let x = b.linear_as(Role::Patches, patches, embeddings.at("patch_embedding"), config.hidden_size, true);
+    let positions =
+        b.matrix(&embeddings.at("position_embedding"), picture.patches(), config.hidden_size, Role::Embedding);
+    b.add_rows(x, positions);
+    // The layers of one call use it one after the other.
+    let heads = config.num_attention_heads;
+    let cache = b.cache(heads, config.hidden_size / heads, Holds::Encoder);
+    for layer in 0..config.num_hidden_layers {
+        block(b, &path.at("encoder").at("layers").at(layer), config, activation, cache, x);
+    }
+    Ok(b.layer_norm(&path.at("post_layernorm"), config.layer_norm_eps, x))
+}
+
+/// `x += attention(norm(x))`, then `x += feed_forward(norm(x))`.
+fn block(b: &mut Builder, path: &Path, config: &Config, activation: ActivationKind, cache: CacheId, x: BufferId) {
+    let (n, d) = (config.hidden_size, config.hidden_size / config.num_attention_heads);
+    let h = b.layer_norm(&path.at("layer_norm1"), config.layer_norm_eps, x);
+    let attention = path.at("self_attn");
+    let names = ["q_proj", "k_proj", "v_proj"];
+    let [q, k, v] = b.linears(h, names.map(|name| LinearLayer { path: attention.at(name), n, bias: true }));
+    b.append(k, v, cache);
+    let h = b.attention(q, cache, 1.0 / (d as f32).sqrt(), Mask::Full, None);
+    let h = b.linear(h, attention.at("out_proj"), n, true);
+    b.add_to(x, h);
+
+    let h = b.layer_norm(&path.at("layer_norm2"), config.layer_norm_eps, x);
+    let h = b.linear(h, path.at("mlp").at("fc1"), config.intermediate_size, true);
+    let h = b.activate(activation, h, None);
+    let h = b.linear(h, path.at("mlp").at("fc2"), n, true);
+    b.add_to(x, h);
+}

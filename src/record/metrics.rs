@@ -1,0 +1,260 @@
+//! The numbers that tables, gates and reports can name: one row each.
+//!
+//! A row with a function is computed from a record's raw samples into [`Record::metrics`]; one without points at a number that
+//! lies elsewhere in the record.
+
+use std::collections::BTreeMap;
+
+use super::{Record, Summary};
+use crate::stats;
+
+/// A row of [`METRICS`].
+pub struct Metric {
+    /// Unique; as flags, columns and gates spell it.
+    pub key: &'static str,
+    pub unit: &'static str,
+    pub better: Better,
+    /// One sentence: what it is.
+    pub doc: &'static str,
+    /// Where it lies in a record: keys joined by dots.
+    pub path: &'static str,
+    /// Values of each repeat, from the raw samples; empty where the workload does not define the metric.
+    pub values: Option<fn(&Record) -> Vec<Vec<f64>>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Better {
+    Higher,
+    Lower,
+}
+
+use Better::{Higher, Lower};
+
+/// Every metric, in the order that wide tables show them.
+pub static METRICS: &[Metric] = &[
+    Metric {
+        key: "decode_tps",
+        unit: "tokens/s",
+        better: Higher,
+        doc: "tokens after the first over the time from the first to the last",
+        path: "metrics.decode_tps.median",
+        values: Some(|r| per_repeat(r, |repeat| Some(repeat.n_steps()? / seconds(repeat.decode_ns())))),
+    },
+    Metric {
+        key: "prefill_tps",
+        unit: "tokens/s",
+        better: Higher,
+        doc: "prompt and image tokens over the prefill time",
+        path: "metrics.prefill_tps.median",
+        values: Some(|r| {
+            let n_tokens = (r.workload.n_prompt + r.workload.n_image) as f64;
+            per_repeat(r, |repeat| Some(n_tokens / seconds(repeat.prefill_ns)))
+        }),
+    },
+    Metric {
+        key: "output_tps",
+        unit: "tokens/s",
+        better: Higher,
+        doc: "generated tokens over the end-to-end time, prefill included",
+        path: "metrics.output_tps.median",
+        values: Some(|r| per_repeat(r, |repeat| Some(repeat.n_gen / seconds(repeat.end_to_end_ns)))),
+    },
+    Metric {
+        key: "ttft_ms",
+        unit: "ms",
+        better: Lower,
+        doc: "start of prefill to the first token known on the host",
+        path: "metrics.ttft_ms.median",
+        values: Some(|r| per_repeat(r, |repeat| Some(milliseconds(repeat.prefill_ns)))),
+    },
+    Metric {
+        key: "tpot_ms",
+        unit: "ms",
+        better: Lower,
+        doc: "time per output token after the first, one value a repeat",
+        path: "metrics.tpot_ms.median",
+        values: Some(|r| per_repeat(r, |repeat| Some(milliseconds(repeat.decode_ns()) / repeat.n_steps()?))),
+    },
+    Metric {
+        key: "itl_ms",
+        unit: "ms",
+        better: Lower,
+        doc: "inter-token latency, one value a decode step; its interval is over the repeats' medians",
+        path: "metrics.itl_ms.median",
+        values: Some(|r| {
+            r.samples.decode_step_ns.iter().map(|s| s.iter().map(|&ns| milliseconds(ns)).collect()).collect()
+        }),
+    },
+    Metric {
+        key: "latency_s",
+        unit: "s",
+        better: Lower,
+        doc: "end to end: start of prefill to the last token known on the host",
+        path: "metrics.latency_s.median",
+        values: Some(|r| per_repeat(r, |repeat| Some(seconds(repeat.end_to_end_ns)))),
+    },
+    Metric {
+        key: "latency_per_token_ms",
+        unit: "ms",
+        better: Lower,
+        doc: "end-to-end time over generated tokens",
+        path: "metrics.latency_per_token_ms.median",
+        values: Some(|r| per_repeat(r, |repeat| Some(milliseconds(repeat.end_to_end_ns) / repeat.n_gen))),
+    },
+    Metric {
+        key: "load_s",
+        unit: "s",
+        better: Lower,
+        doc: "first byte read to weights usable",
+        path: "metrics.load_s.median",
+        values: Some(|r| r.phases.get("load").map(|&s| vec![vec![s]]).unwrap_or_default()),
+    },
+    stored("speedup_vs_fp16", "x", Higher, "decode_tps over that of fp16 in the same run", "ratio_to_fp16.median"),
+    stored(
+        "speedup_by_bytes",
+        "x",
+        Higher,
+        "what the bytes of a decode step allow over fp16",
+        "ratio_to_fp16.by_bytes",
+    ),
+    stored("mbu", "share", Higher, "bytes a second that decoding reads over the read bandwidth", "bandwidth.mbu"),
+    stored("achieved_gb_s", "GB/s", Higher, "bytes per token times decode_tps", "bandwidth.achieved_gb_s"),
+    stored("read_gb_s", "GB/s", Higher, "read bandwidth of the device in the same run", "bandwidth.read_gb_s"),
+    stored("copy_gb_s", "GB/s", Higher, "copy bandwidth of the device in the same run", "bandwidth.copy_gb_s"),
+    stored(
+        "weight_bytes_per_token",
+        "bytes",
+        Lower,
+        "bytes of weights that one decode step must read",
+        "bandwidth.weight_bytes_per_token",
+    ),
+    stored(
+        "kv_bytes_per_token",
+        "bytes",
+        Lower,
+        "bytes of keys and values that one decode step reads at the mean depth of the run",
+        "bandwidth.kv_bytes_per_token",
+    ),
+    stored("start_bytes", "bytes", Lower, "memory after load and warm-up", "memory.start_bytes"),
+    stored("end_bytes", "bytes", Lower, "memory after the run", "memory.end_bytes"),
+    stored("peak_bytes", "bytes", Lower, "highest memory in the run", "memory.peak_bytes"),
+    stored("load_peak_bytes", "bytes", Lower, "highest memory while loading", "memory.load_peak_bytes"),
+    stored("weights_bytes", "bytes", Lower, "weights in their stored formats", "memory.weights_bytes"),
+    stored("kv_cache_bytes", "bytes", Lower, "key/value cache", "memory.kv_cache_bytes"),
+    stored("scratch_bytes", "bytes", Lower, "activations and scratch", "memory.scratch_bytes"),
+    stored(
+        "process_peak_rss_bytes",
+        "bytes",
+        Lower,
+        "highest resident set of the worker process from start to end",
+        "memory.process_peak_rss_bytes",
+    ),
+    stored(
+        "outlier_columns_mean",
+        "columns",
+        Lower,
+        "LLM.int8's outlier columns per linear call",
+        "int8.outlier_columns_mean",
+    ),
+];
+
+/// The row of `key`.
+pub fn find(key: &str) -> Option<&'static Metric> {
+    METRICS.iter().find(|metric| metric.key == key)
+}
+
+/// All computed metrics of a record, by key.
+pub fn summaries(record: &Record) -> BTreeMap<String, Summary> {
+    METRICS
+        .iter()
+        .filter_map(|metric| Some((metric.key.to_owned(), stats::summarize(metric.unit, &metric.values?(record)))))
+        .collect()
+}
+
+/// One value a repeat of a computed metric, for ratios and stopping rules; empty where it is undefined.
+pub fn repeats(record: &Record, key: &str) -> Vec<f64> {
+    let values = find(key).and_then(|metric| metric.values).map(|values| values(record)).unwrap_or_default();
+    values.iter().filter_map(|group| stats::median(group)).collect()
+}
+
+impl Metric {
+    /// The number in a record; `None` where it is undefined.
+    pub fn value(&self, record: &Record) -> Option<f64> {
+        self.value_in(&serde_json::to_value(record).ok()?)
+    }
+
+    /// The number in a record that is JSON already.
+    pub fn value_in(&self, record: &serde_json::Value) -> Option<f64> {
+        self.path.split('.').try_fold(record, |value, key| value.get(key))?.as_f64()
+    }
+}
+
+/// A row for a number that lies elsewhere in the record.
+const fn stored(
+    key: &'static str,
+    unit: &'static str,
+    better: Better,
+    doc: &'static str,
+    path: &'static str,
+) -> Metric {
+    Metric { key, unit, better, doc, path, values: None }
+}
+
+/// The times of one repeat.
+struct Repeat {
+    n_gen: f64,
+    prefill_ns: u64,
+    end_to_end_ns: u64,
+}
+
+impl Repeat {
+    fn decode_ns(&self) -> u64 {
+        self.end_to_end_ns.saturating_sub(self.prefill_ns)
+    }
+
+    /// Decode steps; `None` where the first token was the only one.
+    fn n_steps(&self) -> Option<f64> {
+        (self.n_gen > 1.0).then_some(self.n_gen - 1.0)
+    }
+}
+
+/// Applies a metric to each repeat. A repeat without a value, or with one that is not finite, is left out.
+fn per_repeat(record: &Record, value: impl Fn(&Repeat) -> Option<f64>) -> Vec<Vec<f64>> {
+    let samples = &record.samples;
+    let times = samples.prefill_ns.iter().zip(&samples.end_to_end_ns);
+    times
+        .map(|(&prefill_ns, &end_to_end_ns)| Repeat { n_gen: record.workload.n_gen as f64, prefill_ns, end_to_end_ns })
+        .filter_map(|repeat| value(&repeat).filter(|value| value.is_finite()))
+        .map(|value| vec![value])
+        .collect()
+}
+
+fn seconds(ns: u64) -> f64 {
+    ns as f64 / 1e9
+}
+
+fn milliseconds(ns: u64) -> f64 {
+    ns as f64 / 1e6
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn keys_and_paths_are_unique() {
+        let keys: HashSet<_> = METRICS.iter().map(|metric| metric.key).collect();
+        let paths: HashSet<_> = METRICS.iter().map(|metric| metric.path).collect();
+        assert_eq!((keys.len(), paths.len()), (METRICS.len(), METRICS.len()));
+    }
+
+    #[test]
+    fn computed_rows_point_into_metrics() {
+        for metric in METRICS {
+            let computed = format!("metrics.{}.median", metric.key);
+            assert_eq!(metric.path == computed, metric.values.is_some(), "{}", metric.key);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! What the readable outputs share: the records of one case, their title and their warnings.
+
+use crate::record::{Document, Record, Status, Workload};
+
+pub const GIB: f64 = (1u64 << 30) as f64;
+
+/// The runs of neighbouring records that differ in precision alone: one table each.
+pub fn cases(document: &Document) -> impl Iterator<Item = &[Record]> {
+    document.records.chunk_by(|a, b| {
+        a.model == b.model
+            && a.weights.source == b.weights.source
+            && a.device == b.device
+            && a.workload == b.workload
+            && a.engine == b.engine
+            && a.environment.threads == b.environment.threads
+    })
+}
+
+/// Model, device and workload in one line. `records` is one case, never empty.
+pub fn title(records: &[Record]) -> String {
+    let first = &records[0];
+    let random = if first.weights.source == "random" { " (random weights)" } else { "" };
+    let engine = if first.engine.name == "quantbench" { String::new() } else { format!(" by {}", first.engine.name) };
+    plain(&format!("{}{random}{engine} on {}: {}", first.model.id, device(first), workload(&first.workload)))
+}
+
+fn device(record: &Record) -> String {
+    let environment = &record.environment;
+    let mut text = record.device.name.clone();
+    if record.device.kind == "cpu" {
+        text += &format!(", {} {}", environment.threads, if environment.threads == 1 { "thread" } else { "threads" });
+    }
+    if !environment.isa.is_empty() {
+        text += &format!(", {}", environment.isa);
+    }
+    text
+}
+
+/// The lengths of a workload, for example `8 prompt + 64 new tokens after 512 in the cache`.
+pub fn workload(workload: &Workload) -> String {
+    let image = if workload.n_image > 0 { format!("{} image + ", workload.n_image) } else { String::new() };
+    let depth = if workload.n_depth > 0 { format!(" after {} in the cache", workload.n_depth) } else { String::new() };
+    let tokens = if workload.n_gen == 1 { "token" } else { "tokens" };
+    format!("{image}{} prompt + {} new {tokens}{depth}", workload.n_prompt, workload.n_gen)
+}
+
+/// Each warning once, after the precisions that it holds for.
+pub fn warnings(records: &[Record]) -> Vec<String> {
+    let mut seen: Vec<(&str, Vec<&str>)> = Vec::new();
+    for record in records {
+        for message in &record.warnings {
+            match seen.iter_mut().find(|(known, _)| known == message) {
+                Some((_, precisions)) if precisions.contains(&record.precision.as_str()) => {}
+                Some((_, precisions)) => precisions.push(&record.precision),
+                None => seen.push((message, vec![&record.precision])),
+            }
+        }
+    }
+    let line = |(message, precisions): (&str, Vec<&str>)| plain(&format!("{}: {message}", precisions.join(", ")));
+    seen.into_iter().map(line).collect()
+}
+
+/// The commands that made the records of a case, each once.
+pub fn commands(records: &[Record]) -> Vec<&str> {
+    let mut commands: Vec<&str> = Vec::new();
+    for record in records {
+        if !record.command.is_empty() && !commands.contains(&record.command.as_str()) {
+            commands.push(&record.command);
+        }
+    }
+    commands
+}
+
+/// `ok`, or the status with its reason.
+pub fn status(record: &Record) -> String {
+    match &record.reason {
+        Some(reason) if record.status != Status::Ok => plain(&format!("{}: {reason}", status_word(record.status))),
+        _ => status_word(record.status).into(),
+    }
+}
+
+/// As records spell it.
+pub fn status_word(status: Status) -> &'static str {
+    match status {
+        Status::Ok => "ok",
+        Status::Oom => "oom",
+        Status::Invalid => "invalid",
+        Status::Error => "error",
+        Status::Timeout => "timeout",
+    }
+}
+
+/// One line without control characters: names and reasons come from files, and a terminal obeys escape sequences.
+pub fn plain(text: &str) -> String {
+    let lines: Vec<_> = text.lines().map(str::trim_end).collect();
+    lines.join("; ").chars().filter(|c| !c.is_control()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_from_outside_is_one_line_without_escapes() {
+        assert_eq!(plain("a\nb\r\nc"), "a; b; c");
+        assert_eq!(plain("\u{1b}[31mred\u{7}"), "[31mred");
+    }
+}

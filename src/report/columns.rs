@@ -1,0 +1,162 @@
+//! The columns of the readable tables, as data: a new one is a row of [`COLUMNS`].
+
+use super::case::{self, GIB};
+use super::grid::decimals;
+use crate::record::{Record, Status, Summary};
+
+/// What one record shows in one column.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Cell {
+    Unknown,
+    Number(f64),
+    Percent(f64),
+    /// A median and half its 95 % interval.
+    Interval(f64, f64),
+    /// The two ends of a 95 % interval.
+    Between(f64, f64),
+    /// A speed-up and what the bytes alone allow.
+    Of(f64, f64),
+}
+
+pub struct Column {
+    pub name: &'static str,
+    pub unit: &'static str,
+    /// Shown in the wide table alone, and there only where some record has a value.
+    pub wide: bool,
+    pub cell: fn(&Record) -> Cell,
+}
+
+const fn narrow(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell) -> Column {
+    Column { name, unit, wide: false, cell }
+}
+
+const fn wide(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell) -> Column {
+    Column { name, unit, wide: true, cell }
+}
+
+/// From left to right, after the precision.
+pub static COLUMNS: &[Column] = &[
+    narrow("decode", "tokens/s", |r| interval(r, "decode_tps")),
+    narrow("x fp16", "(bytes allow)", speed_up),
+    narrow("of limit", "%", percent_of_limit),
+    narrow("peak", "GiB", |r| gib(r.memory.peak_bytes)),
+    narrow("weights", "GiB", |r| gib(r.memory.weights_bytes)),
+    narrow("TTFT", "ms", |r| median(r, "ttft_ms")),
+    wide("x fp16", "95 % interval", speed_up_interval),
+    wide("end to end", "ms/token", |r| median(r, "latency_per_token_ms")),
+    wide("ITL p50", "ms", |r| percentile(r, |s| s.p50)),
+    wide("ITL p95", "ms", |r| percentile(r, |s| s.p95)),
+    wide("ITL p99", "ms", |r| percentile(r, |s| s.p99)),
+    wide("load", "s", |r| median(r, "load_s")),
+    wide("prefill", "tokens/s", |r| median(r, "prefill_tps")),
+    wide("output", "tokens/s", |r| median(r, "output_tps")),
+    wide("outliers", "columns/call", |r| number(r.int8.as_ref().and_then(|int8| int8.outlier_columns_mean))),
+    wide("cold run", "s", |r| number(r.samples.cold_ns.map(|ns| ns as f64 / 1e9))),
+];
+
+/// A case as texts.
+pub struct Sheet {
+    /// Name and unit, the precision first.
+    pub headers: Vec<(&'static str, &'static str)>,
+    pub rows: Vec<Row>,
+}
+
+pub struct Row {
+    pub precision: String,
+    /// One text a column, or status and reason of a record that is not ok: its numbers would mislead.
+    pub values: Result<Vec<String>, String>,
+}
+
+/// Lays out one case; `wide` takes in every column that some record has a value for.
+pub fn sheet(records: &[Record], wide: bool) -> Sheet {
+    let ok: Vec<_> = records.iter().filter(|record| record.status == Status::Ok).collect();
+    let known = |column: &Column| ok.iter().any(|record| (column.cell)(record) != Cell::Unknown);
+    let columns: Vec<_> = COLUMNS.iter().filter(|column| !column.wide || (wide && known(column))).collect();
+    let decimals: Vec<_> = columns.iter().map(|column| column_decimals(column, &ok)).collect();
+
+    let row = |record: &Record| Row {
+        precision: case::plain(&record.precision),
+        values: match record.status {
+            Status::Ok => Ok(columns.iter().zip(&decimals).map(|(c, &d)| (c.cell)(record).text(d)).collect()),
+            _ => Err(case::status(record)),
+        },
+    };
+    let headers = std::iter::once(("precision", "")).chain(columns.iter().map(|c| (c.name, c.unit)));
+    Sheet { headers: headers.collect(), rows: records.iter().map(row).collect() }
+}
+
+/// The same for every row, so that the digits line up.
+fn column_decimals(column: &Column, records: &[&Record]) -> usize {
+    decimals(records.iter().map(|record| (column.cell)(record).magnitude()).fold(0.0, f64::max))
+}
+
+impl Cell {
+    fn magnitude(&self) -> f64 {
+        match *self {
+            Cell::Unknown => 0.0,
+            Cell::Number(x) | Cell::Percent(x) | Cell::Interval(x, _) | Cell::Between(_, x) | Cell::Of(x, _) => x.abs(),
+        }
+    }
+
+    fn text(&self, decimals: usize) -> String {
+        match *self {
+            Cell::Unknown => "-".into(),
+            Cell::Number(x) => format!("{x:.decimals$}"),
+            Cell::Percent(x) => format!("{x:.1}"),
+            Cell::Interval(x, half) => format!("{x:.decimals$} ± {half:.decimals$}"),
+            Cell::Between(low, high) => format!("{low:.decimals$} to {high:.decimals$}"),
+            Cell::Of(x, allowed) => format!("{x:.decimals$} (of {allowed:.decimals$})"),
+        }
+    }
+}
+
+fn summary<'a>(record: &'a Record, key: &str) -> Option<&'a Summary> {
+    record.metrics.get(key)
+}
+
+fn number(value: Option<f64>) -> Cell {
+    value.filter(|x| x.is_finite()).map_or(Cell::Unknown, Cell::Number)
+}
+
+fn gib(bytes: Option<u64>) -> Cell {
+    number(bytes.map(|bytes| bytes as f64 / GIB))
+}
+
+fn median(record: &Record, key: &str) -> Cell {
+    number(summary(record, key).and_then(|s| s.median))
+}
+
+fn percent_of_limit(record: &Record) -> Cell {
+    record.bandwidth.mbu.filter(|mbu| mbu.is_finite()).map_or(Cell::Unknown, |mbu| Cell::Percent(100.0 * mbu))
+}
+
+fn interval(record: &Record, key: &str) -> Cell {
+    match summary(record, key).map(|s| (s.median, s.ci95_low, s.ci95_high)) {
+        Some((Some(median), Some(low), Some(high))) => Cell::Interval(median, (high - low) / 2.0),
+        Some((median, ..)) => number(median),
+        None => Cell::Unknown,
+    }
+}
+
+fn percentile(record: &Record, pick: fn(&Summary) -> Option<f64>) -> Cell {
+    number(summary(record, "itl_ms").and_then(pick))
+}
+
+/// fp16 is its own baseline: 1 of 1 as soon as it decoded.
+fn speed_up(record: &Record) -> Cell {
+    match &record.ratio_to_fp16 {
+        _ if record.precision == "fp16" => match median(record, "decode_tps") {
+            Cell::Unknown => Cell::Unknown,
+            _ => Cell::Of(1.0, 1.0),
+        },
+        Some(ratio) => Cell::Of(ratio.median, ratio.by_bytes),
+        None => Cell::Unknown,
+    }
+}
+
+fn speed_up_interval(record: &Record) -> Cell {
+    match record.ratio_to_fp16.map(|ratio| (ratio.ci95_low, ratio.ci95_high)) {
+        Some((Some(low), Some(high))) if record.precision != "fp16" => Cell::Between(low, high),
+        _ => Cell::Unknown,
+    }
+}

@@ -1,0 +1,100 @@
+//! Markdown for issues and notes: the same rows as the table, the warnings, and the command to repeat it.
+
+use anyhow::Result;
+
+use super::columns::{self, Row};
+use super::{Options, Writer, case, verdict};
+use crate::record::{Document, Record};
+
+pub const WRITER: Writer = Writer {
+    name: "markdown",
+    extensions: &["md", "markdown"],
+    doc: "the table for issues and notes, with the command that repeats it",
+    write,
+};
+
+fn write(document: &Document, options: &Options) -> Result<String> {
+    let blocks: Vec<_> = case::cases(document).map(|records| block(records, options)).collect();
+    Ok(blocks.join("\n"))
+}
+
+fn block(records: &[Record], options: &Options) -> String {
+    let mut text = format!("## {}\n\n", escape(&case::title(records)));
+    text += &format!("{}\n\n{}", escape(&verdict::verdict(records)), rows(records, options.wide));
+    let warnings = case::warnings(records);
+    if !warnings.is_empty() {
+        text += "\nWarnings:\n\n";
+    }
+    for warning in warnings {
+        text += &format!("- {}\n", escape(&warning));
+    }
+    let commands = case::commands(records);
+    if !commands.is_empty() {
+        text += &format!("\nTo repeat it:\n\n{}", fenced(&commands.join("\n")));
+    }
+    text
+}
+
+fn rows(records: &[Record], wide: bool) -> String {
+    let sheet = columns::sheet(records, wide);
+    let header = |&(name, unit): &(&str, &str)| match unit {
+        "" => name.to_owned(),
+        remark if remark.starts_with('(') => format!("{name} {remark}"),
+        unit => format!("{name}, {unit}"),
+    };
+    let marks = std::iter::once(":---").chain(std::iter::repeat("---:")).take(sheet.headers.len());
+    let mut text = line(sheet.headers.iter().map(header)) + &line(marks.map(String::from));
+    for Row { precision, values } in &sheet.rows {
+        // A table has no spanning cells: a reason stands in the first column and the others stay empty.
+        let values = match values {
+            Ok(values) => values.clone(),
+            Err(status) => {
+                let empty = std::iter::repeat_n(String::new(), sheet.headers.len().saturating_sub(2));
+                std::iter::once(status.clone()).chain(empty).collect()
+            }
+        };
+        text += &line(std::iter::once(precision.clone()).chain(values));
+    }
+    text
+}
+
+fn line(cells: impl Iterator<Item = String>) -> String {
+    let cells: Vec<_> = cells.map(|cell| escape(&cell)).collect();
+    format!("| {} |\n", cells.join(" | "))
+}
+
+/// Characters that Markdown or HTML would read as markup.
+fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if matches!(c, '\\' | '|' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '#' | '~') {
+            out.push('\\');
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// A code block whose fence is longer than any run of backticks in it.
+fn fenced(code: &str) -> String {
+    let code: String = code.chars().filter(|&c| c == '\n' || !c.is_control()).collect();
+    let longest = code.split(|c| c != '`').map(str::len).max().unwrap_or(0);
+    let fence = "`".repeat(longest.max(2) + 1);
+    format!("{fence}sh\n{code}\n{fence}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn markup_in_names_is_text() {
+        assert_eq!(escape("a|b_c <i>"), "a\\|b\\_c \\<i\\>");
+    }
+
+    #[test]
+    fn a_fence_outlasts_what_it_holds() {
+        assert_eq!(fenced("echo hi"), "```sh\necho hi\n```\n");
+        assert_eq!(fenced("a ```` b"), "`````sh\na ```` b\n`````\n");
+    }
+}

@@ -1,0 +1,251 @@
+//! Tiny models against the reference runs in tests/golden: every executor, every instruction set, every precision.
+
+use std::path::{Path, PathBuf};
+
+use quantbench::engine::{self, Device, EncoderInput, Session, Setup};
+use quantbench::events::Silent;
+use quantbench::harness::picture::Preprocessor;
+use quantbench::kernels::isa::Isa;
+use quantbench::plan::{EncoderInputKind, Model};
+use quantbench::quant::FormatOptions;
+use quantbench::weights::{self, Request, WeightsChoice};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+const MODELS: [&str; 9] = [
+    "llama-tiny",
+    "llama-odd",
+    "phi-tiny",
+    "phi-odd",
+    "t5-tiny",
+    "t5-odd",
+    "t5-tied-relu",
+    "paligemma-tiny",
+    "paligemma-odd",
+];
+const N_GEN: usize = 16;
+
+/// fp32 against fp32: transformers itself moves by 3e-5 between eager, cached and fp64 (tests/golden/README.md).
+const FP32_LOGIT_TOLERANCE: f32 = 2e-4;
+
+/// NF4: a relative input change of 1e-6 moves logits by up to 1.6e-4 (tests/golden/README.md).
+const NF4_LOGIT_TOLERANCE: f32 = 1e-3;
+
+/// LLM.int8 where no activation lies near a rounding boundary (tests/golden/README.md).
+const INT8_LOGIT_TOLERANCE: f32 = 1e-3;
+
+#[derive(Debug, Clone, Copy)]
+enum Executor {
+    Reference,
+    Cpu(Isa),
+}
+
+fn executors() -> Vec<Executor> {
+    let cpu = Isa::available().into_iter().map(Executor::Cpu);
+    std::iter::once(Executor::Reference).chain(cpu).collect()
+}
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+/// A loaded model and what its encoder reads beside the prompt.
+struct Loaded {
+    plan: Model,
+    session: Box<dyn Session>,
+    pixels: Vec<f32>,
+}
+
+fn load(model: &str, precision: &str, executor: Executor) -> Loaded {
+    let folder = golden().join("models").join(model);
+    let request = Request {
+        model_id: folder.display().to_string(),
+        revision: None,
+        offline: true,
+        weights: WeightsChoice::Auto,
+        seed: 0,
+        outlier_channels: 0,
+    };
+    let checkpoint = weights::open(&request, &Silent).unwrap();
+    let plan = quantbench::models::build(&checkpoint.config).unwrap();
+    let source = checkpoint.source(&plan.matrices, &plan.vectors).unwrap();
+    let setup = Setup {
+        model: &plan,
+        source: source.as_ref(),
+        precision,
+        options: FormatOptions::default(),
+        device: Device::Cpu,
+        threads: 2,
+        capacity: 320,
+        encoder_capacity: 256,
+    };
+    let loaded = match executor {
+        Executor::Reference => engine::reference::load(&setup, &Silent).unwrap(),
+        Executor::Cpu(isa) => engine::cpu::load(&setup, isa, &Silent).unwrap(),
+    };
+    let pixels = match plan.encoder.as_ref().map(|encoder| encoder.input) {
+        Some(EncoderInputKind::Picture(picture)) => {
+            let config = std::fs::read_to_string(folder.join("preprocessor_config.json")).unwrap();
+            let config = serde_json::from_str(&config).unwrap();
+            let preprocessor = Preprocessor::new(Some(&config), picture.size).unwrap();
+            preprocessor.open(&folder.join("image.png")).unwrap().values
+        }
+        _ => Vec::new(),
+    };
+    Loaded { plan, session: loaded.session, pixels }
+}
+
+impl Loaded {
+    /// Encoder and first decoder call over `prompt`; returns the first token.
+    fn begin(&mut self, prompt: &[u32]) -> u32 {
+        self.session.rewind(0);
+        match self.plan.encoder.as_ref().map(|encoder| encoder.input) {
+            None => self.session.prefill(prompt).unwrap(),
+            Some(EncoderInputKind::Tokens) => {
+                self.session.encode(EncoderInput::Tokens(prompt)).unwrap();
+                self.session.prefill(&[self.plan.decoder_start.unwrap()]).unwrap()
+            }
+            Some(EncoderInputKind::Picture(_)) => {
+                self.session.encode(EncoderInput::Pixels(&self.pixels)).unwrap();
+                self.session.prefill(prompt).unwrap()
+            }
+        }
+    }
+
+    /// Greedy generation: the ids and the logits of each step.
+    fn generate(&mut self, prompt: &[u32]) -> (Vec<u32>, Vec<Vec<f32>>) {
+        let mut ids = vec![self.begin(prompt)];
+        let mut logits = vec![self.session.logits().unwrap()];
+        while ids.len() < N_GEN {
+            self.session.decode(1, &mut |id| ids.push(id)).unwrap();
+            logits.push(self.session.logits().unwrap());
+        }
+        (ids, logits)
+    }
+
+    /// Logits of each step when the reference's own tokens are fed.
+    fn forced(&mut self, prompt: &[u32], tokens: &[u32]) -> Vec<Vec<f32>> {
+        self.begin(prompt);
+        let mut logits = vec![self.session.logits().unwrap()];
+        for &token in &tokens[..tokens.len() - 1] {
+            self.session.prefill(&[token]).unwrap();
+            logits.push(self.session.logits().unwrap());
+        }
+        logits
+    }
+}
+
+/// The prompts and tensors of one golden file.
+struct Golden {
+    facts: Value,
+    bytes: Vec<u8>,
+}
+
+impl Golden {
+    fn open(model: &str, file: &str) -> Self {
+        let folder = golden().join("expected").join(model);
+        let facts = std::fs::read_to_string(folder.join(format!("{file}.json"))).unwrap();
+        let bytes = std::fs::read(folder.join(format!("{file}.safetensors"))).unwrap();
+        Self { facts: serde_json::from_str(&facts).unwrap(), bytes }
+    }
+
+    fn floats(&self, name: &str) -> Vec<f32> {
+        let tensors = SafeTensors::deserialize(&self.bytes).unwrap();
+        let data = tensors.tensor(name).unwrap().data().to_vec();
+        data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Every step's logits and ids of a whole greedy run.
+fn check_run(model: &str, precision: &str, golden: &Golden, prompts: &Value, prefix: &str, tolerance: f32) {
+    let reference = Golden::open(model, "golden");
+    for executor in executors() {
+        let mut loaded = load(model, precision, executor);
+        for (i, prompt) in prompts.as_array().unwrap().iter().enumerate() {
+            let case = format!("{model} {precision} {executor:?} prompt {i}");
+            let input = ids(&reference.facts["prompts"][i]["input_ids"]);
+            let (tokens, logits) = loaded.generate(&input);
+            let expected = golden.floats(&format!("{prefix}p{i}.step_logits"));
+            let vocab = expected.len() / N_GEN;
+            assert_eq!(tokens, ids(&prompt["generated_ids"]), "{case}");
+            for (step, logits) in logits.iter().enumerate() {
+                let difference = largest_difference(logits, &expected[step * vocab..(step + 1) * vocab]);
+                assert!(difference <= tolerance, "{case} step {step}: logits differ by {difference}");
+            }
+        }
+    }
+}
+
+#[test]
+fn fp16_logits_and_ids_equal_the_reference() {
+    for model in MODELS {
+        let golden = Golden::open(model, "golden");
+        check_run(model, "fp16", &golden, &golden.facts["prompts"], "", FP32_LOGIT_TOLERANCE);
+    }
+}
+
+#[test]
+fn nf4_logits_and_ids_equal_the_reference() {
+    for model in MODELS {
+        let golden = Golden::open(model, "quant_golden");
+        let prompts = &golden.facts["variants"]["nf4_f32"]["prompts"];
+        check_run(model, "nf4", &golden, prompts, "nf4_f32.", NF4_LOGIT_TOLERANCE);
+    }
+}
+
+#[test]
+fn int8_logits_equal_the_reference_where_they_are_stable_and_its_cost_elsewhere() {
+    for model in MODELS {
+        let (reference, golden) = (Golden::open(model, "golden"), Golden::open(model, "quant_golden"));
+        for executor in executors() {
+            let mut loaded = load(model, "int8", executor);
+            for (i, facts) in golden.facts["variants"]["int8_f32"]["prompts"].as_array().unwrap().iter().enumerate() {
+                let case = format!("{model} int8 {executor:?} prompt {i}");
+                let prompt = &reference.facts["prompts"][i];
+                let fp32 = reference.floats(&format!("p{i}.step_logits"));
+                let vocab = fp32.len() / N_GEN;
+                let logits = loaded.forced(&ids(&prompt["input_ids"]), &ids(&prompt["generated_ids"]));
+
+                let expected = golden.floats(&format!("int8_f32.p{i}.step_logits"));
+                if facts["input_noise_1e-6"]["first_step_stable"].as_bool().unwrap() {
+                    let difference = largest_difference(&logits[0], &expected[..vocab]);
+                    assert!(difference <= INT8_LOGIT_TOLERANCE, "{case}: first logits differ by {difference}");
+                }
+                let kl: Vec<f64> =
+                    (0..N_GEN).map(|s| kl_divergence(&fp32[s * vocab..(s + 1) * vocab], &logits[s])).collect();
+                let mean = kl.iter().sum::<f64>() / kl.len() as f64;
+                let known = facts["forced_mean_kl"].as_f64().unwrap();
+                assert!(mean <= 2.0 * known && mean >= known / 2.0, "{case}: mean KL {mean}, reference {known}");
+            }
+        }
+    }
+}
+
+/// `Σ p · ln(p / q)` over softmaxes of the logits, in nats.
+fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
+    let log_softmax = |x: &[f32]| {
+        let largest = x.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+        let sum: f64 = x.iter().map(|&x| (x as f64 - largest).exp()).sum();
+        x.iter().map(|&x| x as f64 - largest - sum.ln()).collect::<Vec<f64>>()
+    };
+    let (p, q) = (log_softmax(p), log_softmax(q));
+    p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum()
+}
+
+#[test]
+fn a_rewound_session_repeats_itself_bit_for_bit() {
+    for precision in ["fp16", "int8", "nf4"] {
+        let mut loaded = load("llama-tiny", precision, Executor::Cpu(Isa::detect()));
+        let first = loaded.generate(&[1, 2, 3]);
+        assert_eq!(first, loaded.generate(&[1, 2, 3]), "{precision}");
+    }
+}

@@ -1,0 +1,307 @@
+//! Every writer over every example document of `tests/golden/records`, and the schema of the record.
+//!
+//! `UPDATE_EXPECT=1 cargo test --test report` writes the expected files anew; review the difference.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+use quantbench::record::metrics::{self, METRICS};
+use quantbench::record::{Document, Record, SCHEMA_VERSION};
+use quantbench::report::{self, Options, WRITERS};
+use serde_json::Value;
+
+const RECORDS: &str = "tests/golden/records";
+
+/// Holds `actual` against the file at `path`, or writes it there.
+fn check(path: &Path, actual: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    if env::var_os("UPDATE_EXPECT").is_some() {
+        fs::create_dir_all(path.parent().expect("a file has a folder")).expect("make the folder");
+        return report::write_file(&path, actual).expect("write the expected file");
+    }
+    let expected = fs::read_to_string(&path).unwrap_or_default();
+    let regenerate = "if the new text is right: UPDATE_EXPECT=1 cargo test --test report";
+    assert!(expected == actual, "{} differs\n{}\n{regenerate}", path.display(), first_difference(&expected, actual));
+}
+
+fn first_difference(expected: &str, actual: &str) -> String {
+    let (mut old, mut new) = (expected.lines(), actual.lines());
+    for number in 1.. {
+        match (old.next(), new.next()) {
+            (None, None) => break,
+            (a, b) if a == b => {}
+            (a, b) => {
+                return format!("line {number}\n  expected: {}\n  actual:   {}", a.unwrap_or("-"), b.unwrap_or("-"));
+            }
+        }
+    }
+    "line ends differ".into()
+}
+
+/// The example documents by name.
+fn documents() -> Vec<(String, String)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(RECORDS);
+    let mut paths: Vec<PathBuf> =
+        fs::read_dir(folder).expect("the example records").map(|e| e.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|e| e == "json"));
+    paths.sort();
+    let name = |path: &Path| path.file_stem().unwrap().to_string_lossy().into_owned();
+    paths.iter().map(|path| (name(path), fs::read_to_string(path).expect("read an example"))).collect()
+}
+
+fn parsed() -> Vec<(String, Document)> {
+    documents().into_iter().map(|(name, text)| (name, serde_json::from_str(&text).expect("parse an example"))).collect()
+}
+
+/// The examples' samples are made by hand; what follows from them is computed. After changing samples, update twice: the
+/// other expected files are made from these.
+#[test]
+fn examples_agree_with_their_samples() {
+    for (name, mut document) in parsed() {
+        for record in &mut document.records {
+            record.metrics = metrics::summaries(record);
+        }
+        let text = serde_json::to_string_pretty(&document).expect("a document is JSON") + "\n";
+        check(Path::new(&format!("{RECORDS}/{name}.json")), &text);
+    }
+}
+
+#[test]
+fn every_writer_writes_every_document_as_expected() {
+    for (name, document) in parsed() {
+        for writer in WRITERS {
+            // What JSON holds is checked by the round trip below; a copy of the example would add nothing.
+            if writer.name.starts_with("json") {
+                continue;
+            }
+            for (suffix, options) in [("", Options { wide: false }), ("-wide", Options { wide: true })] {
+                let text = (writer.write)(&document, &options).expect("write");
+                assert!(text.ends_with('\n'), "{name} {}", writer.name);
+                if suffix.is_empty() || writer.name == "table" {
+                    let file = format!("{RECORDS}/expected/{name}{suffix}.{}", writer.extensions[0]);
+                    check(Path::new(&file), &text);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_empty_document_is_no_error() {
+    let document = Document { schema_version: SCHEMA_VERSION, records: vec![] };
+    for writer in WRITERS {
+        (writer.write)(&document, &Options::default()).expect("write");
+    }
+}
+
+#[test]
+fn json_round_trips() {
+    for (name, text) in documents() {
+        let document: Document = serde_json::from_str(&text).expect("parse");
+        let written = (report::find("json").expect("a writer").write)(&document, &Options::default()).expect("write");
+        let value = |text: &str| serde_json::from_str::<Value>(text).expect("parse");
+        assert_eq!(value(&written), value(&text), "{name}");
+        assert_eq!(serde_json::from_str::<Document>(&written).expect("parse"), document, "{name}");
+    }
+}
+
+#[test]
+fn jsonl_has_one_record_a_line() {
+    for (name, document) in parsed() {
+        let text = (report::find("jsonl").expect("a writer").write)(&document, &Options::default()).expect("write");
+        let records: Vec<Record> = text.lines().map(|line| serde_json::from_str(line).expect("parse a line")).collect();
+        assert_eq!(records, document.records, "{name}");
+        for line in text.lines() {
+            let value: Value = serde_json::from_str(line).expect("parse a line");
+            assert_eq!(value["schema_version"], SCHEMA_VERSION, "{name}");
+        }
+    }
+}
+
+#[test]
+fn csv_rows_have_as_many_fields_as_the_header() {
+    for (name, document) in parsed() {
+        let text = (report::find("csv").expect("a writer").write)(&document, &Options::default()).expect("write");
+        let rows = csv_rows(&text);
+        assert_eq!(rows.len(), 1 + document.records.len(), "{name}");
+        for row in &rows {
+            assert_eq!(row.len(), rows[0].len(), "{name}");
+        }
+        for metric in METRICS {
+            let column = rows[0].iter().position(|field| field == metric.key).expect("a column");
+            for (row, record) in rows[1..].iter().zip(&document.records) {
+                assert_eq!(row[column].parse().ok(), metric.value(record), "{name} {}", metric.key);
+            }
+        }
+    }
+}
+
+/// Fields as a reader of RFC 4180 sees them.
+fn csv_rows(text: &str) -> Vec<Vec<String>> {
+    let (mut rows, mut row, mut field, mut quoted) = (vec![], vec![], String::new(), false);
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        match c {
+            '"' if quoted && chars.peek() == Some(&'"') => field.extend(chars.next()),
+            '"' => quoted = !quoted,
+            ',' if !quoted => row.push(std::mem::take(&mut field)),
+            '\n' if !quoted => {
+                row.push(std::mem::take(&mut field));
+                rows.push(std::mem::take(&mut row));
+            }
+            c => field.push(c),
+        }
+    }
+    assert!(!quoted && field.is_empty() && row.is_empty(), "the text ends in the middle of a row");
+    rows
+}
+
+#[test]
+fn no_output_holds_control_characters_or_private_words() {
+    for (name, document) in parsed() {
+        for writer in WRITERS {
+            let text = (writer.write)(&document, &Options { wide: true }).expect("write");
+            assert_eq!(report::private_words(&text, &[]), Vec::<String>::new(), "{name} {}", writer.name);
+            let readable = matches!(writer.name, "table" | "markdown");
+            assert!(!readable || text.chars().all(|c| c == '\n' || !c.is_control()), "{name} {}", writer.name);
+        }
+    }
+}
+
+#[test]
+fn writers_have_unique_names_and_extensions() {
+    let mut words: Vec<_> = WRITERS.iter().flat_map(|writer| writer.extensions).collect();
+    let n = words.len();
+    words.sort();
+    words.dedup();
+    assert_eq!(words.len(), n);
+    for writer in WRITERS {
+        assert_eq!(report::find(writer.name).expect("a writer").name, writer.name);
+        for extension in writer.extensions {
+            let path = format!("some/file.{}", extension.to_uppercase());
+            assert_eq!(report::by_extension(Path::new(&path)).expect("a writer").name, writer.name);
+        }
+    }
+}
+
+#[test]
+fn an_unknown_extension_names_the_known_ones() {
+    for (path, seen) in [("r.xml", "extension `.xml`"), ("r", "no extension"), (".json", "no extension")] {
+        let error = report::by_extension(Path::new(path)).err().expect("an error");
+        let known = ".txt .json .jsonl .ndjson .csv .md .markdown";
+        assert_eq!(error.to_string(), format!("no output format for `{path}`: {seen}, known are {known}"));
+        assert_eq!(quantbench::error::exit_code(&error), 2);
+    }
+}
+
+#[test]
+fn files_are_written_whole() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("r.json");
+    report::check_writable(&path).expect("writable");
+    assert_eq!(fs::read_dir(&folder).expect("read").count(), 0, "checking leaves nothing");
+    for text in ["first, longer", "second"] {
+        report::write_file(&path, text).expect("write");
+        report::check_writable(&path).expect("still writable");
+        assert_eq!(fs::read_to_string(&path).expect("read"), text);
+        assert_eq!(fs::read_dir(&folder).expect("read").count(), 1, "no temporary file stays");
+    }
+}
+
+#[test]
+fn unwritable_paths_say_which_and_why() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("file");
+    fs::write(&file, "kept").expect("write");
+    let cases = [
+        (folder.path().to_owned(), "it is a folder"),
+        (folder.path().join("none/r.json"), "there is no folder `"),
+        (file.join("r.json"), "is no folder"),
+        (PathBuf::new(), "this names no file"),
+        (PathBuf::from(".."), "this names no file"),
+    ];
+    for (path, why) in cases {
+        for error in [report::check_writable(&path), report::write_file(&path, "text")].map(Result::unwrap_err) {
+            let message = error.to_string();
+            assert!(message.starts_with(&format!("cannot write `{}`: ", path.display())), "{message}");
+            assert!(message.contains(why), "{message}");
+            assert!(quantbench::error::hint(&error).is_some(), "{message}");
+        }
+    }
+    assert_eq!(fs::read_to_string(&file).expect("read"), "kept");
+}
+
+#[cfg(unix)]
+#[test]
+fn links_are_followed_and_modes_kept() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let folder = tempfile::tempdir().expect("a folder");
+    let (file, link) = (folder.path().join("real.json"), folder.path().join("link.json"));
+    fs::write(&file, "old").expect("write");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).expect("set the mode");
+    symlink(&file, &link).expect("link");
+    report::write_file(&link, "new").expect("write");
+    assert!(fs::symlink_metadata(&link).expect("stat").is_symlink());
+    assert_eq!(fs::read_to_string(&file).expect("read"), "new");
+    assert_eq!(fs::metadata(&file).expect("stat").permissions().mode() & 0o777, 0o640);
+    report::check_writable(Path::new("/dev/null")).expect("a device is writable");
+    report::write_file(Path::new("/dev/null"), "gone").expect("a device is written in place");
+}
+
+#[test]
+fn schema_matches_the_types() {
+    let schema = schemars::schema_for!(Document);
+    let text = serde_json::to_string_pretty(&schema).expect("a schema is JSON") + "\n";
+    check(Path::new("docs/record.schema.json"), &text);
+}
+
+/// What every record must have, by dotted path.
+const KEYS: &[&str] = &[
+    "status",
+    "reason",
+    "engine: name version commit",
+    "command",
+    "timestamp",
+    "model: id revision architecture parameters",
+    "weights: source dtype seed hash fp16_overflow",
+    "precision",
+    "int8: threshold outlier_columns_mean",
+    "device: kind name",
+    "workload: n_prompt n_gen n_depth n_image batch_size",
+    "phases",
+    "samples: prefill_ns decode_step_ns end_to_end_ns",
+    "metrics",
+    "dtypes: weights compute kv_cache logits",
+    "ratio_to_fp16: median ci95_low ci95_high paired by_bytes",
+    "memory: start_bytes end_bytes peak_bytes load_peak_bytes weights_bytes kv_cache_bytes process_peak_rss_bytes",
+    "bandwidth: weight_bytes_per_token kv_bytes_per_token read_gb_s achieved_gb_s mbu",
+    "output: token_ids text",
+    "environment: cpu isa threads os build_profile features gpu driver cuda",
+    "warnings",
+];
+
+#[test]
+fn the_schema_has_every_promised_key() {
+    let schema = serde_json::to_value(schemars::schema_for!(Document)).expect("a schema is JSON");
+    let record = &schema["$defs"]["Record"];
+    for line in KEYS {
+        let (key, fields) = line.split_once(':').unwrap_or((line, ""));
+        let value = &record["properties"][key];
+        assert!(value.is_object(), "`{key}` is not in the schema");
+        let definition = resolve(&schema, value);
+        for field in fields.split_whitespace() {
+            assert!(definition["properties"][field].is_object(), "`{key}.{field}` is not in the schema");
+        }
+    }
+    let summary = &schema["$defs"]["Summary"]["properties"];
+    for field in ["unit", "median", "min", "max", "mean", "stdev", "n", "ci95_low", "ci95_high"] {
+        assert!(summary[field].is_object(), "`metrics.*.{field}` is not in the schema");
+    }
+}
+
+/// The definition behind a reference, also where `null` is allowed beside it.
+fn resolve<'a>(schema: &'a Value, value: &'a Value) -> &'a Value {
+    let any_of = value["anyOf"].as_array().into_iter().flatten();
+    let reference = std::iter::once(value).chain(any_of).find_map(|value| value["$ref"].as_str());
+    reference.and_then(|reference| schema.pointer(reference.trim_start_matches('#'))).unwrap_or(value)
+}
