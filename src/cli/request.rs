@@ -20,7 +20,7 @@ pub struct Request {
     pub file: Option<(PathBuf, &'static Writer)>,
     pub options: report::Options,
     pub quiet: bool,
-    /// No model was named: the reader is new here, so the table ends with what comes next.
+    /// Nothing was asked for by name: the reader is new here, so the table ends with what comes next.
     pub is_first_look: bool,
 }
 
@@ -48,10 +48,14 @@ impl Request {
             file: args.output.as_deref().map(output_file).transpose()?,
             options: report::Options { wide: args.wide },
             quiet: args.quiet,
-            is_first_look: args.model_id == DEFAULT_MODEL_ID && args.format.is_none(),
+            is_first_look: is_first_look(args),
             case,
         })
     }
+}
+
+fn is_first_look(args: &RunArgs) -> bool {
+    args.model_id == DEFAULT_MODEL_ID && args.precision == ["all"] && args.format.is_none()
 }
 
 fn model(args: &RunArgs) -> weights::Request {
@@ -115,9 +119,9 @@ fn device(word: &str) -> Result<DeviceChoice, BadInput> {
         _ => None,
     };
     match choice {
-        None => {
-            Err(BadInput::new(format!("unknown device `{word}`: known are auto, cpu, cuda and cuda:N (N counts from 0)")))
-        }
+        None => Err(BadInput::new(format!(
+            "unknown device `{word}`: known are auto, cpu, cuda and cuda:N (N counts from 0)"
+        ))),
         Some(DeviceChoice::Cuda(_)) if !cfg!(feature = "cuda") => {
             Err(BadInput::new(format!("`--device {word}`: this build has no CUDA support"))
                 .hint("build with `cargo build --release --features cuda`, or measure with `--device cpu`"))
