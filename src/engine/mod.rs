@@ -7,6 +7,7 @@ mod cuda;
 #[cfg(not(feature = "cuda"))]
 #[path = "no_cuda.rs"]
 mod cuda;
+pub mod fake;
 mod load;
 pub mod reference;
 

@@ -1,5 +1,27 @@
 //! One case → records: workers, protocol, clock, memory, environment, validity, warnings. Never prints.
 
+pub mod assemble;
+pub mod clock;
+pub mod environment;
+pub mod load;
+mod logits;
+pub mod measure;
+pub mod memory;
+mod parent;
+mod process;
+mod prompt;
+pub mod protocol;
+pub mod schedule;
+pub mod stopping;
+mod validity;
+pub mod warnings;
+mod worker;
+
+pub use parent::run;
+pub use process::SUBCOMMAND;
+pub use prompt::DEFAULT_TEXT;
+pub use worker::worker_main;
+
 use std::path::PathBuf;
 
 use crate::quant::FormatOptions;
@@ -62,5 +84,35 @@ pub struct Protocol {
 impl Default for Protocol {
     fn default() -> Self {
         Self { warmup: None, repeats: None, min_repeats: 6, min_time_s: 3.0, max_time_s: 20.0, rel_ci: 0.02 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An ordinary case; tests vary what they are about.
+    pub fn case() -> Case {
+        Case {
+            model: crate::weights::Request {
+                model_id: "tiny".to_owned(),
+                revision: None,
+                offline: true,
+                weights: crate::weights::WeightsChoice::Random,
+                seed: 1,
+                outlier_channels: 0,
+            },
+            precisions: vec!["fp16".to_owned()],
+            format_options: FormatOptions::default(),
+            device: DeviceChoice::Cpu,
+            threads: 1,
+            prompt: PromptChoice::Default,
+            n_gen: 4,
+            n_depth: 0,
+            stop_at_eos: false,
+            protocol: Protocol::default(),
+            save_logits: None,
+            command: "quantbench".to_owned(),
+        }
     }
 }

@@ -26,6 +26,9 @@ pub struct Record {
     pub status: Status,
     /// Why the status is not `ok`.
     pub reason: Option<String>,
+    /// Something disturbed the measurement; `warnings` says what.
+    #[serde(default)]
+    pub tainted: bool,
     pub engine: Engine,
     /// The command that made this record; paths keep their last component.
     pub command: String,
@@ -39,6 +42,9 @@ pub struct Record {
     pub int8: Option<Int8Facts>,
     pub device: DeviceFacts,
     pub workload: Workload,
+    /// How the repeats were taken and what ended them.
+    #[serde(default)]
+    pub protocol: Protocol,
     /// Seconds by phase: `resolve`, `load`, `quantize`, `warmup`, `measure`, …
     pub phases: BTreeMap<String, f64>,
     pub samples: Samples,
@@ -121,6 +127,22 @@ pub struct Workload {
     pub batch_size: u64,
 }
 
+/// How the repeats were taken.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Protocol {
+    /// Runs before the counted ones, at full shape and length.
+    pub n_warmup: u64,
+    /// What ended the warm-up: `agreed`, `count`, `cap` or `max_time`.
+    pub warmup_ended: String,
+    pub n_repeats: u64,
+    /// What ended the repeats: `rel_ci`, `count` or `max_time`.
+    pub ended: String,
+    /// `interleaved` with the other precisions, or `in_turn`.
+    pub order: String,
+    /// What the intervals span: `within-run`, one start of the worker.
+    pub interval: String,
+}
+
 /// Raw nanoseconds, one entry per counted repeat.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Samples {
@@ -132,6 +154,9 @@ pub struct Samples {
     pub end_to_end_ns: Vec<u64>,
     /// The first warm-up run, kept apart: end to end.
     pub cold_ns: Option<u64>,
+    /// Every warm-up run, the first included: end to end.
+    #[serde(default)]
+    pub warmup_ns: Vec<u64>,
 }
 
 /// Statistics of one metric over the counted repeats.
@@ -192,6 +217,12 @@ pub struct Memory {
     pub scratch_bytes: Option<u64>,
     /// Highest resident set of the process from start to end.
     pub process_peak_rss_bytes: Option<u64>,
+    /// Of a model that did not fit: what it asked for, where known.
+    #[serde(default)]
+    pub wanted_bytes: Option<u64>,
+    /// Of a model that did not fit: what was free then, where known.
+    #[serde(default)]
+    pub free_bytes: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -1,0 +1,124 @@
+//! A session on a scripted clock: the harness's arithmetic is tested to the last digit without timing anything.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::Result;
+
+use super::{Footprint, OutlierColumns, Session};
+
+/// Nanoseconds that only a [`FakeSession`] and tests move. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct FakeTime(Arc<AtomicU64>);
+
+impl FakeTime {
+    pub fn now_ns(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub fn advance(&self, ns: u64) {
+        self.0.fetch_add(ns, Ordering::Relaxed);
+    }
+}
+
+/// What one call sequence prefill + decode takes and gives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Run {
+    pub prefill_ns: u64,
+    /// Duration of each decode step; the last one repeats.
+    pub step_ns: Vec<u64>,
+    /// Tokens, the prefill's first; the last one repeats.
+    pub tokens: Vec<u32>,
+    /// Of the run's last logits.
+    pub logits: Vec<f32>,
+    /// Fails the prefill with this message.
+    pub failure: Option<String>,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self { prefill_ns: 1000, step_ns: vec![100], tokens: vec![5, 6, 7], logits: vec![0.0, 1.0], failure: None }
+    }
+}
+
+/// Plays its runs in order, one for each prefill; the last one repeats.
+pub struct FakeSession {
+    time: FakeTime,
+    runs: VecDeque<Run>,
+    current: Run,
+    /// Tokens given since the last prefill.
+    given: usize,
+    position: usize,
+}
+
+impl FakeSession {
+    pub fn new(time: FakeTime, runs: impl IntoIterator<Item = Run>) -> Self {
+        Self { time, runs: runs.into_iter().collect(), current: Run::default(), given: 0, position: 0 }
+    }
+
+    fn token(&mut self) -> u32 {
+        self.given += 1;
+        held(&self.current.tokens, self.given - 1)
+    }
+}
+
+/// Element `i`, or the last one beyond the end; the default of an empty script.
+fn held<T: Copy + Default>(script: &[T], i: usize) -> T {
+    script.get(i).or(script.last()).copied().unwrap_or_default()
+}
+
+impl Session for FakeSession {
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn rewind(&mut self, position: usize) {
+        self.position = position;
+    }
+
+    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+        if let Some(run) = self.runs.pop_front() {
+            self.current = run;
+        }
+        if let Some(message) = &self.current.failure {
+            anyhow::bail!("{message}");
+        }
+        self.given = 0;
+        self.position += tokens.len();
+        self.time.advance(self.current.prefill_ns);
+        Ok(self.token())
+    }
+
+    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+        for _ in 0..n {
+            self.time.advance(held(&self.current.step_ns, self.given - 1));
+            self.position += 1;
+            on_token(self.token());
+        }
+        Ok(())
+    }
+
+    fn logits(&mut self) -> Result<Vec<f32>> {
+        Ok(self.current.logits.clone())
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn footprint(&self) -> Footprint {
+        Footprint {
+            weights_bytes: 1000,
+            weights_resident_bytes: 1200,
+            kv_cache_bytes: 500,
+            scratch_bytes: 60,
+            weight_bytes_per_token: 900,
+            kv_bytes_per_position: 10,
+        }
+    }
+
+    fn outlier_columns(&self) -> OutlierColumns {
+        OutlierColumns::default()
+    }
+}

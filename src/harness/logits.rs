@@ -1,0 +1,98 @@
+//! The untimed pass that keeps every step's logits.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+use crate::engine::Session;
+use crate::error::BadInput;
+
+/// Generates `n_gen` tokens from where the session stands and writes their logits, fp32 `[n_gen, vocab]` as tensor
+/// `logits`. The file appears whole or not at all.
+pub fn save(session: &mut dyn Session, prompt: &[u32], n_gen: usize, path: &Path) -> Result<()> {
+    session.prefill(prompt)?;
+    let mut rows = session.logits()?;
+    let vocab = rows.len();
+    for _ in 1..n_gen {
+        session.decode(1, &mut |_| {})?;
+        rows.extend(session.logits()?);
+    }
+    let bytes: Vec<u8> = rows.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let view = TensorView::new(Dtype::F32, vec![n_gen, vocab], &bytes)?;
+    let file = safetensors::serialize([("logits", view)], None)?;
+    write_whole(path, &file).with_context(|| format!("writing logits to `{}`", path.display()))
+}
+
+/// Writes under a temporary name beside `path`, then renames.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = tempfile::NamedTempFile::new_in(folder(path))?;
+    std::fs::write(temporary.path(), bytes)?;
+    temporary.persist(path)?;
+    Ok(())
+}
+
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Fails where [`save`] could not write, before anything long is done.
+pub fn check_writable(path: &Path) -> Result<(), BadInput> {
+    let refuse = |reason: String| {
+        BadInput::new(format!("cannot write logits to `{}`: {reason}", path.display()))
+            .hint("name a file in a folder that exists and may be written to")
+    };
+    if path.is_dir() {
+        return Err(refuse("it is a folder".to_owned()));
+    }
+    tempfile::NamedTempFile::new_in(folder(path)).map(drop).map_err(|error| refuse(error.to_string()))
+}
+
+/// The file of one precision: `path` itself where there is only one, else `name.precision.ext`.
+pub fn path_of(path: &Path, precision: &str, n_precisions: usize) -> std::path::PathBuf {
+    if n_precisions == 1 {
+        return path.to_owned();
+    }
+    let mut name = path.file_stem().unwrap_or_default().to_owned();
+    name.push(format!(".{precision}"));
+    if let Some(extension) = path.extension() {
+        name.push(".");
+        name.push(extension);
+    }
+    path.with_file_name(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::fake::{FakeSession, FakeTime, Run};
+
+    #[test]
+    fn logits_are_one_row_a_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("l.safetensors");
+        let run = Run { logits: vec![0.5, -1.0, 2.0], ..Run::default() };
+        let mut session = FakeSession::new(FakeTime::default(), [run]);
+        save(&mut session, &[1, 2], 4, &path).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(file.tensor("logits").unwrap().shape(), [4, 3]);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn several_precisions_have_a_file_each() {
+        let path = Path::new("out/l.safetensors");
+        assert_eq!(path_of(path, "int8", 1), path);
+        assert_eq!(path_of(path, "int8", 2), Path::new("out/l.int8.safetensors"));
+    }
+
+    #[test]
+    fn unwritable_places_are_found_early() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(check_writable(&folder.path().join("l.safetensors")).is_ok());
+        assert!(check_writable(folder.path()).is_err());
+        assert!(check_writable(&folder.path().join("absent/l.safetensors")).is_err());
+    }
+}

@@ -1,0 +1,181 @@
+//! One precision in its process: warm-up, repeats and the passes that are not timed, over any session and clock.
+//!
+//! Inside the timed region there are only the session's calls and the stamps: nothing is allocated, checked or sent.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::clock::Clock;
+use super::load::CpuLoad;
+use super::logits;
+use super::memory::ProcessMemory;
+use super::protocol::{Finished, Sample, Warmed, WarmupEnd};
+use super::stopping::warm_up_ended;
+use crate::engine::Session;
+
+/// What every repeat does.
+#[derive(Debug, Clone, PartialEq, Default, serde::Serialize, serde::Deserialize)]
+pub struct Task {
+    /// Ids in the cache before the prompt, prefilled untimed.
+    pub depth: Vec<u32>,
+    /// At least one.
+    pub prompt: Vec<u32>,
+    /// At least one.
+    pub n_gen: usize,
+    /// Tokens at which generation ends; empty: always exactly `n_gen`.
+    pub stop_at: Vec<u32>,
+    /// Warm-up runs; `None`: until the last two agree.
+    pub warmup: Option<usize>,
+    /// Warm-up starts no further run after this long.
+    pub max_time_s: f64,
+}
+
+/// A loaded session and what it is measured with.
+pub struct Bench<C: Clock> {
+    session: Box<dyn Session>,
+    clock: C,
+    memory: ProcessMemory,
+    load: CpuLoad,
+    task: Task,
+    stamps: Stamps,
+    start_bytes: Option<u64>,
+    /// Highest resident set seen between repeats: the peak where the kernel's mark cannot be reset.
+    seen_peak_bytes: Option<u64>,
+    peak_is_exact: bool,
+}
+
+/// Room for the times and tokens of one run, filled without allocating.
+#[derive(Default)]
+struct Stamps {
+    start_ns: u64,
+    /// When each token was known on the host, the first token's first.
+    token_ns: Vec<u64>,
+    ids: Vec<u32>,
+}
+
+impl Stamps {
+    fn clear(&mut self, n_gen: usize) {
+        self.token_ns.clear();
+        self.ids.clear();
+        self.token_ns.reserve(n_gen);
+        self.ids.reserve(n_gen);
+    }
+
+    fn push(&mut self, id: u32, ns: u64) {
+        self.ids.push(id);
+        self.token_ns.push(ns);
+    }
+
+    fn end_to_end_ns(&self) -> u64 {
+        self.token_ns.last().map_or(0, |last| last - self.start_ns)
+    }
+}
+
+impl<C: Clock> Bench<C> {
+    pub fn new(session: Box<dyn Session>, clock: C, memory: ProcessMemory, load: CpuLoad, task: Task) -> Self {
+        let (stamps, start_bytes, seen_peak_bytes) = (Stamps::default(), None, None);
+        Self { session, clock, memory, load, task, stamps, start_bytes, seen_peak_bytes, peak_is_exact: false }
+    }
+
+    pub fn session(&self) -> &dyn Session {
+        self.session.as_ref()
+    }
+
+    /// Fills the cache to the depth, finds where the text ends if it may end early, and runs at full shape and length until
+    /// flat. Afterwards `peak` starts anew.
+    pub fn warm_up(&mut self) -> Result<Warmed> {
+        self.session.rewind(0);
+        if !self.task.depth.is_empty() {
+            self.session.prefill(&self.task.depth).context("filling the cache to the depth")?;
+        }
+        let began_ns = self.clock.now_ns();
+        self.stop_at_end_of_text()?;
+        let mut runs_ns = Vec::new();
+        let ended = loop {
+            let elapsed_s = (self.clock.now_ns() - began_ns) as f64 / 1e9;
+            if let Some(ended) = warm_up_ended(&runs_ns, self.task.warmup, elapsed_s, self.task.max_time_s) {
+                break ended;
+            }
+            self.run()?;
+            runs_ns.push(self.stamps.end_to_end_ns());
+        };
+        let duration_s = (self.clock.now_ns() - began_ns) as f64 / 1e9;
+        let load_peak_bytes = self.memory.peak_bytes();
+        self.peak_is_exact = self.memory.reset_peak();
+        self.start_bytes = self.memory.resident_bytes();
+        self.seen_peak_bytes = self.start_bytes;
+        let start_bytes = self.start_bytes;
+        Ok(Warmed { runs_ns, ended, duration_s, n_gen: self.task.n_gen, start_bytes, warmup_peak_bytes: load_peak_bytes })
+    }
+
+    /// Greedy decoding always ends at the same token, so one untimed run finds the length and the measured runs are
+    /// of that fixed count.
+    fn stop_at_end_of_text(&mut self) -> Result<()> {
+        if self.task.stop_at.is_empty() {
+            return Ok(());
+        }
+        self.run()?;
+        let end = self.stamps.ids.iter().position(|id| self.task.stop_at.contains(id));
+        self.task.n_gen = end.map_or(self.task.n_gen, |at| at + 1);
+        Ok(())
+    }
+
+    /// One counted repeat, and the checks of it that are not timed.
+    pub fn repeat(&mut self) -> Result<Sample> {
+        let load_before = self.load.read();
+        self.run()?;
+        let load = load_before.zip(self.load.read()).map(|(before, after)| after.since(before));
+        self.seen_peak_bytes = self.seen_peak_bytes.max(self.memory.resident_bytes());
+        // A value that is not finite stays in the key/value cache and reaches the logits of every later step, so that
+        // looking at the last ones is enough.
+        let finite_logits = self.session.logits()?.iter().all(|logit| logit.is_finite());
+        let stamps = &self.stamps;
+        let step_ns = stamps.token_ns.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        let prefill_ns = stamps.token_ns.first().map_or(0, |first| first - stamps.start_ns);
+        let (ids, end_to_end_ns) = (stamps.ids.clone(), stamps.end_to_end_ns());
+        Ok(Sample { prefill_ns, step_ns, end_to_end_ns, ids, finite_logits, load })
+    }
+
+    /// The timed run.
+    fn run(&mut self) -> Result<()> {
+        let Self { session, clock, task, stamps, .. } = self;
+        session.rewind(task.depth.len());
+        stamps.clear(task.n_gen);
+        session.synchronize()?;
+        stamps.start_ns = clock.now_ns();
+        let first = session.prefill(&task.prompt)?;
+        stamps.push(first, clock.now_ns());
+        session.decode(task.n_gen - 1, &mut |id| stamps.push(id, clock.now_ns()))?;
+        session.synchronize()
+    }
+
+    /// What is read once, after the last repeat, and the pass that keeps logits.
+    pub fn finish(&mut self, save_logits: Option<&Path>) -> Result<Finished> {
+        let end_bytes = self.memory.resident_bytes();
+        let exact_peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
+        let outliers = self.session.outlier_columns();
+        if let Some(path) = save_logits {
+            self.session.rewind(self.task.depth.len());
+            logits::save(self.session.as_mut(), &self.task.prompt, self.task.n_gen, path)?;
+        }
+        Ok(Finished {
+            end_bytes,
+            peak_bytes: exact_peak.or(self.seen_peak_bytes.max(end_bytes)),
+            peak_is_exact: exact_peak.is_some(),
+            footprint: self.session.footprint(),
+            outliers,
+        })
+    }
+}
+
+impl std::fmt::Display for WarmupEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            WarmupEnd::Agreed => "agreed",
+            WarmupEnd::Count => "count",
+            WarmupEnd::Cap => "cap",
+            WarmupEnd::MaxTime => "max_time",
+        })
+    }
+}

@@ -1,0 +1,160 @@
+//! Resident memory of this process and free memory of the machine, from Linux' own accounts; `None` elsewhere.
+
+use std::path::{Path, PathBuf};
+
+/// Memory accounts below a root folder: `/` but in tests.
+#[derive(Debug, Clone)]
+pub struct ProcessMemory {
+    root: PathBuf,
+}
+
+impl Default for ProcessMemory {
+    fn default() -> Self {
+        Self::below("/")
+    }
+}
+
+impl ProcessMemory {
+    pub fn below(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Resident set now.
+    pub fn resident_bytes(&self) -> Option<u64> {
+        self.field("proc/self/status", "VmRSS:")
+    }
+
+    /// Highest resident set since the process began or [`Self::reset_peak`].
+    pub fn peak_bytes(&self) -> Option<u64> {
+        self.field("proc/self/status", "VmHWM:")
+    }
+
+    /// Starts the peak anew; false where the kernel does not let us.
+    pub fn reset_peak(&self) -> bool {
+        std::fs::write(self.root.join("proc/self/clear_refs"), "5").is_ok()
+    }
+
+    /// What can still be allocated without swapping: the machine's estimate within the limit of the control group.
+    pub fn available_bytes(&self) -> Option<u64> {
+        let machine = self.field("proc/meminfo", "MemAvailable:");
+        [machine, self.group_room(&UNIFIED), self.group_room(&LEGACY)].into_iter().flatten().min()
+    }
+
+    /// A line `name   123 kB`, in bytes.
+    fn field(&self, file: &str, name: &str) -> Option<u64> {
+        let text = self.read(file)?;
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    }
+
+    /// Bytes that this process's control group may still take. Page cache that can be dropped counts as free.
+    fn group_room(&self, version: &GroupFiles) -> Option<u64> {
+        let groups = self.read("proc/self/cgroup")?;
+        let own = groups.lines().find_map(|line| line.split_once(version.line)?.1.split_once('/')).map(|(_, path)| path)?;
+        // In a container the group's own folder is often mounted as the root of the hierarchy.
+        let folders = [format!("{}/{own}", version.folder), version.folder.to_owned()];
+        folders.iter().filter_map(|folder| self.room_in(folder, version)).min()
+    }
+
+    fn room_in(&self, folder: &str, version: &GroupFiles) -> Option<u64> {
+        let number = |file: &str| self.read(&format!("{folder}/{file}"))?.trim().parse::<u64>().ok();
+        let (limit, used) = (number(version.limit)?, number(version.used)?);
+        let stat = self.read(&format!("{folder}/memory.stat")).unwrap_or_default();
+        let cache = stat.lines().find_map(|line| line.strip_prefix(version.inactive)?.trim().parse::<u64>().ok());
+        Some(limit.saturating_sub(used.saturating_sub(cache.unwrap_or(0))))
+    }
+
+    fn read(&self, file: &str) -> Option<String> {
+        std::fs::read_to_string(self.root.join(Path::new(file))).ok()
+    }
+}
+
+/// Names of one version of Linux' control groups.
+struct GroupFiles {
+    /// What stands before the path in /proc/self/cgroup.
+    line: &'static str,
+    folder: &'static str,
+    limit: &'static str,
+    used: &'static str,
+    inactive: &'static str,
+}
+
+const UNIFIED: GroupFiles = GroupFiles {
+    line: "0::",
+    folder: "sys/fs/cgroup",
+    limit: "memory.max",
+    used: "memory.current",
+    inactive: "inactive_file ",
+};
+
+const LEGACY: GroupFiles = GroupFiles {
+    line: ":memory:",
+    folder: "sys/fs/cgroup/memory",
+    limit: "memory.limit_in_bytes",
+    used: "memory.usage_in_bytes",
+    inactive: "total_inactive_file ",
+};
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A root folder with these files.
+    pub fn root(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn accounts_are_read_in_bytes() {
+        let root = root(&[
+            ("proc/self/status", "Name:\tx\nVmHWM:\t    3000 kB\nVmRSS:\t    2000 kB\n"),
+            ("proc/meminfo", "MemTotal:  9000 kB\nMemAvailable:   7000 kB\n"),
+        ]);
+        let memory = ProcessMemory::below(root.path());
+        assert_eq!(memory.resident_bytes(), Some(2000 * 1024));
+        assert_eq!(memory.peak_bytes(), Some(3000 * 1024));
+        assert_eq!(memory.available_bytes(), Some(7000 * 1024));
+        assert!(memory.reset_peak());
+        assert_eq!(std::fs::read_to_string(root.path().join("proc/self/clear_refs")).unwrap(), "5");
+    }
+
+    #[test]
+    fn the_tightest_limit_counts() {
+        let meminfo = ("proc/meminfo", "MemAvailable:   7000 kB\n");
+        let unified = root(&[
+            meminfo,
+            ("proc/self/cgroup", "0::/box\n"),
+            ("sys/fs/cgroup/box/memory.max", "1000000\n"),
+            ("sys/fs/cgroup/box/memory.current", "600000\n"),
+            ("sys/fs/cgroup/box/memory.stat", "anon 1\ninactive_file 100000\n"),
+        ]);
+        assert_eq!(ProcessMemory::below(unified.path()).available_bytes(), Some(500_000));
+        let legacy = root(&[
+            meminfo,
+            ("proc/self/cgroup", "4:memory:/a/b\n0::/\n"),
+            ("sys/fs/cgroup/memory/memory.limit_in_bytes", "9000000\n"),
+            ("sys/fs/cgroup/memory/memory.usage_in_bytes", "8000000\n"),
+        ]);
+        assert_eq!(ProcessMemory::below(legacy.path()).available_bytes(), Some(1_000_000));
+        let unlimited = root(&[
+            meminfo,
+            ("proc/self/cgroup", "0::/\n"),
+            ("sys/fs/cgroup/memory.max", "max\n"),
+            ("sys/fs/cgroup/memory.current", "1\n"),
+        ]);
+        assert_eq!(ProcessMemory::below(unlimited.path()).available_bytes(), Some(7000 * 1024));
+    }
+
+    #[test]
+    fn a_machine_without_accounts_gives_none() {
+        let memory = ProcessMemory::below(root(&[]).path());
+        assert_eq!((memory.resident_bytes(), memory.peak_bytes(), memory.available_bytes()), (None, None, None));
+        assert!(!memory.reset_peak());
+    }
+}

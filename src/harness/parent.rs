@@ -1,0 +1,272 @@
+//! One case → records: check everything, measure the memory, run the workers.
+
+use anyhow::Result;
+use tokenizers::Tokenizer;
+
+use super::assemble::{self, Facts};
+use super::environment::{self, Machine};
+use super::measure::Task;
+use super::memory::ProcessMemory;
+use super::process::ProcessWorker;
+use super::prompt::{self, Limits};
+use super::protocol::{Failure, Finished, Job, LoadFacts, Sample, Warmed};
+use super::schedule::{self, Order, Outcome, Worker};
+use super::warnings::Warning;
+use super::worker::{self, Opened};
+use super::{Case, DeviceChoice, logits};
+use crate::error::{BadInput, OutOfMemory};
+use crate::events::{Event, Listener, Unit};
+use crate::kernels::cpu::bandwidth;
+use crate::kernels::cpu::pool::{Pool, default_threads};
+use crate::kernels::isa::Isa;
+use crate::quant;
+use crate::record::{self, Record};
+use crate::weights::SourceKind;
+
+/// What a worker holds beside weights and cache: code, activations, tables.
+const WORKER_BYTES: u64 = 64 << 20;
+
+/// What loading may use beyond the final size, for one worker at a time.
+const LOADING_BYTES: u64 = 256 << 20;
+
+/// Measures every precision of `case`. Fails on input that cannot be used; a precision that fails becomes a record.
+pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
+    let plan = Plan::new(case, events)?;
+    let mut facts = plan.facts(case, events);
+    let outcomes = plan.outcomes(case, facts.order, events)?;
+    let decode = |ids: &[u32]| plan.opened.checkpoint.tokenizer.as_ref().and_then(|tokenizer| text(tokenizer, ids));
+    let records = assemble::records(&facts, case, &outcomes, &decode);
+    let Some(read_gb_s) = facts.read_gb_s.filter(|_| exceeds_bandwidth(&records)) else { return Ok(records) };
+    // A kernel that reads faster than the benchmark did shows that the benchmark was disturbed, or that caches helped.
+    let again = plan.read_and_copy_gb_s(events).0;
+    facts.read_gb_s = Some(read_gb_s.max(again));
+    Ok(assemble::records(&facts, case, &outcomes, &decode))
+}
+
+fn exceeds_bandwidth(records: &[Record]) -> bool {
+    records.iter().any(|record| record.bandwidth.mbu.is_some_and(|mbu| mbu > 1.0))
+}
+
+fn text(tokenizer: &Tokenizer, ids: &[u32]) -> Option<String> {
+    tokenizer.decode(ids, true).ok()
+}
+
+/// A case that was checked.
+struct Plan {
+    opened: Opened,
+    device: DeviceChoice,
+    threads: usize,
+    task: Task,
+    /// What each precision needs, in bytes, and what is free.
+    needs: Vec<u64>,
+    free_bytes: Option<u64>,
+}
+
+impl Plan {
+    /// All checks that need no weights in memory.
+    fn new(case: &Case, events: &dyn Listener) -> Result<Self> {
+        check_precisions(case)?;
+        let device = device(&case.device)?;
+        for precision in case.save_logits.iter().flat_map(|_| &case.precisions) {
+            let path = case.save_logits.as_ref().map(|path| logits::path_of(path, precision, case.precisions.len()));
+            path.map_or(Ok(()), |path| logits::check_writable(&path))?;
+        }
+        let opened = worker::open(&case.model, events)?;
+        let limits = Limits { vocab: opened.model.vocab, context: opened.model.context };
+        let ids = prompt::ids(case, opened.checkpoint.tokenizer.as_ref(), limits)?;
+        let task = Task {
+            depth: ids.depth,
+            prompt: ids.prompt,
+            n_gen: case.n_gen,
+            stop_at: if case.stop_at_eos { opened.model.eos.clone() } else { Vec::new() },
+            warmup: case.protocol.warmup,
+            max_time_s: case.protocol.max_time_s,
+        };
+        let threads = if case.threads == 0 { default_threads() } else { case.threads };
+        let n_positions = (task.depth.len() + task.prompt.len() + task.n_gen) as u64;
+        let kv_bytes = opened.model.kv_bytes_per_position(4) as u64 * n_positions;
+        let stored = |precision: &String| worker::stored_bytes(&opened.model, precision, case.format_options);
+        let needs = case.precisions.iter().map(|p| Ok(stored(p)? + kv_bytes)).collect::<Result<_>>()?;
+        let free_bytes = ProcessMemory::default().available_bytes();
+        Ok(Self { opened, device, threads, task, needs, free_bytes })
+    }
+
+    fn together_bytes(&self) -> u64 {
+        self.needs.iter().map(|need| need + WORKER_BYTES).sum::<u64>() + LOADING_BYTES
+    }
+
+    /// Host memory decides on the CPU alone.
+    fn order(&self) -> Order {
+        let fits = self.free_bytes.is_none_or(|free| self.together_bytes() <= free);
+        if self.device == DeviceChoice::Cpu && self.needs.len() > 1 && !fits { Order::InTurn } else { Order::Interleaved }
+    }
+
+    fn facts(&self, case: &Case, events: &dyn Listener) -> Facts {
+        let (machine, order, isa) = (Machine::default(), self.order(), Isa::detect());
+        let mut warnings = machine.warnings();
+        if order == Order::InTurn {
+            let (needed_bytes, free_bytes) = (self.together_bytes(), self.free_bytes.unwrap_or(0));
+            warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
+        }
+        let measured = (self.device == DeviceChoice::Cpu).then(|| self.read_and_copy_gb_s(events));
+        Facts {
+            engine: engine(),
+            command: case.command.clone(),
+            timestamp: environment::timestamp(),
+            model: self.model_facts(),
+            weights: self.weight_facts(),
+            device: self.device_facts(&machine),
+            workload: self.workload(),
+            environment: machine.environment(isa.name(), self.threads),
+            format_options: case.format_options,
+            protocol: case.protocol.clone(),
+            order,
+            resolve_s: self.opened.checkpoint.resolve_s,
+            read_gb_s: measured.map(|(read, _)| read),
+            copy_gb_s: measured.map(|(_, copy)| copy),
+            cache_bytes: measured.and_then(|_| machine.last_level_cache_bytes()),
+            warnings,
+        }
+    }
+
+    /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers.
+    fn read_and_copy_gb_s(&self, events: &dyn Listener) -> (f64, f64) {
+        events.on(Event::Begin { label: "memory bandwidth".to_owned(), total: 2, unit: Unit::Runs });
+        let (isa, pool) = (Isa::detect(), Pool::new(self.threads));
+        let read = bandwidth::read_gb_s(isa, &pool);
+        events.on(Event::Progress { done: 1 });
+        let copy = bandwidth::copy_gb_s(isa, &pool);
+        events.on(Event::End);
+        (read, copy)
+    }
+
+    fn outcomes(&self, case: &Case, order: Order, events: &dyn Listener) -> Result<Vec<Outcome>> {
+        let workers = case.precisions.iter().zip(&self.needs).map(|(precision, &need)| self.worker(case, precision, need));
+        match schedule::measure(workers.collect(), &case.protocol, order, events) {
+            Ok(outcomes) => Ok(outcomes),
+            Err(Failure::BadInput { message, hint }) => {
+                let bad = BadInput::new(message);
+                Err(if let Some(hint) = hint { bad.hint(hint) } else { bad }.into())
+            }
+            Err(other) => Err(anyhow::anyhow!(other.message().to_owned())),
+        }
+    }
+
+    /// A worker process, or for a precision whose weights and cache alone exceed what is free, its refusal.
+    fn worker(&self, case: &Case, precision: &str, wanted_bytes: u64) -> Box<dyn Worker> {
+        let free_bytes = self.free_bytes.filter(|free| self.device == DeviceChoice::Cpu && wanted_bytes > *free);
+        if let Some(free_bytes) = free_bytes {
+            return Box::new(TooLarge { precision: precision.to_owned(), oom: OutOfMemory { wanted_bytes, free_bytes } });
+        }
+        let job = Job::new(case, precision, self.device.clone(), self.threads, self.task.clone());
+        Box::new(ProcessWorker::new(job))
+    }
+
+    fn model_facts(&self) -> record::ModelFacts {
+        record::ModelFacts {
+            id: self.opened.checkpoint.id.clone(),
+            revision: self.opened.checkpoint.revision.clone(),
+            architecture: self.opened.model.architecture.to_owned(),
+            parameters: self.opened.model.parameters() as u64,
+        }
+    }
+
+    fn weight_facts(&self) -> record::WeightFacts {
+        let info = self.opened.source.info();
+        let source = match info.source {
+            SourceKind::Hub => "hub",
+            SourceKind::Local => "local",
+            SourceKind::Random => "random",
+        };
+        record::WeightFacts {
+            source: source.to_owned(),
+            dtype: info.dtype.clone(),
+            seed: info.seed,
+            hash: info.hash.clone(),
+            fp16_overflow: 0,
+        }
+    }
+
+    fn device_facts(&self, machine: &Machine) -> record::DeviceFacts {
+        match self.device {
+            DeviceChoice::Cuda(ordinal) => record::DeviceFacts { kind: "cuda".to_owned(), name: format!("cuda:{ordinal}") },
+            _ => record::DeviceFacts { kind: "cpu".to_owned(), name: machine.cpu_name() },
+        }
+    }
+
+    fn workload(&self) -> record::Workload {
+        record::Workload {
+            n_prompt: self.task.prompt.len() as u64,
+            n_gen: self.task.n_gen as u64,
+            n_depth: self.task.depth.len() as u64,
+            n_image: 0,
+            batch_size: 1,
+        }
+    }
+}
+
+fn engine() -> record::Engine {
+    record::Engine {
+        name: "quantbench".to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        commit: option_env!("QUANTBENCH_COMMIT").unwrap_or("unknown").to_owned(),
+    }
+}
+
+fn check_precisions(case: &Case) -> Result<(), BadInput> {
+    let known = || quant::FORMATS.iter().map(|entry| format!("`{}`", entry.name)).collect::<Vec<_>>().join(", ");
+    if case.precisions.is_empty() {
+        return Err(BadInput::new("no precision is asked for").hint(format!("known are {}", known())));
+    }
+    match case.precisions.iter().find(|name| quant::find(name).is_none()) {
+        Some(name) => Err(BadInput::new(format!("unknown precision `{name}`")).hint(format!("known are {}", known()))),
+        None => Ok(()),
+    }
+}
+
+/// The device that a choice means here. The parent creates no CUDA context, which would take memory from the workers.
+fn device(choice: &DeviceChoice) -> Result<DeviceChoice, BadInput> {
+    let built = cfg!(feature = "cuda");
+    let driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
+    match choice {
+        DeviceChoice::Auto if built && driver => Ok(DeviceChoice::Cuda(0)),
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(DeviceChoice::Cpu),
+        DeviceChoice::Cuda(_) if !built => Err(BadInput::new("this build of quantbench has no CUDA support")
+            .hint("use `--device cpu`, or build with `--features cuda` (scripts/cuda-toolkit.sh gets the toolkit)")),
+        DeviceChoice::Cuda(ordinal) => Ok(DeviceChoice::Cuda(*ordinal)),
+    }
+}
+
+/// Stands in for a worker that is not worth starting.
+struct TooLarge {
+    precision: String,
+    oom: OutOfMemory,
+}
+
+impl TooLarge {
+    fn refuse<T>(&self) -> Result<T, Failure> {
+        Err(Failure::of(&self.oom.into()))
+    }
+}
+
+impl Worker for TooLarge {
+    fn precision(&self) -> &str {
+        &self.precision
+    }
+
+    fn load(&mut self, _events: &dyn Listener) -> Result<LoadFacts, Failure> {
+        self.refuse()
+    }
+
+    fn warm_up(&mut self, _events: &dyn Listener) -> Result<Warmed, Failure> {
+        self.refuse()
+    }
+
+    fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
+        self.refuse()
+    }
+
+    fn finish(&mut self, _events: &dyn Listener) -> Result<Finished, Failure> {
+        self.refuse()
+    }
+}

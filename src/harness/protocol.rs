@@ -1,0 +1,186 @@
+//! What the parent and a worker process say to each other: one JSON object a line, [`Ask`] on the worker's standard input,
+//! [`Reply`] on its standard output.
+
+use serde::{Deserialize, Serialize};
+
+use super::load::LoadSpan;
+use super::measure::Task;
+use super::{Case, DeviceChoice};
+use crate::engine::{Footprint, OutlierColumns};
+use crate::error::{BadInput, OutOfMemory};
+use crate::events::Event;
+use crate::quant::FormatOptions;
+
+/// All that one worker needs: the parent has checked it and turned the prompt into ids.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    pub model: crate::weights::Request,
+    pub precision: String,
+    pub format_options: FormatOptions,
+    /// Never [`DeviceChoice::Auto`].
+    pub device: DeviceChoice,
+    /// At least 1.
+    pub threads: usize,
+    pub task: Task,
+    /// Of the untimed pass after the last repeat.
+    pub save_logits: Option<std::path::PathBuf>,
+}
+
+impl Job {
+    pub fn new(case: &Case, precision: &str, device: DeviceChoice, threads: usize, task: Task) -> Self {
+        let save_logits = case.save_logits.as_ref();
+        Self {
+            // The parent has fetched whatever was missing.
+            model: crate::weights::Request { offline: true, ..case.model.clone() },
+            precision: precision.to_owned(),
+            format_options: case.format_options,
+            device,
+            threads,
+            task,
+            save_logits: save_logits.map(|path| super::logits::path_of(path, precision, case.precisions.len())),
+        }
+    }
+
+    /// Tokens that the key/value cache must hold.
+    pub fn capacity(&self) -> usize {
+        self.task.depth.len() + self.task.prompt.len() + self.task.n_gen
+    }
+}
+
+/// A worker answers each with one [`Reply`] of the same name or with [`Reply::Failed`], after any number of events.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Ask {
+    Load(Box<Job>),
+    WarmUp,
+    Repeat,
+    Finish,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Reply {
+    Event(Event),
+    Loaded(LoadFacts),
+    Warmed(Warmed),
+    Sample(Sample),
+    Finished(Finished),
+    Failed(Failure),
+}
+
+/// How the weights came into memory.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct LoadFacts {
+    pub load_s: f64,
+    pub quantize_s: f64,
+    pub fp16_overflow: u64,
+    pub isa: String,
+    /// Highest resident set while loading.
+    pub load_peak_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Warmed {
+    /// End to end, in order.
+    pub runs_ns: Vec<u64>,
+    pub ended: WarmupEnd,
+    pub duration_s: f64,
+    /// Tokens that each repeat generates: what was asked, or up to the end of the text.
+    pub n_gen: usize,
+    pub start_bytes: Option<u64>,
+    /// Highest resident set up to the end of the warm-up.
+    pub warmup_peak_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WarmupEnd {
+    /// The last two runs agree.
+    Agreed,
+    /// The user's own number of runs.
+    Count,
+    /// The most that an adaptive warm-up runs.
+    Cap,
+    MaxTime,
+}
+
+/// One counted repeat.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    pub prefill_ns: u64,
+    pub step_ns: Vec<u64>,
+    pub end_to_end_ns: u64,
+    pub ids: Vec<u32>,
+    pub finite_logits: bool,
+    pub load: Option<LoadSpan>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Finished {
+    pub end_bytes: Option<u64>,
+    pub peak_bytes: Option<u64>,
+    /// False where the kernel's high-water mark could not be reset and the peak is the highest value seen between repeats.
+    pub peak_is_exact: bool,
+    pub footprint: Footprint,
+    pub outliers: OutlierColumns,
+}
+
+/// Why a worker gives no result.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Failure {
+    BadInput { message: String, hint: Option<String> },
+    OutOfMemory { message: String, wanted_bytes: u64, free_bytes: u64 },
+    Error { message: String },
+}
+
+impl Failure {
+    /// Sorts an error by what the parent does about it.
+    pub fn of(error: &anyhow::Error) -> Self {
+        let message = format!("{error:#}");
+        if error.downcast_ref::<BadInput>().is_some() {
+            return Failure::BadInput { message, hint: crate::error::hint(error) };
+        }
+        if let Some(oom) = error.downcast_ref::<OutOfMemory>() {
+            let (wanted_bytes, free_bytes) = (oom.wanted_bytes, oom.free_bytes);
+            return Failure::OutOfMemory { message, wanted_bytes, free_bytes };
+        }
+        let refused = |cause: &std::io::Error| cause.kind() == std::io::ErrorKind::OutOfMemory;
+        if error.chain().filter_map(|cause| cause.downcast_ref()).any(refused) {
+            return Failure::OutOfMemory { message, wanted_bytes: 0, free_bytes: 0 };
+        }
+        Failure::Error { message }
+    }
+
+    pub fn message(&self) -> &str {
+        match self {
+            Failure::BadInput { message, .. }
+            | Failure::OutOfMemory { message, .. }
+            | Failure::Error { message } => message,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn errors_are_sorted_through_context() {
+        let bad = Err::<(), _>(BadInput::new("no such folder").hint("look again")).context("loading").unwrap_err();
+        let bad = Failure::of(&bad);
+        assert_eq!(bad.message(), "loading: no such folder");
+        assert!(matches!(bad, Failure::BadInput { hint: Some(hint), .. } if hint == "look again"));
+        let oom = Err::<(), _>(OutOfMemory { wanted_bytes: 7, free_bytes: 5 }).context("loading").unwrap_err();
+        assert!(matches!(Failure::of(&oom), Failure::OutOfMemory { wanted_bytes: 7, free_bytes: 5, .. }));
+        let os = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::OutOfMemory)).context("reading");
+        assert!(matches!(Failure::of(&os), Failure::OutOfMemory { .. }));
+        assert!(matches!(Failure::of(&anyhow::anyhow!("other")), Failure::Error { .. }));
+    }
+
+    #[test]
+    fn messages_survive_the_pipe() {
+        let reply = Reply::Failed(Failure::Error { message: "two\nlines".to_owned() });
+        let line = serde_json::to_string(&reply).unwrap();
+        assert!(!line.contains('\n'));
+        assert_eq!(serde_json::from_str::<Reply>(&line).unwrap(), reply);
+    }
+}

@@ -1,0 +1,146 @@
+//! When warm-up and repeats end, as functions of what was measured so far.
+
+use super::Protocol;
+use super::protocol::WarmupEnd;
+use crate::stats;
+
+/// Two warm-up runs that differ by no more than this are flat.
+const WARMUP_AGREES: f64 = 0.05;
+
+/// Adaptive warm-up runs at most.
+const WARMUP_CAP: usize = 5;
+
+/// Whether the warm-up is over after `runs_ns`; `count` is the user's own number of runs.
+pub fn warm_up_ended(runs_ns: &[u64], count: Option<usize>, elapsed_s: f64, max_time_s: f64) -> Option<WarmupEnd> {
+    if let Some(count) = count {
+        return (runs_ns.len() >= count).then_some(WarmupEnd::Count);
+    }
+    let agrees = |a: u64, b: u64| a.abs_diff(b) as f64 <= WARMUP_AGREES * a.max(b) as f64;
+    match runs_ns {
+        [] => None,
+        [.., a, b] if agrees(*a, *b) => Some(WarmupEnd::Agreed),
+        runs if runs.len() >= WARMUP_CAP => Some(WarmupEnd::Cap),
+        _ if elapsed_s >= max_time_s => Some(WarmupEnd::MaxTime),
+        _ => None,
+    }
+}
+
+/// What ended the repeats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RepeatsEnd {
+    /// The interval of the median is narrow enough, with enough repeats and time.
+    RelCi,
+    /// The user's own number of repeats.
+    Count,
+    /// One more repeat would exceed the time for one precision.
+    MaxTime,
+}
+
+impl std::fmt::Display for RepeatsEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            RepeatsEnd::RelCi => "rel_ci",
+            RepeatsEnd::Count => "count",
+            RepeatsEnd::MaxTime => "max_time",
+        })
+    }
+}
+
+/// One precision's counted repeats so far.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Tally {
+    /// What the interval is taken of, one value a repeat: the decode time, or the prefill time of a run of one token.
+    pub values: Vec<f64>,
+    /// Measured decode time (prefill where there is no decode).
+    pub decode_s: f64,
+    /// Time of the repeats, prefill included.
+    pub total_s: f64,
+}
+
+impl Tally {
+    pub fn add(&mut self, prefill_ns: u64, end_to_end_ns: u64) {
+        let decode_ns = end_to_end_ns.saturating_sub(prefill_ns);
+        let value_s = if decode_ns == 0 { prefill_ns } else { decode_ns } as f64 / 1e9;
+        self.values.push(value_s);
+        self.decode_s += value_s;
+        self.total_s += end_to_end_ns as f64 / 1e9;
+    }
+}
+
+/// Whether the repeats of all precisions that still run are over; they always have equal counts. A count that the user
+/// gave is kept at any cost; otherwise `max_time_s` beats the minimum of repeats, but never the first one.
+pub fn repeats_ended(tallies: &[&Tally], protocol: &Protocol) -> Option<RepeatsEnd> {
+    let n = tallies.iter().map(|tally| tally.values.len()).min()?;
+    if let Some(count) = protocol.repeats {
+        return (n >= count).then_some(RepeatsEnd::Count);
+    }
+    let enough = |tally: &Tally| {
+        n >= protocol.min_repeats
+            && tally.decode_s >= protocol.min_time_s
+            && stats::relative_half_width(&tally.values).is_some_and(|width| width <= protocol.rel_ci)
+    };
+    if tallies.iter().all(|tally| enough(tally)) {
+        return Some(RepeatsEnd::RelCi);
+    }
+    let exceeds = |tally: &Tally| n > 0 && tally.total_s * (n + 1) as f64 / n as f64 > protocol.max_time_s;
+    tallies.iter().any(|tally| exceeds(tally)).then_some(RepeatsEnd::MaxTime)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warm_up_ends_when_flat_at_the_cap_or_in_time() {
+        let cases: [(&[u64], Option<usize>, f64, Option<WarmupEnd>); 9] = [
+            (&[], None, 0.0, None),
+            (&[100], None, 0.0, None),
+            (&[200, 100], None, 0.0, None),
+            (&[200, 100, 96], None, 0.0, Some(WarmupEnd::Agreed)),
+            (&[200, 150, 110, 80, 60], None, 0.0, Some(WarmupEnd::Cap)),
+            (&[100], None, 20.0, Some(WarmupEnd::MaxTime)),
+            (&[], Some(0), 0.0, Some(WarmupEnd::Count)),
+            (&[100, 100], Some(3), 99.0, None),
+            (&[300, 200, 100], Some(3), 0.0, Some(WarmupEnd::Count)),
+        ];
+        for (runs, count, elapsed_s, expected) in cases {
+            assert_eq!(warm_up_ended(runs, count, elapsed_s, 20.0), expected, "{runs:?} {count:?}");
+        }
+    }
+
+    fn tally(n: usize, decode_s: impl Fn(usize) -> f64) -> Tally {
+        let mut tally = Tally::default();
+        for i in 0..n {
+            tally.add(500_000_000, 500_000_000 + (decode_s(i) * 1e9) as u64);
+        }
+        tally
+    }
+
+    #[test]
+    fn repeats_end_by_one_named_criterion() {
+        let protocol = Protocol::default();
+        let noisy = |i: usize| 0.5 + 0.1 * (i % 3) as f64;
+        let cases = [
+            ("nothing yet", tally(0, |_| 0.5), None),
+            ("too few", tally(5, |_| 0.6), None),
+            ("too short", tally(6, |_| 0.4), None),
+            ("flat, enough, long", tally(6, |_| 0.5), Some(RepeatsEnd::RelCi)),
+            ("noisy", tally(10, noisy), None),
+            // 18 repeats of 0.5 + 0.6 s on average are 19.8 s; one more would exceed 20 s.
+            ("noisy for long", tally(18, noisy), Some(RepeatsEnd::MaxTime)),
+            ("one slow repeat", tally(1, |_| 15.0), Some(RepeatsEnd::MaxTime)),
+        ];
+        for (name, tally, expected) in &cases {
+            assert_eq!(repeats_ended(&[tally], &protocol), *expected, "{name}");
+        }
+        let (flat, noisy) = (tally(10, |_| 0.5), tally(10, noisy));
+        assert_eq!(repeats_ended(&[&flat, &noisy], &protocol), None, "all must be narrow");
+    }
+
+    #[test]
+    fn the_users_count_is_kept() {
+        let protocol = Protocol { repeats: Some(3), ..Protocol::default() };
+        assert_eq!(repeats_ended(&[&tally(2, |_| 60.0)], &protocol), None);
+        assert_eq!(repeats_ended(&[&tally(3, |_| 60.0)], &protocol), Some(RepeatsEnd::Count));
+    }
+}

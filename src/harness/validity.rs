@@ -1,0 +1,53 @@
+//! Whether a result can be right at all. Garbage is fast, too.
+
+use super::protocol::Sample;
+
+/// A text this short may repeat one token by chance or by sense.
+const COLLAPSE_FROM: usize = 8;
+
+/// Why these repeats cannot be a result; `None` where nothing speaks against them. `fp16` are the repeats of fp16 in the same
+/// run, given only for real weights: random ones collapse by nature.
+pub fn invalid_reason(samples: &[Sample], n_gen: usize, fp16: Option<&[Sample]>) -> Option<String> {
+    if samples.is_empty() {
+        return Some("no repeat was measured".to_owned());
+    }
+    if let Some(at) = samples.iter().position(|sample| !sample.finite_logits) {
+        return Some(format!("the logits are not finite after repeat {}", at + 1));
+    }
+    if let Some((at, sample)) = samples.iter().enumerate().find(|(_, sample)| sample.ids.len() != n_gen) {
+        return Some(format!("repeat {} generated {} tokens, not {n_gen}", at + 1, sample.ids.len()));
+    }
+    let collapsed_beside = fp16.is_some_and(|fp16| !fp16.iter().any(collapsed));
+    let collapse = samples.iter().find(|sample| collapsed_beside && collapsed(sample))?;
+    Some(format!("the text is one repeated token, id {}, where fp16's is not", collapse.ids[0]))
+}
+
+fn collapsed(sample: &Sample) -> bool {
+    sample.ids.len() >= COLLAPSE_FROM && sample.ids.windows(2).all(|pair| pair[0] == pair[1])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(ids: &[u32], finite_logits: bool) -> Sample {
+        let step_ns = vec![1; ids.len().saturating_sub(1)];
+        Sample { prefill_ns: 1, step_ns, end_to_end_ns: 9, ids: ids.to_vec(), finite_logits, load: None }
+    }
+
+    #[test]
+    fn each_cause_has_its_reason() {
+        let varied = [sample(&[1, 2, 1, 2, 1, 2, 1, 2], true)];
+        let same = [sample(&[3; 8], true)];
+        let check = |samples: &[Sample], fp16| invalid_reason(samples, 8, fp16).unwrap_or_default();
+        assert_eq!(check(&varied, None), "");
+        assert_eq!(check(&[], None), "no repeat was measured");
+        let nan = [varied[0].clone(), sample(&[1; 8], false)];
+        assert_eq!(check(&nan, None), "the logits are not finite after repeat 2");
+        assert_eq!(check(&[sample(&[1, 2], true)], None), "repeat 1 generated 2 tokens, not 8");
+        assert_eq!(check(&same, Some(&varied)), "the text is one repeated token, id 3, where fp16's is not");
+        assert_eq!(check(&same, Some(&same)), "", "fp16 collapses as well");
+        assert_eq!(check(&same, None), "", "random weights, or no fp16 to compare with");
+        assert_eq!(invalid_reason(&[sample(&[3; 7], true)], 7, Some(&varied)), None, "too short to tell");
+    }
+}

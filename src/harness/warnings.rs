@@ -1,0 +1,155 @@
+//! Everything that a reader of a result must know, with what to do about it.
+
+use std::fmt;
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Warning {
+    DebugBuild,
+    /// Others used the processors during the repeats.
+    BusyCpus {
+        others_cpus: f64,
+        n_cpus: u64,
+    },
+    PowersaveGovernor {
+        governor: String,
+    },
+    OnBattery,
+    FewRepeats {
+        n: usize,
+        min_repeats: usize,
+    },
+    WideInterval {
+        rel_ci: f64,
+        wanted: f64,
+    },
+    WarmupNotFlat {
+        n: usize,
+    },
+    Outliers {
+        n: usize,
+        of: usize,
+    },
+    /// A step reads less than twice the last-level cache holds, or faster than the memory can give.
+    CacheResident {
+        step_bytes: u64,
+        cache_bytes: u64,
+        mbu: Option<f64>,
+    },
+    UnpairedRatios {
+        needed_bytes: u64,
+        free_bytes: u64,
+    },
+    TokensDiffer {
+        repeat: usize,
+    },
+    EndOfText {
+        n_gen: usize,
+        asked: usize,
+    },
+    UnequalLengths {
+        n_gen: u64,
+        fp16_n_gen: u64,
+    },
+    PeakNotExact,
+    Fp16Overflow {
+        count: u64,
+    },
+}
+
+impl Warning {
+    /// As records and filters spell it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Warning::DebugBuild => "debug_build",
+            Warning::BusyCpus { .. } => "busy_cpus",
+            Warning::PowersaveGovernor { .. } => "powersave_governor",
+            Warning::OnBattery => "on_battery",
+            Warning::FewRepeats { .. } => "few_repeats",
+            Warning::WideInterval { .. } => "wide_interval",
+            Warning::WarmupNotFlat { .. } => "warmup_not_flat",
+            Warning::Outliers { .. } => "outliers",
+            Warning::CacheResident { .. } => "cache-resident",
+            Warning::UnpairedRatios { .. } => "unpaired_ratios",
+            Warning::TokensDiffer { .. } => "tokens_differ",
+            Warning::EndOfText { .. } => "end_of_text",
+            Warning::UnequalLengths { .. } => "unequal_lengths",
+            Warning::PeakNotExact => "peak_not_exact",
+            Warning::Fp16Overflow { .. } => "fp16_overflow",
+        }
+    }
+
+    /// Whether the machine disturbed the measurement, so that it should be taken again.
+    pub fn taints(&self) -> bool {
+        matches!(
+            self,
+            Warning::DebugBuild | Warning::BusyCpus { .. } | Warning::PowersaveGovernor { .. } | Warning::OnBattery
+        )
+    }
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.name())?;
+        let mib = |bytes: u64| bytes as f64 / (1u64 << 20) as f64;
+        match self {
+            Warning::DebugBuild => f.write_str("this is a debug build; measure with `cargo run --release`"),
+            Warning::BusyCpus { others_cpus, n_cpus } => write!(
+                f,
+                "other processes kept {others_cpus:.1} of {n_cpus} CPUs busy during the repeats; stop them, or leave them \
+                 CPUs with `--threads`"
+            ),
+            Warning::PowersaveGovernor { governor } => {
+                write!(f, "the CPU governor `{governor}` holds clocks down; set it to `performance`")
+            }
+            Warning::OnBattery => f.write_str("the machine runs on its battery; plug it in"),
+            Warning::FewRepeats { n, min_repeats } => {
+                write!(f, "{n} repeats, fewer than {min_repeats}; give them more time with `--max-time`")
+            }
+            Warning::WideInterval { rel_ci, wanted } => write!(
+                f,
+                "the 95 % interval is ± {:.1} % of the median, not the wanted {:.1} %; quiet the machine or raise `--max-time`",
+                100.0 * rel_ci,
+                100.0 * wanted
+            ),
+            Warning::WarmupNotFlat { n } => {
+                write!(f, "warm-up ended after {n} runs that still differed by over 5 %; raise `--warmup`")
+            }
+            Warning::Outliers { n, of } => {
+                write!(f, "{n} of {of} repeats are far from the median; something else ran now and then")
+            }
+            Warning::CacheResident { step_bytes, cache_bytes, mbu } => {
+                let share = mbu.map(|mbu| format!(", {:.0} % of the read bandwidth", 100.0 * mbu)).unwrap_or_default();
+                write!(
+                    f,
+                    "a step reads {:.1} MiB{share}, and the last-level cache holds {:.1} MiB: part of it never leaves the \
+                     cache, so the share of memory bandwidth means little",
+                    mib(*step_bytes),
+                    mib(*cache_bytes)
+                )
+            }
+            Warning::UnpairedRatios { needed_bytes, free_bytes } => write!(
+                f,
+                "the precisions need {:.0} MiB together and {:.0} MiB are free, so they ran one after the other and drift \
+                 does not cancel in their ratios",
+                mib(*needed_bytes),
+                mib(*free_bytes)
+            ),
+            Warning::TokensDiffer { repeat } => write!(
+                f,
+                "repeat {repeat} generated other tokens than the first one, although greedy decoding is deterministic"
+            ),
+            Warning::EndOfText { n_gen, asked } => {
+                write!(f, "the text ends after {n_gen} of {asked} tokens (`--stop-at-eos`)")
+            }
+            Warning::UnequalLengths { n_gen, fp16_n_gen } => {
+                write!(f, "{n_gen} tokens against {fp16_n_gen} of fp16, so there is no ratio; drop `--stop-at-eos`")
+            }
+            Warning::PeakNotExact => {
+                f.write_str("the kernel's memory peak cannot be reset here; the peak is the highest value between repeats")
+            }
+            Warning::Fp16Overflow { count } => {
+                write!(f, "{count} weights of the checkpoint exceed the range of fp16 and became infinite")
+            }
+        }
+    }
+}

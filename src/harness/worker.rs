@@ -1,0 +1,148 @@
+//! The worker process, and the harness's only ties to the parts that load models.
+
+use std::io::{BufRead, Write};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, channel};
+
+use anyhow::{Context, Result, anyhow};
+
+use super::DeviceChoice;
+use super::clock::Monotonic;
+use super::load::CpuLoad;
+use super::measure::Bench;
+use super::memory::ProcessMemory;
+use super::protocol::{Ask, Failure, Job, LoadFacts, Reply};
+use crate::engine::{self, Device, Setup};
+use crate::error::BadInput;
+use crate::events::{Event, Listener};
+use crate::plan::Model;
+use crate::quant::{self, FormatOptions};
+use crate::weights::{self, Checkpoint, Request, Source, policy};
+
+/// A model whose files were found and whose plan was built; no weights are in memory.
+pub struct Opened {
+    pub checkpoint: Checkpoint,
+    pub model: Model,
+    pub source: Box<dyn Source>,
+}
+
+/// Finds a model's files, downloading what is missing, and checks that they hold what the architecture needs.
+pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
+    let checkpoint = weights::open(request, events)?;
+    let model = crate::models::build(&checkpoint.config)
+        .map_err(|error| BadInput::new(format!("the config.json of `{}` cannot be used: {error}", request.model_id)))?;
+    let source = checkpoint.source(&model.matrices, &model.vectors)?;
+    Ok(Opened { checkpoint, model, source })
+}
+
+/// Bytes of all weights at a precision, as stored.
+pub fn stored_bytes(model: &Model, precision: &str, options: FormatOptions) -> Result<u64> {
+    let format = |name: &str| {
+        let entry = quant::find(name).ok_or_else(|| anyhow!("no format is named `{name}`"))?;
+        Ok::<_, anyhow::Error>((entry.new)(options))
+    };
+    let (asked, fp16) = (format(precision)?, format("fp16")?);
+    let matrices = model.matrices.iter().map(|spec| {
+        let format = if policy::keeps_fp16(spec.role) { &fp16 } else { &asked };
+        format.stored_bytes(spec.n, spec.k) as u64
+    });
+    Ok(matrices.sum::<u64>() + model.vectors.iter().map(|spec| 2 * spec.len as u64).sum::<u64>())
+}
+
+/// The hidden subcommand: answers the parent until it closes the pipe. Nothing else may write to standard output.
+pub fn worker_main() -> ExitCode {
+    // The kernel should end a worker, not the parent, when memory runs out. Raising one's own score needs no right; where it
+    // fails nothing is lost.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
+    let replies = Replies(Mutex::new(std::io::stdout()));
+    let mut bench = None;
+    for ask in asks() {
+        let reply = answer(ask, &mut bench, &replies).unwrap_or_else(|error| Reply::Failed(Failure::of(&error)));
+        replies.send(&reply);
+    }
+    ExitCode::SUCCESS
+}
+
+struct State {
+    bench: Bench<Monotonic>,
+    job: Job,
+}
+
+fn answer(ask: Ask, state: &mut Option<State>, events: &Replies) -> Result<Reply> {
+    if let Ask::Load(job) = ask {
+        let (loaded, facts) = load(*job, events)?;
+        *state = Some(loaded);
+        return Ok(Reply::Loaded(facts));
+    }
+    let State { bench, job } = state.as_mut().context("nothing is loaded yet")?;
+    Ok(match ask {
+        Ask::WarmUp => Reply::Warmed(bench.warm_up()?),
+        Ask::Repeat => Reply::Sample(bench.repeat()?),
+        Ask::Finish => Reply::Finished(bench.finish(job.save_logits.as_deref())?),
+        Ask::Load(_) => unreachable!("returned above"),
+    })
+}
+
+fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
+    let opened = open(&job.model, events)?;
+    let device = match job.device {
+        DeviceChoice::Cuda(ordinal) => Device::Cuda(ordinal),
+        DeviceChoice::Cpu | DeviceChoice::Auto => Device::Cpu,
+    };
+    let setup = Setup {
+        model: &opened.model,
+        source: opened.source.as_ref(),
+        precision: &job.precision,
+        options: job.format_options,
+        device,
+        threads: job.threads,
+        capacity: job.capacity(),
+    };
+    let loaded = engine::load(&setup, events)?;
+    let memory = ProcessMemory::default();
+    let facts = LoadFacts {
+        load_s: loaded.load.as_secs_f64(),
+        quantize_s: loaded.quantize.as_secs_f64(),
+        fp16_overflow: loaded.fp16_overflow,
+        isa: loaded.isa,
+        load_peak_bytes: memory.peak_bytes(),
+    };
+    let bench = Bench::new(loaded.session, Monotonic::start(), memory, CpuLoad::default(), job.task.clone());
+    Ok((State { bench, job }, facts))
+}
+
+/// What the parent asks, line by line, read by a thread of its own: when the parent is gone, so is this process, even in the
+/// middle of a repeat. The thread sleeps in a read meanwhile.
+fn asks() -> Receiver<Ask> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            let Some(ask) = line.ok().and_then(|line| serde_json::from_str(&line).ok()) else { break };
+            if sender.send(ask).is_err() {
+                break;
+            }
+        }
+        std::process::exit(0);
+    });
+    receiver
+}
+
+/// Standard output as a channel of replies; also the listener whose events the parent relays.
+struct Replies(Mutex<std::io::Stdout>);
+
+impl Replies {
+    fn send(&self, reply: &Reply) {
+        let mut line = serde_json::to_string(reply).unwrap_or_default();
+        line.push('\n');
+        let mut out = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // A parent that no longer reads has closed the other pipe as well, which ends this process.
+        let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+    }
+}
+
+impl Listener for Replies {
+    fn on(&self, event: Event) {
+        self.send(&Reply::Event(event));
+    }
+}
