@@ -37,13 +37,15 @@ impl Machine {
 
     pub fn cpu_name(&self) -> String {
         let info = self.text("proc/cpuinfo").unwrap_or_default();
-        let field = |line: &str| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim().to_owned());
+        let field =
+            |line: &str| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim().to_owned());
         info.lines().find_map(field).unwrap_or_else(|| std::env::consts::ARCH.to_owned())
     }
 
     fn os(&self) -> String {
         let release = self.text("etc/os-release").unwrap_or_default();
-        let name = release.lines().find_map(|line| line.strip_prefix("PRETTY_NAME=")).map(|name| name.trim_matches('"'));
+        let name =
+            release.lines().find_map(|line| line.strip_prefix("PRETTY_NAME=")).map(|name| name.trim_matches('"'));
         let kernel = self.text("proc/sys/kernel/osrelease").unwrap_or_default();
         let name = name.unwrap_or(std::env::consts::OS);
         format!("{name} {}", kernel.trim()).trim_end().to_owned()
@@ -84,7 +86,9 @@ impl Machine {
         let discharging = |folder: PathBuf| {
             let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
             // A mouse has a battery too; its scope says so.
-            read("type").trim() == "Battery" && read("scope").trim() != "Device" && read("status").trim() == "Discharging"
+            read("type").trim() == "Battery"
+                && read("scope").trim() != "Device"
+                && read("status").trim() == "Discharging"
         };
         supplies.flatten().any(|supply| discharging(supply.path())).then_some(Warning::OnBattery)
     }
@@ -173,7 +177,10 @@ mod tests {
             (&[(governor, "powersave\n"), (preference, "power\n")], slow()),
             (&[(kind, "Battery\n"), (status, "Discharging\n")], Some(Warning::OnBattery)),
             (&[(kind, "Battery\n"), (status, "Charging\n")], None),
-            (&[(kind, "Battery\n"), (status, "Discharging\n"), ("sys/class/power_supply/BAT0/scope", "Device\n")], None),
+            (
+                &[(kind, "Battery\n"), (status, "Discharging\n"), ("sys/class/power_supply/BAT0/scope", "Device\n")],
+                None,
+            ),
         ];
         for (files, expected) in cases {
             let root = root(files);

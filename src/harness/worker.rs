@@ -47,7 +47,7 @@ pub fn stored_bytes(model: &Model, precision: &str, options: FormatOptions) -> R
         let format = if policy::keeps_fp16(spec.role) { &fp16 } else { &asked };
         format.stored_bytes(spec.n, spec.k) as u64
     });
-    Ok(matrices.sum::<u64>() + model.vectors.iter().map(|spec| 2 * spec.len as u64).sum::<u64>())
+    Ok(matrices.sum::<u64>() + model.vector_bytes() as u64)
 }
 
 /// The hidden subcommand: answers the parent until it closes the pipe. Nothing else may write to standard output.
@@ -98,6 +98,7 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         device,
         threads: job.threads,
         capacity: job.capacity(),
+        encoder_capacity: job.encoder_capacity,
     };
     let loaded = engine::load(&setup, events)?;
     let memory = ProcessMemory::default();
