@@ -2,15 +2,27 @@
 
 use std::path::{Path, PathBuf};
 
-use quantbench::engine::{self, Device, Loaded, Session, Setup};
+use quantbench::engine::{self, Device, EncoderInput, Session, Setup};
 use quantbench::events::Silent;
+use quantbench::harness::picture::Preprocessor;
 use quantbench::kernels::isa::Isa;
+use quantbench::plan::{EncoderInputKind, Model};
 use quantbench::quant::FormatOptions;
 use quantbench::weights::{self, Request, WeightsChoice};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-const MODELS: [&str; 4] = ["llama-tiny", "llama-odd", "phi-tiny", "phi-odd"];
+const MODELS: [&str; 9] = [
+    "llama-tiny",
+    "llama-odd",
+    "phi-tiny",
+    "phi-odd",
+    "t5-tiny",
+    "t5-odd",
+    "t5-tied-relu",
+    "paligemma-tiny",
+    "paligemma-odd",
+];
 const N_GEN: usize = 16;
 
 /// fp32 against fp32: transformers itself moves by 3e-5 between eager, cached and fp64 (tests/golden/README.md).
@@ -37,6 +49,13 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
+/// A loaded model and what its encoder reads beside the prompt.
+struct Loaded {
+    plan: Model,
+    session: Box<dyn Session>,
+    pixels: Vec<f32>,
+}
+
 fn load(model: &str, precision: &str, executor: Executor) -> Loaded {
     let folder = golden().join("models").join(model);
     let request = Request {
@@ -57,11 +76,62 @@ fn load(model: &str, precision: &str, executor: Executor) -> Loaded {
         options: FormatOptions::default(),
         device: Device::Cpu,
         threads: 2,
-        capacity: 64,
+        capacity: 320,
+        encoder_capacity: 256,
     };
-    match executor {
+    let loaded = match executor {
         Executor::Reference => engine::reference::load(&setup, &Silent).unwrap(),
         Executor::Cpu(isa) => engine::cpu::load(&setup, isa, &Silent).unwrap(),
+    };
+    let pixels = match plan.encoder.as_ref().map(|encoder| encoder.input) {
+        Some(EncoderInputKind::Picture(picture)) => {
+            let config = std::fs::read_to_string(folder.join("preprocessor_config.json")).unwrap();
+            let config = serde_json::from_str(&config).unwrap();
+            let preprocessor = Preprocessor::new(Some(&config), picture.size).unwrap();
+            preprocessor.open(&folder.join("image.png")).unwrap().values
+        }
+        _ => Vec::new(),
+    };
+    Loaded { plan, session: loaded.session, pixels }
+}
+
+impl Loaded {
+    /// Encoder and first decoder call over `prompt`; returns the first token.
+    fn begin(&mut self, prompt: &[u32]) -> u32 {
+        self.session.rewind(0);
+        match self.plan.encoder.as_ref().map(|encoder| encoder.input) {
+            None => self.session.prefill(prompt).unwrap(),
+            Some(EncoderInputKind::Tokens) => {
+                self.session.encode(EncoderInput::Tokens(prompt)).unwrap();
+                self.session.prefill(&[self.plan.decoder_start.unwrap()]).unwrap()
+            }
+            Some(EncoderInputKind::Picture(_)) => {
+                self.session.encode(EncoderInput::Pixels(&self.pixels)).unwrap();
+                self.session.prefill(prompt).unwrap()
+            }
+        }
+    }
+
+    /// Greedy generation: the ids and the logits of each step.
+    fn generate(&mut self, prompt: &[u32]) -> (Vec<u32>, Vec<Vec<f32>>) {
+        let mut ids = vec![self.begin(prompt)];
+        let mut logits = vec![self.session.logits().unwrap()];
+        while ids.len() < N_GEN {
+            self.session.decode(1, &mut |id| ids.push(id)).unwrap();
+            logits.push(self.session.logits().unwrap());
+        }
+        (ids, logits)
+    }
+
+    /// Logits of each step when the reference's own tokens are fed.
+    fn forced(&mut self, prompt: &[u32], tokens: &[u32]) -> Vec<Vec<f32>> {
+        self.begin(prompt);
+        let mut logits = vec![self.session.logits().unwrap()];
+        for &token in &tokens[..tokens.len() - 1] {
+            self.session.prefill(&[token]).unwrap();
+            logits.push(self.session.logits().unwrap());
+        }
+        logits
     }
 }
 
@@ -90,30 +160,6 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-/// Greedy generation: the ids and the logits of each step.
-fn generate(session: &mut dyn Session, prompt: &[u32]) -> (Vec<u32>, Vec<Vec<f32>>) {
-    session.rewind(0);
-    let mut ids = vec![session.prefill(prompt).unwrap()];
-    let mut logits = vec![session.logits().unwrap()];
-    while ids.len() < N_GEN {
-        session.decode(1, &mut |id| ids.push(id)).unwrap();
-        logits.push(session.logits().unwrap());
-    }
-    (ids, logits)
-}
-
-/// Logits of each step when the reference's own tokens are fed.
-fn forced(session: &mut dyn Session, prompt: &[u32], tokens: &[u32]) -> Vec<Vec<f32>> {
-    session.rewind(0);
-    session.prefill(prompt).unwrap();
-    let mut logits = vec![session.logits().unwrap()];
-    for &token in &tokens[..tokens.len() - 1] {
-        session.prefill(&[token]).unwrap();
-        logits.push(session.logits().unwrap());
-    }
-    logits
-}
-
 fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
@@ -127,7 +173,7 @@ fn check_run(model: &str, precision: &str, golden: &Golden, prompts: &Value, pre
         for (i, prompt) in prompts.as_array().unwrap().iter().enumerate() {
             let case = format!("{model} {precision} {executor:?} prompt {i}");
             let input = ids(&reference.facts["prompts"][i]["input_ids"]);
-            let (tokens, logits) = generate(loaded.session.as_mut(), &input);
+            let (tokens, logits) = loaded.generate(&input);
             let expected = golden.floats(&format!("{prefix}p{i}.step_logits"));
             let vocab = expected.len() / N_GEN;
             assert_eq!(tokens, ids(&prompt["generated_ids"]), "{case}");
@@ -167,8 +213,7 @@ fn int8_logits_equal_the_reference_where_they_are_stable_and_its_cost_elsewhere(
                 let prompt = &reference.facts["prompts"][i];
                 let fp32 = reference.floats(&format!("p{i}.step_logits"));
                 let vocab = fp32.len() / N_GEN;
-                let logits =
-                    forced(loaded.session.as_mut(), &ids(&prompt["input_ids"]), &ids(&prompt["generated_ids"]));
+                let logits = loaded.forced(&ids(&prompt["input_ids"]), &ids(&prompt["generated_ids"]));
 
                 let expected = golden.floats(&format!("int8_f32.p{i}.step_logits"));
                 if facts["input_noise_1e-6"]["first_step_stable"].as_bool().unwrap() {
@@ -200,7 +245,7 @@ fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
 fn a_rewound_session_repeats_itself_bit_for_bit() {
     for precision in ["fp16", "int8", "nf4"] {
         let mut loaded = load("llama-tiny", precision, Executor::Cpu(Isa::detect()));
-        let first = generate(loaded.session.as_mut(), &[1, 2, 3]);
-        assert_eq!(first, generate(loaded.session.as_mut(), &[1, 2, 3]), "{precision}");
+        let first = loaded.generate(&[1, 2, 3]);
+        assert_eq!(first, loaded.generate(&[1, 2, 3]), "{precision}");
     }
 }

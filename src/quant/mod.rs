@@ -6,6 +6,7 @@
 //!
 //! Dimensions: a weight is `[n, k]` row-major, n outputs and k inputs; activations are `[m, k]`; `y = x · Wᵀ` is `[m, n]`.
 
+pub mod cpu;
 pub mod fp16;
 pub mod int8;
 pub mod nf4;
@@ -25,6 +26,27 @@ pub struct HalfMatrix {
     pub k: usize,
     /// `n * k` values.
     pub data: Vec<f16>,
+}
+
+impl HalfMatrix {
+    /// Fails where the matrix is empty or its data is not `n * k` values.
+    pub fn check(&self) -> Result<()> {
+        let Self { n, k, data } = self;
+        if *n == 0 || *k == 0 || n.checked_mul(*k) != Some(data.len()) {
+            candle_core::bail!("a weight of [{n}, {k}] cannot be made of {} values", data.len());
+        }
+        Ok(())
+    }
+}
+
+/// The oracle of the formats that multiply dequantized weights: sums of `x · Wᵀ` in fp64, rounded once. `weights` is
+/// `[n, k]`, `x` `[m, k]`, the result `[m, n]`.
+fn multiply_dense(weights: &[f32], (n, k): (usize, usize), x: &[f32], m: usize) -> Vec<f32> {
+    assert_eq!(x.len(), m * k, "activations of {m} tokens");
+    let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum::<f64>() as f32;
+    let y: Vec<f32> = x.chunks_exact(k).flat_map(|x| weights.chunks_exact(k).map(move |w| dot(x, w))).collect();
+    debug_assert_eq!(y.len(), m * n);
+    y
 }
 
 /// How a format is configured; the defaults are bitsandbytes'.
@@ -71,7 +93,8 @@ pub trait Format: Send + Sync {
 }
 
 /// One tensor of a stored matrix under the name that bitsandbytes gives it, relative to the weight: `""` is the weight
-/// itself, `"absmax"` is `{weight}.absmax`.
+/// itself, `"absmax"` is `{weight}.absmax`. Two differ: LLM.int8's `"SCB"` is saved beside the weight, as `{layer}.SCB`,
+/// and `"nested_offset"` inside NF4's `quant_state` blob.
 pub struct Part {
     pub suffix: &'static str,
     pub dtype: safetensors::Dtype,
@@ -109,16 +132,25 @@ pub struct Prepared {
     pub m: usize,
     /// Columns.
     pub k: usize,
-    /// `[m, k]` fp32, in the order that the kernel wants.
+    /// fp32: `[m, k]`, and for LLM.int8 the outlier columns' `[m, outlier_columns]`.
     pub f32s: Vec<f32>,
-    /// `[m, k]` int8 codes of LLM.int8.
+    /// Codes of LLM.int8, rows padded as the kernel wants.
     pub i8s: Vec<i8>,
-    /// `[m, k]` int16 codes (AVX2 NF4).
-    pub i16s: Vec<i16>,
     /// Per row.
     pub scales: Vec<f32>,
     /// LLM.int8's outlier columns of this call, ascending.
     pub outlier_columns: Vec<u32>,
+}
+
+impl Prepared {
+    /// The activations as they are.
+    fn copy(&mut self, x: &[f32], m: usize, k: usize) {
+        assert_eq!(x.len(), m * k, "activations of {m} tokens");
+        (self.m, self.k) = (m, k);
+        self.f32s.clear();
+        self.f32s.extend_from_slice(x);
+        self.outlier_columns.clear();
+    }
 }
 
 /// A matrix in the layout that a CPU kernel streams. The stored bytes stay recoverable bit for bit.

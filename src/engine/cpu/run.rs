@@ -249,7 +249,7 @@ impl Runner<'_> {
     fn linear(&self, part: &LinearPart, worker: &Worker) {
         let matrix = &self.weights.matrices[part.weight.0];
         let columns = worker.share(matrix.shape().0, self.weights.granule);
-        let bias = part.bias.map(|bias| &self.weights.vectors[bias.0][columns.clone()]);
+        let bias = part.bias.map(|bias| self.weights.vectors[bias.0].as_slice());
         let y = &self.slots[self.storage.slot_of[part.out.0]];
         matrix.multiply(self.prepared(), columns, bias, y, self.scratch(worker));
     }

@@ -1,1 +1,185 @@
-//! placeholder
+//! NF4 (QLoRA §3): 4-bit codes for the quantiles of a normal distribution, in blocks of 64 weights with one absmax each.
+//!
+//! Blocks run over the flattened matrix and may cross rows. With double quantization the blocks' absmax values are held as
+//! 8-bit codes with an fp32 scale for every 256 and one fp32 offset ([`nested`]).
+
+mod codes;
+mod cpu;
+pub mod nested;
+
+use candle_core::Result;
+use half::f16;
+use safetensors::Dtype;
+
+use self::nested::NestedAbsmax;
+use super::{CpuMatrix, Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored};
+use crate::kernels::isa::Isa;
+
+pub use codes::{BLOCK, CODES};
+
+pub const ENTRY: FormatEntry = FormatEntry {
+    name: NAME,
+    aliases: &["4bit"],
+    doc: "4-bit NormalFloat in blocks of 64, absmax double-quantized: bitsandbytes' NF4 (QLoRA)",
+    new: |_: FormatOptions| Box::new(Nf4 { absmax: AbsmaxKind::Nested }),
+};
+
+pub const ENTRY_NO_DOUBLE_QUANT: FormatEntry = FormatEntry {
+    name: NAME_NO_DOUBLE_QUANT,
+    aliases: &[],
+    doc: "NF4 with fp32 absmax, without double quantization",
+    new: |_: FormatOptions| Box::new(Nf4 { absmax: AbsmaxKind::Plain }),
+};
+
+const NAME: &str = "nf4";
+const NAME_NO_DOUBLE_QUANT: &str = "nf4-nodq";
+
+/// How blocks' absmax values are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AbsmaxKind {
+    Plain,
+    Nested,
+}
+
+struct Nf4 {
+    absmax: AbsmaxKind,
+}
+
+impl Format for Nf4 {
+    fn name(&self) -> &'static str {
+        match self.absmax {
+            AbsmaxKind::Plain => NAME_NO_DOUBLE_QUANT,
+            AbsmaxKind::Nested => NAME,
+        }
+    }
+
+    fn stored_bytes(&self, n: usize, k: usize) -> usize {
+        let blocks = (n * k).div_ceil(BLOCK);
+        let absmax = match self.absmax {
+            AbsmaxKind::Plain => blocks * size_of::<f32>(),
+            AbsmaxKind::Nested => nested::stored_bytes(blocks),
+        };
+        (n * k).div_ceil(2) + absmax
+    }
+
+    fn quantize(&self, weight: HalfMatrix) -> Result<Box<dyn Stored>> {
+        weight.check()?;
+        let (packed, absmax) = quantize_blocks(&weight.data);
+        let absmax = match self.absmax {
+            AbsmaxKind::Plain => Absmax::Plain(absmax),
+            AbsmaxKind::Nested => Absmax::Nested(NestedAbsmax::quantize(absmax)),
+        };
+        Ok(Box::new(Nf4Stored { n: weight.n, k: weight.k, packed, absmax }))
+    }
+}
+
+/// Packed codes, high nibble first, and each block's absmax.
+fn quantize_blocks(weights: &[f16]) -> (Vec<u8>, Vec<f32>) {
+    let mut packed = vec![0u8; weights.len().div_ceil(2)];
+    let mut absmax = vec![0.0f32; weights.len().div_ceil(BLOCK)];
+    cpu::encode(weights, &mut packed, &mut absmax);
+    (packed, absmax)
+}
+
+/// One absmax for each block.
+#[derive(Debug, Clone, PartialEq)]
+enum Absmax {
+    Plain(Vec<f32>),
+    Nested(NestedAbsmax),
+}
+
+impl Absmax {
+    #[inline]
+    fn get(&self, block: usize) -> f32 {
+        match self {
+            Absmax::Plain(values) => values[block],
+            Absmax::Nested(nested) => nested.get(block),
+        }
+    }
+
+    fn stored_bytes(&self) -> usize {
+        match self {
+            Absmax::Plain(values) => size_of_val(&values[..]),
+            Absmax::Nested(nested) => nested::stored_bytes(nested.codes.len()),
+        }
+    }
+
+    fn kind(&self) -> AbsmaxKind {
+        match self {
+            Absmax::Plain(_) => AbsmaxKind::Plain,
+            Absmax::Nested(_) => AbsmaxKind::Nested,
+        }
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        match self {
+            Absmax::Plain(values) => vec![fp32_part("absmax", values)],
+            Absmax::Nested(nested) => vec![
+                Part {
+                    suffix: "absmax",
+                    dtype: Dtype::U8,
+                    shape: vec![nested.codes.len()],
+                    bytes: nested.codes.clone(),
+                },
+                fp32_part("nested_absmax", &nested.absmax),
+                fp32_part("nested_offset", &[nested.offset]),
+            ],
+        }
+    }
+}
+
+fn fp32_part(suffix: &'static str, values: &[f32]) -> Part {
+    let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Part { suffix, dtype: Dtype::F32, shape: vec![values.len()], bytes }
+}
+
+/// A matrix in the bytes that bitsandbytes stores.
+#[derive(Debug, Clone, PartialEq)]
+struct Nf4Stored {
+    n: usize,
+    k: usize,
+    /// Two codes a byte, the even element in the high nibble; `n * k / 2` bytes, rounded up.
+    packed: Vec<u8>,
+    absmax: Absmax,
+}
+
+impl Nf4Stored {
+    #[inline]
+    fn code(&self, element: usize) -> u8 {
+        let byte = self.packed[element / 2];
+        if element.is_multiple_of(2) { byte >> 4 } else { byte & 0xf }
+    }
+}
+
+impl Stored for Nf4Stored {
+    fn shape(&self) -> (usize, usize) {
+        (self.n, self.k)
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        let packed =
+            Part { suffix: "", dtype: Dtype::U8, shape: vec![self.packed.len(), 1], bytes: self.packed.clone() };
+        let mut parts = vec![packed];
+        parts.extend(self.absmax.parts());
+        parts
+    }
+
+    fn dequantize(&self) -> Vec<f32> {
+        let value = |element| CODES[usize::from(self.code(element))] * self.absmax.get(element / BLOCK);
+        (0..self.n * self.k).map(value).collect()
+    }
+
+    /// Sums in fp64 over dequantized fp32 weights, rounded once.
+    fn multiply(&self, x: &[f32], m: usize) -> Vec<f32> {
+        super::multiply_dense(&self.dequantize(), self.shape(), x, m)
+    }
+
+    fn pack(self: Box<Self>, isa: Isa) -> Box<dyn CpuMatrix> {
+        Box::new(cpu::Nf4Matrix::new(*self, isa))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn upload(&self, _device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
+        candle_core::bail!("nf4 has no CUDA kernels yet")
+    }
+}

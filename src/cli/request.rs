@@ -1,0 +1,271 @@
+//! What the command line means: every word looked up, every number in range, every file read. No model is touched.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use super::{DEFAULT_MODEL_ID, PromptArgs, RunArgs, WeightsWord};
+use crate::error::BadInput;
+use crate::harness::{Case, DeviceChoice, PromptChoice, Protocol};
+use crate::quant::{self, FORMATS, FormatEntry, FormatOptions};
+use crate::report::{self, Writer};
+use crate::weights::{self, WeightsChoice};
+
+/// A run as it will happen.
+#[derive(Debug)]
+pub struct Request {
+    pub case: Case,
+    /// What goes to stdout.
+    pub stdout: &'static Writer,
+    /// What goes to a file besides.
+    pub file: Option<(PathBuf, &'static Writer)>,
+    pub wide: bool,
+    pub quiet: bool,
+    /// No model was named: the reader is new here, so the table ends with what comes next.
+    pub is_first_look: bool,
+}
+
+impl Request {
+    /// Fails with [`BadInput`] on an unknown word, a number out of range, an unreadable prompt file or an output that
+    /// cannot be written. `command` is what records show.
+    pub fn new(args: &RunArgs, command: String) -> Result<Self> {
+        let case = Case {
+            model: model(args),
+            precisions: precisions(&args.precision, args.no_double_quant)?,
+            format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", args.int8_threshold)? },
+            device: device(&args.device)?,
+            threads: args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
+            prompt: prompt(&args.prompt)?,
+            n_gen: positive("--max-new-tokens", args.max_new_tokens)?,
+            n_depth: args.depth,
+            stop_at_eos: args.stop_at_eos,
+            protocol: protocol(args)?,
+            save_logits: args.save_logits.clone(),
+            command,
+        };
+        check_logits_file(&case)?;
+        Ok(Self {
+            stdout: report::by_name(args.format.as_deref().unwrap_or("table"))?,
+            file: args.output.as_deref().map(output_file).transpose()?,
+            wide: args.wide,
+            quiet: args.quiet,
+            is_first_look: args.model_id == DEFAULT_MODEL_ID && args.format.is_none(),
+            case,
+        })
+    }
+}
+
+fn model(args: &RunArgs) -> weights::Request {
+    weights::Request {
+        model_id: args.model_id.clone(),
+        revision: args.revision.clone(),
+        offline: args.offline,
+        weights: match args.weights {
+            WeightsWord::Auto => WeightsChoice::Auto,
+            WeightsWord::Random => WeightsChoice::Random,
+        },
+        seed: args.seed,
+        outlier_channels: args.outlier_channels,
+    }
+}
+
+/// Canonical names in the order asked, each once. `all` is every precision that is not a variant of another.
+fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<String>, BadInput> {
+    let mut names: Vec<String> = Vec::new();
+    for word in words {
+        let entries: Vec<&FormatEntry> = match word.trim().to_lowercase().as_str() {
+            "all" => FORMATS.iter().filter(|entry| !is_variant(entry)).collect(),
+            word => vec![quant::find(word).ok_or_else(|| unknown_precision(word))?],
+        };
+        for entry in entries {
+            let name = if no_double_quant { without_double_quant(entry) } else { entry }.name;
+            if !names.iter().any(|seen| seen == name) {
+                names.push(name.to_owned());
+            }
+        }
+    }
+    Ok(names)
+}
+
+/// A variant's name is that of the plain format and what differs: `nf4-nodq`.
+fn is_variant(entry: &FormatEntry) -> bool {
+    entry.name.contains('-')
+}
+
+fn without_double_quant(entry: &'static FormatEntry) -> &'static FormatEntry {
+    quant::find(&format!("{}-nodq", entry.name)).unwrap_or(entry)
+}
+
+fn unknown_precision(word: &str) -> BadInput {
+    let known = || FORMATS.iter().flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
+    let names: Vec<&str> = known().chain(["all"]).collect();
+    let error = BadInput::new(format!("unknown precision `{word}`: known are {}", names.join(", ")));
+    let nearest = names.iter().max_by(|a, b| strsim::jaro(word, a).total_cmp(&strsim::jaro(word, b)));
+    match nearest {
+        Some(nearest) => error.hint(format!("the nearest is `--precision {nearest}`")),
+        None => error,
+    }
+}
+
+fn device(word: &str) -> Result<DeviceChoice, BadInput> {
+    let choice = match word.split_once(':') {
+        None if word == "auto" => Some(DeviceChoice::Auto),
+        None if word == "cpu" => Some(DeviceChoice::Cpu),
+        None if word == "cuda" => Some(DeviceChoice::Cuda(0)),
+        Some(("cuda", index)) => index.parse().ok().map(DeviceChoice::Cuda),
+        _ => None,
+    };
+    match choice {
+        None => {
+            Err(BadInput::new(format!("unknown device `{word}`: known are auto, cpu, cuda and cuda:N (N counts from 0)")))
+        }
+        Some(DeviceChoice::Cuda(_)) if !cfg!(feature = "cuda") => {
+            Err(BadInput::new(format!("`--device {word}`: this build has no CUDA support"))
+                .hint("build with `cargo build --release --features cuda`, or measure with `--device cpu`"))
+        }
+        Some(choice) => Ok(choice),
+    }
+}
+
+fn prompt(args: &PromptArgs) -> Result<PromptChoice, BadInput> {
+    if let Some(text) = &args.prompt {
+        return text_prompt("--prompt", text.clone());
+    }
+    if let Some(path) = &args.prompt_file {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| BadInput::new(format!("`--prompt-file {}`: {error}", path.display())))?;
+        return text_prompt("--prompt-file", text);
+    }
+    if let Some(n) = args.prompt_tokens {
+        return positive("--prompt-tokens", n).map(PromptChoice::Synthetic);
+    }
+    Ok(args.prompt_ids.clone().map_or(PromptChoice::Default, PromptChoice::Ids))
+}
+
+fn text_prompt(option: &str, text: String) -> Result<PromptChoice, BadInput> {
+    if text.is_empty() {
+        return Err(BadInput::new(format!("`{option}` is empty: prefill needs at least one token"))
+            .hint("give some text, or `--prompt-tokens N` for N synthetic ids"));
+    }
+    Ok(PromptChoice::Text(text))
+}
+
+fn protocol(args: &RunArgs) -> Result<Protocol, BadInput> {
+    let protocol = Protocol {
+        warmup: args.warmup,
+        repeats: args.repeats.map(|n| positive("--repeats", n)).transpose()?,
+        min_time_s: not_negative("--min-time", args.min_time)?,
+        max_time_s: not_negative("--max-time", args.max_time)?,
+        rel_ci: not_negative("--rel-ci", args.rel_ci)?,
+        ..Protocol::default()
+    };
+    if protocol.min_time_s > protocol.max_time_s {
+        let (min, max) = (protocol.min_time_s, protocol.max_time_s);
+        return Err(BadInput::new(format!("`--min-time {min}` is more than `--max-time {max}`")));
+    }
+    Ok(protocol)
+}
+
+/// Logits of several precisions would not fit into one file.
+fn check_logits_file(case: &Case) -> Result<()> {
+    let Some(path) = &case.save_logits else { return Ok(()) };
+    if case.precisions.len() != 1 {
+        let asked = case.precisions.join(", ");
+        return Err(BadInput::new(format!("`--save-logits` holds the logits of one precision, asked for are {asked}"))
+            .hint("name one, for example `--precision fp16`")
+            .into());
+    }
+    report::check_writable(path)
+}
+
+fn output_file(path: &Path) -> Result<(PathBuf, &'static Writer)> {
+    let writer = report::by_extension(path)?;
+    report::check_writable(path)?;
+    Ok((path.to_owned(), writer))
+}
+
+fn positive(option: &str, n: usize) -> Result<usize, BadInput> {
+    match n {
+        0 => Err(BadInput::new(format!("`{option} 0`: at least 1 is needed"))),
+        n => Ok(n),
+    }
+}
+
+fn not_negative<T: Into<f64> + Copy + std::fmt::Display>(option: &str, x: T) -> Result<T, BadInput> {
+    match x.into() {
+        value if value.is_finite() && value >= 0.0 => Ok(x),
+        _ => Err(BadInput::new(format!("`{option} {x}`: a finite number of at least 0 is needed"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    fn request(line: &str) -> Result<Request> {
+        let words = std::iter::once("quantbench").chain(line.split_whitespace());
+        Request::new(&Cli::try_parse_from(words)?.run, line.to_owned())
+    }
+
+    #[test]
+    fn precisions_are_canonical_and_unique() {
+        for (line, names) in [
+            ("", "fp16 int8 nf4"),
+            ("--precision 4bit", "nf4"),
+            ("--precision nf4,4bit", "nf4"),
+            ("--precision int8,fp16", "int8 fp16"),
+            ("--precision NF4", "nf4"),
+            ("--precision nf4-nodq,all", "nf4-nodq fp16 int8 nf4"),
+            ("--no-double-quant", "fp16 int8 nf4-nodq"),
+            ("--precision 4bit --no-double-quant", "nf4-nodq"),
+        ] {
+            assert_eq!(request(line).unwrap().case.precisions.join(" "), names, "{line}");
+        }
+    }
+
+    #[test]
+    fn every_format_can_be_asked_for_by_every_name() {
+        for entry in FORMATS {
+            for word in std::iter::once(&entry.name).chain(entry.aliases) {
+                let case = request(&format!("--precision {word}")).unwrap().case;
+                assert_eq!(case.precisions, [entry.name], "{word}");
+            }
+        }
+    }
+
+    #[test]
+    fn prompts_and_devices_are_told_apart() {
+        assert_eq!(request("--prompt-ids 1,2,3").unwrap().case.prompt, PromptChoice::Ids(vec![1, 2, 3]));
+        assert_eq!(request("--prompt-tokens 9").unwrap().case.prompt, PromptChoice::Synthetic(9));
+        assert_eq!(request("--prompt hi").unwrap().case.prompt, PromptChoice::Text("hi".into()));
+        assert_eq!(request("").unwrap().case.prompt, PromptChoice::Default);
+        assert_eq!(request("--device cpu").unwrap().case.device, DeviceChoice::Cpu);
+        assert_eq!(request("run --threads 3").is_ok(), request("--threads 3").is_ok());
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_refused() {
+        for (line, word) in [
+            ("--precision fp61", "fp16"),
+            ("--precision fp16,", "unknown precision"),
+            ("--device gpu", "cuda:N"),
+            ("--device cuda:x", "cuda:N"),
+            ("--max-new-tokens 0", "at least 1"),
+            ("--prompt-tokens 0", "at least 1"),
+            ("--repeats 0", "at least 1"),
+            ("--threads 0", "at least 1"),
+            ("--int8-threshold NaN", "finite"),
+            ("--min-time 5 --max-time 4", "--max-time 4"),
+            ("--rel-ci=-1", "at least 0"),
+            ("--save-logits x.safetensors", "one precision"),
+            ("--prompt a --prompt-tokens 3", "cannot be used with"),
+        ] {
+            let error = request(line).expect_err(line);
+            let hint = crate::error::hint(&error).unwrap_or_default();
+            assert!(format!("{error:#} {hint}").contains(word), "{line}: {error:#} {hint}");
+        }
+    }
+}

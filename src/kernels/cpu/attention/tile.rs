@@ -1,0 +1,283 @@
+//! The inner loops of attention: queries two at a time against tiles of positions that stay in the nearest cache.
+
+use super::{Context, Partial, finite_base};
+use crate::kernels::cpu::lanes::{Kernel, Lanes, exp};
+
+/// Positions of a tile, a multiple of every vector's width. Keys and values of 64 × 64 fp32 are 16 KiB each.
+const TILE: usize = 64;
+
+/// From so many queries on, transposing a tile of keys costs less than adding up across vectors for each score.
+const TRANSPOSE_FROM: usize = 16;
+
+/// Fills `out` and `partials` for all queries: query `i` sees the first `first + i / group` positions.
+pub(super) struct Attend<'a> {
+    pub q: &'a [f32],
+    pub context: Context<'a>,
+    pub first: usize,
+    pub group: usize,
+    /// `[queries, t]`
+    pub bias: Option<&'a [f32]>,
+    pub out: &'a mut [f32],
+    pub partials: &'a mut [Partial],
+    pub scratch: &'a mut Vec<f32>,
+}
+
+/// One tile of positions.
+struct Tile<'a> {
+    keys: &'a [f32],
+    /// Keys as `[d, TILE]`, where it pays.
+    transposed: Option<&'a [f32]>,
+    values: &'a [f32],
+    start: usize,
+    len: usize,
+}
+
+impl Kernel for Attend<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(mut self) {
+        let (n, d) = (self.partials.len(), self.context.d);
+        self.out.fill(0.0);
+        self.partials.fill(Partial::EMPTY);
+        let mut packed = std::mem::take(self.scratch);
+        if n >= TRANSPOSE_FROM {
+            packed.resize(d * TILE, 0.0);
+        }
+        let t = if n == 0 { 0 } else { self.seen(n - 1) };
+        for start in (0..t).step_by(TILE) {
+            let len = TILE.min(t - start);
+            let keys = &self.context.keys[start * d..(start + len) * d];
+            let values = &self.context.values[start * d..(start + len) * d];
+            if n >= TRANSPOSE_FROM {
+                transpose(keys, d, &mut packed);
+            }
+            let transposed = (n >= TRANSPOSE_FROM).then_some(&packed[..]);
+            let tile = Tile { keys, transposed, values, start, len };
+            let mut i = (0..n).find(|i| self.seen(*i) > start).unwrap_or(n);
+            while i + 1 < n {
+                self.absorb::<L, 2>(i, &tile);
+                i += 2;
+            }
+            if i < n {
+                self.absorb::<L, 1>(i, &tile);
+            }
+        }
+        *self.scratch = packed;
+    }
+}
+
+impl Attend<'_> {
+    fn seen(&self, query: usize) -> usize {
+        self.first + query / self.group
+    }
+
+    /// Takes a tile into the softmax of the queries `i..i + H`.
+    #[inline(always)]
+    fn absorb<L: Lanes, const H: usize>(&mut self, i: usize, tile: &Tile) {
+        let d = self.context.d;
+        let len = tile.len.min(self.seen(i + H - 1) - tile.start);
+        let q = &self.q[i * d..(i + H) * d];
+        let mut scores = [[0.0; TILE]; H];
+        match tile.transposed {
+            Some(keys) => multiply_add::<L, H>(q, d, d, keys, TILE, scores.as_flattened_mut()),
+            None => dots::<L, H>(q, d, &tile.keys[..len * d], &mut scores),
+        }
+        let t = self.context.keys.len() / d;
+        for (h, scores) in scores.iter_mut().enumerate() {
+            let seen = len.min(self.seen(i + h) - tile.start);
+            let bias = self.bias.map(|bias| &bias[(i + h) * t + tile.start..][..seen]);
+            let out = &mut self.out[(i + h) * d..][..d];
+            soften::<L>(scores, seen, self.context.scale, bias, &mut self.partials[i + h], out);
+        }
+        multiply_add::<L, H>(scores.as_flattened(), TILE, len, tile.values, d, &mut self.out[i * d..(i + H) * d]);
+    }
+}
+
+/// `[len, d]` to the first `len` columns of `[d, TILE]`; what stands in the others is not used.
+#[inline(always)]
+fn transpose(keys: &[f32], d: usize, packed: &mut [f32]) {
+    for (e, row) in packed.chunks_exact_mut(TILE).enumerate() {
+        for (out, key) in row.iter_mut().zip(keys.chunks_exact(d)) {
+            *out = key[e];
+        }
+    }
+}
+
+/// `scores[h][j] = q[h] · keys[j]`, four keys at a time.
+#[inline(always)]
+fn dots<L: Lanes, const H: usize>(q: &[f32], d: usize, keys: &[f32], scores: &mut [[f32; TILE]; H]) {
+    let len = keys.len() / d;
+    let whole = d / L::WIDTH * L::WIDTH;
+    for j in (0..len).step_by(4) {
+        // Past the end the last key is taken again; its score is not used.
+        let rows = [j, (j + 1).min(len - 1), (j + 2).min(len - 1), (j + 3).min(len - 1)];
+        let mut sums = [[L::splat(0.0); 4]; H];
+        for e in (0..whole).step_by(L::WIDTH) {
+            for (k, row) in rows.iter().enumerate() {
+                // SAFETY: row < len and e + WIDTH ≤ d, so the read ends within `keys`.
+                let key = unsafe { L::read(keys.as_ptr().add(row * d + e)) };
+                for (h, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: h < H, and `q` holds H rows of d.
+                    sums[k] = key.mul_add(unsafe { L::read(q.as_ptr().add(h * d + e)) }, sums[k]);
+                }
+            }
+        }
+        if whole < d {
+            for (k, row) in rows.iter().enumerate() {
+                let key = L::load_head(&keys[row * d + whole..(row + 1) * d]);
+                for (h, sums) in sums.iter_mut().enumerate() {
+                    sums[k] = key.mul_add(L::load_head(&q[h * d + whole..(h + 1) * d]), sums[k]);
+                }
+            }
+        }
+        for (scores, sums) in scores.iter_mut().zip(sums) {
+            // j + 4 ≤ TILE, as TILE is a multiple of four.
+            scores[j..j + 4].copy_from_slice(&L::sum_each(sums));
+        }
+    }
+}
+
+/// Turns the dot products of one query into weights `e^(score − max)` (0 from `seen` on), and rescales what the query has
+/// so far where the maximum grew.
+#[inline(always)]
+fn soften<L: Lanes>(
+    scores: &mut [f32; TILE],
+    seen: usize,
+    scale: f32,
+    bias: Option<&[f32]>,
+    partial: &mut Partial,
+    out: &mut [f32],
+) {
+    let padded = seen.next_multiple_of(L::WIDTH);
+    if let Some(bias) = bias {
+        for (score, bias) in scores.iter_mut().zip(bias) {
+            *score = *score * scale + bias;
+        }
+    }
+    scores[seen..padded].fill(f32::NEG_INFINITY);
+    let scale = L::splat(if bias.is_some() { 1.0 } else { scale });
+    let mut greatest = L::splat(partial.max);
+    for chunk in scores[..padded].chunks_exact_mut(L::WIDTH) {
+        let score = L::load(chunk).mul(scale);
+        // A NaN is no maximum; it comes out through its weight.
+        greatest = score.max(greatest);
+        score.store(chunk);
+    }
+    // Not the scaled padding: a negative scale would make it +∞.
+    scores[seen..padded].fill(f32::NEG_INFINITY);
+    let max = greatest.greatest();
+    let base = L::splat(finite_base(max));
+    let mut sum = L::splat(0.0);
+    for chunk in scores[..padded].chunks_exact_mut(L::WIDTH) {
+        let weight = exp(L::load(chunk).sub(base));
+        sum = sum.add(weight);
+        weight.store(chunk);
+    }
+    scores[padded..].fill(0.0);
+    if max > partial.max {
+        let factor = (partial.max - finite_base(max)).exp();
+        combine::<L>(out, factor, None);
+        *partial = Partial { max, sum: partial.sum * factor };
+    }
+    partial.sum += sum.sum();
+}
+
+/// `out[h][c] += Σ_r a[h][r] · b[r][c]` for H rows: `a` with `stride`, of which `r` < `rows` count; `b` `[rows, columns]`;
+/// `out` `[H, columns]`.
+#[inline(always)]
+fn multiply_add<L: Lanes, const H: usize>(
+    a: &[f32],
+    stride: usize,
+    rows: usize,
+    b: &[f32],
+    columns: usize,
+    out: &mut [f32],
+) {
+    assert!(a.len() == H * stride && rows <= stride && b.len() >= rows * columns && out.len() == H * columns);
+    let mut column = 0;
+    while column + 4 * L::WIDTH <= columns {
+        // SAFETY: the asserted lengths, and four vectors from `column` end within a row.
+        unsafe { block::<L, H, 4>(a, stride, rows, b, columns, column, out) };
+        column += 4 * L::WIDTH;
+    }
+    while column + L::WIDTH <= columns {
+        // SAFETY: as above, with one vector.
+        unsafe { block::<L, H, 1>(a, stride, rows, b, columns, column, out) };
+        column += L::WIDTH;
+    }
+    if column < columns {
+        for (h, out) in out.chunks_exact_mut(columns).enumerate() {
+            let mut sum = L::load_head(&out[column..]);
+            for (a, b) in a[h * stride..][..rows].iter().zip(b.chunks_exact(columns)) {
+                sum = L::load_head(&b[column..]).mul_add(L::splat(*a), sum);
+            }
+            sum.store_head(&mut out[column..]);
+        }
+    }
+}
+
+/// `C` vectors of columns of [`multiply_add`]: eight sums hide the latency of the additions.
+///
+/// # Safety
+/// The lengths that `multiply_add` asserts, and `column + C · WIDTH ≤ columns`.
+#[inline(always)]
+unsafe fn block<L: Lanes, const H: usize, const C: usize>(
+    a: &[f32],
+    stride: usize,
+    rows: usize,
+    b: &[f32],
+    columns: usize,
+    column: usize,
+    out: &mut [f32],
+) {
+    let mut sums = [[L::splat(0.0); C]; H];
+    for r in 0..rows {
+        let mut row = [L::splat(0.0); C];
+        for (c, row) in row.iter_mut().enumerate() {
+            // SAFETY: r < rows, and the vector ends within the row by the caller's promise.
+            *row = unsafe { L::read(b.as_ptr().add(r * columns + column + c * L::WIDTH)) };
+        }
+        for (h, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: h < H and r < rows ≤ stride.
+            let weight = L::splat(unsafe { *a.get_unchecked(h * stride + r) });
+            for (sum, row) in sums.iter_mut().zip(row) {
+                *sum = row.mul_add(weight, *sum);
+            }
+        }
+    }
+    for (h, sums) in sums.iter().enumerate() {
+        for (c, sum) in sums.iter().enumerate() {
+            let out = &mut out[h * columns + column + c * L::WIDTH..][..L::WIDTH];
+            L::load(out).add(*sum).store(out);
+        }
+    }
+}
+
+/// `out = out · factor`, plus `other · its factor`.
+pub(super) struct Combine<'a> {
+    pub out: &'a mut [f32],
+    pub factor: f32,
+    pub other: Option<(&'a [f32], f32)>,
+}
+
+impl Kernel for Combine<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        combine::<L>(self.out, self.factor, self.other);
+    }
+}
+
+#[inline(always)]
+fn combine<L: Lanes>(out: &mut [f32], factor: f32, other: Option<(&[f32], f32)>) {
+    let factor = L::splat(factor);
+    let whole = out.len() / L::WIDTH * L::WIDTH;
+    for e in (0..whole).step_by(L::WIDTH) {
+        let own = L::load(&out[e..]).mul(factor);
+        let sum = other.map_or(own, |(other, factor)| L::load(&other[e..]).mul_add(L::splat(factor), own));
+        sum.store(&mut out[e..]);
+    }
+    let own = L::load_head(&out[whole..]).mul(factor);
+    let sum = other.map_or(own, |(other, factor)| L::load_head(&other[whole..]).mul_add(L::splat(factor), own));
+    sum.store_head(&mut out[whole..]);
+}

@@ -1,0 +1,173 @@
+//! How fast this machine's memory is: the limit that decode speed is held against.
+
+use super::lanes::{Kernel, Lanes, fence_streamed_stores, on, prefetch};
+use super::pages::Pages;
+use super::pool::{Pool, Worker};
+use super::shared::SharedSlice;
+use super::topology::{available_memory_bytes, last_level_cache_bytes};
+use crate::kernels::isa::Isa;
+use std::io;
+use std::time::{Duration, Instant};
+
+const MIN_BYTES: usize = 256 << 20;
+const MAX_BYTES: usize = 2 << 30;
+/// Each worker's part starts on a huge page of its own.
+const GRANULE: usize = (2 << 20) / size_of::<f32>();
+const MIN_PASSES: usize = 5;
+const MAX_PASSES: usize = 25;
+/// No pass starts later, once [`MIN_PASSES`] are done.
+const BUDGET: Duration = Duration::from_millis(300);
+
+/// Bytes read per second / 1e9 with the widest loads on all threads of `pool`: the best of at least five passes over eight
+/// times the last-level caches (256 MB to 2 GB, no more than a quarter of the free memory). Each thread reads memory that
+/// it touched first. Fails where the memory cannot be had.
+pub fn read_gb_s(isa: Isa, pool: &Pool) -> io::Result<f64> {
+    let bytes = working_set_bytes();
+    let mut pages = Pages::zeroed(bytes)?;
+    let shared = SharedSlice::new(floats(&mut pages));
+    let own = |worker: &Worker| worker.share(shared.len(), GRANULE);
+    pool.run(&|worker| {
+        // SAFETY: shares are disjoint.
+        unsafe { shared.range_mut(own(worker)) }.fill(1.0);
+    });
+    let seconds = best_pass_s(pool, &|worker| {
+        // SAFETY: nothing writes any more.
+        let sum = on(isa, Read { x: unsafe { shared.range(own(worker)) } });
+        std::hint::black_box(sum);
+    });
+    Ok(bytes as f64 / 1e9 / seconds)
+}
+
+/// Bytes read plus bytes written per second / 1e9 when one half of the same working set is copied to the other, with
+/// stores that go past the caches; otherwise as [`read_gb_s`].
+pub fn copy_gb_s(isa: Isa, pool: &Pool) -> io::Result<f64> {
+    let bytes = working_set_bytes();
+    let (mut source, mut target) = (Pages::zeroed(bytes / 2)?, Pages::zeroed(bytes / 2)?);
+    let (source, target) = (SharedSlice::new(floats(&mut source)), SharedSlice::new(floats(&mut target)));
+    let own = |worker: &Worker| worker.share(source.len(), GRANULE);
+    pool.run(&|worker| {
+        for half in [&source, &target] {
+            // SAFETY: shares are disjoint.
+            unsafe { half.range_mut(own(worker)) }.fill(1.0);
+        }
+    });
+    let seconds = best_pass_s(pool, &|worker| {
+        // SAFETY: nothing writes `source` any more, and the shares of `target` are disjoint.
+        let (x, out) = unsafe { (source.range(own(worker)), target.range_mut(own(worker))) };
+        on(isa, Copy { x, out });
+    });
+    Ok(2.0 * (bytes / 2) as f64 / 1e9 / seconds)
+}
+
+/// A multiple of two granules.
+fn working_set_bytes() -> usize {
+    let wanted =
+        last_level_cache_bytes().map_or(MIN_BYTES, |cache| cache.saturating_mul(8)).clamp(MIN_BYTES, MAX_BYTES);
+    let allowed = available_memory_bytes().map_or(wanted, |free| wanted.min(free / 4));
+    let granules = 2 * GRANULE * size_of::<f32>();
+    (allowed / granules).max(1) * granules
+}
+
+fn best_pass_s(pool: &Pool, pass: &(dyn Fn(&Worker) + Sync)) -> f64 {
+    let start = Instant::now();
+    let mut best = Duration::MAX;
+    for n in 0..MAX_PASSES {
+        if n >= MIN_PASSES && start.elapsed() > BUDGET {
+            break;
+        }
+        let begin = Instant::now();
+        pool.run(pass);
+        best = best.min(begin.elapsed());
+    }
+    best.as_secs_f64()
+}
+
+fn floats(pages: &mut Pages) -> &mut [f32] {
+    // SAFETY: any four bytes are an fp32.
+    let (head, floats, tail) = unsafe { pages.align_to_mut::<f32>() };
+    assert!(head.is_empty() && tail.is_empty(), "pages are aligned and a multiple of a granule long");
+    floats
+}
+
+/// Elements ahead that are asked for: 2 KiB covers the latency of memory at the rate of one core.
+const AHEAD: usize = 512;
+/// Elements of a turn of the loop, 512 bytes.
+const TURN: usize = 128;
+
+struct Read<'a> {
+    x: &'a [f32],
+}
+
+impl Kernel for Read<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> f32 {
+        let mut sums = [L::splat(0.0); 8];
+        for turn in self.x.chunks_exact(TURN) {
+            for line in 0..TURN / 16 {
+                prefetch(turn.as_ptr().wrapping_add(AHEAD + line * 16));
+            }
+            for at in (0..TURN).step_by(8 * L::WIDTH) {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = sum.add(L::load(&turn[at + i * L::WIDTH..]));
+                }
+            }
+        }
+        let mut total = L::splat(0.0);
+        for sum in sums {
+            total = total.add(sum);
+        }
+        total.sum()
+    }
+}
+
+struct Copy<'a> {
+    x: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for Copy<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        for (x, out) in self.x.chunks_exact(TURN).zip(self.out.chunks_exact_mut(TURN)) {
+            for line in 0..TURN / 16 {
+                prefetch(x.as_ptr().wrapping_add(AHEAD + line * 16));
+            }
+            assert!(out.as_ptr().addr().is_multiple_of(64), "shares start on a page");
+            for at in (0..TURN).step_by(L::WIDTH) {
+                // SAFETY: at + WIDTH ≤ TURN, and `out` is aligned to 64 bytes.
+                unsafe { L::load(&x[at..]).write_past_caches(out.as_mut_ptr().add(at)) };
+            }
+        }
+        fence_streamed_stores();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_working_set_is_whole_pages_within_bounds() {
+        let bytes = working_set_bytes();
+        assert!(bytes > 0 && bytes <= MAX_BYTES && bytes.is_multiple_of(4 << 20));
+    }
+
+    #[test]
+    fn reading_sums_and_copying_copies() {
+        let pages = || Pages::zeroed(4 << 20).unwrap();
+        let (mut source, mut target) = (pages(), pages());
+        let (x, out) = (floats(&mut source), floats(&mut target));
+        for (i, x) in x.iter_mut().enumerate() {
+            // Sums of up to 2^20 values of −8..=7 stay exact.
+            *x = (i % 16) as f32 - 8.0;
+        }
+        for isa in Isa::available() {
+            out.fill(0.0);
+            assert_eq!(on(isa, Read { x }), -0.5 * x.len() as f32, "{}", isa.name());
+            on(isa, Copy { x, out });
+            assert!(x == out, "{}", isa.name());
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! Large buffers of zeros, straight from the operating system.
+
+use std::io;
+use std::ops::{Deref, DerefMut};
+
+/// A transparent huge page on x86-64 and most others.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Zeroed bytes aligned to at least 64, and to 2 MiB from that size on, where huge pages are asked for: a matvec that
+/// streams 4 KiB pages spends its time in the page tables. Memory comes with the first write, to the thread that writes.
+pub struct Pages {
+    mapping: system::Mapping,
+    /// Offset of the first byte used, for alignment.
+    start: usize,
+    bytes: usize,
+}
+
+impl Pages {
+    /// Fails where the system has no such memory to give.
+    pub fn zeroed(bytes: usize) -> io::Result<Self> {
+        let slack = if bytes >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { 0 };
+        let reserved = bytes.checked_add(slack).ok_or(io::ErrorKind::OutOfMemory)?;
+        let mapping = system::Mapping::new(reserved.max(1))?;
+        let address = mapping.address();
+        let start = if slack > 0 { address.next_multiple_of(HUGE_PAGE_BYTES) - address } else { 0 };
+        if slack > 0 {
+            mapping.prefer_huge_pages(start, bytes);
+        }
+        Ok(Self { mapping, start, bytes })
+    }
+}
+
+impl Deref for Pages {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the mapping holds `start + bytes` initialised (zero) bytes and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.mapping.pointer().add(self.start), self.bytes) }
+    }
+}
+
+impl DerefMut for Pages {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`; `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.mapping.pointer().add(self.start), self.bytes) }
+    }
+}
+
+// SAFETY: the memory belongs to this value alone and is reached only through borrows of it.
+unsafe impl Send for Pages {}
+// SAFETY: as above.
+unsafe impl Sync for Pages {}
+
+#[cfg(unix)]
+mod system {
+    //! Anonymous private mappings.
+
+    use std::io;
+
+    pub(super) struct Mapping {
+        address: *mut libc::c_void,
+        bytes: usize,
+    }
+
+    impl Mapping {
+        /// `bytes` ≥ 1.
+        pub(super) fn new(bytes: usize) -> io::Result<Self> {
+            let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANON);
+            // SAFETY: a new anonymous mapping at an address of the system's choice touches nothing else.
+            let address = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, kind, -1, 0) };
+            if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Self { address, bytes }) }
+        }
+
+        pub(super) fn pointer(&self) -> *mut u8 {
+            self.address.cast()
+        }
+
+        pub(super) fn address(&self) -> usize {
+            self.address.addr()
+        }
+
+        #[cfg(target_os = "linux")]
+        pub(super) fn prefer_huge_pages(&self, start: usize, bytes: usize) {
+            assert!(start + bytes <= self.bytes);
+            // SAFETY: the range lies in the mapping; advice changes no contents, and a refusal costs speed only.
+            unsafe { libc::madvise(self.address.byte_add(start), bytes, libc::MADV_HUGEPAGE) };
+        }
+
+        #[cfg(not(target_os = "linux"))]
+        pub(super) fn prefer_huge_pages(&self, _: usize, _: usize) {}
+    }
+
+    impl Drop for Mapping {
+        fn drop(&mut self) {
+            // SAFETY: the mapping is this value's own, and no borrow of it is left.
+            unsafe { libc::munmap(self.address, self.bytes) };
+        }
+    }
+}
+
+#[cfg(not(unix))]
+mod system {
+    //! The allocator, where there is no mmap.
+
+    use std::alloc::{Layout, alloc_zeroed, dealloc};
+    use std::io;
+
+    pub(super) struct Mapping {
+        pointer: *mut u8,
+        layout: Layout,
+    }
+
+    impl Mapping {
+        /// `bytes` ≥ 1.
+        pub(super) fn new(bytes: usize) -> io::Result<Self> {
+            let layout = Layout::from_size_align(bytes, 64).map_err(|_| io::ErrorKind::OutOfMemory)?;
+            // SAFETY: the layout is not empty.
+            let pointer = unsafe { alloc_zeroed(layout) };
+            if pointer.is_null() { Err(io::ErrorKind::OutOfMemory.into()) } else { Ok(Self { pointer, layout }) }
+        }
+
+        pub(super) fn pointer(&self) -> *mut u8 {
+            self.pointer
+        }
+
+        pub(super) fn address(&self) -> usize {
+            self.pointer.addr()
+        }
+
+        pub(super) fn prefer_huge_pages(&self, _: usize, _: usize) {}
+    }
+
+    impl Drop for Mapping {
+        fn drop(&mut self) {
+            // SAFETY: allocated above with this layout.
+            unsafe { dealloc(self.pointer, self.layout) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeroed_aligned_and_writable() {
+        for (bytes, alignment) in [(0, 64), (1, 64), (4097, 64), (2 << 20, 2 << 20), ((6 << 20) + 5, 2 << 20)] {
+            let mut pages = Pages::zeroed(bytes).unwrap();
+            assert_eq!((pages.len(), pages.as_ptr().addr() % alignment), (bytes, 0));
+            assert!(pages.iter().all(|byte| *byte == 0));
+            pages.fill(7);
+            assert!(pages.iter().all(|byte| *byte == 7));
+        }
+    }
+
+    #[test]
+    fn too_much_is_an_error() {
+        assert!(Pages::zeroed(usize::MAX).is_err());
+        assert!(Pages::zeroed(usize::MAX / 4).is_err());
+    }
+}

@@ -1,0 +1,67 @@
+//! What the CPU kernels of all formats share: the memory they stream and the multiplication for many tokens.
+//!
+//! Kernels walk strips: 16 consecutive rows of a matrix, one row for each lane of a 512-bit register, so that a sum over
+//! the columns ends in registers that hold one output each.
+
+pub mod memory;
+pub mod panel;
+
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use std::ops::Range;
+
+use crate::kernels::cpu::shared::SharedSlice;
+use crate::kernels::isa::Isa;
+
+/// Rows that a kernel computes at once.
+pub const STRIP_ROWS: usize = 16;
+
+/// One output for each row of a strip.
+pub type StripSums = [f32; STRIP_ROWS];
+
+/// `isa`, after the check that lets kernels be called for it without another.
+///
+/// # Panics
+/// If this machine lacks it: callers choose from [`Isa::available`].
+pub fn checked(isa: Isa) -> Isa {
+    assert!(isa <= Isa::detect(), "kernels for {} on a machine that has {}", isa.name(), Isa::detect().name());
+    isa
+}
+
+/// The strips that cover `rows`, which start at a strip and end at one or at the last row.
+pub fn strips(rows: &Range<usize>) -> Range<usize> {
+    assert!(rows.start.is_multiple_of(STRIP_ROWS), "rows {rows:?} start inside a strip");
+    rows.start / STRIP_ROWS..rows.end.div_ceil(STRIP_ROWS)
+}
+
+/// Writes `sums + bias` to those outputs of one token that lie within `rows`. `token` is where its outputs begin in `y`.
+pub fn write_strip(
+    sums: &StripSums,
+    strip: usize,
+    rows: &Range<usize>,
+    bias: Option<&[f32]>,
+    token: usize,
+    y: &SharedSlice<'_, f32>,
+) {
+    let first = strip * STRIP_ROWS;
+    let end = (first + STRIP_ROWS).min(rows.end);
+    // SAFETY: `CpuMatrix::multiply`'s caller gives `rows` to one thread only.
+    let out = unsafe { y.range_mut(token + first..token + end) };
+    match bias {
+        Some(bias) => out.iter_mut().zip(sums).zip(&bias[first..end]).for_each(|((y, sum), bias)| *y = sum + bias),
+        None => out.copy_from_slice(&sums[..end - first]),
+    }
+}
+
+/// The first `len` values of `scratch`, grown once.
+pub fn grown(scratch: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if scratch.len() < len {
+        scratch.resize(len, 0.0);
+    }
+    &mut scratch[..len]
+}

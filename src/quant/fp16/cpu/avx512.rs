@@ -1,0 +1,110 @@
+//! fp16 on AVX-512: `vcvtph2ps` and FMA, 16 weights an instruction.
+
+use std::arch::x86_64::*;
+
+use half::f16;
+
+use super::portable;
+use crate::quant::cpu::STRIP_ROWS;
+
+const LANES: usize = 16;
+/// Sums in flight: an FMA takes 4 cycles and two start in each.
+const SUMS: usize = 8;
+
+/// `Σ row · x` over equally many values.
+///
+/// # Safety
+/// The machine has AVX-512F, BW and VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub unsafe fn dot(row: &[f16], x: &[f32]) -> f32 {
+    assert_eq!(row.len(), x.len());
+    let mut sums = [_mm512_setzero_ps(); SUMS];
+    let (rows, xs) = (row.chunks_exact(LANES * SUMS), x.chunks_exact(LANES * SUMS));
+    let (row_tail, x_tail) = (rows.remainder(), xs.remainder());
+    for (row, x) in rows.zip(xs) {
+        for (s, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: chunk `s` of `SUMS`.
+            let (weights, x) =
+                unsafe { (load(row.as_ptr().add(s * LANES)), _mm512_loadu_ps(x.as_ptr().add(s * LANES))) };
+            *sum = _mm512_fmadd_ps(weights, x, *sum);
+        }
+    }
+    for (s, (row, x)) in row_tail.chunks(LANES).zip(x_tail.chunks(LANES)).enumerate() {
+        let mask = (1u32 << row.len()).wrapping_sub(1) as __mmask16;
+        // SAFETY: the mask covers the chunk.
+        let (weights, x) = unsafe {
+            let weights = _mm256_maskz_loadu_epi16(mask, row.as_ptr().cast());
+            (_mm512_cvtph_ps(weights), _mm512_maskz_loadu_ps(mask, x.as_ptr()))
+        };
+        sums[s] = _mm512_fmadd_ps(weights, x, sums[s]);
+    }
+    let mut total = sums[0];
+    for sum in &sums[1..] {
+        total = _mm512_add_ps(total, *sum);
+    }
+    _mm512_reduce_add_ps(total)
+}
+
+/// # Safety
+/// 16 values at `from`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load(from: *const f16) -> __m512 {
+    // SAFETY: the caller's promise.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) })
+}
+
+/// Writes equally long rows as `[columns][16]`.
+///
+/// # Safety
+/// The machine has AVX-512F.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn transpose(rows: [&[f16]; STRIP_ROWS], panel: &mut [f32]) {
+    let columns = rows[0].len();
+    assert!(rows.iter().all(|row| row.len() == columns) && panel.len() == columns * STRIP_ROWS);
+    let whole = columns / LANES * LANES;
+    for column in (0..whole).step_by(LANES) {
+        let mut values = [_mm512_setzero_ps(); STRIP_ROWS];
+        for (value, row) in values.iter_mut().zip(rows) {
+            // SAFETY: 16 columns from `column` on lie within each row.
+            *value = unsafe { load(row.as_ptr().add(column)) };
+        }
+        for (c, lanes) in transpose_registers(values).into_iter().enumerate() {
+            // SAFETY: `column + c` is a column of the panel.
+            unsafe { _mm512_storeu_ps(panel.as_mut_ptr().add((column + c) * STRIP_ROWS), lanes) };
+        }
+    }
+    portable::transpose(&rows, whole, panel);
+}
+
+/// A 16 × 16 transposition: pairs, quarters, then the quarters' places.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose_registers(rows: [__m512; 16]) -> [__m512; 16] {
+    let mut pairs = rows;
+    for (i, out) in pairs.iter_mut().enumerate() {
+        let (a, b) = (rows[i & !1], rows[i | 1]);
+        *out = if i & 1 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) };
+    }
+    // quads[4g + c]: rows 4g..4g+4, and in quarter q of the register column 4q + c.
+    let mut quads = rows;
+    for (i, out) in quads.iter_mut().enumerate() {
+        let base = (i & !3) + ((i >> 1) & 1);
+        let (a, b) = (_mm512_castps_pd(pairs[base]), _mm512_castps_pd(pairs[base + 2]));
+        *out = _mm512_castpd_ps(if i & 1 == 0 { _mm512_unpacklo_pd(a, b) } else { _mm512_unpackhi_pd(a, b) });
+    }
+    // Column 4q + c takes quarter q of quads[c], quads[4 + c], quads[8 + c], quads[12 + c].
+    let mut halves = rows;
+    for (i, out) in halves.iter_mut().enumerate() {
+        let (c, upper_rows, odd) = (i & 3, i & 4, i & 8);
+        let (a, b) = (quads[2 * upper_rows + c], quads[2 * upper_rows + 4 + c]);
+        *out = if odd == 0 { _mm512_shuffle_f32x4::<0x88>(a, b) } else { _mm512_shuffle_f32x4::<0xdd>(a, b) };
+    }
+    let mut columns = rows;
+    for (column, out) in columns.iter_mut().enumerate() {
+        let (q, c) = (column >> 2, column & 3);
+        let (a, b) = (halves[(q & 1) * 8 + c], halves[(q & 1) * 8 + 4 + c]);
+        *out = if q < 2 { _mm512_shuffle_f32x4::<0x88>(a, b) } else { _mm512_shuffle_f32x4::<0xdd>(a, b) };
+    }
+    columns
+}

@@ -1,0 +1,96 @@
+//! NF4 on AVX-512: `vpermps` looks 16 codes up at once, one of each row of the strip, exactly in fp32.
+
+use std::arch::x86_64::*;
+
+use half::f16;
+
+use super::{BLOCK, BLOCK_BYTES, CODES, GROUP, GROUP_BYTES, encode_blocks, portable};
+use crate::quant::cpu::{STRIP_ROWS, StripSums};
+
+/// Sums in flight: the eight columns of a group go to them in turn.
+const SUMS: usize = 4;
+/// How far ahead codes are fetched into L1: the hardware's prefetcher stops at pages, and while absmax values expand.
+const PREFETCH_BYTES: usize = 2048;
+
+/// # Safety
+/// The machine has what [`crate::kernels::isa::Isa::Avx512`] stands for.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
+pub unsafe fn encode(weights: &[f16], packed: &mut [u8], absmax: &mut [f32]) {
+    encode_blocks(weights, packed, absmax);
+}
+
+/// The values of column `j` of a group.
+macro_rules! values {
+    ($table:expr, $group:expr, $j:expr) => {
+        _mm512_permutexvar_ps(_mm512_srli_epi32::<{ 4 * ($j ^ 1) }>($group), $table)
+    };
+}
+
+/// `Σ W · x` for the rows of a strip that are whole blocks; `absmax` is `[block][row]`.
+///
+/// # Safety
+/// The machine has AVX-512F.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn dot_strip(codes: &[u8], absmax: &[f32], x: &[f32]) -> StripSums {
+    let blocks = x.len() / BLOCK;
+    assert!(codes.len() == blocks * BLOCK_BYTES && absmax.len() == blocks * STRIP_ROWS);
+    // SAFETY: 16 values.
+    let table = unsafe { _mm512_loadu_ps(CODES.as_ptr()) };
+    let mut total = _mm512_setzero_ps();
+    for block in 0..blocks {
+        let mut sums = [_mm512_setzero_ps(); SUMS];
+        for group in 0..BLOCK / GROUP {
+            // SAFETY: a group of block `block` lies within `codes` and `x`; a prefetch may point anywhere.
+            unsafe {
+                let codes = codes.as_ptr().add(block * BLOCK_BYTES + group * GROUP_BYTES);
+                let x = x.as_ptr().add(block * BLOCK + group * GROUP);
+                _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(PREFETCH_BYTES).cast());
+                let group = _mm512_loadu_si512(codes.cast());
+                macro_rules! add {
+                    ($($j:literal)*) => {$(
+                        let value = _mm512_set1_ps(*x.add($j));
+                        sums[$j % SUMS] = _mm512_fmadd_ps(values!(table, group, $j), value, sums[$j % SUMS]);
+                    )*};
+                }
+                add!(0 1 2 3 4 5 6 7);
+            }
+        }
+        let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+        // SAFETY: block `block` of `absmax`.
+        total = _mm512_fmadd_ps(sum, unsafe { _mm512_loadu_ps(absmax.as_ptr().add(block * STRIP_ROWS)) }, total);
+    }
+    let mut out = [0.0; STRIP_ROWS];
+    // SAFETY: 16 values.
+    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), total) };
+    out
+}
+
+/// Writes values as `[column][row]`; `absmax` is `[block of the columns][row]`.
+///
+/// # Safety
+/// The machine has AVX-512F.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn decode(codes: &[u8], absmax: &[[f32; STRIP_ROWS]], panel: &mut [f32]) {
+    const GROUP_VALUES: usize = GROUP * STRIP_ROWS;
+    // SAFETY: 16 values.
+    let table = unsafe { _mm512_loadu_ps(CODES.as_ptr()) };
+    let (groups, rest) = panel.as_chunks_mut::<GROUP_VALUES>();
+    let whole = groups.len();
+    for ((g, out), codes) in groups.iter_mut().enumerate().zip(codes.as_chunks::<GROUP_BYTES>().0) {
+        // SAFETY: 16 values, 64 bytes, and 8 · 16 values.
+        unsafe {
+            let absmax = _mm512_loadu_ps(absmax[g * GROUP / BLOCK].as_ptr());
+            let group = _mm512_loadu_si512(codes.as_ptr().cast());
+            let out = out.as_mut_ptr();
+            macro_rules! store {
+                ($($j:literal)*) => {$(
+                    _mm512_storeu_ps(out.add($j * STRIP_ROWS), _mm512_mul_ps(values!(table, group, $j), absmax));
+                )*};
+            }
+            store!(0 1 2 3 4 5 6 7);
+        }
+    }
+    if !rest.is_empty() {
+        portable::decode(&codes[whole * GROUP_BYTES..], &absmax[whole * GROUP / BLOCK..], rest);
+    }
+}

@@ -1,0 +1,284 @@
+//! NF4 on the CPU: strips of 16 rows, each lane of a register one row's next eight codes.
+
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use std::ops::Range;
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use super::codes::{encode_block, encode_short_block};
+use super::nested::{self, NESTED_BLOCK, NestedAbsmax};
+use super::{Absmax, AbsmaxKind, BLOCK, CODES, NAME, NAME_NO_DOUBLE_QUANT, Nf4Stored};
+use crate::kernels::cpu::shared::SharedSlice;
+use crate::kernels::isa::Isa;
+use crate::quant::cpu::memory::WeightBytes;
+use crate::quant::cpu::panel::{self, PANEL_COLUMNS, PanelSource, Start};
+use crate::quant::cpu::{STRIP_ROWS, StripSums, checked, grown, strips, write_strip};
+use crate::quant::{CpuMatrix, Prepared, Stored};
+
+/// Codes of one row in a lane of 32 bits. Their nibbles keep the stored order: column `j` of the eight is at bit
+/// `4 · (j ^ 1)`.
+const GROUP: usize = 8;
+/// Bytes of one group for all rows of a strip.
+const GROUP_BYTES: usize = STRIP_ROWS * GROUP / 2;
+/// Groups that share an absmax, where rows are whole blocks.
+const BLOCK_GROUPS: usize = BLOCK / GROUP;
+const BLOCK_BYTES: usize = BLOCK_GROUPS * GROUP_BYTES;
+
+/// Codes as `[strip][group of 8 columns][row]`, absmax as stored.
+pub struct Nf4Matrix {
+    n: usize,
+    k: usize,
+    isa: Isa,
+    codes: WeightBytes,
+    absmax: Absmax,
+}
+
+/// Encodes the flattened weights, `packed` two to a byte and `absmax` for each 64.
+pub fn encode(weights: &[f16], packed: &mut [u8], absmax: &mut [f32]) {
+    match Isa::detect() {
+        // SAFETY: the instruction set was detected.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::encode(weights, packed, absmax) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::encode(weights, packed, absmax) },
+        _ => encode_blocks(weights, packed, absmax),
+    }
+}
+
+/// What [`encode`] does, compiled for each instruction set.
+#[inline(always)]
+fn encode_blocks(weights: &[f16], packed: &mut [u8], absmax: &mut [f32]) {
+    /// Blocks that are widened to fp32 at once, on the stack.
+    const CHUNK: usize = 32;
+    let mut values = [0.0f32; CHUNK * BLOCK];
+    let chunks = weights.chunks(CHUNK * BLOCK).zip(packed.chunks_mut(CHUNK * BLOCK / 2)).zip(absmax.chunks_mut(CHUNK));
+    for ((weights, packed), absmax) in chunks {
+        let values = &mut values[..weights.len()];
+        weights.convert_to_f32_slice(values);
+        let (blocks, last) = values.as_chunks::<BLOCK>();
+        let (packed_blocks, packed_last) = packed.split_at_mut(blocks.len() * BLOCK / 2);
+        let packed_blocks = packed_blocks.as_chunks_mut::<{ BLOCK / 2 }>().0;
+        for ((block, packed), absmax) in blocks.iter().zip(packed_blocks).zip(absmax.iter_mut()) {
+            *absmax = encode_block(block, packed);
+        }
+        if !last.is_empty() {
+            absmax[blocks.len()] = encode_short_block(last, packed_last);
+        }
+    }
+}
+
+impl Nf4Matrix {
+    pub fn new(stored: Nf4Stored, isa: Isa) -> Self {
+        let (n, k) = stored.shape();
+        let groups = k.div_ceil(GROUP);
+        let mut codes = WeightBytes::zeroed(n.div_ceil(STRIP_ROWS) * groups * GROUP_BYTES);
+        for row in 0..n {
+            let lane = (row / STRIP_ROWS * groups * STRIP_ROWS + row % STRIP_ROWS) * 4;
+            for group in 0..groups {
+                let at = lane + group * GROUP_BYTES;
+                codes[at..at + 4].copy_from_slice(&group_bytes(&stored, row, group));
+            }
+        }
+        Self { n, k, isa: checked(isa), codes, absmax: stored.absmax }
+    }
+
+    fn groups(&self) -> usize {
+        self.k.div_ceil(GROUP)
+    }
+
+    /// Codes of a strip, `[group][row]` in lanes of 4 bytes.
+    fn strip(&self, strip: usize) -> &[u8] {
+        let len = self.groups() * GROUP_BYTES;
+        &self.codes[strip * len..][..len]
+    }
+
+    /// Rows are whole blocks.
+    fn rows_are_blocks(&self) -> bool {
+        self.k.is_multiple_of(BLOCK)
+    }
+
+    fn code(&self, row: usize, column: usize) -> u8 {
+        let byte =
+            self.strip(row / STRIP_ROWS)[column / GROUP * GROUP_BYTES + row % STRIP_ROWS * 4 + column % GROUP / 2];
+        if column.is_multiple_of(2) { byte >> 4 } else { byte & 0xf }
+    }
+
+    /// The absmax values of a strip's blocks as `[block of the row][row]`, zero for missing rows; rows are whole blocks.
+    fn expand_absmax(&self, strip: usize, out: &mut [f32]) {
+        let blocks = self.k / BLOCK;
+        let out = &mut out.as_chunks_mut::<STRIP_ROWS>().0[..blocks];
+        for lane in 0..STRIP_ROWS {
+            let row = strip * STRIP_ROWS + lane;
+            let range = row * blocks..(row + 1) * blocks;
+            match &self.absmax {
+                _ if row >= self.n => out.iter_mut().for_each(|lanes| lanes[lane] = 0.0),
+                Absmax::Plain(values) => {
+                    out.iter_mut().zip(&values[range]).for_each(|(lanes, value)| lanes[lane] = *value)
+                }
+                Absmax::Nested(nested) => expand_row(nested, range, lane, out),
+            }
+        }
+    }
+
+    fn dot_strip(&self, strip: usize, absmax: &[f32], x: &[f32]) -> StripSums {
+        let codes = self.strip(strip);
+        match self.isa {
+            // SAFETY: the instruction set is checked.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { avx512::dot_strip(codes, absmax, x) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2::dot_strip(codes, absmax, x) },
+            _ => portable::dot_strip(codes, absmax, x),
+        }
+    }
+
+    /// Scales a panel of code values where blocks cross rows.
+    fn scale_panel(&self, strip: usize, columns: Range<usize>, panel: &mut [f32]) {
+        let panel = panel.as_chunks_mut::<STRIP_ROWS>().0;
+        for lane in 0..STRIP_ROWS.min(self.n - strip * STRIP_ROWS) {
+            let first = (strip * STRIP_ROWS + lane) * self.k + columns.start;
+            let mut column = 0;
+            while column < columns.len() {
+                let block = (first + column) / BLOCK;
+                let end = ((block + 1) * BLOCK - first).min(columns.len());
+                let absmax = self.absmax.get(block);
+                panel[column..end].iter_mut().for_each(|lanes| lanes[lane] *= absmax);
+                column = end;
+            }
+        }
+    }
+}
+
+/// The stored bytes of eight codes; columns past the row are 0.
+fn group_bytes(stored: &Nf4Stored, row: usize, group: usize) -> [u8; 4] {
+    let first = row * stored.k + group * GROUP;
+    let last = (row + 1) * stored.k;
+    if stored.k.is_multiple_of(GROUP) {
+        let bytes = &stored.packed[first / 2..][..4];
+        return [bytes[0], bytes[1], bytes[2], bytes[3]];
+    }
+    let code = |element| if element < last { stored.code(element) } else { 0 };
+    std::array::from_fn(|i| code(first + 2 * i) << 4 | code(first + 2 * i + 1))
+}
+
+/// The absmax values of `blocks`, which are one row's, into lane `lane` of `out`.
+fn expand_row(nested: &NestedAbsmax, blocks: Range<usize>, lane: usize, out: &mut [[f32; STRIP_ROWS]]) {
+    let values: &[f32; 256] = &nested::VALUES;
+    let mut block = blocks.start;
+    while block < blocks.end {
+        let end = ((block / NESTED_BLOCK + 1) * NESTED_BLOCK).min(blocks.end);
+        let scale = nested.absmax[block / NESTED_BLOCK];
+        let out = &mut out[block - blocks.start..end - blocks.start];
+        for (lanes, code) in out.iter_mut().zip(&nested.codes[block..end]) {
+            lanes[lane] = values[usize::from(*code)] * scale + nested.offset;
+        }
+        block = end;
+    }
+}
+
+impl PanelSource for Nf4Matrix {
+    fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    fn shape(&self) -> (usize, usize) {
+        (self.n, self.k)
+    }
+
+    fn decode_panel(&self, strip: usize, columns: Range<usize>, panel: &mut [f32]) {
+        let codes = &self.strip(strip)[columns.start / GROUP * GROUP_BYTES..];
+        let mut absmax = [[1.0f32; STRIP_ROWS]; PANEL_COLUMNS / BLOCK];
+        if self.rows_are_blocks() {
+            for (b, lanes) in absmax[..columns.len() / BLOCK].iter_mut().enumerate() {
+                for (lane, absmax) in lanes.iter_mut().enumerate() {
+                    let row = (strip * STRIP_ROWS + lane).min(self.n - 1);
+                    *absmax = self.absmax.get((row * self.k + columns.start) / BLOCK + b);
+                }
+            }
+        }
+        match self.isa {
+            // SAFETY: the instruction set is checked.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { avx512::decode(codes, &absmax, panel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2::decode(codes, &absmax, panel) },
+            _ => portable::decode(codes, &absmax, panel),
+        }
+        if !self.rows_are_blocks() {
+            self.scale_panel(strip, columns, panel);
+        }
+    }
+}
+
+impl CpuMatrix for Nf4Matrix {
+    fn format(&self) -> &'static str {
+        match self.absmax.kind() {
+            AbsmaxKind::Plain => NAME_NO_DOUBLE_QUANT,
+            AbsmaxKind::Nested => NAME,
+        }
+    }
+
+    fn shape(&self) -> (usize, usize) {
+        (self.n, self.k)
+    }
+
+    fn stored_bytes(&self) -> usize {
+        (self.n * self.k).div_ceil(2) + self.absmax.stored_bytes()
+    }
+
+    fn resident_bytes(&self) -> usize {
+        self.codes.len() + self.absmax.stored_bytes()
+    }
+
+    fn unpack(&self) -> Box<dyn Stored> {
+        let codes: Vec<u8> =
+            (0..self.n).flat_map(|row| (0..self.k).map(move |column| self.code(row, column))).collect();
+        let packed = codes.chunks(2).map(|pair| pair[0] << 4 | pair.get(1).unwrap_or(&0)).collect();
+        Box::new(Nf4Stored { n: self.n, k: self.k, packed, absmax: self.absmax.clone() })
+    }
+
+    fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        for (row, out) in rows.zip(out.chunks_exact_mut(self.k)) {
+            for (column, out) in out.iter_mut().enumerate() {
+                *out = CODES[usize::from(self.code(row, column))] * self.absmax.get((row * self.k + column) / BLOCK);
+            }
+        }
+    }
+
+    fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared) {
+        prepared.copy(x, m, self.k);
+    }
+
+    fn row_granule(&self) -> usize {
+        STRIP_ROWS
+    }
+
+    fn multiply(
+        &self,
+        x: &Prepared,
+        rows: Range<usize>,
+        bias: Option<&[f32]>,
+        y: &SharedSlice<'_, f32>,
+        scratch: &mut Vec<f32>,
+    ) {
+        if x.m > 1 || !self.rows_are_blocks() {
+            return panel::multiply(self, &x.f32s, x.m, rows, Start::Bias(bias), y, scratch);
+        }
+        let absmax = grown(scratch, self.k / BLOCK * STRIP_ROWS);
+        for strip in strips(&rows) {
+            self.expand_absmax(strip, absmax);
+            let sums = self.dot_strip(strip, absmax, &x.f32s);
+            write_strip(&sums, strip, &rows, bias, 0, y);
+        }
+    }
+}
