@@ -12,14 +12,13 @@ use crate::report::{self, Writer};
 use crate::weights::{self, WeightsChoice};
 
 /// A run as it will happen.
-#[derive(Debug)]
 pub struct Request {
     pub case: Case,
     /// What goes to stdout.
     pub stdout: &'static Writer,
     /// What goes to a file besides.
     pub file: Option<(PathBuf, &'static Writer)>,
-    pub wide: bool,
+    pub options: report::Options,
     pub quiet: bool,
     /// No model was named: the reader is new here, so the table ends with what comes next.
     pub is_first_look: bool,
@@ -45,9 +44,9 @@ impl Request {
         };
         check_logits_file(&case)?;
         Ok(Self {
-            stdout: report::by_name(args.format.as_deref().unwrap_or("table"))?,
+            stdout: writer(args.format.as_deref())?,
             file: args.output.as_deref().map(output_file).transpose()?,
-            wide: args.wide,
+            options: report::Options { wide: args.wide },
             quiet: args.quiet,
             is_first_look: args.model_id == DEFAULT_MODEL_ID && args.format.is_none(),
             case,
@@ -178,6 +177,12 @@ fn check_logits_file(case: &Case) -> Result<()> {
     report::check_writable(path)
 }
 
+/// The table where no format is named.
+fn writer(name: Option<&str>) -> Result<&'static Writer, BadInput> {
+    let name = name.unwrap_or("table");
+    report::find(name).ok_or_else(|| BadInput::new(format!("unknown output format `{name}`")))
+}
+
 fn output_file(path: &Path) -> Result<(PathBuf, &'static Writer)> {
     let writer = report::by_extension(path)?;
     report::check_writable(path)?;
@@ -263,7 +268,7 @@ mod tests {
             ("--save-logits x.safetensors", "one precision"),
             ("--prompt a --prompt-tokens 3", "cannot be used with"),
         ] {
-            let error = request(line).expect_err(line);
+            let error = request(line).err().expect(line);
             let hint = crate::error::hint(&error).unwrap_or_default();
             assert!(format!("{error:#} {hint}").contains(word), "{line}: {error:#} {hint}");
         }
