@@ -51,17 +51,6 @@ impl Machine {
         format!("{name} {}", kernel.trim()).trim_end().to_owned()
     }
 
-    /// Size of the largest cache that one processor sees.
-    pub fn last_level_cache_bytes(&self) -> Option<u64> {
-        let size = |index: usize| {
-            let text = self.text(&format!("sys/devices/system/cpu/cpu0/cache/index{index}/size"))?;
-            let (digits, unit) = text.trim().split_at(text.trim().find(|c: char| !c.is_ascii_digit())?);
-            let shift = [("K", 10), ("M", 20)].iter().find(|(name, _)| *name == unit)?.1;
-            Some(digits.parse::<u64>().ok()? << shift)
-        };
-        (0..8).filter_map(size).max()
-    }
-
     /// What is known before anything is measured.
     pub fn warnings(&self) -> Vec<Warning> {
         let debug = (build_profile() == "debug").then_some(Warning::DebugBuild);
@@ -150,16 +139,12 @@ mod tests {
             ("proc/cpuinfo", "processor: 0\nmodel name\t: Some CPU 3000\n"),
             ("etc/os-release", "ID=x\nPRETTY_NAME=\"Some OS 1\"\n"),
             ("proc/sys/kernel/osrelease", "6.1.0\n"),
-            ("sys/devices/system/cpu/cpu0/cache/index0/size", "48K\n"),
-            ("sys/devices/system/cpu/cpu0/cache/index3/size", "32M\n"),
         ]);
         let machine = Machine::below(root.path());
         let environment = machine.environment("avx2", 2);
         assert_eq!((environment.cpu.as_str(), environment.os.as_str()), ("Some CPU 3000", "Some OS 1 6.1.0"));
-        assert_eq!(machine.last_level_cache_bytes(), Some(32 << 20));
         let bare = Machine::below(root.path().join("absent"));
         assert_eq!(bare.cpu_name(), std::env::consts::ARCH);
-        assert_eq!(bare.last_level_cache_bytes(), None);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::error::{BadInput, OutOfMemory};
 use crate::events::{Event, Listener, Unit};
 use crate::kernels::cpu::bandwidth;
 use crate::kernels::cpu::pool::{Pool, default_threads};
+use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
 use crate::plan::Model;
 use crate::quant;
@@ -39,7 +40,7 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     let Some(read_gb_s) = facts.read_gb_s.filter(|_| exceeds_bandwidth(&records)) else { return Ok(records) };
     // A kernel that reads faster than the benchmark did shows that the benchmark was disturbed, or that caches helped.
     let again = plan.read_and_copy_gb_s(events).0;
-    facts.read_gb_s = Some(read_gb_s.max(again));
+    facts.read_gb_s = Some(again.map_or(read_gb_s, |again| again.max(read_gb_s)));
     Ok(assemble::records(&facts, case, &outcomes, &decode))
 }
 
@@ -117,20 +118,22 @@ impl Plan {
             protocol: case.protocol.clone(),
             order,
             resolve_s: self.opened.checkpoint.resolve_s,
-            read_gb_s: measured.map(|(read, _)| read),
-            copy_gb_s: measured.map(|(_, copy)| copy),
-            cache_bytes: measured.and_then(|_| machine.last_level_cache_bytes()),
+            read_gb_s: measured.and_then(|(read, _)| read),
+            copy_gb_s: measured.and_then(|(_, copy)| copy),
+            cache_bytes: measured.and_then(|_| last_level_cache_bytes()).map(|bytes| bytes as u64),
             warnings,
         }
     }
 
-    /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers.
-    fn read_and_copy_gb_s(&self, events: &dyn Listener) -> (f64, f64) {
+    /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers. `None` where the
+    /// memory for it cannot be had.
+    fn read_and_copy_gb_s(&self, events: &dyn Listener) -> (Option<f64>, Option<f64>) {
         events.on(Event::Begin { label: "memory bandwidth".to_owned(), total: 2, unit: Unit::Runs });
         let (isa, pool) = (Isa::detect(), Pool::new(self.share.threads));
-        let read = bandwidth::read_gb_s(isa, &pool);
+        let _pinned = pool.pin_caller();
+        let read = bandwidth::read_gb_s(isa, &pool).ok();
         events.on(Event::Progress { done: 1 });
-        let copy = bandwidth::copy_gb_s(isa, &pool);
+        let copy = bandwidth::copy_gb_s(isa, &pool).ok();
         events.on(Event::End);
         (read, copy)
     }
