@@ -3,7 +3,18 @@
 //! A [`Source`] gives tensors by name as fp16 rows, so that a loader streams them: read, cast, quantize, drop. No fp16 copy
 //! of the model ever exists.
 
+pub mod builtin;
+mod cast;
+pub mod hub;
+mod open;
+pub mod policy;
+pub mod random;
+pub mod safetensors;
 pub mod spec;
+pub mod tokenizer;
+
+pub use builtin::builtin_models;
+pub use open::{Checkpoint, open, open_with};
 
 use std::ops::Range;
 

@@ -1,0 +1,80 @@
+//! Model shapes that the binary carries: they need no network, and run with random weights.
+
+use serde_json::Value;
+
+/// A known model's `config.json`.
+pub struct BuiltIn {
+    /// What a user types.
+    pub name: &'static str,
+    /// The repository whose `config.json` this is.
+    pub hub_id: &'static str,
+    config: &'static str,
+}
+
+impl BuiltIn {
+    pub fn config(&self) -> Value {
+        // A test reads every row of the table.
+        serde_json::from_str(self.config).expect("built-in configs are JSON")
+    }
+}
+
+/// Every built-in shape, the default first.
+pub fn builtin_models() -> &'static [BuiltIn] {
+    BUILT_IN
+}
+
+static BUILT_IN: &[BuiltIn] = &[
+    BuiltIn {
+        name: "smollm2-135m",
+        hub_id: "HuggingFaceTB/SmolLM2-135M-Instruct",
+        config: include_str!("../../configs/models/smollm2-135m.json"),
+    },
+    BuiltIn {
+        name: "llama-3.2-1b",
+        hub_id: "meta-llama/Llama-3.2-1B",
+        config: include_str!("../../configs/models/llama-3.2-1b.json"),
+    },
+    BuiltIn { name: "phi-2", hub_id: "microsoft/phi-2", config: include_str!("../../configs/models/phi-2.json") },
+    BuiltIn {
+        name: "flan-t5-base",
+        hub_id: "google/flan-t5-base",
+        config: include_str!("../../configs/models/flan-t5-base.json"),
+    },
+    BuiltIn {
+        name: "paligemma-3b-pt-224",
+        hub_id: "google/paligemma-3b-pt-224",
+        config: include_str!("../../configs/models/paligemma-3b-pt-224.json"),
+    },
+];
+
+/// The shape with this short name.
+pub fn by_name(name: &str) -> Option<&'static BuiltIn> {
+    BUILT_IN.iter().find(|shape| shape.name == name)
+}
+
+/// The shape of this repository. The hub does not tell upper from lower case in ids.
+pub fn by_hub_id(id: &str) -> Option<&'static BuiltIn> {
+    BUILT_IN.iter().find(|shape| shape.hub_id.eq_ignore_ascii_case(id))
+}
+
+/// The short name that comes closest to what was typed.
+pub fn nearest(word: &str) -> &'static str {
+    let word = word.to_ascii_lowercase();
+    let distance = |shape: &&BuiltIn| strsim::damerau_levenshtein(shape.name, &word);
+    BUILT_IN.iter().min_by_key(distance).map_or("smollm2-135m", |shape| shape.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shape_is_found_by_both_names_and_has_a_model_type() {
+        for shape in builtin_models() {
+            assert!(shape.config()["model_type"].is_string(), "{}", shape.name);
+            assert_eq!(by_name(shape.name).map(|s| s.hub_id), Some(shape.hub_id));
+            assert_eq!(by_hub_id(&shape.hub_id.to_lowercase()).map(|s| s.name), Some(shape.name));
+            assert_eq!(nearest(&shape.name[..shape.name.len() - 1]), shape.name);
+        }
+    }
+}
