@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Result;
 
-use super::{Footprint, OutlierColumns, Session};
+use super::{EncoderInput, Footprint, OutlierColumns, Session};
 
 /// Nanoseconds that only a [`FakeSession`] and tests move. Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -26,6 +26,8 @@ impl FakeTime {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Run {
     pub prefill_ns: u64,
+    /// Of the encoder call before it, if there is one.
+    pub encode_ns: u64,
     /// Duration of each decode step; the last one repeats.
     pub step_ns: Vec<u64>,
     /// Tokens, the prefill's first; the last one repeats.
@@ -38,7 +40,14 @@ pub struct Run {
 
 impl Default for Run {
     fn default() -> Self {
-        Self { prefill_ns: 1000, step_ns: vec![100], tokens: vec![5, 6, 7], logits: vec![0.0, 1.0], failure: None }
+        Self {
+            prefill_ns: 1000,
+            encode_ns: 200,
+            step_ns: vec![100],
+            tokens: vec![5, 6, 7],
+            logits: vec![0.0, 1.0],
+            failure: None,
+        }
     }
 }
 
@@ -75,6 +84,12 @@ impl Session for FakeSession {
 
     fn rewind(&mut self, position: usize) {
         self.position = position;
+    }
+
+    /// Takes the time of the run that the next prefill begins.
+    fn encode(&mut self, _input: EncoderInput) -> Result<()> {
+        self.time.advance(self.runs.front().unwrap_or(&self.current).encode_ns);
+        Ok(())
     }
 
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
@@ -115,6 +130,7 @@ impl Session for FakeSession {
             scratch_bytes: 60,
             weight_bytes_per_token: 900,
             kv_bytes_per_position: 10,
+            cross_kv_bytes: 0,
         }
     }
 
