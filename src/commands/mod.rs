@@ -19,7 +19,7 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
         Some(Command::Run(args)) => run(args),
         Some(Command::Completions { shell }) => completions(*shell),
         Some(Command::Man) => man(),
-        Some(Command::Worker) => Ok(harness::worker_main()),
+        Some(Command::Worker) => harness::worker_main().map(|()| ExitCode::SUCCESS),
     }
 }
 
