@@ -97,7 +97,7 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("output_in_absent_folder", &["--output", "absent/r.json"]),
     ("output_is_a_folder", &["--output", "folder.json"]),
     ("output_without_format", &["--output", "r.xml"]),
-    ("logits_of_three_precisions", &["--save-logits", "logits.safetensors"]),
+    ("logits_in_absent_folder", &["--save-logits", "absent/logits.safetensors"]),
 ];
 
 #[test]

@@ -116,7 +116,7 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Workload")]
     pub stop_at_eos: bool,
 
-    /// Write fp32 logits [n_gen, vocab] from an untimed pass, as tensor `logits`.
+    /// Write fp32 logits [n_gen, vocab] from an untimed pass as tensor `logits`, one file a precision.
     #[arg(long, value_name = "FILE.safetensors", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub save_logits: Option<PathBuf>,
 

@@ -42,7 +42,6 @@ impl Request {
             save_logits: args.save_logits.clone(),
             command,
         };
-        check_logits_file(&case)?;
         Ok(Self {
             stdout: writer(args.format.as_deref())?,
             file: args.output.as_deref().map(output_file).transpose()?,
@@ -169,18 +168,6 @@ fn protocol(args: &RunArgs) -> Result<Protocol, BadInput> {
     Ok(protocol)
 }
 
-/// Logits of several precisions would not fit into one file.
-fn check_logits_file(case: &Case) -> Result<()> {
-    let Some(path) = &case.save_logits else { return Ok(()) };
-    if case.precisions.len() != 1 {
-        let asked = case.precisions.join(", ");
-        return Err(BadInput::new(format!("`--save-logits` holds the logits of one precision, asked for are {asked}"))
-            .hint("name one, for example `--precision fp16`")
-            .into());
-    }
-    report::check_writable(path)
-}
-
 /// The table where no format is named.
 fn writer(name: Option<&str>) -> Result<&'static Writer, BadInput> {
     let name = name.unwrap_or("table");
@@ -269,7 +256,6 @@ mod tests {
             ("--int8-threshold NaN", "finite"),
             ("--min-time 5 --max-time 4", "--max-time 4"),
             ("--rel-ci=-1", "at least 0"),
-            ("--save-logits x.safetensors", "one precision"),
             ("--prompt a --prompt-tokens 3", "cannot be used with"),
         ] {
             let error = request(line).err().expect(line);
