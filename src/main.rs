@@ -1,1 +1,17 @@
-fn main() {}
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use quantbench::cli::Cli;
+use quantbench::{commands, error, ui};
+
+fn main() -> ExitCode {
+    match commands::dispatch(&Cli::parse()) {
+        Ok(code) => code,
+        Err(failure) => {
+            ui::print_error(&failure);
+            ExitCode::from(error::exit_code(&failure))
+        }
+    }
+}

@@ -1,1 +1,129 @@
+//! The only writer to the terminal: results on stdout, progress and errors on stderr.
 
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::sync::Mutex;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::error;
+use crate::events::{Event, Listener, Unit};
+
+/// Writes a result to stdout. A reader that closed its end has seen what it wanted: that is no error.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
+}
+
+/// Writes an error, what caused it, and what to do about it to stderr.
+pub fn print_error(error: &anyhow::Error) {
+    // Where stderr is closed there is nobody left to tell.
+    let _ = io::stderr().write_all(error_text(error).as_bytes());
+}
+
+fn error_text(error: &anyhow::Error) -> String {
+    let mut text = format!("error: {error}\n");
+    for cause in error.chain().skip(1) {
+        text += &format!("  caused by: {cause}\n");
+    }
+    if let Some(hint) = error::hint(error) {
+        text += &format!("\nhint: {hint}\n");
+    }
+    text
+}
+
+/// Shows events as a progress bar on stderr; silent where stderr is no terminal.
+pub struct Progress {
+    shown: bool,
+    bar: Mutex<ProgressBar>,
+}
+
+impl Progress {
+    pub fn new(quiet: bool) -> Self {
+        Self { shown: !quiet && io::stderr().is_terminal(), bar: Mutex::new(ProgressBar::hidden()) }
+    }
+
+    fn begin(label: String, total: u64, unit: Unit) -> ProgressBar {
+        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(10));
+        bar.set_style(style(unit));
+        bar.set_message(label);
+        bar
+    }
+}
+
+impl Listener for Progress {
+    fn on(&self, event: Event) {
+        if !self.shown {
+            return;
+        }
+        // A listener that panicked elsewhere leaves a bar that is still fit to draw.
+        let mut bar = self.bar.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        match event {
+            Event::Begin { label, total, unit } => {
+                bar.finish_and_clear();
+                *bar = Self::begin(label, total, unit);
+            }
+            Event::Progress { done } => bar.set_position(done),
+            Event::End => bar.finish_and_clear(),
+            // Warnings stand in the result, under the table and in the record.
+            Event::Warning { .. } => {}
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.on(Event::End);
+    }
+}
+
+fn style(unit: Unit) -> ProgressStyle {
+    let template = match unit {
+        Unit::Bytes => "{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}",
+        Unit::Runs => "{msg} [{bar:30}] {pos}/{len}",
+    };
+    ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar()) // The tests draw both templates.
+        .progress_chars("=> ")
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+    use crate::error::BadInput;
+
+    #[test]
+    fn an_error_shows_causes_and_hint() {
+        let cause = io::Error::new(ErrorKind::NotFound, "no such file");
+        let plain = anyhow::Error::new(cause).context("reading `a.json`");
+        assert_eq!(error_text(&plain), "error: reading `a.json`\n  caused by: no such file\n");
+
+        let bad: Result<(), _> = Err(BadInput::new("`--repeats 0`: at least 1 is needed").hint("drop the option"));
+        let error = bad.context("reading the command line").unwrap_err();
+        let expected = "error: reading the command line\n  caused by: `--repeats 0`: at least 1 is needed\n\n\
+                        hint: drop the option\n";
+        assert_eq!(error_text(&error), expected);
+    }
+
+    #[test]
+    fn templates_are_valid() {
+        for unit in [Unit::Bytes, Unit::Runs] {
+            Progress::begin("load".into(), 1, unit).finish_and_clear();
+            assert!(!format!("{:?}", style(unit).get_tick_str(0)).is_empty());
+        }
+    }
+
+    #[test]
+    fn every_event_is_taken_at_any_time() {
+        let progress = Progress { shown: true, bar: Mutex::new(ProgressBar::hidden()) };
+        let begin = Event::Begin { label: "runs".into(), total: 0, unit: Unit::Runs };
+        let warning = Event::Warning { message: "hot".into() };
+        for event in [Event::End, Event::Progress { done: 3 }, begin.clone(), begin, warning, Event::End, Event::End] {
+            progress.on(event);
+        }
+    }
+}

@@ -12,16 +12,15 @@ use crate::report::{self, Writer};
 use crate::weights::{self, WeightsChoice};
 
 /// A run as it will happen.
-#[derive(Debug)]
 pub struct Request {
     pub case: Case,
     /// What goes to stdout.
     pub stdout: &'static Writer,
     /// What goes to a file besides.
     pub file: Option<(PathBuf, &'static Writer)>,
-    pub wide: bool,
+    pub options: report::Options,
     pub quiet: bool,
-    /// No model was named: the reader is new here, so the table ends with what comes next.
+    /// Nothing was asked for by name: the reader is new here, so the table ends with what comes next.
     pub is_first_look: bool,
 }
 
@@ -43,16 +42,19 @@ impl Request {
             save_logits: args.save_logits.clone(),
             command,
         };
-        check_logits_file(&case)?;
         Ok(Self {
-            stdout: report::by_name(args.format.as_deref().unwrap_or("table"))?,
+            stdout: writer(args.format.as_deref())?,
             file: args.output.as_deref().map(output_file).transpose()?,
-            wide: args.wide,
+            options: report::Options { wide: args.wide },
             quiet: args.quiet,
-            is_first_look: args.model_id == DEFAULT_MODEL_ID && args.format.is_none(),
+            is_first_look: is_first_look(args),
             case,
         })
     }
+}
+
+fn is_first_look(args: &RunArgs) -> bool {
+    args.model_id == DEFAULT_MODEL_ID && args.precision == ["all"] && args.format.is_none()
 }
 
 fn model(args: &RunArgs) -> weights::Request {
@@ -116,9 +118,9 @@ fn device(word: &str) -> Result<DeviceChoice, BadInput> {
         _ => None,
     };
     match choice {
-        None => {
-            Err(BadInput::new(format!("unknown device `{word}`: known are auto, cpu, cuda and cuda:N (N counts from 0)")))
-        }
+        None => Err(BadInput::new(format!(
+            "unknown device `{word}`: known are auto, cpu, cuda and cuda:N (N counts from 0)"
+        ))),
         Some(DeviceChoice::Cuda(_)) if !cfg!(feature = "cuda") => {
             Err(BadInput::new(format!("`--device {word}`: this build has no CUDA support"))
                 .hint("build with `cargo build --release --features cuda`, or measure with `--device cpu`"))
@@ -166,16 +168,10 @@ fn protocol(args: &RunArgs) -> Result<Protocol, BadInput> {
     Ok(protocol)
 }
 
-/// Logits of several precisions would not fit into one file.
-fn check_logits_file(case: &Case) -> Result<()> {
-    let Some(path) = &case.save_logits else { return Ok(()) };
-    if case.precisions.len() != 1 {
-        let asked = case.precisions.join(", ");
-        return Err(BadInput::new(format!("`--save-logits` holds the logits of one precision, asked for are {asked}"))
-            .hint("name one, for example `--precision fp16`")
-            .into());
-    }
-    report::check_writable(path)
+/// The table where no format is named.
+fn writer(name: Option<&str>) -> Result<&'static Writer, BadInput> {
+    let name = name.unwrap_or("table");
+    report::find(name).ok_or_else(|| BadInput::new(format!("unknown output format `{name}`")))
 }
 
 fn output_file(path: &Path) -> Result<(PathBuf, &'static Writer)> {
@@ -260,10 +256,9 @@ mod tests {
             ("--int8-threshold NaN", "finite"),
             ("--min-time 5 --max-time 4", "--max-time 4"),
             ("--rel-ci=-1", "at least 0"),
-            ("--save-logits x.safetensors", "one precision"),
             ("--prompt a --prompt-tokens 3", "cannot be used with"),
         ] {
-            let error = request(line).expect_err(line);
+            let error = request(line).err().expect(line);
             let hint = crate::error::hint(&error).unwrap_or_default();
             assert!(format!("{error:#} {hint}").contains(word), "{line}: {error:#} {hint}");
         }

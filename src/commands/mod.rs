@@ -1,1 +1,45 @@
+//! One file per command, each a table of contents.
 
+mod limits;
+mod list_models;
+mod run;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::CommandFactory;
+
+use crate::cli::{Cli, Command, RunArgs};
+use crate::{harness, ui};
+
+/// Runs what was asked for. The exit code is 0, or 1 where a case failed; setting up and usage fail with an error.
+pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
+    match &cli.command {
+        None => run(&cli.run),
+        Some(Command::Run(args)) => run(args),
+        Some(Command::Completions { shell }) => completions(*shell),
+        Some(Command::Man) => man(),
+        Some(Command::Worker) => harness::worker_main().map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn run(args: &RunArgs) -> Result<ExitCode> {
+    match args.list_models {
+        true => list_models::list_models(),
+        false => run::run(args),
+    }
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<ExitCode> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "quantbench", &mut script);
+    ui::print(&String::from_utf8(script)?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn man() -> Result<ExitCode> {
+    let mut page = Vec::new();
+    clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+    ui::print(&String::from_utf8(page)?)?;
+    Ok(ExitCode::SUCCESS)
+}

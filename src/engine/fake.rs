@@ -26,6 +26,8 @@ impl FakeTime {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Run {
     pub prefill_ns: u64,
+    /// Of the encoder call before it, if there is one.
+    pub encode_ns: u64,
     /// Duration of each decode step; the last one repeats.
     pub step_ns: Vec<u64>,
     /// Tokens, the prefill's first; the last one repeats.
@@ -38,7 +40,14 @@ pub struct Run {
 
 impl Default for Run {
     fn default() -> Self {
-        Self { prefill_ns: 1000, step_ns: vec![100], tokens: vec![5, 6, 7], logits: vec![0.0, 1.0], failure: None }
+        Self {
+            prefill_ns: 1000,
+            encode_ns: 200,
+            step_ns: vec![100],
+            tokens: vec![5, 6, 7],
+            logits: vec![0.0, 1.0],
+            failure: None,
+        }
     }
 }
 
@@ -77,8 +86,10 @@ impl Session for FakeSession {
         self.position = position;
     }
 
+    /// Takes the time of the run that the next prefill begins.
     fn encode(&mut self, _input: EncoderInput) -> Result<()> {
-        anyhow::bail!("a fake session has no encoder")
+        self.time.advance(self.runs.front().unwrap_or(&self.current).encode_ns);
+        Ok(())
     }
 
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {

@@ -25,6 +25,8 @@ pub struct Facts {
     pub device: record::DeviceFacts,
     /// `n_gen` is what was asked.
     pub workload: record::Workload,
+    /// Positions of the decoder's cache before the first decode step.
+    pub n_before: u64,
     pub environment: record::Environment,
     pub format_options: FormatOptions,
     pub protocol: Protocol,
@@ -45,7 +47,8 @@ pub fn records(
     decode: &dyn Fn(&[u32]) -> Option<String>,
 ) -> Vec<Record> {
     let named = || case.precisions.iter().zip(outcomes);
-    let mut records: Vec<Record> = named().map(|(precision, outcome)| base(facts, precision, outcome, decode)).collect();
+    let mut records: Vec<Record> =
+        named().map(|(precision, outcome)| base(facts, precision, outcome, decode)).collect();
     let fp16 = named().position(|(precision, _)| precision == "fp16");
     let real = facts.weights.source != "random";
     for (record, outcome) in records.iter_mut().zip(outcomes) {
@@ -199,10 +202,9 @@ fn memory(outcome: &Outcome) -> Memory {
 
 fn bandwidth(facts: &Facts, record: &Record, outcome: &Outcome) -> Bandwidth {
     let footprint = outcome.finished.as_ref().map(|finished| finished.footprint);
-    let workload = &record.workload;
     // Step i of n_gen − 1 reads i positions after the prompt: n_gen / 2 on average.
-    let doubled_depth = 2 * (workload.n_depth + workload.n_prompt + workload.n_image) + workload.n_gen;
-    let kv_bytes_per_token = footprint.map(|footprint| footprint.kv_bytes_per_position * doubled_depth / 2);
+    let doubled_depth = 2 * facts.n_before + record.workload.n_gen;
+    let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_position * doubled_depth / 2 + f.cross_kv_bytes);
     let weight_bytes_per_token = footprint.map(|footprint| footprint.weight_bytes_per_token);
     let decode_tps = record.metrics.get("decode_tps").and_then(|summary| summary.median);
     let bytes = weight_bytes_per_token.zip(kv_bytes_per_token).map(|(weights, kv)| (weights + kv) as f64);

@@ -37,27 +37,18 @@ impl Machine {
 
     pub fn cpu_name(&self) -> String {
         let info = self.text("proc/cpuinfo").unwrap_or_default();
-        let field = |line: &str| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim().to_owned());
+        let field =
+            |line: &str| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim().to_owned());
         info.lines().find_map(field).unwrap_or_else(|| std::env::consts::ARCH.to_owned())
     }
 
     fn os(&self) -> String {
         let release = self.text("etc/os-release").unwrap_or_default();
-        let name = release.lines().find_map(|line| line.strip_prefix("PRETTY_NAME=")).map(|name| name.trim_matches('"'));
+        let name =
+            release.lines().find_map(|line| line.strip_prefix("PRETTY_NAME=")).map(|name| name.trim_matches('"'));
         let kernel = self.text("proc/sys/kernel/osrelease").unwrap_or_default();
         let name = name.unwrap_or(std::env::consts::OS);
         format!("{name} {}", kernel.trim()).trim_end().to_owned()
-    }
-
-    /// Size of the largest cache that one processor sees.
-    pub fn last_level_cache_bytes(&self) -> Option<u64> {
-        let size = |index: usize| {
-            let text = self.text(&format!("sys/devices/system/cpu/cpu0/cache/index{index}/size"))?;
-            let (digits, unit) = text.trim().split_at(text.trim().find(|c: char| !c.is_ascii_digit())?);
-            let shift = [("K", 10), ("M", 20)].iter().find(|(name, _)| *name == unit)?.1;
-            Some(digits.parse::<u64>().ok()? << shift)
-        };
-        (0..8).filter_map(size).max()
     }
 
     /// What is known before anything is measured.
@@ -84,7 +75,9 @@ impl Machine {
         let discharging = |folder: PathBuf| {
             let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
             // A mouse has a battery too; its scope says so.
-            read("type").trim() == "Battery" && read("scope").trim() != "Device" && read("status").trim() == "Discharging"
+            read("type").trim() == "Battery"
+                && read("scope").trim() != "Device"
+                && read("status").trim() == "Discharging"
         };
         supplies.flatten().any(|supply| discharging(supply.path())).then_some(Warning::OnBattery)
     }
@@ -146,16 +139,12 @@ mod tests {
             ("proc/cpuinfo", "processor: 0\nmodel name\t: Some CPU 3000\n"),
             ("etc/os-release", "ID=x\nPRETTY_NAME=\"Some OS 1\"\n"),
             ("proc/sys/kernel/osrelease", "6.1.0\n"),
-            ("sys/devices/system/cpu/cpu0/cache/index0/size", "48K\n"),
-            ("sys/devices/system/cpu/cpu0/cache/index3/size", "32M\n"),
         ]);
         let machine = Machine::below(root.path());
         let environment = machine.environment("avx2", 2);
         assert_eq!((environment.cpu.as_str(), environment.os.as_str()), ("Some CPU 3000", "Some OS 1 6.1.0"));
-        assert_eq!(machine.last_level_cache_bytes(), Some(32 << 20));
         let bare = Machine::below(root.path().join("absent"));
         assert_eq!(bare.cpu_name(), std::env::consts::ARCH);
-        assert_eq!(bare.last_level_cache_bytes(), None);
     }
 
     #[test]
@@ -173,7 +162,10 @@ mod tests {
             (&[(governor, "powersave\n"), (preference, "power\n")], slow()),
             (&[(kind, "Battery\n"), (status, "Discharging\n")], Some(Warning::OnBattery)),
             (&[(kind, "Battery\n"), (status, "Charging\n")], None),
-            (&[(kind, "Battery\n"), (status, "Discharging\n"), ("sys/class/power_supply/BAT0/scope", "Device\n")], None),
+            (
+                &[(kind, "Battery\n"), (status, "Discharging\n"), ("sys/class/power_supply/BAT0/scope", "Device\n")],
+                None,
+            ),
         ];
         for (files, expected) in cases {
             let root = root(files);

@@ -135,7 +135,11 @@ mod tests {
             (64, 2.0, 16, false),
             (64, 20.0, 16, true),
         ] {
-            assert_eq!(span(n_cpus, others, threads).disturbs(threads), expected, "{others} of {n_cpus}, {threads} ours");
+            assert_eq!(
+                span(n_cpus, others, threads).disturbs(threads),
+                expected,
+                "{others} of {n_cpus}, {threads} ours"
+            );
         }
         assert_eq!(LoadSpan { n_cpus: 2, total: 20, busy: 20, own: 0 }.others_cpus(), None, "too short to tell");
     }

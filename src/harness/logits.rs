@@ -9,10 +9,9 @@ use safetensors::tensor::TensorView;
 use crate::engine::Session;
 use crate::error::BadInput;
 
-/// Generates `n_gen` tokens from where the session stands and writes their logits, fp32 `[n_gen, vocab]` as tensor
+/// Generates on behind a prefill to `n_gen` tokens and writes the logits of all, fp32 `[n_gen, vocab]` as tensor
 /// `logits`. The file appears whole or not at all.
-pub fn save(session: &mut dyn Session, prompt: &[u32], n_gen: usize, path: &Path) -> Result<()> {
-    session.prefill(prompt)?;
+pub fn save(session: &mut dyn Session, n_gen: usize, path: &Path) -> Result<()> {
     let mut rows = session.logits()?;
     let vocab = rows.len();
     for _ in 1..n_gen {
@@ -74,7 +73,8 @@ mod tests {
         let path = folder.path().join("l.safetensors");
         let run = Run { logits: vec![0.5, -1.0, 2.0], ..Run::default() };
         let mut session = FakeSession::new(FakeTime::default(), [run]);
-        save(&mut session, &[1, 2], 4, &path).unwrap();
+        session.prefill(&[1, 2]).unwrap();
+        save(&mut session, 4, &path).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(file.tensor("logits").unwrap().shape(), [4, 3]);

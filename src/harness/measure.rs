@@ -12,14 +12,16 @@ use super::logits;
 use super::memory::ProcessMemory;
 use super::protocol::{Finished, Sample, Warmed, WarmupEnd};
 use super::stopping::warm_up_ended;
-use crate::engine::Session;
+use crate::engine::{EncoderInput, Session};
+use crate::stats::SplitMix64;
 
 /// What every repeat does.
 #[derive(Debug, Clone, PartialEq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Task {
     /// Ids in the cache before the prompt, prefilled untimed.
     pub depth: Vec<u32>,
-    /// At least one.
+    pub encode: Encode,
+    /// What the decoder starts from: the prompt after its image tokens, or an encoder-decoder model's start token. At least one.
     pub prompt: Vec<u32>,
     /// At least one.
     pub n_gen: usize,
@@ -31,6 +33,19 @@ pub struct Task {
     pub max_time_s: f64,
 }
 
+/// What the encoder reads in each repeat, inside the timed prefill.
+#[derive(Debug, Clone, PartialEq, Default, serde::Serialize, serde::Deserialize)]
+pub enum Encode {
+    #[default]
+    Nothing,
+    Tokens(Vec<u32>),
+    /// Seeded noise, since time does not depend on what is seen: `[3, size, size]`, uniform in −1..1 as normalised pixels are.
+    Picture {
+        size: usize,
+        seed: u64,
+    },
+}
+
 /// A loaded session and what it is measured with.
 pub struct Bench<C: Clock> {
     session: Box<dyn Session>,
@@ -38,8 +53,9 @@ pub struct Bench<C: Clock> {
     memory: ProcessMemory,
     load: CpuLoad,
     task: Task,
+    /// The picture that is encoded; empty without one.
+    pixels: Vec<f32>,
     stamps: Stamps,
-    start_bytes: Option<u64>,
     /// Highest resident set seen between repeats: the peak where the kernel's mark cannot be reset.
     seen_peak_bytes: Option<u64>,
     peak_is_exact: bool,
@@ -74,12 +90,8 @@ impl Stamps {
 
 impl<C: Clock> Bench<C> {
     pub fn new(session: Box<dyn Session>, clock: C, memory: ProcessMemory, load: CpuLoad, task: Task) -> Self {
-        let (stamps, start_bytes, seen_peak_bytes) = (Stamps::default(), None, None);
-        Self { session, clock, memory, load, task, stamps, start_bytes, seen_peak_bytes, peak_is_exact: false }
-    }
-
-    pub fn session(&self) -> &dyn Session {
-        self.session.as_ref()
+        let (pixels, stamps) = (pixels(&task.encode), Stamps::default());
+        Self { session, clock, memory, load, task, pixels, stamps, seen_peak_bytes: None, peak_is_exact: false }
     }
 
     /// Fills the cache to the depth, finds where the text ends if it may end early, and runs at full shape and length until
@@ -101,12 +113,11 @@ impl<C: Clock> Bench<C> {
             runs_ns.push(self.stamps.end_to_end_ns());
         };
         let duration_s = (self.clock.now_ns() - began_ns) as f64 / 1e9;
-        let load_peak_bytes = self.memory.peak_bytes();
+        let warmup_peak_bytes = self.memory.peak_bytes();
         self.peak_is_exact = self.memory.reset_peak();
-        self.start_bytes = self.memory.resident_bytes();
-        self.seen_peak_bytes = self.start_bytes;
-        let start_bytes = self.start_bytes;
-        Ok(Warmed { runs_ns, ended, duration_s, n_gen: self.task.n_gen, start_bytes, warmup_peak_bytes: load_peak_bytes })
+        let start_bytes = self.memory.resident_bytes();
+        self.seen_peak_bytes = start_bytes;
+        Ok(Warmed { runs_ns, ended, duration_s, n_gen: self.task.n_gen, start_bytes, warmup_peak_bytes })
     }
 
     /// Greedy decoding always ends at the same token, so one untimed run finds the length and the measured runs are
@@ -139,12 +150,12 @@ impl<C: Clock> Bench<C> {
 
     /// The timed run.
     fn run(&mut self) -> Result<()> {
-        let Self { session, clock, task, stamps, .. } = self;
+        let Self { session, clock, task, pixels, stamps, .. } = self;
         session.rewind(task.depth.len());
         stamps.clear(task.n_gen);
         session.synchronize()?;
         stamps.start_ns = clock.now_ns();
-        let first = session.prefill(&task.prompt)?;
+        let first = prefill(session.as_mut(), task, pixels)?;
         stamps.push(first, clock.now_ns());
         session.decode(task.n_gen - 1, &mut |id| stamps.push(id, clock.now_ns()))?;
         session.synchronize()
@@ -157,7 +168,8 @@ impl<C: Clock> Bench<C> {
         let outliers = self.session.outlier_columns();
         if let Some(path) = save_logits {
             self.session.rewind(self.task.depth.len());
-            logits::save(self.session.as_mut(), &self.task.prompt, self.task.n_gen, path)?;
+            prefill(self.session.as_mut(), &self.task, &self.pixels)?;
+            logits::save(self.session.as_mut(), self.task.n_gen, path)?;
         }
         Ok(Finished {
             end_bytes,
@@ -167,6 +179,22 @@ impl<C: Clock> Bench<C> {
             outliers,
         })
     }
+}
+
+/// The first token, known on the host: the encoder where there is one, then the decoder's first call.
+fn prefill(session: &mut dyn Session, task: &Task, pixels: &[f32]) -> Result<u32> {
+    match &task.encode {
+        Encode::Nothing => {}
+        Encode::Tokens(tokens) => session.encode(EncoderInput::Tokens(tokens))?,
+        Encode::Picture { .. } => session.encode(EncoderInput::Pixels(pixels))?,
+    }
+    session.prefill(&task.prompt)
+}
+
+fn pixels(encode: &Encode) -> Vec<f32> {
+    let Encode::Picture { size, seed } = *encode else { return Vec::new() };
+    let mut rng = SplitMix64::new(seed);
+    (0..3 * size * size).map(|_| (2.0 * rng.unit() - 1.0) as f32).collect()
 }
 
 impl std::fmt::Display for WarmupEnd {

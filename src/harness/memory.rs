@@ -50,7 +50,8 @@ impl ProcessMemory {
     /// Bytes that this process's control group may still take. Page cache that can be dropped counts as free.
     fn group_room(&self, version: &GroupFiles) -> Option<u64> {
         let groups = self.read("proc/self/cgroup")?;
-        let own = groups.lines().find_map(|line| line.split_once(version.line)?.1.split_once('/')).map(|(_, path)| path)?;
+        let own =
+            groups.lines().find_map(|line| line.split_once(version.line)?.1.split_once('/')).map(|(_, path)| path)?;
         // In a container the group's own folder is often mounted as the root of the hierarchy.
         let folders = [format!("{}/{own}", version.folder), version.folder.to_owned()];
         folders.iter().filter_map(|folder| self.room_in(folder, version)).min()

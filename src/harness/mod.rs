@@ -49,7 +49,7 @@ pub struct Case {
     pub command: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum DeviceChoice {
     /// CUDA device 0 where the build and the machine have one, else the CPU.
     Auto,

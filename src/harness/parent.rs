@@ -5,11 +5,10 @@ use tokenizers::Tokenizer;
 
 use super::assemble::{self, Facts};
 use super::environment::{self, Machine};
-use super::measure::Task;
 use super::memory::ProcessMemory;
 use super::process::ProcessWorker;
-use super::prompt::{self, Limits};
-use super::protocol::{Failure, Finished, Job, LoadFacts, Sample, Warmed};
+use super::prompt::{self, Workload};
+use super::protocol::{Failure, Finished, Job, LoadFacts, Sample, Share, Warmed};
 use super::schedule::{self, Order, Outcome, Worker};
 use super::warnings::Warning;
 use super::worker::{self, Opened};
@@ -18,7 +17,9 @@ use crate::error::{BadInput, OutOfMemory};
 use crate::events::{Event, Listener, Unit};
 use crate::kernels::cpu::bandwidth;
 use crate::kernels::cpu::pool::{Pool, default_threads};
+use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
+use crate::plan::Model;
 use crate::quant;
 use crate::record::{self, Record};
 use crate::weights::SourceKind;
@@ -38,9 +39,8 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     let records = assemble::records(&facts, case, &outcomes, &decode);
     let Some(read_gb_s) = facts.read_gb_s.filter(|_| exceeds_bandwidth(&records)) else { return Ok(records) };
     // A kernel that reads faster than the benchmark did shows that the benchmark was disturbed, or that caches helped.
-    if let Some((again, _)) = plan.read_and_copy_gb_s(events) {
-        facts.read_gb_s = Some(read_gb_s.max(again));
-    }
+    let again = plan.read_and_copy_gb_s(events).0;
+    facts.read_gb_s = Some(again.map_or(read_gb_s, |again| again.max(read_gb_s)));
     Ok(assemble::records(&facts, case, &outcomes, &decode))
 }
 
@@ -55,9 +55,8 @@ fn text(tokenizer: &Tokenizer, ids: &[u32]) -> Option<String> {
 /// A case that was checked.
 struct Plan {
     opened: Opened,
-    device: DeviceChoice,
-    threads: usize,
-    task: Task,
+    share: Share,
+    workload: Workload,
     /// What each precision needs, in bytes, and what is free.
     needs: Vec<u64>,
     free_bytes: Option<u64>,
@@ -67,29 +66,20 @@ impl Plan {
     /// All checks that need no weights in memory.
     fn new(case: &Case, events: &dyn Listener) -> Result<Self> {
         check_precisions(case)?;
-        let device = device(&case.device)?;
+        let device = device(case.device)?;
         for precision in case.save_logits.iter().flat_map(|_| &case.precisions) {
             let path = case.save_logits.as_ref().map(|path| logits::path_of(path, precision, case.precisions.len()));
             path.map_or(Ok(()), |path| logits::check_writable(&path))?;
         }
         let opened = worker::open(&case.model, events)?;
-        let limits = Limits { vocab: opened.model.vocab, context: opened.model.context };
-        let ids = prompt::ids(case, opened.checkpoint.tokenizer.as_ref(), limits)?;
-        let task = Task {
-            depth: ids.depth,
-            prompt: ids.prompt,
-            n_gen: case.n_gen,
-            stop_at: if case.stop_at_eos { opened.model.eos.clone() } else { Vec::new() },
-            warmup: case.protocol.warmup,
-            max_time_s: case.protocol.max_time_s,
-        };
+        let workload = prompt::workload(case, opened.checkpoint.tokenizer.as_ref(), &opened.model)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
-        let n_positions = (task.depth.len() + task.prompt.len() + task.n_gen) as u64;
-        let kv_bytes = opened.model.kv_bytes_per_position(4) as u64 * n_positions;
+        let share = Share { device, threads };
+        let cache_bytes = cache_bytes(&opened.model, &workload);
         let stored = |precision: &String| worker::stored_bytes(&opened.model, precision, case.format_options);
-        let needs = case.precisions.iter().map(|p| Ok(stored(p)? + kv_bytes)).collect::<Result<_>>()?;
+        let needs = case.precisions.iter().map(|p| Ok(stored(p)? + cache_bytes)).collect::<Result<_>>()?;
         let free_bytes = ProcessMemory::default().available_bytes();
-        Ok(Self { opened, device, threads, task, needs, free_bytes })
+        Ok(Self { opened, share, workload, needs, free_bytes })
     }
 
     fn together_bytes(&self) -> u64 {
@@ -99,7 +89,11 @@ impl Plan {
     /// Host memory decides on the CPU alone.
     fn order(&self) -> Order {
         let fits = self.free_bytes.is_none_or(|free| self.together_bytes() <= free);
-        if self.device == DeviceChoice::Cpu && self.needs.len() > 1 && !fits { Order::InTurn } else { Order::Interleaved }
+        if self.share.device == DeviceChoice::Cpu && self.needs.len() > 1 && !fits {
+            Order::InTurn
+        } else {
+            Order::Interleaved
+        }
     }
 
     fn facts(&self, case: &Case, events: &dyn Listener) -> Facts {
@@ -109,7 +103,7 @@ impl Plan {
             let (needed_bytes, free_bytes) = (self.together_bytes(), self.free_bytes.unwrap_or(0));
             warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
         }
-        let measured = (self.device == DeviceChoice::Cpu).then(|| self.read_and_copy_gb_s(events)).flatten();
+        let measured = (self.share.device == DeviceChoice::Cpu).then(|| self.read_and_copy_gb_s(events));
         Facts {
             engine: engine(),
             command: case.command.clone(),
@@ -117,32 +111,36 @@ impl Plan {
             model: self.model_facts(),
             weights: self.weight_facts(),
             device: self.device_facts(&machine),
-            workload: self.workload(),
-            environment: machine.environment(isa.name(), self.threads),
+            workload: self.workload_facts(),
+            n_before: (self.workload.task.depth.len() + self.workload.task.prompt.len()) as u64,
+            environment: machine.environment(isa.name(), self.share.threads),
             format_options: case.format_options,
             protocol: case.protocol.clone(),
             order,
             resolve_s: self.opened.checkpoint.resolve_s,
-            read_gb_s: measured.map(|(read, _)| read),
-            copy_gb_s: measured.map(|(_, copy)| copy),
-            cache_bytes: measured.and_then(|_| machine.last_level_cache_bytes()),
+            read_gb_s: measured.and_then(|(read, _)| read),
+            copy_gb_s: measured.and_then(|(_, copy)| copy),
+            cache_bytes: measured.and_then(|_| last_level_cache_bytes()).map(|bytes| bytes as u64),
             warnings,
         }
     }
 
-    /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers.
-    fn read_and_copy_gb_s(&self, events: &dyn Listener) -> Option<(f64, f64)> {
+    /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers. `None` where the
+    /// memory for it cannot be had.
+    fn read_and_copy_gb_s(&self, events: &dyn Listener) -> (Option<f64>, Option<f64>) {
         events.on(Event::Begin { label: "memory bandwidth".to_owned(), total: 2, unit: Unit::Runs });
-        let (isa, pool) = (Isa::detect(), Pool::new(self.threads));
-        let read = bandwidth::read_gb_s(isa, &pool);
+        let (isa, pool) = (Isa::detect(), Pool::new(self.share.threads));
+        let _pinned = pool.pin_caller();
+        let read = bandwidth::read_gb_s(isa, &pool).ok();
         events.on(Event::Progress { done: 1 });
-        let copy = bandwidth::copy_gb_s(isa, &pool);
+        let copy = bandwidth::copy_gb_s(isa, &pool).ok();
         events.on(Event::End);
         read.ok().zip(copy.ok())
     }
 
     fn outcomes(&self, case: &Case, order: Order, events: &dyn Listener) -> Result<Vec<Outcome>> {
-        let workers = case.precisions.iter().zip(&self.needs).map(|(precision, &need)| self.worker(case, precision, need));
+        let workers =
+            case.precisions.iter().zip(&self.needs).map(|(precision, &need)| self.worker(case, precision, need));
         match schedule::measure(workers.collect(), &case.protocol, order, events) {
             Ok(outcomes) => Ok(outcomes),
             Err(Failure::BadInput { message, hint }) => {
@@ -155,12 +153,14 @@ impl Plan {
 
     /// A worker process, or for a precision whose weights and cache alone exceed what is free, its refusal.
     fn worker(&self, case: &Case, precision: &str, wanted_bytes: u64) -> Box<dyn Worker> {
-        let free_bytes = self.free_bytes.filter(|free| self.device == DeviceChoice::Cpu && wanted_bytes > *free);
+        let free_bytes = self.free_bytes.filter(|free| self.share.device == DeviceChoice::Cpu && wanted_bytes > *free);
         if let Some(free_bytes) = free_bytes {
-            return Box::new(TooLarge { precision: precision.to_owned(), oom: OutOfMemory { wanted_bytes, free_bytes } });
+            return Box::new(TooLarge {
+                precision: precision.to_owned(),
+                oom: OutOfMemory { wanted_bytes, free_bytes },
+            });
         }
-        let job = Job::new(case, precision, self.device.clone(), self.threads, self.task.clone());
-        Box::new(ProcessWorker::new(job))
+        Box::new(ProcessWorker::new(Job::new(case, precision, self.share, &self.workload)))
     }
 
     fn model_facts(&self) -> record::ModelFacts {
@@ -189,21 +189,31 @@ impl Plan {
     }
 
     fn device_facts(&self, machine: &Machine) -> record::DeviceFacts {
-        match self.device {
-            DeviceChoice::Cuda(ordinal) => record::DeviceFacts { kind: "cuda".to_owned(), name: format!("cuda:{ordinal}") },
+        match self.share.device {
+            DeviceChoice::Cuda(ordinal) => {
+                record::DeviceFacts { kind: "cuda".to_owned(), name: format!("cuda:{ordinal}") }
+            }
             _ => record::DeviceFacts { kind: "cpu".to_owned(), name: machine.cpu_name() },
         }
     }
 
-    fn workload(&self) -> record::Workload {
+    fn workload_facts(&self) -> record::Workload {
+        let Workload { task, n_prompt, n_image, .. } = &self.workload;
         record::Workload {
-            n_prompt: self.task.prompt.len() as u64,
-            n_gen: self.task.n_gen as u64,
-            n_depth: self.task.depth.len() as u64,
-            n_image: 0,
+            n_prompt: *n_prompt as u64,
+            n_gen: task.n_gen as u64,
+            n_depth: task.depth.len() as u64,
+            n_image: *n_image as u64,
             batch_size: 1,
         }
     }
+}
+
+/// Keys and values of both sides, fp32 as on the CPU.
+fn cache_bytes(model: &Model, workload: &Workload) -> u64 {
+    let task = &workload.task;
+    let n_positions = task.depth.len() + task.prompt.len() + task.n_gen;
+    (model.kv_bytes_per_position(4) * n_positions + model.cross_bytes_per_position(4) * workload.n_encoder) as u64
 }
 
 fn engine() -> record::Engine {
@@ -226,7 +236,7 @@ fn check_precisions(case: &Case) -> Result<(), BadInput> {
 }
 
 /// The device that a choice means here. The parent creates no CUDA context, which would take memory from the workers.
-fn device(choice: &DeviceChoice) -> Result<DeviceChoice, BadInput> {
+fn device(choice: DeviceChoice) -> Result<DeviceChoice, BadInput> {
     let built = cfg!(feature = "cuda");
     let driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
     match choice {
@@ -234,7 +244,7 @@ fn device(choice: &DeviceChoice) -> Result<DeviceChoice, BadInput> {
         DeviceChoice::Auto | DeviceChoice::Cpu => Ok(DeviceChoice::Cpu),
         DeviceChoice::Cuda(_) if !built => Err(BadInput::new("this build of quantbench has no CUDA support")
             .hint("use `--device cpu`, or build with `--features cuda` (scripts/cuda-toolkit.sh gets the toolkit)")),
-        DeviceChoice::Cuda(ordinal) => Ok(DeviceChoice::Cuda(*ordinal)),
+        DeviceChoice::Cuda(_) => Ok(choice),
     }
 }
 

@@ -204,6 +204,9 @@ mod tests {
         assert_eq!(oom("thread panicked: Cannot allocate memory (os error 12)", None), Some((0, 5)));
         let other = death(Some(11), "signal: 11 (SIGSEGV)", "the last line\nnote: run with a backtrace\n", 5);
         assert_eq!(other.message(), "the worker ended with signal: 11 (SIGSEGV): the last line");
-        assert_eq!(death(None, "exit status: 1", "", 5).message(), "the worker ended with exit status: 1: it said nothing");
+        assert_eq!(
+            death(None, "exit status: 1", "", 5).message(),
+            "the worker ended with exit status: 1: it said nothing"
+        );
     }
 }

@@ -2,8 +2,10 @@
 
 use tokenizers::Tokenizer;
 
+use super::measure::{Encode, Task};
 use super::{Case, PromptChoice};
 use crate::error::BadInput;
+use crate::plan::{EncoderInputKind, Model};
 use crate::stats::SplitMix64;
 
 /// The prompt where none is given and there is a tokenizer.
@@ -15,59 +17,113 @@ const DEFAULT_SYNTHETIC: usize = 8;
 /// Sets the depth's ids apart from the prompt's.
 const DEPTH_STREAM: u64 = 0xde97;
 
-/// What a model allows.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Limits {
-    pub vocab: usize,
-    /// Longest sequence.
-    pub context: usize,
-}
-
+/// What every repeat does and how records describe it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Ids {
-    pub depth: Vec<u32>,
-    pub prompt: Vec<u32>,
+pub struct Workload {
+    pub task: Task,
+    /// Tokens of the prompt, wherever they go; image tokens are apart.
+    pub n_prompt: usize,
+    pub n_image: usize,
+    /// Rows of the encoder.
+    pub n_encoder: usize,
 }
 
-/// Ids of a case's depth and prompt. Fails where the prompt is empty, needs a tokenizer that is not there, has ids beyond the
+/// The workload of a case. Fails where the prompt is empty, needs a tokenizer that is not there, has ids beyond the
 /// vocabulary, or does not fit the context together with depth and generated tokens.
-pub fn ids(case: &Case, tokenizer: Option<&Tokenizer>, limits: Limits) -> anyhow::Result<Ids> {
-    let seed = case.model.seed;
-    let prompt = match (&case.prompt, tokenizer) {
-        (PromptChoice::Default, Some(tokenizer)) => encode(tokenizer, DEFAULT_TEXT)?,
-        (PromptChoice::Default, None) => synthetic(DEFAULT_SYNTHETIC, limits.vocab, seed),
-        (PromptChoice::Text(text), Some(tokenizer)) => encode(tokenizer, text)?,
-        (PromptChoice::Text(_), None) => return Err(no_tokenizer(case).into()),
-        // Checked before they are made: a length that a user types may exceed the memory.
-        (PromptChoice::Synthetic(n), _) => synthetic((*n).min(limits.context + 1), limits.vocab, seed),
-        (PromptChoice::Ids(ids), _) => ids.clone(),
+pub fn workload(case: &Case, tokenizer: Option<&Tokenizer>, model: &Model) -> anyhow::Result<Workload> {
+    let (seed, n_prompt) = (case.model.seed, n_synthetic(case, tokenizer));
+    // A length is checked before its ids are made: what a user types may exceed the memory.
+    check_lengths(case, n_prompt.unwrap_or(1), model)?;
+    let text = match &case.prompt {
+        PromptChoice::Text(text) => Some(text.as_str()),
+        PromptChoice::Default => Some(DEFAULT_TEXT),
+        PromptChoice::Synthetic(_) | PromptChoice::Ids(_) => None,
     };
-    let n_prompt = if let PromptChoice::Synthetic(n) = case.prompt { n } else { prompt.len() };
-    check(case, &prompt, n_prompt, limits)?;
-    Ok(Ids { depth: synthetic(case.n_depth, limits.vocab, seed ^ DEPTH_STREAM), prompt })
+    let prompt = match (&case.prompt, n_prompt, text.zip(tokenizer)) {
+        (PromptChoice::Ids(ids), ..) => ids.clone(),
+        (_, Some(n), _) => synthetic(n, model.vocab, seed),
+        (_, None, Some((text, tokenizer))) => encode(tokenizer, text)?,
+        (_, None, None) => return Err(no_tokenizer(case).into()),
+    };
+    check_lengths(case, prompt.len(), model)?;
+    if let Some(id) = prompt.iter().find(|&&id| id as usize >= model.vocab) {
+        let message = format!("prompt id {id} is outside the vocabulary of {} tokens", model.vocab);
+        return Err(BadInput::new(message).hint(format!("ids go from 0 to {}", model.vocab.saturating_sub(1))).into());
+    }
+    Ok(place(case, prompt, model))
 }
 
-fn check(case: &Case, prompt: &[u32], n_prompt: usize, limits: Limits) -> Result<(), BadInput> {
+/// Length of a synthetic prompt; `None` where the prompt is something else.
+fn n_synthetic(case: &Case, tokenizer: Option<&Tokenizer>) -> Option<usize> {
+    match case.prompt {
+        PromptChoice::Synthetic(n) => Some(n),
+        PromptChoice::Default if tokenizer.is_none() => Some(DEFAULT_SYNTHETIC),
+        _ => None,
+    }
+}
+
+/// Hands the prompt to the side of the model that reads it.
+fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> Workload {
+    let (seed, n_prompt, n_image) = (case.model.seed, prompt.len(), n_image(model));
+    let (encode, prompt) = match model.encoder.as_ref().map(|encoder| encoder.input) {
+        None => (Encode::Nothing, prompt),
+        Some(EncoderInputKind::Tokens) => (Encode::Tokens(prompt), vec![model.decoder_start.unwrap_or(0)]),
+        Some(EncoderInputKind::Picture(picture)) => {
+            let image = std::iter::repeat_n(picture.token, n_image);
+            (Encode::Picture { size: picture.size, seed }, image.chain(prompt).collect())
+        }
+    };
+    let n_encoder = if let Encode::Tokens(tokens) = &encode { tokens.len() } else { n_image };
+    let task = Task {
+        depth: synthetic(case.n_depth, model.vocab, seed ^ DEPTH_STREAM),
+        encode,
+        prompt,
+        n_gen: case.n_gen,
+        stop_at: if case.stop_at_eos { model.eos.clone() } else { Vec::new() },
+        warmup: case.protocol.warmup,
+        max_time_s: case.protocol.max_time_s,
+    };
+    Workload { task, n_prompt, n_image, n_encoder }
+}
+
+/// Image tokens of the prompt.
+fn n_image(model: &Model) -> usize {
+    match model.encoder.as_ref().map(|encoder| encoder.input) {
+        Some(EncoderInputKind::Picture(picture)) => picture.patches(),
+        _ => 0,
+    }
+}
+
+fn check_lengths(case: &Case, n_prompt: usize, model: &Model) -> Result<(), BadInput> {
+    let (n_depth, n_gen, context) = (case.n_depth, case.n_gen, model.context);
     if n_prompt == 0 {
         return Err(BadInput::new("the prompt is empty").hint("give at least one token, or drop the option"));
     }
-    if case.n_gen == 0 {
+    if n_gen == 0 {
         return Err(BadInput::new("`--max-new-tokens 0` generates nothing to measure").hint("ask for at least 1"));
     }
-    if let Some(id) = prompt.iter().find(|&&id| id as usize >= limits.vocab) {
-        let message = format!("prompt id {id} is outside the vocabulary of {} tokens", limits.vocab);
-        return Err(BadInput::new(message).hint(format!("ids go from 0 to {}", limits.vocab.saturating_sub(1))));
+    if n_depth > 0 && model.encoder.is_some() {
+        return Err(BadInput::new(format!(
+            "`--depth {n_depth}` means nothing for `{}`: its prompt starts with the encoder's",
+            model.architecture
+        ))
+        .hint("drop `--depth`, or lengthen the prompt with `--prompt-tokens`"));
     }
-    let (n_depth, n_gen) = (case.n_depth, case.n_gen);
-    let n_total = n_depth.saturating_add(n_prompt).saturating_add(n_gen);
-    if n_total > limits.context {
-        let message = format!(
-            "depth {n_depth} + prompt {n_prompt} + generated {n_gen} are {n_total} tokens; the model's context holds {}",
-            limits.context
-        );
-        return Err(BadInput::new(message).hint("shorten the prompt, `--depth` or `--max-new-tokens`"));
+    let sum = |lengths: &[usize]| lengths.iter().fold(0usize, |sum, length| sum.saturating_add(*length));
+    let hint = "shorten the prompt, `--depth` or `--max-new-tokens`";
+    if model.decoder_start.is_some() {
+        let n_longest = n_prompt.max(sum(&[n_gen, 1]));
+        let message =
+            format!("prompt {n_prompt} or generated {n_gen} exceeds the model's context of {context} on each side");
+        return if n_longest > context { Err(BadInput::new(message).hint(hint)) } else { Ok(()) };
     }
-    Ok(())
+    let n_image = n_image(model);
+    let n_total = sum(&[n_depth, n_image, n_prompt, n_gen]);
+    let image = if n_image > 0 { format!("image {n_image} + ") } else { String::new() };
+    let message = format!(
+        "depth {n_depth} + {image}prompt {n_prompt} + generated {n_gen} are {n_total} tokens; the model's context holds {context}"
+    );
+    if n_total > context { Err(BadInput::new(message).hint(hint)) } else { Ok(()) }
 }
 
 fn encode(tokenizer: &Tokenizer, text: &str) -> anyhow::Result<Vec<u32>> {
@@ -97,8 +153,32 @@ fn synthetic(n: usize, vocab: usize, seed: u64) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::{Encoder, Picture, Plan};
 
-    const LIMITS: Limits = Limits { vocab: 320, context: 64 };
+    fn model() -> Model {
+        Model {
+            architecture: "llama",
+            matrices: Vec::new(),
+            vectors: Vec::new(),
+            caches: Vec::new(),
+            ropes: Vec::new(),
+            biases: Vec::new(),
+            encoder: None,
+            decoder: empty_plan(),
+            context: 64,
+            vocab: 320,
+            eos: vec![2],
+            decoder_start: None,
+        }
+    }
+
+    fn empty_plan() -> Plan {
+        Plan { buffers: Vec::new(), ops: Vec::new() }
+    }
+
+    fn with_encoder(input: EncoderInputKind, decoder_start: Option<u32>) -> Model {
+        Model { encoder: Some(Encoder { input, plan: empty_plan() }), decoder_start, ..model() }
+    }
 
     fn case(prompt: PromptChoice, n_gen: usize, n_depth: usize) -> Case {
         Case { prompt, n_gen, n_depth, ..super::super::tests::case() }
@@ -115,9 +195,22 @@ mod tests {
 
     #[test]
     fn without_a_tokenizer_there_are_eight_ids() {
-        let found = ids(&case(PromptChoice::Default, 4, 3), None, LIMITS).unwrap();
-        assert_eq!((found.prompt.len(), found.depth.len()), (8, 3));
-        assert_ne!(found.prompt[..3], found.depth[..]);
+        let found = workload(&case(PromptChoice::Default, 4, 3), None, &model()).unwrap();
+        assert_eq!((found.n_prompt, found.task.prompt.len(), found.task.depth.len()), (8, 8, 3));
+        assert_ne!(found.task.prompt[..3], found.task.depth[..]);
+    }
+
+    #[test]
+    fn the_prompt_goes_to_the_side_that_reads_it() {
+        let case = || case(PromptChoice::Ids(vec![7, 8]), 4, 0);
+        let text = workload(&case(), None, &with_encoder(EncoderInputKind::Tokens, Some(3))).unwrap();
+        assert_eq!((&text.task.encode, &text.task.prompt), (&Encode::Tokens(vec![7, 8]), &vec![3]));
+        assert_eq!((text.n_prompt, text.n_image, text.n_encoder), (2, 0, 2));
+        let picture = Picture { size: 4, patch: 2, token: 9 };
+        let seen = workload(&case(), None, &with_encoder(EncoderInputKind::Picture(picture), None)).unwrap();
+        assert_eq!(seen.task.prompt, [9, 9, 9, 9, 7, 8]);
+        assert_eq!(seen.task.encode, Encode::Picture { size: 4, seed: 1 });
+        assert_eq!((seen.n_prompt, seen.n_image, seen.n_encoder), (2, 4, 4));
     }
 
     #[test]
@@ -128,15 +221,25 @@ mod tests {
             (PromptChoice::Synthetic(0), 4, 0, "the prompt is empty"),
             (PromptChoice::Ids(vec![1]), 0, 0, "`--max-new-tokens 0`"),
             (PromptChoice::Ids(vec![1, 320]), 4, 0, "id 320 is outside the vocabulary of 320"),
-            (PromptChoice::Synthetic(50), 10, 5, "depth 5 + prompt 50 + generated 10 are 65 tokens; the model's context holds 64"),
+            (
+                PromptChoice::Synthetic(50),
+                10,
+                5,
+                "depth 5 + prompt 50 + generated 10 are 65 tokens; the model's context holds 64",
+            ),
             (PromptChoice::Synthetic(usize::MAX), 10, 5, "the model's context holds 64"),
             (text(), 4, 0, "has no tokenizer here"),
         ] {
-            let error = ids(&case(prompt, n_gen, n_depth), None, LIMITS).unwrap_err();
+            let error = workload(&case(prompt, n_gen, n_depth), None, &model()).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
             assert_eq!(crate::error::exit_code(&error), 2);
             assert!(crate::error::hint(&error).is_some());
         }
-        assert!(ids(&case(PromptChoice::Synthetic(50), 9, 5), None, LIMITS).is_ok());
+        assert!(workload(&case(PromptChoice::Synthetic(50), 9, 5), None, &model()).is_ok());
+        let sides = with_encoder(EncoderInputKind::Tokens, Some(3));
+        assert!(workload(&case(PromptChoice::Synthetic(64), 63, 0), None, &sides).is_ok());
+        for (n_prompt, n_gen, n_depth) in [(65, 1, 0), (1, 64, 0), (1, 1, 1)] {
+            assert!(workload(&case(PromptChoice::Synthetic(n_prompt), n_gen, n_depth), None, &sides).is_err());
+        }
     }
 }

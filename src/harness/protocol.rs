@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::load::LoadSpan;
 use super::measure::Task;
+use super::prompt::Workload;
 use super::{Case, DeviceChoice};
 use crate::engine::{Footprint, OutlierColumns};
 use crate::error::{BadInput, OutOfMemory};
@@ -17,6 +18,8 @@ pub struct Job {
     pub model: crate::weights::Request,
     pub precision: String,
     pub format_options: FormatOptions,
+    /// Rows that the encoder must hold; 0 without one.
+    pub encoder_capacity: usize,
     /// Never [`DeviceChoice::Auto`].
     pub device: DeviceChoice,
     /// At least 1.
@@ -26,14 +29,26 @@ pub struct Job {
     pub save_logits: Option<std::path::PathBuf>,
 }
 
+/// The part of the machine that a worker uses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Share {
+    /// Never [`DeviceChoice::Auto`].
+    pub device: DeviceChoice,
+    /// At least 1.
+    pub threads: usize,
+}
+
 impl Job {
-    pub fn new(case: &Case, precision: &str, device: DeviceChoice, threads: usize, task: Task) -> Self {
+    pub fn new(case: &Case, precision: &str, machine: Share, workload: &Workload) -> Self {
         let save_logits = case.save_logits.as_ref();
+        let Share { device, threads } = machine;
+        let (task, encoder_capacity) = (workload.task.clone(), workload.n_encoder);
         Self {
             // The parent has fetched whatever was missing.
             model: crate::weights::Request { offline: true, ..case.model.clone() },
             precision: precision.to_owned(),
             format_options: case.format_options,
+            encoder_capacity,
             device,
             threads,
             task,
@@ -41,7 +56,7 @@ impl Job {
         }
     }
 
-    /// Tokens that the key/value cache must hold.
+    /// Tokens that the decoder's key/value cache must hold.
     pub fn capacity(&self) -> usize {
         self.task.depth.len() + self.task.prompt.len() + self.task.n_gen
     }
@@ -150,9 +165,9 @@ impl Failure {
 
     pub fn message(&self) -> &str {
         match self {
-            Failure::BadInput { message, .. }
-            | Failure::OutOfMemory { message, .. }
-            | Failure::Error { message } => message,
+            Failure::BadInput { message, .. } | Failure::OutOfMemory { message, .. } | Failure::Error { message } => {
+                message
+            }
         }
     }
 }

@@ -52,18 +52,18 @@ pub struct Tally {
     /// What the interval is taken of, one value a repeat: the decode time, or the prefill time of a run of one token.
     pub values: Vec<f64>,
     /// Measured decode time (prefill where there is no decode).
-    pub decode_s: f64,
+    pub decode_ns: u64,
     /// Time of the repeats, prefill included.
-    pub total_s: f64,
+    pub total_ns: u64,
 }
 
 impl Tally {
     pub fn add(&mut self, prefill_ns: u64, end_to_end_ns: u64) {
         let decode_ns = end_to_end_ns.saturating_sub(prefill_ns);
-        let value_s = if decode_ns == 0 { prefill_ns } else { decode_ns } as f64 / 1e9;
-        self.values.push(value_s);
-        self.decode_s += value_s;
-        self.total_s += end_to_end_ns as f64 / 1e9;
+        let value_ns = if decode_ns == 0 { prefill_ns } else { decode_ns };
+        self.values.push(value_ns as f64);
+        self.decode_ns += value_ns;
+        self.total_ns += end_to_end_ns;
     }
 }
 
@@ -76,13 +76,14 @@ pub fn repeats_ended(tallies: &[&Tally], protocol: &Protocol) -> Option<RepeatsE
     }
     let enough = |tally: &Tally| {
         n >= protocol.min_repeats
-            && tally.decode_s >= protocol.min_time_s
+            && tally.decode_ns as f64 / 1e9 >= protocol.min_time_s
             && stats::relative_half_width(&tally.values).is_some_and(|width| width <= protocol.rel_ci)
     };
     if tallies.iter().all(|tally| enough(tally)) {
         return Some(RepeatsEnd::RelCi);
     }
-    let exceeds = |tally: &Tally| n > 0 && tally.total_s * (n + 1) as f64 / n as f64 > protocol.max_time_s;
+    let with_one_more_s = |tally: &Tally| tally.total_ns as f64 / 1e9 * (n + 1) as f64 / n as f64;
+    let exceeds = |tally: &Tally| n > 0 && with_one_more_s(tally) > protocol.max_time_s;
     tallies.iter().any(|tally| exceeds(tally)).then_some(RepeatsEnd::MaxTime)
 }
 

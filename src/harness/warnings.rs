@@ -144,9 +144,9 @@ impl fmt::Display for Warning {
             Warning::UnequalLengths { n_gen, fp16_n_gen } => {
                 write!(f, "{n_gen} tokens against {fp16_n_gen} of fp16, so there is no ratio; drop `--stop-at-eos`")
             }
-            Warning::PeakNotExact => {
-                f.write_str("the kernel's memory peak cannot be reset here; the peak is the highest value between repeats")
-            }
+            Warning::PeakNotExact => f.write_str(
+                "the kernel's memory peak cannot be reset here; the peak is the highest value between repeats",
+            ),
             Warning::Fp16Overflow { count } => {
                 write!(f, "{count} weights of the checkpoint exceed the range of fp16 and became infinite")
             }

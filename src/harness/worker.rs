@@ -1,7 +1,6 @@
 //! The worker process, and the harness's only ties to the parts that load models.
 
 use std::io::{BufRead, Write};
-use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
 
@@ -47,21 +46,22 @@ pub fn stored_bytes(model: &Model, precision: &str, options: FormatOptions) -> R
         let format = if policy::keeps_fp16(spec.role) { &fp16 } else { &asked };
         format.stored_bytes(spec.n, spec.k) as u64
     });
-    Ok(matrices.sum::<u64>() + model.vectors.iter().map(|spec| 2 * spec.len as u64).sum::<u64>())
+    Ok(matrices.sum::<u64>() + model.vector_bytes() as u64)
 }
 
-/// The hidden subcommand: answers the parent until it closes the pipe. Nothing else may write to standard output.
-pub fn worker_main() -> ExitCode {
+/// The hidden subcommand: answers the parent until it closes the pipe. Nothing else may write to standard output. Fails on
+/// input that no parent writes.
+pub fn worker_main() -> Result<()> {
     // The kernel should end a worker, not the parent, when memory runs out. Raising one's own score needs no right; where it
     // fails nothing is lost.
     let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
     let replies = Replies(Mutex::new(std::io::stdout()));
-    let mut bench = None;
+    let mut state = None;
     for ask in asks() {
-        let reply = answer(ask, &mut bench, &replies).unwrap_or_else(|error| Reply::Failed(Failure::of(&error)));
+        let reply = answer(ask?, &mut state, &replies).unwrap_or_else(|error| Reply::Failed(Failure::of(&error)));
         replies.send(&reply);
     }
-    ExitCode::SUCCESS
+    Ok(())
 }
 
 struct State {
@@ -98,7 +98,7 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         device,
         threads: job.threads,
         capacity: job.capacity(),
-        encoder_capacity: 0,
+        encoder_capacity: job.encoder_capacity,
     };
     let loaded = engine::load(&setup, events)?;
     let memory = ProcessMemory::default();
@@ -115,13 +115,14 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
 
 /// What the parent asks, line by line, read by a thread of its own: when the parent is gone, so is this process, even in the
 /// middle of a repeat. The thread sleeps in a read meanwhile.
-fn asks() -> Receiver<Ask> {
+fn asks() -> Receiver<Result<Ask>> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
-        for line in std::io::stdin().lock().lines() {
-            let Some(ask) = line.ok().and_then(|line| serde_json::from_str(&line).ok()) else { break };
-            if sender.send(ask).is_err() {
-                break;
+        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+            let ask = serde_json::from_str(&line).context("the input of `quantbench worker` comes from quantbench itself");
+            let last = ask.is_err();
+            if sender.send(ask).is_err() || last {
+                return;
             }
         }
         std::process::exit(0);

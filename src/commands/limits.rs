@@ -1,0 +1,82 @@
+//! What the bandwidth just measured allows for models that were not run: the end of a first look.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+
+use crate::plan::Model;
+use crate::quant::{self, Format, FormatOptions};
+use crate::record::Record;
+use crate::report::{self, ModelBytes, PrecisionBytes};
+use crate::weights::{self, policy};
+use crate::{cli, models};
+
+/// What the next command measures: a built-in shape, so that no network is needed.
+const NEXT_MODEL_ID: &str = "llama-3.2-1b";
+
+/// The block under the table, empty where no record measured a bandwidth.
+pub fn block(records: &[Record]) -> Result<String> {
+    let Some(read_gb_s) = records.iter().filter_map(|record| record.bandwidth.read_gb_s).reduce(f64::max) else {
+        return Ok(String::new());
+    };
+    let precisions: Vec<&str> = records.iter().map(|record| record.precision.as_str()).collect();
+    let others = weights::builtin_models().iter().filter(|shape| shape.name != cli::DEFAULT_MODEL_ID);
+    let models: Vec<ModelBytes> = others
+        .map(|shape| {
+            let model =
+                models::build(&shape.config()).with_context(|| format!("the built-in shape `{}`", shape.name))?;
+            bytes_of(shape.name, &model, &precisions)
+        })
+        .collect::<Result<_>>()?;
+    Ok(format!("\n{}", report::limits(read_gb_s, &models, &format!("{} --model-id {NEXT_MODEL_ID}", program()))))
+}
+
+/// This program as it was typed, so that the next command works. Not where that says whose machine this is.
+fn program() -> String {
+    let typed = std::env::args().next().filter(|typed| !Path::new(typed).is_absolute());
+    typed.unwrap_or_else(|| "quantbench".into())
+}
+
+fn bytes_of(name: &str, model: &Model, precisions: &[&str]) -> Result<ModelBytes> {
+    let fp16 = format("fp16")?;
+    let precision_bytes = |&precision: &&str| {
+        let asked = format(precision)?;
+        let matrix_bytes: Vec<usize> = model
+            .matrices
+            .iter()
+            .map(|spec| if policy::keeps_fp16(spec.role) { &fp16 } else { &asked }.stored_bytes(spec.n, spec.k))
+            .collect();
+        Ok(PrecisionBytes {
+            precision: precision.to_owned(),
+            bytes_per_token: model.weight_bytes_per_token(&matrix_bytes) as u64,
+            weights_bytes: (matrix_bytes.iter().sum::<usize>() + model.vector_bytes()) as u64,
+        })
+    };
+    Ok(ModelBytes { name: name.to_owned(), precisions: precisions.iter().map(precision_bytes).collect::<Result<_>>()? })
+}
+
+fn format(name: &str) -> Result<Box<dyn Format>> {
+    let entry = quant::find(name).ok_or_else(|| anyhow!("no format is named `{name}`"))?;
+    Ok((entry.new)(FormatOptions::default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Linear and head parameters of phi-2 are 2,516,582,400 and 131,072,000: what a step reads, and the bits of each format
+    /// (int8: a byte and 4 bytes a row; nf4: half a byte, a byte for 64, 4 bytes for 16,384 weights), give these ratios.
+    #[test]
+    fn phi_2_reads_what_its_shape_says() {
+        let phi =
+            weights::builtin_models().iter().find(|shape| shape.name.contains("phi-2")).expect("a built-in shape");
+        let model = models::build(&phi.config()).unwrap();
+        let bytes = bytes_of(phi.name, &model, &["fp16", "int8", "nf4"]).unwrap();
+        let read = |index: usize| bytes.precisions[index].bytes_per_token as f64;
+        for (index, ratio) in [(1, 1.90), (2, 3.39)] {
+            assert!((read(0) / read(index) - ratio).abs() < 0.02, "{}", read(0) / read(index));
+        }
+        let nf4_gib = bytes.precisions[2].weights_bytes as f64 / (1u64 << 30) as f64;
+        assert!((nf4_gib - 1.70).abs() < 0.017, "{nf4_gib}");
+    }
+}

@@ -1,0 +1,448 @@
+//! The harness on a fake session and a fake clock: exact numbers, nothing is timed.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use quantbench::engine::fake::{FakeSession, FakeTime, Run};
+use quantbench::events::{Event, Listener, Silent};
+use quantbench::harness::assemble::{Facts, records};
+use quantbench::harness::load::{CpuLoad, LoadSpan};
+use quantbench::harness::measure::{Bench, Encode, Task};
+use quantbench::harness::memory::ProcessMemory;
+use quantbench::harness::protocol::{Failure, Finished, LoadFacts, Sample, Warmed, WarmupEnd};
+use quantbench::harness::schedule::{Order, Outcome, Worker, measure};
+use quantbench::harness::warnings::Warning;
+use quantbench::harness::{Case, DeviceChoice, PromptChoice, Protocol};
+use quantbench::quant::FormatOptions;
+use quantbench::record::metrics::{METRICS, find};
+use quantbench::record::{self, Record, Status};
+use quantbench::weights::{Request, WeightsChoice};
+
+const N_GEN: usize = 4;
+const N_PROMPT: usize = 8;
+
+/// Which precision did what, in order.
+type Journal = Rc<RefCell<Vec<String>>>;
+
+/// A worker in this process, on a fake session.
+struct Local {
+    precision: String,
+    bench: Bench<FakeTime>,
+    journal: Journal,
+    loading: Result<LoadFacts, Failure>,
+    load: Option<LoadSpan>,
+}
+
+impl Local {
+    fn new(precision: &str, task: Task, runs: Vec<Run>, journal: &Journal) -> Self {
+        let time = FakeTime::default();
+        let nowhere = PathBuf::from("no such folder");
+        let session = Box::new(FakeSession::new(time.clone(), runs));
+        let bench = Bench::new(session, time, ProcessMemory::below(&nowhere), CpuLoad::below(&nowhere), task);
+        let loading = Ok(LoadFacts { load_s: 2.5, ..LoadFacts::default() });
+        Self { precision: precision.to_owned(), bench, journal: journal.clone(), loading, load: None }
+    }
+
+    fn note(&self, what: &str) {
+        self.journal.borrow_mut().push(format!("{what} {}", self.precision));
+    }
+}
+
+impl Worker for Local {
+    fn precision(&self) -> &str {
+        &self.precision
+    }
+
+    fn load(&mut self, _events: &dyn Listener) -> Result<LoadFacts, Failure> {
+        self.note("load");
+        self.loading.clone()
+    }
+
+    fn warm_up(&mut self, _events: &dyn Listener) -> Result<Warmed, Failure> {
+        self.note("warm");
+        self.bench.warm_up().map_err(|error| Failure::of(&error))
+    }
+
+    fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
+        self.note("repeat");
+        let sample = self.bench.repeat().map_err(|error| Failure::of(&error))?;
+        Ok(Sample { load: self.load, ..sample })
+    }
+
+    fn finish(&mut self, _events: &dyn Listener) -> Result<Finished, Failure> {
+        self.note("finish");
+        self.bench.finish(None).map_err(|error| Failure::of(&error))
+    }
+}
+
+fn task() -> Task {
+    Task {
+        depth: vec![1, 2],
+        encode: Encode::Nothing,
+        prompt: vec![3; N_PROMPT],
+        n_gen: N_GEN,
+        stop_at: Vec::new(),
+        warmup: Some(0),
+        max_time_s: 20.0,
+    }
+}
+
+/// The run that fills the cache to the depth, which no sample may show.
+fn filling() -> Run {
+    Run { prefill_ns: 999_999_999_999, ..Run::default() }
+}
+
+/// A run in milliseconds.
+fn run_ms(prefill: u64, steps: &[u64]) -> Run {
+    let step_ns = steps.iter().map(|ms| ms * 1_000_000).collect();
+    Run { prefill_ns: prefill * 1_000_000, step_ns, ..Run::default() }
+}
+
+fn counted(repeats: usize) -> Protocol {
+    Protocol { repeats: Some(repeats), ..Protocol::default() }
+}
+
+fn case(precisions: &[&str], protocol: Protocol) -> Case {
+    Case {
+        model: Request {
+            model_id: "tiny".to_owned(),
+            revision: None,
+            offline: true,
+            weights: WeightsChoice::Auto,
+            seed: 1,
+            outlier_channels: 0,
+        },
+        precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
+        format_options: FormatOptions::default(),
+        device: DeviceChoice::Cpu,
+        threads: 2,
+        prompt: PromptChoice::Default,
+        n_gen: N_GEN,
+        n_depth: 2,
+        stop_at_eos: false,
+        protocol,
+        save_logits: None,
+        command: "quantbench --precision all".to_owned(),
+    }
+}
+
+fn facts(case: &Case) -> Facts {
+    let (name, n_gen) = ("tiny".to_owned(), N_GEN as u64);
+    let weights = record::WeightFacts {
+        source: "local".to_owned(),
+        dtype: "bf16".to_owned(),
+        seed: None,
+        hash: "xxh3:0".to_owned(),
+        fp16_overflow: 0,
+    };
+    Facts {
+        engine: record::Engine { name: "quantbench".to_owned(), version: "0".to_owned(), commit: "c".to_owned() },
+        command: case.command.clone(),
+        timestamp: "2026-01-01T00:00:00Z".to_owned(),
+        model: record::ModelFacts { id: name, revision: None, architecture: "llama".to_owned(), parameters: 9 },
+        weights,
+        device: record::DeviceFacts { kind: "cpu".to_owned(), name: "some CPU".to_owned() },
+        workload: record::Workload { n_prompt: N_PROMPT as u64, n_gen, n_depth: 2, n_image: 0, batch_size: 1 },
+        n_before: 2 + N_PROMPT as u64,
+        environment: record::Environment { threads: 2, ..record::Environment::default() },
+        format_options: case.format_options,
+        protocol: case.protocol.clone(),
+        order: Order::Interleaved,
+        resolve_s: 0.5,
+        read_gb_s: Some(1e-3),
+        copy_gb_s: Some(5e-4),
+        cache_bytes: Some(100),
+        warnings: Vec::new(),
+    }
+}
+
+/// Runs each precision's script and makes the records.
+fn measured(protocol: Protocol, scripts: &[(&str, Vec<Run>)]) -> Vec<Record> {
+    let names: Vec<&str> = scripts.iter().map(|(name, _)| *name).collect();
+    let case = case(&names, protocol);
+    let outcomes = outcomes(&case.protocol, Order::Interleaved, scripts, &Journal::default());
+    records(&facts(&case), &case, &outcomes, &|_| None)
+}
+
+fn outcomes(protocol: &Protocol, order: Order, scripts: &[(&str, Vec<Run>)], journal: &Journal) -> Vec<Outcome> {
+    let worker = |(name, runs): &(&str, Vec<Run>)| -> Box<dyn Worker> {
+        let runs = [vec![filling()], runs.clone()].concat();
+        Box::new(Local::new(name, task(), runs, journal))
+    };
+    measure(scripts.iter().map(worker).collect(), protocol, order, &Silent).unwrap()
+}
+
+fn metric(record: &Record, key: &str) -> Option<f64> {
+    find(key).unwrap().value(record)
+}
+
+#[test]
+fn every_metric_is_exact() {
+    // Prefill 50 ms, then steps of 10, 20 and 30 ms: 110 ms end to end.
+    let records = measured(counted(3), &[("fp16", vec![run_ms(50, &[10, 20, 30])])]);
+    let record = &records[0];
+    assert_eq!((record.status, &record.reason), (Status::Ok, &None));
+    let expected = [
+        ("ttft_ms", 50.0),
+        ("tpot_ms", 20.0),
+        ("itl_ms", 20.0),
+        ("decode_tps", 3.0 / 0.06),
+        ("prefill_tps", 8.0 / 0.05),
+        ("output_tps", 4.0 / 0.11),
+        ("latency_s", 0.11),
+        ("latency_per_token_ms", 27.5),
+        ("load_s", 2.5),
+        ("weights_bytes", 1000.0),
+        ("kv_cache_bytes", 500.0),
+        ("scratch_bytes", 60.0),
+        ("weight_bytes_per_token", 900.0),
+        // 10 bytes a position; decode steps read 11, 12 and 13 positions.
+        ("kv_bytes_per_token", 120.0),
+        ("achieved_gb_s", 1020.0 * 50.0 / 1e9),
+        ("mbu", 1020.0 * 50.0 / 1e9 / 1e-3),
+        ("read_gb_s", 1e-3),
+        ("copy_gb_s", 5e-4),
+    ];
+    for (key, value) in expected {
+        assert_eq!(metric(record, key), Some(value), "{key}");
+    }
+    let undefined =
+        ["speedup_vs_fp16", "speedup_by_bytes", "peak_bytes", "start_bytes", "end_bytes", "load_peak_bytes"];
+    for key in undefined.into_iter().chain(["process_peak_rss_bytes", "outlier_columns_mean"]) {
+        assert_eq!(metric(record, key), None, "{key}");
+    }
+    assert_eq!(METRICS.len(), expected.len() + undefined.len() + 2, "a metric without an expectation");
+    assert_eq!(record.samples.prefill_ns, [50_000_000; 3]);
+    assert_eq!(record.samples.decode_step_ns[2], [10_000_000, 20_000_000, 30_000_000]);
+    assert_eq!(record.metrics["itl_ms"].n, 9);
+    assert_eq!(record.output.token_ids, [5, 6, 7, 7]);
+}
+
+#[test]
+fn steps_and_prefill_add_up_to_the_whole() {
+    let scripts = [run_ms(50, &[10, 20, 30]), run_ms(7, &[1, 2, 3]), run_ms(1, &[9])];
+    let samples = measured(counted(3), &[("fp16", scripts.to_vec())])[0].samples.clone();
+    for (i, end_to_end_ns) in samples.end_to_end_ns.iter().enumerate() {
+        assert_eq!(samples.prefill_ns[i] + samples.decode_step_ns[i].iter().sum::<u64>(), *end_to_end_ns);
+    }
+}
+
+#[test]
+fn an_encoder_counts_as_prefill() {
+    let task = Task { encode: Encode::Tokens(vec![1; 5]), depth: Vec::new(), ..task() };
+    let run = Run { encode_ns: 30, prefill_ns: 20, ..Run::default() };
+    let mut local = Local::new("fp16", task, vec![run], &Journal::default());
+    assert_eq!(local.repeat(&Silent).unwrap().prefill_ns, 50);
+}
+
+#[test]
+fn one_token_has_no_decode_metrics() {
+    let single = Task { n_gen: 1, ..task() };
+    let case = Case { n_gen: 1, ..case(&["fp16"], counted(2)) };
+    let local = Local::new("fp16", single, vec![filling(), run_ms(50, &[10])], &Journal::default());
+    let outcomes =
+        measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent).unwrap();
+    let facts = Facts { workload: record::Workload { n_gen: 1, ..facts(&case).workload }, ..facts(&case) };
+    let record = &records(&facts, &case, &outcomes, &|_| None)[0];
+    for key in ["decode_tps", "tpot_ms", "itl_ms", "mbu", "achieved_gb_s"] {
+        assert_eq!(metric(record, key), None, "{key}");
+    }
+    assert_eq!((metric(record, "latency_s"), metric(record, "ttft_ms")), (Some(0.05), Some(50.0)));
+    assert_eq!(record.status, Status::Ok);
+}
+
+#[test]
+fn warm_up_ends_when_flat_and_keeps_the_first_run_apart() {
+    let task = Task { warmup: None, ..task() };
+    let runs = vec![filling(), run_ms(900, &[50]), run_ms(100, &[10]), run_ms(98, &[10]), run_ms(96, &[10])];
+    let mut local = Local::new("fp16", task, runs, &Journal::default());
+    let warmed = local.warm_up(&Silent).unwrap();
+    assert_eq!(warmed.ended, WarmupEnd::Agreed);
+    assert_eq!(warmed.runs_ns, [1_050_000_000, 130_000_000, 128_000_000]);
+    assert_eq!(warmed.duration_s, 1.308);
+    assert_eq!(local.repeat(&Silent).unwrap().prefill_ns, 96_000_000, "the next run is the first counted one");
+}
+
+#[test]
+fn a_text_that_may_end_has_its_length_found_untimed() {
+    let task = Task { stop_at: vec![7], n_gen: 10, ..task() };
+    let mut local = Local::new("fp16", task, vec![filling(), run_ms(1, &[1])], &Journal::default());
+    assert_eq!(local.warm_up(&Silent).unwrap().n_gen, 3);
+    assert_eq!(local.repeat(&Silent).unwrap().ids, [5, 6, 7]);
+}
+
+#[test]
+fn precisions_take_turns() {
+    let journal = Journal::default();
+    let scripts = [("fp16", vec![]), ("int8", vec![]), ("nf4", vec![])];
+    outcomes(&counted(2), Order::Interleaved, &scripts, &journal);
+    let each = |what: &str| ["fp16", "int8", "nf4"].map(|name| format!("{what} {name}"));
+    let expected = ["load", "warm", "repeat", "repeat", "finish"].map(each).concat();
+    assert_eq!(*journal.borrow(), expected);
+}
+
+#[test]
+fn in_turn_all_take_as_many_repeats_as_the_first() {
+    let journal = Journal::default();
+    // 0.6 s of decode a repeat and no noise: 6 repeats are 3.6 s, enough in number, time and width.
+    let scripts = [("fp16", vec![run_ms(50, &[200])]), ("nf4", vec![run_ms(50, &[20])])];
+    let outcomes = outcomes(&Protocol::default(), Order::InTurn, &scripts, &journal);
+    assert_eq!(outcomes.iter().map(|outcome| outcome.samples.len()).collect::<Vec<_>>(), [6, 6]);
+    assert_eq!(journal.borrow()[8..11], ["finish fp16", "load nf4", "warm nf4"]);
+}
+
+#[test]
+fn interleaved_repeats_go_on_until_all_are_narrow_with_equal_counts() {
+    // fp16 satisfies every criterion at 6 repeats; nf4 takes 20 to measure 3 s.
+    let scripts = [("fp16", vec![run_ms(50, &[200])]), ("nf4", vec![run_ms(50, &[50])])];
+    let records = measured(Protocol::default(), &scripts);
+    for record in &records {
+        assert_eq!((record.protocol.n_repeats, record.protocol.ended.as_str()), (20, "rel_ci"));
+    }
+    let ratio = records[1].ratio_to_fp16.unwrap();
+    assert_eq!((ratio.median, ratio.ci95_low, ratio.ci95_high, ratio.paired), (4.0, Some(4.0), Some(4.0), true));
+    assert_eq!((ratio.by_bytes, records[0].ratio_to_fp16), (1.0, None));
+}
+
+#[test]
+fn ratios_are_taken_pair_by_pair() {
+    // Both slow down together, and nf4 is twice as fast in every round.
+    let slowing = |factor: u64| (1..=6).map(|i| run_ms(10, &[factor * 10 * i])).collect::<Vec<_>>();
+    let records = measured(counted(6), &[("fp16", slowing(2)), ("nf4", slowing(1))]);
+    let ratio = records[1].ratio_to_fp16.unwrap();
+    assert_eq!((ratio.median, ratio.ci95_low, ratio.ci95_high), (2.0, Some(2.0), Some(2.0)));
+}
+
+#[test]
+fn a_worker_that_fails_leaves_the_others_running() {
+    let failing = |at: usize| {
+        let bad = Run { failure: Some("it broke".to_owned()), ..run_ms(50, &[10]) };
+        [vec![run_ms(50, &[10]); at], vec![bad]].concat()
+    };
+    let records = measured(counted(4), &[("fp16", vec![run_ms(50, &[10])]), ("int8", failing(2)), ("nf4", failing(0))]);
+    assert_eq!(
+        records.iter().map(|record| record.status).collect::<Vec<_>>(),
+        [Status::Ok, Status::Error, Status::Error]
+    );
+    assert_eq!(records[1].reason.as_deref(), Some("it broke"));
+    let counts: Vec<u64> = records.iter().map(|record| record.protocol.n_repeats).collect();
+    assert_eq!((counts, records[1].ratio_to_fp16), (vec![4, 2, 0], None));
+}
+
+#[test]
+fn out_of_memory_is_a_record_and_bad_input_an_error() {
+    let oom = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 70, free_bytes: 0 };
+    let case = case(&["fp16", "nf4"], counted(1));
+    let workers = |failure: &Failure| -> Vec<Box<dyn Worker>> {
+        let local = |name| Local::new(name, task(), vec![filling(), run_ms(1, &[1])], &Journal::default());
+        vec![Box::new(Local { loading: Err(failure.clone()), ..local("fp16") }), Box::new(local("nf4"))]
+    };
+    let outcomes = measure(workers(&oom), &case.protocol, Order::Interleaved, &Silent).unwrap();
+    let records = records(&facts(&case), &case, &outcomes, &|_| None);
+    assert_eq!((records[0].status, records[0].reason.as_deref()), (Status::Oom, Some("no room")));
+    assert_eq!((records[0].memory.wanted_bytes, records[0].memory.free_bytes), (Some(70), None));
+    assert_eq!(records[1].status, Status::Ok);
+    let bad = Failure::BadInput { message: "no such file".to_owned(), hint: Some("look again".to_owned()) };
+    assert_eq!(measure(workers(&bad), &case.protocol, Order::Interleaved, &Silent), Err(bad));
+}
+
+#[test]
+fn garbage_is_invalid_and_has_no_ratio() {
+    let fine = run_ms(50, &[10]);
+    let nan = Run { logits: vec![0.0, f32::NAN], ..fine.clone() };
+    let records = measured(counted(2), &[("fp16", vec![fine.clone()]), ("nf4", vec![fine, nan])]);
+    assert_eq!(records[1].status, Status::Invalid);
+    assert_eq!(records[1].reason.as_deref(), Some("the logits are not finite after repeat 2"));
+    assert_eq!(records[1].ratio_to_fp16, None);
+}
+
+/// Names of the warnings of one precision's script.
+fn warned(protocol: Protocol, runs: Vec<Run>) -> Vec<String> {
+    let names =
+        |record: &Record| record.warnings.iter().map(|text| text.split(':').next().unwrap().to_owned()).collect();
+    names(&measured(protocol, &[("fp16", runs)])[0])
+}
+
+#[test]
+fn repeats_raise_their_warnings() {
+    let short = Protocol { max_time_s: 1.0, ..Protocol::default() };
+    let tokens = Run { tokens: vec![9], ..run_ms(50, &[10]) };
+    let noisy = |i: u64| run_ms(50, &[10 + i % 3]);
+    let cases: [(&str, Protocol, Vec<Run>); 5] = [
+        ("", counted(8), vec![run_ms(50, &[10])]),
+        ("few_repeats", short, vec![run_ms(300, &[10])]),
+        ("tokens_differ", counted(2), vec![run_ms(50, &[10]), tokens]),
+        ("outliers", counted(4), vec![run_ms(50, &[10]), run_ms(500, &[10]), run_ms(50, &[10])]),
+        ("wide_interval", counted(9), (0..9).map(noisy).collect()),
+    ];
+    for (expected, protocol, runs) in cases {
+        let expected: Vec<&str> = Some(expected).into_iter().filter(|name| !name.is_empty()).collect();
+        assert_eq!(warned(protocol, runs), expected);
+    }
+}
+
+#[test]
+fn facts_and_outcomes_raise_their_warnings() {
+    let case = case(&["fp16", "nf4"], counted(2));
+    let script = vec![run_ms(50, &[10])];
+    let clean =
+        outcomes(&case.protocol, Order::Interleaved, &[("fp16", script.clone()), ("nf4", script)], &Journal::default());
+    let names = |facts: &Facts, outcomes: &[Outcome]| -> Vec<String> {
+        let record = records(facts, &case, outcomes, &|_| None).remove(1);
+        assert_eq!(record.tainted, record.warnings.iter().any(|text| text.starts_with("busy_cpus")));
+        record.warnings.iter().map(|text| text.split(':').next().unwrap().to_owned()).collect()
+    };
+    let changed = |change: &dyn Fn(&mut Outcome)| {
+        let mut outcomes = clean.clone();
+        change(&mut outcomes[1]);
+        outcomes
+    };
+    let facts = facts(&case);
+    assert_eq!(names(&facts, &clean), [""; 0]);
+    let busy = LoadSpan { n_cpus: 2, total: 400, busy: 400, own: 200 };
+    let cap = |outcome: &mut Outcome| outcome.warmed.as_mut().unwrap().ended = WarmupEnd::Cap;
+    let ended = |outcome: &mut Outcome| {
+        outcome.warmed.as_mut().unwrap().n_gen = 3;
+        outcome.samples.iter_mut().for_each(|sample| sample.ids.truncate(3));
+    };
+    let inexact = |outcome: &mut Outcome| outcome.finished.as_mut().unwrap().peak_bytes = Some(7);
+    let overflow = |outcome: &mut Outcome| outcome.loaded.as_mut().unwrap().fp16_overflow = 3;
+    assert_eq!(names(&facts, &changed(&|outcome| outcome.samples[0].load = Some(busy))), ["busy_cpus"]);
+    assert_eq!(names(&facts, &changed(&cap)), ["warmup_not_flat"]);
+    assert_eq!(names(&facts, &changed(&ended)), ["unequal_lengths", "end_of_text"]);
+    assert_eq!(names(&facts, &changed(&inexact)), ["peak_not_exact"]);
+    assert_eq!(names(&facts, &changed(&overflow)), ["fp16_overflow"]);
+    // A step of 1020 bytes within twice the cache, and one that seems faster than the memory.
+    assert_eq!(names(&Facts { cache_bytes: Some(511), ..facts.clone() }, &clean), ["cache-resident"]);
+    assert_eq!(names(&Facts { read_gb_s: Some(1e-6), ..facts.clone() }, &clean), ["cache-resident"]);
+    let unpaired = Warning::UnpairedRatios { needed_bytes: 9, free_bytes: 5 };
+    let in_turn = Facts { order: Order::InTurn, warnings: vec![unpaired], ..facts };
+    assert_eq!(names(&in_turn, &clean), ["unpaired_ratios"]);
+}
+
+#[test]
+fn progress_counts_repeats_of_all_precisions() {
+    #[derive(Default)]
+    struct Heard(std::sync::Mutex<Vec<Event>>);
+    impl Listener for Heard {
+        fn on(&self, event: Event) {
+            self.0.lock().unwrap().push(event);
+        }
+    }
+    let heard = Heard::default();
+    let local = |name| -> Box<dyn Worker> {
+        Box::new(Local::new(name, task(), vec![filling(), run_ms(1, &[1])], &Journal::default()))
+    };
+    measure(vec![local("fp16"), local("nf4")], &counted(2), Order::Interleaved, &heard).unwrap();
+    let events = heard.0.into_inner().unwrap();
+    let done: Vec<u64> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Progress { done } => Some(*done),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(done, [1, 2, 3, 4]);
+    assert!(events.iter().any(|event| matches!(event, Event::Begin { label, total: 4, .. } if label == "measure")));
+}
