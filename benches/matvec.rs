@@ -29,7 +29,12 @@ fn weight(n: usize, k: usize) -> HalfMatrix {
     HalfMatrix { n, k, data: (0..n * k).map(value).collect() }
 }
 
-fn matrices(entry: &quantbench::quant::FormatEntry, (n, k): (usize, usize), isa: Isa, bytes: usize) -> Vec<Box<dyn CpuMatrix>> {
+fn matrices(
+    entry: &quantbench::quant::FormatEntry,
+    (n, k): (usize, usize),
+    isa: Isa,
+    bytes: usize,
+) -> Vec<Box<dyn CpuMatrix>> {
     let format = (entry.new)(FormatOptions::default());
     let count = bytes.div_ceil(format.stored_bytes(n, k));
     let weight = weight(n, k);
@@ -124,7 +129,7 @@ fn read(criterion: &mut Criterion) {
     });
 }
 
-/// Words of an activation vector that decode brings into the kernels' form, per call.
+/// Activations of one token brought into the kernels' form.
 fn prepare(criterion: &mut Criterion) {
     let (n, k) = (16, 16384);
     let mut group = criterion.benchmark_group("prepare");
