@@ -5,6 +5,9 @@
 //! a module here imports nothing that stands above it in this list, except the leaves `record`, `report`, `stats` and
 //! `events`, which every layer may use.
 
+// Only `ui` writes to the terminal; tests say why they skip.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod commands;
 
 pub mod cli;

@@ -71,8 +71,8 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Model")]
     pub offline: bool,
 
-    /// Real weights for a hub id or a folder and random ones for a built-in shape (auto), or random ones for any.
-    #[arg(long, value_name = "SOURCE", value_enum, default_value_t = WeightsWord::Auto, help_heading = "Model")]
+    /// `auto`: real weights for a hub id or a folder, random ones for a built-in shape; `random`: always random.
+    #[arg(long, value_name = "SOURCE", value_enum, default_value_t = WeightsWord::Auto, hide_possible_values = true, help_heading = "Model")]
     pub weights: WeightsWord,
 
     /// Norm channels that random weights scale up, so that int8 meets outliers.
@@ -116,7 +116,7 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Workload")]
     pub stop_at_eos: bool,
 
-    /// Write fp32 logits [n_gen, vocab] from an untimed pass, as tensor `logits`.
+    /// Write fp32 logits [n_gen, vocab] from an untimed pass as tensor `logits`, one file a precision.
     #[arg(long, value_name = "FILE.safetensors", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub save_logits: Option<PathBuf>,
 

@@ -20,7 +20,7 @@ pub struct Request {
     pub file: Option<(PathBuf, &'static Writer)>,
     pub options: report::Options,
     pub quiet: bool,
-    /// No model was named: the reader is new here, so the table ends with what comes next.
+    /// Nothing was asked for by name: the reader is new here, so the table ends with what comes next.
     pub is_first_look: bool,
 }
 
@@ -42,16 +42,19 @@ impl Request {
             save_logits: args.save_logits.clone(),
             command,
         };
-        check_logits_file(&case)?;
         Ok(Self {
             stdout: writer(args.format.as_deref())?,
             file: args.output.as_deref().map(output_file).transpose()?,
             options: report::Options { wide: args.wide },
             quiet: args.quiet,
-            is_first_look: args.model_id == DEFAULT_MODEL_ID && args.format.is_none(),
+            is_first_look: is_first_look(args),
             case,
         })
     }
+}
+
+fn is_first_look(args: &RunArgs) -> bool {
+    args.model_id == DEFAULT_MODEL_ID && args.precision == ["all"] && args.format.is_none()
 }
 
 fn model(args: &RunArgs) -> weights::Request {
@@ -115,9 +118,9 @@ fn device(word: &str) -> Result<DeviceChoice, BadInput> {
         _ => None,
     };
     match choice {
-        None => {
-            Err(BadInput::new(format!("unknown device `{word}`: known are auto, cpu, cuda and cuda:N (N counts from 0)")))
-        }
+        None => Err(BadInput::new(format!(
+            "unknown device `{word}`: known are auto, cpu, cuda and cuda:N (N counts from 0)"
+        ))),
         Some(DeviceChoice::Cuda(_)) if !cfg!(feature = "cuda") => {
             Err(BadInput::new(format!("`--device {word}`: this build has no CUDA support"))
                 .hint("build with `cargo build --release --features cuda`, or measure with `--device cpu`"))
@@ -163,18 +166,6 @@ fn protocol(args: &RunArgs) -> Result<Protocol, BadInput> {
         return Err(BadInput::new(format!("`--min-time {min}` is more than `--max-time {max}`")));
     }
     Ok(protocol)
-}
-
-/// Logits of several precisions would not fit into one file.
-fn check_logits_file(case: &Case) -> Result<()> {
-    let Some(path) = &case.save_logits else { return Ok(()) };
-    if case.precisions.len() != 1 {
-        let asked = case.precisions.join(", ");
-        return Err(BadInput::new(format!("`--save-logits` holds the logits of one precision, asked for are {asked}"))
-            .hint("name one, for example `--precision fp16`")
-            .into());
-    }
-    report::check_writable(path)
 }
 
 /// The table where no format is named.
@@ -265,7 +256,6 @@ mod tests {
             ("--int8-threshold NaN", "finite"),
             ("--min-time 5 --max-time 4", "--max-time 4"),
             ("--rel-ci=-1", "at least 0"),
-            ("--save-logits x.safetensors", "one precision"),
             ("--prompt a --prompt-tokens 3", "cannot be used with"),
         ] {
             let error = request(line).err().expect(line);

@@ -1,5 +1,7 @@
 //! What the bandwidth just measured allows for models that were not run: the end of a first look.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, anyhow};
 
 use crate::plan::Model;
@@ -9,8 +11,8 @@ use crate::report::{self, ModelBytes, PrecisionBytes};
 use crate::weights::{self, policy};
 use crate::{cli, models};
 
-/// The next thing to type. Random weights of a true shape need no network.
-const NEXT_COMMAND: &str = "quantbench --model-id microsoft/phi-2";
+/// What the next command measures: a built-in shape, so that no network is needed.
+const NEXT_MODEL_ID: &str = "llama-3.2-1b";
 
 /// The block under the table, empty where no record measured a bandwidth.
 pub fn block(records: &[Record]) -> Result<String> {
@@ -21,11 +23,18 @@ pub fn block(records: &[Record]) -> Result<String> {
     let others = weights::builtin_models().iter().filter(|shape| shape.name != cli::DEFAULT_MODEL_ID);
     let models: Vec<ModelBytes> = others
         .map(|shape| {
-            let model = models::build(&shape.config()).with_context(|| format!("the built-in shape `{}`", shape.name))?;
+            let model =
+                models::build(&shape.config()).with_context(|| format!("the built-in shape `{}`", shape.name))?;
             bytes_of(shape.name, &model, &precisions)
         })
         .collect::<Result<_>>()?;
-    Ok(format!("\n{}", report::limits(read_gb_s, &models, NEXT_COMMAND)))
+    Ok(format!("\n{}", report::limits(read_gb_s, &models, &format!("{} --model-id {NEXT_MODEL_ID}", program()))))
+}
+
+/// This program as it was typed, so that the next command works. Not where that says whose machine this is.
+fn program() -> String {
+    let typed = std::env::args().next().filter(|typed| !Path::new(typed).is_absolute());
+    typed.unwrap_or_else(|| "quantbench".into())
 }
 
 fn bytes_of(name: &str, model: &Model, precisions: &[&str]) -> Result<ModelBytes> {
@@ -59,7 +68,8 @@ mod tests {
     /// (int8: a byte and 4 bytes a row; nf4: half a byte, a byte for 64, 4 bytes for 16,384 weights), give these ratios.
     #[test]
     fn phi_2_reads_what_its_shape_says() {
-        let phi = weights::builtin_models().iter().find(|shape| shape.name.contains("phi-2")).expect("a built-in shape");
+        let phi =
+            weights::builtin_models().iter().find(|shape| shape.name.contains("phi-2")).expect("a built-in shape");
         let model = models::build(&phi.config()).unwrap();
         let bytes = bytes_of(phi.name, &model, &["fp16", "int8", "nf4"]).unwrap();
         let read = |index: usize| bytes.precisions[index].bytes_per_token as f64;

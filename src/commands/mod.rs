@@ -19,7 +19,7 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
         Some(Command::Run(args)) => run(args),
         Some(Command::Completions { shell }) => completions(*shell),
         Some(Command::Man) => man(),
-        Some(Command::Worker) => worker(),
+        Some(Command::Worker) => harness::worker_main().map(|()| ExitCode::SUCCESS),
     }
 }
 
@@ -41,10 +41,5 @@ fn man() -> Result<ExitCode> {
     let mut page = Vec::new();
     clap_mangen::Man::new(Cli::command()).render(&mut page)?;
     ui::print(&String::from_utf8(page)?)?;
-    Ok(ExitCode::SUCCESS)
-}
-
-fn worker() -> Result<ExitCode> {
-    harness::worker_main()?;
     Ok(ExitCode::SUCCESS)
 }

@@ -303,6 +303,6 @@ impl CpuSession {
         let programs = self.encoder.iter().chain([&self.decoder]);
         let buffers = programs.flat_map(|program| &program.slots).chain(scratch).map(Vec::capacity).sum::<usize>();
         let floats = buffers + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
-        4 * floats + 2 * prepared.i16s.capacity() + prepared.i8s.capacity()
+        4 * floats + prepared.i8s.capacity()
     }
 }

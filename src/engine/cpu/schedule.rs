@@ -5,7 +5,7 @@
 //! goes on with the elements it has just computed. Only where the split changes do the workers meet.
 
 use crate::plan::{
-    ActivationKind, BufferId, CacheId, LinearPart, Mask, MatrixId, NormKind, Op, Plan, RopeId, VectorId,
+    ActivationKind, BiasId, BufferId, CacheId, LinearPart, Mask, MatrixId, NormKind, Op, Plan, Rotate, VectorId,
 };
 
 /// One operation of the lowered plan.
@@ -13,7 +13,19 @@ use crate::plan::{
 pub enum Step {
     Embed {
         table: MatrixId,
+        scale: f32,
+        image: Option<u32>,
         out: BufferId,
+    },
+    Patches {
+        out: BufferId,
+    },
+    AddRows {
+        x: BufferId,
+        table: MatrixId,
+    },
+    Features {
+        x: BufferId,
     },
     Norm {
         kind: NormKind,
@@ -25,6 +37,7 @@ pub enum Step {
     LastRow {
         x: BufferId,
         out: BufferId,
+        scale: f32,
     },
     /// Brings `x` into the form that the kernel of `matrix` reads.
     Prepare {
@@ -46,19 +59,13 @@ pub enum Step {
         b: BufferId,
         out: BufferId,
     },
-    RopeAppend {
-        q: BufferId,
+    Append {
         k: BufferId,
         v: BufferId,
         cache: CacheId,
-        rope: RopeId,
+        rotate: Option<Rotate>,
     },
-    Attend {
-        q: BufferId,
-        cache: CacheId,
-        out: BufferId,
-        scale: f32,
-    },
+    Attend(Attend),
     Argmax {
         logits: BufferId,
     },
@@ -103,8 +110,8 @@ impl Step {
 }
 
 /// Whether workers must meet between two steps. Elements stay with their worker from a linear to what follows it, but a
-/// linear itself reads what all have prepared; heads stay from append to attention while the call has one row, and
-/// with several rows attention reads what others appended.
+/// linear itself reads what all have prepared; heads stay from append to attention while the call has one row, and with
+/// several rows attention reads what others appended.
 pub fn must_meet(before: &Step, after: &Step, single: bool) -> bool {
     let (first, second) = (before.split(single), after.split(single));
     match (first, second) {
@@ -114,9 +121,9 @@ pub fn must_meet(before: &Step, after: &Step, single: bool) -> bool {
     }
 }
 
-/// `group(matrix)` tells matrices apart that read activations in different forms: parts of one linear group that differ in
+/// `form(matrix)` tells matrices apart that read activations in different forms: parts of one linear group that differ in
 /// it are prepared one after the other.
-pub fn lower(plan: &Plan, group: impl Fn(MatrixId) -> &'static str) -> Vec<Step> {
+pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> &'static str) -> Vec<Step> {
     let mut steps = Vec::new();
     for op in &plan.ops {
         match op.clone() {
@@ -125,7 +132,7 @@ pub fn lower(plan: &Plan, group: impl Fn(MatrixId) -> &'static str) -> Vec<Step>
             Op::AddRows { x, table } => steps.push(Step::AddRows { x, table }),
             Op::Features { x } => steps.push(Step::Features { x }),
             Op::Norm { kind, weight, epsilon, x, out } => steps.push(Step::Norm { kind, weight, epsilon, x, out }),
-            Op::Linear { x, parts } => lower_linear(x, parts, &group, &mut steps),
+            Op::Linear { x, parts } => lower_linear(x, parts, &form, &mut steps),
             Op::Append { k, v, cache, rotate } => steps.push(Step::Append { k, v, cache, rotate }),
             Op::Attention { q, cache, out, scale, mask, bias } => {
                 steps.push(Step::Attend(Attend { q, cache, out, scale, mask, bias }));
@@ -142,12 +149,12 @@ pub fn lower(plan: &Plan, group: impl Fn(MatrixId) -> &'static str) -> Vec<Step>
 fn lower_linear(
     x: BufferId,
     mut parts: Vec<LinearPart>,
-    group: &impl Fn(MatrixId) -> &'static str,
+    form: &impl Fn(MatrixId) -> &'static str,
     steps: &mut Vec<Step>,
 ) {
     while let Some(first) = parts.first() {
-        let (matrix, form) = (first.weight, group(first.weight));
-        let (same, rest) = parts.into_iter().partition(|part| group(part.weight) == form);
+        let matrix = first.weight;
+        let (same, rest) = parts.into_iter().partition(|part| form(part.weight) == form(matrix));
         steps.push(Step::Prepare { x, matrix });
         steps.push(Step::Linear { parts: same });
         parts = rest;

@@ -40,7 +40,7 @@ impl Curve for GeluTanh {
     /// `(1 + tanh(u)) / 2 = 1 / (1 + e^(−2u))`, so one exponential does.
     #[inline(always)]
     fn at<L: Lanes>(x: L) -> L {
-        const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769_1;
+        const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769_2;
         let cubic = x.mul(x).mul_add(L::splat(0.044_715), L::splat(1.0));
         logistic_product(x, x.mul(L::splat(TWICE_SQRT_2_OVER_PI)).mul(cubic))
     }

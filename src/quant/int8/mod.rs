@@ -1,9 +1,9 @@
 //! LLM.int8 (Dettmers et al. 2022): int8 weights with one absmax a row, int8 activations with one absmax a token, and
 //! columns with outlier activations multiplied in floating point.
 //!
-//! Activations are cast to fp16 first, as bitsandbytes does whatever the model computes in. An entry of at least the
-//! threshold makes its column an outlier column for all tokens of the call: its codes are zero, and its part of the sum
-//! takes the dequantized int8 weights.
+//! Activations are cast to fp16 before they are quantized, as bitsandbytes does whatever the model computes in. An entry of
+//! at least the threshold makes its column an outlier column for all tokens of the call: its codes are zero, and its part
+//! of the sum takes the activations uncast and the dequantized int8 weights.
 
 mod cpu;
 
@@ -24,9 +24,10 @@ pub const ENTRY: FormatEntry = FormatEntry {
 
 const NAME: &str = "int8";
 
-/// 1 / 127², what a product of codes is worth under absmax 1: correctly rounded, as the exact goldens and bitsandbytes'
-/// CUDA kernels have it. Its CPU code has a digit missing (6.200124e-5, 1.8e-5 too large), which no stored byte depends on.
-const PRODUCT_UNIT: f32 = 6.200_012_4e-5;
+/// What a product of codes is worth under absmax 1, as bitsandbytes' CPU code has it: 1 / 127² with a digit missing, 1.8e-5
+/// too large. Its CUDA kernels have the correct 6.200012e-5; every device here follows the CPU rule, which anyone can check.
+/// A difference of 1.8e-5 is enough to move the next layer's codes.
+const PRODUCT_UNIT: f32 = 6.200_124e-5;
 /// 1 / 127, what a weight's code is worth under absmax 1, as bitsandbytes writes it.
 const CODE_UNIT: f32 = 0.007_874_016;
 
@@ -150,13 +151,13 @@ impl Stored for Int8Stored {
 
     fn multiply(&self, x: &[f32], m: usize) -> Vec<f32> {
         assert_eq!(x.len(), m * self.k, "activations of {m} tokens");
-        let x: Vec<f32> = x.iter().map(|value| through_f16(*value)).collect();
+        let cast: Vec<f32> = x.iter().map(|value| through_f16(*value)).collect();
         let is_outlier_column =
-            |column: &usize| x[*column..].iter().step_by(self.k).any(|v| is_outlier(*v, self.threshold));
+            |column: &usize| cast[*column..].iter().step_by(self.k).any(|v| is_outlier(*v, self.threshold));
         let outlier_columns: Vec<usize> = (0..self.k).filter(is_outlier_column).collect();
         let mut y = Vec::with_capacity(m * self.n);
-        for x in x.chunks_exact(self.k) {
-            let (codes, token_absmax) = self.quantize_token(x, &outlier_columns);
+        for (x, cast) in x.chunks_exact(self.k).zip(cast.chunks_exact(self.k)) {
+            let (codes, token_absmax) = self.quantize_token(cast, &outlier_columns);
             for row in 0..self.n {
                 let products = self.row(row).iter().zip(&codes).map(|(&w, &x)| i32::from(w) * i32::from(x));
                 let dot = products.sum::<i32>() as f32 * (token_absmax * self.absmax[row]) * PRODUCT_UNIT;

@@ -64,10 +64,8 @@ fn quantize(x: &[f32], padded_k: usize, threshold: f32, isa: Isa, prepared: &mut
         }
     }
     f32s.reserve(*m * outlier_columns.len());
-    for row in 0..*m {
-        for column in outlier_columns.iter() {
-            f32s.push(f32s[row * *k + *column as usize]);
-        }
+    for x in x.chunks_exact(*k) {
+        f32s.extend(outlier_columns.iter().map(|column| x[*column as usize]));
     }
 }
 

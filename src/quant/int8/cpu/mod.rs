@@ -236,7 +236,7 @@ impl CpuMatrix for Int8Matrix {
         }
     }
 
-    /// `f32s` hold the activations after the cast to fp16, `[m, k]`, then those of the outlier columns,
+    /// `f32s` hold the activations after the cast to fp16, `[m, k]`, then those of the outlier columns as they were,
     /// `[m, outlier_columns]`; `i8s` the codes, `[m, padded_k]`.
     fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared) {
         assert_eq!(x.len(), m * self.k, "activations of {m} tokens");
