@@ -21,12 +21,13 @@ impl Place {
             fs::write(path, text).unwrap();
         };
         write("no-config/readme.txt", "no model");
-        write("unknown-type/config.json", r#"{"model_type": "mamba"}"#);
         write("not-json/config.json", "{");
         write("no-weights/config.json", &fs::read_to_string(golden("llama-tiny").join("config.json")).unwrap());
         write("empty.txt", "");
         write("folder.json/file.txt", "");
         copy(&golden("llama-tiny"), &folder.path().join("llama-tiny"));
+        copy(&golden("llama-tiny"), &folder.path().join("unknown-type"));
+        write("unknown-type/config.json", r#"{"model_type": "mamba"}"#);
         copy(&golden("llama-tiny"), &folder.path().join("truncated"));
         let weights = folder.path().join("truncated/model.safetensors");
         let bytes = fs::read(&weights).unwrap();

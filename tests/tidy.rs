@@ -180,8 +180,8 @@ fn may_be_unsafe(path: &str) -> bool {
     path.trim_end_matches(".rs").split('/').any(|part| part == "cpu" || part == "cuda")
 }
 
-/// Lines, from 1, that use `unsafe` without a reason above. A block or an `impl` needs `// SAFETY:`, a function that others
-/// must call with care a `# Safety` section.
+/// Lines, from 1, that use `unsafe` without a reason above. A block or an `impl` needs `// SAFETY:`, a public function a
+/// `# Safety` section. Functions of a trait's `impl` have their contract at the trait, private ones at their only callers.
 fn unexplained(text: &str) -> Vec<usize> {
     let lines: Vec<&str> = text.lines().collect();
     let explained = |at: usize| {
@@ -189,8 +189,7 @@ fn unexplained(text: &str) -> Vec<usize> {
         above.iter().any(|line| line.contains("SAFETY:") || line.contains("# Safety"))
     };
     let uses = |line: &str| code(line).split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe");
-    // A pointer type to an unsafe function is a type, not a use.
-    let is_use = |line: &str| uses(line) && !code(line).contains("unsafe fn(");
+    let is_use = |line: &str| uses(line) && (!code(line).contains("unsafe fn") || code(line).contains("pub unsafe fn"));
     (0..lines.len()).filter(|&at| is_use(lines[at]) && !explained(at)).map(|at| at + 1).collect()
 }
 
@@ -219,7 +218,8 @@ fn the_unsafe_checker_sees_what_it_should() {
     assert_eq!(unexplained("let a = 1;\nunsafe { f() }"), [2]);
     assert!(unexplained("// SAFETY: checked above.\nunsafe { f() }").is_empty());
     assert!(unexplained("/// # Safety\n/// `x` is valid.\npub unsafe fn f() {}").is_empty());
-    assert!(unexplained("// nothing unsafe here\ntype F = unsafe fn(u32);\nlet unsafely = 1;").is_empty());
+    assert!(unexplained("// nothing unsafe here\ntype F = unsafe fn(u32);\nunsafe fn g() {}\nlet unsafely = 1;").is_empty());
+    assert_eq!(unexplained("\n\npub unsafe fn f() {}"), [3]);
     let far = format!("// SAFETY: long ago\n{}unsafe {{ f() }}", "x();\n".repeat(SAFETY_LINES + 1));
     assert_eq!(unexplained(&far), [SAFETY_LINES + 3]);
 }

@@ -42,6 +42,7 @@ impl Request {
             save_logits: args.save_logits.clone(),
             command,
         };
+        case.save_logits.as_deref().map(report::check_writable).transpose()?;
         Ok(Self {
             stdout: writer(args.format.as_deref())?,
             file: args.output.as_deref().map(output_file).transpose()?,
