@@ -6,7 +6,7 @@ mod schedule;
 
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
@@ -66,7 +66,15 @@ struct Memory {
     features: Vec<f32>,
     prepared: Prepared,
     /// One per worker.
-    scratch: Vec<Vec<f32>>,
+    scratch: Vec<Scratch>,
+}
+
+/// What a worker keeps from call to call, only ever grown.
+#[derive(Default)]
+struct Scratch {
+    kernel: Vec<f32>,
+    /// Queries and outputs of one head, brought together.
+    gathered: Vec<f32>,
 }
 
 /// Keys and values of one layer, `[g, capacity, d]` each, so that a head's positions lie together.
@@ -104,9 +112,10 @@ impl BiasTable {
 
 /// Loads `setup` for the kernels of `isa`.
 pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
+    let pool = Pool::try_new(setup.threads).with_context(|| format!("starting {} threads", setup.threads))?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
     let streamed = stream(setup, events, &finish)?;
-    let session = CpuSession::new(setup, isa, streamed.matrices, streamed.vectors);
+    let session = CpuSession::new(setup, isa, pool, streamed.matrices, streamed.vectors);
     Ok(Loaded {
         session: Box::new(session),
         load: streamed.elapsed,
@@ -117,7 +126,13 @@ pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
 }
 
 impl CpuSession {
-    fn new(setup: &Setup, isa: Isa, matrices: Vec<Box<dyn CpuMatrix>>, vectors: Vec<Vec<f32>>) -> Self {
+    fn new(
+        setup: &Setup,
+        isa: Isa,
+        pool: Pool,
+        matrices: Vec<Box<dyn CpuMatrix>>,
+        vectors: Vec<Vec<f32>>,
+    ) -> Self {
         let model = setup.model.clone();
         let reach = setup.capacity.max(setup.encoder_capacity);
         let cache = |spec: &CacheSpec| {
@@ -127,14 +142,14 @@ impl CpuSession {
         };
         let bias = |bias: &RelativeBias| BiasTable::new(bias, matrices[bias.table.0].as_ref(), reach);
         Self {
-            pool: Pool::new(setup.threads),
+            pool,
             encoder: model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices)),
             decoder: Program::new(&model.decoder, &matrices),
             memory: Memory {
                 caches: model.caches.iter().map(cache).collect(),
                 features: Vec::new(),
                 prepared: Prepared::default(),
-                scratch: vec![Vec::new(); setup.threads],
+                scratch: (0..setup.threads).map(|_| Scratch::default()).collect(),
             },
             position: 0,
             encoded: 0,
@@ -164,6 +179,7 @@ impl CpuSession {
         self.weights.check_tokens(tokens)?;
         let call =
             Call { rows: tokens.len(), tokens, patches: &[], position: self.position, encoded: self.encoded };
+        let _pinned = self.pool.pin_caller();
         let outcome = self.decoder.run(&self.weights, &self.pool, &mut self.memory, call);
         self.last_token = outcome.token;
         self.position = end;
@@ -180,6 +196,7 @@ impl CpuSession {
         self.weights.check_tokens(tokens)?;
         let Some(encoder) = &mut self.encoder else { bail!("this model has no encoder") };
         let call = Call { rows, tokens, patches, position: 0, encoded: rows };
+        let _pinned = self.pool.pin_caller();
         encoder.run(&self.weights, &self.pool, &mut self.memory, call);
         self.encoded = rows;
         Ok(())
@@ -301,7 +318,8 @@ impl CpuSession {
     fn scratch_bytes(&self) -> usize {
         let Memory { features, prepared, scratch, .. } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
-        let buffers = programs.flat_map(|program| &program.slots).chain(scratch).map(Vec::capacity).sum::<usize>();
+        let buffers = programs.flat_map(|program| &program.slots);
+        let buffers = buffers.chain(scratch.iter().flat_map(|s| [&s.kernel, &s.gathered])).map(Vec::capacity).sum::<usize>();
         let floats = buffers + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
         4 * floats + prepared.i8s.capacity()
     }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::schedule::{Attend, Step, must_meet};
-use super::{Memory, Program, Weights};
+use super::{Memory, Program, Scratch, Weights};
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::{activation, attention, norm, rope, vector};
@@ -87,7 +87,7 @@ struct Runner<'a> {
     /// One element, written by worker 0.
     prepared: SharedSlice<'a, Prepared>,
     /// One element per worker.
-    scratch: SharedSlice<'a, Vec<f32>>,
+    scratch: SharedSlice<'a, Scratch>,
     token: AtomicU32,
     outlier_columns: AtomicU64,
     outlier_calls: AtomicU64,
@@ -161,7 +161,7 @@ impl Runner<'_> {
     }
 
     #[allow(clippy::mut_from_ref)]
-    fn scratch(&self, worker: &Worker) -> &mut Vec<f32> {
+    fn scratch(&self, worker: &Worker) -> &mut Scratch {
         // SAFETY: each worker takes the element of its own index.
         unsafe { &mut self.scratch.range_mut(worker.index()..worker.index() + 1)[0] }
     }
@@ -199,9 +199,8 @@ impl Runner<'_> {
     }
 
     fn add_rows(&self, x: BufferId, table: MatrixId, worker: &Worker) {
-        let scratch = self.scratch(worker);
-        scratch.resize(scratch.len().max(self.width(x)), 0.0);
-        let learned = &mut scratch[..self.width(x)];
+        let learned = &mut self.scratch(worker).gathered;
+        learned.resize(self.width(x), 0.0);
         for row in self.own_rows(x, worker) {
             self.weights.matrices[table.0].dequantize_rows(row..row + 1, learned);
             vector::add_to(self.weights.isa, self.row_mut(x, row), learned);
@@ -251,7 +250,7 @@ impl Runner<'_> {
         let columns = worker.share(matrix.shape().0, self.weights.granule);
         let bias = part.bias.map(|bias| self.weights.vectors[bias.0].as_slice());
         let y = &self.slots[self.storage.slot_of[part.out.0]];
-        matrix.multiply(self.prepared(), columns, bias, y, self.scratch(worker));
+        matrix.multiply(self.prepared(), columns, bias, y, &mut self.scratch(worker).kernel);
     }
 
     fn activate(&self, kind: ActivationKind, gate: BufferId, up: Option<BufferId>, out: BufferId, worker: &Worker) {
@@ -325,8 +324,45 @@ impl Runner<'_> {
         for item in (worker.index()..heads * blocks).step_by(worker.count()) {
             let (block, head) = (item / heads, item % heads);
             let rows = block * QUERY_BLOCK..rows.min((block + 1) * QUERY_BLOCK);
-            rows.for_each(|row| self.attend_row(attend, head, row, worker));
+            match attend.bias {
+                Some(_) => rows.for_each(|row| self.attend_row(attend, head, row, worker)),
+                None => self.attend_block(attend, head, rows, worker),
+            }
         }
+    }
+
+    /// Rows of one head together, so that keys and values are read once for the block.
+    fn attend_block(&self, attend: &Attend, head: usize, rows: Range<usize>, worker: &Worker) {
+        let spec = self.weights.model.caches[attend.cache.0];
+        let d = spec.head_dim;
+        let width = self.width(attend.q) / spec.kv_heads;
+        let columns = head * width..(head + 1) * width;
+        let Scratch { kernel, gathered } = self.scratch(worker);
+        gathered.resize(2 * rows.len() * width, 0.0);
+        let (queries, outs) = gathered.split_at_mut(rows.len() * width);
+        for (row, query) in rows.clone().zip(queries.chunks_exact_mut(width)) {
+            query.copy_from_slice(self.part(attend.q, row, columns.clone()));
+        }
+        let (first, last) = (self.seen(attend, rows.start), self.seen(attend, rows.end - 1));
+        let (keys, values) = self.keys_and_values(attend.cache, head, last);
+        if first == last {
+            attention::attend(self.weights.isa, queries, keys, values, d, attend.scale, None, outs, kernel);
+        } else {
+            let context = attention::Context { keys, values, d, scale: attend.scale };
+            attention::attend_rows(self.weights.isa, queries, width / d, &context, first, outs, kernel);
+        }
+        for (row, out) in rows.zip(outs.chunks_exact(width)) {
+            self.part_mut(attend.out, row, columns.clone()).copy_from_slice(out);
+        }
+    }
+
+    /// The first `seen` positions of a head.
+    fn keys_and_values(&self, cache: CacheId, head: usize, seen: usize) -> (&[f32], &[f32]) {
+        let d = self.weights.model.caches[cache.0].head_dim;
+        let at = head * self.capacity(cache) * d;
+        let (keys, values) = &self.caches[cache.0];
+        // SAFETY: appended by this worker, or by others before a barrier; nothing appends while a step attends.
+        unsafe { (keys.range(at..at + seen * d), values.range(at..at + seen * d)) }
     }
 
     /// Positions of the cache that a row sees.
@@ -344,18 +380,15 @@ impl Runner<'_> {
 
     fn attend_row(&self, attend: &Attend, head: usize, row: usize, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
-        let d = spec.head_dim;
         let seen = self.seen(attend, row);
-        let at = head * self.capacity(attend.cache) * d;
-        let (keys, values) = &self.caches[attend.cache.0];
-        // SAFETY: appended by this worker, or by others before a barrier; nothing appends in this step.
-        let (keys, values) = unsafe { (keys.range(at..at + seen * d), values.range(at..at + seen * d)) };
-        let group = self.width(attend.q) / spec.kv_heads;
-        let columns = head * group..(head + 1) * group;
+        let (keys, values) = self.keys_and_values(attend.cache, head, seen);
+        let width = self.width(attend.q) / spec.kv_heads;
+        let columns = head * width..(head + 1) * width;
         let query = self.part(attend.q, row, columns.clone());
         let out = self.part_mut(attend.out, row, columns);
         // One query head a key/value head wherever there is a bias (T5): its biases lie together.
         let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position + row, seen));
-        attention::attend(self.weights.isa, query, keys, values, d, attend.scale, bias, out, self.scratch(worker));
+        let scratch = &mut self.scratch(worker).kernel;
+        attention::attend(self.weights.isa, query, keys, values, spec.head_dim, attend.scale, bias, out, scratch);
     }
 }
