@@ -13,8 +13,9 @@ use safetensors::tensor::Metadata;
 use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;
 
+use super::cast::{self, Cast};
 use super::spec::{MatrixSpec, VectorSpec};
-use super::{Source, SourceInfo, SourceKind, cast};
+use super::{Source, SourceInfo, SourceKind};
 use crate::error::BadInput;
 
 pub const SINGLE: &str = "model.safetensors";
@@ -144,14 +145,15 @@ impl Tensor {
 }
 
 impl Safetensors {
-    /// Reads the headers of a checkpoint. `label` is what messages call it; `etags` are the hub's, where it came from there.
+    /// Reads the headers of a checkpoint. `label` is what messages call it; `etags` are the hub's, where it came from
+    /// there.
     pub fn open(layout: &Layout, label: &str, source: SourceKind, etags: Option<String>) -> Result<Self> {
         let mut files = Vec::new();
         let mut tensors = HashMap::new();
         for (index, path) in layout.files.iter().enumerate() {
             let (shard, metadata) = read_header(path)?;
             let here = |name: &str| match &layout.weight_map {
-                // A name that the index does not know may lie anywhere; one that it gives to another file is a leftover.
+                // A name that the index does not know may lie anywhere; one that it gives to another file is stale.
                 Some(map) => map.get(name).is_none_or(|file| path.ends_with(file)),
                 None => true,
             };
@@ -260,7 +262,7 @@ impl Source for Safetensors {
         let (n, k) = tensor.matrix();
         ensure!(rows.start <= rows.end && rows.end <= n, "rows {rows:?} of `{name}`, which has {n}");
         ensure!(out.len() == rows.len() * k, "{} values asked of {} in `{name}`", out.len(), rows.len() * k);
-        let (size, cast): (usize, fn(&[u8], &mut [f16]) -> usize) = match tensor.dtype {
+        let (size, cast): (usize, Cast) = match tensor.dtype {
             Dtype::F16 => (2, cast::from_f16),
             Dtype::BF16 => (2, cast::from_bf16),
             Dtype::F32 => (4, cast::from_f32),
