@@ -9,50 +9,50 @@ const CHIPS: [&str; 5] = ["75", "80", "86", "89", "90"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    let (commit, target) = (commit().unwrap_or_else(|| "unknown".into()), env::var("TARGET").unwrap_or_default());
-    println!("cargo::rustc-env=QUANTBENCH_COMMIT={commit}\ncargo::rustc-env=QUANTBENCH_TARGET={target}");
+    println!("cargo::rustc-env=QUANTBENCH_COMMIT={}", commit().unwrap_or_else(|| "unknown".into()));
+    println!("cargo::rustc-env=QUANTBENCH_TARGET={}", env::var("TARGET").expect("cargo sets TARGET"));
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
-        println!("cargo::rerun-if-changed=src\ncargo::rerun-if-env-changed=PATH");
-        compile_kernels(&PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")));
+        println!("cargo::rerun-if-changed=src\ncargo::rerun-if-env-changed=CUDA_HOME");
+        compile_kernels(Path::new(&env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")));
     }
 }
 
-/// The short hash, where this folder is the top of a checkout. `logs/HEAD` changes with every commit.
+/// The short hash, where this folder is the top of a checkout; `logs/HEAD` changes with every commit.
 fn commit() -> Option<String> {
-    let output = |arguments: &[&str]| Command::new("git").args(arguments).output().ok().filter(|o| o.status.success());
-    let git = |arguments: &[&str]| Some(String::from_utf8_lossy(&output(arguments)?.stdout).trim().to_owned());
+    let said = |command: &mut Command| command.output().ok().filter(|output| output.status.success());
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim().to_owned();
+    let git = |arguments: &[&str]| Some(text(said(Command::new("git").args(arguments))?.stdout));
     git(&["rev-parse", "--show-prefix"]).filter(String::is_empty)?;
-    let files = ["HEAD", "logs/HEAD"].map(|name| git(&["rev-parse", "--git-path", name]));
-    let existing = files.iter().flatten().filter(|file| Path::new(file).exists());
-    existing.for_each(|file| println!("cargo::rerun-if-changed={file}"));
+    let files = [git(&["rev-parse", "--git-path", "HEAD"])?, git(&["rev-parse", "--git-path", "logs/HEAD"])?];
+    files.iter().filter(|file| Path::new(file).exists()).for_each(|file| println!("cargo::rerun-if-changed={file}"));
     git(&["rev-parse", "--short=9", "HEAD"])
 }
 
-/// A fatbin newer than all kernel sources is kept.
+/// A fatbin newer than all kernel sources and this file is kept.
 fn compile_kernels(out: &Path) {
-    let is = |path: &Path, extension: &str| path.extension().is_some_and(|found| found == extension);
-    let sources: Vec<PathBuf> = files(Path::new("src")).into_iter().filter(|p| is(p, "cu") || is(p, "cuh")).collect();
     let modified = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).ok();
-    let newest = sources.iter().map(|path| modified(path)).max().flatten();
-    let stale = |fatbin: &Path| modified(fatbin).is_none_or(|built| Some(built) <= newest);
-    for source in sources.iter().filter(|path| is(path, "cu")) {
+    let sources = files_of(Path::new("src"), &["cu", "cuh"]);
+    let newest = sources.iter().map(PathBuf::as_path).chain([Path::new("build.rs")]).filter_map(modified).max();
+    for source in files_of(Path::new("src"), &["cu"]) {
         let fatbin = out.join(source.with_extension("fatbin").file_name().expect("a file"));
-        if stale(&fatbin) && !nvcc().arg("-o").arg(&fatbin).arg(source).status().is_ok_and(|status| status.success()) {
+        let is_stale = modified(&fatbin).is_none_or(|built| Some(built) <= newest);
+        if is_stale && !nvcc().arg("-o").arg(fatbin).arg(&source).status().is_ok_and(|status| status.success()) {
             fail(&format!("nvcc could not compile {}", source.display()));
         }
     }
 }
 
-fn files(folder: &Path) -> Vec<PathBuf> {
+fn files_of(folder: &Path, extensions: &[&str]) -> Vec<PathBuf> {
+    let is_wanted = |path: &PathBuf| path.extension().is_some_and(|found| extensions.iter().any(|&e| found == e));
     let paths = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+    paths.flat_map(|p| if p.is_dir() { files_of(&p, extensions) } else { vec![p] }).filter(is_wanted).collect()
 }
 
 fn nvcc() -> Command {
     let said = Command::new("nvcc").arg("--version").output().map(|output| output.stdout).unwrap_or_default();
-    let release =
-        String::from_utf8_lossy(&said).split_once("release ").and_then(|(_, r)| r.split('.').next()?.parse().ok());
-    if release.is_none_or(|major: u32| major < 12) {
+    let said = String::from_utf8_lossy(&said);
+    let major = said.split_once("release ").and_then(|(_, rest)| rest.split('.').next()?.parse::<u32>().ok());
+    if major.is_none_or(|major| major < 12) {
         fail("feature `cuda` needs nvcc of CUDA 13.0 on PATH");
     }
     let mut nvcc = Command::new("nvcc");

@@ -40,6 +40,18 @@ impl ProcessMemory {
         [machine, self.group_room(&UNIFIED), self.group_room(&LEGACY)].into_iter().flatten().min()
     }
 
+    /// What one process may take at most: `ulimit -v`.
+    pub fn process_limit_bytes(&self) -> Option<u64> {
+        let text = self.read("proc/self/limits")?;
+        let line = text.lines().find_map(|line| line.strip_prefix("Max address space"))?;
+        line.split_whitespace().next()?.parse().ok()
+    }
+
+    /// What one more process can take.
+    pub fn room_bytes(&self) -> Option<u64> {
+        [self.available_bytes(), self.process_limit_bytes()].into_iter().flatten().min()
+    }
+
     /// A line `name   123 kB`, in bytes.
     fn field(&self, file: &str, name: &str) -> Option<u64> {
         let text = self.read(file)?;
@@ -150,6 +162,16 @@ pub(super) mod tests {
             ("sys/fs/cgroup/memory.current", "1\n"),
         ]);
         assert_eq!(ProcessMemory::below(unlimited.path()).available_bytes(), Some(7000 * 1024));
+    }
+
+    #[test]
+    fn the_limit_of_a_process_is_its_soft_one() {
+        for (soft, expected) in [("300000", Some(300_000)), ("unlimited", None)] {
+            let line =
+                format!("Limit       Soft Limit  Hard Limit  Units\nMax address space   {soft}   unlimited   bytes\n");
+            let root = root(&[("proc/self/limits", &line)]);
+            assert_eq!(ProcessMemory::below(root.path()).process_limit_bytes(), expected);
+        }
     }
 
     #[test]

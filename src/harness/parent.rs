@@ -153,14 +153,15 @@ impl Plan {
 
     /// A worker process, or for a precision whose weights and cache alone exceed what is free, its refusal.
     fn worker(&self, case: &Case, precision: &str, wanted_bytes: u64) -> Box<dyn Worker> {
-        let free_bytes = self.free_bytes.filter(|free| self.share.device == DeviceChoice::Cpu && wanted_bytes > *free);
-        if let Some(free_bytes) = free_bytes {
+        let room_bytes = ProcessMemory::default().room_bytes();
+        let too_little = room_bytes.filter(|room| self.share.device == DeviceChoice::Cpu && wanted_bytes > *room);
+        if let Some(free_bytes) = too_little {
             return Box::new(TooLarge {
                 precision: precision.to_owned(),
                 oom: OutOfMemory { wanted_bytes, free_bytes },
             });
         }
-        Box::new(ProcessWorker::new(Job::new(case, precision, self.share, &self.workload)))
+        Box::new(ProcessWorker::new(Job::new(case, precision, self.share, &self.workload), wanted_bytes))
     }
 
     fn model_facts(&self) -> record::ModelFacts {

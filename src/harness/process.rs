@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Finished, Job, LoadFacts, Reply, Sample, Warmed};
 use super::schedule::Worker;
+use crate::error::OutOfMemory;
 use crate::events::Listener;
 
 /// The hidden subcommand that runs [`super::worker_main`].
@@ -21,6 +22,8 @@ const MMAP_THRESHOLD_BYTES: &str = "1048576";
 
 pub struct ProcessWorker {
     job: Job,
+    /// Weights and cache: what a worker that runs out of memory wanted.
+    needed_bytes: u64,
     /// `None` until [`Worker::load`].
     running: Option<Running>,
 }
@@ -33,13 +36,17 @@ struct Running {
 }
 
 impl ProcessWorker {
-    pub fn new(job: Job) -> Self {
-        Self { job, running: None }
+    pub fn new(job: Job, needed_bytes: u64) -> Self {
+        Self { job, needed_bytes, running: None }
     }
 
     fn ask(&mut self, ask: &Ask, events: &dyn Listener) -> Result<Reply, Failure> {
         let running = self.running.as_mut().ok_or_else(|| error("the worker was not started"))?;
-        running.send(ask).and_then(|()| running.reply(events)).unwrap_or_else(|_| Err(running.cause_of_death()))
+        let needed_bytes = self.needed_bytes;
+        running
+            .send(ask)
+            .and_then(|()| running.reply(events))
+            .unwrap_or_else(|_| Err(running.cause_of_death(needed_bytes)))
     }
 }
 
@@ -128,12 +135,13 @@ impl Running {
         }
     }
 
-    fn cause_of_death(&mut self) -> Failure {
+    fn cause_of_death(&mut self, wanted_bytes: u64) -> Failure {
         let status = self.child.wait();
         let words = self.last_words.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
-        let free_bytes = ProcessMemory::default().available_bytes().unwrap_or(0);
+        let free_bytes = ProcessMemory::default().room_bytes().unwrap_or(0);
+        let oom = OutOfMemory { wanted_bytes, free_bytes };
         match status {
-            Ok(status) => death(signal(status), &status.to_string(), &String::from_utf8_lossy(&words), free_bytes),
+            Ok(status) => death(signal(status), &status.to_string(), &String::from_utf8_lossy(&words), oom),
             Err(cause) => error(format!("waiting for the worker: {cause}")),
         }
     }
@@ -169,24 +177,24 @@ fn signal(_status: ExitStatus) -> Option<i32> {
 }
 
 /// Why a worker died, from its signal and its last words. Rust aborts when an allocation fails and names the bytes; Linux
-/// kills with signal 9 when the machine or the control group has none left.
-fn death(signal: Option<i32>, status: &str, words: &str, free_bytes: u64) -> Failure {
+/// kills with signal 9 when the machine or the control group has none left. `oom` is what to say then.
+fn death(signal: Option<i32>, status: &str, words: &str, oom: OutOfMemory) -> Failure {
     const SIGKILL: i32 = 9;
-    let refused = words.lines().rev().find_map(|line| line.strip_prefix("memory allocation of ")?.split(' ').next());
-    if let Some(wanted_bytes) = refused.and_then(|bytes| bytes.parse().ok()) {
-        let message = format!("out of memory: an allocation of {wanted_bytes} bytes failed");
-        return Failure::OutOfMemory { message, wanted_bytes, free_bytes };
-    }
-    if signal == Some(SIGKILL) {
-        let message = "the worker was killed, most likely because memory ran out".to_owned();
-        return Failure::OutOfMemory { message, wanted_bytes: 0, free_bytes };
-    }
-    if words.contains("Cannot allocate memory") {
-        let message = "out of memory: the system refused more".to_owned();
-        return Failure::OutOfMemory { message, wanted_bytes: 0, free_bytes };
-    }
+    let refused = |line: &str| Some(line.strip_prefix("memory allocation of ")?.split(' ').next()?.to_owned());
+    let cause = match words.lines().rev().find_map(refused) {
+        Some(bytes) => format!("an allocation of {bytes} bytes failed"),
+        None if signal == Some(SIGKILL) => "the worker was killed".to_owned(),
+        None if words.contains("Cannot allocate memory") => "the system refused more".to_owned(),
+        None => return error(format!("the worker ended with {status}: {}", said(words))),
+    };
+    let OutOfMemory { wanted_bytes, free_bytes } = oom;
+    Failure::OutOfMemory { message: format!("{oom}; {cause}"), wanted_bytes, free_bytes }
+}
+
+/// The last line of substance.
+fn said(words: &str) -> &str {
     let said = words.lines().rfind(|line| !line.trim().is_empty() && !line.starts_with("note: "));
-    error(format!("the worker ended with {status}: {}", said.unwrap_or("it said nothing").trim()))
+    said.unwrap_or("it said nothing").trim()
 }
 
 #[cfg(test)]
@@ -195,17 +203,20 @@ mod tests {
 
     #[test]
     fn deaths_are_told_apart() {
-        let oom = |words: &str, signal| match death(signal, "status", words, 5) {
-            Failure::OutOfMemory { wanted_bytes, free_bytes, .. } => Some((wanted_bytes, free_bytes)),
-            _ => None,
-        };
-        assert_eq!(oom("noise\nmemory allocation of 123 bytes failed\n", Some(6)), Some((123, 5)));
-        assert_eq!(oom("", Some(9)), Some((0, 5)));
-        assert_eq!(oom("thread panicked: Cannot allocate memory (os error 12)", None), Some((0, 5)));
-        let other = death(Some(11), "signal: 11 (SIGSEGV)", "the last line\nnote: run with a backtrace\n", 5);
+        let oom = OutOfMemory { wanted_bytes: 3 << 30, free_bytes: 1 << 30 };
+        for (signal, words, cause) in [
+            (Some(6), "noise\nmemory allocation of 123 bytes failed\n", "an allocation of 123 bytes failed"),
+            (Some(9), "", "the worker was killed"),
+            (None, "thread panicked: Cannot allocate memory (os error 12)", "the system refused more"),
+        ] {
+            let message = format!("out of memory: wanted 3.00 GiB, 1.00 GiB free; {cause}");
+            let expected = Failure::OutOfMemory { message, wanted_bytes: 3 << 30, free_bytes: 1 << 30 };
+            assert_eq!(death(signal, "status", words, oom), expected);
+        }
+        let other = death(Some(11), "signal: 11 (SIGSEGV)", "the last line\nnote: run with a backtrace\n", oom);
         assert_eq!(other.message(), "the worker ended with signal: 11 (SIGSEGV): the last line");
         assert_eq!(
-            death(None, "exit status: 1", "", 5).message(),
+            death(None, "exit status: 1", "", oom).message(),
             "the worker ended with exit status: 1: it said nothing"
         );
     }

@@ -25,6 +25,10 @@ pub fn warm_up_ended(runs_ns: &[u64], count: Option<usize>, elapsed_s: f64, max_
     }
 }
 
+/// Counted repeats at most, unless the user gives their number: more would narrow no interval that matters, and all of them
+/// are kept.
+const REPEATS_CAP: usize = 500;
+
 /// What ended the repeats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RepeatsEnd {
@@ -34,6 +38,8 @@ pub enum RepeatsEnd {
     Count,
     /// One more repeat would exceed the time for one precision.
     MaxTime,
+    /// Repeats so short that hundreds of them fit the time.
+    Cap,
 }
 
 impl std::fmt::Display for RepeatsEnd {
@@ -42,6 +48,7 @@ impl std::fmt::Display for RepeatsEnd {
             RepeatsEnd::RelCi => "rel_ci",
             RepeatsEnd::Count => "count",
             RepeatsEnd::MaxTime => "max_time",
+            RepeatsEnd::Cap => "cap",
         })
     }
 }
@@ -79,8 +86,13 @@ pub fn repeats_ended(tallies: &[&Tally], protocol: &Protocol) -> Option<RepeatsE
             && tally.decode_ns as f64 / 1e9 >= protocol.min_time_s
             && stats::relative_half_width(&tally.values).is_some_and(|width| width <= protocol.rel_ci)
     };
-    if tallies.iter().all(|tally| enough(tally)) {
+    // A bootstrap takes longer than a short repeat, so that with more of them it is asked at every tenth more.
+    let due = n < 20 || n.is_multiple_of(n / 10);
+    if due && tallies.iter().all(|tally| enough(tally)) {
         return Some(RepeatsEnd::RelCi);
+    }
+    if n >= REPEATS_CAP {
+        return Some(RepeatsEnd::Cap);
     }
     let with_one_more_s = |tally: &Tally| tally.total_ns as f64 / 1e9 * (n + 1) as f64 / n as f64;
     let exceeds = |tally: &Tally| n > 0 && with_one_more_s(tally) > protocol.max_time_s;
@@ -109,10 +121,12 @@ mod tests {
         }
     }
 
+    const PREFILL_NS: u64 = 10_000_000;
+
     fn tally(n: usize, decode_s: impl Fn(usize) -> f64) -> Tally {
         let mut tally = Tally::default();
         for i in 0..n {
-            tally.add(500_000_000, 500_000_000 + (decode_s(i) * 1e9) as u64);
+            tally.add(PREFILL_NS, PREFILL_NS + (decode_s(i) * 1e9) as u64);
         }
         tally
     }
@@ -127,8 +141,9 @@ mod tests {
             ("too short", tally(6, |_| 0.4), None),
             ("flat, enough, long", tally(6, |_| 0.5), Some(RepeatsEnd::RelCi)),
             ("noisy", tally(10, noisy), None),
-            // 18 repeats of 0.5 + 0.6 s on average are 19.8 s; one more would exceed 20 s.
-            ("noisy for long", tally(18, noisy), Some(RepeatsEnd::MaxTime)),
+            // 32 repeats of 0.01 + 0.6 s on average are 19.5 s; one more would exceed 20 s.
+            ("noisy for long", tally(32, noisy), Some(RepeatsEnd::MaxTime)),
+            ("short for ever", tally(500, |_| 0.0001), Some(RepeatsEnd::Cap)),
             ("one slow repeat", tally(1, |_| 15.0), Some(RepeatsEnd::MaxTime)),
         ];
         for (name, tally, expected) in &cases {

@@ -112,7 +112,10 @@ impl fmt::Display for Warning {
                 100.0 * wanted
             ),
             Warning::WarmupNotFlat { n } => {
-                write!(f, "warm-up ended after {n} runs that still differed by over 5 %; raise `--warmup`")
+                write!(
+                    f,
+                    "the warm-up ended after {n} runs without two in a row within 5 %; set its length with `--warmup`"
+                )
             }
             Warning::Outliers { n, of } => {
                 write!(f, "{n} of {of} repeats are far from the median; something else ran now and then")

@@ -119,7 +119,8 @@ fn asks() -> Receiver<Result<Ask>> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            let ask = serde_json::from_str(&line).context("the input of `quantbench worker` comes from quantbench itself");
+            let ask =
+                serde_json::from_str(&line).context("the input of `quantbench worker` comes from quantbench itself");
             let last = ask.is_err();
             if sender.send(ask).is_err() || last {
                 return;

@@ -1,4 +1,6 @@
 //! Plumbing that knows no format and no model: instruction sets, threads, and the operations between the matrices.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod isa;

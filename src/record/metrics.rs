@@ -18,9 +18,11 @@ pub struct Metric {
     pub doc: &'static str,
     /// Where it lies in a record: keys joined by dots.
     pub path: &'static str,
-    /// Values of each repeat, from the raw samples; empty where the workload does not define the metric.
-    pub values: Option<fn(&Record) -> Vec<Vec<f64>>>,
+    pub values: Option<Values>,
 }
+
+/// Values of each repeat, from the raw samples; empty where the workload does not define the metric.
+pub type Values = fn(&Record) -> Vec<Vec<f64>>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Better {

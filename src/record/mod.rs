@@ -135,7 +135,7 @@ pub struct Protocol {
     /// What ended the warm-up: `agreed`, `count`, `cap` or `max_time`.
     pub warmup_ended: String,
     pub n_repeats: u64,
-    /// What ended the repeats: `rel_ci`, `count` or `max_time`.
+    /// What ended the repeats: `rel_ci`, `count`, `max_time` or `cap`.
     pub ended: String,
     /// `interleaved` with the other precisions, or `in_turn`.
     pub order: String,

@@ -24,10 +24,9 @@ pub const ENTRY: FormatEntry = FormatEntry {
 
 const NAME: &str = "int8";
 
-/// What a product of codes is worth under absmax 1, as bitsandbytes' CPU code has it: 1 / 127² with a digit missing, 1.8e-5
-/// too large. Its CUDA kernels have the correct 6.200012e-5; every device here follows the CPU rule, which anyone can check.
-/// A difference of 1.8e-5 is enough to move the next layer's codes.
-const PRODUCT_UNIT: f32 = 6.200_124e-5;
+/// 1 / 127², what a product of codes is worth under absmax 1: correctly rounded, as the exact goldens and bitsandbytes'
+/// CUDA kernels have it. Its CPU code has a digit missing (6.200124e-5, 1.8e-5 too large), which no stored byte depends on.
+const PRODUCT_UNIT: f32 = 6.200_012e-5;
 /// 1 / 127, what a weight's code is worth under absmax 1, as bitsandbytes writes it.
 const CODE_UNIT: f32 = 0.007_874_016;
 

@@ -54,12 +54,7 @@ impl Format for Nf4 {
     }
 
     fn stored_bytes(&self, n: usize, k: usize) -> usize {
-        let blocks = (n * k).div_ceil(BLOCK);
-        let absmax = match self.absmax {
-            AbsmaxKind::Plain => blocks * size_of::<f32>(),
-            AbsmaxKind::Nested => nested::stored_bytes(blocks),
-        };
-        (n * k).div_ceil(2) + absmax
+        stored_bytes(n, k, self.absmax)
     }
 
     fn quantize(&self, weight: HalfMatrix) -> Result<Box<dyn Stored>> {
@@ -71,6 +66,15 @@ impl Format for Nf4 {
         };
         Ok(Box::new(Nf4Stored { n: weight.n, k: weight.k, packed, absmax }))
     }
+}
+
+fn stored_bytes(n: usize, k: usize, absmax: AbsmaxKind) -> usize {
+    let blocks = (n * k).div_ceil(BLOCK);
+    let absmax = match absmax {
+        AbsmaxKind::Plain => blocks * size_of::<f32>(),
+        AbsmaxKind::Nested => nested::stored_bytes(blocks),
+    };
+    (n * k).div_ceil(2) + absmax
 }
 
 /// Packed codes, high nibble first, and each block's absmax.

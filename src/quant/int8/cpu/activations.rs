@@ -1,9 +1,6 @@
 //! Activations of LLM.int8: the cast to fp16, outlier columns, row absmax and codes.
 
-use half::f16;
-use half::slice::HalfFloatSliceExt;
-
-use super::super::{code_scale, encode, encode_values, is_outlier};
+use super::super::{code_scale, encode, encode_values, is_outlier, through_f16};
 use crate::kernels::isa::Isa;
 use crate::quant::Prepared;
 
@@ -39,13 +36,20 @@ pub fn prepare(x: &[f32], padded_k: usize, threshold: f32, isa: Isa, prepared: &
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::quantize_avx2(x, padded_k, threshold, isa, prepared) },
-        _ => quantize(x, padded_k, threshold, isa, prepared),
+        _ => quantize(x, padded_k, threshold, isa, prepared, cast),
     }
 }
 
 /// What [`prepare`] does, compiled for each instruction set.
 #[inline(always)]
-fn quantize(x: &[f32], padded_k: usize, threshold: f32, isa: Isa, prepared: &mut Prepared) {
+fn quantize(
+    x: &[f32],
+    padded_k: usize,
+    threshold: f32,
+    isa: Isa,
+    prepared: &mut Prepared,
+    cast: impl Fn(&[f32], &mut [f32]),
+) {
     let Prepared { m, k, f32s, i8s, scales, outlier_columns } = prepared;
     for ((x, values), absmax) in x.chunks_exact(*k).zip(f32s.chunks_exact_mut(*k)).zip(&mut *scales) {
         cast(x, values);
@@ -70,15 +74,8 @@ fn quantize(x: &[f32], padded_k: usize, threshold: f32, isa: Isa, prepared: &mut
 }
 
 /// `x` through fp16.
-#[inline(always)]
 fn cast(x: &[f32], values: &mut [f32]) {
-    const CHUNK: usize = 512;
-    let mut halves = [f16::ZERO; CHUNK];
-    for (x, values) in x.chunks(CHUNK).zip(values.chunks_mut(CHUNK)) {
-        let halves = &mut halves[..x.len()];
-        halves.convert_from_f32_slice(x);
-        halves.convert_to_f32_slice(values);
-    }
+    x.iter().zip(values).for_each(|(x, value)| *value = through_f16(*x));
 }
 
 /// The absmax over all entries that are no outliers; the outliers' columns are appended. Magnitudes are compared as
@@ -93,28 +90,67 @@ fn scan(values: &[f32], threshold: f32, outlier_columns: &mut Vec<u32>) -> f32 {
         kept = kept.max(if is_outlier(*value, threshold) { 0 } else { bits });
     }
     if largest != kept {
-        let outliers = values.iter().enumerate().filter(|(_, value)| is_outlier(**value, threshold));
-        outlier_columns.extend(outliers.map(|(column, _)| column as u32));
+        collect_outliers(values, threshold, outlier_columns);
     }
     f32::from_bits(kept)
 }
 
+#[inline(always)]
+fn collect_outliers(values: &[f32], threshold: f32, outlier_columns: &mut Vec<u32>) {
+    /// Outliers are rare: a chunk without any is passed over in a few vector instructions.
+    const CHUNK: usize = 64;
+    for (chunk, values) in values.chunks(CHUNK).enumerate() {
+        if values.iter().fold(false, |any, value| any | is_outlier(*value, threshold)) {
+            let columns = values.iter().enumerate().filter(|(_, value)| is_outlier(**value, threshold));
+            outlier_columns.extend(columns.map(|(column, _)| (chunk * CHUNK + column) as u32));
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use std::arch::x86_64::*;
+
     use super::*;
 
     /// # Safety
     /// The machine has what [`Isa::Avx512`] stands for.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
     pub unsafe fn quantize_avx512(x: &[f32], padded_k: usize, threshold: f32, isa: Isa, prepared: &mut Prepared) {
-        quantize(x, padded_k, threshold, isa, prepared);
+        quantize(x, padded_k, threshold, isa, prepared, |x, values| cast_avx512(x, values));
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn cast_avx512(x: &[f32], values: &mut [f32]) {
+        let ((xs, x_tail), (outs, out_tail)) = (x.as_chunks::<16>(), values.as_chunks_mut::<16>());
+        for (x, out) in xs.iter().zip(outs) {
+            // SAFETY: 16 values each.
+            unsafe {
+                let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm512_loadu_ps(x.as_ptr()));
+                _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(halves));
+            }
+        }
+        cast(x_tail, out_tail);
     }
 
     /// # Safety
     /// The machine has what [`Isa::Avx2`] stands for.
     #[target_feature(enable = "avx2,f16c")]
     pub unsafe fn quantize_avx2(x: &[f32], padded_k: usize, threshold: f32, isa: Isa, prepared: &mut Prepared) {
-        quantize(x, padded_k, threshold, isa, prepared);
+        quantize(x, padded_k, threshold, isa, prepared, |x, values| cast_avx2(x, values));
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
+    fn cast_avx2(x: &[f32], values: &mut [f32]) {
+        let ((xs, x_tail), (outs, out_tail)) = (x.as_chunks::<8>(), values.as_chunks_mut::<8>());
+        for (x, out) in xs.iter().zip(outs) {
+            // SAFETY: 8 values each.
+            unsafe {
+                let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(x.as_ptr()));
+                _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(halves));
+            }
+        }
+        cast(x_tail, out_tail);
     }
 
     /// # Safety

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
+use super::absmax::{Lanes, StripAbsmax};
 use super::{BLOCK, BLOCK_BYTES, CODES, GROUP, GROUP_BYTES, encode_blocks, portable};
 use crate::quant::cpu::{STRIP_ROWS, StripSums};
 
@@ -34,19 +35,20 @@ fn table() -> (__m256, __m256) {
     unsafe { (_mm256_loadu_ps(CODES.as_ptr()), _mm256_loadu_ps(CODES.as_ptr().add(LANES))) }
 }
 
-/// `Σ W · x` for the rows of a strip that are whole blocks; `absmax` is `[block][row]`.
+/// `Σ W · x` for the rows of a strip that are whole blocks.
 ///
 /// # Safety
 /// The machine has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
-pub unsafe fn dot_strip(codes: &[u8], absmax: &[f32], x: &[f32]) -> StripSums {
+pub unsafe fn dot_strip(codes: &[u8], mut absmax: impl StripAbsmax, x: &[f32]) -> StripSums {
     let blocks = x.len() / BLOCK;
-    assert!(codes.len() == blocks * BLOCK_BYTES && absmax.len() == blocks * STRIP_ROWS);
+    assert_eq!(codes.len(), blocks * BLOCK_BYTES);
     let table = table();
     let mut total = [_mm256_setzero_ps(); 2];
     for block in 0..blocks {
         let mut sums = [[_mm256_setzero_ps(); 2]; 2];
         for group in 0..BLOCK / GROUP {
+            absmax.decode_ahead(block, group);
             // SAFETY: a group of block `block` lies within `codes` and `x`; a prefetch may point anywhere.
             unsafe {
                 let codes = codes.as_ptr().add(block * BLOCK_BYTES + group * GROUP_BYTES);
@@ -65,9 +67,10 @@ pub unsafe fn dot_strip(codes: &[u8], absmax: &[f32], x: &[f32]) -> StripSums {
                 add!(0 1 2 3 4 5 6 7);
             }
         }
+        let lanes = absmax.lanes(block);
         for (half, total) in total.iter_mut().enumerate() {
-            // SAFETY: half of block `block` of `absmax`.
-            let absmax = unsafe { _mm256_loadu_ps(absmax.as_ptr().add(block * STRIP_ROWS + half * LANES)) };
+            // SAFETY: half of 16 values.
+            let absmax = unsafe { _mm256_loadu_ps(lanes.as_ptr().add(half * LANES)) };
             *total = _mm256_fmadd_ps(_mm256_add_ps(sums[0][half], sums[1][half]), absmax, *total);
         }
     }
@@ -84,7 +87,7 @@ pub unsafe fn dot_strip(codes: &[u8], absmax: &[f32], x: &[f32]) -> StripSums {
 /// # Safety
 /// The machine has AVX2.
 #[target_feature(enable = "avx2")]
-pub unsafe fn decode(codes: &[u8], absmax: &[[f32; STRIP_ROWS]], panel: &mut [f32]) {
+pub unsafe fn decode(codes: &[u8], absmax: &[Lanes], panel: &mut [f32]) {
     const GROUP_VALUES: usize = GROUP * STRIP_ROWS;
     let table = table();
     let (groups, rest) = panel.as_chunks_mut::<GROUP_VALUES>();

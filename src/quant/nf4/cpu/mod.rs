@@ -1,5 +1,6 @@
 //! NF4 on the CPU: strips of 16 rows, each lane of a register one row's next eight codes.
 
+mod absmax;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -12,9 +13,9 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use self::absmax::{Lanes, NestedStrip, PackedAbsmax, PlainStrip, RowBlocks, StripAbsmax};
 use super::codes::{encode_block, encode_short_block};
-use super::nested::{self, NESTED_BLOCK, NestedAbsmax};
-use super::{Absmax, AbsmaxKind, BLOCK, CODES, NAME, NAME_NO_DOUBLE_QUANT, Nf4Stored};
+use super::{AbsmaxKind, BLOCK, CODES, NAME, NAME_NO_DOUBLE_QUANT, Nf4Stored};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::memory::WeightBytes;
@@ -31,13 +32,14 @@ const GROUP_BYTES: usize = STRIP_ROWS * GROUP / 2;
 const BLOCK_GROUPS: usize = BLOCK / GROUP;
 const BLOCK_BYTES: usize = BLOCK_GROUPS * GROUP_BYTES;
 
-/// Codes as `[strip][group of 8 columns][row]`, absmax as stored.
+/// Codes as `[strip][group of 8 columns][row]`.
 pub struct Nf4Matrix {
     n: usize,
     k: usize,
     isa: Isa,
     codes: WeightBytes,
-    absmax: Absmax,
+    absmax: PackedAbsmax,
+    kind: AbsmaxKind,
 }
 
 /// Encodes the flattened weights, `packed` two to a byte and `absmax` for each 64.
@@ -87,7 +89,8 @@ impl Nf4Matrix {
                 codes[at..at + 4].copy_from_slice(&group_bytes(&stored, row, group));
             }
         }
-        Self { n, k, isa: checked(isa), codes, absmax: stored.absmax }
+        let kind = stored.absmax.kind();
+        Self { n, k, isa: checked(isa), codes, absmax: PackedAbsmax::pack(stored.absmax, n, k), kind }
     }
 
     fn groups(&self) -> usize {
@@ -111,24 +114,30 @@ impl Nf4Matrix {
         if column.is_multiple_of(2) { byte >> 4 } else { byte & 0xf }
     }
 
-    /// The absmax values of a strip's blocks as `[block of the row][row]`, zero for missing rows; rows are whole blocks.
-    fn expand_absmax(&self, strip: usize, out: &mut [f32]) {
+    /// One token, double quantization. While a strip is multiplied, the next one's absmax codes are looked up.
+    fn multiply_nested(
+        &self,
+        absmax @ (codes, ..): (&RowBlocks<u8>, &[f32], f32),
+        x: &[f32],
+        rows: Range<usize>,
+        bias: Option<&[f32]>,
+        y: &SharedSlice<'_, f32>,
+        scratch: &mut Vec<f32>,
+    ) {
         let blocks = self.k / BLOCK;
-        let out = &mut out.as_chunks_mut::<STRIP_ROWS>().0[..blocks];
-        for lane in 0..STRIP_ROWS {
-            let row = strip * STRIP_ROWS + lane;
-            let range = row * blocks..(row + 1) * blocks;
-            match &self.absmax {
-                _ if row >= self.n => out.iter_mut().for_each(|lanes| lanes[lane] = 0.0),
-                Absmax::Plain(values) => {
-                    out.iter_mut().zip(&values[range]).for_each(|(lanes, value)| lanes[lane] = *value)
-                }
-                Absmax::Nested(nested) => expand_row(nested, range, lane, out),
-            }
+        let values = grown(scratch, 2 * blocks * STRIP_ROWS).as_chunks_mut::<STRIP_ROWS>().0;
+        let (mut values, mut next_values) = values.split_at_mut(blocks);
+        let strips = strips(&rows);
+        NestedStrip::look_up(codes, strips.start, values);
+        for strip in strips.clone() {
+            let next = (strip + 1).min(strips.end - 1);
+            let sums = self.dot_strip(strip, NestedStrip::new(absmax, strip, next, values, next_values), x);
+            write_strip(&sums, strip, &rows, bias, 0, y);
+            std::mem::swap(&mut values, &mut next_values);
         }
     }
 
-    fn dot_strip(&self, strip: usize, absmax: &[f32], x: &[f32]) -> StripSums {
+    fn dot_strip(&self, strip: usize, absmax: impl StripAbsmax, x: &[f32]) -> StripSums {
         let codes = self.strip(strip);
         match self.isa {
             // SAFETY: the instruction set is checked.
@@ -170,21 +179,6 @@ fn group_bytes(stored: &Nf4Stored, row: usize, group: usize) -> [u8; 4] {
     std::array::from_fn(|i| code(first + 2 * i) << 4 | code(first + 2 * i + 1))
 }
 
-/// The absmax values of `blocks`, which are one row's, into lane `lane` of `out`.
-fn expand_row(nested: &NestedAbsmax, blocks: Range<usize>, lane: usize, out: &mut [[f32; STRIP_ROWS]]) {
-    let values: &[f32; 256] = &nested::VALUES;
-    let mut block = blocks.start;
-    while block < blocks.end {
-        let end = ((block / NESTED_BLOCK + 1) * NESTED_BLOCK).min(blocks.end);
-        let scale = nested.absmax[block / NESTED_BLOCK];
-        let out = &mut out[block - blocks.start..end - blocks.start];
-        for (lanes, code) in out.iter_mut().zip(&nested.codes[block..end]) {
-            lanes[lane] = values[usize::from(*code)] * scale + nested.offset;
-        }
-        block = end;
-    }
-}
-
 impl PanelSource for Nf4Matrix {
     fn isa(&self) -> Isa {
         self.isa
@@ -196,7 +190,7 @@ impl PanelSource for Nf4Matrix {
 
     fn decode_panel(&self, strip: usize, columns: Range<usize>, panel: &mut [f32]) {
         let codes = &self.strip(strip)[columns.start / GROUP * GROUP_BYTES..];
-        let mut absmax = [[1.0f32; STRIP_ROWS]; PANEL_COLUMNS / BLOCK];
+        let mut absmax: [Lanes; PANEL_COLUMNS / BLOCK] = [[1.0; STRIP_ROWS]; _];
         if self.rows_are_blocks() {
             for (b, lanes) in absmax[..columns.len() / BLOCK].iter_mut().enumerate() {
                 for (lane, absmax) in lanes.iter_mut().enumerate() {
@@ -222,7 +216,7 @@ impl PanelSource for Nf4Matrix {
 
 impl CpuMatrix for Nf4Matrix {
     fn format(&self) -> &'static str {
-        match self.absmax.kind() {
+        match self.kind {
             AbsmaxKind::Plain => NAME_NO_DOUBLE_QUANT,
             AbsmaxKind::Nested => NAME,
         }
@@ -233,18 +227,18 @@ impl CpuMatrix for Nf4Matrix {
     }
 
     fn stored_bytes(&self) -> usize {
-        (self.n * self.k).div_ceil(2) + self.absmax.stored_bytes()
+        super::stored_bytes(self.n, self.k, self.kind)
     }
 
     fn resident_bytes(&self) -> usize {
-        self.codes.len() + self.absmax.stored_bytes()
+        self.codes.len() + self.absmax.resident_bytes()
     }
 
     fn unpack(&self) -> Box<dyn Stored> {
         let codes: Vec<u8> =
             (0..self.n).flat_map(|row| (0..self.k).map(move |column| self.code(row, column))).collect();
         let packed = codes.chunks(2).map(|pair| pair[0] << 4 | pair.get(1).unwrap_or(&0)).collect();
-        Box::new(Nf4Stored { n: self.n, k: self.k, packed, absmax: self.absmax.clone() })
+        Box::new(Nf4Stored { n: self.n, k: self.k, packed, absmax: self.absmax.unpack() })
     }
 
     fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
@@ -271,14 +265,18 @@ impl CpuMatrix for Nf4Matrix {
         y: &SharedSlice<'_, f32>,
         scratch: &mut Vec<f32>,
     ) {
-        if x.m > 1 || !self.rows_are_blocks() {
-            return panel::multiply(self, &x.f32s, x.m, rows, Start::Bias(bias), y, scratch);
-        }
-        let absmax = grown(scratch, self.k / BLOCK * STRIP_ROWS);
-        for strip in strips(&rows) {
-            self.expand_absmax(strip, absmax);
-            let sums = self.dot_strip(strip, absmax, &x.f32s);
-            write_strip(&sums, strip, &rows, bias, 0, y);
+        let x_values = &x.f32s[..];
+        match &self.absmax {
+            PackedAbsmax::Plain(values) if x.m == 1 => {
+                for strip in strips(&rows) {
+                    let sums = self.dot_strip(strip, PlainStrip::new(values, strip), x_values);
+                    write_strip(&sums, strip, &rows, bias, 0, y);
+                }
+            }
+            PackedAbsmax::Nested { codes, absmax, offset } if x.m == 1 => {
+                self.multiply_nested((codes, absmax, *offset), x_values, rows, bias, y, scratch);
+            }
+            _ => panel::multiply(self, x_values, x.m, rows, Start::Bias(bias), y, scratch),
         }
     }
 }

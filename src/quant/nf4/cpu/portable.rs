@@ -1,5 +1,6 @@
 //! NF4 in plain Rust.
 
+use super::absmax::{Lanes, StripAbsmax};
 use super::{BLOCK, BLOCK_BYTES, CODES, GROUP, GROUP_BYTES};
 use crate::quant::cpu::{STRIP_ROWS, StripSums};
 
@@ -10,24 +11,25 @@ fn value(group: &[u8; GROUP_BYTES], row: usize, j: usize) -> f32 {
     CODES[usize::from(if j.is_multiple_of(2) { byte >> 4 } else { byte & 0xf })]
 }
 
-/// `Σ W · x` for the rows of a strip that are whole blocks; `absmax` is `[block][row]`.
-pub fn dot_strip(codes: &[u8], absmax: &[f32], x: &[f32]) -> StripSums {
+/// `Σ W · x` for the rows of a strip that are whole blocks.
+pub fn dot_strip(codes: &[u8], mut absmax: impl StripAbsmax, x: &[f32]) -> StripSums {
     let mut total = [0.0; STRIP_ROWS];
-    let blocks = codes.chunks_exact(BLOCK_BYTES).zip(absmax.as_chunks::<STRIP_ROWS>().0).zip(x.chunks_exact(BLOCK));
-    for ((codes, absmax), x) in blocks {
+    for (block, (codes, x)) in codes.chunks_exact(BLOCK_BYTES).zip(x.chunks_exact(BLOCK)).enumerate() {
         let mut sums = [0.0f32; STRIP_ROWS];
-        for (group, x) in codes.as_chunks::<GROUP_BYTES>().0.iter().zip(x.as_chunks::<GROUP>().0) {
+        for (g, (group, x)) in codes.as_chunks::<GROUP_BYTES>().0.iter().zip(x.as_chunks::<GROUP>().0).enumerate() {
+            absmax.decode_ahead(block, g);
             for (row, sum) in sums.iter_mut().enumerate() {
                 *sum += x.iter().enumerate().map(|(j, x)| value(group, row, j) * x).sum::<f32>();
             }
         }
-        total.iter_mut().zip(sums).zip(absmax).for_each(|((total, sum), absmax)| *total += sum * absmax);
+        let lanes = absmax.lanes(block);
+        total.iter_mut().zip(sums).zip(lanes).for_each(|((total, sum), absmax)| *total += sum * absmax);
     }
     total
 }
 
 /// Writes values as `[column][row]`; `absmax` is `[block of the columns][row]`.
-pub fn decode(codes: &[u8], absmax: &[[f32; STRIP_ROWS]], panel: &mut [f32]) {
+pub fn decode(codes: &[u8], absmax: &[Lanes], panel: &mut [f32]) {
     let groups = codes.as_chunks::<GROUP_BYTES>().0;
     for (column, lanes) in panel.as_chunks_mut::<STRIP_ROWS>().0.iter_mut().enumerate() {
         for ((row, lane), absmax) in lanes.iter_mut().enumerate().zip(absmax[column / BLOCK]) {

@@ -1,0 +1,12 @@
+//! CUDA plumbing: what the device is, its memory pool, and how our kernels are loaded and launched.
+//!
+//! candle owns context, stream, allocations and reference operations; everything here works on its [`CudaDevice`]. Kernels
+//! are compiled by `build.rs` into one fatbin per `.cu` and embedded; a launch names its kernel, so an error does too.
+//!
+//! [`CudaDevice`]: candle_core::CudaDevice
+
+pub mod device;
+pub mod launch;
+pub mod memory;
+
+pub use device::{open, probe};

@@ -1,0 +1,58 @@
+//! What a CUDA build holds: kernels for every supported chip, and nothing that only one chip can load. Needs no GPU.
+#![cfg(feature = "cuda")]
+
+use quantbench::kernels::cuda::launch::Fatbin;
+use quantbench::quant::{int8, nf4};
+
+const OURS: [&Fatbin; 2] = [&int8::cuda::KERNELS, &nf4::cuda::KERNELS];
+/// Chips with machine code of their own; the last one also has PTX, for what comes after it.
+const CHIPS: [u32; 5] = [75, 80, 86, 89, 90];
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Clone, Copy)]
+enum Code {
+    Ptx,
+    Machine,
+}
+
+/// The entries of a fatbin: a header of 16 bytes, then entries of kind (1 PTX, 2 ELF) at 0, header size at 4, payload size
+/// at 8 and chip at 28, little-endian.
+fn entries(image: &[u8]) -> Vec<(Code, u32)> {
+    let u16_at = |at: usize| u16::from_le_bytes(image[at..at + 2].try_into().expect("2 bytes"));
+    let u32_at = |at: usize| u32::from_le_bytes(image[at..at + 4].try_into().expect("4 bytes"));
+    assert_eq!(u32_at(0), 0xba55_ed50, "not a fatbin");
+    let mut at = usize::from(u16_at(6));
+    let mut found = Vec::new();
+    while at < image.len() {
+        let code = if u16_at(at) == 1 { Code::Ptx } else { Code::Machine };
+        found.push((code, u32_at(at + 28)));
+        at += u32_at(at + 4) as usize + u32_at(at + 8) as usize;
+    }
+    found.sort();
+    found
+}
+
+/// Every word after `.target ` in `bytes`.
+fn ptx_targets(bytes: &[u8]) -> Vec<String> {
+    let mark = b".target sm_";
+    let starts = bytes.windows(mark.len()).enumerate().filter(|(_, window)| window == mark).map(|(at, _)| at + 8);
+    let word = |at: usize| bytes[at..].iter().take_while(|byte| byte.is_ascii_alphanumeric() || **byte == b'_');
+    starts.map(|at| word(at).map(|byte| char::from(*byte)).collect()).collect()
+}
+
+#[test]
+fn our_kernels_have_code_for_every_chip_and_ptx_for_newer_ones() {
+    let mut expected: Vec<_> = CHIPS.map(|chip| (Code::Machine, chip)).to_vec();
+    expected.insert(0, (Code::Ptx, 90));
+    for fatbin in OURS {
+        assert_eq!(entries(fatbin.image), expected, "{}.cu", fatbin.name);
+    }
+}
+
+#[test]
+fn candles_kernels_in_the_binary_run_on_every_supported_chip() {
+    let path = env!("CARGO_BIN_EXE_quantbench");
+    let targets = ptx_targets(&std::fs::read(path).expect("the binary that cargo built for this test"));
+    assert!(!targets.is_empty(), "no PTX in {path}");
+    let foreign: Vec<_> = targets.iter().filter(|target| *target != "sm_75").collect();
+    assert!(foreign.is_empty(), "{foreign:?} in {path}: shipped builds are made with CUDA_COMPUTE_CAP=75");
+}
