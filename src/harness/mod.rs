@@ -8,6 +8,7 @@ mod logits;
 pub mod measure;
 pub mod memory;
 mod parent;
+pub mod picture;
 mod process;
 mod prompt;
 pub mod protocol;
