@@ -15,6 +15,8 @@ pub mod ui;
 
 pub mod harness;
 
+pub mod quality;
+
 pub mod engine;
 
 pub mod models;

@@ -65,9 +65,7 @@ pub fn summarize(unit: &str, groups: &[Vec<f64>]) -> Summary {
 
 /// `None` for no values.
 pub fn median(values: &[f64]) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    quantile(&sorted, 0.5)
+    percentile(values, 0.5)
 }
 
 /// `None` for no values.
@@ -80,6 +78,13 @@ pub fn stdev(values: &[f64]) -> Option<f64> {
     let mean = mean(values)?;
     let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
     (values.len() >= 2).then(|| (squares / (values.len() - 1) as f64).sqrt())
+}
+
+/// Quantile `q`, from 0 to 1, by definition 7 of Hyndman & Fan; `None` for no values.
+pub fn percentile(values: &[f64], q: f64) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    quantile(&sorted, q)
 }
 
 /// Quantile `q` of ascending values by definition 7 of Hyndman & Fan.

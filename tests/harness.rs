@@ -123,6 +123,7 @@ fn case(precisions: &[&str], protocol: Protocol) -> Case {
         stop_at_eos: false,
         protocol,
         save_logits: None,
+        quality: None,
         command: "quantbench --precision all".to_owned(),
     }
 }

@@ -44,6 +44,8 @@ pub struct Cli {
 pub enum Command {
     /// Measure a model (what happens without a subcommand).
     Run(Box<RunArgs>),
+    /// Measure what each precision costs in quality, without its speed.
+    Quality(Box<QualityArgs>),
     /// Print a completion script for a shell.
     Completions {
         /// Shell to complete for.
@@ -59,6 +61,94 @@ pub enum Command {
 /// What was typed for a run.
 #[derive(Debug, Args)]
 pub struct RunArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Print the built-in shapes and end.
+    #[arg(long, help_heading = "Model")]
+    pub list_models: bool,
+
+    #[command(flatten)]
+    pub precision: PrecisionArgs,
+
+    #[command(flatten)]
+    pub prompt: PromptArgs,
+
+    /// Tokens to generate, always exactly this many.
+    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Workload")]
+    pub max_new_tokens: usize,
+
+    /// Synthetic tokens to put into the cache, untimed, before the prompt.
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Workload")]
+    pub depth: usize,
+
+    /// End at the model's end-of-sequence token, which is ignored otherwise.
+    #[arg(long, help_heading = "Workload")]
+    pub stop_at_eos: bool,
+
+    /// Write fp32 logits [n_gen, vocab] from an untimed pass as tensor `logits`, one file a precision.
+    #[arg(long, value_name = "FILE.safetensors", value_hint = ValueHint::FilePath, help_heading = "Workload")]
+    pub save_logits: Option<PathBuf>,
+
+    /// Measure what each precision costs in quality as well, after its speed.
+    #[arg(long, help_heading = "Quality")]
+    pub quality: bool,
+
+    #[command(flatten)]
+    pub text: TextArgs,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
+
+    /// Warm-up runs [default: until two in a row agree].
+    #[arg(long, value_name = "N", help_heading = "Protocol")]
+    pub warmup: Option<usize>,
+
+    /// Counted repeats [default: until --rel-ci is reached, within --min-time and --max-time].
+    #[arg(long, value_name = "N", help_heading = "Protocol")]
+    pub repeats: Option<usize>,
+
+    /// Seconds that repeating lasts at least, per precision.
+    #[arg(long, value_name = "S", default_value_t = Protocol::default().min_time_s, help_heading = "Protocol")]
+    pub min_time: f64,
+
+    /// Seconds after which no further repeat starts, per precision.
+    #[arg(long, value_name = "S", default_value_t = Protocol::default().max_time_s, help_heading = "Protocol")]
+    pub max_time: f64,
+
+    /// Half width of the 95 % interval over the median at which repeating ends.
+    #[arg(long, value_name = "X", default_value_t = Protocol::default().rel_ci, help_heading = "Protocol")]
+    pub rel_ci: f64,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// What was typed for `quantbench quality`.
+#[derive(Debug, Args)]
+pub struct QualityArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    #[command(flatten)]
+    pub precision: PrecisionArgs,
+
+    #[command(flatten)]
+    pub prompt: PromptArgs,
+
+    #[command(flatten)]
+    pub text: TextArgs,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
+
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Which model, with which weights.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
     /// Hub id, local folder or built-in shape.
     #[arg(long, value_name = "ID|DIR|NAME", default_value = DEFAULT_MODEL_ID, help_heading = "Model")]
     pub model_id: String,
@@ -82,11 +172,11 @@ pub struct RunArgs {
     /// Seed of random weights and synthetic ids.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Model")]
     pub seed: u64,
+}
 
-    /// Print the built-in shapes and end.
-    #[arg(long, help_heading = "Model")]
-    pub list_models: bool,
-
+/// Which precisions, and how they are set.
+#[derive(Debug, Args)]
+pub struct PrecisionArgs {
     #[arg(
         long, value_name = "LIST", value_delimiter = ',', default_value = "all", help_heading = "Precision",
         help = precision_help(), value_parser = PrecisionWord, hide_possible_values = true
@@ -100,26 +190,27 @@ pub struct RunArgs {
     /// Activation magnitude from which int8 computes a column in fp16; 0 turns outlier columns off.
     #[arg(long, value_name = "X", default_value_t = FormatOptions::default().int8_threshold, help_heading = "Precision")]
     pub int8_threshold: f32,
+}
 
-    #[command(flatten)]
-    pub prompt: PromptArgs,
+/// The text that quality is measured on. Any of these asks for quality.
+#[derive(Debug, Args)]
+pub struct TextArgs {
+    /// File whose text quality is measured on [default: a sample of about 500 tokens in English].
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Quality")]
+    pub quality_text: Option<PathBuf>,
 
-    /// Tokens to generate, always exactly this many.
-    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Workload")]
-    pub max_new_tokens: usize,
+    /// Tokens of the text at most [default: 512].
+    #[arg(long, value_name = "N", help_heading = "Quality")]
+    pub quality_tokens: Option<usize>,
 
-    /// Synthetic tokens to put into the cache, untimed, before the prompt.
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Workload")]
-    pub depth: usize,
+    /// How the text goes through the model: prefill or decode [default: decode for int8, prefill otherwise].
+    #[arg(long, value_name = "PATH", value_enum, hide_possible_values = true, help_heading = "Quality")]
+    pub quality_path: Option<PathWord>,
+}
 
-    /// End at the model's end-of-sequence token, which is ignored otherwise.
-    #[arg(long, help_heading = "Workload")]
-    pub stop_at_eos: bool,
-
-    /// Write fp32 logits [n_gen, vocab] from an untimed pass as tensor `logits`, one file a precision.
-    #[arg(long, value_name = "FILE.safetensors", value_hint = ValueHint::FilePath, help_heading = "Workload")]
-    pub save_logits: Option<PathBuf>,
-
+/// Where to run.
+#[derive(Debug, Args)]
+pub struct DeviceArgs {
     /// Where to run: auto, cpu, cuda or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Device")]
     pub device: String,
@@ -127,27 +218,11 @@ pub struct RunArgs {
     /// Threads on the CPU [default: physical cores that this process may use].
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub threads: Option<usize>,
+}
 
-    /// Warm-up runs [default: until two in a row agree].
-    #[arg(long, value_name = "N", help_heading = "Protocol")]
-    pub warmup: Option<usize>,
-
-    /// Counted repeats [default: until --rel-ci is reached, within --min-time and --max-time].
-    #[arg(long, value_name = "N", help_heading = "Protocol")]
-    pub repeats: Option<usize>,
-
-    /// Seconds that repeating lasts at least, per precision.
-    #[arg(long, value_name = "S", default_value_t = Protocol::default().min_time_s, help_heading = "Protocol")]
-    pub min_time: f64,
-
-    /// Seconds after which no further repeat starts, per precision.
-    #[arg(long, value_name = "S", default_value_t = Protocol::default().max_time_s, help_heading = "Protocol")]
-    pub max_time: f64,
-
-    /// Half width of the 95 % interval over the median at which repeating ends.
-    #[arg(long, value_name = "X", default_value_t = Protocol::default().rel_ci, help_heading = "Protocol")]
-    pub rel_ci: f64,
-
+/// What is shown and written.
+#[derive(Debug, Args)]
+pub struct OutputArgs {
     /// Format of stdout [default: table].
     #[arg(long, value_name = "FORMAT", value_parser = writer_names(), help_heading = "Output")]
     pub format: Option<String>,
@@ -192,6 +267,14 @@ pub enum WeightsWord {
     Auto,
     #[value(help = None)]
     Random,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PathWord {
+    #[value(help = None)]
+    Prefill,
+    #[value(help = None)]
+    Decode,
 }
 
 fn precision_help() -> String {

@@ -4,9 +4,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::{DEFAULT_MODEL_ID, PromptArgs, RunArgs, WeightsWord};
+use super::{
+    DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, PromptArgs, QualityArgs, RunArgs,
+    TextArgs, WeightsWord,
+};
 use crate::error::BadInput;
-use crate::harness::{Case, DeviceChoice, PromptChoice, Protocol};
+use crate::harness::{Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PromptChoice, Protocol, QualityChoice};
+use crate::quality::CallPath;
 use crate::quant::{self, FORMATS, FormatEntry, FormatOptions};
 use crate::report::{self, Writer};
 use crate::weights::{self, WeightsChoice};
@@ -28,37 +32,96 @@ impl Request {
     /// Fails with [`BadInput`] on an unknown word, a number out of range, an unreadable prompt file or an output that
     /// cannot be written. `command` is what records show.
     pub fn new(args: &RunArgs, command: String) -> Result<Self> {
+        let wants_quality = args.quality || args.text.is_given();
         let case = Case {
-            model: model(args),
-            precisions: precisions(&args.precision, args.no_double_quant)?,
-            format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", args.int8_threshold)? },
-            device: device(&args.device)?,
-            threads: args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
-            prompt: prompt(&args.prompt)?,
             n_gen: positive("--max-new-tokens", args.max_new_tokens)?,
             n_depth: args.depth,
             stop_at_eos: args.stop_at_eos,
             protocol: protocol(args)?,
             save_logits: args.save_logits.clone(),
-            command,
+            quality: if wants_quality { Some(quality(&args.text)?) } else { None },
+            ..case(&args.model, &args.precision, &args.prompt, &args.device, command)?
         };
         case.save_logits.as_deref().map(report::check_writable).transpose()?;
+        Ok(Self { is_first_look: is_first_look(args), ..Self::with(case, &args.output)? })
+    }
+
+    /// The same for `quantbench quality`: nothing is generated but a short text that shows where precisions part.
+    pub fn for_quality(args: &QualityArgs, command: String) -> Result<Self> {
+        let case = case(&args.model, &args.precision, &args.prompt, &args.device, command)?;
+        Self::with(Case { quality: Some(quality(&args.text)?), ..case }, &args.output)
+    }
+
+    fn with(case: Case, output: &OutputArgs) -> Result<Self> {
         Ok(Self {
-            stdout: writer(args.format.as_deref())?,
-            file: args.output.as_deref().map(output_file).transpose()?,
-            options: report::Options { wide: args.wide },
-            quiet: args.quiet,
-            is_first_look: is_first_look(args),
+            stdout: writer(output.format.as_deref())?,
+            file: output.output.as_deref().map(output_file).transpose()?,
+            options: report::Options { wide: output.wide },
+            quiet: output.quiet,
+            is_first_look: false,
             case,
         })
     }
 }
 
-fn is_first_look(args: &RunArgs) -> bool {
-    args.model_id == DEFAULT_MODEL_ID && args.precision == ["all"] && args.format.is_none()
+/// What every command that loads a model says; one token is generated and nothing else is asked for.
+fn case(
+    model_args: &ModelArgs,
+    precision: &PrecisionArgs,
+    prompt_args: &PromptArgs,
+    device_args: &DeviceArgs,
+    command: String,
+) -> Result<Case> {
+    Ok(Case {
+        model: model(model_args),
+        precisions: precisions(&precision.precision, precision.no_double_quant)?,
+        format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
+        device: device(&device_args.device)?,
+        threads: device_args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
+        prompt: prompt(prompt_args)?,
+        n_gen: 1,
+        n_depth: 0,
+        stop_at_eos: false,
+        protocol: Protocol::default(),
+        save_logits: None,
+        quality: None,
+        command,
+    })
 }
 
-fn model(args: &RunArgs) -> weights::Request {
+impl TextArgs {
+    fn is_given(&self) -> bool {
+        self.quality_text.is_some() || self.quality_tokens.is_some() || self.quality_path.is_some()
+    }
+}
+
+fn quality(args: &TextArgs) -> Result<QualityChoice> {
+    let n_tokens = args.quality_tokens.unwrap_or(DEFAULT_QUALITY_TOKENS);
+    if n_tokens < 2 {
+        let message =
+            format!("`--quality-tokens {n_tokens}`: at least 2 are needed, since the first token is predicted by none");
+        return Err(BadInput::new(message).into());
+    }
+    let path = args.quality_path.map(|word| match word {
+        PathWord::Prefill => CallPath::Prefill,
+        PathWord::Decode => CallPath::Decode,
+    });
+    Ok(QualityChoice { text: args.quality_text.as_deref().map(text_file).transpose()?, n_tokens, path })
+}
+
+/// Last component and content.
+fn text_file(path: &Path) -> Result<(String, String), BadInput> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| BadInput::new(format!("`--quality-text {}`: {error}", path.display())))?;
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    Ok((name, text))
+}
+
+fn is_first_look(args: &RunArgs) -> bool {
+    args.model.model_id == DEFAULT_MODEL_ID && args.precision.precision == ["all"] && args.output.format.is_none()
+}
+
+fn model(args: &ModelArgs) -> weights::Request {
     weights::Request {
         model_id: args.model_id.clone(),
         revision: args.revision.clone(),

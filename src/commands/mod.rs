@@ -2,6 +2,7 @@
 
 mod limits;
 mod list_models;
+mod quality;
 mod run;
 
 use std::process::ExitCode;
@@ -17,6 +18,7 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         None => run(&cli.run),
         Some(Command::Run(args)) => run(args),
+        Some(Command::Quality(args)) => quality::quality(args),
         Some(Command::Completions { shell }) => completions(*shell),
         Some(Command::Man) => man(),
         Some(Command::Worker) => harness::worker_main().map(|()| ExitCode::SUCCESS),

@@ -16,8 +16,13 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let records = harness::run(&request.case, &Progress::new(request.quiet))?;
     let document = Document { schema_version: SCHEMA_VERSION, records };
 
-    write_file(&request, &document)?;
-    print(&request, &document)?;
+    show(&request, &document)
+}
+
+/// Writes what was measured to where it was asked for; the exit code says whether all of it is sound.
+pub fn show(request: &Request, document: &Document) -> Result<ExitCode> {
+    write_file(request, document)?;
+    print(request, document)?;
     Ok(exit_code(&document.records))
 }
 

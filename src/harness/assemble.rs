@@ -76,6 +76,12 @@ pub fn records(
     records
 }
 
+/// One record for each precision of a case whose speed is not measured.
+pub fn unmeasured(facts: &Facts, case: &Case) -> Vec<Record> {
+    let record = |precision: &String| base(facts, precision, &Outcome::default(), &|_| None);
+    case.precisions.iter().map(record).collect()
+}
+
 /// All that follows from the outcome alone.
 fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> Option<String>) -> Record {
     let (status, reason) = status(outcome);
@@ -108,6 +114,7 @@ fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32
         output: record::Output { token_ids, text },
         environment: record::Environment { isa, ..facts.environment.clone() },
         warnings: Vec::new(),
+        quality: None,
     };
     record.metrics = metrics::summaries(&record);
     record.bandwidth = bandwidth(facts, &record, outcome);

@@ -161,6 +161,11 @@ impl<C: Clock> Bench<C> {
         session.synchronize()
     }
 
+    /// For what is not measured.
+    pub fn session(&mut self) -> &mut dyn Session {
+        self.session.as_mut()
+    }
+
     /// What is read once, after the last repeat, and the pass that keeps logits.
     pub fn finish(&mut self, save_logits: Option<&Path>) -> Result<Finished> {
         let end_bytes = self.memory.resident_bytes();
@@ -181,13 +186,22 @@ impl<C: Clock> Bench<C> {
     }
 }
 
+/// Runs the encoder outside of any timed region.
+pub fn encode(session: &mut dyn Session, encode: &Encode) -> Result<()> {
+    encode_with(session, encode, &pixels(encode))
+}
+
+fn encode_with(session: &mut dyn Session, encode: &Encode, pixels: &[f32]) -> Result<()> {
+    match encode {
+        Encode::Nothing => Ok(()),
+        Encode::Tokens(tokens) => session.encode(EncoderInput::Tokens(tokens)),
+        Encode::Picture { .. } => session.encode(EncoderInput::Pixels(pixels)),
+    }
+}
+
 /// The first token, known on the host: the encoder where there is one, then the decoder's first call.
 fn prefill(session: &mut dyn Session, task: &Task, pixels: &[f32]) -> Result<u32> {
-    match &task.encode {
-        Encode::Nothing => {}
-        Encode::Tokens(tokens) => session.encode(EncoderInput::Tokens(tokens))?,
-        Encode::Picture { .. } => session.encode(EncoderInput::Pixels(pixels))?,
-    }
+    encode_with(session, &task.encode, pixels)?;
     session.prefill(&task.prompt)
 }
 

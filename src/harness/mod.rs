@@ -12,15 +12,18 @@ pub mod picture;
 mod process;
 mod prompt;
 pub mod protocol;
+mod quality;
 pub mod schedule;
+mod scoring;
 pub mod stopping;
 mod validity;
 pub mod warnings;
 mod worker;
 
-pub use parent::run;
+pub use parent::{quality, run};
 pub use process::SUBCOMMAND;
 pub use prompt::DEFAULT_TEXT;
+pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};
 pub use worker::worker_main;
 
 use std::path::PathBuf;
@@ -46,6 +49,8 @@ pub struct Case {
     pub protocol: Protocol,
     /// Where an untimed pass writes its logits, fp32 `[n_gen, vocab]` as tensor `logits`.
     pub save_logits: Option<PathBuf>,
+    /// What quality is measured on, if it is.
+    pub quality: Option<QualityChoice>,
     /// As records show it; paths keep their last component.
     pub command: String,
 }
@@ -113,6 +118,7 @@ mod tests {
             stop_at_eos: false,
             protocol: Protocol::default(),
             save_logits: None,
+            quality: None,
             command: "quantbench".to_owned(),
         }
     }

@@ -9,6 +9,7 @@ use super::memory::ProcessMemory;
 use super::process::ProcessWorker;
 use super::prompt::{self, Workload};
 use super::protocol::{Failure, Finished, Job, LoadFacts, Sample, Share, Warmed};
+use super::quality::{Failed, Passage, Refusal};
 use super::schedule::{self, Order, Outcome, Worker};
 use super::warnings::Warning;
 use super::worker::{self, Opened};
@@ -21,7 +22,7 @@ use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
 use crate::plan::Model;
 use crate::quant;
-use crate::record::{self, Record};
+use crate::record::{self, Record, Status};
 use crate::weights::SourceKind;
 
 /// What a worker holds beside weights and cache: code, activations, tables.
@@ -33,15 +34,53 @@ const LOADING_BYTES: u64 = 256 << 20;
 /// Measures every precision of `case`. Fails on input that cannot be used; a precision that fails becomes a record.
 pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     let plan = Plan::new(case, events)?;
+    let passage = plan.passage(case)?;
     let mut facts = plan.facts(case, events);
     let outcomes = plan.outcomes(case, facts.order, events)?;
     let decode = |ids: &[u32]| plan.opened.checkpoint.tokenizer.as_ref().and_then(|tokenizer| text(tokenizer, ids));
-    let records = assemble::records(&facts, case, &outcomes, &decode);
-    let Some(read_gb_s) = facts.read_gb_s.filter(|_| exceeds_bandwidth(&records)) else { return Ok(records) };
-    // A kernel that reads faster than the benchmark did shows that the benchmark was disturbed, or that caches helped.
-    let again = plan.read_and_copy_gb_s(events).0;
-    facts.read_gb_s = Some(again.map_or(read_gb_s, |again| again.max(read_gb_s)));
-    Ok(assemble::records(&facts, case, &outcomes, &decode))
+    let mut records = assemble::records(&facts, case, &outcomes, &decode);
+    if let Some(read_gb_s) = facts.read_gb_s.filter(|_| exceeds_bandwidth(&records)) {
+        // A kernel that reads faster than the benchmark did shows that the benchmark was disturbed, or that caches helped.
+        let again = plan.read_and_copy_gb_s(events).0;
+        facts.read_gb_s = Some(again.map_or(read_gb_s, |again| again.max(read_gb_s)));
+        records = assemble::records(&facts, case, &outcomes, &decode);
+    }
+    add_quality(&plan, case, passage, &mut records, events)?;
+    Ok(records)
+}
+
+/// Measures the quality of every precision of `case` and no speed. Fails on input that cannot be used and on a model that
+/// has no quality; a precision that fails becomes a record.
+pub fn quality(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
+    let plan = Plan::new(case, events)?;
+    let Some(passage) = plan.passage(case)? else { return Ok(Vec::new()) };
+    let passage = passage.map_err(BadInput::from)?;
+    let mut records = assemble::unmeasured(&plan.facts_unmeasured(case), case);
+    for Failed { at, reason } in passage.measure(case, plan.share, &mut records, events)? {
+        (records[at].status, records[at].reason) = (Status::Error, Some(reason));
+    }
+    Ok(records)
+}
+
+/// Quality beside speed: what stands in its way is a warning.
+fn add_quality(
+    plan: &Plan,
+    case: &Case,
+    passage: Option<Result<Passage, Refusal>>,
+    records: &mut [Record],
+    events: &dyn Listener,
+) -> Result<()> {
+    let warn = |record: &mut Record, reason: String| record.warnings.push(Warning::NoQuality { reason }.to_string());
+    match passage {
+        None => {}
+        Some(Err(refusal)) => records.iter_mut().for_each(|record| warn(record, refusal.reason.clone())),
+        Some(Ok(passage)) => {
+            for Failed { at, reason } in passage.measure(case, plan.share, records, events)? {
+                warn(&mut records[at], reason);
+            }
+        }
+    }
+    Ok(())
 }
 
 fn exceeds_bandwidth(records: &[Record]) -> bool {
@@ -82,6 +121,11 @@ impl Plan {
         Ok(Self { opened, share, workload, needs, free_bytes })
     }
 
+    /// The text that quality is asked for on, or why there is none.
+    fn passage(&self, case: &Case) -> Result<Option<Result<Passage, Refusal>>> {
+        case.quality.as_ref().map(|choice| Passage::new(choice, &self.opened, &self.workload)).transpose()
+    }
+
     fn together_bytes(&self) -> u64 {
         self.needs.iter().map(|need| need + WORKER_BYTES).sum::<u64>() + LOADING_BYTES
     }
@@ -97,13 +141,22 @@ impl Plan {
     }
 
     fn facts(&self, case: &Case, events: &dyn Listener) -> Facts {
-        let (machine, order, isa) = (Machine::default(), self.order(), Isa::detect());
-        let mut warnings = machine.warnings();
-        if order == Order::InTurn {
+        let mut facts = self.facts_unmeasured(case);
+        if facts.order == Order::InTurn {
             let (needed_bytes, free_bytes) = (self.together_bytes(), self.free_bytes.unwrap_or(0));
-            warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
+            facts.warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
         }
-        let measured = (self.share.device == DeviceChoice::Cpu).then(|| self.read_and_copy_gb_s(events));
+        if self.share.device == DeviceChoice::Cpu {
+            (facts.read_gb_s, facts.copy_gb_s) = self.read_and_copy_gb_s(events);
+            facts.cache_bytes = last_level_cache_bytes().map(|bytes| bytes as u64);
+        }
+        facts
+    }
+
+    /// What is known without measuring the machine.
+    fn facts_unmeasured(&self, case: &Case) -> Facts {
+        let (machine, order, isa) = (Machine::default(), self.order(), Isa::detect());
+        let warnings = machine.warnings();
         Facts {
             engine: engine(),
             command: case.command.clone(),
@@ -118,9 +171,9 @@ impl Plan {
             protocol: case.protocol.clone(),
             order,
             resolve_s: self.opened.checkpoint.resolve_s,
-            read_gb_s: measured.and_then(|(read, _)| read),
-            copy_gb_s: measured.and_then(|(_, copy)| copy),
-            cache_bytes: measured.and_then(|_| last_level_cache_bytes()).map(|bytes| bytes as u64),
+            read_gb_s: None,
+            copy_gb_s: None,
+            cache_bytes: None,
             warnings,
         }
     }

@@ -7,8 +7,9 @@ use std::thread::JoinHandle;
 use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Finished, Job, LoadFacts, Reply, Sample, Warmed};
 use super::schedule::Worker;
+use super::scoring::{Scored, Scoring};
 use crate::error::OutOfMemory;
-use crate::events::Listener;
+use crate::events::{Listener, Silent};
 
 /// The hidden subcommand that runs [`super::worker_main`].
 pub const SUBCOMMAND: &str = "worker";
@@ -57,6 +58,16 @@ fn unexpected<T>(reply: Reply) -> Result<T, Failure> {
 
 fn error(message: impl Into<String>) -> Failure {
     Failure::Error { message: message.into() }
+}
+
+impl ProcessWorker {
+    /// One window of a text, after [`Worker::load`].
+    pub fn score(&mut self, scoring: Scoring) -> Result<Scored, Failure> {
+        match self.ask(&Ask::Score(Box::new(scoring)), &Silent)? {
+            Reply::Scored(scored) => Ok(scored),
+            other => unexpected(other),
+        }
+    }
 }
 
 impl Worker for ProcessWorker {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::load::LoadSpan;
 use super::measure::Task;
 use super::prompt::Workload;
+use super::scoring::{Scored, Scoring};
 use super::{Case, DeviceChoice};
 use crate::engine::{Footprint, OutlierColumns};
 use crate::error::{BadInput, OutOfMemory};
@@ -69,6 +70,7 @@ pub enum Ask {
     WarmUp,
     Repeat,
     Finish,
+    Score(Box<Scoring>),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -78,6 +80,7 @@ pub enum Reply {
     Warmed(Warmed),
     Sample(Sample),
     Finished(Finished),
+    Scored(Scored),
     Failed(Failure),
 }
 

@@ -54,6 +54,9 @@ pub enum Warning {
     Fp16Overflow {
         count: u64,
     },
+    NoQuality {
+        reason: String,
+    },
 }
 
 impl Warning {
@@ -75,6 +78,7 @@ impl Warning {
             Warning::UnequalLengths { .. } => "unequal_lengths",
             Warning::PeakNotExact => "peak_not_exact",
             Warning::Fp16Overflow { .. } => "fp16_overflow",
+            Warning::NoQuality { .. } => "no_quality",
         }
     }
 
@@ -150,6 +154,7 @@ impl fmt::Display for Warning {
             Warning::PeakNotExact => f.write_str(
                 "the kernel's memory peak cannot be reset here; the peak is the highest value between repeats",
             ),
+            Warning::NoQuality { reason } => write!(f, "no quality was measured: {reason}"),
             Warning::Fp16Overflow { count } => {
                 write!(f, "{count} weights of the checkpoint exceed the range of fp16 and became infinite")
             }

@@ -12,6 +12,7 @@ use super::load::CpuLoad;
 use super::measure::Bench;
 use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Job, LoadFacts, Reply};
+use super::scoring;
 use crate::engine::{self, Device, Setup};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
@@ -80,6 +81,7 @@ fn answer(ask: Ask, state: &mut Option<State>, events: &Replies) -> Result<Reply
         Ask::WarmUp => Reply::Warmed(bench.warm_up()?),
         Ask::Repeat => Reply::Sample(bench.repeat()?),
         Ask::Finish => Reply::Finished(bench.finish(job.save_logits.as_deref())?),
+        Ask::Score(scoring) => Reply::Scored(scoring::score(bench.session(), &scoring)?),
         Ask::Load(_) => unreachable!("returned above"),
     })
 }

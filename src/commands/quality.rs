@@ -1,0 +1,18 @@
+//! `quantbench quality`: what each precision of a model costs in quality, without its speed.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use super::run;
+use crate::cli::{QualityArgs, Request};
+use crate::record::{Document, SCHEMA_VERSION};
+use crate::ui::Progress;
+use crate::{harness, report};
+
+/// Measures, then reports; 1 if any precision failed.
+pub fn quality(args: &QualityArgs) -> Result<ExitCode> {
+    let request = Request::for_quality(args, report::shareable_command(std::env::args()))?;
+    let records = harness::quality(&request.case, &Progress::new(request.quiet))?;
+    run::show(&request, &Document { schema_version: SCHEMA_VERSION, records })
+}

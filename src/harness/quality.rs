@@ -1,0 +1,277 @@
+//! What each precision of a case costs in quality, in worker processes of their own: nothing here touches what a run
+//! measures.
+
+use anyhow::Result;
+use tempfile::TempDir;
+
+use super::Case;
+use super::measure::{Encode, Task};
+use super::process::ProcessWorker;
+use super::prompt::Workload;
+use super::protocol::{Failure, Job, Share};
+use super::schedule::Worker;
+use super::scoring::{Greedy, LogitsFile, Scored, Scoring};
+use super::worker::Opened;
+use crate::error::BadInput;
+use crate::events::{Event, Listener, Unit};
+use crate::plan::EncoderInputKind;
+use crate::quality::cost::TokenCost;
+use crate::quality::windows::{self, Window};
+use crate::quality::{CallPath, pass, rows, summary, text};
+use crate::record::{self, Record};
+use crate::weights::{SourceKind, tokenizer};
+
+/// Tokens of the text where the user does not say.
+pub const DEFAULT_TOKENS: usize = 512;
+
+/// A greedy text is this long, behind a quarter of it, where the text is long enough.
+const GREEDY_TOKENS: usize = 64;
+
+/// What the reference computes in, and from which weights.
+const REFERENCE_PRECISION: &str = "fp16";
+
+/// What quality is measured on.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct QualityChoice {
+    /// Name and content; `None`: the built-in sample.
+    pub text: Option<(String, String)>,
+    /// Tokens of the text at most, at least 2.
+    pub n_tokens: usize,
+    /// `None`: by precision, [`CallPath::usual`].
+    pub path: Option<CallPath>,
+}
+
+/// Why a model has no quality to measure.
+pub struct Refusal {
+    pub reason: String,
+    hint: &'static str,
+}
+
+impl From<Refusal> for BadInput {
+    fn from(refusal: Refusal) -> Self {
+        BadInput::new(format!("no quality can be measured: {}", refusal.reason)).hint(refusal.hint)
+    }
+}
+
+/// A text as the ids that every precision is scored on.
+pub struct Passage {
+    name: String,
+    encode: Encode,
+    n_encoder: usize,
+    prefix: Vec<u32>,
+    tokens: Vec<u32>,
+    windows: Vec<Window>,
+    greedy: Greedy,
+}
+
+/// What one precision gave.
+struct Measured {
+    costs: Vec<TokenCost>,
+    greedy_ids: Vec<u32>,
+    path: CallPath,
+}
+
+impl Passage {
+    /// The ids of the text, cut to windows that the context and the bound of the reference's file allow. Fails where they
+    /// hold no token to score; a model without quality is told apart.
+    pub fn new(
+        choice: &QualityChoice,
+        opened: &Opened,
+        workload: &Workload,
+    ) -> Result<std::result::Result<Self, Refusal>> {
+        let (model, checkpoint) = (&opened.model, &opened.checkpoint);
+        if opened.source.info().source == SourceKind::Random {
+            let reason = "random weights predict nothing".to_owned();
+            return Ok(Err(Refusal { reason, hint: "name a folder or a hub id with `--model-id`" }));
+        }
+        let Some(tokenizer) = &checkpoint.tokenizer else {
+            let reason = format!("`{}` has no tokenizer here, so a text cannot become tokens", checkpoint.id);
+            return Ok(Err(Refusal { reason, hint: "put tokenizer.json beside the weights" }));
+        };
+        let sample = || (text::SAMPLE_NAME.to_owned(), text::SAMPLE.to_owned());
+        let (name, text) = choice.text.clone().unwrap_or_else(sample);
+        let mut tokens = tokenizer::encode(tokenizer, &text)?;
+        tokens.truncate(choice.n_tokens);
+        let prefix = match model.encoder.as_ref().map(|encoder| encoder.input) {
+            Some(EncoderInputKind::Picture(_)) => workload.task.prompt.clone(),
+            Some(EncoderInputKind::Tokens) => {
+                tokens.insert(0, model.decoder_start.unwrap_or(0));
+                Vec::new()
+            }
+            None => Vec::new(),
+        };
+        let room = model.context.saturating_sub(prefix.len());
+        let length = windows::MAX_LENGTH.min(rows::max_rows(model.vocab)).min(room);
+        let windows = if length < 2 { Vec::new() } else { windows::windows(tokens.len(), length, !prefix.is_empty()) };
+        if windows.is_empty() {
+            let message = format!("the text `{name}` has {} tokens, and a context of {room} is left", tokens.len());
+            return Err(BadInput::new(message).hint("at least 2 tokens are needed").into());
+        }
+        let longest = windows[0].end;
+        let n_prompt = longest.min(GREEDY_TOKENS / 4);
+        let greedy = Greedy { n_prompt, n_gen: (length - n_prompt).min(GREEDY_TOKENS) };
+        let (encode, n_encoder) = (workload.task.encode.clone(), workload.n_encoder);
+        Ok(Ok(Self { name, encode, n_encoder, prefix, tokens, windows, greedy }))
+    }
+
+    /// Fills the `quality` of every record that is ok, precision by precision, and tells those that failed.
+    pub fn measure(
+        &self,
+        case: &Case,
+        share: Share,
+        records: &mut [Record],
+        events: &dyn Listener,
+    ) -> Result<Vec<Failed>> {
+        let folder = tempfile::Builder::new().prefix("quantbench-").tempdir()?;
+        let mut reference = Reference { passage: self, case, share, folder, worker: None, held: None };
+        let total = (case.precisions.len() * self.windows.len()) as u64;
+        events.on(Event::Begin { label: "quality".to_owned(), total, unit: Unit::Runs });
+        let mut outcomes = Vec::new();
+        for (at, precision) in case.precisions.iter().enumerate() {
+            let runs = records[at].status == record::Status::Ok;
+            outcomes.push(runs.then(|| self.of_precision(&mut reference, precision)));
+            events.on(Event::Progress { done: ((at + 1) * self.windows.len()) as u64 });
+        }
+        events.on(Event::End);
+        let fp16 =
+            case.precisions.iter().position(|name| name == "fp16").and_then(|at| outcomes[at].as_ref()?.as_ref().ok());
+        let fp16 = fp16.map(|measured| measured.costs.as_slice());
+        let mut failed = Vec::new();
+        for ((record, outcome), at) in records.iter_mut().zip(&outcomes).zip(0..) {
+            match outcome {
+                None => {}
+                Some(Ok(measured)) => record.quality = self.summary(measured, fp16, &reference),
+                Some(Err(failure)) => failed.push(Failed { at, reason: failure.message().to_owned() }),
+            }
+        }
+        Ok(failed)
+    }
+
+    fn of_precision(&self, reference: &mut Reference, precision: &str) -> Result<Measured, Failure> {
+        let path = reference.case.quality.as_ref().and_then(|choice| choice.path).unwrap_or(CallPath::usual(precision));
+        let mut worker: Option<ProcessWorker> = None;
+        let mut measured = Measured { costs: Vec::new(), greedy_ids: Vec::new(), path };
+        for (at, _) in self.windows.iter().enumerate() {
+            // The reference first: where one window is all, it is gone before the precision loads.
+            let logits = LogitsFile::Compare(reference.file_of(at)?);
+            let worker = match &mut worker {
+                Some(worker) => worker,
+                none => none.insert(self.worker(reference.case, precision, reference.share)?),
+            };
+            let Scored { costs, greedy_ids } = worker.score(self.scoring(at, path, logits))?;
+            measured.costs.extend(costs);
+            measured.greedy_ids.extend(greedy_ids);
+        }
+        Ok(measured)
+    }
+
+    fn scoring(&self, at: usize, path: CallPath, logits: LogitsFile) -> Scoring {
+        let Window { start, first, end } = self.windows[at];
+        Scoring {
+            encode: self.encode.clone(),
+            prefix: self.prefix.clone(),
+            tokens: self.tokens[start..end].to_vec(),
+            first: first - start,
+            path,
+            logits,
+            greedy: if at == 0 { self.greedy } else { Greedy::default() },
+        }
+    }
+
+    /// A loaded worker whose cache holds the longest window.
+    fn worker(&self, case: &Case, precision: &str, share: Share) -> Result<ProcessWorker, Failure> {
+        let longest = self.windows[0].end.max(self.greedy.n_prompt + self.greedy.n_gen);
+        let task = Task { prompt: vec![0; self.prefix.len() + longest], n_gen: 1, ..Task::default() };
+        let workload = Workload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
+        let job = Job { save_logits: None, ..Job::new(case, precision, share, &workload) };
+        let mut worker = ProcessWorker::new(job, 0);
+        worker.load(&crate::events::Silent)?;
+        Ok(worker)
+    }
+
+    fn summary(
+        &self,
+        measured: &Measured,
+        fp16: Option<&[TokenCost]>,
+        reference: &Reference,
+    ) -> Option<record::Quality> {
+        let found = summary::summarize(&measured.costs)?;
+        let ratio = fp16.and_then(|fp16| summary::perplexity_ratio(&measured.costs, fp16));
+        let ci95 = ratio.and_then(|ratio| ratio.ci95);
+        let departs_at =
+            reference.held.as_ref().and_then(|held| pass::departure(&held.greedy_ids, &measured.greedy_ids));
+        Some(record::Quality {
+            reference: "fp32 compute over fp16 weights on the cpu".to_owned(),
+            path: measured.path.name().to_owned(),
+            text: self.name.clone(),
+            n_tokens: found.n_tokens as u64,
+            n_windows: self.windows.len() as u64,
+            window_tokens: self.windows[0].end as u64,
+            nll_mean: found.nll_mean,
+            reference_nll_mean: found.reference_nll_mean,
+            perplexity: found.perplexity,
+            perplexity_ratio: ratio.map(|ratio| ratio.ratio),
+            perplexity_ratio_ci95_low: ci95.map(|(low, _)| low),
+            perplexity_ratio_ci95_high: ci95.map(|(_, high)| high),
+            kl_mean: found.kl_mean,
+            kl_mean_half_width: found.kl_mean_half_width,
+            kl_median: found.kl_median,
+            kl_p99: found.kl_p99,
+            top1_agreement: found.top1_agreement,
+            logit_error_max: found.logit_error_max,
+            greedy_tokens: self.greedy.n_gen as u64,
+            greedy_departs_at: departs_at.map(|at| at as u64),
+        })
+    }
+}
+
+/// A precision whose quality is not known.
+pub struct Failed {
+    /// Index into the case's precisions.
+    pub at: usize,
+    pub reason: String,
+}
+
+/// The worker that writes the reference's logits, one window's file at a time.
+struct Reference<'a> {
+    passage: &'a Passage,
+    case: &'a Case,
+    share: Share,
+    /// Removed with all that it holds when this goes.
+    folder: TempDir,
+    worker: Option<ProcessWorker>,
+    held: Option<Held>,
+}
+
+/// What the file holds now.
+struct Held {
+    window: usize,
+    /// Of the first window.
+    greedy_ids: Vec<u32>,
+}
+
+impl Reference<'_> {
+    /// The file with the logits of a window, computed where it holds another one.
+    fn file_of(&mut self, window: usize) -> Result<std::path::PathBuf, Failure> {
+        let path = self.folder.path().join("reference.logits");
+        if self.held.as_ref().is_some_and(|held| held.window == window) {
+            return Ok(path);
+        }
+        let passage = self.passage;
+        let worker = match &mut self.worker {
+            Some(worker) => worker,
+            none => {
+                let share = Share { device: super::DeviceChoice::Cpu, ..self.share };
+                none.insert(passage.worker(self.case, REFERENCE_PRECISION, share)?)
+            }
+        };
+        // Gone until the new one is whole.
+        let known = self.held.take().map(|held| held.greedy_ids).filter(|_| window > 0);
+        let scored = worker.score(passage.scoring(window, CallPath::Prefill, LogitsFile::Write(path.clone())))?;
+        self.held = Some(Held { window, greedy_ids: known.unwrap_or(scored.greedy_ids) });
+        if passage.windows.len() == 1 {
+            self.worker = None;
+        }
+        Ok(path)
+    }
+}

@@ -1,0 +1,38 @@
+//! What a precision costs in quality: its predictions over a text against those of a reference, token by token.
+//!
+//! A text is teacher-forced in [`windows`] through a session ([`pass`]). The reference's logits lie in a file of bounded
+//! size ([`rows`]), whole and in fp32, so nothing is approximated; [`cost`] compares one row, [`summary`] all of them. No
+//! process and no clock is known here.
+
+pub mod cost;
+pub mod pass;
+pub mod rows;
+pub mod summary;
+pub mod text;
+pub mod windows;
+
+/// How a text goes through a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CallPath {
+    /// A window in one call.
+    Prefill,
+    /// One token a call, as generation does it.
+    Decode,
+}
+
+impl CallPath {
+    /// As flags and records spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            CallPath::Prefill => "prefill",
+            CallPath::Decode => "decode",
+        }
+    }
+
+    /// What a precision is measured by unless the user says otherwise. LLM.int8 picks its outlier columns for each call, so
+    /// that a long prefill is another computation than the decoding it stands for.
+    pub fn usual(precision: &str) -> Self {
+        if precision == "int8" { CallPath::Decode } else { CallPath::Prefill }
+    }
+}
