@@ -218,7 +218,9 @@ fn the_unsafe_checker_sees_what_it_should() {
     assert_eq!(unexplained("let a = 1;\nunsafe { f() }"), [2]);
     assert!(unexplained("// SAFETY: checked above.\nunsafe { f() }").is_empty());
     assert!(unexplained("/// # Safety\n/// `x` is valid.\npub unsafe fn f() {}").is_empty());
-    assert!(unexplained("// nothing unsafe here\ntype F = unsafe fn(u32);\nunsafe fn g() {}\nlet unsafely = 1;").is_empty());
+    assert!(
+        unexplained("// nothing unsafe here\ntype F = unsafe fn(u32);\nunsafe fn g() {}\nlet unsafely = 1;").is_empty()
+    );
     assert_eq!(unexplained("\n\npub unsafe fn f() {}"), [3]);
     let far = format!("// SAFETY: long ago\n{}unsafe {{ f() }}", "x();\n".repeat(SAFETY_LINES + 1));
     assert_eq!(unexplained(&far), [SAFETY_LINES + 3]);

@@ -9,7 +9,9 @@ use candle_core::{D, DType, Device, IndexOp, Tensor};
 use super::load::{Streamed, stream};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
-use crate::plan::{ActivationKind, BiasId, BufferId, CacheId, EncoderInputKind, Holds, Mask, Model, NormKind, Op, Plan, Rope};
+use crate::plan::{
+    ActivationKind, BiasId, BufferId, CacheId, EncoderInputKind, Holds, Mask, Model, NormKind, Op, Plan, Rope,
+};
 use crate::quant::Stored;
 use crate::weights::spec::MatrixSpec;
 
@@ -289,7 +291,14 @@ impl Reference {
     }
 
     /// What is added to the scores, `[h, t, total]`: the relative bias, and −∞ where the mask hides a key.
-    fn bias(&self, h: usize, t: usize, total: usize, mask: Mask, bias: Option<BiasId>) -> candle_core::Result<Vec<f32>> {
+    fn bias(
+        &self,
+        h: usize,
+        t: usize,
+        total: usize,
+        mask: Mask,
+        bias: Option<BiasId>,
+    ) -> candle_core::Result<Vec<f32>> {
         let causal = match mask {
             Mask::Causal => true,
             Mask::Full => false,

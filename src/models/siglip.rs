@@ -48,7 +48,9 @@ impl Config {
         ])?;
         let (size, patch) = (self.image_size, self.patch_size);
         if size % patch != 0 || self.hidden_size % self.num_attention_heads != 0 || self.num_channels != 3 {
-            bail!("config.json's vision tower must have 3 channels, an image size ({size}) in whole patches ({patch}) and equal heads");
+            bail!(
+                "config.json's vision tower must have 3 channels, an image size ({size}) in whole patches ({patch}) and equal heads"
+            );
         }
         Ok(())
     }

@@ -126,13 +126,7 @@ pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
 }
 
 impl CpuSession {
-    fn new(
-        setup: &Setup,
-        isa: Isa,
-        pool: Pool,
-        matrices: Vec<Box<dyn CpuMatrix>>,
-        vectors: Vec<Vec<f32>>,
-    ) -> Self {
+    fn new(setup: &Setup, isa: Isa, pool: Pool, matrices: Vec<Box<dyn CpuMatrix>>, vectors: Vec<Vec<f32>>) -> Self {
         let model = setup.model.clone();
         let reach = setup.capacity.max(setup.encoder_capacity);
         let cache = |spec: &CacheSpec| {
@@ -177,8 +171,7 @@ impl CpuSession {
             bail!("a call of {n} tokens at position {} does not fit a cache of {capacity}", self.position);
         }
         self.weights.check_tokens(tokens)?;
-        let call =
-            Call { rows: tokens.len(), tokens, patches: &[], position: self.position, encoded: self.encoded };
+        let call = Call { rows: tokens.len(), tokens, patches: &[], position: self.position, encoded: self.encoded };
         let _pinned = self.pool.pin_caller();
         let outcome = self.decoder.run(&self.weights, &self.pool, &mut self.memory, call);
         self.last_token = outcome.token;
@@ -319,7 +312,8 @@ impl CpuSession {
         let Memory { features, prepared, scratch, .. } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
         let buffers = programs.flat_map(|program| &program.slots);
-        let buffers = buffers.chain(scratch.iter().flat_map(|s| [&s.kernel, &s.gathered])).map(Vec::capacity).sum::<usize>();
+        let buffers =
+            buffers.chain(scratch.iter().flat_map(|s| [&s.kernel, &s.gathered])).map(Vec::capacity).sum::<usize>();
         let floats = buffers + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
         4 * floats + prepared.i8s.capacity()
     }
