@@ -8,7 +8,9 @@ use proptest::prelude::*;
 use quantbench::kernels::cpu::shared::SharedSlice;
 use quantbench::kernels::isa::Isa;
 use quantbench::quant::nf4::{BLOCK, CODES};
-use quantbench::quant::{CpuMatrix, FORMATS, Format, FormatOptions, HalfMatrix, Part, Prepared, Stored, find};
+use quantbench::quant::{
+    CpuMatrix, FORMATS, Format, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Part, Prepared, Stored, find,
+};
 use safetensors::SafeTensors;
 
 /// A file of golden tensors.
@@ -254,7 +256,7 @@ const SHAPES: &[(usize, usize)] = &[
 
 #[test]
 fn kernels_equal_the_oracles() {
-    for entry in FORMATS {
+    for entry in FORMATS.iter().chain(INTERNAL_FORMATS) {
         let format = (entry.new)(FormatOptions::default());
         for &(n, k) in SHAPES {
             let weight = weight(n, k);
@@ -297,7 +299,7 @@ fn kernels_equal_the_oracles() {
 
 #[test]
 fn packed_matrices_give_back_their_bytes_and_values() {
-    for entry in FORMATS {
+    for entry in FORMATS.iter().chain(INTERNAL_FORMATS) {
         let format = (entry.new)(FormatOptions::default());
         for &(n, k) in SHAPES {
             let stored = format.quantize(weight(n, k)).unwrap();
@@ -352,7 +354,7 @@ fn int8_corners() {
 /// A diverged activation must not be hidden by quantizing it.
 #[test]
 fn nan_activations_stay_visible() {
-    for entry in FORMATS {
+    for entry in FORMATS.iter().chain(INTERNAL_FORMATS) {
         let format = (entry.new)(FormatOptions::default());
         for m in [1, 2] {
             for isa in Isa::available() {
@@ -369,7 +371,7 @@ fn nan_activations_stay_visible() {
 
 #[test]
 fn empty_and_mismatched_weights_are_errors() {
-    for entry in FORMATS {
+    for entry in FORMATS.iter().chain(INTERNAL_FORMATS) {
         let format = (entry.new)(FormatOptions::default());
         for (n, k, len) in [(0, 4, 0), (4, 0, 0), (2, 2, 3), (usize::MAX, 2, 2)] {
             let weight = HalfMatrix { n, k, data: vec![f16::ONE; len] };

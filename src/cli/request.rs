@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::{DEFAULT_MODEL_ID, PromptArgs, RunArgs, WeightsWord};
 use crate::error::BadInput;
-use crate::harness::{Case, DeviceChoice, PromptChoice, Protocol};
+use crate::harness::{Asked, Case, DeviceChoice, PromptChoice, Protocol};
 use crate::quant::{self, FORMATS, FormatEntry, FormatOptions};
 use crate::report::{self, Writer};
 use crate::weights::{self, WeightsChoice};
@@ -31,6 +31,7 @@ impl Request {
         let case = Case {
             model: model(args),
             precisions: precisions(&args.precision, args.no_double_quant)?,
+            asked: asked(&args.precision, args.no_double_quant),
             format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", args.int8_threshold)? },
             device: device(&args.device)?,
             threads: args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
@@ -88,6 +89,14 @@ fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<String>, Ba
         }
     }
     Ok(names)
+}
+
+/// `--no-double-quant` names a precision too.
+fn asked(words: &[String], no_double_quant: bool) -> Asked {
+    match words {
+        [word] if word.trim().eq_ignore_ascii_case("all") && !no_double_quant => Asked::All,
+        _ => Asked::ByName,
+    }
 }
 
 /// A variant's name is that of the plain format and what differs: `nf4-nodq`.

@@ -3,11 +3,10 @@
 use candle_core::{Device, Result, Tensor};
 
 use super::Fp16Stored;
-use crate::quant::{CudaMatrix, HalfMatrix};
+use crate::quant::CudaMatrix;
 
 pub(super) fn upload(stored: &Fp16Stored, device: &Device) -> Result<Box<dyn CudaMatrix>> {
-    let HalfMatrix { n, k, data } = &stored.weight;
-    let weight = Tensor::from_slice(data, (*n, *k), device)?;
+    let weight = Tensor::from_slice(&stored.data, (stored.n, stored.k), device)?;
     Ok(Box::new(Fp16OnDevice { weight }))
 }
 

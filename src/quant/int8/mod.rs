@@ -12,7 +12,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
 
-use super::{CpuMatrix, Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored};
+use super::{CpuMatrix, Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored, take_f32_part, take_part};
 use crate::kernels::isa::Isa;
 
 pub const ENTRY: FormatEntry = FormatEntry {
@@ -50,9 +50,7 @@ impl Format for Int8 {
     fn quantize(&self, weight: HalfMatrix) -> Result<Box<dyn Stored>> {
         weight.check()?;
         let HalfMatrix { n, k, data } = weight;
-        if k > MAX_COLUMNS {
-            bail!("int8 sums of [{n}, {k}] would overflow 32 bits; at most {MAX_COLUMNS} columns");
-        }
+        check_columns(n, k)?;
         let mut stored = Int8Stored { n, k, threshold: self.threshold, codes: vec![0; n * k], absmax: vec![0.0; n] };
         let mut values = vec![0.0f32; k];
         let rows = data.chunks_exact(k).zip(stored.codes.chunks_exact_mut(k)).zip(&mut stored.absmax);
@@ -62,6 +60,26 @@ impl Format for Int8 {
         }
         Ok(Box::new(stored))
     }
+
+    fn restore(&self, n: usize, k: usize, mut parts: Vec<Part>) -> Result<Box<dyn Stored>> {
+        check_columns(n, k)?;
+        let Some(values) = n.checked_mul(k).filter(|values| *values > 0) else {
+            bail!("a matrix of [{n}, {k}] cannot be stored")
+        };
+        let codes: Vec<i8> = take_part(&mut parts, "", Dtype::I8, values)?.into_iter().map(u8::cast_signed).collect();
+        if codes.contains(&i8::MIN) {
+            bail!("int8 codes go from -127 to 127; -128 is among those stored");
+        }
+        let absmax = take_f32_part(&mut parts, "SCB", n)?;
+        Ok(Box::new(Int8Stored { n, k, threshold: self.threshold, codes, absmax }))
+    }
+}
+
+fn check_columns(n: usize, k: usize) -> Result<()> {
+    if k > MAX_COLUMNS {
+        bail!("int8 sums of [{n}, {k}] would overflow 32 bits; at most {MAX_COLUMNS} columns");
+    }
+    Ok(())
 }
 
 /// The factor that turns values into codes: a reciprocal and a product, two roundings as torch evaluates `127.0 / absmax`.

@@ -1,10 +1,10 @@
-//! fp16 on AVX2: F16C's `vcvtph2ps` and FMA, 8 weights an instruction.
+//! AVX2: FMA, 8 weights an instruction; F16C's `vcvtph2ps` widens fp16.
 
 use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::portable;
+use super::{Value, portable};
 use crate::quant::cpu::STRIP_ROWS;
 
 const LANES: usize = 8;
@@ -21,7 +21,7 @@ const SUMS: usize = 8;
 /// # Safety
 /// The machine has AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn dot(row: &[f16], x: &[f32]) -> f32 {
+pub unsafe fn dot<T: Value>(row: &[T], x: &[f32]) -> f32 {
     assert_eq!(row.len(), x.len());
     let mut sums = [_mm256_setzero_ps(); SUMS];
     let (rows, xs) = (row.chunks_exact(LANES * SUMS), x.chunks_exact(LANES * SUMS));
@@ -33,7 +33,7 @@ pub unsafe fn dot(row: &[f16], x: &[f32]) -> f32 {
         for (s, sum) in sums.iter_mut().enumerate() {
             // SAFETY: chunk `s` of `SUMS`.
             let (weights, x) =
-                unsafe { (load(row.as_ptr().add(s * LANES)), _mm256_loadu_ps(x.as_ptr().add(s * LANES))) };
+                unsafe { (T::load_avx2(row.as_ptr().add(s * LANES)), _mm256_loadu_ps(x.as_ptr().add(s * LANES))) };
             *sum = _mm256_fmadd_ps(weights, x, *sum);
         }
     }
@@ -48,10 +48,10 @@ pub unsafe fn dot(row: &[f16], x: &[f32]) -> f32 {
 }
 
 /// # Safety
-/// 8 values at `from`.
+/// The machine has AVX2 and F16C; 8 values at `from`.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn load(from: *const f16) -> __m256 {
+pub unsafe fn load_f16(from: *const f16) -> __m256 {
     // SAFETY: the caller's promise.
     _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) })
 }
@@ -61,7 +61,7 @@ unsafe fn load(from: *const f16) -> __m256 {
 /// # Safety
 /// The machine has AVX2 and F16C.
 #[target_feature(enable = "avx2,f16c")]
-pub unsafe fn transpose(rows: [&[f16]; STRIP_ROWS], panel: &mut [f32]) {
+pub unsafe fn transpose<T: Value>(rows: [&[T]; STRIP_ROWS], panel: &mut [f32]) {
     let columns = rows[0].len();
     assert!(rows.iter().all(|row| row.len() == columns) && panel.len() == columns * STRIP_ROWS);
     let whole = columns / LANES * LANES;
@@ -70,7 +70,7 @@ pub unsafe fn transpose(rows: [&[f16]; STRIP_ROWS], panel: &mut [f32]) {
             let mut values = [_mm256_setzero_ps(); LANES];
             for (value, row) in values.iter_mut().zip(&rows[first..]) {
                 // SAFETY: 8 columns from `column` on lie within each row.
-                *value = unsafe { load(row.as_ptr().add(column)) };
+                *value = unsafe { T::load_avx2(row.as_ptr().add(column)) };
             }
             for (c, lanes) in transpose_registers(values).into_iter().enumerate() {
                 // SAFETY: `column + c` is a column of the panel and `first` half a strip.
