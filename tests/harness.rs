@@ -13,7 +13,7 @@ use quantbench::harness::memory::ProcessMemory;
 use quantbench::harness::protocol::{Failure, Finished, LoadFacts, Sample, Warmed, WarmupEnd};
 use quantbench::harness::schedule::{Order, Outcome, Worker, measure};
 use quantbench::harness::warnings::Warning;
-use quantbench::harness::{Case, DeviceChoice, PromptChoice, Protocol};
+use quantbench::harness::{Asked, Case, DeviceChoice, PromptChoice, Protocol};
 use quantbench::quant::FormatOptions;
 use quantbench::record::metrics::{METRICS, find};
 use quantbench::record::{self, Record, Status};
@@ -114,6 +114,7 @@ fn case(precisions: &[&str], protocol: Protocol) -> Case {
             outlier_channels: 0,
         },
         precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
+        asked: Asked::ByName,
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
         threads: 2,

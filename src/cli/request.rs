@@ -9,7 +9,7 @@ use super::{
     TextArgs, WeightsWord,
 };
 use crate::error::BadInput;
-use crate::harness::{Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PromptChoice, Protocol, QualityChoice};
+use crate::harness::{Asked, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PromptChoice, Protocol, QualityChoice};
 use crate::quality::CallPath;
 use crate::quant::{self, FORMATS, FormatEntry, FormatOptions};
 use crate::report::{self, Writer};
@@ -75,6 +75,7 @@ fn case(
     Ok(Case {
         model: model(model_args),
         precisions: precisions(&precision.precision, precision.no_double_quant)?,
+        asked: asked(&precision.precision, precision.no_double_quant),
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device: device(&device_args.device)?,
         threads: device_args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
@@ -151,6 +152,14 @@ fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<String>, Ba
         }
     }
     Ok(names)
+}
+
+/// `--no-double-quant` names a precision too.
+fn asked(words: &[String], no_double_quant: bool) -> Asked {
+    match words {
+        [word] if word.trim().eq_ignore_ascii_case("all") && !no_double_quant => Asked::All,
+        _ => Asked::ByName,
+    }
 }
 
 /// A variant's name is that of the plain format and what differs: `nf4-nodq`.

@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 
 use crate::plan::Model;
-use crate::quant::{self, Format, FormatOptions};
+use crate::quant::FormatOptions;
 use crate::record::Record;
 use crate::report::{self, ModelBytes, PrecisionBytes};
-use crate::weights::{self, policy};
+use crate::weights;
+use crate::weights::policy::Formats;
 use crate::{cli, models};
 
 /// What the next command measures: a built-in shape, so that no network is needed.
@@ -38,14 +39,10 @@ fn program() -> String {
 }
 
 fn bytes_of(name: &str, model: &Model, precisions: &[&str]) -> Result<ModelBytes> {
-    let fp16 = format("fp16")?;
     let precision_bytes = |&precision: &&str| {
-        let asked = format(precision)?;
-        let matrix_bytes: Vec<usize> = model
-            .matrices
-            .iter()
-            .map(|spec| if policy::keeps_fp16(spec.role) { &fp16 } else { &asked }.stored_bytes(spec.n, spec.k))
-            .collect();
+        let formats = Formats::new(precision, FormatOptions::default())?;
+        let matrix_bytes: Vec<usize> =
+            model.matrices.iter().map(|spec| formats.of(spec.role).stored_bytes(spec.n, spec.k)).collect();
         Ok(PrecisionBytes {
             precision: precision.to_owned(),
             bytes_per_token: model.weight_bytes_per_token(&matrix_bytes) as u64,
@@ -53,11 +50,6 @@ fn bytes_of(name: &str, model: &Model, precisions: &[&str]) -> Result<ModelBytes
         })
     };
     Ok(ModelBytes { name: name.to_owned(), precisions: precisions.iter().map(precision_bytes).collect::<Result<_>>()? })
-}
-
-fn format(name: &str) -> Result<Box<dyn Format>> {
-    let entry = quant::find(name).ok_or_else(|| anyhow!("no format is named `{name}`"))?;
-    Ok((entry.new)(FormatOptions::default()))
 }
 
 #[cfg(test)]

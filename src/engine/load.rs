@@ -9,9 +9,11 @@ use half::f16;
 
 use super::Setup;
 use crate::events::{Event, Listener, Unit};
-use crate::quant::{self, Format, HalfMatrix, Stored};
-use crate::weights::spec::{MatrixSpec, VectorKind, VectorSpec};
-use crate::weights::{Source, policy};
+use crate::quant::fp32::Fp32Stored;
+use crate::quant::{HalfMatrix, Stored};
+use crate::weights::Source;
+use crate::weights::policy::Formats;
+use crate::weights::spec::{MatrixSpec, Role, VectorKind, VectorSpec};
 
 /// fp16 bytes that may be on their way from the source to their final form at once. A larger tensor travels alone.
 /// Together with what quantizing adds, this stays inside the 256 MB that loading may use beyond the final size.
@@ -35,7 +37,7 @@ pub fn stream<T: Send>(
     finish: &(dyn Fn(&MatrixSpec, Box<dyn Stored>) -> candle_core::Result<T> + Sync),
 ) -> Result<Streamed<T>> {
     let start = Instant::now();
-    let formats = Formats::new(setup)?;
+    let formats = Formats::new(setup.precision, setup.options)?;
     let specs = &setup.model.matrices;
     let total = specs.iter().map(|spec| setup.source.stored_bytes(&spec.name)).sum();
     events.on(Event::Begin { label: format!("load + quantize {}", setup.precision), total, unit: Unit::Bytes });
@@ -44,11 +46,9 @@ pub fn stream<T: Send>(
     let slots: Vec<Mutex<Option<T>>> = specs.iter().map(|_| Mutex::new(None)).collect();
     let load_one = |index: usize| -> Result<()> {
         let spec = &specs[index];
-        let bytes = 2 * spec.n * spec.k;
-        let _room = shared.budget.take(bytes);
-        let weight = shared.read(setup.source, spec)?;
-        let begin = Instant::now();
-        let stored = formats.of(spec).quantize(weight).with_context(|| format!("quantizing `{}`", spec.name))?;
+        let weight_bytes = if formats.is_exact(spec.role) { size_of::<f32>() } else { size_of::<f16>() };
+        let _room = shared.budget.take(weight_bytes * spec.n * spec.k);
+        let (stored, begin) = shared.store(setup.source, spec, &formats)?;
         let finished = finish(spec, stored).with_context(|| format!("placing `{}`", spec.name))?;
         shared.quantize_ns.fetch_add(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
         *slots[index].lock().expect("a loader that panics ends the load") = Some(finished);
@@ -57,8 +57,9 @@ pub fn stream<T: Send>(
         Ok(())
     };
     shared.run(setup.threads, specs.len(), &load_one)?;
-    let vectors =
-        setup.model.vectors.iter().map(|spec| shared.read_vector(setup.source, spec)).collect::<Result<_>>()?;
+    let exact = formats.has_exact_vectors();
+    let vector = |spec| if exact { exact_vector(setup.source, spec) } else { shared.read_vector(setup.source, spec) };
+    let vectors = setup.model.vectors.iter().map(vector).collect::<Result<_>>()?;
     events.on(Event::End);
 
     let matrices = slots.into_iter().map(|slot| slot.into_inner().ok().flatten());
@@ -69,29 +70,6 @@ pub fn stream<T: Send>(
         quantize: Duration::from_nanos(shared.quantize_ns.load(Ordering::Relaxed) / setup.threads as u64),
         fp16_overflow: shared.overflow.load(Ordering::Relaxed),
     })
-}
-
-/// The asked format, and fp16 for what stays in it.
-struct Formats {
-    asked: Box<dyn Format>,
-    fp16: Box<dyn Format>,
-}
-
-impl Formats {
-    fn new(setup: &Setup) -> Result<Self> {
-        let make = |name: &str| {
-            let entry = quant::find(name).ok_or_else(|| anyhow!("no format is named `{name}`"))?;
-            Ok::<_, anyhow::Error>((entry.new)(setup.options))
-        };
-        Ok(Self { asked: make(setup.precision)?, fp16: make("fp16")? })
-    }
-
-    fn of(&self, spec: &MatrixSpec) -> &dyn Format {
-        match policy::keeps_fp16(spec.role) {
-            true => self.fp16.as_ref(),
-            false => self.asked.as_ref(),
-        }
-    }
 }
 
 /// What the loading threads share.
@@ -133,6 +111,29 @@ impl Shared {
         }
     }
 
+    /// A matrix in its format, and when its last value was read.
+    fn store(&self, source: &dyn Source, spec: &MatrixSpec, formats: &Formats) -> Result<(Box<dyn Stored>, Instant)> {
+        if let Some(parts) = source.parts(spec) {
+            let parts = parts?;
+            let begin = Instant::now();
+            let stored =
+                formats.asked().restore(spec.n, spec.k, parts).with_context(|| format!("loading `{}`", spec.name))?;
+            return Ok((stored, begin));
+        }
+        if formats.is_exact(spec.role) {
+            let mut data = vec![0.0; spec.n * spec.k];
+            source.read_rows_f32(&spec.name, 0..spec.n, &mut data)?;
+            return Ok((Box::new(Fp32Stored::new(spec.n, spec.k, data)?), Instant::now()));
+        }
+        let weight = self.read(source, spec)?;
+        let begin = Instant::now();
+        // What a quantized checkpoint holds in plain values was left out on purpose.
+        let left_out = source.is_quantized() && spec.role == Role::Projection;
+        let format = if left_out { formats.fp16() } else { formats.of(spec.role) };
+        let stored = format.quantize(weight).with_context(|| format!("quantizing `{}`", spec.name))?;
+        Ok((stored, begin))
+    }
+
     fn read(&self, source: &dyn Source, spec: &MatrixSpec) -> Result<HalfMatrix> {
         let mut data = vec![f16::ZERO; spec.n * spec.k];
         let overflow = source.read_rows(&spec.name, 0..spec.n, &mut data)?;
@@ -144,9 +145,21 @@ impl Shared {
         let mut data = vec![f16::ZERO; spec.len];
         let overflow = source.read_rows(&spec.name, 0..spec.len, &mut data)?;
         self.overflow.fetch_add(overflow as u64, Ordering::Relaxed);
-        let offset = if spec.kind == VectorKind::NormOffset { 1.0 } else { 0.0 };
-        Ok(data.into_iter().map(|value| value.to_f32() + offset).collect())
+        Ok(data.into_iter().map(|value| value.to_f32() + offset(spec)).collect())
     }
+}
+
+/// A vector in the checkpoint's own values.
+fn exact_vector(source: &dyn Source, spec: &VectorSpec) -> Result<Vec<f32>> {
+    let mut data = vec![0.0; spec.len];
+    source.read_rows_f32(&spec.name, 0..spec.len, &mut data)?;
+    data.iter_mut().for_each(|value| *value += offset(spec));
+    Ok(data)
+}
+
+/// What the norm adds to its stored weights.
+fn offset(spec: &VectorSpec) -> f32 {
+    if spec.kind == VectorKind::NormOffset { 1.0 } else { 0.0 }
 }
 
 /// Bounds the fp16 bytes in flight.

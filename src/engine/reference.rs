@@ -9,7 +9,9 @@ use candle_core::{D, DType, Device, IndexOp, Tensor};
 use super::load::{Streamed, stream};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
-use crate::plan::{ActivationKind, BiasId, BufferId, CacheId, EncoderInputKind, Holds, Mask, Model, NormKind, Op, Plan, Rope};
+use crate::plan::{
+    ActivationKind, BiasId, BufferId, CacheId, EncoderInputKind, Holds, Mask, Model, NormKind, Op, Plan, Rope,
+};
 use crate::quant::Stored;
 use crate::weights::spec::MatrixSpec;
 
@@ -180,7 +182,12 @@ impl Reference {
                 };
                 buffers.set(*out, y);
             }
-            Op::Add { a, b, out } => buffers.set(*out, (buffers.get(*a)? + buffers.get(*b)?)?),
+            // An fp32 linear (T5's `wo`) makes the residual fp32 from there on, as in transformers.
+            Op::Add { a, b, out } => {
+                let (a, b) = (buffers.get(*a)?, buffers.get(*b)?);
+                let dtype = if a.dtype() == b.dtype() { a.dtype() } else { DType::F32 };
+                buffers.set(*out, (a.to_dtype(dtype)? + b.to_dtype(dtype)?)?);
+            }
             Op::LastRow { x, out, scale } => {
                 let x = buffers.get(*x)?;
                 buffers.set(*out, (x.narrow(0, x.dim(0)? - 1, 1)? * *scale as f64)?);
@@ -289,7 +296,14 @@ impl Reference {
     }
 
     /// What is added to the scores, `[h, t, total]`: the relative bias, and −∞ where the mask hides a key.
-    fn bias(&self, h: usize, t: usize, total: usize, mask: Mask, bias: Option<BiasId>) -> candle_core::Result<Vec<f32>> {
+    fn bias(
+        &self,
+        h: usize,
+        t: usize,
+        total: usize,
+        mask: Mask,
+        bias: Option<BiasId>,
+    ) -> candle_core::Result<Vec<f32>> {
         let causal = match mask {
             Mask::Causal => true,
             Mask::Full => false,

@@ -36,6 +36,7 @@ pub struct Case {
     pub model: crate::weights::Request,
     /// Canonical names, in the order asked.
     pub precisions: Vec<String>,
+    pub asked: Asked,
     pub format_options: FormatOptions,
     pub device: DeviceChoice,
     /// 0: physical cores within the cgroup's limit.
@@ -53,6 +54,16 @@ pub struct Case {
     pub quality: Option<QualityChoice>,
     /// As records show it; paths keep their last component.
     pub command: String,
+}
+
+/// How the precisions of a case were chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub enum Asked {
+    /// By name: a model that was saved in another precision is refused.
+    #[default]
+    ByName,
+    /// By saying nothing or `all`: a model that was saved quantized is measured in its own precision.
+    All,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -109,6 +120,7 @@ mod tests {
                 outlier_channels: 0,
             },
             precisions: vec!["fp16".to_owned()],
+            asked: Asked::ByName,
             format_options: FormatOptions::default(),
             device: DeviceChoice::Cpu,
             threads: 1,

@@ -13,7 +13,7 @@ use super::quality::{Failed, Passage, Refusal};
 use super::schedule::{self, Order, Outcome, Worker};
 use super::warnings::Warning;
 use super::worker::{self, Opened};
-use super::{Case, DeviceChoice, logits};
+use super::{Asked, Case, DeviceChoice, logits};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::{Event, Listener, Unit};
 use crate::kernels::cpu::bandwidth;
@@ -21,9 +21,10 @@ use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
 use crate::plan::Model;
-use crate::quant;
+use crate::quant::{self, FormatOptions};
 use crate::record::{self, Record, Status};
 use crate::weights::SourceKind;
+use crate::weights::bnb::PreQuantized;
 
 /// What a worker holds beside weights and cache: code, activations, tables.
 const WORKER_BYTES: u64 = 64 << 20;
@@ -33,7 +34,10 @@ const LOADING_BYTES: u64 = 256 << 20;
 
 /// Measures every precision of `case`. Fails on input that cannot be used; a precision that fails becomes a record.
 pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
-    let plan = Plan::new(case, events)?;
+    let device = check(case)?;
+    let opened = worker::open(&case.model, events)?;
+    let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
+    let plan = Plan::new(case, device, opened)?;
     let passage = plan.passage(case)?;
     let mut facts = plan.facts(case, events);
     let outcomes = plan.outcomes(case, facts.order, events)?;
@@ -52,7 +56,10 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
 /// Measures the quality of every precision of `case` and no speed. Fails on input that cannot be used and on a model that
 /// has no quality; a precision that fails becomes a record.
 pub fn quality(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
-    let plan = Plan::new(case, events)?;
+    let device = check(case)?;
+    let opened = worker::open(&case.model, events)?;
+    let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
+    let plan = Plan::new(case, device, opened)?;
     let Some(passage) = plan.passage(case)? else { return Ok(Vec::new()) };
     let passage = passage.map_err(BadInput::from)?;
     let mut records = assemble::unmeasured(&plan.facts_unmeasured(case), case);
@@ -102,15 +109,8 @@ struct Plan {
 }
 
 impl Plan {
-    /// All checks that need no weights in memory.
-    fn new(case: &Case, events: &dyn Listener) -> Result<Self> {
-        check_precisions(case)?;
-        let device = device(case.device)?;
-        for precision in case.save_logits.iter().flat_map(|_| &case.precisions) {
-            let path = case.save_logits.as_ref().map(|path| logits::path_of(path, precision, case.precisions.len()));
-            path.map_or(Ok(()), |path| logits::check_writable(&path))?;
-        }
-        let opened = worker::open(&case.model, events)?;
+    /// The checks that need the model but no weights in memory.
+    fn new(case: &Case, device: DeviceChoice, opened: Opened) -> Result<Self> {
         let workload = prompt::workload(case, opened.checkpoint.tokenizer.as_ref(), &opened.model)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
         let share = Share { device, threads };
@@ -278,6 +278,17 @@ fn engine() -> record::Engine {
     }
 }
 
+/// The checks that need no model; what is wrong is said before anything is downloaded.
+fn check(case: &Case) -> Result<DeviceChoice> {
+    check_precisions(case)?;
+    let device = device(case.device)?;
+    for precision in case.save_logits.iter().flat_map(|_| &case.precisions) {
+        let path = case.save_logits.as_ref().map(|path| logits::path_of(path, precision, case.precisions.len()));
+        path.map_or(Ok(()), |path| logits::check_writable(&path))?;
+    }
+    Ok(device)
+}
+
 fn check_precisions(case: &Case) -> Result<(), BadInput> {
     let known = || quant::FORMATS.iter().map(|entry| format!("`{}`", entry.name)).collect::<Vec<_>>().join(", ");
     if case.precisions.is_empty() {
@@ -287,6 +298,24 @@ fn check_precisions(case: &Case) -> Result<(), BadInput> {
         Some(name) => Err(BadInput::new(format!("unknown precision `{name}`")).hint(format!("known are {}", known()))),
         None => Ok(()),
     }
+}
+
+/// The case as a model that was saved quantized allows it: in the precision that it has.
+fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Case, BadInput> {
+    let Some(own) = quantized else { return Ok(case.clone()) };
+    let others = || case.precisions.iter().find(|name| *name != own.precision);
+    if let Some(other) = others().filter(|_| case.asked == Asked::ByName) {
+        return Err(BadInput::new(format!(
+            "`--precision {other}` is not possible: the weights of `{}` were saved in `{}`",
+            case.model.model_id, own.precision
+        ))
+        .hint(format!("drop `--precision` to measure `{}`, or name the model that it was made from", own.precision)));
+    }
+    let mut case = Case { precisions: vec![own.precision.to_owned()], ..case.clone() };
+    if case.format_options == FormatOptions::default() {
+        case.format_options.int8_threshold = own.int8_threshold;
+    }
+    Ok(case)
 }
 
 /// The device that a choice means here. The parent creates no CUDA context, which would take memory from the workers.

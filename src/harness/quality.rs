@@ -15,6 +15,7 @@ use super::worker::Opened;
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
 use crate::plan::EncoderInputKind;
+use crate::quant::fp32;
 use crate::quality::cost::TokenCost;
 use crate::quality::windows::{self, Window};
 use crate::quality::{CallPath, pass, rows, summary, text};
@@ -27,8 +28,11 @@ pub const DEFAULT_TOKENS: usize = 512;
 /// A greedy text is this long, behind a quarter of it, where the text is long enough.
 const GREEDY_TOKENS: usize = 64;
 
-/// What the reference computes in, and from which weights.
-const REFERENCE_PRECISION: &str = "fp16";
+/// The reference's weights: the checkpoint's own values, which fp16 may not hold.
+const REFERENCE_PRECISION: &str = fp32::ENTRY.name;
+
+/// What records call it.
+const REFERENCE: &str = "the checkpoint's values in fp32 compute on the cpu";
 
 /// What quality is measured on.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -83,6 +87,10 @@ impl Passage {
         if opened.source.info().source == SourceKind::Random {
             let reason = "random weights predict nothing".to_owned();
             return Ok(Err(Refusal { reason, hint: "name a folder or a hub id with `--model-id`" }));
+        }
+        if let Some(quantized) = &checkpoint.quantized {
+            let reason = format!("the weights were saved in `{}`, and what they were made from is not here", quantized.precision);
+            return Ok(Err(Refusal { reason, hint: "name the model that they were made from with `--model-id`" }));
         }
         let Some(tokenizer) = &checkpoint.tokenizer else {
             let reason = format!("`{}` has no tokenizer here, so a text cannot become tokens", checkpoint.id);
@@ -201,7 +209,7 @@ impl Passage {
         let departs_at =
             reference.held.as_ref().and_then(|held| pass::departure(&held.greedy_ids, &measured.greedy_ids));
         Some(record::Quality {
-            reference: "fp32 compute over fp16 weights on the cpu".to_owned(),
+            reference: REFERENCE.to_owned(),
             path: measured.path.name().to_owned(),
             text: self.name.clone(),
             n_tokens: found.n_tokens as u64,

@@ -4,7 +4,7 @@ use std::io::{BufRead, Write};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 
 use super::DeviceChoice;
 use super::clock::Monotonic;
@@ -17,8 +17,9 @@ use crate::engine::{self, Device, Setup};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
 use crate::plan::Model;
-use crate::quant::{self, FormatOptions};
-use crate::weights::{self, Checkpoint, Request, Source, policy};
+use crate::quant::FormatOptions;
+use crate::weights::policy::Formats;
+use crate::weights::{self, Checkpoint, Request, Source};
 
 /// A model whose files were found and whose plan was built; no weights are in memory.
 pub struct Opened {
@@ -38,15 +39,8 @@ pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
 
 /// Bytes of all weights at a precision, as stored.
 pub fn stored_bytes(model: &Model, precision: &str, options: FormatOptions) -> Result<u64> {
-    let format = |name: &str| {
-        let entry = quant::find(name).ok_or_else(|| anyhow!("no format is named `{name}`"))?;
-        Ok::<_, anyhow::Error>((entry.new)(options))
-    };
-    let (asked, fp16) = (format(precision)?, format("fp16")?);
-    let matrices = model.matrices.iter().map(|spec| {
-        let format = if policy::keeps_fp16(spec.role) { &fp16 } else { &asked };
-        format.stored_bytes(spec.n, spec.k) as u64
-    });
+    let formats = Formats::new(precision, options)?;
+    let matrices = model.matrices.iter().map(|spec| formats.of(spec.role).stored_bytes(spec.n, spec.k) as u64);
     Ok(matrices.sum::<u64>() + model.vector_bytes() as u64)
 }
 

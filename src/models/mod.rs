@@ -23,7 +23,8 @@ pub struct Architecture {
 }
 
 /// Every architecture that can be run.
-pub static ARCHITECTURES: &[Architecture] = &[llama::ARCHITECTURE, phi::ARCHITECTURE, t5::ARCHITECTURE, gemma::ARCHITECTURE, paligemma::ARCHITECTURE];
+pub static ARCHITECTURES: &[Architecture] =
+    &[llama::ARCHITECTURE, phi::ARCHITECTURE, t5::ARCHITECTURE, gemma::ARCHITECTURE, paligemma::ARCHITECTURE];
 
 /// The model that a `config.json` describes. Fails on an unknown `model_type`, a missing or mistyped key, and on settings
 /// that the architecture's file does not compute.

@@ -28,8 +28,7 @@ fn build(config: &Value) -> Result<Model> {
     if image_token_index as usize >= text_config.vocab_size {
         bail!("config.json says image token {image_token_index} of a vocabulary of {}", text_config.vocab_size);
     }
-    let picture =
-        Picture { size: vision_config.image_size, patch: vision_config.patch_size, token: image_token_index };
+    let picture = Picture { size: vision_config.image_size, patch: vision_config.patch_size, token: image_token_index };
     let mut b = Builder::new();
 
     let x = siglip::tower(&mut b, &Path::root().at("vision_tower"), &vision_config, picture)?;

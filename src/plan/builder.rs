@@ -180,14 +180,7 @@ impl Builder {
         self.ops.push(Op::Append { k, v, cache, rotate: Some(Rotate { rope, q }) });
     }
 
-    pub fn attention(
-        &mut self,
-        q: BufferId,
-        cache: CacheId,
-        scale: f32,
-        mask: Mask,
-        bias: Option<BiasId>,
-    ) -> BufferId {
+    pub fn attention(&mut self, q: BufferId, cache: CacheId, scale: f32, mask: Mask, bias: Option<BiasId>) -> BufferId {
         let out = self.same("attention", q);
         self.ops.push(Op::Attention { q, cache, out, scale, mask, bias });
         out

@@ -7,7 +7,9 @@
 //! Dimensions: a weight is `[n, k]` row-major, n outputs and k inputs; activations are `[m, k]`; `y = x · Wᵀ` is `[m, n]`.
 
 pub mod cpu;
+pub mod dense;
 pub mod fp16;
+pub mod fp32;
 pub mod int8;
 pub mod nf4;
 
@@ -49,6 +51,13 @@ fn multiply_dense(weights: &[f32], (n, k): (usize, usize), x: &[f32], m: usize) 
     y
 }
 
+/// The largest magnitude, NaN where a value is. Compared as integers, which have the same order and, unlike floats, one
+/// that compilers may take apart into vectors.
+#[inline(always)]
+fn absmax(values: &[f32]) -> f32 {
+    f32::from_bits(values.iter().fold(0, |max, value| max.max(value.abs().to_bits())))
+}
+
 /// How a format is configured; the defaults are bitsandbytes'.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct FormatOptions {
@@ -76,6 +85,9 @@ pub struct FormatEntry {
 /// Every precision that can be asked for, in the order tables show them.
 pub static FORMATS: &[FormatEntry] = &[fp16::ENTRY, int8::ENTRY, nf4::ENTRY, nf4::ENTRY_NO_DOUBLE_QUANT];
 
+/// Formats that no user asks for: what some layers are held in at every precision.
+pub static INTERNAL_FORMATS: &[FormatEntry] = &[fp32::ENTRY];
+
 /// The entry whose name or alias is `word`.
 pub fn find(word: &str) -> Option<&'static FormatEntry> {
     FORMATS.iter().find(|entry| entry.name == word || entry.aliases.contains(&word))
@@ -90,6 +102,31 @@ pub trait Format: Send + Sync {
 
     /// Fails where bitsandbytes cannot hold the matrix either, naming the reason.
     fn quantize(&self, weight: HalfMatrix) -> Result<Box<dyn Stored>>;
+
+    /// A matrix from the [`Stored::parts`] that were saved of it, in any order. Fails where they are not this format's, or not
+    /// of an `[n, k]` matrix.
+    fn restore(&self, n: usize, k: usize, parts: Vec<Part>) -> Result<Box<dyn Stored>>;
+}
+
+/// Takes the part `suffix` out of `parts`, in the dtype and of the number of values that a format needs.
+fn take_part(parts: &mut Vec<Part>, suffix: &str, dtype: safetensors::Dtype, len: usize) -> Result<Vec<u8>> {
+    let found = parts.iter().position(|part| part.suffix == suffix).map(|at| parts.swap_remove(at));
+    match found {
+        Some(part) if part.dtype == dtype && Some(part.bytes.len()) == len.checked_mul(dtype.bitsize() / 8) => {
+            Ok(part.bytes)
+        }
+        Some(part) => candle_core::bail!(
+            "part `{suffix}` is {} of shape {:?}, not {dtype} of {len} values",
+            part.dtype,
+            part.shape
+        ),
+        None => candle_core::bail!("part `{suffix}` is absent"),
+    }
+}
+
+fn take_f32_part(parts: &mut Vec<Part>, suffix: &str, len: usize) -> Result<Vec<f32>> {
+    let bytes = take_part(parts, suffix, safetensors::Dtype::F32, len)?;
+    Ok(bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
 }
 
 /// One tensor of a stored matrix under the name that bitsandbytes gives it, relative to the weight: `""` is the weight

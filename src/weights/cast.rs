@@ -1,10 +1,7 @@
-//! Checkpoint bytes to fp16, rounding to nearest even.
+//! Checkpoint bytes to fp16, rounding to nearest even, and to fp32, which loses nothing.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-
-/// From little-endian bytes; returns how many finite values became infinite.
-pub type Cast = fn(&[u8], &mut [f16]) -> usize;
 
 /// Values converted at once: fp32 scratch of 16 KiB, which stays in the first-level cache.
 const CHUNK: usize = 4096;
@@ -17,19 +14,32 @@ pub fn from_f16(bytes: &[u8], out: &mut [f16]) -> usize {
 }
 
 pub fn from_bf16(bytes: &[u8], out: &mut [f16]) -> usize {
-    through_f32(bytes, 2, out, |bytes, wide| {
-        for (value, pair) in wide.iter_mut().zip(bytes.chunks_exact(2)) {
-            *value = f32::from_bits(u32::from(u16::from_le_bytes([pair[0], pair[1]])) << 16);
-        }
-    })
+    through_f32(bytes, 2, out, widen_bf16)
 }
 
 pub fn from_f32(bytes: &[u8], out: &mut [f16]) -> usize {
-    through_f32(bytes, 4, out, |bytes, wide| {
-        for (value, quad) in wide.iter_mut().zip(bytes.chunks_exact(4)) {
-            *value = f32::from_le_bytes([quad[0], quad[1], quad[2], quad[3]]);
-        }
-    })
+    through_f32(bytes, 4, out, widen_f32)
+}
+
+/// Little-endian fp16.
+pub fn widen_f16(bytes: &[u8], out: &mut [f32]) {
+    for (value, pair) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+        *value = f16::from_le_bytes(*pair).to_f32();
+    }
+}
+
+/// Little-endian bf16.
+pub fn widen_bf16(bytes: &[u8], out: &mut [f32]) {
+    for (value, pair) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+        *value = f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
+    }
+}
+
+/// Little-endian fp32.
+pub fn widen_f32(bytes: &[u8], out: &mut [f32]) {
+    for (value, quad) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+        *value = f32::from_le_bytes(*quad);
+    }
 }
 
 fn through_f32(bytes: &[u8], size: usize, out: &mut [f16], widen: impl Fn(&[u8], &mut [f32])) -> usize {

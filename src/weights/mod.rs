@@ -1,8 +1,9 @@
-//! Where weights come from, and which of them stay in fp16.
+//! Where weights come from, and which format holds each of them.
 //!
 //! A [`Source`] gives tensors by name as fp16 rows, so that a loader streams them: read, cast, quantize, drop. No fp16 copy
 //! of the model ever exists.
 
+pub mod bnb;
 pub mod builtin;
 mod cast;
 pub mod hub;
@@ -19,6 +20,9 @@ pub use open::{Checkpoint, open, open_with};
 use std::ops::Range;
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use crate::quant::Part;
 
 /// Which model, and where its weights come from.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -76,6 +80,25 @@ pub trait Source: Send + Sync {
     /// Rows of a tensor seen as `[shape[0], product of the rest]`, cast to fp16 (round to nearest even) into `out`. Returns
     /// how many finite values became infinite. Fails on an I/O error or a dtype that is not f16, bf16 or f32.
     fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f16]) -> anyhow::Result<usize>;
+
+    /// As [`Self::read_rows`], in the source's own values: a cast to fp32 loses nothing.
+    fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> anyhow::Result<()> {
+        let mut half = vec![f16::ZERO; out.len()];
+        self.read_rows(name, rows, &mut half)?;
+        half.convert_to_f32_slice(out);
+        Ok(())
+    }
+
+    /// Whether linear layers were quantized before they were saved; those that were not stay as they are then.
+    fn is_quantized(&self) -> bool {
+        false
+    }
+
+    /// The stored form of a matrix that was quantized before it was saved, `None` for every other. Fails on an I/O error and on
+    /// what no format here means.
+    fn parts(&self, _spec: &spec::MatrixSpec) -> Option<anyhow::Result<Vec<Part>>> {
+        None
+    }
 
     /// Bytes that reading the whole tensor costs, for progress and bandwidth.
     fn stored_bytes(&self, name: &str) -> u64;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
+use super::bnb::PreQuantized;
 use super::builtin::{self, BuiltIn};
 use super::hub::{self, HubConfig, Need};
 use super::random::Random;
@@ -27,6 +28,8 @@ pub struct Checkpoint {
     pub generation_config: Option<Value>,
     pub preprocessor_config: Option<Value>,
     pub tokenizer: Option<Tokenizer>,
+    /// What the weights were quantized into before they were saved; `None` where they were not, or are random.
+    pub quantized: Option<PreQuantized>,
     /// Time to find and download what was missing.
     pub resolve_s: f64,
     weights: Weights,
@@ -63,8 +66,11 @@ pub fn open_with(request: &Request, hub: &HubConfig, events: &dyn Listener) -> R
     if random {
         checkpoint.weights = Weights::Random { seed: 0, outlier_channels: 0 };
     }
-    if let Weights::Random { seed, outlier_channels } = &mut checkpoint.weights {
-        (*seed, *outlier_channels) = (request.seed, request.outlier_channels);
+    match &mut checkpoint.weights {
+        Weights::Random { seed, outlier_channels } => {
+            (*seed, *outlier_channels) = (request.seed, request.outlier_channels);
+        }
+        Weights::Files { .. } => checkpoint.quantized = PreQuantized::of(&checkpoint.config)?,
     }
     checkpoint.resolve_s = start.elapsed().as_secs_f64();
     Ok(checkpoint)
@@ -84,7 +90,7 @@ impl Checkpoint {
             SourceKind::Hub => hub::etags(layout.files()),
             SourceKind::Local | SourceKind::Random => None,
         };
-        let opened = Safetensors::open(&layout, &self.id, source, etags)?;
+        let opened = Safetensors::open(&layout, &self.id, source, etags, self.quantized.clone())?;
         opened.check(self.config["model_type"].as_str().unwrap_or("the model"), matrices, vectors)?;
         Ok(Box::new(opened))
     }
@@ -148,6 +154,7 @@ fn from_shape(shape: &BuiltIn, id: &str) -> Checkpoint {
         generation_config: None,
         preprocessor_config: None,
         tokenizer: None,
+        quantized: None,
         resolve_s: 0.0,
         weights: Weights::Random { seed: 0, outlier_channels: 0 },
     }
@@ -184,6 +191,7 @@ fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: boo
         generation_config: read_json(&folder.join("generation_config.json"))?,
         preprocessor_config: read_json(&folder.join("preprocessor_config.json"))?,
         tokenizer,
+        quantized: None,
         resolve_s: 0.0,
         weights: Weights::Files { folder: folder.to_owned(), source },
     })

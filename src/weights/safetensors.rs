@@ -1,6 +1,6 @@
 //! Real weights: one safetensors file, or shards by index, read with positioned reads and no mapping.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -13,10 +13,11 @@ use safetensors::tensor::Metadata;
 use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::cast::{self, Cast};
+use super::bnb::{self, Lookup, PreQuantized};
 use super::spec::{MatrixSpec, VectorSpec};
-use super::{Source, SourceInfo, SourceKind};
+use super::{Source, SourceInfo, SourceKind, cast};
 use crate::error::BadInput;
+use crate::quant::Part;
 
 pub const SINGLE: &str = "model.safetensors";
 pub const INDEX: &str = "model.safetensors.index.json";
@@ -116,6 +117,8 @@ pub struct Safetensors {
     label: String,
     files: Vec<Shard>,
     tensors: HashMap<String, Tensor>,
+    /// What config.json says its linear layers were quantized into.
+    quantized: Option<PreQuantized>,
 }
 
 struct Shard {
@@ -145,15 +148,20 @@ impl Tensor {
 }
 
 impl Safetensors {
-    /// Reads the headers of a checkpoint. `label` is what messages call it; `etags` are the hub's, where it came from
-    /// there.
-    pub fn open(layout: &Layout, label: &str, source: SourceKind, etags: Option<String>) -> Result<Self> {
+    /// Reads the headers of a checkpoint. `label` is what messages call it; `etags` are the hub's, where it came from there.
+    pub fn open(
+        layout: &Layout,
+        label: &str,
+        source: SourceKind,
+        etags: Option<String>,
+        quantized: Option<PreQuantized>,
+    ) -> Result<Self> {
         let mut files = Vec::new();
         let mut tensors = HashMap::new();
         for (index, path) in layout.files.iter().enumerate() {
             let (shard, metadata) = read_header(path)?;
             let here = |name: &str| match &layout.weight_map {
-                // A name that the index does not know may lie anywhere; one that it gives to another file is stale.
+                // A name that the index does not know may lie anywhere; one that it gives to another file is a leftover.
                 Some(map) => map.get(name).is_none_or(|file| path.ends_with(file)),
                 None => true,
             };
@@ -175,7 +183,7 @@ impl Safetensors {
             None => sample_hash(&files)?,
         };
         let info = SourceInfo { source, dtype: commonest_dtype(&tensors), seed: None, hash };
-        Ok(Self { info, label: label.to_owned(), files, tensors })
+        Ok(Self { info, label: label.to_owned(), files, tensors, quantized })
     }
 
     /// Fails unless every tensor that a model needs is there in the right shape and in a dtype that can be cast.
@@ -188,10 +196,20 @@ impl Safetensors {
         if let Some((first, _)) = absent.first() {
             return Err(self.absent(model_type, first, absent.len()));
         }
-        for (name, shape) in present {
+        let quantized: HashSet<&String> =
+            matrices.iter().filter(|spec| self.stored_precision(spec).is_some()).map(|spec| &spec.name).collect();
+        for (name, shape) in present.into_iter().filter(|(name, _)| !quantized.contains(name)) {
             self.check_tensor(name, &shape, &self.tensors[name])?;
         }
-        Ok(())
+        let stored = matrices.iter().filter_map(|spec| Some((spec, self.stored_precision(spec)?)));
+        stored.into_iter().try_for_each(|(spec, precision)| bnb::check(spec, precision, self))
+    }
+
+    /// The precision that a matrix is stored in, `None` where its values are plain.
+    fn stored_precision(&self, spec: &MatrixSpec) -> Option<&'static str> {
+        let is_packed = matches!(self.tensors.get(&spec.name)?.dtype, Dtype::U8 | Dtype::I8);
+        let quantized = self.quantized.as_ref().filter(|_| is_packed && bnb::may_be_quantized(spec.role))?;
+        Some(quantized.precision)
     }
 
     fn absent(&self, model_type: &str, name: &str, count: usize) -> anyhow::Error {
@@ -214,7 +232,9 @@ impl Safetensors {
         let file = &self.files[tensor.shard].name;
         if !matches!(tensor.dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32) {
             let hint = match tensor.dtype {
-                Dtype::U8 | Dtype::I8 => "the checkpoint is quantized already; name the one that it was made from",
+                Dtype::U8 | Dtype::I8 => {
+                    "the checkpoint is quantized in a way that config.json does not tell of; name the one that it was made from"
+                }
                 _ => "save the weights in one of these dtypes",
             };
             return Err(BadInput::new(format!(
@@ -242,6 +262,40 @@ impl Safetensors {
     }
 }
 
+impl Safetensors {
+    fn tensor(&self, name: &str) -> Result<&Tensor> {
+        self.tensors.get(name).ok_or_else(|| anyhow!("no tensor is named `{name}`"))
+    }
+
+    /// Hands the bytes of `rows` to `cast`, piece by piece.
+    fn read<T>(
+        &self,
+        name: &str,
+        tensor: &Tensor,
+        rows: Range<usize>,
+        out: &mut [T],
+        mut cast: impl FnMut(&[u8], &mut [T]),
+    ) -> Result<()> {
+        let (n, k) = tensor.matrix();
+        ensure!(rows.start <= rows.end && rows.end <= n, "rows {rows:?} of `{name}`, which has {n}");
+        ensure!(out.len() == rows.len() * k, "{} values asked of {} in `{name}`", out.len(), rows.len() * k);
+        let size = if tensor.dtype == Dtype::F32 { 4 } else { 2 };
+        let shard = &self.files[tensor.shard];
+        let mut offset = tensor.offset + (rows.start * k * size) as u64;
+        let mut buffer = vec![0; READ_BYTES.min(out.len() * size)];
+        for out in out.chunks_mut(READ_BYTES / size) {
+            let bytes = &mut buffer[..out.len() * size];
+            shard
+                .file
+                .read_exact_at(bytes, offset)
+                .with_context(|| format!("reading `{name}` at byte {offset} of `{}`", shard.name))?;
+            cast(bytes, out);
+            offset += bytes.len() as u64;
+        }
+        Ok(())
+    }
+}
+
 impl Source for Safetensors {
     fn info(&self) -> &SourceInfo {
         &self.info
@@ -258,34 +312,56 @@ impl Source for Safetensors {
     }
 
     fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f16]) -> Result<usize> {
-        let tensor = self.tensors.get(name).ok_or_else(|| anyhow!("no tensor is named `{name}`"))?;
-        let (n, k) = tensor.matrix();
-        ensure!(rows.start <= rows.end && rows.end <= n, "rows {rows:?} of `{name}`, which has {n}");
-        ensure!(out.len() == rows.len() * k, "{} values asked of {} in `{name}`", out.len(), rows.len() * k);
-        let (size, cast): (usize, Cast) = match tensor.dtype {
-            Dtype::F16 => (2, cast::from_f16),
-            Dtype::BF16 => (2, cast::from_bf16),
-            Dtype::F32 => (4, cast::from_f32),
+        let tensor = self.tensor(name)?;
+        let cast = match tensor.dtype {
+            Dtype::F16 => cast::from_f16,
+            Dtype::BF16 => cast::from_bf16,
+            Dtype::F32 => cast::from_f32,
             other => return Err(anyhow!("tensor `{name}` is {other}; allowed are F16, BF16 and F32")),
         };
-        let shard = &self.files[tensor.shard];
-        let mut offset = tensor.offset + (rows.start * k * size) as u64;
-        let mut buffer = vec![0; READ_BYTES.min(out.len() * size)];
         let mut overflow = 0;
-        for out in out.chunks_mut(READ_BYTES / size) {
-            let bytes = &mut buffer[..out.len() * size];
-            shard
-                .file
-                .read_exact_at(bytes, offset)
-                .with_context(|| format!("reading `{name}` at byte {offset} of `{}`", shard.name))?;
-            overflow += cast(bytes, out);
-            offset += bytes.len() as u64;
-        }
+        self.read(name, tensor, rows, out, |bytes, out| overflow += cast(bytes, out))?;
         Ok(overflow)
+    }
+
+    fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let tensor = self.tensor(name)?;
+        let widen = match tensor.dtype {
+            Dtype::F16 => cast::widen_f16,
+            Dtype::BF16 => cast::widen_bf16,
+            Dtype::F32 => cast::widen_f32,
+            other => return Err(anyhow!("tensor `{name}` is {other}; allowed are F16, BF16 and F32")),
+        };
+        self.read(name, tensor, rows, out, widen)
+    }
+
+    fn is_quantized(&self) -> bool {
+        self.quantized.is_some()
+    }
+
+    fn parts(&self, spec: &MatrixSpec) -> Option<Result<Vec<Part>>> {
+        self.stored_precision(spec).map(|_| bnb::parts(spec, self))
     }
 
     fn stored_bytes(&self, name: &str) -> u64 {
         self.tensors.get(name).map_or(0, |tensor| tensor.bytes)
+    }
+}
+
+impl Lookup for Safetensors {
+    fn shape_of(&self, name: &str) -> Option<(Dtype, &[usize])> {
+        self.tensors.get(name).map(|tensor| (tensor.dtype, tensor.shape.as_slice()))
+    }
+
+    fn bytes_of(&self, name: &str) -> Result<Vec<u8>> {
+        let tensor = self.tensor(name)?;
+        let shard = &self.files[tensor.shard];
+        let mut bytes = vec![0; tensor.bytes as usize];
+        shard
+            .file
+            .read_exact_at(&mut bytes, tensor.offset)
+            .with_context(|| format!("reading `{name}` at byte {} of `{}`", tensor.offset, shard.name))?;
+        Ok(bytes)
     }
 }
 

@@ -11,7 +11,7 @@ pub enum Role {
     Embedding,
     /// A patch convolution, seen as `[n, channels · height · width]`: kept in fp16.
     Patches,
-    /// A linear that transformers keeps in fp32 whatever the model's dtype (T5's `wo`).
+    /// A linear that transformers keeps in fp32 where the model's dtype is fp16 (T5's `wo`): not even cast.
     HighPrecision,
 }
 

@@ -130,13 +130,7 @@ pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
 }
 
 impl CpuSession {
-    fn new(
-        setup: &Setup,
-        isa: Isa,
-        pool: Pool,
-        matrices: Vec<Box<dyn CpuMatrix>>,
-        vectors: Vec<Vec<f32>>,
-    ) -> Self {
+    fn new(setup: &Setup, isa: Isa, pool: Pool, matrices: Vec<Box<dyn CpuMatrix>>, vectors: Vec<Vec<f32>>) -> Self {
         let model = setup.model.clone();
         let reach = setup.capacity.max(setup.encoder_capacity);
         let cache = |spec: &CacheSpec| {
@@ -349,12 +343,17 @@ impl CpuSession {
         for (chunk, x) in x.chunks(SCORED_ROWS * k).enumerate() {
             matrix.prepare(x, x.len() / k, &mut memory.prepared);
             let y = SharedSlice::new(&mut logits[..x.len() / k * n]);
-            let scratch: Vec<Mutex<&mut Vec<f32>>> = memory.scratch.iter_mut().map(|s| Mutex::new(&mut s.kernel)).collect();
+            let scratch: Vec<Mutex<&mut Vec<f32>>> =
+                memory.scratch.iter_mut().map(|s| Mutex::new(&mut s.kernel)).collect();
             pool.run(&|worker: &Worker| {
                 let mut scratch = scratch[worker.index()].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 matrix.multiply(&memory.prepared, worker.share(n, weights.granule), bias, &y, &mut scratch);
             });
-            logits.chunks_exact(n).take(x.len() / k).enumerate().for_each(|(row, l)| on_row(chunk * SCORED_ROWS + row, l));
+            logits
+                .chunks_exact(n)
+                .take(x.len() / k)
+                .enumerate()
+                .for_each(|(row, l)| on_row(chunk * SCORED_ROWS + row, l));
         }
     }
 
@@ -362,7 +361,8 @@ impl CpuSession {
         let Memory { features, prepared, scratch, .. } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
         let buffers = programs.flat_map(|program| &program.slots);
-        let buffers = buffers.chain(scratch.iter().flat_map(|s| [&s.kernel, &s.gathered])).map(Vec::capacity).sum::<usize>();
+        let buffers =
+            buffers.chain(scratch.iter().flat_map(|s| [&s.kernel, &s.gathered])).map(Vec::capacity).sum::<usize>();
         let floats = buffers + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
         4 * floats + prepared.i8s.capacity()
     }

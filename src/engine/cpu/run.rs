@@ -40,7 +40,14 @@ pub struct Outcome {
 }
 
 /// Replays `steps` of `program` for one call. Its slots must be large enough.
-pub fn run(program: &mut Program, steps: &[Step], weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
+pub fn run(
+    program: &mut Program,
+    steps: &[Step],
+    weights: &Weights,
+    pool: &Pool,
+    memory: &mut Memory,
+    call: Call,
+) -> Outcome {
     let caches = memory.caches.iter_mut();
     let runner = Runner {
         weights,

@@ -38,17 +38,28 @@ impl WeightBytes {
     }
 }
 
+/// A type that weights may be read as.
+///
+/// # Safety
+/// Every bit pattern is a value, and the alignment is at most that of a cache line.
+pub unsafe trait WeightValue: Copy {}
+
+// SAFETY: every pair of bytes is an fp16 value.
+unsafe impl WeightValue for f16 {}
+// SAFETY: every four bytes are an fp32 value.
+unsafe impl WeightValue for f32 {}
+
 impl WeightBytes {
-    /// The bytes as fp16 values.
-    pub fn as_f16s(&self) -> &[f16] {
-        // SAFETY: aligned to a cache line; every pair of initialized bytes is an fp16 value.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.layout.size() / size_of::<f16>()) }
+    /// The bytes as values.
+    pub fn as_values<T: WeightValue>(&self) -> &[T] {
+        // SAFETY: aligned to a cache line and initialized; any bits are a value.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.layout.size() / size_of::<T>()) }
     }
 
-    /// As [`Self::as_f16s`].
-    pub fn as_f16s_mut(&mut self) -> &mut [f16] {
+    /// As [`Self::as_values`].
+    pub fn as_values_mut<T: WeightValue>(&mut self) -> &mut [T] {
         // SAFETY: as above, borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.layout.size() / size_of::<f16>()) }
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.layout.size() / size_of::<T>()) }
     }
 }
 

@@ -6,13 +6,15 @@
 //! of the sum takes the activations uncast and the dequantized int8 weights.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use candle_core::{Result, bail};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
 
-use super::{CpuMatrix, Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored};
+use super::{CpuMatrix, Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored, take_f32_part, take_part};
 use crate::kernels::isa::Isa;
 
 pub const ENTRY: FormatEntry = FormatEntry {
@@ -24,9 +26,10 @@ pub const ENTRY: FormatEntry = FormatEntry {
 
 const NAME: &str = "int8";
 
-/// 1 / 127², what a product of codes is worth under absmax 1: correctly rounded, as the exact goldens and bitsandbytes'
-/// CUDA kernels have it. Its CPU code has a digit missing (6.200124e-5, 1.8e-5 too large), which no stored byte depends on.
-const PRODUCT_UNIT: f32 = 6.200_012e-5;
+/// What a product of codes is worth under absmax 1, as bitsandbytes' CPU code has it: 1 / 127² with a digit missing, 1.8e-5
+/// too large. Its CUDA kernels have the correct 6.200012e-5, and so has the CUDA path here: the difference is enough to move
+/// the next layer's codes, so each device computes what bitsandbytes computes there.
+const PRODUCT_UNIT: f32 = 6.200_124e-5;
 /// 1 / 127, what a weight's code is worth under absmax 1, as bitsandbytes writes it.
 const CODE_UNIT: f32 = 0.007_874_016;
 
@@ -49,9 +52,7 @@ impl Format for Int8 {
     fn quantize(&self, weight: HalfMatrix) -> Result<Box<dyn Stored>> {
         weight.check()?;
         let HalfMatrix { n, k, data } = weight;
-        if k > MAX_COLUMNS {
-            bail!("int8 sums of [{n}, {k}] would overflow 32 bits; at most {MAX_COLUMNS} columns");
-        }
+        check_columns(n, k)?;
         let mut stored = Int8Stored { n, k, threshold: self.threshold, codes: vec![0; n * k], absmax: vec![0.0; n] };
         let mut values = vec![0.0f32; k];
         let rows = data.chunks_exact(k).zip(stored.codes.chunks_exact_mut(k)).zip(&mut stored.absmax);
@@ -61,6 +62,26 @@ impl Format for Int8 {
         }
         Ok(Box::new(stored))
     }
+
+    fn restore(&self, n: usize, k: usize, mut parts: Vec<Part>) -> Result<Box<dyn Stored>> {
+        check_columns(n, k)?;
+        let Some(values) = n.checked_mul(k).filter(|values| *values > 0) else {
+            bail!("a matrix of [{n}, {k}] cannot be stored")
+        };
+        let codes: Vec<i8> = take_part(&mut parts, "", Dtype::I8, values)?.into_iter().map(u8::cast_signed).collect();
+        if codes.contains(&i8::MIN) {
+            bail!("int8 codes go from -127 to 127; -128 is among those stored");
+        }
+        let absmax = take_f32_part(&mut parts, "SCB", n)?;
+        Ok(Box::new(Int8Stored { n, k, threshold: self.threshold, codes, absmax }))
+    }
+}
+
+fn check_columns(n: usize, k: usize) -> Result<()> {
+    if k > MAX_COLUMNS {
+        bail!("int8 sums of [{n}, {k}] would overflow 32 bits; at most {MAX_COLUMNS} columns");
+    }
+    Ok(())
 }
 
 /// The factor that turns values into codes: a reciprocal and a product, two roundings as torch evaluates `127.0 / absmax`.
@@ -80,7 +101,7 @@ fn encode(value: f32, scale: f32) -> i8 {
 /// Encodes a row and returns its absmax; what [`cpu::encode_row`] does, compiled for each instruction set.
 #[inline(always)]
 fn encode_values(values: &[f32], codes: &mut [i8]) -> f32 {
-    let absmax = values.iter().fold(0.0f32, |max, value| if value.abs() > max { value.abs() } else { max });
+    let absmax = super::absmax(values);
     let scale = code_scale(absmax);
     codes.iter_mut().zip(values).for_each(|(code, value)| *code = encode(*value, scale));
     absmax
@@ -174,7 +195,7 @@ impl Stored for Int8Stored {
     }
 
     #[cfg(feature = "cuda")]
-    fn upload(&self, _device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
-        bail!("int8 has no CUDA kernels yet")
+    fn upload(&self, device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
+        cuda::upload(self, device)
     }
 }

@@ -5,6 +5,8 @@
 
 mod codes;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod nested;
 
 use candle_core::Result;
@@ -12,7 +14,7 @@ use half::f16;
 use safetensors::Dtype;
 
 use self::nested::NestedAbsmax;
-use super::{CpuMatrix, Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored};
+use super::{CpuMatrix, Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored, take_f32_part, take_part};
 use crate::kernels::isa::Isa;
 
 pub use codes::{BLOCK, CODES};
@@ -65,6 +67,23 @@ impl Format for Nf4 {
             AbsmaxKind::Nested => Absmax::Nested(NestedAbsmax::quantize(absmax)),
         };
         Ok(Box::new(Nf4Stored { n: weight.n, k: weight.k, packed, absmax }))
+    }
+
+    fn restore(&self, n: usize, k: usize, mut parts: Vec<Part>) -> Result<Box<dyn Stored>> {
+        let Some(values) = n.checked_mul(k).filter(|values| *values > 0) else {
+            candle_core::bail!("a matrix of [{n}, {k}] cannot be stored")
+        };
+        let blocks = values.div_ceil(BLOCK);
+        let packed = take_part(&mut parts, "", Dtype::U8, values.div_ceil(2))?;
+        let absmax = match self.absmax {
+            AbsmaxKind::Plain => Absmax::Plain(take_f32_part(&mut parts, "absmax", blocks)?),
+            AbsmaxKind::Nested => Absmax::Nested(NestedAbsmax {
+                codes: take_part(&mut parts, "absmax", Dtype::U8, blocks)?,
+                absmax: take_f32_part(&mut parts, "nested_absmax", blocks.div_ceil(nested::NESTED_BLOCK))?,
+                offset: take_f32_part(&mut parts, "nested_offset", 1)?[0],
+            }),
+        };
+        Ok(Box::new(Nf4Stored { n, k, packed, absmax }))
     }
 }
 
@@ -183,7 +202,7 @@ impl Stored for Nf4Stored {
     }
 
     #[cfg(feature = "cuda")]
-    fn upload(&self, _device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
-        candle_core::bail!("nf4 has no CUDA kernels yet")
+    fn upload(&self, device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
+        cuda::upload(self, device)
     }
 }

@@ -1,13 +1,18 @@
-//! fp16 on AVX-512: `vcvtph2ps` and FMA, 16 weights an instruction.
+//! AVX-512: FMA, 16 weights an instruction; `vcvtph2ps` widens fp16.
 
 use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::portable;
+use super::{Value, portable};
 use crate::quant::cpu::STRIP_ROWS;
 
 const LANES: usize = 16;
+/// Values in a cache line.
+const LINE: usize = 32;
+/// How far ahead weights are fetched into L1, over the end of the row into the next: the hardware's prefetcher stops at
+/// pages, and long rows share L1 with as long an `x`.
+const PREFETCH_BYTES: usize = 4096;
 /// Sums in flight: an FMA takes 4 cycles and two start in each.
 const SUMS: usize = 8;
 
@@ -16,26 +21,27 @@ const SUMS: usize = 8;
 /// # Safety
 /// The machine has AVX-512F, BW and VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub unsafe fn dot(row: &[f16], x: &[f32]) -> f32 {
+pub unsafe fn dot<T: Value>(row: &[T], x: &[f32]) -> f32 {
     assert_eq!(row.len(), x.len());
     let mut sums = [_mm512_setzero_ps(); SUMS];
     let (rows, xs) = (row.chunks_exact(LANES * SUMS), x.chunks_exact(LANES * SUMS));
     let (row_tail, x_tail) = (rows.remainder(), xs.remainder());
     for (row, x) in rows.zip(xs) {
+        for line in row.chunks(LINE) {
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_byte_add(PREFETCH_BYTES).cast());
+        }
         for (s, sum) in sums.iter_mut().enumerate() {
             // SAFETY: chunk `s` of `SUMS`.
             let (weights, x) =
-                unsafe { (load(row.as_ptr().add(s * LANES)), _mm512_loadu_ps(x.as_ptr().add(s * LANES))) };
+                unsafe { (T::load_avx512(row.as_ptr().add(s * LANES)), _mm512_loadu_ps(x.as_ptr().add(s * LANES))) };
             *sum = _mm512_fmadd_ps(weights, x, *sum);
         }
     }
     for (s, (row, x)) in row_tail.chunks(LANES).zip(x_tail.chunks(LANES)).enumerate() {
         let mask = (1u32 << row.len()).wrapping_sub(1) as __mmask16;
         // SAFETY: the mask covers the chunk.
-        let (weights, x) = unsafe {
-            let weights = _mm256_maskz_loadu_epi16(mask, row.as_ptr().cast());
-            (_mm512_cvtph_ps(weights), _mm512_maskz_loadu_ps(mask, x.as_ptr()))
-        };
+        let (weights, x) =
+            unsafe { (T::load_masked_avx512(mask, row.as_ptr()), _mm512_maskz_loadu_ps(mask, x.as_ptr())) };
         sums[s] = _mm512_fmadd_ps(weights, x, sums[s]);
     }
     let mut total = sums[0];
@@ -46,12 +52,21 @@ pub unsafe fn dot(row: &[f16], x: &[f32]) -> f32 {
 }
 
 /// # Safety
-/// 16 values at `from`.
+/// The machine has AVX-512F; 16 values at `from`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn load(from: *const f16) -> __m512 {
+pub unsafe fn load_f16(from: *const f16) -> __m512 {
     // SAFETY: the caller's promise.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) })
+}
+
+/// # Safety
+/// The machine has AVX-512F, BW and VL; the values whose bits are set lie at `from`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub unsafe fn load_masked_f16(mask: __mmask16, from: *const f16) -> __m512 {
+    // SAFETY: the caller's promise.
+    _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask, from.cast()) })
 }
 
 /// Writes equally long rows as `[columns][16]`.
@@ -59,7 +74,7 @@ unsafe fn load(from: *const f16) -> __m512 {
 /// # Safety
 /// The machine has AVX-512F.
 #[target_feature(enable = "avx512f")]
-pub unsafe fn transpose(rows: [&[f16]; STRIP_ROWS], panel: &mut [f32]) {
+pub unsafe fn transpose<T: Value>(rows: [&[T]; STRIP_ROWS], panel: &mut [f32]) {
     let columns = rows[0].len();
     assert!(rows.iter().all(|row| row.len() == columns) && panel.len() == columns * STRIP_ROWS);
     let whole = columns / LANES * LANES;
@@ -67,7 +82,7 @@ pub unsafe fn transpose(rows: [&[f16]; STRIP_ROWS], panel: &mut [f32]) {
         let mut values = [_mm512_setzero_ps(); STRIP_ROWS];
         for (value, row) in values.iter_mut().zip(rows) {
             // SAFETY: 16 columns from `column` on lie within each row.
-            *value = unsafe { load(row.as_ptr().add(column)) };
+            *value = unsafe { T::load_avx512(row.as_ptr().add(column)) };
         }
         for (c, lanes) in transpose_registers(values).into_iter().enumerate() {
             // SAFETY: `column + c` is a column of the panel.

@@ -1,8 +1,6 @@
-//! fp16 in plain Rust; `half` uses the machine's conversion instructions where it finds them.
+//! In plain Rust; `half` uses the machine's conversion instructions where it finds them.
 
-use half::f16;
-use half::slice::HalfFloatSliceExt;
-
+use super::Value;
 use crate::quant::cpu::STRIP_ROWS;
 
 /// Values converted at once, and as many sums that the compiler may keep in vectors.
@@ -10,12 +8,12 @@ const CHUNK: usize = 64;
 const LANES: usize = 16;
 
 /// `Σ row · x` over equally many values.
-pub fn dot(row: &[f16], x: &[f32]) -> f32 {
+pub fn dot<T: Value>(row: &[T], x: &[f32]) -> f32 {
     let mut sums = [0.0f32; LANES];
     let mut values = [0.0f32; CHUNK];
     for (row, x) in row.chunks(CHUNK).zip(x.chunks(CHUNK)) {
         let values = &mut values[..row.len()];
-        row.convert_to_f32_slice(values);
+        T::widen(row, values);
         for (values, x) in values.chunks(LANES).zip(x.chunks(LANES)) {
             sums.iter_mut().zip(values).zip(x).for_each(|((sum, value), x)| *sum += value * x);
         }
@@ -24,8 +22,10 @@ pub fn dot(row: &[f16], x: &[f32]) -> f32 {
 }
 
 /// Columns of `rows` from `first` on, as `[columns][16]`.
-pub fn transpose(rows: &[&[f16]; STRIP_ROWS], first: usize, panel: &mut [f32]) {
+pub fn transpose<T: Value>(rows: &[&[T]; STRIP_ROWS], first: usize, panel: &mut [f32]) {
     for (column, lanes) in panel.as_chunks_mut::<STRIP_ROWS>().0.iter_mut().enumerate().skip(first) {
-        lanes.iter_mut().zip(rows).for_each(|(lane, row)| *lane = row[column].to_f32());
+        for (lane, row) in lanes.iter_mut().zip(rows) {
+            T::widen(&row[column..=column], std::slice::from_mut(lane));
+        }
     }
 }

@@ -1,13 +1,18 @@
-//! fp16 on AVX2: F16C's `vcvtph2ps` and FMA, 8 weights an instruction.
+//! AVX2: FMA, 8 weights an instruction; F16C's `vcvtph2ps` widens fp16.
 
 use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::portable;
+use super::{Value, portable};
 use crate::quant::cpu::STRIP_ROWS;
 
 const LANES: usize = 8;
+/// Values in a cache line.
+const LINE: usize = 32;
+/// How far ahead weights are fetched into L1, over the end of the row into the next: the hardware's prefetcher stops at
+/// pages, and long rows share L1 with as long an `x`.
+const PREFETCH_BYTES: usize = 4096;
 /// Sums in flight: an FMA takes 4 or 5 cycles and two start in each.
 const SUMS: usize = 8;
 
@@ -16,16 +21,19 @@ const SUMS: usize = 8;
 /// # Safety
 /// The machine has AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn dot(row: &[f16], x: &[f32]) -> f32 {
+pub unsafe fn dot<T: Value>(row: &[T], x: &[f32]) -> f32 {
     assert_eq!(row.len(), x.len());
     let mut sums = [_mm256_setzero_ps(); SUMS];
     let (rows, xs) = (row.chunks_exact(LANES * SUMS), x.chunks_exact(LANES * SUMS));
     let (row_tail, x_tail) = (rows.remainder(), xs.remainder());
     for (row, x) in rows.zip(xs) {
+        for line in row.chunks(LINE) {
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_byte_add(PREFETCH_BYTES).cast());
+        }
         for (s, sum) in sums.iter_mut().enumerate() {
             // SAFETY: chunk `s` of `SUMS`.
             let (weights, x) =
-                unsafe { (load(row.as_ptr().add(s * LANES)), _mm256_loadu_ps(x.as_ptr().add(s * LANES))) };
+                unsafe { (T::load_avx2(row.as_ptr().add(s * LANES)), _mm256_loadu_ps(x.as_ptr().add(s * LANES))) };
             *sum = _mm256_fmadd_ps(weights, x, *sum);
         }
     }
@@ -40,10 +48,10 @@ pub unsafe fn dot(row: &[f16], x: &[f32]) -> f32 {
 }
 
 /// # Safety
-/// 8 values at `from`.
+/// The machine has AVX2 and F16C; 8 values at `from`.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn load(from: *const f16) -> __m256 {
+pub unsafe fn load_f16(from: *const f16) -> __m256 {
     // SAFETY: the caller's promise.
     _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) })
 }
@@ -53,7 +61,7 @@ unsafe fn load(from: *const f16) -> __m256 {
 /// # Safety
 /// The machine has AVX2 and F16C.
 #[target_feature(enable = "avx2,f16c")]
-pub unsafe fn transpose(rows: [&[f16]; STRIP_ROWS], panel: &mut [f32]) {
+pub unsafe fn transpose<T: Value>(rows: [&[T]; STRIP_ROWS], panel: &mut [f32]) {
     let columns = rows[0].len();
     assert!(rows.iter().all(|row| row.len() == columns) && panel.len() == columns * STRIP_ROWS);
     let whole = columns / LANES * LANES;
@@ -62,7 +70,7 @@ pub unsafe fn transpose(rows: [&[f16]; STRIP_ROWS], panel: &mut [f32]) {
             let mut values = [_mm256_setzero_ps(); LANES];
             for (value, row) in values.iter_mut().zip(&rows[first..]) {
                 // SAFETY: 8 columns from `column` on lie within each row.
-                *value = unsafe { load(row.as_ptr().add(column)) };
+                *value = unsafe { T::load_avx2(row.as_ptr().add(column)) };
             }
             for (c, lanes) in transpose_registers(values).into_iter().enumerate() {
                 // SAFETY: `column + c` is a column of the panel and `first` half a strip.

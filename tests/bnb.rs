@@ -1,0 +1,164 @@
+//! Checkpoints that transformers and bitsandbytes saved quantized: loaded as they are, and made byte for byte.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use quantbench::engine::{self, Device, EncoderInput, Session, Setup};
+use quantbench::error;
+use quantbench::events::Silent;
+use quantbench::harness::{self, Asked, Case, DeviceChoice, PromptChoice, Protocol};
+use quantbench::plan::Model;
+use quantbench::quant::FormatOptions;
+use quantbench::weights::{self, Request, WeightsChoice};
+
+const MODELS: [&str; 3] = ["llama-tiny", "phi-odd", "t5-tiny"];
+const PRECISIONS: [&str; 3] = ["int8", "nf4", "nf4-nodq"];
+const N_GEN: usize = 16;
+
+fn golden(kind: &str, name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(kind).join(name)
+}
+
+fn request(folder: &Path) -> Request {
+    Request {
+        model_id: folder.display().to_string(),
+        revision: None,
+        offline: true,
+        weights: WeightsChoice::Auto,
+        seed: 0,
+        outlier_channels: 0,
+    }
+}
+
+fn load(folder: &Path, precision: &str) -> (Model, Box<dyn Session>) {
+    let checkpoint = weights::open(&request(folder), &Silent).unwrap();
+    let model = quantbench::models::build(&checkpoint.config).unwrap();
+    let source = checkpoint.source(&model.matrices, &model.vectors).unwrap();
+    let setup = Setup {
+        model: &model,
+        source: source.as_ref(),
+        precision,
+        options: FormatOptions::default(),
+        device: Device::Cpu,
+        threads: 2,
+        capacity: 64,
+        encoder_capacity: 16,
+    };
+    let session = engine::load(&setup, &Silent).unwrap().session;
+    (model, session)
+}
+
+/// Greedy ids, and the logits of the last step.
+fn generate((model, session): &mut (Model, Box<dyn Session>)) -> (Vec<u32>, Vec<f32>) {
+    let prompt = [5, 9, 100, 42, 7, 77, 12, 200];
+    let start = model.decoder_start.map(|start| vec![start]);
+    if start.is_some() {
+        session.encode(EncoderInput::Tokens(&prompt)).unwrap();
+    }
+    let mut ids = vec![session.prefill(start.as_deref().unwrap_or(&prompt)).unwrap()];
+    session.decode(N_GEN - 1, &mut |id| ids.push(id)).unwrap();
+    (ids, session.logits().unwrap())
+}
+
+#[test]
+fn a_saved_checkpoint_generates_what_the_model_does_when_it_is_quantized_at_load() {
+    for model in MODELS {
+        for precision in PRECISIONS {
+            let mut saved = load(&golden("bnb", &format!("{model}-{precision}")), precision);
+            let mut made = load(&golden("models", model), precision);
+            assert_eq!(generate(&mut saved), generate(&mut made), "{model} {precision}");
+            assert_eq!(saved.1.footprint().weights_bytes, made.1.footprint().weights_bytes, "{model} {precision}");
+        }
+    }
+}
+
+fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
+    Case {
+        model: request(folder),
+        precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
+        asked,
+        format_options: FormatOptions::default(),
+        device: DeviceChoice::Cpu,
+        threads: 1,
+        prompt: PromptChoice::Default,
+        n_gen: 4,
+        n_depth: 0,
+        stop_at_eos: false,
+        protocol: Protocol::default(),
+        save_logits: None,
+        command: "quantbench".to_owned(),
+    }
+}
+
+#[test]
+fn another_precision_than_the_saved_one_is_refused_with_both_names() {
+    let folder = golden("bnb", "llama-tiny-nf4");
+    for precisions in [&["int8"][..], &["nf4-nodq"], &["nf4", "fp16"]] {
+        let error = harness::run(&case(&folder, precisions, Asked::ByName), &Silent).unwrap_err();
+        let other = precisions.iter().find(|name| **name != "nf4").unwrap();
+        assert!(error.to_string().contains(&format!("`--precision {other}`")), "{error}");
+        assert!(error.to_string().contains("saved in `nf4`"), "{error}");
+        assert_eq!(error::exit_code(&error), 2);
+        assert!(error::hint(&error).is_some());
+    }
+}
+
+/// A golden folder whose config.json and weights a test changes.
+fn changed(name: &str, config: impl Fn(String) -> String, weights: impl Fn(Vec<u8>) -> Vec<u8>) -> tempfile::TempDir {
+    let (from, to) = (golden("bnb", name), tempfile::tempdir().unwrap());
+    fs::write(to.path().join("config.json"), config(fs::read_to_string(from.join("config.json")).unwrap())).unwrap();
+    let file = "model.safetensors";
+    fs::write(to.path().join(file), weights(fs::read(from.join(file)).unwrap())).unwrap();
+    to
+}
+
+/// `from`, each time it occurs, as `to`, which is as long.
+fn replaced(mut bytes: Vec<u8>, from: &str, to: &str) -> Vec<u8> {
+    assert_eq!(from.len(), to.len());
+    let places: Vec<usize> =
+        bytes.windows(from.len()).enumerate().filter(|(_, w)| *w == from.as_bytes()).map(|(at, _)| at).collect();
+    assert!(!places.is_empty(), "no `{from}`");
+    for at in places {
+        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+    }
+    bytes
+}
+
+#[test]
+fn what_is_not_as_bitsandbytes_saves_it_is_refused_with_where_and_why() {
+    let same = |bytes: Vec<u8>| bytes;
+    let text = |config: String| config;
+    for (folder, expected) in [
+        (changed("llama-tiny-nf4", |c| c.replace("\"nf4\"", "\"fp4\""), same), "`fp4`"),
+        (changed("llama-tiny-nf4", |c| c.replace("bitsandbytes", "gptq"), same), "`gptq`"),
+        (changed("llama-tiny-nf4", |c| c.replace("quantization_config", "other"), same), "which cannot be cast"),
+        (
+            changed("llama-tiny-nf4-nodq", |c| c.replace("double_quant\": false", "double_quant\": true"), same),
+            "must be U8",
+        ),
+        (changed("llama-tiny-int8", text, |b| replaced(b, "q_proj.SCB", "q_proj.SCA")), "it is absent"),
+        (
+            changed("llama-tiny-nf4", text, |b| replaced(b, "k_proj.weight.absmax", "k_proj.weight.absmin")),
+            "it is absent",
+        ),
+        (
+            changed("llama-tiny-nf4", |c| c.replace("\"intermediate_size\": 256", "\"intermediate_size\": 512"), same),
+            "must be U8 of",
+        ),
+        (changed("llama-tiny-nf4", text, |b| replaced(b, "\"blocksize\": 64", "\"blocksize\": 32")), "blocks of 32"),
+        (
+            changed("llama-tiny-nf4", text, |b| replaced(b, "\"shape\": [128, 256]", "\"shape\": [256, 128]")),
+            "[256, 128]",
+        ),
+    ] {
+        let error = try_load(folder.path()).expect_err(expected);
+        assert!(format!("{error:#}").contains(expected), "{error:#}");
+    }
+}
+
+fn try_load(folder: &Path) -> anyhow::Result<()> {
+    let checkpoint = weights::open(&request(folder), &Silent)?;
+    let model = quantbench::models::build(&checkpoint.config)?;
+    let source = checkpoint.source(&model.matrices, &model.vectors)?;
+    model.matrices.iter().filter_map(|spec| source.parts(spec)).try_for_each(|parts| parts.map(drop))
+}
