@@ -15,10 +15,10 @@ use super::worker::Opened;
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
 use crate::plan::EncoderInputKind;
-use crate::quant::fp32;
 use crate::quality::cost::TokenCost;
 use crate::quality::windows::{self, Window};
 use crate::quality::{CallPath, pass, rows, summary, text};
+use crate::quant::fp32;
 use crate::record::{self, Record};
 use crate::weights::{SourceKind, tokenizer};
 
@@ -89,7 +89,10 @@ impl Passage {
             return Ok(Err(Refusal { reason, hint: "name a folder or a hub id with `--model-id`" }));
         }
         if let Some(quantized) = &checkpoint.quantized {
-            let reason = format!("the weights were saved in `{}`, and what they were made from is not here", quantized.precision);
+            let reason = format!(
+                "the weights were saved in `{}`, and what they were made from is not here",
+                quantized.precision
+            );
             return Ok(Err(Refusal { reason, hint: "name the model that they were made from with `--model-id`" }));
         }
         let Some(tokenizer) = &checkpoint.tokenizer else {

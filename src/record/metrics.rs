@@ -158,6 +158,20 @@ pub static METRICS: &[Metric] = &[
         "LLM.int8's outlier columns per linear call",
         "int8.outlier_columns_mean",
     ),
+    stored("kl_mean", "nats/token", Lower, "KL divergence from the reference's predictions, mean", "quality.kl_mean"),
+    stored("kl_median", "nats/token", Lower, "the same, median over the tokens", "quality.kl_median"),
+    stored("kl_p99", "nats/token", Lower, "the same, exceeded by 1 % of the tokens", "quality.kl_p99"),
+    stored(
+        "top1_agreement",
+        "share",
+        Higher,
+        "tokens at which the reference and the precision expect the same one most",
+        "quality.top1_agreement",
+    ),
+    stored("nll_mean", "nats/token", Lower, "negative log likelihood of the text, mean", "quality.nll_mean"),
+    stored("perplexity", "tokens", Lower, "exp of nll_mean", "quality.perplexity"),
+    stored("perplexity_ratio", "x", Lower, "perplexity over that of fp16 in the same run", "quality.perplexity_ratio"),
+    stored("logit_error_max", "logits", Lower, "largest difference of a logit", "quality.logit_error_max"),
 ];
 
 /// The row of `key`.

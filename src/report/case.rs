@@ -21,7 +21,11 @@ pub fn title(records: &[Record]) -> String {
     let first = &records[0];
     let random = if first.weights.source == "random" { " (random weights)" } else { "" };
     let engine = if first.engine.name == "quantbench" { String::new() } else { format!(" by {}", first.engine.name) };
-    plain(&format!("{}{random}{engine} on {}: {}", first.model.id, device(first), workload(&first.workload)))
+    let what = match records.iter().find_map(|record| record.quality.as_ref().filter(|_| has_quality_alone(record))) {
+        Some(quality) => format!("quality over {} tokens of `{}`", quality.n_tokens, quality.text),
+        None => workload(&first.workload),
+    };
+    plain(&format!("{}{random}{engine} on {}: {what}", first.model.id, device(first)))
 }
 
 fn device(record: &Record) -> String {
@@ -34,6 +38,11 @@ fn device(record: &Record) -> String {
         text += &format!(", {}", environment.isa);
     }
     text
+}
+
+/// Whether quality was measured and speed was not.
+pub fn has_quality_alone(record: &Record) -> bool {
+    record.quality.is_some() && record.samples.end_to_end_ns.is_empty()
 }
 
 /// The lengths of a workload, for example `8 prompt + 64 new tokens after 512 in the cache`.

@@ -21,18 +21,37 @@ pub enum Cell {
 pub struct Column {
     pub name: &'static str,
     pub unit: &'static str,
-    /// Shown in the wide table alone, and there only where some record has a value.
-    pub wide: bool,
+    pub shown: Shown,
+    /// Fixed where values span orders of magnitude; `None`: about four digits of the largest.
+    pub decimals: Option<usize>,
     pub cell: fn(&Record) -> Cell,
 }
 
+/// When a column is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shown {
+    /// Wherever speed was measured, so that tables of runs look alike.
+    Always,
+    /// Where some record has a value.
+    Known,
+    /// As [`Shown::Known`], in the wide table alone.
+    Wide,
+}
+
 const fn narrow(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell) -> Column {
-    Column { name, unit, wide: false, cell }
+    Column { name, unit, shown: Shown::Always, decimals: None, cell }
 }
 
 const fn wide(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell) -> Column {
-    Column { name, unit, wide: true, cell }
+    Column { name, unit, shown: Shown::Wide, decimals: None, cell }
 }
+
+const fn known(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell) -> Column {
+    Column { name, unit, shown: Shown::Known, decimals: None, cell }
+}
+
+/// A tenth of the divergence below which fp16 is told from fp32 no more.
+const DIVERGENCE_DECIMALS: usize = 5;
 
 /// From left to right, after the precision.
 pub static COLUMNS: &[Column] = &[
@@ -42,6 +61,19 @@ pub static COLUMNS: &[Column] = &[
     narrow("peak", "GiB", |r| gib(r.memory.peak_bytes)),
     narrow("weights", "GiB", |r| gib(r.memory.weights_bytes)),
     narrow("TTFT", "ms", |r| median(r, "ttft_ms")),
+    Column { decimals: Some(DIVERGENCE_DECIMALS), ..known("KL", "nats/token", kl) },
+    known("top-1", "%", |r| r.quality.as_ref().map_or(Cell::Unknown, |q| Cell::Percent(100.0 * q.top1_agreement))),
+    known("perplexity", "x fp16", perplexity_ratio),
+    wide("perplexity", "", |r| number(r.quality.as_ref().map(|q| q.perplexity))),
+    Column {
+        decimals: Some(DIVERGENCE_DECIMALS),
+        ..wide("KL p50", "nats/token", |r| number(r.quality.as_ref().map(|q| q.kl_median)))
+    },
+    Column {
+        decimals: Some(DIVERGENCE_DECIMALS),
+        ..wide("KL p99", "nats/token", |r| number(r.quality.as_ref().map(|q| q.kl_p99)))
+    },
+    wide("logit error", "largest", |r| number(r.quality.as_ref().map(|q| q.logit_error_max))),
     wide("x fp16", "95 % interval", speed_up_interval),
     wide("end to end", "ms/token", |r| median(r, "latency_per_token_ms")),
     wide("ITL p50", "ms", |r| percentile(r, |s| s.p50)),
@@ -71,7 +103,13 @@ pub struct Row {
 pub fn sheet(records: &[Record], wide: bool) -> Sheet {
     let ok: Vec<_> = records.iter().filter(|record| record.status == Status::Ok).collect();
     let known = |column: &Column| ok.iter().any(|record| (column.cell)(record) != Cell::Unknown);
-    let columns: Vec<_> = COLUMNS.iter().filter(|column| !column.wide || (wide && known(column))).collect();
+    let only_quality = !ok.is_empty() && ok.iter().all(|record| case::has_quality_alone(record));
+    let shows = |column: &Column| match column.shown {
+        Shown::Always => !only_quality || known(column),
+        Shown::Known => known(column),
+        Shown::Wide => wide && known(column),
+    };
+    let columns: Vec<_> = COLUMNS.iter().filter(|column| shows(column)).collect();
     let decimals: Vec<_> = columns.iter().map(|column| column_decimals(column, &ok)).collect();
 
     let row = |record: &Record| Row {
@@ -87,6 +125,9 @@ pub fn sheet(records: &[Record], wide: bool) -> Sheet {
 
 /// The same for every row, so that the digits line up.
 fn column_decimals(column: &Column, records: &[&Record]) -> usize {
+    if let Some(decimals) = column.decimals {
+        return decimals;
+    }
     decimals(records.iter().map(|record| (column.cell)(record).magnitude()).fold(0.0, f64::max))
 }
 
@@ -135,6 +176,25 @@ fn interval(record: &Record, key: &str) -> Cell {
         Some((Some(median), Some(low), Some(high))) => Cell::Interval(median, (high - low) / 2.0),
         Some((median, ..)) => number(median),
         None => Cell::Unknown,
+    }
+}
+
+fn kl(record: &Record) -> Cell {
+    match &record.quality {
+        Some(quality) => match quality.kl_mean_half_width {
+            Some(half) => Cell::Interval(quality.kl_mean, half),
+            None => Cell::Number(quality.kl_mean),
+        },
+        None => Cell::Unknown,
+    }
+}
+
+/// fp16 is its own baseline.
+fn perplexity_ratio(record: &Record) -> Cell {
+    let Some(quality) = record.quality.as_ref().filter(|_| record.precision != "fp16") else { return Cell::Unknown };
+    match (quality.perplexity_ratio, quality.perplexity_ratio_ci95_low, quality.perplexity_ratio_ci95_high) {
+        (Some(ratio), Some(low), Some(high)) => Cell::Interval(ratio, (high - low) / 2.0),
+        (ratio, ..) => number(ratio),
     }
 }
 

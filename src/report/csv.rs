@@ -41,6 +41,9 @@ const FACTS: &[(&str, &str)] = &[
 /// Facts that follow the metrics.
 const CONTEXT: &[(&str, &str)] = &[
     ("speedup_paired", "/ratio_to_fp16/paired"),
+    ("quality_path", "/quality/path"),
+    ("quality_text", "/quality/text"),
+    ("quality_tokens", "/quality/n_tokens"),
     ("cpu", "/environment/cpu"),
     ("isa", "/environment/isa"),
     ("threads", "/environment/threads"),

@@ -1,15 +1,40 @@
 //! One sentence from the data: which precision decodes fastest, by how much, and what memory it saves. It claims no
 //! more than the intervals carry.
 
-use super::case::{GIB, plain, status_word};
+use super::case::{self, GIB, plain, status_word};
 use crate::record::{Record, Status, Summary};
 
 /// Of one case, never empty; the scope stands behind it in brackets.
 pub fn verdict(records: &[Record]) -> String {
     let ok: Vec<_> = records.iter().filter(|record| record.status == Status::Ok).collect();
-    let batch_size = records[0].workload.batch_size;
     let missing = baseline_missing(records, &ok);
-    plain(&format!("{}{missing} (this machine, batch {batch_size}, these lengths)", claim(&ok)))
+    if !ok.is_empty() && ok.iter().all(|record| case::has_quality_alone(record)) {
+        return plain(&format!("{}{missing} (this text)", cost(&ok).trim_start_matches("; ")));
+    }
+    let batch_size = records[0].workload.batch_size;
+    plain(&format!("{}{}{missing} (this machine, batch {batch_size}, these lengths)", claim(&ok), cost(&ok)))
+}
+
+/// What each precision changes of the predictions, where it was measured. A perplexity that the interval cannot tell from
+/// fp16's is called so.
+fn cost(ok: &[&Record]) -> String {
+    let one = |record: &&Record| {
+        let quality = record.quality.as_ref()?;
+        let ratio = (quality.perplexity_ratio, quality.perplexity_ratio_ci95_low, quality.perplexity_ratio_ci95_high);
+        let against = match ratio {
+            _ if record.precision == "fp16" && ok.len() > 1 => return None,
+            (Some(ratio), Some(low), Some(high)) if low > 1.0 || high < 1.0 => {
+                format!(" and has {ratio:.3}× fp16's perplexity (95 % interval {low:.3} to {high:.3})")
+            }
+            (Some(_), Some(_), Some(_)) if record.precision != "fp16" => {
+                ", with no measurable difference in perplexity from fp16".to_owned()
+            }
+            _ => String::new(),
+        };
+        let agreement = 100.0 * quality.top1_agreement;
+        Some(format!("; {} agrees with the reference on {agreement:.1} % of next tokens{against}", record.precision))
+    };
+    ok.iter().filter_map(one).collect()
 }
 
 fn claim(ok: &[&Record]) -> String {
