@@ -2,8 +2,10 @@
 //!
 //! Value lists, defaults, help, completions and the man page come from here and from the tables of the layers below.
 
+mod export;
 mod request;
 
+pub use export::{ExportArgs, ExportRequest};
 pub use request::Request;
 
 use std::path::PathBuf;
@@ -44,6 +46,8 @@ pub struct Cli {
 pub enum Command {
     /// Measure a model (what happens without a subcommand).
     Run(Box<RunArgs>),
+    /// Write a quantized checkpoint that transformers and bitsandbytes load unchanged.
+    Export(ExportArgs),
     /// Print a completion script for a shell.
     Completions {
         /// Shell to complete for.

@@ -108,7 +108,7 @@ fn without_double_quant(entry: &'static FormatEntry) -> &'static FormatEntry {
     quant::find(&format!("{}-nodq", entry.name)).unwrap_or(entry)
 }
 
-fn unknown_precision(word: &str) -> BadInput {
+pub(super) fn unknown_precision(word: &str) -> BadInput {
     let known = || FORMATS.iter().flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
     let names: Vec<&str> = known().chain(["all"]).collect();
     let error = BadInput::new(format!("unknown precision `{word}`: known are {}", names.join(", ")));

@@ -1,5 +1,6 @@
 //! One file per command, each a table of contents.
 
+mod export;
 mod limits;
 mod list_models;
 mod run;
@@ -17,6 +18,7 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         None => run(&cli.run),
         Some(Command::Run(args)) => run(args),
+        Some(Command::Export(args)) => export::export(args),
         Some(Command::Completions { shell }) => completions(*shell),
         Some(Command::Man) => man(),
         Some(Command::Worker) => harness::worker_main().map(|()| ExitCode::SUCCESS),
