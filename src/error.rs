@@ -14,7 +14,7 @@ pub struct BadInput {
 
 impl BadInput {
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), hint: None }
+        Self { message: without_backtrace(&message.into()).to_owned(), hint: None }
     }
 
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -65,6 +65,12 @@ impl fmt::Display for CaseFailed {
 
 impl std::error::Error for CaseFailed {}
 
+/// `text` up to the first backtrace. candle writes one into its messages where `RUST_BACKTRACE` asks for it, and it names the
+/// folders of the build, which no record may hold.
+pub fn without_backtrace(text: &str) -> &str {
+    text.split_once("\n   0: ").map_or(text, |(message, _)| message)
+}
+
 /// Exit code of a failed command (design.md section 7): 1 for a failed case, 2 for usage or set-up.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<CaseFailed>() {
@@ -76,4 +82,20 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 /// The hint of the innermost [`BadInput`] in the chain, if it has one.
 pub fn hint(error: &anyhow::Error) -> Option<String> {
     error.downcast_ref::<BadInput>().and_then(BadInput::hint_text).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backtraces_are_cut() {
+        let candle = candle_core::Error::Msg("no `model_type`".into());
+        let backtrace = Box::new(std::backtrace::Backtrace::force_capture());
+        let error = candle_core::Error::WithBacktrace { inner: Box::new(candle), backtrace };
+        assert!(error.to_string().lines().count() > 1);
+        assert_eq!(without_backtrace(&error.to_string()), "no `model_type`");
+        assert_eq!(BadInput::new(format!("config.json: {error}")).to_string(), "config.json: no `model_type`");
+        assert_eq!(without_backtrace("two\nlines"), "two\nlines");
+    }
 }

@@ -24,9 +24,10 @@ pub fn print_error(error: &anyhow::Error) {
 }
 
 fn error_text(error: &anyhow::Error) -> String {
-    let mut text = format!("error: {error}\n");
-    for cause in error.chain().skip(1) {
-        text += &format!("  caused by: {cause}\n");
+    let mut text = String::new();
+    for (index, cause) in error.chain().enumerate() {
+        let label = if index == 0 { "error" } else { "  caused by" };
+        text += &format!("{label}: {}\n", error::without_backtrace(&cause.to_string()));
     }
     if let Some(hint) = error::hint(error) {
         text += &format!("\nhint: {hint}\n");

@@ -39,7 +39,8 @@ impl Place {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quantbench"));
         command.args(args).current_dir(self.folder.path()).env("COLUMNS", "100");
         command.env("HF_HOME", self.folder.path().join("hub")).env_remove("HF_TOKEN").env_remove("HF_ENDPOINT");
-        command.stdin(Stdio::null());
+        // candle would write backtraces into its messages.
+        command.env("RUST_BACKTRACE", "1").stdin(Stdio::null());
         command
     }
 

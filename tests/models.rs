@@ -249,3 +249,24 @@ fn a_rewound_session_repeats_itself_bit_for_bit() {
         assert_eq!(first, loaded.generate(&[1, 2, 3]), "{precision}");
     }
 }
+
+/// Scoring all rows of one call gives what prefill and decode give row by row: the same fp32 sums in another order.
+#[test]
+fn scored_rows_equal_the_decode_steps() {
+    for model in ["llama-tiny", "phi-odd"] {
+        for executor in executors() {
+            let mut loaded = load(model, "nf4", executor);
+            let tokens = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22];
+            let steps = loaded.forced(&tokens[..1], &tokens[1..]);
+            loaded.session.rewind(0);
+            let mut seen = 0;
+            let on_row = &mut |row: usize, logits: &[f32]| {
+                let difference = steps.get(row).map_or(0.0, |step| largest_difference(logits, step));
+                assert!(difference <= FP32_LOGIT_TOLERANCE, "{model} {executor:?} row {row}: {difference}");
+                seen += 1;
+            };
+            loaded.session.score(&tokens, on_row).unwrap();
+            assert_eq!((seen, steps.len()), (tokens.len(), tokens.len() - 1));
+        }
+    }
+}

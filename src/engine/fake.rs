@@ -105,6 +105,12 @@ impl Session for FakeSession {
         Ok(self.token())
     }
 
+    fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        self.prefill(tokens)?;
+        (0..tokens.len()).for_each(|row| on_row(row, &self.current.logits));
+        Ok(())
+    }
+
     fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
         for _ in 0..n {
             self.time.advance(held(&self.current.step_ns, self.given - 1));

@@ -39,6 +39,10 @@ pub trait Session {
     /// `on_token` is called once a step, as soon as the host can read its token. End-of-sequence tokens are not special.
     fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()>;
 
+    /// Runs `tokens` in one call as [`Self::prefill`] does and hands out the logits of every row in turn, fp32 `[vocab]`: what
+    /// the model expected after each token. The caller's memory stays free of `[rows, vocab]`.
+    fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()>;
+
     /// Logits from which the last token was chosen, fp32 `[vocab]`.
     fn logits(&mut self) -> Result<Vec<f32>>;
 

@@ -109,12 +109,12 @@ impl Reference {
     }
 
     /// Runs a call of `rows` rows through `plan`.
-    fn run(&mut self, plan: &Plan, tokens: &[u32]) -> Result<()> {
+    fn run(&mut self, plan: &Plan, tokens: &[u32]) -> Result<Buffers> {
         let mut buffers = Buffers(vec![None; plan.buffers.len()]);
         for op in &plan.ops {
             self.step(op, tokens, &mut buffers).with_context(|| format!("reference executor at {op:?}"))?;
         }
-        Ok(())
+        Ok(buffers)
     }
 
     fn decoder_call(&mut self, tokens: &[u32]) -> Result<u32> {
@@ -383,17 +383,18 @@ impl Session for Reference {
         match (encoder.input, input) {
             (EncoderInputKind::Tokens, EncoderInput::Tokens(tokens)) => {
                 self.encoded = tokens.len();
-                self.run(&encoder.plan, tokens)
+                self.run(&encoder.plan, tokens)?;
             }
             (EncoderInputKind::Picture(picture), EncoderInput::Pixels(pixels)) => {
                 let patches = patch_rows(pixels, picture)?;
                 let width = patches.len() / picture.patches();
                 self.encoded = picture.patches();
                 self.patches = Some(Tensor::from_vec(patches, (picture.patches(), width), &self.device)?);
-                self.run(&encoder.plan, &[])
+                self.run(&encoder.plan, &[])?;
             }
             _ => bail!("this model's encoder reads another kind of input"),
         }
+        Ok(())
     }
 
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
@@ -401,6 +402,22 @@ impl Session for Reference {
             bail!("a prefill needs at least one token");
         }
         self.decoder_call(tokens)
+    }
+
+    fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        let plan = self.model.decoder.clone();
+        let head = plan.head().context("this plan has no head")?;
+        let body = Plan { ops: plan.ops[..head.body_len].to_vec(), buffers: plan.buffers.clone() };
+        let x = (self.run(&body, tokens)?.get(head.x)? * head.scale as f64)?;
+        self.position += tokens.len();
+        for row in 0..tokens.len() {
+            let mut logits = self.matrices[head.weight.0].forward(&x.narrow(0, row, 1)?.contiguous()?)?;
+            if let Some(bias) = head.bias {
+                logits = logits.broadcast_add(&self.vectors[bias.0].to_dtype(self.compute)?)?;
+            }
+            on_row(row, &logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok(())
     }
 
     fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {

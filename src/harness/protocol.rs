@@ -148,7 +148,7 @@ pub enum Failure {
 impl Failure {
     /// Sorts an error by what the parent does about it.
     pub fn of(error: &anyhow::Error) -> Self {
-        let message = format!("{error:#}");
+        let message = crate::error::without_backtrace(&format!("{error:#}")).to_owned();
         if error.downcast_ref::<BadInput>().is_some() {
             return Failure::BadInput { message, hint: crate::error::hint(error) };
         }

@@ -65,7 +65,7 @@ impl Config {
             ("num_key_value_heads", self.num_key_value_heads),
             ("head_dim", self.head_dim),
         ])?;
-        if self.num_attention_heads % self.num_key_value_heads != 0 {
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
             bail!("config.json says {heads} attention heads over {kv_heads} key/value heads; they must divide");
         }

@@ -55,7 +55,7 @@ impl Shape {
             ("num_attention_heads", heads),
             ("num_key_value_heads", kv_heads),
         ])?;
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             bail!("config.json says {heads} attention heads over {kv_heads} key/value heads; they must divide");
         }
         let head_dim = config.head_dim.unwrap_or(config.hidden_size / heads);

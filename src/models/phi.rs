@@ -54,7 +54,7 @@ impl Config {
             ("num_key_value_heads", self.kv_heads()),
         ])?;
         let (heads, kv_heads) = (self.num_attention_heads, self.kv_heads());
-        if heads % kv_heads != 0 || self.hidden_size % heads != 0 {
+        if !heads.is_multiple_of(kv_heads) || !self.hidden_size.is_multiple_of(heads) {
             bail!(
                 "config.json says hidden size {}, {heads} heads, {kv_heads} key/value heads; they must divide",
                 self.hidden_size

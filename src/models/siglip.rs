@@ -47,7 +47,8 @@ impl Config {
             ("image_size", self.image_size),
         ])?;
         let (size, patch) = (self.image_size, self.patch_size);
-        if size % patch != 0 || self.hidden_size % self.num_attention_heads != 0 || self.num_channels != 3 {
+        let heads_divide = self.hidden_size.is_multiple_of(self.num_attention_heads);
+        if !size.is_multiple_of(patch) || !heads_divide || self.num_channels != 3 {
             bail!(
                 "config.json's vision tower must have 3 channels, an image size ({size}) in whole patches ({patch}) and equal heads"
             );

@@ -190,6 +190,29 @@ pub struct Plan {
     pub ops: Vec<Op>,
 }
 
+/// What turns a plan's last rows into logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Head {
+    /// Rows of the call, before the last one is taken.
+    pub x: BufferId,
+    pub scale: f32,
+    pub weight: MatrixId,
+    pub bias: Option<VectorId>,
+    /// Operations before the head.
+    pub body_len: usize,
+}
+
+impl Plan {
+    /// The head of a decoder's plan, which ends with the last row, its logits and the token.
+    pub fn head(&self) -> Option<Head> {
+        let [Op::LastRow { x, scale, .. }, Op::Linear { parts, .. }, Op::Argmax { .. }] = self.ops.last_chunk()? else {
+            return None;
+        };
+        let part = parts.first()?;
+        Some(Head { x: *x, scale: *scale, weight: part.weight, bias: part.bias, body_len: self.ops.len() - 3 })
+    }
+}
+
 /// A model as data: what it needs and what it computes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Model {

@@ -51,6 +51,13 @@ fn multiply_dense(weights: &[f32], (n, k): (usize, usize), x: &[f32], m: usize) 
     y
 }
 
+/// The largest magnitude, NaN where a value is. Compared as integers, which have the same order and, unlike floats, one
+/// that compilers may take apart into vectors.
+#[inline(always)]
+fn absmax(values: &[f32]) -> f32 {
+    f32::from_bits(values.iter().fold(0, |max, value| max.max(value.abs().to_bits())))
+}
+
 /// How a format is configured; the defaults are bitsandbytes'.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct FormatOptions {

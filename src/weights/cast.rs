@@ -3,10 +3,12 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+/// From little-endian bytes; returns how many finite values became infinite.
+pub type Cast = fn(&[u8], &mut [f16]) -> usize;
+
 /// Values converted at once: fp32 scratch of 16 KiB, which stays in the first-level cache.
 const CHUNK: usize = 4096;
 
-/// Little-endian fp16.
 pub fn from_f16(bytes: &[u8], out: &mut [f16]) -> usize {
     for (value, pair) in out.iter_mut().zip(bytes.chunks_exact(2)) {
         *value = f16::from_le_bytes([pair[0], pair[1]]);
@@ -14,12 +16,10 @@ pub fn from_f16(bytes: &[u8], out: &mut [f16]) -> usize {
     0
 }
 
-/// Little-endian bf16. Returns how many finite values became infinite.
 pub fn from_bf16(bytes: &[u8], out: &mut [f16]) -> usize {
     through_f32(bytes, 2, out, widen_bf16)
 }
 
-/// Little-endian fp32. Returns how many finite values became infinite.
 pub fn from_f32(bytes: &[u8], out: &mut [f16]) -> usize {
     through_f32(bytes, 4, out, widen_f32)
 }

@@ -1,7 +1,7 @@
 //! Random weights of a true shape: seeded, scaled so that activations stay finite, with planted outlier channels.
 //!
-//! A value depends on the seed, the tensor's name, its row and its column alone, so any chunking, thread order and machine
-//! gives the same weights. Only integer arithmetic and correctly rounded operations make them.
+//! A value depends on the seed, the tensor's name, its row and its column alone, so any chunking, thread order and
+//! machine gives the same weights. Only integer arithmetic and correctly rounded operations make them.
 
 use std::collections::HashMap;
 use std::ops::Range;

@@ -14,8 +14,9 @@ use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::bnb::{self, Lookup, PreQuantized};
+use super::cast::{self, Cast};
 use super::spec::{MatrixSpec, VectorSpec};
-use super::{Source, SourceInfo, SourceKind, cast};
+use super::{Source, SourceInfo, SourceKind};
 use crate::error::BadInput;
 use crate::quant::Part;
 
@@ -148,7 +149,8 @@ impl Tensor {
 }
 
 impl Safetensors {
-    /// Reads the headers of a checkpoint. `label` is what messages call it; `etags` are the hub's, where it came from there.
+    /// Reads the headers of a checkpoint. `label` is what messages call it; `etags` are the hub's, where it came from
+    /// there.
     pub fn open(
         layout: &Layout,
         label: &str,
@@ -161,7 +163,7 @@ impl Safetensors {
         for (index, path) in layout.files.iter().enumerate() {
             let (shard, metadata) = read_header(path)?;
             let here = |name: &str| match &layout.weight_map {
-                // A name that the index does not know may lie anywhere; one that it gives to another file is a leftover.
+                // A name that the index does not know may lie anywhere; one that it gives to another file is stale.
                 Some(map) => map.get(name).is_none_or(|file| path.ends_with(file)),
                 None => true,
             };
@@ -313,7 +315,7 @@ impl Source for Safetensors {
 
     fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f16]) -> Result<usize> {
         let tensor = self.tensor(name)?;
-        let cast = match tensor.dtype {
+        let cast: Cast = match tensor.dtype {
             Dtype::F16 => cast::from_f16,
             Dtype::BF16 => cast::from_bf16,
             Dtype::F32 => cast::from_f32,

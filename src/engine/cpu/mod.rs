@@ -4,7 +4,7 @@
 mod run;
 mod schedule;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail};
 
@@ -13,12 +13,16 @@ use self::schedule::{Step, lower};
 use super::load::stream;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
-use crate::kernels::cpu::pool::Pool;
+use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::rope::Angles;
+use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
-use crate::plan::{CacheSpec, EncoderInputKind, Holds, Model, Op, Plan, RelativeBias, Rows, Storage};
+use crate::plan::{CacheSpec, EncoderInputKind, Head, Holds, Model, Op, Plan, RelativeBias, Rows, Storage};
 use crate::quant::{CpuMatrix, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
+
+/// Rows whose logits are held at once when all are asked for: 16 MB at a vocabulary of 256k.
+const SCORED_ROWS: usize = 16;
 
 /// Weights, caches and activations of one loaded model.
 pub struct CpuSession {
@@ -163,19 +167,25 @@ impl CpuSession {
         }
     }
 
-    /// Runs `tokens` through the decoder in one call.
-    fn decoder_call(&mut self, tokens: &[u32]) -> Result<u32> {
+    /// Checks that `tokens` fit behind the cache and tells the decoder's call.
+    fn decoder_call<'a>(&self, tokens: &'a [u32]) -> Result<Call<'a>> {
         let end = self.position + tokens.len();
         if tokens.is_empty() || end > self.weights.capacity {
             let (n, capacity) = (tokens.len(), self.weights.capacity);
             bail!("a call of {n} tokens at position {} does not fit a cache of {capacity}", self.position);
         }
         self.weights.check_tokens(tokens)?;
-        let call = Call { rows: tokens.len(), tokens, patches: &[], position: self.position, encoded: self.encoded };
+        Ok(Call { rows: tokens.len(), tokens, patches: &[], position: self.position, encoded: self.encoded })
+    }
+
+    /// Runs `tokens` through the decoder in one call and returns the next one.
+    fn step(&mut self, tokens: &[u32]) -> Result<u32> {
+        let call = self.decoder_call(tokens)?;
         let _pinned = self.pool.pin_caller();
-        let outcome = self.decoder.run(&self.weights, &self.pool, &mut self.memory, call);
+        let steps = Arc::clone(&self.decoder.steps);
+        let outcome = self.decoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);
         self.last_token = outcome.token;
-        self.position = end;
+        self.position += tokens.len();
         self.outliers.calls += outcome.outlier_calls;
         self.outliers.columns += outcome.outlier_columns;
         Ok(self.last_token)
@@ -190,7 +200,8 @@ impl CpuSession {
         let Some(encoder) = &mut self.encoder else { bail!("this model has no encoder") };
         let call = Call { rows, tokens, patches, position: 0, encoded: rows };
         let _pinned = self.pool.pin_caller();
-        encoder.run(&self.weights, &self.pool, &mut self.memory, call);
+        let steps = Arc::clone(&encoder.steps);
+        encoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);
         self.encoded = rows;
         Ok(())
     }
@@ -216,14 +227,15 @@ impl Program {
         }
     }
 
-    fn run(&mut self, weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
+    /// Replays `steps`, which are this program's from the first on.
+    fn run(&mut self, steps: &[Step], weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
         for (slot, floats) in self.storage.slots.iter().zip(&mut self.slots) {
             let rows = if slot.rows == Rows::Tokens { call.rows } else { 1 };
             if floats.len() < rows * slot.width {
                 floats.resize(rows * slot.width, 0.0);
             }
         }
-        run::run(self, weights, pool, memory, call)
+        run::run(self, steps, weights, pool, memory, call)
     }
 
     /// The logits of the last call, where one was run.
@@ -261,14 +273,25 @@ impl Session for CpuSession {
     }
 
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
-        self.decoder_call(tokens)
+        self.step(tokens)
     }
 
     fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
         for _ in 0..n {
-            let token = self.decoder_call(&[self.last_token])?;
+            let token = self.step(&[self.last_token])?;
             on_token(token);
         }
+        Ok(())
+    }
+
+    fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        let call = self.decoder_call(tokens)?;
+        let Some(head) = self.decoder.plan.head() else { bail!("this plan has no head") };
+        let steps = Arc::clone(&self.decoder.steps);
+        let body = steps.iter().position(|step| matches!(step, Step::LastRow { .. })).unwrap_or(steps.len());
+        self.decoder.run(&steps[..body], &self.weights, &self.pool, &mut self.memory, call);
+        self.position += tokens.len();
+        self.score_rows(head, tokens.len(), on_row);
         Ok(())
     }
 
@@ -308,6 +331,32 @@ impl Session for CpuSession {
 }
 
 impl CpuSession {
+    /// The head over all `rows` that the body left, some at a time.
+    fn score_rows(&mut self, head: Head, rows: usize, on_row: &mut dyn FnMut(usize, &[f32])) {
+        let Self { pool, weights, decoder, memory, .. } = self;
+        let matrix = &weights.matrices[head.weight.0];
+        let bias = head.bias.map(|bias| weights.vectors[bias.0].as_slice());
+        let (n, k) = matrix.shape();
+        let mut x = decoder.slots[decoder.storage.slot_of[head.x.0]][..rows * k].to_vec();
+        x.iter_mut().for_each(|value| *value *= head.scale);
+        let mut logits = vec![0.0; SCORED_ROWS.min(rows) * n];
+        for (chunk, x) in x.chunks(SCORED_ROWS * k).enumerate() {
+            matrix.prepare(x, x.len() / k, &mut memory.prepared);
+            let y = SharedSlice::new(&mut logits[..x.len() / k * n]);
+            let scratch: Vec<Mutex<&mut Vec<f32>>> =
+                memory.scratch.iter_mut().map(|s| Mutex::new(&mut s.kernel)).collect();
+            pool.run(&|worker: &Worker| {
+                let mut scratch = scratch[worker.index()].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                matrix.multiply(&memory.prepared, worker.share(n, weights.granule), bias, &y, &mut scratch);
+            });
+            logits
+                .chunks_exact(n)
+                .take(x.len() / k)
+                .enumerate()
+                .for_each(|(row, l)| on_row(chunk * SCORED_ROWS + row, l));
+        }
+    }
+
     fn scratch_bytes(&self) -> usize {
         let Memory { features, prepared, scratch, .. } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);

@@ -39,8 +39,15 @@ pub struct Outcome {
     pub outlier_columns: u64,
 }
 
-/// Replays `program` for one call. Its slots must be large enough.
-pub fn run(program: &mut Program, weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
+/// Replays `steps` of `program` for one call. Its slots must be large enough.
+pub fn run(
+    program: &mut Program,
+    steps: &[Step],
+    weights: &Weights,
+    pool: &Pool,
+    memory: &mut Memory,
+    call: Call,
+) -> Outcome {
     let caches = memory.caches.iter_mut();
     let runner = Runner {
         weights,
@@ -57,7 +64,6 @@ pub fn run(program: &mut Program, weights: &Weights, pool: &Pool, memory: &mut M
         outlier_calls: AtomicU64::new(0),
     };
     let single = call.rows == 1;
-    let steps = &program.steps;
     pool.run(&|worker: &Worker| {
         for (index, step) in steps.iter().enumerate() {
             if index > 0 && must_meet(&steps[index - 1], step, single) {

@@ -24,9 +24,10 @@ pub const ENTRY: FormatEntry = FormatEntry {
 
 const NAME: &str = "int8";
 
-/// 1 / 127², what a product of codes is worth under absmax 1: correctly rounded, as the exact goldens and bitsandbytes'
-/// CUDA kernels have it. Its CPU code has a digit missing (6.200124e-5, 1.8e-5 too large), which no stored byte depends on.
-const PRODUCT_UNIT: f32 = 6.200_012e-5;
+/// What a product of codes is worth under absmax 1, as bitsandbytes' CPU code has it: 1 / 127² with a digit missing, 1.8e-5
+/// too large. Its CUDA kernels have the correct 6.200012e-5, and so has the CUDA path here: the difference is enough to move
+/// the next layer's codes, so each device computes what bitsandbytes computes there.
+const PRODUCT_UNIT: f32 = 6.200_124e-5;
 /// 1 / 127, what a weight's code is worth under absmax 1, as bitsandbytes writes it.
 const CODE_UNIT: f32 = 0.007_874_016;
 
@@ -98,7 +99,7 @@ fn encode(value: f32, scale: f32) -> i8 {
 /// Encodes a row and returns its absmax; what [`cpu::encode_row`] does, compiled for each instruction set.
 #[inline(always)]
 fn encode_values(values: &[f32], codes: &mut [i8]) -> f32 {
-    let absmax = values.iter().fold(0.0f32, |max, value| if value.abs() > max { value.abs() } else { max });
+    let absmax = super::absmax(values);
     let scale = code_scale(absmax);
     codes.iter_mut().zip(values).for_each(|(code, value)| *code = encode(*value, scale));
     absmax

@@ -1,5 +1,7 @@
 //! The 16 values of NF4 and how a weight finds its code.
 
+use super::super::absmax;
+
 /// Weights that share an absmax.
 pub const BLOCK: usize = 64;
 
@@ -57,11 +59,6 @@ pub fn encode_short_block(values: &[f32], packed: &mut [u8]) -> f32 {
         *byte = encode(pair[0] / absmax) << 4 | odd;
     }
     absmax
-}
-
-#[inline(always)]
-fn absmax(values: &[f32]) -> f32 {
-    values.iter().fold(0.0f32, |max, value| if value.abs() > max { value.abs() } else { max })
 }
 
 /// The number of thresholds below `value`: on a threshold the lower code wins. Counting all 15 needs no branch, so that

@@ -1,14 +1,18 @@
 //! Model repositories: what is missing is downloaded into hf-hub's cache, every file from one commit.
 
+mod config;
 mod refusal;
 
+pub use config::{HubConfig, Token};
+
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use hf_hub::api::Progress;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
-use hf_hub::{Cache, Repo, RepoType};
+use hf_hub::{Repo, RepoType};
 
 use self::refusal::{Answer, Refusal};
 use super::builtin;
@@ -16,7 +20,6 @@ use super::safetensors::{self, INDEX, SINGLE};
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
 
-const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 const DEFAULT_REVISION: &str = "main";
 
 /// Files that a model may have beside config.json and its weights.
@@ -27,75 +30,11 @@ const OPTIONAL: [&str; 4] =
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Before the first further attempt; each later one waits that much longer.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
 /// Progress events are this far apart at least.
 const PROGRESS_BYTES: u64 = 4 << 20;
-
-/// How to reach the hub and where its files are kept.
-pub struct HubConfig {
-    /// Without a trailing slash.
-    pub endpoint: String,
-    /// The folder that holds `hub/` and `token`.
-    pub home: PathBuf,
-    pub token: Option<Token>,
-    /// Only what the cache holds.
-    pub offline: bool,
-    /// Attempts after the first, each from where the last one stopped.
-    pub retries: usize,
-}
-
-/// An access token. It has no `Debug` and no `Display`: it goes into a header and nowhere else.
-pub struct Token(String);
-
-impl Token {
-    /// Fails on what no HTTP header can hold, without repeating it.
-    pub fn new(text: &str, from: &str) -> Result<Self> {
-        match text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            true => Ok(Self(text.to_owned())),
-            false => Err(BadInput::new(format!("the access token in {from} holds blanks or non-ASCII characters"))
-                .hint("copy it again from the hub's settings page")
-                .into()),
-        }
-    }
-}
-
-impl HubConfig {
-    /// `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`, and the token of `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN` or `$HF_HOME/token`.
-    pub fn from_env(offline: bool) -> Result<Self> {
-        let set = |name: &str| std::env::var(name).ok().map(|value| value.trim().to_owned()).filter(|v| !v.is_empty());
-        let user_home = || set("HOME").map_or_else(|| PathBuf::from("."), PathBuf::from);
-        let home = set("HF_HOME").map_or_else(|| user_home().join(".cache/huggingface"), PathBuf::from);
-        // hf-hub links files by relative paths and needs both ends absolute.
-        let home = std::path::absolute(&home).context("`HF_HOME` names no folder")?;
-        let variable = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].into_iter().find_map(|name| Some((set(name)?, name)));
-        let token = match variable {
-            Some((text, name)) => Some(Token::new(&text, &format!("`{name}`"))?),
-            None => token_file(&home)?,
-        };
-        let yes = |value: String| ["1", "true", "yes", "on"].contains(&value.to_ascii_lowercase().as_str());
-        Ok(Self {
-            endpoint: set("HF_ENDPOINT")
-                .unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned())
-                .trim_end_matches('/')
-                .to_owned(),
-            home,
-            token,
-            offline: offline || set("HF_HUB_OFFLINE").is_some_and(yes),
-            retries: 5,
-        })
-    }
-
-    fn cache(&self) -> Cache {
-        Cache::new(self.home.join("hub"))
-    }
-}
-
-fn token_file(home: &Path) -> Result<Option<Token>> {
-    let text = std::fs::read_to_string(home.join("token")).unwrap_or_default();
-    match text.trim() {
-        "" => Ok(None),
-        text => Token::new(text, "the token file").map(Some),
-    }
-}
 
 /// `owner/name` in the characters that the hub allows.
 pub fn is_repository_id(id: &str) -> bool {
@@ -233,8 +172,9 @@ impl<'a> Remote<'a> {
     fn new(config: &'a HubConfig, id: &'a str, revision: &'a str, events: &'a dyn Listener) -> Result<Self> {
         let api = ApiBuilder::from_cache(config.cache())
             .with_endpoint(config.endpoint.clone())
-            .with_token(config.token.as_ref().map(|token| token.0.clone()))
-            .with_retries(config.retries)
+            .with_token(config.token.as_ref().map(|token| token.secret().to_owned()))
+            // hf-hub's own retries can append a file to its first part; a fresh call looks at the part's length again.
+            .with_retries(0)
             .with_progress(false)
             .build()
             .context("setting up hf-hub")?;
@@ -312,30 +252,50 @@ impl<'a> Remote<'a> {
         if let Some(path) = self.cached(commit, name) {
             return Ok(path);
         }
+        let mut attempt = 0;
+        loop {
+            match self.download_file(commit, name) {
+                Ok(path) => return Ok(path),
+                Err(Refusal::Interrupted { .. } | Refusal::Unreachable { .. }) if attempt < self.config.retries => {
+                    attempt += 1;
+                    std::thread::sleep(RETRY_PAUSE * attempt as u32);
+                }
+                Err(Refusal::Denied { status }) => {
+                    let refusal = self.ask(commit, name).err().unwrap_or(Refusal::Denied { status });
+                    return Err(self.explain(refusal, name));
+                }
+                Err(refusal) => return Err(self.explain(refusal, name)),
+            }
+        }
+    }
+
+    /// One attempt, from where an earlier one stopped.
+    fn download_file(&self, commit: &str, name: &str) -> Result<PathBuf, Refusal> {
         let repo = self.repo(commit);
-        let download = || repo.download_with_progress(name, Bar::new(name, self.events));
+        let total = Cell::new(0);
+        let download = || repo.download_with_progress(name, Bar::new(name, &total, self.events));
         let result = match download() {
             // A part that is already whole, or longer than the file, cannot be resumed.
             Err(error) if self.forget_part(commit, name, &error) => download(),
             other => other,
         };
-        result.map_err(|error| match Refusal::of(error) {
-            Refusal::Denied { status } => {
-                self.explain(self.ask(commit, name).err().unwrap_or(Refusal::Denied { status }), name)
+        let path = result.map_err(Refusal::of)?;
+        let bytes = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
+        if bytes != total.get() {
+            // hf-hub keeps what it was sent: a server that ignores ranges appends the whole file to its first part.
+            for file in [path.canonicalize().unwrap_or_default(), path] {
+                let _ = std::fs::remove_file(file);
             }
-            refusal => self.explain(refusal, name),
-        })
+            return Err(Refusal::Interrupted { reason: format!("{bytes} bytes came of {}", total.get()) });
+        }
+        Ok(path)
     }
 
     fn forget_part(&self, commit: &str, name: &str, error: &ApiError) -> bool {
-        let unsatisfiable = |error: &ApiError| match error {
+        let unsatisfiable = match error {
             ApiError::InvalidResume => true,
             ApiError::RequestError(error) => matches!(**error, ureq::Error::StatusCode(416)),
             _ => false,
-        };
-        let unsatisfiable = match error {
-            ApiError::TooManyRetries(error) => unsatisfiable(error),
-            error => unsatisfiable(error),
         };
         let metadata = unsatisfiable.then(|| self.api.metadata(&self.repo(commit).url(name)));
         match metadata {
@@ -363,7 +323,7 @@ impl<'a> Remote<'a> {
     /// Asks for the first byte of a file. hf-hub's own errors hide the header that tells refusals apart.
     fn ask(&self, revision: &str, name: &str) -> Result<Answer, Refusal> {
         let url = self.repo(revision).url(name);
-        let authorization = self.config.token.as_ref().map(|token| format!("Bearer {}", token.0));
+        let authorization = self.config.token.as_ref().map(|token| format!("Bearer {}", token.secret()));
         let signed = |request: ureq::RequestBuilder<ureq::typestate::WithoutBody>| match &authorization {
             Some(value) => request.header("Authorization", value),
             None => request,
@@ -385,6 +345,8 @@ impl<'a> Remote<'a> {
 /// hf-hub's progress as events.
 struct Bar<'a> {
     label: String,
+    /// Of the file, for the caller.
+    total: &'a Cell<u64>,
     events: &'a dyn Listener,
     begun: bool,
     done: u64,
@@ -392,14 +354,15 @@ struct Bar<'a> {
 }
 
 impl<'a> Bar<'a> {
-    fn new(name: &str, events: &'a dyn Listener) -> Self {
-        Self { label: format!("download {name}"), events, begun: false, done: 0, told: 0 }
+    fn new(name: &str, total: &'a Cell<u64>, events: &'a dyn Listener) -> Self {
+        Self { label: format!("download {name}"), total, events, begun: false, done: 0, told: 0 }
     }
 }
 
 impl Progress for Bar<'_> {
     /// Called again for every attempt.
     fn init(&mut self, size: usize, _filename: &str) {
+        self.total.set(size as u64);
         if !self.begun {
             self.events.on(Event::Begin { label: self.label.clone(), total: size as u64, unit: Unit::Bytes });
         }

@@ -8,6 +8,11 @@ use super::{Value, portable};
 use crate::quant::cpu::STRIP_ROWS;
 
 const LANES: usize = 16;
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+/// How far ahead weights are fetched into L1, over the end of the row into the next: the hardware's prefetcher stops at
+/// pages, and long rows share L1 with as long an `x`.
+const PREFETCH_BYTES: usize = 4096;
 /// Sums in flight: an FMA takes 4 cycles and two start in each.
 const SUMS: usize = 8;
 
@@ -22,6 +27,9 @@ pub unsafe fn dot<T: Value>(row: &[T], x: &[f32]) -> f32 {
     let (rows, xs) = (row.chunks_exact(LANES * SUMS), x.chunks_exact(LANES * SUMS));
     let (row_tail, x_tail) = (rows.remainder(), xs.remainder());
     for (row, x) in rows.zip(xs) {
+        for line in row.chunks(LINE_BYTES / size_of::<T>()) {
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_byte_add(PREFETCH_BYTES).cast());
+        }
         for (s, sum) in sums.iter_mut().enumerate() {
             // SAFETY: chunk `s` of `SUMS`.
             let (weights, x) =

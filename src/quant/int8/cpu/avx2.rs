@@ -8,7 +8,7 @@ use crate::quant::cpu::STRIP_ROWS;
 
 const LANES: usize = 8;
 const TOKENS_AT_ONCE: usize = 3;
-const PREFETCH_BYTES: usize = 1024;
+const PREFETCH_BYTES: usize = 4096;
 
 /// # Safety
 /// The machine has AVX2, and `input.check()` passed.

@@ -244,6 +244,10 @@ impl CpuMatrix for Int8Matrix {
         activations::prepare(x, self.padded_k(), self.threshold, self.isa, prepared);
     }
 
+    fn finds_outliers(&self) -> bool {
+        self.threshold > 0.0
+    }
+
     fn row_granule(&self) -> usize {
         STRIP_ROWS
     }

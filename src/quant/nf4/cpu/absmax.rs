@@ -139,10 +139,10 @@ impl StripAbsmax for PlainStrip<'_> {
 
 /// Double-quantized values: their codes were looked up while the strip before was multiplied.
 pub struct NestedStrip<'a> {
-    /// Looked up, not scaled.
-    values: &'a [Lanes],
+    /// Looked up, not scaled: this strip's from the block in work on, the next one's before it. One buffer, since two
+    /// and a long `x` would not fit L1.
+    values: &'a mut [Lanes],
     next_codes: &'a [[u8; STRIP_ROWS]],
-    next_values: &'a mut [Lanes],
     table: &'a [f32; 256],
     absmax: &'a [f32],
     offset: f32,
@@ -154,17 +154,16 @@ pub struct NestedStrip<'a> {
 }
 
 impl<'a> NestedStrip<'a> {
-    /// `values` hold this strip's looked-up codes, `next_values` take strip `next`'s.
+    /// `values` hold this strip's looked-up codes and will hold strip `next`'s.
     pub fn new(
         (codes, absmax, offset): (&'a RowBlocks<u8>, &'a [f32], f32),
         strip: usize,
         next: usize,
-        values: &'a [Lanes],
-        next_values: &'a mut [Lanes],
+        values: &'a mut [Lanes],
     ) -> Self {
         let first = std::array::from_fn(|lane| codes.flat(strip, lane, 0));
         let next_codes = codes.strip(next);
-        Self { values, next_codes, next_values, table: &VALUES, absmax, offset, first, scales: [0.0; _], change: 0 }
+        Self { values, next_codes, table: &VALUES, absmax, offset, first, scales: [0.0; _], change: 0 }
     }
 
     /// What `decode_ahead` does for strip `strip`, all at once.
@@ -173,6 +172,12 @@ impl<'a> NestedStrip<'a> {
         for (values, codes) in values.iter_mut().zip(codes.strip(strip)) {
             *values = codes.map(|code| table[usize::from(code)]);
         }
+    }
+
+    /// Ends the strip: what `decode_ahead` has left to do.
+    pub fn finish(self) {
+        let last = self.values.len() - 1;
+        self.values[last] = self.next_codes[last].map(|code| self.table[usize::from(code)]);
     }
 
     /// The nested absmax values for `block`, and the first block at which one of them changes.
@@ -200,7 +205,9 @@ impl StripAbsmax for NestedStrip<'_> {
 
     #[inline(always)]
     fn decode_ahead(&mut self, block: usize, group: usize) {
-        let (codes, values) = (&self.next_codes[block], &mut self.next_values[block]);
+        // The block before is done with.
+        let Some(block) = block.checked_sub(1) else { return };
+        let (codes, values) = (&self.next_codes[block], &mut self.values[block]);
         for lane in ROWS_AHEAD * group..ROWS_AHEAD * (group + 1) {
             values[lane] = self.table[usize::from(codes[lane])];
         }

@@ -40,7 +40,7 @@ fn table() -> (__m256, __m256) {
 /// # Safety
 /// The machine has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
-pub unsafe fn dot_strip(codes: &[u8], mut absmax: impl StripAbsmax, x: &[f32]) -> StripSums {
+pub unsafe fn dot_strip(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32]) -> StripSums {
     let blocks = x.len() / BLOCK;
     assert_eq!(codes.len(), blocks * BLOCK_BYTES);
     let table = table();

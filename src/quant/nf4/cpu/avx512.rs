@@ -10,8 +10,8 @@ use crate::quant::cpu::{STRIP_ROWS, StripSums};
 
 /// Sums in flight: one for each column of a group. With four, an FMA would wait for the one before it.
 const SUMS: usize = GROUP;
-/// How far ahead codes are fetched into L1: the hardware's prefetcher stops at pages, and while absmax values expand.
-const PREFETCH_BYTES: usize = 2048;
+/// How far ahead codes are fetched into L1: the hardware's prefetcher stops at pages.
+const PREFETCH_BYTES: usize = 4096;
 
 /// # Safety
 /// The machine has what [`crate::kernels::isa::Isa::Avx512`] stands for.
@@ -32,7 +32,7 @@ macro_rules! values {
 /// # Safety
 /// The machine has AVX-512F.
 #[target_feature(enable = "avx512f")]
-pub unsafe fn dot_strip(codes: &[u8], mut absmax: impl StripAbsmax, x: &[f32]) -> StripSums {
+pub unsafe fn dot_strip(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32]) -> StripSums {
     let blocks = x.len() / BLOCK;
     assert_eq!(codes.len(), blocks * BLOCK_BYTES);
     // SAFETY: 16 values.

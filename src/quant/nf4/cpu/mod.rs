@@ -124,20 +124,19 @@ impl Nf4Matrix {
         y: &SharedSlice<'_, f32>,
         scratch: &mut Vec<f32>,
     ) {
-        let blocks = self.k / BLOCK;
-        let values = grown(scratch, 2 * blocks * STRIP_ROWS).as_chunks_mut::<STRIP_ROWS>().0;
-        let (mut values, mut next_values) = values.split_at_mut(blocks);
+        let values = grown(scratch, self.k / BLOCK * STRIP_ROWS).as_chunks_mut::<STRIP_ROWS>().0;
         let strips = strips(&rows);
         NestedStrip::look_up(codes, strips.start, values);
         for strip in strips.clone() {
             let next = (strip + 1).min(strips.end - 1);
-            let sums = self.dot_strip(strip, NestedStrip::new(absmax, strip, next, values, next_values), x);
+            let mut lanes = NestedStrip::new(absmax, strip, next, values);
+            let sums = self.dot_strip(strip, &mut lanes, x);
+            lanes.finish();
             write_strip(&sums, strip, &rows, bias, 0, y);
-            std::mem::swap(&mut values, &mut next_values);
         }
     }
 
-    fn dot_strip(&self, strip: usize, absmax: impl StripAbsmax, x: &[f32]) -> StripSums {
+    fn dot_strip(&self, strip: usize, absmax: &mut impl StripAbsmax, x: &[f32]) -> StripSums {
         let codes = self.strip(strip);
         match self.isa {
             // SAFETY: the instruction set is checked.
@@ -269,7 +268,7 @@ impl CpuMatrix for Nf4Matrix {
         match &self.absmax {
             PackedAbsmax::Plain(values) if x.m == 1 => {
                 for strip in strips(&rows) {
-                    let sums = self.dot_strip(strip, PlainStrip::new(values, strip), x_values);
+                    let sums = self.dot_strip(strip, &mut PlainStrip::new(values, strip), x_values);
                     write_strip(&sums, strip, &rows, bias, 0, y);
                 }
             }

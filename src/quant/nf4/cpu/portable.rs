@@ -12,7 +12,7 @@ fn value(group: &[u8; GROUP_BYTES], row: usize, j: usize) -> f32 {
 }
 
 /// `Σ W · x` for the rows of a strip that are whole blocks.
-pub fn dot_strip(codes: &[u8], mut absmax: impl StripAbsmax, x: &[f32]) -> StripSums {
+pub fn dot_strip(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32]) -> StripSums {
     let mut total = [0.0; STRIP_ROWS];
     for (block, (codes, x)) in codes.chunks_exact(BLOCK_BYTES).zip(x.chunks_exact(BLOCK)).enumerate() {
         let mut sums = [0.0f32; STRIP_ROWS];
