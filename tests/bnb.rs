@@ -83,6 +83,7 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
         device: DeviceChoice::Cpu,
         threads: 1,
         prompt: PromptChoice::Default,
+        image: None,
         n_gen: 4,
         n_depth: 0,
         stop_at_eos: false,

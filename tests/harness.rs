@@ -39,7 +39,8 @@ impl Local {
         let time = FakeTime::default();
         let nowhere = PathBuf::from("no such folder");
         let session = Box::new(FakeSession::new(time.clone(), runs));
-        let bench = Bench::new(session, time, ProcessMemory::below(&nowhere), CpuLoad::below(&nowhere), task);
+        let bench =
+            Bench::new(session, time, ProcessMemory::below(&nowhere), CpuLoad::below(&nowhere), task, Vec::new());
         let loading = Ok(LoadFacts { load_s: 2.5, ..LoadFacts::default() });
         Self { precision: precision.to_owned(), bench, journal: journal.clone(), loading, load: None }
     }
@@ -119,6 +120,7 @@ fn case(precisions: &[&str], protocol: Protocol) -> Case {
         device: DeviceChoice::Cpu,
         threads: 2,
         prompt: PromptChoice::Default,
+        image: None,
         n_gen: N_GEN,
         n_depth: 2,
         stop_at_eos: false,
@@ -144,7 +146,14 @@ fn facts(case: &Case) -> Facts {
         model: record::ModelFacts { id: name, revision: None, architecture: "llama".to_owned(), parameters: 9 },
         weights,
         device: record::DeviceFacts { kind: "cpu".to_owned(), name: "some CPU".to_owned() },
-        workload: record::Workload { n_prompt: N_PROMPT as u64, n_gen, n_depth: 2, n_image: 0, batch_size: 1 },
+        workload: record::Workload {
+            n_prompt: N_PROMPT as u64,
+            n_gen,
+            n_depth: 2,
+            n_image: 0,
+            image: None,
+            batch_size: 1,
+        },
         n_before: 2 + N_PROMPT as u64,
         environment: record::Environment { threads: 2, ..record::Environment::default() },
         format_options: case.format_options,

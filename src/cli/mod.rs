@@ -108,6 +108,10 @@ pub struct RunArgs {
     #[command(flatten)]
     pub prompt: PromptArgs,
 
+    /// Picture (PNG, JPEG or WebP) for a model that sees [default: a generated test picture].
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
+    pub image: Option<PathBuf>,
+
     /// Tokens to generate, always exactly this many.
     #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Workload")]
     pub max_new_tokens: usize,
@@ -173,7 +177,7 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 #[group(multiple = false)]
 pub struct PromptArgs {
-    /// Text to continue [default: "Explain quantization in simple terms."; 8 synthetic ids without a tokenizer].
+    /// Text to continue [default: "Explain quantization in simple terms.", "caption en" for a picture; 8 synthetic ids without a tokenizer].
     #[arg(long, value_name = "TEXT", help_heading = "Workload")]
     pub prompt: Option<String>,
 

@@ -36,6 +36,7 @@ impl Request {
             device: device(&args.device)?,
             threads: args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
             prompt: prompt(&args.prompt)?,
+            image: args.image.clone(),
             n_gen: positive("--max-new-tokens", args.max_new_tokens)?,
             n_depth: args.depth,
             stop_at_eos: args.stop_at_eos,
