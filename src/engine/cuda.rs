@@ -7,14 +7,14 @@ use super::load::stream;
 use super::reference::{Linear, Reference};
 use super::{Loaded, Setup};
 use crate::events::Listener;
-use crate::kernels::cuda::probe;
+use crate::kernels::cuda::{open, probe};
 use crate::quant::{CudaMatrix, Stored};
 use crate::weights::spec::{MatrixSpec, Role};
 
 /// Loads `setup` onto device `ordinal`.
 pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Loaded> {
     probe(ordinal)?;
-    let device = Device::new_cuda(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?;
+    let device = open(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?;
     let finish = |spec: &MatrixSpec, stored: Box<dyn Stored>| place(spec, stored.as_ref(), &device);
     let streamed = stream(setup, events, &finish)?;
     Reference::loaded(setup, streamed, device, DType::F16, "cuda".to_owned())
@@ -22,12 +22,12 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
 
 fn place(spec: &MatrixSpec, stored: &dyn Stored, device: &Device) -> candle_core::Result<Box<dyn Linear>> {
     match spec.role {
-        Role::Embedding | Role::Head => {
+        Role::Embedding | Role::Head | Role::Patches => {
             let bytes = stored.parts().swap_remove(0).bytes;
             let table = Tensor::from_raw_buffer(&bytes, DType::F16, &[spec.n, spec.k], device)?;
             Ok(Box::new(Table(table)))
         }
-        Role::Projection => Ok(Box::new(Kernel(stored.upload(device)?))),
+        Role::Projection | Role::HighPrecision => Ok(Box::new(Kernel(stored.upload(device)?))),
     }
 }
 

@@ -182,7 +182,12 @@ impl Reference {
                 };
                 buffers.set(*out, y);
             }
-            Op::Add { a, b, out } => buffers.set(*out, (buffers.get(*a)? + buffers.get(*b)?)?),
+            // An fp32 linear (T5's `wo`) makes the residual fp32 from there on, as in transformers.
+            Op::Add { a, b, out } => {
+                let (a, b) = (buffers.get(*a)?, buffers.get(*b)?);
+                let dtype = if a.dtype() == b.dtype() { a.dtype() } else { DType::F32 };
+                buffers.set(*out, (a.to_dtype(dtype)? + b.to_dtype(dtype)?)?);
+            }
             Op::LastRow { x, out, scale } => {
                 let x = buffers.get(*x)?;
                 buffers.set(*out, (x.narrow(0, x.dim(0)? - 1, 1)? * *scale as f64)?);

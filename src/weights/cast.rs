@@ -3,9 +3,6 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-/// From little-endian bytes; returns how many finite values became infinite.
-pub type Cast = fn(&[u8], &mut [f16]) -> usize;
-
 /// Values converted at once: fp32 scratch of 16 KiB, which stays in the first-level cache.
 const CHUNK: usize = 4096;
 

@@ -14,9 +14,8 @@ use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::bnb::{self, Lookup, PreQuantized};
-use super::cast::{self, Cast};
 use super::spec::{MatrixSpec, VectorSpec};
-use super::{Source, SourceInfo, SourceKind};
+use super::{Source, SourceInfo, SourceKind, cast};
 use crate::error::BadInput;
 use crate::quant::Part;
 
@@ -315,7 +314,7 @@ impl Source for Safetensors {
 
     fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f16]) -> Result<usize> {
         let tensor = self.tensor(name)?;
-        let cast: Cast = match tensor.dtype {
+        let cast = match tensor.dtype {
             Dtype::F16 => cast::from_f16,
             Dtype::BF16 => cast::from_bf16,
             Dtype::F32 => cast::from_f32,

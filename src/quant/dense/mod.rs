@@ -1,6 +1,8 @@
 //! Matrices of plain floating-point values: what fp16 and fp32 share. The value type is the format.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use candle_core::{Result, bail};
 use safetensors::Dtype;
@@ -70,7 +72,7 @@ impl<T: Value> Stored for DenseStored<T> {
     }
 
     #[cfg(feature = "cuda")]
-    fn upload(&self, _device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
-        bail!("{} has no CUDA kernels yet", T::NAME)
+    fn upload(&self, device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
+        cuda::upload(self, device)
     }
 }

@@ -6,6 +6,8 @@
 //! of the sum takes the activations uncast and the dequantized int8 weights.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use candle_core::{Result, bail};
 use half::f16;
@@ -193,7 +195,7 @@ impl Stored for Int8Stored {
     }
 
     #[cfg(feature = "cuda")]
-    fn upload(&self, _device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
-        bail!("int8 has no CUDA kernels yet")
+    fn upload(&self, device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
+        cuda::upload(self, device)
     }
 }

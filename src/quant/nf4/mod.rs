@@ -5,6 +5,8 @@
 
 mod codes;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod nested;
 
 use candle_core::Result;
@@ -200,7 +202,7 @@ impl Stored for Nf4Stored {
     }
 
     #[cfg(feature = "cuda")]
-    fn upload(&self, _device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
-        candle_core::bail!("nf4 has no CUDA kernels yet")
+    fn upload(&self, device: &candle_core::Device) -> Result<Box<dyn super::CudaMatrix>> {
+        cuda::upload(self, device)
     }
 }
