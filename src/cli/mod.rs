@@ -177,7 +177,8 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 #[group(multiple = false)]
 pub struct PromptArgs {
-    /// Text to continue [default: "Explain quantization in simple terms.", "caption en" for a picture; 8 synthetic ids without a tokenizer].
+    /// Text to continue [default: "Explain quantization in simple terms.", "caption en" for a picture; 8 synthetic ids
+    /// without a tokenizer].
     #[arg(long, value_name = "TEXT", help_heading = "Workload")]
     pub prompt: Option<String>,
 

@@ -33,7 +33,6 @@ const COPIED: &[&str] = &[
     "chat_template.jinja",
     "preprocessor_config.json",
     "processor_config.json",
-    "README.md",
 ];
 
 /// Bytes of plain values that are held at once.
