@@ -10,6 +10,8 @@ use quantbench::harness::{self, Asked, Case, DeviceChoice, PromptChoice, Protoco
 use quantbench::plan::Model;
 use quantbench::quant::FormatOptions;
 use quantbench::weights::{self, Request, WeightsChoice};
+use safetensors::SafeTensors;
+use serde_json::Value;
 
 const MODELS: [&str; 3] = ["llama-tiny", "phi-odd", "t5-tiny"];
 const PRECISIONS: [&str; 3] = ["int8", "nf4", "nf4-nodq"];
@@ -81,11 +83,13 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
         device: DeviceChoice::Cpu,
         threads: 1,
         prompt: PromptChoice::Default,
+        image: None,
         n_gen: 4,
         n_depth: 0,
         stop_at_eos: false,
         protocol: Protocol::default(),
         save_logits: None,
+        quality: None,
         command: "quantbench".to_owned(),
     }
 }
@@ -161,4 +165,77 @@ fn try_load(folder: &Path) -> anyhow::Result<()> {
     let model = quantbench::models::build(&checkpoint.config)?;
     let source = checkpoint.source(&model.matrices, &model.vectors)?;
     model.matrices.iter().filter_map(|spec| source.parts(spec)).try_for_each(|parts| parts.map(drop))
+}
+
+fn export_to(model: &Path, precision: &str, output: &Path) -> anyhow::Result<weights::export::Exported> {
+    let checkpoint = weights::open(&request(model), &Silent)?;
+    let plan = quantbench::models::build(&checkpoint.config)?;
+    weights::export::export(&checkpoint, (&plan.matrices, &plan.vectors), precision, output, &Silent)
+}
+
+/// The whole file, header and order of the tensors included.
+#[test]
+fn an_exported_checkpoint_is_the_one_that_bitsandbytes_saves() {
+    for model in MODELS {
+        for precision in PRECISIONS {
+            let (place, golden) = (tempfile::tempdir().unwrap(), golden("bnb", &format!("{model}-{precision}")));
+            let output = place.path().join("exported");
+            let exported = export_to(&self::golden("models", model), precision, &output).unwrap();
+            let [ours, theirs] = [&output, &golden].map(|folder| fs::read(folder.join("model.safetensors")).unwrap());
+            same_tensors(&format!("{model} {precision}"), &ours, &theirs);
+            assert!(ours == theirs, "{model} {precision}: the tensors are the same, their order or header is not");
+            assert_eq!((exported.bytes, exported.fp16_overflow), (ours.len() as u64, 0));
+            let [ours, theirs] = [&output, &golden]
+                .map(|folder| serde_json::from_slice::<Value>(&fs::read(folder.join("config.json")).unwrap()).unwrap());
+            assert_eq!(ours["quantization_config"].to_string(), theirs["quantization_config"].to_string());
+            assert_eq!(ours["dtype"], theirs["dtype"]);
+            assert_eq!(ours["model_type"], theirs["model_type"]);
+            for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+                assert!(output.join(name).is_file(), "{model}: no {name}");
+            }
+            let left: Vec<_> = fs::read_dir(place.path()).unwrap().map(|file| file.unwrap().file_name()).collect();
+            assert_eq!(left, ["exported"]);
+            let mut saved = load(&output, precision);
+            assert_eq!(generate(&mut saved), generate(&mut load(&golden, precision)), "{model} {precision}");
+        }
+    }
+}
+
+fn same_tensors(what: &str, ours: &[u8], theirs: &[u8]) {
+    let [ours, theirs] = [ours, theirs].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+    let names = |tensors: &SafeTensors| {
+        let mut names: Vec<String> = tensors.names().into_iter().map(str::to_owned).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&ours), names(&theirs), "{what}");
+    for (name, theirs) in theirs.tensors() {
+        let ours = ours.tensor(&name).unwrap();
+        assert_eq!((ours.dtype(), ours.shape()), (theirs.dtype(), theirs.shape()), "{what}: {name}");
+        assert!(ours.data() == theirs.data(), "{what}: {name} differs");
+    }
+}
+
+#[test]
+fn an_export_that_cannot_be_leaves_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let (model, new) = (golden("models", "llama-tiny"), place.path().join("new"));
+    let full = place.path().join("full");
+    fs::create_dir(&full).unwrap();
+    fs::write(full.join("file"), "kept").unwrap();
+    for (model, precision, output, expected) in [
+        (&model, "fp16", &new, "bitsandbytes saves no `fp16`"),
+        (&golden("bnb", "llama-tiny-nf4"), "nf4", &new, "saved in `nf4` already"),
+        (&PathBuf::from("smollm2-135m"), "nf4", &new, "a shape without weights"),
+        (&model, "nf4", &full, "not empty"),
+        (&model, "nf4", &full.join("file"), "no folder"),
+        (&model, "nf4", &place.path().join("absent/new"), "there is no folder"),
+    ] {
+        let error = export_to(model, precision, output).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+        assert_eq!(error::exit_code(&error), 2);
+        assert!(error::hint(&error).is_some());
+    }
+    assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
+    assert_eq!(fs::read_to_string(full.join("file")).unwrap(), "kept");
 }

@@ -39,7 +39,8 @@ impl Local {
         let time = FakeTime::default();
         let nowhere = PathBuf::from("no such folder");
         let session = Box::new(FakeSession::new(time.clone(), runs));
-        let bench = Bench::new(session, time, ProcessMemory::below(&nowhere), CpuLoad::below(&nowhere), task);
+        let bench =
+            Bench::new(session, time, ProcessMemory::below(&nowhere), CpuLoad::below(&nowhere), task, Vec::new());
         let loading = Ok(LoadFacts { load_s: 2.5, ..LoadFacts::default() });
         Self { precision: precision.to_owned(), bench, journal: journal.clone(), loading, load: None }
     }
@@ -119,6 +120,7 @@ fn case(precisions: &[&str], protocol: Protocol) -> Case {
         device: DeviceChoice::Cpu,
         threads: 2,
         prompt: PromptChoice::Default,
+        image: None,
         n_gen: N_GEN,
         n_depth: 2,
         stop_at_eos: false,
@@ -145,7 +147,14 @@ fn facts(case: &Case) -> Facts {
         model: record::ModelFacts { id: name, revision: None, architecture: "llama".to_owned(), parameters: 9 },
         weights,
         device: record::DeviceFacts { kind: "cpu".to_owned(), name: "some CPU".to_owned() },
-        workload: record::Workload { n_prompt: N_PROMPT as u64, n_gen, n_depth: 2, n_image: 0, batch_size: 1 },
+        workload: record::Workload {
+            n_prompt: N_PROMPT as u64,
+            n_gen,
+            n_depth: 2,
+            n_image: 0,
+            image: None,
+            batch_size: 1,
+        },
         n_before: 2 + N_PROMPT as u64,
         environment: record::Environment { threads: 2, ..record::Environment::default() },
         format_options: case.format_options,
@@ -214,7 +223,10 @@ fn every_metric_is_exact() {
     for key in undefined.into_iter().chain(["process_peak_rss_bytes", "outlier_columns_mean"]) {
         assert_eq!(metric(record, key), None, "{key}");
     }
-    assert_eq!(METRICS.len(), expected.len() + undefined.len() + 2, "a metric without an expectation");
+    let of_quality: Vec<_> = METRICS.iter().filter(|metric| metric.path.starts_with("quality.")).collect();
+    assert!(of_quality.iter().all(|metric| metric.value(record).is_none()), "no quality was asked for");
+    let n_expected = expected.len() + undefined.len() + 2 + of_quality.len();
+    assert_eq!(METRICS.len(), n_expected, "a metric without an expectation");
     assert_eq!(record.samples.prefill_ns, [50_000_000; 3]);
     assert_eq!(record.samples.decode_step_ns[2], [10_000_000, 20_000_000, 30_000_000]);
     assert_eq!(record.metrics["itl_ms"].n, 9);

@@ -2,8 +2,10 @@
 //!
 //! Value lists, defaults, help, completions and the man page come from here and from the tables of the layers below.
 
+mod export;
 mod request;
 
+pub use export::{ExportArgs, ExportRequest};
 pub use request::Request;
 
 use std::path::PathBuf;
@@ -46,6 +48,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Measure what each precision costs in quality, without its speed.
     Quality(Box<QualityArgs>),
+    /// Write a quantized checkpoint that transformers and bitsandbytes load unchanged.
+    Export(ExportArgs),
     /// Print a completion script for a shell.
     Completions {
         /// Shell to complete for.
@@ -73,6 +77,9 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub prompt: PromptArgs,
+
+    #[command(flatten)]
+    pub picture: PictureArgs,
 
     /// Tokens to generate, always exactly this many.
     #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Workload")]
@@ -137,6 +144,9 @@ pub struct QualityArgs {
     pub prompt: PromptArgs,
 
     #[command(flatten)]
+    pub picture: PictureArgs,
+
+    #[command(flatten)]
     pub text: TextArgs,
 
     #[command(flatten)]
@@ -192,6 +202,14 @@ pub struct PrecisionArgs {
     pub int8_threshold: f32,
 }
 
+/// What a model that sees is shown.
+#[derive(Debug, Args)]
+pub struct PictureArgs {
+    /// Picture (PNG, JPEG or WebP) for a model that sees [default: a generated test picture].
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
+    pub image: Option<PathBuf>,
+}
+
 /// The text that quality is measured on. Any of these asks for quality.
 #[derive(Debug, Args)]
 pub struct TextArgs {
@@ -244,7 +262,8 @@ pub struct OutputArgs {
 #[derive(Debug, Args)]
 #[group(multiple = false)]
 pub struct PromptArgs {
-    /// Text to continue [default: "Explain quantization in simple terms."; 8 synthetic ids without a tokenizer].
+    /// Text to continue [default: "Explain quantization in simple terms.", "caption en" for a picture; 8 synthetic ids
+    /// without a tokenizer].
     #[arg(long, value_name = "TEXT", help_heading = "Workload")]
     pub prompt: Option<String>,
 

@@ -34,6 +34,7 @@ impl Request {
     pub fn new(args: &RunArgs, command: String) -> Result<Self> {
         let wants_quality = args.quality || args.text.is_given();
         let case = Case {
+            image: args.picture.image.clone(),
             n_gen: positive("--max-new-tokens", args.max_new_tokens)?,
             n_depth: args.depth,
             stop_at_eos: args.stop_at_eos,
@@ -49,7 +50,8 @@ impl Request {
     /// The same for `quantbench quality`: nothing is generated but a short text that shows where precisions part.
     pub fn for_quality(args: &QualityArgs, command: String) -> Result<Self> {
         let case = case(&args.model, &args.precision, &args.prompt, &args.device, command)?;
-        Self::with(Case { quality: Some(quality(&args.text)?), ..case }, &args.output)
+        let (image, quality) = (args.picture.image.clone(), Some(quality(&args.text)?));
+        Self::with(Case { image, quality, ..case }, &args.output)
     }
 
     fn with(case: Case, output: &OutputArgs) -> Result<Self> {
@@ -80,6 +82,7 @@ fn case(
         device: device(&device_args.device)?,
         threads: device_args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
         prompt: prompt(prompt_args)?,
+        image: None,
         n_gen: 1,
         n_depth: 0,
         stop_at_eos: false,
@@ -171,7 +174,7 @@ fn without_double_quant(entry: &'static FormatEntry) -> &'static FormatEntry {
     quant::find(&format!("{}-nodq", entry.name)).unwrap_or(entry)
 }
 
-fn unknown_precision(word: &str) -> BadInput {
+pub(super) fn unknown_precision(word: &str) -> BadInput {
     let known = || FORMATS.iter().flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
     let names: Vec<&str> = known().chain(["all"]).collect();
     let error = BadInput::new(format!("unknown precision `{word}`: known are {}", names.join(", ")));

@@ -1,5 +1,6 @@
 //! One file per command, each a table of contents.
 
+mod export;
 mod limits;
 mod list_models;
 mod quality;
@@ -19,6 +20,7 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
         None => run(&cli.run),
         Some(Command::Run(args)) => run(args),
         Some(Command::Quality(args)) => quality::quality(args),
+        Some(Command::Export(args)) => export::export(args),
         Some(Command::Completions { shell }) => completions(*shell),
         Some(Command::Man) => man(),
         Some(Command::Worker) => harness::worker_main().map(|()| ExitCode::SUCCESS),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::load::LoadSpan;
-use super::protocol::{Failure, WarmupEnd};
+use super::protocol::{Failure, Sample, WarmupEnd};
 use super::schedule::{Order, Outcome};
 use super::stopping::RepeatsEnd;
 use super::validity::invalid_reason;
@@ -161,14 +161,36 @@ fn phases(facts: &Facts, outcome: &Outcome) -> BTreeMap<String, f64> {
     if !outcome.samples.is_empty() {
         let total_ns: u64 = outcome.samples.iter().map(|sample| sample.end_to_end_ns).sum();
         phases.insert("measure".to_owned(), total_ns as f64 / 1e9);
+        phases.extend(of_a_repeat(facts, &outcome.samples));
     }
     phases
+}
+
+/// Seconds that the parts of a repeat take where the model has an encoder: medians.
+fn of_a_repeat(facts: &Facts, samples: &[Sample]) -> Vec<(String, f64)> {
+    if samples.iter().all(|sample| sample.encode_ns == 0) {
+        return Vec::new();
+    }
+    let encoder = if facts.workload.n_image > 0 { "image_encode" } else { "encoder" };
+    let seconds = |part: fn(&Sample) -> u64| {
+        let values: Vec<f64> = samples.iter().map(|sample| part(sample) as f64 / 1e9).collect();
+        stats::median(&values)
+    };
+    let parts: [(&str, fn(&Sample) -> u64); 3] = [
+        (encoder, |sample| sample.encode_ns),
+        ("prefill", |sample| sample.prefill_ns - sample.encode_ns),
+        ("decode", |sample| sample.end_to_end_ns - sample.prefill_ns),
+    ];
+    parts.into_iter().filter_map(|(name, part)| Some((name.to_owned(), seconds(part)?))).collect()
 }
 
 fn samples(outcome: &Outcome) -> Samples {
     let runs_ns = outcome.warmed.as_ref().map(|warmed| warmed.runs_ns.clone()).unwrap_or_default();
     let samples = &outcome.samples;
+    let encodes = samples.iter().any(|sample| sample.encode_ns > 0);
+    let encode_ns = samples.iter().filter(|_| encodes).map(|sample| sample.encode_ns).collect();
     Samples {
+        encode_ns,
         prefill_ns: samples.iter().map(|sample| sample.prefill_ns).collect(),
         decode_step_ns: samples.iter().map(|sample| sample.step_ns.clone()).collect(),
         end_to_end_ns: samples.iter().map(|sample| sample.end_to_end_ns).collect(),

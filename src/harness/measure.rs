@@ -2,7 +2,7 @@
 //!
 //! Inside the timed region there are only the session's calls and the stamps: nothing is allocated, checked or sent.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -13,7 +13,6 @@ use super::memory::ProcessMemory;
 use super::protocol::{Finished, Sample, Warmed, WarmupEnd};
 use super::stopping::warm_up_ended;
 use crate::engine::{EncoderInput, Session};
-use crate::stats::SplitMix64;
 
 /// What every repeat does.
 #[derive(Debug, Clone, PartialEq, Default, serde::Serialize, serde::Deserialize)]
@@ -39,10 +38,9 @@ pub enum Encode {
     #[default]
     Nothing,
     Tokens(Vec<u32>),
-    /// Seeded noise, since time does not depend on what is seen: `[3, size, size]`, uniform in −1..1 as normalised pixels are.
+    /// The picture in this file; `None`: the generated test picture.
     Picture {
-        size: usize,
-        seed: u64,
+        image: Option<PathBuf>,
     },
 }
 
@@ -65,6 +63,8 @@ pub struct Bench<C: Clock> {
 #[derive(Default)]
 struct Stamps {
     start_ns: u64,
+    /// When the encoder was done; the start where there is none.
+    encoded_ns: u64,
     /// When each token was known on the host, the first token's first.
     token_ns: Vec<u64>,
     ids: Vec<u32>,
@@ -89,8 +89,16 @@ impl Stamps {
 }
 
 impl<C: Clock> Bench<C> {
-    pub fn new(session: Box<dyn Session>, clock: C, memory: ProcessMemory, load: CpuLoad, task: Task) -> Self {
-        let (pixels, stamps) = (pixels(&task.encode), Stamps::default());
+    /// `pixels` is what [`Encode::Picture`] shows, `[3, size, size]`.
+    pub fn new(
+        session: Box<dyn Session>,
+        clock: C,
+        memory: ProcessMemory,
+        load: CpuLoad,
+        task: Task,
+        pixels: Vec<f32>,
+    ) -> Self {
+        let stamps = Stamps::default();
         Self { session, clock, memory, load, task, pixels, stamps, seen_peak_bytes: None, peak_is_exact: false }
     }
 
@@ -145,7 +153,8 @@ impl<C: Clock> Bench<C> {
         let step_ns = stamps.token_ns.windows(2).map(|pair| pair[1] - pair[0]).collect();
         let prefill_ns = stamps.token_ns.first().map_or(0, |first| first - stamps.start_ns);
         let (ids, end_to_end_ns) = (stamps.ids.clone(), stamps.end_to_end_ns());
-        Ok(Sample { prefill_ns, step_ns, end_to_end_ns, ids, finite_logits, load })
+        let encode_ns = stamps.encoded_ns - stamps.start_ns;
+        Ok(Sample { encode_ns, prefill_ns, step_ns, end_to_end_ns, ids, finite_logits, load })
     }
 
     /// The timed run.
@@ -155,15 +164,18 @@ impl<C: Clock> Bench<C> {
         stamps.clear(task.n_gen);
         session.synchronize()?;
         stamps.start_ns = clock.now_ns();
-        let first = prefill(session.as_mut(), task, pixels)?;
+        encode(session.as_mut(), task, pixels)?;
+        stamps.encoded_ns = if task.encode == Encode::Nothing { stamps.start_ns } else { clock.now_ns() };
+        let first = session.prefill(&task.prompt)?;
         stamps.push(first, clock.now_ns());
         session.decode(task.n_gen - 1, &mut |id| stamps.push(id, clock.now_ns()))?;
         session.synchronize()
     }
 
-    /// For what is not measured.
-    pub fn session(&mut self) -> &mut dyn Session {
-        self.session.as_mut()
+    /// The session with the task's input in its encoder, for what is not measured.
+    pub fn encoded(&mut self) -> Result<&mut dyn Session> {
+        encode(self.session.as_mut(), &self.task, &self.pixels)?;
+        Ok(self.session.as_mut())
     }
 
     /// What is read once, after the last repeat, and the pass that keeps logits.
@@ -173,7 +185,8 @@ impl<C: Clock> Bench<C> {
         let outliers = self.session.outlier_columns();
         if let Some(path) = save_logits {
             self.session.rewind(self.task.depth.len());
-            prefill(self.session.as_mut(), &self.task, &self.pixels)?;
+            encode(self.session.as_mut(), &self.task, &self.pixels)?;
+            self.session.prefill(&self.task.prompt)?;
             logits::save(self.session.as_mut(), self.task.n_gen, path)?;
         }
         Ok(Finished {
@@ -186,29 +199,14 @@ impl<C: Clock> Bench<C> {
     }
 }
 
-/// Runs the encoder outside of any timed region.
-pub fn encode(session: &mut dyn Session, encode: &Encode) -> Result<()> {
-    encode_with(session, encode, &pixels(encode))
-}
-
-fn encode_with(session: &mut dyn Session, encode: &Encode, pixels: &[f32]) -> Result<()> {
-    match encode {
-        Encode::Nothing => Ok(()),
-        Encode::Tokens(tokens) => session.encode(EncoderInput::Tokens(tokens)),
-        Encode::Picture { .. } => session.encode(EncoderInput::Pixels(pixels)),
+/// The encoder where there is one, until the device is done, so that its time is its own.
+fn encode(session: &mut dyn Session, task: &Task, pixels: &[f32]) -> Result<()> {
+    match &task.encode {
+        Encode::Nothing => return Ok(()),
+        Encode::Tokens(tokens) => session.encode(EncoderInput::Tokens(tokens))?,
+        Encode::Picture { .. } => session.encode(EncoderInput::Pixels(pixels))?,
     }
-}
-
-/// The first token, known on the host: the encoder where there is one, then the decoder's first call.
-fn prefill(session: &mut dyn Session, task: &Task, pixels: &[f32]) -> Result<u32> {
-    encode_with(session, &task.encode, pixels)?;
-    session.prefill(&task.prompt)
-}
-
-fn pixels(encode: &Encode) -> Vec<f32> {
-    let Encode::Picture { size, seed } = *encode else { return Vec::new() };
-    let mut rng = SplitMix64::new(seed);
-    (0..3 * size * size).map(|_| (2.0 * rng.unit() - 1.0) as f32).collect()
+    session.synchronize()
 }
 
 impl std::fmt::Display for WarmupEnd {

@@ -42,6 +42,8 @@ pub struct Case {
     /// 0: physical cores within the cgroup's limit.
     pub threads: usize,
     pub prompt: PromptChoice,
+    /// What a model that sees is shown; `None`: the generated test picture.
+    pub image: Option<PathBuf>,
     /// Tokens generated, always exactly this many unless `stop_at_eos`.
     pub n_gen: usize,
     /// Synthetic tokens prefilled untimed before the prompt.
@@ -125,6 +127,7 @@ mod tests {
             device: DeviceChoice::Cpu,
             threads: 1,
             prompt: PromptChoice::Default,
+            image: None,
             n_gen: 4,
             n_depth: 0,
             stop_at_eos: false,

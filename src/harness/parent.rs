@@ -5,6 +5,7 @@ use tokenizers::Tokenizer;
 
 use super::assemble::{self, Facts};
 use super::environment::{self, Machine};
+use super::measure::Encode;
 use super::memory::ProcessMemory;
 use super::process::ProcessWorker;
 use super::prompt::{self, Workload};
@@ -112,6 +113,8 @@ impl Plan {
     /// The checks that need the model but no weights in memory.
     fn new(case: &Case, device: DeviceChoice, opened: Opened) -> Result<Self> {
         let workload = prompt::workload(case, opened.checkpoint.tokenizer.as_ref(), &opened.model)?;
+        // Whether the picture can be read; the workers read it again.
+        worker::pixels(&opened, &workload.task.encode)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
         let share = Share { device, threads };
         let cache_bytes = cache_bytes(&opened.model, &workload);
@@ -258,6 +261,11 @@ impl Plan {
             n_gen: task.n_gen as u64,
             n_depth: task.depth.len() as u64,
             n_image: *n_image as u64,
+            image: match &task.encode {
+                Encode::Picture { image: None } => Some(record::ImageSource::Generated),
+                Encode::Picture { image: Some(_) } => Some(record::ImageSource::File),
+                Encode::Nothing | Encode::Tokens(_) => None,
+            },
             batch_size: 1,
         }
     }

@@ -11,6 +11,9 @@ use crate::stats::SplitMix64;
 /// The prompt where none is given and there is a tokenizer.
 pub const DEFAULT_TEXT: &str = "Explain quantization in simple terms.";
 
+/// The prompt of a model that sees.
+pub const DEFAULT_PICTURE_TEXT: &str = "caption en";
+
 /// Length of the prompt where none is given and there is no tokenizer.
 const DEFAULT_SYNTHETIC: usize = 8;
 
@@ -34,17 +37,28 @@ pub fn workload(case: &Case, tokenizer: Option<&Tokenizer>, model: &Model) -> an
     let (seed, n_prompt) = (case.model.seed, n_synthetic(case, tokenizer));
     // A length is checked before its ids are made: what a user types may exceed the memory.
     check_lengths(case, n_prompt.unwrap_or(1), model)?;
+    let n_image = n_image(model);
+    if let Some(image) = case.image.as_ref().filter(|_| n_image == 0) {
+        let (image, architecture) = (image.display(), model.architecture);
+        return Err(BadInput::new(format!("`--image {image}`: `{architecture}` models read text alone"))
+            .hint("drop `--image`, or name a model that sees, such as `--model-id paligemma-3b-pt-224`")
+            .into());
+    }
     let text = match &case.prompt {
         PromptChoice::Text(text) => Some(text.as_str()),
+        PromptChoice::Default if n_image > 0 => Some(DEFAULT_PICTURE_TEXT),
         PromptChoice::Default => Some(DEFAULT_TEXT),
         PromptChoice::Synthetic(_) | PromptChoice::Ids(_) => None,
     };
     let prompt = match (&case.prompt, n_prompt, text.zip(tokenizer)) {
         (PromptChoice::Ids(ids), ..) => ids.clone(),
         (_, Some(n), _) => synthetic(n, model.vocab, seed),
-        (_, None, Some((text, tokenizer))) => encode(tokenizer, text)?,
+        // As PaliGemma's processor writes it behind the image tokens.
+        (_, None, Some((text, tokenizer))) if n_image > 0 => encode(tokenizer, &format!("<bos>{text}\n"), false)?,
+        (_, None, Some((text, tokenizer))) => encode(tokenizer, text, true)?,
         (_, None, None) => return Err(no_tokenizer(case).into()),
     };
+    let prompt = without_image_tokens(prompt, model)?;
     check_lengths(case, prompt.len(), model)?;
     if let Some(id) = prompt.iter().find(|&&id| id as usize >= model.vocab) {
         let message = format!("prompt id {id} is outside the vocabulary of {} tokens", model.vocab);
@@ -70,7 +84,7 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> Workload {
         Some(EncoderInputKind::Tokens) => (Encode::Tokens(prompt), vec![model.decoder_start.unwrap_or(0)]),
         Some(EncoderInputKind::Picture(picture)) => {
             let image = std::iter::repeat_n(picture.token, n_image);
-            (Encode::Picture { size: picture.size, seed }, image.chain(prompt).collect())
+            (Encode::Picture { image: case.image.clone() }, image.chain(prompt).collect())
         }
     };
     let n_encoder = if let Encode::Tokens(tokens) = &encode { tokens.len() } else { n_image };
@@ -126,11 +140,30 @@ fn check_lengths(case: &Case, n_prompt: usize, model: &Model) -> Result<(), BadI
     if n_total > context { Err(BadInput::new(message).hint(hint)) } else { Ok(()) }
 }
 
-fn encode(tokenizer: &Tokenizer, text: &str) -> anyhow::Result<Vec<u32>> {
+/// Exact ids may begin with the image tokens, which are put there otherwise.
+fn without_image_tokens(ids: Vec<u32>, model: &Model) -> Result<Vec<u32>, BadInput> {
+    let Some(EncoderInputKind::Picture(picture)) = model.encoder.as_ref().map(|encoder| encoder.input) else {
+        return Ok(ids);
+    };
+    let n_image = picture.patches();
+    let n_leading = ids.iter().take_while(|&&id| id == picture.token).count();
+    let n_all = ids.iter().filter(|&&id| id == picture.token).count();
+    match (n_leading, n_all) {
+        (0, 0) => Ok(ids),
+        _ if n_leading == n_image && n_all == n_image => Ok(ids[n_image..].to_vec()),
+        _ => Err(BadInput::new(format!(
+            "the prompt has {n_all} image tokens ({}), {n_leading} of them in front; a picture is {n_image}",
+            picture.token
+        ))
+        .hint(format!("begin with {n_image} image tokens, or leave them out"))),
+    }
+}
+
+pub fn encode(tokenizer: &Tokenizer, text: &str, adds_special: bool) -> anyhow::Result<Vec<u32>> {
     if text.is_empty() {
         return Ok(Vec::new());
     }
-    let encoding = tokenizer.encode(text, true).map_err(|error| {
+    let encoding = tokenizer.encode(text, adds_special).map_err(|error| {
         BadInput::new(format!("the model's tokenizer cannot encode the prompt: {error}"))
             .hint("give exact ids with `--prompt-ids`, or a length with `--prompt-tokens`")
     })?;
@@ -209,8 +242,10 @@ mod tests {
         let picture = Picture { size: 4, patch: 2, token: 9 };
         let seen = workload(&case(), None, &with_encoder(EncoderInputKind::Picture(picture), None)).unwrap();
         assert_eq!(seen.task.prompt, [9, 9, 9, 9, 7, 8]);
-        assert_eq!(seen.task.encode, Encode::Picture { size: 4, seed: 1 });
+        assert_eq!(seen.task.encode, Encode::Picture { image: None });
         assert_eq!((seen.n_prompt, seen.n_image, seen.n_encoder), (2, 4, 4));
+        let whole = Case { prompt: PromptChoice::Ids(vec![9, 9, 9, 9, 7, 8]), ..case() };
+        assert_eq!(workload(&whole, None, &with_encoder(EncoderInputKind::Picture(picture), None)).unwrap(), seen);
     }
 
     #[test]
@@ -233,6 +268,22 @@ mod tests {
             let error = workload(&case(prompt, n_gen, n_depth), None, &model()).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
             assert_eq!(crate::error::exit_code(&error), 2);
+            assert!(crate::error::hint(&error).is_some());
+        }
+        let picture = EncoderInputKind::Picture(Picture { size: 4, patch: 2, token: 9 });
+        let blind = Case { image: Some("cat.png".into()), ..case(PromptChoice::Default, 4, 0) };
+        for (case, model, expected) in [
+            (blind, model(), "`--image cat.png`: `llama` models read text alone"),
+            (
+                case(PromptChoice::Ids(vec![9, 9, 7]), 4, 0),
+                with_encoder(picture, None),
+                "2 image tokens (9), 2 of them",
+            ),
+            (case(PromptChoice::Ids(vec![7, 9]), 4, 0), with_encoder(picture, None), "1 image tokens (9), 0 of them"),
+            (case(PromptChoice::Synthetic(58), 4, 0), with_encoder(picture, None), "image 4 + prompt 58 + generated 4"),
+        ] {
+            let error = workload(&case, None, &model).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
             assert!(crate::error::hint(&error).is_some());
         }
         assert!(workload(&case(PromptChoice::Synthetic(50), 9, 5), None, &model()).is_ok());

@@ -122,6 +122,9 @@ pub enum WarmupEnd {
 /// One counted repeat.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
+    /// The encoder's part of `prefill_ns`; 0 without one.
+    pub encode_ns: u64,
+    /// From the start to the first token.
     pub prefill_ns: u64,
     pub step_ns: Vec<u64>,
     pub end_to_end_ns: u64,

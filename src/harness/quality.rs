@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use super::Case;
 use super::measure::{Encode, Task};
 use super::process::ProcessWorker;
-use super::prompt::Workload;
+use super::prompt::{self, Workload};
 use super::protocol::{Failure, Job, Share};
 use super::schedule::Worker;
 use super::scoring::{Greedy, LogitsFile, Scored, Scoring};
@@ -20,7 +20,7 @@ use crate::quality::windows::{self, Window};
 use crate::quality::{CallPath, pass, rows, summary, text};
 use crate::quant::fp32;
 use crate::record::{self, Record};
-use crate::weights::{SourceKind, tokenizer};
+use crate::weights::SourceKind;
 
 /// Tokens of the text where the user does not say.
 pub const DEFAULT_TOKENS: usize = 512;
@@ -101,9 +101,12 @@ impl Passage {
         };
         let sample = || (text::SAMPLE_NAME.to_owned(), text::SAMPLE.to_owned());
         let (name, text) = choice.text.clone().unwrap_or_else(sample);
-        let mut tokens = tokenizer::encode(tokenizer, &text)?;
+        let input = model.encoder.as_ref().map(|encoder| encoder.input);
+        // A caption goes on where the prompt ends.
+        let adds_special = !matches!(input, Some(EncoderInputKind::Picture(_)));
+        let mut tokens = prompt::encode(tokenizer, &text, adds_special)?;
         tokens.truncate(choice.n_tokens);
-        let prefix = match model.encoder.as_ref().map(|encoder| encoder.input) {
+        let prefix = match input {
             Some(EncoderInputKind::Picture(_)) => workload.task.prompt.clone(),
             Some(EncoderInputKind::Tokens) => {
                 tokens.insert(0, model.decoder_start.unwrap_or(0));
@@ -179,7 +182,6 @@ impl Passage {
     fn scoring(&self, at: usize, path: CallPath, logits: LogitsFile) -> Scoring {
         let Window { start, first, end } = self.windows[at];
         Scoring {
-            encode: self.encode.clone(),
             prefix: self.prefix.clone(),
             tokens: self.tokens[start..end].to_vec(),
             first: first - start,
@@ -192,7 +194,8 @@ impl Passage {
     /// A loaded worker whose cache holds the longest window.
     fn worker(&self, case: &Case, precision: &str, share: Share) -> Result<ProcessWorker, Failure> {
         let longest = self.windows[0].end.max(self.greedy.n_prompt + self.greedy.n_gen);
-        let task = Task { prompt: vec![0; self.prefix.len() + longest], n_gen: 1, ..Task::default() };
+        let (encode, prompt) = (self.encode.clone(), vec![0; self.prefix.len() + longest]);
+        let task = Task { encode, prompt, n_gen: 1, ..Task::default() };
         let workload = Workload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
         let job = Job { save_logits: None, ..Job::new(case, precision, share, &workload) };
         let mut worker = ProcessWorker::new(job, 0);

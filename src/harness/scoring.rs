@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::measure::{Encode, encode};
 use crate::engine::Session;
 use crate::quality::CallPath;
 use crate::quality::cost::{self, TokenCost};
@@ -15,7 +14,6 @@ use crate::quality::rows::{RowReader, RowWriter};
 /// What a worker does with one window.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Scoring {
-    pub encode: Encode,
     pub prefix: Vec<u32>,
     pub tokens: Vec<u32>,
     /// The first of `tokens` that is scored.
@@ -47,9 +45,8 @@ pub struct Scored {
     pub greedy_ids: Vec<u32>,
 }
 
-/// Runs a window. Fails where a logit is not finite.
+/// Runs a window behind what the session's encoder holds. Fails where a logit is not finite.
 pub fn score(session: &mut dyn Session, scoring: &Scoring) -> Result<Scored> {
-    encode(session, &scoring.encode)?;
     let costs = match &scoring.logits {
         LogitsFile::Write(path) => write(session, scoring, RowWriter::create(path)?).map(|()| Vec::new())?,
         LogitsFile::Compare(path) => compare(session, scoring, path)?,
@@ -104,7 +101,6 @@ mod tests {
 
     fn scoring(logits: LogitsFile) -> Scoring {
         Scoring {
-            encode: Encode::Nothing,
             prefix: vec![],
             tokens: vec![0, 1, 1, 0],
             first: 1,

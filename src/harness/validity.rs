@@ -32,7 +32,7 @@ mod tests {
 
     fn sample(ids: &[u32], finite_logits: bool) -> Sample {
         let step_ns = vec![1; ids.len().saturating_sub(1)];
-        Sample { prefill_ns: 1, step_ns, end_to_end_ns: 9, ids: ids.to_vec(), finite_logits, load: None }
+        Sample { encode_ns: 0, prefill_ns: 1, step_ns, end_to_end_ns: 9, ids: ids.to_vec(), finite_logits, load: None }
     }
 
     #[test]

@@ -4,19 +4,20 @@ use std::io::{BufRead, Write};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::DeviceChoice;
 use super::clock::Monotonic;
 use super::load::CpuLoad;
-use super::measure::Bench;
+use super::measure::{Bench, Encode};
 use super::memory::ProcessMemory;
+use super::picture::Preprocessor;
 use super::protocol::{Ask, Failure, Job, LoadFacts, Reply};
 use super::scoring;
 use crate::engine::{self, Device, Setup};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
-use crate::plan::Model;
+use crate::plan::{EncoderInputKind, Model};
 use crate::quant::FormatOptions;
 use crate::weights::policy::Formats;
 use crate::weights::{self, Checkpoint, Request, Source};
@@ -75,13 +76,28 @@ fn answer(ask: Ask, state: &mut Option<State>, events: &Replies) -> Result<Reply
         Ask::WarmUp => Reply::Warmed(bench.warm_up()?),
         Ask::Repeat => Reply::Sample(bench.repeat()?),
         Ask::Finish => Reply::Finished(bench.finish(job.save_logits.as_deref())?),
-        Ask::Score(scoring) => Reply::Scored(scoring::score(bench.session(), &scoring)?),
+        Ask::Score(scoring) => Reply::Scored(scoring::score(bench.encoded()?, &scoring)?),
         Ask::Load(_) => unreachable!("returned above"),
     })
 }
 
+/// What a task shows the model, as its preprocessor makes it; empty where it shows none. Fails on a picture that cannot be used.
+pub fn pixels(opened: &Opened, encode: &Encode) -> Result<Vec<f32>> {
+    let Encode::Picture { image } = encode else { return Ok(Vec::new()) };
+    let Some(EncoderInputKind::Picture(picture)) = opened.model.encoder.as_ref().map(|encoder| encoder.input) else {
+        bail!("`{}` has no eyes to show a picture to", opened.model.architecture)
+    };
+    let preprocessor = Preprocessor::new(opened.checkpoint.preprocessor_config.as_ref(), picture.size)?;
+    let pixels = match image {
+        Some(path) => preprocessor.open(path)?,
+        None => preprocessor.generated(),
+    };
+    Ok(pixels.values)
+}
+
 fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
     let opened = open(&job.model, events)?;
+    let pixels = pixels(&opened, &job.task.encode)?;
     let device = match job.device {
         DeviceChoice::Cuda(ordinal) => Device::Cuda(ordinal),
         DeviceChoice::Cpu | DeviceChoice::Auto => Device::Cpu,
@@ -105,7 +121,7 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         isa: loaded.isa,
         load_peak_bytes: memory.peak_bytes(),
     };
-    let bench = Bench::new(loaded.session, Monotonic::start(), memory, CpuLoad::default(), job.task.clone());
+    let bench = Bench::new(loaded.session, Monotonic::start(), memory, CpuLoad::default(), job.task.clone(), pixels);
     Ok((State { bench, job }, facts))
 }
 

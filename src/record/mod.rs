@@ -127,7 +127,19 @@ pub struct Workload {
     /// Tokens in the cache before the prompt.
     pub n_depth: u64,
     pub n_image: u64,
+    /// Of a model that sees: what it was shown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageSource>,
     pub batch_size: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageSource {
+    /// The test picture, the same on every machine.
+    Generated,
+    /// A file of the user's.
+    File,
 }
 
 /// How the repeats were taken.
@@ -149,7 +161,10 @@ pub struct Protocol {
 /// Raw nanoseconds, one entry per counted repeat.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Samples {
-    /// Start of prefill to the first token on the host.
+    /// The encoder's part of `prefill_ns`, where the model has one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub encode_ns: Vec<u64>,
+    /// Start of prefill to the first token on the host; an encoder runs first and counts.
     pub prefill_ns: Vec<u64>,
     /// Every decode step of every repeat.
     pub decode_step_ns: Vec<Vec<u64>>,

@@ -64,16 +64,6 @@ pub static COLUMNS: &[Column] = &[
     Column { decimals: Some(DIVERGENCE_DECIMALS), ..known("KL", "nats/token", kl) },
     known("top-1", "%", |r| r.quality.as_ref().map_or(Cell::Unknown, |q| Cell::Percent(100.0 * q.top1_agreement))),
     known("perplexity", "x fp16", perplexity_ratio),
-    wide("perplexity", "", |r| number(r.quality.as_ref().map(|q| q.perplexity))),
-    Column {
-        decimals: Some(DIVERGENCE_DECIMALS),
-        ..wide("KL p50", "nats/token", |r| number(r.quality.as_ref().map(|q| q.kl_median)))
-    },
-    Column {
-        decimals: Some(DIVERGENCE_DECIMALS),
-        ..wide("KL p99", "nats/token", |r| number(r.quality.as_ref().map(|q| q.kl_p99)))
-    },
-    wide("logit error", "largest", |r| number(r.quality.as_ref().map(|q| q.logit_error_max))),
     wide("x fp16", "95 % interval", speed_up_interval),
     wide("end to end", "ms/token", |r| median(r, "latency_per_token_ms")),
     wide("ITL p50", "ms", |r| percentile(r, |s| s.p50)),
@@ -84,6 +74,16 @@ pub static COLUMNS: &[Column] = &[
     wide("output", "tokens/s", |r| median(r, "output_tps")),
     wide("outliers", "columns/call", |r| number(r.int8.as_ref().and_then(|int8| int8.outlier_columns_mean))),
     wide("cold run", "s", |r| number(r.samples.cold_ns.map(|ns| ns as f64 / 1e9))),
+    wide("perplexity", "", |r| number(r.quality.as_ref().map(|q| q.perplexity))),
+    Column {
+        decimals: Some(DIVERGENCE_DECIMALS),
+        ..wide("KL p50", "nats/token", |r| number(r.quality.as_ref().map(|q| q.kl_median)))
+    },
+    Column {
+        decimals: Some(DIVERGENCE_DECIMALS),
+        ..wide("KL p99", "nats/token", |r| number(r.quality.as_ref().map(|q| q.kl_p99)))
+    },
+    wide("logit error", "largest", |r| number(r.quality.as_ref().map(|q| q.logit_error_max))),
 ];
 
 /// A case as texts.

@@ -6,6 +6,7 @@
 pub mod bnb;
 pub mod builtin;
 mod cast;
+pub mod export;
 pub mod hub;
 mod open;
 pub mod policy;

@@ -77,6 +77,14 @@ pub fn open_with(request: &Request, hub: &HubConfig, events: &dyn Listener) -> R
 }
 
 impl Checkpoint {
+    /// Where its files lie; `None` where its weights are made up.
+    pub fn folder(&self) -> Option<&Path> {
+        match &self.weights {
+            Weights::Random { .. } => None,
+            Weights::Files { folder, .. } => Some(folder),
+        }
+    }
+
     /// The weights, once it is sure that every tensor is there in its right shape; random ones are made from the specs.
     pub fn source(&self, matrices: &[MatrixSpec], vectors: &[VectorSpec]) -> Result<Box<dyn Source>> {
         let (folder, source) = match &self.weights {

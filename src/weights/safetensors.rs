@@ -148,7 +148,8 @@ impl Tensor {
 }
 
 impl Safetensors {
-    /// Reads the headers of a checkpoint. `label` is what messages call it; `etags` are the hub's, where it came from there.
+    /// Reads the headers of a checkpoint. `label` is what messages call it; `etags` are the hub's, where it came from
+    /// there.
     pub fn open(
         layout: &Layout,
         label: &str,
@@ -161,7 +162,7 @@ impl Safetensors {
         for (index, path) in layout.files.iter().enumerate() {
             let (shard, metadata) = read_header(path)?;
             let here = |name: &str| match &layout.weight_map {
-                // A name that the index does not know may lie anywhere; one that it gives to another file is a leftover.
+                // A name that the index does not know may lie anywhere; one that it gives to another file is stale.
                 Some(map) => map.get(name).is_none_or(|file| path.ends_with(file)),
                 None => true,
             };

@@ -1,8 +1,8 @@
 //! Pictures: an image file, or a generated test picture, as the pixels that a vision tower reads.
 //!
 //! What happens to a picture, and in which order, is what transformers' `SiglipImageProcessor` does with a path: read
-//! with Pillow (13), turned upright as its Exif data says, converted to RGB, resized, rescaled, normalised. [`resize`] is
-//! Pillow's arithmetic.
+//! with Pillow (13), turned upright as its Exif data says, converted to RGB, resized, rescaled, normalised. [`resize`]
+//! is Pillow's arithmetic.
 
 mod jpeg;
 mod resize;
@@ -37,10 +37,12 @@ pub struct Pixels {
 }
 
 impl Preprocessor {
-    /// For a model whose pictures are `size` × `size`; `config` is the parsed `preprocessor_config.json` where there is one.
+    /// For a model whose pictures are `size` × `size`; `config` is the parsed `preprocessor_config.json` where there is
+    /// one.
     ///
-    /// Without it, and for every key it leaves out, SigLIP's defaults count: bicubic, 1/255, mean and standard deviation
-    /// 0.5. Fails with [`BadInput`] where the config asks for another processor, another size or an unknown filter.
+    /// Without it, and for every key it leaves out, SigLIP's defaults count: bicubic, 1/255, mean and standard
+    /// deviation 0.5. Fails with [`BadInput`] where the config asks for another processor, another size or an unknown
+    /// filter.
     pub fn new(config: Option<&Value>, size: usize) -> Result<Self> {
         let side = u32::try_from(size).ok().filter(|side| (1..=MAX_SIDE).contains(side));
         let side =
@@ -220,8 +222,9 @@ fn reason(error: ImageError) -> String {
     }
 }
 
-/// As Pillow's `convert("RGB")`: alpha dropped, grey repeated. Of 16 bits colour keeps the high byte, but grey is cut off
-/// at 255; scaling it, as the `image` crate does, would look better and differ from what the model is given elsewhere.
+/// As Pillow's `convert("RGB")`: alpha dropped, grey repeated. Of 16 bits colour keeps the high byte, but grey is cut
+/// off at 255; scaling it, as the `image` crate does, would look better and differ from what the model is given
+/// elsewhere.
 fn rgb(picture: DynamicImage) -> RgbImage {
     let high = |value: u16| (value >> 8) as u8;
     match picture {

@@ -1,7 +1,7 @@
 //! Resizing of 8-bit RGB pictures, bit for bit as Pillow's `Image.resize`.
 //!
-//! Filters, supports and fixed-point rounding are facts of Pillow's `Resample.c` (and `Geometry.c` for nearest). A filter
-//! with other rounding, such as the `image` crate's own, moves pixels by one step and with them the logits.
+//! Filters, supports and fixed-point rounding are facts of Pillow's `Resample.c` (and `Geometry.c` for nearest). A
+//! filter with other rounding, such as the `image` crate's own, moves pixels by one step and with them the logits.
 
 use image::{Rgb, RgbImage};
 

@@ -28,8 +28,12 @@ impl CudaMatrix for DenseOnDevice {
         self.weight.elem_count() * self.weight.dtype().size_in_bytes()
     }
 
-    /// The result has the weight's dtype: an fp32 weight keeps its sums.
+    /// An fp32 weight widens its activations and keeps its sums: the result is fp32 too.
     fn multiply(&self, x: &Tensor) -> Result<Tensor> {
-        x.to_dtype(self.weight.dtype())?.matmul(&self.weight.t()?)
+        let weight = self.weight.t()?;
+        match self.weight.dtype() {
+            DType::F32 => x.to_dtype(DType::F32)?.matmul(&weight),
+            _ => x.matmul(&weight),
+        }
     }
 }

@@ -23,7 +23,8 @@ use crate::events::{Event, Listener, Unit};
 const DEFAULT_REVISION: &str = "main";
 
 /// Files that a model may have beside config.json and its weights.
-const OPTIONAL: [&str; 3] = ["tokenizer.json", "generation_config.json", "preprocessor_config.json"];
+const OPTIONAL: [&str; 4] =
+    ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"];
 
 /// A host that drops packets should not hold a command for the minutes that TCP takes to give up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

@@ -8,8 +8,8 @@ use super::{Value, portable};
 use crate::quant::cpu::STRIP_ROWS;
 
 const LANES: usize = 16;
-/// Values in a cache line.
-const LINE: usize = 32;
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
 /// How far ahead weights are fetched into L1, over the end of the row into the next: the hardware's prefetcher stops at
 /// pages, and long rows share L1 with as long an `x`.
 const PREFETCH_BYTES: usize = 4096;
@@ -27,7 +27,7 @@ pub unsafe fn dot<T: Value>(row: &[T], x: &[f32]) -> f32 {
     let (rows, xs) = (row.chunks_exact(LANES * SUMS), x.chunks_exact(LANES * SUMS));
     let (row_tail, x_tail) = (rows.remainder(), xs.remainder());
     for (row, x) in rows.zip(xs) {
-        for line in row.chunks(LINE) {
+        for line in row.chunks(LINE_BYTES / size_of::<T>()) {
             _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_byte_add(PREFETCH_BYTES).cast());
         }
         for (s, sum) in sums.iter_mut().enumerate() {

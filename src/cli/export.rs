@@ -1,0 +1,65 @@
+//! `quantbench export`: what was typed and what it means.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, ValueHint};
+
+use super::request::unknown_precision;
+use crate::quant;
+use crate::weights::{self, WeightsChoice, export};
+
+/// What was typed for an export.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// Hub id or local folder.
+    #[arg(long, value_name = "ID|DIR", help_heading = "Model")]
+    pub model_id: String,
+
+    /// Branch, tag or commit on the hub [default: main].
+    #[arg(long, value_name = "REV", help_heading = "Model")]
+    pub revision: Option<String>,
+
+    /// Use only what the hub cache holds.
+    #[arg(long, help_heading = "Model")]
+    pub offline: bool,
+
+    /// Precision to write: int8 (8bit), nf4 (4bit) or nf4-nodq.
+    #[arg(long, value_name = "NAME", help_heading = "Precision")]
+    pub precision: String,
+
+    /// Folder to make, whole or not at all.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Output")]
+    pub output: PathBuf,
+
+    /// Show no progress.
+    #[arg(short, long, help_heading = "Output")]
+    pub quiet: bool,
+}
+
+/// An export as it will happen.
+#[derive(Debug)]
+pub struct ExportRequest {
+    pub model: weights::Request,
+    /// A name of [`quant::FORMATS`].
+    pub precision: &'static str,
+    pub output: PathBuf,
+}
+
+impl ExportRequest {
+    /// Fails with [`crate::error::BadInput`] on an unknown precision and on an output that cannot be made.
+    pub fn new(args: &ExportArgs) -> Result<Self> {
+        let word = args.precision.trim().to_lowercase();
+        let entry = quant::find(&word).ok_or_else(|| unknown_precision(&word))?;
+        export::check_output(&args.output)?;
+        let model = weights::Request {
+            model_id: args.model_id.clone(),
+            revision: args.revision.clone(),
+            offline: args.offline,
+            weights: WeightsChoice::Auto,
+            seed: 0,
+            outlier_channels: 0,
+        };
+        Ok(Self { model, precision: entry.name, output: args.output.clone() })
+    }
+}
