@@ -89,6 +89,7 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
         stop_at_eos: false,
         protocol: Protocol::default(),
         save_logits: None,
+        keep_fp16: Vec::new(),
         quality: None,
         command: "quantbench".to_owned(),
     }

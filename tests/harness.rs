@@ -126,6 +126,7 @@ fn case(precisions: &[&str], protocol: Protocol) -> Case {
         stop_at_eos: false,
         protocol,
         save_logits: None,
+        keep_fp16: Vec::new(),
         quality: None,
         command: "quantbench --precision all".to_owned(),
     }
@@ -157,6 +158,7 @@ fn facts(case: &Case) -> Facts {
         },
         n_before: 2 + N_PROMPT as u64,
         environment: record::Environment { threads: 2, ..record::Environment::default() },
+        keep_fp16: Vec::new(),
         format_options: case.format_options,
         protocol: case.protocol.clone(),
         order: Order::Interleaved,

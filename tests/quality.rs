@@ -244,6 +244,37 @@ fn a_run_has_speed_and_quality_in_one_record() {
     assert!(record["quality"]["perplexity_ratio"].is_null(), "fp16 was not run");
 }
 
+/// What a part costs alone is what the model costs when all else is kept, whichever option says so.
+#[test]
+fn parts_are_measured_alone_and_kept() {
+    let model = golden("models/llama-tiny");
+    let args = |rest: &str| format!("quality --quality-tokens 24 --threads 2 --format json {rest}");
+    let of = |rest: &str| records(&quantbench(&model, &args(rest)));
+    let by_module = of("--precision int8,nf4 --by-module");
+    let kept = of("--precision int8,nf4 --keep-fp16 mlp");
+    for (record, kept) in by_module.iter().zip(&kept) {
+        let modules = record["quality"]["modules"].as_array().unwrap();
+        let names: Vec<_> = modules.iter().map(|module| module["module"].as_str().unwrap()).collect();
+        let layers = ["model.layers.0", "model.layers.1", "model.layers.2"];
+        assert_eq!(names, [["attention", "mlp", "embeddings"], layers].concat());
+        for module in modules {
+            assert!(
+                module["kl_mean"].as_f64().unwrap() > 0.0 && module["saved_bytes"].as_u64().unwrap() > 0,
+                "{module}"
+            );
+            assert_eq!(module["outlier_share"].is_null(), record["precision"] == "nf4", "{module}");
+        }
+        assert_eq!(modules[0]["kl_mean"], kept["quality"]["kl_mean"], "{names:?}");
+        assert_eq!(kept["keep_fp16"], Value::from(vec!["mlp"]));
+    }
+    let nothing = of("--precision nf4 --keep-fp16 *");
+    assert!(nothing[0]["quality"]["kl_mean"].as_f64().unwrap() < 1e-4, "all is fp16");
+    let unknown = quantbench(&model, "quality --keep-fp16 down_pro");
+    let error = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    assert_eq!(unknown.status.code(), Some(2));
+    assert!(error.contains("`--keep-fp16 down_pro` matches no linear layer"), "{error}");
+}
+
 #[test]
 fn random_weights_have_no_quality() {
     let model = golden("models/llama-tiny");

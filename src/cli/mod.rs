@@ -149,6 +149,10 @@ pub struct QualityArgs {
     #[command(flatten)]
     pub text: TextArgs,
 
+    /// Also quantize one part of the model at a time: attention, mlp, head, embeddings and each layer.
+    #[arg(long, help_heading = "Quality")]
+    pub by_module: bool,
+
     #[command(flatten)]
     pub device: DeviceArgs,
 
@@ -200,6 +204,10 @@ pub struct PrecisionArgs {
     /// Activation magnitude from which int8 computes a column in fp16; 0 turns outlier columns off.
     #[arg(long, value_name = "X", default_value_t = FormatOptions::default().int8_threshold, help_heading = "Precision")]
     pub int8_threshold: f32,
+
+    /// Linear layers to keep in fp16 at every precision, comma separated: parts of names, from dot to dot, `*` within dots.
+    #[arg(long, value_name = "PATTERNS", value_delimiter = ',', help_heading = "Precision")]
+    pub keep_fp16: Vec<String>,
 }
 
 /// What a model that sees is shown.

@@ -50,7 +50,8 @@ impl Request {
     /// The same for `quantbench quality`: nothing is generated but a short text that shows where precisions part.
     pub fn for_quality(args: &QualityArgs, command: String) -> Result<Self> {
         let case = case(&args.model, &args.precision, &args.prompt, &args.device, command)?;
-        let (image, quality) = (args.picture.image.clone(), Some(quality(&args.text)?));
+        let (image, text) = (args.picture.image.clone(), quality(&args.text)?);
+        let quality = Some(QualityChoice { by_module: args.by_module, ..text });
         Self::with(Case { image, quality, ..case }, &args.output)
     }
 
@@ -82,6 +83,7 @@ fn case(
         device: device(&device_args.device)?,
         threads: device_args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
         prompt: prompt(prompt_args)?,
+        keep_fp16: precision.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect(),
         image: None,
         n_gen: 1,
         n_depth: 0,
@@ -110,7 +112,12 @@ fn quality(args: &TextArgs) -> Result<QualityChoice> {
         PathWord::Prefill => CallPath::Prefill,
         PathWord::Decode => CallPath::Decode,
     });
-    Ok(QualityChoice { text: args.quality_text.as_deref().map(text_file).transpose()?, n_tokens, path })
+    Ok(QualityChoice {
+        text: args.quality_text.as_deref().map(text_file).transpose()?,
+        n_tokens,
+        path,
+        by_module: false,
+    })
 }
 
 /// Last component and content.

@@ -22,7 +22,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
 
 fn place(spec: &MatrixSpec, stored: &dyn Stored, device: &Device) -> candle_core::Result<Box<dyn Linear>> {
     match spec.role {
-        Role::Embedding | Role::Head | Role::Patches => {
+        Role::Embedding | Role::Head | Role::Patches | Role::Kept => {
             let bytes = stored.parts().swap_remove(0).bytes;
             let table = Tensor::from_raw_buffer(&bytes, DType::F16, &[spec.n, spec.k], device)?;
             Ok(Box::new(Table(table)))

@@ -86,6 +86,8 @@ pub struct Footprint {
 pub struct OutlierColumns {
     pub calls: u64,
     pub columns: u64,
+    /// Columns of the activations of all calls, outliers or not.
+    pub examined: u64,
 }
 
 /// What to load a session from.

@@ -29,6 +29,8 @@ pub struct Facts {
     pub n_before: u64,
     pub environment: record::Environment,
     pub format_options: FormatOptions,
+    /// As in [`Case`].
+    pub keep_fp16: Vec<String>,
     pub protocol: Protocol,
     pub order: Order,
     pub resolve_s: f64,
@@ -100,6 +102,7 @@ fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32
         model: facts.model.clone(),
         weights: record::WeightFacts { fp16_overflow: loaded.fp16_overflow, ..facts.weights.clone() },
         precision: precision.to_owned(),
+        keep_fp16: facts.keep_fp16.clone(),
         int8: int8(facts, precision, outcome),
         device: facts.device.clone(),
         workload: record::Workload { n_gen, ..facts.workload },

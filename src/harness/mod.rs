@@ -7,6 +7,7 @@ pub mod load;
 mod logits;
 pub mod measure;
 pub mod memory;
+mod modules;
 mod parent;
 pub mod picture;
 mod process;
@@ -29,6 +30,7 @@ pub use worker::worker_main;
 use std::path::PathBuf;
 
 use crate::quant::FormatOptions;
+use crate::weights::policy::Selection;
 
 /// A case: one model on one device with one workload, at several precisions.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -52,6 +54,8 @@ pub struct Case {
     pub protocol: Protocol,
     /// Where an untimed pass writes its logits, fp32 `[n_gen, vocab]` as tensor `logits`.
     pub save_logits: Option<PathBuf>,
+    /// Patterns of linear layers that every precision leaves in fp16.
+    pub keep_fp16: Vec<String>,
     /// What quality is measured on, if it is.
     pub quality: Option<QualityChoice>,
     /// As records show it; paths keep their last component.
@@ -66,6 +70,13 @@ pub enum Asked {
     ByName,
     /// By saying nothing or `all`: a model that was saved quantized is measured in its own precision.
     All,
+}
+
+impl Case {
+    /// Which matrices every precision quantizes.
+    pub fn selection(&self) -> Selection {
+        if self.keep_fp16.is_empty() { Selection::Usual } else { Selection::Without(self.keep_fp16.clone()) }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -133,6 +144,7 @@ mod tests {
             stop_at_eos: false,
             protocol: Protocol::default(),
             save_logits: None,
+            keep_fp16: Vec::new(),
             quality: None,
             command: "quantbench".to_owned(),
         }

@@ -36,7 +36,8 @@ const LOADING_BYTES: u64 = 256 << 20;
 /// Measures every precision of `case`. Fails on input that cannot be used; a precision that fails becomes a record.
 pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     let device = check(case)?;
-    let opened = worker::open(&case.model, events)?;
+    let mut opened = worker::open(&case.model, events)?;
+    opened.select(&case.selection())?;
     let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
     let plan = Plan::new(case, device, opened)?;
     let passage = plan.passage(case)?;
@@ -58,13 +59,14 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
 /// has no quality; a precision that fails becomes a record.
 pub fn quality(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     let device = check(case)?;
-    let opened = worker::open(&case.model, events)?;
+    let mut opened = worker::open(&case.model, events)?;
+    opened.select(&case.selection())?;
     let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
     let plan = Plan::new(case, device, opened)?;
     let Some(passage) = plan.passage(case)? else { return Ok(Vec::new()) };
     let passage = passage.map_err(BadInput::from)?;
     let mut records = assemble::unmeasured(&plan.facts_unmeasured(case), case);
-    for Failed { at, reason } in passage.measure(case, plan.share, &mut records, events)? {
+    for Failed { at, reason } in passage.measure(case, (plan.share, &plan.opened.model), &mut records, events)? {
         (records[at].status, records[at].reason) = (Status::Error, Some(reason));
     }
     Ok(records)
@@ -83,7 +85,7 @@ fn add_quality(
         None => {}
         Some(Err(refusal)) => records.iter_mut().for_each(|record| warn(record, refusal.reason.clone())),
         Some(Ok(passage)) => {
-            for Failed { at, reason } in passage.measure(case, plan.share, records, events)? {
+            for Failed { at, reason } in passage.measure(case, (plan.share, &plan.opened.model), records, events)? {
                 warn(&mut records[at], reason);
             }
         }
@@ -171,6 +173,7 @@ impl Plan {
             n_before: (self.workload.task.depth.len() + self.workload.task.prompt.len()) as u64,
             environment: machine.environment(isa.name(), self.share.threads),
             format_options: case.format_options,
+            keep_fp16: case.keep_fp16.clone(),
             protocol: case.protocol.clone(),
             order,
             resolve_s: self.opened.checkpoint.resolve_s,

@@ -12,6 +12,7 @@ use crate::engine::{Footprint, OutlierColumns};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::Event;
 use crate::quant::FormatOptions;
+use crate::weights::policy::Selection;
 
 /// All that one worker needs: the parent has checked it and turned the prompt into ids.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,6 +27,8 @@ pub struct Job {
     /// At least 1.
     pub threads: usize,
     pub task: Task,
+    /// Which matrices are quantized.
+    pub selection: Selection,
     /// Of the untimed pass after the last repeat.
     pub save_logits: Option<std::path::PathBuf>,
 }
@@ -53,6 +56,7 @@ impl Job {
             device,
             threads,
             task,
+            selection: case.selection(),
             save_logits: save_logits.map(|path| super::logits::path_of(path, precision, case.precisions.len())),
         }
     }

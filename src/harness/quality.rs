@@ -4,7 +4,6 @@
 use anyhow::Result;
 use tempfile::TempDir;
 
-use super::Case;
 use super::measure::{Encode, Task};
 use super::process::ProcessWorker;
 use super::prompt::{self, Workload};
@@ -12,15 +11,18 @@ use super::protocol::{Failure, Job, Share};
 use super::schedule::Worker;
 use super::scoring::{Greedy, LogitsFile, Scored, Scoring};
 use super::worker::Opened;
+use super::{Case, modules};
+use crate::engine::OutlierColumns;
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
-use crate::plan::EncoderInputKind;
+use crate::plan::{EncoderInputKind, Model};
 use crate::quality::cost::TokenCost;
 use crate::quality::windows::{self, Window};
 use crate::quality::{CallPath, pass, rows, summary, text};
 use crate::quant::fp32;
 use crate::record::{self, Record};
 use crate::weights::SourceKind;
+use crate::weights::policy::Selection;
 
 /// Tokens of the text where the user does not say.
 pub const DEFAULT_TOKENS: usize = 512;
@@ -43,6 +45,8 @@ pub struct QualityChoice {
     pub n_tokens: usize,
     /// `None`: by precision, [`CallPath::usual`].
     pub path: Option<CallPath>,
+    /// Also with one part of the model quantized at a time.
+    pub by_module: bool,
 }
 
 /// Why a model has no quality to measure.
@@ -69,10 +73,19 @@ pub struct Passage {
 }
 
 /// What one precision gave.
-struct Measured {
-    costs: Vec<TokenCost>,
+pub struct Measured {
+    pub costs: Vec<TokenCost>,
     greedy_ids: Vec<u32>,
     path: CallPath,
+    outliers: OutlierColumns,
+}
+
+impl Measured {
+    /// LLM.int8's outlier columns over all columns that it looked through.
+    pub fn outlier_share(&self) -> Option<f64> {
+        let OutlierColumns { columns, examined, .. } = self.outliers;
+        (examined > 0).then(|| columns as f64 / examined as f64)
+    }
 }
 
 impl Passage {
@@ -132,19 +145,19 @@ impl Passage {
     pub fn measure(
         &self,
         case: &Case,
-        share: Share,
+        (share, model): (Share, &Model),
         records: &mut [Record],
         events: &dyn Listener,
     ) -> Result<Vec<Failed>> {
         let folder = tempfile::Builder::new().prefix("quantbench-").tempdir()?;
         let mut reference = Reference { passage: self, case, share, folder, worker: None, held: None };
-        let total = (case.precisions.len() * self.windows.len()) as u64;
+        let total = case.precisions.len() as u64;
         events.on(Event::Begin { label: "quality".to_owned(), total, unit: Unit::Runs });
         let mut outcomes = Vec::new();
         for (at, precision) in case.precisions.iter().enumerate() {
             let runs = records[at].status == record::Status::Ok;
-            outcomes.push(runs.then(|| self.of_precision(&mut reference, precision)));
-            events.on(Event::Progress { done: ((at + 1) * self.windows.len()) as u64 });
+            outcomes.push(runs.then(|| self.of_precision(&mut reference, precision, &case.selection())));
+            events.on(Event::Progress { done: at as u64 + 1 });
         }
         events.on(Event::End);
         let fp16 =
@@ -158,23 +171,34 @@ impl Passage {
                 Some(Err(failure)) => failed.push(Failed { at, reason: failure.message().to_owned() }),
             }
         }
+        if case.quality.as_ref().is_some_and(|choice| choice.by_module) {
+            modules::measure(&mut reference, model, records, events);
+        }
         Ok(failed)
     }
 
-    fn of_precision(&self, reference: &mut Reference, precision: &str) -> Result<Measured, Failure> {
+    /// One precision, or one selection of the matrices at it.
+    pub fn of_precision(
+        &self,
+        reference: &mut Reference,
+        precision: &str,
+        selection: &Selection,
+    ) -> Result<Measured, Failure> {
         let path = reference.case.quality.as_ref().and_then(|choice| choice.path).unwrap_or(CallPath::usual(precision));
         let mut worker: Option<ProcessWorker> = None;
-        let mut measured = Measured { costs: Vec::new(), greedy_ids: Vec::new(), path };
+        let (costs, greedy_ids, outliers) = (Vec::new(), Vec::new(), OutlierColumns::default());
+        let mut measured = Measured { costs, greedy_ids, path, outliers };
         for (at, _) in self.windows.iter().enumerate() {
             // The reference first: where one window is all, it is gone before the precision loads.
             let logits = LogitsFile::Compare(reference.file_of(at)?);
             let worker = match &mut worker {
                 Some(worker) => worker,
-                none => none.insert(self.worker(reference.case, precision, reference.share)?),
+                none => none.insert(self.worker(reference.case, precision, reference.share, selection.clone())?),
             };
-            let Scored { costs, greedy_ids } = worker.score(self.scoring(at, path, logits))?;
+            let Scored { costs, greedy_ids, outliers } = worker.score(self.scoring(at, path, logits))?;
             measured.costs.extend(costs);
             measured.greedy_ids.extend(greedy_ids);
+            measured.outliers = outliers;
         }
         Ok(measured)
     }
@@ -192,12 +216,18 @@ impl Passage {
     }
 
     /// A loaded worker whose cache holds the longest window.
-    fn worker(&self, case: &Case, precision: &str, share: Share) -> Result<ProcessWorker, Failure> {
+    fn worker(
+        &self,
+        case: &Case,
+        precision: &str,
+        share: Share,
+        selection: Selection,
+    ) -> Result<ProcessWorker, Failure> {
         let longest = self.windows[0].end.max(self.greedy.n_prompt + self.greedy.n_gen);
         let (encode, prompt) = (self.encode.clone(), vec![0; self.prefix.len() + longest]);
         let task = Task { encode, prompt, n_gen: 1, ..Task::default() };
         let workload = Workload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
-        let job = Job { save_logits: None, ..Job::new(case, precision, share, &workload) };
+        let job = Job { save_logits: None, selection, ..Job::new(case, precision, share, &workload) };
         let mut worker = ProcessWorker::new(job, 0);
         worker.load(&crate::events::Silent)?;
         Ok(worker)
@@ -235,6 +265,9 @@ impl Passage {
             logit_error_max: found.logit_error_max,
             greedy_tokens: self.greedy.n_gen as u64,
             greedy_departs_at: departs_at.map(|at| at as u64),
+            outlier_share: measured.outlier_share(),
+            modules: Vec::new(),
+            suggested_keep_fp16: Vec::new(),
         })
     }
 }
@@ -247,10 +280,10 @@ pub struct Failed {
 }
 
 /// The worker that writes the reference's logits, one window's file at a time.
-struct Reference<'a> {
-    passage: &'a Passage,
-    case: &'a Case,
-    share: Share,
+pub struct Reference<'a> {
+    pub passage: &'a Passage,
+    pub case: &'a Case,
+    pub share: Share,
     /// Removed with all that it holds when this goes.
     folder: TempDir,
     worker: Option<ProcessWorker>,
@@ -276,7 +309,7 @@ impl Reference<'_> {
             Some(worker) => worker,
             none => {
                 let share = Share { device: super::DeviceChoice::Cpu, ..self.share };
-                none.insert(passage.worker(self.case, REFERENCE_PRECISION, share)?)
+                none.insert(passage.worker(self.case, REFERENCE_PRECISION, share, Selection::Usual)?)
             }
         };
         // Gone until the new one is whole.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::engine::Session;
+use crate::engine::{OutlierColumns, Session};
 use crate::quality::CallPath;
 use crate::quality::cost::{self, TokenCost};
 use crate::quality::pass::{self, Feed};
@@ -43,6 +43,8 @@ pub struct Scored {
     /// Of each scored token; empty for the reference.
     pub costs: Vec<TokenCost>,
     pub greedy_ids: Vec<u32>,
+    /// Of all calls since the worker began.
+    pub outliers: OutlierColumns,
 }
 
 /// Runs a window behind what the session's encoder holds. Fails where a logit is not finite.
@@ -51,7 +53,8 @@ pub fn score(session: &mut dyn Session, scoring: &Scoring) -> Result<Scored> {
         LogitsFile::Write(path) => write(session, scoring, RowWriter::create(path)?).map(|()| Vec::new())?,
         LogitsFile::Compare(path) => compare(session, scoring, path)?,
     };
-    Ok(Scored { costs, greedy_ids: greedy(session, scoring)? })
+    let outliers = session.outlier_columns();
+    Ok(Scored { costs, greedy_ids: greedy(session, scoring)?, outliers })
 }
 
 fn feed(scoring: &Scoring) -> Feed<'_> {

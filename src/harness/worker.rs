@@ -19,7 +19,8 @@ use crate::error::BadInput;
 use crate::events::{Event, Listener};
 use crate::plan::{EncoderInputKind, Model};
 use crate::quant::FormatOptions;
-use crate::weights::policy::Formats;
+use crate::weights::policy::{Formats, Selection};
+use crate::weights::spec::Role;
 use crate::weights::{self, Checkpoint, Request, Source};
 
 /// A model whose files were found and whose plan was built; no weights are in memory.
@@ -36,6 +37,31 @@ pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
         .map_err(|error| BadInput::new(format!("the config.json of `{}` cannot be used: {error}", request.model_id)))?;
     let source = checkpoint.source(&model.matrices, &model.vectors)?;
     Ok(Opened { checkpoint, model, source })
+}
+
+impl Opened {
+    /// Makes the model quantize what `selection` says. Fails where a pattern matches no linear layer, and where the weights were
+    /// quantized already.
+    pub fn select(&mut self, selection: &Selection) -> Result<(), BadInput> {
+        if let (Selection::Without(patterns), Some(own)) = (selection, &self.checkpoint.quantized) {
+            let message =
+                format!("`--keep-fp16 {}`: the weights were saved in `{}`", patterns.join(","), own.precision);
+            return Err(BadInput::new(message).hint("drop `--keep-fp16`, or name the model that they were made from"));
+        }
+        selection.apply(&mut self.model.matrices).map_err(|pattern| {
+            let message = format!("`--keep-fp16 {pattern}` matches no linear layer of `{}`", self.checkpoint.id);
+            BadInput::new(message).hint(format!(
+                "a pattern is a part of a name such as `{}`, from dot to dot; `*` stands for anything between dots",
+                last_linear(&self.model)
+            ))
+        })
+    }
+}
+
+/// The name of a linear layer, to show how they are spelled.
+fn last_linear(model: &Model) -> &str {
+    let linear = model.matrices.iter().rev().find(|spec| spec.role == Role::Projection);
+    linear.map_or("model.layers.0.mlp.down_proj", |spec| spec.name.trim_end_matches(".weight"))
 }
 
 /// Bytes of all weights at a precision, as stored.
@@ -96,7 +122,8 @@ pub fn pixels(opened: &Opened, encode: &Encode) -> Result<Vec<f32>> {
 }
 
 fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
-    let opened = open(&job.model, events)?;
+    let mut opened = open(&job.model, events)?;
+    opened.select(&job.selection)?;
     let pixels = pixels(&opened, &job.task.encode)?;
     let device = match job.device {
         DeviceChoice::Cuda(ordinal) => Device::Cuda(ordinal),

@@ -5,6 +5,7 @@
 //! process and no clock is known here.
 
 pub mod cost;
+pub mod modules;
 pub mod pass;
 pub mod rows;
 pub mod summary;

@@ -38,6 +38,9 @@ pub struct Record {
     pub weights: WeightFacts,
     /// One name per arithmetic: `fp16`, `int8`, `nf4`, `nf4-nodq`.
     pub precision: String,
+    /// Patterns of linear layers that stayed in fp16.
+    #[serde(default)]
+    pub keep_fp16: Vec<String>,
     /// LLM.int8 only.
     pub int8: Option<Int8Facts>,
     pub device: DeviceFacts,
@@ -300,6 +303,31 @@ pub struct Quality {
     pub greedy_tokens: u64,
     /// The first token, from 0, where the greedy text departs from the reference's; `null` where it never does.
     pub greedy_departs_at: Option<u64>,
+    /// LLM.int8's outlier columns over all columns that it looked through.
+    #[serde(default)]
+    pub outlier_share: Option<f64>,
+    /// With one part of the model quantized and all others in fp16; empty unless asked for.
+    #[serde(default)]
+    pub modules: Vec<ModuleQuality>,
+    /// Layers whose divergence per byte saved is more than twice the median layer's, the most sensitive first: patterns for
+    /// `--keep-fp16`.
+    #[serde(default)]
+    pub suggested_keep_fp16: Vec<String>,
+}
+
+/// What quantizing one part of a model costs and saves.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ModuleQuality {
+    /// `attention`, `mlp`, `head`, `embeddings`, or the name of a layer. A layer is part of attention and mlp too.
+    pub module: String,
+    /// Against fp16.
+    pub saved_bytes: u64,
+    /// `null` where it could not be measured.
+    pub kl_mean: Option<f64>,
+    pub kl_mean_half_width: Option<f64>,
+    pub top1_agreement: Option<f64>,
+    /// LLM.int8's outlier columns over all columns that it looked through.
+    pub outlier_share: Option<f64>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -12,6 +12,7 @@ pub fn cases(document: &Document) -> impl Iterator<Item = &[Record]> {
             && a.device == b.device
             && a.workload == b.workload
             && a.engine == b.engine
+            && a.keep_fp16 == b.keep_fp16
             && a.environment.threads == b.environment.threads
     })
 }
@@ -25,7 +26,11 @@ pub fn title(records: &[Record]) -> String {
         Some(quality) => format!("quality over {} tokens of `{}`", quality.n_tokens, quality.text),
         None => workload(&first.workload),
     };
-    plain(&format!("{}{random}{engine} on {}: {what}", first.model.id, device(first)))
+    let kept = match first.keep_fp16.as_slice() {
+        [] => String::new(),
+        patterns => format!(" with {} in fp16", patterns.join(", ")),
+    };
+    plain(&format!("{}{random}{kept}{engine} on {}: {what}", first.model.id, device(first)))
 }
 
 fn device(record: &Record) -> String {

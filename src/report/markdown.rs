@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::columns::{self, Row};
-use super::{Options, Writer, case, verdict};
+use super::{Options, Writer, case, modules, verdict};
 use crate::record::{Document, Record};
 
 pub const WRITER: Writer = Writer {
@@ -21,6 +21,10 @@ fn write(document: &Document, options: &Options) -> Result<String> {
 fn block(records: &[Record], options: &Options) -> String {
     let mut text = format!("## {}\n\n", escape(&case::title(records)));
     text += &format!("{}\n\n{}", escape(&verdict::verdict(records)), rows(records, options.wide));
+    let modules = modules::tables(records);
+    if !modules.is_empty() {
+        text += &format!("\n{}", fenced(modules.trim_matches('\n')));
+    }
     let warnings = case::warnings(records);
     if !warnings.is_empty() {
         text += "\nWarnings:\n\n";

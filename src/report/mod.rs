@@ -13,6 +13,7 @@ mod grid;
 mod json;
 mod limits;
 mod markdown;
+mod modules;
 mod table;
 mod verdict;
 

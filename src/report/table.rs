@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::columns::{self, Row, Sheet};
 use super::grid::{self, Line};
-use super::{Options, Writer, case, verdict};
+use super::{Options, Writer, case, modules, verdict};
 use crate::record::{Document, Record};
 
 pub const WRITER: Writer = Writer {
@@ -22,6 +22,7 @@ fn write(document: &Document, options: &Options) -> Result<String> {
 fn block(records: &[Record], options: &Options) -> String {
     let rows = grid::render(&lines(columns::sheet(records, options.wide)));
     let mut text = format!("{}\n{}\n\n{rows}", case::title(records), verdict::verdict(records));
+    text += &modules::tables(records);
     let warnings = case::warnings(records);
     if !warnings.is_empty() {
         text.push('\n');

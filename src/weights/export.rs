@@ -180,7 +180,7 @@ impl Writer<'_> {
     fn matrix(&mut self, spec: &MatrixSpec) -> Result<()> {
         let &MatrixSpec { ref name, n, k, role } = spec;
         match role {
-            Role::Embedding | Role::Head | Role::Patches => self.half(name, n, k),
+            Role::Embedding | Role::Head | Role::Patches | Role::Kept => self.half(name, n, k),
             Role::HighPrecision => self.full(name, n, k),
             Role::Projection => {
                 let mut data = vec![f16::ZERO; n * k];

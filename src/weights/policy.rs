@@ -2,7 +2,7 @@
 
 use anyhow::{Result, anyhow};
 
-use super::spec::Role;
+use super::spec::{MatrixSpec, Role};
 use crate::quant::{self, Format, FormatOptions, fp16, fp32};
 
 /// The formats that hold a model at one precision.
@@ -49,8 +49,115 @@ impl Formats {
     pub fn of(&self, role: Role) -> &dyn Format {
         match role {
             Role::Projection => self.asked.as_ref(),
-            Role::Head | Role::Embedding | Role::Patches => self.fp16.as_ref(),
+            Role::Head | Role::Embedding | Role::Patches | Role::Kept => self.fp16.as_ref(),
             Role::HighPrecision => self.fp32.as_ref(),
         }
+    }
+}
+
+/// Which matrices a precision quantizes.
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Selection {
+    /// Those that transformers quantizes.
+    #[default]
+    Usual,
+    /// The same, but for linear layers that a pattern matches.
+    Without(Vec<String>),
+    /// The matrices of these names, whatever they are for, and no others.
+    Only(Vec<String>),
+}
+
+impl Selection {
+    /// Gives each matrix the role that follows. Fails with the first pattern that matches no linear layer.
+    pub fn apply<'a>(&'a self, matrices: &mut [MatrixSpec]) -> std::result::Result<(), &'a str> {
+        match self {
+            Selection::Usual => {}
+            Selection::Without(patterns) => {
+                let linear = |spec: &&MatrixSpec| matches!(spec.role, Role::Projection | Role::Kept);
+                for pattern in patterns {
+                    let named: Vec<String> = matrices
+                        .iter()
+                        .filter(linear)
+                        .map(|spec| spec.name.clone())
+                        .filter(|n| matches(pattern, n))
+                        .collect();
+                    if named.is_empty() {
+                        return Err(pattern);
+                    }
+                    matrices
+                        .iter_mut()
+                        .filter(|spec| named.contains(&spec.name))
+                        .for_each(|spec| spec.role = Role::Kept);
+                }
+            }
+            Selection::Only(names) => {
+                for spec in matrices {
+                    match names.contains(&spec.name) {
+                        true => spec.role = Role::Projection,
+                        false if spec.role == Role::Projection => spec.role = Role::Kept,
+                        false => {}
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the dotted components of `pattern` stand in `name` one behind the other; `*` in a component stands for anything
+/// within it. `layers.1` matches layer 1 and not layer 10, `layers.1*` both.
+fn matches(pattern: &str, name: &str) -> bool {
+    let pattern: Vec<&str> = pattern.split('.').collect();
+    let name: Vec<&str> = name.split('.').collect();
+    name.windows(pattern.len()).any(|names| names.iter().zip(&pattern).all(|(name, pattern)| component(pattern, name)))
+}
+
+fn component(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((start, rest)) => name.strip_prefix(start).is_some_and(|behind| {
+            let ends = (0..=behind.len()).filter(|at| behind.is_char_boundary(*at));
+            ends.into_iter().any(|at| component(rest, &behind[at..]))
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_whole_components() {
+        let name = "model.layers.1.mlp.down_proj.weight";
+        for pattern in ["down_proj", "layers.1", "layers.1.mlp", "*", "layers.*.mlp", "down*", "*_proj", "d*n*j", name]
+        {
+            assert!(matches(pattern, name), "{pattern}");
+        }
+        for pattern in ["down", "layers.10", "layer.1", "mlp.1", "", "proj*", "layers.1.up_proj"] {
+            assert!(!matches(pattern, name), "{pattern}");
+        }
+        assert!(!matches("layers.1", "model.layers.10.mlp.up_proj.weight"));
+    }
+
+    #[test]
+    fn a_selection_changes_roles() {
+        let spec = |name: &str, role| MatrixSpec { name: name.to_owned(), n: 1, k: 1, role };
+        let model = || {
+            vec![
+                spec("embed", Role::Embedding),
+                spec("a.q.weight", Role::Projection),
+                spec("b.q.weight", Role::Projection),
+            ]
+        };
+        let roles = |selection: &Selection| {
+            let mut matrices = model();
+            selection.apply(&mut matrices).map(|()| matrices.iter().map(|spec| spec.role).collect::<Vec<_>>()).ok()
+        };
+        let (projection, kept, embedding) = (Role::Projection, Role::Kept, Role::Embedding);
+        assert_eq!(roles(&Selection::Usual), Some(vec![embedding, projection, projection]));
+        assert_eq!(roles(&Selection::Without(vec!["a".into()])), Some(vec![embedding, kept, projection]));
+        assert_eq!(roles(&Selection::Without(vec!["a.q".into(), "q".into()])), Some(vec![embedding, kept, kept]));
+        assert_eq!(roles(&Selection::Without(vec!["embed".into()])), None, "no linear layer");
+        assert_eq!(roles(&Selection::Only(vec!["embed".into()])), Some(vec![projection, kept, kept]));
     }
 }

@@ -5,6 +5,8 @@
 pub enum Role {
     /// A linear layer inside a block: quantized.
     Projection,
+    /// A linear layer that the user keeps in fp16.
+    Kept,
     /// The output head: kept in fp16.
     Head,
     /// A table of rows (tokens, positions, distances), also where a tied head shares it: kept in fp16.

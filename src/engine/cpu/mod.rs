@@ -186,9 +186,14 @@ impl CpuSession {
         let outcome = self.decoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);
         self.last_token = outcome.token;
         self.position += tokens.len();
-        self.outliers.calls += outcome.outlier_calls;
-        self.outliers.columns += outcome.outlier_columns;
+        self.count(outcome.outliers);
         Ok(self.last_token)
+    }
+
+    fn count(&mut self, outliers: OutlierColumns) {
+        self.outliers.calls += outliers.calls;
+        self.outliers.columns += outliers.columns;
+        self.outliers.examined += outliers.examined;
     }
 
     fn encoder_call(&mut self, tokens: &[u32], patches: &[f32], rows: usize) -> Result<()> {
@@ -289,7 +294,8 @@ impl Session for CpuSession {
         let Some(head) = self.decoder.plan.head() else { bail!("this plan has no head") };
         let steps = Arc::clone(&self.decoder.steps);
         let body = steps.iter().position(|step| matches!(step, Step::LastRow { .. })).unwrap_or(steps.len());
-        self.decoder.run(&steps[..body], &self.weights, &self.pool, &mut self.memory, call);
+        let outcome = self.decoder.run(&steps[..body], &self.weights, &self.pool, &mut self.memory, call);
+        self.count(outcome.outliers);
         self.position += tokens.len();
         self.score_rows(head, tokens.len(), on_row);
         Ok(())

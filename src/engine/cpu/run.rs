@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::schedule::{Attend, Step, must_meet};
 use super::{Memory, Program, Scratch, Weights};
+use crate::engine::OutlierColumns;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::{activation, attention, norm, rope, vector};
@@ -35,8 +36,7 @@ pub struct Call<'a> {
 pub struct Outcome {
     pub token: u32,
     /// Linear groups that looked for outlier columns, and the columns they found.
-    pub outlier_calls: u64,
-    pub outlier_columns: u64,
+    pub outliers: OutlierColumns,
 }
 
 /// Replays `steps` of `program` for one call. Its slots must be large enough.
@@ -62,6 +62,7 @@ pub fn run(
         token: AtomicU32::new(0),
         outlier_columns: AtomicU64::new(0),
         outlier_calls: AtomicU64::new(0),
+        examined_columns: AtomicU64::new(0),
     };
     let single = call.rows == 1;
     pool.run(&|worker: &Worker| {
@@ -74,8 +75,11 @@ pub fn run(
     });
     Outcome {
         token: runner.token.into_inner(),
-        outlier_calls: runner.outlier_calls.into_inner(),
-        outlier_columns: runner.outlier_columns.into_inner(),
+        outliers: OutlierColumns {
+            calls: runner.outlier_calls.into_inner(),
+            columns: runner.outlier_columns.into_inner(),
+            examined: runner.examined_columns.into_inner(),
+        },
     }
 }
 
@@ -97,6 +101,7 @@ struct Runner<'a> {
     token: AtomicU32,
     outlier_columns: AtomicU64,
     outlier_calls: AtomicU64,
+    examined_columns: AtomicU64,
 }
 
 impl Runner<'_> {
@@ -247,6 +252,7 @@ impl Runner<'_> {
         matrix.prepare(self.whole(x), self.rows(x), prepared);
         if matrix.finds_outliers() {
             self.outlier_calls.fetch_add(1, Ordering::Relaxed);
+            self.examined_columns.fetch_add(matrix.shape().1 as u64, Ordering::Relaxed);
             self.outlier_columns.fetch_add(prepared.outlier_columns.len() as u64, Ordering::Relaxed);
         }
     }
