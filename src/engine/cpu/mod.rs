@@ -1,6 +1,7 @@
 //! The CPU engine: a model's plans, lowered once, replayed for each call by a pool of workers that stay inside it from the
 //! first operation to the last. fp32 activations and cache; a decode step allocates nothing.
 
+mod arena;
 mod run;
 mod schedule;
 
@@ -8,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail};
 
+use self::arena::Arena;
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
@@ -17,7 +19,7 @@ use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::rope::Angles;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
-use crate::plan::{CacheSpec, EncoderInputKind, Head, Holds, Model, Op, Plan, RelativeBias, Rows, Storage};
+use crate::plan::{CacheSpec, EncoderInputKind, Head, Holds, Model, Op, Plan, RelativeBias, Rows, Slot, Storage};
 use crate::quant::{CpuMatrix, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
 
@@ -59,13 +61,17 @@ struct Program {
     plan: Arc<Plan>,
     steps: Arc<[Step]>,
     storage: Arc<Storage>,
-    /// One per slot of the storage, `rows · width` elements; grown by the longest call.
-    slots: Vec<Vec<f32>>,
+    /// A region per slot of the storage, `rows · width` elements.
+    slots: Arena,
+    /// Rows that the slots can hold: those of the longest call.
+    rows: usize,
 }
 
 /// What calls write, beside a program's buffers.
 struct Memory {
-    caches: Vec<Cache>,
+    /// Keys and values of each cache, `[g, capacity, d]` each, so that a head's positions lie together: the regions
+    /// `2 · i` and `2 · i + 1`.
+    caches: Arena,
     /// Image features, `[patches, hidden]`.
     features: Vec<f32>,
     prepared: Prepared,
@@ -79,12 +85,6 @@ struct Scratch {
     kernel: Vec<f32>,
     /// Queries and outputs of one head, brought together.
     gathered: Vec<f32>,
-}
-
-/// Keys and values of one layer, `[g, capacity, d]` each, so that a head's positions lie together.
-struct Cache {
-    keys: Vec<f32>,
-    values: Vec<f32>,
 }
 
 /// A relative bias laid out by distance: `[h, 2 · reach + 1]`, distance 0 in the middle, so that the biases of one query
@@ -135,8 +135,7 @@ impl CpuSession {
         let reach = setup.capacity.max(setup.encoder_capacity);
         let cache = |spec: &CacheSpec| {
             let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
-            let len = spec.kv_heads * capacity * spec.head_dim;
-            Cache { keys: vec![0.0; len], values: vec![0.0; len] }
+            [spec.kv_heads * capacity * spec.head_dim; 2]
         };
         let bias = |bias: &RelativeBias| BiasTable::new(bias, matrices[bias.table.0].as_ref(), reach);
         Self {
@@ -144,7 +143,7 @@ impl CpuSession {
             encoder: model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices)),
             decoder: Program::new(&model.decoder, &matrices),
             memory: Memory {
-                caches: model.caches.iter().map(cache).collect(),
+                caches: Arena::new(model.caches.iter().flat_map(cache)),
                 features: Vec::new(),
                 prepared: Prepared::default(),
                 scratch: (0..setup.threads).map(|_| Scratch::default()).collect(),
@@ -226,7 +225,8 @@ impl Program {
         let storage = plan.storage();
         Self {
             steps: lower(plan, |matrix| matrices[matrix.0].format()).into(),
-            slots: vec![Vec::new(); storage.slots.len()],
+            slots: Arena::default(),
+            rows: 0,
             storage: Arc::new(storage),
             plan: Arc::new(plan.clone()),
         }
@@ -234,11 +234,10 @@ impl Program {
 
     /// Replays `steps`, which are this program's from the first on.
     fn run(&mut self, steps: &[Step], weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
-        for (slot, floats) in self.storage.slots.iter().zip(&mut self.slots) {
-            let rows = if slot.rows == Rows::Tokens { call.rows } else { 1 };
-            if floats.len() < rows * slot.width {
-                floats.resize(rows * slot.width, 0.0);
-            }
+        if self.rows < call.rows {
+            let rows = |slot: &Slot| if slot.rows == Rows::Tokens { call.rows } else { 1 };
+            self.slots = Arena::new(self.storage.slots.iter().map(|slot| rows(slot) * slot.width));
+            self.rows = call.rows;
         }
         run::run(self, steps, weights, pool, memory, call)
     }
@@ -249,7 +248,7 @@ impl Program {
             Op::Argmax { logits } => Some(logits.0),
             _ => None,
         })?;
-        self.slots[self.storage.slot_of[logits]].get(..self.plan.buffers[logits].width)
+        (self.rows > 0).then(|| &self.slots.region(self.storage.slot_of[logits])[..self.plan.buffers[logits].width])
     }
 }
 
@@ -318,7 +317,7 @@ impl Session for CpuSession {
         let stored: Vec<usize> = matrices.iter().map(|m| m.stored_bytes()).collect();
         let resident: usize = matrices.iter().map(|m| m.resident_bytes()).sum();
         let vectors = model.vector_bytes();
-        let cache_floats: usize = self.memory.caches.iter().map(|c| c.keys.len() + c.values.len()).sum();
+        let cache_floats = self.memory.caches.len();
         Footprint {
             weights_bytes: (stored.iter().sum::<usize>() + vectors) as u64,
             // Vectors are held in fp32.
@@ -343,7 +342,7 @@ impl CpuSession {
         let matrix = &weights.matrices[head.weight.0];
         let bias = head.bias.map(|bias| weights.vectors[bias.0].as_slice());
         let (n, k) = matrix.shape();
-        let mut x = decoder.slots[decoder.storage.slot_of[head.x.0]][..rows * k].to_vec();
+        let mut x = decoder.slots.region(decoder.storage.slot_of[head.x.0])[..rows * k].to_vec();
         x.iter_mut().for_each(|value| *value *= head.scale);
         let mut logits = vec![0.0; SCORED_ROWS.min(rows) * n];
         for (chunk, x) in x.chunks(SCORED_ROWS * k).enumerate() {
@@ -366,9 +365,8 @@ impl CpuSession {
     fn scratch_bytes(&self) -> usize {
         let Memory { features, prepared, scratch, .. } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
-        let buffers = programs.flat_map(|program| &program.slots);
-        let buffers =
-            buffers.chain(scratch.iter().flat_map(|s| [&s.kernel, &s.gathered])).map(Vec::capacity).sum::<usize>();
+        let buffers = programs.map(|program| program.slots.len()).sum::<usize>()
+            + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity()).sum::<usize>();
         let floats = buffers + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
         4 * floats + prepared.i8s.capacity()
     }

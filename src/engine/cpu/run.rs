@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use super::arena::SharedArena;
 use super::schedule::{Attend, Step, must_meet};
 use super::{Memory, Program, Scratch, Weights};
 use crate::engine::OutlierColumns;
@@ -48,14 +49,13 @@ pub fn run(
     memory: &mut Memory,
     call: Call,
 ) -> Outcome {
-    let caches = memory.caches.iter_mut();
     let runner = Runner {
         weights,
         plan: &program.plan,
         storage: &program.storage,
         call,
-        slots: program.slots.iter_mut().map(|slot| SharedSlice::new(slot)).collect(),
-        caches: caches.map(|c| (SharedSlice::new(&mut c.keys), SharedSlice::new(&mut c.values))).collect(),
+        slots: program.slots.share(),
+        caches: memory.caches.share(),
         features: SharedSlice::new(std::slice::from_mut(&mut memory.features)),
         prepared: SharedSlice::new(std::slice::from_mut(&mut memory.prepared)),
         scratch: SharedSlice::new(&mut memory.scratch),
@@ -89,9 +89,9 @@ struct Runner<'a> {
     plan: &'a Plan,
     storage: &'a Storage,
     call: Call<'a>,
-    slots: Vec<SharedSlice<'a, f32>>,
+    slots: SharedArena<'a>,
     /// Keys and values of each cache.
-    caches: Vec<(SharedSlice<'a, f32>, SharedSlice<'a, f32>)>,
+    caches: SharedArena<'a>,
     /// One element, written by worker 0 at the end of a vision encoder.
     features: SharedSlice<'a, Vec<f32>>,
     /// One element, written by worker 0.
@@ -143,19 +143,19 @@ impl Runner<'_> {
 
     /// `columns` of a row, for reading.
     fn part(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &[f32] {
-        let start = row * self.width(buffer);
+        let start = self.slots.start(self.storage.slot_of[buffer.0]) + row * self.width(buffer);
         // SAFETY: a step reads what earlier steps wrote; `must_meet` put a barrier where the split changed, and
         // `Plan::storage` gives no two buffers that live at once the same slot.
-        unsafe { self.slots[self.storage.slot_of[buffer.0]].range(start + columns.start..start + columns.end) }
+        unsafe { self.slots.floats.range(start + columns.start..start + columns.end) }
     }
 
     /// `columns` of a row, for writing by the one worker whose share they are.
     #[allow(clippy::mut_from_ref)]
     fn part_mut(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &mut [f32] {
-        let start = row * self.width(buffer);
+        let start = self.slots.start(self.storage.slot_of[buffer.0]) + row * self.width(buffer);
         // SAFETY: the split of the step gives these columns of this row to one worker, and no other buffer that is read
         // in the step shares the slot.
-        unsafe { self.slots[self.storage.slot_of[buffer.0]].range_mut(start + columns.start..start + columns.end) }
+        unsafe { self.slots.floats.range_mut(start + columns.start..start + columns.end) }
     }
 
     fn row_mut(&self, buffer: BufferId, row: usize) -> &mut [f32] {
@@ -261,7 +261,7 @@ impl Runner<'_> {
         let matrix = &self.weights.matrices[part.weight.0];
         let columns = worker.share(matrix.shape().0, self.weights.granule);
         let bias = part.bias.map(|bias| self.weights.vectors[bias.0].as_slice());
-        let y = &self.slots[self.storage.slot_of[part.out.0]];
+        let y = &self.slots.region(self.storage.slot_of[part.out.0]);
         matrix.multiply(self.prepared(), columns, bias, y, &mut self.scratch(worker).kernel);
     }
 
@@ -301,7 +301,7 @@ impl Runner<'_> {
     fn append(&self, k: BufferId, v: BufferId, cache: CacheId, rotate: Option<Rotate>, worker: &Worker) {
         let spec = self.weights.model.caches[cache.0];
         let d = spec.head_dim;
-        let (keys, values) = &self.caches[cache.0];
+        let (keys, values) = (self.caches.region(2 * cache.0), self.caches.region(2 * cache.0 + 1));
         for head in worker.share(spec.kv_heads, 1) {
             let columns = head * d..(head + 1) * d;
             for row in 0..self.rows(k) {
@@ -372,9 +372,10 @@ impl Runner<'_> {
     fn keys_and_values(&self, cache: CacheId, head: usize, seen: usize) -> (&[f32], &[f32]) {
         let d = self.weights.model.caches[cache.0].head_dim;
         let at = head * self.capacity(cache) * d;
-        let (keys, values) = &self.caches[cache.0];
+        let [keys, values] = [2 * cache.0, 2 * cache.0 + 1].map(|region| self.caches.start(region) + at);
+        let floats = &self.caches.floats;
         // SAFETY: appended by this worker, or by others before a barrier; nothing appends while a step attends.
-        unsafe { (keys.range(at..at + seen * d), values.range(at..at + seen * d)) }
+        unsafe { (floats.range(keys..keys + seen * d), floats.range(values..values + seen * d)) }
     }
 
     /// Positions of the cache that a row sees.

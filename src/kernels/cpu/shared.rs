@@ -29,6 +29,14 @@ impl<'a, T> SharedSlice<'a, T> {
         self.len == 0
     }
 
+    /// The part `range` as a shared slice of its own. Panics if it is out of bounds.
+    pub fn part(&self, range: Range<usize>) -> SharedSlice<'_, T> {
+        assert!(range.start <= range.end && range.end <= self.len, "range {range:?} of {} elements", self.len);
+        // SAFETY: in bounds by the assert.
+        let start = unsafe { self.start.add(range.start) };
+        SharedSlice { start, len: range.len(), owner: PhantomData }
+    }
+
     /// The part `range` for writing. Panics if it is out of bounds.
     ///
     /// # Safety

@@ -1,0 +1,63 @@
+//! Regions of floats in one allocation, so that a call shares all of them with its workers without allocating.
+
+use std::ops::Range;
+
+use crate::kernels::cpu::shared::SharedSlice;
+
+/// Zeroed regions, one behind the other.
+#[derive(Default)]
+pub struct Arena {
+    floats: Vec<f32>,
+    /// Where each region ends.
+    ends: Vec<usize>,
+}
+
+impl Arena {
+    pub fn new(lens: impl IntoIterator<Item = usize>) -> Self {
+        let mut end = 0;
+        let ends: Vec<usize> = lens
+            .into_iter()
+            .map(|len| {
+                end += len;
+                end
+            })
+            .collect();
+        Self { floats: vec![0.0; end], ends }
+    }
+
+    /// Floats of all regions.
+    pub fn len(&self) -> usize {
+        self.floats.len()
+    }
+
+    pub fn region(&self, index: usize) -> &[f32] {
+        &self.floats[region(&self.ends, index)]
+    }
+
+    pub fn share(&mut self) -> SharedArena<'_> {
+        SharedArena { floats: SharedSlice::new(&mut self.floats), ends: &self.ends }
+    }
+}
+
+/// An arena that the workers of a call write in disjoint parts.
+pub struct SharedArena<'a> {
+    /// All regions.
+    pub floats: SharedSlice<'a, f32>,
+    ends: &'a [usize],
+}
+
+impl SharedArena<'_> {
+    /// Where a region starts in `floats`.
+    pub fn start(&self, index: usize) -> usize {
+        region(self.ends, index).start
+    }
+
+    pub fn region(&self, index: usize) -> SharedSlice<'_, f32> {
+        self.floats.part(region(self.ends, index))
+    }
+}
+
+fn region(ends: &[usize], index: usize) -> Range<usize> {
+    let start = if index == 0 { 0 } else { ends[index - 1] };
+    start..ends[index]
+}

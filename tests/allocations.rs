@@ -1,0 +1,79 @@
+//! A decode step on the CPU allocates nothing: counted by the allocator, on every thread.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use quantbench::engine::{self, Device, Setup};
+use quantbench::events::Silent;
+use quantbench::kernels::isa::Isa;
+use quantbench::quant::{FORMATS, FormatOptions};
+use quantbench::weights::{self, Request, WeightsChoice};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: hands every call to the system's allocator and counts it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(start, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn a_decode_step_allocates_nothing() {
+    for model in ["llama-tiny", "phi-odd", "t5-tiny"] {
+        for format in FORMATS {
+            for isa in Isa::available() {
+                let counted = allocations_of_decoding(model, format.name, isa);
+                assert_eq!(counted, 0, "{model} {} {}: allocations in 16 decode steps", format.name, isa.name());
+            }
+        }
+    }
+}
+
+fn allocations_of_decoding(model: &str, precision: &str, isa: Isa) -> u64 {
+    let request = Request {
+        model_id: format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")),
+        revision: None,
+        offline: true,
+        weights: WeightsChoice::Auto,
+        seed: 0,
+        outlier_channels: 0,
+    };
+    let checkpoint = weights::open(&request, &Silent).unwrap();
+    let plan = quantbench::models::build(&checkpoint.config).unwrap();
+    let source = checkpoint.source(&plan.matrices, &plan.vectors).unwrap();
+    let setup = Setup {
+        model: &plan,
+        source: source.as_ref(),
+        precision,
+        options: FormatOptions::default(),
+        device: Device::Cpu,
+        threads: 2,
+        capacity: 64,
+        encoder_capacity: 8,
+    };
+    let mut session = engine::cpu::load(&setup, isa, &Silent).unwrap().session;
+    if plan.encoder.is_some() {
+        session.encode(engine::EncoderInput::Tokens(&[1, 2, 3])).unwrap();
+    }
+    session.prefill(&[1, 2, 3]).unwrap();
+    // Scratch grows to what the steps need, outlier columns included.
+    session.decode(16, &mut |_| {}).unwrap();
+    session.rewind(3);
+    session.prefill(&[1]).unwrap();
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    session.decode(16, &mut |_| {}).unwrap();
+    ALLOCATIONS.load(Ordering::Relaxed) - before
+}
