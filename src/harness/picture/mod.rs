@@ -1,7 +1,7 @@
 //! Pictures: an image file, or a generated test picture, as the pixels that a vision tower reads.
 //!
 //! What happens to a picture, and in which order, is what transformers' `SiglipImageProcessor` does with a path: read
-//! with Pillow (13), turned upright as its Exif data says, converted to RGB, resized, rescaled, normalised. [`resize`]
+//! with Pillow (13), turned upright as its Exif data says, converted to RGB, resized, rescaled, normalised. `resize`
 //! is Pillow's arithmetic.
 
 mod jpeg;
