@@ -112,7 +112,7 @@ fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32
         metrics: BTreeMap::new(),
         dtypes: dtypes(precision, &facts.device.kind),
         ratio_to_fp16: None,
-        memory: memory(outcome),
+        memory: memory(outcome, &facts.device.kind),
         bandwidth: Bandwidth::default(),
         output: record::Output { token_ids, text },
         environment: record::Environment { isa, ..facts.environment.clone() },
@@ -208,7 +208,9 @@ fn dtypes(precision: &str, device: &str) -> record::Dtypes {
     record::Dtypes { weights: precision.to_owned(), compute, kv_cache, logits }
 }
 
-fn memory(outcome: &Outcome) -> Memory {
+/// A worker knows its resident set only: on CUDA the device's marks stay undefined rather than show the host's.
+fn memory(outcome: &Outcome, device_kind: &str) -> Memory {
+    let on_host = |bytes: Option<u64>| bytes.filter(|_| device_kind == "cpu");
     let (loaded, warmed, finished) = (outcome.loaded.as_ref(), outcome.warmed.as_ref(), outcome.finished.as_ref());
     let load_peak_bytes = loaded.and_then(|loaded| loaded.load_peak_bytes);
     let peak_bytes = finished.and_then(|finished| finished.peak_bytes);
@@ -219,10 +221,10 @@ fn memory(outcome: &Outcome) -> Memory {
         _ => (None, None),
     };
     Memory {
-        start_bytes: warmed.and_then(|warmed| warmed.start_bytes),
-        end_bytes: finished.and_then(|finished| finished.end_bytes),
-        peak_bytes,
-        load_peak_bytes,
+        start_bytes: on_host(warmed.and_then(|warmed| warmed.start_bytes)),
+        end_bytes: on_host(finished.and_then(|finished| finished.end_bytes)),
+        peak_bytes: on_host(peak_bytes),
+        load_peak_bytes: on_host(load_peak_bytes),
         weights_bytes: finished.map(|finished| finished.footprint.weights_bytes),
         kv_cache_bytes: finished.map(|finished| finished.footprint.kv_cache_bytes),
         scratch_bytes: finished.map(|finished| finished.footprint.scratch_bytes),
