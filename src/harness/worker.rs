@@ -92,18 +92,20 @@ struct State {
 }
 
 fn answer(ask: Ask, state: &mut Option<State>, events: &Replies) -> Result<Reply> {
-    if let Ask::Load(job) = ask {
-        let (loaded, facts) = load(*job, events)?;
-        *state = Some(loaded);
-        return Ok(Reply::Loaded(facts));
-    }
-    let State { bench, job } = state.as_mut().context("nothing is loaded yet")?;
+    let loaded = state.as_mut().context("nothing is loaded yet");
     Ok(match ask {
-        Ask::WarmUp => Reply::Warmed(bench.warm_up()?),
-        Ask::Repeat => Reply::Sample(bench.repeat()?),
-        Ask::Finish => Reply::Finished(bench.finish(job.save_logits.as_deref())?),
-        Ask::Score(scoring) => Reply::Scored(scoring::score(bench.encoded()?, &scoring)?),
-        Ask::Load(_) => unreachable!("returned above"),
+        Ask::Load(job) => {
+            let (loaded, facts) = load(*job, events)?;
+            *state = Some(loaded);
+            Reply::Loaded(facts)
+        }
+        Ask::WarmUp => Reply::Warmed(loaded?.bench.warm_up()?),
+        Ask::Repeat => Reply::Sample(loaded?.bench.repeat()?),
+        Ask::Finish => {
+            let State { bench, job } = loaded?;
+            Reply::Finished(bench.finish(job.save_logits.as_deref())?)
+        }
+        Ask::Score(scoring) => Reply::Scored(scoring::score(loaded?.bench.encoded()?, &scoring)?),
     })
 }
 
