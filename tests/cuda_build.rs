@@ -2,9 +2,11 @@
 #![cfg(feature = "cuda")]
 
 use quantbench::kernels::cuda::launch::Fatbin;
-use quantbench::quant::{int8, nf4};
+use quantbench::kernels::cuda::{attention, rows};
+use quantbench::quant::{dense, int8, nf4};
 
-const OURS: [&Fatbin; 2] = [&int8::cuda::KERNELS, &nf4::cuda::KERNELS];
+const OURS: [&Fatbin; 5] =
+    [&attention::KERNELS, &dense::cuda::KERNELS, &int8::cuda::KERNELS, &nf4::cuda::KERNELS, &rows::KERNELS];
 /// Chips with machine code of their own; the last one also has PTX, for what comes after it.
 const CHIPS: [u32; 5] = [75, 80, 86, 89, 90];
 

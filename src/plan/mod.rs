@@ -8,6 +8,7 @@
 //! Dimensions: `t` tokens of the call (rows), `h` heads, `g` key/value heads, `d` head dim, `[n, k]` matrices.
 
 mod builder;
+pub mod fusion;
 mod storage;
 
 pub use builder::{Builder, Facts, LinearLayer, Path};

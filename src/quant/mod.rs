@@ -7,6 +7,8 @@
 //! Dimensions: a weight is `[n, k]` row-major, n outputs and k inputs; activations are `[m, k]`; `y = x · Wᵀ` is `[m, n]`.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dense;
 pub mod fp16;
 pub mod fp32;
@@ -241,9 +243,23 @@ pub trait CudaMatrix: Send + Sync {
     /// `(n, k)`.
     fn shape(&self) -> (usize, usize);
 
-    /// Bytes of the format on the device, without padding.
+    /// Bytes of the format, without padding: what a token has to read.
     fn stored_bytes(&self) -> usize;
 
-    /// `y = x · Wᵀ`: `x` fp16 `[m, k]` contiguous on the device, the result fp16 `[m, n]`, fp32 sums.
-    fn multiply(&self, x: &candle_core::Tensor) -> Result<candle_core::Tensor>;
+    /// Bytes that this layout takes on the device.
+    fn resident_bytes(&self) -> usize;
+
+    /// How the product with one row streams it.
+    fn streamed(&self) -> crate::kernels::cuda::matvec::Streamed;
+
+    /// Whether products are fp32, as those of a matrix that is kept in fp32 are; fp16 otherwise.
+    fn product_is_float(&self) -> bool {
+        false
+    }
+
+    /// `y = x · Wᵀ` for `m` rows: `x` fp16 `[m, k]`, `y` `[m, n]`, fp32 sums.
+    ///
+    /// # Safety
+    /// `x` and `y` are addresses of that much memory on the matrix's device, good until its stream has come past this call.
+    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()>;
 }

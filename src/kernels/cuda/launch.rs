@@ -1,11 +1,9 @@
 //! Loading embedded kernels and launching them on candle's stream.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
 
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, CudaSlice, CudaView, DeviceRepr, DriverError, LaunchArgs, LaunchConfig,
-};
-use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DeviceRepr, DriverError, result, sys};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Storage, Tensor, bail};
 use half::f16;
@@ -19,51 +17,146 @@ pub struct Fatbin {
     pub image: &'static [u8],
 }
 
-/// Modules already loaded, by device ordinal and fatbin name. They are never unloaded: candle uses the device's primary
-/// context, which a module keeps alive.
-static MODULES: Mutex<Vec<(usize, &'static str, Arc<CudaModule>)>> = Mutex::new(Vec::new());
+/// A kernel of a loaded module. Modules are never unloaded: candle uses the device's primary context, which lives as long
+/// as the process uses the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kernel {
+    pub name: &'static str,
+    function: sys::CUfunction,
+}
+
+// SAFETY: a function handle is an opaque number of the driver, which may be used from every thread.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
+
+/// A loaded module's handle, by device ordinal and fatbin name.
+struct Module(sys::CUmodule);
+// SAFETY: as for a kernel's handle.
+unsafe impl Send for Module {}
+
+static MODULES: Mutex<Vec<(usize, &'static str, Module)>> = Mutex::new(Vec::new());
 
 impl Fatbin {
     /// The kernel `name`; the first call on a device loads the module there.
-    pub fn kernel(&self, device: &CudaDevice, name: &str) -> Result<CudaFunction> {
+    pub fn kernel(&self, device: &CudaDevice, name: &'static str) -> Result<Kernel> {
         let explain = |error| driver_error(error).context(format!("loading kernel `{name}` of {}.cu", self.name));
-        self.module(device).and_then(|module| module.load_function(name)).map_err(explain)
+        let symbol = std::ffi::CString::new(name).map_err(Error::wrap)?;
+        let module = self.module(device).map_err(explain)?;
+        // SAFETY: the module is loaded and stays so.
+        let function = unsafe { result::module::get_function(module, symbol) }.map_err(explain)?;
+        Ok(Kernel { name, function })
     }
 
-    fn module(&self, device: &CudaDevice) -> std::result::Result<Arc<CudaModule>, DriverError> {
+    fn module(&self, device: &CudaDevice) -> std::result::Result<sys::CUmodule, DriverError> {
         let stream = device.cuda_stream();
         let ordinal = stream.context().ordinal();
         let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((.., module)) = modules.iter().find(|(at, name, _)| *at == ordinal && *name == self.name) {
-            return Ok(module.clone());
+            return Ok(module.0);
         }
+        stream.context().bind_to_thread()?;
         // A copy, since the driver wants the image aligned, as allocations are.
-        let module = stream.context().load_module(Ptx::from_binary(self.image.to_vec()))?;
-        modules.push((ordinal, self.name, module.clone()));
+        let image = self.image.to_vec();
+        // SAFETY: a fatbin carries its own length, and the driver copies what it keeps.
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }?;
+        modules.push((ordinal, self.name, Module(module)));
         Ok(module)
     }
 }
 
-/// Launches on `blocks` (x, y) of `threads` threads. Work of size zero is the caller's to skip.
+impl Kernel {
+    /// Lets blocks of this kernel have up to `bytes` of shared memory that is sized at launch.
+    pub fn allow_shared(&self, bytes: usize) -> Result<()> {
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let explain = |error| driver_error(error).context(format!("kernel `{}` with {bytes} bytes a block", self.name));
+        let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
+        // SAFETY: the function is loaded and stays so.
+        unsafe { result::function::set_function_attribute(self.function, attribute, bytes) }.map_err(explain)
+    }
+
+    /// Blocks of `threads` threads and `shared_bytes` that fit on one multiprocessor.
+    pub fn blocks_per_multiprocessor(&self, threads: u32, shared_bytes: usize) -> Result<usize> {
+        let mut blocks = 0;
+        // SAFETY: the function is loaded, and the call writes one int.
+        unsafe {
+            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, self.function, threads as i32, shared_bytes)
+        }
+        .result()
+        .map_err(driver_error)?;
+        Ok(usize::try_from(blocks).unwrap_or(0))
+    }
+}
+
+/// How a kernel is launched.
+#[derive(Debug, Clone, Copy)]
+pub struct Grid {
+    pub blocks: (usize, usize),
+    pub threads: u32,
+    pub shared_bytes: usize,
+    /// It may start before its predecessor has ended: the kernel waits by itself before it touches what that one writes.
+    pub early: bool,
+}
+
+impl Grid {
+    pub fn new(blocks: (usize, usize), threads: u32) -> Self {
+        Self { blocks, threads, shared_bytes: 0, early: false }
+    }
+
+    /// A thread for each of `count` elements.
+    pub fn over(count: usize, threads: u32) -> Self {
+        Self::new((count.div_ceil(threads as usize), 1), threads)
+    }
+}
+
+/// The addresses of kernel parameters, for [`launch`].
+#[macro_export]
+macro_rules! parameters {
+    ($($value:expr),* $(,)?) => { &mut [$((&raw const $value).cast_mut().cast::<std::ffi::c_void>()),*] };
+}
+
+/// Launches on the device's stream. Work of size zero is the caller's to skip.
 ///
 /// # Safety
-/// The arguments pushed match the kernel's parameters in number, order and type, and every pointer among them is valid for
+/// `parameters` point to values that match the kernel's in number, order and type, and every pointer among them is valid for
 /// what a grid of this size touches.
-pub unsafe fn launch(kernel: &str, arguments: &mut LaunchArgs<'_>, blocks: (usize, usize), threads: u32) -> Result<()> {
+pub unsafe fn launch(device: &CudaDevice, kernel: Kernel, grid: Grid, parameters: &mut [*mut c_void]) -> Result<()> {
     let dimension = |blocks: usize, most: u32| match u32::try_from(blocks) {
         Ok(blocks) if (1..=most).contains(&blocks) => Ok(blocks),
-        _ => bail!("kernel `{kernel}`: a grid of {blocks} blocks, allowed are 1 to {most}"),
+        _ => bail!("kernel `{}`: a grid of {blocks} blocks, allowed are 1 to {most}", kernel.name),
     };
-    let grid_dim = (dimension(blocks.0, i32::MAX as u32)?, dimension(blocks.1, MAX_GRID_Y)?, 1);
-    let config = LaunchConfig { grid_dim, block_dim: (threads, 1, 1), shared_mem_bytes: 0 };
-    // SAFETY: the caller's promise.
-    let launched = unsafe { arguments.launch(config) };
-    launched.map_err(|error| driver_error(error).context(format!("launching kernel `{kernel}`")))?;
-    Ok(())
+    let stream = device.cuda_stream();
+    stream.context().bind_to_thread().map_err(driver_error)?;
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let config = sys::CUlaunchConfig {
+        gridDimX: dimension(grid.blocks.0, i32::MAX as u32)?,
+        gridDimY: dimension(grid.blocks.1, MAX_GRID_Y)?,
+        gridDimZ: 1,
+        blockDimX: grid.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: u32::try_from(grid.shared_bytes).unwrap_or(u32::MAX),
+        hStream: stream.cu_stream(),
+        attrs: &mut attribute,
+        numAttrs: u32::from(grid.early),
+    };
+    // SAFETY: the caller's promise; the configuration and its attribute live through the call.
+    unsafe { sys::cuLaunchKernelEx(&config, kernel.function, parameters.as_mut_ptr(), std::ptr::null_mut()) }
+        .result()
+        .map_err(|error| driver_error(error).context(format!("launching kernel `{}`", kernel.name)))
 }
 
 /// CUDA's limit for the second dimension of a grid.
 pub const MAX_GRID_Y: u32 = 65535;
+
+/// Where `memory` begins on the device. All work is on one stream, so that the address stays good while the owner lives.
+pub fn address<T, P: DevicePtr<T>>(memory: &P, device: &CudaDevice) -> u64 {
+    memory.device_ptr(&device.cuda_stream()).0
+}
 
 /// The fp16 `[m, k]` that `x` holds contiguously on a CUDA device, and m.
 pub fn half_rows<'a>(x: &'a Storage, layout: &Layout, k: usize) -> Result<(CudaView<'a, f16>, usize)> {
@@ -78,8 +171,11 @@ pub fn half_rows<'a>(x: &'a Storage, layout: &Layout, k: usize) -> Result<(CudaV
     Ok((storage.as_cuda_slice::<f16>()?.slice(start..end), m))
 }
 
-/// `[rows, columns]` fp16 as a tensor.
-pub fn half_tensor(values: CudaSlice<f16>, rows: usize, columns: usize, device: &CudaDevice) -> Result<Tensor> {
+/// `[rows, columns]` as a tensor.
+pub fn tensor<T>(values: CudaSlice<T>, rows: usize, columns: usize, device: &CudaDevice) -> Result<Tensor>
+where
+    T: candle_core::cuda_backend::CudaDType + DeviceRepr,
+{
     if values.len() != rows * columns {
         bail!("{} values cannot be a [{rows}, {columns}]", values.len());
     }
@@ -87,18 +183,15 @@ pub fn half_tensor(values: CudaSlice<f16>, rows: usize, columns: usize, device: 
     Ok(Tensor::from_storage(Storage::Cuda(storage), (rows, columns), BackpropOp::none(), false))
 }
 
-/// `values`, and zeros after them up to a multiple of `granule`.
-pub fn upload_padded<T>(values: &[T], granule: usize, device: &CudaDevice) -> Result<CudaSlice<T>>
-where
-    T: DeviceRepr + Copy + Default + 'static,
-{
-    if values.len().is_multiple_of(granule) {
-        return device.clone_htod(values);
+/// Rows of `row_bytes`, each followed by zeros up to `stride` bytes.
+pub fn upload_rows(bytes: &[u8], row_bytes: usize, stride: usize, device: &CudaDevice) -> Result<CudaSlice<u8>> {
+    if row_bytes == stride {
+        return device.clone_htod(bytes);
     }
-    let mut padded = Vec::with_capacity(values.len().next_multiple_of(granule));
-    padded.extend_from_slice(values);
-    padded.resize(values.len().next_multiple_of(granule), T::default());
-    device.clone_htod(&padded)
+    let mut rows = vec![0; bytes.len() / row_bytes * stride];
+    let pairs = rows.chunks_exact_mut(stride).zip(bytes.chunks_exact(row_bytes));
+    pairs.for_each(|(row, bytes)| row[..row_bytes].copy_from_slice(bytes));
+    device.clone_htod(&rows)
 }
 
 /// A dimension as kernels take it.

@@ -5,8 +5,12 @@
 //!
 //! [`CudaDevice`]: candle_core::CudaDevice
 
+pub mod attention;
 pub mod device;
+pub mod gemm;
 pub mod launch;
+pub mod matvec;
 pub mod memory;
+pub mod rows;
 
 pub use device::{open, probe};

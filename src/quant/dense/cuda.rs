@@ -1,39 +1,104 @@
-//! Dense matrices on CUDA: cuBLAS through candle, fp32 sums.
+//! Dense matrices on CUDA: row-major as they are, streamed for one row, cuBLAS for many.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::{CudaDevice, Device, Result};
 
 use super::{DenseStored, Value};
+use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
+use crate::kernels::cuda::launch::{Fatbin, address, upload_rows};
+use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
+use crate::kernels::cuda::rows::Rows;
 use crate::quant::{CudaMatrix, Stored};
+
+pub static KERNELS: Fatbin = Fatbin { name: "dense", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense.fatbin")) };
+static HALVES: Family = Family { fatbin: &KERNELS, kernels: ["half_1", "half_2"], chunk: 32, shared_eighths: 16 };
+static FLOATS: Family = Family { fatbin: &KERNELS, kernels: ["float_1", "float_2"], chunk: 16, shared_eighths: 48 };
 
 /// Uploads row-major values in their own dtype.
 pub(super) fn upload<T: Value>(stored: &DenseStored<T>, device: &Device) -> Result<Box<dyn CudaMatrix>> {
+    let device = device.as_cuda_device()?;
     let bytes = stored.parts().swap_remove(0).bytes;
-    let dtype = if size_of::<T>() == 2 { DType::F16 } else { DType::F32 };
-    let weight = Tensor::from_raw_buffer(&bytes, dtype, &[stored.n, stored.k], device)?;
-    Ok(Box::new(DenseOnDevice { weight }))
+    let row_bytes = stored.k * size_of::<T>();
+    let stride_bytes = row_bytes.next_multiple_of(CHUNK_BYTES);
+    Ok(Box::new(DenseOnDevice {
+        n: stored.n,
+        k: stored.k,
+        element_bytes: size_of::<T>(),
+        stride_bytes,
+        weight: upload_rows(&bytes, row_bytes, stride_bytes, device)?,
+        device: device.clone(),
+    }))
 }
 
 struct DenseOnDevice {
-    /// `[n, k]`
-    weight: Tensor,
+    n: usize,
+    k: usize,
+    element_bytes: usize,
+    stride_bytes: usize,
+    /// `[n, stride_bytes]`
+    weight: CudaSlice<u8>,
+    device: CudaDevice,
 }
 
 impl CudaMatrix for DenseOnDevice {
     fn shape(&self) -> (usize, usize) {
-        let dims = self.weight.dims();
-        (dims[0], dims[1])
+        (self.n, self.k)
     }
 
     fn stored_bytes(&self) -> usize {
-        self.weight.elem_count() * self.weight.dtype().size_in_bytes()
+        self.n * self.k * self.element_bytes
     }
 
-    /// An fp32 weight widens its activations and keeps its sums: the result is fp32 too.
-    fn multiply(&self, x: &Tensor) -> Result<Tensor> {
-        let weight = self.weight.t()?;
-        match self.weight.dtype() {
-            DType::F32 => x.to_dtype(DType::F32)?.matmul(&weight),
-            _ => x.matmul(&weight),
+    fn resident_bytes(&self) -> usize {
+        self.weight.len()
+    }
+
+    fn streamed(&self) -> Streamed {
+        Streamed {
+            family: if self.product_is_float() { &FLOATS } else { &HALVES },
+            n: self.n,
+            k: self.k,
+            weight: address(&self.weight, &self.device),
+            stride_bytes: self.stride_bytes,
+            scales: 0,
+            nested: 0,
+            offset: 0.0,
+            code: 0,
+            threshold: f32::NAN,
         }
+    }
+
+    fn product_is_float(&self) -> bool {
+        self.element_bytes == 4
+    }
+
+    /// fp32 weights widen their activations.
+    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()> {
+        let (k, stride) = (self.k, self.stride_bytes / self.element_bytes);
+        let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
+        let mut widened = None;
+        let (ty, a) = if self.product_is_float() {
+            let values = self.device.alloc_zeros::<f32>(m * k)?;
+            let at = address(widened.insert(values), &self.device);
+            // SAFETY: both hold m * k values.
+            unsafe { Rows { device: &self.device }.widen(m * k, x, at) }?;
+            (Type::Float, at)
+        } else {
+            (Type::Half, x)
+        };
+        let gemm = Gemm {
+            m,
+            n: self.n,
+            k,
+            batch: 1,
+            a: operand(a, k),
+            b: operand(address(&self.weight, &self.device), stride),
+            b_is_transposed: true,
+            out: operand(y, self.n),
+            from: ty,
+            to: ty,
+        };
+        // SAFETY: the caller's promise for x and y; the weight lives as long as this.
+        unsafe { gemm.run(&self.device) }
     }
 }

@@ -1,49 +1,45 @@
 //! LLM.int8 on CUDA: outlier columns are found, listed and multiplied on the device, without asking the host.
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelArg};
-use candle_core::{CudaDevice, Device, Result, Tensor};
-use half::f16;
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::{CudaDevice, Device, Result};
 
 use super::Int8Stored;
-use crate::kernels::cuda::launch::{Fatbin, dimension, half_rows, half_tensor, launch};
+use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
+use crate::kernels::cuda::launch::{Fatbin, Grid, address, dimension, launch, upload_rows};
+use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
+use crate::parameters;
 use crate::quant::CudaMatrix;
 
 pub static KERNELS: Fatbin = Fatbin { name: "int8", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin")) };
+/// A byte of code, an eighth of a byte of outlier bits and the half that both are made of.
+static BYTES: Family =
+    Family { fatbin: &KERNELS, kernels: ["int8_1", "int8_2"], chunk: CHUNK_BYTES, shared_eighths: 25 };
 
-/// Bytes that a lane loads at once: rows of codes are padded to whole ones.
-const CHUNK_BYTES: usize = 16;
 const FLAG_THREADS: u32 = 256;
 /// Rows of blocks that look for outliers: enough to fill a device at a long prompt, few enough that a block does some work.
 const FLAG_BLOCKS_Y: usize = 32;
-/// `LIST_THREADS`, `QUANTIZE_THREADS` and `MATMUL_WARPS` in int8.cu.
+/// `LIST_THREADS` and `QUANTIZE_THREADS` in int8.cu.
 const LIST_THREADS: u32 = 1024;
 const QUANTIZE_THREADS: u32 = 256;
-const MATMUL_WARPS: usize = 4;
-const LANES: u32 = 32;
-/// The most rows of x that a block multiplies.
-const MATMUL_ROWS: usize = 8;
+const FINISH_THREADS: u32 = 256;
+const FINISH_BLOCKS_Y: usize = 256;
+/// cuBLAS multiplies bytes only in matrices whose sides are multiples of this.
+const GEMM_SIDE: usize = 4;
 
 pub(super) fn upload(stored: &Int8Stored, device: &Device) -> Result<Box<dyn CudaMatrix>> {
     let device = device.as_cuda_device()?;
-    let (n, k, codes) = (stored.n, stored.k, &stored.codes);
+    let (n, k) = (stored.n, stored.k);
     let stride = k.next_multiple_of(CHUNK_BYTES);
-    let codes = if stride == k { device.clone_htod(codes)? } else { device.clone_htod(&padded(codes, k, stride))? };
+    let codes: Vec<u8> = stored.codes.iter().map(|code| code.cast_unsigned()).collect();
     Ok(Box::new(Int8OnDevice {
         n,
         k,
         stride,
-        codes,
+        codes: upload_rows(&codes, k, stride, device)?,
         absmax: device.clone_htod(&stored.absmax)?,
         threshold: if stored.threshold > 0.0 { stored.threshold } else { f32::NAN },
         device: device.clone(),
     }))
-}
-
-/// Rows of `k` codes, each followed by zeros up to `stride`.
-fn padded(codes: &[i8], k: usize, stride: usize) -> Vec<i8> {
-    let mut rows = vec![0; codes.len() / k * stride];
-    rows.chunks_exact_mut(stride).zip(codes.chunks_exact(k)).for_each(|(row, codes)| row[..k].copy_from_slice(codes));
-    rows
 }
 
 struct Int8OnDevice {
@@ -52,7 +48,7 @@ struct Int8OnDevice {
     /// Codes from row to row.
     stride: usize,
     /// `[n, stride]`.
-    codes: CudaSlice<i8>,
+    codes: CudaSlice<u8>,
     /// `[n]`.
     absmax: CudaSlice<f32>,
     /// NaN where outlier columns are off: nothing is at least that.
@@ -81,49 +77,63 @@ impl CudaMatrix for Int8OnDevice {
         self.n * self.k + self.n * size_of::<f32>()
     }
 
-    fn multiply(&self, x: &Tensor) -> Result<Tensor> {
-        let (storage, layout) = x.storage_and_layout();
-        let (rows, m) = half_rows(&storage, layout, self.k)?;
-        let flags = self.flag_outliers(&rows, m)?;
-        let quantized = self.quantize(&rows, m, &flags)?;
-        self.matmul(&rows, m, &quantized)
+    fn resident_bytes(&self) -> usize {
+        self.codes.len() + 4 * self.absmax.len()
+    }
+
+    fn streamed(&self) -> Streamed {
+        Streamed {
+            family: &BYTES,
+            n: self.n,
+            k: self.k,
+            weight: address(&self.codes, &self.device),
+            stride_bytes: self.stride,
+            scales: address(&self.absmax, &self.device),
+            nested: 0,
+            offset: 0.0,
+            code: 0,
+            threshold: self.threshold,
+        }
+    }
+
+    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()> {
+        let flags = self.flag_outliers(x, m)?;
+        let quantized = self.quantize(x, m, &flags)?;
+        let products = self.products(m, &quantized)?;
+        self.finish(x, m, &quantized, &products, y)
     }
 }
 
+/// Launches of int8.cu. `x` is fp16 `[m, k]`, as `multiply_rows` was promised.
 impl Int8OnDevice {
     /// `[k]`: 1 for a column with an outlier in any row.
-    fn flag_outliers(&self, x: &CudaView<'_, f16>, m: usize) -> Result<CudaSlice<u8>> {
+    fn flag_outliers(&self, x: u64, m: usize) -> Result<CudaSlice<u8>> {
         let kernel = KERNELS.kernel(&self.device, "int8_outlier_flags")?;
-        let stream = self.device.cuda_stream();
-        let mut flags = self.device.alloc_zeros::<u8>(self.k)?;
-        let (m_argument, k) = (dimension(m)?, dimension(self.k)?);
-        let mut arguments = stream.launch_builder(&kernel);
-        arguments.arg(x).arg(&mut flags).arg(&m_argument).arg(&k).arg(&self.threshold);
-        let blocks = (self.k.div_ceil(FLAG_THREADS as usize), m.min(FLAG_BLOCKS_Y));
-        // SAFETY: parameters as int8.cu declares them; x is m * k by `half_rows`, flags is k; a thread past k returns.
-        unsafe { launch("int8_outlier_flags", &mut arguments, blocks, FLAG_THREADS) }?;
+        let flags = self.device.alloc_zeros::<u8>(self.k)?;
+        let (out, rows, k) = (address(&flags, &self.device), dimension(m)?, dimension(self.k)?);
+        let grid = Grid::new((self.k.div_ceil(FLAG_THREADS as usize), m.min(FLAG_BLOCKS_Y)), FLAG_THREADS);
+        // SAFETY: parameters as int8.cu declares them; a thread past k returns.
+        unsafe { launch(&self.device, kernel, grid, parameters![x, out, rows, k, self.threshold]) }?;
         Ok(flags)
     }
 
-    fn quantize(&self, x: &CudaView<'_, f16>, m: usize, flags: &CudaSlice<u8>) -> Result<Quantized> {
-        let list = KERNELS.kernel(&self.device, "int8_outlier_list")?;
-        let rows = KERNELS.kernel(&self.device, "int8_quantize_rows")?;
-        let stream = self.device.cuda_stream();
+    fn quantize(&self, x: u64, m: usize, flags: &CudaSlice<u8>) -> Result<Quantized> {
         let (k, stride) = (dimension(self.k)?, dimension(self.stride)?);
         // SAFETY: the two kernels below write all that is read of these: codes with their padding, every row's absmax, the
         // count and as many columns.
-        let mut quantized = unsafe { self.uninitialised(m) }?;
+        let quantized = unsafe { self.uninitialised(m) }?;
+        let at = |slice: &CudaSlice<i32>| address(slice, &self.device);
+        let (flags, columns, count) = (address(flags, &self.device), at(&quantized.columns), at(&quantized.count));
+        let (codes, absmax) = (address(&quantized.codes, &self.device), address(&quantized.row_absmax, &self.device));
 
-        let mut arguments = stream.launch_builder(&list);
-        arguments.arg(flags).arg(&mut quantized.columns).arg(&mut quantized.count).arg(&k);
+        let list = KERNELS.kernel(&self.device, "int8_outlier_list")?;
         // SAFETY: parameters as int8.cu declares them; flags and columns are k long, and the kernel wants one block.
-        unsafe { launch("int8_outlier_list", &mut arguments, (1, 1), LIST_THREADS) }?;
+        unsafe { launch(&self.device, list, Grid::new((1, 1), LIST_THREADS), parameters![flags, columns, count, k]) }?;
 
-        let mut arguments = stream.launch_builder(&rows);
-        arguments.arg(x).arg(flags).arg(&mut quantized.codes).arg(&mut quantized.row_absmax);
-        arguments.arg(&k).arg(&stride).arg(&self.threshold);
+        let rows = KERNELS.kernel(&self.device, "int8_quantize_rows")?;
+        let parameters = parameters![x, flags, codes, absmax, k, stride, self.threshold];
         // SAFETY: parameters as int8.cu declares them; a block for each of the m rows of x, codes and row_absmax.
-        unsafe { launch("int8_quantize_rows", &mut arguments, (m, 1), QUANTIZE_THREADS) }?;
+        unsafe { launch(&self.device, rows, Grid::new((m, 1), QUANTIZE_THREADS), parameters) }?;
         Ok(quantized)
     }
 
@@ -141,23 +151,50 @@ impl Int8OnDevice {
         }
     }
 
-    fn matmul(&self, x: &CudaView<'_, f16>, m: usize, quantized: &Quantized) -> Result<Tensor> {
-        let rows = m.next_power_of_two().min(MATMUL_ROWS);
-        let name = format!("int8_matmul_{rows}");
-        let kernel = KERNELS.kernel(&self.device, &name)?;
-        let stream = self.device.cuda_stream();
-        // SAFETY: the kernel writes all m * n values before anything reads them.
-        let mut y = unsafe { self.device.alloc::<f16>(m * self.n) }?;
-        let (m_argument, n, k, stride) =
-            (dimension(m)?, dimension(self.n)?, dimension(self.k)?, dimension(self.stride)?);
-        let mut arguments = stream.launch_builder(&kernel);
-        arguments.arg(&self.codes).arg(&self.absmax).arg(&quantized.codes).arg(&quantized.row_absmax);
-        arguments.arg(&quantized.columns).arg(&quantized.count).arg(x).arg(&mut y);
-        arguments.arg(&m_argument).arg(&n).arg(&k).arg(&stride);
-        let blocks = (self.n.div_ceil(MATMUL_WARPS), m.div_ceil(rows));
-        // SAFETY: parameters as int8.cu declares them; codes are rows of `stride` on both sides, the columns listed are
-        // below k; rows past m and columns past n are masked.
-        unsafe { launch(&name, &mut arguments, blocks, MATMUL_WARPS as u32 * LANES) }?;
-        half_tensor(y, m, self.n, &self.device)
+    /// int32 `[m, n]`
+    fn products(&self, m: usize, quantized: &Quantized) -> Result<CudaSlice<i32>> {
+        // SAFETY: either product below writes all of it.
+        let products = unsafe { self.device.alloc::<i32>(m * self.n) }?;
+        let (out, a) = (address(&products, &self.device), address(&quantized.codes, &self.device));
+        let b = address(&self.codes, &self.device);
+        if self.n.is_multiple_of(GEMM_SIDE) {
+            let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
+            let gemm = Gemm {
+                m,
+                n: self.n,
+                // Padding is zeros on both sides.
+                k: self.stride,
+                batch: 1,
+                a: operand(a, self.stride),
+                b: operand(b, self.stride),
+                b_is_transposed: true,
+                out: operand(out, self.n),
+                from: Type::Byte,
+                to: Type::Int,
+            };
+            // SAFETY: all three are allocated in these sizes.
+            unsafe { gemm.run(&self.device) }?;
+            return Ok(products);
+        }
+        let kernel = KERNELS.kernel(&self.device, "int8_products")?;
+        let (rows, n, stride) = (dimension(m)?, dimension(self.n)?, dimension(self.stride)?);
+        let grid = Grid::over(m * self.n, FINISH_THREADS);
+        // SAFETY: parameters as int8.cu declares them; a thread for each product.
+        unsafe { launch(&self.device, kernel, grid, parameters![a, b, out, rows, n, stride]) }?;
+        Ok(products)
+    }
+
+    fn finish(&self, x: u64, m: usize, quantized: &Quantized, products: &CudaSlice<i32>, y: u64) -> Result<()> {
+        let kernel = KERNELS.kernel(&self.device, "int8_finish_rows")?;
+        let at = |slice: &CudaSlice<i32>| address(slice, &self.device);
+        let (products, columns, count) = (at(products), at(&quantized.columns), at(&quantized.count));
+        let (weight, absmax) = (address(&self.codes, &self.device), address(&self.absmax, &self.device));
+        let row_absmax = address(&quantized.row_absmax, &self.device);
+        let (rows, n) = (dimension(m)?, dimension(self.n)?);
+        let (k, stride) = (dimension(self.k)?, dimension(self.stride)?);
+        let blocks = (self.n.div_ceil(FINISH_THREADS as usize), m.min(FINISH_BLOCKS_Y));
+        let parameters = parameters![products, weight, absmax, row_absmax, columns, count, x, y, rows, n, k, stride];
+        // SAFETY: parameters as int8.cu declares them; the columns listed are below k, and a thread past n returns.
+        unsafe { launch(&self.device, kernel, Grid::new(blocks, FINISH_THREADS), parameters) }
     }
 }

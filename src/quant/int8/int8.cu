@@ -6,18 +6,13 @@
 //   y      = fp16(sum_c q[r, c] W[n, c] * a[r] * s[n] * 6.200012e-05)
 //            + sum over outlier columns x[r, c] * fp16(W[n, c] * s[n] / 127), rounded to fp16 once more
 //
-// W [n, k] int8 codes, s [n] row absmax. Rows of W and q are padded with zeros to `stride`, a multiple of 16 bytes:
+// W [n, k] int8 codes, s [n] row absmax. Rows of W and q are padded with zeros to `stride`, a multiple of 64 bytes:
 //   |k codes ......|0 0 0|
-// Order: outlier_flags -> outlier_list -> quantize_rows -> matmul, all on one stream.
-// matmul: a warp owns one output column n and M rows of x; a lane loads 16 codes at a time. Sums int32 and fp32.
-// Bytes moved: n*k once per M rows, m*k twice. Plain and correct, not tuned: no share of peak bandwidth is claimed.
+// One row of x is the streaming product below. Many rows: outlier_flags -> outlier_list -> quantize_rows -> cuBLAS' int8
+// product -> finish_rows, all on one stream. Sums int32 and fp32.
 
-#include <cstdint>
-#include <cuda_fp16.h>
+#include "kernels/cuda/matvec.cuh"
 
-#include "kernels/cuda/warp.cuh"
-
-constexpr int MATMUL_WARPS = 4;
 constexpr int QUANTIZE_THREADS = 256;
 constexpr int LIST_THREADS = 1024;
 // bitsandbytes' CUDA constant for 1/127², and its fp32 1/127.
@@ -62,9 +57,6 @@ extern "C" __global__ void int8_outlier_list(
     if (threadIdx.x == 0) *count = listed;
 }
 
-// The larger one, NaN if either is: a diverged row must stay visible in its absmax, since a code cannot show it.
-__device__ __forceinline__ float larger(float a, float b) { return b > a || isnan(b) ? b : a; }
-
 // A block owns one row.
 extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) int8_quantize_rows(
     const __half *__restrict__ x,       // [m, k]
@@ -94,60 +86,172 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) int8_quantize_row
     }
 }
 
-template <int M>
-__device__ __forceinline__ void matmul(
-    const uint4 *__restrict__ weight,        // [n, stride / 16]
-    const float *__restrict__ weight_absmax, // [n]
-    const uint4 *__restrict__ codes,         // [m, stride / 16]
-    const float *__restrict__ row_absmax,    // [m]
-    const int *__restrict__ columns,         // [*count]
-    const int *__restrict__ count,           // [1]
-    const __half *__restrict__ x,            // [m, k]
-    __half *__restrict__ y,                  // [m, n]
+// What one output is of its int8 sum and of its outlier columns' sum.
+__device__ __forceinline__ float join(int product, float row_absmax, float scale, float outlier) {
+    float scaled = __fmul_rn(__fmul_rn(__int2float_rn(product), row_absmax), scale);
+    __half regular = __float2half_rn(__fmul_rn(scaled, PER_127_SQUARED));
+    return __half2float(__float2half_rn(__half2float(regular) + outlier));
+}
+
+// A weight of an outlier column.
+__device__ __forceinline__ float outlier_weight(int code, float scale) {
+    return __half2float(__float2half_rn(__fmul_rn(__fmul_rn((float)code, scale), PER_127)));
+}
+
+// The product where cuBLAS has none: a thread owns one sum.
+extern "C" __global__ void int8_products(
+    const uint4 *__restrict__ codes,   // [m, stride / 16]
+    const uint4 *__restrict__ weight,  // [n, stride / 16]
+    int *__restrict__ products,        // [m, n]
+    int m, int n, int stride) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (long long)m * n) return;
+    const uint4 *x = codes + at / n * (stride / 16), *w = weight + at % n * (stride / 16);
+    int sum = 0;
+    for (int chunk = 0; chunk < stride / 16; chunk++) {
+        uint4 a = x[chunk], b = w[chunk];
+        sum = __dp4a((int)a.x, (int)b.x, __dp4a((int)a.y, (int)b.y, sum));
+        sum = __dp4a((int)a.z, (int)b.z, __dp4a((int)a.w, (int)b.w, sum));
+    }
+    products[at] = sum;
+}
+
+// Many rows, behind the int8 product: a thread owns one output column and walks over rows.
+extern "C" __global__ void int8_finish_rows(
+    const int *__restrict__ products,         // [m, n]
+    const int8_t *__restrict__ weight,        // [n, stride]
+    const float *__restrict__ weight_absmax,  // [n]
+    const float *__restrict__ row_absmax,     // [m]
+    const int *__restrict__ columns,          // [*count]
+    const int *__restrict__ count,            // [1]
+    const __half *__restrict__ x,             // [m, k]
+    __half *__restrict__ y,                   // [m, n]
     int m, int n, int k, int stride) {
-    int row = blockIdx.x * MATMUL_WARPS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    if (row >= n) return;
-    int first = blockIdx.y * M, chunks = stride / 16;
-    int products[M] = {};
-    for (int chunk = lane; chunk < chunks; chunk += LANES) {
-        uint4 w = __ldcs(weight + (long long)row * chunks + chunk);
-#pragma unroll
-        for (int r = 0; r < M; r++) {
-            uint4 q = codes[(long long)min(first + r, m - 1) * chunks + chunk];
-            products[r] = __dp4a((int)w.x, (int)q.x, products[r]);
-            products[r] = __dp4a((int)w.y, (int)q.y, products[r]);
-            products[r] = __dp4a((int)w.z, (int)q.z, products[r]);
-            products[r] = __dp4a((int)w.w, (int)q.w, products[r]);
+    int column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= n) return;
+    float scale = weight_absmax[column];
+    for (int row = blockIdx.y; row < m; row += gridDim.y) {
+        float outlier = 0.0f;
+        for (int at = 0; at < *count; at++) {
+            int c = columns[at];
+            float w = outlier_weight(weight[(long long)column * stride + c], scale);
+            outlier += w * __half2float(x[(long long)row * k + c]);
         }
-    }
-    float scale = weight_absmax[row];
-    float outliers[M] = {};
-    const int8_t *weight_row = (const int8_t *)weight + (long long)row * stride;
-    for (int at = lane; at < *count; at += LANES) {
-        int column = columns[at];
-        float w = __half2float(__float2half_rn(__fmul_rn(__fmul_rn((float)weight_row[column], scale), PER_127)));
-#pragma unroll
-        for (int r = 0; r < M; r++) outliers[r] += w * __half2float(x[(long long)min(first + r, m - 1) * k + column]);
-    }
-#pragma unroll
-    for (int r = 0; r < M; r++) {
-        int product = warp_sum(products[r]);
-        float outlier = warp_sum(outliers[r]);
-        if (lane != 0 || first + r >= m) continue;
-        float scaled = __fmul_rn(__fmul_rn(__int2float_rn(product), row_absmax[first + r]), scale);
-        __half regular = __float2half_rn(__fmul_rn(scaled, PER_127_SQUARED));
-        y[(long long)(first + r) * n + row] = __float2half_rn(__half2float(regular) + outlier);
+        float value = join(products[(long long)row * n + column], row_absmax[row], scale, outlier);
+        y[(long long)row * n + column] = __float2half_rn(value);
     }
 }
 
-// M: rows of x a block takes; the launcher picks by m.
-#define MATMUL(M)                                                                                                     \
-    extern "C" __global__ void int8_matmul_##M(const uint4 *weight, const float *weight_absmax, const uint4 *codes,   \
-                                               const float *row_absmax, const int *columns, const int *count,         \
-                                               const __half *x, __half *y, int m, int n, int k, int stride) {         \
-        matmul<M>(weight, weight_absmax, codes, row_absmax, columns, count, x, y, m, n, k, stride);                   \
+// One row: the block quantizes x itself, and finds the outliers of each chunk, which are multiplied from the same bytes.
+struct Bytes {
+    static constexpr int CHUNK = 64;
+    struct Shared {};
+    struct Nothing {
+        __device__ void set(const Part &, int, int, int, int) {}
+        __device__ void load(const Nothing &, int) {}
+    };
+    using Place = Nothing;
+    using Extra = Nothing;
+    struct Row {
+        float low, high;
+        __device__ void set(const Part &part, int, int row_low, int row_high) {
+            low = __ldg((const float *)part.scales + row_low);
+            high = __ldg((const float *)part.scales + row_high);
+        }
+    };
+    struct Partial {
+        int product;
+        float outlier;
+        __device__ void add(const Partial &other) {
+            product += other.product;
+            outlier += other.outlier;
+        }
+    };
+    struct Sums {
+        int products[4];
+        float low, high;
+    };
+    struct Activations {
+        const __half *x;
+        const uint8_t *codes;
+        const uint32_t *outliers;  // a bit an element
+        float absmax;
+
+        __device__ uint8_t *convert(const Matvec &job, const Input &input, const __half *halves, uint8_t *free_bytes, float *room) {
+            int padded = input.chunks * CHUNK, warp = threadIdx.x / LANES;
+            uint8_t *made = free_bytes;
+            uint32_t *bits = (uint32_t *)(free_bytes + padded);
+            float largest = 0.0f;
+            for (int at = threadIdx.x; at < padded; at += MATVEC_THREADS) {
+                float magnitude = fabsf(__half2float(halves[at]));
+                bool is_outlier = magnitude >= job.threshold;
+                if (!is_outlier) largest = larger(largest, magnitude);
+                uint32_t ballot = __ballot_sync(ALL_LANES, is_outlier);
+                if (threadIdx.x % LANES == 0) bits[at / LANES] = ballot;
+            }
+            largest = warp_max(largest);
+            if (threadIdx.x % LANES == 0) room[warp] = largest;
+            __syncthreads();
+            for (int w = 0; w < MATVEC_WARPS; w++) largest = larger(largest, room[w]);
+            // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
+            float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
+            for (int at = threadIdx.x; at < padded; at += MATVEC_THREADS) {
+                float value = __half2float(halves[at]);
+                bool is_outlier = fabsf(value) >= job.threshold;
+                made[at] = is_outlier ? 0 : (uint8_t)__float2int_rn(value * scale);
+            }
+            x = halves;
+            codes = made;
+            outliers = bits;
+            absmax = largest;
+            return free_bytes + padded + padded / 8;
+        }
+    };
+    static __device__ void prepare(Shared &, const Matvec &) {}
+
+    static __device__ __forceinline__ int byte_of(const uint4 &words, int at) {
+        uint32_t word = at < 8 ? (at < 4 ? words.x : words.y) : (at < 12 ? words.z : words.w);
+        return (int8_t)(word >> at % 4 * 8);
     }
-MATMUL(1)
-MATMUL(2)
-MATMUL(4)
-MATMUL(8)
+
+    template <int TILES>
+    static __device__ __forceinline__ void add(const Shared &, const Activations &from, int chunk, const uint4 (&weights)[TILES][2],
+                                               const Extra (&)[TILES], const Row (&rows)[TILES], Sums (&sums)[TILES]) {
+        int first = chunk * CHUNK + threadIdx.x % 4 * 16;
+        uint4 x = *(const uint4 *)(from.codes + first);
+        uint2 outliers = *(const uint2 *)(from.outliers + 2 * chunk);
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            const uint4 &low = weights[t][0], &high = weights[t][1];
+            multiply_bytes(sums[t].products, low.x, high.x, low.y, high.y, x.x, x.y);
+            multiply_bytes(sums[t].products, low.z, high.z, low.w, high.w, x.z, x.w);
+        }
+        // The same for all lanes: they share the chunk.
+        if ((outliers.x | outliers.y) == 0) return;
+        uint32_t bits = (threadIdx.x % 4 < 2 ? outliers.x : outliers.y) >> threadIdx.x % 2 * 16 & 0xffff;
+        for (; bits; bits &= bits - 1) {
+            int at = __ffs(bits) - 1;
+            float value = __half2float(from.x[first + at]);
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                sums[t].low += outlier_weight(byte_of(weights[t][0], at), rows[t].low) * value;
+                sums[t].high += outlier_weight(byte_of(weights[t][1], at), rows[t].high) * value;
+            }
+        }
+    }
+    static __device__ void partial(const Sums &sums, Partial &low, Partial &high) {
+        low = {sums.products[0], sums.low};
+        high = {sums.products[2], sums.high};
+#pragma unroll
+        for (int distance = 1; distance < 4; distance *= 2) {
+            low.outlier += __shfl_xor_sync(ALL_LANES, low.outlier, distance);
+            high.outlier += __shfl_xor_sync(ALL_LANES, high.outlier, distance);
+        }
+    }
+    static __device__ float result(const Partial &total, const Activations &from, const Part &part, int row) {
+        return join(total.product, from.absmax, __ldg((const float *)part.scales + row), total.outlier);
+    }
+};
+
+MATVEC_KERNEL(int8_1, Bytes, 1, 4)
+MATVEC_KERNEL(int8_2, Bytes, 2, 2)

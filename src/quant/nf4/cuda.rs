@@ -1,82 +1,92 @@
-//! NF4 on CUDA: few rows multiply the codes as they stream; many rows go through fp16 weights made for the call.
+//! NF4 on CUDA: one row multiplies the codes as they stream; many rows go through fp16 weights made for the call.
 
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchArgs, PushKernelArg};
-use candle_core::{CudaDevice, Device, Result, Tensor};
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::{CudaDevice, Device, Result};
 use half::f16;
 
 use super::nested::{self, NestedAbsmax};
-use super::{Absmax, CODES, Nf4Stored};
-use crate::kernels::cuda::launch::{Fatbin, dimension, half_rows, half_tensor, launch, upload_padded};
+use super::{Absmax, BLOCK, CODES, Nf4Stored};
+use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
+use crate::kernels::cuda::launch::{Fatbin, Grid, address, dimension, launch};
+use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
+use crate::parameters;
 use crate::quant::CudaMatrix;
 
 pub static KERNELS: Fatbin = Fatbin { name: "nf4", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4.fatbin")) };
 
-/// Bytes that a lane loads at once, `CHUNK / 2` in nf4.cu: codes are padded to whole ones.
-const CHUNK_BYTES: usize = 16;
-/// `MATVEC_WARPS` in nf4.cu: output rows of a block.
-const MATVEC_WARPS: usize = 4;
-const LANES: u32 = 32;
-/// Rows of x up to which the codes are decoded in the product; from the next on, decoding once for all rows is cheaper.
-const MATVEC_ROWS: usize = 8;
+const fn family(kernels: [&'static str; 2]) -> Family {
+    Family { fatbin: &KERNELS, kernels, chunk: CHUNK_ELEMENTS, shared_eighths: 16 }
+}
+static NESTED: Family = family(["nf4_nested_1", "nf4_nested_2"]);
+static PLAIN: Family = family(["nf4_plain_1", "nf4_plain_2"]);
+static NESTED_CROSSING: Family = family(["nf4_nested_crossing_1", "nf4_nested_crossing_2"]);
+static PLAIN_CROSSING: Family = family(["nf4_plain_crossing_1", "nf4_plain_crossing_2"]);
+
+const CHUNK_ELEMENTS: usize = 2 * CHUNK_BYTES;
+/// Bytes that stay together when a chunk is reordered: 16 elements.
+const UNIT_BYTES: usize = 8;
 const DEQUANTIZE_THREADS: u32 = 256;
 
 pub(super) fn upload(stored: &Nf4Stored, device: &Device) -> Result<Box<dyn CudaMatrix>> {
     let device = device.as_cuda_device()?;
     let absmax = match &stored.absmax {
-        Absmax::Plain(values) => DeviceAbsmax::Plain { values: device.clone_htod(values)? },
+        Absmax::Plain(values) => DeviceAbsmax::Plain(device.clone_htod(values)?),
         Absmax::Nested(NestedAbsmax { codes, absmax, offset }) => DeviceAbsmax::Nested {
             codes: device.clone_htod(codes)?,
             nested: device.clone_htod(absmax)?,
-            map: device.clone_htod(&nested::VALUES[..])?,
             offset: *offset,
         },
     };
+    let code: Vec<f32> = CODES.iter().chain(&nested::VALUES[..]).copied().collect();
     Ok(Box::new(Nf4OnDevice {
         n: stored.n,
         k: stored.k,
         stored_bytes: stored.packed.len() + stored.absmax.stored_bytes(),
-        packed: upload_padded(&stored.packed, CHUNK_BYTES, device)?,
+        chunks: device.clone_htod(&chunks(stored))?,
         absmax,
-        code: device.clone_htod(&CODES)?,
+        code: device.clone_htod(&code)?,
         device: device.clone(),
     }))
+}
+
+/// Rows of whole chunks, their units in the order that nf4.cu draws.
+fn chunks(stored: &Nf4Stored) -> Vec<u8> {
+    let (n, k) = (stored.n, stored.k);
+    let stride = k.div_ceil(CHUNK_ELEMENTS) * CHUNK_BYTES;
+    let mut rows = vec![0u8; n * stride];
+    for (row, out) in rows.chunks_exact_mut(stride).enumerate() {
+        let mut natural = vec![0u8; stride];
+        if k.is_multiple_of(2) {
+            natural[..k / 2].copy_from_slice(&stored.packed[row * k / 2..][..k / 2]);
+        } else {
+            let nibble = |column: usize| stored.code(row * k + column);
+            (0..k).for_each(|column| natural[column / 2] |= nibble(column) << if column % 2 == 0 { 4 } else { 0 });
+        }
+        for (from, to) in natural.chunks_exact(CHUNK_BYTES).zip(out.chunks_exact_mut(CHUNK_BYTES)) {
+            for (unit, bytes) in from.chunks_exact(UNIT_BYTES).enumerate() {
+                // The first block's units go to even places, the second's to odd ones.
+                let place = 2 * (unit % 4) + unit / 4;
+                to[place * UNIT_BYTES..][..UNIT_BYTES].copy_from_slice(bytes);
+            }
+        }
+    }
+    rows
 }
 
 struct Nf4OnDevice {
     n: usize,
     k: usize,
     stored_bytes: usize,
-    /// Whole chunks.
-    packed: CudaSlice<u8>,
+    chunks: CudaSlice<u8>,
     absmax: DeviceAbsmax,
-    /// `[16]`.
+    /// The 16 values, then the 256 that absmax codes stand for.
     code: CudaSlice<f32>,
     device: CudaDevice,
 }
 
 enum DeviceAbsmax {
-    Plain { values: CudaSlice<f32> },
-    Nested { codes: CudaSlice<u8>, nested: CudaSlice<f32>, map: CudaSlice<f32>, offset: f32 },
-}
-
-impl DeviceAbsmax {
-    /// As kernel names spell it.
-    fn word(&self) -> &'static str {
-        match self {
-            DeviceAbsmax::Plain { .. } => "plain",
-            DeviceAbsmax::Nested { .. } => "nested",
-        }
-    }
-
-    /// The kernel parameters between the packed codes and the 16 values.
-    fn push<'a>(&'a self, arguments: &mut LaunchArgs<'a>) {
-        match self {
-            DeviceAbsmax::Plain { values } => arguments.arg(values),
-            DeviceAbsmax::Nested { codes, nested, map, offset } => {
-                arguments.arg(codes).arg(nested).arg(map).arg(offset)
-            }
-        };
-    }
+    Plain(CudaSlice<f32>),
+    Nested { codes: CudaSlice<u8>, nested: CudaSlice<f32>, offset: f32 },
 }
 
 impl CudaMatrix for Nf4OnDevice {
@@ -88,49 +98,73 @@ impl CudaMatrix for Nf4OnDevice {
         self.stored_bytes
     }
 
-    fn multiply(&self, x: &Tensor) -> Result<Tensor> {
-        let (storage, layout) = x.storage_and_layout();
-        let (rows, m) = half_rows(&storage, layout, self.k)?;
-        if m <= MATVEC_ROWS { self.matvec(&rows, m) } else { x.matmul(&self.dequantize()?.t()?) }
+    fn resident_bytes(&self) -> usize {
+        let absmax = match &self.absmax {
+            DeviceAbsmax::Plain(values) => 4 * values.len(),
+            DeviceAbsmax::Nested { codes, nested, .. } => codes.len() + 4 * nested.len(),
+        };
+        self.chunks.len() + absmax + 4 * self.code.len()
+    }
+
+    fn streamed(&self) -> Streamed {
+        let at = |slice: &CudaSlice<f32>| address(slice, &self.device);
+        let (family, scales, nested, offset) = match (&self.absmax, self.k.is_multiple_of(BLOCK)) {
+            (DeviceAbsmax::Plain(values), true) => (&PLAIN, at(values), 0, 0.0),
+            (DeviceAbsmax::Plain(values), false) => (&PLAIN_CROSSING, at(values), 0, 0.0),
+            (DeviceAbsmax::Nested { codes, nested, offset }, rows_are_whole) => {
+                let family = if rows_are_whole { &NESTED } else { &NESTED_CROSSING };
+                (family, address(codes, &self.device), at(nested), *offset)
+            }
+        };
+        Streamed {
+            family,
+            n: self.n,
+            k: self.k,
+            weight: address(&self.chunks, &self.device),
+            stride_bytes: self.chunks.len() / self.n,
+            scales,
+            nested,
+            offset,
+            code: at(&self.code),
+            threshold: f32::NAN,
+        }
+    }
+
+    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()> {
+        // SAFETY: the kernel writes every element before anything reads it.
+        let weight = unsafe { self.device.alloc::<f16>(self.n * self.k) }?;
+        let at = address(&weight, &self.device);
+        self.dequantize(at)?;
+        let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
+        let gemm = Gemm {
+            m,
+            n: self.n,
+            k: self.k,
+            batch: 1,
+            a: operand(x, self.k),
+            b: operand(at, self.k),
+            b_is_transposed: true,
+            out: operand(y, self.n),
+            from: Type::Half,
+            to: Type::Half,
+        };
+        // SAFETY: the caller's promise for x and y; the weight is freed on the same stream.
+        unsafe { gemm.run(&self.device) }
     }
 }
 
 impl Nf4OnDevice {
-    fn matvec(&self, x: &CudaView<'_, f16>, m: usize) -> Result<Tensor> {
-        let name = format!("nf4_matvec_{}_{}", self.absmax.word(), m.next_power_of_two());
-        let kernel = KERNELS.kernel(&self.device, &name)?;
-        let stream = self.device.cuda_stream();
-        // SAFETY: the kernel writes all m * n values before anything reads them.
-        let mut y = unsafe { self.device.alloc::<f16>(m * self.n) }?;
-        let (m_argument, n, k) = (dimension(m)?, dimension(self.n)?, dimension(self.k)?);
-        let mut arguments = stream.launch_builder(&kernel);
-        arguments.arg(&self.packed);
-        self.absmax.push(&mut arguments);
-        arguments.arg(&self.code).arg(x).arg(&mut y).arg(&m_argument).arg(&n).arg(&k);
-        let threads = MATVEC_WARPS as u32 * LANES;
-        // SAFETY: parameters as nf4.cu declares them; `half_rows` gave m * k values, `upload` whole chunks and an absmax for
-        // every block; m is at most the kernel's rows.
-        unsafe { launch(&name, &mut arguments, (self.n.div_ceil(MATVEC_WARPS), 1), threads) }?;
-        half_tensor(y, m, self.n, &self.device)
-    }
-
-    /// The weight as fp16 `[n, k]`, each value rounded once.
-    fn dequantize(&self) -> Result<Tensor> {
-        let name = format!("nf4_dequantize_{}", self.absmax.word());
-        let kernel = KERNELS.kernel(&self.device, &name)?;
-        let stream = self.device.cuda_stream();
-        let n_elements = self.n * self.k;
-        // SAFETY: the kernel writes every element before anything reads it.
-        let mut weight = unsafe { self.device.alloc::<f16>(n_elements) }?;
-        let n_elements_argument = n_elements as i64;
-        let mut arguments = stream.launch_builder(&kernel);
-        arguments.arg(&self.packed);
-        self.absmax.push(&mut arguments);
-        arguments.arg(&self.code).arg(&mut weight).arg(&n_elements_argument);
-        let n_chunks = n_elements.div_ceil(2 * CHUNK_BYTES);
-        let blocks = n_chunks.div_ceil(DEQUANTIZE_THREADS as usize);
-        // SAFETY: parameters as nf4.cu declares them, buffers as in `matvec`; a thread past the last chunk returns.
-        unsafe { launch(&name, &mut arguments, (blocks, 1), DEQUANTIZE_THREADS) }?;
-        half_tensor(weight, self.n, self.k, &self.device)
+    /// Writes the weight as fp16 `[n, k]` to `out`, each value rounded once.
+    fn dequantize(&self, out: u64) -> Result<()> {
+        let name = match &self.absmax {
+            DeviceAbsmax::Plain(_) => "nf4_dequantize_plain",
+            DeviceAbsmax::Nested { .. } => "nf4_dequantize_nested",
+        };
+        let kernel = KERNELS.kernel(&self.device, name)?;
+        let streamed = self.streamed();
+        let (part, k, stride) = (streamed.part()?, dimension(self.k)?, dimension(streamed.stride_bytes)?);
+        let grid = Grid::over(self.chunks.len() / UNIT_BYTES, DEQUANTIZE_THREADS);
+        // SAFETY: parameters as nf4.cu declares them, a thread for each unit; `multiply_rows` gave room for [n, k].
+        unsafe { launch(&self.device, kernel, grid, parameters![part, streamed.code, out, k, stride]) }
     }
 }

@@ -1,0 +1,356 @@
+//! The CUDA engine: a decode step is one graph of fused launches over fixed memory, with the token, the position and the
+//! next embedding on the device; a prompt goes through cuBLAS, one operation after the other.
+//!
+//! fp16 activations and cache, fp32 sums and residual stream.
+
+mod ring;
+mod rows;
+mod step;
+
+use anyhow::{Context, Result, bail};
+use candle_core::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use half::f16;
+
+use self::ring::Ring;
+use self::rows::{Call, Run};
+use self::step::Step;
+use super::load::stream;
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
+use crate::events::Listener;
+use crate::kernels::cuda::launch::address;
+use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product};
+use crate::kernels::cuda::{open, probe};
+use crate::plan::{ActivationKind, EncoderInputKind, Head, Holds, Model, RelativeBias};
+use crate::quant::{CudaMatrix, Stored};
+use crate::weights::spec::MatrixSpec;
+
+/// Weights, caches and the step of one loaded model.
+pub struct CudaSession {
+    weights: Weights,
+    step: Step,
+    features: Option<CudaSlice<f16>>,
+    /// Tokens in the decoder's caches.
+    position: usize,
+    /// Rows of the last encoder call.
+    encoded: usize,
+    /// Tokens that were asked of the device since the session began: the number of the last one.
+    steps: u32,
+    as_graph: bool,
+}
+
+/// What calls share: nothing here is allocated again after loading.
+struct Weights {
+    device: CudaDevice,
+    model: Model,
+    matrices: Vec<Box<dyn CudaMatrix>>,
+    vectors: Vec<CudaSlice<f32>>,
+    caches: Vec<Cache>,
+    /// Of each rope.
+    frequencies: Vec<CudaSlice<f32>>,
+    biases: Vec<BiasTable>,
+    /// Token, position, step, rows of the encoder.
+    state: CudaSlice<i32>,
+    logits: CudaSlice<f32>,
+    ring: Ring,
+    capacity: usize,
+    encoder_capacity: usize,
+}
+
+/// Keys and values `[g, capacity, d_pad]`.
+struct Cache {
+    keys: CudaSlice<f16>,
+    values: CudaSlice<f16>,
+    capacity: usize,
+    /// A head's elements and zeros up to whole 16-byte words.
+    d_pad: usize,
+}
+
+/// A relative bias by distance, fp32 `[h, 2 · reach + 1]`, distance 0 in the middle.
+struct BiasTable {
+    values: CudaSlice<f32>,
+    reach: usize,
+}
+
+impl BiasTable {
+    fn address(&self, device: &CudaDevice) -> u64 {
+        address(&self.values, device)
+    }
+}
+
+/// `enum Activation` of matvec.cuh.
+fn activation_number(kind: ActivationKind) -> i32 {
+    match kind {
+        ActivationKind::Silu => 1,
+        ActivationKind::GeluTanh => 2,
+        ActivationKind::Relu => 3,
+    }
+}
+
+/// Loads `setup` onto device `ordinal`.
+pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Loaded> {
+    let facts = probe(ordinal)?;
+    let device = open(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?;
+    let tables = setup.model.biases.iter().map(|bias| bias.table).collect::<Vec<_>>();
+    let finish = |spec: &MatrixSpec, stored: Box<dyn Stored>| {
+        // The host lays a bias out by distance, and drops it.
+        let is_bias = tables.iter().any(|table| setup.model.matrices[table.0].name == spec.name);
+        let learned = is_bias.then(|| stored.dequantize());
+        Ok((stored.upload(&device)?, learned))
+    };
+    let streamed = stream(setup, events, &finish)?;
+    let (matrices, learned): (Vec<_>, Vec<_>) = streamed.matrices.into_iter().unzip();
+    let weights = Weights::new(setup, device.as_cuda_device()?.clone(), matrices, &learned, &streamed.vectors)?;
+    let step = Step::new(&weights)?;
+    weights.device.cuda_stream().synchronize()?;
+    let (major, minor) = facts.compute_capability;
+    Ok(Loaded {
+        session: Box::new(CudaSession {
+            weights,
+            step,
+            features: None,
+            position: 0,
+            encoded: 0,
+            steps: 0,
+            as_graph: std::env::var_os("QUANTBENCH_NO_CUDA_GRAPH").is_none(),
+        }),
+        load: streamed.elapsed,
+        quantize: streamed.quantize,
+        fp16_overflow: streamed.fp16_overflow,
+        isa: format!("sm_{major}{minor}"),
+    })
+}
+
+impl Weights {
+    fn new(
+        setup: &Setup,
+        device: CudaDevice,
+        matrices: Vec<Box<dyn CudaMatrix>>,
+        learned: &[Option<Vec<f32>>],
+        vectors: &[Vec<f32>],
+    ) -> Result<Self> {
+        let model = setup.model.clone();
+        let cache = |spec: &crate::plan::CacheSpec| -> Result<Cache> {
+            let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
+            let d_pad = spec.head_dim.next_multiple_of(8);
+            let len = spec.kv_heads * capacity * d_pad;
+            Ok(Cache { keys: device.alloc_zeros(len)?, values: device.alloc_zeros(len)?, capacity, d_pad })
+        };
+        let reach = setup.capacity.max(setup.encoder_capacity);
+        let bias = |bias: &RelativeBias| -> Result<BiasTable> {
+            let learned = learned[bias.table.0].as_ref().context("a bias without its table")?;
+            let buckets = model.matrices[bias.table.0].n;
+            let heads = learned.len() / buckets;
+            let distances = -(reach as i64)..=reach as i64;
+            let of_head = |head| distances.clone().map(move |at| learned[bias.bucket(at, buckets) * heads + head]);
+            let values: Vec<f32> = (0..heads).flat_map(of_head).collect();
+            Ok(BiasTable { values: device.clone_htod(&values)?, reach })
+        };
+        Ok(Self {
+            vectors: vectors.iter().map(|v| Ok(device.clone_htod(v)?)).collect::<Result<_>>()?,
+            caches: model.caches.iter().map(cache).collect::<Result<_>>()?,
+            frequencies: model
+                .ropes
+                .iter()
+                .map(|rope| Ok(device.clone_htod(&rope.inverse_frequencies)?))
+                .collect::<Result<_>>()?,
+            biases: model.biases.iter().map(bias).collect::<Result<_>>()?,
+            state: device.alloc_zeros(4)?,
+            logits: device.alloc_zeros(model.vocab)?,
+            ring: Ring::new(&device)?,
+            capacity: setup.capacity,
+            encoder_capacity: setup.encoder_capacity,
+            matrices,
+            model,
+            device,
+        })
+    }
+
+    fn most_kv_heads(&self) -> usize {
+        self.model.caches.iter().map(|cache| cache.kv_heads).max().unwrap_or(1)
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        match tokens.iter().find(|&&token| token as usize >= self.model.vocab) {
+            Some(token) => bail!("token {token} is outside the vocabulary of {}", self.model.vocab),
+            None => Ok(()),
+        }
+    }
+
+    /// Token, position, step and encoder rows, before all that is launched from now on.
+    fn set_state(&mut self, token: u32, position: usize, step: u32, encoded: usize) -> Result<()> {
+        let state = [token as i32, position as i32, step as i32, encoded as i32];
+        Ok(self.device.memcpy_htod(&state, &mut self.state)?)
+    }
+}
+
+impl CudaSession {
+    /// Checks that `tokens` fit behind the cache.
+    fn check_call(&self, tokens: &[u32]) -> Result<()> {
+        let (n, capacity) = (tokens.len(), self.weights.capacity);
+        if tokens.is_empty() || self.position + n > capacity {
+            bail!("a call of {n} tokens at position {} does not fit a cache of {capacity}", self.position);
+        }
+        self.weights.check_tokens(tokens)
+    }
+
+    /// Runs the decoder up to its head over `tokens`, hands the head's input to `then`, and moves on behind them.
+    fn call(&mut self, tokens: &[u32], then: impl FnOnce(&Self, Head, u64) -> Result<()>) -> Result<()> {
+        self.check_call(tokens)?;
+        self.weights.set_state(0, self.position, self.steps, self.encoded)?;
+        let plan = &self.weights.model.decoder;
+        let head = plan.head().context("this plan has no head")?;
+        let rows = tokens.len();
+        let call = Call { rows, tokens, patches: &[], position: self.position, encoded: self.encoded };
+        let mut run = Run::new(&self.weights, plan, call, self.features.as_ref());
+        run.run(head.body_len, Some(head.x))?;
+        let x = run.buffer(head.x)?.address(&self.weights.device);
+        then(self, head, x)?;
+        self.position += rows;
+        Ok(())
+    }
+
+    /// Multiplies one row of fp16 activations with the head's matrix.
+    fn run_head(&self, head: Head, x: u64, epilogue: Epilogue, out: u64) -> Result<()> {
+        let weights = &self.weights;
+        let product = Product {
+            matrix: weights.matrices[head.weight.0].streamed(),
+            bias: head.bias.map_or(0, |bias| address(&weights.vectors[bias.0], &weights.device)),
+            out,
+            activation: 0,
+        };
+        let input = Input { x, scale: head.scale, ..Input::default() };
+        let matvec = Matvec::new(&weights.device, Mode::Apart, vec![input], &[product], epilogue)?;
+        // SAFETY: x is a row of the caller's; all else is the session's.
+        Ok(unsafe { matvec.launch(&weights.device) }?)
+    }
+
+    fn row_bytes(&self, head: Head) -> u64 {
+        (2 * self.weights.model.matrices[head.weight.0].k) as u64
+    }
+}
+
+impl Session for CudaSession {
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn rewind(&mut self, position: usize) {
+        assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
+        self.position = position;
+    }
+
+    fn encode(&mut self, input: EncoderInput) -> Result<()> {
+        let Some(encoder) = &self.weights.model.encoder else { bail!("this model has no encoder") };
+        let patches;
+        let call = match (encoder.input, input) {
+            (EncoderInputKind::Tokens, EncoderInput::Tokens(tokens)) => {
+                self.weights.check_tokens(tokens)?;
+                Call { rows: tokens.len(), tokens, patches: &[], position: 0, encoded: tokens.len() }
+            }
+            (EncoderInputKind::Picture(picture), EncoderInput::Pixels(pixels)) => {
+                patches = patch_rows(pixels, picture)?;
+                let rows = picture.patches();
+                Call { rows, tokens: &[], patches: &patches, position: 0, encoded: rows }
+            }
+            _ => bail!("this model's encoder reads another kind of input"),
+        };
+        let (rows, capacity) = (call.rows, self.weights.encoder_capacity);
+        if rows == 0 || rows > capacity {
+            bail!("an encoder call of {rows} rows does not fit a cache of {capacity}");
+        }
+        let mut run = Run::new(&self.weights, &encoder.plan, call, None);
+        run.run(encoder.plan.ops.len(), None)?;
+        let features = run.found_features.take();
+        if features.is_some() {
+            self.features = features;
+        }
+        self.encoded = rows;
+        Ok(())
+    }
+
+    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+        self.call(tokens, |session, head, x| {
+            let mut place = step::head(&session.weights, session.step.embedding(&session.weights)?, tokens.len())?;
+            session.step.place_head(&mut place, &session.weights);
+            let last = x + (tokens.len() - 1) as u64 * session.row_bytes(head);
+            session.run_head(head, last, Epilogue { head: place, ..Epilogue::default() }, 0)
+        })?;
+        self.steps += 1;
+        self.weights.ring.wait(self.steps, &self.weights.device)
+    }
+
+    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+        if self.position + n > self.weights.capacity {
+            let capacity = self.weights.capacity;
+            bail!("{n} steps at position {} do not fit a cache of {capacity}", self.position);
+        }
+        let first = self.steps;
+        let mut arrived = 0;
+        for queued in 1..=n {
+            self.step.run(&self.weights.device, self.as_graph)?;
+            self.steps = first + queued as u32;
+            // All steps are queued at once, except that tokens are stamped as they come and the ring must not run over.
+            while let Some(token) = self.weights.ring.token(first + arrived as u32 + 1).filter(|_| arrived < queued) {
+                on_token(token);
+                arrived += 1;
+            }
+            if queued - arrived >= ring::SLOTS / 2 {
+                on_token(self.weights.ring.wait(first + arrived as u32 + 1, &self.weights.device)?);
+                arrived += 1;
+            }
+        }
+        while arrived < n {
+            on_token(self.weights.ring.wait(first + arrived as u32 + 1, &self.weights.device)?);
+            arrived += 1;
+        }
+        self.position += n;
+        Ok(())
+    }
+
+    fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        self.call(tokens, |session, head, x| {
+            let device = &session.weights.device;
+            for row in 0..tokens.len() {
+                let at = x + row as u64 * session.row_bytes(head);
+                let epilogue = Epilogue { out_is_float: true, ..Epilogue::default() };
+                session.run_head(head, at, epilogue, address(&session.weights.logits, device))?;
+                on_row(row, &device.clone_dtoh(&session.weights.logits)?);
+            }
+            Ok(())
+        })
+    }
+
+    fn logits(&mut self) -> Result<Vec<f32>> {
+        if self.steps == 0 {
+            bail!("no token was run yet");
+        }
+        Ok(self.weights.device.clone_dtoh(&self.weights.logits)?)
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(self.weights.device.cuda_stream().synchronize()?)
+    }
+
+    fn footprint(&self) -> Footprint {
+        let Weights { model, matrices, .. } = &self.weights;
+        let stored: Vec<usize> = matrices.iter().map(|m| m.stored_bytes()).collect();
+        let resident: usize = matrices.iter().map(|m| m.resident_bytes()).sum();
+        let vectors = model.vector_bytes();
+        let caches: usize = self.weights.caches.iter().map(|cache| 2 * cache.keys.len() * size_of::<f16>()).sum();
+        Footprint {
+            weights_bytes: (stored.iter().sum::<usize>() + vectors) as u64,
+            // Vectors are held in fp32.
+            weights_resident_bytes: (resident + 2 * vectors) as u64,
+            kv_cache_bytes: caches as u64,
+            scratch_bytes: (self.step.bytes() + 4 * self.weights.logits.len()) as u64,
+            weight_bytes_per_token: model.weight_bytes_per_token(&stored) as u64,
+            kv_bytes_per_position: model.kv_bytes_per_position(size_of::<f16>()) as u64,
+            cross_kv_bytes: (model.cross_bytes_per_position(size_of::<f16>()) * self.encoded) as u64,
+        }
+    }
+
+    fn outlier_columns(&self) -> OutlierColumns {
+        OutlierColumns::default()
+    }
+}

@@ -1,0 +1,75 @@
+//! Where tokens arrive: memory of the host that the device writes to.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use candle_core::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
+
+/// Tokens that may be on their way. A power of two.
+pub const SLOTS: usize = 4096;
+
+/// Looks at the slot between two questions to the driver.
+const LOOKS: usize = 1 << 14;
+
+/// Pinned memory that the device sees under the same address; slot `step % SLOTS` holds the step and its token in one word.
+pub struct Ring {
+    slots: *mut u64,
+}
+
+// SAFETY: the memory belongs to the ring alone, and every access is a volatile read.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    pub fn new(device: &CudaDevice) -> Result<Self> {
+        device.cuda_stream().context().bind_to_thread()?;
+        let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        // SAFETY: the size is not zero; the memory is initialised right below.
+        let slots: *mut u64 = unsafe { result::malloc_host(SLOTS * size_of::<u64>(), flags) }?.cast();
+        // SAFETY: freshly allocated, of this size, and nobody else knows it yet.
+        unsafe { slots.write_bytes(0, SLOTS) };
+        Ok(Self { slots })
+    }
+
+    /// As the device sees it.
+    pub fn address(&self) -> u64 {
+        self.slots as u64
+    }
+
+    /// The token of `step`, if it has arrived.
+    pub fn token(&self, step: u32) -> Option<u32> {
+        // SAFETY: the index is below SLOTS. The device stores whole words.
+        let word = unsafe { self.slots.add(step as usize % SLOTS).read_volatile() };
+        (word >> 32 == u64::from(step)).then_some(word as u32)
+    }
+
+    /// Waits for the token of `step`, which was launched on the device's stream.
+    pub fn wait(&self, step: u32, device: &CudaDevice) -> Result<u32> {
+        loop {
+            for _ in 0..LOOKS {
+                if let Some(token) = self.token(step) {
+                    return Ok(token);
+                }
+                std::hint::spin_loop();
+            }
+            let stream = device.cuda_stream();
+            // SAFETY: the stream lives as long as the device.
+            match unsafe { sys::cuStreamQuery(stream.cu_stream()) } {
+                sys::cudaError_enum::CUDA_ERROR_NOT_READY => {}
+                sys::cudaError_enum::CUDA_SUCCESS => {
+                    // A store may still be on its way over the bus.
+                    std::thread::sleep(Duration::from_millis(1));
+                    return self.token(step).with_context(|| format!("the device ended step {step} without a token"));
+                }
+                error => bail!(DriverError(error)),
+            }
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `malloc_host`, freed once. A failure leaves it to the end of the process.
+        let _ = unsafe { result::free_host(self.slots.cast()) };
+    }
+}

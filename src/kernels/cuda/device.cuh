@@ -1,0 +1,142 @@
+// The device as kernels see it: every instruction that C++ does not name, and what each chip has for it. No other file
+// holds assembly, so that a twin of this one runs the same kernels on a host.
+#pragma once
+
+#include <cstdint>
+#include <cuda_fp16.h>
+
+constexpr int LANES = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// The sum over the warp, in every lane. The order is fixed, so equal inputs give equal bits.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+    return value;
+}
+
+// The larger one, NaN if either is.
+__device__ __forceinline__ float larger(float a, float b) { return b > a || isnan(b) ? b : a; }
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2)
+        value = larger(value, __shfl_xor_sync(ALL_LANES, value, distance));
+    return value;
+}
+
+// Sixteen bytes that are read once: first to leave the caches. Volatile, so that it stays above a wait.
+__device__ __forceinline__ uint4 load_streaming(const void *at) {
+    uint4 value;
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(at));
+    return value;
+}
+
+// Constant data in small pieces, volatile for the same reason.
+__device__ __forceinline__ uint32_t load_byte(const void *at) {
+    uint32_t value;
+    asm volatile("ld.global.u8 %0, [%1];" : "=r"(value) : "l"(at));
+    return value;
+}
+
+__device__ __forceinline__ float load_float(const float *at) {
+    float value;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(at));
+    return value;
+}
+
+// What an earlier kernel wrote, from L2: a kernel that starts before its predecessor ends may find old lines in L1.
+__device__ __forceinline__ uint4 load_fresh(const void *at) {
+    uint4 value;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(at)
+                 : "memory");
+    return value;
+}
+
+__device__ __forceinline__ float load_fresh(const float *at) {
+    float value;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ int load_fresh(const int *at) {
+    int value;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ __half load_fresh(const __half *at) {
+    unsigned short bits;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(at) : "memory");
+    return __ushort_as_half(bits);
+}
+
+// A word to the host, whole or not at all.
+__device__ __forceinline__ void store_to_host(unsigned long long *at, unsigned long long value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
+// Keeps the compiler from computing a value anew wherever it is used.
+__device__ __forceinline__ void keep(uint32_t &value) { asm volatile("" : "+r"(value)); }
+
+// The kernel behind this one may start; it sees nothing of this one before its wait.
+__device__ __forceinline__ void allow_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// All kernels before this one have ended and their writes are visible. Every kernel of a step calls it before it touches
+// anything that another one writes or reads.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// sums[0..1] of row g and sums[2..3] of row g + 8 += A [16, 16] x B [16, 8] in fp32; lane 4g + q holds of A
+// a0: row g, k pair q; a1: row g + 8, k pair q; a2, a3: the same rows, k pair q + 4; of B column g: b0: k pair q, b1: k pair q + 4.
+__device__ __forceinline__ void multiply_halves(
+    float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+
+// The same shape of fragments over A [16, 32] x B [32, 8] of signed bytes, four to a register, in int32.
+__device__ __forceinline__ void multiply_bytes(
+    int (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+#define MULTIPLY_8_ROWS(C0, C1, A, B)                                                                      \
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" \
+                 : "+r"(C0), "+r"(C1)                                                                      \
+                 : "r"(A), "r"(B))
+    MULTIPLY_8_ROWS(sums[0], sums[1], a0, b0);
+    MULTIPLY_8_ROWS(sums[0], sums[1], a2, b1);
+    MULTIPLY_8_ROWS(sums[2], sums[3], a1, b0);
+    MULTIPLY_8_ROWS(sums[2], sums[3], a3, b1);
+#undef MULTIPLY_8_ROWS
+#endif
+}

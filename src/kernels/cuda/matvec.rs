@@ -1,0 +1,289 @@
+//! One token times weight matrices: what a launch of `matvec.cuh` is told.
+
+use candle_core::{CudaDevice, Result, bail};
+
+use super::launch::{Fatbin, Grid, Kernel, dimension, launch};
+use crate::parameters;
+
+/// Bytes of a row that a warp takes at once: rows are padded to whole ones.
+pub const CHUNK_BYTES: usize = 64;
+pub const MAX_PARTS: usize = 4;
+const MAX_INPUTS: usize = 2;
+const THREADS: u32 = 256;
+const WARPS: usize = 8;
+const TILE_ROWS: usize = 16;
+
+/// A matrix on the device as the streaming product reads it.
+#[derive(Clone, Copy)]
+pub struct Streamed {
+    pub family: &'static Family,
+    pub n: usize,
+    pub k: usize,
+    /// Rows of `stride_bytes`.
+    pub weight: u64,
+    pub stride_bytes: usize,
+    /// What the family calls its scales; 0 where it has none.
+    pub scales: u64,
+    pub nested: u64,
+    pub offset: f32,
+    /// The family's constants, 0 where it has none.
+    pub code: u64,
+    /// LLM.int8's, NaN where outlier columns are off.
+    pub threshold: f32,
+}
+
+/// The kernels of one layout.
+pub struct Family {
+    pub fatbin: &'static Fatbin,
+    /// Kernels that take one and two tiles of 16 rows at once.
+    pub kernels: [&'static str; 2],
+    /// Elements of a chunk.
+    pub chunk: usize,
+    /// Shared memory for an element of x, in eighths of a byte.
+    pub shared_eighths: usize,
+}
+
+impl PartialEq for Family {
+    fn eq(&self, other: &Self) -> bool {
+        self.kernels == other.kernels
+    }
+}
+
+/// What a launch reads, as `struct Input` of matvec.cuh.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Input {
+    /// fp32 `[k]` where it is normed, fp16 otherwise.
+    pub x: u64,
+    pub norm_weight: u64,
+    pub norm_bias: u64,
+    pub epsilon: f32,
+    pub scale: f32,
+    pub norm: i32,
+    /// These four are for [`Matvec::new`] to fill in.
+    pub k: i32,
+    pub chunks: i32,
+    pub first_warp: i32,
+    pub warps: i32,
+}
+
+pub const NORM_RMS: i32 = 1;
+pub const NORM_LAYER: i32 = 2;
+
+/// A matrix, as `struct Part`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Part {
+    weight: u64,
+    scales: u64,
+    nested: u64,
+    bias: u64,
+    out: u64,
+    offset: f32,
+    n: i32,
+    first_tile: i32,
+    activation: i32,
+}
+
+impl Streamed {
+    /// The matrix alone, for kernels that take it as it lies.
+    pub fn part(&self) -> Result<Part> {
+        let Self { n, weight, scales, nested, offset, .. } = *self;
+        Ok(Part { weight, scales, nested, offset, n: dimension(n)?, ..Part::default() })
+    }
+}
+
+/// Where the token goes, as `struct Head`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Head {
+    /// fp32 `[n]`; 0 for every matrix but a head.
+    pub logits: u64,
+    /// `[blocks]` of 8 bytes.
+    pub best: u64,
+    pub arrived: u64,
+    /// Token, position and step.
+    pub state: u64,
+    pub host: u64,
+    pub table: u64,
+    pub embedding: u64,
+    pub table_scale: f32,
+    pub table_stride: i32,
+    pub hidden: i32,
+    pub host_slots: i32,
+    pub advance: i32,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Job {
+    parts: [Part; MAX_PARTS],
+    inputs: [Input; MAX_INPUTS],
+    code: u64,
+    residual: u64,
+    head: Head,
+    threshold: f32,
+    stride: i32,
+    stride_1: i32,
+    n_parts: i32,
+    n_inputs: i32,
+    mode: i32,
+    tiles: i32,
+    out_is_float: i32,
+}
+
+/// A matrix of a launch and what becomes of its product.
+#[derive(Clone, Copy)]
+pub struct Product {
+    pub matrix: Streamed,
+    /// fp32 `[n]`, or 0.
+    pub bias: u64,
+    pub out: u64,
+    /// `enum Activation` of matvec.cuh.
+    pub activation: i32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Apart = 0,
+    Gated = 1,
+    Joined = 2,
+}
+
+/// What happens to a launch's results.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Epilogue {
+    /// fp32 `[n]` that the products are added to, or 0.
+    pub residual: u64,
+    pub out_is_float: bool,
+    pub head: Head,
+}
+
+/// A launch, ready to be repeated.
+pub struct Matvec {
+    kernel: Kernel,
+    grid: Grid,
+    job: Job,
+}
+
+impl Matvec {
+    /// All products have matrices of one family; `Joined` ones read `inputs` one by one, others share the first.
+    pub fn new(
+        device: &CudaDevice,
+        mode: Mode,
+        mut inputs: Vec<Input>,
+        products: &[Product],
+        epilogue: Epilogue,
+    ) -> Result<Self> {
+        let Some(first) = products.first().map(|product| product.matrix) else { bail!("a launch of no matrices") };
+        if products.len() > MAX_PARTS
+            || inputs.len() > MAX_INPUTS
+            || products.iter().any(|p| p.matrix.family != first.family)
+        {
+            bail!("matrices that cannot share a launch");
+        }
+        let family = first.family;
+        spread_warps(&mut inputs, products, family)?;
+        let facts = Facts::of(device)?;
+        let tiles_of = |rows_at_once: usize| -> usize {
+            match mode {
+                Mode::Apart => products.iter().map(|p| p.matrix.n.div_ceil(rows_at_once)).sum(),
+                Mode::Gated => first.n.div_ceil(TILE_ROWS),
+                Mode::Joined => first.n.div_ceil(rows_at_once),
+            }
+        };
+        // Two tiles share what is read of x; where that leaves multiprocessors without work, one tile is faster.
+        let two = mode == Mode::Gated || tiles_of(2 * TILE_ROWS) >= 2 * facts.multiprocessors;
+        let rows_at_once = if two { 2 * TILE_ROWS } else { TILE_ROWS };
+        let kernel = family.fatbin.kernel(device, family.kernels[usize::from(two)])?;
+        let shared_bytes =
+            inputs.iter().map(|i| (i.chunks as usize * family.chunk * family.shared_eighths).div_ceil(8)).sum();
+        kernel.allow_shared(shared_bytes)?;
+        let resident = kernel.blocks_per_multiprocessor(THREADS, shared_bytes)?;
+        if resident == 0 {
+            bail!("a row of {} elements needs more shared memory than this device has", first.k);
+        }
+        let tiles = tiles_of(rows_at_once);
+        let blocks = tiles.min(resident.min(MAX_BLOCKS_PER_MULTIPROCESSOR) * facts.multiprocessors);
+
+        let mut job = Job {
+            parts: [Part::default(); MAX_PARTS],
+            inputs: [Input::default(); MAX_INPUTS],
+            code: first.code,
+            residual: epilogue.residual,
+            head: epilogue.head,
+            threshold: first.threshold,
+            stride: dimension(first.stride_bytes)?,
+            stride_1: dimension(products.last().map_or(0, |p| p.matrix.stride_bytes))?,
+            n_parts: products.len() as i32,
+            n_inputs: inputs.len() as i32,
+            mode: mode as i32,
+            tiles: dimension(tiles)?,
+            out_is_float: i32::from(epilogue.out_is_float),
+        };
+        job.inputs[..inputs.len()].copy_from_slice(&inputs);
+        let mut first_tile = 0;
+        for (part, product) in job.parts.iter_mut().zip(products) {
+            let (bias, out, activation) = (product.bias, product.out, product.activation);
+            *part = Part { bias, out, first_tile, activation, ..product.matrix.part()? };
+            if mode == Mode::Apart {
+                first_tile += dimension(product.matrix.n.div_ceil(rows_at_once))?;
+            }
+        }
+        let grid = Grid { blocks: (blocks, 1), threads: THREADS, shared_bytes, early: true };
+        Ok(Self { kernel, grid, job })
+    }
+
+    pub fn blocks(&self) -> usize {
+        self.grid.blocks.0
+    }
+
+    pub fn head_mut(&mut self) -> &mut Head {
+        &mut self.job.head
+    }
+
+    /// # Safety
+    /// Every address that this launch was made of is still good.
+    pub unsafe fn launch(&self, device: &CudaDevice) -> Result<()> {
+        // SAFETY: the kernels take one `Matvec`, which `Job` mirrors; the caller vouches for the addresses.
+        unsafe { launch(device, self.kernel, self.grid, parameters![self.job]) }
+    }
+}
+
+/// More would not fit beside the blocks of the next launch.
+pub const MAX_BLOCKS_PER_MULTIPROCESSOR: usize = 2;
+
+/// Gives each input warps in proportion to its bytes.
+fn spread_warps(inputs: &mut [Input], products: &[Product], family: &Family) -> Result<()> {
+    let total: usize = (0..inputs.len()).map(|i| products[i].matrix.k.div_ceil(family.chunk)).sum();
+    let mut first_warp = 0;
+    let count = inputs.len();
+    for (i, input) in inputs.iter_mut().enumerate() {
+        let chunks = products[i].matrix.k.div_ceil(family.chunk);
+        let share = ((WARPS * chunks + total / 2) / total).clamp(1, WARPS - (count - 1 - i) - first_warp);
+        let warps = if i + 1 == count { WARPS - first_warp } else { share };
+        input.k = dimension(products[i].matrix.k)?;
+        input.chunks = dimension(chunks)?;
+        (input.first_warp, input.warps) = (first_warp as i32, warps as i32);
+        first_warp += warps;
+    }
+    Ok(())
+}
+
+/// What the shape of a grid depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts {
+    pub multiprocessors: usize,
+}
+
+impl Facts {
+    pub fn of(device: &CudaDevice) -> Result<Self> {
+        use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let stream = device.cuda_stream();
+        let count = stream
+            .context()
+            .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(super::memory::driver_error)?;
+        Ok(Self { multiprocessors: usize::try_from(count).unwrap_or(1) })
+    }
+}

@@ -1,0 +1,166 @@
+// Operations of a plan over many rows: prompts, encoders, pictures. Matrices between them go through cuBLAS.
+// fp16 activations, fp32 residual stream and sums; one thread an element unless said otherwise.
+
+#include "kernels/cuda/device.cuh"
+
+constexpr int ROW_THREADS = 256;
+
+__device__ __forceinline__ float row_sum(float value) {
+    __shared__ float room[ROW_THREADS / LANES];
+    value = warp_sum(value);
+    __syncthreads();
+    if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = value;
+    __syncthreads();
+    float sum = 0.0f;
+    for (int warp = 0; warp < ROW_THREADS / LANES; warp++) sum += room[warp];
+    return sum;
+}
+
+// out[t] = scale * table[token_t]; `image` rows take the next row of the features instead. A block owns a row.
+extern "C" __global__ void embed_rows(const int *tokens, const int *feature_of_row, const __half *table, const __half *features,
+                                      float *out, float scale, int image, int stride, int width) {
+    int row = blockIdx.x, token = tokens[row];
+    float *to = out + (long long)row * width;
+    if (token == image) {
+        const __half *from = features + (long long)feature_of_row[row] * width;
+        for (int at = threadIdx.x; at < width; at += blockDim.x) to[at] = __half2float(from[at]);
+    } else {
+        const __half *from = table + (long long)token * stride;
+        for (int at = threadIdx.x; at < width; at += blockDim.x) to[at] = __half2float(from[at]) * scale;
+    }
+}
+
+// x[t] += table[t]
+extern "C" __global__ void add_table_rows(float *x, const __half *table, int stride, int width) {
+    for (int at = threadIdx.x; at < width; at += blockDim.x)
+        x[(long long)blockIdx.x * width + at] += __half2float(table[(long long)blockIdx.x * stride + at]);
+}
+
+// out = norm(x), fp16. A block owns a row.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) norm_rows(
+    const float *x, const float *weight, const float *bias, __half *out, float epsilon, int width) {
+    const float *row = x + (long long)blockIdx.x * width;
+    float mean = 0.0f;
+    if (bias) {
+        float sum = 0.0f;
+        for (int at = threadIdx.x; at < width; at += ROW_THREADS) sum += row[at];
+        mean = row_sum(sum) / width;
+    }
+    float squares = 0.0f;
+    for (int at = threadIdx.x; at < width; at += ROW_THREADS) squares += (row[at] - mean) * (row[at] - mean);
+    float factor = rsqrtf(row_sum(squares) / width + epsilon);
+    for (int at = threadIdx.x; at < width; at += ROW_THREADS) {
+        float y = (row[at] - mean) * factor * weight[at];
+        out[(long long)blockIdx.x * width + at] = __float2half_rn(bias ? y + bias[at] : y);
+    }
+}
+
+// y[t] += bias in place, fp16 or fp32.
+extern "C" __global__ void add_bias_rows(void *y, const float *bias, int is_float, int n, long long count) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= count) return;
+    float b = bias[at % n];
+    if (is_float)
+        ((float *)y)[at] += b;
+    else
+        ((__half *)y)[at] = __float2half_rn(__half2float(((__half *)y)[at]) + b);
+}
+
+// out = a + b in fp32; a is fp32, b fp16 or fp32.
+extern "C" __global__ void add_rows(const float *a, const void *b, float *out, int is_float, long long count) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < count) out[at] = a[at] + (is_float ? ((const float *)b)[at] : __half2float(((const __half *)b)[at]));
+}
+
+__device__ __forceinline__ float activated(int kind, float x) {
+    if (kind == 1) return x / (1.0f + __expf(-x));
+    if (kind == 2) return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+    return x > 0.0f || isnan(x) ? x : 0.0f;
+}
+
+// out = act(gate), times up where there is one.
+extern "C" __global__ void activate_rows(const __half *gate, const __half *up, __half *out, int kind, long long count) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= count) return;
+    __half y = __float2half_rn(activated(kind, __half2float(gate[at])));
+    out[at] = up ? __float2half_rn(__half2float(y) * __half2float(up[at])) : y;
+}
+
+// Rotates q [t, h, d] in place and writes k, v [t, g, d] to the cache [g, capacity, d_pad]. A block owns a row.
+extern "C" __global__ void append_rows(__half *q, const __half *k, const __half *v, __half *keys, __half *values,
+                                       const float *frequencies, int heads, int kv_heads, int d, int d_pad, int rotary,
+                                       int capacity, int first_position) {
+    int row = blockIdx.x, position = first_position + row, half = rotary / 2;
+    for (int at = threadIdx.x; at < heads * half; at += blockDim.x) {
+        int head = at / half, pair = at % half;
+        float sine, cosine;
+        sincosf(position * frequencies[pair], &sine, &cosine);
+        __half *of = q + ((long long)row * heads + head) * d;
+        float a = __half2float(of[pair]), b = __half2float(of[pair + half]);
+        of[pair] = __float2half_rn(a * cosine - b * sine);
+        of[pair + half] = __float2half_rn(b * cosine + a * sine);
+    }
+    for (int at = threadIdx.x; at < kv_heads * d; at += blockDim.x) {
+        int head = at / d, element = at % d;
+        const __half *of = k + ((long long)row * kv_heads + head) * d;
+        float value = __half2float(of[element]);
+        if (element < rotary) {
+            int pair = element < half ? element : element - half;
+            float sine, cosine;
+            sincosf(position * frequencies[pair], &sine, &cosine);
+            float other = __half2float(of[element < half ? element + half : pair]);
+            value = element < half ? value * cosine - other * sine : value * cosine + other * sine;
+        }
+        long long to = ((long long)head * capacity + position) * d_pad + element;
+        keys[to] = __float2half_rn(value);
+        values[to] = v[((long long)row * kv_heads + head) * d + element];
+    }
+}
+
+// Softmax over scores [heads, t, total] fp32 into fp16 weights of the same shape: scale, bias by distance, mask. A block owns
+// a (row, head). `first_head` is that of the block's head 0, for the bias.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) softmax_rows(
+    const float *scores, __half *weights, const float *bias, float scale, int is_causal, int total, int first_position,
+    int reach, int first_head) {
+    __shared__ float room[ROW_THREADS / LANES];
+    int row = blockIdx.x, head = blockIdx.y, query = first_position + row;
+    int seen = is_causal ? query + 1 : total;
+    long long start = ((long long)head * gridDim.x + row) * total;
+    const float *of_bias = bias ? bias + (long long)(first_head + head) * (2 * reach + 1) + reach - query : nullptr;
+    auto score = [&](int key) { return scores[start + key] * scale + (of_bias ? of_bias[key] : 0.0f); };
+    float max = -INFINITY;
+    for (int key = threadIdx.x; key < seen; key += ROW_THREADS) max = larger(max, score(key));
+    max = warp_max(max);
+    if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = max;
+    __syncthreads();
+    for (int warp = 0; warp < ROW_THREADS / LANES; warp++) max = larger(max, room[warp]);
+    float sum = 0.0f;
+    for (int key = threadIdx.x; key < seen; key += ROW_THREADS) sum += __expf(score(key) - max);
+    float factor = 1.0f / row_sum(sum);
+    for (int key = threadIdx.x; key < total; key += ROW_THREADS)
+        weights[start + key] = __float2half_rn(key < seen ? __expf(score(key) - max) * factor : 0.0f);
+}
+
+// fp16 to fp32.
+extern "C" __global__ void widen_rows(const __half *from, float *to, long long count) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < count) to[at] = __half2float(from[at]);
+}
+
+// Reads `count` 16-byte words and leaves almost nothing: what the device's memory can deliver.
+extern "C" __global__ void __launch_bounds__(512) read_all(const uint4 *from, uint32_t *out, long long count) {
+    uint4 sum = make_uint4(0, 0, 0, 0);
+    long long step = (long long)gridDim.x * blockDim.x, at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    for (; at + 7 * step < count; at += 8 * step) {
+        uint4 words[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) words[i] = load_streaming(from + at + i * step);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum.x ^= words[i].x, sum.y ^= words[i].y, sum.z ^= words[i].z, sum.w ^= words[i].w;
+    }
+    for (; at < count; at += step) {
+        uint4 word = load_streaming(from + at);
+        sum.x ^= word.x ^ word.y ^ word.z ^ word.w;
+    }
+    if ((sum.x ^ sum.y ^ sum.z ^ sum.w) == 0x5eed5eedu) out[0] = 1;
+}

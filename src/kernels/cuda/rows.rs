@@ -1,0 +1,215 @@
+//! Operations over many rows: launches of `rows.cu`.
+
+use candle_core::{CudaDevice, Result};
+
+use super::launch::{Fatbin, Grid, dimension, launch};
+use crate::parameters;
+
+pub static KERNELS: Fatbin = Fatbin { name: "rows", image: include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")) };
+
+const THREADS: u32 = 256;
+
+/// Addresses on `device`. Every method says what lies there; all are `unsafe` for that reason: the caller vouches that the
+/// memory is as large as said and lives until the stream has come past the call.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    pub device: &'a CudaDevice,
+}
+
+/// A table of fp16 rows.
+#[derive(Debug, Clone, Copy)]
+pub struct Table {
+    pub address: u64,
+    pub stride: usize,
+    pub width: usize,
+}
+
+/// Which query heads read which cache.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub d: usize,
+    pub d_pad: usize,
+    pub capacity: usize,
+}
+
+impl Rows<'_> {
+    /// fp32 `out[t] = scale · table[token_t]`; rows whose token is `image` take row `feature_of_row[t]` of `features`.
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    #[allow(clippy::too_many_arguments)] // the kernel's own
+    pub unsafe fn embed(
+        self,
+        rows: usize,
+        tokens: u64,
+        feature_of_row: u64,
+        table: Table,
+        features: u64,
+        image: Option<u32>,
+        scale: f32,
+        out: u64,
+    ) -> Result<()> {
+        let kernel = KERNELS.kernel(self.device, "embed_rows")?;
+        let image = image.map_or(-1, |token| token as i32);
+        let (stride, width) = (dimension(table.stride)?, dimension(table.width)?);
+        let parameters = parameters![tokens, feature_of_row, table.address, features, out, scale, image, stride, width];
+        // SAFETY: as rows.cu declares them.
+        unsafe { launch(self.device, kernel, Grid::new((rows, 1), THREADS), parameters) }
+    }
+
+    /// fp32 `x[t] += table[t]`
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    pub unsafe fn add_table(self, rows: usize, x: u64, table: Table) -> Result<()> {
+        let kernel = KERNELS.kernel(self.device, "add_table_rows")?;
+        let (stride, width) = (dimension(table.stride)?, dimension(table.width)?);
+        // SAFETY: as rows.cu declares them.
+        unsafe {
+            launch(self.device, kernel, Grid::new((rows, 1), THREADS), parameters![x, table.address, stride, width])
+        }
+    }
+
+    /// fp16 `out = norm(x)` of fp32 `x`; a layer norm where there is a `bias`.
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    #[allow(clippy::too_many_arguments)] // the kernel's own
+    pub unsafe fn norm(
+        self,
+        rows: usize,
+        width: usize,
+        x: u64,
+        weight: u64,
+        bias: u64,
+        epsilon: f32,
+        out: u64,
+    ) -> Result<()> {
+        let kernel = KERNELS.kernel(self.device, "norm_rows")?;
+        let width = dimension(width)?;
+        // SAFETY: as rows.cu declares them.
+        unsafe {
+            launch(
+                self.device,
+                kernel,
+                Grid::new((rows, 1), THREADS),
+                parameters![x, weight, bias, out, epsilon, width],
+            )
+        }
+    }
+
+    /// `y[t] += bias`, fp32 or fp16.
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    pub unsafe fn add_bias(self, rows: usize, width: usize, y: u64, is_float: bool, bias: u64) -> Result<()> {
+        let kernel = KERNELS.kernel(self.device, "add_bias_rows")?;
+        let (n, count, is_float) = (dimension(width)?, (rows * width) as i64, i32::from(is_float));
+        // SAFETY: as rows.cu declares them.
+        unsafe {
+            launch(self.device, kernel, Grid::over(rows * width, THREADS), parameters![y, bias, is_float, n, count])
+        }
+    }
+
+    /// fp32 `out = a + b`, where `a` is fp32 and `b` fp32 or fp16.
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    pub unsafe fn add(self, count: usize, a: u64, b: u64, b_is_float: bool, out: u64) -> Result<()> {
+        let kernel = KERNELS.kernel(self.device, "add_rows")?;
+        let (is_float, n) = (i32::from(b_is_float), count as i64);
+        // SAFETY: as rows.cu declares them.
+        unsafe { launch(self.device, kernel, Grid::over(count, THREADS), parameters![a, b, out, is_float, n]) }
+    }
+
+    /// fp16 `out = act(gate) · up`; `up` may be 0.
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    pub unsafe fn activate(self, count: usize, kind: i32, gate: u64, up: u64, out: u64) -> Result<()> {
+        let kernel = KERNELS.kernel(self.device, "activate_rows")?;
+        let n = count as i64;
+        // SAFETY: as rows.cu declares them.
+        unsafe { launch(self.device, kernel, Grid::over(count, THREADS), parameters![gate, up, out, kind, n]) }
+    }
+
+    /// Rotates `q` in place and writes `k`, `v` to a cache from `position` on. `rotary` may be 0, `q` then too.
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    #[allow(clippy::too_many_arguments)] // the kernel's own
+    pub unsafe fn append(
+        self,
+        rows: usize,
+        position: usize,
+        heads: Heads,
+        [q, k, v]: [u64; 3],
+        [keys, values]: [u64; 2],
+        frequencies: u64,
+        rotary: usize,
+    ) -> Result<()> {
+        let kernel = KERNELS.kernel(self.device, "append_rows")?;
+        let (h, g) = (dimension(heads.heads)?, dimension(heads.kv_heads)?);
+        let (d, d_pad, capacity) = (dimension(heads.d)?, dimension(heads.d_pad)?, dimension(heads.capacity)?);
+        let (rotary, position) = (dimension(rotary)?, dimension(position)?);
+        let parameters = parameters![q, k, v, keys, values, frequencies, h, g, d, d_pad, rotary, capacity, position];
+        // SAFETY: as rows.cu declares them.
+        unsafe { launch(self.device, kernel, Grid::new((rows, 1), THREADS), parameters) }
+    }
+
+    /// fp16 `weights = softmax(scale · scores + bias)` over fp32 `[heads, rows, total]`.
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    #[allow(clippy::too_many_arguments)] // the kernel's own
+    pub unsafe fn softmax(
+        self,
+        (heads, rows, total): (usize, usize, usize),
+        scores: u64,
+        weights: u64,
+        scale: f32,
+        is_causal: bool,
+        position: usize,
+        bias: Bias,
+    ) -> Result<()> {
+        let kernel = KERNELS.kernel(self.device, "softmax_rows")?;
+        let (is_causal, total, position) = (i32::from(is_causal), dimension(total)?, dimension(position)?);
+        let (reach, first_head) = (dimension(bias.reach)?, dimension(bias.first_head)?);
+        let parameters =
+            parameters![scores, weights, bias.address, scale, is_causal, total, position, reach, first_head];
+        // SAFETY: as rows.cu declares them.
+        unsafe { launch(self.device, kernel, Grid::new((rows, heads), THREADS), parameters) }
+    }
+
+    /// fp16 to fp32.
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    pub unsafe fn widen(self, count: usize, from: u64, to: u64) -> Result<()> {
+        let kernel = KERNELS.kernel(self.device, "widen_rows")?;
+        let n = count as i64;
+        // SAFETY: as rows.cu declares them.
+        unsafe { launch(self.device, kernel, Grid::over(count, THREADS), parameters![from, to, n]) }
+    }
+
+    /// Reads `words` of 16 bytes and writes one of 4 bytes now and then.
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    pub unsafe fn read(self, blocks: usize, words: usize, from: u64, out: u64) -> Result<()> {
+        let kernel = KERNELS.kernel(self.device, "read_all")?;
+        let n = words as i64;
+        // SAFETY: as rows.cu declares them.
+        unsafe { launch(self.device, kernel, Grid::new((blocks, 1), 512), parameters![from, out, n]) }
+    }
+}
+
+/// A relative bias laid out by distance: fp32 `[h, 2 · reach + 1]`; 0 for none.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Bias {
+    pub address: u64,
+    pub reach: usize,
+    pub first_head: usize,
+}
