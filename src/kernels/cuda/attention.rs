@@ -3,7 +3,7 @@
 use candle_core::{CudaDevice, Result};
 
 use super::launch::{Fatbin, Grid, Kernel, launch};
-use super::matvec::Facts;
+use super::matvec::{EARLY, Facts};
 use crate::parameters;
 
 pub static KERNELS: Fatbin =
@@ -79,7 +79,7 @@ impl Attention {
         let floats = group * d_pad + (group * span).max(job.splits as usize) + slots * HEADS_AT_ONCE * d_pad;
         let shared_bytes = 4 * floats;
         kernel.allow_shared(shared_bytes)?;
-        let grid = Grid { blocks: (kv_heads, job.splits as usize), threads: THREADS, shared_bytes, early: true };
+        let grid = Grid { blocks: (kv_heads, job.splits as usize), threads: THREADS, shared_bytes, early: EARLY };
         Ok(Self { kernel, grid, job })
     }
 

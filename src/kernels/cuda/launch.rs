@@ -100,7 +100,8 @@ pub struct Grid {
     pub blocks: (usize, usize),
     pub threads: u32,
     pub shared_bytes: usize,
-    /// It may start before its predecessor has ended: the kernel waits by itself before it touches what that one writes.
+    /// It may start before its predecessor has ended (programmatic dependent launch, from sm_90 on): the kernel waits by itself
+    /// before it touches what that one writes.
     pub early: bool,
 }
 

@@ -57,6 +57,10 @@ impl PartialEq for Family {
     }
 }
 
+/// Whether launches of a step may overlap. In a chain of one kind of matrix they gain 2 to 3 µs each that way (docs/benchmarks.md);
+/// in a whole step on an H200, with attention between them, the step took longer than the sum of its launches alone.
+pub const EARLY: bool = false;
+
 /// What a launch reads, as `struct Input` of matvec.cuh.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
@@ -243,7 +247,7 @@ impl Matvec {
                 first_tile += dimension(tiles_of(product))?;
             }
         }
-        let grid = Grid { blocks: (blocks, 1), threads: THREADS, shared_bytes, early: true };
+        let grid = Grid { blocks: (blocks, 1), threads: THREADS, shared_bytes, early: EARLY };
         Ok(Self { kernel, grid, job })
     }
 
