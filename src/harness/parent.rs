@@ -220,7 +220,8 @@ impl Plan {
                 oom: OutOfMemory { wanted_bytes, free_bytes },
             });
         }
-        Box::new(ProcessWorker::new(Job::new(case, precision, self.share, &self.workload), wanted_bytes))
+        let job = Job::new(case, precision, self.share, &self.workload);
+        Box::new(ProcessWorker::new(job, wanted_bytes, case.protocol.deadline))
     }
 
     fn model_facts(&self) -> record::ModelFacts {
@@ -281,7 +282,8 @@ fn cache_bytes(model: &Model, workload: &Workload) -> u64 {
     (model.kv_bytes_per_position(4) * n_positions + model.cross_bytes_per_position(4) * workload.n_encoder) as u64
 }
 
-fn engine() -> record::Engine {
+/// This program, as records name it.
+pub fn engine() -> record::Engine {
     record::Engine {
         name: "quantbench".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -330,7 +332,7 @@ fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Cas
 }
 
 /// The device that a choice means here. The parent creates no CUDA context, which would take memory from the workers.
-fn device(choice: DeviceChoice) -> Result<DeviceChoice, BadInput> {
+pub fn device(choice: DeviceChoice) -> Result<DeviceChoice, BadInput> {
     let built = cfg!(feature = "cuda");
     let driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
     match choice {

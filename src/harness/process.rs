@@ -1,9 +1,10 @@
 //! A worker in a process of its own, seen from the parent: start, ask, and say how it died.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 
+use super::deadline::{Deadline, Watched};
 use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Finished, Job, LoadFacts, Reply, Sample, Warmed};
 use super::schedule::Worker;
@@ -25,20 +26,21 @@ pub struct ProcessWorker {
     job: Job,
     /// Weights and cache: what a worker that runs out of memory wanted.
     needed_bytes: u64,
+    deadline: Option<Deadline>,
     /// `None` until [`Worker::load`].
     running: Option<Running>,
 }
 
 struct Running {
-    child: Child,
+    child: Watched,
     asks: ChildStdin,
     replies: BufReader<ChildStdout>,
     last_words: Option<JoinHandle<Vec<u8>>>,
 }
 
 impl ProcessWorker {
-    pub fn new(job: Job, needed_bytes: u64) -> Self {
-        Self { job, needed_bytes, running: None }
+    pub fn new(job: Job, needed_bytes: u64, deadline: Option<Deadline>) -> Self {
+        Self { job, needed_bytes, deadline, running: None }
     }
 
     fn ask(&mut self, ask: &Ask, events: &dyn Listener) -> Result<Reply, Failure> {
@@ -76,7 +78,8 @@ impl Worker for ProcessWorker {
     }
 
     fn load(&mut self, events: &dyn Listener) -> Result<LoadFacts, Failure> {
-        let started = Running::start().map_err(|cause| error(format!("starting a worker process: {cause}")))?;
+        let started =
+            Running::start(self.deadline).map_err(|cause| error(format!("starting a worker process: {cause}")))?;
         self.running = Some(started);
         match self.ask(&Ask::Load(Box::new(self.job.clone())), events)? {
             Reply::Loaded(facts) => Ok(facts),
@@ -107,7 +110,7 @@ impl Worker for ProcessWorker {
 }
 
 impl Running {
-    fn start() -> std::io::Result<Self> {
+    fn start(deadline: Option<Deadline>) -> std::io::Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
             .arg(SUBCOMMAND)
             .env("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD_BYTES)
@@ -120,7 +123,7 @@ impl Running {
         let replies = BufReader::new(child.stdout.take().ok_or_else(missing)?);
         let stderr = child.stderr.take().ok_or_else(missing)?;
         let last_words = Some(std::thread::spawn(move || last_words(stderr)));
-        Ok(Self { child, asks, replies, last_words })
+        Ok(Self { child: Watched::new(child, deadline), asks, replies, last_words })
     }
 
     fn send(&mut self, ask: &Ask) -> std::io::Result<()> {
@@ -148,6 +151,9 @@ impl Running {
 
     fn cause_of_death(&mut self, wanted_bytes: u64) -> Failure {
         let status = self.child.wait();
+        if let Some(deadline) = self.child.overran() {
+            return Failure::Timeout { message: deadline.message() };
+        }
         let words = self.last_words.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
         let free_bytes = ProcessMemory::default().room_bytes().unwrap_or(0);
         let oom = OutOfMemory { wanted_bytes, free_bytes };
