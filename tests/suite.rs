@@ -6,6 +6,7 @@ mod machines;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -355,31 +356,25 @@ fn merges(place: &Place, whole: &str) {
     }
 }
 
-/// A model folder with a file that is a pipe to which nobody writes.
-fn hanging(place: &Place) {
-    copy(&golden("llama-tiny"), &place.path("hanging"));
-    let pipe = place.path("hanging/tokenizer.json");
-    fs::remove_file(&pipe).unwrap();
-    assert!(Command::new("mkfifo").arg(pipe).status().unwrap().success());
-}
-
 #[test]
 fn cases_that_fail_leave_the_others_running() {
     let toml = "device = \"cpu\"\nthreads = 1\nwarmup = 0\nrepeats = 2\nmax_new_tokens = 4\nprompt_tokens = 4\n\
-                [matrix]\nmodel_id = [\"./broken\", \"./hanging\", \"phi-2\", \"./absent\", \"./llama-tiny\", \"./slow\"]\n\
+                [matrix]\nmodel_id = [\"./broken\", \"owner/silent\", \"phi-2\", \"./absent\", \"./llama-tiny\", \"./slow\"]\n\
                 precision = [\"fp16\", \"nf4\"]\n\
                 [[override]]\nwhen = { model_id = \"phi-2\" }\nmemory_limit = \"600 MiB\"\n\
-                [[override]]\nwhen = { model_id = \"./hanging\" }\ntimeout_s = 0.5\n\
+                [[override]]\nwhen = { model_id = \"owner/silent\" }\ntimeout_s = 0.5\n\
                 [[override]]\nwhen = { model_id = \"./slow\" }\ntimeout_s = 4\nrepeats = 500000000\n";
     let place = Place::new(&[("s.toml", toml), ("broken/config.json", "{")]);
     copy(&golden("llama-tiny"), &place.path("slow"));
-    hanging(&place);
-    let output = place.run(&["suite", "s.toml", "-o", "out.jsonl"]);
+    // A hub that takes connections and never answers: the case hangs before it has a worker.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    let output = place.command(&["suite", "s.toml", "-o", "out.jsonl"]).env("HF_ENDPOINT", endpoint).output().unwrap();
     expect_code(&output, 1);
     let found = rows(&place.read("out.jsonl"));
     let expected = [
         ("broken", "error", "config.json"),
-        ("hanging", "timeout", "longer than its limit of 0.5 s"),
+        ("owner/silent", "timeout", "longer than its limit of 0.5 s"),
         ("phi-2", "oom", "out of memory: wanted "),
         ("absent", "error", "./absent"),
         ("llama-tiny", "ok", ""),
@@ -409,6 +404,52 @@ fn cases_that_fail_leave_the_others_running() {
     expect_code(&output, 1);
     let tried: Vec<u64> = summary(&place.read("out.jsonl")).iter().map(|row| row.0).collect();
     assert_eq!(tried, [5, 5, 1, 1], "the first failure ends it");
+}
+
+/// Processes whose parent's parent is `id`: the workers of a suite's case.
+fn workers_of(id: u32) -> Vec<String> {
+    let parent = |id: &str| -> Option<String> {
+        let status = fs::read_to_string(format!("/proc/{id}/status")).ok()?;
+        Some(status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().to_owned())
+    };
+    let ids = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let is_grandchild = |child: &String| parent(child).and_then(|middle| parent(&middle)) == Some(id.to_string());
+    ids.filter(|name| name.parse::<u32>().is_ok()).filter(is_grandchild).collect()
+}
+
+#[test]
+fn a_worker_that_hangs_is_killed() {
+    let toml = format!("timeout_s = 10\nmax_time = 600\n{}", QUICK.replace("[4, 5, 6]", "[4]"));
+    let place = Place::new(&[("s.toml", &toml.replace("repeats = 1", "repeats = 500000000"))]);
+    let child = place.command(&["suite", "s.toml", "--quiet"]).stdout(Stdio::piped()).spawn().unwrap();
+    let workers = loop {
+        let workers = workers_of(child.id());
+        if !workers.is_empty() {
+            break workers;
+        }
+    };
+    // A stopped process obeys nothing but a kill.
+    assert!(Command::new("kill").arg("-STOP").args(&workers).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    expect_code(&output, 1);
+    let statuses: Vec<String> = summary(&text(&output.stdout)).into_iter().map(|row| row.2).collect();
+    assert_eq!(statuses, ["timeout", "timeout"]);
+    for worker in workers {
+        assert!(!Path::new(&format!("/proc/{worker}")).exists(), "worker {worker} is still there");
+    }
+}
+
+#[test]
+fn too_little_memory_is_told_whoever_runs_out() {
+    for limit in ["500 KiB", "2 MiB"] {
+        let toml = format!("memory_limit = \"{limit}\"\n{}", QUICK.replace("[4, 5, 6]", "[4]"));
+        let place = Place::new(&[("s.toml", &toml)]);
+        let output = place.run(&["suite", "s.toml", "--quiet"]);
+        expect_code(&output, 1);
+        for (_, precision, status) in summary(&text(&output.stdout)) {
+            assert_eq!(status, "oom", "{precision} with {limit}: {}", text(&output.stdout));
+        }
+    }
 }
 
 #[test]

@@ -24,7 +24,7 @@ mod worker;
 
 pub use deadline::Deadline;
 pub use parent::{device, engine, quality, run};
-pub use process::SUBCOMMAND;
+pub use process::{SUBCOMMAND, cause_of_death, last_words};
 pub use prompt::DEFAULT_TEXT;
 pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};
 pub use worker::worker_main;
@@ -111,6 +111,8 @@ pub struct Protocol {
     pub max_time_s: f64,
     /// Half width of the 95 % interval of the median over the median at which repeating ends.
     pub rel_ci: f64,
+    /// What each worker may allocate.
+    pub memory_limit_bytes: Option<u64>,
     /// When every worker that still runs is killed.
     #[serde(skip)]
     pub deadline: Option<Deadline>,
@@ -125,6 +127,7 @@ impl Default for Protocol {
             min_time_s: 3.0,
             max_time_s: 20.0,
             rel_ci: 0.02,
+            memory_limit_bytes: None,
             deadline: None,
         }
     }

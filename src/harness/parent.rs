@@ -212,7 +212,8 @@ impl Plan {
 
     /// A worker process, or for a precision whose weights and cache alone exceed what is free, its refusal.
     fn worker(&self, case: &Case, precision: &str, wanted_bytes: u64) -> Box<dyn Worker> {
-        let room_bytes = ProcessMemory::default().room_bytes();
+        let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
+        let room_bytes = room_bytes.into_iter().flatten().min();
         let too_little = room_bytes.filter(|room| self.share.device == DeviceChoice::Cpu && wanted_bytes > *room);
         if let Some(free_bytes) = too_little {
             return Box::new(TooLarge {

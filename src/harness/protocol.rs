@@ -30,6 +30,8 @@ pub struct Job {
     pub task: Task,
     /// Which matrices are quantized.
     pub selection: Selection,
+    /// What the worker may allocate.
+    pub memory_limit_bytes: Option<u64>,
     /// Of the untimed pass after the last repeat.
     pub save_logits: Option<std::path::PathBuf>,
 }
@@ -58,6 +60,7 @@ impl Job {
             threads,
             task,
             selection: case.selection(),
+            memory_limit_bytes: case.protocol.memory_limit_bytes,
             save_logits: save_logits.map(|path| super::logits::path_of(path, precision, case.precisions.len())),
         }
     }

@@ -4,9 +4,10 @@
 //! lines of [`Reply`].
 
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -18,7 +19,6 @@ use super::unmeasured;
 use crate::events::{Event, Listener};
 use crate::harness::protocol::Failure;
 use crate::harness::{self, Case, Deadline};
-use crate::kernels::cpu::rlimit;
 use crate::record::{Record, Status};
 
 /// The hidden subcommand that runs [`case_main`].
@@ -89,14 +89,13 @@ pub fn case_main() -> Result<()> {
     let mut ask: Ask = serde_json::from_str(&line).context("the input of `quantbench case` comes from a suite")?;
     std::thread::spawn(end_with_parent);
     ask.case.protocol.deadline = ask.limits.timeout_s.and_then(Deadline::after_s);
+    ask.case.protocol.memory_limit_bytes = ask.limits.memory_limit_bytes;
     let replies = Replies(Mutex::new(std::io::stdout()));
     replies.send(&reply(&ask, &replies).unwrap_or_else(|error| Reply::Failed(Failure::of(&error))));
     Ok(())
 }
 
 fn reply(ask: &Ask, events: &Replies) -> Result<Reply> {
-    // The workers inherit the limit.
-    ask.limits.memory_limit_bytes.map_or(Ok(()), rlimit::limit_data_bytes).context("setting `memory_limit`")?;
     let records = harness::run(&ask.case, events)?;
     Ok(Reply::Rows { text: row::write(&ask.facts, &records)?, statuses: records.iter().map(Outcome::of).collect() })
 }
@@ -111,6 +110,7 @@ fn end_with_parent() {
 struct Process {
     child: Child,
     lines: Receiver<String>,
+    last_words: Option<JoinHandle<Vec<u8>>>,
     started: Instant,
 }
 
@@ -120,11 +120,14 @@ impl Process {
             .arg(SUBCOMMAND)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .context("starting a process for the case")?;
         let started = Instant::now();
         let lines = lines(child.stdout.take().context("a pipe is missing")?);
-        let mut process = Self { child, lines, started };
+        let stderr = child.stderr.take().context("a pipe is missing")?;
+        let last_words = Some(std::thread::spawn(move || harness::last_words(stderr)));
+        let mut process = Self { child, lines, last_words, started };
         // The pipe stays open in the child's handle.
         let stdin = process.child.stdin.as_mut().context("a pipe is missing")?;
         stdin.write_all(format!("{}\n", serde_json::to_string(ask)?).as_bytes())?;
@@ -149,9 +152,15 @@ impl Process {
                     Err(_) => anyhow::bail!("the case wrote `{}` to its output", line.trim()),
                 },
                 Err(RecvTimeoutError::Timeout) => return Ok(Reply::Failed(timed_out(limits))),
-                Err(RecvTimeoutError::Disconnected) => return Ok(Reply::Failed(death(self.child.wait()?))),
+                Err(RecvTimeoutError::Disconnected) => return Ok(Reply::Failed(self.cause_of_death())),
             }
         }
+    }
+
+    fn cause_of_death(&mut self) -> Failure {
+        let status = self.child.wait();
+        let words = self.last_words.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
+        harness::cause_of_death("process of the case", status, &words, 0)
     }
 }
 
@@ -166,19 +175,6 @@ impl Drop for Process {
 fn timed_out(limits: Limits) -> Failure {
     let deadline = limits.timeout_s.and_then(Deadline::after_s);
     Failure::Timeout { message: deadline.map(|deadline| deadline.message()).unwrap_or_default() }
-}
-
-/// Why a case's process died. Linux kills with signal 9 when the machine has no memory left.
-fn death(status: ExitStatus) -> Failure {
-    #[cfg(unix)]
-    let killed = std::os::unix::process::ExitStatusExt::signal(&status) == Some(9);
-    #[cfg(not(unix))]
-    let killed = false;
-    if killed {
-        let message = "out of memory: the case was killed".to_owned();
-        return Failure::OutOfMemory { message, wanted_bytes: 0, free_bytes: 0 };
-    }
-    Failure::Error { message: format!("the process of the case ended with {status}") }
 }
 
 /// What the child says, read by a thread of its own so that waiting can end.

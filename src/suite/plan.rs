@@ -31,7 +31,7 @@ pub struct Planned {
 pub struct Limits {
     /// From the start of the case to the end of its last worker.
     pub timeout_s: Option<f64>,
-    /// What each process of the case may allocate.
+    /// What each worker of the case may allocate.
     pub memory_limit_bytes: Option<u64>,
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// Limits the private writable memory of this process, and of every one that it starts, to `bytes`. An allocation beyond it
+/// Limits the private writable memory of this process to `bytes`. An allocation beyond it
 /// fails. It cannot be raised again; a limit that is lower already stays.
 #[cfg(target_os = "linux")]
 pub fn limit_data_bytes(bytes: u64) -> io::Result<()> {
