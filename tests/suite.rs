@@ -157,6 +157,7 @@ const WRONG: &[(&str, &[&str])] = &[
     ("override = 1", &["line 1: `override`: tables are needed"]),
     ("matrix = 1", &["line 1: `matrix`: a table is needed"]),
     ("extends = 1", &["line 1: `extends`: the name of a file"]),
+    ("\ndepth = 1\n[matrix]\ndepth = [2]", &["line 2: `depth` stands in `[matrix]` as well"]),
     ("extends = \"s.toml\"", &["line 1: `extends`: this file extends itself"]),
     ("extends = \"absent.toml\"", &["absent.toml", "No such file"]),
     ("depth = true", &["line 1: `depth` is true or false; a text or a number is needed"]),
@@ -224,6 +225,8 @@ fn files_extend_and_override() {
     assert_eq!(seen, [case("phi-2", 0, 1), case("phi-2", 1, 1), case("smollm2-135m", 0, 3)]);
     assert_eq!((planned[0].suite.as_str(), planned[0].limits.timeout_s), ("own", Some(600.0)));
     assert_eq!((planned[0].limits.memory_limit_bytes, planned[2].limits.timeout_s), (Some(1 << 30), Some(60.0)));
+    place.write("fixed.toml", "extends = \"base.toml\"\nmodel_id = \"phi-2\"");
+    assert_eq!(plan(&place, "fixed.toml").len(), 1, "a setting replaces the axis of the base");
     // An override that came with the base may be for a model that is gone.
     assert_eq!(plan(&place, "dropped.toml").len(), 1);
 }
@@ -359,12 +362,13 @@ fn merges(place: &Place, whole: &str) {
 #[test]
 fn cases_that_fail_leave_the_others_running() {
     let toml = "device = \"cpu\"\nthreads = 1\nwarmup = 0\nrepeats = 2\nmax_new_tokens = 4\nprompt_tokens = 4\n\
-                [matrix]\nmodel_id = [\"./broken\", \"owner/silent\", \"phi-2\", \"./absent\", \"./llama-tiny\", \"./slow\"]\n\
+                [matrix]\nmodel_id = [\"./broken\", \"owner/silent\", \"phi-2\", \"HERE/absent\", \"./llama-tiny\", \"./slow\"]\n\
                 precision = [\"fp16\", \"nf4\"]\n\
                 [[override]]\nwhen = { model_id = \"phi-2\" }\nmemory_limit = \"600 MiB\"\n\
                 [[override]]\nwhen = { model_id = \"owner/silent\" }\ntimeout_s = 0.5\n\
                 [[override]]\nwhen = { model_id = \"./slow\" }\ntimeout_s = 4\nrepeats = 500000000\n";
-    let place = Place::new(&[("s.toml", toml), ("broken/config.json", "{")]);
+    let place = Place::new(&[("broken/config.json", "{")]);
+    place.write("s.toml", toml.replace("HERE", place.folder.path().to_str().unwrap()));
     copy(&golden("llama-tiny"), &place.path("slow"));
     // A hub that takes connections and never answers: the case hangs before it has a worker.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -376,7 +380,7 @@ fn cases_that_fail_leave_the_others_running() {
         ("broken", "error", "config.json"),
         ("owner/silent", "timeout", "longer than its limit of 0.5 s"),
         ("phi-2", "oom", "out of memory: wanted "),
-        ("absent", "error", "./absent"),
+        ("absent", "error", "absent"),
         ("llama-tiny", "ok", ""),
         ("slow", "timeout", "longer than its limit of 4 s"),
     ];
@@ -389,6 +393,8 @@ fn cases_that_fail_leave_the_others_running() {
             assert!(said.contains(reason), "{model}: {said}");
         }
     }
+    let here = place.folder.path().to_str().unwrap();
+    assert!(!place.read("out.jsonl").contains(here), "rows hold no path of this machine");
     let wanted = found[4]["memory"]["wanted_bytes"].as_u64().unwrap();
     assert!(wanted > 5 << 30, "phi-2 in fp16 wants {wanted} bytes");
     // What a slow case measured before its end is kept.

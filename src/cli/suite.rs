@@ -73,7 +73,7 @@ impl SuiteArgs {
 const HEADINGS: &[&str] = &["Model", "Precision", "Workload", "Quality", "Device", "Protocol"];
 
 /// Options under these headings that are about one run alone.
-const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits"];
+const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits", "dry-run"];
 
 /// The keys of a suite file: the options of `quantbench run`.
 pub fn suite_keys() -> Vec<Key> {

@@ -18,16 +18,17 @@ pub fn suite(args: &SuiteArgs) -> Result<ExitCode> {
     let planned = suite::read(&args.file, &suite_keys())?;
     let tasks = planned.into_iter().map(suite_task).collect::<Result<Vec<Task>>>()?;
     let tasks: Vec<Task> = tasks.into_iter().filter(|task| shard.has(task.planned.index)).collect();
+    if shard != Shard::WHOLE && !args.quiet {
+        ui::note(&format!("part {} of {}: {} cases", shard.index, shard.count, tasks.len()));
+    }
     match (args.dry_run, &args.output) {
-        (true, _) => list(&tasks, shard),
+        (true, _) => list(&tasks),
         (false, Some(path)) => to_file(args, path, &tasks),
         (false, None) => to_stdout(args, &tasks),
     }
 }
 
-fn list(tasks: &[Task], shard: Shard) -> Result<ExitCode> {
-    let part = if shard == Shard::WHOLE { String::new() } else { format!(", part {} of {}", shard.index, shard.count) };
-    ui::note(&format!("{} cases{part}", tasks.len()));
+fn list(tasks: &[Task]) -> Result<ExitCode> {
     let line = |task: &Task| {
         let planned = &task.planned;
         let command: Vec<String> = planned.command().iter().map(|word| report::quote(word)).collect();
@@ -55,10 +56,8 @@ fn to_file(args: &SuiteArgs, path: &Path, tasks: &[Task]) -> Result<ExitCode> {
     let all_ok = run(args, tasks, &ended, &mut |rows| results.append(rows))?;
     let records = suite::read_lines(path)?.lines.into_iter().map(|line| line.record).collect();
     let document = Document { schema_version: SCHEMA_VERSION, records };
-    ui::print(
-        &report::find("table")
-            .map_or(Ok(String::new()), |table| (table.write)(&document, &report::Options::default()))?,
-    )?;
+    // The default format stands first: the table.
+    ui::print(&(report::WRITERS[0].write)(&document, &report::Options::default())?)?;
     Ok(exit_code(all_ok))
 }
 

@@ -63,6 +63,7 @@ impl File {
     fn over(self, base: File) -> File {
         let mut file = base;
         (file.name, file.path) = (self.name, self.path);
+        file.matrix.retain(|key, _| !self.settings.contains_key(key));
         file.settings.extend(self.settings);
         file.matrix.extend(self.matrix);
         file.overrides.iter_mut().for_each(|change| change.inherited = true);
@@ -100,7 +101,10 @@ fn parse(path: &Path, text: &str, keys: &[Key]) -> Result<(File, Option<(PathBuf
             }
         }
     }
-    Ok((file, base))
+    match file.settings.iter().find(|(key, _)| file.matrix.contains_key(*key)) {
+        Some((key, placed)) => Err(placed.place.bad(key, " stands in `[matrix]` as well")),
+        None => Ok((file, base)),
+    }
 }
 
 struct Reader<'a> {

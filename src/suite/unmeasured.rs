@@ -26,7 +26,7 @@ fn record(case: &Case, precision: &str, failure: &Failure) -> Record {
     };
     Record {
         status: failure.status(),
-        reason: Some(failure.message().to_owned()),
+        reason: Some(shareable_reason(case, failure.message())),
         tainted: false,
         engine: harness::engine(),
         command: case.command.clone(),
@@ -74,6 +74,15 @@ fn shareable_id(model_id: &str) -> String {
     match path.file_name().filter(|_| is_path) {
         Some(name) => name.to_string_lossy().into_owned(),
         None => model_id.to_owned(),
+    }
+}
+
+/// Messages name what was typed.
+fn shareable_reason(case: &Case, message: &str) -> String {
+    let message = message.replace(&case.model.model_id, &shareable_id(&case.model.model_id));
+    match case.image.as_ref().and_then(|path| Some((path.to_str()?, path.file_name()?.to_str()?))) {
+        Some((path, name)) => message.replace(path, name),
+        None => message,
     }
 }
 
