@@ -24,8 +24,12 @@ use crate::record::{Record, Status};
 /// The hidden subcommand that runs [`case_main`].
 pub const SUBCOMMAND: &str = "case";
 
-/// At its time limit a case kills its workers and writes what they gave. One that cannot even do that is killed so much later.
-const GRACE: Duration = Duration::from_secs(2);
+/// At its time limit a case kills its workers and writes what they gave. One that cannot even do that is killed this share of
+/// the limit later.
+const GRACE: f64 = 0.1;
+
+/// Seconds that this is at least and at most: statistics of many repeats take a while.
+const GRACE_S: (f64, f64) = (2.0, 30.0);
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Ask {
@@ -138,7 +142,8 @@ impl Process {
     /// The result, after relaying the events before it.
     fn reply(&mut self, limits: Limits, events: &dyn Listener) -> Result<Reply> {
         let end = limits.timeout_s.and_then(|timeout_s| {
-            self.started.checked_add(Duration::try_from_secs_f64(timeout_s).ok()?)?.checked_add(GRACE)
+            let grace_s = (timeout_s * GRACE).clamp(GRACE_S.0, GRACE_S.1);
+            self.started.checked_add(Duration::try_from_secs_f64(timeout_s + grace_s).ok()?)
         });
         loop {
             let line = match end {
