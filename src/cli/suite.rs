@@ -15,7 +15,7 @@ use crate::suite::{Key, Kind, Planned, Shard, Task};
 #[derive(Debug, Args)]
 pub struct SuiteArgs {
     /// Suite file, for example configs/smoke.toml.
-    #[arg(value_name = "FILE.toml", value_hint = ValueHint::FilePath, help_heading = "Suite")]
+    #[arg(value_name = "FILE.toml", value_hint = ValueHint::FilePath)]
     pub file: PathBuf,
 
     /// File that gets the rows of each case as it ends [default: stdout].
@@ -51,7 +51,7 @@ pub struct SuiteArgs {
 #[derive(Debug, Args)]
 pub struct MergeArgs {
     /// Files of rows, as suites and `--format jsonl` write them.
-    #[arg(value_name = "FILE.jsonl", required = true, value_hint = ValueHint::FilePath, help_heading = "Input")]
+    #[arg(value_name = "FILE.jsonl", required = true, value_hint = ValueHint::FilePath)]
     pub files: Vec<PathBuf>,
 
     /// File to write, whole or not at all [default: stdout].

@@ -47,11 +47,12 @@ fn to_file(args: &SuiteArgs, path: &Path, tasks: &[Task]) -> Result<ExitCode> {
     };
     let mut results = Results::open(path, resume)?;
     let ended = results.ended().clone();
-    if results.recovered {
+    let n_before = tasks.iter().filter(|task| ended.contains_key(&task.planned.hash)).count();
+    if results.recovered && !args.quiet {
         ui::note(&format!("the last line of `{}` was cut; its case runs again", path.display()));
     }
-    if !ended.is_empty() {
-        ui::note(&format!("{} cases ended before and do not run again", ended.len()));
+    if n_before > 0 && !args.quiet {
+        ui::note(&format!("{n_before} of {} cases ended before and do not run again", tasks.len()));
     }
     let all_ok = run(args, tasks, &ended, &mut |rows| results.append(rows))?;
     let records = suite::read_lines(path)?.lines.into_iter().map(|line| line.record).collect();
