@@ -169,8 +169,10 @@ impl Daemons {
     fn start(&mut self, place: &Place, program: &str, args: &[&str]) -> bool {
         let log = fs::File::create(place.path(&format!("{program}.log"))).unwrap();
         let errors = log.try_clone().unwrap();
-        let child =
-            Command::new(program).args(args).current_dir(place.folder.path()).stdout(log).stderr(errors).spawn();
+        let path = format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default());
+        let mut command = Command::new(program);
+        command.args(args).current_dir(place.folder.path()).env("PATH", path).stdout(log).stderr(errors);
+        let child = command.spawn();
         child.map(|child| self.0.push(child)).is_ok()
     }
 }
@@ -181,14 +183,10 @@ fn free_port() -> u16 {
 
 /// A cluster of this machine alone, all of whose files lie in the place. `None` where it cannot be started.
 fn slurm(place: &Place) -> Option<Daemons> {
-    let sbin = "/usr/sbin";
-    for (program, args) in
-        [("sbatch", ["--version"]), ("slurmctld", ["-V"]), ("slurmd", ["-V"]), ("munged", ["--version"])]
-    {
-        let program = if program == "sbatch" { program.to_owned() } else { format!("{sbin}/{program}") };
-        if !has(&program, &args) {
-            return None;
-        }
+    // Its own version is a question that sbatch answers in a cluster alone.
+    let found = |program: &&str| has("sh", &["-c", &format!("PATH=$PATH:/usr/sbin command -v {program}")]);
+    if !["sbatch", "slurmctld", "slurmd", "munged"].iter().all(|program| found(&program)) {
+        return None;
     }
     let folder = place.folder.path().display().to_string();
     let hostname = text(&Command::new("hostname").arg("-s").output().ok()?.stdout).trim().to_owned();
