@@ -185,7 +185,7 @@ fn free_port() -> u16 {
 fn slurm(place: &Place) -> Option<Daemons> {
     // Its own version is a question that sbatch answers in a cluster alone.
     let found = |program: &&str| has("sh", &["-c", &format!("PATH=$PATH:/usr/sbin command -v {program}")]);
-    if !["sbatch", "slurmctld", "slurmd", "munged"].iter().all(|program| found(&program)) {
+    if !["sbatch", "slurmctld", "slurmd", "munged"].iter().all(found) {
         return None;
     }
     let folder = place.folder.path().display().to_string();
