@@ -4,9 +4,11 @@
 
 mod export;
 mod request;
+mod suite;
 
 pub use export::{ExportArgs, ExportRequest};
 pub use request::Request;
+pub use suite::{MergeArgs, SuiteArgs, suite_keys, suite_task};
 
 use std::path::PathBuf;
 use std::sync::LazyLock;
@@ -48,6 +50,10 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Measure what each precision costs in quality, without its speed.
     Quality(Box<QualityArgs>),
+    /// Run a matrix of models, precisions, devices and lengths that a TOML file describes.
+    Suite(SuiteArgs),
+    /// Join the results of several suites or machines.
+    Merge(MergeArgs),
     /// Write a quantized checkpoint that transformers and bitsandbytes load unchanged.
     Export(ExportArgs),
     /// Print a completion script for a shell.
@@ -57,6 +63,9 @@ pub enum Command {
     },
     /// Print the man page in roff.
     Man,
+    /// Run one case for a suite.
+    #[command(hide = true)]
+    Case,
     /// Load and time one precision for a parent process.
     #[command(hide = true)]
     Worker,

@@ -3,8 +3,10 @@
 mod export;
 mod limits;
 mod list_models;
+mod merge;
 mod quality;
 mod run;
+mod suite;
 
 use std::process::ExitCode;
 
@@ -20,9 +22,12 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
         None => run(&cli.run),
         Some(Command::Run(args)) => run(args),
         Some(Command::Quality(args)) => quality::quality(args),
+        Some(Command::Suite(args)) => suite::suite(args),
+        Some(Command::Merge(args)) => merge::merge(args),
         Some(Command::Export(args)) => export::export(args),
         Some(Command::Completions { shell }) => completions(*shell),
         Some(Command::Man) => man(),
+        Some(Command::Case) => crate::suite::case_main().map(|()| ExitCode::SUCCESS),
         Some(Command::Worker) => harness::worker_main().map(|()| ExitCode::SUCCESS),
     }
 }

@@ -127,8 +127,7 @@ fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32
 fn status(outcome: &Outcome) -> (Status, Option<String>) {
     match &outcome.failure {
         None => (Status::Ok, None),
-        Some(failure @ Failure::OutOfMemory { .. }) => (Status::Oom, Some(failure.message().to_owned())),
-        Some(failure) => (Status::Error, Some(failure.message().to_owned())),
+        Some(failure) => (failure.status(), Some(failure.message().to_owned())),
     }
 }
 

@@ -40,11 +40,14 @@ impl ProcessMemory {
         [machine, self.group_room(&UNIFIED), self.group_room(&LEGACY)].into_iter().flatten().min()
     }
 
-    /// What one process may take at most: `ulimit -v`.
+    /// What one process may take at most: the smaller of `ulimit -v` and `ulimit -d`.
     pub fn process_limit_bytes(&self) -> Option<u64> {
         let text = self.read("proc/self/limits")?;
-        let line = text.lines().find_map(|line| line.strip_prefix("Max address space"))?;
-        line.split_whitespace().next()?.parse().ok()
+        let soft = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        ["Max address space", "Max data size"].into_iter().filter_map(soft).min()
     }
 
     /// What one more process can take.
@@ -172,6 +175,11 @@ pub(super) mod tests {
             let root = root(&[("proc/self/limits", &line)]);
             assert_eq!(ProcessMemory::below(root.path()).process_limit_bytes(), expected);
         }
+        let both = "Max data size  200000  unlimited  bytes\nMax address space  300000  unlimited  bytes\n";
+        assert_eq!(
+            ProcessMemory::below(root(&[("proc/self/limits", both)]).path()).process_limit_bytes(),
+            Some(200_000)
+        );
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 pub mod assemble;
 pub mod clock;
+mod deadline;
 pub mod environment;
 pub mod load;
 mod logits;
@@ -21,8 +22,9 @@ mod validity;
 pub mod warnings;
 mod worker;
 
-pub use parent::{quality, run};
-pub use process::SUBCOMMAND;
+pub use deadline::Deadline;
+pub use parent::{device, engine, quality, run};
+pub use process::{SUBCOMMAND, cause_of_death, last_words};
 pub use prompt::DEFAULT_TEXT;
 pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};
 pub use worker::worker_main;
@@ -109,11 +111,25 @@ pub struct Protocol {
     pub max_time_s: f64,
     /// Half width of the 95 % interval of the median over the median at which repeating ends.
     pub rel_ci: f64,
+    /// What each worker may allocate.
+    pub memory_limit_bytes: Option<u64>,
+    /// When every worker that still runs is killed.
+    #[serde(skip)]
+    pub deadline: Option<Deadline>,
 }
 
 impl Default for Protocol {
     fn default() -> Self {
-        Self { warmup: None, repeats: None, min_repeats: 6, min_time_s: 3.0, max_time_s: 20.0, rel_ci: 0.02 }
+        Self {
+            warmup: None,
+            repeats: None,
+            min_repeats: 6,
+            min_time_s: 3.0,
+            max_time_s: 20.0,
+            rel_ci: 0.02,
+            memory_limit_bytes: None,
+            deadline: None,
+        }
     }
 }
 

@@ -212,7 +212,8 @@ impl Plan {
 
     /// A worker process, or for a precision whose weights and cache alone exceed what is free, its refusal.
     fn worker(&self, case: &Case, precision: &str, wanted_bytes: u64) -> Box<dyn Worker> {
-        let room_bytes = ProcessMemory::default().room_bytes();
+        let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
+        let room_bytes = room_bytes.into_iter().flatten().min();
         let too_little = room_bytes.filter(|room| self.share.device == DeviceChoice::Cpu && wanted_bytes > *room);
         if let Some(free_bytes) = too_little {
             return Box::new(TooLarge {
@@ -220,7 +221,8 @@ impl Plan {
                 oom: OutOfMemory { wanted_bytes, free_bytes },
             });
         }
-        Box::new(ProcessWorker::new(Job::new(case, precision, self.share, &self.workload), wanted_bytes))
+        let job = Job::new(case, precision, self.share, &self.workload);
+        Box::new(ProcessWorker::new(job, wanted_bytes, case.protocol.deadline))
     }
 
     fn model_facts(&self) -> record::ModelFacts {
@@ -281,7 +283,8 @@ fn cache_bytes(model: &Model, workload: &Workload) -> u64 {
     (model.kv_bytes_per_position(4) * n_positions + model.cross_bytes_per_position(4) * workload.n_encoder) as u64
 }
 
-fn engine() -> record::Engine {
+/// This program, as records name it.
+pub fn engine() -> record::Engine {
     record::Engine {
         name: "quantbench".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -330,7 +333,7 @@ fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Cas
 }
 
 /// The device that a choice means here. The parent creates no CUDA context, which would take memory from the workers.
-fn device(choice: DeviceChoice) -> Result<DeviceChoice, BadInput> {
+pub fn device(choice: DeviceChoice) -> Result<DeviceChoice, BadInput> {
     let built = cfg!(feature = "cuda");
     let driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
     match choice {

@@ -1,9 +1,10 @@
 //! A worker in a process of its own, seen from the parent: start, ask, and say how it died.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 
+use super::deadline::{Deadline, Watched};
 use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Finished, Job, LoadFacts, Reply, Sample, Warmed};
 use super::schedule::Worker;
@@ -25,20 +26,21 @@ pub struct ProcessWorker {
     job: Job,
     /// Weights and cache: what a worker that runs out of memory wanted.
     needed_bytes: u64,
+    deadline: Option<Deadline>,
     /// `None` until [`Worker::load`].
     running: Option<Running>,
 }
 
 struct Running {
-    child: Child,
+    child: Watched,
     asks: ChildStdin,
     replies: BufReader<ChildStdout>,
     last_words: Option<JoinHandle<Vec<u8>>>,
 }
 
 impl ProcessWorker {
-    pub fn new(job: Job, needed_bytes: u64) -> Self {
-        Self { job, needed_bytes, running: None }
+    pub fn new(job: Job, needed_bytes: u64, deadline: Option<Deadline>) -> Self {
+        Self { job, needed_bytes, deadline, running: None }
     }
 
     fn ask(&mut self, ask: &Ask, events: &dyn Listener) -> Result<Reply, Failure> {
@@ -76,7 +78,8 @@ impl Worker for ProcessWorker {
     }
 
     fn load(&mut self, events: &dyn Listener) -> Result<LoadFacts, Failure> {
-        let started = Running::start().map_err(|cause| error(format!("starting a worker process: {cause}")))?;
+        let started =
+            Running::start(self.deadline).map_err(|cause| error(format!("starting a worker process: {cause}")))?;
         self.running = Some(started);
         match self.ask(&Ask::Load(Box::new(self.job.clone())), events)? {
             Reply::Loaded(facts) => Ok(facts),
@@ -107,7 +110,7 @@ impl Worker for ProcessWorker {
 }
 
 impl Running {
-    fn start() -> std::io::Result<Self> {
+    fn start(deadline: Option<Deadline>) -> std::io::Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
             .arg(SUBCOMMAND)
             .env("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD_BYTES)
@@ -120,7 +123,7 @@ impl Running {
         let replies = BufReader::new(child.stdout.take().ok_or_else(missing)?);
         let stderr = child.stderr.take().ok_or_else(missing)?;
         let last_words = Some(std::thread::spawn(move || last_words(stderr)));
-        Ok(Self { child, asks, replies, last_words })
+        Ok(Self { child: Watched::new(child, deadline), asks, replies, last_words })
     }
 
     fn send(&mut self, ask: &Ask) -> std::io::Result<()> {
@@ -148,13 +151,11 @@ impl Running {
 
     fn cause_of_death(&mut self, wanted_bytes: u64) -> Failure {
         let status = self.child.wait();
-        let words = self.last_words.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
-        let free_bytes = ProcessMemory::default().room_bytes().unwrap_or(0);
-        let oom = OutOfMemory { wanted_bytes, free_bytes };
-        match status {
-            Ok(status) => death(signal(status), &status.to_string(), &String::from_utf8_lossy(&words), oom),
-            Err(cause) => error(format!("waiting for the worker: {cause}")),
+        if let Some(deadline) = self.child.overran() {
+            return Failure::Timeout { message: deadline.message() };
         }
+        let words = self.last_words.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
+        cause_of_death("worker", status, &words, wanted_bytes)
     }
 }
 
@@ -166,8 +167,18 @@ impl Drop for Running {
     }
 }
 
+/// Why the process called `who` died, which wanted so many bytes; 0 where that is unknown.
+pub fn cause_of_death(who: &str, status: std::io::Result<ExitStatus>, words: &[u8], wanted_bytes: u64) -> Failure {
+    let free_bytes = ProcessMemory::default().room_bytes().unwrap_or(0);
+    let oom = OutOfMemory { wanted_bytes, free_bytes };
+    match status {
+        Ok(status) => death(who, (signal(status), &status.to_string()), &String::from_utf8_lossy(words), oom),
+        Err(cause) => error(format!("waiting for the {who}: {cause}")),
+    }
+}
+
 /// Reads to the end and keeps the last part.
-fn last_words(mut stderr: ChildStderr) -> Vec<u8> {
+pub fn last_words(mut stderr: ChildStderr) -> Vec<u8> {
     let (mut kept, mut buffer) = (Vec::new(), [0; 1024]);
     while let Ok(n @ 1..) = stderr.read(&mut buffer) {
         kept.extend_from_slice(&buffer[..n]);
@@ -189,14 +200,17 @@ fn signal(_status: ExitStatus) -> Option<i32> {
 
 /// Why a worker died, from its signal and its last words. Rust aborts when an allocation fails and names the bytes; Linux
 /// kills with signal 9 when the machine or the control group has none left. `oom` is what to say then.
-fn death(signal: Option<i32>, status: &str, words: &str, oom: OutOfMemory) -> Failure {
+fn death(who: &str, (signal, status): (Option<i32>, &str), words: &str, oom: OutOfMemory) -> Failure {
     const SIGKILL: i32 = 9;
-    let refused = |line: &str| Some(line.strip_prefix("memory allocation of ")?.split(' ').next()?.to_owned());
+    // Threads that fail together write into each other's line.
+    let is_number = |word: &&str| word.bytes().all(|byte| byte.is_ascii_digit());
+    let refused =
+        |line: &str| line.strip_prefix("memory allocation of ")?.split(' ').find(is_number).map(str::to_owned);
     let cause = match words.lines().rev().find_map(refused) {
         Some(bytes) => format!("an allocation of {bytes} bytes failed"),
-        None if signal == Some(SIGKILL) => "the worker was killed".to_owned(),
+        None if signal == Some(SIGKILL) => format!("the {who} was killed"),
         None if words.contains("Cannot allocate memory") => "the system refused more".to_owned(),
-        None => return error(format!("the worker ended with {status}: {}", said(words))),
+        None => return error(format!("the {who} ended with {status}: {}", said(words))),
     };
     let OutOfMemory { wanted_bytes, free_bytes } = oom;
     Failure::OutOfMemory { message: format!("{oom}; {cause}"), wanted_bytes, free_bytes }
@@ -217,17 +231,19 @@ mod tests {
         let oom = OutOfMemory { wanted_bytes: 3 << 30, free_bytes: 1 << 30 };
         for (signal, words, cause) in [
             (Some(6), "noise\nmemory allocation of 123 bytes failed\n", "an allocation of 123 bytes failed"),
+            (Some(6), "memory allocation of memory allocation of 41 bytes failed", "an allocation of 41 bytes failed"),
             (Some(9), "", "the worker was killed"),
             (None, "thread panicked: Cannot allocate memory (os error 12)", "the system refused more"),
         ] {
             let message = format!("out of memory: wanted 3.00 GiB, 1.00 GiB free; {cause}");
             let expected = Failure::OutOfMemory { message, wanted_bytes: 3 << 30, free_bytes: 1 << 30 };
-            assert_eq!(death(signal, "status", words, oom), expected);
+            assert_eq!(death("worker", (signal, "status"), words, oom), expected);
         }
-        let other = death(Some(11), "signal: 11 (SIGSEGV)", "the last line\nnote: run with a backtrace\n", oom);
+        let other =
+            death("worker", (Some(11), "signal: 11 (SIGSEGV)"), "the last line\nnote: run with a backtrace\n", oom);
         assert_eq!(other.message(), "the worker ended with signal: 11 (SIGSEGV): the last line");
         assert_eq!(
-            death(None, "exit status: 1", "", oom).message(),
+            death("worker", (None, "exit status: 1"), "", oom).message(),
             "the worker ended with exit status: 1: it said nothing"
         );
     }

@@ -12,6 +12,7 @@ use crate::engine::{Footprint, OutlierColumns};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::Event;
 use crate::quant::FormatOptions;
+use crate::record::Status;
 use crate::weights::policy::Selection;
 
 /// All that one worker needs: the parent has checked it and turned the prompt into ids.
@@ -29,6 +30,8 @@ pub struct Job {
     pub task: Task,
     /// Which matrices are quantized.
     pub selection: Selection,
+    /// What the worker may allocate.
+    pub memory_limit_bytes: Option<u64>,
     /// Of the untimed pass after the last repeat.
     pub save_logits: Option<std::path::PathBuf>,
 }
@@ -57,6 +60,7 @@ impl Job {
             threads,
             task,
             selection: case.selection(),
+            memory_limit_bytes: case.protocol.memory_limit_bytes,
             save_logits: save_logits.map(|path| super::logits::path_of(path, precision, case.precisions.len())),
         }
     }
@@ -152,6 +156,7 @@ pub struct Finished {
 pub enum Failure {
     BadInput { message: String, hint: Option<String> },
     OutOfMemory { message: String, wanted_bytes: u64, free_bytes: u64 },
+    Timeout { message: String },
     Error { message: String },
 }
 
@@ -173,11 +178,21 @@ impl Failure {
         Failure::Error { message }
     }
 
+    /// Of the record that tells it.
+    pub fn status(&self) -> Status {
+        match self {
+            Failure::OutOfMemory { .. } => Status::Oom,
+            Failure::Timeout { .. } => Status::Timeout,
+            Failure::BadInput { .. } | Failure::Error { .. } => Status::Error,
+        }
+    }
+
     pub fn message(&self) -> &str {
         match self {
-            Failure::BadInput { message, .. } | Failure::OutOfMemory { message, .. } | Failure::Error { message } => {
-                message
-            }
+            Failure::BadInput { message, .. }
+            | Failure::OutOfMemory { message, .. }
+            | Failure::Timeout { message }
+            | Failure::Error { message } => message,
         }
     }
 }

@@ -228,7 +228,7 @@ impl Passage {
         let task = Task { encode, prompt, n_gen: 1, ..Task::default() };
         let workload = Workload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
         let job = Job { save_logits: None, selection, ..Job::new(case, precision, share, &workload) };
-        let mut worker = ProcessWorker::new(job, 0);
+        let mut worker = ProcessWorker::new(job, 0, case.protocol.deadline);
         worker.load(&crate::events::Silent)?;
         Ok(worker)
     }

@@ -17,6 +17,7 @@ use super::scoring;
 use crate::engine::{self, Device, Setup};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
+use crate::kernels::cpu::rlimit;
 use crate::plan::{EncoderInputKind, Model};
 use crate::quant::FormatOptions;
 use crate::weights::policy::{Formats, Selection};
@@ -124,6 +125,7 @@ pub fn pixels(opened: &Opened, encode: &Encode) -> Result<Vec<f32>> {
 }
 
 fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
+    job.memory_limit_bytes.map_or(Ok(()), rlimit::limit_data_bytes).context("limiting the memory of the worker")?;
     let mut opened = open(&job.model, events)?;
     opened.select(&job.selection)?;
     let pixels = pixels(&opened, &job.task.encode)?;

@@ -17,7 +17,8 @@ mod modules;
 mod table;
 mod verdict;
 
-pub use command::{private_words, shareable_command};
+pub use case::status_word;
+pub use command::{private_words, quote, shareable_command};
 pub use file::{check_writable, write_file};
 pub use limits::{ModelBytes, PrecisionBytes, limits};
 

@@ -10,6 +10,7 @@ mod lanes;
 pub mod norm;
 pub mod pages;
 pub mod pool;
+pub mod rlimit;
 pub mod rope;
 pub mod shared;
 #[cfg(test)]

@@ -1,0 +1,116 @@
+//! The rows of a case that gave none: all that was asked, and why there is nothing else.
+
+use std::collections::BTreeMap;
+
+use crate::harness::protocol::Failure;
+use crate::harness::{self, Case, DeviceChoice, PromptChoice};
+use crate::kernels::isa::Isa;
+use crate::record::{self, Bandwidth, Memory, Record, Samples};
+use crate::weights::WeightsChoice;
+
+/// One record for each precision asked for.
+pub fn records(case: &Case, failure: &Failure) -> Vec<Record> {
+    case.precisions.iter().map(|precision| record(case, precision, failure)).collect()
+}
+
+fn record(case: &Case, precision: &str, failure: &Failure) -> Record {
+    let (machine, cpu) = (harness::environment::Machine::default(), "cpu".to_owned());
+    let device = match harness::device(case.device).unwrap_or(case.device) {
+        DeviceChoice::Cuda(ordinal) => record::DeviceFacts { kind: "cuda".to_owned(), name: format!("cuda:{ordinal}") },
+        DeviceChoice::Cpu | DeviceChoice::Auto => record::DeviceFacts { kind: cpu, name: machine.cpu_name() },
+    };
+    let threads = if case.threads == 0 { crate::kernels::cpu::pool::default_threads() } else { case.threads };
+    let (wanted_bytes, free_bytes) = match *failure {
+        Failure::OutOfMemory { wanted_bytes, free_bytes, .. } => (known(wanted_bytes), known(free_bytes)),
+        _ => (None, None),
+    };
+    Record {
+        status: failure.status(),
+        reason: Some(shareable_reason(case, failure.message())),
+        tainted: false,
+        engine: harness::engine(),
+        command: case.command.clone(),
+        timestamp: harness::environment::timestamp(),
+        model: record::ModelFacts {
+            id: shareable_id(&case.model.model_id),
+            revision: case.model.revision.clone(),
+            architecture: String::new(),
+            parameters: 0,
+        },
+        weights: weights(case),
+        precision: precision.to_owned(),
+        keep_fp16: case.keep_fp16.clone(),
+        int8: None,
+        device,
+        workload: workload(case),
+        protocol: record::Protocol::default(),
+        phases: BTreeMap::new(),
+        samples: Samples::default(),
+        metrics: BTreeMap::new(),
+        dtypes: record::Dtypes {
+            weights: precision.to_owned(),
+            compute: String::new(),
+            kv_cache: String::new(),
+            logits: String::new(),
+        },
+        ratio_to_fp16: None,
+        memory: Memory { wanted_bytes, free_bytes, ..Memory::default() },
+        bandwidth: Bandwidth::default(),
+        output: record::Output::default(),
+        quality: None,
+        environment: machine.environment(Isa::detect().name(), threads),
+        warnings: Vec::new(),
+    }
+}
+
+fn known(bytes: u64) -> Option<u64> {
+    (bytes > 0).then_some(bytes)
+}
+
+/// A folder keeps its last component: rows hold no path.
+fn shareable_id(model_id: &str) -> String {
+    let path = std::path::Path::new(model_id);
+    let is_path = path.is_dir() || path.is_absolute() || model_id.starts_with(['.', '~']);
+    match path.file_name().filter(|_| is_path) {
+        Some(name) => name.to_string_lossy().into_owned(),
+        None => model_id.to_owned(),
+    }
+}
+
+/// Messages name what was typed.
+fn shareable_reason(case: &Case, message: &str) -> String {
+    let message = message.replace(&case.model.model_id, &shareable_id(&case.model.model_id));
+    match case.image.as_ref().and_then(|path| Some((path.to_str()?, path.file_name()?.to_str()?))) {
+        Some((path, name)) => message.replace(path, name),
+        None => message,
+    }
+}
+
+/// Nothing is known of weights that were not opened.
+fn weights(case: &Case) -> record::WeightFacts {
+    let random = case.model.weights == WeightsChoice::Random;
+    record::WeightFacts {
+        source: if random { "random".to_owned() } else { String::new() },
+        dtype: String::new(),
+        seed: random.then_some(case.model.seed),
+        hash: String::new(),
+        fp16_overflow: 0,
+    }
+}
+
+/// The lengths that were asked for; those of a text are not known.
+fn workload(case: &Case) -> record::Workload {
+    let n_prompt = match &case.prompt {
+        PromptChoice::Synthetic(n) => *n,
+        PromptChoice::Ids(ids) => ids.len(),
+        PromptChoice::Default | PromptChoice::Text(_) => 0,
+    };
+    record::Workload {
+        n_prompt: n_prompt as u64,
+        n_gen: case.n_gen as u64,
+        n_depth: case.n_depth as u64,
+        n_image: 0,
+        image: None,
+        batch_size: 1,
+    }
+}
