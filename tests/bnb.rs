@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use quantbench::engine::{self, Device, EncoderInput, Session, Setup};
+use quantbench::engine::{self, Device, EncoderInput, Engine, Session, Setup};
 use quantbench::error;
 use quantbench::events::Silent;
 use quantbench::harness::{self, Asked, Case, DeviceChoice, PromptChoice, Protocol};
@@ -79,6 +79,7 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
         model: request(folder),
         precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
         asked,
+        engines: vec![Engine::Quantbench],
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
         threads: 1,

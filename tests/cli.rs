@@ -99,6 +99,10 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("output_in_absent_folder", &["--output", "absent/r.json"]),
     ("output_is_a_folder", &["--output", "folder.json"]),
     ("output_without_format", &["--output", "r.xml"]),
+    ("candle_quantized", &["--engine", "candle", "--precision", "4bit"]),
+    ("candle_without_fp16", &["--engine", "quantbench,candle", "--precision", "int8,nf4"]),
+    ("candle_quality", &["--engine", "candle", "--quality"]),
+    ("unknown_engine", &["--engine", "cnadle"]),
     ("logits_in_absent_folder", &["--save-logits", "absent/logits.safetensors"]),
 ];
 
@@ -299,4 +303,37 @@ fn logits_are_saved_for_each_new_token() {
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let logits = tensors.tensor("logits").unwrap();
     assert_eq!((logits.dtype(), logits.shape()[0]), (safetensors::Dtype::F32, 3));
+}
+
+#[test]
+fn candle_rows_stand_beside_our_own_with_the_same_ids() {
+    let place = Place::new();
+    let args = "--model-id ./llama-tiny --engine quantbench,candle --precision fp16,nf4 --prompt-ids 1,2,3 \
+                --max-new-tokens 4 --repeats 6 --warmup 0 --threads 1 --output r.json --save-logits logits.safetensors";
+    let output = place.run(&args.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("fp16 by candle") && table.contains("candle's fp16 decodes"), "{table}");
+    let document: Value = serde_json::from_slice(&fs::read(place.folder.path().join("r.json")).unwrap()).unwrap();
+    let seen = |at: usize| {
+        let record = &document["records"][at];
+        (record["engine"]["name"].as_str().unwrap(), record["precision"].as_str().unwrap())
+    };
+    assert_eq!([seen(0), seen(1), seen(2)], [("quantbench", "fp16"), ("quantbench", "nf4"), ("candle", "fp16")]);
+    let [own, _, candle] = [0, 1, 2].map(|at| &document["records"][at]);
+    assert_eq!(own["output"], candle["output"]);
+    assert_eq!(own["memory"]["weights_bytes"], candle["memory"]["weights_bytes"]);
+    assert!(own["ratio_to_fp16"].is_null() && candle["ratio_to_fp16"]["paired"] == true, "{}", candle["ratio_to_fp16"]);
+    assert_eq!((&candle["dtypes"]["compute"], &candle["status"]), (&"fp16".into(), &"ok".into()));
+    for file in ["logits.fp16", "logits.nf4", "logits.candle-fp16"] {
+        assert!(place.has(&format!("{file}.safetensors")), "no `{file}`");
+    }
+}
+
+/// `VERSION` is what records show, and nothing but Cargo.lock knows it.
+#[test]
+fn the_version_of_candle_is_the_locked_one() {
+    let lock = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock")).unwrap();
+    let entry = format!("name = \"candle-transformers\"\nversion = \"{}\"\n", quantbench::engine::candle::VERSION);
+    assert!(lock.contains(&entry), "Cargo.lock has another candle-transformers than `{}`", entry.trim());
 }

@@ -14,6 +14,7 @@ use std::sync::LazyLock;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
+use crate::engine::{ENGINES, Engine};
 use crate::harness::Protocol;
 use crate::quant::{FORMATS, FormatOptions};
 use crate::report::WRITERS;
@@ -106,6 +107,12 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub device: DeviceArgs,
+
+    #[arg(
+        long, value_name = "LIST", value_delimiter = ',', default_value = Engine::Quantbench.name(), help_heading = "Device",
+        help = engine_help(), value_parser = engine_names(), hide_possible_values = true
+    )]
+    pub engine: Vec<String>,
 
     /// Warm-up runs [default: until two in a row agree].
     #[arg(long, value_name = "N", help_heading = "Protocol")]
@@ -313,6 +320,15 @@ fn precision_help() -> String {
         })
         .collect();
     format!("Precisions to measure, comma separated: {} or all", words.join(", "))
+}
+
+fn engine_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(ENGINES.iter().map(|engine| engine.name()))
+}
+
+fn engine_help() -> String {
+    let version = Engine::Candle.version();
+    format!("Whose code runs, comma separated: quantbench, candle (the fp16 models of candle-transformers {version})")
 }
 
 fn writer_names() -> PossibleValuesParser {

@@ -14,7 +14,7 @@ use super::memory::ProcessMemory;
 use super::picture::Preprocessor;
 use super::protocol::{Ask, Failure, Job, LoadFacts, Reply};
 use super::scoring;
-use crate::engine::{self, Device, Setup};
+use crate::engine::{self, Device, Engine, Setup};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
 use crate::plan::{EncoderInputKind, Model};
@@ -141,7 +141,13 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         capacity: job.capacity(),
         encoder_capacity: job.encoder_capacity,
     };
-    let loaded = engine::load(&setup, events)?;
+    let loaded = match job.engine {
+        Engine::Quantbench => engine::load(&setup, events)?,
+        Engine::Candle => {
+            let dtype = engine::candle::dtype(opened.model.architecture);
+            engine::candle::load(&setup, &opened.checkpoint.config, dtype, events)?
+        }
+    };
     let memory = ProcessMemory::default();
     let facts = LoadFacts {
         load_s: loaded.load.as_secs_f64(),
