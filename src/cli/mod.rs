@@ -51,6 +51,8 @@ pub enum Command {
     Quality(Box<QualityArgs>),
     /// Write a quantized checkpoint that transformers and bitsandbytes load unchanged.
     Export(ExportArgs),
+    /// Show what this machine has for measuring, what is missing, and what to do about it.
+    Doctor(DoctorArgs),
     /// Print a completion script for a shell.
     Completions {
         /// Shell to complete for.
@@ -114,6 +116,10 @@ pub struct RunArgs {
     )]
     pub engine: Vec<String>,
 
+    /// Say what would run, what it would download and whether it fits, and end.
+    #[arg(long, conflicts_with_all = ["output", "list_models"], help_heading = "Protocol")]
+    pub dry_run: bool,
+
     /// Warm-up runs [default: until two in a row agree].
     #[arg(long, value_name = "N", help_heading = "Protocol")]
     pub warmup: Option<usize>,
@@ -165,6 +171,14 @@ pub struct QualityArgs {
 
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// What was typed for `quantbench doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Format of stdout: table or json.
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = PlainFormat::Table, hide_possible_values = true)]
+    pub format: PlainFormat,
 }
 
 /// Which model, with which weights.
@@ -301,6 +315,15 @@ pub enum WeightsWord {
     Auto,
     #[value(help = None)]
     Random,
+}
+
+/// Formats of what is no record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PlainFormat {
+    #[value(help = None)]
+    Table,
+    #[value(help = None)]
+    Json,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -2,6 +2,8 @@
 
 pub mod assemble;
 pub mod clock;
+pub mod doctor;
+mod dry_run;
 pub mod environment;
 pub mod load;
 mod logits;
@@ -21,6 +23,7 @@ mod validity;
 pub mod warnings;
 mod worker;
 
+pub use dry_run::dry_run;
 pub use parent::{quality, run};
 pub use process::SUBCOMMAND;
 pub use prompt::DEFAULT_TEXT;

@@ -25,7 +25,6 @@ use crate::kernels::isa::Isa;
 use crate::plan::Model;
 use crate::quant::{self, FormatOptions};
 use crate::record::{self, Record, Status};
-use crate::weights::SourceKind;
 use crate::weights::bnb::PreQuantized;
 
 /// What a worker holds beside weights and cache: code, activations, tables.
@@ -231,12 +230,7 @@ impl Plan {
     fn weight_facts(&self) -> record::WeightFacts {
         let info = self.opened.source.info();
         record::WeightFacts {
-            source: match info.source {
-                SourceKind::Hub => "hub",
-                SourceKind::Local => "local",
-                SourceKind::Random => "random",
-            }
-            .to_owned(),
+            source: info.source.name().to_owned(),
             dtype: info.dtype.clone(),
             seed: info.seed,
             hash: info.hash.clone(),

@@ -33,29 +33,38 @@ pub struct Opened {
 /// Finds a model's files, downloading what is missing, and checks that they hold what the architecture needs.
 pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
     let checkpoint = weights::open(request, events)?;
-    let model = crate::models::build(&checkpoint.config)
-        .map_err(|error| BadInput::new(format!("the config.json of `{}` cannot be used: {error}", request.model_id)))?;
+    let model = build(&checkpoint, &request.model_id)?;
     let source = checkpoint.source(&model.matrices, &model.vectors)?;
     Ok(Opened { checkpoint, model, source })
 }
 
+/// The plan of a model that the user calls `model_id`.
+pub fn build(checkpoint: &Checkpoint, model_id: &str) -> Result<Model, BadInput> {
+    crate::models::build(&checkpoint.config)
+        .map_err(|error| BadInput::new(format!("the config.json of `{model_id}` cannot be used: {error}")))
+}
+
 impl Opened {
-    /// Makes the model quantize what `selection` says. Fails where a pattern matches no linear layer, and where the weights were
-    /// quantized already.
+    /// As [`select`].
     pub fn select(&mut self, selection: &Selection) -> Result<(), BadInput> {
-        if let (Selection::Without(patterns), Some(own)) = (selection, &self.checkpoint.quantized) {
-            let message =
-                format!("`--keep-fp16 {}`: the weights were saved in `{}`", patterns.join(","), own.precision);
-            return Err(BadInput::new(message).hint("drop `--keep-fp16`, or name the model that they were made from"));
-        }
-        selection.apply(&mut self.model.matrices).map_err(|pattern| {
-            let message = format!("`--keep-fp16 {pattern}` matches no linear layer of `{}`", self.checkpoint.id);
-            BadInput::new(message).hint(format!(
-                "a pattern is a part of a name such as `{}`, from dot to dot; `*` stands for anything between dots",
-                last_linear(&self.model)
-            ))
-        })
+        select(&mut self.model, &self.checkpoint, selection)
     }
+}
+
+/// Makes the model quantize what `selection` says. Fails where a pattern matches no linear layer, and where the weights were
+/// quantized already.
+pub fn select(model: &mut Model, checkpoint: &Checkpoint, selection: &Selection) -> Result<(), BadInput> {
+    if let (Selection::Without(patterns), Some(own)) = (selection, &checkpoint.quantized) {
+        let message = format!("`--keep-fp16 {}`: the weights were saved in `{}`", patterns.join(","), own.precision);
+        return Err(BadInput::new(message).hint("drop `--keep-fp16`, or name the model that they were made from"));
+    }
+    selection.apply(&mut model.matrices).map_err(|pattern| {
+        let message = format!("`--keep-fp16 {pattern}` matches no linear layer of `{}`", checkpoint.id);
+        BadInput::new(message).hint(format!(
+            "a pattern is a part of a name such as `{}`, from dot to dot; `*` stands for anything between dots",
+            last_linear(model)
+        ))
+    })
 }
 
 /// The name of a linear layer, to show how they are spelled.

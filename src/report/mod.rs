@@ -8,6 +8,8 @@ mod case;
 mod columns;
 mod command;
 mod csv;
+pub mod doctor;
+pub mod dry_run;
 mod file;
 mod grid;
 mod json;

@@ -16,7 +16,7 @@ pub mod spec;
 pub mod tokenizer;
 
 pub use builtin::builtin_models;
-pub use open::{Checkpoint, open, open_with};
+pub use open::{Checkpoint, Surveyed, open, open_with, survey, survey_with};
 
 use std::ops::Range;
 
@@ -66,6 +66,17 @@ pub enum SourceKind {
     Hub,
     Local,
     Random,
+}
+
+impl SourceKind {
+    /// As records spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            SourceKind::Hub => "hub",
+            SourceKind::Local => "local",
+            SourceKind::Random => "random",
+        }
+    }
 }
 
 /// Tensors by name. Implementations are read from many threads at once.

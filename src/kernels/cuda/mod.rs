@@ -5,6 +5,7 @@
 //!
 //! [`CudaDevice`]: candle_core::CudaDevice
 
+pub mod attributes;
 pub mod device;
 pub mod launch;
 pub mod memory;
