@@ -104,7 +104,7 @@ fn another_precision_than_the_saved_one_is_refused_with_both_names() {
         let other = precisions.iter().find(|name| **name != "nf4").unwrap();
         assert!(error.to_string().contains(&format!("`--precision {other}`")), "{error}");
         assert!(error.to_string().contains("saved in `nf4`"), "{error}");
-        assert_eq!(error::exit_code(&error), 2);
+        assert!(error.is::<error::BadInput>());
         assert!(error::hint(&error).is_some());
     }
 }
@@ -235,7 +235,7 @@ fn an_export_that_cannot_be_leaves_nothing() {
     ] {
         let error = export_to(model, precision, output).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
-        assert_eq!(error::exit_code(&error), 2);
+        assert!(error.is::<error::BadInput>());
         assert!(error::hint(&error).is_some());
     }
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
