@@ -28,7 +28,7 @@ pub use parent::{quality, run};
 pub use process::SUBCOMMAND;
 pub use prompt::DEFAULT_TEXT;
 pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};
-pub use worker::worker_main;
+pub use worker::{select, worker_main};
 
 use std::path::PathBuf;
 
