@@ -10,7 +10,7 @@ use quantbench::harness::{self, Asked, Case, DeviceChoice, PromptChoice, Protoco
 use quantbench::plan::Model;
 use quantbench::quant::FormatOptions;
 use quantbench::weights::policy::Selection;
-use quantbench::weights::{self, Request, WeightsChoice};
+use quantbench::weights::{self, Request};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -23,14 +23,7 @@ fn golden(kind: &str, name: &str) -> PathBuf {
 }
 
 fn request(folder: &Path) -> Request {
-    Request {
-        model_id: folder.display().to_string(),
-        revision: None,
-        offline: true,
-        weights: WeightsChoice::Auto,
-        seed: 0,
-        outlier_channels: 0,
-    }
+    Request::of(folder.display().to_string())
 }
 
 fn load(folder: &Path, precision: &str) -> (Model, Box<dyn Session>) {

@@ -9,7 +9,7 @@ use quantbench::harness::picture::Preprocessor;
 use quantbench::kernels::isa::Isa;
 use quantbench::plan::{EncoderInputKind, Model};
 use quantbench::quant::FormatOptions;
-use quantbench::weights::{self, Request, WeightsChoice};
+use quantbench::weights::{self, Request};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -63,14 +63,7 @@ struct Loaded {
 
 fn load(model: &str, precision: &str, executor: Executor) -> Loaded {
     let folder = golden().join("models").join(model);
-    let request = Request {
-        model_id: folder.display().to_string(),
-        revision: None,
-        offline: true,
-        weights: WeightsChoice::Auto,
-        seed: 0,
-        outlier_channels: 0,
-    };
+    let request = Request::of(folder.display().to_string());
     let checkpoint = weights::open(&request, &Silent).unwrap();
     let plan = quantbench::models::build(&checkpoint.config).unwrap();
     let source = checkpoint.source(&plan.matrices, &plan.vectors).unwrap();

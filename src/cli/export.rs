@@ -8,7 +8,7 @@ use clap::{Args, ValueHint};
 use super::request::unknown_precision;
 use crate::quant;
 use crate::weights::policy::Selection;
-use crate::weights::{self, WeightsChoice, export};
+use crate::weights::{self, export};
 
 /// What was typed for an export.
 #[derive(Debug, Args)]
@@ -59,12 +59,9 @@ impl ExportRequest {
         let entry = quant::find(&word).ok_or_else(|| unknown_precision(&word))?;
         export::check_output(&args.output)?;
         let model = weights::Request {
-            model_id: args.model_id.clone(),
             revision: args.revision.clone(),
             offline: args.offline,
-            weights: WeightsChoice::Auto,
-            seed: 0,
-            outlier_channels: 0,
+            ..weights::Request::of(&args.model_id)
         };
         let patterns: Vec<String> = args.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect();
         let selection = if patterns.is_empty() { Selection::Usual } else { Selection::Without(patterns) };

@@ -41,6 +41,20 @@ pub struct Request {
     pub outlier_channels: usize,
 }
 
+impl Request {
+    /// Real weights of a hub id or a folder.
+    pub fn of(model_id: impl Into<String>) -> Self {
+        Self {
+            model_id: model_id.into(),
+            revision: None,
+            offline: false,
+            weights: WeightsChoice::Auto,
+            seed: 0,
+            outlier_channels: 0,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum WeightsChoice {
     /// Real weights for a hub id or a folder, random only for a built-in name.
