@@ -1,7 +1,7 @@
 //! The errors that code chooses by; everything else is an `anyhow::Error` with context.
 //!
 //! A message says what, where, what was seen and what is allowed, in lower case without a full stop, with the user's own
-//! words in backticks. A hint says what to do next. [`crate::ui`] prints them, [`exit_code`] maps them.
+//! words in backticks. A hint says what to do next. [`crate::ui`] prints them, and the command ends with [`EXIT_CODE`].
 
 use std::fmt;
 
@@ -53,31 +53,14 @@ impl fmt::Display for OutOfMemory {
 
 impl std::error::Error for OutOfMemory {}
 
-/// A case failed or is invalid although the command itself was sound: exit code 1.
-#[derive(Debug)]
-pub struct CaseFailed(pub String);
-
-impl fmt::Display for CaseFailed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for CaseFailed {}
-
 /// `text` up to the first backtrace. candle writes one into its messages where `RUST_BACKTRACE` asks for it, and it names the
 /// folders of the build, which no record may hold.
 pub fn without_backtrace(text: &str) -> &str {
     text.split_once("\n   0: ").map_or(text, |(message, _)| message)
 }
 
-/// Exit code of a failed command (design.md section 7): 1 for a failed case, 2 for usage or set-up.
-pub fn exit_code(error: &anyhow::Error) -> u8 {
-    match error.downcast_ref::<CaseFailed>() {
-        Some(_) => 1,
-        None => 2,
-    }
-}
+/// Exit code of a command that fails with an error: usage or set-up. A failed case is a record, and its command ends with 1.
+pub const EXIT_CODE: u8 = 2;
 
 /// The hint of the innermost [`BadInput`] in the chain, if it has one.
 pub fn hint(error: &anyhow::Error) -> Option<String> {

@@ -99,6 +99,11 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("output_in_absent_folder", &["--output", "absent/r.json"]),
     ("output_is_a_folder", &["--output", "folder.json"]),
     ("output_without_format", &["--output", "r.xml"]),
+    ("candle_quantized", &["--engine", "candle", "--precision", "4bit"]),
+    ("candle_without_fp16", &["--engine", "quantbench,candle", "--precision", "int8,nf4"]),
+    ("candle_quality", &["--engine", "candle", "--quality"]),
+    ("unknown_engine", &["--engine", "cnadle"]),
+    ("dry_run_as_csv", &["--dry-run", "--format", "csv"]),
     ("logits_in_absent_folder", &["--save-logits", "absent/logits.safetensors"]),
 ];
 
@@ -299,4 +304,93 @@ fn logits_are_saved_for_each_new_token() {
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let logits = tensors.tensor("logits").unwrap();
     assert_eq!((logits.dtype(), logits.shape()[0]), (safetensors::Dtype::F32, 3));
+}
+
+#[test]
+fn candle_rows_stand_beside_our_own_with_the_same_ids() {
+    let place = Place::new();
+    let args = "--model-id ./llama-tiny --engine quantbench,candle --precision fp16,nf4 --prompt-ids 1,2,3 \
+                --max-new-tokens 4 --repeats 6 --warmup 0 --threads 1 --output r.json --save-logits logits.safetensors";
+    let output = place.run(&args.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("fp16 by candle") && table.contains("candle's fp16 decodes"), "{table}");
+    let document: Value = serde_json::from_slice(&fs::read(place.folder.path().join("r.json")).unwrap()).unwrap();
+    let seen = |at: usize| {
+        let record = &document["records"][at];
+        (record["engine"]["name"].as_str().unwrap(), record["precision"].as_str().unwrap())
+    };
+    assert_eq!([seen(0), seen(1), seen(2)], [("quantbench", "fp16"), ("quantbench", "nf4"), ("candle", "fp16")]);
+    let [own, _, candle] = [0, 1, 2].map(|at| &document["records"][at]);
+    assert_eq!(own["output"], candle["output"]);
+    assert_eq!(own["memory"]["weights_bytes"], candle["memory"]["weights_bytes"]);
+    assert!(own["ratio_to_fp16"].is_null() && candle["ratio_to_fp16"]["paired"] == true, "{}", candle["ratio_to_fp16"]);
+    assert_eq!((&candle["dtypes"]["compute"], &candle["status"]), (&"fp16".into(), &"ok".into()));
+    for file in ["logits.fp16", "logits.nf4", "logits.candle-fp16"] {
+        assert!(place.has(&format!("{file}.safetensors")), "no `{file}`");
+    }
+}
+
+/// `VERSION` is what records show, and nothing but Cargo.lock knows it.
+#[test]
+fn the_version_of_candle_is_the_locked_one() {
+    let lock = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock")).unwrap();
+    let entry = format!("name = \"candle-transformers\"\nversion = \"{}\"\n", quantbench::engine::candle::VERSION);
+    assert!(lock.contains(&entry), "Cargo.lock has another candle-transformers than `{}`", entry.trim());
+}
+
+#[test]
+fn doctor_has_a_page_for_every_machine() {
+    let place = Place::new();
+    let output = place.run(&["doctor"]);
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let page = String::from_utf8(output.stdout).unwrap();
+    for title in ["build", "cpu", "memory", "gpu", "permissions", "what to do"] {
+        assert!(page.lines().any(|line| line == title), "no block `{title}` in\n{page}");
+    }
+    let output = place.run(&["doctor", "--format", "json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let seen: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(seen["cpu"]["threads"].as_u64() >= Some(1) && seen["memory"]["read_gb_s"].as_f64() > Some(0.0), "{seen}");
+    assert!(seen["findings"].as_array().unwrap().iter().all(|f| f["what"].is_string() && f["advice"].is_string()));
+}
+
+#[test]
+fn a_dry_run_says_what_would_run_and_whether_it_fits() {
+    let place = Place::new();
+    let args = ["--model-id", "./llama-tiny", "--prompt-ids", "1,2,3", "--threads", "1", "--dry-run"];
+    let output = place.run(&args);
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in ["would run llama-tiny (llama", "3 prompt + 64 new tokens", "download nothing", "nf4 ", "GiB of memory"]
+    {
+        assert!(text.contains(part), "no `{part}` in\n{text}");
+    }
+    let output = place.run(&[&args[..], &["--format", "json"]].concat());
+    let dry: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = dry["rows"].as_array().unwrap();
+    assert_eq!((rows.len(), dry["weights"].as_str(), dry["download_bytes"].as_u64()), (3, Some("local"), Some(0)));
+    // 3 layers of keys and values, 2 heads of 32 elements, fp32, for 3 + 64 positions.
+    assert!(rows.iter().all(|row| row["kv_cache_bytes"] == 3 * 2 * 2 * 32 * 4 * 67 && row["fits"] == true), "{dry}");
+    // What a run would refuse is refused here.
+    assert_eq!(place.run(&["--model-id", "./absent", "--dry-run"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_model_that_fits_no_machine_is_told_by_a_dry_run() {
+    let place = Place::new();
+    let config = fs::read_to_string(golden("llama-tiny").join("config.json")).unwrap();
+    fs::create_dir(place.folder.path().join("huge")).unwrap();
+    // 512 × 2^44 embeddings of 2 bytes.
+    let huge = config.replace("\"vocab_size\": 512", "\"vocab_size\": 17592186044416");
+    assert_ne!(huge, config);
+    fs::write(place.folder.path().join("huge/config.json"), huge).unwrap();
+    let args = ["--model-id", "./huge", "--weights", "random", "--prompt-ids", "1", "--dry-run", "--format", "json"];
+    let output = place.run(&args);
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let dry: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(
+        dry["rows"].as_array().unwrap().iter().all(|row| row["fits"] == false) && dry["order"] == "in_turn",
+        "{dry}"
+    );
 }

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use quantbench::engine::Engine;
 use quantbench::engine::fake::{FakeSession, FakeTime, Run};
 use quantbench::events::{Event, Listener, Silent};
 use quantbench::harness::assemble::{Facts, records};
@@ -116,6 +117,7 @@ fn case(precisions: &[&str], protocol: Protocol) -> Case {
         },
         precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
         asked: Asked::ByName,
+        engines: vec![Engine::Quantbench],
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
         threads: 2,

@@ -131,12 +131,21 @@ fn every_config_plans_and_says_what_it_is_for() {
 fn keys_are_the_options_of_a_run() {
     let keys = suite_keys();
     let has = |name: &str| keys.iter().any(|key| key.name == name);
-    for name in
-        ["model_id", "weights", "precision", "keep_fp16", "prompt_tokens", "depth", "quality", "device", "rel_ci"]
-    {
+    for name in [
+        "model_id",
+        "weights",
+        "precision",
+        "keep_fp16",
+        "prompt_tokens",
+        "depth",
+        "quality",
+        "device",
+        "engine",
+        "rel_ci",
+    ] {
         assert!(has(name), "{name}");
     }
-    for name in ["output", "format", "quiet", "list_models", "save_logits", "help"] {
+    for name in ["output", "format", "quiet", "list_models", "save_logits", "dry_run", "help"] {
         assert!(!has(name), "{name}");
     }
 }
@@ -411,6 +420,32 @@ fn cases_that_fail_leave_the_others_running() {
     expect_code(&output, 1);
     let tried: Vec<u64> = summary(&place.read("out.jsonl")).iter().map(|row| row.0).collect();
     assert_eq!(tried, [5, 5, 1, 1], "the first failure ends it");
+}
+
+/// Every row of a suite with two engines: those of a case that ran, of one that failed, and of one in which an engine has nothing to run.
+#[test]
+fn engines_are_rows_of_a_case() {
+    let toml = "engine = [\"quantbench\", \"candle\"]\ndevice = \"cpu\"\nthreads = 1\nwarmup = 0\nrepeats = 2\nmax_new_tokens = 4\n\
+                prompt_tokens = 4\nprecision = [\"fp16\", \"nf4\"]\n[matrix]\nmodel_id = [\"./llama-tiny\", \"./broken\"]\n";
+    let place = Place::new(&[("s.toml", toml), ("broken/config.json", "{")]);
+    let output = place.run(&["suite", "s.toml", "-o", "out.jsonl"]);
+    expect_code(&output, 1);
+    let said = text(&output.stderr);
+    assert!(said.contains("fp16 ok, nf4 ok, fp16 by candle ok;"), "{said}");
+    let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let row = |row: &Value| [&row["engine"]["name"], &row["precision"], &row["status"]].map(word).join(" ");
+    let found = rows(&place.read("out.jsonl"));
+    let of_case =
+        |status: &str| ["quantbench fp16", "quantbench nf4", "candle fp16"].map(|row| format!("{row} {status}"));
+    assert_eq!(found.iter().map(row).collect::<Vec<_>>(), [of_case("ok"), of_case("error")].concat());
+    assert!(!found[2]["ratio_to_fp16"].is_null(), "candle's row is compared with ours");
+
+    place.write("none.toml", "engine = \"candle\"\nprecision = \"nf4\"\nmodel_id = \"./llama-tiny\"\n");
+    let output = place.run(&["suite", "none.toml"]);
+    expect_code(&output, 1);
+    let found = rows(&text(&output.stdout));
+    assert_eq!(found.iter().map(row).collect::<Vec<_>>(), ["candle nf4 error"]);
+    assert!(word(&found[0]["reason"]).contains("`--engine candle` has no `nf4`"), "{}", found[0]["reason"]);
 }
 
 /// Processes whose parent's parent is `id`: the workers of a suite's case.

@@ -16,6 +16,7 @@ use std::sync::LazyLock;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
+use crate::engine::{ENGINES, Engine};
 use crate::harness::Protocol;
 use crate::quant::{FORMATS, FormatOptions};
 use crate::report::WRITERS;
@@ -56,6 +57,8 @@ pub enum Command {
     Merge(MergeArgs),
     /// Write a quantized checkpoint that transformers and bitsandbytes load unchanged.
     Export(ExportArgs),
+    /// Show what this machine has for measuring, what is missing, and what to do about it.
+    Doctor(DoctorArgs),
     /// Print a completion script for a shell.
     Completions {
         /// Shell to complete for.
@@ -116,6 +119,16 @@ pub struct RunArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
 
+    #[arg(
+        long, value_name = "LIST", value_delimiter = ',', default_value = Engine::Quantbench.name(), help_heading = "Device",
+        help = engine_help(), value_parser = engine_names(), hide_possible_values = true
+    )]
+    pub engine: Vec<String>,
+
+    /// Say what would run, what it would download and whether it fits, and end.
+    #[arg(long, conflicts_with_all = ["output", "list_models"], help_heading = "Protocol")]
+    pub dry_run: bool,
+
     /// Warm-up runs [default: until two in a row agree].
     #[arg(long, value_name = "N", help_heading = "Protocol")]
     pub warmup: Option<usize>,
@@ -167,6 +180,14 @@ pub struct QualityArgs {
 
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// What was typed for `quantbench doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Format of stdout: table or json.
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = PlainFormat::Table, hide_possible_values = true)]
+    pub format: PlainFormat,
 }
 
 /// Which model, with which weights.
@@ -305,6 +326,15 @@ pub enum WeightsWord {
     Random,
 }
 
+/// Formats of what is no record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PlainFormat {
+    #[value(help = None)]
+    Table,
+    #[value(help = None)]
+    Json,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PathWord {
     #[value(help = None)]
@@ -322,6 +352,15 @@ fn precision_help() -> String {
         })
         .collect();
     format!("Precisions to measure, comma separated: {} or all", words.join(", "))
+}
+
+fn engine_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(ENGINES.iter().map(|engine| engine.name()))
+}
+
+fn engine_help() -> String {
+    let version = Engine::Candle.version();
+    format!("Whose code runs, comma separated: quantbench, candle (the fp16 models of candle-transformers {version})")
 }
 
 fn writer_names() -> PossibleValuesParser {

@@ -8,6 +8,7 @@ use super::{
     DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, PromptArgs, QualityArgs, RunArgs,
     TextArgs, WeightsWord,
 };
+use crate::engine::{ENGINES, Engine};
 use crate::error::BadInput;
 use crate::harness::{Asked, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PromptChoice, Protocol, QualityChoice};
 use crate::quality::CallPath;
@@ -40,6 +41,7 @@ impl Request {
             stop_at_eos: args.stop_at_eos,
             protocol: protocol(args)?,
             save_logits: args.save_logits.clone(),
+            engines: engines(args)?,
             quality: if wants_quality { Some(quality(&args.text)?) } else { None },
             ..case(&args.model, &args.precision, &args.prompt, &args.device, command)?
         };
@@ -78,6 +80,7 @@ fn case(
     Ok(Case {
         model: model(model_args),
         precisions: precisions(&precision.precision, precision.no_double_quant)?,
+        engines: vec![Engine::Quantbench],
         asked: asked(&precision.precision, precision.no_double_quant),
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device: device(&device_args.device)?,
@@ -93,6 +96,23 @@ fn case(
         quality: None,
         command,
     })
+}
+
+/// In the order asked, each once.
+fn engines(args: &RunArgs) -> Result<Vec<Engine>, BadInput> {
+    let mut engines: Vec<Engine> = Vec::new();
+    for engine in args.engine.iter().flat_map(|word| ENGINES.iter().filter(move |engine| engine.name() == word)) {
+        if !engines.contains(engine) {
+            engines.push(*engine);
+        }
+    }
+    if engines.contains(&Engine::Candle) && (args.quality || args.text.is_given()) {
+        return Err(BadInput::new(
+            "`--engine candle` measures speed alone: quality is that of quantbench's own precisions",
+        )
+        .hint("drop `--engine candle`, or the options of quality"));
+    }
+    Ok(engines)
 }
 
 impl TextArgs {

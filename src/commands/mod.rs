@@ -1,5 +1,7 @@
 //! One file per command, each a table of contents.
 
+mod doctor;
+mod dry_run;
 mod export;
 mod limits;
 mod list_models;
@@ -25,6 +27,7 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
         Some(Command::Suite(args)) => suite::suite(args),
         Some(Command::Merge(args)) => merge::merge(args),
         Some(Command::Export(args)) => export::export(args),
+        Some(Command::Doctor(args)) => doctor::doctor(args),
         Some(Command::Completions { shell }) => completions(*shell),
         Some(Command::Man) => man(),
         Some(Command::Case) => crate::suite::case_main().map(|()| ExitCode::SUCCESS),
@@ -33,9 +36,10 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
 }
 
 fn run(args: &RunArgs) -> Result<ExitCode> {
-    match args.list_models {
-        true => list_models::list_models(),
-        false => run::run(args),
+    match (args.list_models, args.dry_run) {
+        (true, _) => list_models::list_models(),
+        (false, true) => dry_run::dry_run(args),
+        (false, false) => run::run(args),
     }
 }
 

@@ -8,7 +8,8 @@ use super::schedule::{Order, Outcome};
 use super::stopping::RepeatsEnd;
 use super::validity::invalid_reason;
 use super::warnings::Warning;
-use super::{Case, Protocol};
+use super::{Case, Protocol, Row};
+use crate::engine::{self, Engine};
 use crate::quant::FormatOptions;
 use crate::record::{self, Bandwidth, Memory, Record, Samples, Status, metrics};
 use crate::stats;
@@ -48,10 +49,10 @@ pub fn records(
     outcomes: &[Outcome],
     decode: &dyn Fn(&[u32]) -> Option<String>,
 ) -> Vec<Record> {
-    let named = || case.precisions.iter().zip(outcomes);
+    let rows = case.rows();
     let mut records: Vec<Record> =
-        named().map(|(precision, outcome)| base(facts, precision, outcome, decode)).collect();
-    let fp16 = named().position(|(precision, _)| precision == "fp16");
+        rows.iter().zip(outcomes).map(|(row, outcome)| base(facts, row, outcome, decode)).collect();
+    let fp16 = case.baseline();
     let real = facts.weights.source != "random";
     for (record, outcome) in records.iter_mut().zip(outcomes) {
         let fp16_samples = fp16.filter(|_| real).map(|at| outcomes[at].samples.as_slice());
@@ -63,9 +64,9 @@ pub fn records(
         }
     }
     let baseline = fp16.map(|at| records[at].clone());
-    for (record, outcome) in records.iter_mut().zip(outcomes) {
+    for (at, (record, outcome)) in records.iter_mut().zip(outcomes).enumerate() {
         let mut warnings = facts.warnings.clone();
-        if let Some(baseline) = &baseline {
+        if let Some(baseline) = baseline.as_ref().filter(|_| fp16 != Some(at)) {
             compare(record, baseline, facts.order, &mut warnings);
         }
         if record.status != Status::Oom && outcome.failure.is_none() {
@@ -80,13 +81,13 @@ pub fn records(
 
 /// One record for each precision of a case whose speed is not measured.
 pub fn unmeasured(facts: &Facts, case: &Case) -> Vec<Record> {
-    let record = |precision: &String| base(facts, precision, &Outcome::default(), &|_| None);
+    let record = |precision: &String| base(facts, &Row::own(precision), &Outcome::default(), &|_| None);
     case.precisions.iter().map(record).collect()
 }
 
 /// All that follows from the outcome alone.
-fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> Option<String>) -> Record {
-    let (status, reason) = status(outcome);
+fn base(facts: &Facts, row: &Row, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> Option<String>) -> Record {
+    let (precision, (status, reason)) = (row.precision.as_str(), status(outcome));
     let loaded = outcome.loaded.clone().unwrap_or_default();
     let n_gen = outcome.warmed.as_ref().map_or(facts.workload.n_gen, |warmed| warmed.n_gen as u64);
     let token_ids = outcome.samples.first().map(|sample| sample.ids.clone()).unwrap_or_default();
@@ -96,7 +97,7 @@ fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32
         status,
         reason,
         tainted: false,
-        engine: facts.engine.clone(),
+        engine: engine_of(facts, row.engine),
         command: facts.command.clone(),
         timestamp: facts.timestamp.clone(),
         model: facts.model.clone(),
@@ -110,7 +111,7 @@ fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32
         phases: phases(facts, outcome),
         samples: samples(outcome),
         metrics: BTreeMap::new(),
-        dtypes: dtypes(precision, &facts.device.kind),
+        dtypes: dtypes(facts, row),
         ratio_to_fp16: None,
         memory: memory(outcome, &facts.device.kind),
         bandwidth: Bandwidth::default(),
@@ -122,6 +123,13 @@ fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32
     record.metrics = metrics::summaries(&record);
     record.bandwidth = bandwidth(facts, &record, outcome);
     record
+}
+
+fn engine_of(facts: &Facts, engine: Engine) -> record::Engine {
+    match engine {
+        Engine::Quantbench => facts.engine.clone(),
+        other => super::engine_facts(other),
+    }
 }
 
 fn status(outcome: &Outcome) -> (Status, Option<String>) {
@@ -201,10 +209,15 @@ fn samples(outcome: &Outcome) -> Samples {
     }
 }
 
-fn dtypes(precision: &str, device: &str) -> record::Dtypes {
-    let computed = if device == "cpu" { "fp32" } else { "fp16" }.to_owned();
-    let (compute, kv_cache, logits) = (computed.clone(), computed.clone(), computed);
-    record::Dtypes { weights: precision.to_owned(), compute, kv_cache, logits }
+/// candle computes in what its weights have.
+fn dtypes(facts: &Facts, row: &Row) -> record::Dtypes {
+    let fp32 = match row.engine {
+        Engine::Quantbench => facts.device.kind == "cpu",
+        Engine::Candle => engine::candle::runs_in_fp32(&facts.model.architecture),
+    };
+    let computed = if fp32 { "fp32" } else { "fp16" }.to_owned();
+    let weights = if row.engine == Engine::Candle { &computed } else { &row.precision }.clone();
+    record::Dtypes { weights, compute: computed.clone(), kv_cache: computed.clone(), logits: computed }
 }
 
 /// A worker knows its resident set only: on CUDA the device's marks stay undefined rather than show the host's.
@@ -259,7 +272,7 @@ fn step_bytes(record: &Record) -> Option<u64> {
 
 /// Sets the ratio to fp16 where both ran, are valid and generated equally many tokens.
 fn compare(record: &mut Record, fp16: &Record, order: Order, warnings: &mut Vec<Warning>) {
-    if record.precision == "fp16" || record.status != Status::Ok || fp16.status != Status::Ok {
+    if record.status != Status::Ok || fp16.status != Status::Ok {
         return;
     }
     let (n_gen, fp16_n_gen) = (record.workload.n_gen, fp16.workload.n_gen);

@@ -34,6 +34,11 @@ impl ProcessMemory {
         std::fs::write(self.root.join("proc/self/clear_refs"), "5").is_ok()
     }
 
+    /// All memory of the machine.
+    pub fn total_bytes(&self) -> Option<u64> {
+        self.field("proc/meminfo", "MemTotal:")
+    }
+
     /// What can still be allocated without swapping: the machine's estimate within the limit of the control group.
     pub fn available_bytes(&self) -> Option<u64> {
         let machine = self.field("proc/meminfo", "MemAvailable:");

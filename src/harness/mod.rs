@@ -3,6 +3,8 @@
 pub mod assemble;
 pub mod clock;
 mod deadline;
+pub mod doctor;
+mod dry_run;
 pub mod environment;
 pub mod load;
 mod logits;
@@ -23,14 +25,16 @@ pub mod warnings;
 mod worker;
 
 pub use deadline::Deadline;
-pub use parent::{device, engine, quality, run};
+pub use dry_run::dry_run;
+pub use parent::{device, engine_facts, quality, run};
 pub use process::{SUBCOMMAND, cause_of_death, last_words};
 pub use prompt::DEFAULT_TEXT;
 pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};
-pub use worker::worker_main;
+pub use worker::{select, worker_main};
 
 use std::path::PathBuf;
 
+use crate::engine::Engine;
 use crate::quant::FormatOptions;
 use crate::weights::policy::Selection;
 
@@ -41,6 +45,8 @@ pub struct Case {
     /// Canonical names, in the order asked.
     pub precisions: Vec<String>,
     pub asked: Asked,
+    /// Whose code runs, in the order asked.
+    pub engines: Vec<Engine>,
     pub format_options: FormatOptions,
     pub device: DeviceChoice,
     /// 0: physical cores within the cgroup's limit.
@@ -74,7 +80,46 @@ pub enum Asked {
     All,
 }
 
+/// What one record is about: an engine at a precision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    pub engine: Engine,
+    /// Canonical name.
+    pub precision: String,
+}
+
+impl Row {
+    /// Of our own engine.
+    pub fn own(precision: &str) -> Self {
+        Self { engine: Engine::Quantbench, precision: precision.to_owned() }
+    }
+
+    /// In labels and file names; our own engine goes without saying.
+    pub fn label(&self) -> String {
+        match self.engine {
+            Engine::Quantbench => self.precision.clone(),
+            other => format!("{}-{}", other.name(), self.precision),
+        }
+    }
+}
+
 impl Case {
+    /// Each engine at each precision that it runs, in the order asked.
+    pub fn rows(&self) -> Vec<Row> {
+        let of = |&engine: &Engine| {
+            let precisions = self.precisions.iter().filter(move |precision| engine.runs(precision));
+            precisions.map(move |precision| Row { engine, precision: precision.clone() })
+        };
+        self.engines.iter().flat_map(of).collect()
+    }
+
+    /// What the others are compared with: our own fp16, else any fp16.
+    pub fn baseline(&self) -> Option<usize> {
+        let rows = self.rows();
+        let own = rows.iter().position(|row| row.precision == "fp16" && row.engine == Engine::Quantbench);
+        own.or_else(|| rows.iter().position(|row| row.precision == "fp16"))
+    }
+
     /// Which matrices every precision quantizes.
     pub fn selection(&self) -> Selection {
         if self.keep_fp16.is_empty() { Selection::Usual } else { Selection::Without(self.keep_fp16.clone()) }
@@ -150,6 +195,7 @@ mod tests {
             },
             precisions: vec!["fp16".to_owned()],
             asked: Asked::ByName,
+            engines: vec![Engine::Quantbench],
             format_options: FormatOptions::default(),
             device: DeviceChoice::Cpu,
             threads: 1,

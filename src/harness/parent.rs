@@ -14,7 +14,8 @@ use super::quality::{Failed, Passage, Refusal};
 use super::schedule::{self, Order, Outcome, Worker};
 use super::warnings::Warning;
 use super::worker::{self, Opened};
-use super::{Asked, Case, DeviceChoice, logits};
+use super::{Asked, Case, DeviceChoice, Row, logits};
+use crate::engine::{self, Engine};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::{Event, Listener, Unit};
 use crate::kernels::cpu::bandwidth;
@@ -24,7 +25,6 @@ use crate::kernels::isa::Isa;
 use crate::plan::Model;
 use crate::quant::{self, FormatOptions};
 use crate::record::{self, Record, Status};
-use crate::weights::SourceKind;
 use crate::weights::bnb::PreQuantized;
 
 /// What a worker holds beside weights and cache: code, activations, tables.
@@ -39,6 +39,7 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     let mut opened = worker::open(&case.model, events)?;
     opened.select(&case.selection())?;
     let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
+    check_engines(case)?;
     let plan = Plan::new(case, device, opened)?;
     let passage = plan.passage(case)?;
     let mut facts = plan.facts(case, events);
@@ -106,7 +107,7 @@ struct Plan {
     opened: Opened,
     share: Share,
     workload: Workload,
-    /// What each precision needs, in bytes, and what is free.
+    /// What each row of the case needs, in bytes, and what is free.
     needs: Vec<u64>,
     free_bytes: Option<u64>,
 }
@@ -114,14 +115,17 @@ struct Plan {
 impl Plan {
     /// The checks that need the model but no weights in memory.
     fn new(case: &Case, device: DeviceChoice, opened: Opened) -> Result<Self> {
+        if case.engines.contains(&Engine::Candle) {
+            engine::candle::check(&opened.model, &opened.checkpoint.config)?;
+        }
         let workload = prompt::workload(case, opened.checkpoint.tokenizer.as_ref(), &opened.model)?;
         // Whether the picture can be read; the workers read it again.
         worker::pixels(&opened, &workload.task.encode)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
         let share = Share { device, threads };
         let cache_bytes = cache_bytes(&opened.model, &workload);
-        let stored = |precision: &String| worker::stored_bytes(&opened.model, precision, case.format_options);
-        let needs = case.precisions.iter().map(|p| Ok(stored(p)? + cache_bytes)).collect::<Result<_>>()?;
+        let stored = |row: &Row| worker::stored_bytes(&opened.model, &row.precision, case.format_options);
+        let needs = case.rows().iter().map(|row| Ok(stored(row)? + cache_bytes)).collect::<Result<_>>()?;
         let free_bytes = ProcessMemory::default().available_bytes();
         Ok(Self { opened, share, workload, needs, free_bytes })
     }
@@ -132,17 +136,11 @@ impl Plan {
     }
 
     fn together_bytes(&self) -> u64 {
-        self.needs.iter().map(|need| need + WORKER_BYTES).sum::<u64>() + LOADING_BYTES
+        together_bytes(&self.needs)
     }
 
-    /// Host memory decides on the CPU alone.
     fn order(&self) -> Order {
-        let fits = self.free_bytes.is_none_or(|free| self.together_bytes() <= free);
-        if self.share.device == DeviceChoice::Cpu && self.needs.len() > 1 && !fits {
-            Order::InTurn
-        } else {
-            Order::Interleaved
-        }
+        order(self.share.device, &self.needs, self.free_bytes)
     }
 
     fn facts(&self, case: &Case, events: &dyn Listener) -> Facts {
@@ -163,13 +161,13 @@ impl Plan {
         let (machine, order, isa) = (Machine::default(), self.order(), Isa::detect());
         let warnings = machine.warnings();
         Facts {
-            engine: engine(),
+            engine: engine_facts(Engine::Quantbench),
             command: case.command.clone(),
             timestamp: environment::timestamp(),
             model: self.model_facts(),
             weights: self.weight_facts(),
             device: self.device_facts(&machine),
-            workload: self.workload_facts(),
+            workload: workload_facts(&self.workload),
             n_before: (self.workload.task.depth.len() + self.workload.task.prompt.len()) as u64,
             environment: machine.environment(isa.name(), self.share.threads),
             format_options: case.format_options,
@@ -198,8 +196,8 @@ impl Plan {
     }
 
     fn outcomes(&self, case: &Case, order: Order, events: &dyn Listener) -> Result<Vec<Outcome>> {
-        let workers =
-            case.precisions.iter().zip(&self.needs).map(|(precision, &need)| self.worker(case, precision, need));
+        let rows = case.rows();
+        let workers = rows.iter().zip(&self.needs).map(|(row, &need)| self.worker(case, row, need));
         match schedule::measure(workers.collect(), &case.protocol, order, events) {
             Ok(outcomes) => Ok(outcomes),
             Err(Failure::BadInput { message, hint }) => {
@@ -211,17 +209,14 @@ impl Plan {
     }
 
     /// A worker process, or for a precision whose weights and cache alone exceed what is free, its refusal.
-    fn worker(&self, case: &Case, precision: &str, wanted_bytes: u64) -> Box<dyn Worker> {
+    fn worker(&self, case: &Case, row: &Row, wanted_bytes: u64) -> Box<dyn Worker> {
         let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
         let room_bytes = room_bytes.into_iter().flatten().min();
         let too_little = room_bytes.filter(|room| self.share.device == DeviceChoice::Cpu && wanted_bytes > *room);
         if let Some(free_bytes) = too_little {
-            return Box::new(TooLarge {
-                precision: precision.to_owned(),
-                oom: OutOfMemory { wanted_bytes, free_bytes },
-            });
+            return Box::new(TooLarge { precision: row.label(), oom: OutOfMemory { wanted_bytes, free_bytes } });
         }
-        let job = Job::new(case, precision, self.share, &self.workload);
+        let job = Job::new(case, row, self.share, &self.workload);
         Box::new(ProcessWorker::new(job, wanted_bytes, case.protocol.deadline))
     }
 
@@ -236,13 +231,8 @@ impl Plan {
 
     fn weight_facts(&self) -> record::WeightFacts {
         let info = self.opened.source.info();
-        let source = match info.source {
-            SourceKind::Hub => "hub",
-            SourceKind::Local => "local",
-            SourceKind::Random => "random",
-        };
         record::WeightFacts {
-            source: source.to_owned(),
+            source: info.source.name().to_owned(),
             dtype: info.dtype.clone(),
             seed: info.seed,
             hash: info.hash.clone(),
@@ -258,47 +248,58 @@ impl Plan {
             _ => record::DeviceFacts { kind: "cpu".to_owned(), name: machine.cpu_name() },
         }
     }
+}
 
-    fn workload_facts(&self) -> record::Workload {
-        let Workload { task, n_prompt, n_image, .. } = &self.workload;
-        record::Workload {
-            n_prompt: *n_prompt as u64,
-            n_gen: task.n_gen as u64,
-            n_depth: task.depth.len() as u64,
-            n_image: *n_image as u64,
-            image: match &task.encode {
-                Encode::Picture { image: None } => Some(record::ImageSource::Generated),
-                Encode::Picture { image: Some(_) } => Some(record::ImageSource::File),
-                Encode::Nothing | Encode::Tokens(_) => None,
-            },
-            batch_size: 1,
-        }
+pub(super) fn workload_facts(workload: &Workload) -> record::Workload {
+    let Workload { task, n_prompt, n_image, .. } = workload;
+    record::Workload {
+        n_prompt: *n_prompt as u64,
+        n_gen: task.n_gen as u64,
+        n_depth: task.depth.len() as u64,
+        n_image: *n_image as u64,
+        image: match &task.encode {
+            Encode::Picture { image: None } => Some(record::ImageSource::Generated),
+            Encode::Picture { image: Some(_) } => Some(record::ImageSource::File),
+            Encode::Nothing | Encode::Tokens(_) => None,
+        },
+        batch_size: 1,
     }
 }
 
+/// Whether workers with these needs load together. Host memory decides on the CPU alone.
+pub(super) fn order(device: DeviceChoice, needs: &[u64], free_bytes: Option<u64>) -> Order {
+    let fits = free_bytes.is_none_or(|free| together_bytes(needs) <= free);
+    if device == DeviceChoice::Cpu && needs.len() > 1 && !fits { Order::InTurn } else { Order::Interleaved }
+}
+
+fn together_bytes(needs: &[u64]) -> u64 {
+    needs.iter().map(|need| need + WORKER_BYTES).sum::<u64>() + LOADING_BYTES
+}
+
 /// Keys and values of both sides, fp32 as on the CPU.
-fn cache_bytes(model: &Model, workload: &Workload) -> u64 {
+pub(super) fn cache_bytes(model: &Model, workload: &Workload) -> u64 {
     let task = &workload.task;
     let n_positions = task.depth.len() + task.prompt.len() + task.n_gen;
     (model.kv_bytes_per_position(4) * n_positions + model.cross_bytes_per_position(4) * workload.n_encoder) as u64
 }
 
-/// This program, as records name it.
-pub fn engine() -> record::Engine {
-    record::Engine {
-        name: "quantbench".to_owned(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        commit: option_env!("QUANTBENCH_COMMIT").unwrap_or("unknown").to_owned(),
-    }
+/// As records name it.
+pub fn engine_facts(engine: Engine) -> record::Engine {
+    let commit = match engine {
+        Engine::Quantbench => option_env!("QUANTBENCH_COMMIT").unwrap_or("unknown"),
+        Engine::Candle => "release",
+    };
+    record::Engine { name: engine.name().to_owned(), version: engine.version().to_owned(), commit: commit.to_owned() }
 }
 
 /// The checks that need no model; what is wrong is said before anything is downloaded.
-fn check(case: &Case) -> Result<DeviceChoice> {
+pub(super) fn check(case: &Case) -> Result<DeviceChoice> {
     check_precisions(case)?;
+    check_engines(case)?;
     let device = device(case.device)?;
-    for precision in case.save_logits.iter().flat_map(|_| &case.precisions) {
-        let path = case.save_logits.as_ref().map(|path| logits::path_of(path, precision, case.precisions.len()));
-        path.map_or(Ok(()), |path| logits::check_writable(&path))?;
+    let rows = case.rows();
+    for (row, path) in rows.iter().flat_map(|row| case.save_logits.iter().map(move |path| (row, path))) {
+        logits::check_writable(&logits::path_of(path, &row.label(), rows.len()))?;
     }
     Ok(device)
 }
@@ -314,8 +315,25 @@ fn check_precisions(case: &Case) -> Result<(), BadInput> {
     }
 }
 
+/// candle-transformers runs one precision: where quantized ones are asked for by name, our own engine must be there for them.
+pub(super) fn check_engines(case: &Case) -> Result<(), BadInput> {
+    if !case.engines.contains(&Engine::Candle) {
+        return Ok(());
+    }
+    let runs = |precision: &&String| case.engines.iter().any(|engine| engine.runs(precision));
+    let lost = case.precisions.iter().find(|precision| !runs(precision)).filter(|_| case.asked == Asked::ByName);
+    let none = case.precisions.first().filter(|_| !case.precisions.iter().any(|p| Engine::Candle.runs(p)));
+    match lost.or(none) {
+        None => Ok(()),
+        Some(precision) => Err(BadInput::new(format!(
+            "`--engine candle` has no `{precision}`: candle-transformers' models run in fp16 or fp32"
+        ))
+        .hint(format!("add `--precision fp16`, or measure `{precision}` with `--engine quantbench`"))),
+    }
+}
+
 /// The case as a model that was saved quantized allows it: in the precision that it has.
-fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Case, BadInput> {
+pub(super) fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Case, BadInput> {
     let Some(own) = quantized else { return Ok(case.clone()) };
     let others = || case.precisions.iter().find(|name| *name != own.precision);
     if let Some(other) = others().filter(|_| case.asked == Asked::ByName) {

@@ -78,8 +78,8 @@ impl Worker for ProcessWorker {
     }
 
     fn load(&mut self, events: &dyn Listener) -> Result<LoadFacts, Failure> {
-        let started =
-            Running::start(self.deadline).map_err(|cause| error(format!("starting a worker process: {cause}")))?;
+        let started = Running::start(&self.job, self.deadline)
+            .map_err(|cause| error(format!("starting a worker process: {cause}")))?;
         self.running = Some(started);
         match self.ask(&Ask::Load(Box::new(self.job.clone())), events)? {
             Reply::Loaded(facts) => Ok(facts),
@@ -110,10 +110,12 @@ impl Worker for ProcessWorker {
 }
 
 impl Running {
-    fn start(deadline: Option<Deadline>) -> std::io::Result<Self> {
+    fn start(job: &Job, deadline: Option<Deadline>) -> std::io::Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
             .arg(SUBCOMMAND)
             .env("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD_BYTES)
+            // What candle's own kernels take for the number of threads.
+            .env("RAYON_NUM_THREADS", job.threads.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

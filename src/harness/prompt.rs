@@ -267,7 +267,7 @@ mod tests {
         ] {
             let error = workload(&case(prompt, n_gen, n_depth), None, &model()).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
-            assert_eq!(crate::error::exit_code(&error), 2);
+            assert!(error.is::<BadInput>());
             assert!(crate::error::hint(&error).is_some());
         }
         let picture = EncoderInputKind::Picture(Picture { size: 4, patch: 2, token: 9 });

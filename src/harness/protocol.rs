@@ -7,8 +7,8 @@ use super::load::LoadSpan;
 use super::measure::Task;
 use super::prompt::Workload;
 use super::scoring::{Scored, Scoring};
-use super::{Case, DeviceChoice};
-use crate::engine::{Footprint, OutlierColumns};
+use super::{Case, DeviceChoice, Row};
+use crate::engine::{Engine, Footprint, OutlierColumns};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::Event;
 use crate::quant::FormatOptions;
@@ -19,6 +19,7 @@ use crate::weights::policy::Selection;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Job {
     pub model: crate::weights::Request,
+    pub engine: Engine,
     pub precision: String,
     pub format_options: FormatOptions,
     /// Rows that the encoder must hold; 0 without one.
@@ -46,14 +47,15 @@ pub struct Share {
 }
 
 impl Job {
-    pub fn new(case: &Case, precision: &str, machine: Share, workload: &Workload) -> Self {
+    pub fn new(case: &Case, row: &Row, machine: Share, workload: &Workload) -> Self {
         let save_logits = case.save_logits.as_ref();
         let Share { device, threads } = machine;
         let (task, encoder_capacity) = (workload.task.clone(), workload.n_encoder);
         Self {
             // The parent has fetched whatever was missing.
             model: crate::weights::Request { offline: true, ..case.model.clone() },
-            precision: precision.to_owned(),
+            engine: row.engine,
+            precision: row.precision.clone(),
             format_options: case.format_options,
             encoder_capacity,
             device,
@@ -61,7 +63,7 @@ impl Job {
             task,
             selection: case.selection(),
             memory_limit_bytes: case.protocol.memory_limit_bytes,
-            save_logits: save_logits.map(|path| super::logits::path_of(path, precision, case.precisions.len())),
+            save_logits: save_logits.map(|path| super::logits::path_of(path, &row.label(), case.rows().len())),
         }
     }
 

@@ -11,7 +11,7 @@ use super::protocol::{Failure, Job, Share};
 use super::schedule::Worker;
 use super::scoring::{Greedy, LogitsFile, Scored, Scoring};
 use super::worker::Opened;
-use super::{Case, modules};
+use super::{Case, Row, modules};
 use crate::engine::OutlierColumns;
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
@@ -227,7 +227,7 @@ impl Passage {
         let (encode, prompt) = (self.encode.clone(), vec![0; self.prefix.len() + longest]);
         let task = Task { encode, prompt, n_gen: 1, ..Task::default() };
         let workload = Workload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
-        let job = Job { save_logits: None, selection, ..Job::new(case, precision, share, &workload) };
+        let job = Job { save_logits: None, selection, ..Job::new(case, &Row::own(precision), share, &workload) };
         let mut worker = ProcessWorker::new(job, 0, case.protocol.deadline);
         worker.load(&crate::events::Silent)?;
         Ok(worker)

@@ -14,7 +14,7 @@ use super::memory::ProcessMemory;
 use super::picture::Preprocessor;
 use super::protocol::{Ask, Failure, Job, LoadFacts, Reply};
 use super::scoring;
-use crate::engine::{self, Device, Setup};
+use crate::engine::{self, Device, Engine, Setup};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
 use crate::kernels::cpu::rlimit;
@@ -34,29 +34,38 @@ pub struct Opened {
 /// Finds a model's files, downloading what is missing, and checks that they hold what the architecture needs.
 pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
     let checkpoint = weights::open(request, events)?;
-    let model = crate::models::build(&checkpoint.config)
-        .map_err(|error| BadInput::new(format!("the config.json of `{}` cannot be used: {error}", request.model_id)))?;
+    let model = build(&checkpoint, &request.model_id)?;
     let source = checkpoint.source(&model.matrices, &model.vectors)?;
     Ok(Opened { checkpoint, model, source })
 }
 
+/// The plan of a model that the user calls `model_id`.
+pub fn build(checkpoint: &Checkpoint, model_id: &str) -> Result<Model, BadInput> {
+    crate::models::build(&checkpoint.config)
+        .map_err(|error| BadInput::new(format!("the config.json of `{model_id}` cannot be used: {error}")))
+}
+
 impl Opened {
-    /// Makes the model quantize what `selection` says. Fails where a pattern matches no linear layer, and where the weights were
-    /// quantized already.
+    /// As [`select`].
     pub fn select(&mut self, selection: &Selection) -> Result<(), BadInput> {
-        if let (Selection::Without(patterns), Some(own)) = (selection, &self.checkpoint.quantized) {
-            let message =
-                format!("`--keep-fp16 {}`: the weights were saved in `{}`", patterns.join(","), own.precision);
-            return Err(BadInput::new(message).hint("drop `--keep-fp16`, or name the model that they were made from"));
-        }
-        selection.apply(&mut self.model.matrices).map_err(|pattern| {
-            let message = format!("`--keep-fp16 {pattern}` matches no linear layer of `{}`", self.checkpoint.id);
-            BadInput::new(message).hint(format!(
-                "a pattern is a part of a name such as `{}`, from dot to dot; `*` stands for anything between dots",
-                last_linear(&self.model)
-            ))
-        })
+        select(&mut self.model, &self.checkpoint, selection)
     }
+}
+
+/// Makes the model quantize what `selection` says. Fails where a pattern matches no linear layer, and where the weights were
+/// quantized already.
+pub fn select(model: &mut Model, checkpoint: &Checkpoint, selection: &Selection) -> Result<(), BadInput> {
+    if let (Selection::Without(patterns), Some(own)) = (selection, &checkpoint.quantized) {
+        let message = format!("`--keep-fp16 {}`: the weights were saved in `{}`", patterns.join(","), own.precision);
+        return Err(BadInput::new(message).hint("drop `--keep-fp16`, or name the model that they were made from"));
+    }
+    selection.apply(&mut model.matrices).map_err(|pattern| {
+        let message = format!("`--keep-fp16 {pattern}` matches no linear layer of `{}`", checkpoint.id);
+        BadInput::new(message).hint(format!(
+            "a pattern is a part of a name such as `{}`, from dot to dot; `*` stands for anything between dots",
+            last_linear(model)
+        ))
+    })
 }
 
 /// The name of a linear layer, to show how they are spelled.
@@ -143,7 +152,13 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         capacity: job.capacity(),
         encoder_capacity: job.encoder_capacity,
     };
-    let loaded = engine::load(&setup, events)?;
+    let loaded = match job.engine {
+        Engine::Quantbench => engine::load(&setup, events)?,
+        Engine::Candle => {
+            let dtype = engine::candle::dtype(opened.model.architecture);
+            engine::candle::load(&setup, &opened.checkpoint.config, dtype, events)?
+        }
+    };
     let memory = ProcessMemory::default();
     let facts = LoadFacts {
         load_s: loaded.load.as_secs_f64(),

@@ -8,6 +8,8 @@ mod case;
 mod columns;
 mod command;
 mod csv;
+pub mod doctor;
+pub mod dry_run;
 mod file;
 mod grid;
 mod json;
@@ -17,7 +19,7 @@ mod modules;
 mod table;
 mod verdict;
 
-pub use case::status_word;
+pub use case::{label, status_word};
 pub use command::{private_words, quote, shareable_command};
 pub use file::{check_writable, write_file};
 pub use limits::{ModelBytes, PrecisionBytes, limits};

@@ -6,13 +6,28 @@ use crate::record::{Record, Status, Summary};
 
 /// Of one case, never empty; the scope stands behind it in brackets.
 pub fn verdict(records: &[Record]) -> String {
-    let ok: Vec<_> = records.iter().filter(|record| record.status == Status::Ok).collect();
-    let missing = baseline_missing(records, &ok);
+    let (records, others): (Vec<_>, Vec<_>) = records.iter().partition(|record| is_own(record, records));
+    let ok: Vec<_> = records.iter().copied().filter(|record| record.status == Status::Ok).collect();
+    let missing = baseline_missing(&records, &ok);
     if !ok.is_empty() && ok.iter().all(|record| case::has_quality_alone(record)) {
         return plain(&format!("{}{missing} (this text)", cost(&ok).trim_start_matches("; ")));
     }
     let batch_size = records[0].workload.batch_size;
-    plain(&format!("{}{}{missing} (this machine, batch {batch_size}, these lengths)", claim(&ok), cost(&ok)))
+    let others = beside(&others);
+    plain(&format!("{}{}{missing}{others} (this machine, batch {batch_size}, these lengths)", claim(&ok), cost(&ok)))
+}
+
+/// Whether the verdict is about this record: of our own engine, or of the only engine there is.
+fn is_own(record: &Record, records: &[Record]) -> bool {
+    record.engine.name == case::OWN || records.iter().all(|record| record.engine.name != case::OWN)
+}
+
+/// Other engines of the same run against our own fp16.
+fn beside(others: &[&Record]) -> String {
+    let compared = others.iter().filter(|record| record.status == Status::Ok && record.ratio_to_fp16.is_some());
+    compared
+        .map(|record| format!("; {}'s {} decodes {}", record.engine.name, record.precision, speed_up(record)))
+        .collect()
 }
 
 /// What each precision changes of the predictions, where it was measured. A perplexity that the interval cannot tell from
@@ -53,7 +68,7 @@ fn claim(ok: &[&Record]) -> String {
     }
 }
 
-fn baseline_missing(records: &[Record], ok: &[&Record]) -> String {
+fn baseline_missing(records: &[&Record], ok: &[&Record]) -> String {
     match records.iter().find(|record| record.precision == "fp16") {
         _ if ok.is_empty() => String::new(),
         Some(fp16) if fp16.status != Status::Ok => format!("; fp16 gave no result ({})", status_word(fp16.status)),

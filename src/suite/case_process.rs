@@ -20,6 +20,7 @@ use crate::events::{Event, Listener};
 use crate::harness::protocol::Failure;
 use crate::harness::{self, Case, Deadline};
 use crate::record::{Record, Status};
+use crate::report;
 
 /// The hidden subcommand that runs [`case_main`].
 pub const SUBCOMMAND: &str = "case";
@@ -49,10 +50,11 @@ enum Reply {
     Failed(Failure),
 }
 
-/// How a precision ended.
+/// How a row ended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
-    pub precision: String,
+    /// The precision, and the engine where the case has several.
+    pub label: String,
     pub status: Status,
     pub reason: Option<String>,
 }
@@ -66,8 +68,13 @@ pub struct Rows {
 }
 
 impl Outcome {
-    pub fn of(record: &Record) -> Self {
-        Self { precision: record.precision.clone(), status: record.status, reason: record.reason.clone() }
+    /// Of every row of a case.
+    pub fn of(records: &[Record]) -> Vec<Self> {
+        let of = |record: &Record| {
+            let (label, status, reason) = (report::label(record, records), record.status, record.reason.clone());
+            Self { label, status, reason }
+        };
+        records.iter().map(of).collect()
     }
 }
 
@@ -83,7 +90,7 @@ pub fn measure(case: &Case, facts: &Facts, limits: Limits, events: &dyn Listener
         Err(error) => Failure::of(&error),
     };
     let records = unmeasured::records(case, &failure);
-    Ok(Rows { text: row::write(facts, &records)?, outcomes: records.iter().map(Outcome::of).collect() })
+    Ok(Rows { text: row::write(facts, &records)?, outcomes: Outcome::of(&records) })
 }
 
 /// The hidden subcommand: measures the one case that it is told. Nothing else may write to standard output.
@@ -101,7 +108,7 @@ pub fn case_main() -> Result<()> {
 
 fn reply(ask: &Ask, events: &Replies) -> Result<Reply> {
     let records = harness::run(&ask.case, events)?;
-    Ok(Reply::Rows { text: row::write(&ask.facts, &records)?, statuses: records.iter().map(Outcome::of).collect() })
+    Ok(Reply::Rows { text: row::write(&ask.facts, &records)?, statuses: Outcome::of(&records) })
 }
 
 /// Waits in a read until the suite is gone or needs nothing more.

@@ -58,8 +58,8 @@ impl Outcome {
     fn text(&self) -> String {
         let status = crate::report::status_word(self.status);
         match &self.reason {
-            Some(reason) if self.status != Status::Ok => format!("{} {status} ({reason})", self.precision),
-            _ => format!("{} {status}", self.precision),
+            Some(reason) if self.status != Status::Ok => format!("{} {status} ({reason})", self.label),
+            _ => format!("{} {status}", self.label),
         }
     }
 }

@@ -2,18 +2,27 @@
 
 use std::collections::BTreeMap;
 
+use crate::engine::Engine;
 use crate::harness::protocol::Failure;
-use crate::harness::{self, Case, DeviceChoice, PromptChoice};
+use crate::harness::{self, Case, DeviceChoice, PromptChoice, Row};
 use crate::kernels::isa::Isa;
 use crate::record::{self, Bandwidth, Memory, Record, Samples};
 use crate::weights::WeightsChoice;
 
-/// One record for each precision asked for.
+/// One record for each engine at each precision asked for, as one run would have made them.
 pub fn records(case: &Case, failure: &Failure) -> Vec<Record> {
-    case.precisions.iter().map(|precision| record(case, precision, failure)).collect()
+    let timestamp = harness::environment::timestamp();
+    rows(case).iter().map(|row| record(case, row, failure, &timestamp)).collect()
 }
 
-fn record(case: &Case, precision: &str, failure: &Failure) -> Record {
+/// Never empty: engines that run none of the precisions were asked for all of them.
+fn rows(case: &Case) -> Vec<Row> {
+    let refused =
+        |&engine: &Engine| case.precisions.iter().map(move |precision| Row { engine, precision: precision.clone() });
+    Some(case.rows()).filter(|rows| !rows.is_empty()).unwrap_or_else(|| case.engines.iter().flat_map(refused).collect())
+}
+
+fn record(case: &Case, row: &Row, failure: &Failure, timestamp: &str) -> Record {
     let (machine, cpu) = (harness::environment::Machine::default(), "cpu".to_owned());
     let device = match harness::device(case.device).unwrap_or(case.device) {
         DeviceChoice::Cuda(ordinal) => record::DeviceFacts { kind: "cuda".to_owned(), name: format!("cuda:{ordinal}") },
@@ -28,9 +37,9 @@ fn record(case: &Case, precision: &str, failure: &Failure) -> Record {
         status: failure.status(),
         reason: Some(shareable_reason(case, failure.message())),
         tainted: false,
-        engine: harness::engine(),
+        engine: harness::engine_facts(row.engine),
         command: case.command.clone(),
-        timestamp: harness::environment::timestamp(),
+        timestamp: timestamp.to_owned(),
         model: record::ModelFacts {
             id: shareable_id(&case.model.model_id),
             revision: case.model.revision.clone(),
@@ -38,7 +47,7 @@ fn record(case: &Case, precision: &str, failure: &Failure) -> Record {
             parameters: 0,
         },
         weights: weights(case),
-        precision: precision.to_owned(),
+        precision: row.precision.clone(),
         keep_fp16: case.keep_fp16.clone(),
         int8: None,
         device,
@@ -48,7 +57,7 @@ fn record(case: &Case, precision: &str, failure: &Failure) -> Record {
         samples: Samples::default(),
         metrics: BTreeMap::new(),
         dtypes: record::Dtypes {
-            weights: precision.to_owned(),
+            weights: row.precision.clone(),
             compute: String::new(),
             kv_cache: String::new(),
             logits: String::new(),

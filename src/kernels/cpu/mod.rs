@@ -7,6 +7,7 @@ pub mod activation;
 pub mod attention;
 pub mod bandwidth;
 mod lanes;
+pub mod libraries;
 pub mod norm;
 pub mod pages;
 pub mod pool;
