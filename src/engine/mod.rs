@@ -1,6 +1,7 @@
 //! Sessions: a loaded model that prefills and decodes. Executors run a model's plans: the reference on candle tensors,
 //! and the CPU engine with our own threaded kernels.
 
+pub mod check;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -9,6 +10,7 @@ mod cuda;
 mod cuda;
 pub mod fake;
 mod load;
+pub mod memory;
 pub mod reference;
 
 use std::time::Duration;
@@ -48,6 +50,17 @@ pub trait Session {
 
     /// Waits until the device has done all that was asked.
     fn synchronize(&mut self) -> Result<()>;
+
+    /// Nanoseconds of each decode step since the last prefill by the device's own clock, for comparison with the host's; empty
+    /// where the device has none.
+    fn device_step_ns(&mut self) -> Result<Vec<u64>> {
+        Ok(Vec::new())
+    }
+
+    /// The device's memory pool; `None` on the CPU, whose memory the process accounts for.
+    fn pool(&self) -> Option<&dyn memory::Pool> {
+        None
+    }
 
     fn footprint(&self) -> Footprint;
 

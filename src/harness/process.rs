@@ -8,6 +8,7 @@ use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Finished, Job, LoadFacts, Reply, Sample, Warmed};
 use super::schedule::Worker;
 use super::scoring::{Scored, Scoring};
+use crate::engine::memory::MeasuredBandwidth;
 use crate::error::OutOfMemory;
 use crate::events::{Listener, Silent};
 
@@ -48,6 +49,29 @@ impl ProcessWorker {
             .send(ask)
             .and_then(|()| running.reply(events))
             .unwrap_or_else(|_| Err(running.cause_of_death(needed_bytes)))
+            .map_err(|failure| with_sizes(failure, needed_bytes))
+    }
+}
+
+/// A worker that was refused memory knows neither what it needs in all nor what is free.
+fn with_sizes(failure: Failure, wanted_bytes: u64) -> Failure {
+    match failure {
+        Failure::OutOfMemory { message, wanted_bytes: 0, .. } => {
+            let free_bytes = ProcessMemory::default().room_bytes().unwrap_or(0);
+            let oom = OutOfMemory { wanted_bytes, free_bytes };
+            Failure::OutOfMemory { message: format!("{oom}; {message}"), wanted_bytes, free_bytes }
+        }
+        other => other,
+    }
+}
+
+/// Read and copy bandwidth of a CUDA device, measured by a process that ends with it: a context takes memory.
+pub fn bandwidth(ordinal: usize) -> Result<MeasuredBandwidth, Failure> {
+    let mut running = Running::start().map_err(|cause| error(format!("starting a worker process: {cause}")))?;
+    let asked = running.send(&Ask::Bandwidth(ordinal)).and_then(|()| running.reply(&Silent));
+    match asked.unwrap_or_else(|_| Err(running.cause_of_death(0)))? {
+        Reply::Bandwidth(bandwidth) => Ok(bandwidth),
+        other => unexpected(other),
     }
 }
 
@@ -73,6 +97,10 @@ impl ProcessWorker {
 impl Worker for ProcessWorker {
     fn precision(&self) -> &str {
         &self.job.precision
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.running.as_ref().map(|running| running.child.id())
     }
 
     fn load(&mut self, events: &dyn Listener) -> Result<LoadFacts, Failure> {
@@ -224,6 +252,10 @@ mod tests {
             let expected = Failure::OutOfMemory { message, wanted_bytes: 3 << 30, free_bytes: 1 << 30 };
             assert_eq!(death(signal, "status", words, oom), expected);
         }
+        let refused = Failure::OutOfMemory { message: "no".to_owned(), wanted_bytes: 0, free_bytes: 0 };
+        let Failure::OutOfMemory { message, wanted_bytes, .. } = with_sizes(refused, 3 << 30) else { panic!("oom") };
+        assert!(message.starts_with("out of memory: wanted 3.00 GiB") && message.ends_with("; no"), "{message}");
+        assert_eq!(wanted_bytes, 3 << 30);
         let other = death(Some(11), "signal: 11 (SIGSEGV)", "the last line\nnote: run with a backtrace\n", oom);
         assert_eq!(other.message(), "the worker ended with signal: 11 (SIGSEGV): the last line");
         assert_eq!(
