@@ -149,21 +149,19 @@ fn by_launch<'a>(values: &'a [f64], launches: &[u64]) -> Option<Vec<&'a [f64]>> 
     Some(cut.filter(|launch| !launch.is_empty()).collect())
 }
 
-/// 95 % interval of the median of all values by resampling starts, then repeats within each (Davison & Hinkley). Repeats of one
-/// start share what differs between starts, so that taking them for independent makes the interval too narrow. `None` below
-/// [`MIN_LAUNCHES`].
+/// 95 % interval of the median of what starts differ around: the starts are resampled, then the repeats within each (Davison &
+/// Hinkley), and the statistic is the median of the starts' medians. Repeats of one start share what differs between starts, so
+/// that taking them for independent makes the interval too narrow. `None` below [`MIN_LAUNCHES`]. Where starts differ much more
+/// than repeats, it covers what the bootstrap of a median of so few values does: 93.75 % at 5, least at 7 with 87.5 %, about 95 %
+/// from 10 on.
 pub fn launch_interval(launches: &[&[f64]]) -> Option<Interval> {
     let n_values = launches.iter().map(|launch| launch.len()).sum();
-    (launches.len() >= MIN_LAUNCHES).then(|| bootstrap(n_values, |rng| middle(resample(launches, rng))))
+    (launches.len() >= MIN_LAUNCHES).then(|| bootstrap(n_values, |rng| resampled(launches, rng)))
 }
 
-/// As many starts as there are, drawn with replacement, and the same of the repeats of each.
-fn resample(launches: &[&[f64]], rng: &mut SplitMix64) -> Vec<f64> {
-    let mut values = Vec::new();
-    for _ in launches {
-        values.extend(redraw(launches[rng.below(launches.len())], rng));
-    }
-    values
+/// The median of the medians of as many starts as there are, drawn with replacement, and of the repeats of each.
+fn resampled(launches: &[&[f64]], rng: &mut SplitMix64) -> f64 {
+    middle((0..launches.len()).map(|_| middle(redraw(launches[rng.below(launches.len())], rng))).collect())
 }
 
 /// As many of `values` as there are, drawn with replacement.
@@ -226,7 +224,7 @@ pub fn unpaired_ratio_launches(above: &[f64], below: &[f64], launches: &[u64]) -
     let ratio = median(above)? / median(below)?;
     let interval = match (by_launch(above, launches), by_launch(below, launches)) {
         (Some(a), Some(b)) => (a.len().min(b.len()) >= MIN_LAUNCHES)
-            .then(|| bootstrap(above.len(), |rng| middle(resample(&a, rng)) / middle(resample(&b, rng)))),
+            .then(|| bootstrap(above.len(), |rng| resampled(&a, rng) / resampled(&b, rng))),
         _ => (above.len().min(below.len()) >= 6)
             .then(|| bootstrap(above.len(), |rng| middle(redraw(above, rng)) / middle(redraw(below, rng)))),
     };
@@ -352,7 +350,10 @@ mod tests {
         const REPEATS: usize = 6;
         let mut rng = SplitMix64::new(11);
         // What a start adds to all its repeats spreads three times as far as the repeats; both are symmetric, so the median is 10.
-        for n_launches in [5, 10, 20] {
+        // The coverage that the bootstrap of a median of so many values has, less three standard errors of the simulation,
+        // 3 · √(p · (1 − p) / 300).
+        for (n_launches, nominal) in [(5, 0.9375 - 0.042), (7, 0.875 - 0.057), (10, 0.935 - 0.043), (20, 0.935 - 0.043)]
+        {
             let counts = vec![REPEATS as u64; n_launches];
             let (mut over_launches, mut over_repeats) = (0, 0);
             for _ in 0..TRIALS {
@@ -366,9 +367,7 @@ mod tests {
                 over_repeats += covers(median_interval(&values));
             }
             let share = |covered: usize| covered as f64 / TRIALS as f64;
-            // At 5 starts the widest interval covers 93.75 %, and the bootstrap of a median may lose up to 1.5 points more, as
-            // above. Three standard errors of the simulation, 3 · √(0.94 · 0.06 / 300), are 4.1 points.
-            assert!(share(over_launches) >= 0.9375 - 0.015 - 0.041, "{n_launches}: {}", share(over_launches));
+            assert!(share(over_launches) >= nominal, "{n_launches}: {}", share(over_launches));
             assert!(
                 share(over_repeats) < 0.75,
                 "{n_launches} launches as independent repeats: {}",

@@ -185,6 +185,9 @@ impl Plan {
             facts.theoretical_gb_s = gpu.theoretical_gb_s().ok_or_else(|| "NVML does not tell it here".to_owned());
             facts.cache_bytes = gpu.l2_bytes;
             facts.environment.gpu = gpu.name();
+            if let (Some(name), DeviceChoice::Cuda(ordinal)) = (gpu.name(), self.share.device) {
+                facts.device.name = format!("{name} (cuda:{ordinal})");
+            }
             facts.environment.driver = gpu.driver();
             facts.environment.cuda = gpu.cuda();
         }
@@ -221,11 +224,15 @@ impl Plan {
         }
     }
 
-    /// Of the device that is measured. Fails where a worker that should measure it does.
+    /// Of the device that is measured. Fails where there is none.
     fn bandwidth(&self, events: &dyn Listener) -> Result<MeasuredBandwidth> {
         events.on(Event::Begin { label: "memory bandwidth".to_owned(), total: 2, unit: Unit::Runs });
         let measured = match self.share.device {
-            DeviceChoice::Cuda(ordinal) => process::bandwidth(ordinal).map_err(into_error),
+            DeviceChoice::Cuda(ordinal) => match process::bandwidth(ordinal) {
+                Err(bad @ Failure::BadInput { .. }) => Err(into_error(bad)),
+                // The precisions can do without it, and fail on their own where the device does.
+                measured => Ok(measured.unwrap_or_default()),
+            },
             DeviceChoice::Cpu | DeviceChoice::Auto => Ok(self.cpu_bandwidth(events)),
         };
         events.on(Event::End);

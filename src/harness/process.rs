@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 
+use super::DeviceChoice;
 use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Finished, Job, LoadFacts, Reply, Sample, Warmed};
 use super::schedule::Worker;
@@ -11,6 +12,7 @@ use super::scoring::{Scored, Scoring};
 use crate::engine::memory::MeasuredBandwidth;
 use crate::error::OutOfMemory;
 use crate::events::{Listener, Silent};
+use crate::kernels::nvml::Gpu;
 
 /// The hidden subcommand that runs [`super::worker_main`].
 pub const SUBCOMMAND: &str = "worker";
@@ -49,15 +51,25 @@ impl ProcessWorker {
             .send(ask)
             .and_then(|()| running.reply(events))
             .unwrap_or_else(|_| Err(running.cause_of_death(needed_bytes)))
-            .map_err(|failure| with_sizes(failure, needed_bytes))
+            .map_err(|failure| with_sizes(failure, needed_bytes, || free_bytes(self.job.device)))
+    }
+}
+
+/// Of the memory that a worker's weights and cache are in.
+fn free_bytes(device: DeviceChoice) -> Option<u64> {
+    match device {
+        DeviceChoice::Cuda(ordinal) => {
+            Gpu::open(ordinal)?.memory_bytes().map(|(used, total)| total.saturating_sub(used))
+        }
+        DeviceChoice::Cpu | DeviceChoice::Auto => ProcessMemory::default().room_bytes(),
     }
 }
 
 /// A worker that was refused memory knows neither what it needs in all nor what is free.
-fn with_sizes(failure: Failure, wanted_bytes: u64) -> Failure {
+fn with_sizes(failure: Failure, wanted_bytes: u64, free: impl Fn() -> Option<u64>) -> Failure {
     match failure {
         Failure::OutOfMemory { message, wanted_bytes: 0, .. } => {
-            let free_bytes = ProcessMemory::default().room_bytes().unwrap_or(0);
+            let free_bytes = free().unwrap_or(0);
             let oom = OutOfMemory { wanted_bytes, free_bytes };
             Failure::OutOfMemory { message: format!("{oom}; {message}"), wanted_bytes, free_bytes }
         }
@@ -253,9 +265,10 @@ mod tests {
             assert_eq!(death(signal, "status", words, oom), expected);
         }
         let refused = Failure::OutOfMemory { message: "no".to_owned(), wanted_bytes: 0, free_bytes: 0 };
-        let Failure::OutOfMemory { message, wanted_bytes, .. } = with_sizes(refused, 3 << 30) else { panic!("oom") };
-        assert!(message.starts_with("out of memory: wanted 3.00 GiB") && message.ends_with("; no"), "{message}");
-        assert_eq!(wanted_bytes, 3 << 30);
+        let Failure::OutOfMemory { message, wanted_bytes, .. } = with_sizes(refused, 3 << 30, || Some(1 << 30)) else {
+            panic!("oom")
+        };
+        assert_eq!((message.as_str(), wanted_bytes), ("out of memory: wanted 3.00 GiB, 1.00 GiB free; no", 3 << 30));
         let other = death(Some(11), "signal: 11 (SIGSEGV)", "the last line\nnote: run with a backtrace\n", oom);
         assert_eq!(other.message(), "the worker ended with signal: 11 (SIGSEGV): the last line");
         assert_eq!(

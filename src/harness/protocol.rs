@@ -1,5 +1,6 @@
 //! What the parent and a worker process say to each other: one JSON object a line, [`Ask`] on the worker's standard input,
-//! [`Reply`] on its standard output.
+//! [`Reply`] on its standard output. What later versions added has a default, so that another build's worker is
+//! understood.
 
 use std::collections::BTreeMap;
 
@@ -97,6 +98,7 @@ pub enum Reply {
 
 /// How the weights came into memory.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LoadFacts {
     pub load_s: f64,
     pub quantize_s: f64,
@@ -122,7 +124,9 @@ pub struct Warmed {
     /// Highest resident set up to the end of the warm-up.
     pub warmup_peak_bytes: Option<u64>,
     /// Of an untimed run; `None` where the kernel's mark cannot be reset, or without a warm-up.
+    #[serde(default)]
     pub prefill_peak_bytes: Option<u64>,
+    #[serde(default)]
     pub decode_peak_bytes: Option<u64>,
 }
 
@@ -139,6 +143,7 @@ pub enum WarmupEnd {
 
 /// One counted repeat.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Sample {
     /// The encoder's part of `prefill_ns`; 0 without one.
     pub encode_ns: u64,
@@ -164,7 +169,9 @@ pub struct Finished {
     pub footprint: Footprint,
     pub outliers: OutlierColumns,
     /// What the device's pool held at the end of each phase, and at most in it; empty on the CPU.
+    #[serde(default)]
     pub pool: BTreeMap<String, PoolUse>,
+    #[serde(default)]
     pub release_threshold_bytes: Option<u64>,
 }
 

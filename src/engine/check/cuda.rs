@@ -13,8 +13,8 @@ pub fn multiply(stored: &dyn Stored, calls: &[Call], ordinal: usize) -> Result<V
     let (_, k) = stored.shape();
     let matrix = stored.upload(&device)?;
     let one = |call: &Call| {
-        let x = Tensor::from_slice(&call.x, (call.m, k), &device)?.to_dtype(DType::F16)?;
-        matrix.multiply(&x)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+        let x = Tensor::from_slice(call.x.as_slice(), (call.m, k), &device)?.to_dtype(DType::F16)?;
+        matrix.multiply(&x)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()
     };
     Ok(calls.iter().map(one).collect::<candle_core::Result<_>>()?)
 }

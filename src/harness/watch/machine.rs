@@ -181,7 +181,7 @@ impl Package {
     /// `None` where the counter cannot be read: most systems let only root do it.
     fn open(folder: PathBuf) -> Option<Self> {
         let counter = folder.join("energy_uj");
-        let range_uj = number(&folder.join("max_energy_range_uj"))?;
+        let range_uj = number(folder.join("max_energy_range_uj"))?;
         Some(Self { last_uj: number(&counter)?, counter, range_uj, total_uj: 0 })
     }
 

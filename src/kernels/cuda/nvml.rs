@@ -79,23 +79,23 @@ impl Gpu {
         // SAFETY: loading NVML runs nothing but its own initialisers.
         let nvml: &'static Library = Box::leak(Box::new(unsafe { Library::new(NVML) }.ok()?));
         // SAFETY: `nvmlInit_v2(void)`.
-        let initialised = unsafe { nvml.get::<unsafe extern "C" fn() -> i32>(b"nvmlInit_v2\0").ok()?() };
+        let initialised = unsafe { nvml.get::<extern "C" fn() -> i32>(b"nvmlInit_v2\0").ok()?() };
         if initialised != SUCCESS {
             return None;
         }
         let mut device = std::ptr::null_mut::<c_void>();
-        type ByBus = unsafe extern "C" fn(*const c_char, *mut *mut c_void) -> i32;
+        type ByBus = extern "C" fn(*const c_char, *mut *mut c_void) -> i32;
         // SAFETY: `nvmlDeviceGetHandleByPciBusId_v2(const char *, nvmlDevice_t *)`; the text ends with a zero.
         let found = unsafe {
             nvml.get::<ByBus>(b"nvmlDeviceGetHandleByPciBusId_v2\0").ok()?(bus_id.as_ptr().cast(), &mut device)
         };
-        (found == SUCCESS).then(|| Self { nvml, device: device as usize, l2_bytes })
+        (found == SUCCESS).then_some(Self { nvml, device: device as usize, l2_bytes })
     }
 
     /// As the vendor sells it.
     pub fn name(&self) -> Option<String> {
         let mut text = [0u8; 96];
-        type Name = unsafe extern "C" fn(*mut c_void, *mut c_char, u32) -> i32;
+        type Name = extern "C" fn(*mut c_void, *mut c_char, u32) -> i32;
         // SAFETY: `nvmlDeviceGetName(nvmlDevice_t, char *, unsigned int length)`.
         let code = unsafe {
             let name = self.nvml.get::<Name>(b"nvmlDeviceGetName\0").ok()?;
@@ -107,7 +107,7 @@ impl Gpu {
     /// Release of the kernel driver.
     pub fn driver(&self) -> Option<String> {
         let mut text = [0u8; 80];
-        type Version = unsafe extern "C" fn(*mut c_char, u32) -> i32;
+        type Version = extern "C" fn(*mut c_char, u32) -> i32;
         // SAFETY: `nvmlSystemGetDriverVersion(char *, unsigned int length)`.
         let code = unsafe {
             let version = self.nvml.get::<Version>(b"nvmlSystemGetDriverVersion\0").ok()?;
@@ -119,7 +119,7 @@ impl Gpu {
     /// The newest CUDA that the driver supports, as `13.0`.
     pub fn cuda(&self) -> Option<String> {
         let mut version = 0;
-        type Version = unsafe extern "C" fn(*mut i32) -> i32;
+        type Version = extern "C" fn(*mut i32) -> i32;
         // SAFETY: `nvmlSystemGetCudaDriverVersion_v2(int *)`.
         let code = unsafe { self.nvml.get::<Version>(b"nvmlSystemGetCudaDriverVersion_v2\0").ok()?(&mut version) };
         (code == SUCCESS).then(|| format!("{}.{}", version / 1000, version % 1000 / 10))
@@ -174,7 +174,7 @@ impl Gpu {
     pub fn processes(&self) -> Option<Vec<Process>> {
         let mut found = [ProcessInfo::default(); MAX_PROCESSES];
         let mut count = found.len() as u32;
-        type Processes = unsafe extern "C" fn(*mut c_void, *mut u32, *mut ProcessInfo) -> i32;
+        type Processes = extern "C" fn(*mut c_void, *mut u32, *mut ProcessInfo) -> i32;
         // SAFETY: `nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t, unsigned int *count, nvmlProcessInfo_t *)` writes at
         // most as many as `count` says.
         let code = unsafe {
@@ -190,7 +190,7 @@ impl Gpu {
     /// Asks `name`, one of NVML's `(nvmlDevice_t, T *)`.
     fn of_device<T: Default>(&self, name: &[u8]) -> Option<T> {
         let mut value = T::default();
-        type Read<T> = unsafe extern "C" fn(*mut c_void, *mut T) -> i32;
+        type Read<T> = extern "C" fn(*mut c_void, *mut T) -> i32;
         // SAFETY: the callers name functions of this signature with their `T`; the handle is NVML's own.
         let code = unsafe { self.nvml.get::<Read<T>>(name).ok()?(self.device as *mut c_void, &mut value) };
         (code == SUCCESS).then_some(value)
@@ -199,7 +199,7 @@ impl Gpu {
     /// Asks `name`, one of NVML's `(nvmlDevice_t, enum, T *)`.
     fn of_kind<T: Default>(&self, name: &[u8], kind: u32) -> Option<T> {
         let mut value = T::default();
-        type Read<T> = unsafe extern "C" fn(*mut c_void, u32, *mut T) -> i32;
+        type Read<T> = extern "C" fn(*mut c_void, u32, *mut T) -> i32;
         // SAFETY: as above.
         let code = unsafe { self.nvml.get::<Read<T>>(name).ok()?(self.device as *mut c_void, kind, &mut value) };
         (code == SUCCESS).then_some(value)
@@ -211,10 +211,10 @@ impl Gpu {
 fn of_driver(ordinal: usize) -> Option<([u8; 32], Option<u64>)> {
     let (mut device, mut bus_id, mut l2_bytes) = (0, [0u8; 32], 0);
     let ordinal = i32::try_from(ordinal).ok()?;
-    type Init = unsafe extern "C" fn(u32) -> i32;
-    type Get = unsafe extern "C" fn(*mut i32, i32) -> i32;
-    type BusId = unsafe extern "C" fn(*mut c_char, i32, i32) -> i32;
-    type Attribute = unsafe extern "C" fn(*mut i32, i32, i32) -> i32;
+    type Init = extern "C" fn(u32) -> i32;
+    type Get = extern "C" fn(*mut i32, i32) -> i32;
+    type BusId = extern "C" fn(*mut c_char, i32, i32) -> i32;
+    type Attribute = extern "C" fn(*mut i32, i32, i32) -> i32;
     // SAFETY: `cuInit(unsigned)`, `cuDeviceGet(CUdevice *, int)`, `cuDeviceGetPCIBusId(char *, int length, CUdevice)` and
     // `cuDeviceGetAttribute(int *, enum, CUdevice)`, in this order; loading the driver runs its own initialisers alone.
     let (found, has_l2) = unsafe {
