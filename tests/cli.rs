@@ -274,6 +274,9 @@ fn check_record(record: &Value) {
     assert_eq!(record["status"], "ok", "{}", record["reason"]);
     assert_eq!(record["output"]["token_ids"].as_array().unwrap().len(), 4);
     assert_eq!(record["samples"]["end_to_end_ns"].as_array().unwrap().len(), 2);
+    let by_format = record["memory"]["weights_by_format"].as_object().unwrap().values();
+    let weights_bytes: u64 = by_format.map(|bytes| bytes.as_u64().unwrap()).sum();
+    assert_eq!(record["memory"]["weights_bytes"], weights_bytes);
     assert_eq!(record["samples"]["decode_step_ns"][1].as_array().unwrap().len(), 3);
 }
 

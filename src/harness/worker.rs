@@ -230,3 +230,34 @@ impl Listener for Replies {
         self.send(&Reply::Event(event));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::Silent;
+    use crate::weights::WeightsChoice;
+
+    #[test]
+    fn what_a_selection_needs_is_known_before_it_runs() {
+        let request = Request {
+            model_id: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/models/llama-tiny").to_owned(),
+            revision: None,
+            offline: true,
+            weights: WeightsChoice::Auto,
+            seed: 0,
+            outlier_channels: 0,
+        };
+        let model = open(&request, &Silent).unwrap().model;
+        let options = FormatOptions::default();
+        let stored = |precision: &str| stored_bytes(&model, precision, options).unwrap();
+        let selected =
+            |selection: Selection, precision: &str| selected_bytes(&model, &selection, precision, options).unwrap();
+        assert_eq!(selected(Selection::Usual, "nf4"), stored("nf4"));
+        assert_eq!(selected(Selection::Only(Vec::new()), "nf4"), stored("fp16"));
+        let one = selected(Selection::Only(vec!["model.layers.0.mlp.down_proj.weight".to_owned()]), "nf4");
+        assert!(stored("nf4") < one && one < stored("fp16"));
+        // The reference holds matrices in fp32; vectors count 2 bytes a value wherever they are.
+        let matrices = |precision: &str| stored(precision) - model.vector_bytes() as u64;
+        assert_eq!(matrices("fp32"), 2 * matrices("fp16"));
+    }
+}
