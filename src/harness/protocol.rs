@@ -256,6 +256,16 @@ impl Failure {
         Failure::Error { message }
     }
 
+    /// The same, said to be of something that the reader did not ask for by name.
+    pub fn within(mut self, what: &str) -> Self {
+        let (Failure::BadInput { message, .. }
+        | Failure::OutOfMemory { message, .. }
+        | Failure::Invalid { message }
+        | Failure::Error { message }) = &mut self;
+        *message = format!("{what}: {message}");
+        self
+    }
+
     pub fn message(&self) -> &str {
         match self {
             Failure::BadInput { message, .. }
@@ -283,7 +293,9 @@ mod tests {
         let os = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::OutOfMemory)).context("reading");
         assert!(matches!(Failure::of(&os), Failure::OutOfMemory { .. }));
         assert!(matches!(Failure::of(&Wrong("no".into()).into()), Failure::Invalid { .. }));
-        assert!(matches!(Failure::of(&anyhow::anyhow!("other")), Failure::Error { .. }));
+        let other = Failure::of(&anyhow::anyhow!("other"));
+        assert!(matches!(&other, Failure::Error { .. }));
+        assert_eq!(other.within("the reference").message(), "the reference: other");
     }
 
     #[test]

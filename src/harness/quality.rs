@@ -316,12 +316,14 @@ impl Reference<'_> {
             Some(worker) => worker,
             none => {
                 let share = Share { device: super::DeviceChoice::Cpu, ..self.share };
-                none.insert(passage.worker(model, REFERENCE_PRECISION, share, Selection::Usual)?)
+                let loaded = passage.worker(model, REFERENCE_PRECISION, share, Selection::Usual);
+                none.insert(loaded.map_err(|failure| failure.within("the fp32 reference"))?)
             }
         };
         // Gone until the new one is whole.
         let known = self.held.take().map(|held| held.greedy_ids).filter(|_| window > 0);
-        let scored = worker.score(passage.scoring(window, CallPath::Prefill, LogitsFile::Write(path.clone())))?;
+        let scored = worker.score(passage.scoring(window, CallPath::Prefill, LogitsFile::Write(path.clone())));
+        let scored = scored.map_err(|failure| failure.within("the fp32 reference"))?;
         self.held = Some(Held { window, greedy_ids: known.unwrap_or(scored.greedy_ids) });
         if passage.windows.len() == 1 {
             self.worker = None;
