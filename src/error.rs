@@ -46,8 +46,17 @@ pub struct OutOfMemory {
 
 impl fmt::Display for OutOfMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-        write!(f, "out of memory: wanted {:.2} GiB, {:.2} GiB free", gib(self.wanted_bytes), gib(self.free_bytes))
+        let size = |bytes: u64| match bytes as f64 / (1u64 << 20) as f64 {
+            mib if mib < 1000.0 => format!("{mib:.1} MiB"),
+            mib => format!("{:.2} GiB", mib / 1024.0),
+        };
+        f.write_str("out of memory")?;
+        match (self.wanted_bytes, self.free_bytes) {
+            (0, 0) => Ok(()),
+            (wanted, 0) => write!(f, ": wanted {}", size(wanted)),
+            (0, free) => write!(f, ": {} free", size(free)),
+            (wanted, free) => write!(f, ": wanted {}, {} free", size(wanted), size(free)),
+        }
     }
 }
 
@@ -70,6 +79,18 @@ pub fn hint(error: &anyhow::Error) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn unknown_sizes_are_not_told() {
+        for (wanted_bytes, free_bytes, said) in [
+            (0, 0, "out of memory"),
+            (3 << 30, 0, "out of memory: wanted 3.00 GiB"),
+            (0, 5 << 20, "out of memory: 5.0 MiB free"),
+            (3 << 20, 1 << 30, "out of memory: wanted 3.0 MiB, 1.00 GiB free"),
+        ] {
+            assert_eq!(OutOfMemory { wanted_bytes, free_bytes }.to_string(), said);
+        }
+    }
 
     #[test]
     fn backtraces_are_cut() {

@@ -104,6 +104,8 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("candle_quality", &["--engine", "candle", "--quality"]),
     ("unknown_engine", &["--engine", "cnadle"]),
     ("dry_run_as_csv", &["--dry-run", "--format", "csv"]),
+    ("seed_with_repeats", &["--method", "seed", "--repeats", "3"]),
+    ("seed_with_launches", &["--method", "seed", "--launches", "3"]),
     ("logits_in_absent_folder", &["--save-logits", "absent/logits.safetensors"]),
 ];
 
@@ -277,7 +279,37 @@ fn check_record(record: &Value) {
     assert_eq!(record["status"], "ok", "{}", record["reason"]);
     assert_eq!(record["output"]["token_ids"].as_array().unwrap().len(), 4);
     assert_eq!(record["samples"]["end_to_end_ns"].as_array().unwrap().len(), 2);
+    let by_format = record["memory"]["weights_by_format"].as_object().unwrap().values();
+    let weights_bytes: u64 = by_format.map(|bytes| bytes.as_u64().unwrap()).sum();
+    assert_eq!(record["memory"]["weights_bytes"], weights_bytes);
     assert_eq!(record["samples"]["decode_step_ns"][1].as_array().unwrap().len(), 3);
+}
+
+#[test]
+fn ways_to_measure_reach_the_record() {
+    let place = Place::new();
+    let run = |more: &str| {
+        let args = "--model-id ./llama-tiny --precision fp16,nf4 --prompt-ids 1,2 --max-new-tokens 3 --threads 1 --output r.json";
+        let output = place.run(&args.split_whitespace().chain(more.split_whitespace()).collect::<Vec<_>>());
+        assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+        let text = fs::read_to_string(place.folder.path().join("r.json")).unwrap();
+        serde_json::from_str::<Value>(&text).unwrap()["records"][1].clone()
+    };
+    let launched = run("--launches 2 --repeats 2 --warmup 0 --sync-each-token --keep-series");
+    assert_eq!(launched["samples"]["launches"], serde_json::json!([2, 2]));
+    assert_eq!(launched["protocol"]["interval"], "between-launches");
+    assert_eq!(launched["samples"]["synced_step_ns"].as_array().unwrap().len(), 4);
+    assert_eq!(launched["series"].as_array().unwrap().len(), 4);
+    assert!(launched["metrics"]["decode_synced_tps"]["median"].is_number());
+    assert!(launched["self_check"]["error_share"].as_f64().unwrap() <= 1.0);
+    assert!(
+        launched["warnings"].as_array().unwrap().iter().any(|text| text.as_str().unwrap().starts_with("few_launches"))
+    );
+
+    let seed = run("--method seed");
+    assert_eq!((&seed["protocol"]["method"], &seed["protocol"]["n_repeats"]), (&"seed".into(), &1.into()));
+    assert_eq!((&seed["protocol"]["n_warmup"], &seed["samples"]["cold_ns"]), (&0.into(), &Value::Null));
+    assert!(seed["series"].is_null() && seed["samples"]["launches"].is_null());
 }
 
 #[test]
@@ -393,4 +425,73 @@ fn a_model_that_fits_no_machine_is_told_by_a_dry_run() {
         dry["rows"].as_array().unwrap().iter().all(|row| row["fits"] == false) && dry["order"] == "in_turn",
         "{dry}"
     );
+}
+
+#[test]
+fn a_weight_that_is_no_number_makes_every_precision_invalid() {
+    let place = Place::new();
+    copy(&golden("llama-tiny"), &place.folder.path().join("not-a-number"));
+    let weights = place.folder.path().join("not-a-number/model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
+    let tensor = &header["model.layers.0.mlp.down_proj.weight"];
+    assert_eq!(tensor["dtype"], "F16");
+    let start = 8 + header_len + tensor["data_offsets"][0].as_u64().unwrap() as usize;
+    // All bits set are a NaN of fp16.
+    bytes[start..start + 2].fill(0xff);
+    fs::write(&weights, bytes).unwrap();
+    let args = "--model-id ./not-a-number --prompt-ids 1,2,3 --max-new-tokens 4 --repeats 2 --warmup 0 --threads 1 --allow-oom \
+                --output r.json";
+    let output = place.run(&args.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(output.status.code(), Some(1), "{}", streams(&output));
+    let found = statuses(&place);
+    assert_eq!(found.iter().map(|(_, status, _)| status.as_str()).collect::<Vec<_>>(), ["invalid"; 3]);
+    for (precision, _, reason) in found {
+        assert_eq!(reason, "the logits are not finite after repeat 1", "{precision}");
+    }
+}
+
+/// Precision, status and reason of every record of `r.json`.
+fn statuses(place: &Place) -> Vec<(String, String, String)> {
+    let text = fs::read_to_string(place.folder.path().join("r.json")).unwrap();
+    let document: Value = serde_json::from_str(&text).unwrap();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let records = document["records"].as_array().unwrap().iter();
+    records.map(|record| (text(&record["precision"]), text(&record["status"]), text(&record["reason"]))).collect()
+}
+
+/// A model of 203 MiB in fp16 and 58 MiB in nf4 under a limit of the address space: what does not fit is a row, whether it is
+/// known before a worker starts or the worker is refused memory, and the rest is measured.
+#[cfg(unix)]
+#[test]
+fn what_does_not_fit_is_a_row_and_the_rest_is_measured() {
+    let place = Place::new();
+    let config = fs::read_to_string(golden("llama-tiny").join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    for (key, value) in
+        [("hidden_size", 1024), ("intermediate_size", 16384), ("num_hidden_layers", 2), ("num_attention_heads", 8)]
+    {
+        config[key] = value.into();
+    }
+    (config["head_dim"], config["num_key_value_heads"]) = (128.into(), 2.into());
+    fs::create_dir(place.folder.path().join("wide")).unwrap();
+    fs::write(place.folder.path().join("wide/config.json"), config.to_string()).unwrap();
+    let args = "--model-id ./wide --weights random --precision fp16,nf4 --prompt-ids 1,2 --max-new-tokens 2 --repeats 1 \
+                --warmup 0 --threads 1 --output r.json";
+    for (limit_kib, allow, code, cause) in [
+        (300_000, "", 1, "MiB free; an allocation of"),
+        (300_000, "--allow-oom", 0, "MiB free; an allocation of"),
+        (205_000, "--allow-oom", 0, "MiB free"),
+    ] {
+        let script = format!("ulimit -v {limit_kib} && exec \"$0\" {args} {allow}");
+        let binary = env!("CARGO_BIN_EXE_quantbench");
+        let output =
+            Command::new("sh").args(["-c", &script, binary]).current_dir(place.folder.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{}", streams(&output));
+        let found = statuses(&place);
+        let reason = &found[0].2;
+        assert_eq!((found[0].1.as_str(), found[1].1.as_str()), ("oom", "ok"), "{limit_kib}: {found:?}");
+        assert!(reason.starts_with("out of memory: wanted 203.0 MiB, ") && reason.contains(cause), "{reason}");
+    }
 }

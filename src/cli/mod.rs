@@ -3,10 +3,12 @@
 //! Value lists, defaults, help, completions and the man page come from here and from the tables of the layers below.
 
 mod export;
+mod method;
 mod request;
 mod suite;
 
 pub use export::{ExportArgs, ExportRequest};
+pub use method::MethodArgs;
 pub use request::Request;
 pub use suite::{MergeArgs, SuiteArgs, suite_keys, suite_task};
 
@@ -148,6 +150,9 @@ pub struct RunArgs {
     /// Half width of the 95 % interval over the median at which repeating ends.
     #[arg(long, value_name = "X", default_value_t = Protocol::default().rel_ci, help_heading = "Protocol")]
     pub rel_ci: f64,
+
+    #[command(flatten)]
+    pub method: MethodArgs,
 
     #[command(flatten)]
     pub output: OutputArgs,

@@ -27,6 +27,8 @@ pub struct Request {
     pub quiet: bool,
     /// Nothing was asked for by name: the reader is new here, so the table ends with what comes next.
     pub is_first_look: bool,
+    /// A precision that does not fit is no failure.
+    pub allow_oom: bool,
 }
 
 impl Request {
@@ -39,14 +41,15 @@ impl Request {
             n_gen: positive("--max-new-tokens", args.max_new_tokens)?,
             n_depth: args.depth,
             stop_at_eos: args.stop_at_eos,
-            protocol: protocol(args)?,
+            protocol: args.method.protocol(protocol(args)?)?,
             save_logits: args.save_logits.clone(),
             engines: engines(args)?,
             quality: if wants_quality { Some(quality(&args.text)?) } else { None },
             ..case(&args.model, &args.precision, &args.prompt, &args.device, command)?
         };
         case.save_logits.as_deref().map(report::check_writable).transpose()?;
-        Ok(Self { is_first_look: is_first_look(args), ..Self::with(case, &args.output)? })
+        let (is_first_look, allow_oom) = (is_first_look(args), args.method.allow_oom);
+        Ok(Self { is_first_look, allow_oom, ..Self::with(case, &args.output)? })
     }
 
     /// The same for `quantbench quality`: nothing is generated but a short text that shows where precisions part.
@@ -64,6 +67,7 @@ impl Request {
             options: report::Options { wide: output.wide },
             quiet: output.quiet,
             is_first_look: false,
+            allow_oom: false,
             case,
         })
     }
@@ -283,7 +287,7 @@ fn output_file(path: &Path) -> Result<(PathBuf, &'static Writer)> {
     Ok((path.to_owned(), writer))
 }
 
-fn positive(option: &str, n: usize) -> Result<usize, BadInput> {
+pub(super) fn positive(option: &str, n: usize) -> Result<usize, BadInput> {
     match n {
         0 => Err(BadInput::new(format!("`{option} 0`: at least 1 is needed"))),
         n => Ok(n),
@@ -355,6 +359,10 @@ mod tests {
             ("--max-new-tokens 0", "at least 1"),
             ("--prompt-tokens 0", "at least 1"),
             ("--repeats 0", "at least 1"),
+            ("--launches 0", "at least 1"),
+            ("--method seed --repeats 3", "cannot be used with"),
+            ("--method seed --launches 3", "one run"),
+            ("--method fair", "quantbench"),
             ("--threads 0", "at least 1"),
             ("--int8-threshold NaN", "finite"),
             ("--min-time 5 --max-time 4", "--max-time 4"),

@@ -23,7 +23,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
 pub fn show(request: &Request, document: &Document) -> Result<ExitCode> {
     write_file(request, document)?;
     print(request, document)?;
-    Ok(exit_code(&document.records))
+    Ok(exit_code(&document.records, request.allow_oom))
 }
 
 fn write_file(request: &Request, document: &Document) -> Result<()> {
@@ -41,8 +41,9 @@ fn print(request: &Request, document: &Document) -> Result<()> {
     Ok(ui::print(&text)?)
 }
 
-fn exit_code(records: &[Record]) -> ExitCode {
-    match records.iter().all(|record| record.status == Status::Ok) {
+fn exit_code(records: &[Record], allow_oom: bool) -> ExitCode {
+    let passes = |record: &Record| record.status == Status::Ok || (allow_oom && record.status == Status::Oom);
+    match records.iter().all(passes) {
         true => ExitCode::SUCCESS,
         false => ExitCode::from(1),
     }

@@ -2,6 +2,7 @@
 //! and the CPU engine with our own threaded kernels. Beside them stand candle-transformers' own models.
 
 pub mod candle;
+pub mod check;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -10,6 +11,7 @@ mod cuda;
 mod cuda;
 pub mod fake;
 mod load;
+pub mod memory;
 pub mod reference;
 
 use std::time::Duration;
@@ -49,6 +51,17 @@ pub trait Session {
 
     /// Waits until the device has done all that was asked.
     fn synchronize(&mut self) -> Result<()>;
+
+    /// Nanoseconds of each decode step since the last prefill by the device's own clock, for comparison with the host's; empty
+    /// where the device has none.
+    fn device_step_ns(&mut self) -> Result<Vec<u64>> {
+        Ok(Vec::new())
+    }
+
+    /// The device's memory pool; `None` on the CPU, whose memory the process accounts for.
+    fn pool(&self) -> Option<&dyn memory::Pool> {
+        None
+    }
 
     fn footprint(&self) -> Footprint;
 

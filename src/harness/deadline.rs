@@ -44,6 +44,10 @@ impl Watched {
         Self { child, deadline, killed, _watching }
     }
 
+    pub fn id(&self) -> u32 {
+        lock(&self.child).id()
+    }
+
     /// The deadline, if it was what killed the process.
     pub fn overran(&self) -> Option<Deadline> {
         self.deadline.filter(|_| self.killed.load(Ordering::Acquire))

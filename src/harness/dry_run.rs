@@ -78,7 +78,7 @@ fn needs(
         precision: row.precision.clone(),
         weights_bytes: worker::stored_bytes(model, &row.precision, case.format_options)?,
         // Keys and values are fp16 on a GPU.
-        kv_cache_bytes: parent::cache_bytes(model, workload) / if device == DeviceChoice::Cpu { 1 } else { 2 },
+        kv_cache_bytes: worker::cache_bytes(model, workload) / if device == DeviceChoice::Cpu { 1 } else { 2 },
         scratch_bytes: activation_bytes(&model.decoder, n_prompt) + encoder,
         fits: None,
     };

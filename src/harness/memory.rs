@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone)]
 pub struct ProcessMemory {
     root: PathBuf,
+    /// Below /proc: `self` or a number.
+    process: String,
 }
 
 impl Default for ProcessMemory {
@@ -16,17 +18,22 @@ impl Default for ProcessMemory {
 
 impl ProcessMemory {
     pub fn below(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), process: "self".to_owned() }
     }
 
-    /// Resident set now.
+    /// Of another process, below `root`.
+    pub fn of(root: impl Into<PathBuf>, pid: u32) -> Self {
+        Self { root: root.into(), process: pid.to_string() }
+    }
+
+    /// Resident set now, of the process.
     pub fn resident_bytes(&self) -> Option<u64> {
-        self.field("proc/self/status", "VmRSS:")
+        self.field(&format!("proc/{}/status", self.process), "VmRSS:")
     }
 
     /// Highest resident set since the process began or [`Self::reset_peak`].
     pub fn peak_bytes(&self) -> Option<u64> {
-        self.field("proc/self/status", "VmHWM:")
+        self.field(&format!("proc/{}/status", self.process), "VmHWM:")
     }
 
     /// Starts the peak anew; false where the kernel does not let us.

@@ -22,6 +22,7 @@ mod scoring;
 pub mod stopping;
 mod validity;
 pub mod warnings;
+pub mod watch;
 mod worker;
 
 pub use deadline::Deadline;
@@ -161,6 +162,45 @@ pub struct Protocol {
     /// When every worker that still runs is killed.
     #[serde(skip)]
     pub deadline: Option<Deadline>,
+    /// Fresh starts of every worker, at least 1; they share the times, and each takes its own repeats.
+    pub launches: usize,
+    /// After each repeat a run that waits for the device after every token, as the seed did.
+    pub sync_each_token: bool,
+    pub method: Method,
+    /// Every reading of the machine goes into the record.
+    pub keep_series: bool,
+}
+
+/// Whose way of measuring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub enum Method {
+    #[default]
+    Quantbench,
+    /// One run without a warm-up, its prefill included, that waits for the device after every token.
+    Seed,
+}
+
+impl Method {
+    /// As records have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Quantbench => "quantbench",
+            Method::Seed => "seed",
+        }
+    }
+}
+
+impl Protocol {
+    /// One run without warm-up.
+    pub fn of_seed() -> Self {
+        Self { warmup: Some(0), repeats: Some(1), method: Method::Seed, ..Self::default() }
+    }
+
+    /// What one of the launches does: an equal part of the times.
+    pub fn of_one_launch(&self) -> Self {
+        let n = self.launches.max(1) as f64;
+        Self { min_time_s: self.min_time_s / n, max_time_s: self.max_time_s / n, ..self.clone() }
+    }
 }
 
 impl Default for Protocol {
@@ -174,6 +214,10 @@ impl Default for Protocol {
             rel_ci: 0.02,
             memory_limit_bytes: None,
             deadline: None,
+            launches: 1,
+            sync_each_token: false,
+            method: Method::default(),
+            keep_series: false,
         }
     }
 }

@@ -7,14 +7,17 @@ use super::assemble::{self, Facts};
 use super::environment::{self, Machine};
 use super::measure::Encode;
 use super::memory::ProcessMemory;
-use super::process::ProcessWorker;
+use super::process::{self, ProcessWorker};
 use super::prompt::{self, Workload};
 use super::protocol::{Failure, Finished, Job, LoadFacts, Sample, Share, Warmed};
 use super::quality::{Failed, Passage, Refusal};
-use super::schedule::{self, Order, Outcome, Worker};
+use super::schedule::{self, Order, Outcome, Stage, Worker};
 use super::warnings::Warning;
+use super::watch::Watch;
+use super::watch::machine::{MachineWatch, Sensors};
 use super::worker::{self, Opened};
 use super::{Asked, Case, DeviceChoice, Row, logits};
+use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::{self, Engine};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::{Event, Listener, Unit};
@@ -22,9 +25,9 @@ use crate::kernels::cpu::bandwidth;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
-use crate::plan::Model;
+use crate::kernels::nvml::Gpu;
 use crate::quant::{self, FormatOptions};
-use crate::record::{self, Record, Status};
+use crate::record::{self, Record};
 use crate::weights::bnb::PreQuantized;
 
 /// What a worker holds beside weights and cache: code, activations, tables.
@@ -42,13 +45,14 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     check_engines(case)?;
     let plan = Plan::new(case, device, opened)?;
     let passage = plan.passage(case)?;
-    let mut facts = plan.facts(case, events);
-    let outcomes = plan.outcomes(case, facts.order, events)?;
+    let mut facts = plan.facts(case, events)?;
+    let mut watch = MachineWatch::new(plan.sensors(&mut facts));
+    let outcomes = plan.outcomes(case, facts.order, &mut watch, events)?;
     let decode = |ids: &[u32]| plan.opened.checkpoint.tokenizer.as_ref().and_then(|tokenizer| text(tokenizer, ids));
     let mut records = assemble::records(&facts, case, &outcomes, &decode);
     if let Some(read_gb_s) = facts.read_gb_s.filter(|_| exceeds_bandwidth(&records)) {
         // A kernel that reads faster than the benchmark did shows that the benchmark was disturbed, or that caches helped.
-        let again = plan.read_and_copy_gb_s(events).0;
+        let again = plan.bandwidth(case, events)?.read_gb_s;
         facts.read_gb_s = Some(again.map_or(read_gb_s, |again| again.max(read_gb_s)));
         records = assemble::records(&facts, case, &outcomes, &decode);
     }
@@ -67,8 +71,8 @@ pub fn quality(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     let Some(passage) = plan.passage(case)? else { return Ok(Vec::new()) };
     let passage = passage.map_err(BadInput::from)?;
     let mut records = assemble::unmeasured(&plan.facts_unmeasured(case), case);
-    for Failed { at, reason } in passage.measure(case, (plan.share, &plan.opened.model), &mut records, events)? {
-        (records[at].status, records[at].reason) = (Status::Error, Some(reason));
+    for Failed { at, failure } in passage.measure(case, (plan.share, &plan.opened.model), &mut records, events)? {
+        assemble::fail(&mut records[at], &failure);
     }
     Ok(records)
 }
@@ -86,12 +90,21 @@ fn add_quality(
         None => {}
         Some(Err(refusal)) => records.iter_mut().for_each(|record| warn(record, refusal.reason.clone())),
         Some(Ok(passage)) => {
-            for Failed { at, reason } in passage.measure(case, (plan.share, &plan.opened.model), records, events)? {
-                warn(&mut records[at], reason);
+            for Failed { at, failure } in passage.measure(case, (plan.share, &plan.opened.model), records, events)? {
+                warn(&mut records[at], failure.message().to_owned());
             }
         }
     }
     Ok(())
+}
+
+/// What no precision can do anything about.
+fn into_error(failure: Failure) -> anyhow::Error {
+    match failure {
+        Failure::BadInput { message, hint: Some(hint) } => BadInput::new(message).hint(hint).into(),
+        Failure::BadInput { message, hint: None } => BadInput::new(message).into(),
+        other => anyhow::anyhow!(other.message().to_owned()),
+    }
 }
 
 fn exceeds_bandwidth(records: &[Record]) -> bool {
@@ -123,7 +136,7 @@ impl Plan {
         worker::pixels(&opened, &workload.task.encode)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
         let share = Share { device, threads };
-        let cache_bytes = cache_bytes(&opened.model, &workload);
+        let cache_bytes = worker::cache_bytes(&opened.model, &workload);
         let stored = |row: &Row| worker::stored_bytes(&opened.model, &row.precision, case.format_options);
         let needs = case.rows().iter().map(|row| Ok(stored(row)? + cache_bytes)).collect::<Result<_>>()?;
         let free_bytes = ProcessMemory::default().available_bytes();
@@ -143,17 +156,42 @@ impl Plan {
         order(self.share.device, &self.needs, self.free_bytes)
     }
 
-    fn facts(&self, case: &Case, events: &dyn Listener) -> Facts {
+    fn facts(&self, case: &Case, events: &dyn Listener) -> Result<Facts> {
         let mut facts = self.facts_unmeasured(case);
         if facts.order == Order::InTurn {
             let (needed_bytes, free_bytes) = (self.together_bytes(), self.free_bytes.unwrap_or(0));
             facts.warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
         }
         if self.share.device == DeviceChoice::Cpu {
-            (facts.read_gb_s, facts.copy_gb_s) = self.read_and_copy_gb_s(events);
             facts.cache_bytes = last_level_cache_bytes().map(|bytes| bytes as u64);
         }
-        facts
+        let MeasuredBandwidth { read_gb_s, copy_gb_s } = self.bandwidth(case, events)?;
+        (facts.read_gb_s, facts.copy_gb_s) = (read_gb_s, copy_gb_s);
+        Ok(facts)
+    }
+
+    /// What is read while repeats run, and what the driver knows of the device. Nothing may run yet: the idle power is taken.
+    fn sensors(&self, facts: &mut Facts) -> Sensors {
+        let gpu = match self.share.device {
+            DeviceChoice::Cuda(ordinal) => Gpu::open(ordinal),
+            DeviceChoice::Cpu | DeviceChoice::Auto => None,
+        };
+        if self.share.device != DeviceChoice::Cpu {
+            facts.theoretical_gb_s = Err("NVML does not tell the memory's clock and bus".to_owned());
+        }
+        if let Some(gpu) = &gpu {
+            facts.theoretical_gb_s = gpu.theoretical_gb_s().ok_or_else(|| "NVML does not tell it here".to_owned());
+            facts.cache_bytes = gpu.l2_bytes;
+            facts.environment.gpu = gpu.name();
+            if let (Some(name), DeviceChoice::Cuda(ordinal)) = (gpu.name(), self.share.device) {
+                facts.device.name = format!("{name} (cuda:{ordinal})");
+            }
+            facts.environment.driver = gpu.driver();
+            facts.environment.cuda = gpu.cuda();
+        }
+        let mut sensors = Sensors::below("/", gpu);
+        facts.counter = sensors.counter();
+        sensors
     }
 
     /// What is known without measuring the machine.
@@ -177,35 +215,49 @@ impl Plan {
             resolve_s: self.opened.checkpoint.resolve_s,
             read_gb_s: None,
             copy_gb_s: None,
+            theoretical_gb_s: Err("the memory's speed stands in DMI tables, which root alone may read".to_owned()),
             cache_bytes: None,
+            counter: None,
             warnings,
         }
     }
 
-    /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers. `None` where the
-    /// memory for it cannot be had.
-    fn read_and_copy_gb_s(&self, events: &dyn Listener) -> (Option<f64>, Option<f64>) {
+    /// Of the device that is measured. Fails where there is none.
+    fn bandwidth(&self, case: &Case, events: &dyn Listener) -> Result<MeasuredBandwidth> {
         events.on(Event::Begin { label: "memory bandwidth".to_owned(), total: 2, unit: Unit::Runs });
-        let (isa, pool) = (Isa::detect(), Pool::new(self.share.threads));
-        let _pinned = pool.pin_caller();
-        let read = bandwidth::read_gb_s(isa, &pool).ok();
-        events.on(Event::Progress { done: 1 });
-        let copy = bandwidth::copy_gb_s(isa, &pool).ok();
+        let measured = match self.share.device {
+            DeviceChoice::Cuda(ordinal) => match process::bandwidth(ordinal, case.protocol.deadline) {
+                Err(bad @ Failure::BadInput { .. }) => Err(into_error(bad)),
+                // The precisions can do without it, and fail on their own where the device does.
+                measured => Ok(measured.unwrap_or_default()),
+            },
+            DeviceChoice::Cpu | DeviceChoice::Auto => Ok(self.cpu_bandwidth(events)),
+        };
         events.on(Event::End);
-        (read, copy)
+        measured
     }
 
-    fn outcomes(&self, case: &Case, order: Order, events: &dyn Listener) -> Result<Vec<Outcome>> {
+    /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers. `None` where the
+    /// memory for it cannot be had.
+    fn cpu_bandwidth(&self, events: &dyn Listener) -> MeasuredBandwidth {
+        let (isa, pool) = (Isa::detect(), Pool::new(self.share.threads));
+        let _pinned = pool.pin_caller();
+        let read_gb_s = bandwidth::read_gb_s(isa, &pool).ok();
+        events.on(Event::Progress { done: 1 });
+        MeasuredBandwidth { read_gb_s, copy_gb_s: bandwidth::copy_gb_s(isa, &pool).ok() }
+    }
+
+    fn outcomes(
+        &self,
+        case: &Case,
+        order: Order,
+        watch: &mut dyn Watch,
+        events: &dyn Listener,
+    ) -> Result<Vec<Outcome>> {
         let rows = case.rows();
-        let workers = rows.iter().zip(&self.needs).map(|(row, &need)| self.worker(case, row, need));
-        match schedule::measure(workers.collect(), &case.protocol, order, events) {
-            Ok(outcomes) => Ok(outcomes),
-            Err(Failure::BadInput { message, hint }) => {
-                let bad = BadInput::new(message);
-                Err(if let Some(hint) = hint { bad.hint(hint) } else { bad }.into())
-            }
-            Err(other) => Err(anyhow::anyhow!(other.message().to_owned())),
-        }
+        let start = |at: usize| self.worker(case, &rows[at], self.needs[at]);
+        let mut stage = Stage { start: &start, n_workers: rows.len(), order, watch, events };
+        schedule::measure(&mut stage, &case.protocol).map_err(into_error)
     }
 
     /// A worker process, or for a precision whose weights and cache alone exceed what is free, its refusal.
@@ -274,13 +326,6 @@ pub(super) fn order(device: DeviceChoice, needs: &[u64], free_bytes: Option<u64>
 
 fn together_bytes(needs: &[u64]) -> u64 {
     needs.iter().map(|need| need + WORKER_BYTES).sum::<u64>() + LOADING_BYTES
-}
-
-/// Keys and values of both sides, fp32 as on the CPU.
-pub(super) fn cache_bytes(model: &Model, workload: &Workload) -> u64 {
-    let task = &workload.task;
-    let n_positions = task.depth.len() + task.prompt.len() + task.n_gen;
-    (model.kv_bytes_per_position(4) * n_positions + model.cross_bytes_per_position(4) * workload.n_encoder) as u64
 }
 
 /// As records name it.

@@ -4,13 +4,16 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 
+use super::DeviceChoice;
 use super::deadline::{Deadline, Watched};
 use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Finished, Job, LoadFacts, Reply, Sample, Warmed};
 use super::schedule::Worker;
 use super::scoring::{Scored, Scoring};
+use crate::engine::memory::MeasuredBandwidth;
 use crate::error::OutOfMemory;
 use crate::events::{Listener, Silent};
+use crate::kernels::nvml::Gpu;
 
 /// The hidden subcommand that runs [`super::worker_main`].
 pub const SUBCOMMAND: &str = "worker";
@@ -50,7 +53,44 @@ impl ProcessWorker {
             .send(ask)
             .and_then(|()| running.reply(events))
             .unwrap_or_else(|_| Err(running.cause_of_death(needed_bytes)))
+            .map_err(|failure| with_sizes(failure, needed_bytes, || free_bytes(self.job.device)))
     }
+}
+
+/// Of the memory that a worker's weights and cache are in.
+fn free_bytes(device: DeviceChoice) -> Option<u64> {
+    match device {
+        DeviceChoice::Cuda(ordinal) => {
+            Gpu::open(ordinal)?.memory_bytes().map(|(used, total)| total.saturating_sub(used))
+        }
+        DeviceChoice::Cpu | DeviceChoice::Auto => ProcessMemory::default().room_bytes(),
+    }
+}
+
+/// A worker that was refused memory knows neither what it needs in all nor what is free.
+fn with_sizes(failure: Failure, wanted_bytes: u64, free: impl Fn() -> Option<u64>) -> Failure {
+    match failure {
+        Failure::OutOfMemory { message, wanted_bytes: 0, .. } => {
+            let free_bytes = free().unwrap_or(0);
+            let oom = OutOfMemory { wanted_bytes, free_bytes };
+            Failure::OutOfMemory { message: format!("{oom}; {message}"), wanted_bytes, free_bytes }
+        }
+        other => other,
+    }
+}
+
+/// Read and copy bandwidth of a CUDA device, measured by a process that ends with it: a context takes memory.
+pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredBandwidth, Failure> {
+    let mut running = start(1, deadline)?;
+    let asked = running.send(&Ask::Bandwidth(ordinal)).and_then(|()| running.reply(&Silent));
+    match asked.unwrap_or_else(|_| Err(running.cause_of_death(0)))? {
+        Reply::Bandwidth(bandwidth) => Ok(bandwidth),
+        other => unexpected(other),
+    }
+}
+
+fn start(threads: usize, deadline: Option<Deadline>) -> Result<Running, Failure> {
+    Running::start(threads, deadline).map_err(|cause| error(format!("starting a worker process: {cause}")))
 }
 
 /// A reply of another kind than asked for: two versions of the program met.
@@ -77,10 +117,12 @@ impl Worker for ProcessWorker {
         &self.job.precision
     }
 
+    fn pid(&self) -> Option<u32> {
+        self.running.as_ref().map(|running| running.child.id())
+    }
+
     fn load(&mut self, events: &dyn Listener) -> Result<LoadFacts, Failure> {
-        let started = Running::start(&self.job, self.deadline)
-            .map_err(|cause| error(format!("starting a worker process: {cause}")))?;
-        self.running = Some(started);
+        self.running = Some(start(self.job.threads, self.deadline)?);
         match self.ask(&Ask::Load(Box::new(self.job.clone())), events)? {
             Reply::Loaded(facts) => Ok(facts),
             other => unexpected(other),
@@ -110,12 +152,12 @@ impl Worker for ProcessWorker {
 }
 
 impl Running {
-    fn start(job: &Job, deadline: Option<Deadline>) -> std::io::Result<Self> {
+    fn start(threads: usize, deadline: Option<Deadline>) -> std::io::Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
             .arg(SUBCOMMAND)
             .env("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD_BYTES)
             // What candle's own kernels take for the number of threads.
-            .env("RAYON_NUM_THREADS", job.threads.to_string())
+            .env("RAYON_NUM_THREADS", threads.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -241,6 +283,11 @@ mod tests {
             let expected = Failure::OutOfMemory { message, wanted_bytes: 3 << 30, free_bytes: 1 << 30 };
             assert_eq!(death("worker", (signal, "status"), words, oom), expected);
         }
+        let refused = Failure::OutOfMemory { message: "no".to_owned(), wanted_bytes: 0, free_bytes: 0 };
+        let Failure::OutOfMemory { message, wanted_bytes, .. } = with_sizes(refused, 3 << 30, || Some(1 << 30)) else {
+            panic!("oom")
+        };
+        assert_eq!((message.as_str(), wanted_bytes), ("out of memory: wanted 3.00 GiB, 1.00 GiB free; no", 3 << 30));
         let other =
             death("worker", (Some(11), "signal: 11 (SIGSEGV)"), "the last line\nnote: run with a backtrace\n", oom);
         assert_eq!(other.message(), "the worker ended with signal: 11 (SIGSEGV): the last line");

@@ -1,5 +1,6 @@
 //! The worker process, and the harness's only ties to the parts that load models.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
@@ -12,9 +13,11 @@ use super::load::CpuLoad;
 use super::measure::{Bench, Encode};
 use super::memory::ProcessMemory;
 use super::picture::Preprocessor;
+use super::prompt::Workload;
 use super::protocol::{Ask, Failure, Job, LoadFacts, Reply};
 use super::scoring;
-use crate::engine::{self, Device, Engine, Setup};
+use super::validity;
+use crate::engine::{self, Device, Engine, Setup, check};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
 use crate::kernels::cpu::rlimit;
@@ -81,6 +84,35 @@ pub fn stored_bytes(model: &Model, precision: &str, options: FormatOptions) -> R
     Ok(matrices.sum::<u64>() + model.vector_bytes() as u64)
 }
 
+/// Stored bytes of the weights by the format that holds them; vectors count as fp16.
+fn weights_by_format(opened: &Opened, job: &Job) -> Result<BTreeMap<String, u64>> {
+    let formats = Formats::new(&job.precision, job.format_options)?;
+    let mut bytes = BTreeMap::from([("fp16".to_owned(), opened.model.vector_bytes() as u64)]);
+    for spec in &opened.model.matrices {
+        // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
+        let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
+        let left_out = opened.source.is_quantized() && spec.role == Role::Projection && wide;
+        let format = if left_out { formats.fp16() } else { formats.of(spec.role) };
+        *bytes.entry(format.name().to_owned()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
+    }
+    Ok(bytes)
+}
+
+/// The same where only `selection` of the matrices is quantized.
+pub fn selected_bytes(model: &Model, selection: &Selection, precision: &str, options: FormatOptions) -> Result<u64> {
+    let mut model = model.clone();
+    // Patterns were checked when the model was opened.
+    let _ = selection.apply(&mut model.matrices);
+    stored_bytes(&model, precision, options)
+}
+
+/// Keys and values of both sides, fp32 as on the CPU.
+pub fn cache_bytes(model: &Model, workload: &Workload) -> u64 {
+    let task = &workload.task;
+    let n_positions = task.depth.len() + task.prompt.len() + task.n_gen;
+    (model.kv_bytes_per_position(4) * n_positions + model.cross_bytes_per_position(4) * workload.n_encoder) as u64
+}
+
 /// The hidden subcommand: answers the parent until it closes the pipe. Nothing else may write to standard output. Fails on
 /// input that no parent writes.
 pub fn worker_main() -> Result<()> {
@@ -115,6 +147,7 @@ fn answer(ask: Ask, state: &mut Option<State>, events: &Replies) -> Result<Reply
             let State { bench, job } = loaded?;
             Reply::Finished(bench.finish(job.save_logits.as_deref())?)
         }
+        Ask::Bandwidth(ordinal) => Reply::Bandwidth(engine::memory::read_bandwidth(ordinal)?),
         Ask::Score(scoring) => Reply::Scored(scoring::score(loaded?.bench.encoded()?, &scoring)?),
     })
 }
@@ -160,14 +193,25 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         }
     };
     let memory = ProcessMemory::default();
+    let load_peak_bytes = memory.peak_bytes();
+    let task = job.task.clone();
+    let mut bench = Bench::new(loaded.session, Monotonic::start(), memory, CpuLoad::default(), task, pixels);
+    bench.loaded()?;
+    let self_check = match job.engine {
+        Engine::Quantbench => check::self_check(&setup)?,
+        // Not our kernels.
+        Engine::Candle => None,
+    };
+    validity::check_kernels(&job.precision, self_check.as_ref())?;
     let facts = LoadFacts {
         load_s: loaded.load.as_secs_f64(),
         quantize_s: loaded.quantize.as_secs_f64(),
         fp16_overflow: loaded.fp16_overflow,
         isa: loaded.isa,
-        load_peak_bytes: memory.peak_bytes(),
+        load_peak_bytes,
+        self_check,
+        weights_by_format: weights_by_format(&opened, &job)?,
     };
-    let bench = Bench::new(loaded.session, Monotonic::start(), memory, CpuLoad::default(), job.task.clone(), pixels);
     Ok((State { bench, job }, facts))
 }
 
@@ -205,5 +249,36 @@ impl Replies {
 impl Listener for Replies {
     fn on(&self, event: Event) {
         self.send(&Reply::Event(event));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::Silent;
+    use crate::weights::WeightsChoice;
+
+    #[test]
+    fn what_a_selection_needs_is_known_before_it_runs() {
+        let request = Request {
+            model_id: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/models/llama-tiny").to_owned(),
+            revision: None,
+            offline: true,
+            weights: WeightsChoice::Auto,
+            seed: 0,
+            outlier_channels: 0,
+        };
+        let model = open(&request, &Silent).unwrap().model;
+        let options = FormatOptions::default();
+        let stored = |precision: &str| stored_bytes(&model, precision, options).unwrap();
+        let selected =
+            |selection: Selection, precision: &str| selected_bytes(&model, &selection, precision, options).unwrap();
+        assert_eq!(selected(Selection::Usual, "nf4"), stored("nf4"));
+        assert_eq!(selected(Selection::Only(Vec::new()), "nf4"), stored("fp16"));
+        let one = selected(Selection::Only(vec!["model.layers.0.mlp.down_proj.weight".to_owned()]), "nf4");
+        assert!(stored("nf4") < one && one < stored("fp16"));
+        // The reference holds matrices in fp32; vectors count 2 bytes a value wherever they are.
+        let matrices = |precision: &str| stored(precision) - model.vector_bytes() as u64;
+        assert_eq!(matrices("fp32"), 2 * matrices("fp16"));
     }
 }

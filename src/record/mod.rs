@@ -58,7 +58,19 @@ pub struct Record {
     pub ratio_to_fp16: Option<Ratio>,
     pub memory: Memory,
     pub bandwidth: Bandwidth,
+    /// Where a counter can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub energy: Option<Energy>,
+    /// What the machine did during the repeats, by name; the unit ends it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub monitor: BTreeMap<String, Range>,
+    /// The readings behind `monitor`, one entry a repeat; absent unless asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub series: Vec<Series>,
     pub output: Output,
+    /// The kernels against the format's reference on one matrix, before anything was timed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub self_check: Option<SelfCheck>,
     /// What the precision costs in quality, where it was measured.
     #[serde(default)]
     pub quality: Option<Quality>,
@@ -157,8 +169,14 @@ pub struct Protocol {
     pub ended: String,
     /// `interleaved` with the other precisions, or `in_turn`.
     pub order: String,
-    /// What the intervals span: `within-run`, one start of the worker.
+    /// What the intervals span: `within-run`, one start of the worker, or `between-launches`.
     pub interval: String,
+    /// `quantbench`, or `seed`: one run without a warm-up, its prefill included.
+    #[serde(default)]
+    pub method: String,
+    /// Repeats that were taken again because the GPU's clock was held down.
+    #[serde(default)]
+    pub n_discarded: u64,
 }
 
 /// Raw nanoseconds, one entry per counted repeat.
@@ -178,6 +196,20 @@ pub struct Samples {
     /// Every warm-up run, the first included: end to end.
     #[serde(default)]
     pub warmup_ns: Vec<u64>,
+    /// How many of the repeats each start of the worker gave, in order; absent for one start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub launches: Vec<u64>,
+    /// Every decode step by the device's own clock, where it has one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub device_step_ns: Vec<Vec<u64>>,
+    /// Every decode step of a run behind each repeat that waited for the device after every token; absent unless asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub synced_step_ns: Vec<Vec<u64>>,
+    /// What the energy counter moved by over each repeat, and how long that took.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub energy_j: Vec<f64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub energy_window_s: Vec<f64>,
 }
 
 /// Statistics of one metric over the counted repeats.
@@ -232,10 +264,33 @@ pub struct Memory {
     pub peak_bytes: Option<u64>,
     /// High-water mark while loading.
     pub load_peak_bytes: Option<u64>,
+    /// High-water marks of an untimed run's prefill and of its decode steps.
+    #[serde(default)]
+    pub prefill_peak_bytes: Option<u64>,
+    #[serde(default)]
+    pub decode_peak_bytes: Option<u64>,
     /// In the stored formats, without padding.
     pub weights_bytes: Option<u64>,
+    /// The same by format; vectors count as fp16.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub weights_by_format: BTreeMap<String, u64>,
+    /// As they lie in memory, padding and repacking included.
+    #[serde(default)]
+    pub weights_resident_bytes: Option<u64>,
     pub kv_cache_bytes: Option<u64>,
     pub scratch_bytes: Option<u64>,
+    /// What `start_bytes` holds beside weights, cache and scratch: on a CPU the program, its stacks and tables.
+    #[serde(default)]
+    pub other_bytes: Option<u64>,
+    /// CUDA: what the process takes of the device beside its pool: context, kernels, libraries.
+    #[serde(default)]
+    pub context_bytes: Option<u64>,
+    /// CUDA: the most that the process took of the device during the repeats, by NVML.
+    #[serde(default)]
+    pub device_process_bytes: Option<u64>,
+    /// CUDA: the memory pool's counters at the end of each phase: `load`, `warmup`, `prefill`, `decode`, `start`, `run`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<Pool>,
     /// Highest resident set of the process from start to end.
     pub process_peak_rss_bytes: Option<u64>,
     /// Of a model that did not fit: what it asked for, where known.
@@ -244,6 +299,53 @@ pub struct Memory {
     /// Of a model that did not fit: what was free then, where known.
     #[serde(default)]
     pub free_bytes: Option<u64>,
+}
+
+/// A CUDA memory pool.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Pool {
+    /// Unused bytes that it keeps; the driver's own choice is 0.
+    pub release_threshold_bytes: Option<u64>,
+    pub phases: BTreeMap<String, PoolPhase>,
+}
+
+/// Bytes at the end of a phase and at most in it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PoolPhase {
+    pub used_bytes: u64,
+    pub used_high_bytes: u64,
+    /// Used, and kept for later.
+    pub reserved_bytes: u64,
+    pub reserved_high_bytes: u64,
+}
+
+/// Of the repeats, from a counter that grows with every joule.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Energy {
+    /// `nvml`: the GPU alone; `rapl`: the processor packages, whoever used them.
+    pub source: String,
+    /// Mean power before any worker was started; joules per token are those above it.
+    pub idle_watts: Option<f64>,
+    /// Why there are no joules per token.
+    pub refused: Option<String>,
+}
+
+/// One quantity over all readings during the repeats.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Range {
+    pub min: f64,
+    pub median: f64,
+    pub max: f64,
+    pub n: u64,
+}
+
+/// The readings of one repeat.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Series {
+    /// Since the repeat began.
+    pub at_ms: Vec<f64>,
+    /// By name, one value a reading; those of cores have their number behind a dot. `null` where one could not be read.
+    pub values: BTreeMap<String, Vec<Option<f64>>>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -258,6 +360,27 @@ pub struct Bandwidth {
     pub achieved_gb_s: Option<f64>,
     /// `achieved_gb_s / read_gb_s`.
     pub mbu: Option<f64>,
+    /// Two transfers a clock over the width of the memory's bus.
+    #[serde(default)]
+    pub theoretical_gb_s: Option<f64>,
+    /// Why `theoretical_gb_s` is unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub theoretical_unknown: Option<String>,
+    /// Time of the decode steps by the device's own clock over that by the host's.
+    #[serde(default)]
+    pub device_share: Option<f64>,
+    /// What takes the largest part of a decode step: `bandwidth-bound`, `launch-bound`, `compute-bound`; or `cache-resident`.
+    #[serde(default)]
+    pub bound: Option<String>,
+}
+
+/// A product by the kernels and by the format's plain reference.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct SelfCheck {
+    /// Which matrix of the model.
+    pub matrix: String,
+    /// The largest error over what rounding explains: at most 1.
+    pub error_share: Option<f64>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

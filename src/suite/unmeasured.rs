@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use crate::engine::Engine;
+use crate::harness::assemble;
 use crate::harness::protocol::Failure;
 use crate::harness::{self, Case, DeviceChoice, PromptChoice, Row};
 use crate::kernels::isa::Isa;
-use crate::record::{self, Bandwidth, Memory, Record, Samples};
+use crate::record::{self, Bandwidth, Memory, Record, Samples, Status};
 use crate::weights::WeightsChoice;
 
 /// One record for each engine at each precision asked for, as one run would have made them.
@@ -29,13 +30,9 @@ fn record(case: &Case, row: &Row, failure: &Failure, timestamp: &str) -> Record 
         DeviceChoice::Cpu | DeviceChoice::Auto => record::DeviceFacts { kind: cpu, name: machine.cpu_name() },
     };
     let threads = if case.threads == 0 { crate::kernels::cpu::pool::default_threads() } else { case.threads };
-    let (wanted_bytes, free_bytes) = match *failure {
-        Failure::OutOfMemory { wanted_bytes, free_bytes, .. } => (known(wanted_bytes), known(free_bytes)),
-        _ => (None, None),
-    };
-    Record {
-        status: failure.status(),
-        reason: Some(shareable_reason(case, failure.message())),
+    let mut record = Record {
+        status: Status::Ok,
+        reason: None,
         tainted: false,
         engine: harness::engine_facts(row.engine),
         command: case.command.clone(),
@@ -63,17 +60,20 @@ fn record(case: &Case, row: &Row, failure: &Failure, timestamp: &str) -> Record 
             logits: String::new(),
         },
         ratio_to_fp16: None,
-        memory: Memory { wanted_bytes, free_bytes, ..Memory::default() },
+        memory: Memory::default(),
         bandwidth: Bandwidth::default(),
+        energy: None,
+        monitor: BTreeMap::new(),
+        series: Vec::new(),
         output: record::Output::default(),
+        self_check: None,
         quality: None,
         environment: machine.environment(Isa::detect().name(), threads),
         warnings: Vec::new(),
-    }
-}
-
-fn known(bytes: u64) -> Option<u64> {
-    (bytes > 0).then_some(bytes)
+    };
+    assemble::fail(&mut record, failure);
+    record.reason = Some(shareable_reason(case, failure.message()));
+    record
 }
 
 /// A folder keeps its last component: rows hold no path.
