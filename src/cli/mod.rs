@@ -2,10 +2,16 @@
 //!
 //! Value lists, defaults, help, completions and the man page come from here and from the tables of the layers below.
 
+mod compare;
 mod export;
+mod import;
+mod report;
 mod request;
 
+pub use compare::{Against, AgainstArgs, CompareArgs, CompareRequest, GateArgs, Judgement};
 pub use export::{ExportArgs, ExportRequest};
+pub use import::{ImportArgs, ImportRequest};
+pub use report::{Output, ReportArgs, ReportRequest};
 pub use request::Request;
 
 use std::path::PathBuf;
@@ -48,6 +54,12 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Measure what each precision costs in quality, without its speed.
     Quality(Box<QualityArgs>),
+    /// Compare two files of records and fail on a proven regression.
+    Compare(CompareArgs),
+    /// Read rows that llama-bench, vLLM or optimum-benchmark measured.
+    Import(ImportArgs),
+    /// Turn files of records into a page with charts, or into another format.
+    Report(ReportArgs),
     /// Write a quantized checkpoint that transformers and bitsandbytes load unchanged.
     Export(ExportArgs),
     /// Print a completion script for a shell.
@@ -126,6 +138,9 @@ pub struct RunArgs {
     /// Half width of the 95 % interval over the median at which repeating ends.
     #[arg(long, value_name = "X", default_value_t = Protocol::default().rel_ci, help_heading = "Protocol")]
     pub rel_ci: f64,
+
+    #[command(flatten)]
+    pub against: AgainstArgs,
 
     #[command(flatten)]
     pub output: OutputArgs,
@@ -260,6 +275,10 @@ pub struct OutputArgs {
     /// Show every column of the table.
     #[arg(long, help_heading = "Output")]
     pub wide: bool,
+
+    /// GiB of a card's memory: the verdict says which precisions fit.
+    #[arg(long, value_name = "GIB", value_parser = report::gib, help_heading = "Output")]
+    pub card: Option<u64>,
 
     /// Show no progress.
     #[arg(short, long, help_heading = "Output")]

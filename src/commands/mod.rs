@@ -1,9 +1,12 @@
 //! One file per command, each a table of contents.
 
+mod compare;
 mod export;
+mod import;
 mod limits;
 mod list_models;
 mod quality;
+mod report;
 mod run;
 
 use std::process::ExitCode;
@@ -20,6 +23,9 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
         None => run(&cli.run),
         Some(Command::Run(args)) => run(args),
         Some(Command::Quality(args)) => quality::quality(args),
+        Some(Command::Compare(args)) => compare::compare(args),
+        Some(Command::Import(args)) => import::import(args),
+        Some(Command::Report(args)) => report::report(args),
         Some(Command::Export(args)) => export::export(args),
         Some(Command::Completions { shell }) => completions(*shell),
         Some(Command::Man) => man(),

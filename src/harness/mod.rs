@@ -21,7 +21,7 @@ mod validity;
 pub mod warnings;
 mod worker;
 
-pub use parent::{quality, run};
+pub use parent::{quality, run, run_ab};
 pub use process::SUBCOMMAND;
 pub use prompt::DEFAULT_TEXT;
 pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};

@@ -1,5 +1,7 @@
 //! One case → records: check everything, measure the memory, run the workers.
 
+use std::path::Path;
+
 use anyhow::Result;
 use tokenizers::Tokenizer;
 
@@ -53,6 +55,44 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     }
     add_quality(&plan, case, passage, &mut records, events)?;
     Ok(records)
+}
+
+/// Measures every precision of `case` with this build and with another one, repeat by repeat in turn: the records of the other
+/// build, then those of this one. Both speak the same worker protocol or the other's records say that they do not.
+pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<Record>, Vec<Record>)> {
+    let device = check(case)?;
+    let mut opened = worker::open(&case.model, events)?;
+    opened.select(&case.selection())?;
+    let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
+    let plan = Plan::new(case, device, opened)?;
+    let facts = plan.facts(case, events);
+    let of_other = Facts { engine: engine_of(other)?, ..facts.clone() };
+    let workers = case.precisions.iter().zip(&plan.needs).flat_map(|(precision, &need)| {
+        let job = Job::new(case, precision, plan.share, &plan.workload);
+        let other = ProcessWorker::new(job, need).of_binary(other.to_owned());
+        [Box::new(other) as Box<dyn Worker>, plan.worker(case, precision, need)]
+    });
+    let outcomes = plan.measured(workers.collect(), case, Order::Interleaved, events)?;
+    let of_side = |side: usize| outcomes.iter().skip(side).step_by(2).cloned().collect::<Vec<_>>();
+    let decode = |ids: &[u32]| plan.opened.checkpoint.tokenizer.as_ref().and_then(|tokenizer| text(tokenizer, ids));
+    let records = |facts: &Facts, side: usize| assemble::records(facts, case, &of_side(side), &decode);
+    Ok((records(&of_other, 0), records(&facts, 1)))
+}
+
+/// Version and commit as the other build's `--version` gives them.
+fn engine_of(binary: &Path) -> Result<record::Engine, BadInput> {
+    let bad = |why: String| BadInput::new(format!("`--ab {}`: {why}", binary.display()));
+    let output = std::process::Command::new(binary).arg("--version").output();
+    let output = output.map_err(|error| bad(format!("it cannot be started: {error}")))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut words = said.trim().split([' ', '(', ',', ')']).filter(|word| !word.is_empty());
+    match (words.next(), words.next(), words.next(), words.next()) {
+        (Some("quantbench"), Some(version), Some("commit"), Some(commit)) => {
+            let word = str::to_owned;
+            Ok(record::Engine { name: word("quantbench"), version: word(version), commit: word(commit) })
+        }
+        _ => Err(bad("it is no quantbench: `--version` names no version and commit".into())),
+    }
 }
 
 /// Measures the quality of every precision of `case` and no speed. Fails on input that cannot be used and on a model that
@@ -200,7 +240,17 @@ impl Plan {
     fn outcomes(&self, case: &Case, order: Order, events: &dyn Listener) -> Result<Vec<Outcome>> {
         let workers =
             case.precisions.iter().zip(&self.needs).map(|(precision, &need)| self.worker(case, precision, need));
-        match schedule::measure(workers.collect(), &case.protocol, order, events) {
+        self.measured(workers.collect(), case, order, events)
+    }
+
+    fn measured(
+        &self,
+        workers: Vec<Box<dyn Worker>>,
+        case: &Case,
+        order: Order,
+        events: &dyn Listener,
+    ) -> Result<Vec<Outcome>> {
+        match schedule::measure(workers, &case.protocol, order, events) {
             Ok(outcomes) => Ok(outcomes),
             Err(Failure::BadInput { message, hint }) => {
                 let bad = BadInput::new(message);

@@ -1,6 +1,7 @@
 //! A worker in a process of its own, seen from the parent: start, ask, and say how it died.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 
@@ -23,6 +24,8 @@ const MMAP_THRESHOLD_BYTES: &str = "1048576";
 
 pub struct ProcessWorker {
     job: Job,
+    /// Whose code runs; `None`: this program's.
+    binary: Option<PathBuf>,
     /// Weights and cache: what a worker that runs out of memory wanted.
     needed_bytes: u64,
     /// `None` until [`Worker::load`].
@@ -38,7 +41,12 @@ struct Running {
 
 impl ProcessWorker {
     pub fn new(job: Job, needed_bytes: u64) -> Self {
-        Self { job, needed_bytes, running: None }
+        Self { job, binary: None, needed_bytes, running: None }
+    }
+
+    /// The same in the worker process of another build.
+    pub fn of_binary(self, binary: PathBuf) -> Self {
+        Self { binary: Some(binary), ..self }
     }
 
     fn ask(&mut self, ask: &Ask, events: &dyn Listener) -> Result<Reply, Failure> {
@@ -76,7 +84,8 @@ impl Worker for ProcessWorker {
     }
 
     fn load(&mut self, events: &dyn Listener) -> Result<LoadFacts, Failure> {
-        let started = Running::start().map_err(|cause| error(format!("starting a worker process: {cause}")))?;
+        let started = Running::start(self.binary.as_deref())
+            .map_err(|cause| error(format!("starting a worker process: {cause}")))?;
         self.running = Some(started);
         match self.ask(&Ask::Load(Box::new(self.job.clone())), events)? {
             Reply::Loaded(facts) => Ok(facts),
@@ -107,8 +116,9 @@ impl Worker for ProcessWorker {
 }
 
 impl Running {
-    fn start() -> std::io::Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
+    fn start(binary: Option<&Path>) -> std::io::Result<Self> {
+        let program = binary.map_or_else(std::env::current_exe, |binary| Ok(binary.to_owned()))?;
+        let mut child = Command::new(program)
             .arg(SUBCOMMAND)
             .env("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD_BYTES)
             .stdin(Stdio::piped())

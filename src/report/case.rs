@@ -93,6 +93,11 @@ pub fn status(record: &Record) -> String {
     }
 }
 
+/// A value of a record by JSON pointer, as CSV names them: a fact that not every record has.
+pub fn fact(record: &Record, pointer: &str) -> Option<serde_json::Value> {
+    serde_json::to_value(record).ok()?.pointer(pointer).filter(|value| !value.is_null()).cloned()
+}
+
 /// As records spell it.
 pub fn status_word(status: Status) -> &'static str {
     match status {
