@@ -66,7 +66,10 @@ pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<R
     let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
     let plan = Plan::new(case, device, opened)?;
     let facts = plan.facts(case, events);
-    let of_other = Facts { engine: engine_of(other)?, ..facts.clone() };
+    let mut of_other = Facts { engine: engine_of(other)?, ..facts.clone() };
+    // How the other was built is not known.
+    of_other.environment.build_profile.clear();
+    of_other.environment.features.clear();
     let workers = case.precisions.iter().zip(&plan.needs).flat_map(|(precision, &need)| {
         let job = Job::new(case, precision, plan.share, &plan.workload);
         let other = ProcessWorker::new(job, need).of_binary(other.to_owned());

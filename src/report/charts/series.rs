@@ -2,6 +2,8 @@
 
 use anyhow::Result;
 use plotters::prelude::*;
+use plotters::style::text_anchor::HPos;
+use serde_json::Value;
 
 use super::draw::{self, GRID, INK, MUTED};
 use super::{Chart, Precisions};
@@ -43,13 +45,20 @@ pub fn clocks(records: &[&Record], precisions: &Precisions) -> Result<Option<Cha
 }
 
 /// A precision's readings: seconds of measured time, and values.
-struct Curve<'a> {
-    precision: &'a str,
+struct Curve {
+    precision: String,
     points: Vec<(f64, f64)>,
 }
 
 fn over_time(kind: &Kind, records: &[&Record], precisions: &Precisions) -> Result<Option<Chart>> {
-    let curves: Vec<Curve> = records.iter().filter_map(|record| curve(record, kind)).collect();
+    let curve = |record: &&Record| {
+        let points = points(&case::fact(record, "/series")?, kind);
+        (points.len() >= 2).then(|| Curve { precision: record.precision.clone(), points })
+    };
+    drawn(kind, &records.iter().filter_map(curve).collect::<Vec<_>>(), precisions)
+}
+
+fn drawn(kind: &Kind, curves: &[Curve], precisions: &Precisions) -> Result<Option<Chart>> {
     let all = || curves.iter().flat_map(|curve| &curve.points);
     let (seconds, most) = all().fold((0.0, 0.0), |(x, y): (f64, f64), point| (x.max(point.0), y.max(point.1)));
     if seconds <= 0.0 || most <= 0.0 {
@@ -78,18 +87,18 @@ fn over_time(kind: &Kind, records: &[&Record], precisions: &Precisions) -> Resul
             .axis_desc_style(("sans-serif", draw::TEXT).into_font().color(&INK))
             .draw()?;
         for (index, curve) in curves.iter().enumerate() {
-            let color = precisions.color(curve.precision);
+            let color = precisions.color(&curve.precision);
             chart.draw_series([PathElement::new(curve.points.clone(), color.stroke_width(2))])?;
             let y = HEIGHT as i32 + 18 * index as i32 + 9;
             draw::line(area, (48, y), (70, y), color.stroke_width(2))?;
-            draw::label(area, curve.precision, (78, y), plotters::style::text_anchor::HPos::Left, INK)?;
+            draw::label(area, &curve.precision, (78, y), HPos::Left, INK)?;
         }
         Ok(())
     })?;
     let row = |curve: &Curve| {
         let values: Vec<f64> = curve.points.iter().map(|point| point.1).collect();
         let of = |q: f64| stats::percentile(&values, q).map_or_else(|| "-".to_owned(), |x| format!("{x:.digits$}"));
-        vec![curve.precision.to_owned(), curve.points.len().to_string(), of(0.0), of(0.5), of(1.0)]
+        vec![curve.precision.clone(), curve.points.len().to_string(), of(0.0), of(0.5), of(1.0)]
     };
     let rows: Vec<Vec<String>> = curves.iter().map(row).collect();
     let said: Vec<_> = rows.iter().map(|row| format!("{} {} to {}", row[0], row[2], row[4])).collect();
@@ -104,26 +113,24 @@ fn over_time(kind: &Kind, records: &[&Record], precisions: &Precisions) -> Resul
 }
 
 /// The readings of all repeats end to end, thinned to what a picture can show.
-fn curve<'a>(record: &'a Record, kind: &Kind) -> Option<Curve<'a>> {
-    let series = case::fact(record, "/series")?;
+fn points(series: &Value, kind: &Kind) -> Vec<(f64, f64)> {
     let (mut points, mut began_ms) = (Vec::new(), 0.0);
-    for repeat in series.as_array()? {
-        let at_ms: Vec<f64> = repeat.get("at_ms")?.as_array()?.iter().filter_map(|at| at.as_f64()).collect();
-        let values = kind.channels.iter().find_map(|channel| readings(repeat.get("values")?, channel));
-        let known = at_ms.iter().zip(values.unwrap_or_default()).filter_map(|(at, value)| Some((at, value?)));
+    for repeat in series.as_array().into_iter().flatten() {
+        let at_ms: Vec<f64> = repeat["at_ms"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+        let values = kind.channels.iter().find_map(|channel| readings(&repeat["values"], channel)).unwrap_or_default();
+        let known = at_ms.iter().zip(values).filter_map(|(at, value)| Some((at, value?)));
         points.extend(known.map(|(at, value)| ((began_ms + at) / 1e3, value / kind.divisor)));
         began_ms += at_ms.iter().copied().fold(0.0, f64::max);
     }
     let step = points.len().div_ceil(MAX_POINTS).max(1);
-    let points: Vec<_> = points.into_iter().step_by(step).collect();
-    (points.len() >= 2).then_some(Curve { precision: &record.precision, points })
+    points.into_iter().step_by(step).collect()
 }
 
 /// One value a reading; of a channel with a number behind a dot, the mean over the numbers.
-fn readings(values: &serde_json::Value, channel: &str) -> Option<Vec<Option<f64>>> {
+fn readings(values: &Value, channel: &str) -> Option<Vec<Option<f64>>> {
     let numbered = format!("{channel}.");
     let is_of = |name: &str| name == channel || name.starts_with(&numbered);
-    let columns: Vec<&Vec<serde_json::Value>> = values
+    let columns: Vec<&Vec<Value>> = values
         .as_object()?
         .iter()
         .filter(|(name, _)| is_of(name))
@@ -142,6 +149,20 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn repeats_stand_end_to_end() {
+        let kind = Kind { name: "m", title: "Memory", channels: &["device_used_bytes", "rss_bytes"], divisor: 2.0 };
+        let repeat = json!({"at_ms": [0, 500, 1000], "values": {"rss_bytes": [2, null, 6], "cpu_mhz.0": [1, 2, 3]}});
+        let points = points(&json!([repeat, repeat]), &kind);
+        assert_eq!(points, [(0.0, 1.0), (1.0, 3.0), (1.0, 1.0), (2.0, 3.0)]);
+
+        let precisions = Precisions(vec!["fp16".into(), "nf4".into()]);
+        let curves = ["fp16", "nf4"].map(|name| Curve { precision: name.into(), points: points.clone() });
+        let chart = drawn(&kind, &curves, &precisions).unwrap().expect("a chart");
+        assert_eq!(chart.rows[1], ["nf4", "4", "1.00", "2.00", "3.00"]);
+        assert!(chart.file().contains("polyline") && drawn(&kind, &[], &precisions).unwrap().is_none());
+    }
 
     #[test]
     fn numbered_channels_are_averaged() {

@@ -84,7 +84,7 @@ fn token_ids(base: &Record, new: &Record) -> Result<Found, Nothing> {
         None if a.len() == b.len() => Ok(Found::of(Verdict::Ok, "the same tokens")),
         departs => {
             let at = departs.unwrap_or(a.len().min(b.len())) + 1;
-            Ok(Found::of(Verdict::Regressed, format!("the tokens differ from the {at}. on")))
+            Ok(Found::of(Verdict::Regressed, format!("the tokens differ from number {at} on")))
         }
     }
 }
@@ -118,14 +118,17 @@ fn same_text(base: Option<&Quality>, new: Option<&Quality>) -> bool {
 }
 
 fn time(gate: &Gate, metric: &Metric, sides: &Sides) -> Result<Found, Nothing> {
-    let values =
-        |records: &[&Record]| records.iter().map(|record| metrics::repeats(record, metric.key)).collect::<Vec<_>>();
+    let values = |records: &[&Record]| {
+        let runs = records.iter().flat_map(|record| by_launch(record, metrics::repeats(record, metric.key)));
+        runs.collect::<Vec<_>>()
+    };
     decide(gate, metric.better, values(&sides.pair.base), values(&sides.pair.new), sides.order)
 }
 
 fn ratio(gate: &Gate, sides: &Sides) -> Result<Found, Nothing> {
     let speedups = |records: &[&Record], all: &[Record]| -> Result<Vec<Vec<f64>>, Nothing> {
-        records.iter().map(|record| paired_speedups(record, all)).collect()
+        let runs = records.iter().map(|record| Ok(by_launch(record, paired_speedups(record, all)?)));
+        Ok(runs.collect::<Result<Vec<_>, Nothing>>()?.concat())
     };
     let base = speedups(&sides.pair.base, sides.base)?;
     let new = speedups(&sides.pair.new, sides.new)?;
@@ -147,6 +150,23 @@ fn paired_speedups(record: &Record, all: &[Record]) -> Result<Vec<f64>, Nothing>
     }
     let tps = |record: &Record| metrics::repeats(record, "decode_tps");
     Ok(tps(record).iter().zip(tps(fp16)).map(|(own, fp16)| own / fp16).collect())
+}
+
+/// `values` of a record's repeats, cut where a fresh start of the worker began: each start is a run of its own.
+fn by_launch(record: &Record, values: Vec<f64>) -> Vec<Vec<f64>> {
+    let launches = case::fact(record, "/samples/launches").and_then(|launches| Some(launches.as_array()?.clone()));
+    let counts = launches.unwrap_or_default().iter().filter_map(|n| Some(n.as_u64()? as usize)).collect::<Vec<_>>();
+    if counts.iter().sum::<usize>() != values.len() {
+        return vec![values];
+    }
+    let mut rest = values.as_slice();
+    let cut = counts.iter().map(|&n| {
+        // The counts sum to the length, so each fits what is left.
+        let (launch, behind) = rest.split_at(n);
+        rest = behind;
+        launch.to_vec()
+    });
+    cut.filter(|launch| !launch.is_empty()).collect()
 }
 
 /// Decides on the interval of new over base. `base` and `new` hold the repeats of each run.

@@ -82,7 +82,8 @@ fn subtitle(document: &Document, cases: &[Case]) -> String {
         text(&format!("{} {}", first.engine.name, first.engine.version)),
         text(day),
     ];
-    parts.into_iter().filter(|part| !part.trim().is_empty()).collect::<Vec<_>>().join(" · ")
+    let known = parts.into_iter().filter(|part| !part.trim().is_empty());
+    known.map(|part| format!("<span>{part}</span>")).collect::<Vec<_>>().join(" · ")
 }
 
 /// All cases in one table, each a link to its place; none where there is only one.
@@ -90,11 +91,14 @@ fn overview(cases: &[Case]) -> String {
     if cases.len() < 2 {
         return String::new();
     }
-    let groups: String = cases.iter().map(overview_group).collect();
+    let records = || cases.iter().flat_map(|case| case.records);
+    let is_known = |column: &&OverviewColumn| records().any(|record| column.3(record).is_some());
+    let columns: Vec<&OverviewColumn> = OVERVIEW.iter().filter(is_known).collect();
+    let groups: String = cases.iter().map(|case| overview_group(case, &columns)).collect();
     format!(
         "<nav aria-label=\"Cases\">\n<div class=\"scroll\"><table class=\"wide overview\">\n<thead><tr>\
          <th scope=\"col\">case</th><th scope=\"col\" class=\"name\">precision</th>{}</tr></thead>\n{groups}</table></div>\n</nav>\n",
-        OVERVIEW.iter().map(|(name, unit, ..)| head_cell(name, unit)).collect::<String>(),
+        columns.iter().map(|(name, unit, ..)| head_cell(name, unit)).collect::<String>(),
     )
 }
 
@@ -109,7 +113,7 @@ const OVERVIEW: &[OverviewColumn] = &[
 ];
 
 /// A case stands once, beside all its precisions.
-fn overview_group(case: &Case) -> String {
+fn overview_group(case: &Case, columns: &[&OverviewColumn]) -> String {
     let (model, scope) = article::heading(case.records);
     let head = format!(
         "<th scope=\"rowgroup\" rowspan=\"{}\"><a href=\"#case-{}\">{}</a><small>{}</small></th>",
@@ -124,8 +128,12 @@ fn overview_group(case: &Case) -> String {
     };
     let row = |(index, record): (usize, &Record)| {
         let cells: String = match record.status {
-            Status::Ok => OVERVIEW.iter().map(|column| cell(record, column)).collect(),
-            _ => format!("<td class=\"reason\" colspan=\"{}\">{}</td>", OVERVIEW.len(), text(&case::status(record))),
+            Status::Ok => columns.iter().map(|column| cell(record, column)).collect(),
+            _ => format!(
+                "<td class=\"reason\" colspan=\"{}\">{}</td>",
+                columns.len().max(1),
+                text(&case::status(record))
+            ),
         };
         let head = if index == 0 { head.as_str() } else { "" };
         format!("<tr>{head}<td class=\"name\">{}</td>{cells}</tr>\n", text(&record.precision))
