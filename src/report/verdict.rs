@@ -18,7 +18,10 @@ pub fn verdict(records: &[Record], card_bytes: Option<u64>) -> String {
 /// What the claims hold for, and no further.
 fn scope(record: &Record) -> String {
     let weights = if record.weights.source == "random" { "random weights" } else { "these weights" };
-    format!("{}, this machine, batch {}, these lengths, {weights}", record.engine.name, record.workload.batch_size)
+    let engine = &record.engine.name;
+    // Rows from another tool may come from anywhere.
+    let machine = if engine == "quantbench" { "this machine" } else { "its machine" };
+    format!("{engine}, {machine}, batch {}, these lengths, {weights}", record.workload.batch_size)
 }
 
 /// Which precisions stay within `card_bytes`: by their peak, or without one by what they hold exactly. One that did not fit into less is
@@ -82,7 +85,7 @@ fn claim(ok: &[&Record]) -> String {
     let measured: Vec<_> = ok.iter().copied().filter(|record| decode_tps(record).is_some()).collect();
     match (ok, measured.as_slice()) {
         ([], _) => "no precision gave a result".into(),
-        ([first, ..], []) if first.workload.n_gen <= 1 => {
+        ([first, ..], []) if first.workload.n_gen == 1 => {
             format!("1 new token takes no decode step, so there is no decode speed{}", least_memory(ok))
         }
         (_, []) => "no decode speed was measured".into(),

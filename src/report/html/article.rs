@@ -26,7 +26,7 @@ pub fn article(case: &Case, options: &Options) -> String {
 /// The model's name apart from where and how it ran.
 pub(super) fn heading(records: &[Record]) -> (String, String) {
     let title = case::title(records);
-    match title.split_once(" on ") {
+    match title.split_once(" on ").or_else(|| title.split_once(": ")) {
         Some((model, rest)) => (model.to_owned(), rest.to_owned()),
         None => (title, String::new()),
     }
