@@ -94,6 +94,19 @@ fn every_chart_has_words_and_numbers() {
 }
 
 #[test]
+fn engines_of_one_run_are_told_apart() {
+    let mut document = example("three_precisions");
+    let mut other = document.records[0].clone();
+    other.engine.name = "candle".into();
+    other.dtypes.weights = other.precision.clone();
+    document.records.push(other);
+    let html = page(&document);
+    // In the table, and in every chart and the numbers behind it.
+    assert!(html.matches("fp16 by candle").count() > 7, "{}", html.matches("fp16 by candle").count());
+    assert_eq!(html.matches("<article").count(), 1);
+}
+
+#[test]
 fn names_from_outside_are_text() {
     let mut document = example("three_precisions");
     for record in &mut document.records {

@@ -4,14 +4,14 @@ use crate::record::{Document, Record, Status, Workload};
 
 pub const GIB: f64 = (1u64 << 30) as f64;
 
-/// The runs of neighbouring records that differ in precision alone: one table each.
+/// The runs of neighbouring records that differ in precision alone, or come from several engines of one run: one table each.
 pub fn cases(document: &Document) -> impl Iterator<Item = &[Record]> {
     document.records.chunk_by(|a, b| {
         a.model == b.model
             && a.weights.source == b.weights.source
             && a.device == b.device
             && a.workload == b.workload
-            && a.engine == b.engine
+            && (a.engine == b.engine || (a.command == b.command && a.timestamp == b.timestamp))
             && a.keep_fp16 == b.keep_fp16
             && a.environment.threads == b.environment.threads
     })
@@ -21,7 +21,10 @@ pub fn cases(document: &Document) -> impl Iterator<Item = &[Record]> {
 pub fn title(records: &[Record]) -> String {
     let first = &records[0];
     let random = if first.weights.source == "random" { " (random weights)" } else { "" };
-    let engine = if first.engine.name == "quantbench" { String::new() } else { format!(" by {}", first.engine.name) };
+    let engine = match has_several_engines(records) || first.engine.name == OWN {
+        true => String::new(),
+        false => format!(" by {}", first.engine.name),
+    };
     let what = match records.iter().find_map(|record| record.quality.as_ref().filter(|_| has_quality_alone(record))) {
         Some(quality) => format!("quality over {} tokens of `{}`", quality.n_tokens, quality.text),
         None => workload(&first.workload),
@@ -35,6 +38,26 @@ pub fn title(records: &[Record]) -> String {
         device => format!(" on {device}"),
     };
     plain(&format!("{}{random}{kept}{engine}{on}: {what}", first.model.id))
+}
+
+/// Our own engine, as records spell it.
+pub const OWN: &str = "quantbench";
+
+fn has_several_engines(records: &[Record]) -> bool {
+    records.iter().any(|record| record.engine != records[0].engine)
+}
+
+/// The precision, and the engine where a table has several: `fp16`, `fp16 by candle`.
+pub fn label(record: &Record, records: &[Record]) -> String {
+    let (precision, engine) = (plain(&record.precision), plain(&record.engine.name));
+    if engine == OWN || !has_several_engines(records) {
+        return precision;
+    }
+    match record.dtypes.weights == record.precision {
+        true => format!("{precision} by {engine}"),
+        // candle runs some of its models in fp32 alone.
+        false => format!("{precision} by {engine} in {}", plain(&record.dtypes.weights)),
+    }
 }
 
 fn device(record: &Record) -> String {
@@ -65,17 +88,18 @@ pub fn workload(workload: &Workload) -> String {
 
 /// Each warning once, after the precisions that it holds for.
 pub fn warnings(records: &[Record]) -> Vec<String> {
-    let mut seen: Vec<(&str, Vec<&str>)> = Vec::new();
+    let mut seen: Vec<(&str, Vec<String>)> = Vec::new();
     for record in records {
+        let label = label(record, records);
         for message in &record.warnings {
             match seen.iter_mut().find(|(known, _)| known == message) {
-                Some((_, precisions)) if precisions.contains(&record.precision.as_str()) => {}
-                Some((_, precisions)) => precisions.push(&record.precision),
-                None => seen.push((message, vec![&record.precision])),
+                Some((_, labels)) if labels.contains(&label) => {}
+                Some((_, labels)) => labels.push(label.clone()),
+                None => seen.push((message, vec![label.clone()])),
             }
         }
     }
-    let line = |(message, precisions): (&str, Vec<&str>)| plain(&format!("{}: {message}", precisions.join(", ")));
+    let line = |(message, labels): (&str, Vec<String>)| plain(&format!("{}: {message}", labels.join(", ")));
     seen.into_iter().map(line).collect()
 }
 

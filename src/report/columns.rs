@@ -113,7 +113,7 @@ pub fn sheet(records: &[Record], wide: bool) -> Sheet {
     let decimals: Vec<_> = columns.iter().map(|column| column_decimals(column, &ok)).collect();
 
     let row = |record: &Record| Row {
-        precision: case::plain(&record.precision),
+        precision: case::label(record, records),
         values: match record.status {
             Status::Ok => Ok(columns.iter().zip(&decimals).map(|(c, &d)| (c.cell)(record).text(d)).collect()),
             _ => Err(case::status(record)),
@@ -205,18 +205,15 @@ fn percentile(record: &Record, pick: fn(&Summary) -> Option<f64>) -> Cell {
 /// fp16 is its own baseline: 1 of 1 as soon as it decoded.
 fn speed_up(record: &Record) -> Cell {
     match &record.ratio_to_fp16 {
-        _ if record.precision == "fp16" => match median(record, "decode_tps") {
-            Cell::Unknown => Cell::Unknown,
-            _ => Cell::Of(1.0, 1.0),
-        },
         Some(ratio) => Cell::Of(ratio.median, ratio.by_bytes),
+        None if record.precision == "fp16" && median(record, "decode_tps") != Cell::Unknown => Cell::Of(1.0, 1.0),
         None => Cell::Unknown,
     }
 }
 
 fn speed_up_interval(record: &Record) -> Cell {
     match record.ratio_to_fp16.map(|ratio| (ratio.ci95_low, ratio.ci95_high)) {
-        Some((Some(low), Some(high))) if record.precision != "fp16" => Cell::Between(low, high),
+        Some((Some(low), Some(high))) => Cell::Between(low, high),
         _ => Cell::Unknown,
     }
 }

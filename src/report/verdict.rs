@@ -6,13 +6,28 @@ use crate::record::{Record, Status, Summary};
 
 /// Of one case, never empty; the scope stands behind it in brackets. `card_bytes` is the memory that precisions shall fit.
 pub fn verdict(records: &[Record], card_bytes: Option<u64>) -> String {
-    let ok: Vec<_> = records.iter().filter(|record| record.status == Status::Ok).collect();
-    let missing = baseline_missing(records, &ok);
+    let (records, others): (Vec<_>, Vec<_>) = records.iter().partition(|record| is_own(record, records));
+    let ok: Vec<_> = records.iter().copied().filter(|record| record.status == Status::Ok).collect();
+    let missing = baseline_missing(&records, &ok);
     if !ok.is_empty() && ok.iter().all(|record| case::has_quality_alone(record)) {
         return plain(&format!("{}{missing} (this text)", cost(&ok).trim_start_matches("; ")));
     }
-    let fit = card_bytes.map(|bytes| fit(records, bytes)).unwrap_or_default();
-    plain(&format!("{}{}{fit}{missing} ({})", claim(&ok), cost(&ok), scope(&records[0])))
+    let fit = card_bytes.map(|bytes| fit(&records, bytes)).unwrap_or_default();
+    let others = beside(&others);
+    plain(&format!("{}{}{fit}{missing}{others} ({})", claim(&ok), cost(&ok), scope(records[0])))
+}
+
+/// Whether the verdict is about this record: of our own engine, or of the only engine there is.
+fn is_own(record: &Record, records: &[Record]) -> bool {
+    record.engine.name == case::OWN || records.iter().all(|record| record.engine.name != case::OWN)
+}
+
+/// Other engines of the same run against our own fp16.
+fn beside(others: &[&Record]) -> String {
+    let compared = others.iter().filter(|record| record.status == Status::Ok && record.ratio_to_fp16.is_some());
+    compared
+        .map(|record| format!("; {}'s {} decodes {}", record.engine.name, record.precision, speed_up(record)))
+        .collect()
 }
 
 /// What the claims hold for, and no further.
@@ -20,13 +35,13 @@ fn scope(record: &Record) -> String {
     let weights = if record.weights.source == "random" { "random weights" } else { "these weights" };
     let engine = &record.engine.name;
     // Rows from another tool may come from anywhere.
-    let machine = if engine == "quantbench" { "this machine" } else { "its machine" };
+    let machine = if engine == case::OWN { "this machine" } else { "its machine" };
     format!("{engine}, {machine}, batch {}, these lengths, {weights}", record.workload.batch_size)
 }
 
 /// Which precisions stay within `card_bytes`: by their peak, or without one by what they hold exactly. One that did not fit into less is
 /// known by what it wanted.
-fn fit(records: &[Record], card_bytes: u64) -> String {
+fn fit(records: &[&Record], card_bytes: u64) -> String {
     let exact = |record: &Record| {
         let memory = &record.memory;
         Some(memory.weights_bytes? + memory.kv_cache_bytes? + memory.scratch_bytes.unwrap_or(0))
@@ -36,7 +51,8 @@ fn fit(records: &[Record], card_bytes: u64) -> String {
         _ => record.memory.wanted_bytes,
     };
     let with = |wanted: Option<bool>| {
-        records.iter().filter(|record| needed(record).map(|bytes| bytes <= card_bytes) == wanted).collect::<Vec<_>>()
+        let held = |record: &&&Record| needed(record).map(|bytes| bytes <= card_bytes) == wanted;
+        records.iter().filter(held).copied().collect::<Vec<_>>()
     };
     let says = |records: Vec<&Record>, one: &str, many: &str| match records.len() {
         0 => None,
@@ -97,7 +113,7 @@ fn claim(ok: &[&Record]) -> String {
     }
 }
 
-fn baseline_missing(records: &[Record], ok: &[&Record]) -> String {
+fn baseline_missing(records: &[&Record], ok: &[&Record]) -> String {
     match records.iter().find(|record| record.precision == "fp16") {
         _ if ok.is_empty() => String::new(),
         Some(fp16) if fp16.status != Status::Ok => format!("; fp16 gave no result ({})", status_word(fp16.status)),
@@ -355,11 +371,20 @@ mod tests {
         let peaks = [Some(3u64 << 30), Some(2 << 30), None];
         records.iter_mut().zip(peaks).for_each(|(record, peak)| record.memory.peak_bytes = peak);
         (records[2].memory.weights_bytes, records[2].memory.kv_cache_bytes) = (Some(1 << 30), Some(1 << 20));
-        assert_eq!(fit(&records, 2 << 30), "; into 2.00 GiB int8 and nf4 fit, fp16 does not");
+        assert_eq!(
+            fit(&records.iter().collect::<Vec<_>>(), 2 << 30),
+            "; into 2.00 GiB int8 and nf4 fit, fp16 does not"
+        );
         (records[0].status, records[2].memory.weights_bytes) = (Status::Oom, None);
-        assert_eq!(fit(&records, 2 << 30), "; into 2.00 GiB int8 fits, fp16 and nf4 are not known to");
+        assert_eq!(
+            fit(&records.iter().collect::<Vec<_>>(), 2 << 30),
+            "; into 2.00 GiB int8 fits, fp16 and nf4 are not known to"
+        );
         records[0].memory.wanted_bytes = Some(3 << 30);
-        assert_eq!(fit(&records, 2 << 30), "; into 2.00 GiB int8 fits, fp16 does not, nf4 is not known to");
+        assert_eq!(
+            fit(&records.iter().collect::<Vec<_>>(), 2 << 30),
+            "; into 2.00 GiB int8 fits, fp16 does not, nf4 is not known to"
+        );
         assert!(verdict(&records, Some(2 << 30)).contains("into 2.00 GiB"));
     }
 

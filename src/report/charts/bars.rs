@@ -11,7 +11,6 @@ use crate::report::case::GIB;
 use crate::report::grid::decimals;
 
 const WIDTH: i32 = 340;
-const NAMES: i32 = 66;
 const NUMBERS: i32 = 66;
 const ROW: i32 = 34;
 const BAR: i32 = 18;
@@ -85,13 +84,14 @@ fn bars(kind: &Kind, bars: Vec<Bar>, limit: Option<f64>, precisions: &Precisions
     }
     let ends = bars.iter().map(|bar| bar.interval.map_or(bar.value, |(_, high)| high.max(bar.value)));
     let largest = ends.chain(limit).fold(0.0, f64::max);
-    let scale = Scale { left: NAMES, right: WIDTH - NUMBERS, largest };
+    let left = draw::names_width(bars.iter().map(|bar| bar.precision));
+    let scale = Scale { left, right: WIDTH - NUMBERS, largest };
     let digits = decimals(bars.iter().map(|bar| bar.value).fold(0.0, f64::max));
     // A limit has its words above the bars.
     let top = if limit.is_some() { ROW - 8 } else { 2 };
     let height = top + ROW * bars.len() as i32;
     let svg = draw::svg(WIDTH as u32, height as u32, |area| {
-        draw::line(area, (NAMES, top), (NAMES, height), GRID.stroke_width(1))?;
+        draw::line(area, (left, top), (left, height), GRID.stroke_width(1))?;
         for (index, bar) in bars.iter().enumerate() {
             row(area, bar, &scale, top + ROW * index as i32, digits, precisions.color(bar.precision))?;
         }
@@ -130,8 +130,8 @@ impl Scale {
 
 fn row(area: &Area, bar: &Bar, scale: &Scale, top: i32, digits: usize, color: Color) -> Result<()> {
     let middle = top + ROW / 2;
-    draw::label(area, bar.precision, (NAMES - 10, middle), HPos::Right, INK)?;
-    draw::bar(area, (NAMES, scale.at(bar.value)), (middle - BAR / 2, middle + BAR / 2), color)?;
+    draw::label(area, bar.precision, (scale.left - 10, middle), HPos::Right, INK)?;
+    draw::bar(area, (scale.left, scale.at(bar.value)), (middle - BAR / 2, middle + BAR / 2), color)?;
     let mut end = scale.at(bar.value);
     if let Some((low, high)) = bar.interval {
         draw::line(area, (scale.at(low), middle), (scale.at(high), middle), INK.stroke_width(1))?;
@@ -178,15 +178,16 @@ pub fn memory_parts(records: &[&Record], _: &Precisions) -> Result<Option<Chart>
     let names: Vec<&str> = first.iter().map(|(name, _)| *name).collect();
     let total = |parts: &[(&str, u64)]| parts.iter().map(|(_, bytes)| *bytes).sum::<u64>() as f64;
     let largest = stacks.iter().map(|(_, parts)| total(parts)).fold(0.0, f64::max);
-    let scale = Scale { left: NAMES, right: WIDTH - NUMBERS, largest };
+    let left = draw::names_width(stacks.iter().map(|(precision, _)| *precision));
+    let scale = Scale { left, right: WIDTH - NUMBERS, largest };
     let height = ROW * (stacks.len() as i32 + 1);
     let digits = decimals(largest / GIB);
     let svg = draw::svg(WIDTH as u32, height as u32, |area| {
         legend(area, &names)?;
-        draw::line(area, (NAMES, ROW), (NAMES, height), GRID.stroke_width(1))?;
+        draw::line(area, (left, ROW), (left, height), GRID.stroke_width(1))?;
         for (index, (precision, parts)) in stacks.iter().enumerate() {
             let middle = ROW * (index as i32 + 1) + ROW / 2;
-            draw::label(area, precision, (NAMES - 10, middle), HPos::Right, INK)?;
+            draw::label(area, precision, (left - 10, middle), HPos::Right, INK)?;
             let mut below = 0.0;
             for (part, (_, bytes)) in parts.iter().enumerate().filter(|(_, (_, bytes))| *bytes > 0) {
                 let (left, right) = (scale.at(below), scale.at(below + *bytes as f64));
@@ -222,7 +223,7 @@ fn part_color(part: usize) -> Color {
 
 fn legend(area: &Area, names: &[&str]) -> Result<()> {
     for (index, name) in names.iter().enumerate() {
-        let left = NAMES + 68 * index as i32;
+        let left = 66 + 68 * index as i32;
         draw::bar(area, (left, left + 10), (ROW / 2 - 5, ROW / 2 + 5), part_color(index))?;
         draw::label(area, name, (left + 15, ROW / 2), HPos::Left, MUTED)?;
     }

@@ -40,7 +40,7 @@ pub fn step_latency(records: &[&Record], precisions: &Precisions) -> Result<Opti
             .margin_top(6)
             .margin_right(14)
             .x_label_area_size(44)
-            .y_label_area_size(66)
+            .y_label_area_size(draw::names_width(all.iter().map(|steps| steps.precision)))
             .build_cartesian_2d(least..most, 0.0..n)?;
         chart
             .configure_mesh()

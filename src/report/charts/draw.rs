@@ -100,6 +100,12 @@ pub fn text_style(color: Color, at: HPos) -> TextStyle<'static> {
     ("sans-serif", TEXT).into_font().color(&color).pos(Pos::new(at, VPos::Center))
 }
 
+/// Room for names to the left of an axis: that of `nf4-nodq` at least, so that charts stand in line.
+pub fn names_width<'a>(names: impl Iterator<Item = &'a str>) -> i32 {
+    let longest = names.map(|name| name.chars().count()).max().unwrap_or(0) as i32;
+    (7 * longest + 12).clamp(66, 160)
+}
+
 /// A line of text whose middle is at `y`.
 pub fn label(area: &Area, text: &str, (x, y): (i32, i32), at: HPos, color: Color) -> Result<()> {
     Ok(area.draw(&Text::new(text.to_owned(), (x, y), text_style(color, at)))?)

@@ -12,7 +12,8 @@ pub use draw::escape;
 
 use anyhow::Result;
 
-use crate::record::Record;
+use super::case;
+use crate::record::{Record, Status};
 
 /// A picture with what it says in words and numbers.
 pub struct Chart {
@@ -58,13 +59,17 @@ impl Precisions {
     }
 
     fn color(&self, precision: &str) -> draw::Color {
-        draw::precision_color(self.0.iter().position(|name| name == precision).unwrap_or(0))
+        // Another engine's row of a precision has the precision's colour; its label names the engine.
+        let is_of = |name: &String| precision == name || precision.starts_with(&format!("{name} by "));
+        draw::precision_color(self.0.iter().position(is_of).unwrap_or(0))
     }
 }
 
 /// All charts that the records of one case can fill. Records without a result are left out.
 pub fn charts(records: &[Record], precisions: &Precisions) -> Result<Vec<Chart>> {
-    let ok: Vec<&Record> = records.iter().filter(|record| record.status == crate::record::Status::Ok).collect();
+    let labelled = |record: &Record| Record { precision: case::label(record, records), ..record.clone() };
+    let ok: Vec<Record> = records.iter().filter(|record| record.status == Status::Ok).map(labelled).collect();
+    let ok: Vec<&Record> = ok.iter().collect();
     let drawn: Vec<Option<Chart>> = CHARTS.iter().map(|draw| draw(&ok, precisions)).collect::<Result<_>>()?;
     Ok(drawn.into_iter().flatten().collect())
 }
