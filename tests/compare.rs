@@ -149,6 +149,25 @@ fn a_missing_precision_is_said() {
     assert_eq!(comparison.checks.len(), 1);
 }
 
+#[test]
+fn engines_of_one_file_are_told_apart() {
+    let with_other = |name: &str, share: f64| {
+        let mut document = recorded(name);
+        let mut other = document.records.clone();
+        for record in &mut other {
+            record.engine.name = "candle".into();
+            slow_down(record, share);
+        }
+        document.records.extend(other);
+        document
+    };
+    // Only the other engine became slower.
+    let rules = rules("decode_tps:-20%");
+    let comparison = compare(&with_other("base.json", 0.5), &with_other("base.json", 0.8), &rules).expect("compare");
+    let verdicts: Vec<_> = comparison.checks.iter().map(|check| check.verdict).collect();
+    assert_eq!(verdicts, [Verdict::Ok, Verdict::Ok, Verdict::Regressed, Verdict::Regressed]);
+}
+
 struct Place(tempfile::TempDir);
 
 impl Place {

@@ -139,12 +139,13 @@ fn ratio(gate: &Gate, sides: &Sides) -> Result<Found, Nothing> {
 fn paired_speedups(record: &Record, all: &[Record]) -> Result<Vec<f64>, Nothing> {
     let same_run = |other: &&Record| {
         other.precision == "fp16"
-            && (&other.model, other.workload, &other.device, &other.engine, &other.timestamp)
-                == (&record.model, record.workload, &record.device, &record.engine, &record.timestamp)
+            && (&other.model, other.workload, &other.device, &other.timestamp)
+                == (&record.model, record.workload, &record.device, &record.timestamp)
     };
-    let (Some(ratio), Some(fp16)) = (record.ratio_to_fp16, all.iter().find(same_run)) else {
-        return Err(Nothing(None));
-    };
+    // Rows of another engine are measured against our own fp16 where it ran beside them.
+    let own = all.iter().filter(same_run).find(|other| other.engine.name == case::OWN);
+    let fp16 = own.or_else(|| all.iter().filter(same_run).find(|other| other.engine == record.engine));
+    let (Some(ratio), Some(fp16)) = (record.ratio_to_fp16, fp16) else { return Err(Nothing(None)) };
     if !ratio.paired {
         return Err(Nothing(Some("the precisions did not run in turn, so there are no pairs".into())));
     }

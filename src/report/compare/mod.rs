@@ -70,6 +70,8 @@ pub struct Side {
 pub struct Check {
     pub model: String,
     pub precision: String,
+    /// Of the new side.
+    pub engine: String,
     pub workload: String,
     pub gate: String,
     pub kind: Kind,
@@ -131,7 +133,8 @@ fn in_order(pairs: &[pairs::Pair], checks: Vec<Check>) -> Vec<Check> {
     let place = |check: &Check| {
         pairs.iter().position(|pair| {
             let record = pair.new[0];
-            (&record.model.id, &record.precision) == (&check.model, &check.precision)
+            let names = (&record.model.id, &record.precision, &record.engine.name);
+            names == (&check.model, &check.precision, &check.engine)
                 && super::case::workload(&record.workload) == check.workload
         })
     };
@@ -153,6 +156,7 @@ fn check(gate: &Gate, record: &Record, found: judge::Found) -> Check {
     Check {
         model: record.model.id.clone(),
         precision: record.precision.clone(),
+        engine: record.engine.name.clone(),
         workload: super::case::workload(&record.workload),
         gate: gate.text.clone(),
         kind: gate.kind(),

@@ -80,12 +80,18 @@ fn same_work(a: &Record, b: &Record) -> bool {
     differences(&work(a), &work(b)).is_empty()
 }
 
+fn same_engine(a: &Record, b: &Record) -> bool {
+    a.engine.name == b.engine.name
+}
+
 /// Pairs what did the same work. Fails where a record has a namesake that did other work, and where nothing pairs.
 pub fn pair<'a>(base: &'a [Record], new: &'a [Record]) -> Result<Pairs<'a>, BadInput> {
     let (base, mut new) = (by_work(base), by_work(new));
     let (mut pairs, mut lonely) = (Vec::new(), Vec::new());
     for group in base {
-        match new.iter().position(|other| same_work(group[0], other[0])) {
+        // Two engines may stand in one file: each meets itself first.
+        let itself = new.iter().position(|other| same_work(group[0], other[0]) && same_engine(group[0], other[0]));
+        match itself.or_else(|| new.iter().position(|other| same_work(group[0], other[0]))) {
             Some(at) => pairs.push(Pair { base: group, new: new.remove(at) }),
             None => lonely.push(group[0]),
         }
@@ -106,7 +112,7 @@ pub fn pair<'a>(base: &'a [Record], new: &'a [Record]) -> Result<Pairs<'a>, BadI
 fn by_work(records: &[Record]) -> Vec<Vec<&Record>> {
     let mut groups: Vec<Vec<&Record>> = Vec::new();
     for record in records {
-        match groups.iter_mut().find(|group| same_work(group[0], record)) {
+        match groups.iter_mut().find(|group| same_work(group[0], record) && same_engine(group[0], record)) {
             Some(group) => group.push(record),
             None => groups.push(vec![record]),
         }

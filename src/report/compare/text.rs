@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::{Check, Comparison, Kind, Verdict};
-use crate::report::case::{GIB, plain};
+use crate::report::case::{self, GIB, plain};
 use crate::report::grid::{self, Line};
 use crate::report::markdown;
 
@@ -35,7 +35,7 @@ fn json(comparison: &Comparison) -> Result<String> {
 fn table(comparison: &Comparison) -> Result<String> {
     let mut text = format!("{}\n{}\n", headline(comparison), sides(comparison));
     // A grid aligns its first column to the left only: precision and metric share it.
-    let precisions = comparison.checks.iter().map(|check| plain(&check.precision).chars().count());
+    let precisions = comparison.checks.iter().map(|check| label(check).chars().count());
     let width = precisions.chain([HEADERS[0].len()]).max().unwrap_or(0);
     let joined = |cells: Vec<String>| {
         let first = format!("{:width$}  {}", cells[0], cells[1]);
@@ -123,7 +123,7 @@ fn cells(check: &Check) -> Vec<String> {
     let number = |value: Option<f64>| value.map_or_else(dash, |x| format!("{:.decimals$}", shown(check, x)));
     let limit = check.limit.map_or_else(|| "equal".to_owned(), |limit| difference(check, limit));
     vec![
-        plain(&check.precision),
+        label(check),
         metric,
         number(check.base),
         number(check.new),
@@ -131,6 +131,14 @@ fn cells(check: &Check) -> Vec<String> {
         limit,
         verdict(check),
     ]
+}
+
+/// The precision, and whose it is where it is not ours.
+fn label(check: &Check) -> String {
+    match check.engine.as_str() {
+        case::OWN => plain(&check.precision),
+        engine => plain(&format!("{} by {engine}", check.precision)),
+    }
 }
 
 fn verdict(check: &Check) -> String {
