@@ -29,6 +29,12 @@ pub fn print_error(error: &anyhow::Error) {
     let _ = io::stderr().write_all(error_text(error).as_bytes());
 }
 
+/// Writes to stderr what belongs beside a result that a program reads.
+pub fn print_aside(text: &str) {
+    // Where stderr is closed there is nobody left to tell.
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
 fn error_text(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for (index, cause) in error.chain().enumerate() {

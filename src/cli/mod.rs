@@ -2,13 +2,19 @@
 //!
 //! Value lists, defaults, help, completions and the man page come from here and from the tables of the layers below.
 
+mod compare;
 mod export;
+mod import;
 mod method;
+mod report;
 mod request;
 mod suite;
 
+pub use compare::{Against, AgainstArgs, CompareArgs, CompareRequest, GateArgs, Judgement};
 pub use export::{ExportArgs, ExportRequest};
+pub use import::{ImportArgs, ImportRequest};
 pub use method::MethodArgs;
+pub use report::{Output, ReportArgs, ReportRequest};
 pub use request::Request;
 pub use suite::{MergeArgs, SuiteArgs, suite_keys, suite_task};
 
@@ -57,6 +63,12 @@ pub enum Command {
     Suite(SuiteArgs),
     /// Join the results of several suites or machines.
     Merge(MergeArgs),
+    /// Compare two files of records and fail on a proven regression.
+    Compare(CompareArgs),
+    /// Read rows that llama-bench, vLLM or optimum-benchmark measured.
+    Import(ImportArgs),
+    /// Turn files of records into a page with charts, or into another format.
+    Report(ReportArgs),
     /// Write a quantized checkpoint that transformers and bitsandbytes load unchanged.
     Export(ExportArgs),
     /// Show what this machine has for measuring, what is missing, and what to do about it.
@@ -153,6 +165,9 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub method: MethodArgs,
+
+    #[command(flatten)]
+    pub against: AgainstArgs,
 
     #[command(flatten)]
     pub output: OutputArgs,
@@ -295,6 +310,10 @@ pub struct OutputArgs {
     /// Show every column of the table.
     #[arg(long, help_heading = "Output")]
     pub wide: bool,
+
+    /// GiB of a card's memory: the verdict says which precisions fit.
+    #[arg(long, value_name = "GIB", value_parser = report::gib, help_heading = "Output")]
+    pub card: Option<u64>,
 
     /// Show no progress.
     #[arg(short, long, help_heading = "Output")]

@@ -64,7 +64,7 @@ impl Request {
         Ok(Self {
             stdout: writer(output.format.as_deref())?,
             file: output.output.as_deref().map(output_file).transpose()?,
-            options: report::Options { wide: output.wide },
+            options: report::Options { wide: output.wide, card_bytes: output.card },
             quiet: output.quiet,
             is_first_look: false,
             allow_oom: false,

@@ -1,12 +1,15 @@
 //! One file per command, each a table of contents.
 
+mod compare;
 mod doctor;
 mod dry_run;
 mod export;
+mod import;
 mod limits;
 mod list_models;
 mod merge;
 mod quality;
+mod report;
 mod run;
 mod suite;
 
@@ -26,6 +29,9 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
         Some(Command::Quality(args)) => quality::quality(args),
         Some(Command::Suite(args)) => suite::suite(args),
         Some(Command::Merge(args)) => merge::merge(args),
+        Some(Command::Compare(args)) => compare::compare(args),
+        Some(Command::Import(args)) => import::import(args),
+        Some(Command::Report(args)) => report::report(args),
         Some(Command::Export(args)) => export::export(args),
         Some(Command::Doctor(args)) => doctor::doctor(args),
         Some(Command::Completions { shell }) => completions(*shell),

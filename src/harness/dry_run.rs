@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::memory::ProcessMemory;
 use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT, Workload};
-use super::{Case, DeviceChoice, PromptChoice, Protocol, Row, doctor, parent, worker};
+use super::{Case, DeviceChoice, PromptChoice, Protocol, Row, checks, doctor, parent, worker};
 use crate::engine::{self, Engine};
 use crate::events::Listener;
 use crate::kernels::cpu::pool::default_threads;
@@ -14,12 +14,12 @@ use crate::weights::{self, Surveyed};
 
 /// Fails on input that cannot be used, as the run itself would.
 pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
-    let device = parent::check(case)?;
+    let device = checks::check(case)?;
     let Surveyed { checkpoint, files } = weights::survey(&case.model, events)?;
     let mut model = worker::build(&checkpoint, &case.model.model_id)?;
     worker::select(&mut model, &checkpoint, &case.selection())?;
-    let case = &parent::in_own_precision(case, checkpoint.quantized.as_ref())?;
-    parent::check_engines(case)?;
+    let case = &checks::in_own_precision(case, checkpoint.quantized.as_ref())?;
+    checks::check_engines(case)?;
     if case.engines.contains(&Engine::Candle) {
         engine::candle::check(&model, &checkpoint.config)?;
     }

@@ -1,6 +1,8 @@
 //! One case → records: workers, protocol, clock, memory, environment, validity, warnings. Never prints.
 
+mod ab;
 pub mod assemble;
+mod checks;
 pub mod clock;
 mod deadline;
 pub mod doctor;
@@ -25,9 +27,11 @@ pub mod warnings;
 pub mod watch;
 mod worker;
 
+pub use ab::run_ab;
+pub use checks::device;
 pub use deadline::Deadline;
 pub use dry_run::dry_run;
-pub use parent::{device, engine_facts, quality, run};
+pub use parent::{engine_facts, quality, run};
 pub use process::{SUBCOMMAND, cause_of_death, last_words};
 pub use prompt::DEFAULT_TEXT;
 pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};

@@ -1,7 +1,6 @@
 //! One case → records: check everything, measure the memory, run the workers.
 
 use anyhow::Result;
-use tokenizers::Tokenizer;
 
 use super::assemble::{self, Facts};
 use super::environment::{self, Machine};
@@ -16,7 +15,7 @@ use super::warnings::Warning;
 use super::watch::Watch;
 use super::watch::machine::{MachineWatch, Sensors};
 use super::worker::{self, Opened};
-use super::{Asked, Case, DeviceChoice, Row, logits};
+use super::{Case, DeviceChoice, Row, checks};
 use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::{self, Engine};
 use crate::error::{BadInput, OutOfMemory};
@@ -26,9 +25,7 @@ use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
 use crate::kernels::nvml::Gpu;
-use crate::quant::{self, FormatOptions};
 use crate::record::{self, Record};
-use crate::weights::bnb::PreQuantized;
 
 /// What a worker holds beside weights and cache: code, activations, tables.
 const WORKER_BYTES: u64 = 64 << 20;
@@ -38,17 +35,13 @@ const LOADING_BYTES: u64 = 256 << 20;
 
 /// Measures every precision of `case`. Fails on input that cannot be used; a precision that fails becomes a record.
 pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
-    let device = check(case)?;
-    let mut opened = worker::open(&case.model, events)?;
-    opened.select(&case.selection())?;
-    let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
-    check_engines(case)?;
-    let plan = Plan::new(case, device, opened)?;
+    let device = checks::check(case)?;
+    let (case, plan) = &Plan::open(case, device, events)?;
     let passage = plan.passage(case)?;
     let mut facts = plan.facts(case, events)?;
     let mut watch = MachineWatch::new(plan.sensors(&mut facts));
     let outcomes = plan.outcomes(case, facts.order, &mut watch, events)?;
-    let decode = |ids: &[u32]| plan.opened.checkpoint.tokenizer.as_ref().and_then(|tokenizer| text(tokenizer, ids));
+    let decode = |ids: &[u32]| plan.text(ids);
     let mut records = assemble::records(&facts, case, &outcomes, &decode);
     if let Some(read_gb_s) = facts.read_gb_s.filter(|_| exceeds_bandwidth(&records)) {
         // A kernel that reads faster than the benchmark did shows that the benchmark was disturbed, or that caches helped.
@@ -56,18 +49,15 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
         facts.read_gb_s = Some(again.map_or(read_gb_s, |again| again.max(read_gb_s)));
         records = assemble::records(&facts, case, &outcomes, &decode);
     }
-    add_quality(&plan, case, passage, &mut records, events)?;
+    add_quality(plan, case, passage, &mut records, events)?;
     Ok(records)
 }
 
 /// Measures the quality of every precision of `case` and no speed. Fails on input that cannot be used and on a model that
 /// has no quality; a precision that fails becomes a record.
 pub fn quality(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
-    let device = check(case)?;
-    let mut opened = worker::open(&case.model, events)?;
-    opened.select(&case.selection())?;
-    let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
-    let plan = Plan::new(case, device, opened)?;
+    let device = checks::check(case)?;
+    let (case, plan) = &Plan::open(case, device, events)?;
     let Some(passage) = plan.passage(case)? else { return Ok(Vec::new()) };
     let passage = passage.map_err(BadInput::from)?;
     let mut records = assemble::unmeasured(&plan.facts_unmeasured(case), case);
@@ -99,7 +89,7 @@ fn add_quality(
 }
 
 /// What no precision can do anything about.
-fn into_error(failure: Failure) -> anyhow::Error {
+pub(super) fn into_error(failure: Failure) -> anyhow::Error {
     match failure {
         Failure::BadInput { message, hint: Some(hint) } => BadInput::new(message).hint(hint).into(),
         Failure::BadInput { message, hint: None } => BadInput::new(message).into(),
@@ -111,21 +101,27 @@ fn exceeds_bandwidth(records: &[Record]) -> bool {
     records.iter().any(|record| record.bandwidth.mbu.is_some_and(|mbu| mbu > 1.0))
 }
 
-fn text(tokenizer: &Tokenizer, ids: &[u32]) -> Option<String> {
-    tokenizer.decode(ids, true).ok()
-}
-
 /// A case that was checked.
-struct Plan {
+pub(super) struct Plan {
     opened: Opened,
-    share: Share,
-    workload: Workload,
+    pub(super) share: Share,
+    pub(super) workload: Workload,
     /// What each row of the case needs, in bytes, and what is free.
-    needs: Vec<u64>,
+    pub(super) needs: Vec<u64>,
     free_bytes: Option<u64>,
 }
 
 impl Plan {
+    /// Finds the model, downloading what is missing, and gives the case as that model allows it.
+    pub(super) fn open(case: &Case, device: DeviceChoice, events: &dyn Listener) -> Result<(Case, Self)> {
+        let mut opened = worker::open(&case.model, events)?;
+        opened.select(&case.selection())?;
+        let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
+        checks::check_engines(&case)?;
+        let plan = Self::new(&case, device, opened)?;
+        Ok((case, plan))
+    }
+
     /// The checks that need the model but no weights in memory.
     fn new(case: &Case, device: DeviceChoice, opened: Opened) -> Result<Self> {
         if case.engines.contains(&Engine::Candle) {
@@ -148,6 +144,11 @@ impl Plan {
         case.quality.as_ref().map(|choice| Passage::new(choice, &self.opened, &self.workload)).transpose()
     }
 
+    /// What `ids` say, where there is a tokenizer.
+    pub(super) fn text(&self, ids: &[u32]) -> Option<String> {
+        self.opened.checkpoint.tokenizer.as_ref()?.decode(ids, true).ok()
+    }
+
     fn together_bytes(&self) -> u64 {
         together_bytes(&self.needs)
     }
@@ -156,7 +157,7 @@ impl Plan {
         order(self.share.device, &self.needs, self.free_bytes)
     }
 
-    fn facts(&self, case: &Case, events: &dyn Listener) -> Result<Facts> {
+    pub(super) fn facts(&self, case: &Case, events: &dyn Listener) -> Result<Facts> {
         let mut facts = self.facts_unmeasured(case);
         if facts.order == Order::InTurn {
             let (needed_bytes, free_bytes) = (self.together_bytes(), self.free_bytes.unwrap_or(0));
@@ -171,7 +172,7 @@ impl Plan {
     }
 
     /// What is read while repeats run, and what the driver knows of the device. Nothing may run yet: the idle power is taken.
-    fn sensors(&self, facts: &mut Facts) -> Sensors {
+    pub(super) fn sensors(&self, facts: &mut Facts) -> Sensors {
         let gpu = match self.share.device {
             DeviceChoice::Cuda(ordinal) => Gpu::open(ordinal),
             DeviceChoice::Cpu | DeviceChoice::Auto => None,
@@ -261,7 +262,7 @@ impl Plan {
     }
 
     /// A worker process, or for a precision whose weights and cache alone exceed what is free, its refusal.
-    fn worker(&self, case: &Case, row: &Row, wanted_bytes: u64) -> Box<dyn Worker> {
+    pub(super) fn worker(&self, case: &Case, row: &Row, wanted_bytes: u64) -> Box<dyn Worker> {
         let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
         let room_bytes = room_bytes.into_iter().flatten().min();
         let too_little = room_bytes.filter(|room| self.share.device == DeviceChoice::Cpu && wanted_bytes > *room);
@@ -335,77 +336,6 @@ pub fn engine_facts(engine: Engine) -> record::Engine {
         Engine::Candle => "release",
     };
     record::Engine { name: engine.name().to_owned(), version: engine.version().to_owned(), commit: commit.to_owned() }
-}
-
-/// The checks that need no model; what is wrong is said before anything is downloaded.
-pub(super) fn check(case: &Case) -> Result<DeviceChoice> {
-    check_precisions(case)?;
-    check_engines(case)?;
-    let device = device(case.device)?;
-    let rows = case.rows();
-    for (row, path) in rows.iter().flat_map(|row| case.save_logits.iter().map(move |path| (row, path))) {
-        logits::check_writable(&logits::path_of(path, &row.label(), rows.len()))?;
-    }
-    Ok(device)
-}
-
-fn check_precisions(case: &Case) -> Result<(), BadInput> {
-    let known = || quant::FORMATS.iter().map(|entry| format!("`{}`", entry.name)).collect::<Vec<_>>().join(", ");
-    if case.precisions.is_empty() {
-        return Err(BadInput::new("no precision is asked for").hint(format!("known are {}", known())));
-    }
-    match case.precisions.iter().find(|name| quant::find(name).is_none()) {
-        Some(name) => Err(BadInput::new(format!("unknown precision `{name}`")).hint(format!("known are {}", known()))),
-        None => Ok(()),
-    }
-}
-
-/// candle-transformers runs one precision: where quantized ones are asked for by name, our own engine must be there for them.
-pub(super) fn check_engines(case: &Case) -> Result<(), BadInput> {
-    if !case.engines.contains(&Engine::Candle) {
-        return Ok(());
-    }
-    let runs = |precision: &&String| case.engines.iter().any(|engine| engine.runs(precision));
-    let lost = case.precisions.iter().find(|precision| !runs(precision)).filter(|_| case.asked == Asked::ByName);
-    let none = case.precisions.first().filter(|_| !case.precisions.iter().any(|p| Engine::Candle.runs(p)));
-    match lost.or(none) {
-        None => Ok(()),
-        Some(precision) => Err(BadInput::new(format!(
-            "`--engine candle` has no `{precision}`: candle-transformers' models run in fp16 or fp32"
-        ))
-        .hint(format!("add `--precision fp16`, or measure `{precision}` with `--engine quantbench`"))),
-    }
-}
-
-/// The case as a model that was saved quantized allows it: in the precision that it has.
-pub(super) fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Case, BadInput> {
-    let Some(own) = quantized else { return Ok(case.clone()) };
-    let others = || case.precisions.iter().find(|name| *name != own.precision);
-    if let Some(other) = others().filter(|_| case.asked == Asked::ByName) {
-        return Err(BadInput::new(format!(
-            "`--precision {other}` is not possible: the weights of `{}` were saved in `{}`",
-            case.model.model_id, own.precision
-        ))
-        .hint(format!("drop `--precision` to measure `{}`, or name the model that it was made from", own.precision)));
-    }
-    let mut case = Case { precisions: vec![own.precision.to_owned()], ..case.clone() };
-    if case.format_options == FormatOptions::default() {
-        case.format_options.int8_threshold = own.int8_threshold;
-    }
-    Ok(case)
-}
-
-/// The device that a choice means here. The parent creates no CUDA context, which would take memory from the workers.
-pub fn device(choice: DeviceChoice) -> Result<DeviceChoice, BadInput> {
-    let built = cfg!(feature = "cuda");
-    let driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
-    match choice {
-        DeviceChoice::Auto if built && driver => Ok(DeviceChoice::Cuda(0)),
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(DeviceChoice::Cpu),
-        DeviceChoice::Cuda(_) if !built => Err(BadInput::new("this build of quantbench has no CUDA support")
-            .hint("use `--device cpu`, or build with `--features cuda` (scripts/cuda-toolkit.sh gets the toolkit)")),
-        DeviceChoice::Cuda(_) => Ok(choice),
-    }
 }
 
 /// Stands in for a worker that is not worth starting.

@@ -1,6 +1,7 @@
 //! A worker in a process of its own, seen from the parent: start, ask, and say how it died.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 
@@ -27,6 +28,8 @@ const MMAP_THRESHOLD_BYTES: &str = "1048576";
 
 pub struct ProcessWorker {
     job: Job,
+    /// Whose code runs; `None`: this program's.
+    binary: Option<PathBuf>,
     /// Weights and cache: what a worker that runs out of memory wanted.
     needed_bytes: u64,
     deadline: Option<Deadline>,
@@ -43,7 +46,12 @@ struct Running {
 
 impl ProcessWorker {
     pub fn new(job: Job, needed_bytes: u64, deadline: Option<Deadline>) -> Self {
-        Self { job, needed_bytes, deadline, running: None }
+        Self { job, binary: None, needed_bytes, deadline, running: None }
+    }
+
+    /// The same in the worker process of another build.
+    pub fn of_binary(self, binary: PathBuf) -> Self {
+        Self { binary: Some(binary), ..self }
     }
 
     fn ask(&mut self, ask: &Ask, events: &dyn Listener) -> Result<Reply, Failure> {
@@ -81,7 +89,7 @@ fn with_sizes(failure: Failure, wanted_bytes: u64, free: impl Fn() -> Option<u64
 
 /// Read and copy bandwidth of a CUDA device, measured by a process that ends with it: a context takes memory.
 pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredBandwidth, Failure> {
-    let mut running = start(1, deadline)?;
+    let mut running = start(None, 1, deadline)?;
     let asked = running.send(&Ask::Bandwidth(ordinal)).and_then(|()| running.reply(&Silent));
     match asked.unwrap_or_else(|_| Err(running.cause_of_death(0)))? {
         Reply::Bandwidth(bandwidth) => Ok(bandwidth),
@@ -89,8 +97,8 @@ pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredB
     }
 }
 
-fn start(threads: usize, deadline: Option<Deadline>) -> Result<Running, Failure> {
-    Running::start(threads, deadline).map_err(|cause| error(format!("starting a worker process: {cause}")))
+fn start(binary: Option<&Path>, threads: usize, deadline: Option<Deadline>) -> Result<Running, Failure> {
+    Running::start(binary, threads, deadline).map_err(|cause| error(format!("starting a worker process: {cause}")))
 }
 
 /// A reply of another kind than asked for: two versions of the program met.
@@ -122,7 +130,7 @@ impl Worker for ProcessWorker {
     }
 
     fn load(&mut self, events: &dyn Listener) -> Result<LoadFacts, Failure> {
-        self.running = Some(start(self.job.threads, self.deadline)?);
+        self.running = Some(start(self.binary.as_deref(), self.job.threads, self.deadline)?);
         match self.ask(&Ask::Load(Box::new(self.job.clone())), events)? {
             Reply::Loaded(facts) => Ok(facts),
             other => unexpected(other),
@@ -152,8 +160,9 @@ impl Worker for ProcessWorker {
 }
 
 impl Running {
-    fn start(threads: usize, deadline: Option<Deadline>) -> std::io::Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
+    fn start(binary: Option<&Path>, threads: usize, deadline: Option<Deadline>) -> std::io::Result<Self> {
+        let program = binary.map_or_else(std::env::current_exe, |binary| Ok(binary.to_owned()))?;
+        let mut child = Command::new(program)
             .arg(SUBCOMMAND)
             .env("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD_BYTES)
             // What candle's own kernels take for the number of threads.

@@ -243,7 +243,7 @@ pub fn summaries(record: &Record) -> BTreeMap<String, Summary> {
     METRICS
         .iter()
         .filter_map(|metric| {
-            let values = metric.values?(record);
+            let values = metric.groups(record)?;
             Some((metric.key.to_owned(), stats::summarize_launches(metric.unit, &values, &record.samples.launches)))
         })
         .collect()
@@ -251,11 +251,20 @@ pub fn summaries(record: &Record) -> BTreeMap<String, Summary> {
 
 /// One value a repeat of a computed metric, for ratios and stopping rules; empty where it is undefined.
 pub fn repeats(record: &Record, key: &str) -> Vec<f64> {
-    let values = find(key).and_then(|metric| metric.values).map(|values| values(record)).unwrap_or_default();
+    let values = find(key).and_then(|metric| metric.groups(record)).unwrap_or_default();
     values.iter().filter_map(|group| stats::median(group)).collect()
 }
 
 impl Metric {
+    /// Values of each repeat: another tool's own, or from the raw samples. `None` for a metric that is not computed.
+    fn groups(&self, record: &Record) -> Option<Vec<Vec<f64>>> {
+        let values = self.values?;
+        Some(match record.samples.imported.get(self.key) {
+            Some(imported) => imported.iter().map(|&value| vec![value]).collect(),
+            None => values(record),
+        })
+    }
+
     /// The number in a record; `None` where it is undefined.
     pub fn value(&self, record: &Record) -> Option<f64> {
         self.value_in(&serde_json::to_value(record).ok()?)

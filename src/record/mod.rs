@@ -3,7 +3,9 @@
 //! Bytes are bytes, times say their unit in the name, an undefined number is `null`. [`metrics::METRICS`] lists the numbers
 //! that tables, gates and reports can name. `docs/record.schema.json` is generated from these types.
 
+pub mod import;
 pub mod metrics;
+mod unknown;
 
 use std::collections::BTreeMap;
 
@@ -31,8 +33,12 @@ pub struct Record {
     pub tainted: bool,
     pub engine: Engine,
     /// The command that made this record; paths keep their last component.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub command: String,
     /// RFC 3339, UTC.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub timestamp: String,
     pub model: ModelFacts,
     pub weights: WeightFacts,
@@ -94,7 +100,11 @@ pub enum Status {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Engine {
     pub name: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub version: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub commit: String,
 }
 
@@ -105,17 +115,27 @@ pub struct ModelFacts {
     /// Commit on the hub.
     pub revision: Option<String>,
     /// `model_type` of config.json.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub architecture: String,
+    #[serde(with = "unknown::count")]
+    #[schemars(with = "Option<u64>")]
     pub parameters: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct WeightFacts {
     /// `hub`, `local` or `random`.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub source: String,
     /// Of the checkpoint, before the cast to fp16.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub dtype: String,
     pub seed: Option<u64>,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub hash: String,
     /// Finite checkpoint values that became infinite in fp16.
     pub fp16_overflow: u64,
@@ -131,7 +151,11 @@ pub struct Int8Facts {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct DeviceFacts {
     /// `cpu` or `cuda`.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub kind: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub name: String,
 }
 
@@ -210,6 +234,9 @@ pub struct Samples {
     pub energy_j: Vec<f64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub energy_window_s: Vec<f64>,
+    /// Of a row from another tool: one value a repeat by METRICS key, where its times are not the ones above.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub imported: BTreeMap<String, Vec<f64>>,
 }
 
 /// Statistics of one metric over the counted repeats.
@@ -247,9 +274,17 @@ pub struct Ratio {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Dtypes {
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub weights: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub compute: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub kv_cache: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub logits: String,
 }
 
@@ -455,11 +490,21 @@ pub struct ModuleQuality {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Environment {
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub cpu: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub isa: String,
+    #[serde(with = "unknown::count")]
+    #[schemars(with = "Option<u64>")]
     pub threads: u64,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub os: String,
     /// `release` or `debug`.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub build_profile: String,
     pub features: Vec<String>,
     pub gpu: Option<String>,

@@ -33,7 +33,31 @@ pub fn title(records: &[Record]) -> String {
         [] => String::new(),
         patterns => format!(" with {} in fp16", patterns.join(", ")),
     };
-    plain(&format!("{}{random}{kept}{engine} on {}: {what}", first.model.id, device(first)))
+    let on = match device(first) {
+        device if device.is_empty() => device,
+        device => format!(" on {device}"),
+    };
+    plain(&format!("{}{random}{kept}{engine}{on}: {what}", first.model.id))
+}
+
+/// Our own engine, as records spell it.
+pub const OWN: &str = "quantbench";
+
+fn has_several_engines(records: &[Record]) -> bool {
+    records.iter().any(|record| record.engine != records[0].engine)
+}
+
+/// The precision, and the engine where a table has several: `fp16`, `fp16 by candle`.
+pub fn label(record: &Record, records: &[Record]) -> String {
+    let (precision, engine) = (plain(&record.precision), plain(&record.engine.name));
+    if engine == OWN || !has_several_engines(records) {
+        return precision;
+    }
+    match record.dtypes.weights == record.precision {
+        true => format!("{precision} by {engine}"),
+        // candle runs some of its models in fp32 alone.
+        false => format!("{precision} by {engine} in {}", plain(&record.dtypes.weights)),
+    }
 }
 
 /// Our own engine, as records spell it.
@@ -59,7 +83,7 @@ pub fn label(record: &Record, records: &[Record]) -> String {
 fn device(record: &Record) -> String {
     let environment = &record.environment;
     let mut text = record.device.name.clone();
-    if record.device.kind == "cpu" {
+    if record.device.kind == "cpu" && environment.threads > 0 {
         text += &format!(", {} {}", environment.threads, if environment.threads == 1 { "thread" } else { "threads" });
     }
     if !environment.isa.is_empty() {
@@ -77,8 +101,9 @@ pub fn has_quality_alone(record: &Record) -> bool {
 pub fn workload(workload: &Workload) -> String {
     let image = if workload.n_image > 0 { format!("{} image + ", workload.n_image) } else { String::new() };
     let depth = if workload.n_depth > 0 { format!(" after {} in the cache", workload.n_depth) } else { String::new() };
+    let batch = if workload.batch_size > 1 { format!(", batch {}", workload.batch_size) } else { String::new() };
     let tokens = if workload.n_gen == 1 { "token" } else { "tokens" };
-    format!("{image}{} prompt + {} new {tokens}{depth}", workload.n_prompt, workload.n_gen)
+    format!("{image}{} prompt + {} new {tokens}{depth}{batch}", workload.n_prompt, workload.n_gen)
 }
 
 /// Each warning once, after the precisions that it holds for.

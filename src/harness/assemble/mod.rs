@@ -244,6 +244,7 @@ fn samples(outcome: &Outcome) -> Samples {
         end_to_end_ns: samples.iter().map(|sample| sample.end_to_end_ns).collect(),
         cold_ns: runs_ns.first().copied(),
         warmup_ns: runs_ns,
+        imported: BTreeMap::new(),
     }
 }
 
