@@ -29,7 +29,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
             write_file(&request, &document([base.clone(), new.clone()].concat()))?;
             let (base, new) = (document(base), document(new));
             print(&request, &new)?;
-            judge(&request, (&base, &new), &judgement, exit_code(&new.records))
+            judge(&request, (&base, &new), &judgement, exit_code(&new.records, request.allow_oom))
         }
     }
 }

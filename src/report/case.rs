@@ -60,26 +60,6 @@ pub fn label(record: &Record, records: &[Record]) -> String {
     }
 }
 
-/// Our own engine, as records spell it.
-pub const OWN: &str = "quantbench";
-
-fn has_several_engines(records: &[Record]) -> bool {
-    records.iter().any(|record| record.engine != records[0].engine)
-}
-
-/// The precision, and the engine where a table has several: `fp16`, `fp16 by candle`.
-pub fn label(record: &Record, records: &[Record]) -> String {
-    let (precision, engine) = (plain(&record.precision), plain(&record.engine.name));
-    if engine == OWN || !has_several_engines(records) {
-        return precision;
-    }
-    match record.dtypes.weights == record.precision {
-        true => format!("{precision} by {engine}"),
-        // candle runs some of its models in fp32 alone.
-        false => format!("{precision} by {engine} in {}", plain(&record.dtypes.weights)),
-    }
-}
-
 fn device(record: &Record) -> String {
     let environment = &record.environment;
     let mut text = record.device.name.clone();

@@ -1,13 +1,11 @@
 //! The rows of a case that gave none: all that was asked, and why there is nothing else.
 
-use std::collections::BTreeMap;
-
 use crate::engine::Engine;
 use crate::harness::assemble;
 use crate::harness::protocol::Failure;
 use crate::harness::{self, Case, DeviceChoice, PromptChoice, Row};
 use crate::kernels::isa::Isa;
-use crate::record::{self, Bandwidth, Memory, Record, Samples, Status};
+use crate::record::{self, Record};
 use crate::weights::WeightsChoice;
 
 /// One record for each engine at each precision asked for, as one run would have made them.
@@ -30,46 +28,23 @@ fn record(case: &Case, row: &Row, failure: &Failure, timestamp: &str) -> Record 
         DeviceChoice::Cpu | DeviceChoice::Auto => record::DeviceFacts { kind: cpu, name: machine.cpu_name() },
     };
     let threads = if case.threads == 0 { crate::kernels::cpu::pool::default_threads() } else { case.threads };
+    let nothing = Record::unknown(harness::engine_facts(row.engine));
     let mut record = Record {
-        status: Status::Ok,
-        reason: None,
-        tainted: false,
-        engine: harness::engine_facts(row.engine),
         command: case.command.clone(),
         timestamp: timestamp.to_owned(),
         model: record::ModelFacts {
             id: shareable_id(&case.model.model_id),
             revision: case.model.revision.clone(),
-            architecture: String::new(),
-            parameters: 0,
+            ..nothing.model
         },
         weights: weights(case),
         precision: row.precision.clone(),
         keep_fp16: case.keep_fp16.clone(),
-        int8: None,
         device,
         workload: workload(case),
-        protocol: record::Protocol::default(),
-        phases: BTreeMap::new(),
-        samples: Samples::default(),
-        metrics: BTreeMap::new(),
-        dtypes: record::Dtypes {
-            weights: row.precision.clone(),
-            compute: String::new(),
-            kv_cache: String::new(),
-            logits: String::new(),
-        },
-        ratio_to_fp16: None,
-        memory: Memory::default(),
-        bandwidth: Bandwidth::default(),
-        energy: None,
-        monitor: BTreeMap::new(),
-        series: Vec::new(),
-        output: record::Output::default(),
-        self_check: None,
-        quality: None,
+        dtypes: record::Dtypes { weights: row.precision.clone(), ..nothing.dtypes },
         environment: machine.environment(Isa::detect().name(), threads),
-        warnings: Vec::new(),
+        ..nothing
     };
     assemble::fail(&mut record, failure);
     record.reason = Some(shareable_reason(case, failure.message()));

@@ -7,14 +7,9 @@ mod llama_bench;
 mod optimum;
 mod vllm;
 
-use std::collections::BTreeMap;
-
 use serde_json::Value;
 
-use super::{
-    Bandwidth, DeviceFacts, Dtypes, Engine, Environment, Memory, ModelFacts, Output, Protocol, Record, Samples, Status,
-    WeightFacts, Workload, metrics,
-};
+use super::{Engine, Record, metrics};
 use crate::error::BadInput;
 
 /// A row of [`TOOLS`].
@@ -85,34 +80,7 @@ fn tool(value: &Value, from: Option<&str>) -> Result<&'static Tool, String> {
 
 /// A record that knows nothing but whose code ran.
 fn unknown(engine: &str) -> Record {
-    let nothing = String::new;
-    Record {
-        status: Status::Ok,
-        reason: None,
-        tainted: false,
-        engine: Engine { name: engine.to_owned(), version: nothing(), commit: nothing() },
-        command: nothing(),
-        timestamp: nothing(),
-        model: ModelFacts { id: nothing(), revision: None, architecture: nothing(), parameters: 0 },
-        weights: WeightFacts { source: nothing(), dtype: nothing(), seed: None, hash: nothing(), fp16_overflow: 0 },
-        precision: nothing(),
-        keep_fp16: Vec::new(),
-        int8: None,
-        device: DeviceFacts { kind: nothing(), name: nothing() },
-        workload: Workload { n_prompt: 0, n_gen: 0, n_depth: 0, n_image: 0, image: None, batch_size: 1 },
-        protocol: Protocol::default(),
-        phases: BTreeMap::new(),
-        samples: Samples::default(),
-        metrics: BTreeMap::new(),
-        dtypes: Dtypes { weights: nothing(), compute: nothing(), kv_cache: nothing(), logits: nothing() },
-        ratio_to_fp16: None,
-        memory: Memory::default(),
-        bandwidth: Bandwidth::default(),
-        output: Output::default(),
-        quality: None,
-        environment: Environment::default(),
-        warnings: Vec::new(),
-    }
+    Record::unknown(Engine { name: engine.to_owned(), version: String::new(), commit: String::new() })
 }
 
 /// Sets what the user said, and the metrics that follow.
