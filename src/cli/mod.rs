@@ -142,10 +142,6 @@ pub struct RunArgs {
     )]
     pub engine: Vec<String>,
 
-    /// Say what would run, what it would download and whether it fits, and end.
-    #[arg(long, conflicts_with_all = ["output", "list_models"], help_heading = "Protocol")]
-    pub dry_run: bool,
-
     /// Warm-up runs [default: until two in a row agree].
     #[arg(long, value_name = "N", help_heading = "Protocol")]
     pub warmup: Option<usize>,
@@ -166,11 +162,15 @@ pub struct RunArgs {
     #[arg(long, value_name = "X", default_value_t = Protocol::default().rel_ci, help_heading = "Protocol")]
     pub rel_ci: f64,
 
-    #[command(flatten)]
-    pub method: MethodArgs,
+    /// Say what would run, what it would download and whether it fits, and end.
+    #[arg(long, conflicts_with_all = ["output", "list_models"], help_heading = "Protocol")]
+    pub dry_run: bool,
 
     #[command(flatten)]
     pub against: AgainstArgs,
+
+    #[command(flatten)]
+    pub method: MethodArgs,
 
     #[command(flatten)]
     pub output: OutputArgs,
