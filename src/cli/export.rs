@@ -34,7 +34,7 @@ pub struct ExportArgs {
     pub keep_fp16: Vec<String>,
 
     /// Folder to make, whole or not at all.
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Output")]
+    #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Output")]
     pub output: PathBuf,
 
     /// Show no progress.

@@ -104,7 +104,7 @@ pub struct OutputArgs {
     pub format: Option<String>,
 
     /// File to write as well, in the format of its extension, whole or not at all.
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
     pub output: Option<PathBuf>,
 
     /// Show every column of the table.

@@ -162,10 +162,6 @@ pub struct RunArgs {
     #[arg(long, value_name = "X", default_value_t = Protocol::default().rel_ci, help_heading = "Protocol")]
     pub rel_ci: f64,
 
-    /// Say what would run, what it would download and whether it fits, and end.
-    #[arg(long, conflicts_with_all = ["output", "list_models"], help_heading = "Protocol")]
-    pub dry_run: bool,
-
     #[command(flatten)]
     pub against: AgainstArgs,
 
@@ -174,6 +170,10 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub output: OutputArgs,
+
+    /// Say what would run, what it would download and whether it fits, and end.
+    #[arg(long, conflicts_with_all = ["output", "list_models"], help_heading = "Output")]
+    pub dry_run: bool,
 }
 
 /// What was typed for `quantbench quality`.
@@ -209,7 +209,10 @@ pub struct QualityArgs {
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
     /// Format of stdout: table or json.
-    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = PlainFormat::Table, hide_possible_values = true)]
+    #[arg(
+        long, value_name = "FORMAT", value_enum, default_value_t = PlainFormat::Table, hide_possible_values = true,
+        help_heading = "Output"
+    )]
     pub format: PlainFormat,
 }
 

@@ -18,10 +18,6 @@ pub struct SuiteArgs {
     #[arg(value_name = "FILE.toml", value_hint = ValueHint::FilePath)]
     pub file: PathBuf,
 
-    /// File that gets the rows of each case as it ends [default: stdout].
-    #[arg(short, long, value_name = "FILE.jsonl", value_hint = ValueHint::FilePath, help_heading = "Output")]
-    pub output: Option<PathBuf>,
-
     /// Go on where the output ends: cases that are in it do not run again.
     #[arg(long, requires = "output", help_heading = "Suite")]
     pub resume: bool,
@@ -41,6 +37,10 @@ pub struct SuiteArgs {
     /// List the cases and end.
     #[arg(long, help_heading = "Suite")]
     pub dry_run: bool,
+
+    /// File that gets the rows of each case as it ends [default: stdout].
+    #[arg(short, long, value_name = "FILE.jsonl", value_hint = ValueHint::FilePath, help_heading = "Output")]
+    pub output: Option<PathBuf>,
 
     /// Show no progress.
     #[arg(short, long, help_heading = "Output")]
@@ -73,7 +73,7 @@ impl SuiteArgs {
 const HEADINGS: &[&str] = &["Model", "Precision", "Workload", "Quality", "Device", "Protocol"];
 
 /// Options under these headings that are about one run alone.
-const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits", "dry-run"];
+const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits"];
 
 /// The keys of a suite file: the options of `quantbench run`.
 pub fn suite_keys() -> Vec<Key> {
