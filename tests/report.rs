@@ -250,6 +250,18 @@ fn links_are_followed_and_modes_kept() {
 }
 
 #[test]
+fn every_writer_tells_engines_of_one_run_apart() {
+    let (_, mut document) = parsed().into_iter().find(|(name, _)| name == "three_precisions").expect("an example");
+    let mut other = document.records[0].clone();
+    other.engine.name = "candle".into();
+    document.records.push(other);
+    for writer in WRITERS {
+        let text = (writer.write)(&document, &Options::default()).expect("write");
+        assert!(text.contains("candle"), "{}:\n{text}", writer.name);
+    }
+}
+
+#[test]
 fn schema_matches_the_types() {
     let schema = schemars::schema_for!(Document);
     let text = serde_json::to_string_pretty(&schema).expect("a schema is JSON") + "\n";

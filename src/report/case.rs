@@ -49,14 +49,19 @@ fn has_several_engines(records: &[Record]) -> bool {
 
 /// The precision, and the engine where a table has several: `fp16`, `fp16 by candle`.
 pub fn label(record: &Record, records: &[Record]) -> String {
+    if has_several_engines(records) { name(record) } else { plain(&record.precision) }
+}
+
+/// The same wherever the record stands: `fp16`, `fp16 by candle`.
+pub fn name(record: &Record) -> String {
     let (precision, engine) = (plain(&record.precision), plain(&record.engine.name));
-    if engine == OWN || !has_several_engines(records) {
+    if engine == OWN {
         return precision;
     }
-    match record.dtypes.weights == record.precision {
-        true => format!("{precision} by {engine}"),
+    match record.dtypes.weights.as_str() {
         // candle runs some of its models in fp32 alone.
-        false => format!("{precision} by {engine} in {}", plain(&record.dtypes.weights)),
+        held if !held.is_empty() && held != record.precision => format!("{precision} by {engine} in {}", plain(held)),
+        _ => format!("{precision} by {engine}"),
     }
 }
 

@@ -70,7 +70,12 @@ fn fit(records: &[&Record], card_bytes: u64) -> String {
 
 /// What holds the fastest back, where the record says it.
 fn why(record: &Record) -> String {
-    let share = record.bandwidth.mbu.map(|mbu| format!(" at {:.0} % of the read bandwidth", 100.0 * mbu));
+    // Of what lies in the cache the share means little.
+    let share = record
+        .bandwidth
+        .mbu
+        .filter(|_| record.bandwidth.bound.as_deref() != Some("cache-resident"))
+        .map(|mbu| format!(" at {:.0} % of the read bandwidth", 100.0 * mbu));
     let bound = record.bandwidth.bound.as_ref();
     bound.map(|bound| format!(", {bound}{}", share.unwrap_or_default())).unwrap_or_default()
 }

@@ -136,7 +136,7 @@ fn overview_group(case: &Case, columns: &[&OverviewColumn]) -> String {
             ),
         };
         let head = if index == 0 { head.as_str() } else { "" };
-        format!("<tr>{head}<td class=\"name\">{}</td>{cells}</tr>\n", text(&record.precision))
+        format!("<tr>{head}<td class=\"name\">{}</td>{cells}</tr>\n", text(&case::label(record, case.records)))
     };
     let rows: String = case.records.iter().enumerate().map(row).collect();
     format!("<tbody>\n{rows}</tbody>\n")

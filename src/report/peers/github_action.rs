@@ -28,7 +28,7 @@ fn entry(record: &Record, metric: &Metric) -> Option<Value> {
     let value = metric.value(record)?;
     // The name is the series that the action draws: one for each precision of a case.
     let name =
-        format!("{} {} {} ({})", record.model.id, record.precision, metric.key, case::workload(&record.workload));
+        format!("{} {} {} ({})", record.model.id, case::name(record), metric.key, case::workload(&record.workload));
     let mut entry = Map::new();
     entry.insert("name".into(), json!(name));
     entry.insert("unit".into(), json!(metric.unit));

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::record::{Document, Record, Status};
-use crate::report::{Options, Writer};
+use crate::report::{Options, Writer, case};
 use crate::stats;
 
 pub const WRITER: Writer = Writer {
@@ -54,7 +54,7 @@ fn test(record: &Record, (n_prompt, n_gen, n_depth): (u64, u64, u64), ns: &[u64]
         "gpu_info": record.environment.gpu.clone().unwrap_or_default(),
         "backends": if is_cuda { "CUDA" } else { "CPU" },
         "model_filename": record.model.id,
-        "model_type": format!("{} {}", record.model.architecture, record.precision),
+        "model_type": format!("{} {}", record.model.architecture, case::name(record)),
         "model_size": record.memory.weights_bytes,
         "model_n_params": record.model.parameters,
         "n_batch": n_prompt.max(1),

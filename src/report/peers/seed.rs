@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::record::{Document, Record, Status};
-use crate::report::case::{GIB, plain, status};
+use crate::report::case::{self, GIB, plain, status};
 use crate::report::grid::{self, Line};
 use crate::report::{Options, Writer, csv};
 
@@ -51,7 +51,7 @@ fn write_csv(document: &Document, _: &Options) -> Result<String> {
     let names = COLUMNS.iter().map(|column| column.0.to_owned());
     let mut text = csv::line(["model", "precision"].map(String::from).into_iter().chain(names));
     for record in &document.records {
-        let start = [record.model.id.clone(), record.precision.clone()];
+        let start = [record.model.id.clone(), case::name(record)];
         text += &csv::line(start.into_iter().chain(cells(record, "")));
     }
     Ok(text)
@@ -66,7 +66,7 @@ fn write_table(document: &Document, _: &Options) -> Result<String> {
         Line::Cells(std::iter::once(first).chain(COLUMNS.iter().map(|column| pick(column).to_owned())).collect())
     };
     let row = |record: &Record| {
-        let name = first(&plain(&record.model.id), &plain(&record.precision));
+        let name = first(&plain(&record.model.id), &case::name(record));
         match record.status {
             Status::Ok => Line::Cells(std::iter::once(name).chain(cells(record, "-")).collect()),
             _ => Line::Span(name, status(record)),
