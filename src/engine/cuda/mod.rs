@@ -46,12 +46,14 @@ struct Weights {
     matrices: Vec<Box<dyn CudaMatrix>>,
     vectors: Vec<CudaSlice<f32>>,
     caches: Vec<Cache>,
-    /// Of each rope.
-    frequencies: Vec<CudaSlice<f32>>,
+    /// Cosines and sines of each rope, `[capacity, rotary / 2, 2]`.
+    angles: Vec<CudaSlice<f32>>,
     biases: Vec<BiasTable>,
     /// Token, position, step, rows of the encoder.
     state: CudaSlice<i32>,
     logits: CudaSlice<f32>,
+    /// As long as the widest norm: the bias of those that have none.
+    zeros: CudaSlice<f32>,
     ring: Ring,
     capacity: usize,
     encoder_capacity: usize,
@@ -136,6 +138,11 @@ impl Weights {
             let len = spec.kv_heads * capacity * d_pad;
             Ok(Cache { keys: device.alloc_zeros(len)?, values: device.alloc_zeros(len)?, capacity, d_pad })
         };
+        let angles = |rope: &crate::plan::Rope| -> Result<CudaSlice<f32>> {
+            let at = |position: usize| rope.inverse_frequencies.iter().map(move |f| position as f32 * f);
+            let values = (0..setup.capacity).flat_map(at).flat_map(|angle| [angle.cos(), angle.sin()]);
+            Ok(device.clone_htod(&values.collect::<Vec<f32>>())?)
+        };
         let reach = setup.capacity.max(setup.encoder_capacity);
         let bias = |bias: &RelativeBias| -> Result<BiasTable> {
             let learned = learned[bias.table.0].as_ref().context("a bias without its table")?;
@@ -149,14 +156,11 @@ impl Weights {
         Ok(Self {
             vectors: vectors.iter().map(|v| Ok(device.clone_htod(v)?)).collect::<Result<_>>()?,
             caches: model.caches.iter().map(cache).collect::<Result<_>>()?,
-            frequencies: model
-                .ropes
-                .iter()
-                .map(|rope| Ok(device.clone_htod(&rope.inverse_frequencies)?))
-                .collect::<Result<_>>()?,
+            angles: model.ropes.iter().map(angles).collect::<Result<_>>()?,
             biases: model.biases.iter().map(bias).collect::<Result<_>>()?,
             state: device.alloc_zeros(4)?,
             logits: device.alloc_zeros(model.vocab)?,
+            zeros: device.alloc_zeros(vectors.iter().map(Vec::len).max().unwrap_or(1))?,
             ring: Ring::new(&device)?,
             capacity: setup.capacity,
             encoder_capacity: setup.encoder_capacity,

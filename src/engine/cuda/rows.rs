@@ -169,10 +169,10 @@ impl<'a> Run<'a> {
             }
             Op::Append { k, v, cache, rotate } => {
                 let heads = self.heads(*cache, rotate.map(|rotate| rotate.q));
-                let (frequencies, rotary) = match rotate {
+                let (angles, rotary) = match rotate {
                     Some(rotate) => {
                         let rope = &self.weights.model.ropes[rotate.rope.0];
-                        (address(&self.weights.frequencies[rotate.rope.0], self.device()), rope.rotary_dim)
+                        (address(&self.weights.angles[rotate.rope.0], self.device()), rope.rotary_dim)
                     }
                     None => (0, 0),
                 };
@@ -182,7 +182,7 @@ impl<'a> Run<'a> {
                 let memory = [address(&cache.keys, self.device()), address(&cache.values, self.device())];
                 let rotated = [q, self.at(*k)?, self.at(*v)?];
                 // SAFETY: q, k and v hold `rows` rows of their heads; the caller checked that the cache has room.
-                unsafe { kernels.append(rows, position, heads, rotated, memory, frequencies, rotary) }?;
+                unsafe { kernels.append(rows, position, heads, rotated, memory, angles, rotary) }?;
             }
             Op::Attention { q, cache, out, scale, mask, bias } => {
                 let y = self.attention(*q, *cache, *scale, *mask, *bias)?;

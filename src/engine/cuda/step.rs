@@ -8,9 +8,7 @@ use half::f16;
 use super::{Weights, activation_number};
 use crate::kernels::cuda::attention::{self, Attention, Split};
 use crate::kernels::cuda::launch::{address, dimension};
-use crate::kernels::cuda::matvec::{
-    Epilogue, Facts, Head, Input, MAX_BLOCKS_PER_MULTIPROCESSOR, Matvec, Mode, NORM_LAYER, NORM_RMS, Product,
-};
+use crate::kernels::cuda::matvec::{Epilogue, Facts, Head, Input, Matvec, Mode, NORM_LAYER, NORM_RMS, Product};
 use crate::plan::fusion::{self, Join, Launch, fuse};
 use crate::plan::{BufferId, CacheId, MatrixId, NormKind, Op};
 
@@ -170,7 +168,7 @@ impl Step {
                 };
                 let job = match append.and_then(|append| append.rotate) {
                     Some(rotate) => attention::Job {
-                        frequencies: address(&weights.frequencies[rotate.rope.0], &weights.device),
+                        angles: address(&weights.angles[rotate.rope.0], &weights.device),
                         rotary: dimension(weights.model.ropes[rotate.rope.0].rotary_dim)?,
                         ..job
                     },
@@ -229,7 +227,7 @@ impl Step {
                 None => plain,
                 Some(norm) => {
                     let (kind, norm_bias) = match norm.kind {
-                        NormKind::Rms => (NORM_RMS, 0),
+                        NormKind::Rms => (NORM_RMS, address(&weights.zeros, &weights.device)),
                         NormKind::Layer { bias } => (NORM_LAYER, vector(bias)),
                     };
                     let norm_weight = vector(norm.weight);
@@ -281,7 +279,7 @@ impl Memory {
             buffers: (0..model.decoder.buffers.len()).map(|_| None).collect(),
             partials: device.alloc_zeros(1)?,
             arrived: device.alloc_zeros(weights.most_kv_heads() + 1)?,
-            best: device.alloc_zeros(facts.multiprocessors * MAX_BLOCKS_PER_MULTIPROCESSOR)?,
+            best: device.alloc_zeros(facts.multiprocessors)?,
         };
         let mut partials = 1;
         for launch in launches {

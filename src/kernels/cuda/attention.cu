@@ -29,7 +29,7 @@ struct Attention {
     __half *keys;  // [g, capacity, d_pad]
     __half *values;
     __half *out;               // [h, d]
-    const float *frequencies;  // [rotary / 2], null where nothing rotates
+    const float2 *angles;      // [capacity, rotary / 2] cosine and sine, null where nothing rotates
     const float *bias;         // [h, 2 * reach + 1] by key - query, null without
     const int *position;       // of the query, where something is appended
     const int *length;         // keys, where nothing is
@@ -50,22 +50,22 @@ __device__ __forceinline__ float block_reduce_max(float value, float *room) {
 }
 
 // Element `at` of a head, rotated.
-__device__ __forceinline__ float rotated(const __half *head, int at, int rotary, const float *angles) {
+__device__ __forceinline__ float rotated(const __half *head, int at, int rotary, const float2 *angles) {
     float value = __half2float(load_fresh(head + at));
     if (at >= rotary) return value;
     int half = rotary / 2, pair = at < half ? at : at - half;
     float other = __half2float(load_fresh(head + (at < half ? at + half : pair)));
-    float cosine = angles[2 * pair], sine = angles[2 * pair + 1];
-    return at < half ? value * cosine - other * sine : value * cosine + other * sine;
+    float2 angle = __ldg(angles + pair);
+    return at < half ? value * angle.x - other * angle.y : value * angle.x + other * angle.y;
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention_step(const __grid_constant__ Attention job) {
-    // angles [rotary], q [group, d_pad], scores [group, span], sums [slots, HEADS_AT_ONCE, d_pad]
+    // q [group, d_pad], scores [group, span], sums [slots, HEADS_AT_ONCE, d_pad]
     extern __shared__ float dynamic[];
     __shared__ bool is_last;
     const int kv_head = blockIdx.x, split = blockIdx.y, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const int d = job.d, d_pad = job.d_pad, group = job.group, span = job.span;
-    float *angles = dynamic, *q = angles + job.rotary, *scores = q + group * d_pad, *sums = scores + group * span;
+    float *q = dynamic, *scores = q + group * d_pad, *sums = scores + group * span;
 
     allow_next();
     wait_for_previous();
@@ -76,14 +76,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention_step(c
     const int first = split * span, count = min(span, length - first);
     if (count <= 0) return;
 
-    if (job.frequencies)
-        for (int pair = threadIdx.x; pair < job.rotary / 2; pair += ATTENTION_THREADS) {
-            float sine, cosine;
-            sincosf(position * job.frequencies[pair], &sine, &cosine);
-            angles[2 * pair] = cosine;
-            angles[2 * pair + 1] = sine;
-        }
-    __syncthreads();
+    const float2 *angles = job.angles + (long long)position * (job.rotary / 2);
     const __half *own_q = job.q + (long long)kv_head * group * d;
     for (int at = threadIdx.x; at < group * d_pad; at += ATTENTION_THREADS) {
         int head = at / d_pad, element = at % d_pad;

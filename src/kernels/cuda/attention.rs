@@ -25,7 +25,7 @@ pub struct Job {
     pub keys: u64,
     pub values: u64,
     pub out: u64,
-    pub frequencies: u64,
+    pub angles: u64,
     pub bias: u64,
     pub position: u64,
     pub length: u64,
@@ -74,9 +74,9 @@ pub struct Attention {
 impl Attention {
     pub fn new(device: &CudaDevice, kv_heads: usize, job: Job) -> Result<Self> {
         let kernel = KERNELS.kernel(device, "attention_step")?;
-        let [group, d_pad, span, rotary] = [job.group, job.d_pad, job.span, job.rotary].map(|value| value as usize);
+        let [group, d_pad, span] = [job.group, job.d_pad, job.span].map(|value| value as usize);
         let slots = (THREADS as usize / (d_pad / 8)).max(1);
-        let floats = rotary + group * d_pad + (group * span).max(job.splits as usize) + slots * HEADS_AT_ONCE * d_pad;
+        let floats = group * d_pad + (group * span).max(job.splits as usize) + slots * HEADS_AT_ONCE * d_pad;
         let shared_bytes = 4 * floats;
         kernel.allow_shared(shared_bytes)?;
         let grid = Grid { blocks: (kv_heads, job.splits as usize), threads: THREADS, shared_bytes, early: true };

@@ -16,6 +16,12 @@ __device__ __forceinline__ T warp_sum(T value) {
     return value;
 }
 
+// The sum over the four lanes 4g .. 4g + 3.
+__device__ __forceinline__ float quad_sum(float value) {
+    value += __shfl_xor_sync(ALL_LANES, value, 1);
+    return value + __shfl_xor_sync(ALL_LANES, value, 2);
+}
+
 // The larger one, NaN if either is.
 __device__ __forceinline__ float larger(float a, float b) { return b > a || isnan(b) ? b : a; }
 
@@ -35,6 +41,74 @@ __device__ __forceinline__ uint4 load_streaming(const void *at) {
     return value;
 }
 
+// Shared memory by its own short addresses: a pointer that was kept in memory would be loaded as if it could point anywhere.
+__device__ __forceinline__ uint32_t shared_address(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
+
+// What stays as it is from a barrier on, at an address that is known only behind it: these loads may be moved freely.
+__device__ __forceinline__ uint32_t load_shared(uint32_t at) {
+    uint32_t value;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at));
+    return value;
+}
+
+__device__ __forceinline__ uint4 load_shared_16(uint32_t at) {
+    uint4 value;
+    asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(at));
+    return value;
+}
+
+// What a copy has brought, behind the wait for it.
+__device__ __forceinline__ uint4 load_copied_16(uint32_t at) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(at)
+                 : "memory");
+    return value;
+}
+
+__device__ __forceinline__ uint32_t load_copied(uint32_t at) {
+    uint32_t value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+    return value;
+}
+
+// Copies 16 bytes into shared memory, in the background where the chip can; each lane awaits its own. The rest of the cache
+// line is asked for as well: its other half is copied next.
+__device__ __forceinline__ void copy_streaming(uint32_t to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#else
+    uint4 value = load_streaming(from);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void copy_word(uint32_t to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+#else
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(*(const uint32_t *)from) : "memory");
+#endif
+}
+
+// Ends a batch of copies, which may be empty.
+__device__ __forceinline__ void end_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// All batches but the last LEFT have arrived.
+template <int LEFT>
+__device__ __forceinline__ void await_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
 // Constant data in small pieces, volatile for the same reason.
 __device__ __forceinline__ uint32_t load_byte(const void *at) {
     uint32_t value;
@@ -47,6 +121,9 @@ __device__ __forceinline__ float load_float(const float *at) {
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(at));
     return value;
 }
+
+// Asks for a cache line of constant data, for later.
+__device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // What an earlier kernel wrote, from L2: a kernel that starts before its predecessor ends may find old lines in L1.
 __device__ __forceinline__ uint4 load_fresh(const void *at) {
@@ -80,9 +157,6 @@ __device__ __forceinline__ __half load_fresh(const __half *at) {
 __device__ __forceinline__ void store_to_host(unsigned long long *at, unsigned long long value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
-
-// Keeps the compiler from computing a value anew wherever it is used.
-__device__ __forceinline__ void keep(uint32_t &value) { asm volatile("" : "+r"(value)); }
 
 // The kernel behind this one may start; it sees nothing of this one before its wait.
 __device__ __forceinline__ void allow_next() {

@@ -66,13 +66,19 @@ impl Fatbin {
 }
 
 impl Kernel {
-    /// Lets blocks of this kernel have up to `bytes` of shared memory that is sized at launch.
+    /// Lets blocks of this kernel have up to `bytes` of shared memory that is sized at launch, and asks for the largest share
+    /// of on-chip memory: a multiprocessor that must divide it anew for the next kernel drains first, so all kernels of a
+    /// step ask for the same.
     pub fn allow_shared(&self, bytes: usize) -> Result<()> {
-        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        use sys::CUfunction_attribute as attribute;
         let explain = |error| driver_error(error).context(format!("kernel `{}` with {bytes} bytes a block", self.name));
-        let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
-        // SAFETY: the function is loaded and stays so.
-        unsafe { result::function::set_function_attribute(self.function, attribute, bytes) }.map_err(explain)
+        let most = i32::try_from(bytes).unwrap_or(i32::MAX);
+        let set = |attribute, value| {
+            // SAFETY: the function is loaded and stays so.
+            unsafe { result::function::set_function_attribute(self.function, attribute, value) }.map_err(explain)
+        };
+        set(attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)?;
+        set(attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
     }
 
     /// Blocks of `threads` threads and `shared_bytes` that fit on one multiprocessor.

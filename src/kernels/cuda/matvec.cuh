@@ -1,28 +1,42 @@
-// One token times a weight matrix, at the speed of reading the weights. A format adds a decoder.
+// One token times weight matrices, at the speed of reading the weights. A format adds a decoder.
 //
 //   y = epilogue(W . prologue(x))
 //     prologue: rms or layer norm of a residual, or activations as they are; the decoder's own (LLM.int8 quantizes)
 //     epilogue: bias, activation, gate * up, residual, and for a head the largest logit
 //
-// Layout: rows of W start every `stride` bytes, a multiple of 64, and are read in chunks of 64 bytes. A tile is 16 rows; a
-// warp step is one chunk of a tile, 1 KB in two 16-byte loads a lane, rows g and g + 8 for lane 4g + q:
+// Layout: rows of W start every `stride` bytes and are read in chunks of 128 bytes, a cache line. A tile is 8 rows; a step
+// is one chunk of a tile, 1 KB, in two 16-byte copies a lane:
 //
-//            | lane q = 0 | 1 | 2 | 3 |  next chunk: W warps further on
-//   row g    |   16 bytes |...|   |   |
-//   row g+8  |   16 bytes |...|   |   |
+//              bytes 0 .. 63: low           64 .. 127: high
+//   row g    |q = 0| 1 | 2 | 3 |        |q = 0| 1 | 2 | 3 |           lane 4g + q
 //
-// Tensor cores multiply the 16 rows at once. Their 8 columns all hold the one token, so that every lane ends with the
-// sums of its two rows. A block's warps share a tile's chunks and add up in shared memory; blocks take tiles in turn.
-// STAGES steps are in flight in registers, across tiles, and the first ones are asked for before the predecessor has
-// ended: weights depend on nothing. Bytes moved: the matrix once. Sums fp32 (int32 for LLM.int8's products).
+// Tensor cores take 16 rows, so a step is 16 rows to them: rows g are the low halves, rows g + 8 the high ones. Their 8
+// columns hold the one token: even columns the activations that belong to the low half, odd columns those of the high one,
+// so that sums[0] (row g, even) and sums[3] (row g + 8, odd) are the two halves of row g's sum, in all four lanes of g.
+//
+// Work: a block takes neighbouring tiles. All steps over one matrix in one tile are a run, and the block's warps split the
+// steps of all its runs evenly, wherever one begins or ends:
+//
+//   steps    |run 0 ....|run 1 ....|run 2 ....|
+//   warps    |0 ..|1 ..|2 ..|3 ..|4 ..|5 ..|6 .|
+//
+// A warp that leaves a run puts its 8 sums down in `partials`, at place run + warp: going along the steps, one of the two
+// grows from one segment to the next, so that places differ. At the end each thread adds up rows, in the order of the
+// steps: equal inputs give equal bits.
+//
+// Each warp copies STAGES steps ahead into its own part of shared memory, and the first ones before the predecessor has
+// ended: weights depend on nothing. A block leaves room for one of the next launch on its multiprocessor. Code that runs
+// once is kept short, since each launch fetches it anew. Bytes moved: the matrix once. Sums fp32 (int32 for LLM.int8's
+// products).
 #pragma once
 
 #include "kernels/cuda/device.cuh"
 
-constexpr int MATVEC_THREADS = 256;
+constexpr int MATVEC_THREADS = 512;
 constexpr int MATVEC_WARPS = MATVEC_THREADS / LANES;
-constexpr int TILE_ROWS = 16;
-constexpr int CHUNK_BYTES = 64;
+constexpr int TILE_ROWS = 8;
+constexpr int CHUNK_BYTES = 128;
+constexpr int STEP_BYTES = TILE_ROWS * CHUNK_BYTES;
 constexpr int MAX_PARTS = 4;
 constexpr int MAX_INPUTS = 2;
 
@@ -30,8 +44,8 @@ enum Norm { NORM_NONE, NORM_RMS, NORM_LAYER };
 enum Activation { ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_RELU };
 enum Mode {
     MODE_PARTS,   // every part is a matrix of its own over input 0
-    MODE_GATED,   // parts 0 and 1 over input 0, row by row: out = act(part 0) * part 1
-    MODE_JOINED,  // part i reads input i; the products of the same row add up
+    MODE_GATED,   // two runs a tile, parts 0 and 1 over input 0: out = act(part 0) * part 1
+    MODE_JOINED,  // a run for each input, part i over input i; the products of the same row add up
 };
 
 // One matrix. kernels/cuda/matvec.rs mirrors this and the next two.
@@ -43,20 +57,20 @@ struct Part {
     void *out;            // [n], fp32 where `out_is_float`, else fp16
     float offset;         // nf4: mean of absmax
     int n;
-    int first_tile;
+    int first_tile;  // behind all tiles where there is no such part
     int activation;
 };
 
 struct Input {
     const void *x;             // [k]: fp32 where it is normed, fp16 otherwise
     const float *norm_weight;  // [k]
-    const float *norm_bias;    // [k], layer norm only
+    const float *norm_bias;    // [k]
     float epsilon;
     float scale;  // of what the norm gives
+    float per_k;  // 1 / k
     int norm;
     int k;
     int chunks;  // of a row
-    int first_warp, warps;  // of the block that read this input's chunks
 };
 
 // Where the token goes.
@@ -81,14 +95,17 @@ struct Matvec {
     float threshold;  // int8: NaN where outlier columns are off
     int stride;       // bytes from row to row of part 0; of part 1 where inputs are joined: stride_1
     int stride_1;
-    int n_parts, n_inputs, mode, tiles, out_is_float;
+    int n_inputs, mode, tiles, segments, out_is_float;
 };
 
+// 1 / (1 + exp(-x)), a few units in the last place of fp32.
+__device__ __forceinline__ float logistic(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
 __device__ __forceinline__ float activate(int kind, float x) {
-    if (kind == ACT_SILU) return x / (1.0f + __expf(-x));
-    if (kind == ACT_GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
     if (kind == ACT_RELU) return x > 0.0f || isnan(x) ? x : 0.0f;
-    return x;
+    // tanh's argument doubled makes of (1 + tanh) / 2 a logistic function.
+    float inner = kind == ACT_SILU ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
+    return x * logistic(inner);
 }
 
 // The sum over the block, in every thread. `room` holds a float a warp and is free again after the next barrier.
@@ -96,47 +113,49 @@ __device__ __forceinline__ float block_sum(float value, float *room) {
     value = warp_sum(value);
     if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = value;
     __syncthreads();
-    float sum = 0.0f;
-    for (int warp = 0; warp < blockDim.x / LANES; warp++) sum += room[warp];
-    return sum;
+    return warp_sum(threadIdx.x % LANES < MATVEC_WARPS ? room[threadIdx.x % LANES] : 0.0f);
 }
 
-// norm(x) [k] in fp16. Up to 16 values a thread stay in registers, which holds rows of 4096.
+// Brings what a norm multiplies with near, before the predecessor has ended.
+__device__ __forceinline__ void fetch_norm(const Input &input) {
+    int at = threadIdx.x * (128 / sizeof(float));
+    if (input.norm == NORM_NONE || at >= input.k) return;
+    prefetch(input.norm_weight + at);
+    prefetch(input.norm_bias + at);
+}
+
+// norm(x) [k] in fp16. Rows of 4096 stay in registers; longer ones are read again. An rms norm's bias is zeros.
 __device__ __forceinline__ void normalize(const Input &input, __half *out, float *room) {
-    constexpr int HELD = 4096 / MATVEC_THREADS;
+    constexpr int HELD = 4096 / MATVEC_THREADS, REST = HELD * MATVEC_THREADS;
     const float *x = (const float *)input.x;
-    float held[HELD];
-    float sum = 0.0f;
+    const bool centres = input.norm == NORM_LAYER;
+    float held[HELD], sum = 0.0f, mean = 0.0f;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         int at = i * MATVEC_THREADS + threadIdx.x;
         held[i] = at < input.k ? load_fresh(x + at) : 0.0f;
-        sum += input.norm == NORM_LAYER ? held[i] : held[i] * held[i];
     }
-    for (int at = HELD * MATVEC_THREADS + threadIdx.x; at < input.k; at += MATVEC_THREADS) {
-        float value = load_fresh(x + at);
-        sum += input.norm == NORM_LAYER ? value : value * value;
-    }
-    float mean = 0.0f, square = block_sum(sum, room) / input.k;
-    if (input.norm == NORM_LAYER) {
-        mean = square;
-        float deviation = 0.0f;
+    if (centres) {
 #pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            int at = i * MATVEC_THREADS + threadIdx.x;
-            float off = at < input.k ? held[i] - mean : 0.0f;
-            deviation += off * off;
-        }
-        for (int at = HELD * MATVEC_THREADS + threadIdx.x; at < input.k; at += MATVEC_THREADS) {
-            float off = load_fresh(x + at) - mean;
-            deviation += off * off;
-        }
-        square = block_sum(deviation, room + MATVEC_WARPS) / input.k;
+        for (int i = 0; i < HELD; i++) sum += held[i];
+#pragma unroll 1
+        for (int at = REST + threadIdx.x; at < input.k; at += MATVEC_THREADS) sum += load_fresh(x + at);
+        mean = block_sum(sum, room) * input.per_k;
+        sum = 0.0f;
     }
-    float factor = rsqrtf(square + input.epsilon);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        float off = i * MATVEC_THREADS + threadIdx.x < input.k ? held[i] - mean : 0.0f;
+        sum += off * off;
+    }
+#pragma unroll 1
+    for (int at = REST + threadIdx.x; at < input.k; at += MATVEC_THREADS) {
+        float off = load_fresh(x + at) - mean;
+        sum += off * off;
+    }
+    float factor = rsqrtf(block_sum(sum, room + MATVEC_WARPS) * input.per_k + input.epsilon);
     auto put = [&](int at, float value) {
-        float y = (value - mean) * factor * __ldg(input.norm_weight + at);
-        if (input.norm == NORM_LAYER) y += __ldg(input.norm_bias + at);
+        float y = (value - mean) * factor * __ldg(input.norm_weight + at) + __ldg(input.norm_bias + at);
         out[at] = __float2half_rn(__half2float(__float2half_rn(y)) * input.scale);
     };
 #pragma unroll
@@ -144,7 +163,8 @@ __device__ __forceinline__ void normalize(const Input &input, __half *out, float
         int at = i * MATVEC_THREADS + threadIdx.x;
         if (at < input.k) put(at, held[i]);
     }
-    for (int at = HELD * MATVEC_THREADS + threadIdx.x; at < input.k; at += MATVEC_THREADS) put(at, load_fresh(x + at));
+#pragma unroll 1
+    for (int at = REST + threadIdx.x; at < input.k; at += MATVEC_THREADS) put(at, load_fresh(x + at));
 }
 
 // x [k] in fp16 and zeros behind it up to whole chunks.
@@ -155,14 +175,18 @@ __device__ __forceinline__ void read_input(const Input &input, __half *out, floa
     } else {
         const __half *x = (const __half *)input.x;
         int whole = (uintptr_t)x % 16 == 0 ? input.k / 8 : 0;
+#pragma unroll 4
         for (int at = threadIdx.x; at < whole; at += MATVEC_THREADS) ((uint4 *)out)[at] = load_fresh((const uint4 *)x + at);
+#pragma unroll 1
         for (int at = 8 * whole + threadIdx.x; at < input.k; at += MATVEC_THREADS) out[at] = load_fresh(x + at);
         if (input.scale != 1.0f) {
             __syncthreads();
+#pragma unroll 1
             for (int at = threadIdx.x; at < input.k; at += MATVEC_THREADS)
                 out[at] = __float2half_rn(__half2float(out[at]) * input.scale);
         }
     }
+#pragma unroll 1
     for (int at = input.k + threadIdx.x; at < input.chunks * Decoder::CHUNK; at += MATVEC_THREADS) out[at] = __half();
 }
 
@@ -173,15 +197,23 @@ __device__ __forceinline__ unsigned long long rank_of(float logit, int index) {
     return (unsigned long long)ordered << 32 | (uint32_t)~index;
 }
 
-// The last block to arrive picks the token, tells the host, and fetches the embedding that the next step starts from.
-__device__ __forceinline__ void finish_head(const Head &head, unsigned long long best, unsigned long long *room) {
-    __shared__ bool is_last;
+__device__ __forceinline__ unsigned long long block_best(unsigned long long best, unsigned long long *room) {
 #pragma unroll
     for (int distance = LANES / 2; distance > 0; distance /= 2) {
         unsigned long long other = __shfl_xor_sync(ALL_LANES, best, distance);
         best = other > best ? other : best;
     }
-    // Only the first warp holds logits.
+    __syncthreads();
+    if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = best;
+    __syncthreads();
+    for (int warp = 0; warp < MATVEC_WARPS; warp++) best = room[warp] > best ? room[warp] : best;
+    return best;
+}
+
+// The last block to arrive picks the token, tells the host, and fetches the embedding that the next step starts from.
+__device__ __forceinline__ void finish_head(const Head &head, unsigned long long best, unsigned long long *room) {
+    __shared__ bool is_last;
+    best = block_best(best, room);
     if (threadIdx.x == 0) {
         head.best[blockIdx.x] = best;
         __threadfence();
@@ -195,14 +227,7 @@ __device__ __forceinline__ void finish_head(const Head &head, unsigned long long
         unsigned long long other = __ldcg(head.best + block);
         best = other > best ? other : best;
     }
-#pragma unroll
-    for (int distance = LANES / 2; distance > 0; distance /= 2) {
-        unsigned long long other = __shfl_xor_sync(ALL_LANES, best, distance);
-        best = other > best ? other : best;
-    }
-    if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = best;
-    __syncthreads();
-    for (int warp = 0; warp < MATVEC_WARPS; warp++) best = room[warp] > best ? room[warp] : best;
+    best = block_best(best, room);
     int token = (int)~(uint32_t)best;
     const __half *row = head.table + (long long)token * head.table_stride;
     for (int at = threadIdx.x; at < head.hidden; at += MATVEC_THREADS)
@@ -218,199 +243,199 @@ __device__ __forceinline__ void finish_head(const Head &head, unsigned long long
 }
 
 // The decoder's interface:
-//   CHUNK                     elements of 64 bytes
+//   CHUNK                     elements of 128 bytes
+//   EXTRA_WORDS               what a lane needs for a step beside the weights, copied with them: Place, copy_extra
 //   Shared, prepare           tables, filled before the predecessor has ended
-//   Extra, extra              what a step needs beside the weights, loaded with them
-//   Sums, add, Partial, partial   sums of one tile in a lane; the two rows' partial results, equal in the lanes 4g .. 4g + 3
-//   Activations, convert      what x becomes, and shared-memory bytes it takes for `n` elements
-//   result                    a row's value from the block's partials
-template <class Decoder, int TILES, int STAGES>
+//   Sums, add, Partial, partial   sums of one run in a lane; a row's partial result, in the lane 4g
+//   Activations, convert      what x becomes, behind x in shared memory
+//   Constant, result          what a row's value is made with, asked for early; the value from the row's partials
+template <class Decoder, int STAGES, bool IS_HEAD>
 __device__ __forceinline__ void matvec(const Matvec &job) {
     using Partial = typename Decoder::Partial;
-    extern __shared__ uint4 dynamic[];
+    constexpr int SLOT_WORDS = STEP_BYTES / 4 + Decoder::EXTRA_WORDS * LANES;
+    extern __shared__ uint4 dynamic[];  // the warps' slots, partials [run + warp][row], then x
     __shared__ typename Decoder::Shared shared;
-    __shared__ Partial partials[2][TILES][TILE_ROWS][MATVEC_WARPS];
+    __shared__ typename Decoder::Activations activations[MAX_INPUTS];
     __shared__ float room[2 * MATVEC_WARPS];
-    __shared__ unsigned long long best_room[MATVEC_WARPS];
+    allow_next();
 
-    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, group = lane / 4, quarter = lane % 4;
-    const int own_input = job.n_inputs > 1 && warp >= job.inputs[1].first_warp ? 1 : 0;
-    const Input &input = job.inputs[own_input];
-    const int first_chunk = warp - input.first_warp, chunk_step = input.warps, chunks = input.chunks;
-    // Every warp takes as many steps, so that barriers meet.
-    int steps = 0;
-    for (int i = 0; i < job.n_inputs; i++)
-        steps = max(steps, (job.inputs[i].chunks + job.inputs[i].warps - 1) / job.inputs[i].warps);
-    const int stride = own_input == 0 ? job.stride : job.stride_1;
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, quad = lane / 4, quarter = lane % 4;
+    const int runs = job.mode == MODE_PARTS ? 1 : 2;  // of a tile
+    const int chunks_0 = job.inputs[0].chunks, chunks_1 = job.mode == MODE_JOINED ? job.inputs[1].chunks : chunks_0;
+    const int steps_of_tile = runs == 1 ? chunks_0 : chunks_0 + chunks_1;
+    // Blocks differ by one tile at most.
+    const int begin_tile = (int)((long long)job.tiles * blockIdx.x / gridDim.x);
+    const int tiles = (int)((long long)job.tiles * (blockIdx.x + 1) / gridDim.x) - begin_tile;
+    const int steps = tiles * steps_of_tile, share = (steps + MATVEC_WARPS - 1) / MATVEC_WARPS;
 
-    // Where the loads stand: behind them the sums follow, STAGES steps later.
-    int load_tile = blockIdx.x, load_step = 0;
-    const uint8_t *low[TILES], *high[TILES];
-    typename Decoder::Place place[TILES];
-    auto locate = [&](int tile) {
-        int first_part = 0;
-        if (job.mode == MODE_PARTS)
-            for (int i = 1; i < job.n_parts; i++)
-                if (tile >= job.parts[i].first_tile) first_part = i;
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            int at = job.mode == MODE_GATED ? t : job.mode == MODE_JOINED ? own_input : first_part;
-            const Part &part = job.parts[at];
-            int row = job.mode == MODE_GATED ? tile * TILE_ROWS
-                                             : (tile - part.first_tile) * (TILES * TILE_ROWS) + t * TILE_ROWS;
-            int row_low = min(row + group, part.n - 1), row_high = min(row + group + 8, part.n - 1);
-            low[t] = part.weight + (long long)row_low * stride + quarter * 16;
-            high[t] = part.weight + (long long)row_high * stride + quarter * 16;
-            place[t].set(part, input.k, row_low, row_high, quarter);
+    // A warp's place in the sequence of steps.
+    struct Cursor {
+        int tile, run, chunk, left;
+        // One step further; whether that leads into another run.
+        __device__ bool advance(int chunks_0, int chunks_1, int runs) {
+            left--;
+            if (++chunk < (run ? chunks_1 : chunks_0)) return false;
+            chunk = 0;
+            if (++run == runs) run = 0, tile++;
+            return true;
         }
     };
-    if (load_tile < job.tiles) locate(load_tile);
+    Cursor at;
+    at.left = max(0, min(share, steps - warp * share));
+    at.tile = warp * share / steps_of_tile;
+    at.chunk = warp * share - at.tile * steps_of_tile;
+    at.run = at.chunk >= chunks_0 ? 1 : 0;
+    if (at.run) at.chunk -= chunks_0;
 
-    uint4 weights[STAGES][TILES][2];
-    typename Decoder::Extra extras[STAGES][TILES];
-    auto load = [&](uint4 (&into)[TILES][2], typename Decoder::Extra (&extra)[TILES]) {
-        if (load_tile >= job.tiles) return;
-        int chunk = first_chunk + load_step * chunk_step;
-        if (chunk < chunks) {
-#pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                into[t][0] = load_streaming(low[t] + chunk * CHUNK_BYTES);
-                into[t][1] = load_streaming(high[t] + chunk * CHUNK_BYTES);
-                extra[t].load(place[t], chunk);
+    auto part_of = [&](int tile, int run) -> const Part & {
+        if (job.mode != MODE_PARTS) return job.parts[run];
+        int part = 0;
+        for (int i = 1; i < MAX_PARTS; i++)
+            if (begin_tile + tile >= job.parts[i].first_tile) part = i;
+        return job.parts[part];
+    };
+    auto row_of = [&](const Part &part, int tile, int row) {
+        return min((begin_tile + tile - part.first_tile) * TILE_ROWS + row, part.n - 1);
+    };
+
+    Cursor source = at;
+    bool is_elsewhere = true;
+    const uint8_t *from = nullptr;
+    typename Decoder::Place place;
+    const uint32_t slots = shared_address((uint32_t *)dynamic + warp * STAGES * SLOT_WORDS + 4 * lane);
+    const uint32_t extra = STEP_BYTES - 12 * lane;
+    auto load = [&](int slot) {
+        if (source.left > 0) {
+            if (is_elsewhere) {
+                const Part &part = part_of(source.tile, source.run);
+                int row = row_of(part, source.tile, quad), is_second = job.mode == MODE_JOINED ? source.run : 0;
+                from = part.weight + (long long)row * (is_second ? job.stride_1 : job.stride) + quarter * 16 + source.chunk * CHUNK_BYTES;
+                place.set(part, job.inputs[is_second].k, row, quarter, source.chunk);
             }
+            uint32_t to = slots + slot * SLOT_WORDS * 4;
+            copy_streaming(to, from);
+            copy_streaming(to + STEP_BYTES / 2, from + CHUNK_BYTES / 2);
+            place.copy_extra(to + extra);
+            from += CHUNK_BYTES;
+            is_elsewhere = source.advance(chunks_0, chunks_1, runs);
         }
-        if (++load_step == steps) {
-            load_step = 0;
-            load_tile += gridDim.x;
-            if (load_tile < job.tiles) locate(load_tile);
+        end_copies();
+    };
+#pragma unroll 1
+    for (int slot = 0; slot < STAGES; slot++) load(slot);
+
+    // What the thread's first row needs beside its sums.
+    float bias[MAX_INPUTS] = {};
+    typename Decoder::Constant constants[MAX_INPUTS] = {};
+    auto load_constants = [&](int tile) {
+#pragma unroll
+        for (int run = 0; run < MAX_INPUTS; run++) {
+            if (run >= runs) continue;
+            const Part &part = part_of(tile, run);
+            int row = row_of(part, tile, threadIdx.x % TILE_ROWS);
+            bias[run] = part.bias ? load_float(part.bias + row) : 0.0f;
+            constants[run].load(part, row);
         }
     };
-#pragma unroll
-    for (int stage = 0; stage < STAGES; stage++) load(weights[stage], extras[stage]);
+    const int own_tile = threadIdx.x / TILE_ROWS;
+    if (own_tile < tiles) load_constants(own_tile);
+    fetch_norm(job.inputs[0]);
     Decoder::prepare(shared, job);
 
-    allow_next();
     wait_for_previous();
 
-    typename Decoder::Activations activations[MAX_INPUTS];
-    uint8_t *free_bytes = (uint8_t *)dynamic;
-#pragma unroll
-    for (int i = 0; i < MAX_INPUTS; i++) {
-        if (i >= job.n_inputs) continue;
+    Partial(*partials)[TILE_ROWS] = (Partial(*)[TILE_ROWS])((uint32_t *)dynamic + MATVEC_WARPS * STAGES * SLOT_WORDS);
+    uint8_t *free_bytes = (uint8_t *)(partials + job.segments);
+#pragma unroll 1
+    for (int i = 0; i < job.n_inputs; i++) {
         __half *x = (__half *)free_bytes;
         free_bytes += 2 * job.inputs[i].chunks * Decoder::CHUNK;
         read_input<Decoder>(job.inputs[i], x, room);
         __syncthreads();
-        free_bytes = activations[i].convert(job, job.inputs[i], x, free_bytes, room);
-        __syncthreads();
+        free_bytes = Decoder::convert(activations[i], job, job.inputs[i], x, free_bytes, room);
     }
-    const typename Decoder::Activations own = own_input == 0 ? activations[0] : activations[1];
+    float residual = 0.0f;
+    if (job.residual && own_tile < tiles)
+        residual = load_fresh(job.residual + row_of(job.parts[0], own_tile, threadIdx.x % TILE_ROWS));
+    __syncthreads();
 
-    typename Decoder::Sums sums[TILES] = {};
-    unsigned long long best = 0;
-    int step = 0, parity = 0;
-    const int own_tiles = blockIdx.x < job.tiles ? (job.tiles - 1 - blockIdx.x) / gridDim.x + 1 : 0;
-    const int n_steps = own_tiles * steps;
-    int tile = blockIdx.x;
-    typename Decoder::Row rows[TILES];
-
-    for (int first = 0; first < n_steps; first += STAGES) {
-#pragma unroll
-        for (int stage = 0; stage < STAGES; stage++) {
-            if (first + stage >= n_steps) break;
-            int chunk = first_chunk + step * chunk_step;
-            if (step == 0) {
-                // The decoder's facts of the rows that these sums belong to.
-                int first_part = 0;
-                if (job.mode == MODE_PARTS)
-                    for (int i = 1; i < job.n_parts; i++)
-                        if (tile >= job.parts[i].first_tile) first_part = i;
-#pragma unroll
-                for (int t = 0; t < TILES; t++) {
-                    int at = job.mode == MODE_GATED ? t : job.mode == MODE_JOINED ? own_input : first_part;
-                    const Part &part = job.parts[at];
-                    int row = job.mode == MODE_GATED ? tile * TILE_ROWS
-                                                     : (tile - part.first_tile) * (TILES * TILE_ROWS) + t * TILE_ROWS;
-                    rows[t].set(part, input.k, min(row + group, part.n - 1), min(row + group + 8, part.n - 1));
-                }
-            }
-            if (chunk < chunks) {
-                Decoder::template add<TILES>(shared, own, chunk, weights[stage], extras[stage], rows, sums);
-            }
-            load(weights[stage], extras[stage]);
-            if (++step < steps) continue;
-
-            step = 0;
-#pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                Partial of_low, of_high;
-                Decoder::partial(sums[t], of_low, of_high);
-                if (quarter == 0) {
-                    partials[parity][t][group][warp] = of_low;
-                    partials[parity][t][group + 8][warp] = of_high;
-                }
-                sums[t] = {};
-            }
-            __syncthreads();
-            // One thread a row; with two buffers the other warps go on to the next tile meanwhile.
-            if (threadIdx.x < TILES * TILE_ROWS) {
-                int t = threadIdx.x / TILE_ROWS, row_of_tile = threadIdx.x % TILE_ROWS;
-                int at = 0;
-                if (job.mode == MODE_PARTS)
-                    for (int i = 1; i < job.n_parts; i++)
-                        if (tile >= job.parts[i].first_tile) at = i;
-                if (job.mode == MODE_GATED) at = t;
-                int row = job.mode == MODE_GATED
-                              ? tile * TILE_ROWS + row_of_tile
-                              : (tile - job.parts[at].first_tile) * (TILES * TILE_ROWS) + threadIdx.x;
-                const Part &part = job.parts[at];
-                if (job.mode != MODE_GATED && row >= part.n) {
-                    // Behind the last row.
-                } else {
-                    float y = 0.0f;
-                    int clamped = min(row, part.n - 1);
-#pragma unroll
-                    for (int i = 0; i < MAX_INPUTS; i++) {
-                        if (i >= job.n_inputs) continue;
-                        const Part &summand = job.mode == MODE_JOINED ? job.parts[i] : part;
-                        const Input &from = job.inputs[i];
-                        Partial total = {};
-                        for (int w = from.first_warp; w < from.first_warp + from.warps; w++)
-                            total.add(partials[parity][t][row_of_tile][w]);
-                        float product = Decoder::result(total, activations[i], summand, clamped);
-                        y += summand.bias ? product + __ldg(summand.bias + clamped) : product;
-                    }
-                    if (job.mode == MODE_GATED) {
-                        // Gates sit in the lanes 0 .. 15 of the first warp, their partners 16 lanes further on.
-                        float up = __shfl_down_sync(ALL_LANES, y, TILE_ROWS);
-                        y = __half2float(__float2half_rn(activate(job.parts[0].activation, __half2float(__float2half_rn(y)))))
-                            * __half2float(__float2half_rn(up));
-                    } else {
-                        y = part.activation == ACT_NONE ? y : activate(part.activation, __half2float(__float2half_rn(y)));
-                    }
-                    if ((job.mode == MODE_GATED && t == 1) || row >= part.n) {
-                        // The gate's lane writes.
-                    } else if (job.head.logits) {
-                        job.head.logits[row] = y;
-                        unsigned long long rank = rank_of(y, row);
-                        best = rank > best ? rank : best;
-                    } else if (job.residual) {
-                        job.residual[row] = load_fresh(job.residual + row) + y;
-                    } else if (job.out_is_float) {
-                        ((float *)part.out)[row] = y;
-                    } else {
-                        ((__half *)part.out)[row] = __float2half_rn(y);
-                    }
-                }
-            }
-            parity ^= 1;
-            tile += gridDim.x;
+    typename Decoder::Sums sums = {};
+    typename Decoder::Row row;
+    bool enters = true;
+    int slot = 0;
+#pragma unroll 1
+    while (at.left > 0) {
+        if (enters) {
+            const Part &part = part_of(at.tile, at.run);
+            int is_second = job.mode == MODE_JOINED ? at.run : 0;
+            row.set(shared, part, activations[is_second], job.inputs[is_second].k, row_of(part, at.tile, quad), lane);
+        }
+        await_copies<STAGES - 1>();
+        const uint32_t words = slots + slot * SLOT_WORDS * 4;
+        uint4 low = load_copied_16(words), high = load_copied_16(words + STEP_BYTES / 2);
+        Decoder::add(at.chunk, low, high, words + extra, row, sums);
+        load(slot);
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+        int segment = at.tile * runs + at.run + warp;
+        enters = at.advance(chunks_0, chunks_1, runs);
+        if (enters || at.left == 0) {
+            Partial partial;
+            Decoder::partial(sums, partial);
+            if (quarter == 0) partials[segment][quad] = partial;
+            sums = {};
         }
     }
-    if (job.head.logits) finish_head(job.head, best, best_room);
+    __syncthreads();
+
+    unsigned long long best = 0;
+#pragma unroll 1
+    for (int index = threadIdx.x; index < tiles * TILE_ROWS; index += MATVEC_THREADS) {
+        const int tile = index / TILE_ROWS;
+        if (tile != own_tile) {
+            load_constants(tile);
+            if (job.residual) residual = load_fresh(job.residual + row_of(job.parts[0], tile, index % TILE_ROWS));
+        }
+        float values[MAX_INPUTS] = {};
+#pragma unroll
+        for (int run = 0; run < MAX_INPUTS; run++) {
+            if (run >= runs) continue;
+            int first = tile * steps_of_tile + (run ? chunks_0 : 0), last = first + (run ? chunks_1 : chunks_0) - 1;
+            Partial sum = {};
+#pragma unroll 1
+            for (int w = first / share; w <= last / share; w++) sum.add(partials[tile * runs + run + w][index % TILE_ROWS]);
+            values[run] = Decoder::result(sum, activations[job.mode == MODE_JOINED ? run : 0], constants[run]) + bias[run];
+        }
+        const Part &part = part_of(tile, 0);
+        int row = (begin_tile + tile - part.first_tile) * TILE_ROWS + index % TILE_ROWS;
+        float y = values[0] + (job.mode == MODE_JOINED ? values[1] : 0.0f);
+        if (part.activation != ACT_NONE) {
+            y = activate(part.activation, __half2float(__float2half_rn(y)));
+            if (job.mode == MODE_GATED) y = __half2float(__float2half_rn(y)) * __half2float(__float2half_rn(values[1]));
+        }
+        if (row >= part.n) continue;
+        if (IS_HEAD) {
+            job.head.logits[row] = y;
+            unsigned long long rank = rank_of(y, row);
+            best = rank > best ? rank : best;
+        } else if (job.residual) {
+            job.residual[row] = residual + y;
+        } else if (job.out_is_float) {
+            ((float *)part.out)[row] = y;
+        } else {
+            ((__half *)part.out)[row] = __float2half_rn(y);
+        }
+    }
+    if (IS_HEAD) {
+        __shared__ unsigned long long best_room[MATVEC_WARPS];
+        finish_head(job.head, best, best_room);
+    }
 }
 
-#define MATVEC_KERNEL(NAME, DECODER, TILES, STAGES)                                                    \
-    extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, 2) NAME(const __grid_constant__ Matvec job) { \
-        matvec<DECODER, TILES, STAGES>(job);                                                           \
+// A matrix's kernel and that of a head. Two blocks' registers fit a multiprocessor.
+#define MATVEC_KERNELS(NAME, DECODER, STAGES)                                                                            \
+    extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, 2) NAME##_matvec(const __grid_constant__ Matvec job) { \
+        matvec<DECODER, STAGES, false>(job);                                                                             \
+    }                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, 2) NAME##_head(const __grid_constant__ Matvec job) {   \
+        matvec<DECODER, STAGES, true>(job);                                                                              \
     }

@@ -6,12 +6,15 @@ use super::launch::{Fatbin, Grid, Kernel, dimension, launch};
 use crate::parameters;
 
 /// Bytes of a row that a warp takes at once: rows are padded to whole ones.
-pub const CHUNK_BYTES: usize = 64;
+pub const CHUNK_BYTES: usize = 128;
 pub const MAX_PARTS: usize = 4;
 const MAX_INPUTS: usize = 2;
-const THREADS: u32 = 256;
-const WARPS: usize = 8;
-const TILE_ROWS: usize = 16;
+const THREADS: u32 = 512;
+const WARPS: usize = 16;
+const TILE_ROWS: usize = 8;
+const STEP_BYTES: usize = TILE_ROWS * CHUNK_BYTES;
+/// `first_tile` of a part that a launch does not have.
+const NO_TILE: i32 = i32::MAX;
 
 /// A matrix on the device as the streaming product reads it.
 #[derive(Clone, Copy)]
@@ -35,12 +38,17 @@ pub struct Streamed {
 /// The kernels of one layout.
 pub struct Family {
     pub fatbin: &'static Fatbin,
-    /// Kernels that take one and two tiles of 16 rows at once.
+    /// The kernel of a matrix, and that of a head.
     pub kernels: [&'static str; 2],
     /// Elements of a chunk.
     pub chunk: usize,
     /// Shared memory for an element of x, in eighths of a byte.
     pub shared_eighths: usize,
+    /// Steps that a warp copies ahead, and the words that a lane copies for a step beside the weights.
+    pub stages: usize,
+    pub extra_words: usize,
+    /// Of what one matrix and tile add to a row.
+    pub partial_bytes: usize,
 }
 
 impl PartialEq for Family {
@@ -56,15 +64,15 @@ pub struct Input {
     /// fp32 `[k]` where it is normed, fp16 otherwise.
     pub x: u64,
     pub norm_weight: u64,
+    /// Zeros for an rms norm.
     pub norm_bias: u64,
     pub epsilon: f32,
     pub scale: f32,
+    /// 1 / k, for [`Matvec::new`] to fill in, as the two behind the norm.
+    pub per_k: f32,
     pub norm: i32,
-    /// These four are for [`Matvec::new`] to fill in.
     pub k: i32,
     pub chunks: i32,
-    pub first_warp: i32,
-    pub warps: i32,
 }
 
 pub const NORM_RMS: i32 = 1;
@@ -125,10 +133,10 @@ struct Job {
     threshold: f32,
     stride: i32,
     stride_1: i32,
-    n_parts: i32,
     n_inputs: i32,
     mode: i32,
     tiles: i32,
+    segments: i32,
     out_is_float: i32,
 }
 
@@ -183,31 +191,36 @@ impl Matvec {
             bail!("matrices that cannot share a launch");
         }
         let family = first.family;
-        spread_warps(&mut inputs, products, family)?;
-        let facts = Facts::of(device)?;
-        let tiles_of = |rows_at_once: usize| -> usize {
-            match mode {
-                Mode::Apart => products.iter().map(|p| p.matrix.n.div_ceil(rows_at_once)).sum(),
-                Mode::Gated => first.n.div_ceil(TILE_ROWS),
-                Mode::Joined => first.n.div_ceil(rows_at_once),
-            }
-        };
-        // Two tiles share what is read of x; where that leaves multiprocessors without work, one tile is faster.
-        let two = mode == Mode::Gated || tiles_of(2 * TILE_ROWS) >= 2 * facts.multiprocessors;
-        let rows_at_once = if two { 2 * TILE_ROWS } else { TILE_ROWS };
-        let kernel = family.fatbin.kernel(device, family.kernels[usize::from(two)])?;
-        let shared_bytes =
-            inputs.iter().map(|i| (i.chunks as usize * family.chunk * family.shared_eighths).div_ceil(8)).sum();
-        kernel.allow_shared(shared_bytes)?;
-        let resident = kernel.blocks_per_multiprocessor(THREADS, shared_bytes)?;
-        if resident == 0 {
-            bail!("a row of {} elements needs more shared memory than this device has", first.k);
+        for (input, product) in inputs.iter_mut().zip(products) {
+            let k = product.matrix.k;
+            (input.k, input.chunks, input.per_k) =
+                (dimension(k)?, dimension(k.div_ceil(family.chunk))?, 1.0 / k as f32);
         }
-        let tiles = tiles_of(rows_at_once);
-        let blocks = tiles.min(resident.min(MAX_BLOCKS_PER_MULTIPROCESSOR) * facts.multiprocessors);
+        let facts = Facts::of(device)?;
+        // A single joined product is one part.
+        let mode = if mode == Mode::Joined && products.len() == 1 { Mode::Apart } else { mode };
+        let tiles_of = |product: &Product| product.matrix.n.div_ceil(TILE_ROWS);
+        let (tiles, runs) = match mode {
+            Mode::Apart => (products.iter().map(tiles_of).sum(), 1),
+            Mode::Gated | Mode::Joined => (tiles_of(&products[0]), 2),
+        };
+        let blocks = tiles.min(facts.multiprocessors);
+        let segments = tiles.div_ceil(blocks) * runs + WARPS;
+        let kernel = family.fatbin.kernel(device, family.kernels[usize::from(epilogue.head.logits != 0)])?;
+        let x_bytes: usize =
+            inputs.iter().map(|i| (i.chunks as usize * family.chunk * family.shared_eighths).div_ceil(8)).sum();
+        let slot_bytes = STEP_BYTES + 4 * 32 * family.extra_words;
+        let shared_bytes = WARPS * family.stages * slot_bytes + segments * TILE_ROWS * family.partial_bytes + x_bytes;
+        kernel.allow_shared(shared_bytes)?;
+        if kernel.blocks_per_multiprocessor(THREADS, shared_bytes)? == 0 {
+            bail!(
+                "a row of {} elements needs {shared_bytes} bytes of shared memory, more than this device has",
+                first.k
+            );
+        }
 
         let mut job = Job {
-            parts: [Part::default(); MAX_PARTS],
+            parts: [Part { first_tile: NO_TILE, ..Part::default() }; MAX_PARTS],
             inputs: [Input::default(); MAX_INPUTS],
             code: first.code,
             residual: epilogue.residual,
@@ -215,10 +228,10 @@ impl Matvec {
             threshold: first.threshold,
             stride: dimension(first.stride_bytes)?,
             stride_1: dimension(products.last().map_or(0, |p| p.matrix.stride_bytes))?,
-            n_parts: products.len() as i32,
             n_inputs: inputs.len() as i32,
             mode: mode as i32,
             tiles: dimension(tiles)?,
+            segments: dimension(segments)?,
             out_is_float: i32::from(epilogue.out_is_float),
         };
         job.inputs[..inputs.len()].copy_from_slice(&inputs);
@@ -227,19 +240,11 @@ impl Matvec {
             let (bias, out, activation) = (product.bias, product.out, product.activation);
             *part = Part { bias, out, first_tile, activation, ..product.matrix.part()? };
             if mode == Mode::Apart {
-                first_tile += dimension(product.matrix.n.div_ceil(rows_at_once))?;
+                first_tile += dimension(tiles_of(product))?;
             }
         }
         let grid = Grid { blocks: (blocks, 1), threads: THREADS, shared_bytes, early: true };
         Ok(Self { kernel, grid, job })
-    }
-
-    pub fn blocks(&self) -> usize {
-        self.grid.blocks.0
-    }
-
-    pub fn head_mut(&mut self) -> &mut Head {
-        &mut self.job.head
     }
 
     /// # Safety
@@ -248,26 +253,6 @@ impl Matvec {
         // SAFETY: the kernels take one `Matvec`, which `Job` mirrors; the caller vouches for the addresses.
         unsafe { launch(device, self.kernel, self.grid, parameters![self.job]) }
     }
-}
-
-/// More would not fit beside the blocks of the next launch.
-pub const MAX_BLOCKS_PER_MULTIPROCESSOR: usize = 2;
-
-/// Gives each input warps in proportion to its bytes.
-fn spread_warps(inputs: &mut [Input], products: &[Product], family: &Family) -> Result<()> {
-    let total: usize = (0..inputs.len()).map(|i| products[i].matrix.k.div_ceil(family.chunk)).sum();
-    let mut first_warp = 0;
-    let count = inputs.len();
-    for (i, input) in inputs.iter_mut().enumerate() {
-        let chunks = products[i].matrix.k.div_ceil(family.chunk);
-        let share = ((WARPS * chunks + total / 2) / total).clamp(1, WARPS - (count - 1 - i) - first_warp);
-        let warps = if i + 1 == count { WARPS - first_warp } else { share };
-        input.k = dimension(products[i].matrix.k)?;
-        input.chunks = dimension(chunks)?;
-        (input.first_warp, input.warps) = (first_warp as i32, warps as i32);
-        first_warp += warps;
-    }
-    Ok(())
 }
 
 /// What the shape of a grid depends on.

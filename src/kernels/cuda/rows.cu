@@ -88,17 +88,16 @@ extern "C" __global__ void activate_rows(const __half *gate, const __half *up, _
 
 // Rotates q [t, h, d] in place and writes k, v [t, g, d] to the cache [g, capacity, d_pad]. A block owns a row.
 extern "C" __global__ void append_rows(__half *q, const __half *k, const __half *v, __half *keys, __half *values,
-                                       const float *frequencies, int heads, int kv_heads, int d, int d_pad, int rotary,
+                                       const float2 *angles, int heads, int kv_heads, int d, int d_pad, int rotary,
                                        int capacity, int first_position) {
     int row = blockIdx.x, position = first_position + row, half = rotary / 2;
     for (int at = threadIdx.x; at < heads * half; at += blockDim.x) {
         int head = at / half, pair = at % half;
-        float sine, cosine;
-        sincosf(position * frequencies[pair], &sine, &cosine);
+        float2 angle = angles[(long long)position * half + pair];
         __half *of = q + ((long long)row * heads + head) * d;
         float a = __half2float(of[pair]), b = __half2float(of[pair + half]);
-        of[pair] = __float2half_rn(a * cosine - b * sine);
-        of[pair + half] = __float2half_rn(b * cosine + a * sine);
+        of[pair] = __float2half_rn(a * angle.x - b * angle.y);
+        of[pair + half] = __float2half_rn(b * angle.x + a * angle.y);
     }
     for (int at = threadIdx.x; at < kv_heads * d; at += blockDim.x) {
         int head = at / d, element = at % d;
@@ -106,10 +105,9 @@ extern "C" __global__ void append_rows(__half *q, const __half *k, const __half 
         float value = __half2float(of[element]);
         if (element < rotary) {
             int pair = element < half ? element : element - half;
-            float sine, cosine;
-            sincosf(position * frequencies[pair], &sine, &cosine);
+            float2 angle = angles[(long long)position * half + pair];
             float other = __half2float(of[element < half ? element + half : pair]);
-            value = element < half ? value * cosine - other * sine : value * cosine + other * sine;
+            value = element < half ? value * angle.x - other * angle.y : value * angle.x + other * angle.y;
         }
         long long to = ((long long)head * capacity + position) * d_pad + element;
         keys[to] = __float2half_rn(value);

@@ -147,14 +147,14 @@ impl Rows<'_> {
         heads: Heads,
         [q, k, v]: [u64; 3],
         [keys, values]: [u64; 2],
-        frequencies: u64,
+        angles: u64,
         rotary: usize,
     ) -> Result<()> {
         let kernel = KERNELS.kernel(self.device, "append_rows")?;
         let (h, g) = (dimension(heads.heads)?, dimension(heads.kv_heads)?);
         let (d, d_pad, capacity) = (dimension(heads.d)?, dimension(heads.d_pad)?, dimension(heads.capacity)?);
         let (rotary, position) = (dimension(rotary)?, dimension(position)?);
-        let parameters = parameters![q, k, v, keys, values, frequencies, h, g, d, d_pad, rotary, capacity, position];
+        let parameters = parameters![q, k, v, keys, values, angles, h, g, d, d_pad, rotary, capacity, position];
         // SAFETY: as rows.cu declares them.
         unsafe { launch(self.device, kernel, Grid::new((rows, 1), THREADS), parameters) }
     }

@@ -11,8 +11,12 @@ use crate::kernels::cuda::rows::Rows;
 use crate::quant::{CudaMatrix, Stored};
 
 pub static KERNELS: Fatbin = Fatbin { name: "dense", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense.fatbin")) };
-static HALVES: Family = Family { fatbin: &KERNELS, kernels: ["half_1", "half_2"], chunk: 32, shared_eighths: 16 };
-static FLOATS: Family = Family { fatbin: &KERNELS, kernels: ["float_1", "float_2"], chunk: 16, shared_eighths: 48 };
+static HALVES: Family = family(["half_matvec", "half_head"], 64, 16);
+static FLOATS: Family = family(["float_matvec", "float_head"], 32, 48);
+
+const fn family(kernels: [&'static str; 2], chunk: usize, shared_eighths: usize) -> Family {
+    Family { fatbin: &KERNELS, kernels, chunk, shared_eighths, stages: 4, extra_words: 0, partial_bytes: 4 }
+}
 
 /// Uploads row-major values in their own dtype.
 pub(super) fn upload<T: Value>(stored: &DenseStored<T>, device: &Device) -> Result<Box<dyn CudaMatrix>> {

@@ -12,8 +12,16 @@ use crate::quant::CudaMatrix;
 
 pub static KERNELS: Fatbin = Fatbin { name: "int8", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin")) };
 /// A byte of code, an eighth of a byte of outlier bits and the half that both are made of.
-static BYTES: Family =
-    Family { fatbin: &KERNELS, kernels: ["int8_1", "int8_2"], chunk: CHUNK_BYTES, shared_eighths: 25 };
+static BYTES: Family = Family {
+    fatbin: &KERNELS,
+    kernels: ["int8_matvec", "int8_head"],
+    chunk: CHUNK_BYTES,
+    shared_eighths: 25,
+    stages: 4,
+    extra_words: 0,
+    // An int32 sum and the outlier columns' fp32 one.
+    partial_bytes: 8,
+};
 
 const FLAG_THREADS: u32 = 256;
 /// Rows of blocks that look for outliers: enough to fill a device at a long prompt, few enough that a block does some work.

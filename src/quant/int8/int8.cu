@@ -6,7 +6,7 @@
 //   y      = fp16(sum_c q[r, c] W[n, c] * a[r] * s[n] * 6.200012e-05)
 //            + sum over outlier columns x[r, c] * fp16(W[n, c] * s[n] / 127), rounded to fp16 once more
 //
-// W [n, k] int8 codes, s [n] row absmax. Rows of W and q are padded with zeros to `stride`, a multiple of 64 bytes:
+// W [n, k] int8 codes, s [n] row absmax. Rows of W and q are padded with zeros to `stride`, a multiple of 128 bytes:
 //   |k codes ......|0 0 0|
 // One row of x is the streaming product below. Many rows: outlier_flags -> outlier_list -> quantize_rows -> cuBLAS' int8
 // product -> finish_rows, all on one stream. Sums int32 and fp32.
@@ -144,20 +144,17 @@ extern "C" __global__ void int8_finish_rows(
 
 // One row: the block quantizes x itself, and finds the outliers of each chunk, which are multiplied from the same bytes.
 struct Bytes {
-    static constexpr int CHUNK = 64;
+    static constexpr int CHUNK = 128;
     struct Shared {};
     struct Nothing {
         __device__ void set(const Part &, int, int, int, int) {}
-        __device__ void load(const Nothing &, int) {}
+        __device__ void copy_extra(uint32_t) {}
     };
     using Place = Nothing;
-    using Extra = Nothing;
-    struct Row {
-        float low, high;
-        __device__ void set(const Part &part, int, int row_low, int row_high) {
-            low = __ldg((const float *)part.scales + row_low);
-            high = __ldg((const float *)part.scales + row_high);
-        }
+    static constexpr int EXTRA_WORDS = 0;
+    struct Constant {
+        float scale;
+        __device__ void load(const Part &part, int row) { scale = load_float((const float *)part.scales + row); }
     };
     struct Partial {
         int product;
@@ -169,89 +166,103 @@ struct Bytes {
     };
     struct Sums {
         int products[4];
-        float low, high;
+        float outlier;
     };
     struct Activations {
         const __half *x;
-        const uint8_t *codes;
-        const uint32_t *outliers;  // a bit an element
+        uint32_t codes;
+        uint32_t outliers;  // a bit an element
         float absmax;
-
-        __device__ uint8_t *convert(const Matvec &job, const Input &input, const __half *halves, uint8_t *free_bytes, float *room) {
-            int padded = input.chunks * CHUNK, warp = threadIdx.x / LANES;
-            uint8_t *made = free_bytes;
-            uint32_t *bits = (uint32_t *)(free_bytes + padded);
-            float largest = 0.0f;
-            for (int at = threadIdx.x; at < padded; at += MATVEC_THREADS) {
-                float magnitude = fabsf(__half2float(halves[at]));
-                bool is_outlier = magnitude >= job.threshold;
-                if (!is_outlier) largest = larger(largest, magnitude);
-                uint32_t ballot = __ballot_sync(ALL_LANES, is_outlier);
-                if (threadIdx.x % LANES == 0) bits[at / LANES] = ballot;
-            }
-            largest = warp_max(largest);
-            if (threadIdx.x % LANES == 0) room[warp] = largest;
-            __syncthreads();
-            for (int w = 0; w < MATVEC_WARPS; w++) largest = larger(largest, room[w]);
-            // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
-            float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
-            for (int at = threadIdx.x; at < padded; at += MATVEC_THREADS) {
-                float value = __half2float(halves[at]);
-                bool is_outlier = fabsf(value) >= job.threshold;
-                made[at] = is_outlier ? 0 : (uint8_t)__float2int_rn(value * scale);
-            }
-            x = halves;
-            codes = made;
-            outliers = bits;
-            absmax = largest;
-            return free_bytes + padded + padded / 8;
+    };
+    struct Row {
+        uint32_t codes, outliers;
+        // Read where an outlier asks for them.
+        const __half *x;
+        const float *scale;
+        __device__ void set(const Shared &, const Part &part, const Activations &from, int, int row, int lane) {
+            codes = from.codes + lane / 4 % 2 * 64 + lane % 4 * 16;
+            outliers = from.outliers;
+            x = from.x + lane % 4 * 16;
+            scale = (const float *)part.scales + row;
         }
     };
+
+    // A thread takes four elements at a time.
+    static __device__ uint8_t *convert(Activations &to, const Matvec &job, const Input &input, const __half *halves,
+                                       uint8_t *free_bytes, float *room) {
+        int padded = input.chunks * CHUNK;
+        uint32_t *made = (uint32_t *)free_bytes, *bits = (uint32_t *)(free_bytes + padded);
+        for (int at = threadIdx.x; at < padded / 32; at += MATVEC_THREADS) bits[at] = 0;
+        float largest = 0.0f;
+        for (int at = threadIdx.x; at < padded / 4; at += MATVEC_THREADS) {
+            float values[4];
+            four(halves, at, values);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (!(fabsf(values[i]) >= job.threshold)) largest = larger(largest, fabsf(values[i]));
+        }
+        largest = warp_max(largest);
+        if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = largest;
+        __syncthreads();
+        largest = warp_max(threadIdx.x % LANES < MATVEC_WARPS ? room[threadIdx.x % LANES] : 0.0f);
+        // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
+        float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
+        for (int at = threadIdx.x; at < padded / 4; at += MATVEC_THREADS) {
+            float values[4];
+            four(halves, at, values);
+            uint32_t codes = 0, found = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                bool is_outlier = fabsf(values[i]) >= job.threshold;
+                found |= (uint32_t)is_outlier << i;
+                codes |= is_outlier ? 0u : ((uint32_t)__float2int_rn(values[i] * scale) & 0xff) << 8 * i;
+            }
+            made[at] = codes;
+            if (found) atomicOr(bits + at / 8, found << at % 8 * 4);
+        }
+        if (threadIdx.x == 0) to = {halves, shared_address(made), shared_address(bits), largest};
+        return free_bytes + padded + padded / 8;
+    }
+    static __device__ __forceinline__ void four(const __half *halves, int at, float (&values)[4]) {
+        uint2 loaded = *(const uint2 *)(halves + 4 * at);
+        float2 a = __half22float2(*(const __half2 *)&loaded.x), b = __half22float2(*(const __half2 *)&loaded.y);
+        values[0] = a.x, values[1] = a.y, values[2] = b.x, values[3] = b.y;
+    }
     static __device__ void prepare(Shared &, const Matvec &) {}
 
     static __device__ __forceinline__ int byte_of(const uint4 &words, int at) {
         uint32_t word = at < 8 ? (at < 4 ? words.x : words.y) : (at < 12 ? words.z : words.w);
         return (int8_t)(word >> at % 4 * 8);
     }
-
-    template <int TILES>
-    static __device__ __forceinline__ void add(const Shared &, const Activations &from, int chunk, const uint4 (&weights)[TILES][2],
-                                               const Extra (&)[TILES], const Row (&rows)[TILES], Sums (&sums)[TILES]) {
-        int first = chunk * CHUNK + threadIdx.x % 4 * 16;
-        uint4 x = *(const uint4 *)(from.codes + first);
-        uint2 outliers = *(const uint2 *)(from.outliers + 2 * chunk);
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            const uint4 &low = weights[t][0], &high = weights[t][1];
-            multiply_bytes(sums[t].products, low.x, high.x, low.y, high.y, x.x, x.y);
-            multiply_bytes(sums[t].products, low.z, high.z, low.w, high.w, x.z, x.w);
-        }
-        // The same for all lanes: they share the chunk.
-        if ((outliers.x | outliers.y) == 0) return;
-        uint32_t bits = (threadIdx.x % 4 < 2 ? outliers.x : outliers.y) >> threadIdx.x % 2 * 16 & 0xffff;
+    // Outliers among the 16 elements of `words`, whose activations are `x`.
+    static __device__ float outliers_of(uint32_t bits, const uint4 &words, const __half *x, float scale) {
+        float sum = 0.0f;
         for (; bits; bits &= bits - 1) {
             int at = __ffs(bits) - 1;
-            float value = __half2float(from.x[first + at]);
-#pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                sums[t].low += outlier_weight(byte_of(weights[t][0], at), rows[t].low) * value;
-                sums[t].high += outlier_weight(byte_of(weights[t][1], at), rows[t].high) * value;
-            }
+            sum += outlier_weight(byte_of(words, at), scale) * __half2float(x[at]);
         }
+        return sum;
     }
-    static __device__ void partial(const Sums &sums, Partial &low, Partial &high) {
-        low = {sums.products[0], sums.low};
-        high = {sums.products[2], sums.high};
-#pragma unroll
-        for (int distance = 1; distance < 4; distance *= 2) {
-            low.outlier += __shfl_xor_sync(ALL_LANES, low.outlier, distance);
-            high.outlier += __shfl_xor_sync(ALL_LANES, high.outlier, distance);
-        }
+
+    static __device__ __forceinline__ void add(int chunk, const uint4 &low, const uint4 &high, uint32_t, const Row &row,
+                                               Sums &sums) {
+        uint4 x = load_shared_16(row.codes + chunk * CHUNK), outliers = load_shared_16(row.outliers + 16 * chunk);
+        multiply_bytes(sums.products, low.x, high.x, low.y, high.y, x.x, x.y);
+        multiply_bytes(sums.products, low.z, high.z, low.w, high.w, x.z, x.w);
+        // The same for all lanes: they share the chunk.
+        if ((outliers.x | outliers.y | outliers.z | outliers.w) == 0) return;
+        const int quarter = threadIdx.x % 4, shift = quarter % 2 * 16;
+        const __half *of_chunk = row.x + chunk * CHUNK;
+        float scale = __ldg(row.scale);
+        sums.outlier += outliers_of((quarter < 2 ? outliers.x : outliers.y) >> shift & 0xffff, low, of_chunk, scale);
+        sums.outlier += outliers_of((quarter < 2 ? outliers.z : outliers.w) >> shift & 0xffff, high, of_chunk + 64, scale);
     }
-    static __device__ float result(const Partial &total, const Activations &from, const Part &part, int row) {
-        return join(total.product, from.absmax, __ldg((const float *)part.scales + row), total.outlier);
+    static __device__ void partial(const Sums &sums, Partial &of_row) {
+        of_row = {sums.products[0] + sums.products[3], quad_sum(sums.outlier)};
+    }
+    static __device__ float result(const Partial &total, const Activations &from, const Constant &constant) {
+        return join(total.product, from.absmax, constant.scale, total.outlier);
     }
 };
 
-MATVEC_KERNEL(int8_1, Bytes, 1, 4)
-MATVEC_KERNEL(int8_2, Bytes, 2, 2)
+MATVEC_KERNELS(int8, Bytes, 4)

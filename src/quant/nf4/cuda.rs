@@ -7,23 +7,33 @@ use half::f16;
 use super::nested::{self, NestedAbsmax};
 use super::{Absmax, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
-use crate::kernels::cuda::launch::{Fatbin, Grid, address, dimension, launch};
+use crate::kernels::cuda::launch::{Fatbin, Grid, address, dimension, launch, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 
 pub static KERNELS: Fatbin = Fatbin { name: "nf4", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4.fatbin")) };
 
-const fn family(kernels: [&'static str; 2]) -> Family {
-    Family { fatbin: &KERNELS, kernels, chunk: CHUNK_ELEMENTS, shared_eighths: 16 }
+const fn family(kernels: [&'static str; 2], extra_words: usize) -> Family {
+    Family {
+        fatbin: &KERNELS,
+        kernels,
+        chunk: CHUNK_ELEMENTS,
+        shared_eighths: 16,
+        stages: 2,
+        extra_words,
+        partial_bytes: 4,
+    }
 }
-static NESTED: Family = family(["nf4_nested_1", "nf4_nested_2"]);
-static PLAIN: Family = family(["nf4_plain_1", "nf4_plain_2"]);
-static NESTED_CROSSING: Family = family(["nf4_nested_crossing_1", "nf4_nested_crossing_2"]);
-static PLAIN_CROSSING: Family = family(["nf4_plain_crossing_1", "nf4_plain_crossing_2"]);
+static NESTED: Family = family(["nf4_nested_matvec", "nf4_nested_head"], 2);
+static PLAIN: Family = family(["nf4_plain_matvec", "nf4_plain_head"], 1);
+static NESTED_CROSSING: Family = family(["nf4_nested_crossing_matvec", "nf4_nested_crossing_head"], 0);
+static PLAIN_CROSSING: Family = family(["nf4_plain_crossing_matvec", "nf4_plain_crossing_head"], 0);
 
 const CHUNK_ELEMENTS: usize = 2 * CHUNK_BYTES;
-/// Bytes that stay together when a chunk is reordered: 16 elements.
+/// Half a chunk is reordered by itself: two blocks.
+const HALF_BYTES: usize = CHUNK_BYTES / 2;
+/// Bytes that stay together: 16 elements.
 const UNIT_BYTES: usize = 8;
 const DEQUANTIZE_THREADS: u32 = 256;
 
@@ -32,7 +42,7 @@ pub(super) fn upload(stored: &Nf4Stored, device: &Device) -> Result<Box<dyn Cuda
     let absmax = match &stored.absmax {
         Absmax::Plain(values) => DeviceAbsmax::Plain(device.clone_htod(values)?),
         Absmax::Nested(NestedAbsmax { codes, absmax, offset }) => DeviceAbsmax::Nested {
-            codes: device.clone_htod(codes)?,
+            codes: upload_words(codes, device)?,
             nested: device.clone_htod(absmax)?,
             offset: *offset,
         },
@@ -49,6 +59,11 @@ pub(super) fn upload(stored: &Nf4Stored, device: &Device) -> Result<Box<dyn Cuda
     }))
 }
 
+/// Codes and zeros behind them up to whole words, in which the kernels read them.
+fn upload_words(codes: &[u8], device: &CudaDevice) -> Result<CudaSlice<u8>> {
+    upload_rows(codes, codes.len(), codes.len().next_multiple_of(size_of::<u32>()), device)
+}
+
 /// Rows of whole chunks, their units in the order that nf4.cu draws.
 fn chunks(stored: &Nf4Stored) -> Vec<u8> {
     let (n, k) = (stored.n, stored.k);
@@ -62,7 +77,7 @@ fn chunks(stored: &Nf4Stored) -> Vec<u8> {
             let nibble = |column: usize| stored.code(row * k + column);
             (0..k).for_each(|column| natural[column / 2] |= nibble(column) << if column % 2 == 0 { 4 } else { 0 });
         }
-        for (from, to) in natural.chunks_exact(CHUNK_BYTES).zip(out.chunks_exact_mut(CHUNK_BYTES)) {
+        for (from, to) in natural.chunks_exact(HALF_BYTES).zip(out.chunks_exact_mut(HALF_BYTES)) {
             for (unit, bytes) in from.chunks_exact(UNIT_BYTES).enumerate() {
                 // The first block's units go to even places, the second's to odd ones.
                 let place = 2 * (unit % 4) + unit / 4;

@@ -3,11 +3,11 @@
 //   W[i] = code[nibble i] * absmax[i / 64]            i runs over the flattened [n, k] matrix: blocks may cross rows
 //   absmax[b] = absmax_code[q[b]] * nested[b / 256] + offset     (double quantization; two roundings, as bitsandbytes)
 //
-// Layout: a byte holds two codes, the even element in the high nibble. Rows are padded to whole chunks of 64 bytes = two
-// blocks, and the eight units of 8 bytes in a chunk are reordered so that the 16 bytes of lane q serve both blocks:
+// Layout: a byte holds two codes, the even element in the high nibble. Rows are padded to whole chunks of 128 bytes = four
+// blocks; in each half of a chunk the eight units of 8 bytes are reordered so that the 16 bytes of lane q serve both blocks:
 //
 //   stored   |u0 u1 u2 u3|u4 u5 u6 u7|      a block is four units of 16 elements
-//   chunk    |u0 u4|u1 u5|u2 u6|u3 u7|
+//   half     |u0 u4|u1 u5|u2 u6|u3 u7|
 //   lane q   |  0  |  1  |  2  |  3  |
 //
 // One row of x: a byte becomes a pair of halves by one look-up in shared memory, in a table that has a copy for each lane
@@ -19,23 +19,38 @@
 
 constexpr int BLOCK = 64;
 
+// Where a lane's absmax lies in memory, what is copied of it for a step, and its value.
 struct NestedAbsmax {
-    // A code and what it multiplies; decoded when it is used, so that nobody waits for it before.
-    uint32_t code;
-    float nested;
-    __device__ void load(const Part &part, int block) {
-        code = load_byte((const uint8_t *)part.scales + block);
-        nested = load_float(part.nested + (block >> 8));
+    static constexpr int WORDS = 2;
+    const uint8_t *codes;
+    const float *nested;
+    __device__ void set(const Part &part) {
+        codes = (const uint8_t *)part.scales;
+        nested = part.nested;
     }
-    __device__ float value(const float *absmax_code, float offset) const {
-        return __fadd_rn(__fmul_rn(absmax_code[code], nested), offset);
+    // The four codes around the block's, and what it multiplies.
+    __device__ void copy(uint32_t to, int block) const {
+        copy_word(to, codes + (block & ~3));
+        copy_word(to + 4 * LANES, nested + (block >> 8));
+    }
+    static __device__ float value(uint32_t words, int block, uint32_t absmax_code, float offset) {
+        uint32_t code = __byte_perm(load_copied(words), 0, 0x4440 | (block & 3));
+        float of_code = __uint_as_float(load_shared(absmax_code + 4 * code));
+        return __fadd_rn(__fmul_rn(of_code, __uint_as_float(load_copied(words + 4 * LANES))), offset);
+    }
+    static __device__ float of_block(const Part &part, int block, const float *absmax_code) {
+        uint32_t code = ((const uint8_t *)part.scales)[block];
+        return __fadd_rn(__fmul_rn(absmax_code[code], part.nested[block >> 8]), part.offset);
     }
 };
 
 struct PlainAbsmax {
-    float absmax;
-    __device__ void load(const Part &part, int block) { absmax = load_float((const float *)part.scales + block); }
-    __device__ float value(const float *, float) const { return absmax; }
+    static constexpr int WORDS = 1;
+    const float *values;
+    __device__ void set(const Part &part) { values = (const float *)part.scales; }
+    __device__ void copy(uint32_t to, int block) const { copy_word(to, values + block); }
+    static __device__ float value(uint32_t words, int, uint32_t, float) { return __uint_as_float(load_copied(words)); }
+    static __device__ float of_block(const Part &part, int block, const float *) { return ((const float *)part.scales)[block]; }
 };
 
 struct Value {
@@ -43,12 +58,8 @@ struct Value {
     __device__ void add(const Value &other) { value += other.value; }
 };
 
-struct HalfActivations {
-    const __half *x;
-    __device__ uint8_t *convert(const Matvec &, const Input &, const __half *halves, uint8_t *free_bytes, float *) {
-        x = halves;
-        return free_bytes;
-    }
+struct NoConstant {
+    __device__ void load(const Part &, int) {}
 };
 
 // Chips whose memory feeds an SM more weights than 8 copies can look up have 32, the others room for more blocks.
@@ -60,39 +71,58 @@ constexpr int COPY_BITS = 4;
 
 template <class Absmax>
 struct Nibbles {
-    static constexpr int CHUNK = 128, COPIES = 1 << COPY_BITS, SHIFT = COPY_BITS + 2;
+    static constexpr int CHUNK = 256, COPIES = 1 << COPY_BITS, SHIFT = COPY_BITS + 2;
     struct Shared {
         uint32_t pairs[256 * COPIES];
         float absmax_code[256];
     };
-    // The lane's share of scaling: row g or g + 8 by its lowest bit, the chunk's first or second block by the other.
+    static constexpr int EXTRA_WORDS = Absmax::WORDS;
+    // Lane q scales the chunk's block q. Blocks behind the row's last one are padding: their activations are zero, their
+    // absmax any.
     struct Place {
-        const Part *part;
-        int first_block, last_block;
-        __device__ void set(const Part &of, int k, int row_low, int row_high, int quarter) {
-            part = &of;
-            int blocks = (k + BLOCK - 1) / BLOCK, row = quarter & 1 ? row_high : row_low;
-            first_block = row * blocks + quarter / 2;
+        Absmax absmax;
+        int block, last_block;
+        __device__ void set(const Part &part, int k, int row, int quarter, int chunk) {
+            absmax.set(part);
+            int blocks = k / BLOCK;
+            block = row * blocks + 4 * chunk + quarter;
+            last_block = row * blocks + blocks - 1;
+        }
+        __device__ void copy_extra(uint32_t to) {
+            absmax.copy(to, min(block, last_block));
+            block += 4;
+        }
+    };
+    struct Activations {
+        uint32_t x;
+    };
+    struct Row {
+        uint32_t x;      // of this lane: its 16 elements of the low half's first block, or of the high half's
+        uint32_t pairs;  // the lane's copy
+        uint32_t absmax_code;
+        float offset;
+        int block, last_block, quarter;
+        __device__ void set(const Shared &shared, const Part &part, const Activations &from, int k, int row, int lane) {
+            x = from.x + lane / 4 % 2 * CHUNK + lane % 4 * 32;
+            pairs = shared_address(shared.pairs) + lane % COPIES * 4;
+            absmax_code = shared_address(shared.absmax_code);
+            offset = part.offset;
+            quarter = lane % 4;
+            int blocks = k / BLOCK;
+            block = row * blocks + quarter;
             last_block = row * blocks + blocks - 1;
         }
     };
-    struct Extra {
-        Absmax absmax;
-        // A chunk's second block may be padding: its activations are zero, its absmax any.
-        __device__ void load(const Place &place, int chunk) {
-            absmax.load(*place.part, min(place.first_block + 2 * chunk, place.last_block));
-        }
-    };
-    struct Row {
-        float offset;
-        __device__ void set(const Part &part, int, int, int) { offset = part.offset; }
-    };
+    static __device__ uint8_t *convert(Activations &to, const Matvec &, const Input &, const __half *x, uint8_t *free_bytes,
+                                       float *) {
+        if (threadIdx.x == 0) to.x = shared_address(x);
+        return free_bytes;
+    }
+    using Constant = NoConstant;
     using Partial = Value;
     struct Sums {
         float scaled;
     };
-    using Activations = HalfActivations;
-
     static __device__ void prepare(Shared &shared, const Matvec &job) {
         for (int at = 4 * threadIdx.x; at < 256 * COPIES; at += 4 * MATVEC_THREADS) {
             int byte = at / COPIES;
@@ -103,134 +133,109 @@ struct Nibbles {
         if (threadIdx.x < 256) shared.absmax_code[threadIdx.x] = __ldg(job.code + 16 + threadIdx.x);
     }
 
-    template <int TILES>
-    static __device__ __forceinline__ void add(const Shared &shared, const Activations &from, int chunk,
-                                               const uint4 (&weights)[TILES][2], const Extra (&extras)[TILES],
-                                               const Row (&rows)[TILES], Sums (&sums)[TILES]) {
-        const int quarter = threadIdx.x % 4;
-        const __half *x_of_lane = from.x + chunk * CHUNK + quarter * 16;
-        uint32_t copy = threadIdx.x % COPIES * 4;
-        keep(copy);
+    static __device__ __forceinline__ void add(int chunk, const uint4 &low, const uint4 &high, uint32_t extra, const Row &row,
+                                               Sums &sums) {
+        const uint32_t x = row.x + chunk * 2 * CHUNK;
         // Byte `at` of a word as two halves.
         auto pair = [&](uint32_t word, int at) {
-            uint32_t shifted = 8 * at >= SHIFT ? word >> (8 * at - SHIFT) : word << (SHIFT - 8 * at);
-            return *(const uint32_t *)((const char *)shared.pairs + ((shifted & (0xffu << SHIFT)) | copy));
+            return load_shared(__byte_perm(word, 0, 0x4440 | at) * (4 * COPIES) + row.pairs);
         };
-        float of_block[TILES][2];
-#pragma unroll
-        for (int block = 0; block < 2; block++) {
-            float products[TILES][4] = {};
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                uint4 x = *(const uint4 *)(x_of_lane + BLOCK * block + 8 * half);
-#pragma unroll
-                for (int t = 0; t < TILES; t++) {
-                    uint32_t low = half ? (block ? weights[t][0].w : weights[t][0].y) : (block ? weights[t][0].z : weights[t][0].x);
-                    uint32_t high = half ? (block ? weights[t][1].w : weights[t][1].y) : (block ? weights[t][1].z : weights[t][1].x);
-                    multiply_halves(products[t], pair(low, 0), pair(high, 0), pair(low, 1), pair(high, 1), x.x, x.y);
-                    multiply_halves(products[t], pair(low, 2), pair(high, 2), pair(low, 3), pair(high, 3), x.z, x.w);
-                }
-            }
-#pragma unroll
-            for (int t = 0; t < TILES; t++) of_block[t][block] = quarter & 1 ? products[t][2] : products[t][0];
-        }
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            float absmax = extras[t].absmax.value(shared.absmax_code, rows[t].offset);
-            sums[t].scaled += absmax * (quarter & 2 ? of_block[t][1] : of_block[t][0]);
-        }
+        auto multiply = [&](float (&sums_of_blocks)[4], uint32_t a, uint32_t b, const uint4 &x) {
+            multiply_halves(sums_of_blocks, pair(a, 0), pair(b, 0), pair(a, 1), pair(b, 1), x.x, x.y);
+            multiply_halves(sums_of_blocks, pair(a, 2), pair(b, 2), pair(a, 3), pair(b, 3), x.z, x.w);
+        };
+        // Blocks 0 and 2, then 1 and 3.
+        float even[4] = {}, odd[4] = {};
+        multiply(even, low.x, high.x, load_shared_16(x));
+        multiply(even, low.y, high.y, load_shared_16(x + 16));
+        multiply(odd, low.z, high.z, load_shared_16(x + 2 * BLOCK));
+        multiply(odd, low.w, high.w, load_shared_16(x + 2 * BLOCK + 16));
+        float of_low = row.quarter & 1 ? odd[0] : even[0], of_high = row.quarter & 1 ? odd[3] : even[3];
+        float absmax = Absmax::value(extra, min(row.block + 4 * chunk, row.last_block), row.absmax_code, row.offset);
+        sums.scaled += absmax * (row.quarter & 2 ? of_high : of_low);
     }
-    static __device__ void partial(const Sums &sums, Value &low, Value &high) {
-        float both = sums.scaled + __shfl_xor_sync(ALL_LANES, sums.scaled, 2);
-        low.value = both;  // of even lanes
-        high.value = __shfl_xor_sync(ALL_LANES, both, 1);
-    }
-    static __device__ float result(const Value &total, const Activations &, const Part &, int) { return total.value; }
+    static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.scaled); }
+    static __device__ float result(const Value &total, const Activations &, const Constant &) { return total.value; }
 };
 
 // Blocks that cross rows: every element asks for its own absmax.
 template <class Absmax>
 struct CrossingNibbles {
-    static constexpr int CHUNK = 128;
+    static constexpr int CHUNK = 256;
     struct Shared {
         float code[16], absmax_code[256];
     };
     struct Nothing {
         __device__ void set(const Part &, int, int, int, int) {}
-        __device__ void load(const Nothing &, int) {}
+        __device__ void copy_extra(uint32_t) {}
     };
     using Place = Nothing;
-    using Extra = Nothing;
+    static constexpr int EXTRA_WORDS = 0;
+    struct Activations {
+        const __half *x;
+    };
     struct Row {
+        const Shared *shared;
+        const __half *x;
         const Part *part;
         int k;
-        long long low, high;  // first elements
-        __device__ void set(const Part &of, int columns, int row_low, int row_high) {
+        long long first;
+        __device__ void set(const Shared &tables, const Part &of, const Activations &from, int columns, int row, int) {
+            shared = &tables;
+            x = from.x;
             part = &of;
             k = columns;
-            low = (long long)row_low * k;
-            high = (long long)row_high * k;
+            first = (long long)row * k;
         }
     };
+    using Constant = NoConstant;
     using Partial = Value;
     struct Sums {
-        float low, high;
+        float sum;
     };
-    using Activations = HalfActivations;
+    static __device__ uint8_t *convert(Activations &to, const Matvec &, const Input &, const __half *x, uint8_t *free_bytes,
+                                       float *) {
+        if (threadIdx.x == 0) to.x = x;
+        return free_bytes;
+    }
 
     static __device__ void prepare(Shared &shared, const Matvec &job) {
         if (threadIdx.x < 16) shared.code[threadIdx.x] = __ldg(job.code + threadIdx.x);
         if (threadIdx.x < 256) shared.absmax_code[threadIdx.x] = __ldg(job.code + 16 + threadIdx.x);
     }
 
-    static __device__ float dot(const Shared &shared, const Activations &from, const uint4 &bytes, int first_column, const Row &row,
-                                long long first) {
-        const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+    // Eight elements, from `first_column` on.
+    static __device__ float dot(uint32_t word, int first_column, const Row &row) {
+        const Shared &shared = *row.shared;
         float sum = 0.0f;
-#pragma unroll
-        for (int word = 0; word < 4; word++)
-            for (int at = 0; at < 8; at++) {
-                int column = first_column + word / 2 * BLOCK + word % 2 * 8 + at;
-                if (column >= row.k) continue;
-                Absmax absmax;
-                absmax.load(*row.part, (int)((first + column) / BLOCK));
-                int nibble = words[word] >> (at / 2 * 8 + (at % 2 ? 0 : 4)) & 15;
-                float weight = __fmul_rn(shared.code[nibble], absmax.value(shared.absmax_code, row.part->offset));
-                sum += weight * __half2float(from.x[column]);
-            }
+        for (int at = 0; at < 8; at++) {
+            int column = first_column + at;
+            if (column >= row.k) break;
+            float absmax = Absmax::of_block(*row.part, (int)((row.first + column) / BLOCK), shared.absmax_code);
+            int nibble = word >> (at / 2 * 8 + (at % 2 ? 0 : 4)) & 15;
+            float weight = __fmul_rn(shared.code[nibble], absmax);
+            sum += weight * __half2float(row.x[column]);
+        }
         return sum;
     }
 
-    template <int TILES>
-    static __device__ __forceinline__ void add(const Shared &shared, const Activations &from, int chunk,
-                                               const uint4 (&weights)[TILES][2], const Extra (&)[TILES],
-                                               const Row (&rows)[TILES], Sums (&sums)[TILES]) {
+    static __device__ __forceinline__ void add(int chunk, const uint4 &low, const uint4 &high, uint32_t, const Row &row,
+                                               Sums &sums) {
         int first = chunk * CHUNK + threadIdx.x % 4 * 16;
-        for (int t = 0; t < TILES; t++) {
-            sums[t].low += dot(shared, from, weights[t][0], first, rows[t], rows[t].low);
-            sums[t].high += dot(shared, from, weights[t][1], first, rows[t], rows[t].high);
-        }
+        auto half = [&](const uint4 &words, int at) {
+            return dot(words.x, at, row) + dot(words.y, at + 8, row) +
+                   dot(words.z, at + BLOCK, row) + dot(words.w, at + BLOCK + 8, row);
+        };
+        sums.sum += half(low, first) + half(high, first + CHUNK / 2);
     }
-    static __device__ void partial(const Sums &sums, Value &low, Value &high) {
-        low.value = sums.low;
-        high.value = sums.high;
-#pragma unroll
-        for (int distance = 1; distance < 4; distance *= 2) {
-            low.value += __shfl_xor_sync(ALL_LANES, low.value, distance);
-            high.value += __shfl_xor_sync(ALL_LANES, high.value, distance);
-        }
-    }
-    static __device__ float result(const Value &total, const Activations &, const Part &, int) { return total.value; }
+    static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.sum); }
+    static __device__ float result(const Value &total, const Activations &, const Constant &) { return total.value; }
 };
 
-MATVEC_KERNEL(nf4_nested_1, Nibbles<NestedAbsmax>, 1, 3)
-MATVEC_KERNEL(nf4_nested_2, Nibbles<NestedAbsmax>, 2, 2)
-MATVEC_KERNEL(nf4_plain_1, Nibbles<PlainAbsmax>, 1, 3)
-MATVEC_KERNEL(nf4_plain_2, Nibbles<PlainAbsmax>, 2, 2)
-MATVEC_KERNEL(nf4_nested_crossing_1, CrossingNibbles<NestedAbsmax>, 1, 1)
-MATVEC_KERNEL(nf4_nested_crossing_2, CrossingNibbles<NestedAbsmax>, 2, 1)
-MATVEC_KERNEL(nf4_plain_crossing_1, CrossingNibbles<PlainAbsmax>, 1, 1)
-MATVEC_KERNEL(nf4_plain_crossing_2, CrossingNibbles<PlainAbsmax>, 2, 1)
+MATVEC_KERNELS(nf4_nested, Nibbles<NestedAbsmax>, 2)
+MATVEC_KERNELS(nf4_plain, Nibbles<PlainAbsmax>, 2)
+MATVEC_KERNELS(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, 2)
+MATVEC_KERNELS(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, 2)
 
 // The weight as fp16 [n, k], each value rounded once. A thread decodes a unit: 16 elements of one row, in one block unless
 // blocks cross rows.
@@ -245,23 +250,20 @@ __device__ __forceinline__ void dequantize(const uint8_t *packed, const Part &pa
     long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     int row = (int)(index / units), unit = (int)(index % units);
     if (row >= part.n) return;
-    int slot = unit % 8;
-    int column = unit / 8 * 128 + slot % 2 * BLOCK + slot / 2 * 16;
+    int place = unit % 8;
+    int column = unit / 8 * 128 + place % 2 * BLOCK + place / 2 * 16;
     uint2 bytes = *(const uint2 *)(packed + (long long)row * stride + unit * 8);
     long long first = (long long)row * k;
     __align__(16) __half decoded[16];
     if (column >= k) return;
     int block = (int)((first + column) / BLOCK);
-    Absmax absmax;
-    absmax.load(part, block);
-    float scale = absmax.value(absmax_values, part.offset);
+    float scale = Absmax::of_block(part, block, absmax_values);
 #pragma unroll
     for (int at = 0; at < 16; at++) {
         int of = (int)((first + column + at) / BLOCK);
         if (of != block && column + at < k) {
             block = of;
-            absmax.load(part, block);
-            scale = absmax.value(absmax_values, part.offset);
+            scale = Absmax::of_block(part, block, absmax_values);
         }
         int nibble = (at < 8 ? bytes.x : bytes.y) >> (at % 8 / 2 * 8 + (at % 2 ? 0 : 4)) & 15;
         decoded[at] = __float2half_rn(__fmul_rn(values[nibble], scale));
