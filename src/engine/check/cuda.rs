@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 
 use super::Call;
 use crate::kernels::cuda::open;
-use crate::quant::Stored;
+use crate::quant::{Stored, cuda};
 
 /// The products of `calls` by the format's own kernel, fp32 `[m, n]` each.
 pub fn multiply(stored: &dyn Stored, calls: &[Call], ordinal: usize) -> Result<Vec<Vec<f32>>> {
@@ -14,7 +14,7 @@ pub fn multiply(stored: &dyn Stored, calls: &[Call], ordinal: usize) -> Result<V
     let matrix = stored.upload(&device)?;
     let one = |call: &Call| {
         let x = Tensor::from_slice(call.x.as_slice(), (call.m, k), &device)?.to_dtype(DType::F16)?;
-        matrix.multiply(&x)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()
+        cuda::multiply(matrix.as_ref(), &x)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()
     };
     Ok(calls.iter().map(one).collect::<candle_core::Result<_>>()?)
 }
