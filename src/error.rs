@@ -1,7 +1,7 @@
 //! The errors that code chooses by; everything else is an `anyhow::Error` with context.
 //!
 //! A message says what, where, what was seen and what is allowed, in lower case without a full stop, with the user's own
-//! words in backticks. A hint says what to do next. [`crate::ui`] prints them, [`exit_code`] maps them.
+//! words in backticks. A hint says what to do next. [`crate::ui`] prints them, and the command ends with [`EXIT_CODE`].
 
 use std::fmt;
 
@@ -46,24 +46,21 @@ pub struct OutOfMemory {
 
 impl fmt::Display for OutOfMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-        write!(f, "out of memory: wanted {:.2} GiB, {:.2} GiB free", gib(self.wanted_bytes), gib(self.free_bytes))
+        let size = |bytes: u64| match bytes as f64 / (1u64 << 20) as f64 {
+            mib if mib < 1000.0 => format!("{mib:.1} MiB"),
+            mib => format!("{:.2} GiB", mib / 1024.0),
+        };
+        f.write_str("out of memory")?;
+        match (self.wanted_bytes, self.free_bytes) {
+            (0, 0) => Ok(()),
+            (wanted, 0) => write!(f, ": wanted {}", size(wanted)),
+            (0, free) => write!(f, ": {} free", size(free)),
+            (wanted, free) => write!(f, ": wanted {}, {} free", size(wanted), size(free)),
+        }
     }
 }
 
 impl std::error::Error for OutOfMemory {}
-
-/// A case failed or is invalid although the command itself was sound: exit code 1.
-#[derive(Debug)]
-pub struct CaseFailed(pub String);
-
-impl fmt::Display for CaseFailed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for CaseFailed {}
 
 /// `text` up to the first backtrace. candle writes one into its messages where `RUST_BACKTRACE` asks for it, and it names the
 /// folders of the build, which no record may hold.
@@ -71,13 +68,8 @@ pub fn without_backtrace(text: &str) -> &str {
     text.split_once("\n   0: ").map_or(text, |(message, _)| message)
 }
 
-/// Exit code of a failed command (design.md section 7): 1 for a failed case, 2 for usage or set-up.
-pub fn exit_code(error: &anyhow::Error) -> u8 {
-    match error.downcast_ref::<CaseFailed>() {
-        Some(_) => 1,
-        None => 2,
-    }
-}
+/// Exit code of a command that fails with an error: usage or set-up. A failed case is a record, and its command ends with 1.
+pub const EXIT_CODE: u8 = 2;
 
 /// The hint of the innermost [`BadInput`] in the chain, if it has one.
 pub fn hint(error: &anyhow::Error) -> Option<String> {
@@ -87,6 +79,18 @@ pub fn hint(error: &anyhow::Error) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn unknown_sizes_are_not_told() {
+        for (wanted_bytes, free_bytes, said) in [
+            (0, 0, "out of memory"),
+            (3 << 30, 0, "out of memory: wanted 3.00 GiB"),
+            (0, 5 << 20, "out of memory: 5.0 MiB free"),
+            (3 << 20, 1 << 30, "out of memory: wanted 3.0 MiB, 1.00 GiB free"),
+        ] {
+            assert_eq!(OutOfMemory { wanted_bytes, free_bytes }.to_string(), said);
+        }
+    }
 
     #[test]
     fn backtraces_are_cut() {

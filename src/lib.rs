@@ -13,6 +13,8 @@ pub mod commands;
 pub mod cli;
 pub mod ui;
 
+pub mod suite;
+
 pub mod harness;
 
 pub mod quality;

@@ -11,7 +11,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => {
             ui::print_error(&failure);
-            ExitCode::from(error::exit_code(&failure))
+            ExitCode::from(error::EXIT_CODE)
         }
     }
 }

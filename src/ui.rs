@@ -17,10 +17,22 @@ pub fn print(text: &str) -> io::Result<()> {
     }
 }
 
+/// Writes a line about what happens to stderr.
+pub fn note(line: &str) {
+    // Where stderr is closed there is nobody left to tell.
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
 /// Writes an error, what caused it, and what to do about it to stderr.
 pub fn print_error(error: &anyhow::Error) {
     // Where stderr is closed there is nobody left to tell.
     let _ = io::stderr().write_all(error_text(error).as_bytes());
+}
+
+/// Writes to stderr what belongs beside a result that a program reads.
+pub fn print_aside(text: &str) {
+    // Where stderr is closed there is nobody left to tell.
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 fn error_text(error: &anyhow::Error) -> String {

@@ -7,7 +7,7 @@ use quantbench::engine::{self, Device, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
 use quantbench::quant::{FORMATS, FormatOptions};
-use quantbench::weights::{self, Request, WeightsChoice};
+use quantbench::weights::{self, Request};
 
 struct Counting;
 
@@ -43,14 +43,7 @@ fn a_decode_step_allocates_nothing() {
 }
 
 fn allocations_of_decoding(model: &str, precision: &str, isa: Isa) -> u64 {
-    let request = Request {
-        model_id: format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")),
-        revision: None,
-        offline: true,
-        weights: WeightsChoice::Auto,
-        seed: 0,
-        outlier_channels: 0,
-    };
+    let request = Request::of(format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")));
     let checkpoint = weights::open(&request, &Silent).unwrap();
     let plan = quantbench::models::build(&checkpoint.config).unwrap();
     let source = checkpoint.source(&plan.matrices, &plan.vectors).unwrap();

@@ -3,13 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use quantbench::engine::{self, Device, EncoderInput, Session, Setup};
+use quantbench::engine::{self, Device, EncoderInput, Engine, Session, Setup};
 use quantbench::error;
 use quantbench::events::Silent;
 use quantbench::harness::{self, Asked, Case, DeviceChoice, PromptChoice, Protocol};
 use quantbench::plan::Model;
 use quantbench::quant::FormatOptions;
-use quantbench::weights::{self, Request, WeightsChoice};
+use quantbench::weights::policy::Selection;
+use quantbench::weights::{self, Request};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -22,19 +23,17 @@ fn golden(kind: &str, name: &str) -> PathBuf {
 }
 
 fn request(folder: &Path) -> Request {
-    Request {
-        model_id: folder.display().to_string(),
-        revision: None,
-        offline: true,
-        weights: WeightsChoice::Auto,
-        seed: 0,
-        outlier_channels: 0,
-    }
+    Request::of(folder.display().to_string())
 }
 
 fn load(folder: &Path, precision: &str) -> (Model, Box<dyn Session>) {
+    load_with(folder, precision, &Selection::Usual)
+}
+
+fn load_with(folder: &Path, precision: &str, selection: &Selection) -> (Model, Box<dyn Session>) {
     let checkpoint = weights::open(&request(folder), &Silent).unwrap();
-    let model = quantbench::models::build(&checkpoint.config).unwrap();
+    let mut model = quantbench::models::build(&checkpoint.config).unwrap();
+    harness::select(&mut model, &checkpoint, selection).unwrap();
     let source = checkpoint.source(&model.matrices, &model.vectors).unwrap();
     let setup = Setup {
         model: &model,
@@ -79,6 +78,7 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
         model: request(folder),
         precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
         asked,
+        engines: vec![Engine::Quantbench],
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
         threads: 1,
@@ -103,7 +103,7 @@ fn another_precision_than_the_saved_one_is_refused_with_both_names() {
         let other = precisions.iter().find(|name| **name != "nf4").unwrap();
         assert!(error.to_string().contains(&format!("`--precision {other}`")), "{error}");
         assert!(error.to_string().contains("saved in `nf4`"), "{error}");
-        assert_eq!(error::exit_code(&error), 2);
+        assert!(error.is::<error::BadInput>());
         assert!(error::hint(&error).is_some());
     }
 }
@@ -174,6 +174,32 @@ fn export_to(model: &Path, precision: &str, output: &Path) -> anyhow::Result<wei
     weights::export::export(&checkpoint, (&plan.matrices, &plan.vectors), precision, output, &Silent)
 }
 
+#[test]
+fn layers_that_are_kept_in_fp16_are_saved_plain_and_named_for_transformers() {
+    let (place, model) = (tempfile::tempdir().unwrap(), golden("models", "llama-tiny"));
+    let output = place.path().join("exported");
+    let checkpoint = weights::open(&request(&model), &Silent).unwrap();
+    let mut plan = quantbench::models::build(&checkpoint.config).unwrap();
+    let kept = Selection::Without(vec!["down_proj".to_owned()]);
+    harness::select(&mut plan, &checkpoint, &kept).unwrap();
+    weights::export::export(&checkpoint, (&plan.matrices, &plan.vectors), "nf4", &output, &Silent).unwrap();
+
+    let config: Value = serde_json::from_slice(&fs::read(output.join("config.json")).unwrap()).unwrap();
+    let names = [0, 1, 2].map(|layer| format!("model.layers.{layer}.mlp.down_proj"));
+    let expected = names.iter().map(String::as_str).chain(["lm_head"]).collect::<Vec<_>>();
+    assert_eq!(config["quantization_config"]["llm_int8_skip_modules"], serde_json::json!(expected));
+    let bytes = fs::read(output.join("model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    for name in &names {
+        assert_eq!(tensors.tensor(&format!("{name}.weight")).unwrap().dtype(), safetensors::Dtype::F16);
+    }
+    assert!(tensors.names().iter().all(|name| !name.contains("down_proj.weight.")));
+
+    let (mut exported, mut made) = (load(&output, "nf4"), load_with(&model, "nf4", &kept));
+    assert_eq!(generate(&mut exported), generate(&mut made));
+    assert_eq!(exported.1.footprint().weights_bytes, made.1.footprint().weights_bytes);
+}
+
 /// The whole file, header and order of the tensors included.
 #[test]
 fn an_exported_checkpoint_is_the_one_that_bitsandbytes_saves() {
@@ -234,7 +260,7 @@ fn an_export_that_cannot_be_leaves_nothing() {
     ] {
         let error = export_to(model, precision, output).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
-        assert_eq!(error::exit_code(&error), 2);
+        assert!(error.is::<error::BadInput>());
         assert!(error::hint(&error).is_some());
     }
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);

@@ -99,6 +99,13 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("output_in_absent_folder", &["--output", "absent/r.json"]),
     ("output_is_a_folder", &["--output", "folder.json"]),
     ("output_without_format", &["--output", "r.xml"]),
+    ("candle_quantized", &["--engine", "candle", "--precision", "4bit"]),
+    ("candle_without_fp16", &["--engine", "quantbench,candle", "--precision", "int8,nf4"]),
+    ("candle_quality", &["--engine", "candle", "--quality"]),
+    ("unknown_engine", &["--engine", "cnadle"]),
+    ("dry_run_as_csv", &["--dry-run", "--format", "csv"]),
+    ("seed_with_repeats", &["--method", "seed", "--repeats", "3"]),
+    ("seed_with_launches", &["--method", "seed", "--launches", "3"]),
     ("logits_in_absent_folder", &["--save-logits", "absent/logits.safetensors"]),
 ];
 
@@ -272,7 +279,37 @@ fn check_record(record: &Value) {
     assert_eq!(record["status"], "ok", "{}", record["reason"]);
     assert_eq!(record["output"]["token_ids"].as_array().unwrap().len(), 4);
     assert_eq!(record["samples"]["end_to_end_ns"].as_array().unwrap().len(), 2);
+    let by_format = record["memory"]["weights_by_format"].as_object().unwrap().values();
+    let weights_bytes: u64 = by_format.map(|bytes| bytes.as_u64().unwrap()).sum();
+    assert_eq!(record["memory"]["weights_bytes"], weights_bytes);
     assert_eq!(record["samples"]["decode_step_ns"][1].as_array().unwrap().len(), 3);
+}
+
+#[test]
+fn ways_to_measure_reach_the_record() {
+    let place = Place::new();
+    let run = |more: &str| {
+        let args = "--model-id ./llama-tiny --precision fp16,nf4 --prompt-ids 1,2 --max-new-tokens 3 --threads 1 --output r.json";
+        let output = place.run(&args.split_whitespace().chain(more.split_whitespace()).collect::<Vec<_>>());
+        assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+        let text = fs::read_to_string(place.folder.path().join("r.json")).unwrap();
+        serde_json::from_str::<Value>(&text).unwrap()["records"][1].clone()
+    };
+    let launched = run("--launches 2 --repeats 2 --warmup 0 --sync-each-token --keep-series");
+    assert_eq!(launched["samples"]["launches"], serde_json::json!([2, 2]));
+    assert_eq!(launched["protocol"]["interval"], "between-launches");
+    assert_eq!(launched["samples"]["synced_step_ns"].as_array().unwrap().len(), 4);
+    assert_eq!(launched["series"].as_array().unwrap().len(), 4);
+    assert!(launched["metrics"]["decode_synced_tps"]["median"].is_number());
+    assert!(launched["self_check"]["error_share"].as_f64().unwrap() <= 1.0);
+    assert!(
+        launched["warnings"].as_array().unwrap().iter().any(|text| text.as_str().unwrap().starts_with("few_launches"))
+    );
+
+    let seed = run("--method seed");
+    assert_eq!((&seed["protocol"]["method"], &seed["protocol"]["n_repeats"]), (&"seed".into(), &1.into()));
+    assert_eq!((&seed["protocol"]["n_warmup"], &seed["samples"]["cold_ns"]), (&0.into(), &Value::Null));
+    assert!(seed["series"].is_null() && seed["samples"]["launches"].is_null());
 }
 
 #[test]
@@ -299,4 +336,162 @@ fn logits_are_saved_for_each_new_token() {
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let logits = tensors.tensor("logits").unwrap();
     assert_eq!((logits.dtype(), logits.shape()[0]), (safetensors::Dtype::F32, 3));
+}
+
+#[test]
+fn candle_rows_stand_beside_our_own_with_the_same_ids() {
+    let place = Place::new();
+    let args = "--model-id ./llama-tiny --engine quantbench,candle --precision fp16,nf4 --prompt-ids 1,2,3 \
+                --max-new-tokens 4 --repeats 6 --warmup 0 --threads 1 --output r.json --save-logits logits.safetensors";
+    let output = place.run(&args.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("fp16 by candle") && table.contains("candle's fp16 decodes"), "{table}");
+    let document: Value = serde_json::from_slice(&fs::read(place.folder.path().join("r.json")).unwrap()).unwrap();
+    let seen = |at: usize| {
+        let record = &document["records"][at];
+        (record["engine"]["name"].as_str().unwrap(), record["precision"].as_str().unwrap())
+    };
+    assert_eq!([seen(0), seen(1), seen(2)], [("quantbench", "fp16"), ("quantbench", "nf4"), ("candle", "fp16")]);
+    let [own, _, candle] = [0, 1, 2].map(|at| &document["records"][at]);
+    assert_eq!(own["output"], candle["output"]);
+    assert_eq!(own["memory"]["weights_bytes"], candle["memory"]["weights_bytes"]);
+    assert!(own["ratio_to_fp16"].is_null() && candle["ratio_to_fp16"]["paired"] == true, "{}", candle["ratio_to_fp16"]);
+    assert_eq!((&candle["dtypes"]["compute"], &candle["status"]), (&"fp16".into(), &"ok".into()));
+    for file in ["logits.fp16", "logits.nf4", "logits.candle-fp16"] {
+        assert!(place.has(&format!("{file}.safetensors")), "no `{file}`");
+    }
+}
+
+/// `VERSION` is what records show, and nothing but Cargo.lock knows it.
+#[test]
+fn the_version_of_candle_is_the_locked_one() {
+    let lock = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock")).unwrap();
+    let entry = format!("name = \"candle-transformers\"\nversion = \"{}\"\n", quantbench::engine::candle::VERSION);
+    assert!(lock.contains(&entry), "Cargo.lock has another candle-transformers than `{}`", entry.trim());
+}
+
+#[test]
+fn doctor_has_a_page_for_every_machine() {
+    let place = Place::new();
+    let output = place.run(&["doctor"]);
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let page = String::from_utf8(output.stdout).unwrap();
+    for title in ["build", "cpu", "memory", "gpu", "permissions", "what to do"] {
+        assert!(page.lines().any(|line| line == title), "no block `{title}` in\n{page}");
+    }
+    let output = place.run(&["doctor", "--format", "json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let seen: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(seen["cpu"]["threads"].as_u64() >= Some(1) && seen["memory"]["read_gb_s"].as_f64() > Some(0.0), "{seen}");
+    assert!(seen["findings"].as_array().unwrap().iter().all(|f| f["what"].is_string() && f["advice"].is_string()));
+}
+
+#[test]
+fn a_dry_run_says_what_would_run_and_whether_it_fits() {
+    let place = Place::new();
+    let args = ["--model-id", "./llama-tiny", "--prompt-ids", "1,2,3", "--threads", "1", "--dry-run"];
+    let output = place.run(&args);
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in ["would run llama-tiny (llama", "3 prompt + 64 new tokens", "download nothing", "nf4 ", "GiB of memory"]
+    {
+        assert!(text.contains(part), "no `{part}` in\n{text}");
+    }
+    let output = place.run(&[&args[..], &["--format", "json"]].concat());
+    let dry: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = dry["rows"].as_array().unwrap();
+    assert_eq!((rows.len(), dry["weights"].as_str(), dry["download_bytes"].as_u64()), (3, Some("local"), Some(0)));
+    // 3 layers of keys and values, 2 heads of 32 elements, fp32, for 3 + 64 positions.
+    assert!(rows.iter().all(|row| row["kv_cache_bytes"] == 3 * 2 * 2 * 32 * 4 * 67 && row["fits"] == true), "{dry}");
+    // What a run would refuse is refused here.
+    assert_eq!(place.run(&["--model-id", "./absent", "--dry-run"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_model_that_fits_no_machine_is_told_by_a_dry_run() {
+    let place = Place::new();
+    let config = fs::read_to_string(golden("llama-tiny").join("config.json")).unwrap();
+    fs::create_dir(place.folder.path().join("huge")).unwrap();
+    // 512 × 2^44 embeddings of 2 bytes.
+    let huge = config.replace("\"vocab_size\": 512", "\"vocab_size\": 17592186044416");
+    assert_ne!(huge, config);
+    fs::write(place.folder.path().join("huge/config.json"), huge).unwrap();
+    let args = ["--model-id", "./huge", "--weights", "random", "--prompt-ids", "1", "--dry-run", "--format", "json"];
+    let output = place.run(&args);
+    assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
+    let dry: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(
+        dry["rows"].as_array().unwrap().iter().all(|row| row["fits"] == false) && dry["order"] == "in_turn",
+        "{dry}"
+    );
+}
+
+#[test]
+fn a_weight_that_is_no_number_makes_every_precision_invalid() {
+    let place = Place::new();
+    copy(&golden("llama-tiny"), &place.folder.path().join("not-a-number"));
+    let weights = place.folder.path().join("not-a-number/model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
+    let tensor = &header["model.layers.0.mlp.down_proj.weight"];
+    assert_eq!(tensor["dtype"], "F16");
+    let start = 8 + header_len + tensor["data_offsets"][0].as_u64().unwrap() as usize;
+    // All bits set are a NaN of fp16.
+    bytes[start..start + 2].fill(0xff);
+    fs::write(&weights, bytes).unwrap();
+    let args = "--model-id ./not-a-number --prompt-ids 1,2,3 --max-new-tokens 4 --repeats 2 --warmup 0 --threads 1 --allow-oom \
+                --output r.json";
+    let output = place.run(&args.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(output.status.code(), Some(1), "{}", streams(&output));
+    let found = statuses(&place);
+    assert_eq!(found.iter().map(|(_, status, _)| status.as_str()).collect::<Vec<_>>(), ["invalid"; 3]);
+    for (precision, _, reason) in found {
+        assert_eq!(reason, "the logits are not finite after repeat 1", "{precision}");
+    }
+}
+
+/// Precision, status and reason of every record of `r.json`.
+fn statuses(place: &Place) -> Vec<(String, String, String)> {
+    let text = fs::read_to_string(place.folder.path().join("r.json")).unwrap();
+    let document: Value = serde_json::from_str(&text).unwrap();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let records = document["records"].as_array().unwrap().iter();
+    records.map(|record| (text(&record["precision"]), text(&record["status"]), text(&record["reason"]))).collect()
+}
+
+/// A model of 203 MiB in fp16 and 58 MiB in nf4 under a limit of the address space: what does not fit is a row, whether it is
+/// known before a worker starts or the worker is refused memory, and the rest is measured.
+#[cfg(unix)]
+#[test]
+fn what_does_not_fit_is_a_row_and_the_rest_is_measured() {
+    let place = Place::new();
+    let config = fs::read_to_string(golden("llama-tiny").join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    for (key, value) in
+        [("hidden_size", 1024), ("intermediate_size", 16384), ("num_hidden_layers", 2), ("num_attention_heads", 8)]
+    {
+        config[key] = value.into();
+    }
+    (config["head_dim"], config["num_key_value_heads"]) = (128.into(), 2.into());
+    fs::create_dir(place.folder.path().join("wide")).unwrap();
+    fs::write(place.folder.path().join("wide/config.json"), config.to_string()).unwrap();
+    let args = "--model-id ./wide --weights random --precision fp16,nf4 --prompt-ids 1,2 --max-new-tokens 2 --repeats 1 \
+                --warmup 0 --threads 1 --output r.json";
+    for (limit_kib, allow, code, cause) in [
+        (300_000, "", 1, "MiB free; an allocation of"),
+        (300_000, "--allow-oom", 0, "MiB free; an allocation of"),
+        (205_000, "--allow-oom", 0, "MiB free"),
+    ] {
+        let script = format!("ulimit -v {limit_kib} && exec \"$0\" {args} {allow}");
+        let binary = env!("CARGO_BIN_EXE_quantbench");
+        let output =
+            Command::new("sh").args(["-c", &script, binary]).current_dir(place.folder.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{}", streams(&output));
+        let found = statuses(&place);
+        let reason = &found[0].2;
+        assert_eq!((found[0].1.as_str(), found[1].1.as_str()), ("oom", "ok"), "{limit_kib}: {found:?}");
+        assert!(reason.starts_with("out of memory: wanted 203.0 MiB, ") && reason.contains(cause), "{reason}");
+    }
 }

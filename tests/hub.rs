@@ -230,6 +230,61 @@ fn shards_come_by_index_and_random_weights_fetch_config_json_alone() {
 }
 
 #[test]
+fn a_survey_downloads_nothing_but_what_says_what_is_needed() {
+    let mut behaviour = Behaviour { files: files(), ..Default::default() };
+    behaviour.files.insert("tokenizer.json", br#"{"not": "read"}"#.to_vec());
+    let bytes = |behaviour: &Behaviour, name: &str| behaviour.files[name].len() as u64;
+    let weights_bytes = bytes(&behaviour, "model.safetensors");
+    let tokenizer_bytes = bytes(&behaviour, "tokenizer.json");
+    let hub = Hub::serve(behaviour);
+    let home = tempfile::tempdir().unwrap();
+    let config = config(&hub.endpoint, home.path(), None);
+    let survey = || weights::survey_with(&request(ID, WeightsChoice::Auto), &config, &Silent).unwrap();
+    let surveyed = survey();
+    assert_eq!(surveyed.checkpoint.revision.as_deref(), Some(COMMIT));
+    let missing = |surveyed: &weights::Surveyed| {
+        let files = surveyed.files.iter().filter(|file| !file.is_cached);
+        files.map(|file| (file.name.clone(), file.bytes)).collect::<Vec<_>>()
+    };
+    let name = |name: &str, bytes: u64| (name.to_owned(), Some(bytes));
+    let generation_bytes = hub.behaviour.files["generation_config.json"].len() as u64;
+    let all = [
+        name("tokenizer.json", tokenizer_bytes),
+        name("generation_config.json", generation_bytes),
+        name("model.safetensors", weights_bytes),
+    ];
+    assert_eq!(missing(&surveyed), all);
+    assert!(hub.log().iter().all(|line| !line.contains("/blobs/") || line.ends_with("bytes=0-0")), "weights were sent");
+
+    let random = weights::survey_with(&request(ID, WeightsChoice::Random), &config, &Silent).unwrap();
+    assert_eq!((missing(&random), random.files.len()), (vec![], 1));
+}
+
+#[test]
+fn a_survey_of_shards_and_of_a_full_cache() {
+    let index = br#"{"weight_map":{"a.weight":"one.safetensors","b.weight":"two.safetensors"}}"#;
+    let mut files = files();
+    files.remove("model.safetensors");
+    files.insert("model.safetensors.index.json", index.to_vec());
+    files.insert("one.safetensors", safetensors("a.weight", 3));
+    files.insert("two.safetensors", safetensors("b.weight", 5));
+    let hub = Hub::serve(Behaviour { files, ..Default::default() });
+    let home = tempfile::tempdir().unwrap();
+    let mut config = config(&hub.endpoint, home.path(), None);
+    let missing = |config: &HubConfig| {
+        let surveyed = weights::survey_with(&request(ID, WeightsChoice::Auto), config, &Silent).unwrap();
+        surveyed.files.into_iter().filter(|file| !file.is_cached).map(|file| file.name).collect::<Vec<_>>()
+    };
+    assert_eq!(missing(&config), ["generation_config.json", "one.safetensors", "two.safetensors"]);
+    open(&config, &Silent).unwrap();
+    assert!(missing(&config).is_empty());
+    config.offline = true;
+    assert!(missing(&config).is_empty());
+    let config = HubConfig { endpoint: refused_endpoint(), offline: false, ..config };
+    assert!(missing(&config).is_empty(), "a cache that is whole needs no hub");
+}
+
+#[test]
 fn a_broken_download_is_resumed() {
     let hub = Hub::serve(Behaviour { files: files(), break_after: AtomicUsize::new(1500), ..Default::default() });
     let home = tempfile::tempdir().unwrap();

@@ -17,7 +17,7 @@ use quantbench::quality::pass::{self, Feed};
 use quantbench::quality::summary::summarize;
 use quantbench::quality::{CallPath, text};
 use quantbench::quant::FormatOptions;
-use quantbench::weights::{self, Request, Source, SourceInfo, WeightsChoice};
+use quantbench::weights::{self, Request, Source, SourceInfo};
 use serde_json::Value;
 
 fn golden(path: &str) -> PathBuf {
@@ -25,14 +25,7 @@ fn golden(path: &str) -> PathBuf {
 }
 
 fn open(name: &str) -> (Model, Box<dyn Source>) {
-    let request = Request {
-        model_id: golden(&format!("models/{name}")).to_string_lossy().into_owned(),
-        revision: None,
-        offline: true,
-        weights: WeightsChoice::Auto,
-        seed: 0,
-        outlier_channels: 0,
-    };
+    let request = Request::of(golden(&format!("models/{name}")).to_string_lossy().into_owned());
     let checkpoint = weights::open(&request, &Silent).unwrap();
     let model = models::build(&checkpoint.config).unwrap();
     let source = checkpoint.source(&model.matrices, &model.vectors).unwrap();

@@ -70,15 +70,16 @@ fn examples_agree_with_their_samples() {
 fn every_writer_writes_every_document_as_expected() {
     for (name, document) in parsed() {
         for writer in WRITERS {
-            // What JSON holds is checked by the round trip below; a copy of the example would add nothing.
-            if writer.name.starts_with("json") {
+            // What JSON holds is checked by the round trip below, and the page by tests/page.rs: a copy of every one would add nothing.
+            if writer.name.starts_with("json") || writer.name == "html" {
                 continue;
             }
-            for (suffix, options) in [("", Options { wide: false }), ("-wide", Options { wide: true })] {
+            let extension = writer.extensions.first().copied().unwrap_or(writer.name);
+            for (suffix, options) in [("", Options::default()), ("-wide", Options { wide: true, card_bytes: None })] {
                 let text = (writer.write)(&document, &options).expect("write");
-                assert!(text.ends_with('\n'), "{name} {}", writer.name);
+                assert!(text.ends_with('\n') || text.is_empty(), "{name} {}", writer.name);
                 if suffix.is_empty() || writer.name == "table" {
-                    let file = format!("{RECORDS}/expected/{name}{suffix}.{}", writer.extensions[0]);
+                    let file = format!("{RECORDS}/expected/{name}{suffix}.{extension}");
                     check(Path::new(&file), &text);
                 }
             }
@@ -160,7 +161,7 @@ fn csv_rows(text: &str) -> Vec<Vec<String>> {
 fn no_output_holds_control_characters_or_private_words() {
     for (name, document) in parsed() {
         for writer in WRITERS {
-            let text = (writer.write)(&document, &Options { wide: true }).expect("write");
+            let text = (writer.write)(&document, &Options { wide: true, card_bytes: Some(1 << 30) }).expect("write");
             assert_eq!(report::private_words(&text, &[]), Vec::<String>::new(), "{name} {}", writer.name);
             let readable = matches!(writer.name, "table" | "markdown");
             assert!(!readable || text.chars().all(|c| c == '\n' || !c.is_control()), "{name} {}", writer.name);
@@ -188,9 +189,9 @@ fn writers_have_unique_names_and_extensions() {
 fn an_unknown_extension_names_the_known_ones() {
     for (path, seen) in [("r.xml", "extension `.xml`"), ("r", "no extension"), (".json", "no extension")] {
         let error = report::by_extension(Path::new(path)).err().expect("an error");
-        let known = ".txt .json .jsonl .ndjson .csv .md .markdown";
+        let known = ".txt .json .jsonl .ndjson .csv .md .markdown .html .htm";
         assert_eq!(error.to_string(), format!("no output format for `{path}`: {seen}, known are {known}"));
-        assert_eq!(quantbench::error::exit_code(&error), 2);
+        assert!(error.is::<quantbench::error::BadInput>());
     }
 }
 
@@ -246,6 +247,18 @@ fn links_are_followed_and_modes_kept() {
     assert_eq!(fs::metadata(&file).expect("stat").permissions().mode() & 0o777, 0o640);
     report::check_writable(Path::new("/dev/null")).expect("a device is writable");
     report::write_file(Path::new("/dev/null"), "gone").expect("a device is written in place");
+}
+
+#[test]
+fn every_writer_tells_engines_of_one_run_apart() {
+    let (_, mut document) = parsed().into_iter().find(|(name, _)| name == "three_precisions").expect("an example");
+    let mut other = document.records[0].clone();
+    other.engine.name = "candle".into();
+    document.records.push(other);
+    for writer in WRITERS {
+        let text = (writer.write)(&document, &Options::default()).expect("write");
+        assert!(text.contains("candle"), "{}:\n{text}", writer.name);
+    }
 }
 
 #[test]

@@ -58,7 +58,7 @@ fn read(name: &str) -> String {
 
 /// All that is committed and made of text, by the folders that a checkout has.
 fn tracked_files() -> Vec<SourceFile> {
-    let folders = ["src", "tests", "docs", "configs", "scripts", "benches", ".ci", ".cargo"];
+    let folders = ["src", "tests", "docs", "configs", "deploy", "scripts", "benches", ".ci", ".cargo"];
     let top = fs::read_dir(root()).unwrap().flatten().map(|entry| entry.path()).filter(|path| path.is_file());
     let top = top.filter_map(|path| text_file(&path));
     folders.iter().flat_map(|folder| files(folder)).chain(top).collect()

@@ -7,7 +7,8 @@ use clap::{Args, ValueHint};
 
 use super::request::unknown_precision;
 use crate::quant;
-use crate::weights::{self, WeightsChoice, export};
+use crate::weights::policy::Selection;
+use crate::weights::{self, export};
 
 /// What was typed for an export.
 #[derive(Debug, Args)]
@@ -28,8 +29,12 @@ pub struct ExportArgs {
     #[arg(long, value_name = "NAME", help_heading = "Precision")]
     pub precision: String,
 
+    /// Linear layers to keep in fp16, comma separated: parts of names, from dot to dot, `*` within dots.
+    #[arg(long, value_name = "PATTERNS", value_delimiter = ',', help_heading = "Precision")]
+    pub keep_fp16: Vec<String>,
+
     /// Folder to make, whole or not at all.
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Output")]
+    #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Output")]
     pub output: PathBuf,
 
     /// Show no progress.
@@ -43,6 +48,7 @@ pub struct ExportRequest {
     pub model: weights::Request,
     /// A name of [`quant::FORMATS`].
     pub precision: &'static str,
+    pub selection: Selection,
     pub output: PathBuf,
 }
 
@@ -53,13 +59,12 @@ impl ExportRequest {
         let entry = quant::find(&word).ok_or_else(|| unknown_precision(&word))?;
         export::check_output(&args.output)?;
         let model = weights::Request {
-            model_id: args.model_id.clone(),
             revision: args.revision.clone(),
             offline: args.offline,
-            weights: WeightsChoice::Auto,
-            seed: 0,
-            outlier_channels: 0,
+            ..weights::Request::of(&args.model_id)
         };
-        Ok(Self { model, precision: entry.name, output: args.output.clone() })
+        let patterns: Vec<String> = args.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect();
+        let selection = if patterns.is_empty() { Selection::Usual } else { Selection::Without(patterns) };
+        Ok(Self { model, precision: entry.name, selection, output: args.output.clone() })
     }
 }

@@ -8,6 +8,7 @@ use super::{
     DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, PromptArgs, QualityArgs, RunArgs,
     TextArgs, WeightsWord,
 };
+use crate::engine::{ENGINES, Engine};
 use crate::error::BadInput;
 use crate::harness::{Asked, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PromptChoice, Protocol, QualityChoice};
 use crate::quality::CallPath;
@@ -26,6 +27,8 @@ pub struct Request {
     pub quiet: bool,
     /// Nothing was asked for by name: the reader is new here, so the table ends with what comes next.
     pub is_first_look: bool,
+    /// A precision that does not fit is no failure.
+    pub allow_oom: bool,
 }
 
 impl Request {
@@ -38,13 +41,15 @@ impl Request {
             n_gen: positive("--max-new-tokens", args.max_new_tokens)?,
             n_depth: args.depth,
             stop_at_eos: args.stop_at_eos,
-            protocol: protocol(args)?,
+            protocol: args.method.protocol(protocol(args)?)?,
             save_logits: args.save_logits.clone(),
+            engines: engines(args)?,
             quality: if wants_quality { Some(quality(&args.text)?) } else { None },
             ..case(&args.model, &args.precision, &args.prompt, &args.device, command)?
         };
         case.save_logits.as_deref().map(report::check_writable).transpose()?;
-        Ok(Self { is_first_look: is_first_look(args), ..Self::with(case, &args.output)? })
+        let (is_first_look, allow_oom) = (is_first_look(args), args.method.allow_oom);
+        Ok(Self { is_first_look, allow_oom, ..Self::with(case, &args.output)? })
     }
 
     /// The same for `quantbench quality`: nothing is generated but a short text that shows where precisions part.
@@ -59,9 +64,10 @@ impl Request {
         Ok(Self {
             stdout: writer(output.format.as_deref())?,
             file: output.output.as_deref().map(output_file).transpose()?,
-            options: report::Options { wide: output.wide },
+            options: report::Options { wide: output.wide, card_bytes: output.card },
             quiet: output.quiet,
             is_first_look: false,
+            allow_oom: false,
             case,
         })
     }
@@ -78,6 +84,7 @@ fn case(
     Ok(Case {
         model: model(model_args),
         precisions: precisions(&precision.precision, precision.no_double_quant)?,
+        engines: vec![Engine::Quantbench],
         asked: asked(&precision.precision, precision.no_double_quant),
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device: device(&device_args.device)?,
@@ -93,6 +100,23 @@ fn case(
         quality: None,
         command,
     })
+}
+
+/// In the order asked, each once.
+fn engines(args: &RunArgs) -> Result<Vec<Engine>, BadInput> {
+    let mut engines: Vec<Engine> = Vec::new();
+    for engine in args.engine.iter().flat_map(|word| ENGINES.iter().filter(move |engine| engine.name() == word)) {
+        if !engines.contains(engine) {
+            engines.push(*engine);
+        }
+    }
+    if engines.contains(&Engine::Candle) && (args.quality || args.text.is_given()) {
+        return Err(BadInput::new(
+            "`--engine candle` measures speed alone: quality is that of quantbench's own precisions",
+        )
+        .hint("drop `--engine candle`, or the options of quality"));
+    }
+    Ok(engines)
 }
 
 impl TextArgs {
@@ -263,7 +287,7 @@ fn output_file(path: &Path) -> Result<(PathBuf, &'static Writer)> {
     Ok((path.to_owned(), writer))
 }
 
-fn positive(option: &str, n: usize) -> Result<usize, BadInput> {
+pub(super) fn positive(option: &str, n: usize) -> Result<usize, BadInput> {
     match n {
         0 => Err(BadInput::new(format!("`{option} 0`: at least 1 is needed"))),
         n => Ok(n),
@@ -335,6 +359,10 @@ mod tests {
             ("--max-new-tokens 0", "at least 1"),
             ("--prompt-tokens 0", "at least 1"),
             ("--repeats 0", "at least 1"),
+            ("--launches 0", "at least 1"),
+            ("--method seed --repeats 3", "cannot be used with"),
+            ("--method seed --launches 3", "one run"),
+            ("--method fair", "quantbench"),
             ("--threads 0", "at least 1"),
             ("--int8-threshold NaN", "finite"),
             ("--min-time 5 --max-time 4", "--max-time 4"),

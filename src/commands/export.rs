@@ -7,14 +7,16 @@ use anyhow::{Context, Result};
 use crate::cli::{ExportArgs, ExportRequest};
 use crate::ui::{self, Progress};
 use crate::weights::export;
-use crate::{models, weights};
+use crate::{harness, models, weights};
 
 /// Writes the folder, or nothing.
 pub fn export(args: &ExportArgs) -> Result<ExitCode> {
     let request = ExportRequest::new(args)?;
     let events = Progress::new(args.quiet);
     let checkpoint = weights::open(&request.model, &events)?;
-    let model = models::build(&checkpoint.config).with_context(|| format!("the config.json of `{}`", checkpoint.id))?;
+    let mut model =
+        models::build(&checkpoint.config).with_context(|| format!("the config.json of `{}`", checkpoint.id))?;
+    harness::select(&mut model, &checkpoint, &request.selection)?;
     let tensors = (model.matrices.as_slice(), model.vectors.as_slice());
     let exported = export::export(&checkpoint, tensors, request.precision, &request.output, &events)?;
     let overflow = match exported.fp16_overflow {

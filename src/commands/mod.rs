@@ -1,10 +1,17 @@
 //! One file per command, each a table of contents.
 
+mod compare;
+mod doctor;
+mod dry_run;
 mod export;
+mod import;
 mod limits;
 mod list_models;
+mod merge;
 mod quality;
+mod report;
 mod run;
+mod suite;
 
 use std::process::ExitCode;
 
@@ -20,17 +27,25 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
         None => run(&cli.run),
         Some(Command::Run(args)) => run(args),
         Some(Command::Quality(args)) => quality::quality(args),
+        Some(Command::Suite(args)) => suite::suite(args),
+        Some(Command::Merge(args)) => merge::merge(args),
+        Some(Command::Compare(args)) => compare::compare(args),
+        Some(Command::Import(args)) => import::import(args),
+        Some(Command::Report(args)) => report::report(args),
         Some(Command::Export(args)) => export::export(args),
+        Some(Command::Doctor(args)) => doctor::doctor(args),
         Some(Command::Completions { shell }) => completions(*shell),
         Some(Command::Man) => man(),
+        Some(Command::Case) => crate::suite::case_main().map(|()| ExitCode::SUCCESS),
         Some(Command::Worker) => harness::worker_main().map(|()| ExitCode::SUCCESS),
     }
 }
 
 fn run(args: &RunArgs) -> Result<ExitCode> {
-    match args.list_models {
-        true => list_models::list_models(),
-        false => run::run(args),
+    match (args.list_models, args.dry_run) {
+        (true, _) => list_models::list_models(),
+        (false, true) => dry_run::dry_run(args),
+        (false, false) => run::run(args),
     }
 }
 

@@ -36,6 +36,10 @@ pub struct Run {
     pub logits: Vec<f32>,
     /// Fails the prefill with this message.
     pub failure: Option<String>,
+    /// What waiting for the device takes.
+    pub synchronize_ns: u64,
+    /// What the device says of its decode steps.
+    pub device_step_ns: Vec<u64>,
 }
 
 impl Default for Run {
@@ -47,6 +51,8 @@ impl Default for Run {
             tokens: vec![5, 6, 7],
             logits: vec![0.0, 1.0],
             failure: None,
+            synchronize_ns: 0,
+            device_step_ns: Vec::new(),
         }
     }
 }
@@ -125,7 +131,12 @@ impl Session for FakeSession {
     }
 
     fn synchronize(&mut self) -> Result<()> {
+        self.time.advance(self.current.synchronize_ns);
         Ok(())
+    }
+
+    fn device_step_ns(&mut self) -> Result<Vec<u64>> {
+        Ok(self.current.device_step_ns.clone())
     }
 
     fn footprint(&self) -> Footprint {

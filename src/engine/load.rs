@@ -72,6 +72,12 @@ pub fn stream<T: Send>(
     })
 }
 
+/// One matrix in the form that [`stream`] hands to its `finish`.
+pub fn one(setup: &Setup, spec: &MatrixSpec) -> Result<Box<dyn Stored>> {
+    let formats = Formats::new(setup.precision, setup.options)?;
+    Ok(Shared::default().store(setup.source, spec, &formats)?.0)
+}
+
 /// What the loading threads share.
 #[derive(Default)]
 struct Shared {

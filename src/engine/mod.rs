@@ -1,6 +1,8 @@
 //! Sessions: a loaded model that prefills and decodes. Executors run a model's plans: the reference on candle tensors,
-//! and the CPU engine with our own threaded kernels.
+//! and the CPU engine with our own threaded kernels. Beside them stand candle-transformers' own models.
 
+pub mod candle;
+pub mod check;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -9,6 +11,7 @@ mod cuda;
 mod cuda;
 pub mod fake;
 mod load;
+pub mod memory;
 pub mod reference;
 
 use std::time::Duration;
@@ -49,10 +52,56 @@ pub trait Session {
     /// Waits until the device has done all that was asked.
     fn synchronize(&mut self) -> Result<()>;
 
+    /// Nanoseconds of each decode step since the last prefill by the device's own clock, for comparison with the host's; empty
+    /// where the device has none.
+    fn device_step_ns(&mut self) -> Result<Vec<u64>> {
+        Ok(Vec::new())
+    }
+
+    /// The device's memory pool; `None` on the CPU, whose memory the process accounts for.
+    fn pool(&self) -> Option<&dyn memory::Pool> {
+        None
+    }
+
     fn footprint(&self) -> Footprint;
 
     /// Zero for formats without outlier columns.
     fn outlier_columns(&self) -> OutlierColumns;
+}
+
+/// Whose code runs a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub enum Engine {
+    /// Plans on our own executors.
+    #[default]
+    Quantbench,
+    /// candle-transformers' models.
+    Candle,
+}
+
+/// Every engine that can be asked for.
+pub static ENGINES: [Engine; 2] = [Engine::Quantbench, Engine::Candle];
+
+impl Engine {
+    /// As records and the command line spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Quantbench => "quantbench",
+            Engine::Candle => "candle",
+        }
+    }
+
+    pub fn version(self) -> &'static str {
+        match self {
+            Engine::Quantbench => env!("CARGO_PKG_VERSION"),
+            Engine::Candle => candle::VERSION,
+        }
+    }
+
+    /// Whether it has anything to run at this precision.
+    pub fn runs(self, precision: &str) -> bool {
+        self == Engine::Quantbench || precision == candle::PRECISION
+    }
 }
 
 /// What an encoder reads.

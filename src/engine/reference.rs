@@ -442,6 +442,10 @@ impl Session for Reference {
         Ok(self.device.synchronize()?)
     }
 
+    fn pool(&self) -> Option<&dyn super::memory::Pool> {
+        super::memory::of(&self.device)
+    }
+
     fn footprint(&self) -> Footprint {
         let stored: Vec<usize> = self.matrices.iter().map(|m| m.stored_bytes()).collect();
         let kv_per_position = self.model.kv_bytes_per_position(self.compute.size_in_bytes());

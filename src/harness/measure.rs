@@ -2,6 +2,7 @@
 //!
 //! Inside the timed region there are only the session's calls and the stamps: nothing is allocated, checked or sent.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -12,6 +13,7 @@ use super::logits;
 use super::memory::ProcessMemory;
 use super::protocol::{Finished, Sample, Warmed, WarmupEnd};
 use super::stopping::warm_up_ended;
+use crate::engine::memory::PoolUse;
 use crate::engine::{EncoderInput, Session};
 
 /// What every repeat does.
@@ -30,6 +32,19 @@ pub struct Task {
     pub warmup: Option<usize>,
     /// Warm-up starts no further run after this long.
     pub max_time_s: f64,
+    pub wait: Wait,
+}
+
+/// When a run waits for the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub enum Wait {
+    /// Once, at its end; a token counts as soon as the host can read it.
+    #[default]
+    AtEnd,
+    /// The same, and each repeat is followed by a run that waits after every token.
+    BothWays,
+    /// After every token, as the seed did.
+    EachToken,
 }
 
 /// What the encoder reads in each repeat, inside the timed prefill.
@@ -57,6 +72,8 @@ pub struct Bench<C: Clock> {
     /// Highest resident set seen between repeats: the peak where the kernel's mark cannot be reset.
     seen_peak_bytes: Option<u64>,
     peak_is_exact: bool,
+    /// What the device's pool held at the end of each phase so far.
+    pool: BTreeMap<String, PoolUse>,
 }
 
 /// Room for the times and tokens of one run, filled without allocating.
@@ -83,6 +100,10 @@ impl Stamps {
         self.token_ns.push(ns);
     }
 
+    fn step_ns(&self) -> Vec<u64> {
+        self.token_ns.windows(2).map(|pair| pair[1] - pair[0]).collect()
+    }
+
     fn end_to_end_ns(&self) -> u64 {
         self.token_ns.last().map_or(0, |last| last - self.start_ns)
     }
@@ -99,12 +120,22 @@ impl<C: Clock> Bench<C> {
         pixels: Vec<f32>,
     ) -> Self {
         let stamps = Stamps::default();
-        Self { session, clock, memory, load, task, pixels, stamps, seen_peak_bytes: None, peak_is_exact: false }
+        let pool = BTreeMap::new();
+        Self { session, clock, memory, load, task, pixels, stamps, seen_peak_bytes: None, peak_is_exact: false, pool }
+    }
+
+    /// Notes what loading took of the device's memory.
+    pub fn loaded(&mut self) -> Result<()> {
+        self.end_phase("load")
     }
 
     /// Fills the cache to the depth, finds where the text ends if it may end early, and runs at full shape and length until
     /// flat. Afterwards `peak` starts anew.
     pub fn warm_up(&mut self) -> Result<Warmed> {
+        if let Some(pool) = self.session.pool() {
+            // What loading alone needed.
+            pool.release_unused()?;
+        }
         self.session.rewind(0);
         if !self.task.depth.is_empty() {
             self.session.prefill(&self.task.depth).context("filling the cache to the depth")?;
@@ -117,15 +148,62 @@ impl<C: Clock> Bench<C> {
             if let Some(ended) = warm_up_ended(&runs_ns, self.task.warmup, elapsed_s, self.task.max_time_s) {
                 break ended;
             }
-            self.run()?;
+            self.run(self.task.wait)?;
             runs_ns.push(self.stamps.end_to_end_ns());
         };
         let duration_s = (self.clock.now_ns() - began_ns) as f64 / 1e9;
         let warmup_peak_bytes = self.memory.peak_bytes();
         self.peak_is_exact = self.memory.reset_peak();
+        let (prefill_peak_bytes, decode_peak_bytes) = match ended {
+            // Whoever asked for no warm-up wants the next run to be the first.
+            WarmupEnd::Count if runs_ns.is_empty() => (None, None),
+            _ => self.peaks_of_a_run()?,
+        };
         let start_bytes = self.memory.resident_bytes();
         self.seen_peak_bytes = start_bytes;
-        Ok(Warmed { runs_ns, ended, duration_s, n_gen: self.task.n_gen, start_bytes, warmup_peak_bytes })
+        self.end_phase("start")?;
+        let n_gen = self.task.n_gen;
+        Ok(Warmed {
+            runs_ns,
+            ended,
+            duration_s,
+            n_gen,
+            start_bytes,
+            warmup_peak_bytes,
+            prefill_peak_bytes,
+            decode_peak_bytes,
+        })
+    }
+
+    /// The highest memory of prefill and of decode, from a run that is not timed: looking between them takes time. Does nothing
+    /// where no mark can be reset.
+    fn peaks_of_a_run(&mut self) -> Result<(Option<u64>, Option<u64>)> {
+        if !self.peak_is_exact && self.session.pool().is_none() {
+            return Ok((None, None));
+        }
+        self.end_phase("warmup")?;
+        self.session.rewind(self.task.depth.len());
+        encode(self.session.as_mut(), &self.task, &self.pixels)?;
+        self.session.prefill(&self.task.prompt)?;
+        let prefill = self.end_peak("prefill")?;
+        self.session.decode(self.task.n_gen - 1, &mut |_| {})?;
+        self.session.synchronize()?;
+        Ok((prefill, self.end_peak("decode")?))
+    }
+
+    /// The resident set's highest value since the last mark, where marks can be reset.
+    fn end_peak(&mut self, phase: &str) -> Result<Option<u64>> {
+        self.end_phase(phase)?;
+        let peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
+        self.peak_is_exact = self.peak_is_exact && self.memory.reset_peak();
+        Ok(peak)
+    }
+
+    /// Notes what the device's pool holds and starts its marks anew.
+    fn end_phase(&mut self, phase: &str) -> Result<()> {
+        let Some(pool) = self.session.pool() else { return Ok(()) };
+        self.pool.insert(phase.to_owned(), pool.read()?);
+        pool.reset_high_marks()
     }
 
     /// Greedy decoding always ends at the same token, so one untimed run finds the length and the measured runs are
@@ -134,7 +212,7 @@ impl<C: Clock> Bench<C> {
         if self.task.stop_at.is_empty() {
             return Ok(());
         }
-        self.run()?;
+        self.run(self.task.wait)?;
         let end = self.stamps.ids.iter().position(|id| self.task.stop_at.contains(id));
         self.task.n_gen = end.map_or(self.task.n_gen, |at| at + 1);
         Ok(())
@@ -143,22 +221,35 @@ impl<C: Clock> Bench<C> {
     /// One counted repeat, and the checks of it that are not timed.
     pub fn repeat(&mut self) -> Result<Sample> {
         let load_before = self.load.read();
-        self.run()?;
+        self.run(self.task.wait)?;
         let load = load_before.zip(self.load.read()).map(|(before, after)| after.since(before));
         self.seen_peak_bytes = self.seen_peak_bytes.max(self.memory.resident_bytes());
         // A value that is not finite stays in the key/value cache and reaches the logits of every later step, so that
         // looking at the last ones is enough.
         let finite_logits = self.session.logits()?.iter().all(|logit| logit.is_finite());
+        let device_step_ns = self.session.device_step_ns()?;
         let stamps = &self.stamps;
-        let step_ns = stamps.token_ns.windows(2).map(|pair| pair[1] - pair[0]).collect();
         let prefill_ns = stamps.token_ns.first().map_or(0, |first| first - stamps.start_ns);
-        let (ids, end_to_end_ns) = (stamps.ids.clone(), stamps.end_to_end_ns());
-        let encode_ns = stamps.encoded_ns - stamps.start_ns;
-        Ok(Sample { encode_ns, prefill_ns, step_ns, end_to_end_ns, ids, finite_logits, load })
+        let sample = Sample {
+            encode_ns: stamps.encoded_ns - stamps.start_ns,
+            prefill_ns,
+            step_ns: stamps.step_ns(),
+            end_to_end_ns: stamps.end_to_end_ns(),
+            device_step_ns,
+            synced_step_ns: Vec::new(),
+            ids: stamps.ids.clone(),
+            finite_logits,
+            load,
+        };
+        if self.task.wait != Wait::BothWays {
+            return Ok(sample);
+        }
+        self.run(Wait::EachToken)?;
+        Ok(Sample { synced_step_ns: self.stamps.step_ns(), ..sample })
     }
 
     /// The timed run.
-    fn run(&mut self) -> Result<()> {
+    fn run(&mut self, wait: Wait) -> Result<()> {
         let Self { session, clock, task, pixels, stamps, .. } = self;
         session.rewind(task.depth.len());
         stamps.clear(task.n_gen);
@@ -168,7 +259,19 @@ impl<C: Clock> Bench<C> {
         stamps.encoded_ns = if task.encode == Encode::Nothing { stamps.start_ns } else { clock.now_ns() };
         let first = session.prefill(&task.prompt)?;
         stamps.push(first, clock.now_ns());
-        session.decode(task.n_gen - 1, &mut |id| stamps.push(id, clock.now_ns()))?;
+        match wait {
+            Wait::AtEnd | Wait::BothWays => {
+                session.decode(task.n_gen - 1, &mut |id| stamps.push(id, clock.now_ns()))?;
+            }
+            Wait::EachToken => {
+                for _ in 1..task.n_gen {
+                    let mut token = first;
+                    session.decode(1, &mut |id| token = id)?;
+                    session.synchronize()?;
+                    stamps.push(token, clock.now_ns());
+                }
+            }
+        }
         session.synchronize()
     }
 
@@ -180,6 +283,7 @@ impl<C: Clock> Bench<C> {
 
     /// What is read once, after the last repeat, and the pass that keeps logits.
     pub fn finish(&mut self, save_logits: Option<&Path>) -> Result<Finished> {
+        self.end_phase("run")?;
         let end_bytes = self.memory.resident_bytes();
         let exact_peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
         let outliers = self.session.outlier_columns();
@@ -195,6 +299,8 @@ impl<C: Clock> Bench<C> {
             peak_is_exact: exact_peak.is_some(),
             footprint: self.session.footprint(),
             outliers,
+            release_threshold_bytes: self.session.pool().map(|pool| pool.release_threshold_bytes()),
+            pool: std::mem::take(&mut self.pool),
         })
     }
 }

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone)]
 pub struct ProcessMemory {
     root: PathBuf,
+    /// Below /proc: `self` or a number.
+    process: String,
 }
 
 impl Default for ProcessMemory {
@@ -16,22 +18,32 @@ impl Default for ProcessMemory {
 
 impl ProcessMemory {
     pub fn below(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), process: "self".to_owned() }
     }
 
-    /// Resident set now.
+    /// Of another process, below `root`.
+    pub fn of(root: impl Into<PathBuf>, pid: u32) -> Self {
+        Self { root: root.into(), process: pid.to_string() }
+    }
+
+    /// Resident set now, of the process.
     pub fn resident_bytes(&self) -> Option<u64> {
-        self.field("proc/self/status", "VmRSS:")
+        self.field(&format!("proc/{}/status", self.process), "VmRSS:")
     }
 
     /// Highest resident set since the process began or [`Self::reset_peak`].
     pub fn peak_bytes(&self) -> Option<u64> {
-        self.field("proc/self/status", "VmHWM:")
+        self.field(&format!("proc/{}/status", self.process), "VmHWM:")
     }
 
     /// Starts the peak anew; false where the kernel does not let us.
     pub fn reset_peak(&self) -> bool {
         std::fs::write(self.root.join("proc/self/clear_refs"), "5").is_ok()
+    }
+
+    /// All memory of the machine.
+    pub fn total_bytes(&self) -> Option<u64> {
+        self.field("proc/meminfo", "MemTotal:")
     }
 
     /// What can still be allocated without swapping: the machine's estimate within the limit of the control group.
@@ -40,11 +52,14 @@ impl ProcessMemory {
         [machine, self.group_room(&UNIFIED), self.group_room(&LEGACY)].into_iter().flatten().min()
     }
 
-    /// What one process may take at most: `ulimit -v`.
+    /// What one process may take at most: the smaller of `ulimit -v` and `ulimit -d`.
     pub fn process_limit_bytes(&self) -> Option<u64> {
         let text = self.read("proc/self/limits")?;
-        let line = text.lines().find_map(|line| line.strip_prefix("Max address space"))?;
-        line.split_whitespace().next()?.parse().ok()
+        let soft = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        ["Max address space", "Max data size"].into_iter().filter_map(soft).min()
     }
 
     /// What one more process can take.
@@ -172,6 +187,11 @@ pub(super) mod tests {
             let root = root(&[("proc/self/limits", &line)]);
             assert_eq!(ProcessMemory::below(root.path()).process_limit_bytes(), expected);
         }
+        let both = "Max data size  200000  unlimited  bytes\nMax address space  300000  unlimited  bytes\n";
+        assert_eq!(
+            ProcessMemory::below(root(&[("proc/self/limits", both)]).path()).process_limit_bytes(),
+            Some(200_000)
+        );
     }
 
     #[test]

@@ -1,7 +1,12 @@
 //! One case → records: workers, protocol, clock, memory, environment, validity, warnings. Never prints.
 
+mod ab;
 pub mod assemble;
+mod checks;
 pub mod clock;
+mod deadline;
+pub mod doctor;
+mod dry_run;
 pub mod environment;
 pub mod load;
 mod logits;
@@ -19,16 +24,22 @@ mod scoring;
 pub mod stopping;
 mod validity;
 pub mod warnings;
+pub mod watch;
 mod worker;
 
-pub use parent::{quality, run};
-pub use process::SUBCOMMAND;
+pub use ab::run_ab;
+pub use checks::device;
+pub use deadline::Deadline;
+pub use dry_run::dry_run;
+pub use parent::{engine_facts, quality, run};
+pub use process::{SUBCOMMAND, cause_of_death, last_words};
 pub use prompt::DEFAULT_TEXT;
 pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};
-pub use worker::worker_main;
+pub use worker::{select, worker_main};
 
 use std::path::PathBuf;
 
+use crate::engine::Engine;
 use crate::quant::FormatOptions;
 use crate::weights::policy::Selection;
 
@@ -39,6 +50,8 @@ pub struct Case {
     /// Canonical names, in the order asked.
     pub precisions: Vec<String>,
     pub asked: Asked,
+    /// Whose code runs, in the order asked.
+    pub engines: Vec<Engine>,
     pub format_options: FormatOptions,
     pub device: DeviceChoice,
     /// 0: physical cores within the cgroup's limit.
@@ -72,7 +85,46 @@ pub enum Asked {
     All,
 }
 
+/// What one record is about: an engine at a precision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    pub engine: Engine,
+    /// Canonical name.
+    pub precision: String,
+}
+
+impl Row {
+    /// Of our own engine.
+    pub fn own(precision: &str) -> Self {
+        Self { engine: Engine::Quantbench, precision: precision.to_owned() }
+    }
+
+    /// In labels and file names; our own engine goes without saying.
+    pub fn label(&self) -> String {
+        match self.engine {
+            Engine::Quantbench => self.precision.clone(),
+            other => format!("{}-{}", other.name(), self.precision),
+        }
+    }
+}
+
 impl Case {
+    /// Each engine at each precision that it runs, in the order asked.
+    pub fn rows(&self) -> Vec<Row> {
+        let of = |&engine: &Engine| {
+            let precisions = self.precisions.iter().filter(move |precision| engine.runs(precision));
+            precisions.map(move |precision| Row { engine, precision: precision.clone() })
+        };
+        self.engines.iter().flat_map(of).collect()
+    }
+
+    /// What the others are compared with: our own fp16, else any fp16.
+    pub fn baseline(&self) -> Option<usize> {
+        let rows = self.rows();
+        let own = rows.iter().position(|row| row.precision == "fp16" && row.engine == Engine::Quantbench);
+        own.or_else(|| rows.iter().position(|row| row.precision == "fp16"))
+    }
+
     /// Which matrices every precision quantizes.
     pub fn selection(&self) -> Selection {
         if self.keep_fp16.is_empty() { Selection::Usual } else { Selection::Without(self.keep_fp16.clone()) }
@@ -109,11 +161,68 @@ pub struct Protocol {
     pub max_time_s: f64,
     /// Half width of the 95 % interval of the median over the median at which repeating ends.
     pub rel_ci: f64,
+    /// What each worker may allocate.
+    pub memory_limit_bytes: Option<u64>,
+    /// When every worker that still runs is killed.
+    #[serde(skip)]
+    pub deadline: Option<Deadline>,
+    /// Fresh starts of every worker, at least 1; they share the times, and each takes its own repeats.
+    pub launches: usize,
+    /// After each repeat a run that waits for the device after every token, as the seed did.
+    pub sync_each_token: bool,
+    pub method: Method,
+    /// Every reading of the machine goes into the record.
+    pub keep_series: bool,
+}
+
+/// Whose way of measuring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub enum Method {
+    #[default]
+    Quantbench,
+    /// One run without a warm-up, its prefill included, that waits for the device after every token.
+    Seed,
+}
+
+impl Method {
+    /// As records have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Quantbench => "quantbench",
+            Method::Seed => "seed",
+        }
+    }
+}
+
+impl Protocol {
+    /// One run without warm-up.
+    pub fn of_seed() -> Self {
+        Self { warmup: Some(0), repeats: Some(1), method: Method::Seed, ..Self::default() }
+    }
+
+    /// What one of the launches does: an equal part of the times.
+    pub fn of_one_launch(&self) -> Self {
+        let n = self.launches.max(1) as f64;
+        Self { min_time_s: self.min_time_s / n, max_time_s: self.max_time_s / n, ..self.clone() }
+    }
 }
 
 impl Default for Protocol {
     fn default() -> Self {
-        Self { warmup: None, repeats: None, min_repeats: 6, min_time_s: 3.0, max_time_s: 20.0, rel_ci: 0.02 }
+        Self {
+            warmup: None,
+            repeats: None,
+            min_repeats: 6,
+            min_time_s: 3.0,
+            max_time_s: 20.0,
+            rel_ci: 0.02,
+            memory_limit_bytes: None,
+            deadline: None,
+            launches: 1,
+            sync_each_token: false,
+            method: Method::default(),
+            keep_series: false,
+        }
     }
 }
 
@@ -134,6 +243,7 @@ mod tests {
             },
             precisions: vec!["fp16".to_owned()],
             asked: Asked::ByName,
+            engines: vec![Engine::Quantbench],
             format_options: FormatOptions::default(),
             device: DeviceChoice::Cpu,
             threads: 1,

@@ -12,7 +12,8 @@ use crate::weights::policy::{Formats, Selection};
 
 /// Fills the `modules` of every record of a quantized precision that has a quality. A part that fails becomes a row without
 /// numbers.
-pub fn measure(reference: &mut Reference, model: &Model, records: &mut [Record], events: &dyn Listener) {
+pub fn measure(reference: &mut Reference, records: &mut [Record], events: &dyn Listener) {
+    let model = reference.model;
     let mut groups = groups(&model.matrices);
     // Rows of a quantized table can be read by the CPU alone.
     groups.retain(|group| reference.share.device == DeviceChoice::Cpu || group.name != "embeddings");

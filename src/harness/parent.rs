@@ -1,31 +1,31 @@
 //! One case → records: check everything, measure the memory, run the workers.
 
 use anyhow::Result;
-use tokenizers::Tokenizer;
 
 use super::assemble::{self, Facts};
 use super::environment::{self, Machine};
 use super::measure::Encode;
 use super::memory::ProcessMemory;
-use super::process::ProcessWorker;
+use super::process::{self, ProcessWorker};
 use super::prompt::{self, Workload};
 use super::protocol::{Failure, Finished, Job, LoadFacts, Sample, Share, Warmed};
 use super::quality::{Failed, Passage, Refusal};
-use super::schedule::{self, Order, Outcome, Worker};
+use super::schedule::{self, Order, Outcome, Stage, Worker};
 use super::warnings::Warning;
+use super::watch::Watch;
+use super::watch::machine::{MachineWatch, Sensors};
 use super::worker::{self, Opened};
-use super::{Asked, Case, DeviceChoice, logits};
+use super::{Case, DeviceChoice, Row, checks};
+use crate::engine::memory::MeasuredBandwidth;
+use crate::engine::{self, Engine};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::{Event, Listener, Unit};
 use crate::kernels::cpu::bandwidth;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
-use crate::plan::Model;
-use crate::quant::{self, FormatOptions};
-use crate::record::{self, Record, Status};
-use crate::weights::SourceKind;
-use crate::weights::bnb::PreQuantized;
+use crate::kernels::nvml::Gpu;
+use crate::record::{self, Record};
 
 /// What a worker holds beside weights and cache: code, activations, tables.
 const WORKER_BYTES: u64 = 64 << 20;
@@ -35,39 +35,34 @@ const LOADING_BYTES: u64 = 256 << 20;
 
 /// Measures every precision of `case`. Fails on input that cannot be used; a precision that fails becomes a record.
 pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
-    let device = check(case)?;
-    let mut opened = worker::open(&case.model, events)?;
-    opened.select(&case.selection())?;
-    let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
-    let plan = Plan::new(case, device, opened)?;
+    let device = checks::check(case)?;
+    let (case, plan) = &Plan::open(case, device, events)?;
     let passage = plan.passage(case)?;
-    let mut facts = plan.facts(case, events);
-    let outcomes = plan.outcomes(case, facts.order, events)?;
-    let decode = |ids: &[u32]| plan.opened.checkpoint.tokenizer.as_ref().and_then(|tokenizer| text(tokenizer, ids));
+    let mut facts = plan.facts(case, events)?;
+    let mut watch = MachineWatch::new(plan.sensors(&mut facts));
+    let outcomes = plan.outcomes(case, facts.order, &mut watch, events)?;
+    let decode = |ids: &[u32]| plan.text(ids);
     let mut records = assemble::records(&facts, case, &outcomes, &decode);
     if let Some(read_gb_s) = facts.read_gb_s.filter(|_| exceeds_bandwidth(&records)) {
         // A kernel that reads faster than the benchmark did shows that the benchmark was disturbed, or that caches helped.
-        let again = plan.read_and_copy_gb_s(events).0;
+        let again = plan.bandwidth(case, events)?.read_gb_s;
         facts.read_gb_s = Some(again.map_or(read_gb_s, |again| again.max(read_gb_s)));
         records = assemble::records(&facts, case, &outcomes, &decode);
     }
-    add_quality(&plan, case, passage, &mut records, events)?;
+    add_quality(plan, case, passage, &mut records, events)?;
     Ok(records)
 }
 
 /// Measures the quality of every precision of `case` and no speed. Fails on input that cannot be used and on a model that
 /// has no quality; a precision that fails becomes a record.
 pub fn quality(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
-    let device = check(case)?;
-    let mut opened = worker::open(&case.model, events)?;
-    opened.select(&case.selection())?;
-    let case = &in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
-    let plan = Plan::new(case, device, opened)?;
+    let device = checks::check(case)?;
+    let (case, plan) = &Plan::open(case, device, events)?;
     let Some(passage) = plan.passage(case)? else { return Ok(Vec::new()) };
     let passage = passage.map_err(BadInput::from)?;
     let mut records = assemble::unmeasured(&plan.facts_unmeasured(case), case);
-    for Failed { at, reason } in passage.measure(case, (plan.share, &plan.opened.model), &mut records, events)? {
-        (records[at].status, records[at].reason) = (Status::Error, Some(reason));
+    for Failed { at, failure } in passage.measure(case, (plan.share, &plan.opened.model), &mut records, events)? {
+        assemble::fail(&mut records[at], &failure);
     }
     Ok(records)
 }
@@ -85,43 +80,61 @@ fn add_quality(
         None => {}
         Some(Err(refusal)) => records.iter_mut().for_each(|record| warn(record, refusal.reason.clone())),
         Some(Ok(passage)) => {
-            for Failed { at, reason } in passage.measure(case, (plan.share, &plan.opened.model), records, events)? {
-                warn(&mut records[at], reason);
+            for Failed { at, failure } in passage.measure(case, (plan.share, &plan.opened.model), records, events)? {
+                warn(&mut records[at], failure.message().to_owned());
             }
         }
     }
     Ok(())
 }
 
+/// What no precision can do anything about.
+pub(super) fn into_error(failure: Failure) -> anyhow::Error {
+    match failure {
+        Failure::BadInput { message, hint: Some(hint) } => BadInput::new(message).hint(hint).into(),
+        Failure::BadInput { message, hint: None } => BadInput::new(message).into(),
+        other => anyhow::anyhow!(other.message().to_owned()),
+    }
+}
+
 fn exceeds_bandwidth(records: &[Record]) -> bool {
     records.iter().any(|record| record.bandwidth.mbu.is_some_and(|mbu| mbu > 1.0))
 }
 
-fn text(tokenizer: &Tokenizer, ids: &[u32]) -> Option<String> {
-    tokenizer.decode(ids, true).ok()
-}
-
 /// A case that was checked.
-struct Plan {
+pub(super) struct Plan {
     opened: Opened,
-    share: Share,
-    workload: Workload,
-    /// What each precision needs, in bytes, and what is free.
-    needs: Vec<u64>,
+    pub(super) share: Share,
+    pub(super) workload: Workload,
+    /// What each row of the case needs, in bytes, and what is free.
+    pub(super) needs: Vec<u64>,
     free_bytes: Option<u64>,
 }
 
 impl Plan {
+    /// Finds the model, downloading what is missing, and gives the case as that model allows it.
+    pub(super) fn open(case: &Case, device: DeviceChoice, events: &dyn Listener) -> Result<(Case, Self)> {
+        let mut opened = worker::open(&case.model, events)?;
+        opened.select(&case.selection())?;
+        let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
+        checks::check_engines(&case)?;
+        let plan = Self::new(&case, device, opened)?;
+        Ok((case, plan))
+    }
+
     /// The checks that need the model but no weights in memory.
     fn new(case: &Case, device: DeviceChoice, opened: Opened) -> Result<Self> {
+        if case.engines.contains(&Engine::Candle) {
+            engine::candle::check(&opened.model, &opened.checkpoint.config)?;
+        }
         let workload = prompt::workload(case, opened.checkpoint.tokenizer.as_ref(), &opened.model)?;
         // Whether the picture can be read; the workers read it again.
         worker::pixels(&opened, &workload.task.encode)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
         let share = Share { device, threads };
-        let cache_bytes = cache_bytes(&opened.model, &workload);
-        let stored = |precision: &String| worker::stored_bytes(&opened.model, precision, case.format_options);
-        let needs = case.precisions.iter().map(|p| Ok(stored(p)? + cache_bytes)).collect::<Result<_>>()?;
+        let cache_bytes = worker::cache_bytes(&opened.model, &workload);
+        let stored = |row: &Row| worker::stored_bytes(&opened.model, &row.precision, case.format_options);
+        let needs = case.rows().iter().map(|row| Ok(stored(row)? + cache_bytes)).collect::<Result<_>>()?;
         let free_bytes = ProcessMemory::default().available_bytes();
         Ok(Self { opened, share, workload, needs, free_bytes })
     }
@@ -131,31 +144,55 @@ impl Plan {
         case.quality.as_ref().map(|choice| Passage::new(choice, &self.opened, &self.workload)).transpose()
     }
 
+    /// What `ids` say, where there is a tokenizer.
+    pub(super) fn text(&self, ids: &[u32]) -> Option<String> {
+        self.opened.checkpoint.tokenizer.as_ref()?.decode(ids, true).ok()
+    }
+
     fn together_bytes(&self) -> u64 {
-        self.needs.iter().map(|need| need + WORKER_BYTES).sum::<u64>() + LOADING_BYTES
+        together_bytes(&self.needs)
     }
 
-    /// Host memory decides on the CPU alone.
     fn order(&self) -> Order {
-        let fits = self.free_bytes.is_none_or(|free| self.together_bytes() <= free);
-        if self.share.device == DeviceChoice::Cpu && self.needs.len() > 1 && !fits {
-            Order::InTurn
-        } else {
-            Order::Interleaved
-        }
+        order(self.share.device, &self.needs, self.free_bytes)
     }
 
-    fn facts(&self, case: &Case, events: &dyn Listener) -> Facts {
+    pub(super) fn facts(&self, case: &Case, events: &dyn Listener) -> Result<Facts> {
         let mut facts = self.facts_unmeasured(case);
         if facts.order == Order::InTurn {
             let (needed_bytes, free_bytes) = (self.together_bytes(), self.free_bytes.unwrap_or(0));
             facts.warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
         }
         if self.share.device == DeviceChoice::Cpu {
-            (facts.read_gb_s, facts.copy_gb_s) = self.read_and_copy_gb_s(events);
             facts.cache_bytes = last_level_cache_bytes().map(|bytes| bytes as u64);
         }
-        facts
+        let MeasuredBandwidth { read_gb_s, copy_gb_s } = self.bandwidth(case, events)?;
+        (facts.read_gb_s, facts.copy_gb_s) = (read_gb_s, copy_gb_s);
+        Ok(facts)
+    }
+
+    /// What is read while repeats run, and what the driver knows of the device. Nothing may run yet: the idle power is taken.
+    pub(super) fn sensors(&self, facts: &mut Facts) -> Sensors {
+        let gpu = match self.share.device {
+            DeviceChoice::Cuda(ordinal) => Gpu::open(ordinal),
+            DeviceChoice::Cpu | DeviceChoice::Auto => None,
+        };
+        if self.share.device != DeviceChoice::Cpu {
+            facts.theoretical_gb_s = Err("NVML does not tell the memory's clock and bus".to_owned());
+        }
+        if let Some(gpu) = &gpu {
+            facts.theoretical_gb_s = gpu.theoretical_gb_s().ok_or_else(|| "NVML does not tell it here".to_owned());
+            facts.cache_bytes = gpu.l2_bytes;
+            facts.environment.gpu = gpu.name();
+            if let (Some(name), DeviceChoice::Cuda(ordinal)) = (gpu.name(), self.share.device) {
+                facts.device.name = format!("{name} (cuda:{ordinal})");
+            }
+            facts.environment.driver = gpu.driver();
+            facts.environment.cuda = gpu.cuda();
+        }
+        let mut sensors = Sensors::below("/", gpu);
+        facts.counter = sensors.counter();
+        sensors
     }
 
     /// What is known without measuring the machine.
@@ -163,13 +200,13 @@ impl Plan {
         let (machine, order, isa) = (Machine::default(), self.order(), Isa::detect());
         let warnings = machine.warnings();
         Facts {
-            engine: engine(),
+            engine: engine_facts(Engine::Quantbench),
             command: case.command.clone(),
             timestamp: environment::timestamp(),
             model: self.model_facts(),
             weights: self.weight_facts(),
             device: self.device_facts(&machine),
-            workload: self.workload_facts(),
+            workload: workload_facts(&self.workload),
             n_before: (self.workload.task.depth.len() + self.workload.task.prompt.len()) as u64,
             environment: machine.environment(isa.name(), self.share.threads),
             format_options: case.format_options,
@@ -179,48 +216,61 @@ impl Plan {
             resolve_s: self.opened.checkpoint.resolve_s,
             read_gb_s: None,
             copy_gb_s: None,
+            theoretical_gb_s: Err("the memory's speed stands in DMI tables, which root alone may read".to_owned()),
             cache_bytes: None,
+            counter: None,
             warnings,
         }
     }
 
-    /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers. `None` where the
-    /// memory for it cannot be had.
-    fn read_and_copy_gb_s(&self, events: &dyn Listener) -> (Option<f64>, Option<f64>) {
+    /// Of the device that is measured. Fails where there is none.
+    fn bandwidth(&self, case: &Case, events: &dyn Listener) -> Result<MeasuredBandwidth> {
         events.on(Event::Begin { label: "memory bandwidth".to_owned(), total: 2, unit: Unit::Runs });
-        let (isa, pool) = (Isa::detect(), Pool::new(self.share.threads));
-        let _pinned = pool.pin_caller();
-        let read = bandwidth::read_gb_s(isa, &pool).ok();
-        events.on(Event::Progress { done: 1 });
-        let copy = bandwidth::copy_gb_s(isa, &pool).ok();
+        let measured = match self.share.device {
+            DeviceChoice::Cuda(ordinal) => match process::bandwidth(ordinal, case.protocol.deadline) {
+                Err(bad @ Failure::BadInput { .. }) => Err(into_error(bad)),
+                // The precisions can do without it, and fail on their own where the device does.
+                measured => Ok(measured.unwrap_or_default()),
+            },
+            DeviceChoice::Cpu | DeviceChoice::Auto => Ok(self.cpu_bandwidth(events)),
+        };
         events.on(Event::End);
-        (read, copy)
+        measured
     }
 
-    fn outcomes(&self, case: &Case, order: Order, events: &dyn Listener) -> Result<Vec<Outcome>> {
-        let workers =
-            case.precisions.iter().zip(&self.needs).map(|(precision, &need)| self.worker(case, precision, need));
-        match schedule::measure(workers.collect(), &case.protocol, order, events) {
-            Ok(outcomes) => Ok(outcomes),
-            Err(Failure::BadInput { message, hint }) => {
-                let bad = BadInput::new(message);
-                Err(if let Some(hint) = hint { bad.hint(hint) } else { bad }.into())
-            }
-            Err(other) => Err(anyhow::anyhow!(other.message().to_owned())),
-        }
+    /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers. `None` where the
+    /// memory for it cannot be had.
+    fn cpu_bandwidth(&self, events: &dyn Listener) -> MeasuredBandwidth {
+        let (isa, pool) = (Isa::detect(), Pool::new(self.share.threads));
+        let _pinned = pool.pin_caller();
+        let read_gb_s = bandwidth::read_gb_s(isa, &pool).ok();
+        events.on(Event::Progress { done: 1 });
+        MeasuredBandwidth { read_gb_s, copy_gb_s: bandwidth::copy_gb_s(isa, &pool).ok() }
+    }
+
+    fn outcomes(
+        &self,
+        case: &Case,
+        order: Order,
+        watch: &mut dyn Watch,
+        events: &dyn Listener,
+    ) -> Result<Vec<Outcome>> {
+        let rows = case.rows();
+        let start = |at: usize| self.worker(case, &rows[at], self.needs[at]);
+        let mut stage = Stage { start: &start, n_workers: rows.len(), order, watch, events };
+        schedule::measure(&mut stage, &case.protocol).map_err(into_error)
     }
 
     /// A worker process, or for a precision whose weights and cache alone exceed what is free, its refusal.
-    fn worker(&self, case: &Case, precision: &str, wanted_bytes: u64) -> Box<dyn Worker> {
-        let room_bytes = ProcessMemory::default().room_bytes();
+    pub(super) fn worker(&self, case: &Case, row: &Row, wanted_bytes: u64) -> Box<dyn Worker> {
+        let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
+        let room_bytes = room_bytes.into_iter().flatten().min();
         let too_little = room_bytes.filter(|room| self.share.device == DeviceChoice::Cpu && wanted_bytes > *room);
         if let Some(free_bytes) = too_little {
-            return Box::new(TooLarge {
-                precision: precision.to_owned(),
-                oom: OutOfMemory { wanted_bytes, free_bytes },
-            });
+            return Box::new(TooLarge { precision: row.label(), oom: OutOfMemory { wanted_bytes, free_bytes } });
         }
-        Box::new(ProcessWorker::new(Job::new(case, precision, self.share, &self.workload), wanted_bytes))
+        let job = Job::new(case, row, self.share, &self.workload);
+        Box::new(ProcessWorker::new(job, wanted_bytes, case.protocol.deadline))
     }
 
     fn model_facts(&self) -> record::ModelFacts {
@@ -234,13 +284,8 @@ impl Plan {
 
     fn weight_facts(&self) -> record::WeightFacts {
         let info = self.opened.source.info();
-        let source = match info.source {
-            SourceKind::Hub => "hub",
-            SourceKind::Local => "local",
-            SourceKind::Random => "random",
-        };
         record::WeightFacts {
-            source: source.to_owned(),
+            source: info.source.name().to_owned(),
             dtype: info.dtype.clone(),
             seed: info.seed,
             hash: info.hash.clone(),
@@ -256,90 +301,41 @@ impl Plan {
             _ => record::DeviceFacts { kind: "cpu".to_owned(), name: machine.cpu_name() },
         }
     }
+}
 
-    fn workload_facts(&self) -> record::Workload {
-        let Workload { task, n_prompt, n_image, .. } = &self.workload;
-        record::Workload {
-            n_prompt: *n_prompt as u64,
-            n_gen: task.n_gen as u64,
-            n_depth: task.depth.len() as u64,
-            n_image: *n_image as u64,
-            image: match &task.encode {
-                Encode::Picture { image: None } => Some(record::ImageSource::Generated),
-                Encode::Picture { image: Some(_) } => Some(record::ImageSource::File),
-                Encode::Nothing | Encode::Tokens(_) => None,
-            },
-            batch_size: 1,
-        }
+pub(super) fn workload_facts(workload: &Workload) -> record::Workload {
+    let Workload { task, n_prompt, n_image, .. } = workload;
+    record::Workload {
+        n_prompt: *n_prompt as u64,
+        n_gen: task.n_gen as u64,
+        n_depth: task.depth.len() as u64,
+        n_image: *n_image as u64,
+        image: match &task.encode {
+            Encode::Picture { image: None } => Some(record::ImageSource::Generated),
+            Encode::Picture { image: Some(_) } => Some(record::ImageSource::File),
+            Encode::Nothing | Encode::Tokens(_) => None,
+        },
+        batch_size: 1,
     }
 }
 
-/// Keys and values of both sides, fp32 as on the CPU.
-fn cache_bytes(model: &Model, workload: &Workload) -> u64 {
-    let task = &workload.task;
-    let n_positions = task.depth.len() + task.prompt.len() + task.n_gen;
-    (model.kv_bytes_per_position(4) * n_positions + model.cross_bytes_per_position(4) * workload.n_encoder) as u64
+/// Whether workers with these needs load together. Host memory decides on the CPU alone.
+pub(super) fn order(device: DeviceChoice, needs: &[u64], free_bytes: Option<u64>) -> Order {
+    let fits = free_bytes.is_none_or(|free| together_bytes(needs) <= free);
+    if device == DeviceChoice::Cpu && needs.len() > 1 && !fits { Order::InTurn } else { Order::Interleaved }
 }
 
-fn engine() -> record::Engine {
-    record::Engine {
-        name: "quantbench".to_owned(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        commit: option_env!("QUANTBENCH_COMMIT").unwrap_or("unknown").to_owned(),
-    }
+fn together_bytes(needs: &[u64]) -> u64 {
+    needs.iter().map(|need| need + WORKER_BYTES).sum::<u64>() + LOADING_BYTES
 }
 
-/// The checks that need no model; what is wrong is said before anything is downloaded.
-fn check(case: &Case) -> Result<DeviceChoice> {
-    check_precisions(case)?;
-    let device = device(case.device)?;
-    for precision in case.save_logits.iter().flat_map(|_| &case.precisions) {
-        let path = case.save_logits.as_ref().map(|path| logits::path_of(path, precision, case.precisions.len()));
-        path.map_or(Ok(()), |path| logits::check_writable(&path))?;
-    }
-    Ok(device)
-}
-
-fn check_precisions(case: &Case) -> Result<(), BadInput> {
-    let known = || quant::FORMATS.iter().map(|entry| format!("`{}`", entry.name)).collect::<Vec<_>>().join(", ");
-    if case.precisions.is_empty() {
-        return Err(BadInput::new("no precision is asked for").hint(format!("known are {}", known())));
-    }
-    match case.precisions.iter().find(|name| quant::find(name).is_none()) {
-        Some(name) => Err(BadInput::new(format!("unknown precision `{name}`")).hint(format!("known are {}", known()))),
-        None => Ok(()),
-    }
-}
-
-/// The case as a model that was saved quantized allows it: in the precision that it has.
-fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Case, BadInput> {
-    let Some(own) = quantized else { return Ok(case.clone()) };
-    let others = || case.precisions.iter().find(|name| *name != own.precision);
-    if let Some(other) = others().filter(|_| case.asked == Asked::ByName) {
-        return Err(BadInput::new(format!(
-            "`--precision {other}` is not possible: the weights of `{}` were saved in `{}`",
-            case.model.model_id, own.precision
-        ))
-        .hint(format!("drop `--precision` to measure `{}`, or name the model that it was made from", own.precision)));
-    }
-    let mut case = Case { precisions: vec![own.precision.to_owned()], ..case.clone() };
-    if case.format_options == FormatOptions::default() {
-        case.format_options.int8_threshold = own.int8_threshold;
-    }
-    Ok(case)
-}
-
-/// The device that a choice means here. The parent creates no CUDA context, which would take memory from the workers.
-fn device(choice: DeviceChoice) -> Result<DeviceChoice, BadInput> {
-    let built = cfg!(feature = "cuda");
-    let driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
-    match choice {
-        DeviceChoice::Auto if built && driver => Ok(DeviceChoice::Cuda(0)),
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(DeviceChoice::Cpu),
-        DeviceChoice::Cuda(_) if !built => Err(BadInput::new("this build of quantbench has no CUDA support")
-            .hint("use `--device cpu`, or build with `--features cuda` (scripts/cuda-toolkit.sh gets the toolkit)")),
-        DeviceChoice::Cuda(_) => Ok(choice),
-    }
+/// As records name it.
+pub fn engine_facts(engine: Engine) -> record::Engine {
+    let commit = match engine {
+        Engine::Quantbench => option_env!("QUANTBENCH_COMMIT").unwrap_or("unknown"),
+        Engine::Candle => "release",
+    };
+    record::Engine { name: engine.name().to_owned(), version: engine.version().to_owned(), commit: commit.to_owned() }
 }
 
 /// Stands in for a worker that is not worth starting.

@@ -2,8 +2,8 @@
 
 use tokenizers::Tokenizer;
 
-use super::measure::{Encode, Task};
-use super::{Case, PromptChoice};
+use super::measure::{Encode, Task, Wait};
+use super::{Case, Method, PromptChoice, Protocol};
 use crate::error::BadInput;
 use crate::plan::{EncoderInputKind, Model};
 use crate::stats::SplitMix64;
@@ -95,9 +95,18 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> Workload {
         n_gen: case.n_gen,
         stop_at: if case.stop_at_eos { model.eos.clone() } else { Vec::new() },
         warmup: case.protocol.warmup,
-        max_time_s: case.protocol.max_time_s,
+        max_time_s: case.protocol.of_one_launch().max_time_s,
+        wait: wait(&case.protocol),
     };
     Workload { task, n_prompt, n_image, n_encoder }
+}
+
+fn wait(protocol: &Protocol) -> Wait {
+    match protocol.method {
+        Method::Seed => Wait::EachToken,
+        Method::Quantbench if protocol.sync_each_token => Wait::BothWays,
+        Method::Quantbench => Wait::AtEnd,
+    }
 }
 
 /// Image tokens of the prompt.
@@ -267,7 +276,7 @@ mod tests {
         ] {
             let error = workload(&case(prompt, n_gen, n_depth), None, &model()).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
-            assert_eq!(crate::error::exit_code(&error), 2);
+            assert!(error.is::<BadInput>());
             assert!(crate::error::hint(&error).is_some());
         }
         let picture = EncoderInputKind::Picture(Picture { size: 4, patch: 2, token: 9 });

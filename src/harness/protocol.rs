@@ -1,5 +1,8 @@
 //! What the parent and a worker process say to each other: one JSON object a line, [`Ask`] on the worker's standard input,
-//! [`Reply`] on its standard output.
+//! [`Reply`] on its standard output. What later versions added has a default, so that another build's worker is
+//! understood.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -7,17 +10,21 @@ use super::load::LoadSpan;
 use super::measure::Task;
 use super::prompt::Workload;
 use super::scoring::{Scored, Scoring};
-use super::{Case, DeviceChoice};
-use crate::engine::{Footprint, OutlierColumns};
+use super::{Case, DeviceChoice, Row};
+use crate::engine::check::SelfCheck;
+use crate::engine::memory::{MeasuredBandwidth, PoolUse};
+use crate::engine::{Engine, Footprint, OutlierColumns};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::Event;
 use crate::quant::FormatOptions;
+use crate::record::Status;
 use crate::weights::policy::Selection;
 
 /// All that one worker needs: the parent has checked it and turned the prompt into ids.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Job {
     pub model: crate::weights::Request,
+    pub engine: Engine,
     pub precision: String,
     pub format_options: FormatOptions,
     /// Rows that the encoder must hold; 0 without one.
@@ -29,6 +36,8 @@ pub struct Job {
     pub task: Task,
     /// Which matrices are quantized.
     pub selection: Selection,
+    /// What the worker may allocate.
+    pub memory_limit_bytes: Option<u64>,
     /// Of the untimed pass after the last repeat.
     pub save_logits: Option<std::path::PathBuf>,
 }
@@ -43,21 +52,23 @@ pub struct Share {
 }
 
 impl Job {
-    pub fn new(case: &Case, precision: &str, machine: Share, workload: &Workload) -> Self {
+    pub fn new(case: &Case, row: &Row, machine: Share, workload: &Workload) -> Self {
         let save_logits = case.save_logits.as_ref();
         let Share { device, threads } = machine;
         let (task, encoder_capacity) = (workload.task.clone(), workload.n_encoder);
         Self {
             // The parent has fetched whatever was missing.
             model: crate::weights::Request { offline: true, ..case.model.clone() },
-            precision: precision.to_owned(),
+            engine: row.engine,
+            precision: row.precision.clone(),
             format_options: case.format_options,
             encoder_capacity,
             device,
             threads,
             task,
             selection: case.selection(),
-            save_logits: save_logits.map(|path| super::logits::path_of(path, precision, case.precisions.len())),
+            memory_limit_bytes: case.protocol.memory_limit_bytes,
+            save_logits: save_logits.map(|path| super::logits::path_of(path, &row.label(), case.rows().len())),
         }
     }
 
@@ -75,6 +86,8 @@ pub enum Ask {
     Repeat,
     Finish,
     Score(Box<Scoring>),
+    /// Of the CUDA device of this number; nothing is loaded then.
+    Bandwidth(usize),
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -85,11 +98,13 @@ pub enum Reply {
     Sample(Sample),
     Finished(Finished),
     Scored(Scored),
+    Bandwidth(MeasuredBandwidth),
     Failed(Failure),
 }
 
 /// How the weights came into memory.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LoadFacts {
     pub load_s: f64,
     pub quantize_s: f64,
@@ -97,6 +112,10 @@ pub struct LoadFacts {
     pub isa: String,
     /// Highest resident set while loading.
     pub load_peak_bytes: Option<u64>,
+    /// `None` where no matrix is quantized.
+    pub self_check: Option<SelfCheck>,
+    /// Stored bytes of the weights by format.
+    pub weights_by_format: BTreeMap<String, u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -110,6 +129,11 @@ pub struct Warmed {
     pub start_bytes: Option<u64>,
     /// Highest resident set up to the end of the warm-up.
     pub warmup_peak_bytes: Option<u64>,
+    /// Of an untimed run; `None` where the kernel's mark cannot be reset, or without a warm-up.
+    #[serde(default)]
+    pub prefill_peak_bytes: Option<u64>,
+    #[serde(default)]
+    pub decode_peak_bytes: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,7 +148,8 @@ pub enum WarmupEnd {
 }
 
 /// One counted repeat.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Sample {
     /// The encoder's part of `prefill_ns`; 0 without one.
     pub encode_ns: u64,
@@ -132,6 +157,10 @@ pub struct Sample {
     pub prefill_ns: u64,
     pub step_ns: Vec<u64>,
     pub end_to_end_ns: u64,
+    /// Each decode step on the device's own clock; empty where it has none.
+    pub device_step_ns: Vec<u64>,
+    /// Of a run behind this one that waited for the device after every token; empty unless asked for.
+    pub synced_step_ns: Vec<u64>,
     pub ids: Vec<u32>,
     pub finite_logits: bool,
     pub load: Option<LoadSpan>,
@@ -145,15 +174,75 @@ pub struct Finished {
     pub peak_is_exact: bool,
     pub footprint: Footprint,
     pub outliers: OutlierColumns,
+    /// What the device's pool held at the end of each phase, and at most in it; empty on the CPU.
+    #[serde(default)]
+    pub pool: BTreeMap<String, PoolUse>,
+    #[serde(default)]
+    pub release_threshold_bytes: Option<u64>,
+}
+
+impl Finished {
+    /// Of two launches: the higher memory, and what does not differ.
+    pub fn highest(self, later: Finished) -> Self {
+        Self {
+            end_bytes: self.end_bytes.max(later.end_bytes),
+            peak_bytes: self.peak_bytes.max(later.peak_bytes),
+            peak_is_exact: self.peak_is_exact && later.peak_is_exact,
+            pool: highest(self.pool, later.pool),
+            ..later
+        }
+    }
+}
+
+fn highest(mut pool: BTreeMap<String, PoolUse>, later: BTreeMap<String, PoolUse>) -> BTreeMap<String, PoolUse> {
+    for (phase, later) in later {
+        let known = pool.entry(phase).or_default();
+        *known = PoolUse {
+            used_bytes: known.used_bytes.max(later.used_bytes),
+            used_high_bytes: known.used_high_bytes.max(later.used_high_bytes),
+            reserved_bytes: known.reserved_bytes.max(later.reserved_bytes),
+            reserved_high_bytes: known.reserved_high_bytes.max(later.reserved_high_bytes),
+        };
+    }
+    pool
 }
 
 /// Why a worker gives no result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Failure {
-    BadInput { message: String, hint: Option<String> },
-    OutOfMemory { message: String, wanted_bytes: u64, free_bytes: u64 },
-    Error { message: String },
+    BadInput {
+        message: String,
+        hint: Option<String>,
+    },
+    OutOfMemory {
+        message: String,
+        wanted_bytes: u64,
+        free_bytes: u64,
+    },
+    /// It runs, and what it computes is wrong.
+    Invalid {
+        message: String,
+    },
+    /// It was still running when the case had to be over.
+    Timeout {
+        message: String,
+    },
+    Error {
+        message: String,
+    },
 }
+
+/// A result that cannot be right, found before anything was measured.
+#[derive(Debug)]
+pub struct Wrong(pub String);
+
+impl std::fmt::Display for Wrong {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Wrong {}
 
 impl Failure {
     /// Sorts an error by what the parent does about it.
@@ -166,18 +255,45 @@ impl Failure {
             let (wanted_bytes, free_bytes) = (oom.wanted_bytes, oom.free_bytes);
             return Failure::OutOfMemory { message, wanted_bytes, free_bytes };
         }
+        if error.downcast_ref::<Wrong>().is_some() {
+            return Failure::Invalid { message };
+        }
         let refused = |cause: &std::io::Error| cause.kind() == std::io::ErrorKind::OutOfMemory;
-        if error.chain().filter_map(|cause| cause.downcast_ref()).any(refused) {
+        let by_system = error.chain().filter_map(|cause| cause.downcast_ref()).any(refused);
+        if by_system || crate::engine::memory::is_out_of_memory(error) {
             return Failure::OutOfMemory { message, wanted_bytes: 0, free_bytes: 0 };
         }
         Failure::Error { message }
     }
 
+    /// Of the record that tells it.
+    pub fn status(&self) -> Status {
+        match self {
+            Failure::OutOfMemory { .. } => Status::Oom,
+            Failure::Invalid { .. } => Status::Invalid,
+            Failure::Timeout { .. } => Status::Timeout,
+            Failure::BadInput { .. } | Failure::Error { .. } => Status::Error,
+        }
+    }
+
+    /// The same, said to be of something that the reader did not ask for by name.
+    pub fn within(mut self, what: &str) -> Self {
+        let (Failure::BadInput { message, .. }
+        | Failure::OutOfMemory { message, .. }
+        | Failure::Invalid { message }
+        | Failure::Timeout { message }
+        | Failure::Error { message }) = &mut self;
+        *message = format!("{what}: {message}");
+        self
+    }
+
     pub fn message(&self) -> &str {
         match self {
-            Failure::BadInput { message, .. } | Failure::OutOfMemory { message, .. } | Failure::Error { message } => {
-                message
-            }
+            Failure::BadInput { message, .. }
+            | Failure::OutOfMemory { message, .. }
+            | Failure::Invalid { message }
+            | Failure::Timeout { message }
+            | Failure::Error { message } => message,
         }
     }
 }
@@ -198,7 +314,10 @@ mod tests {
         assert!(matches!(Failure::of(&oom), Failure::OutOfMemory { wanted_bytes: 7, free_bytes: 5, .. }));
         let os = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::OutOfMemory)).context("reading");
         assert!(matches!(Failure::of(&os), Failure::OutOfMemory { .. }));
-        assert!(matches!(Failure::of(&anyhow::anyhow!("other")), Failure::Error { .. }));
+        assert!(matches!(Failure::of(&Wrong("no".into()).into()), Failure::Invalid { .. }));
+        let other = Failure::of(&anyhow::anyhow!("other"));
+        assert!(matches!(&other, Failure::Error { .. }));
+        assert_eq!(other.within("the reference").message(), "the reference: other");
     }
 
     #[test]

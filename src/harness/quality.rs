@@ -10,8 +10,8 @@ use super::prompt::{self, Workload};
 use super::protocol::{Failure, Job, Share};
 use super::schedule::Worker;
 use super::scoring::{Greedy, LogitsFile, Scored, Scoring};
-use super::worker::Opened;
-use super::{Case, modules};
+use super::worker::{self, Opened};
+use super::{Case, Row, modules};
 use crate::engine::OutlierColumns;
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
@@ -150,7 +150,7 @@ impl Passage {
         events: &dyn Listener,
     ) -> Result<Vec<Failed>> {
         let folder = tempfile::Builder::new().prefix("quantbench-").tempdir()?;
-        let mut reference = Reference { passage: self, case, share, folder, worker: None, held: None };
+        let mut reference = Reference { passage: self, case, share, model, folder, worker: None, held: None };
         let total = case.precisions.len() as u64;
         events.on(Event::Begin { label: "quality".to_owned(), total, unit: Unit::Runs });
         let mut outcomes = Vec::new();
@@ -168,11 +168,11 @@ impl Passage {
             match outcome {
                 None => {}
                 Some(Ok(measured)) => record.quality = self.summary(measured, fp16, &reference),
-                Some(Err(failure)) => failed.push(Failed { at, reason: failure.message().to_owned() }),
+                Some(Err(failure)) => failed.push(Failed { at, failure: failure.clone() }),
             }
         }
         if case.quality.as_ref().is_some_and(|choice| choice.by_module) {
-            modules::measure(&mut reference, model, records, events);
+            modules::measure(&mut reference, records, events);
         }
         Ok(failed)
     }
@@ -193,7 +193,10 @@ impl Passage {
             let logits = LogitsFile::Compare(reference.file_of(at)?);
             let worker = match &mut worker {
                 Some(worker) => worker,
-                none => none.insert(self.worker(reference.case, precision, reference.share, selection.clone())?),
+                none => {
+                    let model = (reference.case, reference.model);
+                    none.insert(self.worker(model, precision, reference.share, selection.clone())?)
+                }
             };
             let Scored { costs, greedy_ids, outliers } = worker.score(self.scoring(at, path, logits))?;
             measured.costs.extend(costs);
@@ -218,7 +221,7 @@ impl Passage {
     /// A loaded worker whose cache holds the longest window.
     fn worker(
         &self,
-        case: &Case,
+        (case, model): (&Case, &Model),
         precision: &str,
         share: Share,
         selection: Selection,
@@ -227,8 +230,11 @@ impl Passage {
         let (encode, prompt) = (self.encode.clone(), vec![0; self.prefix.len() + longest]);
         let task = Task { encode, prompt, n_gen: 1, ..Task::default() };
         let workload = Workload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
-        let job = Job { save_logits: None, selection, ..Job::new(case, precision, share, &workload) };
-        let mut worker = ProcessWorker::new(job, 0);
+        let needed_bytes = worker::selected_bytes(model, &selection, precision, case.format_options)
+            .map_err(|error| Failure::of(&error))?
+            + worker::cache_bytes(model, &workload);
+        let job = Job { save_logits: None, selection, ..Job::new(case, &Row::own(precision), share, &workload) };
+        let mut worker = ProcessWorker::new(job, needed_bytes, case.protocol.deadline);
         worker.load(&crate::events::Silent)?;
         Ok(worker)
     }
@@ -276,7 +282,7 @@ impl Passage {
 pub struct Failed {
     /// Index into the case's precisions.
     pub at: usize,
-    pub reason: String,
+    pub failure: Failure,
 }
 
 /// The worker that writes the reference's logits, one window's file at a time.
@@ -284,6 +290,7 @@ pub struct Reference<'a> {
     pub passage: &'a Passage,
     pub case: &'a Case,
     pub share: Share,
+    pub model: &'a Model,
     /// Removed with all that it holds when this goes.
     folder: TempDir,
     worker: Option<ProcessWorker>,
@@ -304,17 +311,19 @@ impl Reference<'_> {
         if self.held.as_ref().is_some_and(|held| held.window == window) {
             return Ok(path);
         }
-        let passage = self.passage;
+        let (passage, model) = (self.passage, (self.case, self.model));
         let worker = match &mut self.worker {
             Some(worker) => worker,
             none => {
                 let share = Share { device: super::DeviceChoice::Cpu, ..self.share };
-                none.insert(passage.worker(self.case, REFERENCE_PRECISION, share, Selection::Usual)?)
+                let loaded = passage.worker(model, REFERENCE_PRECISION, share, Selection::Usual);
+                none.insert(loaded.map_err(|failure| failure.within("the fp32 reference"))?)
             }
         };
         // Gone until the new one is whole.
         let known = self.held.take().map(|held| held.greedy_ids).filter(|_| window > 0);
-        let scored = worker.score(passage.scoring(window, CallPath::Prefill, LogitsFile::Write(path.clone())))?;
+        let scored = worker.score(passage.scoring(window, CallPath::Prefill, LogitsFile::Write(path.clone())));
+        let scored = scored.map_err(|failure| failure.within("the fp32 reference"))?;
         self.held = Some(Held { window, greedy_ids: known.unwrap_or(scored.greedy_ids) });
         if passage.windows.len() == 1 {
             self.worker = None;

@@ -1,14 +1,19 @@
 //! Who runs when: workers load and warm up one after the other, then hand in repeats ABCABC, or, where they do not fit
-//! together, each runs to its end before the next one starts.
+//! together, each runs to its end before the next one starts. Several launches do all of this several times.
 
 use super::Protocol;
 use super::protocol::{Failure, Finished, LoadFacts, Sample, Warmed};
 use super::stopping::{RepeatsEnd, Tally, repeats_ended};
+use super::watch::{Watch, Watched};
 use crate::events::{Event, Listener, Unit};
 
 /// One precision, in a process of its own or, in tests, in this one.
 pub trait Worker {
     fn precision(&self) -> &str;
+    /// Of the process, once it runs.
+    fn pid(&self) -> Option<u32> {
+        None
+    }
     fn load(&mut self, events: &dyn Listener) -> Result<LoadFacts, Failure>;
     fn warm_up(&mut self, events: &dyn Listener) -> Result<Warmed, Failure>;
     fn repeat(&mut self, events: &dyn Listener) -> Result<Sample, Failure>;
@@ -30,32 +35,83 @@ impl Order {
     }
 }
 
-/// What one worker gave, up to where it failed.
+/// Samples of one precision that are discarded at most, and their repeats taken again.
+const MAX_DISCARDED: usize = 10;
+
+/// What one precision gave, up to where it failed.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Outcome {
+    /// Of the first launch, as the warm-up.
     pub loaded: Option<LoadFacts>,
     pub warmed: Option<Warmed>,
     pub samples: Vec<Sample>,
+    /// Of each sample.
+    pub watched: Vec<Watched>,
+    /// Samples that did not count because the device's clock was held down.
+    pub n_discarded: usize,
+    /// Samples of each launch, in order.
+    pub launches: Vec<usize>,
     pub ended: Option<RepeatsEnd>,
     pub finished: Option<Finished>,
     pub failure: Option<Failure>,
 }
 
-/// Runs all workers; outcomes come in their order. A worker that fails ends, and the others go on. Only input that no worker
-/// can use ends everything.
-pub fn measure<'a>(
-    workers: Vec<Box<dyn Worker + 'a>>,
-    protocol: &Protocol,
-    order: Order,
-    events: &dyn Listener,
-) -> Result<Vec<Outcome>, Failure> {
-    let mut lanes: Vec<Lane> = workers.into_iter().map(Lane::new).collect();
-    match order {
-        Order::Interleaved => together(&mut lanes, protocol, events)?,
+impl Outcome {
+    /// Adds what a later launch gave. Memory is the highest of all, and the first criterion that cut one short is told.
+    fn add(&mut self, later: Outcome) {
+        self.launches.push(later.samples.len());
+        self.samples.extend(later.samples);
+        self.watched.extend(later.watched);
+        self.n_discarded += later.n_discarded;
+        self.failure = later.failure;
+        self.ended = match (self.ended, later.ended) {
+            (Some(first), Some(_)) if first != RepeatsEnd::RelCi => Some(first),
+            (_, later) => later,
+        };
+        self.finished = match (self.finished.take(), later.finished) {
+            (Some(first), Some(later)) => Some(first.highest(later)),
+            (_, later) => later,
+        };
+    }
+}
+
+/// Who makes the workers, and what watches them.
+pub struct Stage<'a, 'w> {
+    /// A fresh worker for the precision of this index.
+    pub start: &'a dyn Fn(usize) -> Box<dyn Worker + 'w>,
+    pub n_workers: usize,
+    pub order: Order,
+    pub watch: &'a mut dyn Watch,
+    pub events: &'a dyn Listener,
+}
+
+/// Runs all precisions in as many launches as `protocol` says; outcomes come in their order. A worker that fails ends, and the
+/// others go on. Only input that no worker can use ends everything.
+pub fn measure(stage: &mut Stage, protocol: &Protocol) -> Result<Vec<Outcome>, Failure> {
+    let mut outcomes = launch(stage, protocol, &vec![true; stage.n_workers])?;
+    for outcome in &mut outcomes {
+        outcome.launches.push(outcome.samples.len());
+    }
+    for _ in 1..protocol.launches {
+        let runs: Vec<bool> = outcomes.iter().map(|outcome| outcome.failure.is_none()).collect();
+        let later = launch(stage, protocol, &runs)?;
+        for (outcome, later) in outcomes.iter_mut().zip(later).filter(|(outcome, _)| outcome.failure.is_none()) {
+            outcome.add(later);
+        }
+    }
+    Ok(outcomes)
+}
+
+/// One start of every worker that `runs`.
+fn launch(stage: &mut Stage, protocol: &Protocol, runs: &[bool]) -> Result<Vec<Outcome>, Failure> {
+    let mut protocol = protocol.of_one_launch();
+    let lane = |at: usize| if runs[at] { Lane::new((stage.start)(at)) } else { Lane::empty() };
+    let mut lanes: Vec<Lane> = (0..stage.n_workers).map(lane).collect();
+    match stage.order {
+        Order::Interleaved => together(&mut lanes, &protocol, stage.watch, stage.events)?,
         Order::InTurn => {
-            let mut protocol = protocol.clone();
             for at in 0..lanes.len() {
-                together(&mut lanes[at..=at], &protocol, events)?;
+                together(&mut lanes[at..=at], &protocol, stage.watch, stage.events)?;
                 // The others take as many repeats as the first that ran, so that counts are equal.
                 let n = lanes[at].outcome.samples.len();
                 if protocol.repeats.is_none() && lanes[at].outcome.finished.is_some() {
@@ -77,7 +133,15 @@ struct Lane<'a> {
 
 impl<'a> Lane<'a> {
     fn new(worker: Box<dyn Worker + 'a>) -> Self {
-        Self { worker: Some(worker), outcome: Outcome::default(), tally: Tally::default() }
+        Self { worker: Some(worker), ..Self::empty() }
+    }
+
+    fn empty() -> Self {
+        Self { worker: None, outcome: Outcome::default(), tally: Tally::default() }
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.worker.as_ref()?.pid()
     }
 
     /// Asks a worker that still runs. One that fails ends; bad input is handed on.
@@ -94,24 +158,40 @@ impl<'a> Lane<'a> {
         }
     }
 
-    fn repeat(&mut self, events: &dyn Listener) -> Result<(), Failure> {
-        if let Some(sample) = self.ask(|worker| worker.repeat(events))? {
-            self.tally.add(sample.prefill_ns, sample.end_to_end_ns);
-            self.outcome.samples.push(sample);
+    /// One repeat that counts: one whose clock was held down is taken again after a pause. `crew` are the processes of all.
+    fn repeat(&mut self, crew: &[u32], watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
+        while self.worker.is_some() {
+            watch.begin(self.pid(), crew);
+            let sample = self.ask(|worker| worker.repeat(events));
+            let watched = watch.end();
+            let Some(sample) = sample? else { return Ok(()) };
+            if watched.slow_clock().is_none() || self.outcome.n_discarded >= MAX_DISCARDED {
+                self.tally.add(sample.prefill_ns, sample.end_to_end_ns);
+                self.outcome.samples.push(sample);
+                self.outcome.watched.push(watched);
+                return Ok(());
+            }
+            self.outcome.n_discarded += 1;
+            watch.pause();
         }
         Ok(())
     }
 }
 
 /// Loads, warms up, repeats ABCABC and finishes.
-fn together(lanes: &mut [Lane], protocol: &Protocol, events: &dyn Listener) -> Result<(), Failure> {
+fn together(
+    lanes: &mut [Lane],
+    protocol: &Protocol,
+    watch: &mut dyn Watch,
+    events: &dyn Listener,
+) -> Result<(), Failure> {
     for lane in lanes.iter_mut() {
         lane.outcome.loaded = lane.ask(|worker| worker.load(events))?;
     }
     for lane in lanes.iter_mut() {
         lane.outcome.warmed = lane.ask(|worker| phase(worker, events))?;
     }
-    repeat(lanes, protocol, events)?;
+    repeat(lanes, protocol, watch, events)?;
     for lane in lanes.iter_mut() {
         lane.outcome.finished = lane.ask(|worker| worker.finish(events))?;
         lane.worker = None;
@@ -127,7 +207,13 @@ fn phase(worker: &mut dyn Worker, events: &dyn Listener) -> Result<Warmed, Failu
 }
 
 /// Hands out rounds until a criterion holds for all that still run.
-fn repeat(lanes: &mut [Lane], protocol: &Protocol, events: &dyn Listener) -> Result<(), Failure> {
+fn repeat(
+    lanes: &mut [Lane],
+    protocol: &Protocol,
+    watch: &mut dyn Watch,
+    events: &dyn Listener,
+) -> Result<(), Failure> {
+    let crew: Vec<u32> = lanes.iter().filter_map(Lane::pid).collect();
     let n_running = lanes.iter().filter(|lane| lane.worker.is_some()).count() as u64;
     let at_least = protocol.repeats.unwrap_or(protocol.min_repeats) as u64;
     events.on(Event::Begin { label: "measure".to_owned(), total: n_running * at_least, unit: Unit::Runs });
@@ -141,7 +227,7 @@ fn repeat(lanes: &mut [Lane], protocol: &Protocol, events: &dyn Listener) -> Res
             break Some(ended);
         }
         for lane in lanes.iter_mut() {
-            lane.repeat(events)?;
+            lane.repeat(&crew, watch, events)?;
             done += u64::from(lane.worker.is_some());
             events.on(Event::Progress { done });
         }

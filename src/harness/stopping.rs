@@ -84,7 +84,7 @@ pub fn repeats_ended(tallies: &[&Tally], protocol: &Protocol) -> Option<RepeatsE
     let enough = |tally: &Tally| {
         n >= protocol.min_repeats
             && tally.decode_ns as f64 / 1e9 >= protocol.min_time_s
-            && stats::relative_half_width(&tally.values).is_some_and(|width| width <= protocol.rel_ci)
+            && stats::relative_half_width(&tally.values, &[]).is_some_and(|width| width <= protocol.rel_ci)
     };
     // A bootstrap takes longer than a short repeat, so that with more of them it is asked at every tenth more.
     let due = n < 20 || n.is_multiple_of(n / 10);

@@ -1,9 +1,23 @@
 //! Whether a result can be right at all. Garbage is fast, too.
 
-use super::protocol::Sample;
+use super::protocol::{Sample, Wrong};
+use crate::engine::check::SelfCheck;
 
 /// A text this short may repeat one token by chance or by sense.
 const COLLAPSE_FROM: usize = 8;
+
+/// Fails with [`Wrong`] where the kernels of a precision do not multiply as its reference does.
+pub fn check_kernels(precision: &str, found: Option<&SelfCheck>) -> Result<(), Wrong> {
+    let Some(found) = found.filter(|found| !found.passes()) else { return Ok(()) };
+    let matrix = &found.matrix;
+    Err(Wrong(match found.error_share {
+        Some(share) => format!(
+            "the kernels of {precision} are wrong on this machine: on `{matrix}` they differ from the reference by {share:.1} \
+             times what rounding explains"
+        ),
+        None => format!("the kernels of {precision} are wrong on this machine: on `{matrix}` they give no number"),
+    }))
+}
 
 /// Why these repeats cannot be a result; `None` where nothing speaks against them. `fp16` are the repeats of fp16 in the same
 /// run, given only for real weights: random ones collapse by nature.
@@ -31,8 +45,19 @@ mod tests {
     use super::*;
 
     fn sample(ids: &[u32], finite_logits: bool) -> Sample {
-        let step_ns = vec![1; ids.len().saturating_sub(1)];
-        Sample { encode_ns: 0, prefill_ns: 1, step_ns, end_to_end_ns: 9, ids: ids.to_vec(), finite_logits, load: None }
+        Sample { ids: ids.to_vec(), finite_logits, ..Sample::default() }
+    }
+
+    #[test]
+    fn kernels_that_differ_from_their_reference_are_wrong() {
+        let said = |error_share| {
+            let found = SelfCheck { matrix: "q".to_owned(), error_share };
+            check_kernels("nf4", Some(&found)).err().map(|wrong| wrong.0).unwrap_or_default()
+        };
+        assert_eq!((said(Some(0.9)), check_kernels("nf4", None).is_ok()), (String::new(), true));
+        let start = "the kernels of nf4 are wrong on this machine: on `q` they ";
+        assert_eq!(said(Some(12.34)), format!("{start}differ from the reference by 12.3 times what rounding explains"));
+        assert_eq!(said(None), format!("{start}give no number"));
     }
 
     #[test]

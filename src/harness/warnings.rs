@@ -57,6 +57,45 @@ pub enum Warning {
     NoQuality {
         reason: String,
     },
+    /// Too few starts of the worker for an interval.
+    FewLaunches {
+        n: usize,
+        min_launches: usize,
+    },
+    /// Decode speed with and without a synchronisation after every token.
+    SyncDiffers {
+        tps: f64,
+        synced_tps: f64,
+    },
+    /// In `n` of the repeats.
+    GpuThrottled {
+        reasons: Vec<&'static str>,
+        n: usize,
+        of: usize,
+    },
+    /// How often during the repeats.
+    CpuThrottled {
+        count: u64,
+    },
+    /// The lowest of the repeats that count although the clock was held down in them.
+    LowClock {
+        mhz: f64,
+        default_mhz: u32,
+        n: usize,
+        of: usize,
+    },
+    /// Repeats that were taken again.
+    Discarded {
+        n: usize,
+    },
+    /// Processes of others on the GPU.
+    GpuShared {
+        n: u32,
+    },
+    SlowRead {
+        read_gb_s: f64,
+        theoretical_gb_s: f64,
+    },
 }
 
 impl Warning {
@@ -79,6 +118,14 @@ impl Warning {
             Warning::PeakNotExact => "peak_not_exact",
             Warning::Fp16Overflow { .. } => "fp16_overflow",
             Warning::NoQuality { .. } => "no_quality",
+            Warning::FewLaunches { .. } => "few_launches",
+            Warning::SyncDiffers { .. } => "sync_differs",
+            Warning::GpuThrottled { .. } => "gpu_throttled",
+            Warning::CpuThrottled { .. } => "cpu_throttled",
+            Warning::LowClock { .. } => "low_clock",
+            Warning::Discarded { .. } => "discarded",
+            Warning::GpuShared { .. } => "gpu_shared",
+            Warning::SlowRead { .. } => "slow_read",
         }
     }
 
@@ -86,7 +133,14 @@ impl Warning {
     pub fn taints(&self) -> bool {
         matches!(
             self,
-            Warning::DebugBuild | Warning::BusyCpus { .. } | Warning::PowersaveGovernor { .. } | Warning::OnBattery
+            Warning::DebugBuild
+                | Warning::BusyCpus { .. }
+                | Warning::PowersaveGovernor { .. }
+                | Warning::OnBattery
+                | Warning::GpuThrottled { .. }
+                | Warning::CpuThrottled { .. }
+                | Warning::LowClock { .. }
+                | Warning::GpuShared { .. }
         )
     }
 }
@@ -155,6 +209,42 @@ impl fmt::Display for Warning {
                 "the kernel's memory peak cannot be reset here; the peak is the highest value between repeats",
             ),
             Warning::NoQuality { reason } => write!(f, "no quality was measured: {reason}"),
+            Warning::FewLaunches { n, min_launches } => {
+                write!(f, "{n} launches carry no interval; ask for at least {min_launches} with `--launches`")
+            }
+            Warning::SyncDiffers { tps, synced_tps } => write!(
+                f,
+                "decoding gives {tps:.1} tokens/s, and {synced_tps:.1} where the host waits for the device after every token"
+            ),
+            Warning::GpuThrottled { reasons, n, of } => write!(
+                f,
+                "the GPU's clocks were held down in {n} of {of} repeats ({}); cool it, or raise its power limit",
+                reasons.join(", ")
+            ),
+            Warning::CpuThrottled { count } => {
+                write!(
+                    f,
+                    "the processor got too hot {count} times during the repeats; cool it, or use fewer `--threads`"
+                )
+            }
+            Warning::LowClock { mhz, default_mhz, n, of } => write!(
+                f,
+                "the GPU ran at {mhz:.0} MHz instead of {default_mhz} in {n} of {of} repeats, however often they were taken \
+                 again; let it cool down, or lock its clocks with `nvidia-smi -lgc`"
+            ),
+            Warning::Discarded { n } => write!(
+                f,
+                "{n} repeats were taken again because the GPU's clock was under 75 % of its default; let it cool down first"
+            ),
+            Warning::GpuShared { n } => {
+                write!(f, "{n} other processes use the GPU; stop them, or choose another with `--device cuda:N`")
+            }
+            Warning::SlowRead { read_gb_s, theoretical_gb_s } => write!(
+                f,
+                "the memory was read at {read_gb_s:.1} GB/s, {:.0} % of the {theoretical_gb_s:.1} GB/s that it can give; quiet \
+                 the machine and measure again",
+                100.0 * read_gb_s / theoretical_gb_s
+            ),
             Warning::Fp16Overflow { count } => {
                 write!(f, "{count} weights of the checkpoint exceed the range of fp16 and became infinite")
             }

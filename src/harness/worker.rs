@@ -1,5 +1,6 @@
 //! The worker process, and the harness's only ties to the parts that load models.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
@@ -12,11 +13,14 @@ use super::load::CpuLoad;
 use super::measure::{Bench, Encode};
 use super::memory::ProcessMemory;
 use super::picture::Preprocessor;
+use super::prompt::Workload;
 use super::protocol::{Ask, Failure, Job, LoadFacts, Reply};
 use super::scoring;
-use crate::engine::{self, Device, Setup};
+use super::validity;
+use crate::engine::{self, Device, Engine, Setup, check};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
+use crate::kernels::cpu::rlimit;
 use crate::plan::{EncoderInputKind, Model};
 use crate::quant::FormatOptions;
 use crate::weights::policy::{Formats, Selection};
@@ -33,29 +37,38 @@ pub struct Opened {
 /// Finds a model's files, downloading what is missing, and checks that they hold what the architecture needs.
 pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
     let checkpoint = weights::open(request, events)?;
-    let model = crate::models::build(&checkpoint.config)
-        .map_err(|error| BadInput::new(format!("the config.json of `{}` cannot be used: {error}", request.model_id)))?;
+    let model = build(&checkpoint, &request.model_id)?;
     let source = checkpoint.source(&model.matrices, &model.vectors)?;
     Ok(Opened { checkpoint, model, source })
 }
 
+/// The plan of a model that the user calls `model_id`.
+pub fn build(checkpoint: &Checkpoint, model_id: &str) -> Result<Model, BadInput> {
+    crate::models::build(&checkpoint.config)
+        .map_err(|error| BadInput::new(format!("the config.json of `{model_id}` cannot be used: {error}")))
+}
+
 impl Opened {
-    /// Makes the model quantize what `selection` says. Fails where a pattern matches no linear layer, and where the weights were
-    /// quantized already.
+    /// As [`select`].
     pub fn select(&mut self, selection: &Selection) -> Result<(), BadInput> {
-        if let (Selection::Without(patterns), Some(own)) = (selection, &self.checkpoint.quantized) {
-            let message =
-                format!("`--keep-fp16 {}`: the weights were saved in `{}`", patterns.join(","), own.precision);
-            return Err(BadInput::new(message).hint("drop `--keep-fp16`, or name the model that they were made from"));
-        }
-        selection.apply(&mut self.model.matrices).map_err(|pattern| {
-            let message = format!("`--keep-fp16 {pattern}` matches no linear layer of `{}`", self.checkpoint.id);
-            BadInput::new(message).hint(format!(
-                "a pattern is a part of a name such as `{}`, from dot to dot; `*` stands for anything between dots",
-                last_linear(&self.model)
-            ))
-        })
+        select(&mut self.model, &self.checkpoint, selection)
     }
+}
+
+/// Makes the model quantize what `selection` says. Fails where a pattern matches no linear layer, and where the weights were
+/// quantized already.
+pub fn select(model: &mut Model, checkpoint: &Checkpoint, selection: &Selection) -> Result<(), BadInput> {
+    if let (Selection::Without(patterns), Some(own)) = (selection, &checkpoint.quantized) {
+        let message = format!("`--keep-fp16 {}`: the weights were saved in `{}`", patterns.join(","), own.precision);
+        return Err(BadInput::new(message).hint("drop `--keep-fp16`, or name the model that they were made from"));
+    }
+    selection.apply(&mut model.matrices).map_err(|pattern| {
+        let message = format!("`--keep-fp16 {pattern}` matches no linear layer of `{}`", checkpoint.id);
+        BadInput::new(message).hint(format!(
+            "a pattern is a part of a name such as `{}`, from dot to dot; `*` stands for anything between dots",
+            last_linear(model)
+        ))
+    })
 }
 
 /// The name of a linear layer, to show how they are spelled.
@@ -69,6 +82,35 @@ pub fn stored_bytes(model: &Model, precision: &str, options: FormatOptions) -> R
     let formats = Formats::new(precision, options)?;
     let matrices = model.matrices.iter().map(|spec| formats.of(spec.role).stored_bytes(spec.n, spec.k) as u64);
     Ok(matrices.sum::<u64>() + model.vector_bytes() as u64)
+}
+
+/// Stored bytes of the weights by the format that holds them; vectors count as fp16.
+fn weights_by_format(opened: &Opened, job: &Job) -> Result<BTreeMap<String, u64>> {
+    let formats = Formats::new(&job.precision, job.format_options)?;
+    let mut bytes = BTreeMap::from([("fp16".to_owned(), opened.model.vector_bytes() as u64)]);
+    for spec in &opened.model.matrices {
+        // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
+        let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
+        let left_out = opened.source.is_quantized() && spec.role == Role::Projection && wide;
+        let format = if left_out { formats.fp16() } else { formats.of(spec.role) };
+        *bytes.entry(format.name().to_owned()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
+    }
+    Ok(bytes)
+}
+
+/// The same where only `selection` of the matrices is quantized.
+pub fn selected_bytes(model: &Model, selection: &Selection, precision: &str, options: FormatOptions) -> Result<u64> {
+    let mut model = model.clone();
+    // Patterns were checked when the model was opened.
+    let _ = selection.apply(&mut model.matrices);
+    stored_bytes(&model, precision, options)
+}
+
+/// Keys and values of both sides, fp32 as on the CPU.
+pub fn cache_bytes(model: &Model, workload: &Workload) -> u64 {
+    let task = &workload.task;
+    let n_positions = task.depth.len() + task.prompt.len() + task.n_gen;
+    (model.kv_bytes_per_position(4) * n_positions + model.cross_bytes_per_position(4) * workload.n_encoder) as u64
 }
 
 /// The hidden subcommand: answers the parent until it closes the pipe. Nothing else may write to standard output. Fails on
@@ -105,6 +147,7 @@ fn answer(ask: Ask, state: &mut Option<State>, events: &Replies) -> Result<Reply
             let State { bench, job } = loaded?;
             Reply::Finished(bench.finish(job.save_logits.as_deref())?)
         }
+        Ask::Bandwidth(ordinal) => Reply::Bandwidth(engine::memory::read_bandwidth(ordinal)?),
         Ask::Score(scoring) => Reply::Scored(scoring::score(loaded?.bench.encoded()?, &scoring)?),
     })
 }
@@ -124,6 +167,7 @@ pub fn pixels(opened: &Opened, encode: &Encode) -> Result<Vec<f32>> {
 }
 
 fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
+    job.memory_limit_bytes.map_or(Ok(()), rlimit::limit_data_bytes).context("limiting the memory of the worker")?;
     let mut opened = open(&job.model, events)?;
     opened.select(&job.selection)?;
     let pixels = pixels(&opened, &job.task.encode)?;
@@ -141,16 +185,33 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         capacity: job.capacity(),
         encoder_capacity: job.encoder_capacity,
     };
-    let loaded = engine::load(&setup, events)?;
+    let loaded = match job.engine {
+        Engine::Quantbench => engine::load(&setup, events)?,
+        Engine::Candle => {
+            let dtype = engine::candle::dtype(opened.model.architecture);
+            engine::candle::load(&setup, &opened.checkpoint.config, dtype, events)?
+        }
+    };
     let memory = ProcessMemory::default();
+    let load_peak_bytes = memory.peak_bytes();
+    let task = job.task.clone();
+    let mut bench = Bench::new(loaded.session, Monotonic::start(), memory, CpuLoad::default(), task, pixels);
+    bench.loaded()?;
+    let self_check = match job.engine {
+        Engine::Quantbench => check::self_check(&setup)?,
+        // Not our kernels.
+        Engine::Candle => None,
+    };
+    validity::check_kernels(&job.precision, self_check.as_ref())?;
     let facts = LoadFacts {
         load_s: loaded.load.as_secs_f64(),
         quantize_s: loaded.quantize.as_secs_f64(),
         fp16_overflow: loaded.fp16_overflow,
         isa: loaded.isa,
-        load_peak_bytes: memory.peak_bytes(),
+        load_peak_bytes,
+        self_check,
+        weights_by_format: weights_by_format(&opened, &job)?,
     };
-    let bench = Bench::new(loaded.session, Monotonic::start(), memory, CpuLoad::default(), job.task.clone(), pixels);
     Ok((State { bench, job }, facts))
 }
 
@@ -188,5 +249,36 @@ impl Replies {
 impl Listener for Replies {
     fn on(&self, event: Event) {
         self.send(&Reply::Event(event));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::Silent;
+    use crate::weights::WeightsChoice;
+
+    #[test]
+    fn what_a_selection_needs_is_known_before_it_runs() {
+        let request = Request {
+            model_id: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/models/llama-tiny").to_owned(),
+            revision: None,
+            offline: true,
+            weights: WeightsChoice::Auto,
+            seed: 0,
+            outlier_channels: 0,
+        };
+        let model = open(&request, &Silent).unwrap().model;
+        let options = FormatOptions::default();
+        let stored = |precision: &str| stored_bytes(&model, precision, options).unwrap();
+        let selected =
+            |selection: Selection, precision: &str| selected_bytes(&model, &selection, precision, options).unwrap();
+        assert_eq!(selected(Selection::Usual, "nf4"), stored("nf4"));
+        assert_eq!(selected(Selection::Only(Vec::new()), "nf4"), stored("fp16"));
+        let one = selected(Selection::Only(vec!["model.layers.0.mlp.down_proj.weight".to_owned()]), "nf4");
+        assert!(stored("nf4") < one && one < stored("fp16"));
+        // The reference holds matrices in fp32; vectors count 2 bytes a value wherever they are.
+        let matrices = |precision: &str| stored(precision) - model.vector_bytes() as u64;
+        assert_eq!(matrices("fp32"), 2 * matrices("fp16"));
     }
 }

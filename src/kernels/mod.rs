@@ -4,3 +4,6 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod isa;
+/// Needs no CUDA to build: the library is looked for at run time.
+#[path = "cuda/nvml.rs"]
+pub mod nvml;

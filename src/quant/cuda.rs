@@ -1,11 +1,36 @@
-//! Products of whole tensors, for tests and tools; sessions launch by themselves.
+//! A matrix on a CUDA device. Products of whole tensors are for tests and tools; sessions launch by themselves.
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::f16;
 
-use super::CudaMatrix;
 use crate::kernels::cuda::launch::{address, half_rows, tensor};
-use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product};
+use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product, Streamed};
+
+/// A matrix on a CUDA device.
+pub trait CudaMatrix: Send + Sync {
+    /// `(n, k)`.
+    fn shape(&self) -> (usize, usize);
+
+    /// Bytes of the format, without padding: what a token has to read.
+    fn stored_bytes(&self) -> usize;
+
+    /// Bytes that this layout takes on the device.
+    fn resident_bytes(&self) -> usize;
+
+    /// How the product with one row streams it.
+    fn streamed(&self) -> Streamed;
+
+    /// Whether products are fp32, as those of a matrix that is kept in fp32 are; fp16 otherwise.
+    fn product_is_float(&self) -> bool {
+        false
+    }
+
+    /// `y = x · Wᵀ` for `m` rows: `x` fp16 `[m, k]`, `y` `[m, n]`, fp32 sums.
+    ///
+    /// # Safety
+    /// `x` and `y` are addresses of that much memory on the matrix's device, good until its stream has come past this call.
+    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()>;
+}
 
 /// `y = x · Wᵀ` for fp16 `x` `[m, k]`: one row streams the matrix, several take the product for prompts.
 pub fn multiply(matrix: &dyn CudaMatrix, x: &Tensor) -> Result<Tensor> {

@@ -15,6 +15,9 @@ pub mod fp32;
 pub mod int8;
 pub mod nf4;
 
+#[cfg(feature = "cuda")]
+pub use cuda::CudaMatrix;
+
 use std::ops::Range;
 
 use candle_core::Result;
@@ -235,31 +238,4 @@ pub trait CpuMatrix: Send + Sync {
         y: &SharedSlice<'_, f32>,
         scratch: &mut Vec<f32>,
     );
-}
-
-/// A matrix on a CUDA device.
-#[cfg(feature = "cuda")]
-pub trait CudaMatrix: Send + Sync {
-    /// `(n, k)`.
-    fn shape(&self) -> (usize, usize);
-
-    /// Bytes of the format, without padding: what a token has to read.
-    fn stored_bytes(&self) -> usize;
-
-    /// Bytes that this layout takes on the device.
-    fn resident_bytes(&self) -> usize;
-
-    /// How the product with one row streams it.
-    fn streamed(&self) -> crate::kernels::cuda::matvec::Streamed;
-
-    /// Whether products are fp32, as those of a matrix that is kept in fp32 are; fp16 otherwise.
-    fn product_is_float(&self) -> bool {
-        false
-    }
-
-    /// `y = x · Wᵀ` for `m` rows: `x` fp16 `[m, k]`, `y` `[m, n]`, fp32 sums.
-    ///
-    /// # Safety
-    /// `x` and `y` are addresses of that much memory on the matrix's device, good until its stream has come past this call.
-    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()>;
 }

@@ -88,6 +88,35 @@ pub static METRICS: &[Metric] = &[
         }),
     },
     Metric {
+        key: "device_itl_ms",
+        unit: "ms",
+        better: Lower,
+        doc: "inter-token latency by the device's own clock, one value a decode step",
+        path: "metrics.device_itl_ms.median",
+        values: Some(|r| {
+            r.samples.device_step_ns.iter().map(|s| s.iter().map(|&ns| milliseconds(ns)).collect()).collect()
+        }),
+    },
+    Metric {
+        key: "decode_synced_tps",
+        unit: "tokens/s",
+        better: Higher,
+        doc: "decode_tps of runs that wait for the device after every token",
+        path: "metrics.decode_synced_tps.median",
+        values: Some(|r| {
+            let runs = r.samples.synced_step_ns.iter().filter(|steps| !steps.is_empty());
+            runs.map(|steps| vec![steps.len() as f64 / seconds(steps.iter().sum())]).collect()
+        }),
+    },
+    Metric {
+        key: "joules_per_token",
+        unit: "J",
+        better: Lower,
+        doc: "energy of a repeat above that of the idle machine over its generated tokens, prefill included",
+        path: "metrics.joules_per_token.median",
+        values: Some(joules_per_token),
+    },
+    Metric {
         key: "latency_s",
         unit: "s",
         better: Lower,
@@ -124,6 +153,20 @@ pub static METRICS: &[Metric] = &[
     stored("read_gb_s", "GB/s", Higher, "read bandwidth of the device in the same run", "bandwidth.read_gb_s"),
     stored("copy_gb_s", "GB/s", Higher, "copy bandwidth of the device in the same run", "bandwidth.copy_gb_s"),
     stored(
+        "theoretical_gb_s",
+        "GB/s",
+        Higher,
+        "two transfers a clock over the width of the memory's bus",
+        "bandwidth.theoretical_gb_s",
+    ),
+    stored(
+        "device_share",
+        "share",
+        Higher,
+        "time of the decode steps by the device's own clock over that by the host's",
+        "bandwidth.device_share",
+    ),
+    stored(
         "weight_bytes_per_token",
         "bytes",
         Lower,
@@ -141,9 +184,25 @@ pub static METRICS: &[Metric] = &[
     stored("end_bytes", "bytes", Lower, "memory after the run", "memory.end_bytes"),
     stored("peak_bytes", "bytes", Lower, "highest memory in the run", "memory.peak_bytes"),
     stored("load_peak_bytes", "bytes", Lower, "highest memory while loading", "memory.load_peak_bytes"),
+    stored("prefill_peak_bytes", "bytes", Lower, "highest memory in a prefill", "memory.prefill_peak_bytes"),
+    stored("decode_peak_bytes", "bytes", Lower, "highest memory in the decode steps", "memory.decode_peak_bytes"),
     stored("weights_bytes", "bytes", Lower, "weights in their stored formats", "memory.weights_bytes"),
     stored("kv_cache_bytes", "bytes", Lower, "key/value cache", "memory.kv_cache_bytes"),
     stored("scratch_bytes", "bytes", Lower, "activations and scratch", "memory.scratch_bytes"),
+    stored(
+        "context_bytes",
+        "bytes",
+        Lower,
+        "what a process takes of a GPU beside its memory pool",
+        "memory.context_bytes",
+    ),
+    stored(
+        "device_process_bytes",
+        "bytes",
+        Lower,
+        "the most that a process took of a GPU during the repeats, by NVML",
+        "memory.device_process_bytes",
+    ),
     stored(
         "process_peak_rss_bytes",
         "bytes",
@@ -183,17 +242,29 @@ pub fn find(key: &str) -> Option<&'static Metric> {
 pub fn summaries(record: &Record) -> BTreeMap<String, Summary> {
     METRICS
         .iter()
-        .filter_map(|metric| Some((metric.key.to_owned(), stats::summarize(metric.unit, &metric.values?(record)))))
+        .filter_map(|metric| {
+            let values = metric.groups(record)?;
+            Some((metric.key.to_owned(), stats::summarize_launches(metric.unit, &values, &record.samples.launches)))
+        })
         .collect()
 }
 
 /// One value a repeat of a computed metric, for ratios and stopping rules; empty where it is undefined.
 pub fn repeats(record: &Record, key: &str) -> Vec<f64> {
-    let values = find(key).and_then(|metric| metric.values).map(|values| values(record)).unwrap_or_default();
+    let values = find(key).and_then(|metric| metric.groups(record)).unwrap_or_default();
     values.iter().filter_map(|group| stats::median(group)).collect()
 }
 
 impl Metric {
+    /// Values of each repeat: another tool's own, or from the raw samples. `None` for a metric that is not computed.
+    fn groups(&self, record: &Record) -> Option<Vec<Vec<f64>>> {
+        let values = self.values?;
+        Some(match record.samples.imported.get(self.key) {
+            Some(imported) => imported.iter().map(|&value| vec![value]).collect(),
+            None => values(record),
+        })
+    }
+
     /// The number in a record; `None` where it is undefined.
     pub fn value(&self, record: &Record) -> Option<f64> {
         self.value_in(&serde_json::to_value(record).ok()?)
@@ -214,6 +285,18 @@ const fn stored(
     path: &'static str,
 ) -> Metric {
     Metric { key, unit, better, doc, path, values: None }
+}
+
+/// Of each repeat; empty where the counter's windows tell nothing.
+fn joules_per_token(record: &Record) -> Vec<Vec<f64>> {
+    let usable = record.energy.as_ref().filter(|energy| energy.refused.is_none());
+    let Some(idle_watts) = usable.and_then(|energy| energy.idle_watts) else { return Vec::new() };
+    let samples = &record.samples;
+    // A run that waits after every token lies in the same window as its repeat.
+    let n_runs = if samples.synced_step_ns.is_empty() { 1 } else { 2 };
+    let n_tokens = (n_runs * record.workload.n_gen) as f64;
+    let windows = samples.energy_j.iter().zip(&samples.energy_window_s);
+    windows.map(|(joules, seconds)| vec![(joules - idle_watts * seconds) / n_tokens]).collect()
 }
 
 /// The times of one repeat.

@@ -3,7 +3,12 @@
 //! Bytes are bytes, times say their unit in the name, an undefined number is `null`. [`metrics::METRICS`] lists the numbers
 //! that tables, gates and reports can name. `docs/record.schema.json` is generated from these types.
 
+pub mod import;
+mod machine;
 pub mod metrics;
+mod unknown;
+
+pub use machine::{Energy, Memory, Pool, PoolPhase, Range, Series};
 
 use std::collections::BTreeMap;
 
@@ -31,8 +36,12 @@ pub struct Record {
     pub tainted: bool,
     pub engine: Engine,
     /// The command that made this record; paths keep their last component.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub command: String,
     /// RFC 3339, UTC.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub timestamp: String,
     pub model: ModelFacts,
     pub weights: WeightFacts,
@@ -58,7 +67,19 @@ pub struct Record {
     pub ratio_to_fp16: Option<Ratio>,
     pub memory: Memory,
     pub bandwidth: Bandwidth,
+    /// Where a counter can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub energy: Option<Energy>,
+    /// What the machine did during the repeats, by name; the unit ends it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub monitor: BTreeMap<String, Range>,
+    /// The readings behind `monitor`, one entry a repeat; absent unless asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub series: Vec<Series>,
     pub output: Output,
+    /// The kernels against the format's reference on one matrix, before anything was timed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub self_check: Option<SelfCheck>,
     /// What the precision costs in quality, where it was measured.
     #[serde(default)]
     pub quality: Option<Quality>,
@@ -82,7 +103,11 @@ pub enum Status {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Engine {
     pub name: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub version: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub commit: String,
 }
 
@@ -93,17 +118,27 @@ pub struct ModelFacts {
     /// Commit on the hub.
     pub revision: Option<String>,
     /// `model_type` of config.json.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub architecture: String,
+    #[serde(with = "unknown::count")]
+    #[schemars(with = "Option<u64>")]
     pub parameters: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct WeightFacts {
     /// `hub`, `local` or `random`.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub source: String,
     /// Of the checkpoint, before the cast to fp16.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub dtype: String,
     pub seed: Option<u64>,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub hash: String,
     /// Finite checkpoint values that became infinite in fp16.
     pub fp16_overflow: u64,
@@ -119,7 +154,11 @@ pub struct Int8Facts {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct DeviceFacts {
     /// `cpu` or `cuda`.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub kind: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub name: String,
 }
 
@@ -157,8 +196,14 @@ pub struct Protocol {
     pub ended: String,
     /// `interleaved` with the other precisions, or `in_turn`.
     pub order: String,
-    /// What the intervals span: `within-run`, one start of the worker.
+    /// What the intervals span: `within-run`, one start of the worker, or `between-launches`.
     pub interval: String,
+    /// `quantbench`, or `seed`: one run without a warm-up, its prefill included.
+    #[serde(default)]
+    pub method: String,
+    /// Repeats that were taken again because the GPU's clock was held down.
+    #[serde(default)]
+    pub n_discarded: u64,
 }
 
 /// Raw nanoseconds, one entry per counted repeat.
@@ -178,6 +223,23 @@ pub struct Samples {
     /// Every warm-up run, the first included: end to end.
     #[serde(default)]
     pub warmup_ns: Vec<u64>,
+    /// How many of the repeats each start of the worker gave, in order; absent for one start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub launches: Vec<u64>,
+    /// Every decode step by the device's own clock, where it has one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub device_step_ns: Vec<Vec<u64>>,
+    /// Every decode step of a run behind each repeat that waited for the device after every token; absent unless asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub synced_step_ns: Vec<Vec<u64>>,
+    /// What the energy counter moved by over each repeat, and how long that took.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub energy_j: Vec<f64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub energy_window_s: Vec<f64>,
+    /// Of a row from another tool: one value a repeat by METRICS key, where its times are not the ones above.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub imported: BTreeMap<String, Vec<f64>>,
 }
 
 /// Statistics of one metric over the counted repeats.
@@ -215,35 +277,18 @@ pub struct Ratio {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Dtypes {
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub weights: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub compute: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub kv_cache: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub logits: String,
-}
-
-/// Bytes. On a CPU: resident set of the worker process; on CUDA: the memory pool's own counters.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Memory {
-    /// After load and warm-up, before prefill.
-    pub start_bytes: Option<u64>,
-    /// After the run.
-    pub end_bytes: Option<u64>,
-    /// High-water mark in the run.
-    pub peak_bytes: Option<u64>,
-    /// High-water mark while loading.
-    pub load_peak_bytes: Option<u64>,
-    /// In the stored formats, without padding.
-    pub weights_bytes: Option<u64>,
-    pub kv_cache_bytes: Option<u64>,
-    pub scratch_bytes: Option<u64>,
-    /// Highest resident set of the process from start to end.
-    pub process_peak_rss_bytes: Option<u64>,
-    /// Of a model that did not fit: what it asked for, where known.
-    #[serde(default)]
-    pub wanted_bytes: Option<u64>,
-    /// Of a model that did not fit: what was free then, where known.
-    #[serde(default)]
-    pub free_bytes: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -258,6 +303,27 @@ pub struct Bandwidth {
     pub achieved_gb_s: Option<f64>,
     /// `achieved_gb_s / read_gb_s`.
     pub mbu: Option<f64>,
+    /// Two transfers a clock over the width of the memory's bus.
+    #[serde(default)]
+    pub theoretical_gb_s: Option<f64>,
+    /// Why `theoretical_gb_s` is unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub theoretical_unknown: Option<String>,
+    /// Time of the decode steps by the device's own clock over that by the host's.
+    #[serde(default)]
+    pub device_share: Option<f64>,
+    /// What takes the largest part of a decode step: `bandwidth-bound`, `launch-bound`, `compute-bound`; or `cache-resident`.
+    #[serde(default)]
+    pub bound: Option<String>,
+}
+
+/// A product by the kernels and by the format's plain reference.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct SelfCheck {
+    /// Which matrix of the model.
+    pub matrix: String,
+    /// The largest error over what rounding explains: at most 1.
+    pub error_share: Option<f64>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -332,11 +398,21 @@ pub struct ModuleQuality {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Environment {
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub cpu: String,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub isa: String,
+    #[serde(with = "unknown::count")]
+    #[schemars(with = "Option<u64>")]
     pub threads: u64,
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub os: String,
     /// `release` or `debug`.
+    #[serde(with = "unknown::text")]
+    #[schemars(with = "Option<String>")]
     pub build_profile: String,
     pub features: Vec<String>,
     pub gpu: Option<String>,

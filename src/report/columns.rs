@@ -16,6 +16,7 @@ pub enum Cell {
     Between(f64, f64),
     /// A speed-up and what the bytes alone allow.
     Of(f64, f64),
+    Word(&'static str),
 }
 
 pub struct Column {
@@ -58,14 +59,22 @@ pub static COLUMNS: &[Column] = &[
     narrow("decode", "tokens/s", |r| interval(r, "decode_tps")),
     narrow("x fp16", "(bytes allow)", speed_up),
     narrow("of limit", "%", percent_of_limit),
+    known("bound by", "", bound),
     narrow("peak", "GiB", |r| gib(r.memory.peak_bytes)),
     narrow("weights", "GiB", |r| gib(r.memory.weights_bytes)),
     narrow("TTFT", "ms", |r| median(r, "ttft_ms")),
     Column { decimals: Some(DIVERGENCE_DECIMALS), ..known("KL", "nats/token", kl) },
+    known("throughput", "one cold run", |r| of_seed(r, "output_tps")),
+    known("latency", "s, cold", |r| of_seed(r, "latency_s")),
+    known("per token", "ms, cold", |r| of_seed(r, "latency_per_token_ms")),
     known("top-1", "%", |r| r.quality.as_ref().map_or(Cell::Unknown, |q| Cell::Percent(100.0 * q.top1_agreement))),
     known("perplexity", "x fp16", perplexity_ratio),
     wide("x fp16", "95 % interval", speed_up_interval),
     wide("end to end", "ms/token", |r| median(r, "latency_per_token_ms")),
+    wide("decode", "waiting/token", |r| median(r, "decode_synced_tps")),
+    wide("energy", "J/token", |r| median(r, "joules_per_token")),
+    wide("start", "GiB", |r| gib(r.memory.start_bytes)),
+    wide("end", "GiB", |r| gib(r.memory.end_bytes)),
     wide("ITL p50", "ms", |r| percentile(r, |s| s.p50)),
     wide("ITL p95", "ms", |r| percentile(r, |s| s.p95)),
     wide("ITL p99", "ms", |r| percentile(r, |s| s.p99)),
@@ -113,7 +122,7 @@ pub fn sheet(records: &[Record], wide: bool) -> Sheet {
     let decimals: Vec<_> = columns.iter().map(|column| column_decimals(column, &ok)).collect();
 
     let row = |record: &Record| Row {
-        precision: case::plain(&record.precision),
+        precision: case::label(record, records),
         values: match record.status {
             Status::Ok => Ok(columns.iter().zip(&decimals).map(|(c, &d)| (c.cell)(record).text(d)).collect()),
             _ => Err(case::status(record)),
@@ -134,7 +143,7 @@ fn column_decimals(column: &Column, records: &[&Record]) -> usize {
 impl Cell {
     fn magnitude(&self) -> f64 {
         match *self {
-            Cell::Unknown => 0.0,
+            Cell::Unknown | Cell::Word(_) => 0.0,
             Cell::Number(x) | Cell::Percent(x) | Cell::Interval(x, _) | Cell::Between(_, x) | Cell::Of(x, _) => x.abs(),
         }
     }
@@ -146,6 +155,7 @@ impl Cell {
             Cell::Percent(x) => format!("{x:.1}"),
             Cell::Interval(x, half) => format!("{x:.decimals$} ± {half:.decimals$}"),
             Cell::Between(low, high) => format!("{low:.decimals$} to {high:.decimals$}"),
+            Cell::Word(word) => word.into(),
             Cell::Of(x, allowed) => format!("{x:.decimals$} (of {allowed:.decimals$})"),
         }
     }
@@ -179,6 +189,23 @@ fn interval(record: &Record, key: &str) -> Cell {
     }
 }
 
+/// The label's first word, as the column's header goes on.
+fn bound(record: &Record) -> Cell {
+    const WORDS: [(&str, &str); 4] = [
+        ("bandwidth-bound", "bandwidth"),
+        ("launch-bound", "launches"),
+        ("compute-bound", "compute"),
+        ("cache-resident", "cache"),
+    ];
+    let label = record.bandwidth.bound.as_deref().unwrap_or_default();
+    WORDS.iter().find(|(known, _)| *known == label).map_or(Cell::Unknown, |(_, word)| Cell::Word(word))
+}
+
+/// Numbers that the seed's method gave, under the names that it had for them.
+fn of_seed(record: &Record, key: &str) -> Cell {
+    if record.protocol.method == "seed" { median(record, key) } else { Cell::Unknown }
+}
+
 fn kl(record: &Record) -> Cell {
     match &record.quality {
         Some(quality) => match quality.kl_mean_half_width {
@@ -205,18 +232,15 @@ fn percentile(record: &Record, pick: fn(&Summary) -> Option<f64>) -> Cell {
 /// fp16 is its own baseline: 1 of 1 as soon as it decoded.
 fn speed_up(record: &Record) -> Cell {
     match &record.ratio_to_fp16 {
-        _ if record.precision == "fp16" => match median(record, "decode_tps") {
-            Cell::Unknown => Cell::Unknown,
-            _ => Cell::Of(1.0, 1.0),
-        },
         Some(ratio) => Cell::Of(ratio.median, ratio.by_bytes),
+        None if record.precision == "fp16" && median(record, "decode_tps") != Cell::Unknown => Cell::Of(1.0, 1.0),
         None => Cell::Unknown,
     }
 }
 
 fn speed_up_interval(record: &Record) -> Cell {
     match record.ratio_to_fp16.map(|ratio| (ratio.ci95_low, ratio.ci95_high)) {
-        Some((Some(low), Some(high))) if record.precision != "fp16" => Cell::Between(low, high),
+        Some((Some(low), Some(high))) => Cell::Between(low, high),
         _ => Cell::Unknown,
     }
 }

@@ -74,7 +74,7 @@ fn last_component(value: &str) -> &str {
 }
 
 /// Bare where a shell reads the word as it stands, else in single quotes.
-fn quote(word: &str) -> String {
+pub fn quote(word: &str) -> String {
     let bare = |c: char| c.is_ascii_alphanumeric() || "-_=.,:/@%+".contains(c);
     if !word.is_empty() && word.chars().all(bare) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }

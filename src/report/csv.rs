@@ -108,7 +108,8 @@ fn text(value: &Value) -> String {
     }
 }
 
-fn line(cells: impl Iterator<Item = String>) -> String {
+/// A row, its fields quoted where they must be.
+pub(super) fn line(cells: impl Iterator<Item = String>) -> String {
     cells.map(quote).collect::<Vec<_>>().join(",") + "\n"
 }
 

@@ -20,7 +20,7 @@ fn write(document: &Document, options: &Options) -> Result<String> {
 
 fn block(records: &[Record], options: &Options) -> String {
     let mut text = format!("## {}\n\n", escape(&case::title(records)));
-    text += &format!("{}\n\n{}", escape(&verdict::verdict(records)), rows(records, options.wide));
+    text += &format!("{}\n\n{}", escape(&verdict::verdict(records, options.card_bytes)), rows(records, options.wide));
     let modules = modules::tables(records);
     if !modules.is_empty() {
         text += &format!("\n{}", fenced(modules.trim_matches('\n')));
@@ -62,13 +62,14 @@ fn rows(records: &[Record], wide: bool) -> String {
     text
 }
 
-fn line(cells: impl Iterator<Item = String>) -> String {
+/// A row of a table.
+pub(super) fn line(cells: impl Iterator<Item = String>) -> String {
     let cells: Vec<_> = cells.map(|cell| escape(&cell)).collect();
     format!("| {} |\n", cells.join(" | "))
 }
 
 /// Characters that Markdown or HTML would read as markup.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         if matches!(c, '\\' | '|' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '#' | '~') {

@@ -5,21 +5,31 @@
 //! show GiB (2^30) and `-`.
 
 mod case;
+mod charts;
 mod columns;
 mod command;
+pub mod compare;
 mod csv;
+pub mod doctor;
+pub mod dry_run;
 mod file;
 mod grid;
+mod html;
 mod json;
 mod limits;
 mod markdown;
 mod modules;
+mod peers;
+mod read;
 mod table;
 mod verdict;
 
-pub use command::{private_words, shareable_command};
+pub use case::{label, status_word};
+pub use command::{private_words, quote, shareable_command};
 pub use file::{check_writable, write_file};
+pub use html::pictures;
 pub use limits::{ModelBytes, PrecisionBytes, limits};
+pub use read::read;
 
 use std::path::Path;
 
@@ -33,13 +43,15 @@ use crate::record::Document;
 pub struct Options {
     /// Every column that the records can fill. Machine output is always whole.
     pub wide: bool,
+    /// Memory of a card that the verdict names what fits into.
+    pub card_bytes: Option<u64>,
 }
 
 /// A row of [`WRITERS`].
 pub struct Writer {
     /// As `--format` takes it.
     pub name: &'static str,
-    /// Of files, lower case and without the dot; the first is the usual one.
+    /// Of files, lower case and without the dot; the first is the usual one. Empty where only `--format` names it.
     pub extensions: &'static [&'static str],
     /// One sentence for help and README.
     pub doc: &'static str,
@@ -48,7 +60,18 @@ pub struct Writer {
 }
 
 /// Every output format, the default first.
-pub static WRITERS: &[Writer] = &[table::WRITER, json::WRITER, json::LINES_WRITER, csv::WRITER, markdown::WRITER];
+pub static WRITERS: &[Writer] = &[
+    table::WRITER,
+    json::WRITER,
+    json::LINES_WRITER,
+    csv::WRITER,
+    markdown::WRITER,
+    html::WRITER,
+    peers::seed::WRITER,
+    peers::seed::CSV_WRITER,
+    peers::llama_bench::WRITER,
+    peers::github_action::WRITER,
+];
 
 /// The writer called `name`.
 pub fn find(name: &str) -> Option<&'static Writer> {

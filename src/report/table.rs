@@ -21,7 +21,7 @@ fn write(document: &Document, options: &Options) -> Result<String> {
 
 fn block(records: &[Record], options: &Options) -> String {
     let rows = grid::render(&lines(columns::sheet(records, options.wide)));
-    let mut text = format!("{}\n{}\n\n{rows}", case::title(records), verdict::verdict(records));
+    let mut text = format!("{}\n{}\n\n{rows}", case::title(records), verdict::verdict(records, options.card_bytes));
     text += &modules::tables(records);
     let warnings = case::warnings(records);
     if !warnings.is_empty() {

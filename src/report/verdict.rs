@@ -1,18 +1,83 @@
-//! One sentence from the data: which precision decodes fastest, by how much, and what memory it saves. It claims no
-//! more than the intervals carry.
+//! One sentence from the data: which precision decodes fastest, by how much and why, what memory it saves, what quality it costs, and
+//! which fits a card that was named. It claims no more than the intervals carry, and says what it is a claim about.
 
 use super::case::{self, GIB, plain, status_word};
 use crate::record::{Record, Status, Summary};
 
-/// Of one case, never empty; the scope stands behind it in brackets.
-pub fn verdict(records: &[Record]) -> String {
-    let ok: Vec<_> = records.iter().filter(|record| record.status == Status::Ok).collect();
-    let missing = baseline_missing(records, &ok);
+/// Of one case, never empty; the scope stands behind it in brackets. `card_bytes` is the memory that precisions shall fit.
+pub fn verdict(records: &[Record], card_bytes: Option<u64>) -> String {
+    let (records, others): (Vec<_>, Vec<_>) = records.iter().partition(|record| is_own(record, records));
+    let ok: Vec<_> = records.iter().copied().filter(|record| record.status == Status::Ok).collect();
+    let missing = baseline_missing(&records, &ok);
     if !ok.is_empty() && ok.iter().all(|record| case::has_quality_alone(record)) {
         return plain(&format!("{}{missing} (this text)", cost(&ok).trim_start_matches("; ")));
     }
-    let batch_size = records[0].workload.batch_size;
-    plain(&format!("{}{}{missing} (this machine, batch {batch_size}, these lengths)", claim(&ok), cost(&ok)))
+    let fit = card_bytes.map(|bytes| fit(&records, bytes)).unwrap_or_default();
+    let others = beside(&others);
+    plain(&format!("{}{}{fit}{missing}{others} ({})", claim(&ok), cost(&ok), scope(records[0])))
+}
+
+/// Whether the verdict is about this record: of our own engine, or of the only engine there is.
+fn is_own(record: &Record, records: &[Record]) -> bool {
+    record.engine.name == case::OWN || records.iter().all(|record| record.engine.name != case::OWN)
+}
+
+/// Other engines of the same run against our own fp16.
+fn beside(others: &[&Record]) -> String {
+    let compared = others.iter().filter(|record| record.status == Status::Ok && record.ratio_to_fp16.is_some());
+    compared
+        .map(|record| format!("; {}'s {} decodes {}", record.engine.name, record.precision, speed_up(record)))
+        .collect()
+}
+
+/// What the claims hold for, and no further.
+fn scope(record: &Record) -> String {
+    let weights = if record.weights.source == "random" { "random weights" } else { "these weights" };
+    let engine = &record.engine.name;
+    // Rows from another tool may come from anywhere.
+    let machine = if engine == case::OWN { "this machine" } else { "its machine" };
+    format!("{engine}, {machine}, batch {}, these lengths, {weights}", record.workload.batch_size)
+}
+
+/// Which precisions stay within `card_bytes`: by their peak, or without one by what they hold exactly. One that did not fit into less is
+/// known by what it wanted.
+fn fit(records: &[&Record], card_bytes: u64) -> String {
+    let exact = |record: &Record| {
+        let memory = &record.memory;
+        Some(memory.weights_bytes? + memory.kv_cache_bytes? + memory.scratch_bytes.unwrap_or(0))
+    };
+    let needed = |record: &Record| match record.status {
+        Status::Ok | Status::Invalid => record.memory.peak_bytes.or_else(|| exact(record)),
+        _ => record.memory.wanted_bytes,
+    };
+    let with = |wanted: Option<bool>| {
+        let held = |record: &&&Record| needed(record).map(|bytes| bytes <= card_bytes) == wanted;
+        records.iter().filter(held).copied().collect::<Vec<_>>()
+    };
+    let says = |records: Vec<&Record>, one: &str, many: &str| match records.len() {
+        0 => None,
+        1 => Some(format!("{} {one}", names(&records))),
+        _ => Some(format!("{} {many}", names(&records))),
+    };
+    let parts = [
+        says(with(Some(true)), "fits", "fit"),
+        says(with(Some(false)), "does not", "do not"),
+        says(with(None), "is not known to", "are not known to"),
+    ];
+    let parts: Vec<_> = parts.into_iter().flatten().collect();
+    format!("; into {:.2} GiB {}", card_bytes as f64 / GIB, parts.join(", "))
+}
+
+/// What holds the fastest back, where the record says it.
+fn why(record: &Record) -> String {
+    // Of what lies in the cache the share means little.
+    let share = record
+        .bandwidth
+        .mbu
+        .filter(|_| record.bandwidth.bound.as_deref() != Some("cache-resident"))
+        .map(|mbu| format!(" at {:.0} % of the read bandwidth", 100.0 * mbu));
+    let bound = record.bandwidth.bound.as_ref();
+    bound.map(|bound| format!(", {bound}{}", share.unwrap_or_default())).unwrap_or_default()
 }
 
 /// What each precision changes of the predictions, where it was measured. A perplexity that the interval cannot tell from
@@ -41,7 +106,7 @@ fn claim(ok: &[&Record]) -> String {
     let measured: Vec<_> = ok.iter().copied().filter(|record| decode_tps(record).is_some()).collect();
     match (ok, measured.as_slice()) {
         ([], _) => "no precision gave a result".into(),
-        ([first, ..], []) if first.workload.n_gen <= 1 => {
+        ([first, ..], []) if first.workload.n_gen == 1 => {
             format!("1 new token takes no decode step, so there is no decode speed{}", least_memory(ok))
         }
         (_, []) => "no decode speed was measured".into(),
@@ -53,7 +118,7 @@ fn claim(ok: &[&Record]) -> String {
     }
 }
 
-fn baseline_missing(records: &[Record], ok: &[&Record]) -> String {
+fn baseline_missing(records: &[&Record], ok: &[&Record]) -> String {
     match records.iter().find(|record| record.precision == "fp16") {
         _ if ok.is_empty() => String::new(),
         Some(fp16) if fp16.status != Status::Ok => format!("; fp16 gave no result ({})", status_word(fp16.status)),
@@ -99,9 +164,14 @@ fn against_fp16(fp16: &Record, measured: &[&Record]) -> String {
     };
     let tied: Vec<_> =
         faster.iter().copied().filter(|record| overlap(ratio_interval(record), ratio_interval(best))).collect();
+    // One that is not told from fp16 may yet be as fast as the best, if its interval is wide.
+    let may_rival = |record: &&Record| {
+        finding(record) == Finding::NoDifference && overlap(ratio_interval(record), ratio_interval(best))
+    };
+    let is_alone = unknown.is_empty() && !others.iter().any(may_rival);
     let speed = match tied.as_slice() {
-        [_] if unknown.is_empty() => format!("{} decodes fastest: {}", best.precision, speed_up(best)),
-        [_] => format!("{} decodes faster than fp16: {}", best.precision, speed_up(best)),
+        [_] if is_alone => format!("{} decodes fastest: {}{}", best.precision, speed_up(best), why(best)),
+        [_] => format!("{} decodes faster than fp16: {}{}", best.precision, speed_up(best), why(best)),
         tied => format!(
             "{} decode faster than fp16, with no measurable difference between them: {}",
             names(tied),
@@ -227,7 +297,7 @@ mod tests {
     use super::*;
     use crate::record::{Document, Ratio};
 
-    const SCOPE: &str = " (this machine, batch 1, these lengths)";
+    const SCOPE: &str = " (quantbench, this machine, batch 1, these lengths, random weights)";
 
     type Interval = Option<(f64, f64)>;
 
@@ -258,6 +328,12 @@ mod tests {
                 "int8 and nf4 decode faster than fp16, with no measurable difference between them: \
                  1.70× fp16 (95 % interval 1.50 to 1.90), 1.90× fp16 (95 % interval 1.80 to 2.00)",
             ),
+            // As fast as nf4 or as slow as fp16: nobody knows.
+            (
+                Some((0.9, 2.5)),
+                Some((1.8, 2.0)),
+                "nf4 decodes faster than fp16: 1.90× fp16 (95 % interval 1.80 to 2.00)",
+            ),
             (None, Some((1.8, 2.0)), "nf4 decodes faster than fp16: 1.90× fp16 (95 % interval 1.80 to 2.00)"),
             (Some((0.9, 1.1)), Some((0.8, 1.0)), "no measurable difference in decode speed from fp16 for int8 and nf4"),
             (
@@ -274,7 +350,7 @@ mod tests {
             (None, None, "too few repeats to compare fp16 with int8 and nf4"),
         ];
         for (int8, nf4, expected) in cases {
-            assert_eq!(verdict(&records(*int8, *nf4)), format!("{expected}{SCOPE}"));
+            assert_eq!(verdict(&records(*int8, *nf4), None), format!("{expected}{SCOPE}"));
         }
     }
 
@@ -290,14 +366,37 @@ mod tests {
         ];
         for (peak_bytes, expected) in cases {
             records[2].memory.peak_bytes = Some(peak_bytes);
-            assert_eq!(verdict(&records), format!("{speed}{expected}{SCOPE}"));
+            assert_eq!(verdict(&records, None), format!("{speed}{expected}{SCOPE}"));
         }
+    }
+
+    #[test]
+    fn a_card_is_filled_or_not() {
+        let mut records = records(None, None);
+        let peaks = [Some(3u64 << 30), Some(2 << 30), None];
+        records.iter_mut().zip(peaks).for_each(|(record, peak)| record.memory.peak_bytes = peak);
+        (records[2].memory.weights_bytes, records[2].memory.kv_cache_bytes) = (Some(1 << 30), Some(1 << 20));
+        assert_eq!(
+            fit(&records.iter().collect::<Vec<_>>(), 2 << 30),
+            "; into 2.00 GiB int8 and nf4 fit, fp16 does not"
+        );
+        (records[0].status, records[2].memory.weights_bytes) = (Status::Oom, None);
+        assert_eq!(
+            fit(&records.iter().collect::<Vec<_>>(), 2 << 30),
+            "; into 2.00 GiB int8 fits, fp16 and nf4 are not known to"
+        );
+        records[0].memory.wanted_bytes = Some(3 << 30);
+        assert_eq!(
+            fit(&records.iter().collect::<Vec<_>>(), 2 << 30),
+            "; into 2.00 GiB int8 fits, fp16 does not, nf4 is not known to"
+        );
+        assert!(verdict(&records, Some(2 << 30)).contains("into 2.00 GiB"));
     }
 
     #[test]
     fn nothing_ran() {
         let mut records = records(None, None);
         records.iter_mut().for_each(|record| record.status = Status::Oom);
-        assert_eq!(verdict(&records), format!("no precision gave a result{SCOPE}"));
+        assert_eq!(verdict(&records, None), format!("no precision gave a result{SCOPE}"));
     }
 }

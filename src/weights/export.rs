@@ -60,7 +60,10 @@ pub fn export(
     events: &dyn Listener,
 ) -> Result<Exported> {
     let options = FormatOptions::default();
-    let section = config::section(precision, options.int8_threshold).ok_or_else(|| no_such_form(precision))?;
+    let mut section = config::section(precision, options.int8_threshold).ok_or_else(|| no_such_form(precision))?;
+    if let Some(names) = left_alone(checkpoint, matrices)? {
+        section["llm_int8_skip_modules"] = json!(names);
+    }
     let from = folder_of(checkpoint)?;
     let parent = check_output(output)?;
     let source = checkpoint.source(matrices, vectors)?;
@@ -85,6 +88,21 @@ pub fn export(
 fn no_such_form(precision: &str) -> BadInput {
     BadInput::new(format!("bitsandbytes saves no `{precision}`: `export` writes int8, nf4 and nf4-nodq"))
         .hint("name one of them with `--precision`")
+}
+
+/// The layers that transformers must not convert, where there are any besides those that it leaves alone by itself. A list takes the
+/// place of its own, which has the head.
+fn left_alone(checkpoint: &Checkpoint, matrices: &[MatrixSpec]) -> Result<Option<Vec<String>>, BadInput> {
+    let kept = matrices.iter().filter(|spec| spec.role == Role::Kept);
+    let kept: Vec<String> = kept.map(|spec| spec.name.trim_end_matches(".weight").to_owned()).collect();
+    if kept.is_empty() {
+        return Ok(None);
+    }
+    if checkpoint.config["model_type"] == "paligemma" {
+        let message = "`--keep-fp16`: transformers calls PaliGemma's layers otherwise than its checkpoints do";
+        return Err(BadInput::new(message).hint("export it without `--keep-fp16`"));
+    }
+    Ok(Some(kept.into_iter().chain(["lm_head".to_owned()]).collect()))
 }
 
 fn folder_of(checkpoint: &Checkpoint) -> Result<&Path, BadInput> {

@@ -16,7 +16,7 @@ pub mod spec;
 pub mod tokenizer;
 
 pub use builtin::builtin_models;
-pub use open::{Checkpoint, open, open_with};
+pub use open::{Checkpoint, Surveyed, open, open_with, survey, survey_with};
 
 use std::ops::Range;
 
@@ -39,6 +39,20 @@ pub struct Request {
     pub seed: u64,
     /// Norm channels that random weights scale so that LLM.int8 meets outliers.
     pub outlier_channels: usize,
+}
+
+impl Request {
+    /// Real weights of a hub id or a folder.
+    pub fn of(model_id: impl Into<String>) -> Self {
+        Self {
+            model_id: model_id.into(),
+            revision: None,
+            offline: false,
+            weights: WeightsChoice::Auto,
+            seed: 0,
+            outlier_channels: 0,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -66,6 +80,17 @@ pub enum SourceKind {
     Hub,
     Local,
     Random,
+}
+
+impl SourceKind {
+    /// As records spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            SourceKind::Hub => "hub",
+            SourceKind::Local => "local",
+            SourceKind::Random => "random",
+        }
+    }
 }
 
 /// Tensors by name. Implementations are read from many threads at once.

@@ -9,7 +9,7 @@ use tokenizers::Tokenizer;
 
 use super::bnb::PreQuantized;
 use super::builtin::{self, BuiltIn};
-use super::hub::{self, HubConfig, Need};
+use super::hub::{self, HubConfig, Need, RemoteFile};
 use super::random::Random;
 use super::safetensors::{self, Safetensors};
 use super::spec::{MatrixSpec, VectorSpec};
@@ -48,6 +48,40 @@ pub fn open(request: &Request, events: &dyn Listener) -> Result<Checkpoint> {
 /// Opens a model: a folder where one is meant, else a built-in shape, else a hub repository.
 pub fn open_with(request: &Request, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
     let start = Instant::now();
+    let mut from_hub = |id: String| from_hub(request, id, hub, events);
+    let mut checkpoint = open_place(request, &mut from_hub)?;
+    checkpoint.resolve_s = start.elapsed().as_secs_f64();
+    Ok(checkpoint)
+}
+
+/// A model whose weights may still lie on the hub alone.
+pub struct Surveyed {
+    /// Its source can only be opened where no file is missing.
+    pub checkpoint: Checkpoint,
+    /// What a run needs of the hub, cached or not; empty for what needs no hub.
+    pub files: Vec<RemoteFile>,
+}
+
+/// Looks where a model's files are, with the hub settings of the environment.
+pub fn survey(request: &Request, events: &dyn Listener) -> Result<Surveyed> {
+    survey_with(request, &HubConfig::from_env(request.offline)?, events)
+}
+
+/// As [`open_with`], but of a hub repository it fetches no more than says what else is needed.
+pub fn survey_with(request: &Request, hub: &HubConfig, events: &dyn Listener) -> Result<Surveyed> {
+    let mut files = Vec::new();
+    let mut from_hub = |id: String| {
+        let survey = hub::survey(&id, request.revision.as_deref(), need(request), hub, events)?;
+        files = survey.files;
+        let mut checkpoint = from_folder(&survey.fetched.folder, id, SourceKind::Hub, false)?;
+        checkpoint.revision = Some(survey.fetched.commit);
+        Ok(checkpoint)
+    };
+    let checkpoint = open_place(request, &mut from_hub)?;
+    Ok(Surveyed { checkpoint, files })
+}
+
+fn open_place(request: &Request, from_hub: &mut dyn FnMut(String) -> Result<Checkpoint>) -> Result<Checkpoint> {
     let random = request.weights == WeightsChoice::Random;
     let mut checkpoint = match Place::of(&request.model_id)? {
         Place::Folder(folder) => {
@@ -60,7 +94,7 @@ pub fn open_with(request: &Request, hub: &HubConfig, events: &dyn Listener) -> R
         }
         Place::Hub(id) => match builtin::by_hub_id(&id) {
             Some(shape) if random && request.revision.is_none() => from_shape(shape, shape.hub_id),
-            _ => from_hub(request, id, hub, events)?,
+            _ => from_hub(id)?,
         },
     };
     if random {
@@ -72,11 +106,18 @@ pub fn open_with(request: &Request, hub: &HubConfig, events: &dyn Listener) -> R
         }
         Weights::Files { .. } => checkpoint.quantized = PreQuantized::of(&checkpoint.config)?,
     }
-    checkpoint.resolve_s = start.elapsed().as_secs_f64();
     Ok(checkpoint)
 }
 
 impl Checkpoint {
+    /// Where its weights come from.
+    pub fn source_kind(&self) -> SourceKind {
+        match &self.weights {
+            Weights::Random { .. } => SourceKind::Random,
+            Weights::Files { source, .. } => *source,
+        }
+    }
+
     /// Where its files lie; `None` where its weights are made up.
     pub fn folder(&self) -> Option<&Path> {
         match &self.weights {
@@ -168,11 +209,15 @@ fn from_shape(shape: &BuiltIn, id: &str) -> Checkpoint {
     }
 }
 
-fn from_hub(request: &Request, id: String, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
-    let need = match request.weights {
+fn need(request: &Request) -> Need {
+    match request.weights {
         WeightsChoice::Auto => Need::Everything,
         WeightsChoice::Random => Need::Config,
-    };
+    }
+}
+
+fn from_hub(request: &Request, id: String, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
+    let need = need(request);
     let fetched = hub::fetch(&id, request.revision.as_deref(), need, hub, events)?;
     let mut checkpoint = from_folder(&fetched.folder, id, SourceKind::Hub, need == Need::Everything)?;
     checkpoint.revision = Some(fetched.commit);

@@ -7,9 +7,11 @@ pub mod activation;
 pub mod attention;
 pub mod bandwidth;
 mod lanes;
+pub mod libraries;
 pub mod norm;
 pub mod pages;
 pub mod pool;
+pub mod rlimit;
 pub mod rope;
 pub mod shared;
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //! [`CudaDevice`]: candle_core::CudaDevice
 
 pub mod attention;
+pub mod attributes;
 pub mod device;
 pub mod gemm;
 pub mod launch;

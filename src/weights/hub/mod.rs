@@ -2,8 +2,10 @@
 
 mod config;
 mod refusal;
+mod survey;
 
 pub use config::{HubConfig, Token};
+pub use survey::{RemoteFile, Survey, survey};
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -68,10 +70,7 @@ pub fn fetch(
     config: &HubConfig,
     events: &dyn Listener,
 ) -> Result<Fetched> {
-    let revision = revision.unwrap_or(DEFAULT_REVISION);
-    if revision.is_empty() || revision.contains("..") || !revision.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(BadInput::new(format!("`{revision}` is no branch, tag or commit")).into());
-    }
+    let revision = checked_revision(revision)?;
     let cached = Cached { config, id, revision, need };
     if config.offline {
         return cached.complete().map_err(|missing| offline_error(id, &missing));
@@ -93,6 +92,14 @@ pub fn fetch(
             }
             (refusal, _) => Err(remote.explain(refusal, "config.json")),
         },
+    }
+}
+
+fn checked_revision(revision: Option<&str>) -> Result<&str, BadInput> {
+    let revision = revision.unwrap_or(DEFAULT_REVISION);
+    match revision.is_empty() || revision.contains("..") || !revision.bytes().all(|byte| byte.is_ascii_graphic()) {
+        true => Err(BadInput::new(format!("`{revision}` is no branch, tag or commit"))),
+        false => Ok(revision),
     }
 }
 

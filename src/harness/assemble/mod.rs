@@ -1,16 +1,21 @@
 //! From outcomes to records: metrics, ratios, bandwidth, validity and warnings.
 
+mod limit;
+mod memory;
+mod monitor;
+mod tell;
+
 use std::collections::BTreeMap;
 
-use super::load::LoadSpan;
-use super::protocol::{Failure, Sample, WarmupEnd};
+use super::protocol::{Failure, Sample};
 use super::schedule::{Order, Outcome};
-use super::stopping::RepeatsEnd;
 use super::validity::invalid_reason;
 use super::warnings::Warning;
-use super::{Case, Protocol};
+use super::watch::energy::Counter;
+use super::{Case, Protocol, Row};
+use crate::engine::{self, Engine};
 use crate::quant::FormatOptions;
-use crate::record::{self, Bandwidth, Memory, Record, Samples, Status, metrics};
+use crate::record::{self, Bandwidth, Record, Samples, Status, metrics};
 use crate::stats;
 
 /// What is the same for all precisions of a run.
@@ -36,7 +41,11 @@ pub struct Facts {
     pub resolve_s: f64,
     pub read_gb_s: Option<f64>,
     pub copy_gb_s: Option<f64>,
+    /// What the memory can give by its data sheet, or why that is unknown.
+    pub theoretical_gb_s: Result<f64, String>,
     pub cache_bytes: Option<u64>,
+    /// Where energy is counted.
+    pub counter: Option<Counter>,
     /// Of the machine and the run, for every record.
     pub warnings: Vec<Warning>,
 }
@@ -48,10 +57,10 @@ pub fn records(
     outcomes: &[Outcome],
     decode: &dyn Fn(&[u32]) -> Option<String>,
 ) -> Vec<Record> {
-    let named = || case.precisions.iter().zip(outcomes);
+    let rows = case.rows();
     let mut records: Vec<Record> =
-        named().map(|(precision, outcome)| base(facts, precision, outcome, decode)).collect();
-    let fp16 = named().position(|(precision, _)| precision == "fp16");
+        rows.iter().zip(outcomes).map(|(row, outcome)| base(facts, row, outcome, decode)).collect();
+    let fp16 = case.baseline();
     let real = facts.weights.source != "random";
     for (record, outcome) in records.iter_mut().zip(outcomes) {
         let fp16_samples = fp16.filter(|_| real).map(|at| outcomes[at].samples.as_slice());
@@ -63,14 +72,15 @@ pub fn records(
         }
     }
     let baseline = fp16.map(|at| records[at].clone());
-    for (record, outcome) in records.iter_mut().zip(outcomes) {
+    for (at, (record, outcome)) in records.iter_mut().zip(outcomes).enumerate() {
         let mut warnings = facts.warnings.clone();
-        if let Some(baseline) = &baseline {
+        if let Some(baseline) = baseline.as_ref().filter(|_| fp16 != Some(at)) {
             compare(record, baseline, facts.order, &mut warnings);
         }
         if record.status != Status::Oom && outcome.failure.is_none() {
-            warnings.extend(of_repeats(facts, record, outcome));
-            warnings.extend(of_memory(facts, record, outcome));
+            warnings.extend(tell::of_repeats(facts, record, outcome));
+            warnings.extend(tell::of_machine(outcome));
+            warnings.extend(tell::of_memory(facts, record, outcome));
         }
         record.tainted = warnings.iter().any(Warning::taints);
         record.warnings = warnings.iter().map(Warning::to_string).collect();
@@ -80,23 +90,23 @@ pub fn records(
 
 /// One record for each precision of a case whose speed is not measured.
 pub fn unmeasured(facts: &Facts, case: &Case) -> Vec<Record> {
-    let record = |precision: &String| base(facts, precision, &Outcome::default(), &|_| None);
+    let record = |precision: &String| base(facts, &Row::own(precision), &Outcome::default(), &|_| None);
     case.precisions.iter().map(record).collect()
 }
 
 /// All that follows from the outcome alone.
-fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> Option<String>) -> Record {
-    let (status, reason) = status(outcome);
+fn base(facts: &Facts, row: &Row, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> Option<String>) -> Record {
+    let precision = row.precision.as_str();
     let loaded = outcome.loaded.clone().unwrap_or_default();
     let n_gen = outcome.warmed.as_ref().map_or(facts.workload.n_gen, |warmed| warmed.n_gen as u64);
     let token_ids = outcome.samples.first().map(|sample| sample.ids.clone()).unwrap_or_default();
     let text = (!token_ids.is_empty()).then(|| decode(&token_ids)).flatten();
     let isa = if loaded.isa.is_empty() { facts.environment.isa.clone() } else { loaded.isa.clone() };
     let mut record = Record {
-        status,
-        reason,
+        status: Status::Ok,
+        reason: None,
         tainted: false,
-        engine: facts.engine.clone(),
+        engine: engine_of(facts, row.engine),
         command: facts.command.clone(),
         timestamp: facts.timestamp.clone(),
         model: facts.model.clone(),
@@ -110,25 +120,44 @@ fn base(facts: &Facts, precision: &str, outcome: &Outcome, decode: &dyn Fn(&[u32
         phases: phases(facts, outcome),
         samples: samples(outcome),
         metrics: BTreeMap::new(),
-        dtypes: dtypes(precision, &facts.device.kind),
+        dtypes: dtypes(facts, row),
         ratio_to_fp16: None,
-        memory: memory(outcome, &facts.device.kind),
+        memory: memory::memory(outcome, &facts.device.kind),
         bandwidth: Bandwidth::default(),
+        energy: monitor::energy(facts.counter.as_ref(), outcome),
+        monitor: monitor::ranges(outcome),
+        series: if facts.protocol.keep_series { monitor::series(outcome) } else { Vec::new() },
         output: record::Output { token_ids, text },
+        self_check: loaded
+            .self_check
+            .as_ref()
+            .map(|c| record::SelfCheck { matrix: c.matrix.clone(), error_share: c.error_share }),
         environment: record::Environment { isa, ..facts.environment.clone() },
         warnings: Vec::new(),
         quality: None,
     };
+    if let Some(failure) = &outcome.failure {
+        fail(&mut record, failure);
+    }
     record.metrics = metrics::summaries(&record);
-    record.bandwidth = bandwidth(facts, &record, outcome);
+    record.bandwidth = limit::bandwidth(facts, &record, outcome);
     record
 }
 
-fn status(outcome: &Outcome) -> (Status, Option<String>) {
-    match &outcome.failure {
-        None => (Status::Ok, None),
-        Some(failure @ Failure::OutOfMemory { .. }) => (Status::Oom, Some(failure.message().to_owned())),
-        Some(failure) => (Status::Error, Some(failure.message().to_owned())),
+fn engine_of(facts: &Facts, engine: Engine) -> record::Engine {
+    match engine {
+        Engine::Quantbench => facts.engine.clone(),
+        other => super::engine_facts(other),
+    }
+}
+
+/// Says in a record why there is no result.
+pub fn fail(record: &mut Record, failure: &Failure) {
+    record.status = failure.status();
+    record.reason = Some(failure.message().to_owned());
+    if let Failure::OutOfMemory { wanted_bytes, free_bytes, .. } = *failure {
+        let known = |bytes: u64| (bytes > 0).then_some(bytes);
+        (record.memory.wanted_bytes, record.memory.free_bytes) = (known(wanted_bytes), known(free_bytes));
     }
 }
 
@@ -148,7 +177,9 @@ fn protocol(facts: &Facts, outcome: &Outcome) -> record::Protocol {
         n_repeats: outcome.samples.len() as u64,
         ended: outcome.ended.map(|ended| ended.to_string()).unwrap_or_default(),
         order: facts.order.name().to_owned(),
-        interval: "within-run".to_owned(),
+        interval: if facts.protocol.launches > 1 { "between-launches" } else { "within-run" }.to_owned(),
+        method: facts.protocol.method.name().to_owned(),
+        n_discarded: outcome.n_discarded as u64,
     }
 }
 
@@ -192,75 +223,45 @@ fn samples(outcome: &Outcome) -> Samples {
     let samples = &outcome.samples;
     let encodes = samples.iter().any(|sample| sample.encode_ns > 0);
     let encode_ns = samples.iter().filter(|_| encodes).map(|sample| sample.encode_ns).collect();
+    let kept = |steps: fn(&Sample) -> &Vec<u64>| match samples.iter().all(|sample| steps(sample).is_empty()) {
+        true => Vec::new(),
+        false => samples.iter().map(|sample| steps(sample).clone()).collect(),
+    };
+    let windows = monitor::windows(outcome);
     Samples {
         encode_ns,
+        launches: if outcome.launches.len() > 1 {
+            outcome.launches.iter().map(|&n| n as u64).collect()
+        } else {
+            Vec::new()
+        },
+        device_step_ns: kept(|sample| &sample.device_step_ns),
+        synced_step_ns: kept(|sample| &sample.synced_step_ns),
+        energy_j: windows.iter().map(|window| window.joules).collect(),
+        energy_window_s: windows.iter().map(|window| window.seconds).collect(),
         prefill_ns: samples.iter().map(|sample| sample.prefill_ns).collect(),
         decode_step_ns: samples.iter().map(|sample| sample.step_ns.clone()).collect(),
         end_to_end_ns: samples.iter().map(|sample| sample.end_to_end_ns).collect(),
         cold_ns: runs_ns.first().copied(),
         warmup_ns: runs_ns,
+        imported: BTreeMap::new(),
     }
 }
 
-fn dtypes(precision: &str, device: &str) -> record::Dtypes {
-    let computed = if device == "cpu" { "fp32" } else { "fp16" }.to_owned();
-    let (compute, kv_cache, logits) = (computed.clone(), computed.clone(), computed);
-    record::Dtypes { weights: precision.to_owned(), compute, kv_cache, logits }
-}
-
-/// A worker knows its resident set only: on CUDA the device's marks stay undefined rather than show the host's.
-fn memory(outcome: &Outcome, device_kind: &str) -> Memory {
-    let on_host = |bytes: Option<u64>| bytes.filter(|_| device_kind == "cpu");
-    let (loaded, warmed, finished) = (outcome.loaded.as_ref(), outcome.warmed.as_ref(), outcome.finished.as_ref());
-    let load_peak_bytes = loaded.and_then(|loaded| loaded.load_peak_bytes);
-    let peak_bytes = finished.and_then(|finished| finished.peak_bytes);
-    let warmup_peak_bytes = warmed.and_then(|warmed| warmed.warmup_peak_bytes);
-    let known = |bytes: u64| (bytes > 0).then_some(bytes);
-    let (wanted_bytes, free_bytes) = match outcome.failure {
-        Some(Failure::OutOfMemory { wanted_bytes, free_bytes, .. }) => (known(wanted_bytes), known(free_bytes)),
-        _ => (None, None),
+/// candle computes in what its weights have.
+fn dtypes(facts: &Facts, row: &Row) -> record::Dtypes {
+    let fp32 = match row.engine {
+        Engine::Quantbench => facts.device.kind == "cpu",
+        Engine::Candle => engine::candle::runs_in_fp32(&facts.model.architecture),
     };
-    Memory {
-        start_bytes: on_host(warmed.and_then(|warmed| warmed.start_bytes)),
-        end_bytes: on_host(finished.and_then(|finished| finished.end_bytes)),
-        peak_bytes: on_host(peak_bytes),
-        load_peak_bytes: on_host(load_peak_bytes),
-        weights_bytes: finished.map(|finished| finished.footprint.weights_bytes),
-        kv_cache_bytes: finished.map(|finished| finished.footprint.kv_cache_bytes),
-        scratch_bytes: finished.map(|finished| finished.footprint.scratch_bytes),
-        process_peak_rss_bytes: load_peak_bytes.max(warmup_peak_bytes).max(peak_bytes),
-        wanted_bytes,
-        free_bytes,
-    }
-}
-
-fn bandwidth(facts: &Facts, record: &Record, outcome: &Outcome) -> Bandwidth {
-    let footprint = outcome.finished.as_ref().map(|finished| finished.footprint);
-    // Step i of n_gen − 1 reads i positions after the prompt: n_gen / 2 on average.
-    let doubled_depth = 2 * facts.n_before + record.workload.n_gen;
-    let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_position * doubled_depth / 2 + f.cross_kv_bytes);
-    let weight_bytes_per_token = footprint.map(|footprint| footprint.weight_bytes_per_token);
-    let decode_tps = record.metrics.get("decode_tps").and_then(|summary| summary.median);
-    let bytes = weight_bytes_per_token.zip(kv_bytes_per_token).map(|(weights, kv)| (weights + kv) as f64);
-    let achieved_gb_s = bytes.zip(decode_tps).map(|(bytes, tps)| bytes * tps / 1e9);
-    Bandwidth {
-        weight_bytes_per_token,
-        kv_bytes_per_token,
-        read_gb_s: facts.read_gb_s,
-        copy_gb_s: facts.copy_gb_s,
-        achieved_gb_s,
-        mbu: achieved_gb_s.zip(facts.read_gb_s).map(|(achieved, read)| achieved / read),
-    }
-}
-
-/// Bytes that one decode step reads.
-fn step_bytes(record: &Record) -> Option<u64> {
-    Some(record.bandwidth.weight_bytes_per_token? + record.bandwidth.kv_bytes_per_token?)
+    let computed = if fp32 { "fp32" } else { "fp16" }.to_owned();
+    let weights = if row.engine == Engine::Candle { &computed } else { &row.precision }.clone();
+    record::Dtypes { weights, compute: computed.clone(), kv_cache: computed.clone(), logits: computed }
 }
 
 /// Sets the ratio to fp16 where both ran, are valid and generated equally many tokens.
 fn compare(record: &mut Record, fp16: &Record, order: Order, warnings: &mut Vec<Warning>) {
-    if record.precision == "fp16" || record.status != Status::Ok || fp16.status != Status::Ok {
+    if record.status != Status::Ok || fp16.status != Status::Ok {
         return;
     }
     let (n_gen, fp16_n_gen) = (record.workload.n_gen, fp16.workload.n_gen);
@@ -270,8 +271,9 @@ fn compare(record: &mut Record, fp16: &Record, order: Order, warnings: &mut Vec<
     }
     let tps = |record: &Record| metrics::repeats(record, "decode_tps");
     let paired = order == Order::Interleaved;
-    let ratio = if paired { stats::paired_ratio } else { stats::unpaired_ratio }(&tps(record), &tps(fp16));
-    let by_bytes = step_bytes(fp16).zip(step_bytes(record)).map(|(fp16, own)| fp16 as f64 / own as f64);
+    let estimate = if paired { stats::paired_ratio_launches } else { stats::unpaired_ratio_launches };
+    let ratio = estimate(&tps(record), &tps(fp16), &record.samples.launches);
+    let by_bytes = limit::step_bytes(fp16).zip(limit::step_bytes(record)).map(|(fp16, own)| fp16 as f64 / own as f64);
     record.ratio_to_fp16 = ratio.zip(by_bytes).map(|(ratio, by_bytes)| record::Ratio {
         median: ratio.median,
         ci95_low: ratio.interval.map(|interval| interval.low),
@@ -279,60 +281,4 @@ fn compare(record: &mut Record, fp16: &Record, order: Order, warnings: &mut Vec<
         paired,
         by_bytes,
     });
-}
-
-/// What the repeats themselves tell.
-fn of_repeats(facts: &Facts, record: &Record, outcome: &Outcome) -> Vec<Warning> {
-    let mut warnings = Vec::new();
-    let (n, protocol) = (outcome.samples.len(), &facts.protocol);
-    if n < protocol.min_repeats && outcome.ended != Some(RepeatsEnd::Count) {
-        warnings.push(Warning::FewRepeats { n, min_repeats: protocol.min_repeats });
-    }
-    let times: Vec<f64> = outcome.samples.iter().map(|sample| sample.end_to_end_ns as f64).collect();
-    let decode = metrics::repeats(record, if record.workload.n_gen > 1 { "tpot_ms" } else { "ttft_ms" });
-    if let Some(rel_ci) = stats::relative_half_width(&decode).filter(|width| *width > protocol.rel_ci) {
-        warnings.push(Warning::WideInterval { rel_ci, wanted: protocol.rel_ci });
-    }
-    let outliers = stats::outliers(&times).len();
-    if outliers > 0 {
-        warnings.push(Warning::Outliers { n: outliers, of: n });
-    }
-    if let Some(warmed) = &outcome.warmed {
-        if matches!(warmed.ended, WarmupEnd::Cap | WarmupEnd::MaxTime) {
-            warnings.push(Warning::WarmupNotFlat { n: warmed.runs_ns.len() });
-        }
-        let asked = facts.workload.n_gen as usize;
-        if warmed.n_gen < asked {
-            warnings.push(Warning::EndOfText { n_gen: warmed.n_gen, asked });
-        }
-    }
-    if let Some(at) = outcome.samples.iter().position(|sample| sample.ids != outcome.samples[0].ids) {
-        warnings.push(Warning::TokensDiffer { repeat: at + 1 });
-    }
-    let load = LoadSpan::sum(outcome.samples.iter().filter_map(|sample| sample.load));
-    if load.disturbs(facts.environment.threads) {
-        let others_cpus = load.others_cpus().unwrap_or(0.0);
-        warnings.push(Warning::BusyCpus { others_cpus, n_cpus: load.n_cpus });
-    }
-    warnings
-}
-
-/// What sizes and bandwidth tell.
-fn of_memory(facts: &Facts, record: &Record, outcome: &Outcome) -> Vec<Warning> {
-    let mut warnings = Vec::new();
-    let fast = record.bandwidth.mbu.is_some_and(|mbu| mbu > 1.0);
-    if let Some(step_bytes) = step_bytes(record) {
-        let cache_bytes = facts.cache_bytes.unwrap_or(0);
-        if fast || step_bytes < 2 * cache_bytes {
-            warnings.push(Warning::CacheResident { step_bytes, cache_bytes, mbu: record.bandwidth.mbu });
-        }
-    }
-    let peak_is_exact = outcome.finished.as_ref().is_none_or(|finished| finished.peak_is_exact);
-    if !peak_is_exact && record.memory.peak_bytes.is_some() {
-        warnings.push(Warning::PeakNotExact);
-    }
-    if record.weights.fp16_overflow > 0 {
-        warnings.push(Warning::Fp16Overflow { count: record.weights.fp16_overflow });
-    }
-    warnings
 }

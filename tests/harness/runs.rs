@@ -1,194 +1,18 @@
-//! The harness on a fake session and a fake clock: exact numbers, nothing is timed.
+//! Metrics, ratios, order, validity and the warnings of repeats.
 
-use std::cell::RefCell;
-use std::path::PathBuf;
-use std::rc::Rc;
-
-use quantbench::engine::fake::{FakeSession, FakeTime, Run};
+use quantbench::engine::fake::Run;
 use quantbench::events::{Event, Listener, Silent};
 use quantbench::harness::assemble::{Facts, records};
-use quantbench::harness::load::{CpuLoad, LoadSpan};
-use quantbench::harness::measure::{Bench, Encode, Task};
-use quantbench::harness::memory::ProcessMemory;
-use quantbench::harness::protocol::{Failure, Finished, LoadFacts, Sample, Warmed, WarmupEnd};
-use quantbench::harness::schedule::{Order, Outcome, Worker, measure};
+use quantbench::harness::load::LoadSpan;
+use quantbench::harness::measure::{Encode, Task};
+use quantbench::harness::protocol::{Failure, WarmupEnd};
+use quantbench::harness::schedule::{Order, Outcome, Worker};
 use quantbench::harness::warnings::Warning;
-use quantbench::harness::{Asked, Case, DeviceChoice, PromptChoice, Protocol};
-use quantbench::quant::FormatOptions;
-use quantbench::record::metrics::{METRICS, find};
+use quantbench::harness::{Case, Protocol};
+use quantbench::record::metrics::METRICS;
 use quantbench::record::{self, Record, Status};
-use quantbench::weights::{Request, WeightsChoice};
 
-const N_GEN: usize = 4;
-const N_PROMPT: usize = 8;
-
-/// Which precision did what, in order.
-type Journal = Rc<RefCell<Vec<String>>>;
-
-/// A worker in this process, on a fake session.
-struct Local {
-    precision: String,
-    bench: Bench<FakeTime>,
-    journal: Journal,
-    loading: Result<LoadFacts, Failure>,
-    load: Option<LoadSpan>,
-}
-
-impl Local {
-    fn new(precision: &str, task: Task, runs: Vec<Run>, journal: &Journal) -> Self {
-        let time = FakeTime::default();
-        let nowhere = PathBuf::from("no such folder");
-        let session = Box::new(FakeSession::new(time.clone(), runs));
-        let bench =
-            Bench::new(session, time, ProcessMemory::below(&nowhere), CpuLoad::below(&nowhere), task, Vec::new());
-        let loading = Ok(LoadFacts { load_s: 2.5, ..LoadFacts::default() });
-        Self { precision: precision.to_owned(), bench, journal: journal.clone(), loading, load: None }
-    }
-
-    fn note(&self, what: &str) {
-        self.journal.borrow_mut().push(format!("{what} {}", self.precision));
-    }
-}
-
-impl Worker for Local {
-    fn precision(&self) -> &str {
-        &self.precision
-    }
-
-    fn load(&mut self, _events: &dyn Listener) -> Result<LoadFacts, Failure> {
-        self.note("load");
-        self.loading.clone()
-    }
-
-    fn warm_up(&mut self, _events: &dyn Listener) -> Result<Warmed, Failure> {
-        self.note("warm");
-        self.bench.warm_up().map_err(|error| Failure::of(&error))
-    }
-
-    fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
-        self.note("repeat");
-        let sample = self.bench.repeat().map_err(|error| Failure::of(&error))?;
-        Ok(Sample { load: self.load, ..sample })
-    }
-
-    fn finish(&mut self, _events: &dyn Listener) -> Result<Finished, Failure> {
-        self.note("finish");
-        self.bench.finish(None).map_err(|error| Failure::of(&error))
-    }
-}
-
-fn task() -> Task {
-    Task {
-        depth: vec![1, 2],
-        encode: Encode::Nothing,
-        prompt: vec![3; N_PROMPT],
-        n_gen: N_GEN,
-        stop_at: Vec::new(),
-        warmup: Some(0),
-        max_time_s: 20.0,
-    }
-}
-
-/// The run that fills the cache to the depth, which no sample may show.
-fn filling() -> Run {
-    Run { prefill_ns: 999_999_999_999, ..Run::default() }
-}
-
-/// A run in milliseconds.
-fn run_ms(prefill: u64, steps: &[u64]) -> Run {
-    let step_ns = steps.iter().map(|ms| ms * 1_000_000).collect();
-    Run { prefill_ns: prefill * 1_000_000, step_ns, ..Run::default() }
-}
-
-fn counted(repeats: usize) -> Protocol {
-    Protocol { repeats: Some(repeats), ..Protocol::default() }
-}
-
-fn case(precisions: &[&str], protocol: Protocol) -> Case {
-    Case {
-        model: Request {
-            model_id: "tiny".to_owned(),
-            revision: None,
-            offline: true,
-            weights: WeightsChoice::Auto,
-            seed: 1,
-            outlier_channels: 0,
-        },
-        precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
-        asked: Asked::ByName,
-        format_options: FormatOptions::default(),
-        device: DeviceChoice::Cpu,
-        threads: 2,
-        prompt: PromptChoice::Default,
-        image: None,
-        n_gen: N_GEN,
-        n_depth: 2,
-        stop_at_eos: false,
-        protocol,
-        save_logits: None,
-        keep_fp16: Vec::new(),
-        quality: None,
-        command: "quantbench --precision all".to_owned(),
-    }
-}
-
-fn facts(case: &Case) -> Facts {
-    let (name, n_gen) = ("tiny".to_owned(), N_GEN as u64);
-    let weights = record::WeightFacts {
-        source: "local".to_owned(),
-        dtype: "bf16".to_owned(),
-        seed: None,
-        hash: "xxh3:0".to_owned(),
-        fp16_overflow: 0,
-    };
-    Facts {
-        engine: record::Engine { name: "quantbench".to_owned(), version: "0".to_owned(), commit: "c".to_owned() },
-        command: case.command.clone(),
-        timestamp: "2026-01-01T00:00:00Z".to_owned(),
-        model: record::ModelFacts { id: name, revision: None, architecture: "llama".to_owned(), parameters: 9 },
-        weights,
-        device: record::DeviceFacts { kind: "cpu".to_owned(), name: "some CPU".to_owned() },
-        workload: record::Workload {
-            n_prompt: N_PROMPT as u64,
-            n_gen,
-            n_depth: 2,
-            n_image: 0,
-            image: None,
-            batch_size: 1,
-        },
-        n_before: 2 + N_PROMPT as u64,
-        environment: record::Environment { threads: 2, ..record::Environment::default() },
-        keep_fp16: Vec::new(),
-        format_options: case.format_options,
-        protocol: case.protocol.clone(),
-        order: Order::Interleaved,
-        resolve_s: 0.5,
-        read_gb_s: Some(1e-3),
-        copy_gb_s: Some(5e-4),
-        cache_bytes: Some(100),
-        warnings: Vec::new(),
-    }
-}
-
-/// Runs each precision's script and makes the records.
-fn measured(protocol: Protocol, scripts: &[(&str, Vec<Run>)]) -> Vec<Record> {
-    let names: Vec<&str> = scripts.iter().map(|(name, _)| *name).collect();
-    let case = case(&names, protocol);
-    let outcomes = outcomes(&case.protocol, Order::Interleaved, scripts, &Journal::default());
-    records(&facts(&case), &case, &outcomes, &|_| None)
-}
-
-fn outcomes(protocol: &Protocol, order: Order, scripts: &[(&str, Vec<Run>)], journal: &Journal) -> Vec<Outcome> {
-    let worker = |(name, runs): &(&str, Vec<Run>)| -> Box<dyn Worker> {
-        let runs = [vec![filling()], runs.clone()].concat();
-        Box::new(Local::new(name, task(), runs, journal))
-    };
-    measure(scripts.iter().map(worker).collect(), protocol, order, &Silent).unwrap()
-}
-
-fn metric(record: &Record, key: &str) -> Option<f64> {
-    find(key).unwrap().value(record)
-}
+use super::scene::*;
 
 #[test]
 fn every_metric_is_exact() {
@@ -216,18 +40,36 @@ fn every_metric_is_exact() {
         ("mbu", 1020.0 * 50.0 / 1e9 / 1e-3),
         ("read_gb_s", 1e-3),
         ("copy_gb_s", 5e-4),
+        ("theoretical_gb_s", 1.1e-3),
     ];
     for (key, value) in expected {
         assert_eq!(metric(record, key), Some(value), "{key}");
     }
-    let undefined =
-        ["speedup_vs_fp16", "speedup_by_bytes", "peak_bytes", "start_bytes", "end_bytes", "load_peak_bytes"];
-    for key in undefined.into_iter().chain(["process_peak_rss_bytes", "outlier_columns_mean"]) {
+    // What only a machine with these sensors, a device or a second precision defines.
+    let undefined = [
+        "speedup_vs_fp16",
+        "speedup_by_bytes",
+        "peak_bytes",
+        "start_bytes",
+        "end_bytes",
+        "load_peak_bytes",
+        "prefill_peak_bytes",
+        "decode_peak_bytes",
+        "process_peak_rss_bytes",
+        "outlier_columns_mean",
+        "device_itl_ms",
+        "decode_synced_tps",
+        "device_share",
+        "joules_per_token",
+        "context_bytes",
+        "device_process_bytes",
+    ];
+    for key in undefined {
         assert_eq!(metric(record, key), None, "{key}");
     }
     let of_quality: Vec<_> = METRICS.iter().filter(|metric| metric.path.starts_with("quality.")).collect();
     assert!(of_quality.iter().all(|metric| metric.value(record).is_none()), "no quality was asked for");
-    let n_expected = expected.len() + undefined.len() + 2 + of_quality.len();
+    let n_expected = expected.len() + undefined.len() + of_quality.len();
     assert_eq!(METRICS.len(), n_expected, "a metric without an expectation");
     assert_eq!(record.samples.prefill_ns, [50_000_000; 3]);
     assert_eq!(record.samples.decode_step_ns[2], [10_000_000, 20_000_000, 30_000_000]);
@@ -348,17 +190,22 @@ fn a_worker_that_fails_leaves_the_others_running() {
 
 #[test]
 fn out_of_memory_is_a_record_and_bad_input_an_error() {
-    let oom = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 70, free_bytes: 0 };
+    let full = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 70, free_bytes: 0 };
     let case = case(&["fp16", "nf4"], counted(1));
     let workers = |failure: &Failure| -> Vec<Box<dyn Worker>> {
         let local = |name| Local::new(name, task(), vec![filling(), run_ms(1, &[1])], &Journal::default());
         vec![Box::new(Local { loading: Err(failure.clone()), ..local("fp16") }), Box::new(local("nf4"))]
     };
-    let outcomes = measure(workers(&oom), &case.protocol, Order::Interleaved, &Silent).unwrap();
-    let records = records(&facts(&case), &case, &outcomes, &|_| None);
-    assert_eq!((records[0].status, records[0].reason.as_deref()), (Status::Oom, Some("no room")));
-    assert_eq!((records[0].memory.wanted_bytes, records[0].memory.free_bytes), (Some(70), None));
-    assert_eq!(records[1].status, Status::Ok);
+    let outcomes = measure(workers(&full), &case.protocol, Order::Interleaved, &Silent).unwrap();
+    let oom = records(&facts(&case), &case, &outcomes, &|_| None);
+    assert_eq!((oom[0].status, oom[0].reason.as_deref()), (Status::Oom, Some("no room")));
+    assert_eq!((oom[0].memory.wanted_bytes, oom[0].memory.free_bytes), (Some(70), None));
+    assert_eq!(oom[1].status, Status::Ok);
+    let wrong = Failure::Invalid { message: "wrong kernels".to_owned() };
+    let invalid = measure(workers(&wrong), &case.protocol, Order::Interleaved, &Silent).unwrap();
+    let invalid = records(&facts(&case), &case, &invalid, &|_| None);
+    assert_eq!((invalid[0].status, invalid[0].reason.as_deref()), (Status::Invalid, Some("wrong kernels")));
+    assert_eq!(invalid[1].status, Status::Ok);
     let bad = Failure::BadInput { message: "no such file".to_owned(), hint: Some("look again".to_owned()) };
     assert_eq!(measure(workers(&bad), &case.protocol, Order::Interleaved, &Silent), Err(bad));
 }
@@ -431,7 +278,11 @@ fn facts_and_outcomes_raise_their_warnings() {
     assert_eq!(names(&facts, &changed(&overflow)), ["fp16_overflow"]);
     // A step of 1020 bytes within twice the cache, and one that seems faster than the memory.
     assert_eq!(names(&Facts { cache_bytes: Some(511), ..facts.clone() }, &clean), ["cache-resident"]);
-    assert_eq!(names(&Facts { read_gb_s: Some(1e-6), ..facts.clone() }, &clean), ["cache-resident"]);
+    let cached = Facts { read_gb_s: Some(1e-6), theoretical_gb_s: Err("unknown".to_owned()), ..facts.clone() };
+    assert_eq!(names(&cached, &clean), ["cache-resident"]);
+    // 85 % of what the memory can give are enough.
+    assert_eq!(names(&Facts { theoretical_gb_s: Ok(1e-3 / 0.851), ..facts.clone() }, &clean), [""; 0]);
+    assert_eq!(names(&Facts { theoretical_gb_s: Ok(1e-3 / 0.849), ..facts.clone() }, &clean), ["slow_read"]);
     let unpaired = Warning::UnpairedRatios { needed_bytes: 9, free_bytes: 5 };
     let in_turn = Facts { order: Order::InTurn, warnings: vec![unpaired], ..facts };
     assert_eq!(names(&in_turn, &clean), ["unpaired_ratios"]);

@@ -1,0 +1,93 @@
+//! `quantbench import`: rows that other tools measured.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::builder::PossibleValuesParser;
+use clap::{Args, ValueHint};
+
+use crate::error::BadInput;
+use crate::record::import::{self, Given, TOOLS};
+use crate::record::{Document, SCHEMA_VERSION};
+use crate::report::WRITERS;
+
+/// What was typed for `quantbench import`.
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// Files that other tools wrote.
+    #[arg(value_name = "FILES", required = true, value_hint = ValueHint::FilePath)]
+    pub files: Vec<PathBuf>,
+
+    /// Tool that wrote them [default: found by content].
+    #[arg(long, value_name = "TOOL", value_parser = tool_names(), help_heading = "Rows")]
+    pub from: Option<String>,
+
+    /// Model of all rows, where the files do not say or say it otherwise.
+    #[arg(long, value_name = "ID", help_heading = "Rows")]
+    pub model_id: Option<String>,
+
+    /// Precision of all rows, likewise.
+    #[arg(long, value_name = "NAME", help_heading = "Rows")]
+    pub precision: Option<String>,
+
+    /// Prompt tokens of rows whose file does not say.
+    #[arg(long, value_name = "N", help_heading = "Rows")]
+    pub prompt_tokens: Option<u64>,
+
+    /// Generated tokens of rows whose file does not say.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Rows")]
+    pub max_new_tokens: Option<u64>,
+
+    /// Sequences at a time of rows whose file does not say.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Rows")]
+    pub batch_size: Option<u64>,
+
+    /// File to write, in the format of its extension [default: JSON on stdout].
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
+    pub output: Option<PathBuf>,
+
+    /// Format, where the file's extension does not name it [default: json on stdout].
+    #[arg(long, value_name = "FORMAT", value_parser = writer_names(), help_heading = "Output")]
+    pub format: Option<String>,
+}
+
+/// An import as it will be written.
+pub struct ImportRequest {
+    pub document: Document,
+    pub output: super::Output,
+}
+
+impl ImportRequest {
+    /// Fails with [`BadInput`] on a file that cannot be read or is no known tool's, and on an output that cannot be written.
+    pub fn new(args: &ImportArgs) -> Result<Self> {
+        let output = super::report::output(args.output.as_deref(), args.format.as_deref(), "json")?;
+        let given = Given {
+            model_id: args.model_id.clone(),
+            precision: args.precision.clone(),
+            n_prompt: args.prompt_tokens,
+            n_gen: args.max_new_tokens,
+            batch_size: args.batch_size,
+        };
+        let mut records = Vec::new();
+        for path in &args.files {
+            let bad = |why: String| BadInput::new(format!("cannot import `{}`: {why}", path.display()));
+            let text = read(path).map_err(bad)?;
+            records
+                .extend(import::import(&text, args.from.as_deref(), &given).map_err(|error| bad(error.to_string()))?);
+        }
+        Ok(Self { document: Document { schema_version: SCHEMA_VERSION, records }, output })
+    }
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
+    String::from_utf8(bytes).map_err(|_| "it is not text in UTF-8".to_owned())
+}
+
+fn tool_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(TOOLS.iter().map(|tool| tool.name))
+}
+
+fn writer_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(WRITERS.iter().map(|writer| writer.name))
+}

@@ -1,0 +1,94 @@
+//! `quantbench report`: records to a page, a table or another format.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::builder::PossibleValuesParser;
+use clap::{Args, ValueHint};
+
+use crate::error::BadInput;
+use crate::record::{Document, SCHEMA_VERSION};
+use crate::report::{self, Options, WRITERS, Writer};
+
+/// What was typed for `quantbench report`.
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// Files of records (.json or .jsonl), in the order that the report shows them.
+    #[arg(value_name = "RESULTS", required = true, value_hint = ValueHint::FilePath)]
+    pub results: Vec<PathBuf>,
+
+    /// File to write, in the format of its extension; without it the report goes to stdout.
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
+    pub output: Option<PathBuf>,
+
+    /// Format, where the file's extension does not name it [default: table on stdout].
+    #[arg(long, value_name = "FORMAT", value_parser = writer_names(), help_heading = "Output")]
+    pub format: Option<String>,
+
+    /// Folder to write every chart to as an .svg file of its own; it is made where it is missing.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Output")]
+    pub svg: Option<PathBuf>,
+
+    /// Show every column of the table.
+    #[arg(long, help_heading = "Output")]
+    pub wide: bool,
+
+    /// GiB of a card's memory: the verdict says which precisions fit.
+    #[arg(long, value_name = "GIB", value_parser = gib, help_heading = "Output")]
+    pub card: Option<u64>,
+}
+
+/// A report as it will be written.
+pub struct ReportRequest {
+    pub document: Document,
+    pub output: Output,
+    pub svg: Option<PathBuf>,
+    pub options: Options,
+}
+
+pub enum Output {
+    File(PathBuf, &'static Writer),
+    Stdout(&'static Writer),
+}
+
+impl ReportRequest {
+    /// Fails with [`BadInput`] on a file without records and on an output that cannot be written.
+    pub fn new(args: &ReportArgs) -> Result<Self> {
+        let output = output(args.output.as_deref(), args.format.as_deref(), "table")?;
+        let mut records = Vec::new();
+        for path in &args.results {
+            records.extend(report::read(path)?.records);
+        }
+        let document = Document { schema_version: SCHEMA_VERSION, records };
+        Ok(Self {
+            document,
+            output,
+            svg: args.svg.clone(),
+            options: Options { wide: args.wide, card_bytes: args.card },
+        })
+    }
+}
+
+/// A file in the format of its extension or the one named, or stdout. Fails before anything is written.
+pub(super) fn output(path: Option<&Path>, format: Option<&str>, usual: &str) -> Result<Output> {
+    let Some(path) = path else { return Ok(Output::Stdout(writer(format.unwrap_or(usual))?)) };
+    let writer = format.map_or_else(|| report::by_extension(path), |format| Ok(writer(format)?))?;
+    report::check_writable(path)?;
+    Ok(Output::File(path.to_owned(), writer))
+}
+
+fn writer(name: &str) -> Result<&'static Writer, BadInput> {
+    report::find(name).ok_or_else(|| BadInput::new(format!("unknown output format `{name}`")))
+}
+
+fn writer_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(WRITERS.iter().map(|writer| writer.name))
+}
+
+/// Bytes of so many GiB.
+pub(super) fn gib(text: &str) -> Result<u64, String> {
+    match text.trim().trim_end_matches("GiB").trim_end().parse::<f64>() {
+        Ok(gib) if gib.is_finite() && gib > 0.0 => Ok((gib * (1u64 << 30) as f64) as u64),
+        _ => Err("a number of GiB above 0 is needed, such as 8".into()),
+    }
+}

@@ -1,0 +1,118 @@
+//! `quantbench suite` and `quantbench merge`: what was typed, and what the keys of a suite file are.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::error::ErrorKind;
+use clap::{ArgAction, Args, Parser, ValueHint};
+
+use super::{Cli, Command, Request, RunArgs};
+use crate::error::BadInput;
+use crate::report;
+use crate::suite::{Key, Kind, Planned, Shard, Task};
+
+/// What was typed for a suite.
+#[derive(Debug, Args)]
+pub struct SuiteArgs {
+    /// Suite file, for example configs/smoke.toml.
+    #[arg(value_name = "FILE.toml", value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+
+    /// Go on where the output ends: cases that are in it do not run again.
+    #[arg(long, requires = "output", help_heading = "Suite")]
+    pub resume: bool,
+
+    /// With --resume, run cases with a row that is not ok again.
+    #[arg(long, requires = "resume", help_heading = "Suite")]
+    pub retry_failed: bool,
+
+    /// Stop after the first case that fails; otherwise the others go on.
+    #[arg(long, help_heading = "Suite")]
+    pub fail_fast: bool,
+
+    /// Run part I of N [default: what a Slurm array or a Kubernetes Indexed Job says, else all].
+    #[arg(long, value_name = "I/N", help_heading = "Suite")]
+    pub shard: Option<String>,
+
+    /// List the cases and end.
+    #[arg(long, help_heading = "Suite")]
+    pub dry_run: bool,
+
+    /// File that gets the rows of each case as it ends [default: stdout].
+    #[arg(short, long, value_name = "FILE.jsonl", value_hint = ValueHint::FilePath, help_heading = "Output")]
+    pub output: Option<PathBuf>,
+
+    /// Show no progress.
+    #[arg(short, long, help_heading = "Output")]
+    pub quiet: bool,
+}
+
+/// What was typed for a merge.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// Files of rows, as suites and `--format jsonl` write them.
+    #[arg(value_name = "FILE.jsonl", required = true, value_hint = ValueHint::FilePath)]
+    pub files: Vec<PathBuf>,
+
+    /// File to write, whole or not at all [default: stdout].
+    #[arg(short, long, value_name = "FILE.jsonl", value_hint = ValueHint::FilePath, help_heading = "Output")]
+    pub output: Option<PathBuf>,
+}
+
+impl SuiteArgs {
+    /// The part to run: what was typed, else what the scheduler says.
+    pub fn shard(&self) -> Result<Shard, BadInput> {
+        match &self.shard {
+            Some(text) => Shard::parse(text),
+            None => Ok(Shard::from_env(&|name| std::env::var(name).ok())?.unwrap_or(Shard::WHOLE)),
+        }
+    }
+}
+
+/// Headings of the options that say what is measured: these are keys of a suite file.
+const HEADINGS: &[&str] = &["Model", "Precision", "Workload", "Quality", "Device", "Protocol"];
+
+/// Options under these headings that are about one run alone.
+const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits"];
+
+/// The keys of a suite file: the options of `quantbench run`.
+pub fn suite_keys() -> Vec<Key> {
+    let command = RunArgs::augment_args(clap::Command::new("run"));
+    let is_key = |arg: &&clap::Arg| arg.get_help_heading().is_some_and(|heading| HEADINGS.contains(&heading));
+    let key = |arg: &clap::Arg| {
+        let long = arg.get_long().filter(|long| !NOT_IN_SUITES.contains(long))?;
+        let kind = match arg.get_action() {
+            ArgAction::SetTrue => Kind::Switch,
+            _ if arg.get_value_delimiter().is_some() => Kind::List,
+            _ => Kind::One,
+        };
+        Some(Key { name: long.replace('-', "_"), kind })
+    };
+    command.get_arguments().filter(is_key).filter_map(key).collect()
+}
+
+/// A planned case through the same door as `quantbench run`. Fails on what that would refuse, and names the file's line.
+pub fn suite_task(planned: Planned) -> Result<Task> {
+    let command = planned.command();
+    let refused = |message: &str| BadInput::new(planned.complain(message));
+    let cli = Cli::try_parse_from(&command).map_err(|error| refused(&complaint(&error)))?;
+    let Some(Command::Run(args)) = cli.command else {
+        return Err(refused("these are no options of a run").into());
+    };
+    let command = report::shareable_command(command.into_iter());
+    let request = Request::new(&args, command).map_err(|error| {
+        let bad = refused(&format!("{error:#}"));
+        match crate::error::hint(&error) {
+            Some(hint) => bad.hint(hint),
+            None => bad,
+        }
+    })?;
+    Ok(Task { planned, case: request.case })
+}
+
+/// What the parser says, without its advice about help.
+fn complaint(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let lines = text.lines().take_while(|line| !line.is_empty() || error.kind() == ErrorKind::DisplayHelp);
+    lines.map(|line| line.trim_start_matches("error: ").trim()).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,16 @@
+//! `quantbench import`: other tools' files as records.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use super::report;
+use crate::cli::{ImportArgs, ImportRequest};
+use crate::report::Options;
+
+/// Reads, then writes what `quantbench report` and `quantbench compare` read.
+pub fn import(args: &ImportArgs) -> Result<ExitCode> {
+    let request = ImportRequest::new(args)?;
+    report::write(&request.document, &request.output, &Options::default())?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,38 @@
+//! `quantbench report`: what a run or a suite wrote, as a page or in another format.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use crate::cli::{Output, ReportArgs, ReportRequest};
+use crate::error::BadInput;
+use crate::record::Document;
+use crate::report::Options;
+use crate::{report, ui};
+
+/// Writes the report and, where asked for, its charts.
+pub fn report(args: &ReportArgs) -> Result<ExitCode> {
+    let request = ReportRequest::new(args)?;
+    if let Some(folder) = &request.svg {
+        pictures(&request.document, folder)?;
+    }
+    write(&request.document, &request.output, &request.options)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// To a file, whole or not at all, or to stdout.
+pub(super) fn write(document: &Document, output: &Output, options: &Options) -> Result<()> {
+    match output {
+        Output::File(path, writer) => report::write_file(path, &(writer.write)(document, options)?),
+        Output::Stdout(writer) => Ok(ui::print(&(writer.write)(document, options)?)?),
+    }
+}
+
+fn pictures(document: &Document, folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|error| BadInput::new(format!("`--svg {}`: {error}", folder.display())))?;
+    for (name, svg) in report::pictures(document)? {
+        report::write_file(&folder.join(name), &svg)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,274 @@
+//! candle-transformers' configs, from the plan, which has the checked sizes with every default filled in.
+
+use std::collections::HashMap;
+
+use candle_nn::Activation;
+use candle_transformers::models::{gemma, llama, phi, siglip, t5};
+use serde_json::{Value, json};
+
+use super::feed::Rule;
+use crate::error::BadInput;
+use crate::plan::{ActivationKind, CacheSpec, EncoderInputKind, Holds, Model, Op, Picture, Plan};
+
+/// What one of candle's model files is built from.
+pub enum Config {
+    Llama(llama::Config),
+    Phi(phi::Config),
+    Gemma(gemma::Config),
+    T5 { encoder: t5::Config, decoder: t5::Config },
+    PaliGemma { vision: siglip::VisionConfig, text: gemma::Config, picture: Picture },
+}
+
+impl Config {
+    /// Fails on what candle-transformers does not compute. `config` is the config.json that `model` was built from.
+    pub fn new(model: &Model, config: &Value) -> Result<Self, BadInput> {
+        let shapes = Shapes { model, config };
+        match model.architecture {
+            "llama" => shapes.llama().map(Config::Llama),
+            "phi" => shapes.phi().map(Config::Phi),
+            "gemma" => shapes.gemma("").map(Config::Gemma),
+            "t5" => shapes.t5(),
+            "paligemma" => shapes.paligemma(),
+            other => Err(refused(other, "is not among the models that run here")),
+        }
+    }
+
+    /// The tensors that are not the checkpoint's of the same name.
+    pub fn rules(&self, model: &Model) -> HashMap<String, Rule> {
+        let mut rules = HashMap::new();
+        let Some(head) = model.decoder.head() else { return rules };
+        let name = &model.matrices[head.weight.0].name;
+        if name != HEAD {
+            rules.insert(HEAD.to_owned(), Rule::SameAs(name.clone()));
+        }
+        if let Config::T5 { .. } = self {
+            // candle scales a tied head's input by √d where transformers divides; the norm before it carries the right factor.
+            rules.insert("decoder.final_layer_norm.weight".to_owned(), Rule::Scaled(head.scale));
+            rules.insert(format!("{T5_DECODER}.SelfAttention.relative_attention_bias.weight"), Rule::Padded);
+        }
+        rules
+    }
+}
+
+const HEAD: &str = "lm_head.weight";
+
+const T5_DECODER: &str = "decoder.block.0.layer.0";
+
+fn refused(architecture: &str, why: &str) -> BadInput {
+    BadInput::new(format!("`--engine candle` cannot run this model: candle-transformers' `{architecture}` {why}"))
+        .hint("use `--engine quantbench`, which runs it")
+}
+
+/// The sizes of a plan, and the rope settings of its config.json.
+struct Shapes<'a> {
+    model: &'a Model,
+    config: &'a Value,
+}
+
+impl Shapes<'_> {
+    fn refused(&self, why: &str) -> BadInput {
+        refused(self.model.architecture, why)
+    }
+
+    /// Rows and columns of the linear layer `name`. Fails where there is none, as in a model without layers.
+    fn matrix(&self, name: &str) -> Result<(usize, usize), BadInput> {
+        let named = |spec: &&crate::plan::MatrixSpec| spec.name.strip_suffix(".weight") == Some(name);
+        let spec = self.model.matrices.iter().find(named);
+        spec.map(|spec| (spec.n, spec.k)).ok_or_else(|| self.refused(&format!("needs `{name}`")))
+    }
+
+    fn has_bias(&self, prefix: &str) -> bool {
+        self.model.vectors.iter().any(|spec| spec.name.starts_with(prefix) && spec.name.ends_with(".bias"))
+    }
+
+    /// Matrices of one name in the layers below `prefix`: how many layers there are.
+    fn count(&self, prefix: &str, suffix: &str) -> usize {
+        let names = self.model.matrices.iter().map(|spec| &spec.name);
+        names.filter(|name| name.starts_with(prefix) && name.ends_with(suffix)).count()
+    }
+
+    /// The cache of one layer, and how many there are.
+    fn caches(&self, holds: Holds) -> Result<(CacheSpec, usize), BadInput> {
+        let caches: Vec<&CacheSpec> = self.model.caches.iter().filter(|cache| cache.holds == holds).collect();
+        let first = caches.first().ok_or_else(|| self.refused("needs at least one layer"))?;
+        Ok((**first, caches.len()))
+    }
+
+    /// `rope_theta`, and the kind and keys of the scaling, in either of config.json's spellings.
+    fn rope(&self) -> (f64, &str, &Value) {
+        let config = self.config.get("text_config").unwrap_or(self.config);
+        let scaling = ["rope_parameters", "rope_scaling"].map(|key| &config[key]);
+        let scaling = scaling.into_iter().find(|value| value.is_object()).unwrap_or(&Value::Null);
+        let theta = scaling["rope_theta"].as_f64().or(config["rope_theta"].as_f64()).unwrap_or(10_000.0);
+        let kind = scaling["rope_type"].as_str().or(scaling["type"].as_str()).unwrap_or("default");
+        (theta, kind, scaling)
+    }
+
+    /// `rope_theta` where nothing is scaled.
+    fn plain_rope(&self) -> Result<f64, BadInput> {
+        match self.rope() {
+            (theta, "default", _) => Ok(theta),
+            (_, kind, _) => Err(self.refused(&format!("has no rope scaling of type `{kind}`"))),
+        }
+    }
+
+    fn llama(&self) -> Result<llama::Config, BadInput> {
+        let (vocab_size, hidden_size) = self.matrix("model.embed_tokens")?;
+        let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
+        let num_attention_heads = self.matrix("model.layers.0.self_attn.q_proj")?.0 / cache.head_dim;
+        if num_attention_heads * cache.head_dim != hidden_size {
+            return Err(self.refused("has heads that share the hidden size evenly"));
+        }
+        if self.has_bias("") || activation(&self.model.decoder) != Some(Activation::Silu) {
+            return Err(self.refused("has no biases and no activation but `silu`"));
+        }
+        let (theta, kind, scaling) = self.rope();
+        let number = |key: &str| scaling[key].as_f64().unwrap_or(1.0) as f32;
+        let rope_scaling = match kind {
+            "default" => None,
+            "llama3" => Some(llama::Llama3RopeConfig {
+                factor: number("factor"),
+                low_freq_factor: number("low_freq_factor"),
+                high_freq_factor: number("high_freq_factor"),
+                original_max_position_embeddings: number("original_max_position_embeddings") as usize,
+                rope_type: llama::Llama3RopeType::Llama3,
+            }),
+            kind => return Err(self.refused(&format!("has no rope scaling of type `{kind}`"))),
+        };
+        Ok(llama::Config {
+            hidden_size,
+            intermediate_size: self.matrix("model.layers.0.mlp.gate_proj")?.0,
+            vocab_size,
+            num_hidden_layers,
+            num_attention_heads,
+            num_key_value_heads: cache.kv_heads,
+            use_flash_attn: false,
+            rms_norm_eps: epsilon(&self.model.decoder),
+            rope_theta: theta as f32,
+            bos_token_id: None,
+            eos_token_id: None,
+            rope_scaling,
+            max_position_embeddings: self.model.context,
+            tie_word_embeddings: self.matrix("lm_head").is_err(),
+        })
+    }
+
+    /// candle keeps the fields of this config to itself, but reads them from JSON.
+    fn phi(&self) -> Result<phi::Config, BadInput> {
+        let (vocab_size, hidden_size) = self.matrix("model.embed_tokens")?;
+        let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
+        let rotary_dim = self.model.ropes.first().map_or(cache.head_dim, |rope| rope.rotary_dim);
+        let config = json!({
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": self.matrix("model.layers.0.mlp.fc1")?.0,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": hidden_size / cache.head_dim,
+            "num_key_value_heads": cache.kv_heads,
+            "hidden_act": activation(&self.model.decoder),
+            "max_position_embeddings": self.model.context,
+            "layer_norm_eps": epsilon(&self.model.decoder),
+            "tie_word_embeddings": false,
+            "rope_theta": self.plain_rope()?,
+            // candle cuts the product with the head's length to a whole number.
+            "partial_rotary_factor": (rotary_dim as f64 + 0.5) / cache.head_dim as f64,
+            "qk_layernorm": false,
+        });
+        serde_json::from_value(config).map_err(|error| self.refused(&format!("does not take its config: {error}")))
+    }
+
+    /// Of the model below `prefix`, which is empty or ends with a dot.
+    fn gemma(&self, prefix: &str) -> Result<gemma::Config, BadInput> {
+        let layer = format!("{prefix}model.layers.0");
+        let (vocab_size, hidden_size) = self.matrix(&format!("{prefix}model.embed_tokens"))?;
+        let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
+        Ok(gemma::Config {
+            attention_bias: self.has_bias(&format!("{layer}.self_attn")),
+            head_dim: cache.head_dim,
+            hidden_act: activation(&self.model.decoder),
+            hidden_activation: None,
+            hidden_size,
+            intermediate_size: self.matrix(&format!("{layer}.mlp.gate_proj"))?.0,
+            num_attention_heads: self.matrix(&format!("{layer}.self_attn.q_proj"))?.0 / cache.head_dim,
+            num_hidden_layers,
+            num_key_value_heads: cache.kv_heads,
+            rms_norm_eps: epsilon(&self.model.decoder),
+            rope_theta: self.plain_rope()?,
+            vocab_size,
+            max_position_embeddings: self.model.context,
+        })
+    }
+
+    fn t5(&self) -> Result<Config, BadInput> {
+        let (vocab_size, d_model) = self.matrix("shared")?;
+        let (cache, n_decoder) = self.caches(Holds::Decoder)?;
+        let buckets = self.matrix(&format!("{T5_DECODER}.SelfAttention.relative_attention_bias"))?.0;
+        let feed_forward = "decoder.block.0.layer.2.DenseReluDense";
+        let gated = self.matrix(&format!("{feed_forward}.wi_0")).ok();
+        let encoder = t5::Config {
+            vocab_size,
+            d_model,
+            d_kv: cache.head_dim,
+            d_ff: gated.map_or_else(|| self.matrix(&format!("{feed_forward}.wi")), Ok)?.0,
+            num_layers: self.count("encoder.block.", ".SelfAttention.q.weight"),
+            num_heads: cache.kv_heads,
+            relative_attention_num_buckets: buckets,
+            relative_attention_max_distance: self.model.biases.first().map_or(128, |bias| bias.max_distance),
+            layer_norm_epsilon: epsilon(&self.model.decoder),
+            feed_forward_proj: t5::ActivationWithOptionalGating {
+                gated: gated.is_some(),
+                activation: activation(&self.model.decoder).unwrap_or_default(),
+            },
+            tie_word_embeddings: false,
+            ..t5::Config::default()
+        };
+        let decoder = t5::Config {
+            num_layers: 0,
+            num_decoder_layers: Some(n_decoder),
+            relative_attention_num_buckets: 2 * buckets,
+            ..encoder.clone()
+        };
+        Ok(Config::T5 { encoder, decoder })
+    }
+
+    fn paligemma(&self) -> Result<Config, BadInput> {
+        let encoder = self.model.encoder.as_ref().ok_or_else(|| self.refused("needs a vision tower"))?;
+        let EncoderInputKind::Picture(picture) = encoder.input else {
+            return Err(self.refused("needs a vision tower"));
+        };
+        let tower = "vision_tower.vision_model";
+        let layers = format!("{tower}.encoder.layers.");
+        let (intermediate_size, hidden_size) = self.matrix(&format!("{layers}0.mlp.fc1"))?;
+        let vision = siglip::VisionConfig {
+            hidden_size,
+            intermediate_size,
+            num_hidden_layers: self.count(&layers, ".self_attn.q_proj.weight"),
+            num_attention_heads: self.caches(Holds::Encoder)?.0.kv_heads,
+            num_channels: 3,
+            image_size: picture.size,
+            patch_size: picture.patch,
+            hidden_act: activation(&encoder.plan).unwrap_or_default(),
+            layer_norm_eps: epsilon(&encoder.plan),
+        };
+        Ok(Config::PaliGemma { vision, text: self.gemma("language_model.")?, picture })
+    }
+}
+
+/// Of all norms of a plan.
+fn epsilon(plan: &Plan) -> f64 {
+    let epsilon = plan.ops.iter().find_map(|op| match op {
+        Op::Norm { epsilon, .. } => Some(*epsilon),
+        _ => None,
+    });
+    epsilon.map_or(1e-6, f64::from)
+}
+
+/// Of all feed-forwards of a plan.
+fn activation(plan: &Plan) -> Option<Activation> {
+    plan.ops.iter().find_map(|op| match op {
+        Op::Activate { kind: ActivationKind::Silu, .. } => Some(Activation::Silu),
+        Op::Activate { kind: ActivationKind::GeluTanh, .. } => Some(Activation::GeluPytorchTanh),
+        Op::Activate { kind: ActivationKind::Relu, .. } => Some(Activation::Relu),
+        _ => None,
+    })
+}

@@ -1,0 +1,63 @@
+//! From what was watched during the repeats to the record.
+
+use std::collections::BTreeMap;
+
+use crate::harness::schedule::Outcome;
+use crate::harness::watch::energy::{Counter, Window, refusal};
+use crate::harness::watch::{Reading, Watched};
+use crate::record::{Energy, Range, Series};
+use crate::stats;
+
+/// Every quantity over all readings of all repeats; cores count alike.
+pub fn ranges(outcome: &Outcome) -> BTreeMap<String, Range> {
+    let readings = outcome.watched.iter().flat_map(|watched| &watched.readings);
+    let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for channel in readings.flat_map(Reading::channels) {
+        values.entry(channel.name).or_default().push(channel.value);
+    }
+    let range = |values: &[f64]| Range {
+        min: values.iter().copied().fold(f64::INFINITY, f64::min),
+        median: stats::median(values).unwrap_or_default(),
+        max: values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+        n: values.len() as u64,
+    };
+    values.into_iter().map(|(name, values)| (name.to_owned(), range(&values))).collect()
+}
+
+/// All readings, one entry a repeat.
+pub fn series(outcome: &Outcome) -> Vec<Series> {
+    outcome.watched.iter().map(of_repeat).collect()
+}
+
+fn of_repeat(watched: &Watched) -> Series {
+    let n = watched.readings.len();
+    let mut values: BTreeMap<String, Vec<Option<f64>>> = BTreeMap::new();
+    for (at, reading) in watched.readings.iter().enumerate() {
+        for channel in reading.channels() {
+            let name = match channel.index {
+                Some(index) => format!("{}.{index}", channel.name),
+                None => channel.name.to_owned(),
+            };
+            values.entry(name).or_insert_with(|| vec![None; n])[at] = Some(channel.value);
+        }
+    }
+    let begin_ns = watched.readings.first().map_or(0, |first| first.at_ns);
+    let at_ms = watched.readings.iter().map(|reading| (reading.at_ns - begin_ns) as f64 / 1e6).collect();
+    Series { at_ms, values }
+}
+
+/// Of every repeat; empty where the counter did not answer in all of them.
+pub fn windows(outcome: &Outcome) -> Vec<Window> {
+    outcome.watched.iter().map(Watched::window).collect::<Option<_>>().unwrap_or_default()
+}
+
+/// Where a counter can be read and something was measured.
+pub fn energy(counter: Option<&Counter>, outcome: &Outcome) -> Option<Energy> {
+    let counter = counter.filter(|_| !outcome.samples.is_empty())?;
+    let windows: Vec<_> = outcome.watched.iter().map(Watched::window).collect();
+    Some(Energy {
+        source: counter.name.to_owned(),
+        idle_watts: counter.idle_watts,
+        refused: refusal(counter, &windows),
+    })
+}

@@ -1,0 +1,34 @@
+//! The GPUs that the driver tells of. No context is made on any of them.
+
+use crate::error::BadInput;
+use crate::kernels::cuda::attributes::{self, Attributes};
+use crate::kernels::cuda::probe;
+use crate::report::doctor::GpuDevice;
+
+/// Every device that can be used. Fails with why the first one cannot.
+pub fn devices() -> Result<Vec<GpuDevice>, BadInput> {
+    let unclear = |error: anyhow::Error| match error.downcast::<BadInput>() {
+        Ok(problem) => problem,
+        Err(other) => BadInput::new(format!("{other:#}")),
+    };
+    let first = device(0).map_err(unclear)?;
+    let others = (1..attributes::count()).filter_map(|ordinal| device(ordinal).ok());
+    Ok(std::iter::once(first).chain(others).collect())
+}
+
+fn device(ordinal: usize) -> anyhow::Result<GpuDevice> {
+    let facts = probe(ordinal)?;
+    let Attributes { sm_clock_khz, memory_clock_khz, bus_bits, pool, shared } = attributes::of(ordinal);
+    let mhz = |khz: Option<i32>| khz.filter(|&khz| khz > 0).map(|khz| f64::from(khz) / 1e3);
+    Ok(GpuDevice {
+        name: facts.name,
+        compute_capability: format!("{}.{}", facts.compute_capability.0, facts.compute_capability.1),
+        cuda: facts.cuda,
+        total_bytes: facts.total_bytes,
+        sm_clock_mhz: mhz(sm_clock_khz),
+        memory_clock_mhz: mhz(memory_clock_khz),
+        bus_bits: bus_bits.and_then(|bits| u32::try_from(bits).ok()),
+        pool,
+        shared,
+    })
+}

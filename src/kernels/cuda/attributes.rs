@@ -1,0 +1,39 @@
+//! What the driver says of a device beyond what every run needs.
+
+use candle_core::cuda_backend::cudarc::driver::{result, sys};
+
+use sys::CUdevice_attribute_enum as attribute;
+
+/// `None` is what the driver does not tell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Attributes {
+    /// The highest that it is allowed.
+    pub sm_clock_khz: Option<i32>,
+    pub memory_clock_khz: Option<i32>,
+    pub bus_bits: Option<i32>,
+    pub pool: Option<bool>,
+    /// Whether several processes may use it at once.
+    pub shared: Option<bool>,
+}
+
+/// Devices that the driver sees, once it has initialised.
+pub fn count() -> usize {
+    result::device::get_count().ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
+}
+
+/// Of device `ordinal`; nothing is known of one that is not there.
+pub fn of(ordinal: usize) -> Attributes {
+    let Some(device) = i32::try_from(ordinal).ok().and_then(|ordinal| result::device::get(ordinal).ok()) else {
+        return Attributes::default();
+    };
+    // SAFETY: `device` was just handed out by the driver.
+    let read = |attribute| unsafe { result::device::get_attribute(device, attribute) }.ok();
+    Attributes {
+        sm_clock_khz: read(attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE),
+        memory_clock_khz: read(attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE),
+        bus_bits: read(attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH),
+        pool: read(attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED).map(|yes| yes != 0),
+        // Compute mode 0 is the default, in which processes share.
+        shared: read(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_MODE).map(|mode| mode == 0),
+    }
+}

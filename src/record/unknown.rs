@@ -1,0 +1,70 @@
+//! Facts that a record may lack, of another tool or of a case that never ran: `null` in JSON; empty, or 0 of what is never 0, in memory.
+
+use std::collections::BTreeMap;
+
+use super::{
+    Bandwidth, DeviceFacts, Dtypes, Engine, Environment, Memory, ModelFacts, Output, Protocol, Record, Samples, Status,
+    WeightFacts, Workload,
+};
+
+impl Record {
+    /// Nothing is known but whose code ran.
+    pub fn unknown(engine: Engine) -> Self {
+        let nothing = String::new;
+        Self {
+            status: Status::Ok,
+            reason: None,
+            tainted: false,
+            engine,
+            command: nothing(),
+            timestamp: nothing(),
+            model: ModelFacts { id: nothing(), revision: None, architecture: nothing(), parameters: 0 },
+            weights: WeightFacts { source: nothing(), dtype: nothing(), seed: None, hash: nothing(), fp16_overflow: 0 },
+            precision: nothing(),
+            keep_fp16: Vec::new(),
+            int8: None,
+            device: DeviceFacts { kind: nothing(), name: nothing() },
+            workload: Workload { n_prompt: 0, n_gen: 0, n_depth: 0, n_image: 0, image: None, batch_size: 1 },
+            protocol: Protocol::default(),
+            phases: BTreeMap::new(),
+            samples: Samples::default(),
+            metrics: BTreeMap::new(),
+            dtypes: Dtypes { weights: nothing(), compute: nothing(), kv_cache: nothing(), logits: nothing() },
+            ratio_to_fp16: None,
+            memory: Memory::default(),
+            bandwidth: Bandwidth::default(),
+            energy: None,
+            monitor: BTreeMap::new(),
+            series: Vec::new(),
+            output: Output::default(),
+            self_check: None,
+            quality: None,
+            environment: Environment::default(),
+            warnings: Vec::new(),
+        }
+    }
+}
+
+pub mod text {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(text: &str, serializer: S) -> Result<S::Ok, S::Error> {
+        Some(text).filter(|text| !text.is_empty()).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+        Ok(Option::<String>::deserialize(deserializer)?.unwrap_or_default())
+    }
+}
+
+pub mod count {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(count: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        Some(count).filter(|count| **count > 0).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        Ok(Option::<u64>::deserialize(deserializer)?.unwrap_or_default())
+    }
+}

@@ -1,0 +1,123 @@
+//! What a run would do: for people, or as JSON. Nothing was measured.
+
+use serde::Serialize;
+
+use super::case::{self, GIB, plain};
+use super::grid::{self, Line};
+use crate::record::Workload;
+
+#[derive(Debug, Clone, Serialize)]
+pub struct DryRun {
+    /// Hub id, built-in name, or the last component of a folder.
+    pub model: String,
+    /// Commit on the hub.
+    pub revision: Option<String>,
+    pub architecture: String,
+    pub parameters: u64,
+    /// `hub`, `local` or `random`.
+    pub weights: String,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    pub threads: usize,
+    pub workload: Workload,
+    /// True where the tokenizer is still to be downloaded: a prompt has no more tokens than bytes.
+    pub n_prompt_is_a_bound: bool,
+    /// `interleaved` or `in_turn`.
+    pub order: String,
+    /// When the repeats of one precision end.
+    pub repeats: String,
+    /// Files of the hub; empty for what needs none.
+    pub files: Vec<File>,
+    /// Of the files that the cache lacks, as far as the hub tells.
+    pub download_bytes: u64,
+    pub rows: Vec<Row>,
+    /// Free memory of the machine, or all memory of the GPU; `None` where the system does not tell.
+    pub free_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct File {
+    pub name: String,
+    pub bytes: Option<u64>,
+    pub is_cached: bool,
+}
+
+/// A worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Row {
+    pub engine: String,
+    pub precision: String,
+    pub weights_bytes: u64,
+    pub kv_cache_bytes: u64,
+    /// Activations of the longest call.
+    pub scratch_bytes: u64,
+    /// `None` where the free memory is unknown.
+    pub fits: Option<bool>,
+}
+
+impl Row {
+    pub fn bytes(&self) -> u64 {
+        self.weights_bytes + self.kv_cache_bytes + self.scratch_bytes
+    }
+}
+
+impl DryRun {
+    pub fn json(&self) -> serde_json::Result<String> {
+        Ok(serde_json::to_string_pretty(self)? + "\n")
+    }
+
+    pub fn text(&self) -> String {
+        let million = self.parameters as f64 / 1e6;
+        let random = if self.weights == "random" { ", random weights" } else { "" };
+        let threads = if self.device == "cpu" { format!(", {} threads", self.threads) } else { String::new() };
+        let bound = if self.n_prompt_is_a_bound { " (at most: the tokenizer is not here yet)" } else { "" };
+        let order = if self.order == "interleaved" { "in turn, repeat by repeat" } else { "one after the other" };
+        let title = format!(
+            "would run {} ({}, {million:.1} M parameters{random}) on {}{threads}",
+            self.model, self.architecture, self.device
+        );
+        let lengths = format!("{}{bound}; workers {order}: {}", case::workload(&self.workload), self.repeats);
+        format!("{}\n{}\n\n{}\n{}", plain(&title), plain(&lengths), self.downloads(), self.fit())
+    }
+
+    fn downloads(&self) -> String {
+        let missing: Vec<_> = self.files.iter().filter(|file| !file.is_cached).collect();
+        match (self.weights.as_str(), missing.as_slice()) {
+            (_, []) if !self.files.is_empty() => "download nothing: the cache has all of it\n".to_owned(),
+            ("random", []) => "download nothing: the weights are made up\n".to_owned(),
+            (_, []) => "download nothing: the model is a folder\n".to_owned(),
+            (_, missing) => {
+                let line =
+                    |file: &&File| Line::Cells(vec![format!("  {}", plain(&file.name)), mib(file.bytes), "MiB".into()]);
+                let lines: Vec<_> = missing.iter().map(line).collect();
+                format!("download {} MiB:\n{}", mib(Some(self.download_bytes)), grid::render(&lines))
+            }
+        }
+    }
+
+    fn fit(&self) -> String {
+        let cells = |texts: [&str; 6]| Line::Cells(texts.map(str::to_owned).to_vec());
+        let mut lines = vec![
+            cells(["precision", "weights", "cache", "activations", "together", "fits"]),
+            cells(["", "GiB", "GiB", "GiB", "GiB", ""]),
+        ];
+        let gib = |bytes: u64| format!("{:.3}", bytes as f64 / GIB);
+        lines.extend(self.rows.iter().map(|row| {
+            let engine = if row.engine == case::OWN { String::new() } else { format!(" by {}", row.engine) };
+            let fits = row.fits.map_or("unknown", |fits| if fits { "yes" } else { "no" });
+            let parts = [row.weights_bytes, row.kv_cache_bytes, row.scratch_bytes, row.bytes()];
+            let first = std::iter::once(plain(&format!("{}{engine}", row.precision)));
+            Line::Cells(first.chain(parts.map(gib)).chain([fits.to_owned()]).collect())
+        }));
+        let free = match self.free_bytes {
+            None => "the free memory is unknown".to_owned(),
+            Some(bytes) if self.device == "cpu" => format!("{} GiB of memory are free", gib(bytes)),
+            Some(bytes) => format!("{} GiB are on the device, whoever uses them", gib(bytes)),
+        };
+        format!("{}{free}\n", grid::render(&lines))
+    }
+}
+
+fn mib(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "?".to_owned(), |bytes| format!("{:.1}", bytes as f64 / (1 << 20) as f64))
+}

@@ -1,0 +1,97 @@
+//! The lines of a suite's results: a record each, with the case that it belongs to.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::BadInput;
+use crate::record::{Record, SCHEMA_VERSION};
+
+/// Which case of which suite a row belongs to: the key `suite` of a line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Facts {
+    /// Name of the suite.
+    pub name: String,
+    /// Content hash of the case.
+    pub case: String,
+    /// From 1, in the whole suite.
+    pub index: usize,
+    pub n_cases: usize,
+    /// Rows that the case has; with fewer it has not ended.
+    pub n_rows: usize,
+}
+
+/// A line of a file.
+#[derive(Debug, Clone)]
+pub struct Line {
+    /// As it stands there, without its end.
+    pub text: String,
+    /// `None` for a row that no suite wrote.
+    pub suite: Option<Facts>,
+    pub record: Record,
+}
+
+/// A file of rows.
+#[derive(Debug, Clone)]
+pub struct Lines {
+    pub path: PathBuf,
+    pub lines: Vec<Line>,
+    /// The last line was cut in the middle of a write.
+    pub torn: bool,
+}
+
+#[derive(Serialize)]
+struct Row<'a> {
+    schema_version: u32,
+    suite: &'a Facts,
+    #[serde(flatten)]
+    record: &'a Record,
+}
+
+#[derive(Deserialize)]
+struct Head {
+    schema_version: Option<u32>,
+    suite: Option<Facts>,
+}
+
+/// One line for each record of a case, each with its end. `facts.n_rows` is set here.
+pub fn write(facts: &Facts, records: &[Record]) -> serde_json::Result<String> {
+    let suite = &Facts { n_rows: records.len(), ..facts.clone() };
+    let row = |record| serde_json::to_string(&Row { schema_version: SCHEMA_VERSION, suite, record });
+    records.iter().map(|record| Ok(row(record)? + "\n")).collect()
+}
+
+/// Reads a file of rows. Fails on a line that is no row of this version's; one that was cut at the end is left out.
+pub fn read_lines(path: &Path) -> Result<Lines, BadInput> {
+    let bytes =
+        std::fs::read(path).map_err(|error| BadInput::new(format!("cannot read `{}`: {error}", path.display())))?;
+    let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+    let bad = |line: usize, what: &str| {
+        BadInput::new(format!("`{}` line {line}: {what}", path.display()))
+            .hint("a file of results holds one JSON object a line, as `quantbench suite` and `--format jsonl` write it")
+    };
+    let text = std::str::from_utf8(&bytes[..whole]).map_err(|_| bad(1, "the file is no text"))?;
+    let mut lines = Vec::new();
+    for (number, text) in text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {
+        lines.push(line(text).map_err(|what| bad(number + 1, &what))?);
+    }
+    let rest = std::str::from_utf8(&bytes[whole..]).unwrap_or_default();
+    let last = line(rest).ok();
+    let torn = whole < bytes.len() && last.is_none();
+    lines.extend(last);
+    Ok(Lines { path: path.to_owned(), lines, torn })
+}
+
+/// Fails with what is wrong.
+fn line(text: &str) -> Result<Line, String> {
+    let head: Head = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    match head.schema_version {
+        Some(SCHEMA_VERSION) => {}
+        Some(other) => {
+            return Err(format!("`schema_version` is {other}, and this version of quantbench reads {SCHEMA_VERSION}"));
+        }
+        None => return Err("there is no `schema_version`".to_owned()),
+    }
+    let record = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    Ok(Line { text: text.to_owned(), suite: head.suite, record })
+}

@@ -1,0 +1,100 @@
+//! The rows of a case that gave none: all that was asked, and why there is nothing else.
+
+use crate::engine::Engine;
+use crate::harness::assemble;
+use crate::harness::protocol::Failure;
+use crate::harness::{self, Case, DeviceChoice, PromptChoice, Row};
+use crate::kernels::isa::Isa;
+use crate::record::{self, Record};
+use crate::weights::WeightsChoice;
+
+/// One record for each engine at each precision asked for, as one run would have made them.
+pub fn records(case: &Case, failure: &Failure) -> Vec<Record> {
+    let timestamp = harness::environment::timestamp();
+    rows(case).iter().map(|row| record(case, row, failure, &timestamp)).collect()
+}
+
+/// Never empty: engines that run none of the precisions were asked for all of them.
+fn rows(case: &Case) -> Vec<Row> {
+    let refused =
+        |&engine: &Engine| case.precisions.iter().map(move |precision| Row { engine, precision: precision.clone() });
+    Some(case.rows()).filter(|rows| !rows.is_empty()).unwrap_or_else(|| case.engines.iter().flat_map(refused).collect())
+}
+
+fn record(case: &Case, row: &Row, failure: &Failure, timestamp: &str) -> Record {
+    let (machine, cpu) = (harness::environment::Machine::default(), "cpu".to_owned());
+    let device = match harness::device(case.device).unwrap_or(case.device) {
+        DeviceChoice::Cuda(ordinal) => record::DeviceFacts { kind: "cuda".to_owned(), name: format!("cuda:{ordinal}") },
+        DeviceChoice::Cpu | DeviceChoice::Auto => record::DeviceFacts { kind: cpu, name: machine.cpu_name() },
+    };
+    let threads = if case.threads == 0 { crate::kernels::cpu::pool::default_threads() } else { case.threads };
+    let nothing = Record::unknown(harness::engine_facts(row.engine));
+    let mut record = Record {
+        command: case.command.clone(),
+        timestamp: timestamp.to_owned(),
+        model: record::ModelFacts {
+            id: shareable_id(&case.model.model_id),
+            revision: case.model.revision.clone(),
+            ..nothing.model
+        },
+        weights: weights(case),
+        precision: row.precision.clone(),
+        keep_fp16: case.keep_fp16.clone(),
+        device,
+        workload: workload(case),
+        dtypes: record::Dtypes { weights: row.precision.clone(), ..nothing.dtypes },
+        environment: machine.environment(Isa::detect().name(), threads),
+        ..nothing
+    };
+    assemble::fail(&mut record, failure);
+    record.reason = Some(shareable_reason(case, failure.message()));
+    record
+}
+
+/// A folder keeps its last component: rows hold no path.
+fn shareable_id(model_id: &str) -> String {
+    let path = std::path::Path::new(model_id);
+    let is_path = path.is_dir() || path.is_absolute() || model_id.starts_with(['.', '~']);
+    match path.file_name().filter(|_| is_path) {
+        Some(name) => name.to_string_lossy().into_owned(),
+        None => model_id.to_owned(),
+    }
+}
+
+/// Messages name what was typed.
+fn shareable_reason(case: &Case, message: &str) -> String {
+    let message = message.replace(&case.model.model_id, &shareable_id(&case.model.model_id));
+    match case.image.as_ref().and_then(|path| Some((path.to_str()?, path.file_name()?.to_str()?))) {
+        Some((path, name)) => message.replace(path, name),
+        None => message,
+    }
+}
+
+/// Nothing is known of weights that were not opened.
+fn weights(case: &Case) -> record::WeightFacts {
+    let random = case.model.weights == WeightsChoice::Random;
+    record::WeightFacts {
+        source: if random { "random".to_owned() } else { String::new() },
+        dtype: String::new(),
+        seed: random.then_some(case.model.seed),
+        hash: String::new(),
+        fp16_overflow: 0,
+    }
+}
+
+/// The lengths that were asked for; those of a text are not known.
+fn workload(case: &Case) -> record::Workload {
+    let n_prompt = match &case.prompt {
+        PromptChoice::Synthetic(n) => *n,
+        PromptChoice::Ids(ids) => ids.len(),
+        PromptChoice::Default | PromptChoice::Text(_) => 0,
+    };
+    record::Workload {
+        n_prompt: n_prompt as u64,
+        n_gen: case.n_gen as u64,
+        n_depth: case.n_depth as u64,
+        n_image: 0,
+        image: None,
+        batch_size: 1,
+    }
+}

@@ -1,0 +1,5 @@
+//! The harness on a fake session and a fake clock: exact numbers, nothing is timed.
+
+mod runs;
+mod scene;
+mod watching;

@@ -1,0 +1,251 @@
+//! What the tests share: workers in this process, on a fake session, a fake clock and a scripted watch.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use quantbench::engine::Engine;
+use quantbench::engine::fake::{FakeSession, FakeTime, Run};
+use quantbench::events::{Listener, Silent};
+use quantbench::harness::assemble::{Facts, records};
+use quantbench::harness::load::{CpuLoad, LoadSpan};
+use quantbench::harness::measure::{Bench, Encode, Task, Wait};
+use quantbench::harness::memory::ProcessMemory;
+use quantbench::harness::protocol::{Failure, Finished, LoadFacts, Sample, Warmed};
+use quantbench::harness::schedule::{Order, Outcome, Stage, Worker};
+use quantbench::harness::watch::{Blind, Watch, Watched};
+use quantbench::harness::{Asked, Case, DeviceChoice, PromptChoice, Protocol, schedule};
+use quantbench::quant::FormatOptions;
+use quantbench::record::metrics::find;
+use quantbench::record::{self, Record};
+use quantbench::weights::{Request, WeightsChoice};
+
+pub const N_GEN: usize = 4;
+pub const N_PROMPT: usize = 8;
+
+/// Which precision did what, in order.
+pub type Journal = Rc<RefCell<Vec<String>>>;
+
+/// A worker in this process, on a fake session.
+pub struct Local {
+    pub precision: String,
+    pub bench: Bench<FakeTime>,
+    pub journal: Journal,
+    pub loading: Result<LoadFacts, Failure>,
+    pub load: Option<LoadSpan>,
+    pub pid: Option<u32>,
+}
+
+impl Local {
+    pub fn new(precision: &str, task: Task, runs: Vec<Run>, journal: &Journal) -> Self {
+        let time = FakeTime::default();
+        let nowhere = PathBuf::from("no such folder");
+        let session = Box::new(FakeSession::new(time.clone(), runs));
+        let bench =
+            Bench::new(session, time, ProcessMemory::below(&nowhere), CpuLoad::below(&nowhere), task, Vec::new());
+        let loading = Ok(LoadFacts { load_s: 2.5, ..LoadFacts::default() });
+        Self { precision: precision.to_owned(), bench, journal: journal.clone(), loading, load: None, pid: None }
+    }
+
+    fn note(&self, what: &str) {
+        self.journal.borrow_mut().push(format!("{what} {}", self.precision));
+    }
+}
+
+impl Worker for Local {
+    fn precision(&self) -> &str {
+        &self.precision
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.pid
+    }
+
+    fn load(&mut self, _events: &dyn Listener) -> Result<LoadFacts, Failure> {
+        self.note("load");
+        self.loading.clone()
+    }
+
+    fn warm_up(&mut self, _events: &dyn Listener) -> Result<Warmed, Failure> {
+        self.note("warm");
+        self.bench.warm_up().map_err(|error| Failure::of(&error))
+    }
+
+    fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
+        self.note("repeat");
+        let sample = self.bench.repeat().map_err(|error| Failure::of(&error))?;
+        Ok(Sample { load: self.load, ..sample })
+    }
+
+    fn finish(&mut self, _events: &dyn Listener) -> Result<Finished, Failure> {
+        self.note("finish");
+        self.bench.finish(None).map_err(|error| Failure::of(&error))
+    }
+}
+
+pub fn task() -> Task {
+    Task {
+        depth: vec![1, 2],
+        encode: Encode::Nothing,
+        prompt: vec![3; N_PROMPT],
+        n_gen: N_GEN,
+        stop_at: Vec::new(),
+        warmup: Some(0),
+        max_time_s: 20.0,
+        wait: Wait::AtEnd,
+    }
+}
+
+/// The run that fills the cache to the depth, which no sample may show.
+pub fn filling() -> Run {
+    Run { prefill_ns: 999_999_999_999, ..Run::default() }
+}
+
+/// A run in milliseconds.
+pub fn run_ms(prefill: u64, steps: &[u64]) -> Run {
+    let step_ns = steps.iter().map(|ms| ms * 1_000_000).collect();
+    Run { prefill_ns: prefill * 1_000_000, step_ns, ..Run::default() }
+}
+
+pub fn counted(repeats: usize) -> Protocol {
+    Protocol { repeats: Some(repeats), ..Protocol::default() }
+}
+
+pub fn case(precisions: &[&str], protocol: Protocol) -> Case {
+    Case {
+        model: Request {
+            model_id: "tiny".to_owned(),
+            revision: None,
+            offline: true,
+            weights: WeightsChoice::Auto,
+            seed: 1,
+            outlier_channels: 0,
+        },
+        precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
+        asked: Asked::ByName,
+        engines: vec![Engine::Quantbench],
+        format_options: FormatOptions::default(),
+        device: DeviceChoice::Cpu,
+        threads: 2,
+        prompt: PromptChoice::Default,
+        image: None,
+        n_gen: N_GEN,
+        n_depth: 2,
+        stop_at_eos: false,
+        protocol,
+        save_logits: None,
+        keep_fp16: Vec::new(),
+        quality: None,
+        command: "quantbench --precision all".to_owned(),
+    }
+}
+
+pub fn facts(case: &Case) -> Facts {
+    let (name, n_gen) = ("tiny".to_owned(), N_GEN as u64);
+    let weights = record::WeightFacts {
+        source: "local".to_owned(),
+        dtype: "bf16".to_owned(),
+        seed: None,
+        hash: "xxh3:0".to_owned(),
+        fp16_overflow: 0,
+    };
+    Facts {
+        engine: record::Engine { name: "quantbench".to_owned(), version: "0".to_owned(), commit: "c".to_owned() },
+        command: case.command.clone(),
+        timestamp: "2026-01-01T00:00:00Z".to_owned(),
+        model: record::ModelFacts { id: name, revision: None, architecture: "llama".to_owned(), parameters: 9 },
+        weights,
+        device: record::DeviceFacts { kind: "cpu".to_owned(), name: "some CPU".to_owned() },
+        workload: record::Workload {
+            n_prompt: N_PROMPT as u64,
+            n_gen,
+            n_depth: 2,
+            n_image: 0,
+            image: None,
+            batch_size: 1,
+        },
+        n_before: 2 + N_PROMPT as u64,
+        environment: record::Environment { threads: 2, ..record::Environment::default() },
+        keep_fp16: Vec::new(),
+        format_options: case.format_options,
+        protocol: case.protocol.clone(),
+        order: Order::Interleaved,
+        resolve_s: 0.5,
+        read_gb_s: Some(1e-3),
+        copy_gb_s: Some(5e-4),
+        theoretical_gb_s: Ok(1.1e-3),
+        cache_bytes: Some(100),
+        counter: None,
+        warnings: Vec::new(),
+    }
+}
+
+/// Runs each precision's script and makes the records.
+pub fn measured(protocol: Protocol, scripts: &[(&str, Vec<Run>)]) -> Vec<Record> {
+    let names: Vec<&str> = scripts.iter().map(|(name, _)| *name).collect();
+    let case = case(&names, protocol);
+    let outcomes = outcomes(&case.protocol, Order::Interleaved, scripts, &Journal::default());
+    records(&facts(&case), &case, &outcomes, &|_| None)
+}
+
+pub fn outcomes(protocol: &Protocol, order: Order, scripts: &[(&str, Vec<Run>)], journal: &Journal) -> Vec<Outcome> {
+    watched_outcomes(protocol, order, scripts, journal, &mut Blind)
+}
+
+pub fn watched_outcomes(
+    protocol: &Protocol,
+    order: Order,
+    scripts: &[(&str, Vec<Run>)],
+    journal: &Journal,
+    watch: &mut dyn Watch,
+) -> Vec<Outcome> {
+    let worker = |at: usize| -> Box<dyn Worker> {
+        let (name, runs) = &scripts[at];
+        let runs = [vec![filling()], runs.clone()].concat();
+        Box::new(Local::new(name, task(), runs, journal))
+    };
+    let mut stage = Stage { start: &worker, n_workers: scripts.len(), order, watch, events: &Silent };
+    schedule::measure(&mut stage, protocol).unwrap()
+}
+
+/// Runs workers that were made already, in one launch.
+pub fn measure(
+    workers: Vec<Box<dyn Worker>>,
+    protocol: &Protocol,
+    order: Order,
+    events: &dyn Listener,
+) -> Result<Vec<Outcome>, Failure> {
+    let n_workers = workers.len();
+    let ready = RefCell::new(workers.into_iter().map(Some).collect::<Vec<_>>());
+    let start = |at: usize| ready.borrow_mut()[at].take().expect("one launch");
+    let mut stage = Stage { start: &start, n_workers, order, watch: &mut Blind, events };
+    schedule::measure(&mut stage, protocol)
+}
+
+/// Sees what was scripted, one entry a repeat; nothing behind the end.
+#[derive(Default)]
+pub struct Scripted {
+    pub script: VecDeque<Watched>,
+    pub n_pauses: usize,
+    /// Who was watched, and beside whom.
+    pub crews: Vec<(Option<u32>, Vec<u32>)>,
+}
+
+impl Watch for Scripted {
+    fn begin(&mut self, worker: Option<u32>, crew: &[u32]) {
+        self.crews.push((worker, crew.to_vec()));
+    }
+
+    fn end(&mut self) -> Watched {
+        self.script.pop_front().unwrap_or_default()
+    }
+
+    fn pause(&mut self) {
+        self.n_pauses += 1;
+    }
+}
+
+pub fn metric(record: &Record, key: &str) -> Option<f64> {
+    find(key).unwrap().value(record)
+}
