@@ -56,6 +56,7 @@ fn allocations_of_decoding(model: &str, precision: &str, isa: Isa) -> u64 {
         threads: 2,
         capacity: 64,
         encoder_capacity: 8,
+        cuda_graph: true,
     };
     let mut session = engine::cpu::load(&setup, isa, &Silent).unwrap().session;
     if plan.encoder.is_some() {

@@ -44,6 +44,7 @@ fn load_with(folder: &Path, precision: &str, selection: &Selection) -> (Model, B
         threads: 2,
         capacity: 64,
         encoder_capacity: 16,
+        cuda_graph: true,
     };
     let session = engine::load(&setup, &Silent).unwrap().session;
     (model, session)
@@ -82,6 +83,7 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
         threads: 1,
+        cuda_graph: true,
         prompt: PromptChoice::Default,
         image: None,
         n_gen: 4,

@@ -76,6 +76,7 @@ fn load(model: &str, precision: &str, executor: Executor) -> Loaded {
         threads: 2,
         capacity: 320,
         encoder_capacity: 256,
+        cuda_graph: true,
     };
     let loaded = match executor {
         Executor::Reference => engine::reference::load(&setup, &Silent).unwrap(),

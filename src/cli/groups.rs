@@ -94,6 +94,10 @@ pub struct DeviceArgs {
     /// Threads on the CPU [default: physical cores that this process may use].
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub threads: Option<usize>,
+
+    /// Launch the kernels of a decode step on CUDA one by one, not as one graph.
+    #[arg(long, help_heading = "Device")]
+    pub no_cuda_graph: bool,
 }
 
 /// What is shown and written.

@@ -88,6 +88,7 @@ fn case(
         asked: asked(&precision.precision, precision.no_double_quant),
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device: device(&device_args.device)?,
+        cuda_graph: !device_args.no_cuda_graph,
         threads: device_args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
         prompt: prompt(prompt_args)?,
         keep_fp16: precision.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect(),

@@ -153,6 +153,8 @@ pub struct Setup<'a> {
     pub capacity: usize,
     /// Tokens or patches that the encoder must hold; 0 without one.
     pub encoder_capacity: usize,
+    /// A decode step on CUDA is replayed as one graph; its kernels are launched one by one otherwise.
+    pub cuda_graph: bool,
 }
 
 /// A device that exists.

@@ -56,6 +56,8 @@ pub struct Case {
     pub device: DeviceChoice,
     /// 0: physical cores within the cgroup's limit.
     pub threads: usize,
+    /// A decode step on CUDA is one graph.
+    pub cuda_graph: bool,
     pub prompt: PromptChoice,
     /// What a model that sees is shown; `None`: the generated test picture.
     pub image: Option<PathBuf>,
@@ -247,6 +249,7 @@ mod tests {
             format_options: FormatOptions::default(),
             device: DeviceChoice::Cpu,
             threads: 1,
+            cuda_graph: true,
             prompt: PromptChoice::Default,
             image: None,
             n_gen: 4,

@@ -33,6 +33,7 @@ pub struct Job {
     pub device: DeviceChoice,
     /// At least 1.
     pub threads: usize,
+    pub cuda_graph: bool,
     pub task: Task,
     /// Which matrices are quantized.
     pub selection: Selection,
@@ -60,6 +61,7 @@ impl Job {
             // The parent has fetched whatever was missing.
             model: crate::weights::Request { offline: true, ..case.model.clone() },
             engine: row.engine,
+            cuda_graph: case.cuda_graph,
             precision: row.precision.clone(),
             format_options: case.format_options,
             encoder_capacity,

@@ -184,6 +184,7 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         threads: job.threads,
         capacity: job.capacity(),
         encoder_capacity: job.encoder_capacity,
+        cuda_graph: job.cuda_graph,
     };
     let loaded = match job.engine {
         Engine::Quantbench => engine::load(&setup, events)?,

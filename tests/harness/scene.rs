@@ -128,6 +128,7 @@ pub fn case(precisions: &[&str], protocol: Protocol) -> Case {
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
         threads: 2,
+        cuda_graph: true,
         prompt: PromptChoice::Default,
         image: None,
         n_gen: N_GEN,

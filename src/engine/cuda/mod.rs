@@ -16,6 +16,7 @@ use self::ring::Ring;
 use self::rows::{Call, Run};
 use self::step::Step;
 use super::load::stream;
+use super::memory::Pool;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
 use crate::kernels::cuda::launch::address;
@@ -114,7 +115,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
             position: 0,
             encoded: 0,
             steps: 0,
-            as_graph: std::env::var_os("QUANTBENCH_NO_CUDA_GRAPH").is_none(),
+            as_graph: setup.cuda_graph,
         }),
         load: streamed.elapsed,
         quantize: streamed.quantize,
@@ -334,6 +335,10 @@ impl Session for CudaSession {
 
     fn synchronize(&mut self) -> Result<()> {
         Ok(self.weights.device.cuda_stream().synchronize()?)
+    }
+
+    fn pool(&self) -> Option<&dyn Pool> {
+        Some(&self.weights.device)
     }
 
     fn footprint(&self) -> Footprint {

@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::{CudaDevice, Device};
 
 use super::{MeasuredBandwidth, Pool, PoolUse};
-use crate::kernels::cuda::memory;
+use crate::kernels::cuda::{bandwidth, memory, open};
 
 /// The pool of `device`; `None` on the CPU.
 pub fn of(device: &Device) -> Option<&dyn Pool> {
@@ -37,8 +37,9 @@ pub fn is_out_of_memory(error: &anyhow::Error) -> bool {
     error.chain().filter_map(|cause| cause.downcast_ref()).any(memory::is_out_of_memory)
 }
 
-/// Read and copy bandwidth of device `ordinal`, for the limit that decode speed is held against. Not measured here yet: the
-/// record then has no share of the bandwidth on this device.
-pub fn read_bandwidth(_ordinal: usize) -> Result<MeasuredBandwidth> {
-    Ok(MeasuredBandwidth::default())
+/// Read and copy bandwidth of device `ordinal`, for the limit that decode speed is held against.
+pub fn read_bandwidth(ordinal: usize) -> Result<MeasuredBandwidth> {
+    let device = open(ordinal)?;
+    let (read_gb_s, copy_gb_s) = bandwidth::measure(device.as_cuda_device()?)?;
+    Ok(MeasuredBandwidth { read_gb_s: Some(read_gb_s), copy_gb_s: Some(copy_gb_s) })
 }

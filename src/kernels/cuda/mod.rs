@@ -7,6 +7,7 @@
 
 pub mod attention;
 pub mod attributes;
+pub mod bandwidth;
 pub mod device;
 pub mod gemm;
 pub mod launch;
