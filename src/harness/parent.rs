@@ -267,7 +267,7 @@ impl Plan {
         let room_bytes = room_bytes.into_iter().flatten().min();
         let too_little = room_bytes.filter(|room| self.share.device == DeviceChoice::Cpu && wanted_bytes > *room);
         if let Some(free_bytes) = too_little {
-            return Box::new(TooLarge { precision: row.label(), oom: OutOfMemory { wanted_bytes, free_bytes } });
+            return Box::new(TooLarge { label: row.label(), oom: OutOfMemory { wanted_bytes, free_bytes } });
         }
         let job = Job::new(case, row, self.share, &self.workload);
         Box::new(ProcessWorker::new(job, wanted_bytes, case.protocol.deadline))
@@ -340,7 +340,7 @@ pub fn engine_facts(engine: Engine) -> record::Engine {
 
 /// Stands in for a worker that is not worth starting.
 struct TooLarge {
-    precision: String,
+    label: String,
     oom: OutOfMemory,
 }
 
@@ -351,8 +351,8 @@ impl TooLarge {
 }
 
 impl Worker for TooLarge {
-    fn precision(&self) -> &str {
-        &self.precision
+    fn label(&self) -> &str {
+        &self.label
     }
 
     fn load(&mut self, _events: &dyn Listener) -> Result<LoadFacts, Failure> {

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 
-use super::DeviceChoice;
 use super::deadline::{Deadline, Watched};
 use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Finished, Job, LoadFacts, Reply, Sample, Warmed};
 use super::schedule::Worker;
 use super::scoring::{Scored, Scoring};
+use super::{DeviceChoice, Row};
 use crate::engine::memory::MeasuredBandwidth;
 use crate::error::OutOfMemory;
 use crate::events::{Listener, Silent};
@@ -28,6 +28,8 @@ const MMAP_THRESHOLD_BYTES: &str = "1048576";
 
 pub struct ProcessWorker {
     job: Job,
+    /// Of the row that it measures.
+    label: String,
     /// Whose code runs; `None`: this program's.
     binary: Option<PathBuf>,
     /// Weights and cache: what a worker that runs out of memory wanted.
@@ -46,7 +48,8 @@ struct Running {
 
 impl ProcessWorker {
     pub fn new(job: Job, needed_bytes: u64, deadline: Option<Deadline>) -> Self {
-        Self { job, binary: None, needed_bytes, deadline, running: None }
+        let label = Row { engine: job.engine, precision: job.precision.clone() }.label();
+        Self { job, label, binary: None, needed_bytes, deadline, running: None }
     }
 
     /// The same in the worker process of another build.
@@ -121,8 +124,8 @@ impl ProcessWorker {
 }
 
 impl Worker for ProcessWorker {
-    fn precision(&self) -> &str {
-        &self.job.precision
+    fn label(&self) -> &str {
+        &self.label
     }
 
     fn pid(&self) -> Option<u32> {

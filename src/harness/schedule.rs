@@ -9,7 +9,8 @@ use crate::events::{Event, Listener, Unit};
 
 /// One precision, in a process of its own or, in tests, in this one.
 pub trait Worker {
-    fn precision(&self) -> &str;
+    /// For progress.
+    fn label(&self) -> &str;
     /// Of the process, once it runs.
     fn pid(&self) -> Option<u32> {
         None
@@ -200,7 +201,7 @@ fn together(
 }
 
 fn phase(worker: &mut dyn Worker, events: &dyn Listener) -> Result<Warmed, Failure> {
-    events.on(Event::Begin { label: format!("warm up {}", worker.precision()), total: 1, unit: Unit::Runs });
+    events.on(Event::Begin { label: format!("warm up {}", worker.label()), total: 1, unit: Unit::Runs });
     let warmed = worker.warm_up(events);
     events.on(Event::End);
     warmed

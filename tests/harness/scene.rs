@@ -54,7 +54,7 @@ impl Local {
 }
 
 impl Worker for Local {
-    fn precision(&self) -> &str {
+    fn label(&self) -> &str {
         &self.precision
     }
 
