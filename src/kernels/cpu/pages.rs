@@ -1,10 +1,14 @@
 //! Large buffers of zeros, straight from the operating system.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::io;
 use std::ops::{Deref, DerefMut};
 
+use half::f16;
+
 /// A transparent huge page on x86-64 and most others.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+const CACHE_LINE_BYTES: usize = 64;
 
 /// Zeroed bytes aligned to at least 64, and to 2 MiB from that size on, where huge pages are asked for: a matvec that
 /// streams 4 KiB pages spends its time in the page tables. Memory comes with the first write, to the thread that writes.
@@ -28,7 +32,37 @@ impl Pages {
         }
         Ok(Self { mapping, start, bytes })
     }
+
+    /// As [`Pages::zeroed`], for memory without which the program cannot go on: a failure ends it, as that of any allocation does.
+    pub fn required(bytes: usize) -> Self {
+        let layout =
+            Layout::from_size_align(bytes, CACHE_LINE_BYTES).expect("a matrix is smaller than the address space");
+        Self::zeroed(bytes).unwrap_or_else(|_| handle_alloc_error(layout))
+    }
+
+    /// The bytes as values; a rest too small for one is left out.
+    pub fn as_values<T: PlainBits>(&self) -> &[T] {
+        // SAFETY: `bytes` initialised bytes from `deref`, aligned to 64, and any bits are a value.
+        unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), self.bytes / size_of::<T>()) }
+    }
+
+    /// As [`Pages::as_values`].
+    pub fn as_values_mut<T: PlainBits>(&mut self) -> &mut [T] {
+        // SAFETY: as above; `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.bytes / size_of::<T>()) }
+    }
 }
+
+/// A type that bytes may be read as.
+///
+/// # Safety
+/// Every bit pattern is a value, and the alignment is at most that of a cache line.
+pub unsafe trait PlainBits: Copy {}
+
+// SAFETY: every pair of bytes is an fp16 value.
+unsafe impl PlainBits for f16 {}
+// SAFETY: every four bytes are an fp32 value.
+unsafe impl PlainBits for f32 {}
 
 impl Deref for Pages {
     type Target = [u8];
@@ -112,7 +146,8 @@ mod system {
     impl Mapping {
         /// `bytes` ≥ 1.
         pub(super) fn new(bytes: usize) -> io::Result<Self> {
-            let layout = Layout::from_size_align(bytes, 64).map_err(|_| io::ErrorKind::OutOfMemory)?;
+            let layout =
+                Layout::from_size_align(bytes, super::CACHE_LINE_BYTES).map_err(|_| io::ErrorKind::OutOfMemory)?;
             // SAFETY: the layout is not empty.
             let pointer = unsafe { alloc_zeroed(layout) };
             if pointer.is_null() { Err(io::ErrorKind::OutOfMemory.into()) } else { Ok(Self { pointer, layout }) }
