@@ -28,7 +28,8 @@ impl Pages {
         let address = mapping.address();
         let start = if slack > 0 { address.next_multiple_of(HUGE_PAGE_BYTES) - address } else { 0 };
         if slack > 0 {
-            mapping.prefer_huge_pages(start, bytes);
+            // SAFETY: the mapping holds `start + bytes` bytes.
+            unsafe { system::prefer_huge_pages(mapping.pointer().add(start), bytes) };
         }
         Ok(Self { mapping, start, bytes })
     }
@@ -50,6 +51,19 @@ impl Pages {
     pub fn as_values_mut<T: PlainBits>(&mut self) -> &mut [T] {
         // SAFETY: as above; `self` is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.bytes / size_of::<T>()) }
+    }
+}
+
+/// Asks for huge pages under memory that was allocated otherwise and not touched yet: what is filled once and soon freed costs
+/// more in faults of 4 KiB pages than in filling.
+pub fn prefer_huge_pages<T>(untouched: &mut [T]) {
+    let bytes = size_of_val(untouched);
+    let start = untouched.as_ptr().addr().next_multiple_of(HUGE_PAGE_BYTES) - untouched.as_ptr().addr();
+    let whole = bytes.saturating_sub(start) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    if whole > 0 {
+        let first = untouched.as_mut_ptr().cast::<u8>().wrapping_add(start);
+        // SAFETY: `whole` bytes from `first` lie within the slice.
+        unsafe { system::prefer_huge_pages(first, whole) };
     }
 }
 
@@ -111,17 +125,20 @@ mod system {
         pub(super) fn address(&self) -> usize {
             self.address.addr()
         }
-
-        #[cfg(target_os = "linux")]
-        pub(super) fn prefer_huge_pages(&self, start: usize, bytes: usize) {
-            assert!(start + bytes <= self.bytes);
-            // SAFETY: the range lies in the mapping; advice changes no contents, and a refusal costs speed only.
-            unsafe { libc::madvise(self.address.byte_add(start), bytes, libc::MADV_HUGEPAGE) };
-        }
-
-        #[cfg(not(target_os = "linux"))]
-        pub(super) fn prefer_huge_pages(&self, _: usize, _: usize) {}
     }
+
+    /// # Safety
+    /// `bytes` bytes from `start`, which lies at the start of a page, are mapped.
+    #[cfg(target_os = "linux")]
+    pub(super) unsafe fn prefer_huge_pages(start: *mut u8, bytes: usize) {
+        // SAFETY: the caller's promise; advice changes no contents, and a refusal costs speed only.
+        unsafe { libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE) };
+    }
+
+    /// # Safety
+    /// None is needed: there is no such advice.
+    #[cfg(not(target_os = "linux"))]
+    pub(super) unsafe fn prefer_huge_pages(_: *mut u8, _: usize) {}
 
     impl Drop for Mapping {
         fn drop(&mut self) {
@@ -160,9 +177,11 @@ mod system {
         pub(super) fn address(&self) -> usize {
             self.pointer.addr()
         }
-
-        pub(super) fn prefer_huge_pages(&self, _: usize, _: usize) {}
     }
+
+    /// # Safety
+    /// None is needed: there is no such advice.
+    pub(super) unsafe fn prefer_huge_pages(_: *mut u8, _: usize) {}
 
     impl Drop for Mapping {
         fn drop(&mut self) {

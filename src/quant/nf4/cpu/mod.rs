@@ -16,7 +16,7 @@ use half::slice::HalfFloatSliceExt;
 use self::absmax::{Lanes, NestedStrip, PackedAbsmax, PlainStrip, RowBlocks, StripAbsmax};
 use super::codes::{encode_block, encode_short_block};
 use super::{AbsmaxKind, BLOCK, CODES, NAME, NAME_NO_DOUBLE_QUANT, Nf4Stored};
-use crate::kernels::cpu::pages::Pages;
+use crate::kernels::cpu::pages::{Pages, prefer_huge_pages};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PANEL_COLUMNS, PanelSource, Start};
@@ -44,6 +44,7 @@ pub struct Nf4Matrix {
 
 /// Encodes the flattened weights, `packed` two to a byte and `absmax` for each 64.
 pub fn encode(weights: &[f16], packed: &mut [u8], absmax: &mut [f32]) {
+    prefer_huge_pages(packed);
     match Isa::detect() {
         // SAFETY: the instruction set was detected.
         #[cfg(target_arch = "x86_64")]
