@@ -62,6 +62,10 @@ struct Loaded {
 }
 
 fn load(model: &str, precision: &str, executor: Executor) -> Loaded {
+    load_for(model, precision, executor, 320)
+}
+
+fn load_for(model: &str, precision: &str, executor: Executor, capacity: usize) -> Loaded {
     let folder = golden().join("models").join(model);
     let request = Request::of(folder.display().to_string());
     let checkpoint = weights::open(&request, &Silent).unwrap();
@@ -74,7 +78,7 @@ fn load(model: &str, precision: &str, executor: Executor) -> Loaded {
         options: FormatOptions::default(),
         device: if matches!(executor, Executor::Cuda) { Device::Cuda(0) } else { Device::Cpu },
         threads: 2,
-        capacity: 320,
+        capacity,
         encoder_capacity: 256,
         cuda_graph: true,
     };
@@ -255,6 +259,34 @@ fn a_rewound_session_repeats_itself_bit_for_bit() {
         let mut loaded = load("llama-tiny", precision, Executor::Cpu(Isa::detect()));
         let first = loaded.generate(&[1, 2, 3]);
         assert_eq!(first, loaded.generate(&[1, 2, 3]), "{precision}");
+    }
+}
+
+/// Behind so many positions that one key/value head's (llama-odd) or the third of three (t5-odd) are shared by two threads.
+#[test]
+fn long_contexts_equal_the_reference_executor() {
+    const POSITIONS: u32 = 1700;
+    let context: Vec<u32> = (0..POSITIONS).map(|i| 3 + i * 37 % 300).collect();
+    for model in ["llama-odd", "t5-odd"] {
+        let steps = |executor| {
+            let Loaded { plan, mut session, .. } = load_for(model, "fp16", executor, POSITIONS as usize + 8);
+            if plan.encoder.is_some() {
+                session.encode(EncoderInput::Tokens(&[5, 6, 7, 8])).unwrap();
+            }
+            session.prefill(&context).unwrap();
+            let step = |token| {
+                session.prefill(&[token]).unwrap();
+                session.logits().unwrap()
+            };
+            [9, 10, 11].map(step)
+        };
+        let expected = steps(Executor::Reference);
+        for executor in executors() {
+            for (step, (logits, expected)) in steps(executor).iter().zip(&expected).enumerate() {
+                let difference = largest_difference(logits, expected);
+                assert!(difference <= FP32_LOGIT_TOLERANCE, "{model} {executor:?} step {step}: {difference}");
+            }
+        }
     }
 }
 

@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use half::f16;
+use half::vec::HalfBitsVecExt;
 
 use super::Setup;
 use crate::events::{Event, Listener, Unit};
+use crate::kernels::cpu::pages::prefer_huge_pages;
 use crate::quant::fp32::Fp32Stored;
 use crate::quant::{HalfMatrix, Stored};
 use crate::weights::Source;
@@ -141,7 +143,10 @@ impl Shared {
     }
 
     fn read(&self, source: &dyn Source, spec: &MatrixSpec) -> Result<HalfMatrix> {
-        let mut data = vec![f16::ZERO; spec.n * spec.k];
+        // Zero bits come untouched from the system.
+        let mut bits = vec![0u16; spec.n * spec.k];
+        prefer_huge_pages(&mut bits);
+        let mut data: Vec<f16> = bits.reinterpret_into();
         let overflow = source.read_rows(&spec.name, 0..spec.n, &mut data)?;
         self.overflow.fetch_add(overflow as u64, Ordering::Relaxed);
         Ok(HalfMatrix { n: spec.n, k: spec.k, data })

@@ -322,10 +322,11 @@ impl Reference {
         let mut out = Vec::with_capacity(h * t * total);
         for head in 0..h {
             for row in 0..t {
-                let query = total - t + row;
-                out.extend((0..total).map(|key| match &table {
+                // Below 0 where a long prompt attends to a short encoding.
+                let query = (total + row) as i64 - t as i64;
+                out.extend((0..total as i64).map(|key| match &table {
                     _ if causal && key > query => f32::NEG_INFINITY,
-                    Some((bias, rows)) => rows[bias.bucket(key as i64 - query as i64, rows.len())][head],
+                    Some((bias, rows)) => rows[bias.bucket(key - query, rows.len())][head],
                     None => 0.0,
                 }));
             }

@@ -2,6 +2,7 @@
 //! first operation to the last. fp32 activations and cache; a decode step allocates nothing.
 
 mod arena;
+mod attend;
 mod run;
 mod schedule;
 
@@ -10,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, bail};
 
 use self::arena::Arena;
+use self::attend::PartSums;
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
@@ -77,6 +79,7 @@ struct Memory {
     prepared: Prepared,
     /// One per worker.
     scratch: Vec<Scratch>,
+    parts: PartSums,
 }
 
 /// What a worker keeps from call to call, only ever grown.
@@ -147,6 +150,7 @@ impl CpuSession {
                 features: Vec::new(),
                 prepared: Prepared::default(),
                 scratch: (0..setup.threads).map(|_| Scratch::default()).collect(),
+                parts: PartSums::new(&model, setup.threads),
             },
             position: 0,
             encoded: 0,
@@ -363,11 +367,12 @@ impl CpuSession {
     }
 
     fn scratch_bytes(&self) -> usize {
-        let Memory { features, prepared, scratch, .. } = &self.memory;
+        let Memory { features, prepared, scratch, parts, .. } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
         let buffers = programs.map(|program| program.slots.len()).sum::<usize>()
             + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity()).sum::<usize>();
-        let floats = buffers + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
+        let floats =
+            buffers + parts.floats() + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
         4 * floats + prepared.i8s.capacity()
     }
 }

@@ -4,20 +4,17 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::arena::SharedArena;
-use super::schedule::{Attend, Step, must_meet};
+use super::attend::SharedParts;
+use super::schedule::{Step, must_meet};
 use super::{Memory, Program, Scratch, Weights};
 use crate::engine::OutlierColumns;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
-use crate::kernels::cpu::{activation, attention, norm, rope, vector};
+use crate::kernels::cpu::{activation, norm, rope, vector};
 use crate::plan::{
-    ActivationKind, BufferId, CacheId, Holds, LinearPart, Mask, MatrixId, NormKind, Plan, Rotate, Rows, Storage,
-    VectorId,
+    ActivationKind, BufferId, CacheId, Holds, LinearPart, MatrixId, NormKind, Plan, Rotate, Rows, Storage, VectorId,
 };
 use crate::quant::Prepared;
-
-/// A prefill hands out attention in blocks of this many query rows of one key/value head.
-const QUERY_BLOCK: usize = 16;
 
 /// What a call is about.
 #[derive(Clone, Copy)]
@@ -59,6 +56,7 @@ pub fn run(
         features: SharedSlice::new(std::slice::from_mut(&mut memory.features)),
         prepared: SharedSlice::new(std::slice::from_mut(&mut memory.prepared)),
         scratch: SharedSlice::new(&mut memory.scratch),
+        parts: memory.parts.share(),
         token: AtomicU32::new(0),
         outlier_columns: AtomicU64::new(0),
         outlier_calls: AtomicU64::new(0),
@@ -84,20 +82,21 @@ pub fn run(
 }
 
 /// Everything the workers share for one call. Who touches what follows from [`Step::split`].
-struct Runner<'a> {
-    weights: &'a Weights,
+pub(super) struct Runner<'a> {
+    pub(super) weights: &'a Weights,
     plan: &'a Plan,
     storage: &'a Storage,
-    call: Call<'a>,
+    pub(super) call: Call<'a>,
     slots: SharedArena<'a>,
     /// Keys and values of each cache.
-    caches: SharedArena<'a>,
+    pub(super) caches: SharedArena<'a>,
     /// One element, written by worker 0 at the end of a vision encoder.
     features: SharedSlice<'a, Vec<f32>>,
     /// One element, written by worker 0.
     prepared: SharedSlice<'a, Prepared>,
     /// One element per worker.
     scratch: SharedSlice<'a, Scratch>,
+    pub(super) parts: SharedParts<'a>,
     token: AtomicU32,
     outlier_columns: AtomicU64,
     outlier_calls: AtomicU64,
@@ -129,12 +128,12 @@ impl Runner<'_> {
         }
     }
 
-    fn width(&self, buffer: BufferId) -> usize {
+    pub(super) fn width(&self, buffer: BufferId) -> usize {
         self.plan.buffers[buffer.0].width
     }
 
     /// Rows of this call.
-    fn rows(&self, buffer: BufferId) -> usize {
+    pub(super) fn rows(&self, buffer: BufferId) -> usize {
         match self.plan.buffers[buffer.0].rows {
             Rows::Tokens => self.call.rows,
             Rows::Last => 1,
@@ -142,7 +141,7 @@ impl Runner<'_> {
     }
 
     /// `columns` of a row, for reading.
-    fn part(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &[f32] {
+    pub(super) fn part(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &[f32] {
         let start = self.slots.start(self.storage.slot_of[buffer.0]) + row * self.width(buffer);
         // SAFETY: a step reads what earlier steps wrote; `must_meet` put a barrier where the split changed, and
         // `Plan::storage` gives no two buffers that live at once the same slot.
@@ -151,7 +150,7 @@ impl Runner<'_> {
 
     /// `columns` of a row, for writing by the one worker whose share they are.
     #[allow(clippy::mut_from_ref)]
-    fn part_mut(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &mut [f32] {
+    pub(super) fn part_mut(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &mut [f32] {
         let start = self.slots.start(self.storage.slot_of[buffer.0]) + row * self.width(buffer);
         // SAFETY: the split of the step gives these columns of this row to one worker, and no other buffer that is read
         // in the step shares the slot.
@@ -172,7 +171,7 @@ impl Runner<'_> {
     }
 
     #[allow(clippy::mut_from_ref)]
-    fn scratch(&self, worker: &Worker) -> &mut Scratch {
+    pub(super) fn scratch(&self, worker: &Worker) -> &mut Scratch {
         // SAFETY: each worker takes the element of its own index.
         unsafe { &mut self.scratch.range_mut(worker.index()..worker.index() + 1)[0] }
     }
@@ -290,7 +289,7 @@ impl Runner<'_> {
     }
 
     /// Positions that a cache can hold.
-    fn capacity(&self, cache: CacheId) -> usize {
+    pub(super) fn capacity(&self, cache: CacheId) -> usize {
         match self.weights.model.caches[cache.0].holds {
             Holds::Decoder => self.weights.capacity,
             Holds::Encoder => self.weights.encoder_capacity,
@@ -321,87 +320,5 @@ impl Runner<'_> {
                 unsafe { values.range_mut(at..at + d) }.copy_from_slice(self.part(v, row, columns.clone()));
             }
         }
-    }
-
-    /// One row: by key/value heads, as they were appended. Several: by heads and blocks of rows, dealt out in turn since
-    /// later rows see more.
-    fn attend(&self, attend: &Attend, worker: &Worker) {
-        let heads = self.weights.model.caches[attend.cache.0].kv_heads;
-        let rows = self.rows(attend.q);
-        if rows == 1 {
-            worker.share(heads, 1).for_each(|head| self.attend_row(attend, head, 0, worker));
-            return;
-        }
-        let blocks = rows.div_ceil(QUERY_BLOCK);
-        for item in (worker.index()..heads * blocks).step_by(worker.count()) {
-            let (block, head) = (item / heads, item % heads);
-            let rows = block * QUERY_BLOCK..rows.min((block + 1) * QUERY_BLOCK);
-            match attend.bias {
-                Some(_) => rows.for_each(|row| self.attend_row(attend, head, row, worker)),
-                None => self.attend_block(attend, head, rows, worker),
-            }
-        }
-    }
-
-    /// Rows of one head together, so that keys and values are read once for the block.
-    fn attend_block(&self, attend: &Attend, head: usize, rows: Range<usize>, worker: &Worker) {
-        let spec = self.weights.model.caches[attend.cache.0];
-        let d = spec.head_dim;
-        let width = self.width(attend.q) / spec.kv_heads;
-        let columns = head * width..(head + 1) * width;
-        let Scratch { kernel, gathered } = self.scratch(worker);
-        gathered.resize(2 * rows.len() * width, 0.0);
-        let (queries, outs) = gathered.split_at_mut(rows.len() * width);
-        for (row, query) in rows.clone().zip(queries.chunks_exact_mut(width)) {
-            query.copy_from_slice(self.part(attend.q, row, columns.clone()));
-        }
-        let (first, last) = (self.seen(attend, rows.start), self.seen(attend, rows.end - 1));
-        let (keys, values) = self.keys_and_values(attend.cache, head, last);
-        if first == last {
-            attention::attend(self.weights.isa, queries, keys, values, d, attend.scale, None, outs, kernel);
-        } else {
-            let context = attention::Context { keys, values, d, scale: attend.scale };
-            attention::attend_rows(self.weights.isa, queries, width / d, &context, first, outs, kernel);
-        }
-        for (row, out) in rows.zip(outs.chunks_exact(width)) {
-            self.part_mut(attend.out, row, columns.clone()).copy_from_slice(out);
-        }
-    }
-
-    /// The first `seen` positions of a head.
-    fn keys_and_values(&self, cache: CacheId, head: usize, seen: usize) -> (&[f32], &[f32]) {
-        let d = self.weights.model.caches[cache.0].head_dim;
-        let at = head * self.capacity(cache) * d;
-        let [keys, values] = [2 * cache.0, 2 * cache.0 + 1].map(|region| self.caches.start(region) + at);
-        let floats = &self.caches.floats;
-        // SAFETY: appended by this worker, or by others before a barrier; nothing appends while a step attends.
-        unsafe { (floats.range(keys..keys + seen * d), floats.range(values..values + seen * d)) }
-    }
-
-    /// Positions of the cache that a row sees.
-    fn seen(&self, attend: &Attend, row: usize) -> usize {
-        if self.weights.model.caches[attend.cache.0].holds == Holds::Encoder {
-            return self.call.encoded;
-        }
-        let full = match attend.mask {
-            Mask::Causal => false,
-            Mask::Full => true,
-            Mask::Prefix => self.call.position == 0,
-        };
-        self.call.position + if full { self.call.rows } else { row + 1 }
-    }
-
-    fn attend_row(&self, attend: &Attend, head: usize, row: usize, worker: &Worker) {
-        let spec = self.weights.model.caches[attend.cache.0];
-        let seen = self.seen(attend, row);
-        let (keys, values) = self.keys_and_values(attend.cache, head, seen);
-        let width = self.width(attend.q) / spec.kv_heads;
-        let columns = head * width..(head + 1) * width;
-        let query = self.part(attend.q, row, columns.clone());
-        let out = self.part_mut(attend.out, row, columns);
-        // One query head a key/value head wherever there is a bias (T5): its biases lie together.
-        let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position + row, seen));
-        let scratch = &mut self.scratch(worker).kernel;
-        attention::attend(self.weights.isa, query, keys, values, spec.head_dim, attend.scale, bias, out, scratch);
     }
 }

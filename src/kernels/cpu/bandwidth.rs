@@ -24,7 +24,7 @@ const BUDGET: Duration = Duration::from_millis(300);
 pub fn read_gb_s(isa: Isa, pool: &Pool) -> io::Result<f64> {
     let bytes = working_set_bytes();
     let mut pages = Pages::zeroed(bytes)?;
-    let shared = SharedSlice::new(floats(&mut pages));
+    let shared = SharedSlice::new(pages.as_values_mut::<f32>());
     let own = |worker: &Worker| worker.share(shared.len(), GRANULE);
     pool.run(&|worker| {
         // SAFETY: shares are disjoint.
@@ -43,7 +43,8 @@ pub fn read_gb_s(isa: Isa, pool: &Pool) -> io::Result<f64> {
 pub fn copy_gb_s(isa: Isa, pool: &Pool) -> io::Result<f64> {
     let bytes = working_set_bytes();
     let (mut source, mut target) = (Pages::zeroed(bytes / 2)?, Pages::zeroed(bytes / 2)?);
-    let (source, target) = (SharedSlice::new(floats(&mut source)), SharedSlice::new(floats(&mut target)));
+    let (source, target) =
+        (SharedSlice::new(source.as_values_mut::<f32>()), SharedSlice::new(target.as_values_mut::<f32>()));
     let own = |worker: &Worker| worker.share(source.len(), GRANULE);
     pool.run(&|worker| {
         for half in [&source, &target] {
@@ -80,13 +81,6 @@ fn best_pass_s(pool: &Pool, pass: &(dyn Fn(&Worker) + Sync)) -> f64 {
         best = best.min(begin.elapsed());
     }
     best.as_secs_f64()
-}
-
-fn floats(pages: &mut Pages) -> &mut [f32] {
-    // SAFETY: any four bytes are an fp32.
-    let (head, floats, tail) = unsafe { pages.align_to_mut::<f32>() };
-    assert!(head.is_empty() && tail.is_empty(), "pages are aligned and a multiple of a granule long");
-    floats
 }
 
 /// Elements ahead that are asked for: 2 KiB covers the latency of memory at the rate of one core.
@@ -158,7 +152,7 @@ mod tests {
     fn reading_sums_and_copying_copies() {
         let pages = || Pages::zeroed(4 << 20).unwrap();
         let (mut source, mut target) = (pages(), pages());
-        let (x, out) = (floats(&mut source), floats(&mut target));
+        let (x, out) = (source.as_values_mut::<f32>(), target.as_values_mut::<f32>());
         for (i, x) in x.iter_mut().enumerate() {
             // Sums of up to 2^20 values of −8..=7 stay exact.
             *x = (i % 16) as f32 - 8.0;

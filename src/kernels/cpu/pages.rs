@@ -1,10 +1,14 @@
 //! Large buffers of zeros, straight from the operating system.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::io;
 use std::ops::{Deref, DerefMut};
 
+use half::f16;
+
 /// A transparent huge page on x86-64 and most others.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+const CACHE_LINE_BYTES: usize = 64;
 
 /// Zeroed bytes aligned to at least 64, and to 2 MiB from that size on, where huge pages are asked for: a matvec that
 /// streams 4 KiB pages spends its time in the page tables. Memory comes with the first write, to the thread that writes.
@@ -24,11 +28,55 @@ impl Pages {
         let address = mapping.address();
         let start = if slack > 0 { address.next_multiple_of(HUGE_PAGE_BYTES) - address } else { 0 };
         if slack > 0 {
-            mapping.prefer_huge_pages(start, bytes);
+            // SAFETY: the mapping holds `start + bytes` bytes.
+            unsafe { system::prefer_huge_pages(mapping.pointer().add(start), bytes) };
         }
         Ok(Self { mapping, start, bytes })
     }
+
+    /// As [`Pages::zeroed`], for memory without which the program cannot go on: a failure ends it, as that of any allocation does.
+    pub fn required(bytes: usize) -> Self {
+        let layout =
+            Layout::from_size_align(bytes, CACHE_LINE_BYTES).expect("a matrix is smaller than the address space");
+        Self::zeroed(bytes).unwrap_or_else(|_| handle_alloc_error(layout))
+    }
+
+    /// The bytes as values; a rest too small for one is left out.
+    pub fn as_values<T: PlainBits>(&self) -> &[T] {
+        // SAFETY: `bytes` initialised bytes from `deref`, aligned to 64, and any bits are a value.
+        unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), self.bytes / size_of::<T>()) }
+    }
+
+    /// As [`Pages::as_values`].
+    pub fn as_values_mut<T: PlainBits>(&mut self) -> &mut [T] {
+        // SAFETY: as above; `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.bytes / size_of::<T>()) }
+    }
 }
+
+/// Asks for huge pages under memory that was allocated otherwise and not touched yet: what is filled once and soon freed costs
+/// more in faults of 4 KiB pages than in filling.
+pub fn prefer_huge_pages<T>(untouched: &mut [T]) {
+    let bytes = size_of_val(untouched);
+    let start = untouched.as_ptr().addr().next_multiple_of(HUGE_PAGE_BYTES) - untouched.as_ptr().addr();
+    let whole = bytes.saturating_sub(start) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    if whole > 0 {
+        let first = untouched.as_mut_ptr().cast::<u8>().wrapping_add(start);
+        // SAFETY: `whole` bytes from `first` lie within the slice.
+        unsafe { system::prefer_huge_pages(first, whole) };
+    }
+}
+
+/// A type that bytes may be read as.
+///
+/// # Safety
+/// Every bit pattern is a value, and the alignment is at most that of a cache line.
+pub unsafe trait PlainBits: Copy {}
+
+// SAFETY: every pair of bytes is an fp16 value.
+unsafe impl PlainBits for f16 {}
+// SAFETY: every four bytes are an fp32 value.
+unsafe impl PlainBits for f32 {}
 
 impl Deref for Pages {
     type Target = [u8];
@@ -77,17 +125,20 @@ mod system {
         pub(super) fn address(&self) -> usize {
             self.address.addr()
         }
-
-        #[cfg(target_os = "linux")]
-        pub(super) fn prefer_huge_pages(&self, start: usize, bytes: usize) {
-            assert!(start + bytes <= self.bytes);
-            // SAFETY: the range lies in the mapping; advice changes no contents, and a refusal costs speed only.
-            unsafe { libc::madvise(self.address.byte_add(start), bytes, libc::MADV_HUGEPAGE) };
-        }
-
-        #[cfg(not(target_os = "linux"))]
-        pub(super) fn prefer_huge_pages(&self, _: usize, _: usize) {}
     }
+
+    /// # Safety
+    /// `bytes` bytes from `start`, which lies at the start of a page, are mapped.
+    #[cfg(target_os = "linux")]
+    pub(super) unsafe fn prefer_huge_pages(start: *mut u8, bytes: usize) {
+        // SAFETY: the caller's promise; advice changes no contents, and a refusal costs speed only.
+        unsafe { libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE) };
+    }
+
+    /// # Safety
+    /// None is needed: there is no such advice.
+    #[cfg(not(target_os = "linux"))]
+    pub(super) unsafe fn prefer_huge_pages(_: *mut u8, _: usize) {}
 
     impl Drop for Mapping {
         fn drop(&mut self) {
@@ -112,7 +163,8 @@ mod system {
     impl Mapping {
         /// `bytes` ≥ 1.
         pub(super) fn new(bytes: usize) -> io::Result<Self> {
-            let layout = Layout::from_size_align(bytes, 64).map_err(|_| io::ErrorKind::OutOfMemory)?;
+            let layout =
+                Layout::from_size_align(bytes, super::CACHE_LINE_BYTES).map_err(|_| io::ErrorKind::OutOfMemory)?;
             // SAFETY: the layout is not empty.
             let pointer = unsafe { alloc_zeroed(layout) };
             if pointer.is_null() { Err(io::ErrorKind::OutOfMemory.into()) } else { Ok(Self { pointer, layout }) }
@@ -125,9 +177,11 @@ mod system {
         pub(super) fn address(&self) -> usize {
             self.pointer.addr()
         }
-
-        pub(super) fn prefer_huge_pages(&self, _: usize, _: usize) {}
     }
+
+    /// # Safety
+    /// None is needed: there is no such advice.
+    pub(super) unsafe fn prefer_huge_pages(_: *mut u8, _: usize) {}
 
     impl Drop for Mapping {
         fn drop(&mut self) {

@@ -1,9 +1,8 @@
-//! What the CPU kernels of all formats share: the memory they stream and the multiplication for many tokens.
+//! What the CPU kernels of all formats share: their strips and the multiplication for many tokens.
 //!
 //! Kernels walk strips: 16 consecutive rows of a matrix, one row for each lane of a 512-bit register, so that a sum over
 //! the columns ends in registers that hold one output each.
 
-pub mod memory;
 pub mod panel;
 
 mod portable;

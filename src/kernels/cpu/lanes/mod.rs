@@ -8,7 +8,6 @@ mod portable;
 mod x86;
 
 use crate::kernels::isa::Isa;
-use half::f16;
 use std::sync::LazyLock;
 
 /// One vector of fp32. Implementations name instructions that the machine must have, and only [`on`] picks one, after
@@ -33,10 +32,6 @@ pub(super) trait Lanes: Copy {
     fn load_head(x: &[f32]) -> Self;
     /// The first `out.len()` < `WIDTH` lanes to `out`.
     fn store_head(self, out: &mut [f32]);
-
-    fn load_f16(x: &[f16]) -> Self;
-    /// Rounds to nearest, ties to even; too large becomes infinite.
-    fn store_f16(self, out: &mut [f16]);
 
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;

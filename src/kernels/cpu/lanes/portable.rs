@@ -1,7 +1,6 @@
 //! Eight lanes in plain Rust, which the compiler turns into whatever vectors the target has.
 
 use super::Lanes;
-use half::f16;
 
 #[derive(Clone, Copy)]
 pub(super) struct Eight([f32; 8]);
@@ -50,16 +49,6 @@ impl Lanes for Eight {
     #[inline(always)]
     fn store_head(self, out: &mut [f32]) {
         out.copy_from_slice(&self.0[..out.len()]);
-    }
-    #[inline(always)]
-    fn load_f16(x: &[f16]) -> Self {
-        Self(std::array::from_fn(|i| x[i].to_f32()))
-    }
-    #[inline(always)]
-    fn store_f16(self, out: &mut [f16]) {
-        for (out, x) in out[..8].iter_mut().zip(self.0) {
-            *out = f16::from_f32(x);
-        }
     }
     #[inline(always)]
     fn add(self, other: Self) -> Self {

@@ -1,7 +1,6 @@
 //! The vectors of AVX2 and AVX-512.
 
 use super::{Kernel, Lanes};
-use half::f16;
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -73,19 +72,6 @@ impl Lanes for Ymm {
         // SAFETY: lanes past `out` are masked and not written.
         unsafe { _mm256_maskstore_ps(out.as_mut_ptr(), ymm_head(out.len()), self.0) }
     }
-    #[inline(always)]
-    fn load_f16(x: &[f16]) -> Self {
-        assert!(x.len() >= 8);
-        // SAFETY: eight readable halves by the assert; the machine has F16C.
-        Self(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast())) })
-    }
-    #[inline(always)]
-    fn store_f16(self, out: &mut [f16]) {
-        assert!(out.len() >= 8);
-        // SAFETY: eight writable halves by the assert; the machine has F16C.
-        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
-    }
-
     direct! { Self,
         add(other) = _mm256_add_ps;
         sub(other) = _mm256_sub_ps;
@@ -192,19 +178,6 @@ impl Lanes for Zmm {
         // SAFETY: lanes past `out` are masked and not written.
         unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), zmm_head(out.len()), self.0) }
     }
-    #[inline(always)]
-    fn load_f16(x: &[f16]) -> Self {
-        assert!(x.len() >= 16);
-        // SAFETY: sixteen readable halves by the assert.
-        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) })
-    }
-    #[inline(always)]
-    fn store_f16(self, out: &mut [f16]) {
-        assert!(out.len() >= 16);
-        // SAFETY: sixteen writable halves by the assert.
-        unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
-    }
-
     direct! { Self,
         add(other) = _mm512_add_ps;
         sub(other) = _mm512_sub_ps;

@@ -14,15 +14,15 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::{DenseStored, Name};
+use crate::kernels::cpu::pages::{Pages, PlainBits};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
-use crate::quant::cpu::memory::{WeightBytes, WeightValue};
 use crate::quant::cpu::panel::{self, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, checked, strips, write_strip};
 use crate::quant::{CpuMatrix, Prepared, Stored};
 
 /// A floating-point type that matrices are made of.
-pub trait Value: Name + WeightValue + Send + Sync + std::fmt::Debug + PartialEq + 'static {
+pub trait Value: Name + PlainBits + Send + Sync + std::fmt::Debug + PartialEq + 'static {
     fn little_endian(self) -> impl Iterator<Item = u8>;
 
     /// From as many bytes as a value has.
@@ -135,13 +135,13 @@ pub struct DenseMatrix<T> {
     n: usize,
     k: usize,
     isa: Isa,
-    weights: WeightBytes,
+    weights: Pages,
     value: PhantomData<T>,
 }
 
 impl<T: Value> DenseMatrix<T> {
     pub fn new(stored: &DenseStored<T>, isa: Isa) -> Self {
-        let mut weights = WeightBytes::zeroed(size_of_val(&stored.data[..]));
+        let mut weights = Pages::required(size_of_val(&stored.data[..]));
         weights.as_values_mut().copy_from_slice(&stored.data);
         Self { n: stored.n, k: stored.k, isa: checked(isa), weights, value: PhantomData }
     }

@@ -11,9 +11,9 @@ mod avx512;
 use std::ops::Range;
 
 use super::{CODE_UNIT, Int8Stored, NAME, PRODUCT_UNIT};
+use crate::kernels::cpu::pages::Pages;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
-use crate::quant::cpu::memory::WeightBytes;
 use crate::quant::cpu::panel::{self, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, checked, strips, write_strip};
 use crate::quant::{CpuMatrix, Prepared, Stored};
@@ -38,7 +38,7 @@ pub struct Int8Matrix {
     k: usize,
     isa: Isa,
     threshold: f32,
-    codes: WeightBytes,
+    codes: Pages,
     /// Each row's absmax, zero for the rows that fill the last strip.
     absmax: Vec<f32>,
     /// What the sums exceed the products' by, as the kernel's activations are offset; empty where they are not.
@@ -50,7 +50,7 @@ impl Int8Matrix {
         let isa = checked(isa);
         let Int8Stored { n, k, threshold, codes, mut absmax } = stored;
         let quads = k.div_ceil(QUAD);
-        let mut bytes = WeightBytes::zeroed(n.div_ceil(STRIP_ROWS) * quads * QUAD_BYTES);
+        let mut bytes = Pages::required(n.div_ceil(STRIP_ROWS) * quads * QUAD_BYTES);
         for (row, codes) in codes.chunks_exact(k).enumerate() {
             let lane = (row / STRIP_ROWS * quads * STRIP_ROWS + row % STRIP_ROWS) * QUAD;
             for (quad, codes) in codes.chunks(QUAD).enumerate() {

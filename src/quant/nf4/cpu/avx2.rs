@@ -1,4 +1,10 @@
 //! NF4 on AVX2: two `vpermps` of eight entries each and a blend look 8 codes up at once, exactly in fp32.
+//!
+//! The vector pipes are the limit, not memory: 46 instructions for 64 codes are 10.3 GB/s of codes in the cache of a Zen 5 core
+//! at 4 GHz, which reads 30 GB/s. What was tried instead, by tables of bytes for `vpshufb`: all four bytes of an fp32,
+//! exact, 11.6 GB/s, but 24 shuffles for 64 codes where many cores do one a cycle; three bytes of a fixed-point value against
+//! activations in two integers, 12.5 GB/s, and an error of up to 2⁻²⁰ of a block's greatest product, with which the golden models'
+//! logits move beyond their bound; two bytes against int16 activations, 21 GB/s, and an error 30 times as large.
 
 use std::arch::x86_64::*;
 

@@ -16,9 +16,9 @@ use half::slice::HalfFloatSliceExt;
 use self::absmax::{Lanes, NestedStrip, PackedAbsmax, PlainStrip, RowBlocks, StripAbsmax};
 use super::codes::{encode_block, encode_short_block};
 use super::{AbsmaxKind, BLOCK, CODES, NAME, NAME_NO_DOUBLE_QUANT, Nf4Stored};
+use crate::kernels::cpu::pages::{Pages, prefer_huge_pages};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
-use crate::quant::cpu::memory::WeightBytes;
 use crate::quant::cpu::panel::{self, PANEL_COLUMNS, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, StripSums, checked, grown, strips, write_strip};
 use crate::quant::{CpuMatrix, Prepared, Stored};
@@ -37,13 +37,14 @@ pub struct Nf4Matrix {
     n: usize,
     k: usize,
     isa: Isa,
-    codes: WeightBytes,
+    codes: Pages,
     absmax: PackedAbsmax,
     kind: AbsmaxKind,
 }
 
 /// Encodes the flattened weights, `packed` two to a byte and `absmax` for each 64.
 pub fn encode(weights: &[f16], packed: &mut [u8], absmax: &mut [f32]) {
+    prefer_huge_pages(packed);
     match Isa::detect() {
         // SAFETY: the instruction set was detected.
         #[cfg(target_arch = "x86_64")]
@@ -81,7 +82,7 @@ impl Nf4Matrix {
     pub fn new(stored: Nf4Stored, isa: Isa) -> Self {
         let (n, k) = stored.shape();
         let groups = k.div_ceil(GROUP);
-        let mut codes = WeightBytes::zeroed(n.div_ceil(STRIP_ROWS) * groups * GROUP_BYTES);
+        let mut codes = Pages::required(n.div_ceil(STRIP_ROWS) * groups * GROUP_BYTES);
         for row in 0..n {
             let lane = (row / STRIP_ROWS * groups * STRIP_ROWS + row % STRIP_ROWS) * 4;
             for group in 0..groups {

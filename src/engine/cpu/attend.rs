@@ -1,0 +1,262 @@
+//! Attention of a call: by heads, by heads and blocks of rows, or by positions, as the call has one row or several and a
+//! short context or a long one.
+
+use std::ops::Range;
+
+use super::Scratch;
+use super::run::Runner;
+use super::schedule::Attend;
+use crate::kernels::cpu::attention::{self, Partial};
+use crate::kernels::cpu::pool::Worker;
+use crate::kernels::cpu::shared::SharedSlice;
+use crate::plan::{CacheId, Holds, Mask, Model, Op};
+
+/// A prefill hands out attention in blocks of this many query rows of one key/value head.
+const QUERY_BLOCK: usize = 16;
+
+/// Positions are handed out in multiples of this, which is what attention takes at once.
+const POSITIONS: usize = 64;
+
+/// Bytes of keys and values that a worker must be spared to read before positions are split. Splitting costs two more meetings,
+/// each 1 to 3 µs, in which a core reads about as much.
+const SPARED_BYTES: usize = 128 << 10;
+
+impl Runner<'_> {
+    /// One row: by key/value heads, as they were appended, or by positions where heads would leave workers idle for long.
+    /// Several: by heads and blocks of rows, dealt out in turn since later rows see more.
+    pub(super) fn attend(&self, attend: &Attend, worker: &Worker) {
+        let heads = self.weights.model.caches[attend.cache.0].kv_heads;
+        let rows = self.rows(attend.q);
+        if rows == 1 {
+            if self.splits_positions(attend, worker.count()) {
+                return self.attend_positions(attend, worker);
+            }
+            worker.share(heads, 1).for_each(|head| self.attend_row(attend, head, 0, worker));
+            return;
+        }
+        let blocks = rows.div_ceil(QUERY_BLOCK);
+        for item in (worker.index()..heads * blocks).step_by(worker.count()) {
+            let (block, head) = (item / heads, item % heads);
+            let rows = block * QUERY_BLOCK..rows.min((block + 1) * QUERY_BLOCK);
+            match attend.bias {
+                Some(_) => rows.for_each(|row| self.attend_row(attend, head, row, worker)),
+                None => self.attend_block(attend, head, rows, worker),
+            }
+        }
+    }
+
+    /// Rows of one head together, so that keys and values are read once for the block.
+    fn attend_block(&self, attend: &Attend, head: usize, rows: Range<usize>, worker: &Worker) {
+        let spec = self.weights.model.caches[attend.cache.0];
+        let d = spec.head_dim;
+        let width = self.width(attend.q) / spec.kv_heads;
+        let columns = head * width..(head + 1) * width;
+        let Scratch { kernel, gathered } = self.scratch(worker);
+        gathered.resize(2 * rows.len() * width, 0.0);
+        let (queries, outs) = gathered.split_at_mut(rows.len() * width);
+        for (row, query) in rows.clone().zip(queries.chunks_exact_mut(width)) {
+            query.copy_from_slice(self.part(attend.q, row, columns.clone()));
+        }
+        let (first, last) = (self.seen(attend, rows.start), self.seen(attend, rows.end - 1));
+        let (keys, values) = self.keys_and_values(attend.cache, head, 0..last);
+        if first == last {
+            attention::attend(self.weights.isa, queries, keys, values, d, attend.scale, None, outs, kernel);
+        } else {
+            let context = attention::Context { keys, values, d, scale: attend.scale };
+            attention::attend_rows(self.weights.isa, queries, width / d, &context, first, outs, kernel);
+        }
+        for (row, out) in rows.zip(outs.chunks_exact(width)) {
+            self.part_mut(attend.out, row, columns.clone()).copy_from_slice(out);
+        }
+    }
+
+    fn attend_row(&self, attend: &Attend, head: usize, row: usize, worker: &Worker) {
+        let spec = self.weights.model.caches[attend.cache.0];
+        let seen = self.seen(attend, row);
+        let (keys, values) = self.keys_and_values(attend.cache, head, 0..seen);
+        let width = self.width(attend.q) / spec.kv_heads;
+        let columns = head * width..(head + 1) * width;
+        let query = self.part(attend.q, row, columns.clone());
+        let out = self.part_mut(attend.out, row, columns);
+        // One query head a key/value head wherever there is a bias (T5): its biases lie together.
+        let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position + row, seen));
+        let scratch = &mut self.scratch(worker).kernel;
+        attention::attend(self.weights.isa, query, keys, values, spec.head_dim, attend.scale, bias, out, scratch);
+    }
+
+    /// Whether the worker with the most heads would read so much more than its part that sharing positions pays.
+    fn splits_positions(&self, attend: &Attend, workers: usize) -> bool {
+        let spec = self.weights.model.caches[attend.cache.0];
+        let head_bytes = self.seen(attend, 0) * 2 * spec.head_dim * size_of::<f32>();
+        let most = spec.kv_heads.div_ceil(workers) * head_bytes;
+        most - spec.kv_heads * head_bytes / workers >= SPARED_BYTES
+    }
+
+    /// Every worker takes an equal part of all heads' positions, one head after the other; then the parts of each head are put
+    /// together. All workers come here or none does.
+    fn attend_positions(&self, attend: &Attend, worker: &Worker) {
+        let spec = self.weights.model.caches[attend.cache.0];
+        let (heads, d) = (spec.kv_heads, spec.head_dim);
+        let (width, seen) = (self.width(attend.q) / heads, self.seen(attend, 0));
+        let tiles = seen.div_ceil(POSITIONS);
+        // Heads were appended by one worker each.
+        worker.barrier();
+        // SAFETY: a worker's own region, until the barrier below.
+        let (outs, partials) = unsafe { self.parts.of_worker_mut(worker.index(), heads * width, d) };
+        partials.fill(Partial::EMPTY);
+        let own = worker.share(heads * tiles, 1);
+        let parts = outs.chunks_exact_mut(width).zip(partials.chunks_exact_mut(width / d));
+        for (head, (out, partials)) in parts.enumerate() {
+            let first = own.start.clamp(head * tiles, (head + 1) * tiles) - head * tiles;
+            let end = own.end.clamp(head * tiles, (head + 1) * tiles) - head * tiles;
+            if first == end {
+                continue;
+            }
+            let positions = first * POSITIONS..(end * POSITIONS).min(seen);
+            let (keys, values) = self.keys_and_values(attend.cache, head, positions.clone());
+            let context = attention::Context { keys, values, d, scale: attend.scale };
+            let query = self.part(attend.q, 0, head * width..(head + 1) * width);
+            // As in `attend_row`.
+            let bias =
+                attend.bias.map(|bias| &self.weights.biases[bias.0].of(head, self.call.position, seen)[positions]);
+            let scratch = &mut self.scratch(worker).kernel;
+            attention::attend_part(self.weights.isa, query, &context, bias, out, partials, scratch);
+        }
+        worker.barrier();
+        for head in worker.share(heads, 1) {
+            self.merge_parts(attend, head, worker);
+        }
+    }
+
+    /// The output of one head from all workers' parts.
+    fn merge_parts(&self, attend: &Attend, head: usize, worker: &Worker) {
+        let spec = self.weights.model.caches[attend.cache.0];
+        let (isa, d, all) = (self.weights.isa, spec.head_dim, self.width(attend.q));
+        let columns = head * all / spec.kv_heads..(head + 1) * all / spec.kv_heads;
+        let queries = columns.start / d..columns.end / d;
+        let out = self.part_mut(attend.out, 0, columns.clone());
+        out.fill(0.0);
+        // SAFETY: a worker's own region.
+        let sums = unsafe { self.parts.sums_mut(worker.index(), queries.len()) };
+        sums.fill(Partial::EMPTY);
+        for other in 0..worker.count() {
+            // SAFETY: all parts were written before the barrier, and nothing writes them before the next one.
+            let (outs, partials) = unsafe { self.parts.of_worker(other, all, d) };
+            let partials = &partials[queries.clone()];
+            // A worker that had none of this head's positions has left its output as it was.
+            if partials.iter().any(|partial| *partial != Partial::EMPTY) {
+                attention::merge(isa, out, sums, &outs[columns.clone()], partials, d);
+            }
+        }
+        attention::finish(isa, out, sums, d);
+    }
+
+    /// Keys and values of a head at `positions`.
+    fn keys_and_values(&self, cache: CacheId, head: usize, positions: Range<usize>) -> (&[f32], &[f32]) {
+        let d = self.weights.model.caches[cache.0].head_dim;
+        let at = head * self.capacity(cache) * d;
+        let [keys, values] = [2 * cache.0, 2 * cache.0 + 1].map(|region| self.caches.start(region) + at);
+        let of = |start: usize| start + positions.start * d..start + positions.end * d;
+        let floats = &self.caches.floats;
+        // SAFETY: appended by this worker, or by others before a barrier; nothing appends while a step attends.
+        unsafe { (floats.range(of(keys)), floats.range(of(values))) }
+    }
+
+    /// Positions of the cache that a row sees.
+    fn seen(&self, attend: &Attend, row: usize) -> usize {
+        if self.weights.model.caches[attend.cache.0].holds == Holds::Encoder {
+            return self.call.encoded;
+        }
+        let full = match attend.mask {
+            Mask::Causal => false,
+            Mask::Full => true,
+            Mask::Prefix => self.call.position == 0,
+        };
+        self.call.position + if full { self.call.rows } else { row + 1 }
+    }
+}
+
+/// [`PartSums`] that the workers of a call share: each writes its own, and all read all behind a barrier.
+pub(super) struct SharedParts<'a> {
+    outs: SharedSlice<'a, f32>,
+    partials: SharedSlice<'a, Partial>,
+    sums: SharedSlice<'a, Partial>,
+    workers: usize,
+}
+
+/// What the workers make of their parts of the positions, before it is put together.
+pub(super) struct PartSums {
+    /// `[workers][width]`
+    outs: Vec<f32>,
+    /// `[workers][queries]`
+    partials: Vec<Partial>,
+    /// Of one head on each worker, where its parts are put together: `[workers][queries]`.
+    sums: Vec<Partial>,
+    workers: usize,
+}
+
+impl PartSums {
+    /// For the widest attention of the model's plans.
+    pub fn new(model: &Model, workers: usize) -> Self {
+        let plans = model.encoder.iter().map(|encoder| &encoder.plan).chain([&model.decoder]);
+        let (mut width, mut queries) = (0, 0);
+        for plan in plans {
+            for op in &plan.ops {
+                if let Op::Attention { q, cache, .. } = op {
+                    let columns = plan.buffers[q.0].width;
+                    width = width.max(columns);
+                    queries = queries.max(columns / model.caches[cache.0].head_dim);
+                }
+            }
+        }
+        let partials = vec![Partial::EMPTY; workers * queries];
+        Self { outs: vec![0.0; workers * width], sums: partials.clone(), partials, workers }
+    }
+
+    pub fn floats(&self) -> usize {
+        self.outs.len() + (size_of::<Partial>() / size_of::<f32>()) * (self.partials.len() + self.sums.len())
+    }
+
+    pub(super) fn share(&mut self) -> SharedParts<'_> {
+        SharedParts {
+            outs: SharedSlice::new(&mut self.outs),
+            partials: SharedSlice::new(&mut self.partials),
+            sums: SharedSlice::new(&mut self.sums),
+            workers: self.workers,
+        }
+    }
+}
+
+impl SharedParts<'_> {
+    /// Where a worker's part of attention over `width` elements in heads of `d` lies.
+    fn ranges(&self, worker: usize, width: usize, d: usize) -> (Range<usize>, Range<usize>) {
+        let (outs, partials) = (self.outs.len() / self.workers, self.partials.len() / self.workers);
+        (worker * outs..worker * outs + width, worker * partials..worker * partials + width / d)
+    }
+
+    /// # Safety
+    /// Until the borrow ends no other thread may touch this worker's part.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn of_worker_mut(&self, worker: usize, width: usize, d: usize) -> (&mut [f32], &mut [Partial]) {
+        let (outs, partials) = self.ranges(worker, width, d);
+        // SAFETY: the caller's promise.
+        unsafe { (self.outs.range_mut(outs), self.partials.range_mut(partials)) }
+    }
+
+    /// # Safety
+    /// As [`SharedParts::of_worker_mut`].
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn sums_mut(&self, worker: usize, queries: usize) -> &mut [Partial] {
+        let start = worker * (self.sums.len() / self.workers);
+        // SAFETY: the caller's promise.
+        unsafe { self.sums.range_mut(start..start + queries) }
+    }
+
+    /// # Safety
+    /// Until the borrow ends no thread may write this worker's part.
+    unsafe fn of_worker(&self, worker: usize, width: usize, d: usize) -> (&[f32], &[Partial]) {
+        let (outs, partials) = self.ranges(worker, width, d);
+        // SAFETY: the caller's promise.
+        unsafe { (self.outs.range(outs), self.partials.range(partials)) }
+    }
+}
