@@ -24,10 +24,10 @@
 // grows from one segment to the next, so that places differ. At the end each thread adds up rows, in the order of the
 // steps: equal inputs give equal bits.
 //
-// Each warp copies STAGES steps ahead into its own part of shared memory, and the first ones before the predecessor has
-// ended: weights depend on nothing. A block leaves room for one of the next launch on its multiprocessor. Code that runs
-// once is kept short, since each launch fetches it anew. Bytes moved: the matrix once. Sums fp32 (int32 for LLM.int8's
-// products).
+// Each warp copies STAGES steps ahead into its own part of shared memory. The first copies stand before the wait for the
+// predecessor, since weights depend on nothing, and a block leaves room for another on its multiprocessor: launches may
+// overlap (`EARLY` in matvec.rs says whether they do). Code that runs once is kept short, since each launch fetches it anew.
+// Bytes moved: the matrix once. Sums fp32 (int32 for LLM.int8's products).
 #pragma once
 
 #include "kernels/cuda/device.cuh"
