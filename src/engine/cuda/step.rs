@@ -20,7 +20,7 @@ pub struct Step {
 }
 
 enum Ready {
-    Matvec(Matvec),
+    Matvec(Box<Matvec>),
     Attention(Attention),
 }
 
@@ -150,7 +150,9 @@ impl Step {
     fn ready(&self, weights: &Weights, launch: &Launch) -> Result<Option<Ready>> {
         Ok(match launch {
             Launch::Embed { .. } => None,
-            Launch::Matvec { inputs, parts, join } => Some(Ready::Matvec(self.matvec(weights, inputs, parts, *join)?)),
+            Launch::Matvec { inputs, parts, join } => {
+                Some(Ready::Matvec(Box::new(self.matvec(weights, inputs, parts, *join)?)))
+            }
             Launch::Attention { q, append, cache, out, scale, bias } => {
                 let job = attention::Job {
                     q: self.memory.at(*q, weights)?,
