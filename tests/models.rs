@@ -66,6 +66,10 @@ fn load(model: &str, precision: &str, executor: Executor) -> Loaded {
 }
 
 fn load_for(model: &str, precision: &str, executor: Executor, capacity: usize) -> Loaded {
+    load_as((model, precision), executor, capacity, true)
+}
+
+fn load_as((model, precision): (&str, &str), executor: Executor, capacity: usize, cuda_graph: bool) -> Loaded {
     let folder = golden().join("models").join(model);
     let request = Request::of(folder.display().to_string());
     let checkpoint = weights::open(&request, &Silent).unwrap();
@@ -80,7 +84,7 @@ fn load_for(model: &str, precision: &str, executor: Executor, capacity: usize) -
         threads: 2,
         capacity,
         encoder_capacity: 256,
-        cuda_graph: true,
+        cuda_graph,
     };
     let loaded = match executor {
         Executor::Reference => engine::reference::load(&setup, &Silent).unwrap(),
@@ -403,5 +407,27 @@ fn cuda_logits_stay_near_the_reference() {
                 assert!(worst <= FP16_LOGIT_TOLERANCE, "{case}: logits differ by {worst}");
             }
         }
+    }
+}
+
+/// A step has one order of sums: the graph gives the same bits each time, and the same as its launches one by one.
+#[cfg(feature = "cuda")]
+#[test]
+fn cuda_replays_are_bit_equal_with_and_without_a_graph() {
+    if let Err(error) = quantbench::kernels::cuda::probe(0) {
+        println!("skipped: {error}");
+        return;
+    }
+    const REPLAYS: usize = 20;
+    for (model, precision) in MODELS.into_iter().flat_map(|model| ["fp16", "int8", "nf4"].map(|p| (model, p))) {
+        let prompt = ids(&Golden::open(model, "golden").facts["prompts"][0]["input_ids"]);
+        let mut run = |cuda_graph, times| {
+            let mut loaded = load_as((model, precision), Executor::Cuda, 320, cuda_graph);
+            let first = loaded.generate(&prompt);
+            (1..times)
+                .for_each(|replay| assert!(loaded.generate(&prompt) == first, "{model} {precision}: replay {replay}"));
+            first
+        };
+        assert!(run(true, REPLAYS) == run(false, 1), "{model} {precision}: graph and launches differ");
     }
 }

@@ -25,6 +25,10 @@ pub struct MethodArgs {
     )]
     pub method: MethodWord,
 
+    /// Measure a GPU's memory bandwidth anew instead of taking it from an earlier run; a CPU's is measured in every run.
+    #[arg(long, help_heading = "Protocol")]
+    pub measure_bandwidth: bool,
+
     /// Keep every reading of clocks, temperature, power and memory in the record.
     #[arg(long, help_heading = "Output")]
     pub keep_series: bool,
@@ -46,12 +50,12 @@ impl MethodArgs {
     /// Adds these choices to the counts and times of `plain`.
     pub(super) fn protocol(&self, plain: Protocol) -> Result<Protocol, BadInput> {
         let launches = positive("--launches", self.launches)?;
-        let Self { sync_each_token, keep_series, .. } = *self;
+        let Self { sync_each_token, measure_bandwidth, keep_series, .. } = *self;
         if self.method == MethodWord::Seed && (launches > 1 || sync_each_token) {
             return Err(BadInput::new("`--method seed` is one run that waits after every token")
                 .hint("drop `--launches` and `--sync-each-token`"));
         }
         let plain = if self.method == MethodWord::Seed { Protocol::of_seed() } else { plain };
-        Ok(Protocol { launches, sync_each_token, keep_series, ..plain })
+        Ok(Protocol { launches, sync_each_token, measure_bandwidth, keep_series, ..plain })
     }
 }

@@ -8,6 +8,7 @@ mod deadline;
 pub mod doctor;
 mod dry_run;
 pub mod environment;
+mod kept;
 pub mod load;
 mod logits;
 pub mod measure;
@@ -175,6 +176,8 @@ pub struct Protocol {
     pub method: Method,
     /// Every reading of the machine goes into the record.
     pub keep_series: bool,
+    /// Take no bandwidth from an earlier run.
+    pub measure_bandwidth: bool,
 }
 
 /// Whose way of measuring.
@@ -224,6 +227,7 @@ impl Default for Protocol {
             sync_each_token: false,
             method: Method::default(),
             keep_series: false,
+            measure_bandwidth: false,
         }
     }
 }

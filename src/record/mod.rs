@@ -298,9 +298,12 @@ pub struct Bandwidth {
     pub weight_bytes_per_token: Option<u64>,
     /// At the mean depth of the run.
     pub kv_bytes_per_token: Option<u64>,
-    /// Read bandwidth of this device, measured in the same run.
+    /// Read bandwidth of this device.
     pub read_gb_s: Option<f64>,
     pub copy_gb_s: Option<f64>,
+    /// When both were measured, where that was in an earlier run on this device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<String>,
     /// Bytes per token times `decode_tps`.
     pub achieved_gb_s: Option<f64>,
     /// `achieved_gb_s / read_gb_s`.

@@ -175,6 +175,7 @@ pub fn facts(case: &Case) -> Facts {
         resolve_s: 0.5,
         read_gb_s: Some(1e-3),
         copy_gb_s: Some(5e-4),
+        bandwidth_since: None,
         theoretical_gb_s: Ok(1.1e-3),
         cache_bytes: Some(100),
         counter: None,

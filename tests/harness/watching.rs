@@ -207,12 +207,9 @@ fn the_interval_of_launches_spans_them() {
         outcome.samples.extend(one[0].samples.clone());
         outcome.launches.push(4);
     }
-    let record = records(&facts(&case), &case, &[outcome.clone()], &|_| None).remove(0);
+    let record = records(&facts(&case), &case, &[outcome], &|_| None).remove(0);
     let spanned = &record.metrics["tpot_ms"];
     assert_eq!((spanned.median, spanned.ci95_low, spanned.ci95_high), (Some(12.5), Some(10.5), Some(14.5)));
-    let one_start = Outcome { launches: vec![24], ..outcome };
-    let within = &records(&facts(&case), &case, &[one_start], &|_| None)[0].metrics["tpot_ms"];
-    assert!(within.ci95_low > Some(10.5) && within.ci95_high < Some(14.5), "{within:?}");
 }
 
 #[test]

@@ -6,6 +6,7 @@
 mod ring;
 mod rows;
 mod step;
+mod times;
 
 use anyhow::{Context, Result, bail};
 use candle_core::CudaDevice;
@@ -15,6 +16,7 @@ use half::f16;
 use self::ring::Ring;
 use self::rows::{Call, Run};
 use self::step::Step;
+use self::times::StepTimes;
 use super::load::stream;
 use super::memory::Pool;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
@@ -30,6 +32,7 @@ use crate::weights::spec::MatrixSpec;
 pub struct CudaSession {
     weights: Weights,
     step: Step,
+    times: StepTimes,
     features: Option<CudaSlice<f16>>,
     /// Tokens in the decoder's caches.
     position: usize,
@@ -111,6 +114,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
         session: Box::new(CudaSession {
             weights,
             step,
+            times: StepTimes::default(),
             features: None,
             position: 0,
             encoded: 0,
@@ -275,6 +279,7 @@ impl Session for CudaSession {
     }
 
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+        self.times.restart();
         self.call(tokens, |session, head, x| {
             let mut place = step::head(&session.weights, session.step.embedding(&session.weights)?, tokens.len())?;
             session.step.place_head(&mut place, &session.weights);
@@ -293,7 +298,8 @@ impl Session for CudaSession {
         let first = self.steps;
         let mut arrived = 0;
         for queued in 1..=n {
-            self.step.run(&self.weights.device, self.as_graph)?;
+            let (device, step, as_graph) = (&self.weights.device, &mut self.step, self.as_graph);
+            self.times.around(device, || step.run(device, as_graph))?;
             self.steps = first + queued as u32;
             // All steps are queued at once, except that tokens are stamped as they come and the ring must not run over.
             while let Some(token) = self.weights.ring.token(first + arrived as u32 + 1).filter(|_| arrived < queued) {
@@ -335,6 +341,11 @@ impl Session for CudaSession {
 
     fn synchronize(&mut self) -> Result<()> {
         Ok(self.weights.device.cuda_stream().synchronize()?)
+    }
+
+    fn device_step_ns(&mut self) -> Result<Vec<u64>> {
+        self.synchronize()?;
+        self.times.ns()
     }
 
     fn pool(&self) -> Option<&dyn Pool> {

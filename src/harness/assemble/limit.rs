@@ -22,6 +22,7 @@ pub fn bandwidth(facts: &Facts, record: &Record, outcome: &Outcome) -> Bandwidth
         kv_bytes_per_token,
         read_gb_s: facts.read_gb_s,
         copy_gb_s: facts.copy_gb_s,
+        since: facts.bandwidth_since.clone(),
         achieved_gb_s,
         mbu,
         theoretical_gb_s: facts.theoretical_gb_s.as_ref().ok().copied(),

@@ -5,6 +5,8 @@ mod memory;
 mod monitor;
 mod tell;
 
+pub use tell::SLOW_READ;
+
 use std::collections::BTreeMap;
 
 use super::protocol::{Failure, Sample};
@@ -41,6 +43,8 @@ pub struct Facts {
     pub resolve_s: f64,
     pub read_gb_s: Option<f64>,
     pub copy_gb_s: Option<f64>,
+    /// When both were measured, where that was in an earlier run.
+    pub bandwidth_since: Option<String>,
     /// What the memory can give by its data sheet, or why that is unknown.
     pub theoretical_gb_s: Result<f64, String>,
     pub cache_bytes: Option<u64>,

@@ -14,7 +14,7 @@ use crate::stats;
 const SYNC_DIFFERS: f64 = 0.03;
 
 /// Read bandwidth below this share of the theoretical one was disturbed, or the memory is not set up as it could be.
-const SLOW_READ: f64 = 0.85;
+pub const SLOW_READ: f64 = 0.85;
 
 /// What the repeats themselves tell.
 pub fn of_repeats(facts: &Facts, record: &Record, outcome: &Outcome) -> Vec<Warning> {

@@ -94,14 +94,12 @@ impl Gpu {
 
     /// As the vendor sells it.
     pub fn name(&self) -> Option<String> {
-        let mut text = [0u8; 96];
-        type Name = extern "C" fn(*mut c_void, *mut c_char, u32) -> i32;
-        // SAFETY: `nvmlDeviceGetName(nvmlDevice_t, char *, unsigned int length)`.
-        let code = unsafe {
-            let name = self.nvml.get::<Name>(b"nvmlDeviceGetName\0").ok()?;
-            name(self.device as *mut c_void, text.as_mut_ptr().cast(), text.len() as u32)
-        };
-        (code == SUCCESS).then(|| text_of(&text)).flatten()
+        self.text_of_device(b"nvmlDeviceGetName\0")
+    }
+
+    /// No other device has it; parts of a device that is shared by MIG have one each.
+    pub fn uuid(&self) -> Option<String> {
+        self.text_of_device(b"nvmlDeviceGetUUID\0")
     }
 
     /// Release of the kernel driver.
@@ -187,6 +185,18 @@ impl Gpu {
             .then(|| listed.map(|info| Process { pid: info.pid, bytes: known(info.used_bytes) }).collect())
     }
 
+    /// Asks `name`, one of NVML's `(nvmlDevice_t, char *, unsigned int length)`.
+    fn text_of_device(&self, name: &[u8]) -> Option<String> {
+        let mut text = [0u8; 96];
+        type Read = extern "C" fn(*mut c_void, *mut c_char, u32) -> i32;
+        // SAFETY: the callers name functions of this signature, which write at most `length` bytes.
+        let code = unsafe {
+            let read = self.nvml.get::<Read>(name).ok()?;
+            read(self.device as *mut c_void, text.as_mut_ptr().cast(), text.len() as u32)
+        };
+        (code == SUCCESS).then(|| text_of(&text)).flatten()
+    }
+
     /// Asks `name`, one of NVML's `(nvmlDevice_t, T *)`.
     fn of_device<T: Default>(&self, name: &[u8]) -> Option<T> {
         let mut value = T::default();
@@ -261,7 +271,7 @@ mod tests {
             println!("skipped: no NVIDIA driver, or no device");
             return;
         };
-        let identity = (gpu.name(), gpu.driver(), gpu.cuda(), gpu.l2_bytes);
+        let identity = (gpu.name(), gpu.uuid(), gpu.driver(), gpu.cuda(), gpu.l2_bytes);
         let clocks = (gpu.sm_mhz(), gpu.default_sm_mhz(), gpu.memory_mhz(), gpu.theoretical_gb_s());
         let state = (gpu.celsius(), gpu.milliwatts(), gpu.energy_mj(), gpu.throttled_by());
         println!("{identity:?}\n{clocks:?}\n{state:?}\n{:?}\n{:?}", gpu.memory_bytes(), gpu.processes());
