@@ -1,6 +1,6 @@
 //! `quantbench compare` over recorded runs: verdicts, refusals and exit codes.
 //!
-//! `tests/golden/compare/` holds two quiet runs of one build that agree, `base` and `again`, and a disturbed one, `noisy`.
+//! `tests/golden/compare/` holds both sides of one `--ab` run of the same build, `base` and `again`, and a disturbed run, `noisy`.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! Who runs when: workers load and warm up one after the other, then hand in repeats ABCABC, or, where they do not fit
+//! Who runs when: workers load and warm up one after the other, then hand in repeats ABC BCA CAB, or, where they do not fit
 //! together, each runs to its end before the next one starts. Several launches do all of this several times.
 
 use super::Protocol;
@@ -179,7 +179,7 @@ impl<'a> Lane<'a> {
     }
 }
 
-/// Loads, warms up, repeats ABCABC and finishes.
+/// Loads, warms up, repeats in rounds and finishes.
 fn together(
     lanes: &mut [Lane],
     protocol: &Protocol,
@@ -207,7 +207,8 @@ fn phase(worker: &mut dyn Worker, events: &dyn Listener) -> Result<Warmed, Failu
     warmed
 }
 
-/// Hands out rounds until a criterion holds for all that still run.
+/// Hands out rounds until a criterion holds for all that still run. Each round begins with another lane: between two rounds this
+/// process decides whether to go on, and whoever runs next finds its caches and cores colder than the others do.
 fn repeat(
     lanes: &mut [Lane],
     protocol: &Protocol,
@@ -218,7 +219,7 @@ fn repeat(
     let n_running = lanes.iter().filter(|lane| lane.worker.is_some()).count() as u64;
     let at_least = protocol.repeats.unwrap_or(protocol.min_repeats) as u64;
     events.on(Event::Begin { label: "measure".to_owned(), total: n_running * at_least, unit: Unit::Runs });
-    let mut done = 0;
+    let (mut done, mut round) = (0, 0);
     let ended = loop {
         let running: Vec<&Tally> = lanes.iter().filter(|lane| lane.worker.is_some()).map(|lane| &lane.tally).collect();
         if running.is_empty() {
@@ -227,11 +228,14 @@ fn repeat(
         if let Some(ended) = repeats_ended(&running, protocol) {
             break Some(ended);
         }
-        for lane in lanes.iter_mut() {
+        let n_lanes = lanes.len();
+        for at in 0..n_lanes {
+            let lane = &mut lanes[(round + at) % n_lanes];
             lane.repeat(&crew, watch, events)?;
             done += u64::from(lane.worker.is_some());
             events.on(Event::Progress { done });
         }
+        round += 1;
     };
     events.on(Event::End);
     for lane in lanes.iter_mut().filter(|lane| lane.worker.is_some()) {

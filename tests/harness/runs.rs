@@ -134,10 +134,13 @@ fn a_text_that_may_end_has_its_length_found_untimed() {
 fn precisions_take_turns() {
     let journal = Journal::default();
     let scripts = [("fp16", vec![]), ("int8", vec![]), ("nf4", vec![])];
-    outcomes(&counted(2), Order::Interleaved, &scripts, &journal);
-    let each = |what: &str| ["fp16", "int8", "nf4"].map(|name| format!("{what} {name}"));
-    let expected = ["load", "warm", "repeat", "repeat", "finish"].map(each).concat();
-    assert_eq!(*journal.borrow(), expected);
+    outcomes(&counted(4), Order::Interleaved, &scripts, &journal);
+    let said = |what: &str, order: [&str; 3]| order.map(|name| format!("{what} {name}"));
+    let [a, b, c] = ["fp16", "int8", "nf4"];
+    let rounds = [[a, b, c], [b, c, a], [c, a, b], [a, b, c]].map(|order| said("repeat", order));
+    let expected =
+        [vec![said("load", [a, b, c]), said("warm", [a, b, c])], rounds.to_vec(), vec![said("finish", [a, b, c])]];
+    assert_eq!(*journal.borrow(), expected.concat().concat());
 }
 
 #[test]
