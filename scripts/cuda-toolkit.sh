@@ -5,15 +5,18 @@
 #   eval "$(scripts/cuda-toolkit.sh DIR)" && cargo build --release --features cuda
 #
 # An nvcc 13.0 that is already on PATH (or under CUDA_HOME) is used as it is. Otherwise NVIDIA's Python wheels go into a
-# virtual environment in DIR: nvcc, headers, cuBLAS, cuRAND, NVRTC (about 2.5 GB). They lack two things that linking needs,
-# made here: `lib*.so` names without a version, and a libcuda to link against, whose every function returns
-# CUDA_ERROR_STUB_LIBRARY. Only lines to `eval` go to stdout. A second run finds DIR complete and only prints.
+# virtual environment in DIR: nvcc, headers, cuBLAS, cuRAND, NVRTC (about 2.5 GB), and cuobjdump and nvdisasm, with which
+# tests/sass.rs reads what nvcc made. They lack two things that linking needs, made here: `lib*.so` names without a version,
+# and a libcuda to link against, whose every function returns CUDA_ERROR_STUB_LIBRARY. Only lines to `eval` go to stdout. A
+# second run finds DIR complete and only prints.
 set -euo pipefail
 
 RELEASE=13.0
 PACKAGES="nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-nvvm nvidia-cublas nvidia-cuda-nvrtc"
 # cuRAND has its own numbering; 10.4.0 is the one of CUDA 13.0.
 CURAND="nvidia-curand==10.4.0.*"
+# The first releases that are wheels; they read the code of older ones.
+DISASSEMBLERS="nvidia-cuda-cuobjdump==13.2.* nvidia-cuda-nvdisasm==13.2.*"
 
 fail() {
     echo "error: $1" >&2
@@ -50,6 +53,15 @@ install_wheels() {
     say "installing CUDA $RELEASE into $dir (a few minutes, once)"
     "$dir/bin/python3" -m pip install --quiet --disable-pip-version-check "$@" "$CURAND" >&2 ||
         fail "pip could not install the CUDA $RELEASE wheels" "check the network; PIP_INDEX_URL or PIP_FIND_LINKS name a mirror"
+}
+
+# Without them tests/sass.rs skips, so that a toolkit which was made before stays good without network.
+install_disassemblers() {
+    local dir=$1 home=$2
+    [ ! -x "$home/bin/cuobjdump" ] || [ ! -x "$home/bin/nvdisasm" ] || return 0
+    # shellcheck disable=SC2086
+    "$dir/bin/python3" -m pip install --quiet --disable-pip-version-check $DISASSEMBLERS >&2 ||
+        say "pip could not install cuobjdump and nvdisasm; the checks of machine code will skip"
 }
 
 wheels_home() {
@@ -111,6 +123,7 @@ main() {
             touch "$dir/complete-$RELEASE"
         fi
         home=$(wheels_home "$dir")
+        install_disassemblers "$dir" "$home"
     fi
     [ "$(release_of "$home/bin/nvcc")" = "$RELEASE" ] || fail "$home/bin/nvcc does not run as CUDA $RELEASE" "remove $1 and run this again"
     print_environment "$home"

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum, ValueHint};
 
-use super::{DEFAULT_MODEL_ID, report};
+use super::{DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, report};
 use crate::engine::{ENGINES, Engine};
 use crate::quant::{FORMATS, FormatOptions};
 use crate::report::WRITERS;
@@ -13,9 +13,8 @@ use crate::report::WRITERS;
 /// Which model, with which weights.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// Hub id, local folder or built-in shape.
-    #[arg(long, value_name = "ID|DIR|NAME", default_value = DEFAULT_MODEL_ID, help_heading = "Model")]
-    pub model_id: String,
+    #[arg(long, value_name = "ID|DIR|NAME", help_heading = "Model", help = model_help())]
+    pub model_id: Option<String>,
 
     /// Branch, tag or commit on the hub [default: main].
     #[arg(long, value_name = "REV", help_heading = "Model")]
@@ -36,6 +35,10 @@ pub struct ModelArgs {
     /// Seed of random weights and synthetic ids.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Model")]
     pub seed: u64,
+}
+
+fn model_help() -> String {
+    format!("Hub id, local folder or built-in shape [default: {DEFAULT_MODEL_ID}; {DEFAULT_CUDA_MODEL_ID} on a GPU]")
 }
 
 /// Which precisions, and how they are set.

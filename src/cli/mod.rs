@@ -32,8 +32,10 @@ use self::groups::{engine_help, engine_names};
 use crate::engine::Engine;
 use crate::harness::Protocol;
 
-/// The built-in shape that a run without `--model-id` measures.
+/// The built-in shape that a run without `--model-id` measures on the CPU.
 pub const DEFAULT_MODEL_ID: &str = "smollm2-135m";
+/// And on a GPU, where a step of the smaller one is over sooner than it can be launched: it would show launches, not precisions.
+pub const DEFAULT_CUDA_MODEL_ID: &str = "llama-3.2-1b";
 
 /// Version, commit, features and target of this build, on one line.
 pub static VERSION: LazyLock<String> = LazyLock::new(|| {

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::{
-    DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, PromptArgs, QualityArgs, RunArgs,
-    TextArgs, WeightsWord,
+    DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, PromptArgs,
+    QualityArgs, RunArgs, TextArgs, WeightsWord,
 };
 use crate::engine::{ENGINES, Engine};
 use crate::error::BadInput;
-use crate::harness::{Asked, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PromptChoice, Protocol, QualityChoice};
+use crate::harness::{self, Asked, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PromptChoice, Protocol, QualityChoice};
 use crate::quality::CallPath;
 use crate::quant::{self, FORMATS, FormatEntry, FormatOptions};
 use crate::report::{self, Writer};
@@ -48,7 +48,7 @@ impl Request {
             ..case(&args.model, &args.precision, &args.prompt, &args.device, command)?
         };
         case.save_logits.as_deref().map(report::check_writable).transpose()?;
-        let (is_first_look, allow_oom) = (is_first_look(args), args.method.allow_oom);
+        let (is_first_look, allow_oom) = (is_first_look(args, &case), args.method.allow_oom);
         Ok(Self { is_first_look, allow_oom, ..Self::with(case, &args.output)? })
     }
 
@@ -81,13 +81,14 @@ fn case(
     device_args: &DeviceArgs,
     command: String,
 ) -> Result<Case> {
+    let device = device(&device_args.device)?;
     Ok(Case {
-        model: model(model_args),
+        model: model(model_args, device),
         precisions: precisions(&precision.precision, precision.no_double_quant)?,
         engines: vec![Engine::Quantbench],
         asked: asked(&precision.precision, precision.no_double_quant),
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
-        device: device(&device_args.device)?,
+        device,
         cuda_graph: !device_args.no_cuda_graph,
         threads: device_args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
         prompt: prompt(prompt_args)?,
@@ -153,13 +154,23 @@ fn text_file(path: &Path) -> Result<(String, String), BadInput> {
     Ok((name, text))
 }
 
-fn is_first_look(args: &RunArgs) -> bool {
-    args.model.model_id == DEFAULT_MODEL_ID && args.precision.precision == ["all"] && args.output.format.is_none()
+fn is_first_look(args: &RunArgs, case: &Case) -> bool {
+    let is_default = case.model.model_id == default_model_id(case.device);
+    is_default && args.precision.precision == ["all"] && args.output.format.is_none()
 }
 
-fn model(args: &ModelArgs) -> weights::Request {
+/// What is measured where no model is named.
+fn default_model_id(device: DeviceChoice) -> &'static str {
+    // A device that cannot be had is an error elsewhere.
+    match harness::device(device) {
+        Ok(DeviceChoice::Cuda(_)) => DEFAULT_CUDA_MODEL_ID,
+        Ok(DeviceChoice::Cpu | DeviceChoice::Auto) | Err(_) => DEFAULT_MODEL_ID,
+    }
+}
+
+fn model(args: &ModelArgs, device: DeviceChoice) -> weights::Request {
     weights::Request {
-        model_id: args.model_id.clone(),
+        model_id: args.model_id.clone().unwrap_or_else(|| default_model_id(device).to_owned()),
         revision: args.revision.clone(),
         offline: args.offline,
         weights: match args.weights {
@@ -348,6 +359,25 @@ mod tests {
         assert_eq!(request("").unwrap().case.prompt, PromptChoice::Default);
         assert_eq!(request("--device cpu").unwrap().case.device, DeviceChoice::Cpu);
         assert_eq!(request("run --threads 3").is_ok(), request("--threads 3").is_ok());
+    }
+
+    #[test]
+    fn the_default_model_on_cuda_is_larger() {
+        let on_gpu = if cfg!(feature = "cuda") { DEFAULT_CUDA_MODEL_ID } else { DEFAULT_MODEL_ID };
+        assert_eq!(default_model_id(DeviceChoice::Cuda(1)), on_gpu);
+        for (line, model_id) in [
+            ("--device cpu", Some(DEFAULT_MODEL_ID)),
+            ("--device cpu --model-id llama-3.2-1b", Some("llama-3.2-1b")),
+            ("--device cuda --model-id phi-2", Some("phi-2").filter(|_| cfg!(feature = "cuda"))),
+            ("--device cuda", Some(DEFAULT_CUDA_MODEL_ID).filter(|_| cfg!(feature = "cuda"))),
+        ] {
+            let asked = request(line).ok().map(|request| (request.is_first_look, request.case.model.model_id));
+            assert_eq!(asked.as_ref().map(|asked| asked.1.as_str()), model_id, "{line}");
+            assert!(asked.is_none_or(|asked| asked.0 != line.contains("--model-id")), "{line}");
+        }
+        for name in [DEFAULT_MODEL_ID, DEFAULT_CUDA_MODEL_ID] {
+            assert!(weights::builtin_models().iter().any(|shape| shape.name == name), "{name}");
+        }
     }
 
     #[test]

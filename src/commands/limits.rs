@@ -12,16 +12,19 @@ use crate::weights;
 use crate::weights::policy::Formats;
 use crate::{cli, models};
 
-/// What the next command measures: a built-in shape, so that no network is needed.
-const NEXT_MODEL_ID: &str = "llama-3.2-1b";
+/// What the next command measures: the first of these that was not measured now. Built-in shapes, so that no network is needed.
+const NEXT_MODEL_IDS: [&str; 2] = ["llama-3.2-1b", "phi-2"];
 
-/// The block under the table, empty where no record measured a bandwidth.
-pub fn block(records: &[Record]) -> Result<String> {
+/// The block under the table, empty where no record measured a bandwidth. `measured` is the built-in shape that the records
+/// are about.
+pub fn block(records: &[Record], measured: &str) -> Result<String> {
     let Some(read_gb_s) = records.iter().filter_map(|record| record.bandwidth.read_gb_s).reduce(f64::max) else {
         return Ok(String::new());
     };
     let precisions: Vec<&str> = records.iter().map(|record| record.precision.as_str()).collect();
-    let others = weights::builtin_models().iter().filter(|shape| shape.name != cli::DEFAULT_MODEL_ID);
+    // The smallest one is no model whose limit anyone asks for.
+    let shown = |name: &str| name != measured && name != cli::DEFAULT_MODEL_ID;
+    let others = weights::builtin_models().iter().filter(|shape| shown(shape.name));
     let models: Vec<ModelBytes> = others
         .map(|shape| {
             let model =
@@ -29,7 +32,8 @@ pub fn block(records: &[Record]) -> Result<String> {
             bytes_of(shape.name, &model, &precisions)
         })
         .collect::<Result<_>>()?;
-    Ok(format!("\n{}", report::limits(read_gb_s, &models, &format!("{} --model-id {NEXT_MODEL_ID}", program()))))
+    let next = NEXT_MODEL_IDS.iter().find(|name| **name != measured).unwrap_or(&NEXT_MODEL_IDS[0]);
+    Ok(format!("\n{}", report::limits(read_gb_s, &models, &format!("{} --model-id {next}", program()))))
 }
 
 /// This program as it was typed, so that the next command works. Not where that says whose machine this is.

@@ -71,7 +71,7 @@ fn write_file(request: &Request, document: &Document) -> Result<()> {
 fn print(request: &Request, document: &Document) -> Result<()> {
     let mut text = (request.stdout.write)(document, &request.options)?;
     if request.is_first_look {
-        text += &limits::block(&document.records)?;
+        text += &limits::block(&document.records, &request.case.model.model_id)?;
     }
     Ok(ui::print(&text)?)
 }

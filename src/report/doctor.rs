@@ -67,9 +67,18 @@ pub struct Gpu {
     pub libcuda: bool,
     /// Whether `libnvidia-ml.so.1` can be opened: clocks, temperature, power and energy come from it.
     pub nvml: bool,
+    /// Libraries that a build with CUDA opens.
+    pub libraries: Vec<CudaLibrary>,
     /// Device files, and whether this process may use them.
     pub device_files: Vec<DeviceFile>,
     pub devices: Vec<GpuDevice>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CudaLibrary {
+    pub file: String,
+    /// Which search found it: `system`, `CUDA_HOME` or `Python packages`. No path, since the page is meant to be shown.
+    pub found_in: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -214,8 +223,18 @@ impl Gpu {
             ("NVML", format!("{} (libnvidia-ml.so.1)", yes(self.nvml))),
             ("device files", if files.is_empty() { "none".to_owned() } else { files.join(", ") }),
         ];
+        if !self.libraries.is_empty() {
+            let libraries: Vec<_> = self.libraries.iter().map(CudaLibrary::text).collect();
+            lines.push(("CUDA libraries", libraries.join(", ")));
+        }
         lines.extend(self.devices.iter().map(|device| ("device", device.text())));
         lines
+    }
+}
+
+impl CudaLibrary {
+    fn text(&self) -> String {
+        format!("{} ({})", self.file, self.found_in.as_deref().unwrap_or("missing"))
     }
 }
 

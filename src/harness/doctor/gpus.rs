@@ -2,8 +2,9 @@
 
 use crate::error::BadInput;
 use crate::kernels::cuda::attributes::{self, Attributes};
+use crate::kernels::cuda::libraries::{LIBRARIES, Place};
 use crate::kernels::cuda::probe;
-use crate::report::doctor::GpuDevice;
+use crate::report::doctor::{CudaLibrary, GpuDevice};
 
 /// Every device that can be used. Fails with why the first one cannot.
 pub fn devices() -> Result<Vec<GpuDevice>, BadInput> {
@@ -14,6 +15,13 @@ pub fn devices() -> Result<Vec<GpuDevice>, BadInput> {
     let first = device(0).map_err(unclear)?;
     let others = (1..attributes::count()).filter_map(|ordinal| device(ordinal).ok());
     Ok(std::iter::once(first).chain(others).collect())
+}
+
+/// The CUDA libraries, and where each was found.
+pub fn libraries() -> Vec<CudaLibrary> {
+    let found_in = |place: Place| place.name().to_owned();
+    let library = LIBRARIES.into_iter();
+    library.map(|one| CudaLibrary { file: one.file().to_owned(), found_in: one.place().map(found_in) }).collect()
 }
 
 fn device(ordinal: usize) -> anyhow::Result<GpuDevice> {

@@ -144,6 +144,7 @@ impl System {
             driver: version.split_whitespace().find(is_release).map(str::to_owned),
             libcuda: can_open(c"libcuda.so.1"),
             nvml: can_open(c"libnvidia-ml.so.1"),
+            libraries: gpus::libraries(),
             device_files: self.device_files(),
             devices,
         }

@@ -7,7 +7,7 @@ use candle_core::cuda_backend::cudarc::cublas;
 use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
 use candle_core::{CudaDevice, Device};
 
-use super::memory;
+use super::{libraries, memory};
 use crate::error::BadInput;
 
 /// What records say about a device.
@@ -31,9 +31,10 @@ const NEEDED_DRIVER: &str = "580";
 const NEEDED_CAPABILITY: (u32, u32) = (7, 5);
 const GO_ON: &str = "`--device cpu` measures on the processor";
 
-/// Facts of device `ordinal`, without making a context on it. Fails with [`BadInput`] where this machine has no driver, too
-/// old a driver, no such device or too old a chip.
+/// Facts of device `ordinal`, without making a context on it. Fails with [`BadInput`] where this machine lacks a CUDA
+/// library, has too old a driver, no such device or too old a chip.
 pub fn probe(ordinal: usize) -> Result<DeviceFacts> {
+    libraries::check(GO_ON)?;
     let version = driver_version();
     check_driver(version.and_then(|version| result::init().map(|()| version)))?;
     let count = result::device::get_count().unwrap_or(0);

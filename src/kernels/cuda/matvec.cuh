@@ -242,11 +242,16 @@ __device__ __forceinline__ void finish_head(const Head &head, unsigned long long
     }
 }
 
+// Where a lane's first extra word lies behind its slot's 16 bytes; the others follow every 128 bytes.
+__device__ __forceinline__ uint32_t extra_of(int lane) { return STEP_BYTES - 12 * lane; }
+
 // The decoder's interface:
 //   CHUNK                     elements of 128 bytes
 //   EXTRA_WORDS               what a lane needs for a step beside the weights, copied with them: Place, copy_extra
 //   Shared, prepare           tables, filled before the predecessor has ended
-//   Sums, add, Partial, partial   sums of one run in a lane; a row's partial result, in the lane 4g
+//   Row                       where a lane reads what a row's steps need, from a chunk on; add moves it one step on
+//   Sums, add                 sums of one run in a lane; add is told the 32 bytes and where they lie, half a step apart
+//   Partial, partial          a row's partial result, in the lane 4g
 //   Activations, convert      what x becomes, behind x in shared memory
 //   Constant, result          what a row's value is made with, asked for early; the value from the row's partials
 template <class Decoder, int STAGES, bool IS_HEAD>
@@ -268,24 +273,17 @@ __device__ __forceinline__ void matvec(const Matvec &job) {
     const int tiles = (int)((long long)job.tiles * (blockIdx.x + 1) / gridDim.x) - begin_tile;
     const int steps = tiles * steps_of_tile, share = (steps + MATVEC_WARPS - 1) / MATVEC_WARPS;
 
-    // A warp's place in the sequence of steps.
-    struct Cursor {
-        int tile, run, chunk, left;
-        // One step further; whether that leads into another run.
-        __device__ bool advance(int chunks_0, int chunks_1, int runs) {
-            left--;
-            if (++chunk < (run ? chunks_1 : chunks_0)) return false;
-            chunk = 0;
-            if (++run == runs) run = 0, tile++;
-            return true;
-        }
+    // Runs are counted over all tiles. A warp takes the steps `begin` up to `end`, its share of all.
+    auto tile_of = [&](int run) { return run >> (runs - 1); };
+    auto is_second = [&](int run) { return run & (runs - 1); };
+    auto first_of = [&](int run) { return tile_of(run) * steps_of_tile + (is_second(run) ? chunks_0 : 0); };
+    const int begin = warp * share, end = min(begin + share, steps);
+    // Where the warp enters a run, and how many steps it has there: none, or fewer, behind its last one.
+    auto chunk_of = [&](int run) { return max(0, begin - first_of(run)); };
+    auto steps_of = [&](int run) {
+        int first = first_of(run), chunks = is_second(run) ? chunks_1 : chunks_0;
+        return min(first + chunks, end) - max(first, begin);
     };
-    Cursor at;
-    at.left = max(0, min(share, steps - warp * share));
-    at.tile = warp * share / steps_of_tile;
-    at.chunk = warp * share - at.tile * steps_of_tile;
-    at.run = at.chunk >= chunks_0 ? 1 : 0;
-    if (at.run) at.chunk -= chunks_0;
 
     auto part_of = [&](int tile, int run) -> const Part & {
         if (job.mode != MODE_PARTS) return job.parts[run];
@@ -298,31 +296,44 @@ __device__ __forceinline__ void matvec(const Matvec &job) {
         return min((begin_tile + tile - part.first_tile) * TILE_ROWS + row, part.n - 1);
     };
 
-    Cursor source = at;
-    bool is_elsewhere = true;
+    // What is copied, and where a lane's part of it goes. Addresses move on by themselves, since each step that computes
+    // one anew costs as much as some of its weights.
+    const int first_tile = begin / steps_of_tile;
+    int run = first_tile * runs;
+    if (begin - first_of(run) >= chunks_0) run++;
+    int source_run = run, source_steps = steps_of(run);
     const uint8_t *from = nullptr;
     typename Decoder::Place place;
+    auto seek = [&]() {
+        const Part &part = part_of(tile_of(source_run), is_second(source_run));
+        int row = row_of(part, tile_of(source_run), quad), input = job.mode == MODE_JOINED ? is_second(source_run) : 0;
+        int chunk = chunk_of(source_run);
+        from = part.weight + (long long)row * (input ? job.stride_1 : job.stride) + quarter * 16 + chunk * CHUNK_BYTES;
+        place.set(part, job.inputs[input].k, row, quarter, chunk);
+    };
     const uint32_t slots = shared_address((uint32_t *)dynamic + warp * STAGES * SLOT_WORDS + 4 * lane);
-    const uint32_t extra = STEP_BYTES - 12 * lane;
-    auto load = [&](int slot) {
-        if (source.left > 0) {
-            if (is_elsewhere) {
-                const Part &part = part_of(source.tile, source.run);
-                int row = row_of(part, source.tile, quad), is_second = job.mode == MODE_JOINED ? source.run : 0;
-                from = part.weight + (long long)row * (is_second ? job.stride_1 : job.stride) + quarter * 16 + source.chunk * CHUNK_BYTES;
-                place.set(part, job.inputs[is_second].k, row, quarter, source.chunk);
-            }
-            uint32_t to = slots + slot * SLOT_WORDS * 4;
-            copy_streaming(to, from);
-            copy_streaming(to + STEP_BYTES / 2, from + CHUNK_BYTES / 2);
-            place.copy_extra(to + extra);
-            from += CHUNK_BYTES;
-            is_elsewhere = source.advance(chunks_0, chunks_1, runs);
+    auto load = [&](uint32_t to) {
+        copy_streaming(to, from);
+        copy_streaming(to + STEP_BYTES / 2, from + CHUNK_BYTES / 2);
+        place.copy_extra(to + extra_of(lane));
+        from += CHUNK_BYTES;
+    };
+    // Into the next run; behind the last step there is nothing to copy.
+    auto next_source = [&]() {
+        source_run++;
+        source_steps = steps_of(source_run);
+        if (source_steps > 0) seek();
+    };
+    if (source_steps > 0) seek();
+#pragma unroll 1
+    for (int slot = 0; slot < STAGES; slot++) {
+        if (source_steps == 0) next_source();
+        if (source_steps > 0) {
+            load(slots + slot * SLOT_WORDS * 4);
+            source_steps--;
         }
         end_copies();
-    };
-#pragma unroll 1
-    for (int slot = 0; slot < STAGES; slot++) load(slot);
+    }
 
     // What the thread's first row needs beside its sums.
     float bias[MAX_INPUTS] = {};
@@ -352,38 +363,43 @@ __device__ __forceinline__ void matvec(const Matvec &job) {
         free_bytes += 2 * job.inputs[i].chunks * Decoder::CHUNK;
         read_input<Decoder>(job.inputs[i], x, room);
         __syncthreads();
-        free_bytes = Decoder::convert(activations[i], job, job.inputs[i], x, free_bytes, room);
+        free_bytes = Decoder::convert(activations[i], shared, job, job.inputs[i], x, free_bytes, room);
     }
     float residual = 0.0f;
     if (job.residual && own_tile < tiles)
         residual = load_fresh(job.residual + row_of(job.parts[0], own_tile, threadIdx.x % TILE_ROWS));
     __syncthreads();
 
-    typename Decoder::Sums sums = {};
-    typename Decoder::Row row;
-    bool enters = true;
-    int slot = 0;
+    uint32_t words = slots;
 #pragma unroll 1
-    while (at.left > 0) {
-        if (enters) {
-            const Part &part = part_of(at.tile, at.run);
-            int is_second = job.mode == MODE_JOINED ? at.run : 0;
-            row.set(shared, part, activations[is_second], job.inputs[is_second].k, row_of(part, at.tile, quad), lane);
+    for (int steps_left; (steps_left = steps_of(run)) > 0; run++) {
+        const Part &part = part_of(tile_of(run), is_second(run));
+        const int input = job.mode == MODE_JOINED ? is_second(run) : 0;
+        typename Decoder::Row row;
+        row.set(shared, part, activations[input], job.inputs[input].k, row_of(part, tile_of(run), quad), lane, chunk_of(run));
+        typename Decoder::Sums sums = {};
+#pragma unroll 1
+        while (steps_left > 0) {
+            if (source_steps == 0) next_source();
+            // Up to the end of this run or of the one that is copied; behind the last copy, to the end of this one.
+            const bool copies = source_steps > 0;
+            int n = copies ? min(steps_left, source_steps) : steps_left;
+            steps_left -= n;
+            source_steps -= copies ? n : 0;
+#pragma unroll 1
+            for (; n > 0; n--) {
+                await_copies<STAGES - 1>();
+                uint4 low = load_copied_16(words), high = load_copied_16(words + STEP_BYTES / 2);
+                Decoder::add(low, high, words, row, sums);
+                if (copies) load(words);
+                end_copies();
+                words += SLOT_WORDS * 4;
+                if (words == slots + STAGES * SLOT_WORDS * 4) words = slots;
+            }
         }
-        await_copies<STAGES - 1>();
-        const uint32_t words = slots + slot * SLOT_WORDS * 4;
-        uint4 low = load_copied_16(words), high = load_copied_16(words + STEP_BYTES / 2);
-        Decoder::add(at.chunk, low, high, words + extra, row, sums);
-        load(slot);
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
-        int segment = at.tile * runs + at.run + warp;
-        enters = at.advance(chunks_0, chunks_1, runs);
-        if (enters || at.left == 0) {
-            Partial partial;
-            Decoder::partial(sums, partial);
-            if (quarter == 0) partials[segment][quad] = partial;
-            sums = {};
-        }
+        Partial partial;
+        Decoder::partial(sums, partial);
+        if (quarter == 0) partials[run + warp][quad] = partial;
     }
     __syncthreads();
 
@@ -431,11 +447,11 @@ __device__ __forceinline__ void matvec(const Matvec &job) {
     }
 }
 
-// A matrix's kernel and that of a head. Two blocks' registers fit a multiprocessor.
-#define MATVEC_KERNELS(NAME, DECODER, STAGES)                                                                            \
-    extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, 2) NAME##_matvec(const __grid_constant__ Matvec job) { \
-        matvec<DECODER, STAGES, false>(job);                                                                             \
-    }                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, 2) NAME##_head(const __grid_constant__ Matvec job) {   \
-        matvec<DECODER, STAGES, true>(job);                                                                              \
+// A matrix's kernel and that of a head, and how many of its blocks have registers on a multiprocessor at once.
+#define MATVEC_KERNELS(NAME, DECODER, STAGES, BLOCKS)                                                                         \
+    extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, BLOCKS) NAME##_matvec(const __grid_constant__ Matvec job) { \
+        matvec<DECODER, STAGES, false>(job);                                                                                  \
+    }                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, BLOCKS) NAME##_head(const __grid_constant__ Matvec job) {   \
+        matvec<DECODER, STAGES, true>(job);                                                                                   \
     }

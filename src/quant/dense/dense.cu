@@ -29,20 +29,20 @@ struct Halves {
     };
     struct Row {
         uint32_t x;  // of this lane
-        __device__ void set(const Shared &, const Part &, const Activations &from, int, int, int lane) {
-            x = from.x + (lane / 4 % 2 * 4 + lane % 4) * 16;
+        __device__ void set(const Shared &, const Part &, const Activations &from, int, int, int lane, int chunk) {
+            x = from.x + (lane / 4 % 2 * 4 + lane % 4) * 16 + chunk * 2 * CHUNK;
         }
     };
-    static __device__ uint8_t *convert(Activations &to, const Matvec &, const Input &, const __half *x, uint8_t *free_bytes,
-                                       float *) {
+    static __device__ uint8_t *convert(Activations &to, const Shared &, const Matvec &, const Input &, const __half *x,
+                                       uint8_t *free_bytes, float *) {
         if (threadIdx.x == 0) to.x = shared_address(x);
         return free_bytes;
     }
     static __device__ void prepare(Shared &, const Matvec &) {}
 
-    static __device__ __forceinline__ void add(int chunk, const uint4 &low, const uint4 &high, uint32_t, const Row &row,
-                                               Sums &sums) {
-        uint4 x = load_shared_16(row.x + chunk * 2 * CHUNK);
+    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, Row &row, Sums &sums) {
+        uint4 x = load_shared_16(row.x);
+        row.x += 2 * CHUNK;
         multiply_halves(sums.of, low.x, high.x, low.y, high.y, x.x, x.y);
         multiply_halves(sums.of, low.z, high.z, low.w, high.w, x.z, x.w);
     }
@@ -65,12 +65,12 @@ struct Floats {
     };
     struct Row {
         uint32_t x;  // of this lane
-        __device__ void set(const Shared &, const Part &, const Activations &from, int, int, int lane) {
-            x = from.x + lane % 4 * 16;
+        __device__ void set(const Shared &, const Part &, const Activations &from, int, int, int lane, int chunk) {
+            x = from.x + lane % 4 * 16 + chunk * 4 * CHUNK;
         }
     };
-    static __device__ uint8_t *convert(Activations &to, const Matvec &, const Input &input, const __half *x, uint8_t *free_bytes,
-                                       float *) {
+    static __device__ uint8_t *convert(Activations &to, const Shared &, const Matvec &, const Input &input, const __half *x,
+                                       uint8_t *free_bytes, float *) {
         float *floats = (float *)free_bytes;
         for (int at = threadIdx.x; at < input.chunks * CHUNK; at += MATVEC_THREADS) floats[at] = __half2float(x[at]);
         if (threadIdx.x == 0) to.x = shared_address(floats);
@@ -82,14 +82,13 @@ struct Floats {
         return __uint_as_float(w.x) * __uint_as_float(x.x) + __uint_as_float(w.y) * __uint_as_float(x.y) +
                __uint_as_float(w.z) * __uint_as_float(x.z) + __uint_as_float(w.w) * __uint_as_float(x.w);
     }
-    static __device__ __forceinline__ void add(int chunk, const uint4 &low, const uint4 &high, uint32_t, const Row &row,
-                                               Sums &sums) {
-        uint32_t x = row.x + chunk * 4 * CHUNK;
-        sums.sum += dot(low, load_shared_16(x)) + dot(high, load_shared_16(x + 2 * CHUNK));
+    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, Row &row, Sums &sums) {
+        sums.sum += dot(low, load_shared_16(row.x)) + dot(high, load_shared_16(row.x + 2 * CHUNK));
+        row.x += 4 * CHUNK;
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.sum); }
     static __device__ float result(const Value &total, const Activations &, const Constant &) { return total.value; }
 };
 
-MATVEC_KERNELS(half, Halves, 4)
-MATVEC_KERNELS(float, Floats, 4)
+MATVEC_KERNELS(half, Halves, 4, 2)
+MATVEC_KERNELS(float, Floats, 4, 2)

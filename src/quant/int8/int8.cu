@@ -169,26 +169,27 @@ struct Bytes {
         float outlier;
     };
     struct Activations {
-        const __half *x;
+        uint32_t x;
         uint32_t codes;
-        uint32_t outliers;  // a bit an element
+        uint32_t outliers;  // a bit an element: four words a chunk, one for each lane of a row, its low half's 16 bits first
         float absmax;
     };
     struct Row {
         uint32_t codes, outliers;
-        // Read where an outlier asks for them.
-        const __half *x;
+        // Read where an outlier asks for them: x lies this far behind twice the place of its codes.
+        uint32_t x_behind;
         const float *scale;
-        __device__ void set(const Shared &, const Part &part, const Activations &from, int, int row, int lane) {
-            codes = from.codes + lane / 4 % 2 * 64 + lane % 4 * 16;
-            outliers = from.outliers;
-            x = from.x + lane % 4 * 16;
+        __device__ void set(const Shared &, const Part &part, const Activations &from, int, int row, int lane, int chunk) {
+            const uint32_t half = lane / 4 % 2 * 64;
+            codes = from.codes + half + lane % 4 * 16 + chunk * CHUNK;
+            outliers = from.outliers + chunk * 16 + lane % 4 * 4;
+            x_behind = from.x - 2 * (from.codes + half);
             scale = (const float *)part.scales + row;
         }
     };
 
     // A thread takes four elements at a time.
-    static __device__ uint8_t *convert(Activations &to, const Matvec &job, const Input &input, const __half *halves,
+    static __device__ uint8_t *convert(Activations &to, const Shared &, const Matvec &job, const Input &input, const __half *halves,
                                        uint8_t *free_bytes, float *room) {
         int padded = input.chunks * CHUNK;
         uint32_t *made = (uint32_t *)free_bytes, *bits = (uint32_t *)(free_bytes + padded);
@@ -218,9 +219,9 @@ struct Bytes {
                 codes |= is_outlier ? 0u : ((uint32_t)__float2int_rn(values[i] * scale) & 0xff) << 8 * i;
             }
             made[at] = codes;
-            if (found) atomicOr(bits + at / 8, found << at % 8 * 4);
+            if (found) atomicOr(bits + at / 32 * 4 + at / 4 % 4, found << (at / 16 % 2 * 16 + at % 4 * 4));
         }
-        if (threadIdx.x == 0) to = {halves, shared_address(made), shared_address(bits), largest};
+        if (threadIdx.x == 0) to = {shared_address(halves), shared_address(made), shared_address(bits), largest};
         return free_bytes + padded + padded / 8;
     }
     static __device__ __forceinline__ void four(const __half *halves, int at, float (&values)[4]) {
@@ -230,32 +231,26 @@ struct Bytes {
     }
     static __device__ void prepare(Shared &, const Matvec &) {}
 
-    static __device__ __forceinline__ int byte_of(const uint4 &words, int at) {
-        uint32_t word = at < 8 ? (at < 4 ? words.x : words.y) : (at < 12 ? words.z : words.w);
-        return (int8_t)(word >> at % 4 * 8);
-    }
-    // Outliers among the 16 elements of `words`, whose activations are `x`.
-    static __device__ float outliers_of(uint32_t bits, const uint4 &words, const __half *x, float scale) {
-        float sum = 0.0f;
-        for (; bits; bits &= bits - 1) {
-            int at = __ffs(bits) - 1;
-            sum += outlier_weight(byte_of(words, at), scale) * __half2float(x[at]);
-        }
-        return sum;
-    }
-
-    static __device__ __forceinline__ void add(int chunk, const uint4 &low, const uint4 &high, uint32_t, const Row &row,
-                                               Sums &sums) {
-        uint4 x = load_shared_16(row.codes + chunk * CHUNK), outliers = load_shared_16(row.outliers + 16 * chunk);
+    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t words, Row &row, Sums &sums) {
+        uint4 x = load_shared_16(row.codes);
+        uint32_t outliers = load_shared(row.outliers);
         multiply_bytes(sums.products, low.x, high.x, low.y, high.y, x.x, x.y);
         multiply_bytes(sums.products, low.z, high.z, low.w, high.w, x.z, x.w);
-        // The same for all lanes: they share the chunk.
-        if ((outliers.x | outliers.y | outliers.z | outliers.w) == 0) return;
-        const int quarter = threadIdx.x % 4, shift = quarter % 2 * 16;
-        const __half *of_chunk = row.x + chunk * CHUNK;
-        float scale = __ldg(row.scale);
-        sums.outlier += outliers_of((quarter < 2 ? outliers.x : outliers.y) >> shift & 0xffff, low, of_chunk, scale);
-        sums.outlier += outliers_of((quarter < 2 ? outliers.z : outliers.w) >> shift & 0xffff, high, of_chunk + 64, scale);
+        if (outliers) {
+            const uint32_t of_chunk = 2 * row.codes + row.x_behind;
+            float scale = __ldg(row.scale);
+#pragma unroll 1
+            do {
+                uint32_t at = __ffs(outliers) - 1;
+                outliers &= outliers - 1;
+                uint32_t word = load_copied(words + at % 16 / 4 * 4 + at / 16 * (STEP_BYTES / 2));
+                float weight = outlier_weight((int8_t)(word >> at % 4 * 8), scale);
+                uint32_t pair = load_shared(of_chunk + at % 16 / 2 * 4 + at / 16 * 128);
+                sums.outlier += weight * __half2float(__ushort_as_half((unsigned short)(pair >> at % 2 * 16)));
+            } while (outliers);
+        }
+        row.codes += CHUNK;
+        row.outliers += 16;
     }
     static __device__ void partial(const Sums &sums, Partial &of_row) {
         of_row = {sums.products[0] + sums.products[3], quad_sum(sums.outlier)};
@@ -265,4 +260,4 @@ struct Bytes {
     }
 };
 
-MATVEC_KERNELS(int8, Bytes, 4)
+MATVEC_KERNELS(int8, Bytes, 4, 2)

@@ -33,8 +33,9 @@ struct NestedAbsmax {
         copy_word(to, codes + (block & ~3));
         copy_word(to + 4 * LANES, nested + (block >> 8));
     }
-    static __device__ float value(uint32_t words, int block, uint32_t absmax_code, float offset) {
-        uint32_t code = __byte_perm(load_copied(words), 0, 0x4440 | (block & 3));
+    // `selector` picks the block's code of the four.
+    static __device__ float value(uint32_t words, uint32_t selector, uint32_t absmax_code, float offset) {
+        uint32_t code = __byte_perm(load_copied(words), 0, selector);
         float of_code = __uint_as_float(load_shared(absmax_code + 4 * code));
         return __fadd_rn(__fmul_rn(of_code, __uint_as_float(load_copied(words + 4 * LANES))), offset);
     }
@@ -49,7 +50,7 @@ struct PlainAbsmax {
     const float *values;
     __device__ void set(const Part &part) { values = (const float *)part.scales; }
     __device__ void copy(uint32_t to, int block) const { copy_word(to, values + block); }
-    static __device__ float value(uint32_t words, int, uint32_t, float) { return __uint_as_float(load_copied(words)); }
+    static __device__ float value(uint32_t words, uint32_t, uint32_t, float) { return __uint_as_float(load_copied(words)); }
     static __device__ float of_block(const Part &part, int block, const float *) { return ((const float *)part.scales)[block]; }
 };
 
@@ -93,29 +94,35 @@ struct Nibbles {
             block += 4;
         }
     };
+    // Shared addresses, kept in memory: those of tables would be made anew in every step.
     struct Activations {
-        uint32_t x;
+        uint32_t x, pairs, absmax_code;
     };
     struct Row {
-        uint32_t x;      // of this lane: its 16 elements of the low half's first block, or of the high half's
+        // Of this lane: its 16 elements of the low half's first block, eight by eight; or those of the high half, the other
+        // eight first, so that the two halves lie in different banks.
+        uint32_t x, x_swapped;
         uint32_t pairs;  // the lane's copy
-        uint32_t absmax_code;
+        uint32_t extra, absmax_code, selector;
         float offset;
-        int block, last_block, quarter;
-        __device__ void set(const Shared &shared, const Part &part, const Activations &from, int k, int row, int lane) {
-            x = from.x + lane / 4 % 2 * CHUNK + lane % 4 * 32;
-            pairs = shared_address(shared.pairs) + lane % COPIES * 4;
-            absmax_code = shared_address(shared.absmax_code);
+        bool is_odd, is_high;  // the block that this lane scales: 1 or 3, 2 or 3
+        __device__ void set(const Shared &, const Part &part, const Activations &from, int k, int row, int lane, int chunk) {
+            const uint32_t half = lane / 4 % 2, of_lane = from.x + half * CHUNK + lane % 4 * 32 + chunk * 2 * CHUNK;
+            x = of_lane + 16 * half;
+            x_swapped = of_lane + 16 * (1 - half);
+            pairs = from.pairs + lane % COPIES * 4;
+            extra = extra_of(lane);
+            absmax_code = from.absmax_code;
             offset = part.offset;
-            quarter = lane % 4;
-            int blocks = k / BLOCK;
-            block = row * blocks + quarter;
-            last_block = row * blocks + blocks - 1;
+            // Steps are four blocks apart. Behind the row's last block any code will do.
+            selector = 0x4440 | ((row * (k / BLOCK) + lane % 4) & 3);
+            is_odd = lane & 1;
+            is_high = lane & 2;
         }
     };
-    static __device__ uint8_t *convert(Activations &to, const Matvec &, const Input &, const __half *x, uint8_t *free_bytes,
-                                       float *) {
-        if (threadIdx.x == 0) to.x = shared_address(x);
+    static __device__ uint8_t *convert(Activations &to, const Shared &shared, const Matvec &, const Input &, const __half *x,
+                                       uint8_t *free_bytes, float *) {
+        if (threadIdx.x == 0) to = {shared_address(x), shared_address(shared.pairs), shared_address(shared.absmax_code)};
         return free_bytes;
     }
     using Constant = NoConstant;
@@ -133,9 +140,7 @@ struct Nibbles {
         if (threadIdx.x < 256) shared.absmax_code[threadIdx.x] = __ldg(job.code + 16 + threadIdx.x);
     }
 
-    static __device__ __forceinline__ void add(int chunk, const uint4 &low, const uint4 &high, uint32_t extra, const Row &row,
-                                               Sums &sums) {
-        const uint32_t x = row.x + chunk * 2 * CHUNK;
+    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t words, Row &row, Sums &sums) {
         // Byte `at` of a word as two halves.
         auto pair = [&](uint32_t word, int at) {
             return load_shared(__byte_perm(word, 0, 0x4440 | at) * (4 * COPIES) + row.pairs);
@@ -144,15 +149,16 @@ struct Nibbles {
             multiply_halves(sums_of_blocks, pair(a, 0), pair(b, 0), pair(a, 1), pair(b, 1), x.x, x.y);
             multiply_halves(sums_of_blocks, pair(a, 2), pair(b, 2), pair(a, 3), pair(b, 3), x.z, x.w);
         };
-        // Blocks 0 and 2, then 1 and 3.
+        // Blocks 0 and 2, then 1 and 3. Words of the high half go with its x.
         float even[4] = {}, odd[4] = {};
-        multiply(even, low.x, high.x, load_shared_16(x));
-        multiply(even, low.y, high.y, load_shared_16(x + 16));
-        multiply(odd, low.z, high.z, load_shared_16(x + 2 * BLOCK));
-        multiply(odd, low.w, high.w, load_shared_16(x + 2 * BLOCK + 16));
-        float of_low = row.quarter & 1 ? odd[0] : even[0], of_high = row.quarter & 1 ? odd[3] : even[3];
-        float absmax = Absmax::value(extra, min(row.block + 4 * chunk, row.last_block), row.absmax_code, row.offset);
-        sums.scaled += absmax * (row.quarter & 2 ? of_high : of_low);
+        multiply(even, low.x, high.y, load_shared_16(row.x));
+        multiply(even, low.y, high.x, load_shared_16(row.x_swapped));
+        multiply(odd, low.z, high.w, load_shared_16(row.x + 2 * BLOCK));
+        multiply(odd, low.w, high.z, load_shared_16(row.x_swapped + 2 * BLOCK));
+        row.x += 2 * CHUNK;
+        row.x_swapped += 2 * CHUNK;
+        float of_low = row.is_odd ? odd[0] : even[0], of_high = row.is_odd ? odd[3] : even[3];
+        sums.scaled += Absmax::value(words + row.extra, row.selector, row.absmax_code, row.offset) * (row.is_high ? of_high : of_low);
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.scaled); }
     static __device__ float result(const Value &total, const Activations &, const Constant &) { return total.value; }
@@ -178,13 +184,14 @@ struct CrossingNibbles {
         const Shared *shared;
         const __half *x;
         const Part *part;
-        int k;
+        int k, column;
         long long first;
-        __device__ void set(const Shared &tables, const Part &of, const Activations &from, int columns, int row, int) {
+        __device__ void set(const Shared &tables, const Part &of, const Activations &from, int columns, int row, int lane, int chunk) {
             shared = &tables;
             x = from.x;
             part = &of;
             k = columns;
+            column = chunk * CHUNK + lane % 4 * 16;
             first = (long long)row * k;
         }
     };
@@ -193,8 +200,8 @@ struct CrossingNibbles {
     struct Sums {
         float sum;
     };
-    static __device__ uint8_t *convert(Activations &to, const Matvec &, const Input &, const __half *x, uint8_t *free_bytes,
-                                       float *) {
+    static __device__ uint8_t *convert(Activations &to, const Shared &, const Matvec &, const Input &, const __half *x,
+                                       uint8_t *free_bytes, float *) {
         if (threadIdx.x == 0) to.x = x;
         return free_bytes;
     }
@@ -219,23 +226,23 @@ struct CrossingNibbles {
         return sum;
     }
 
-    static __device__ __forceinline__ void add(int chunk, const uint4 &low, const uint4 &high, uint32_t, const Row &row,
-                                               Sums &sums) {
-        int first = chunk * CHUNK + threadIdx.x % 4 * 16;
+    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, Row &row, Sums &sums) {
         auto half = [&](const uint4 &words, int at) {
             return dot(words.x, at, row) + dot(words.y, at + 8, row) +
                    dot(words.z, at + BLOCK, row) + dot(words.w, at + BLOCK + 8, row);
         };
-        sums.sum += half(low, first) + half(high, first + CHUNK / 2);
+        sums.sum += half(low, row.column) + half(high, row.column + CHUNK / 2);
+        row.column += CHUNK;
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.sum); }
     static __device__ float result(const Value &total, const Activations &, const Constant &) { return total.value; }
 };
 
-MATVEC_KERNELS(nf4_nested, Nibbles<NestedAbsmax>, 2)
-MATVEC_KERNELS(nf4_plain, Nibbles<PlainAbsmax>, 2)
-MATVEC_KERNELS(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, 2)
-MATVEC_KERNELS(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, 2)
+// Half the registers would hold a step only with spills, and the tables leave room for one block on most chips anyway.
+MATVEC_KERNELS(nf4_nested, Nibbles<NestedAbsmax>, 2, 1)
+MATVEC_KERNELS(nf4_plain, Nibbles<PlainAbsmax>, 2, 1)
+MATVEC_KERNELS(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, 2, 1)
+MATVEC_KERNELS(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, 2, 1)
 
 // The weight as fp16 [n, k], each value rounded once. A thread decodes a unit: 16 elements of one row, in one block unless
 // blocks cross rows.
