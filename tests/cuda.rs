@@ -1,30 +1,14 @@
 //! The CUDA path of every format against its oracle. On a machine without a usable GPU each test prints why it skips.
 #![cfg(feature = "cuda")]
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+mod gpu;
 
+use self::gpu::gpu;
 use candle_core::{Device, Tensor};
 use half::f16;
-use quantbench::error::BadInput;
 use quantbench::kernels::cuda::{device, memory};
 use quantbench::quant::cuda::multiply;
 use quantbench::quant::{FORMATS, FormatOptions, HalfMatrix, Stored};
-
-/// The first GPU, for one test at a time, since they share its memory pool. Where there is none, the refusal must name what
-/// is missing and how to go on.
-fn gpu() -> Option<(Device, MutexGuard<'static, ()>)> {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    match device::open(0) {
-        Ok(device) => Some((device, turn)),
-        Err(error) => {
-            let refusal = error.downcast_ref::<BadInput>().expect("a machine without a GPU is no internal error");
-            assert!(refusal.hint_text().is_some_and(|hint| hint.contains("--device cpu")), "{refusal}");
-            println!("skipped: {refusal}");
-            None
-        }
-    }
-}
 
 /// What is unusual about a case's numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]

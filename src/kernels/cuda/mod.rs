@@ -14,5 +14,6 @@ pub mod launch;
 pub mod matvec;
 pub mod memory;
 pub mod rows;
+pub mod staging;
 
 pub use device::{open, probe};
