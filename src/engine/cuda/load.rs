@@ -184,11 +184,3 @@ impl Loader<'_> {
         self.targets[matrix].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-impl Job {
-    fn matrix(&self) -> usize {
-        match self {
-            Job::Whole { matrix } | Job::Rows { matrix, .. } => *matrix,
-        }
-    }
-}

@@ -31,6 +31,14 @@ pub enum Job {
     },
 }
 
+impl Job {
+    pub fn matrix(&self) -> usize {
+        match self {
+            Job::Whole { matrix } | Job::Rows { matrix, .. } => *matrix,
+        }
+    }
+}
+
 /// How a source gives the values of a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reading {
