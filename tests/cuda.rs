@@ -2,150 +2,19 @@
 #![cfg(feature = "cuda")]
 
 mod gpu;
+#[path = "shim/products.rs"]
+mod products;
 
-use self::gpu::gpu;
 use candle_core::{Device, Tensor};
+use gpu::gpu;
 use half::f16;
+use products::{KINDS, Kind, Numbers, SHAPES, activations, check, weight};
 use quantbench::kernels::cuda::{device, memory};
 use quantbench::quant::cuda::multiply;
-use quantbench::quant::{FORMATS, FormatOptions, HalfMatrix, Stored};
+use quantbench::quant::{FORMATS, FormatOptions};
 
-/// What is unusual about a case's numbers.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Kind {
-    Gaussian,
-    /// Some activations at and above the LLM.int8 threshold, 6.0 itself among them.
-    Outliers,
-    /// Stretches and rows of zero weights, and a zero row of activations.
-    Zeros,
-    /// One weight and one activation far above all others; their product, where they meet, is near fp16's largest value.
-    Extremes,
-}
-
-const KINDS: [Kind; 4] = [Kind::Gaussian, Kind::Outliers, Kind::Zeros, Kind::Extremes];
-
-/// n × k: whole chunks, blocks across rows, rows that begin in the middle of a byte, short last blocks, many blocks.
-const SHAPES: [(usize, usize); 10] =
-    [(64, 64), (1, 1), (3, 7), (5, 33), (100, 200), (17, 1001), (256, 512), (66, 2560), (4500, 192), (130, 4096)];
 /// One row streams the matrix; more go through cuBLAS.
 const ROWS: [usize; 7] = [1, 2, 3, 7, 8, 9, 37];
-
-/// A seeded sequence, the same on every machine (xorshift64*).
-struct Numbers(u64);
-
-impl Numbers {
-    fn uniform(&mut self) -> f32 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 40) as f32 / (1u64 << 24) as f32
-    }
-
-    /// Near enough to a standard normal: signed, centred, unit variance.
-    fn normal(&mut self) -> f32 {
-        (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        ((self.uniform() * end as f32) as usize).min(end - 1)
-    }
-}
-
-fn weight(n: usize, k: usize, kind: Kind, numbers: &mut Numbers) -> HalfMatrix {
-    let mut data: Vec<f16> = (0..n * k).map(|_| f16::from_f32(0.05 * numbers.normal())).collect();
-    match kind {
-        Kind::Gaussian | Kind::Outliers => {}
-        Kind::Zeros => {
-            let middle = data.len() / 3;
-            data.iter_mut().skip(middle).take(200).for_each(|value| *value = f16::ZERO);
-            data.chunks_exact_mut(k).step_by(3).for_each(|row| row.fill(f16::ZERO));
-        }
-        Kind::Extremes => {
-            let at = numbers.below(data.len());
-            data[at] = f16::from_f32(-240.0);
-        }
-    }
-    HalfMatrix { n, k, data }
-}
-
-fn activations(m: usize, k: usize, kind: Kind, numbers: &mut Numbers) -> Vec<f16> {
-    let mut x: Vec<f16> = (0..m * k).map(|_| f16::from_f32(0.3 * numbers.normal())).collect();
-    match kind {
-        Kind::Gaussian => {}
-        Kind::Outliers => {
-            for value in [6.0, -6.0, 25.0, -11.5, 5.996] {
-                let at = numbers.below(x.len());
-                x[at] = f16::from_f32(value);
-            }
-        }
-        Kind::Zeros => x[..k].fill(f16::ZERO),
-        Kind::Extremes => {
-            x.iter_mut().for_each(|value| *value = f16::from_f32(value.to_f32() / 1024.0));
-            let at = numbers.below(x.len());
-            x[at] = f16::from_f32(250.0);
-        }
-    }
-    x
-}
-
-/// How far the device may be from the oracle at one output, from `summed` = Σ|x·w| over what is added in fp32, `rough`
-/// = Σ|x·w| over weights that the device rounds to fp16 first, and the value `y` itself. With ε = 2⁻¹¹ for fp16 and k terms in fp32:
-/// - a sum in any order, each product at most a few roundings away from the oracle's: (k + 8) · 2⁻²³ · summed, twice
-///   the textbook bound, since tensor cores truncate where they align;
-/// - rounded weights: ε · rough, and half the smallest subnormal (2⁻²⁵) for each activation they meet;
-/// - the result's rounding: ε · |y|. LLM.int8 rounds its regular part before (at most |y| + rough), so ε · (2|y| + rough).
-///   That part's unit, 1/127², is bitsandbytes' CUDA one here and its CPU one in the oracle, 2⁻¹⁵ apart at most; its four
-///   fp32 roundings are below 1 % of all this.
-///
-/// Products of two of these are below 1 % of them.
-fn allowed(name: &str, k: usize, y: f32, summed: f32, rough: f32, rough_activations: f32) -> f32 {
-    let (half, subnormal) = (2f32.powi(-11), 2f32.powi(-25));
-    let sum = (k + 8) as f32 * 2f32.powi(-23) * summed;
-    let weights = half * rough + subnormal * rough_activations;
-    let regular = y.abs() + rough;
-    let result = if name == "int8" {
-        half * (y.abs() + regular) + 2f32.powi(-15) * regular + 2.0 * subnormal
-    } else {
-        half * y.abs() + subnormal
-    };
-    1.01 * (sum + weights + result)
-}
-
-/// Columns whose weights the device rounds to fp16 before it multiplies.
-fn rough_columns(name: &str, x: &[f32], k: usize) -> Vec<bool> {
-    let threshold = FormatOptions::default().int8_threshold;
-    let is_rough = |column: usize| match name {
-        "int8" => x[column..].iter().step_by(k).any(|value| value.abs() >= threshold),
-        // NF4 rounds weights for many rows and its 16 code values for one.
-        _ => name != "fp16",
-    };
-    (0..k).map(is_rough).collect()
-}
-
-fn check(name: &str, what: &str, stored: &dyn Stored, x: &[f32], y: &[f32]) {
-    let (n, k) = stored.shape();
-    let m = x.len() / k;
-    let (expected, weight) = (stored.multiply(x, m), stored.dequantize());
-    let rough = rough_columns(name, x, k);
-    for (at, (y, expected)) in y.iter().zip(&expected).enumerate() {
-        let (x, w) = (&x[at / n * k..][..k], &weight[at % n * k..][..k]);
-        let magnitudes = x.iter().zip(w).map(|(x, w)| (x * w).abs());
-        let magnitude: f32 = magnitudes.clone().sum();
-        let rough_magnitude: f32 =
-            magnitudes.zip(&rough).map(|(product, rough)| if *rough { product } else { 0.0 }).sum();
-        let rough_activations: f32 = x.iter().zip(&rough).map(|(x, rough)| if *rough { x.abs() } else { 0.0 }).sum();
-        // LLM.int8 adds only its outlier columns in fp32; the rest is exact in int32.
-        let summed = if name == "int8" { rough_magnitude } else { magnitude };
-        let allowed = allowed(name, k, *expected, summed, rough_magnitude, rough_activations);
-        let off = (y - expected).abs();
-        assert!(
-            off <= allowed,
-            "{name} {what} [{}, {}]: {y} for {expected}, off by {off}, allowed {allowed}",
-            at / n,
-            at % n
-        );
-    }
-}
 
 fn to_device(x: &[f16], m: usize, k: usize, device: &Device) -> Tensor {
     // A row of NaN before the rows that count: a kernel that ignores the tensor's offset shows, and so does a read outside.

@@ -9,6 +9,8 @@ mod plain;
 use std::path::Path;
 
 use candle_core::{CudaDevice, Result};
+use gpu::gpu;
+use plain::{Case, DTYPES, cases};
 use quantbench::engine::{self, Loaded, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::cuda::launch::address;
@@ -18,9 +20,6 @@ use quantbench::quant::cuda::{GRANULE, Plain, PlainKind};
 use quantbench::quant::fp32::{self, Fp32Stored};
 use quantbench::quant::{CudaMatrix, FORMATS, Format, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Stored};
 use quantbench::weights::{self, Request};
-
-use self::gpu::gpu;
-use self::plain::{Case, DTYPES, cases};
 
 /// What loading may use beyond the model and its largest tensor.
 const BEYOND_BYTES: u64 = 256_000_000;

@@ -176,6 +176,15 @@ fn files_ending(folders: &[&str], ends: &[&str]) -> Vec<SourceFile> {
     all.filter(|file| ends.iter().any(|end| file.path.ends_with(end))).collect()
 }
 
+/// A host's twin of that one file is all that the kernels need to run without a GPU.
+#[test]
+fn assembly_sits_in_one_file() {
+    let says_asm = |line: &str| code(line).split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "asm");
+    let kernels = files_ending(&["src"], &[".cu", ".cuh"]);
+    let with: Vec<_> = kernels.iter().filter(|file| file.text.lines().any(says_asm)).map(|file| &file.path).collect();
+    assert_eq!(with, ["src/kernels/cuda/device.cuh"]);
+}
+
 fn may_be_unsafe(path: &str) -> bool {
     path.trim_end_matches(".rs").split('/').any(|part| part == "cpu" || part == "cuda")
 }

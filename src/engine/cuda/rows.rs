@@ -87,7 +87,7 @@ impl<'a> Run<'a> {
     }
 
     fn kernels(&self) -> Rows<'a> {
-        Rows { device: self.device() }
+        Rows { on: self.device() }
     }
 
     fn at(&self, id: BufferId) -> Result<u64> {

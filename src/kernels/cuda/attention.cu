@@ -61,7 +61,7 @@ __device__ __forceinline__ float rotated(const __half *head, int at, int rotary,
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention_step(const __grid_constant__ Attention job) {
     // q [group, d_pad], scores [group, span], sums [slots, HEADS_AT_ONCE, d_pad]
-    extern __shared__ float dynamic[];
+    DYNAMIC_SHARED(float, dynamic);
     __shared__ bool is_last;
     const int kv_head = blockIdx.x, split = blockIdx.y, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const int d = job.d, d_pad = job.d_pad, group = job.group, span = job.span;

@@ -2,7 +2,7 @@
 
 use candle_core::{CudaDevice, Result};
 
-use super::launch::{Fatbin, Grid, Kernel, launch};
+use super::launch::{Fatbin, Grid, Kernel, Planned, launch};
 use super::matvec::{EARLY, Facts};
 use crate::parameters;
 
@@ -73,14 +73,19 @@ pub struct Attention {
 
 impl Attention {
     pub fn new(device: &CudaDevice, kv_heads: usize, job: Job) -> Result<Self> {
-        let kernel = KERNELS.kernel(device, "attention_step")?;
+        let Planned { fatbin, kernel, grid, job } = Self::plan(kv_heads, job);
+        let kernel = fatbin.kernel(device, kernel)?;
+        kernel.allow_shared(grid.shared_bytes)?;
+        Ok(Self { kernel, grid, job })
+    }
+
+    pub fn plan(kv_heads: usize, job: Job) -> Planned<Job> {
         let [group, d_pad, span] = [job.group, job.d_pad, job.span].map(|value| value as usize);
         let slots = (THREADS as usize / (d_pad / 8)).max(1);
         let floats = group * d_pad + (group * span).max(job.splits as usize) + slots * HEADS_AT_ONCE * d_pad;
         let shared_bytes = 4 * floats;
-        kernel.allow_shared(shared_bytes)?;
         let grid = Grid { blocks: (kv_heads, job.splits as usize), threads: THREADS, shared_bytes, early: EARLY };
-        Ok(Self { kernel, grid, job })
+        Planned { fatbin: &KERNELS, kernel: "attention_step", grid, job }
     }
 
     /// # Safety

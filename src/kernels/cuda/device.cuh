@@ -1,36 +1,14 @@
 // The device as kernels see it: every instruction that C++ does not name, and what each chip has for it. No other file
-// holds assembly, so that a twin of this one runs the same kernels on a host.
+// holds assembly, so that its twin in tests/shim/include runs the same kernels on a host.
 #pragma once
 
 #include <cstdint>
 #include <cuda_fp16.h>
 
-constexpr int LANES = 32;
-constexpr unsigned ALL_LANES = 0xffffffffu;
+#include "kernels/cuda/warp.cuh"
 
-// The sum over the warp, in every lane. The order is fixed, so equal inputs give equal bits.
-template <typename T>
-__device__ __forceinline__ T warp_sum(T value) {
-#pragma unroll
-    for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
-    return value;
-}
-
-// The sum over the four lanes 4g .. 4g + 3.
-__device__ __forceinline__ float quad_sum(float value) {
-    value += __shfl_xor_sync(ALL_LANES, value, 1);
-    return value + __shfl_xor_sync(ALL_LANES, value, 2);
-}
-
-// The larger one, NaN if either is.
-__device__ __forceinline__ float larger(float a, float b) { return b > a || isnan(b) ? b : a; }
-
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-    for (int distance = LANES / 2; distance > 0; distance /= 2)
-        value = larger(value, __shfl_xor_sync(ALL_LANES, value, distance));
-    return value;
-}
+// Shared memory that is sized at launch.
+#define DYNAMIC_SHARED(TYPE, NAME) extern __shared__ TYPE NAME[]
 
 // Sixteen bytes that are read once: first to leave the caches. Volatile, so that it stays above a wait.
 __device__ __forceinline__ uint4 load_streaming(const void *at) {

@@ -1,5 +1,6 @@
 //! Loading embedded kernels and launching them on candle's stream.
 
+use std::borrow::Cow;
 use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 
@@ -9,6 +10,7 @@ use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Storage, Tenso
 use half::f16;
 
 use super::memory::driver_error;
+use crate::parameters;
 
 /// The kernels of one `.cu` for all chips, as `build.rs` compiled them.
 pub struct Fatbin {
@@ -116,6 +118,51 @@ impl Grid {
     }
 }
 
+/// What runs kernels: a device, or in tests a host that compiles the same sources.
+pub trait Launcher {
+    /// # Safety
+    /// As [`launch`] says.
+    unsafe fn launch(
+        &self,
+        fatbin: &'static Fatbin,
+        kernel: &'static str,
+        grid: Grid,
+        parameters: &mut [*mut c_void],
+    ) -> Result<()>;
+}
+
+impl Launcher for CudaDevice {
+    unsafe fn launch(
+        &self,
+        fatbin: &'static Fatbin,
+        kernel: &'static str,
+        grid: Grid,
+        parameters: &mut [*mut c_void],
+    ) -> Result<()> {
+        let kernel = fatbin.kernel(self, kernel)?;
+        // SAFETY: the caller's promise.
+        unsafe { launch(self, kernel, grid, parameters) }
+    }
+}
+
+/// A launch of a kernel that takes one struct: made of shapes and addresses alone, on whatever machine they are.
+#[derive(Clone, Copy)]
+pub struct Planned<J> {
+    pub fatbin: &'static Fatbin,
+    pub kernel: &'static str,
+    pub grid: Grid,
+    pub job: J,
+}
+
+impl<J> Planned<J> {
+    /// # Safety
+    /// Every address that this launch was made of is still good.
+    pub unsafe fn launch_on(&self, launcher: &dyn Launcher) -> Result<()> {
+        // SAFETY: kernels that are planned take one struct, which `J` mirrors; the caller vouches for the addresses.
+        unsafe { launcher.launch(self.fatbin, self.kernel, self.grid, parameters![self.job]) }
+    }
+}
+
 /// The addresses of kernel parameters, for [`launch`].
 #[macro_export]
 macro_rules! parameters {
@@ -190,15 +237,20 @@ where
     Ok(Tensor::from_storage(Storage::Cuda(storage), (rows, columns), BackpropOp::none(), false))
 }
 
-/// Rows of `row_bytes`, each followed by zeros up to `stride` bytes.
+/// [`padded_rows`] on the device.
 pub fn upload_rows(bytes: &[u8], row_bytes: usize, stride: usize, device: &CudaDevice) -> Result<CudaSlice<u8>> {
+    device.clone_htod(&*padded_rows(bytes, row_bytes, stride))
+}
+
+/// Rows of `row_bytes`, each followed by zeros up to `stride` bytes.
+pub fn padded_rows(bytes: &[u8], row_bytes: usize, stride: usize) -> Cow<'_, [u8]> {
     if row_bytes == stride {
-        return device.clone_htod(bytes);
+        return Cow::Borrowed(bytes);
     }
     let mut rows = vec![0; bytes.len() / row_bytes * stride];
     let pairs = rows.chunks_exact_mut(stride).zip(bytes.chunks_exact(row_bytes));
     pairs.for_each(|(row, bytes)| row[..row_bytes].copy_from_slice(bytes));
-    device.clone_htod(&rows)
+    Cow::Owned(rows)
 }
 
 /// A dimension as kernels take it.

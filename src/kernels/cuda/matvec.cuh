@@ -253,7 +253,7 @@ template <class Decoder, int STAGES, bool IS_HEAD>
 __device__ __forceinline__ void matvec(const Matvec &job) {
     using Partial = typename Decoder::Partial;
     constexpr int SLOT_WORDS = STEP_BYTES / 4 + Decoder::EXTRA_WORDS * LANES;
-    extern __shared__ uint4 dynamic[];  // the warps' slots, partials [run + warp][row], then x
+    DYNAMIC_SHARED(uint4, dynamic);  // the warps' slots, partials [run + warp][row], then x
     __shared__ typename Decoder::Shared shared;
     __shared__ typename Decoder::Activations activations[MAX_INPUTS];
     __shared__ float room[2 * MATVEC_WARPS];

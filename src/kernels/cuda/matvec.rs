@@ -2,7 +2,7 @@
 
 use candle_core::{CudaDevice, Result, bail};
 
-use super::launch::{Fatbin, Grid, Kernel, dimension, launch};
+use super::launch::{Fatbin, Grid, Kernel, Planned, dimension, launch};
 use crate::parameters;
 
 /// Bytes of a row that a warp takes at once: rows are padded to whole ones.
@@ -72,7 +72,7 @@ pub struct Input {
     pub norm_bias: u64,
     pub epsilon: f32,
     pub scale: f32,
-    /// 1 / k, for [`Matvec::new`] to fill in, as the two behind the norm.
+    /// 1 / k, for [`Matvec::plan`] to fill in, as the two behind the norm.
     pub per_k: f32,
     pub norm: i32,
     pub k: i32,
@@ -126,9 +126,10 @@ pub struct Head {
     pub advance: i32,
 }
 
+/// All that a launch reads, as `struct Matvec`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-struct Job {
+pub struct Job {
     parts: [Part; MAX_PARTS],
     inputs: [Input; MAX_INPUTS],
     code: u64,
@@ -179,14 +180,32 @@ pub struct Matvec {
 }
 
 impl Matvec {
-    /// All products have matrices of one family; `Joined` ones read `inputs` one by one, others share the first.
+    /// As [`Self::plan`], on a device that must have the shared memory for it.
     pub fn new(
         device: &CudaDevice,
+        mode: Mode,
+        inputs: Vec<Input>,
+        products: &[Product],
+        epilogue: Epilogue,
+    ) -> Result<Self> {
+        let Planned { fatbin, kernel, grid, job } = Self::plan(Facts::of(device)?, mode, inputs, products, epilogue)?;
+        let kernel = fatbin.kernel(device, kernel)?;
+        kernel.allow_shared(grid.shared_bytes)?;
+        if kernel.blocks_per_multiprocessor(grid.threads, grid.shared_bytes)? == 0 {
+            let (k, bytes) = (job.inputs[0].k, grid.shared_bytes);
+            bail!("a row of {k} elements needs {bytes} bytes of shared memory, more than this device has");
+        }
+        Ok(Self { kernel, grid, job })
+    }
+
+    /// All products have matrices of one family; `Joined` ones read `inputs` one by one, others share the first.
+    pub fn plan(
+        facts: Facts,
         mode: Mode,
         mut inputs: Vec<Input>,
         products: &[Product],
         epilogue: Epilogue,
-    ) -> Result<Self> {
+    ) -> Result<Planned<Job>> {
         let Some(first) = products.first().map(|product| product.matrix) else { bail!("a launch of no matrices") };
         if products.len() > MAX_PARTS
             || inputs.len() > MAX_INPUTS
@@ -200,7 +219,6 @@ impl Matvec {
             (input.k, input.chunks, input.per_k) =
                 (dimension(k)?, dimension(k.div_ceil(family.chunk))?, 1.0 / k as f32);
         }
-        let facts = Facts::of(device)?;
         // A single joined product is one part.
         let mode = if mode == Mode::Joined && products.len() == 1 { Mode::Apart } else { mode };
         let tiles_of = |product: &Product| product.matrix.n.div_ceil(TILE_ROWS);
@@ -210,19 +228,11 @@ impl Matvec {
         };
         let blocks = tiles.min(facts.multiprocessors);
         let segments = tiles.div_ceil(blocks) * runs + WARPS;
-        let kernel = family.fatbin.kernel(device, family.kernels[usize::from(epilogue.head.logits != 0)])?;
+        let kernel = family.kernels[usize::from(epilogue.head.logits != 0)];
         let x_bytes: usize =
             inputs.iter().map(|i| (i.chunks as usize * family.chunk * family.shared_eighths).div_ceil(8)).sum();
         let slot_bytes = STEP_BYTES + 4 * 32 * family.extra_words;
         let shared_bytes = WARPS * family.stages * slot_bytes + segments * TILE_ROWS * family.partial_bytes + x_bytes;
-        kernel.allow_shared(shared_bytes)?;
-        if kernel.blocks_per_multiprocessor(THREADS, shared_bytes)? == 0 {
-            bail!(
-                "a row of {} elements needs {shared_bytes} bytes of shared memory, more than this device has",
-                first.k
-            );
-        }
-
         let mut job = Job {
             parts: [Part { first_tile: NO_TILE, ..Part::default() }; MAX_PARTS],
             inputs: [Input::default(); MAX_INPUTS],
@@ -248,7 +258,7 @@ impl Matvec {
             }
         }
         let grid = Grid { blocks: (blocks, 1), threads: THREADS, shared_bytes, early: EARLY };
-        Ok(Self { kernel, grid, job })
+        Ok(Planned { fatbin: family.fatbin, kernel, grid, job })
     }
 
     /// # Safety

@@ -1,19 +1,21 @@
 //! Operations over many rows: launches of `rows.cu`.
 
-use candle_core::{CudaDevice, Result};
+use std::ffi::c_void;
 
-use super::launch::{Fatbin, Grid, dimension, launch};
+use candle_core::Result;
+
+use super::launch::{Fatbin, Grid, Launcher, dimension};
 use crate::parameters;
 
 pub static KERNELS: Fatbin = Fatbin { name: "rows", image: include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")) };
 
 const THREADS: u32 = 256;
 
-/// Addresses on `device`. Every method says what lies there; all are `unsafe` for that reason: the caller vouches that the
+/// Addresses where `on` runs. Every method says what lies there; all are `unsafe` for that reason: the caller vouches that the
 /// memory is as large as said and lives until the stream has come past the call.
 #[derive(Clone, Copy)]
 pub struct Rows<'a> {
-    pub device: &'a CudaDevice,
+    pub on: &'a dyn Launcher,
 }
 
 /// A table of fp16 rows.
@@ -51,12 +53,11 @@ impl Rows<'_> {
         scale: f32,
         out: u64,
     ) -> Result<()> {
-        let kernel = KERNELS.kernel(self.device, "embed_rows")?;
         let image = image.map_or(-1, |token| token as i32);
         let (stride, width) = (dimension(table.stride)?, dimension(table.width)?);
         let parameters = parameters![tokens, feature_of_row, table.address, features, out, scale, image, stride, width];
         // SAFETY: as rows.cu declares them.
-        unsafe { launch(self.device, kernel, Grid::new((rows, 1), THREADS), parameters) }
+        unsafe { self.launch("embed_rows", Grid::new((rows, 1), THREADS), parameters) }
     }
 
     /// fp32 `x[t] += table[t]`
@@ -64,11 +65,10 @@ impl Rows<'_> {
     /// # Safety
     /// As [`Rows`] says.
     pub unsafe fn add_table(self, rows: usize, x: u64, table: Table) -> Result<()> {
-        let kernel = KERNELS.kernel(self.device, "add_table_rows")?;
         let (stride, width) = (dimension(table.stride)?, dimension(table.width)?);
         // SAFETY: as rows.cu declares them.
         unsafe {
-            launch(self.device, kernel, Grid::new((rows, 1), THREADS), parameters![x, table.address, stride, width])
+            self.launch("add_table_rows", Grid::new((rows, 1), THREADS), parameters![x, table.address, stride, width])
         }
     }
 
@@ -87,16 +87,10 @@ impl Rows<'_> {
         epsilon: f32,
         out: u64,
     ) -> Result<()> {
-        let kernel = KERNELS.kernel(self.device, "norm_rows")?;
         let width = dimension(width)?;
         // SAFETY: as rows.cu declares them.
         unsafe {
-            launch(
-                self.device,
-                kernel,
-                Grid::new((rows, 1), THREADS),
-                parameters![x, weight, bias, out, epsilon, width],
-            )
+            self.launch("norm_rows", Grid::new((rows, 1), THREADS), parameters![x, weight, bias, out, epsilon, width])
         }
     }
 
@@ -105,11 +99,10 @@ impl Rows<'_> {
     /// # Safety
     /// As [`Rows`] says.
     pub unsafe fn add_bias(self, rows: usize, width: usize, y: u64, is_float: bool, bias: u64) -> Result<()> {
-        let kernel = KERNELS.kernel(self.device, "add_bias_rows")?;
         let (n, count, is_float) = (dimension(width)?, (rows * width) as i64, i32::from(is_float));
         // SAFETY: as rows.cu declares them.
         unsafe {
-            launch(self.device, kernel, Grid::over(rows * width, THREADS), parameters![y, bias, is_float, n, count])
+            self.launch("add_bias_rows", Grid::over(rows * width, THREADS), parameters![y, bias, is_float, n, count])
         }
     }
 
@@ -118,10 +111,9 @@ impl Rows<'_> {
     /// # Safety
     /// As [`Rows`] says.
     pub unsafe fn add(self, count: usize, a: u64, b: u64, b_is_float: bool, out: u64) -> Result<()> {
-        let kernel = KERNELS.kernel(self.device, "add_rows")?;
         let (is_float, n) = (i32::from(b_is_float), count as i64);
         // SAFETY: as rows.cu declares them.
-        unsafe { launch(self.device, kernel, Grid::over(count, THREADS), parameters![a, b, out, is_float, n]) }
+        unsafe { self.launch("add_rows", Grid::over(count, THREADS), parameters![a, b, out, is_float, n]) }
     }
 
     /// fp16 `out = act(gate) · up`; `up` may be 0.
@@ -129,10 +121,9 @@ impl Rows<'_> {
     /// # Safety
     /// As [`Rows`] says.
     pub unsafe fn activate(self, count: usize, kind: i32, gate: u64, up: u64, out: u64) -> Result<()> {
-        let kernel = KERNELS.kernel(self.device, "activate_rows")?;
         let n = count as i64;
         // SAFETY: as rows.cu declares them.
-        unsafe { launch(self.device, kernel, Grid::over(count, THREADS), parameters![gate, up, out, kind, n]) }
+        unsafe { self.launch("activate_rows", Grid::over(count, THREADS), parameters![gate, up, out, kind, n]) }
     }
 
     /// Rotates `q` in place and writes `k`, `v` to a cache from `position` on. `rotary` may be 0, `q` then too.
@@ -150,13 +141,12 @@ impl Rows<'_> {
         angles: u64,
         rotary: usize,
     ) -> Result<()> {
-        let kernel = KERNELS.kernel(self.device, "append_rows")?;
         let (h, g) = (dimension(heads.heads)?, dimension(heads.kv_heads)?);
         let (d, d_pad, capacity) = (dimension(heads.d)?, dimension(heads.d_pad)?, dimension(heads.capacity)?);
         let (rotary, position) = (dimension(rotary)?, dimension(position)?);
         let parameters = parameters![q, k, v, keys, values, angles, h, g, d, d_pad, rotary, capacity, position];
         // SAFETY: as rows.cu declares them.
-        unsafe { launch(self.device, kernel, Grid::new((rows, 1), THREADS), parameters) }
+        unsafe { self.launch("append_rows", Grid::new((rows, 1), THREADS), parameters) }
     }
 
     /// fp16 `weights = softmax(scale · scores + bias)` over fp32 `[heads, rows, total]`.
@@ -174,13 +164,12 @@ impl Rows<'_> {
         position: usize,
         bias: Bias,
     ) -> Result<()> {
-        let kernel = KERNELS.kernel(self.device, "softmax_rows")?;
         let (is_causal, total, position) = (i32::from(is_causal), dimension(total)?, dimension(position)?);
         let (reach, first_head) = (dimension(bias.reach)?, dimension(bias.first_head)?);
         let parameters =
             parameters![scores, weights, bias.address, scale, is_causal, total, position, reach, first_head];
         // SAFETY: as rows.cu declares them.
-        unsafe { launch(self.device, kernel, Grid::new((rows, heads), THREADS), parameters) }
+        unsafe { self.launch("softmax_rows", Grid::new((rows, heads), THREADS), parameters) }
     }
 
     /// fp16 to fp32.
@@ -188,10 +177,9 @@ impl Rows<'_> {
     /// # Safety
     /// As [`Rows`] says.
     pub unsafe fn widen(self, count: usize, from: u64, to: u64) -> Result<()> {
-        let kernel = KERNELS.kernel(self.device, "widen_rows")?;
         let n = count as i64;
         // SAFETY: as rows.cu declares them.
-        unsafe { launch(self.device, kernel, Grid::over(count, THREADS), parameters![from, to, n]) }
+        unsafe { self.launch("widen_rows", Grid::over(count, THREADS), parameters![from, to, n]) }
     }
 
     /// Reads `words` of 16 bytes and writes one of 4 bytes now and then.
@@ -199,10 +187,16 @@ impl Rows<'_> {
     /// # Safety
     /// As [`Rows`] says.
     pub unsafe fn read(self, blocks: usize, words: usize, from: u64, out: u64) -> Result<()> {
-        let kernel = KERNELS.kernel(self.device, "read_all")?;
         let n = words as i64;
         // SAFETY: as rows.cu declares them.
-        unsafe { launch(self.device, kernel, Grid::new((blocks, 1), 512), parameters![from, out, n]) }
+        unsafe { self.launch("read_all", Grid::new((blocks, 1), 512), parameters![from, out, n]) }
+    }
+
+    /// # Safety
+    /// As [`Launcher::launch`] says.
+    unsafe fn launch(self, kernel: &'static str, grid: Grid, parameters: &mut [*mut c_void]) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.on.launch(&KERNELS, kernel, grid, parameters) }
     }
 }
 

@@ -40,8 +40,25 @@ pub(super) fn upload<T: Value>(stored: &DenseStored<T>, device: &Device) -> Resu
     }))
 }
 
+/// Bytes from row to row.
 fn stride_bytes(k: usize, element_bytes: usize) -> usize {
     (k * element_bytes).next_multiple_of(CHUNK_BYTES)
+}
+
+/// `[n, k]` values of 2 or 4 bytes, in rows padded to whole chunks.
+pub fn streamed((n, k): (usize, usize), element_bytes: usize, weight: u64) -> Streamed {
+    Streamed {
+        family: if element_bytes == 4 { &FLOATS } else { &HALVES },
+        n,
+        k,
+        weight,
+        stride_bytes: stride_bytes(k, element_bytes),
+        scales: 0,
+        nested: 0,
+        offset: 0.0,
+        code: 0,
+        threshold: f32::NAN,
+    }
 }
 
 struct DenseOnDevice {
@@ -72,18 +89,7 @@ impl CudaMatrix for DenseOnDevice {
     }
 
     fn streamed(&self) -> Streamed {
-        Streamed {
-            family: if self.product_is_float() { &FLOATS } else { &HALVES },
-            n: self.n,
-            k: self.k,
-            weight: address(&self.weight, &self.device),
-            stride_bytes: self.stride_bytes,
-            scales: 0,
-            nested: 0,
-            offset: 0.0,
-            code: 0,
-            threshold: f32::NAN,
-        }
+        streamed((self.n, self.k), self.element_bytes, address(&self.weight, &self.device))
     }
 
     fn product_is_float(&self) -> bool {
@@ -99,7 +105,7 @@ impl CudaMatrix for DenseOnDevice {
             let values = self.device.alloc_zeros::<f32>(m * k)?;
             let at = address(widened.insert(values), &self.device);
             // SAFETY: both hold m * k values.
-            unsafe { Rows { device: &self.device }.widen(m * k, x, at) }?;
+            unsafe { Rows { on: &self.device }.widen(m * k, x, at) }?;
             (Type::Float, at)
         } else {
             (Type::Half, x)

@@ -7,7 +7,7 @@ use candle_core::{CudaDevice, Device, Result};
 
 use super::Int8Stored;
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
-use crate::kernels::cuda::launch::{Fatbin, Grid, address, dimension, launch, upload_rows};
+use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::parameters;
 use crate::quant::CudaMatrix;
@@ -80,18 +80,6 @@ struct Int8OnDevice {
     device: CudaDevice,
 }
 
-/// Activations of one call as the product takes them.
-struct Quantized {
-    /// `[m, stride]`.
-    codes: CudaSlice<i8>,
-    /// `[m]`.
-    row_absmax: CudaSlice<f32>,
-    /// `[k]`, of which the first `count` are outlier columns, ascending.
-    columns: CudaSlice<i32>,
-    /// `[1]`.
-    count: CudaSlice<i32>,
-}
-
 impl CudaMatrix for Int8OnDevice {
     fn shape(&self) -> (usize, usize) {
         (self.n, self.k)
@@ -110,119 +98,163 @@ impl CudaMatrix for Int8OnDevice {
     }
 
     fn streamed(&self) -> Streamed {
-        Streamed {
-            family: &BYTES,
-            n: self.n,
-            k: self.k,
-            weight: address(&self.codes, &self.device),
-            stride_bytes: self.stride,
-            scales: address(&self.absmax, &self.device),
-            nested: 0,
-            offset: 0.0,
-            code: 0,
-            threshold: self.threshold,
-        }
+        let at = |slice: &CudaSlice<f32>| address(slice, &self.device);
+        streamed((self.n, self.k), address(&self.codes, &self.device), at(&self.absmax), self.threshold)
     }
 
     unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()> {
-        let flags = self.flag_outliers(x, m)?;
-        let quantized = self.quantize(x, m, &flags)?;
-        let products = self.products(m, &quantized)?;
-        self.finish(x, m, &quantized, &products, y)
+        let device = &self.device;
+        let flags = device.alloc_zeros::<u8>(self.k)?;
+        // SAFETY: the launches below write all that is read of these: codes with their padding, every row's absmax, the count
+        // and as many columns, every product.
+        let (columns, count, codes, row_absmax, products) = unsafe {
+            (
+                device.alloc::<i32>(self.k)?,
+                device.alloc::<i32>(1)?,
+                device.alloc::<i8>(m * self.stride)?,
+                device.alloc::<f32>(m)?,
+                device.alloc::<i32>(m * self.n)?,
+            )
+        };
+        let call = ManyRows {
+            m,
+            n: self.n,
+            k: self.k,
+            stride: self.stride,
+            threshold: self.threshold,
+            weight: address(&self.codes, device),
+            absmax: address(&self.absmax, device),
+            x,
+            y,
+            flags: address(&flags, device),
+            columns: address(&columns, device),
+            count: address(&count, device),
+            codes: address(&codes, device),
+            row_absmax: address(&row_absmax, device),
+            products: address(&products, device),
+        };
+        // SAFETY: all are as large as `ManyRows` says and freed on the same stream; the caller's promise for x and y.
+        unsafe {
+            call.quantize(device)?;
+            match self.n.is_multiple_of(GEMM_SIDE) {
+                true => call.gemm().run(device)?,
+                false => call.multiply(device)?,
+            }
+            call.finish(device)
+        }
     }
 }
 
-/// Launches of int8.cu. `x` is fp16 `[m, k]`, as `multiply_rows` was promised.
-impl Int8OnDevice {
-    /// `[k]`: 1 for a column with an outlier in any row.
-    fn flag_outliers(&self, x: u64, m: usize) -> Result<CudaSlice<u8>> {
-        let kernel = KERNELS.kernel(&self.device, "int8_outlier_flags")?;
-        let flags = self.device.alloc_zeros::<u8>(self.k)?;
-        let (out, rows, k) = (address(&flags, &self.device), dimension(m)?, dimension(self.k)?);
-        let grid = Grid::new((self.k.div_ceil(FLAG_THREADS as usize), m.min(FLAG_BLOCKS_Y)), FLAG_THREADS);
-        // SAFETY: parameters as int8.cu declares them; a thread past k returns.
-        unsafe { launch(&self.device, kernel, grid, parameters![x, out, rows, k, self.threshold]) }?;
-        Ok(flags)
+/// `[n, k]` codes in rows padded to whole chunks, and each row's absmax.
+pub fn streamed((n, k): (usize, usize), weight: u64, absmax: u64, threshold: f32) -> Streamed {
+    Streamed {
+        family: &BYTES,
+        n,
+        k,
+        weight,
+        stride_bytes: stride(k),
+        scales: absmax,
+        nested: 0,
+        offset: 0.0,
+        code: 0,
+        threshold: device_threshold(threshold),
     }
+}
 
-    fn quantize(&self, x: u64, m: usize, flags: &CudaSlice<u8>) -> Result<Quantized> {
-        let (k, stride) = (dimension(self.k)?, dimension(self.stride)?);
-        // SAFETY: the two kernels below write all that is read of these: codes with their padding, every row's absmax, the
-        // count and as many columns.
-        let quantized = unsafe { self.uninitialised(m) }?;
-        let at = |slice: &CudaSlice<i32>| address(slice, &self.device);
-        let (flags, columns, count) = (address(flags, &self.device), at(&quantized.columns), at(&quantized.count));
-        let (codes, absmax) = (address(&quantized.codes, &self.device), address(&quantized.row_absmax, &self.device));
+/// A product with many rows: launches of int8.cu, on memory that lies where a launcher runs.
+#[derive(Debug, Clone, Copy)]
+pub struct ManyRows {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    /// Codes from row to row, of weight and activations: rows are padded with zeros to whole chunks.
+    pub stride: usize,
+    /// NaN where outlier columns are off.
+    pub threshold: f32,
+    /// `[n, stride]` bytes.
+    pub weight: u64,
+    /// fp32 `[n]`.
+    pub absmax: u64,
+    /// fp16 `[m, k]`.
+    pub x: u64,
+    /// fp16 `[m, n]`.
+    pub y: u64,
+    /// `[k]` bytes of zero; 1 for a column with an outlier in any row.
+    pub flags: u64,
+    /// int32 `[k]`, of which the first `count` are outlier columns, ascending.
+    pub columns: u64,
+    /// int32 `[1]`.
+    pub count: u64,
+    /// `[m, stride]` bytes.
+    pub codes: u64,
+    /// fp32 `[m]`.
+    pub row_absmax: u64,
+    /// int32 `[m, n]`.
+    pub products: u64,
+}
 
-        let list = KERNELS.kernel(&self.device, "int8_outlier_list")?;
-        // SAFETY: parameters as int8.cu declares them; flags and columns are k long, and the kernel wants one block.
-        unsafe { launch(&self.device, list, Grid::new((1, 1), LIST_THREADS), parameters![flags, columns, count, k]) }?;
-
-        let rows = KERNELS.kernel(&self.device, "int8_quantize_rows")?;
-        let parameters = parameters![x, flags, codes, absmax, k, stride, self.threshold];
-        // SAFETY: parameters as int8.cu declares them; a block for each of the m rows of x, codes and row_absmax.
-        unsafe { launch(&self.device, rows, Grid::new((m, 1), QUANTIZE_THREADS), parameters) }?;
-        Ok(quantized)
-    }
-
+impl ManyRows {
+    /// Finds the outlier columns and encodes the others.
+    ///
     /// # Safety
-    /// Nothing may be read before it is written.
-    unsafe fn uninitialised(&self, m: usize) -> Result<Quantized> {
-        // SAFETY: the caller's promise.
+    /// Everything that [`ManyRows`] names is as large as it says and good until the launcher has come past the call.
+    pub unsafe fn quantize(&self, on: &dyn Launcher) -> Result<()> {
+        let Self { x, flags, columns, count, codes, row_absmax, threshold, .. } = *self;
+        let (m, k, stride) = (dimension(self.m)?, dimension(self.k)?, dimension(self.stride)?);
+        let blocks = (self.k.div_ceil(FLAG_THREADS as usize), self.m.min(FLAG_BLOCKS_Y));
+        let (flag, list) = (Grid::new(blocks, FLAG_THREADS), Grid::new((1, 1), LIST_THREADS));
+        let encode = Grid::new((self.m, 1), QUANTIZE_THREADS);
+        // SAFETY: parameters as int8.cu declares them. A thread past k returns; the list is made by one block; each row of x,
+        // codes and row_absmax has a block.
         unsafe {
-            Ok(Quantized {
-                codes: self.device.alloc(m * self.stride)?,
-                row_absmax: self.device.alloc(m)?,
-                columns: self.device.alloc(self.k)?,
-                count: self.device.alloc(1)?,
-            })
+            on.launch(&KERNELS, "int8_outlier_flags", flag, parameters![x, flags, m, k, threshold])?;
+            on.launch(&KERNELS, "int8_outlier_list", list, parameters![flags, columns, count, k])?;
+            let parameters = parameters![x, flags, codes, row_absmax, k, stride, threshold];
+            on.launch(&KERNELS, "int8_quantize_rows", encode, parameters)
         }
     }
 
-    /// int32 `[m, n]`
-    fn products(&self, m: usize, quantized: &Quantized) -> Result<CudaSlice<i32>> {
-        // SAFETY: either product below writes all of it.
-        let products = unsafe { self.device.alloc::<i32>(m * self.n) }?;
-        let (out, a) = (address(&products, &self.device), address(&quantized.codes, &self.device));
-        let b = address(&self.codes, &self.device);
-        if self.n.is_multiple_of(GEMM_SIDE) {
-            let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
-            let gemm = Gemm {
-                m,
-                n: self.n,
-                // Padding is zeros on both sides.
-                k: self.stride,
-                batch: 1,
-                a: operand(a, self.stride),
-                b: operand(b, self.stride),
-                b_is_transposed: true,
-                out: operand(out, self.n),
-                from: Type::Byte,
-                to: Type::Int,
-            };
-            // SAFETY: all three are allocated in these sizes.
-            unsafe { gemm.run(&self.device) }?;
-            return Ok(products);
+    /// The int32 products through cuBLAS, which takes sides of whole [`GEMM_SIDE`]s.
+    fn gemm(&self) -> Gemm {
+        let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
+        Gemm {
+            m: self.m,
+            n: self.n,
+            // Padding is zeros on both sides.
+            k: self.stride,
+            batch: 1,
+            a: operand(self.codes, self.stride),
+            b: operand(self.weight, self.stride),
+            b_is_transposed: true,
+            out: operand(self.products, self.n),
+            from: Type::Byte,
+            to: Type::Int,
         }
-        let kernel = KERNELS.kernel(&self.device, "int8_products")?;
-        let (rows, n, stride) = (dimension(m)?, dimension(self.n)?, dimension(self.stride)?);
-        let grid = Grid::over(m * self.n, FINISH_THREADS);
+    }
+
+    /// The int32 products.
+    ///
+    /// # Safety
+    /// As [`Self::quantize`].
+    pub unsafe fn multiply(&self, on: &dyn Launcher) -> Result<()> {
+        let Self { codes, weight, products, .. } = *self;
+        let (m, n, stride) = (dimension(self.m)?, dimension(self.n)?, dimension(self.stride)?);
+        let grid = Grid::over(self.m * self.n, FINISH_THREADS);
+        let parameters = parameters![codes, weight, products, m, n, stride];
         // SAFETY: parameters as int8.cu declares them; a thread for each product.
-        unsafe { launch(&self.device, kernel, grid, parameters![a, b, out, rows, n, stride]) }?;
-        Ok(products)
+        unsafe { on.launch(&KERNELS, "int8_products", grid, parameters) }
     }
 
-    fn finish(&self, x: u64, m: usize, quantized: &Quantized, products: &CudaSlice<i32>, y: u64) -> Result<()> {
-        let kernel = KERNELS.kernel(&self.device, "int8_finish_rows")?;
-        let at = |slice: &CudaSlice<i32>| address(slice, &self.device);
-        let (products, columns, count) = (at(products), at(&quantized.columns), at(&quantized.count));
-        let (weight, absmax) = (address(&self.codes, &self.device), address(&self.absmax, &self.device));
-        let row_absmax = address(&quantized.row_absmax, &self.device);
-        let (rows, n) = (dimension(m)?, dimension(self.n)?);
-        let (k, stride) = (dimension(self.k)?, dimension(self.stride)?);
-        let blocks = (self.n.div_ceil(FINISH_THREADS as usize), m.min(FINISH_BLOCKS_Y));
-        let parameters = parameters![products, weight, absmax, row_absmax, columns, count, x, y, rows, n, k, stride];
+    /// y, of the products and the outlier columns.
+    ///
+    /// # Safety
+    /// As [`Self::quantize`].
+    pub unsafe fn finish(&self, on: &dyn Launcher) -> Result<()> {
+        let Self { products, weight, absmax, row_absmax, columns, count, x, y, .. } = *self;
+        let (m, n, k, stride) = (dimension(self.m)?, dimension(self.n)?, dimension(self.k)?, dimension(self.stride)?);
+        let grid = Grid::new((self.n.div_ceil(FINISH_THREADS as usize), self.m.min(FINISH_BLOCKS_Y)), FINISH_THREADS);
+        let parameters = parameters![products, weight, absmax, row_absmax, columns, count, x, y, m, n, k, stride];
         // SAFETY: parameters as int8.cu declares them; the columns listed are below k, and a thread past n returns.
-        unsafe { launch(&self.device, kernel, Grid::new(blocks, FINISH_THREADS), parameters) }
+        unsafe { on.launch(&KERNELS, "int8_finish_rows", grid, parameters) }
     }
 }

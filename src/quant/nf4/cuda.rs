@@ -9,7 +9,7 @@ use half::f16;
 use super::nested::{self, NestedAbsmax};
 use super::{Absmax, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
-use crate::kernels::cuda::launch::{Fatbin, Grid, address, dimension, launch, upload_rows};
+use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::parameters;
 use crate::quant::CudaMatrix;
@@ -49,17 +49,11 @@ pub(super) fn upload(stored: &Nf4Stored, device: &Device) -> Result<Box<dyn Cuda
         n: stored.n,
         k: stored.k,
         stored_bytes: stored.packed.len() + stored.absmax.stored_bytes(),
-        chunks: device.clone_htod(&chunks(stored))?,
+        chunks: device.clone_htod(&chunks(stored.n, stored.k, &stored.packed))?,
         absmax: DeviceAbsmax::upload(&stored.absmax, device)?,
-        code: upload_code(device)?,
+        code: device.clone_htod(&values())?,
         device: device.clone(),
     }))
-}
-
-/// [`Nf4OnDevice::code`].
-fn upload_code(device: &CudaDevice) -> Result<CudaSlice<f32>> {
-    let code: Vec<f32> = CODES.iter().chain(&nested::VALUES[..]).copied().collect();
-    device.clone_htod(&code)
 }
 
 /// Bytes from row to row.
@@ -67,17 +61,21 @@ fn stride_bytes(k: usize) -> usize {
     k.div_ceil(CHUNK_ELEMENTS) * CHUNK_BYTES
 }
 
-/// Rows of whole chunks, their units in the order that nf4.cu draws.
-fn chunks(stored: &Nf4Stored) -> Vec<u8> {
-    let (n, k) = (stored.n, stored.k);
+/// What codes stand for: the 16 values, then the 256 of absmax codes.
+pub fn values() -> Vec<f32> {
+    CODES.iter().chain(&nested::VALUES[..]).copied().collect()
+}
+
+/// Rows of whole chunks, their units in the order that nf4.cu draws, of the stored codes.
+pub fn chunks(n: usize, k: usize, packed: &[u8]) -> Vec<u8> {
     let stride = stride_bytes(k);
     let mut rows = vec![0u8; n * stride];
     for (row, out) in rows.chunks_exact_mut(stride).enumerate() {
         let mut natural = vec![0u8; stride];
         if k.is_multiple_of(2) {
-            natural[..k / 2].copy_from_slice(&stored.packed[row * k / 2..][..k / 2]);
+            natural[..k / 2].copy_from_slice(&packed[row * k / 2..][..k / 2]);
         } else {
-            let nibble = |column: usize| stored.code(row * k + column);
+            let nibble = |column: usize| super::code(packed, row * k + column);
             (0..k).for_each(|column| natural[column / 2] |= nibble(column) << if column % 2 == 0 { 4 } else { 0 });
         }
         for (from, to) in natural.chunks_exact(HALF_BYTES).zip(out.chunks_exact_mut(HALF_BYTES)) {
@@ -91,13 +89,54 @@ fn chunks(stored: &Nf4Stored) -> Vec<u8> {
     rows
 }
 
+/// Addresses of the blocks' absmax.
+#[derive(Debug, Clone, Copy)]
+pub enum AbsmaxAt {
+    /// fp32, one for each block.
+    Plain(u64),
+    /// Codes up to whole words, and the fp32 values that [`NestedAbsmax`] has.
+    Nested { codes: u64, nested: u64, offset: f32 },
+}
+
+/// `weight` lies as [`chunks`] says, `code` as [`values`].
+pub fn streamed((n, k): (usize, usize), weight: u64, absmax: AbsmaxAt, code: u64) -> Streamed {
+    let (families, scales, nested, offset) = match absmax {
+        AbsmaxAt::Plain(values) => ([&PLAIN, &PLAIN_CROSSING], values, 0, 0.0),
+        AbsmaxAt::Nested { codes, nested, offset } => ([&NESTED, &NESTED_CROSSING], codes, nested, offset),
+    };
+    Streamed {
+        family: families[usize::from(!k.is_multiple_of(BLOCK))],
+        n,
+        k,
+        weight,
+        stride_bytes: stride_bytes(k),
+        scales,
+        nested,
+        offset,
+        code,
+        threshold: f32::NAN,
+    }
+}
+
+/// Writes the weight as fp16 `[n, k]` to `out`, each value rounded once.
+///
+/// # Safety
+/// `matrix` is one of [`streamed`]'s on what `on` runs on, and `out` has the room.
+pub unsafe fn dequantize(on: &dyn Launcher, matrix: &Streamed, out: u64) -> Result<()> {
+    let name = if matrix.nested == 0 { "nf4_dequantize_plain" } else { "nf4_dequantize_nested" };
+    let (part, k, stride) = (matrix.part()?, dimension(matrix.k)?, dimension(matrix.stride_bytes)?);
+    let grid = Grid::over(matrix.n * matrix.stride_bytes / UNIT_BYTES, DEQUANTIZE_THREADS);
+    // SAFETY: parameters as nf4.cu declares them, a thread for each unit; the caller vouches for the addresses.
+    unsafe { on.launch(&KERNELS, name, grid, parameters![part, matrix.code, out, k, stride]) }
+}
+
 struct Nf4OnDevice {
     n: usize,
     k: usize,
     stored_bytes: usize,
     chunks: CudaSlice<u8>,
     absmax: DeviceAbsmax,
-    /// The 16 values, then the 256 that absmax codes stand for.
+    /// [`values`].
     code: CudaSlice<f32>,
     device: CudaDevice,
 }
@@ -153,33 +192,21 @@ impl CudaMatrix for Nf4OnDevice {
 
     fn streamed(&self) -> Streamed {
         let at = |slice: &CudaSlice<f32>| address(slice, &self.device);
-        let (family, scales, nested, offset) = match (&self.absmax, self.k.is_multiple_of(BLOCK)) {
-            (DeviceAbsmax::Plain(values), true) => (&PLAIN, at(values), 0, 0.0),
-            (DeviceAbsmax::Plain(values), false) => (&PLAIN_CROSSING, at(values), 0, 0.0),
-            (DeviceAbsmax::Nested { codes, nested, offset }, rows_are_whole) => {
-                let family = if rows_are_whole { &NESTED } else { &NESTED_CROSSING };
-                (family, address(codes, &self.device), at(nested), *offset)
+        let absmax = match &self.absmax {
+            DeviceAbsmax::Plain(values) => AbsmaxAt::Plain(at(values)),
+            DeviceAbsmax::Nested { codes, nested, offset } => {
+                AbsmaxAt::Nested { codes: address(codes, &self.device), nested: at(nested), offset: *offset }
             }
         };
-        Streamed {
-            family,
-            n: self.n,
-            k: self.k,
-            weight: address(&self.chunks, &self.device),
-            stride_bytes: self.chunks.len() / self.n,
-            scales,
-            nested,
-            offset,
-            code: at(&self.code),
-            threshold: f32::NAN,
-        }
+        streamed((self.n, self.k), address(&self.chunks, &self.device), absmax, at(&self.code))
     }
 
     unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()> {
         // SAFETY: the kernel writes every element before anything reads it.
         let weight = unsafe { self.device.alloc::<f16>(self.n * self.k) }?;
         let at = address(&weight, &self.device);
-        self.dequantize(at)?;
+        // SAFETY: `at` has room for [n, k], and frees it on the same stream.
+        unsafe { dequantize(&self.device, &self.streamed(), at) }?;
         let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
         let gemm = Gemm {
             m,
@@ -195,21 +222,5 @@ impl CudaMatrix for Nf4OnDevice {
         };
         // SAFETY: the caller's promise for x and y; the weight is freed on the same stream.
         unsafe { gemm.run(&self.device) }
-    }
-}
-
-impl Nf4OnDevice {
-    /// Writes the weight as fp16 `[n, k]` to `out`, each value rounded once.
-    fn dequantize(&self, out: u64) -> Result<()> {
-        let name = match &self.absmax {
-            DeviceAbsmax::Plain(_) => "nf4_dequantize_plain",
-            DeviceAbsmax::Nested { .. } => "nf4_dequantize_nested",
-        };
-        let kernel = KERNELS.kernel(&self.device, name)?;
-        let streamed = self.streamed();
-        let (part, k, stride) = (streamed.part()?, dimension(self.k)?, dimension(streamed.stride_bytes)?);
-        let grid = Grid::over(self.chunks.len() / UNIT_BYTES, DEQUANTIZE_THREADS);
-        // SAFETY: parameters as nf4.cu declares them, a thread for each unit; `multiply_rows` gave room for [n, k].
-        unsafe { launch(&self.device, kernel, grid, parameters![part, streamed.code, out, k, stride]) }
     }
 }

@@ -179,9 +179,14 @@ struct Nf4Stored {
 impl Nf4Stored {
     #[inline]
     fn code(&self, element: usize) -> u8 {
-        let byte = self.packed[element / 2];
-        if element.is_multiple_of(2) { byte >> 4 } else { byte & 0xf }
+        code(&self.packed, element)
     }
+}
+
+#[inline]
+fn code(packed: &[u8], element: usize) -> u8 {
+    let byte = packed[element / 2];
+    if element.is_multiple_of(2) { byte >> 4 } else { byte & 0xf }
 }
 
 impl Stored for Nf4Stored {

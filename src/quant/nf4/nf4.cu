@@ -73,7 +73,7 @@ template <class Absmax>
 struct Nibbles {
     static constexpr int CHUNK = 256, COPIES = 1 << COPY_BITS, SHIFT = COPY_BITS + 2;
     struct Shared {
-        uint32_t pairs[256 * COPIES];
+        __align__(16) uint32_t pairs[256 * COPIES];  // filled by 16 bytes at a time
         float absmax_code[256];
     };
     static constexpr int EXTRA_WORDS = Absmax::WORDS;

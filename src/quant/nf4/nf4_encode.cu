@@ -65,5 +65,5 @@ extern "C" __global__ void nf4_encode_units(const Plain from,     // [rows, k] =
         words[i / 8] |= code << (8 * (i % 8 / 2) + (i % 2 == 0 ? 4 : 0));
     }
     int place = unit / HALF_UNITS * HALF_UNITS + 2 * (unit % 4) + unit % HALF_UNITS / 4;
-    to[(long long)row * units + place] = make_uint2(words[0], words[1]);
+    to[(long long)row * units + place] = {words[0], words[1]};
 }

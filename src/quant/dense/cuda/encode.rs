@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use candle_core::{CudaDevice, Device, Result, bail};
+use candle_core::{Device, Result, bail};
 
 use super::{DenseOnDevice, stride_bytes};
-use crate::kernels::cuda::launch::{Fatbin, Grid, address, dimension, launch};
+use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::{CudaEncoder, DeviceBytes, Plain, PlainKind};
@@ -67,17 +67,16 @@ impl CudaEncoder for DenseOnDevice {
 /// # Safety
 /// `from` and `to` are of this size on what `on` runs on, until it has come past this call.
 pub unsafe fn cast_rows(
-    on: &CudaDevice,
+    on: &dyn Launcher,
     from: Plain,
     (rows, k): (usize, usize),
     element_bytes: usize,
     to: u64,
 ) -> Result<()> {
     let name = if element_bytes == size_of::<f32>() { "cast_to_floats" } else { "cast_to_halves" };
-    let kernel = KERNELS.kernel(on, name)?;
     let stride = stride_bytes(k, element_bytes) / element_bytes;
     let elements = rows * stride;
     let (k, stride, count) = (dimension(k)?, dimension(stride)?, dimension(elements)?);
     // SAFETY: parameters as cast.cu declares them, a thread for each element of the rows; the caller vouches for the addresses.
-    unsafe { launch(on, kernel, Grid::over(elements, THREADS), parameters![from, to, k, stride, count]) }
+    unsafe { on.launch(&KERNELS, name, Grid::over(elements, THREADS), parameters![from, to, k, stride, count]) }
 }

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use candle_core::{CudaDevice, Device, Result, bail};
+use candle_core::{Device, Result, bail};
 
 use super::{Int8OnDevice, device_threshold, stride};
-use crate::kernels::cuda::launch::{Fatbin, Grid, address, dimension, launch};
+use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::{CudaEncoder, DeviceBytes, Plain, PlainKind};
@@ -62,14 +62,13 @@ impl CudaEncoder for Int8OnDevice {
 /// # Safety
 /// The addresses are of this size on what `on` runs on, until it has come past this call.
 pub unsafe fn encode_rows(
-    on: &CudaDevice,
+    on: &dyn Launcher,
     from: Plain,
     (rows, k): (usize, usize),
     codes: u64,
     absmax: u64,
 ) -> Result<()> {
-    let kernel = KERNELS.kernel(on, "int8_encode_rows")?;
-    let (k, stride) = (dimension(k)?, dimension(stride(k))?);
+    let (grid, k, stride) = (Grid::new((rows, 1), THREADS), dimension(k)?, dimension(stride(k))?);
     // SAFETY: parameters as int8_encode.cu declares them, a block for each row; the caller vouches for the addresses.
-    unsafe { launch(on, kernel, Grid::new((rows, 1), THREADS), parameters![from, codes, absmax, k, stride]) }
+    unsafe { on.launch(&KERNELS, "int8_encode_rows", grid, parameters![from, codes, absmax, k, stride]) }
 }

@@ -6,8 +6,9 @@ use std::ops::Range;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result, bail};
 
-use super::{DeviceAbsmax, Nf4OnDevice, UNIT_BYTES, stride_bytes, upload_code};
-use crate::kernels::cuda::launch::{Fatbin, Grid, address, dimension, launch};
+use super::{DeviceAbsmax, Nf4OnDevice, UNIT_BYTES, stride_bytes, values};
+
+use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::{CudaEncoder, DeviceBytes, Plain, PlainKind};
@@ -88,7 +89,7 @@ impl CudaEncoder for Encoder {
                 DeviceAbsmax::upload(&Absmax::Nested(NestedAbsmax::quantize(values)), &device)?
             }
         };
-        let (stored_bytes, code) = (stored_bytes(n, k, kind), upload_code(&device)?);
+        let (stored_bytes, code) = (stored_bytes(n, k, kind), device.clone_htod(&values())?);
         Ok(Box::new(Nf4OnDevice { n, k, stored_bytes, chunks, absmax, code, device }))
     }
 }
@@ -98,7 +99,7 @@ impl CudaEncoder for Encoder {
 /// # Safety
 /// The addresses are of this size on what `on` runs on, until it has come past this call.
 pub unsafe fn encode_rows(
-    on: &CudaDevice,
+    on: &dyn Launcher,
     from: Plain,
     (rows, k): (usize, usize),
     absmax: u64,
@@ -111,12 +112,11 @@ pub unsafe fn encode_rows(
     let (k, units, count, threads) =
         (dimension(k)?, dimension(units_per_row)?, dimension(values)?, dimension(threads)?);
     let thresholds = THRESHOLDS;
-    let (absmax_kernel, unit_kernel) =
-        (KERNELS.kernel(on, "nf4_block_absmax")?, KERNELS.kernel(on, "nf4_encode_units")?);
     // SAFETY: parameters as nf4_encode.cu declares them, a thread for four values and one for each unit; the caller vouches for
     // the addresses.
     unsafe {
-        launch(on, absmax_kernel, blocks, parameters![from, absmax, count])?;
-        launch(on, unit_kernel, encode, parameters![from, absmax, chunks, thresholds, k, units, count, threads])
+        on.launch(&KERNELS, "nf4_block_absmax", blocks, parameters![from, absmax, count])?;
+        let parameters = parameters![from, absmax, chunks, thresholds, k, units, count, threads];
+        on.launch(&KERNELS, "nf4_encode_units", encode, parameters)
     }
 }

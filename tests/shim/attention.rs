@@ -1,0 +1,211 @@
+//! Attention of one query against fp64.
+
+use half::f16;
+use quantbench::kernels::cuda::attention::{Attention, Job, Split};
+use quantbench::kernels::cuda::matvec::Facts;
+
+use super::host::{CHIPS, Host};
+use super::memory::Memory;
+use super::products::{Numbers, rounding};
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    heads: usize,
+    kv_heads: usize,
+    d: usize,
+    rotary: usize,
+    /// Whether the query's own key and value go into the cache first; else the cache is an encoder's.
+    appends: bool,
+    has_bias: bool,
+    capacity: usize,
+    multiprocessors: usize,
+}
+
+const CASES: &[Case] = &[
+    // Groups of query heads: one, some, more than a pass serves, and all of them.
+    case(4, 4, 64, 64, 100, 1),
+    case(6, 2, 64, 64, 300, 132),
+    case(8, 1, 256, 256, 200, 132),
+    case(9, 3, 80, 32, 333, 7),
+    case(10, 2, 96, 96, 150, 132),
+    // No rotation, heads that are no whole 16-byte words, and a head of one unit.
+    case(2, 2, 80, 0, 130, 132),
+    case(3, 1, 20, 10, 200, 132),
+    case(5, 5, 7, 0, 70, 132),
+    case(2, 1, 8, 8, 129, 132),
+    Case { has_bias: true, ..case(6, 6, 64, 0, 200, 132) },
+    Case { has_bias: true, ..case(4, 2, 40, 0, 90, 1) },
+    Case { appends: false, ..case(6, 6, 64, 0, 200, 132) },
+    Case { appends: false, ..case(4, 2, 24, 0, 100, 3) },
+    // More splits than the span has positions.
+    case(1, 1, 8, 0, 4500, 132),
+];
+
+const fn case(heads: usize, kv_heads: usize, d: usize, rotary: usize, capacity: usize, multiprocessors: usize) -> Case {
+    Case { heads, kv_heads, d, rotary, appends: true, has_bias: false, capacity, multiprocessors }
+}
+
+pub fn attention_of_one_query() {
+    let mut numbers = Numbers(0xa77e);
+    for (turn, case) in CASES.iter().enumerate() {
+        let split = Split::new(case.capacity, case.kv_heads, Facts { multiprocessors: case.multiprocessors });
+        let mut lengths = vec![1, 2, split.span - 1, split.span, split.span + 1, case.capacity / 2 + 3, case.capacity];
+        lengths.retain(|length| *length <= case.capacity);
+        for length in lengths {
+            attend(*case, split, length, CHIPS[turn % 2], &mut numbers);
+        }
+    }
+}
+
+/// What a launch reads.
+struct Cache {
+    q: Vec<f16>,
+    k: Vec<f16>,
+    v: Vec<f16>,
+    /// `[g, capacity, d_pad]`, NaN where the query must not look.
+    keys: Vec<f16>,
+    values: Vec<f16>,
+    /// Cosine and sine `[capacity, rotary / 2, 2]`.
+    angles: Vec<f32>,
+    /// `[h, 2 · reach + 1]`
+    bias: Vec<f32>,
+}
+
+impl Case {
+    fn d_pad(self) -> usize {
+        self.d.next_multiple_of(8)
+    }
+
+    fn reach(self) -> usize {
+        if self.has_bias { self.capacity } else { 0 }
+    }
+
+    fn cache(self, length: usize, numbers: &mut Numbers) -> Cache {
+        let mut halves = |count: usize| -> Vec<f16> { (0..count).map(|_| f16::from_f32(numbers.normal())).collect() };
+        let (q, k, v) = (halves(self.heads * self.d), halves(self.kv_heads * self.d), halves(self.kv_heads * self.d));
+        let held = if self.appends { length - 1 } else { length };
+        let mut cache = || {
+            let mut all = vec![f16::ZERO; self.kv_heads * self.capacity * self.d_pad()];
+            for (row, out) in all.chunks_exact_mut(self.d_pad()).enumerate() {
+                let is_held = row % self.capacity < held;
+                let values = if is_held { halves(self.d) } else { vec![f16::NAN; self.d] };
+                out[..self.d].copy_from_slice(&values);
+            }
+            all
+        };
+        let (keys, values) = (cache(), cache());
+        let half = self.rotary / 2;
+        let angle = |at: usize| (at / half) as f32 * 0.7f32.powi((at % half) as i32);
+        let angles = (0..self.capacity * half).flat_map(|at| [angle(at).cos(), angle(at).sin()]).collect();
+        let bias = (0..if self.has_bias { self.heads * (2 * self.reach() + 1) } else { 0 })
+            .map(|_| numbers.normal())
+            .collect();
+        Cache { q, k, v, keys, values, angles, bias }
+    }
+}
+
+/// One head's elements rotated by the angles of `position`: the kernel's own fp32 expression, so that it gives the same bits.
+pub fn rotated(head: &[f16], rotary: usize, angles: &[f32], position: usize) -> Vec<f16> {
+    let half = rotary / 2;
+    let of = |at: usize| {
+        let value = head[at].to_f32();
+        if at >= rotary {
+            return head[at];
+        }
+        let (pair, other) = if at < half { (at, at + half) } else { (at - half, at - half) };
+        let (cos, sin) = (angles[2 * (position * half + pair)], angles[2 * (position * half + pair) + 1]);
+        let turned = head[other].to_f32() * sin;
+        f16::from_f32(if at < half { value * cos - turned } else { value * cos + turned })
+    };
+    (0..head.len()).map(of).collect()
+}
+
+fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numbers) {
+    let what = format!("{case:?} at {length} of {split:?}");
+    let Case { heads, kv_heads, d, rotary, capacity, .. } = case;
+    let mut cache = case.cache(length, numbers);
+    let (position, group) = (if case.appends { length - 1 } else { 0 }, heads / kv_heads);
+    let memory = Memory::default();
+    let optional = |is_there: bool, address: u64| if is_there { address } else { 0 };
+    let job = Job {
+        q: memory.hold(&cache.q),
+        k: optional(case.appends, memory.hold(&cache.k)),
+        v: optional(case.appends, memory.hold(&cache.v)),
+        keys: memory.hold(&cache.keys),
+        values: memory.hold(&cache.values),
+        out: memory.room::<f16>(heads * d),
+        angles: optional(rotary > 0, memory.hold(&cache.angles)),
+        bias: optional(case.has_bias, memory.hold(&cache.bias)),
+        position: optional(case.appends, memory.hold(&[position as i32])),
+        length: optional(!case.appends, memory.hold(&[length as i32])),
+        partials: memory.room::<f32>(split.partials(kv_heads, group, d)),
+        arrived: memory.hold(&vec![0; kv_heads]),
+        scale: 1.0 / (d as f32).sqrt(),
+        group: group as i32,
+        d: d as i32,
+        d_pad: case.d_pad() as i32,
+        rotary: rotary as i32,
+        reach: case.reach() as i32,
+        capacity: capacity as i32,
+        span: split.span as i32,
+        splits: split.splits as i32,
+    };
+    // SAFETY: every address in it is of `memory`.
+    unsafe { Attention::plan(kv_heads, job).launch_on(&Host { chip, memory: &memory }) }
+        .unwrap_or_else(|error| panic!("{what}: {error}"));
+
+    if case.appends {
+        for head in 0..kv_heads {
+            let at = (head * capacity + position) * case.d_pad();
+            let turned = rotated(&cache.k[head * d..][..d], rotary, &cache.angles, position);
+            cache.keys[at..at + d].copy_from_slice(&turned);
+            cache.values[at..at + d].copy_from_slice(&cache.v[head * d..][..d]);
+        }
+    }
+    let bits = |values: &[f16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&memory.read(job.keys, cache.keys.len())), bits(&cache.keys), "{what}: keys");
+    assert_eq!(bits(&memory.read(job.values, cache.values.len())), bits(&cache.values), "{what}: values");
+    assert!(memory.read::<i32>(job.arrived, kv_heads).iter().all(|count| *count == 0), "{what}");
+    let out: Vec<f16> = memory.read(job.out, heads * d);
+    for head in 0..heads {
+        let (y, error) = expected(case, &cache, head, length, position, job.scale);
+        for (at, (y, out)) in y.iter().zip(&out[head * d..]).enumerate() {
+            let (off, allowed) = ((out.to_f64() - y).abs(), 1.01 * (error + f64::from(rounding(*y as f32))));
+            assert!(off <= allowed, "{what}: [{head}, {at}] is {out}, not {y}: off by {off:e}, allowed {allowed:e}");
+        }
+    }
+}
+
+/// A head's output and how far fp32 may be off. A score is a sum of d products, off by (d + 8) · 2⁻²⁴ of their magnitudes; that
+/// moves a weight, relative to the largest, by twice as much, and its power adds (4 + |exponent|) units of 2⁻²³. Sums of
+/// weights and of weighted values add (length + 16) · 2⁻²⁴ each. All are parts of the mean magnitude of the values.
+fn expected(case: Case, cache: &Cache, head: usize, length: usize, position: usize, scale: f32) -> (Vec<f64>, f64) {
+    let (d, row) = (case.d, |key: usize| (head / (case.heads / case.kv_heads) * case.capacity + key) * case.d_pad());
+    let q = rotated(&cache.q[head * d..][..d], case.rotary, &cache.angles, position);
+    let mut score_error = 0.0f64;
+    let scores: Vec<f64> = (0..length)
+        .map(|key| {
+            let products =
+                q.iter().zip(&cache.keys[row(key)..]).map(|(q, k)| f64::from(q.to_f32() * scale) * k.to_f64());
+            let (sum, magnitude) = products.fold((0.0, 0.0), |(sum, magnitude), p| (sum + p, magnitude + p.abs()));
+            let bias = match case.has_bias {
+                true => cache.bias[head * (2 * case.reach() + 1) + case.reach() + key - position],
+                false => 0.0,
+            };
+            let score = sum + f64::from(bias);
+            score_error = score_error.max((d as f64 + 8.0) * 2f64.powi(-24) * magnitude + 2f64.powi(-23) * score.abs());
+            score
+        })
+        .collect();
+    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let smallest = scores.iter().copied().fold(f64::INFINITY, f64::min);
+    let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let sum = |of: &dyn Fn(f64) -> f64, at: usize| -> f64 {
+        (0..length).map(|key| weights[key] / total * of(cache.values[row(key) + at].to_f64())).sum()
+    };
+    let y: Vec<f64> = (0..d).map(|at| sum(&|value| value, at)).collect();
+    let magnitude = (0..d).map(|at| sum(&f64::abs, at)).fold(0.0, f64::max);
+    let of_weight = 2.0 * score_error + (4.0 + largest - smallest) * 2f64.powi(-23);
+    (y, 2.0 * (of_weight + (length as f64 + 16.0) * 2f64.powi(-24)) * magnitude)
+}

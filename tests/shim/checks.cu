@@ -1,0 +1,64 @@
+// Kernels that show what the shim itself does: one conversion, and faults that it has to find.
+
+#include "kernels/cuda/device.cuh"
+
+extern "C" __global__ void to_half(const float *from, __half *to, int count) {
+    for (int at = threadIdx.x; at < count; at += blockDim.x) to[at] = __float2half_rn(from[at]);
+}
+
+// Reads one element too many.
+extern "C" __global__ void read_outside(const float *from, float *to, int count) {
+    if (threadIdx.x <= count) to[0] = from[threadIdx.x];
+}
+
+extern "C" __global__ void read_askew(const float *from, float *to, int) {
+    if (threadIdx.x == 0) to[0] = (float)load_fresh((const void *)(from + 1)).x;
+}
+
+// Half of the first warp comes to the shuffle.
+extern "C" __global__ void part_at_a_shuffle(const float *, float *to, int) {
+    if (threadIdx.x < 16) to[threadIdx.x] = warp_sum(1.0f);
+}
+
+// One warp sums while the other waits for it at a barrier that the first does not come to.
+extern "C" __global__ void part_at_a_barrier(const float *, float *to, int) {
+    if (threadIdx.x >= 32) __syncthreads();
+    to[threadIdx.x] = 1.0f;
+}
+
+extern "C" __global__ void mix_operations(const float *, float *to, int) {
+    if (threadIdx.x % 2) to[0] = warp_sum(1.0f);
+    else to[1] = (float)__ballot_sync(ALL_LANES, true);
+}
+
+// The neighbour's value without the barrier that it needs.
+extern "C" __global__ void forget_a_barrier(const float *, float *to, int) {
+    __shared__ float values[64];
+    values[threadIdx.x] = (float)threadIdx.x;
+    to[threadIdx.x] = values[(threadIdx.x + 32) % 64];
+}
+
+extern "C" __global__ void read_unwritten(const float *, float *to, int) {
+    __shared__ float values[64];
+    if (threadIdx.x < 32) values[threadIdx.x] = 1.0f;
+    __syncthreads();
+    to[threadIdx.x] = values[threadIdx.x];
+}
+
+// Reads what a copy brings without awaiting it; a chip before 800 has no such copies.
+extern "C" __global__ void forget_to_wait(const float *from, float *to, int) {
+    __shared__ float values[64];
+    copy_word(shared_address(values + threadIdx.x), from + threadIdx.x);
+    end_copies();
+    to[threadIdx.x] = __uint_as_float(load_copied(shared_address(values + threadIdx.x)));
+}
+
+extern "C" __global__ void exceed_dynamic(const float *, float *to, int count) {
+    DYNAMIC_SHARED(float, values);
+    if (threadIdx.x == 0) to[0] = values[count];
+}
+
+extern "C" __global__ void exceed_shared_address(const float *, float *to, int count) {
+    DYNAMIC_SHARED(float, values);
+    if (threadIdx.x == 0) to[0] = __uint_as_float(load_shared(shared_address(values) + 4 * count));
+}

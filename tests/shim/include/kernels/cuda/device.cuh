@@ -1,0 +1,115 @@
+// The host twin of src/kernels/cuda/device.cuh, which says what each of these is for. `__CUDA_ARCH__` is the chip whose
+// instructions they stand for.
+#pragma once
+
+#include "cuda.hpp"
+#include "kernels/cuda/warp.cuh"
+
+inline uint4 load_streaming(const void *at) { return *shim::at_global<uint4>(at); }
+inline uint32_t load_byte(const void *at) { return *shim::at_global<uint8_t>(at); }
+inline float load_float(const float *at) { return *shim::at_global<float>(at); }
+inline uint4 load_fresh(const void *at) { return *shim::at_global<uint4>(at); }
+inline float load_fresh(const float *at) { return *shim::at_global<float>(at); }
+inline int load_fresh(const int *at) { return *shim::at_global<int>(at); }
+inline __half load_fresh(const __half *at) { return *shim::at_global<__half>(at); }
+inline void store_to_host(unsigned long long *at, unsigned long long value) {
+    *shim::at_global<unsigned long long>(at) = value;
+}
+inline void prefetch(const void *) {}
+
+inline uint32_t shared_address(const void *at) { return shim::shared_address(at); }
+inline uint32_t load_shared(uint32_t at) { return *shim::at_shared<uint32_t>(at); }
+inline uint4 load_shared_16(uint32_t at) { return *shim::at_shared<uint4>(at); }
+inline uint32_t load_copied(uint32_t at) { return *shim::at_shared<uint32_t>(at); }
+inline uint4 load_copied_16(uint32_t at) { return *shim::at_shared<uint4>(at); }
+
+#if __CUDA_ARCH__ >= 800
+inline void copy_streaming(uint32_t to, const void *from) { shim::begin_copy<uint4>(to, from); }
+inline void copy_word(uint32_t to, const void *from) { shim::begin_copy<uint32_t>(to, from); }
+inline void end_copies() { shim::end_batch(); }
+template <int LEFT>
+void await_copies() {
+    shim::await_batches(LEFT);
+}
+#else
+inline void copy_streaming(uint32_t to, const void *from) { *shim::at_shared<uint4>(to) = load_streaming(from); }
+inline void copy_word(uint32_t to, const void *from) { *shim::at_shared<uint32_t>(to) = *shim::at_global<uint32_t>(from); }
+inline void end_copies() {}
+template <int LEFT>
+void await_copies() {}
+#endif
+
+// Launches follow one another.
+inline void allow_next() {}
+inline void wait_for_previous() {}
+
+// mma.sync.m<ROWS>n8k<K>.row.col, with the fragments that the PTX manual gives to lane 4g + q, where a register holds E
+// elements:
+//   A   register r, element e:  row g + 8 (r mod ROWS / 8),  k = 4 E (r div ROWS / 8) + E q + e
+//   B   register r, element e:  k = 4 E r + E q + e,  column g
+//   C   element i:  row g + 8 (i div 2),  column 2 q + i mod 2
+template <class T, int ROWS, int K, class Element>
+struct TensorProduct {
+    static constexpr int ELEMENTS = sizeof(uint32_t) / sizeof(Element), HALVES = ROWS / 8;
+    static constexpr int A = ROWS * K / (shim::WARP * ELEMENTS), B = 8 * K / (shim::WARP * ELEMENTS), C = 2 * HALVES;
+    uint32_t a[A], b[B];
+    T *c;
+
+    static void multiply(TensorProduct **lanes) {
+        static thread_local double of_a[ROWS][K], of_b[8][K];
+        for (int lane = 0; lane < shim::WARP; lane++) {
+            int g = lane / 4, q = lane % 4;
+            for (int r = 0; r < A; r++)
+                for (int e = 0; e < ELEMENTS; e++)
+                    of_a[g + 8 * (r % HALVES)][4 * ELEMENTS * (r / HALVES) + ELEMENTS * q + e] = value(lanes[lane]->a[r], e);
+            for (int r = 0; r < B; r++)
+                for (int e = 0; e < ELEMENTS; e++) of_b[g][4 * ELEMENTS * r + ELEMENTS * q + e] = value(lanes[lane]->b[r], e);
+        }
+        for (int lane = 0; lane < shim::WARP; lane++) {
+            for (int i = 0; i < C; i++) {
+                const double *row = of_a[lane / 4 + 8 * (i / 2)], *column = of_b[2 * (lane % 4) + i % 2];
+                double sum = lanes[lane]->c[i];
+                for (int k = 0; k < K; k++) sum += row[k] * column[k];
+                lanes[lane]->c[i] = (T)sum;
+            }
+        }
+    }
+    static double value(uint32_t word, int at) {
+        Element elements[ELEMENTS];
+        memcpy(elements, &word, sizeof word);
+        return number(elements[at]);
+    }
+    static double number(__half half) { return __half2float(half); }
+    static double number(int8_t byte) { return byte; }
+};
+
+inline void multiply_halves(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    using Mma = TensorProduct<float, 16, 16, __half>;
+    Mma own = {{a0, a1, a2, a3}, {b0, b1}, sums};
+    shim::together("mma.m16n8k16", ALL_LANES, own, Mma::multiply);
+#else
+    using Mma = TensorProduct<float, 16, 8, __half>;
+    Mma first = {{a0, a1}, {b0}, sums}, second = {{a2, a3}, {b1}, sums};
+    shim::together("mma.m16n8k8", ALL_LANES, first, Mma::multiply);
+    shim::together("mma.m16n8k8", ALL_LANES, second, Mma::multiply);
+#endif
+}
+
+inline void multiply_bytes(int (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    using Mma = TensorProduct<int, 16, 32, int8_t>;
+    Mma own = {{a0, a1, a2, a3}, {b0, b1}, sums};
+    shim::together("mma.m16n8k32", ALL_LANES, own, Mma::multiply);
+#else
+    using Mma = TensorProduct<int, 8, 16, int8_t>;
+    auto multiply = [](int *c, uint32_t a, uint32_t b) {
+        Mma own = {{a}, {b}, c};
+        shim::together("mma.m8n8k16", ALL_LANES, own, Mma::multiply);
+    };
+    multiply(sums, a0, b0);
+    multiply(sums, a2, b1);
+    multiply(sums + 2, a1, b0);
+    multiply(sums + 2, a3, b1);
+#endif
+}

@@ -1,0 +1,74 @@
+//! What stands around cuBLAS for many rows: LLM.int8's outliers, codes and results, NF4's weights as halves.
+
+use half::f16;
+use quantbench::quant::int8::cuda::ManyRows;
+use quantbench::quant::{FormatOptions, find, nf4};
+
+use super::host::{CHIPS, Host};
+use super::memory::Memory;
+use super::place::{formats, place, quantize, widened};
+use super::products::{KINDS, Kind, Numbers, SHAPES, activations, check, weight};
+
+/// Rows of a call: fewer than its blocks, and more.
+const ROWS: [usize; 4] = [2, 3, 40, 300];
+
+pub fn int8_of_many_rows() {
+    let mut numbers = Numbers(0x188);
+    let int8 = find("int8").expect("a format of the table");
+    let shapes = SHAPES.into_iter().filter(|(n, k)| n * k <= 66 * 2560);
+    for (turn, ((n, k), kind)) in shapes.flat_map(|shape| KINDS.map(|kind| (shape, kind))).enumerate() {
+        let stored = quantize(int8, weight(n, k, kind, &mut numbers));
+        let m = ROWS[(turn + turn / 4) % if n * k > 10_000 { 3 } else { ROWS.len() }];
+        let x = activations(m, k, kind, &mut numbers);
+        let memory = Memory::default();
+        let host = Host { chip: CHIPS[1], memory: &memory };
+        let streamed = place(&memory, "int8", &*stored, FormatOptions::default().int8_threshold);
+        let call = ManyRows {
+            m,
+            n,
+            k,
+            stride: streamed.stride_bytes,
+            threshold: streamed.threshold,
+            weight: streamed.weight,
+            absmax: streamed.scales,
+            x: memory.hold(&x),
+            y: memory.room::<f16>(m * n),
+            flags: memory.hold(&vec![0u8; k]),
+            columns: memory.room::<i32>(k),
+            count: memory.room::<i32>(1),
+            codes: memory.room::<u8>(m * streamed.stride_bytes),
+            row_absmax: memory.room::<f32>(m),
+            products: memory.room::<i32>(m * n),
+        };
+        // SAFETY: every address in it is of `memory`, and the buffers are as long as it says.
+        let run = unsafe { call.quantize(&host).and_then(|()| call.multiply(&host)).and_then(|()| call.finish(&host)) };
+        let what = format!("{kind:?} {m}x{k} @ {k}x{n}");
+        run.unwrap_or_else(|error| panic!("{what}: {error}"));
+
+        let x = widened(&x);
+        let is_outlier = |column: &i32| x[*column as usize..].iter().step_by(k).any(|value| value.abs() >= 6.0);
+        let columns: Vec<i32> = (0..k as i32).filter(is_outlier).collect();
+        assert_eq!(memory.read::<i32>(call.count, 1), [columns.len() as i32], "{what}");
+        assert_eq!(memory.read::<i32>(call.columns, columns.len()), columns, "{what}");
+        check("int8", &what, &*stored, &x, &widened(&memory.read(call.y, m * n)));
+    }
+}
+
+/// Each value of the reference rounded once, bit for bit.
+pub fn nf4_as_halves() {
+    let mut numbers = Numbers(0x4f4);
+    for entry in formats().filter(|entry| entry.name.starts_with("nf4")) {
+        for (n, k) in SHAPES.into_iter().filter(|(n, k)| n * k <= 66 * 2560) {
+            let stored = quantize(entry, weight(n, k, Kind::Zeros, &mut numbers));
+            let memory = Memory::default();
+            let matrix = place(&memory, entry.name, &*stored, f32::NAN);
+            let out = memory.room::<f16>(n * k);
+            // SAFETY: the matrix was placed in `memory`, and `out` holds [n, k].
+            unsafe { nf4::cuda::dequantize(&Host { chip: CHIPS[1], memory: &memory }, &matrix, out) }
+                .unwrap_or_else(|error| panic!("{} [{n}, {k}]: {error}", entry.name));
+            let values = stored.dequantize().into_iter().map(|value| f16::from_f32(value).to_bits());
+            let made = memory.read::<f16>(out, n * k).into_iter().map(f16::to_bits);
+            assert!(values.eq(made), "{} [{n}, {k}]", entry.name);
+        }
+    }
+}

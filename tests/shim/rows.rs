@@ -1,0 +1,253 @@
+//! Operations over many rows.
+
+use half::f16;
+use quantbench::kernels::cuda::rows::{Bias, Heads, Rows, Table};
+
+use super::attention::rotated;
+use super::host::{CHIPS, Host};
+use super::memory::Memory;
+use super::norms::normed;
+use super::place::widened;
+use super::products::{Numbers, rounding};
+
+pub fn operations_over_rows() {
+    let mut numbers = Numbers(0x70e5);
+    for (rows, width) in [(1, 1), (3, 7), (5, 256), (2, 1000)] {
+        let memory = Memory::default();
+        let mut case = Case { memory: &memory, numbers: &mut numbers, rows, width };
+        case.embed();
+        case.add_table();
+        case.norm();
+        case.add_and_widen();
+        case.activate();
+    }
+    append(&mut numbers);
+    softmax(&mut numbers);
+    read();
+}
+
+fn on<'a>(host: &'a Host<'a>) -> Rows<'a> {
+    Rows { on: host }
+}
+
+struct Case<'a> {
+    memory: &'a Memory,
+    numbers: &'a mut Numbers,
+    rows: usize,
+    width: usize,
+}
+
+impl Case<'_> {
+    fn floats(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| 3.0 * self.numbers.normal()).collect()
+    }
+
+    fn halves(&mut self, count: usize) -> Vec<f16> {
+        self.floats(count).into_iter().map(f16::from_f32).collect()
+    }
+
+    fn host(&self) -> Host<'_> {
+        Host { chip: CHIPS[1], memory: self.memory }
+    }
+
+    /// Tokens, of which one stands for a picture's features.
+    fn embed(&mut self) {
+        const IMAGE: u32 = 4;
+        let (rows, width, stride, scale) = (self.rows, self.width, self.width + 3, 1.25);
+        let tokens: Vec<i32> = (0..rows as i32).map(|row| [2, 4, 0, 4, 6][row as usize % 5]).collect();
+        let feature_of_row: Vec<i32> = (0..rows as i32).map(|row| [-1, 0, 0, 1, 1][row as usize % 5]).collect();
+        let (table, features) = (self.halves(7 * stride), self.halves(2 * width));
+        let out = self.memory.room::<f32>(rows * width);
+        let held = [self.memory.hold(&tokens), self.memory.hold(&feature_of_row), self.memory.hold(&features)];
+        let at = Table { address: self.memory.hold(&table), stride, width };
+        // SAFETY: buffers of the case, as large as the call says.
+        unsafe { on(&self.host()).embed(rows, held[0], held[1], at, held[2], Some(IMAGE), scale, out) }.expect("embed");
+        let value = |at: usize| match (tokens[at / width], feature_of_row[at / width]) {
+            (4, feature) => features[feature as usize * width + at % width].to_f32(),
+            (token, _) => table[token as usize * stride + at % width].to_f32() * scale,
+        };
+        assert_eq!(self.memory.read::<f32>(out, rows * width), (0..rows * width).map(value).collect::<Vec<_>>());
+    }
+
+    fn add_table(&mut self) {
+        let (rows, width, stride) = (self.rows, self.width, self.width + 5);
+        let (mut x, table) = (self.floats(rows * width), self.halves(rows * stride));
+        let (at, table_at) = (self.memory.hold(&x), Table { address: self.memory.hold(&table), stride, width });
+        // SAFETY: as above.
+        unsafe { on(&self.host()).add_table(rows, at, table_at) }.expect("add_table");
+        x.iter_mut().enumerate().for_each(|(at, x)| *x += table[at / width * stride + at % width].to_f32());
+        assert_eq!(self.memory.read::<f32>(at, x.len()), x);
+    }
+
+    fn norm(&mut self) {
+        let (rows, width) = (self.rows, self.width);
+        let (x, weight, bias) = (self.floats(rows * width), self.floats(width), self.floats(width));
+        let held = [&x, &weight, &bias].map(|values| self.memory.hold(values));
+        for has_bias in [false, true] {
+            let out = self.memory.room::<f16>(rows * width);
+            let bias_at = if has_bias { held[2] } else { 0 };
+            // SAFETY: as above.
+            unsafe { on(&self.host()).norm(rows, width, held[0], held[1], bias_at, 1e-5, out) }.expect("norm");
+            let made: Vec<f16> = self.memory.read(out, rows * width);
+            for (x, made) in x.chunks_exact(width).zip(made.chunks_exact(width)) {
+                let mean = x.iter().map(|x| f64::from(*x)).sum::<f64>() / width as f64;
+                let none = vec![0.0; width];
+                let reference = if has_bias { normed(x, &weight, &bias, mean) } else { normed(x, &weight, &none, 0.0) };
+                for (made, (y, error)) in made.iter().zip(reference) {
+                    let allowed = 1.01 * (error + f64::from(rounding(y as f32)));
+                    assert!((made.to_f64() - y).abs() <= allowed, "norm of {width}: {made} for {y} within {allowed:e}");
+                }
+            }
+        }
+    }
+
+    fn add_and_widen(&mut self) {
+        let (rows, width, count) = (self.rows, self.width, self.rows * self.width);
+        let (a, b, bias, halves) = (self.floats(count), self.floats(count), self.floats(width), self.halves(count));
+        let memory = self.memory;
+        let (a_at, halves_at, bias_at) = (memory.hold(&a), memory.hold(&halves), memory.hold(&bias));
+        let (sum, sum_of_halves, wide) =
+            (memory.room::<f32>(count), memory.room::<f32>(count), memory.room::<f32>(count));
+        let (b_at, biased, biased_halves) = (memory.hold(&b), memory.hold(&a), memory.hold(&halves));
+        let host = self.host();
+        // SAFETY: as above.
+        unsafe {
+            on(&host).add(count, a_at, b_at, true, sum).expect("add");
+            on(&host).add(count, a_at, halves_at, false, sum_of_halves).expect("add");
+            on(&host).widen(count, halves_at, wide).expect("widen");
+            on(&host).add_bias(rows, width, biased, true, bias_at).expect("add_bias");
+            on(&host).add_bias(rows, width, biased_halves, false, bias_at).expect("add_bias");
+        }
+        let halves = widened(&halves);
+        let all = |value: &dyn Fn(usize) -> f32| (0..count).map(value).collect::<Vec<_>>();
+        assert_eq!(memory.read::<f32>(sum, count), all(&|at| a[at] + b[at]));
+        assert_eq!(memory.read::<f32>(sum_of_halves, count), all(&|at| a[at] + halves[at]));
+        assert_eq!(memory.read::<f32>(wide, count), halves);
+        assert_eq!(memory.read::<f32>(biased, count), all(&|at| a[at] + bias[at % width]));
+        let rounded = all(&|at| f16::from_f32(halves[at] + bias[at % width]).to_f32());
+        assert_eq!(widened(&memory.read(biased_halves, count)), rounded);
+    }
+
+    fn activate(&mut self) {
+        let count = self.rows * self.width;
+        let (mut gate, up) = (self.halves(count), self.halves(count));
+        gate[0] = f16::from_f32(-20.0);
+        let (gate_at, up_at) = (self.memory.hold(&gate), self.memory.hold(&up));
+        for (kind, has_up) in [1, 2, 3].into_iter().flat_map(|kind| [(kind, false), (kind, true)]) {
+            let out = self.memory.room::<f16>(count);
+            // SAFETY: as above.
+            unsafe { on(&self.host()).activate(count, kind, gate_at, if has_up { up_at } else { 0 }, out) }
+                .expect("activate");
+            for (at, made) in self.memory.read::<f16>(out, count).into_iter().enumerate() {
+                let x = gate[at].to_f64();
+                let y = match kind {
+                    1 => x / (1.0 + (-x).exp()),
+                    2 => 0.5 * x * (1.0 + (0.7978845608028654 * (x + 0.044715 * x * x * x)).tanh()),
+                    _ => x.max(0.0),
+                };
+                // fp32's part is as in a product's epilogue; both results are rounded.
+                let error = 2f64.powi(-18) * x.abs() + f64::from(rounding(y as f32));
+                let (y, error) = if has_up { (y * up[at].to_f64(), error * up[at].to_f64().abs()) } else { (y, error) };
+                let allowed = 1.01 * (error + if has_up { f64::from(rounding(y as f32)) } else { 0.0 });
+                assert!(
+                    (made.to_f64() - y).abs() <= allowed,
+                    "activation {kind} of {x}: {made} for {y} within {allowed:e}"
+                );
+            }
+        }
+    }
+}
+
+/// Rotation and cache write of a prompt.
+fn append(numbers: &mut Numbers) {
+    for (heads, kv_heads, d, rotary) in [(4, 2, 16, 16), (3, 1, 20, 10), (2, 2, 7, 0), (8, 8, 64, 64)] {
+        let (rows, position, capacity, d_pad) = (5, 3, 11, usize::next_multiple_of(d, 8));
+        let memory = Memory::default();
+        let mut halves = |count: usize| -> Vec<f16> { (0..count).map(|_| f16::from_f32(numbers.normal())).collect() };
+        let (q, k, v) = (halves(rows * heads * d), halves(rows * kv_heads * d), halves(rows * kv_heads * d));
+        let angles: Vec<f32> =
+            (0..capacity * rotary / 2).flat_map(|at| [(at as f32 * 0.3).cos(), (at as f32 * 0.3).sin()]).collect();
+        let mut cache = [vec![f16::ZERO; kv_heads * capacity * d_pad], vec![f16::ONE; kv_heads * capacity * d_pad]];
+        let caches = cache.each_ref().map(|values| memory.hold(values));
+        let held = [&q, &k, &v].map(|values| memory.hold(values));
+        let shape = Heads { heads, kv_heads, d, d_pad, capacity };
+        let host = Host { chip: CHIPS[1], memory: &memory };
+        // SAFETY: buffers of the case, as large as the call says.
+        unsafe { on(&host).append(rows, position, shape, held, caches, memory.hold(&angles), rotary) }.expect("append");
+        let turned = |values: &[f16], count: usize| -> Vec<f16> {
+            let head = |(at, head): (usize, &[f16])| rotated(head, rotary, &angles, position + at / count);
+            values.chunks_exact(d).enumerate().flat_map(head).collect()
+        };
+        let k = turned(&k, kv_heads);
+        for (at, (k, v)) in k.chunks_exact(d).zip(v.chunks_exact(d)).enumerate() {
+            let to = (at % kv_heads * capacity + position + at / kv_heads) * d_pad;
+            cache[0][to..to + d].copy_from_slice(k);
+            cache[1][to..to + d].copy_from_slice(v);
+        }
+        assert_eq!(memory.read::<f16>(held[0], q.len()), turned(&q, heads), "{shape:?}");
+        assert_eq!(cache.each_ref().map(Vec::len), [kv_heads * capacity * d_pad; 2]);
+        for (values, at) in cache.iter().zip(caches) {
+            assert_eq!(&memory.read::<f16>(at, values.len()), values, "{shape:?}");
+        }
+    }
+}
+
+/// Weights in fp64 are off by what fp32 scores and powers are, relative: the scaled score's and the bias's rounding and the
+/// power's units, (6 + 3 |score| + |exponent|) · 2⁻²³ twice, and (total + 16) · 2⁻²⁴ of the sum; then they are rounded.
+fn softmax(numbers: &mut Numbers) {
+    for (heads, rows, position, is_causal, has_bias) in [
+        (2, 3, 0, true, false),
+        (3, 4, 9, true, true),
+        (2, 5, 0, false, true),
+        (1, 2, 600, true, false),
+        (1, 1, 0, false, false),
+    ] {
+        let (total, first_head, scale) = (if is_causal { position + rows } else { 70 }, 1, 0.3);
+        let reach = total.max(rows) + 2;
+        let memory = Memory::default();
+        let scores: Vec<f32> = (0..heads * rows * total).map(|_| 4.0 * numbers.normal()).collect();
+        let table: Vec<f32> = (0..(first_head + heads) * (2 * reach + 1)).map(|_| numbers.normal()).collect();
+        let bias = if has_bias { Bias { address: memory.hold(&table), reach, first_head } } else { Bias::default() };
+        let (at, out) = (memory.hold(&scores), memory.room::<f16>(scores.len()));
+        let host = Host { chip: CHIPS[1], memory: &memory };
+        // SAFETY: as above.
+        unsafe { on(&host).softmax((heads, rows, total), at, out, scale, is_causal, position, bias) }.expect("softmax");
+        let made: Vec<f16> = memory.read(out, scores.len());
+        for (row, (scores, made)) in scores.chunks_exact(total).zip(made.chunks_exact(total)).enumerate() {
+            let (head, query) = (row / rows, position + row % rows);
+            let seen = if is_causal { query + 1 } else { total };
+            let bias = |key: usize| match has_bias {
+                true => f64::from(table[(first_head + head) * (2 * reach + 1) + reach + key - query]),
+                false => 0.0,
+            };
+            let score = |key: usize| f64::from(scores[key]) * f64::from(scale) + bias(key);
+            let largest = (0..seen).map(score).fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = (0..seen).map(|key| (score(key) - largest).exp()).sum();
+            for (key, made) in made.iter().enumerate() {
+                let y = if key < seen { (score(key) - largest).exp() / sum } else { 0.0 };
+                let units = 2.0 * (6.0 + 3.0 * score(key).abs().max(largest.abs()) + (largest - score(key)).abs());
+                let error = y * (units * 2f64.powi(-23) + (total as f64 + 16.0) * 2f64.powi(-24));
+                let allowed = 1.01 * (error + f64::from(rounding(y as f32)));
+                assert!(
+                    (made.to_f64() - y).abs() <= allowed,
+                    "row {row}, key {key}: {made} for {y} within {allowed:e}"
+                );
+            }
+        }
+    }
+}
+
+/// All words are read, by whole steps and one by one: they write where their bits say so.
+fn read() {
+    const MARK: i32 = 0x5eed_5eed;
+    for (words, marked) in [(2 * 512 * 9 + 5, true), (1, true), (2 * 512 * 8, false)] {
+        let memory = Memory::default();
+        let mut values = vec![0; 4 * words];
+        values[0] = if marked { MARK } else { 1 };
+        let (from, out) = (memory.hold(&values), memory.hold(&[7]));
+        let host = Host { chip: CHIPS[1], memory: &memory };
+        // SAFETY: as above.
+        unsafe { on(&host).read(2, words, from, out) }.expect("read");
+        assert_eq!(memory.read::<i32>(out, 1), [if marked { 1 } else { 7 }]);
+    }
+}
