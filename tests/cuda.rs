@@ -1,34 +1,17 @@
 //! The CUDA path of every format against its oracle. On a machine without a usable GPU each test prints why it skips.
 #![cfg(feature = "cuda")]
 
+mod gpu;
 #[path = "shim/products.rs"]
 mod products;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use candle_core::{Device, Tensor};
+use gpu::gpu;
 use half::f16;
 use products::{KINDS, Kind, Numbers, SHAPES, activations, check, weight};
-use quantbench::error::BadInput;
 use quantbench::kernels::cuda::{device, memory};
 use quantbench::quant::cuda::multiply;
 use quantbench::quant::{FORMATS, FormatOptions};
-
-/// The first GPU, for one test at a time, since they share its memory pool. Where there is none, the refusal must name what
-/// is missing and how to go on.
-fn gpu() -> Option<(Device, MutexGuard<'static, ()>)> {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    match device::open(0) {
-        Ok(device) => Some((device, turn)),
-        Err(error) => {
-            let refusal = error.downcast_ref::<BadInput>().expect("a machine without a GPU is no internal error");
-            assert!(refusal.hint_text().is_some_and(|hint| hint.contains("--device cpu")), "{refusal}");
-            println!("skipped: {refusal}");
-            None
-        }
-    }
-}
 
 /// One row streams the matrix; more go through cuBLAS.
 const ROWS: [usize; 7] = [1, 2, 3, 7, 8, 9, 37];

@@ -5,8 +5,16 @@ use quantbench::kernels::cuda::launch::Fatbin;
 use quantbench::kernels::cuda::{attention, rows};
 use quantbench::quant::{dense, int8, nf4};
 
-const OURS: [&Fatbin; 5] =
-    [&attention::KERNELS, &dense::cuda::KERNELS, &int8::cuda::KERNELS, &nf4::cuda::KERNELS, &rows::KERNELS];
+const OURS: [&Fatbin; 8] = [
+    &attention::KERNELS,
+    &dense::cuda::KERNELS,
+    &dense::cuda::ENCODE_KERNELS,
+    &int8::cuda::KERNELS,
+    &int8::cuda::ENCODE_KERNELS,
+    &nf4::cuda::KERNELS,
+    &nf4::cuda::ENCODE_KERNELS,
+    &rows::KERNELS,
+];
 /// Chips with machine code of their own; the last one also has PTX, for what comes after it.
 const CHIPS: [u32; 5] = [75, 80, 86, 89, 90];
 

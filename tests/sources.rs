@@ -8,6 +8,7 @@ use quantbench::error;
 use quantbench::events::Silent;
 use quantbench::weights::spec::{MatrixSpec, Role, VectorKind, VectorSpec};
 use quantbench::weights::{self, Checkpoint, Request, Source, SourceKind, WeightsChoice, random::Random, tokenizer};
+use safetensors::Dtype;
 use serde_json::{Value, json};
 
 fn request(model_id: &str, weights: WeightsChoice) -> Request {
@@ -258,7 +259,7 @@ fn shards_are_read_by_index_and_casts_round_to_nearest_even() {
 fn rows_may_be_read_in_any_chunks() {
     let (n, k) = (37, 20_011);
     let bytes: Vec<u8> = (0..n * k).flat_map(|i| bf16::from_f32((i % 977) as f32 - 488.0).to_le_bytes()).collect();
-    let file = safetensors(&[("pad", "F16", vec![3], vec![0; 6]), ("m", "BF16", vec![n, k], bytes)]);
+    let file = safetensors(&[("pad", "F16", vec![3], vec![0; 6]), ("m", "BF16", vec![n, k], bytes.clone())]);
     let folder = folder(&[("config.json", CONFIG.as_bytes()), ("model.safetensors", &file)]);
     let opened = open(folder.path()).unwrap();
     let specs = [matrix("m", n, k)];
@@ -280,6 +281,15 @@ fn rows_may_be_read_in_any_chunks() {
         assert!(source.read_rows("m", 0..2, &mut out).is_err());
         assert!(source.read_rows("none", 0..1, &mut out).is_err());
     }
+
+    // As they are saved, for a device that casts.
+    assert_eq!((real.raw_dtype("m"), real.raw_dtype("none"), random.raw_dtype("m")), (Some(Dtype::BF16), None, None));
+    let mut raw = vec![0; 2 * 3 * k];
+    real.read_raw("m", 5..8, &mut raw).unwrap();
+    assert!(raw == bytes[2 * 5 * k..2 * 8 * k]);
+    assert!(real.read_raw("m", 35..38, &mut raw).is_err());
+    assert!(real.read_raw("m", 5..7, &mut raw).is_err());
+    assert!(random.read_raw("m", 5..8, &mut raw).is_err());
 }
 
 #[test]

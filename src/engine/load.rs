@@ -12,7 +12,7 @@ use super::Setup;
 use crate::events::{Event, Listener, Unit};
 use crate::kernels::cpu::pages::prefer_huge_pages;
 use crate::quant::fp32::Fp32Stored;
-use crate::quant::{HalfMatrix, Stored};
+use crate::quant::{Format, HalfMatrix, Stored};
 use crate::weights::Source;
 use crate::weights::policy::Formats;
 use crate::weights::spec::{MatrixSpec, Role, VectorKind, VectorSpec};
@@ -41,27 +41,21 @@ pub fn stream<T: Send>(
     let start = Instant::now();
     let formats = Formats::new(setup.precision, setup.options)?;
     let specs = &setup.model.matrices;
-    let total = specs.iter().map(|spec| setup.source.stored_bytes(&spec.name)).sum();
-    events.on(Event::Begin { label: format!("load + quantize {}", setup.precision), total, unit: Unit::Bytes });
-
+    begin(setup, events);
     let shared = Shared { budget: Budget::default(), ..Shared::default() };
     let slots: Vec<Mutex<Option<T>>> = specs.iter().map(|_| Mutex::new(None)).collect();
     let load_one = |index: usize| -> Result<()> {
         let spec = &specs[index];
-        let weight_bytes = if formats.is_exact(spec.role) { size_of::<f32>() } else { size_of::<f16>() };
-        let _room = shared.budget.take(weight_bytes * spec.n * spec.k);
+        let _room = shared.room(spec, &formats);
         let (stored, begin) = shared.store(setup.source, spec, &formats)?;
         let finished = finish(spec, stored).with_context(|| format!("placing `{}`", spec.name))?;
         shared.quantize_ns.fetch_add(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
         *slots[index].lock().expect("a loader that panics ends the load") = Some(finished);
-        let done = shared.done_bytes.fetch_add(setup.source.stored_bytes(&spec.name), Ordering::Relaxed);
-        events.on(Event::Progress { done: done + setup.source.stored_bytes(&spec.name) });
+        shared.progress(setup, spec, events);
         Ok(())
     };
     shared.run(setup.threads, specs.len(), &load_one)?;
-    let exact = formats.has_exact_vectors();
-    let vector = |spec| if exact { exact_vector(setup.source, spec) } else { shared.read_vector(setup.source, spec) };
-    let vectors = setup.model.vectors.iter().map(vector).collect::<Result<_>>()?;
+    let vectors = shared.vectors(setup, &formats)?;
     events.on(Event::End);
 
     let matrices = slots.into_iter().map(|slot| slot.into_inner().ok().flatten());
@@ -80,20 +74,35 @@ pub fn one(setup: &Setup, spec: &MatrixSpec) -> Result<Box<dyn Stored>> {
     Ok(Shared::default().store(setup.source, spec, &formats)?.0)
 }
 
+/// Tells how much there is to load.
+pub fn begin(setup: &Setup, events: &dyn Listener) {
+    let total = setup.model.matrices.iter().map(|spec| setup.source.stored_bytes(&spec.name)).sum();
+    events.on(Event::Begin { label: format!("load + quantize {}", setup.precision), total, unit: Unit::Bytes });
+}
+
+/// The format that holds a matrix which the source has in plain values.
+pub fn format_of<'a>(source: &dyn Source, spec: &MatrixSpec, formats: &'a Formats) -> &'a dyn Format {
+    // What a quantized checkpoint holds in plain values was left out on purpose.
+    let left_out = source.is_quantized() && spec.role == Role::Projection;
+    if left_out { formats.fp16() } else { formats.of(spec.role) }
+}
+
 /// What the loading threads share.
 #[derive(Default)]
-struct Shared {
+pub struct Shared {
     budget: Budget,
     next: AtomicUsize,
     failure: Mutex<Option<anyhow::Error>>,
-    overflow: AtomicU64,
-    quantize_ns: AtomicU64,
+    /// Finite values that became infinite in fp16.
+    pub overflow: AtomicU64,
+    /// Of all threads.
+    pub quantize_ns: AtomicU64,
     done_bytes: AtomicU64,
 }
 
 impl Shared {
-    /// Hands out `0..count` to `threads` threads; the first failure stops the rest.
-    fn run(&self, threads: usize, count: usize, one: &(dyn Fn(usize) -> Result<()> + Sync)) -> Result<()> {
+    /// Hands out `0..count` in order to `threads` threads; the first failure stops the rest.
+    pub fn run(&self, threads: usize, count: usize, one: &(dyn Fn(usize) -> Result<()> + Sync)) -> Result<()> {
         let work = || {
             loop {
                 let index = self.next.fetch_add(1, Ordering::Relaxed);
@@ -119,8 +128,26 @@ impl Shared {
         }
     }
 
+    /// Room for a matrix on its way through the host.
+    pub fn room(&self, spec: &MatrixSpec, formats: &Formats) -> Room<'_> {
+        let weight_bytes = if formats.is_exact(spec.role) { size_of::<f32>() } else { size_of::<f16>() };
+        self.budget.take(weight_bytes * spec.n * spec.k)
+    }
+
+    /// Tells that a matrix has been loaded.
+    pub fn progress(&self, setup: &Setup, spec: &MatrixSpec, events: &dyn Listener) {
+        let bytes = setup.source.stored_bytes(&spec.name);
+        let before = self.done_bytes.fetch_add(bytes, Ordering::Relaxed);
+        events.on(Event::Progress { done: before + bytes });
+    }
+
     /// A matrix in its format, and when its last value was read.
-    fn store(&self, source: &dyn Source, spec: &MatrixSpec, formats: &Formats) -> Result<(Box<dyn Stored>, Instant)> {
+    pub fn store(
+        &self,
+        source: &dyn Source,
+        spec: &MatrixSpec,
+        formats: &Formats,
+    ) -> Result<(Box<dyn Stored>, Instant)> {
         if let Some(parts) = source.parts(spec) {
             let parts = parts?;
             let begin = Instant::now();
@@ -135,11 +162,16 @@ impl Shared {
         }
         let weight = self.read(source, spec)?;
         let begin = Instant::now();
-        // What a quantized checkpoint holds in plain values was left out on purpose.
-        let left_out = source.is_quantized() && spec.role == Role::Projection;
-        let format = if left_out { formats.fp16() } else { formats.of(spec.role) };
+        let format = format_of(source, spec, formats);
         let stored = format.quantize(weight).with_context(|| format!("quantizing `{}`", spec.name))?;
         Ok((stored, begin))
+    }
+
+    /// The model's vectors.
+    pub fn vectors(&self, setup: &Setup, formats: &Formats) -> Result<Vec<Vec<f32>>> {
+        let exact = formats.has_exact_vectors();
+        let read = |spec| if exact { exact_vector(setup.source, spec) } else { self.read_vector(setup.source, spec) };
+        setup.model.vectors.iter().map(read).collect()
     }
 
     fn read(&self, source: &dyn Source, spec: &MatrixSpec) -> Result<HalfMatrix> {
@@ -192,7 +224,7 @@ impl Budget {
 }
 
 /// Bytes taken from a [`Budget`], given back on drop.
-struct Room<'a> {
+pub struct Room<'a> {
     budget: &'a Budget,
     bytes: usize,
 }

@@ -1,6 +1,10 @@
-//! A matrix on a CUDA device. Products of whole tensors are for tests and tools; sessions launch by themselves.
+//! A matrix on a CUDA device, and how it is made there. Products of whole tensors are for tests and tools; sessions launch by
+//! themselves.
 
-use candle_core::{DType, Result, Tensor, bail};
+use std::ops::Range;
+
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use half::f16;
 
 use crate::kernels::cuda::launch::{address, half_rows, tensor};
@@ -17,6 +21,9 @@ pub trait CudaMatrix: Send + Sync {
     /// Bytes that this layout takes on the device.
     fn resident_bytes(&self) -> usize;
 
+    /// The memory that it owns, part by part, for tests and tools.
+    fn download(&self) -> Result<Vec<Vec<u8>>>;
+
     /// How the product with one row streams it.
     fn streamed(&self) -> Streamed;
 
@@ -30,6 +37,76 @@ pub trait CudaMatrix: Send + Sync {
     /// # Safety
     /// `x` and `y` are addresses of that much memory on the matrix's device, good until its stream has come past this call.
     unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()>;
+}
+
+/// Dtypes that values come in, numbered as in plain.cuh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum PlainKind {
+    Half = 0,
+    /// bf16
+    Brain = 1,
+    Float = 2,
+}
+
+impl PlainKind {
+    /// Of one value.
+    pub fn bytes(self) -> usize {
+        match self {
+            PlainKind::Half | PlainKind::Brain => 2,
+            PlainKind::Float => 4,
+        }
+    }
+}
+
+/// Values on a device as they were saved, as `struct Plain` of plain.cuh.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Plain {
+    pub values: u64,
+    /// A count of 64 bits, of finite values that became infinite in fp16.
+    pub overflow: u64,
+    pub kind: PlainKind,
+}
+
+/// Rows handed to a [`CudaEncoder`] begin at a multiple of so many values of the flattened matrix, and end at one or at its
+/// end: no format has blocks that this cuts.
+pub const GRANULE: usize = super::nf4::BLOCK;
+
+/// Makes a matrix on the device of rows that come in any order, bit for bit what [`super::Format::quantize`] makes of them.
+pub trait CudaEncoder: Send + Sync {
+    /// Where `rows` may be copied to just as they were saved; `None` where they have to be encoded.
+    fn place(&self, rows: &Range<usize>, kind: PlainKind) -> Option<u64>;
+
+    /// Queues the encoding of `rows`, which keep to [`GRANULE`], on the device's stream.
+    ///
+    /// # Safety
+    /// `from` holds the values of `rows` when the stream comes to this call, and until it has come past it.
+    unsafe fn encode(&self, rows: Range<usize>, from: Plain) -> Result<()>;
+
+    /// The matrix, once all rows have been queued.
+    fn finish(self: Box<Self>) -> Result<Box<dyn CudaMatrix>>;
+}
+
+/// What a matrix takes on a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceBytes {
+    pub resident: usize,
+    /// Beyond that while it is made.
+    pub transient: usize,
+}
+
+/// A copy of device memory in bytes.
+pub(super) fn download<T: candle_core::cuda_backend::cudarc::driver::DeviceRepr>(
+    values: &CudaSlice<T>,
+    device: &CudaDevice,
+) -> Result<Vec<u8>> {
+    // SAFETY: any memory may be read as bytes, and these are as many.
+    let bytes = unsafe { values.transmute::<u8>(values.num_bytes()) };
+    match bytes {
+        Some(bytes) => device.clone_dtoh(&bytes),
+        None => bail!("device memory that cannot be read as bytes"),
+    }
 }
 
 /// `y = x · Wᵀ` for fp16 `x` `[m, k]`: one row streams the matrix, several take the product for prompts.

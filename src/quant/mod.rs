@@ -108,6 +108,14 @@ pub trait Format: Send + Sync {
     /// Fails where bitsandbytes cannot hold the matrix either, naming the reason.
     fn quantize(&self, weight: HalfMatrix) -> Result<Box<dyn Stored>>;
 
+    /// What an `[n, k]` matrix takes on a CUDA device.
+    #[cfg(feature = "cuda")]
+    fn device_bytes(&self, n: usize, k: usize) -> cuda::DeviceBytes;
+
+    /// Makes an `[n, k]` matrix on a CUDA device. Fails where [`Self::quantize`] does.
+    #[cfg(feature = "cuda")]
+    fn encoder(&self, n: usize, k: usize, device: &candle_core::Device) -> Result<Box<dyn cuda::CudaEncoder>>;
+
     /// A matrix from the [`Stored::parts`] that were saved of it, in any order. Fails where they are not this format's, or not
     /// of an `[n, k]` matrix.
     fn restore(&self, n: usize, k: usize, parts: Vec<Part>) -> Result<Box<dyn Stored>>;

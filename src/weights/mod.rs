@@ -23,6 +23,8 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use ::safetensors::Dtype;
+
 use crate::quant::Part;
 
 /// Which model, and where its weights come from.
@@ -113,6 +115,17 @@ pub trait Source: Send + Sync {
         self.read_rows(name, rows, &mut half)?;
         half.convert_to_f32_slice(out);
         Ok(())
+    }
+
+    /// The dtype of the rows that [`Self::read_raw`] gives; `None` where values come from [`Self::read_rows`] alone.
+    fn raw_dtype(&self, _name: &str) -> Option<Dtype> {
+        None
+    }
+
+    /// Rows of a tensor that has a [`Self::raw_dtype`], little-endian as they are saved: for a device that casts them by itself.
+    /// Fails on an I/O error.
+    fn read_raw(&self, name: &str, _rows: Range<usize>, _out: &mut [u8]) -> anyhow::Result<()> {
+        anyhow::bail!("`{name}` is not held as bytes")
     }
 
     /// Whether linear layers were quantized before they were saved; those that were not stay as they are then.

@@ -336,6 +336,23 @@ impl Source for Safetensors {
         self.read(name, tensor, rows, out, widen)
     }
 
+    fn raw_dtype(&self, name: &str) -> Option<Dtype> {
+        let dtype = self.tensors.get(name)?.dtype;
+        matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32).then_some(dtype)
+    }
+
+    fn read_raw(&self, name: &str, rows: Range<usize>, out: &mut [u8]) -> Result<()> {
+        let tensor = self.tensor(name)?;
+        let (n, k) = tensor.matrix();
+        let row_bytes = k * tensor.dtype.bitsize() / 8;
+        ensure!(rows.start <= rows.end && rows.end <= n, "rows {rows:?} of `{name}`, which has {n}");
+        ensure!(out.len() == rows.len() * row_bytes, "{} bytes asked of {} rows in `{name}`", out.len(), rows.len());
+        let offset = tensor.offset + (rows.start * row_bytes) as u64;
+        let shard = &self.files[tensor.shard];
+        let read = shard.file.read_exact_at(out, offset);
+        read.with_context(|| format!("reading `{name}` at byte {offset} of `{}`", shard.name))
+    }
+
     fn is_quantized(&self) -> bool {
         self.quantized.is_some()
     }

@@ -6,10 +6,12 @@ mod attention;
 mod checks;
 mod head;
 mod host;
+mod loading;
 mod matvec;
 mod memory;
 mod norms;
 mod place;
+mod plain;
 mod products;
 mod prompt;
 mod rows;
@@ -18,7 +20,7 @@ mod step;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tests that launch kernels.
-const GROUPS: usize = 11;
+const GROUPS: usize = 12;
 
 /// Runs the cases of a group; the last group to end checks that none of the sources' kernels was left out.
 fn group(cases: fn()) {
@@ -51,6 +53,11 @@ fn outliers_and_nan() {
 #[test]
 fn products_between_norm_and_residual() {
     group(matvec::products_between_norm_and_residual);
+}
+
+#[test]
+fn rows_of_a_checkpoint() {
+    group(loading::rows_of_a_checkpoint);
 }
 
 #[test]

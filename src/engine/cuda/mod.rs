@@ -3,6 +3,8 @@
 //!
 //! fp16 activations and cache, fp32 sums and residual stream.
 
+mod load;
+mod pieces;
 mod ring;
 mod rows;
 mod step;
@@ -17,7 +19,6 @@ use self::ring::Ring;
 use self::rows::{Call, Run};
 use self::step::Step;
 use self::times::StepTimes;
-use super::load::stream;
 use super::memory::Pool;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
@@ -25,8 +26,7 @@ use crate::kernels::cuda::launch::address;
 use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product};
 use crate::kernels::cuda::{open, probe};
 use crate::plan::{ActivationKind, EncoderInputKind, Head, Holds, Model, RelativeBias};
-use crate::quant::{CudaMatrix, Stored};
-use crate::weights::spec::MatrixSpec;
+use crate::quant::CudaMatrix;
 
 /// Weights, caches and the step of one loaded model.
 pub struct CudaSession {
@@ -97,14 +97,7 @@ fn activation_number(kind: ActivationKind) -> i32 {
 pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Loaded> {
     let facts = probe(ordinal)?;
     let device = open(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?;
-    let tables = setup.model.biases.iter().map(|bias| bias.table).collect::<Vec<_>>();
-    let finish = |spec: &MatrixSpec, stored: Box<dyn Stored>| {
-        // The host lays a bias out by distance, and drops it.
-        let is_bias = tables.iter().any(|table| setup.model.matrices[table.0].name == spec.name);
-        let learned = is_bias.then(|| stored.dequantize());
-        Ok((stored.upload(&device)?, learned))
-    };
-    let streamed = stream(setup, events, &finish)?;
+    let streamed = load::stream(setup, &device, events)?;
     let (matrices, learned): (Vec<_>, Vec<_>) = streamed.matrices.into_iter().unzip();
     let weights = Weights::new(setup, device.as_cuda_device()?.clone(), matrices, &learned, &streamed.vectors)?;
     let step = Step::new(&weights)?;

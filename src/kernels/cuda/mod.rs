@@ -16,5 +16,6 @@ pub mod libraries;
 pub mod matvec;
 pub mod memory;
 pub mod rows;
+pub mod staging;
 
 pub use device::{open, probe};

@@ -1,5 +1,7 @@
 //! Dense matrices on CUDA: row-major as they are, streamed for one row, cuBLAS for many.
 
+mod encode;
+
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result};
 
@@ -8,7 +10,11 @@ use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, address, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::kernels::cuda::rows::Rows;
+use crate::quant::cuda::download;
 use crate::quant::{CudaMatrix, Stored};
+
+pub use encode::{KERNELS as ENCODE_KERNELS, cast_rows};
+pub(in crate::quant) use encode::{device_bytes, encoder};
 
 pub static KERNELS: Fatbin = Fatbin { name: "dense", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense.fatbin")) };
 static HALVES: Family = family(["half_matvec", "half_head"], 64, 16);
@@ -23,7 +29,7 @@ pub(super) fn upload<T: Value>(stored: &DenseStored<T>, device: &Device) -> Resu
     let device = device.as_cuda_device()?;
     let bytes = stored.parts().swap_remove(0).bytes;
     let row_bytes = stored.k * size_of::<T>();
-    let stride_bytes = row_bytes.next_multiple_of(CHUNK_BYTES);
+    let stride_bytes = stride_bytes(stored.k, size_of::<T>());
     Ok(Box::new(DenseOnDevice {
         n: stored.n,
         k: stored.k,
@@ -34,6 +40,11 @@ pub(super) fn upload<T: Value>(stored: &DenseStored<T>, device: &Device) -> Resu
     }))
 }
 
+/// Bytes from row to row.
+fn stride_bytes(k: usize, element_bytes: usize) -> usize {
+    (k * element_bytes).next_multiple_of(CHUNK_BYTES)
+}
+
 /// `[n, k]` values of 2 or 4 bytes, in rows padded to whole chunks.
 pub fn streamed((n, k): (usize, usize), element_bytes: usize, weight: u64) -> Streamed {
     Streamed {
@@ -41,7 +52,7 @@ pub fn streamed((n, k): (usize, usize), element_bytes: usize, weight: u64) -> St
         n,
         k,
         weight,
-        stride_bytes: (k * element_bytes).next_multiple_of(CHUNK_BYTES),
+        stride_bytes: stride_bytes(k, element_bytes),
         scales: 0,
         nested: 0,
         offset: 0.0,
@@ -71,6 +82,10 @@ impl CudaMatrix for DenseOnDevice {
 
     fn resident_bytes(&self) -> usize {
         self.weight.len()
+    }
+
+    fn download(&self) -> Result<Vec<Vec<u8>>> {
+        Ok(vec![download(&self.weight, &self.device)?])
     }
 
     fn streamed(&self) -> Streamed {

@@ -37,6 +37,16 @@ impl Format for Fp16 {
         Ok(Box::new(Fp16Stored::new(weight.n, weight.k, weight.data)?))
     }
 
+    #[cfg(feature = "cuda")]
+    fn device_bytes(&self, n: usize, k: usize) -> super::cuda::DeviceBytes {
+        super::dense::cuda::device_bytes::<f16>(n, k)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn encoder(&self, n: usize, k: usize, device: &candle_core::Device) -> Result<Box<dyn super::cuda::CudaEncoder>> {
+        super::dense::cuda::encoder::<f16>(n, k, device)
+    }
+
     fn restore(&self, n: usize, k: usize, parts: Vec<Part>) -> Result<Box<dyn Stored>> {
         Ok(Box::new(Fp16Stored::restore(n, k, parts)?))
     }

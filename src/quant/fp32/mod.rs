@@ -39,6 +39,16 @@ impl Format for Fp32 {
         Ok(Box::new(Fp32Stored::new(weight.n, weight.k, weight.data.to_f32_vec())?))
     }
 
+    #[cfg(feature = "cuda")]
+    fn device_bytes(&self, n: usize, k: usize) -> super::cuda::DeviceBytes {
+        super::dense::cuda::device_bytes::<f32>(n, k)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn encoder(&self, n: usize, k: usize, device: &candle_core::Device) -> Result<Box<dyn super::cuda::CudaEncoder>> {
+        super::dense::cuda::encoder::<f32>(n, k, device)
+    }
+
     fn restore(&self, n: usize, k: usize, parts: Vec<Part>) -> Result<Box<dyn Stored>> {
         Ok(Box::new(Fp32Stored::restore(n, k, parts)?))
     }

@@ -1,5 +1,7 @@
 //! LLM.int8 on CUDA: outlier columns are found, listed and multiplied on the device, without asking the host.
 
+mod encode;
+
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result};
 
@@ -9,6 +11,10 @@ use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, u
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::parameters;
 use crate::quant::CudaMatrix;
+use crate::quant::cuda::download;
+
+pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
+pub(super) use encode::{device_bytes, encoder};
 
 pub static KERNELS: Fatbin = Fatbin { name: "int8", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin")) };
 /// A byte of code, an eighth of a byte of outlier bits and the half that both are made of.
@@ -37,7 +43,7 @@ const GEMM_SIDE: usize = 4;
 pub(super) fn upload(stored: &Int8Stored, device: &Device) -> Result<Box<dyn CudaMatrix>> {
     let device = device.as_cuda_device()?;
     let (n, k) = (stored.n, stored.k);
-    let stride = k.next_multiple_of(CHUNK_BYTES);
+    let stride = stride(k);
     let codes: Vec<u8> = stored.codes.iter().map(|code| code.cast_unsigned()).collect();
     Ok(Box::new(Int8OnDevice {
         n,
@@ -45,9 +51,19 @@ pub(super) fn upload(stored: &Int8Stored, device: &Device) -> Result<Box<dyn Cud
         stride,
         codes: upload_rows(&codes, k, stride, device)?,
         absmax: device.clone_htod(&stored.absmax)?,
-        threshold: if stored.threshold > 0.0 { stored.threshold } else { f32::NAN },
+        threshold: device_threshold(stored.threshold),
         device: device.clone(),
     }))
+}
+
+/// Codes from row to row.
+fn stride(k: usize) -> usize {
+    k.next_multiple_of(CHUNK_BYTES)
+}
+
+/// NaN where outlier columns are off: nothing is at least that.
+fn device_threshold(threshold: f32) -> f32 {
+    if threshold > 0.0 { threshold } else { f32::NAN }
 }
 
 struct Int8OnDevice {
@@ -59,7 +75,7 @@ struct Int8OnDevice {
     codes: CudaSlice<u8>,
     /// `[n]`.
     absmax: CudaSlice<f32>,
-    /// NaN where outlier columns are off: nothing is at least that.
+    /// As [`device_threshold`] has it.
     threshold: f32,
     device: CudaDevice,
 }
@@ -75,6 +91,10 @@ impl CudaMatrix for Int8OnDevice {
 
     fn resident_bytes(&self) -> usize {
         self.codes.len() + 4 * self.absmax.len()
+    }
+
+    fn download(&self) -> Result<Vec<Vec<u8>>> {
+        Ok(vec![download(&self.codes, &self.device)?, download(&self.absmax, &self.device)?])
     }
 
     fn streamed(&self) -> Streamed {
@@ -127,18 +147,17 @@ impl CudaMatrix for Int8OnDevice {
 
 /// `[n, k]` codes in rows padded to whole chunks, and each row's absmax.
 pub fn streamed((n, k): (usize, usize), weight: u64, absmax: u64, threshold: f32) -> Streamed {
-    let stride_bytes = k.next_multiple_of(CHUNK_BYTES);
     Streamed {
         family: &BYTES,
         n,
         k,
         weight,
-        stride_bytes,
+        stride_bytes: stride(k),
         scales: absmax,
         nested: 0,
         offset: 0.0,
         code: 0,
-        threshold: if threshold > 0.0 { threshold } else { f32::NAN },
+        threshold: device_threshold(threshold),
     }
 }
 

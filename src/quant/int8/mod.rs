@@ -63,6 +63,16 @@ impl Format for Int8 {
         Ok(Box::new(stored))
     }
 
+    #[cfg(feature = "cuda")]
+    fn device_bytes(&self, n: usize, k: usize) -> super::cuda::DeviceBytes {
+        cuda::device_bytes(n, k)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn encoder(&self, n: usize, k: usize, device: &candle_core::Device) -> Result<Box<dyn super::cuda::CudaEncoder>> {
+        cuda::encoder(n, k, self.threshold, device)
+    }
+
     fn restore(&self, n: usize, k: usize, mut parts: Vec<Part>) -> Result<Box<dyn Stored>> {
         check_columns(n, k)?;
         let Some(values) = n.checked_mul(k).filter(|values| *values > 0) else {

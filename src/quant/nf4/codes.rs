@@ -26,7 +26,7 @@ pub const CODES: [f32; 16] = [
 ];
 
 /// Midpoints of neighbouring values, in fp32.
-const THRESHOLDS: [f32; 15] = {
+pub const THRESHOLDS: [f32; 15] = {
     let mut thresholds = [0.0; 15];
     let mut i = 0;
     while i < thresholds.len() {

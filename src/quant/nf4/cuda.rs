@@ -1,5 +1,7 @@
 //! NF4 on CUDA: one row multiplies the codes as they stream; many rows go through fp16 weights made for the call.
 
+mod encode;
+
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result};
 use half::f16;
@@ -11,6 +13,10 @@ use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, u
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::parameters;
 use crate::quant::CudaMatrix;
+use crate::quant::cuda::download;
+
+pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
+pub(super) use encode::{device_bytes, encoder};
 
 pub static KERNELS: Fatbin = Fatbin { name: "nf4", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4.fatbin")) };
 
@@ -39,28 +45,20 @@ const DEQUANTIZE_THREADS: u32 = 256;
 
 pub(super) fn upload(stored: &Nf4Stored, device: &Device) -> Result<Box<dyn CudaMatrix>> {
     let device = device.as_cuda_device()?;
-    let absmax = match &stored.absmax {
-        Absmax::Plain(values) => DeviceAbsmax::Plain(device.clone_htod(values)?),
-        Absmax::Nested(NestedAbsmax { codes, absmax, offset }) => DeviceAbsmax::Nested {
-            codes: upload_words(codes, device)?,
-            nested: device.clone_htod(absmax)?,
-            offset: *offset,
-        },
-    };
     Ok(Box::new(Nf4OnDevice {
         n: stored.n,
         k: stored.k,
         stored_bytes: stored.packed.len() + stored.absmax.stored_bytes(),
         chunks: device.clone_htod(&chunks(stored.n, stored.k, &stored.packed))?,
-        absmax,
+        absmax: DeviceAbsmax::upload(&stored.absmax, device)?,
         code: device.clone_htod(&values())?,
         device: device.clone(),
     }))
 }
 
-/// Codes and zeros behind them up to whole words, in which the kernels read them.
-fn upload_words(codes: &[u8], device: &CudaDevice) -> Result<CudaSlice<u8>> {
-    upload_rows(codes, codes.len(), codes.len().next_multiple_of(size_of::<u32>()), device)
+/// Bytes from row to row.
+fn stride_bytes(k: usize) -> usize {
+    k.div_ceil(CHUNK_ELEMENTS) * CHUNK_BYTES
 }
 
 /// What codes stand for: the 16 values, then the 256 of absmax codes.
@@ -70,7 +68,7 @@ pub fn values() -> Vec<f32> {
 
 /// Rows of whole chunks, their units in the order that nf4.cu draws, of the stored codes.
 pub fn chunks(n: usize, k: usize, packed: &[u8]) -> Vec<u8> {
-    let stride = k.div_ceil(CHUNK_ELEMENTS) * CHUNK_BYTES;
+    let stride = stride_bytes(k);
     let mut rows = vec![0u8; n * stride];
     for (row, out) in rows.chunks_exact_mut(stride).enumerate() {
         let mut natural = vec![0u8; stride];
@@ -111,7 +109,7 @@ pub fn streamed((n, k): (usize, usize), weight: u64, absmax: AbsmaxAt, code: u64
         n,
         k,
         weight,
-        stride_bytes: k.div_ceil(CHUNK_ELEMENTS) * CHUNK_BYTES,
+        stride_bytes: stride_bytes(k),
         scales,
         nested,
         offset,
@@ -148,6 +146,20 @@ enum DeviceAbsmax {
     Nested { codes: CudaSlice<u8>, nested: CudaSlice<f32>, offset: f32 },
 }
 
+impl DeviceAbsmax {
+    fn upload(absmax: &Absmax, device: &CudaDevice) -> Result<Self> {
+        Ok(match absmax {
+            Absmax::Plain(values) => DeviceAbsmax::Plain(device.clone_htod(values)?),
+            Absmax::Nested(NestedAbsmax { codes, absmax, offset }) => DeviceAbsmax::Nested {
+                // The kernels read codes as whole words.
+                codes: upload_rows(codes, codes.len(), codes.len().next_multiple_of(size_of::<u32>()), device)?,
+                nested: device.clone_htod(absmax)?,
+                offset: *offset,
+            },
+        })
+    }
+}
+
 impl CudaMatrix for Nf4OnDevice {
     fn shape(&self) -> (usize, usize) {
         (self.n, self.k)
@@ -163,6 +175,19 @@ impl CudaMatrix for Nf4OnDevice {
             DeviceAbsmax::Nested { codes, nested, .. } => codes.len() + 4 * nested.len(),
         };
         self.chunks.len() + absmax + 4 * self.code.len()
+    }
+
+    fn download(&self) -> Result<Vec<Vec<u8>>> {
+        let mut parts = vec![download(&self.chunks, &self.device)?, download(&self.code, &self.device)?];
+        match &self.absmax {
+            DeviceAbsmax::Plain(values) => parts.push(download(values, &self.device)?),
+            DeviceAbsmax::Nested { codes, nested, offset } => parts.extend([
+                download(codes, &self.device)?,
+                download(nested, &self.device)?,
+                offset.to_le_bytes().to_vec(),
+            ]),
+        }
+        Ok(parts)
     }
 
     fn streamed(&self) -> Streamed {

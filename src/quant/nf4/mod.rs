@@ -69,6 +69,16 @@ impl Format for Nf4 {
         Ok(Box::new(Nf4Stored { n: weight.n, k: weight.k, packed, absmax }))
     }
 
+    #[cfg(feature = "cuda")]
+    fn device_bytes(&self, n: usize, k: usize) -> super::cuda::DeviceBytes {
+        cuda::device_bytes(n, k, self.absmax)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn encoder(&self, n: usize, k: usize, device: &candle_core::Device) -> Result<Box<dyn super::cuda::CudaEncoder>> {
+        cuda::encoder(n, k, self.absmax, device)
+    }
+
     fn restore(&self, n: usize, k: usize, mut parts: Vec<Part>) -> Result<Box<dyn Stored>> {
         let Some(values) = n.checked_mul(k).filter(|values| *values > 0) else {
             candle_core::bail!("a matrix of [{n}, {k}] cannot be stored")

@@ -1,0 +1,186 @@
+//! Loading onto the device: threads read pieces of matrices into pinned buffers, copies run in the background, and kernels
+//! cast, quantize and lay out what has arrived. No matrix is whole anywhere but in the place where it stays.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Error, Result};
+use candle_core::Device;
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+
+use super::pieces::{Job, Peak, READERS, Reading, jobs, peak};
+use crate::engine::Setup;
+use crate::engine::load::{Shared, Streamed, begin, format_of};
+use crate::engine::memory::is_out_of_memory;
+use crate::events::{Event, Listener};
+use crate::kernels::cuda::launch::address;
+use crate::kernels::cuda::staging::{Buffer, Staging};
+use crate::quant::CudaMatrix;
+use crate::quant::cuda::{CudaEncoder, Plain};
+use crate::weights::policy::Formats;
+use crate::weights::spec::MatrixSpec;
+
+/// A matrix, and its values where the host reads them as well: it lays a bias out by distance, and drops it.
+pub type Placed = (Box<dyn CudaMatrix>, Option<Vec<f32>>);
+
+/// Loads every tensor of `setup.model`.
+pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<Streamed<Placed>> {
+    let start = Instant::now();
+    let cuda = device.as_cuda_device()?;
+    let formats = Formats::new(setup.precision, setup.options)?;
+    let threads = setup.threads.clamp(1, READERS);
+    begin(setup, events);
+    let jobs = jobs(setup, &formats, &|matrix| is_bias(setup, matrix))?;
+    let loader = Loader {
+        staging: Staging::new(cuda)?,
+        overflow: cuda.alloc_zeros(1)?,
+        targets: setup.model.matrices.iter().map(|_| Mutex::default()).collect(),
+        shared: Shared::default(),
+        setup,
+        formats,
+        device,
+        events,
+    };
+    for job in &jobs {
+        loader.target(job.matrix()).jobs_left += 1;
+    }
+    let ran = loader.shared.run(threads, jobs.len(), &|index| loader.run(&jobs[index]));
+    // Whatever happened, nothing may be under way when memory goes.
+    let kernel_time = loader.staging.finish();
+    ran.map_err(|error| explained(error, setup, &loader.formats))?;
+    let vectors = loader.shared.vectors(setup, &loader.formats)?;
+    events.on(Event::End);
+
+    let overflow: u64 = cuda.clone_dtoh(&loader.overflow)?.iter().sum();
+    let host_ns = loader.shared.quantize_ns.load(Ordering::Relaxed) / threads as u64;
+    let fp16_overflow = overflow + loader.shared.overflow.load(Ordering::Relaxed);
+    let placed = loader.targets.into_iter().map(|target| target.into_inner().ok().and_then(|target| target.placed));
+    Ok(Streamed {
+        matrices: placed.collect::<Option<_>>().context("a loading thread ended early")?,
+        vectors,
+        elapsed: start.elapsed(),
+        quantize: kernel_time? + Duration::from_nanos(host_ns),
+        fp16_overflow,
+    })
+}
+
+/// Says what loading takes where the device had too little.
+fn explained(error: Error, setup: &Setup, formats: &Formats) -> Error {
+    if !is_out_of_memory(&error) {
+        return error;
+    }
+    let Peak { resident, beyond } = peak(&setup.model.matrices, setup.source, formats);
+    error.context(format!("loading takes {resident} bytes of the device that stay, and {beyond} on the way"))
+}
+
+fn is_bias(setup: &Setup, matrix: usize) -> bool {
+    setup.model.biases.iter().any(|bias| bias.table.0 == matrix)
+}
+
+/// Dropped from top to bottom: the staging first, whose copies write what stands below it.
+struct Loader<'a> {
+    staging: Staging,
+    /// Finite values that became infinite in fp16, as the device counts them.
+    overflow: CudaSlice<u64>,
+    targets: Vec<Mutex<Target>>,
+    shared: Shared,
+    setup: &'a Setup<'a>,
+    formats: Formats,
+    device: &'a Device,
+    events: &'a dyn Listener,
+}
+
+/// A matrix on its way.
+#[derive(Default)]
+struct Target {
+    /// From the first piece to the last.
+    encoder: Option<Box<dyn CudaEncoder>>,
+    jobs_left: usize,
+    placed: Option<Placed>,
+}
+
+impl Loader<'_> {
+    fn run(&self, job: &Job) -> Result<()> {
+        let spec = &self.setup.model.matrices[job.matrix()];
+        let placed = match job {
+            Job::Whole { matrix } => Some(self.whole(*matrix, spec)?),
+            Job::Rows { matrix, rows, reading } => self.rows(*matrix, spec, rows.clone(), *reading)?,
+        };
+        if placed.is_some() {
+            self.target(job.matrix()).placed = placed;
+            self.shared.progress(self.setup, spec, self.events);
+        }
+        Ok(())
+    }
+
+    /// By way of the host's own quantizer.
+    fn whole(&self, matrix: usize, spec: &MatrixSpec) -> Result<Placed> {
+        let _room = self.shared.room(spec, &self.formats);
+        let (stored, begin) = self.shared.store(self.setup.source, spec, &self.formats)?;
+        let learned = is_bias(self.setup, matrix).then(|| stored.dequantize());
+        let on_device = stored.upload(self.device).with_context(|| format!("placing `{}`", spec.name))?;
+        self.shared.quantize_ns.fetch_add(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        Ok((on_device, learned))
+    }
+
+    /// Reads a piece and sends it on its way. Returns the matrix with its last piece.
+    fn rows(&self, matrix: usize, spec: &MatrixSpec, rows: Range<usize>, reading: Reading) -> Result<Option<Placed>> {
+        let mut buffer = self.staging.take()?;
+        self.read(spec, rows.clone(), reading, &mut buffer)?;
+        let explain = || format!("placing `{}`", spec.name);
+        let mut target = self.target(matrix);
+        self.send(&mut target, spec, rows, reading, buffer).with_context(explain)?;
+        target.jobs_left -= 1;
+        let last = if target.jobs_left == 0 { target.encoder.take() } else { None };
+        // Others may have the target while this thread waits for the device.
+        drop(target);
+        last.map(|encoder| Ok((encoder.finish().with_context(explain)?, None))).transpose()
+    }
+
+    fn read(&self, spec: &MatrixSpec, rows: Range<usize>, reading: Reading, buffer: &mut Buffer) -> Result<()> {
+        let (source, len) = (self.setup.source, rows.len() * spec.k);
+        match reading {
+            Reading::Raw(kind) => source.read_raw(&spec.name, rows, buffer.bytes(len * kind.bytes())),
+            Reading::Floats => source.read_rows_f32(&spec.name, rows, buffer.floats(len)),
+            Reading::Halves => {
+                let overflow = source.read_rows(&spec.name, rows, buffer.halves(len))?;
+                self.shared.overflow.fetch_add(overflow as u64, Ordering::Relaxed);
+                Ok(())
+            }
+        }
+    }
+
+    fn send(
+        &self,
+        target: &mut Target,
+        spec: &MatrixSpec,
+        rows: Range<usize>,
+        reading: Reading,
+        buffer: Buffer,
+    ) -> Result<()> {
+        let encoder = match &mut target.encoder {
+            Some(encoder) => encoder,
+            none => {
+                let format = format_of(self.setup.source, spec, &self.formats);
+                let encoder = format.encoder(spec.n, spec.k, self.device)?;
+                self.staging.admit_allocations()?;
+                none.insert(encoder)
+            }
+        };
+        let kind = reading.kind();
+        let bytes = rows.len() * spec.k * kind.bytes();
+        if let Some(to) = encoder.place(&rows, kind) {
+            // SAFETY: the encoder has admitted room for these rows; its memory outlives the staging or is drained before.
+            return Ok(unsafe { buffer.place(bytes, to) }?);
+        }
+        let overflow = address(&self.overflow, self.device.as_cuda_device()?);
+        // SAFETY: the copy has brought these rows when the stream comes to the launch, and `take` waits before the next one.
+        Ok(buffer.send(bytes, |values| unsafe { encoder.encode(rows, Plain { values, overflow, kind }) })?)
+    }
+
+    fn target(&self, matrix: usize) -> MutexGuard<'_, Target> {
+        self.targets[matrix].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,218 @@
+//! How matrices are cut into pieces on their way to the device, and the memory that loading takes there. Asks no device.
+
+use std::ops::Range;
+
+use anyhow::{Result, bail};
+use safetensors::Dtype;
+
+use crate::engine::Setup;
+use crate::engine::load::format_of;
+use crate::kernels::cuda::staging::{BUFFER_BYTES, SLAB_BYTES};
+use crate::quant::cuda::{DeviceBytes, GRANULE, PlainKind};
+use crate::weights::Source;
+use crate::weights::policy::Formats;
+use crate::weights::spec::MatrixSpec;
+
+/// Threads that read, quantize absmax values and upload at most. More fill pinned memory no faster than a bus of 50 GB/s
+/// empties it, and some buffers have to be left to the copies.
+pub const READERS: usize = 12;
+
+/// A piece of work for a thread.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Job {
+    /// A matrix that the host makes: one that is stored quantized, that the host reads as well, or whose rows no buffer holds.
+    Whole {
+        matrix: usize,
+    },
+    Rows {
+        matrix: usize,
+        rows: Range<usize>,
+        reading: Reading,
+    },
+}
+
+impl Job {
+    pub fn matrix(&self) -> usize {
+        match self {
+            Job::Whole { matrix } | Job::Rows { matrix, .. } => *matrix,
+        }
+    }
+}
+
+/// How a source gives the values of a piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reading {
+    /// As they are saved.
+    Raw(PlainKind),
+    /// Cast to fp16.
+    Halves,
+    /// As fp32.
+    Floats,
+}
+
+impl Reading {
+    /// Of the matrix `spec`; `None` where its values are not plain.
+    fn of(source: &dyn Source, spec: &MatrixSpec, formats: &Formats) -> Result<Option<Self>> {
+        Ok(match source.raw_dtype(&spec.name) {
+            Some(Dtype::F16) => Some(Reading::Raw(PlainKind::Half)),
+            Some(Dtype::BF16) => Some(Reading::Raw(PlainKind::Brain)),
+            Some(Dtype::F32) => Some(Reading::Raw(PlainKind::Float)),
+            Some(other) => bail!("tensor `{}` is {other}; allowed are F16, BF16 and F32", spec.name),
+            None if source.is_quantized() => None,
+            None if formats.is_exact(spec.role) => Some(Reading::Floats),
+            None => Some(Reading::Halves),
+        })
+    }
+
+    pub fn kind(self) -> PlainKind {
+        match self {
+            Reading::Raw(kind) => kind,
+            Reading::Halves => PlainKind::Half,
+            Reading::Floats => PlainKind::Float,
+        }
+    }
+}
+
+/// The work of loading `setup`, matrix by matrix. `is_read_by_host` are the matrices that the host needs as well.
+pub fn jobs(setup: &Setup, formats: &Formats, is_read_by_host: &dyn Fn(usize) -> bool) -> Result<Vec<Job>> {
+    let mut jobs = Vec::new();
+    for (matrix, spec) in setup.model.matrices.iter().enumerate() {
+        let reading = match is_read_by_host(matrix) {
+            true => None,
+            false => Reading::of(setup.source, spec, formats)?,
+        };
+        let cut = reading.and_then(|reading| Some((reading, rows_per_piece(spec.n, spec.k, reading.kind().bytes())?)));
+        match cut {
+            None => jobs.push(Job::Whole { matrix }),
+            Some((reading, step)) => {
+                let starts = (0..spec.n).step_by(step);
+                let rows = starts.map(|start| start..spec.n.min(start + step));
+                jobs.extend(rows.map(|rows| Job::Rows { matrix, rows, reading }));
+            }
+        }
+    }
+    Ok(jobs)
+}
+
+/// The most rows that a buffer holds of an `[n, k]` matrix so that every piece begins at a [`GRANULE`]; `None` where there are
+/// none.
+fn rows_per_piece(n: usize, k: usize, value_bytes: usize) -> Option<usize> {
+    let fitting = BUFFER_BYTES / k.checked_mul(value_bytes).filter(|bytes| *bytes > 0)?;
+    // GRANULE is a power of two, and so is the greatest common divisor.
+    let granule_rows = GRANULE >> k.trailing_zeros().min(GRANULE.trailing_zeros());
+    if n <= fitting {
+        return Some(n).filter(|n| *n > 0);
+    }
+    Some(fitting / granule_rows * granule_rows).filter(|rows| *rows > 0)
+}
+
+/// Bytes of the device while a model loads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peak {
+    /// Matrices, when all are there.
+    pub resident: usize,
+    /// What loading takes beside what is there already: the slab, and what the open matrices need until they are finished.
+    pub beyond: usize,
+}
+
+pub fn peak(matrices: &[MatrixSpec], source: &dyn Source, formats: &Formats) -> Peak {
+    let of = |spec: &MatrixSpec| format_of(source, spec, formats).device_bytes(spec.n, spec.k);
+    let bytes: Vec<DeviceBytes> = matrices.iter().map(of).collect();
+    let mut transient: Vec<usize> = bytes.iter().map(|bytes| bytes.transient).collect();
+    transient.sort_unstable_by_key(|bytes| std::cmp::Reverse(*bytes));
+    // Pieces are handed out in order: a matrix is open while a thread has a piece of it, and one because more are to come.
+    let open = transient.iter().take(READERS + 1).sum::<usize>();
+    Peak { resident: bytes.iter().map(|bytes| bytes.resident).sum(), beyond: SLAB_BYTES + open }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Device;
+    use crate::plan::Model;
+    use crate::quant::{FORMATS, FormatOptions, fp32};
+    use crate::weights::builtin_models;
+    use crate::weights::random::Random;
+
+    /// What loading may use beyond the model and its largest tensor.
+    const ALLOWED_BYTES: usize = 256_000_000;
+
+    /// Every built-in shape at every precision.
+    fn for_each(check: &dyn Fn(&Model, &Random, &str, &Formats)) {
+        for shape in builtin_models() {
+            let model = crate::models::build(&shape.config()).unwrap();
+            let source = Random::new(0, 0, &model.matrices, &model.vectors);
+            for precision in FORMATS.iter().map(|entry| entry.name).chain([fp32::ENTRY.name]) {
+                let formats = Formats::new(precision, FormatOptions::default()).unwrap();
+                check(&model, &source, precision, &formats);
+            }
+        }
+    }
+
+    #[test]
+    fn loading_takes_little_beyond_what_stays() {
+        for_each(&|model, source, precision, formats| {
+            let Peak { resident, beyond } = peak(&model.matrices, source, formats);
+            let stored: usize =
+                model.matrices.iter().map(|spec| format_of(source, spec, formats).stored_bytes(spec.n, spec.k)).sum();
+            let name = model.architecture;
+            assert!(beyond <= ALLOWED_BYTES, "{name} {precision}: {beyond} bytes beyond {resident}");
+            // Rows are padded to 128 bytes: to 384 of 288 for nf4 in 576 columns, the narrowest here.
+            assert!(resident >= stored && resident < stored / 3 * 4, "{name} {precision}: {resident} of {stored}");
+        });
+    }
+
+    #[test]
+    fn pieces_are_all_of_a_matrix_in_whole_blocks_that_a_buffer_holds() {
+        for_each(&|model, source, precision, formats| {
+            let setup = Setup {
+                model,
+                source,
+                precision,
+                options: FormatOptions::default(),
+                device: Device::Cuda(0),
+                threads: 1,
+                capacity: 1,
+                encoder_capacity: 1,
+                cuda_graph: true,
+            };
+            let jobs = jobs(&setup, formats, &|matrix| matrix == 3).unwrap();
+            let mut next = vec![0; model.matrices.len()];
+            for job in &jobs {
+                let (matrix, rows, bytes) = match job {
+                    Job::Whole { matrix } => (*matrix, 0..model.matrices[*matrix].n, 0),
+                    Job::Rows { matrix, rows, reading } => (*matrix, rows.clone(), reading.kind().bytes()),
+                };
+                let MatrixSpec { name, n, k, .. } = &model.matrices[matrix];
+                assert_eq!(bytes == 0, matrix == 3, "{name}: only what the host reads is made there");
+                assert_eq!(rows.start, next[matrix], "{name}");
+                assert!((rows.start * k).is_multiple_of(GRANULE) && rows.len() * k * bytes <= BUFFER_BYTES, "{name}");
+                assert!(rows.end == *n || (rows.end * k).is_multiple_of(GRANULE), "{name}");
+                next[matrix] = rows.end;
+            }
+            assert!(next.iter().zip(&model.matrices).all(|(next, spec)| *next == spec.n));
+        });
+    }
+
+    #[test]
+    fn rows_are_cut_where_blocks_end() {
+        for ((n, k, bytes), rows) in [
+            ((1, 1, 2), Some(1)),
+            ((7, 33, 2), Some(7)),
+            ((10_000_000, 1, 2), Some(BUFFER_BYTES / 2)),
+            // An odd k shares no factor with a block: 64 rows are the least.
+            ((100_000, 33, 4), Some(BUFFER_BYTES / 132 / 64 * 64)),
+            ((100_000, 48, 2), Some(BUFFER_BYTES / 96 / 4 * 4)),
+            ((100_000, 4096, 2), Some(512)),
+            // 64 rows are larger than a buffer, and all rows as well.
+            ((63, 100_001, 2), None),
+            ((20, 100_001, 2), Some(20)),
+            ((3, BUFFER_BYTES, 2), None),
+            ((3, 0, 2), None),
+            ((0, 64, 2), None),
+            ((2, usize::MAX, 4), None),
+        ] {
+            assert_eq!(rows_per_piece(n, k, bytes), rows, "[{n}, {k}] of {bytes} bytes a value");
+        }
+    }
+}
