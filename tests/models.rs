@@ -421,7 +421,7 @@ fn cuda_replays_are_bit_equal_with_and_without_a_graph() {
     const REPLAYS: usize = 20;
     for (model, precision) in MODELS.into_iter().flat_map(|model| ["fp16", "int8", "nf4"].map(|p| (model, p))) {
         let prompt = ids(&Golden::open(model, "golden").facts["prompts"][0]["input_ids"]);
-        let mut run = |cuda_graph, times| {
+        let run = |cuda_graph, times| {
             let mut loaded = load_as((model, precision), Executor::Cuda, 320, cuda_graph);
             let first = loaded.generate(&prompt);
             (1..times)
