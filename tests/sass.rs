@@ -182,10 +182,12 @@ fn instructions(section: &str) -> Vec<Instruction> {
     for line in section.lines().map(str::trim) {
         if let Some(label) = line.strip_suffix(':') {
             labels.insert(label, lines.len());
-        } else if let Some((address, rest)) = line.strip_prefix("/*").and_then(|line| line.split_once("*/")) {
-            if address.len() >= 4 && address.bytes().all(|byte| byte.is_ascii_hexdigit()) && rest.contains(';') {
-                lines.push(rest.split(';').next().unwrap_or("").trim());
-            }
+        } else if let Some((address, rest)) = line.strip_prefix("/*").and_then(|line| line.split_once("*/"))
+            && address.len() >= 4
+            && address.bytes().all(|byte| byte.is_ascii_hexdigit())
+            && let Some((instruction, _)) = rest.split_once(';')
+        {
+            lines.push(instruction.trim());
         }
     }
     let made = lines.iter().enumerate().map(|(at, line)| {

@@ -363,21 +363,18 @@ mod tests {
 
     #[test]
     fn the_default_model_on_cuda_is_larger() {
-        let on_gpu = if cfg!(feature = "cuda") { DEFAULT_CUDA_MODEL_ID } else { DEFAULT_MODEL_ID };
-        assert_eq!(default_model_id(DeviceChoice::Cuda(1)), on_gpu);
+        let on_cuda = |model_id: &'static str| Some(model_id).filter(|_| cfg!(feature = "cuda"));
         for (line, model_id) in [
             ("--device cpu", Some(DEFAULT_MODEL_ID)),
-            ("--device cpu --model-id llama-3.2-1b", Some("llama-3.2-1b")),
-            ("--device cuda --model-id phi-2", Some("phi-2").filter(|_| cfg!(feature = "cuda"))),
-            ("--device cuda", Some(DEFAULT_CUDA_MODEL_ID).filter(|_| cfg!(feature = "cuda"))),
+            ("--device cpu --model-id phi-2", Some("phi-2")),
+            ("--device cuda:1", on_cuda(DEFAULT_CUDA_MODEL_ID)),
+            ("--device cuda --model-id phi-2", on_cuda("phi-2")),
         ] {
-            let asked = request(line).ok().map(|request| (request.is_first_look, request.case.model.model_id));
-            assert_eq!(asked.as_ref().map(|asked| asked.1.as_str()), model_id, "{line}");
-            assert!(asked.is_none_or(|asked| asked.0 != line.contains("--model-id")), "{line}");
+            let asked = request(line).ok().map(|request| (request.case.model.model_id, request.is_first_look));
+            assert_eq!(asked, model_id.map(|id| (id.to_owned(), !line.contains("--model-id"))), "{line}");
         }
-        for name in [DEFAULT_MODEL_ID, DEFAULT_CUDA_MODEL_ID] {
-            assert!(weights::builtin_models().iter().any(|shape| shape.name == name), "{name}");
-        }
+        let is_built_in = |name: &str| weights::builtin_models().iter().any(|shape| shape.name == name);
+        assert!(is_built_in(DEFAULT_MODEL_ID) && is_built_in(DEFAULT_CUDA_MODEL_ID));
     }
 
     #[test]

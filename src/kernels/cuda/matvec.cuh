@@ -25,8 +25,9 @@
 // steps: equal inputs give equal bits.
 //
 // Each warp copies STAGES steps ahead into its own part of shared memory. The first copies stand before the wait for the
-// predecessor, since weights depend on nothing, and a block leaves room for another on its multiprocessor: launches may
-// overlap (`EARLY` in matvec.rs says whether they do). Code that runs once is kept short, since each launch fetches it anew.
+// predecessor, since weights depend on nothing, and a block leaves room for another on its multiprocessor, but for nf4:
+// launches may overlap (`EARLY` in matvec.rs says whether they do). Code that runs once is kept short, since each launch
+// fetches it anew.
 // Bytes moved: the matrix once. Sums fp32 (int32 for LLM.int8's products).
 #pragma once
 
