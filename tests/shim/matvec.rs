@@ -203,17 +203,19 @@ pub fn products_between_norm_and_residual() {
     for (turn, entry) in formats().cycle().take(12).enumerate() {
         let (chip, multiprocessors) = (CHIPS[turn / 5 % 2], MULTIPROCESSORS[turn % 3]);
         let norm = Norm::ALL[turn % Norm::ALL.len()];
-        apart(entry, chip, multiprocessors, norm, &mut numbers);
-        gated(entry, chip, multiprocessors, norm, 1 + turn as i32 % 3, &mut numbers);
+        // Rows of whole blocks of NF4, and blocks that cross them.
+        let [k, gated_k] = [[200, 320], [192, 264]][turn % 2];
+        apart(entry, chip, multiprocessors, (norm, k), &mut numbers);
+        gated(entry, chip, multiprocessors, (norm, gated_k), 1 + turn as i32 % 3, &mut numbers);
         joined(entry, chip, multiprocessors, &mut numbers);
     }
 }
 
 /// Query, key and value, or a layer's four inner products: matrices of their own over one input.
-fn apart(entry: &FormatEntry, chip: u32, multiprocessors: usize, norm: Norm, numbers: &mut Numbers) {
+fn apart(entry: &FormatEntry, chip: u32, multiprocessors: usize, (norm, k): (Norm, usize), numbers: &mut Numbers) {
     let memory = Memory::default();
     let host = Host { chip, memory: &memory };
-    let (input, x) = norms::input(&host, norm, 200, 1.0, numbers);
+    let (input, x) = norms::input(&host, norm, k, 1.0, numbers);
     let mut scene = Scene { memory: &memory, entry, numbers };
     let parts = [(72, 0, true), (9, 0, false), (33, 2, true), (8, 3, false)];
     let parts = parts.map(|(n, activation, has_bias)| scene.part(n, &x, activation, has_bias));
@@ -230,10 +232,17 @@ fn apart(entry: &FormatEntry, chip: u32, multiprocessors: usize, norm: Norm, num
     }
 }
 
-fn gated(entry: &FormatEntry, chip: u32, multiprocessors: usize, norm: Norm, kind: i32, numbers: &mut Numbers) {
+fn gated(
+    entry: &FormatEntry,
+    chip: u32,
+    multiprocessors: usize,
+    (norm, k): (Norm, usize),
+    kind: i32,
+    numbers: &mut Numbers,
+) {
     let memory = Memory::default();
     let host = Host { chip, memory: &memory };
-    let (input, x) = norms::input(&host, norm, 264, 0.7, numbers);
+    let (input, x) = norms::input(&host, norm, k, 0.7, numbers);
     let mut scene = Scene { memory: &memory, entry, numbers };
     let parts = [true, false].map(|has_bias| scene.part(75, &x, kind, has_bias));
     let products = parts.each_ref().map(|part| part.product);
@@ -247,7 +256,7 @@ fn gated(entry: &FormatEntry, chip: u32, multiprocessors: usize, norm: Norm, kin
 
 /// One or two products that are added to the residual stream, each over an input of its own.
 fn joined(entry: &FormatEntry, chip: u32, multiprocessors: usize, numbers: &mut Numbers) {
-    for widths in [&[200][..], &[128, 330], &[330, 64]] {
+    for widths in [&[200][..], &[128, 320], &[330, 70]] {
         let memory = Memory::default();
         let host = Host { chip, memory: &memory };
         let n = 57;

@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention_step(c
             const float *of = all + (s * group + head) * (2 + d);
             float factor = __expf(__ldcg(of) - max);
             sum += factor * __ldcg(of + 1);
-            if (threadIdx.x == s % ATTENTION_THREADS && s < span * group) factors[s] = factor;
+            if (threadIdx.x == s % ATTENTION_THREADS) factors[s] = factor;
         }
         __syncthreads();
         for (int element = threadIdx.x; element < d; element += ATTENTION_THREADS) {

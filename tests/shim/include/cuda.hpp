@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "block.hpp"
+#include "memory.hpp"
 
 #define __global__
 #define __device__
