@@ -35,7 +35,7 @@ pub fn decode_steps_follow_the_reference() {
         for (offset, (precision, file, prefix)) in runs.into_iter().enumerate() {
             let memory = Memory::default();
             let host = Host { chip: CHIPS[(turn + offset) % 2], memory: &memory };
-            let session = Session::load(model, precision, &host, [132, 5][turn % 2]);
+            let session = Session::load(model, precision, &host, [16, 5][turn % 2]);
             let ids: Vec<u32> = golden(model, "golden", "p1.input_ids").iter().map(|id| *id as u32).collect();
             let expected = golden(model, file, &format!("{prefix}p1.step_logits"));
             let expected: Vec<&[f32]> = expected.chunks_exact(session.model.vocab).collect();
