@@ -121,7 +121,7 @@ pub fn carried_percentile(sorted: &[f64], p: u32) -> Option<f64> {
 
 /// 95 % interval of the median of `values`, which are in the order of time. `None` below 6 values: the widest ranks of 5 cover
 /// 1 − 2/2⁵ = 93.75 %. Where neighbours resemble each other, the values are worth fewer independent ones, and the interval is
-/// wider by [`dependence`], at most as wide as the values spread.
+/// wider by `dependence`, at most as wide as the values spread.
 pub fn median_interval(values: &[f64]) -> Option<Interval> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
