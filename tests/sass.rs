@@ -11,8 +11,16 @@ use quantbench::kernels::cuda::launch::Fatbin;
 use quantbench::kernels::cuda::{attention, rows};
 use quantbench::quant::{dense, int8, nf4};
 
-const OURS: [&Fatbin; 5] =
-    [&attention::KERNELS, &dense::cuda::KERNELS, &int8::cuda::KERNELS, &nf4::cuda::KERNELS, &rows::KERNELS];
+const OURS: [&Fatbin; 8] = [
+    &attention::KERNELS,
+    &dense::cuda::KERNELS,
+    &dense::cuda::ENCODE_KERNELS,
+    &int8::cuda::KERNELS,
+    &int8::cuda::ENCODE_KERNELS,
+    &nf4::cuda::KERNELS,
+    &nf4::cuda::ENCODE_KERNELS,
+    &rows::KERNELS,
+];
 
 /// A chip that there is machine code for, and the bytes that memory gives one of its multiprocessors in a clock: the H100 reads 3015
 /// GB/s with 132 at 1.755 GHz, the A100 1750 with 108 at 1.41, the RTX 3090 936 with 82 at 1.7, the L40S 780 with 142 at 1.8, the RTX

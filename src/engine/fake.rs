@@ -151,7 +151,7 @@ impl Session for FakeSession {
         }
     }
 
-    fn outlier_columns(&self) -> OutlierColumns {
-        OutlierColumns::default()
+    fn outlier_columns(&mut self) -> Result<OutlierColumns> {
+        Ok(OutlierColumns::default())
     }
 }

@@ -66,7 +66,7 @@ pub trait Session {
     fn footprint(&self) -> Footprint;
 
     /// Zero for formats without outlier columns.
-    fn outlier_columns(&self) -> OutlierColumns;
+    fn outlier_columns(&mut self) -> Result<OutlierColumns>;
 }
 
 /// Whose code runs a model.
@@ -137,6 +137,14 @@ pub struct OutlierColumns {
     pub columns: u64,
     /// Columns of the activations of all calls, outliers or not.
     pub examined: u64,
+}
+
+impl std::ops::AddAssign for OutlierColumns {
+    fn add_assign(&mut self, other: Self) {
+        self.calls += other.calls;
+        self.columns += other.columns;
+        self.examined += other.examined;
+    }
 }
 
 /// What to load a session from.

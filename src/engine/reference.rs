@@ -462,7 +462,7 @@ impl Session for Reference {
         }
     }
 
-    fn outlier_columns(&self) -> OutlierColumns {
-        OutlierColumns::default()
+    fn outlier_columns(&mut self) -> Result<OutlierColumns> {
+        Ok(OutlierColumns::default())
     }
 }

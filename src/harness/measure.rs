@@ -286,7 +286,7 @@ impl<C: Clock> Bench<C> {
         self.end_phase("run")?;
         let end_bytes = self.memory.resident_bytes();
         let exact_peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
-        let outliers = self.session.outlier_columns();
+        let outliers = self.session.outlier_columns()?;
         if let Some(path) = save_logits {
             self.session.rewind(self.task.depth.len());
             encode(self.session.as_mut(), &self.task, &self.pixels)?;

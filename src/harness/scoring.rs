@@ -53,7 +53,7 @@ pub fn score(session: &mut dyn Session, scoring: &Scoring) -> Result<Scored> {
         LogitsFile::Write(path) => write(session, scoring, RowWriter::create(path)?).map(|()| Vec::new())?,
         LogitsFile::Compare(path) => compare(session, scoring, path)?,
     };
-    let outliers = session.outlier_columns();
+    let outliers = session.outlier_columns()?;
     Ok(Scored { costs, greedy_ids: greedy(session, scoring)?, outliers })
 }
 

@@ -32,11 +32,12 @@ pub trait CudaMatrix: Send + Sync {
         false
     }
 
-    /// `y = x · Wᵀ` for `m` rows: `x` fp16 `[m, k]`, `y` `[m, n]`, fp32 sums.
+    /// `y = x · Wᵀ` for `m` rows: `x` fp16 `[m, k]`, `y` `[m, n]`, fp32 sums. LLM.int8 adds the outlier columns that it finds to
+    /// the count of 64 bits at `outlier_columns`, where that is not 0.
     ///
     /// # Safety
-    /// `x` and `y` are addresses of that much memory on the matrix's device, good until its stream has come past this call.
-    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()>;
+    /// All are addresses of that much memory on the matrix's device, good until its stream has come past this call.
+    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64, outlier_columns: u64) -> Result<()>;
 }
 
 /// Dtypes that values come in, numbered as in plain.cuh.
@@ -122,7 +123,7 @@ pub fn multiply(matrix: &dyn CudaMatrix, x: &Tensor) -> Result<Tensor> {
     let run = |y: u64| -> Result<()> {
         if m > 1 {
             // SAFETY: both are as large as the call says; what frees them is on the same stream.
-            return unsafe { matrix.multiply_rows(x, m, y) };
+            return unsafe { matrix.multiply_rows(x, m, y, 0) };
         }
         let product = Product { matrix: matrix.streamed(), bias: 0, out: y, activation: 0 };
         let epilogue = Epilogue { out_is_float: matrix.product_is_float(), ..Epilogue::default() };

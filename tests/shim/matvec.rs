@@ -32,19 +32,29 @@ pub fn launch(
 }
 
 /// One row of fp16 through one matrix, without anything else.
-fn product(chip: u32, multiprocessors: usize, name: &str, stored: &dyn Stored, x: &[f16], threshold: f32) -> Vec<f32> {
+fn product(
+    chip: u32,
+    multiprocessors: usize,
+    name: &str,
+    stored: &dyn Stored,
+    row: &[f16],
+    threshold: f32,
+) -> Vec<f32> {
     let memory = Memory::default();
     let matrix = place(&memory, name, stored, threshold);
     // Every other row begins where no 16-byte load may.
-    let before = usize::from(x.len().is_multiple_of(2));
-    let x = [&vec![f16::NAN; before], x].concat();
-    let x = memory.hold(&x) + 2 * before as u64;
+    let before = usize::from(row.len().is_multiple_of(2));
+    let x = memory.hold(&[&vec![f16::NAN; before], row].concat()) + 2 * before as u64;
     let is_float = name == "fp32";
     let out = if is_float { memory.room::<f32>(matrix.n) } else { memory.room::<f16>(matrix.n) };
     let input = Input { x, scale: 1.0, ..Input::default() };
-    let epilogue = Epilogue { out_is_float: is_float, ..Epilogue::default() };
+    let outlier_columns = memory.hold(&[0u64]);
+    let epilogue = Epilogue { out_is_float: is_float, outlier_columns, ..Epilogue::default() };
     let part = Product { matrix, bias: 0, out, activation: 0 };
     launch(&Host { chip, memory: &memory }, multiprocessors, Mode::Apart, &[input], &[part], epilogue);
+    let is_outlier = |value: &&f16| name == "int8" && threshold > 0.0 && value.to_f32().abs() >= threshold;
+    let outliers = row.iter().filter(is_outlier).count();
+    assert_eq!(memory.read::<u64>(outlier_columns, 1), [outliers as u64], "{name}: columns counted");
     if is_float { memory.read(out, matrix.n) } else { widened(&memory.read(out, matrix.n)) }
 }
 

@@ -11,6 +11,8 @@ use super::products::{KINDS, Kind, Numbers, SHAPES, activations, check, weight};
 
 /// Rows of a call: fewer than its blocks, and more.
 const ROWS: [usize; 4] = [2, 3, 40, 300];
+/// Outlier columns of the calls before.
+const BEFORE: u64 = 5;
 
 pub fn int8_of_many_rows() {
     let mut numbers = Numbers(0x188);
@@ -36,6 +38,7 @@ pub fn int8_of_many_rows() {
             flags: memory.hold(&vec![0u8; k]),
             columns: memory.room::<i32>(k),
             count: memory.room::<i32>(1),
+            total: memory.hold(&[BEFORE]),
             codes: memory.room::<u8>(m * streamed.stride_bytes),
             row_absmax: memory.room::<f32>(m),
             products: memory.room::<i32>(m * n),
@@ -49,6 +52,7 @@ pub fn int8_of_many_rows() {
         let is_outlier = |column: &i32| x[*column as usize..].iter().step_by(k).any(|value| value.abs() >= 6.0);
         let columns: Vec<i32> = (0..k as i32).filter(is_outlier).collect();
         assert_eq!(memory.read::<i32>(call.count, 1), [columns.len() as i32], "{what}");
+        assert_eq!(memory.read::<u64>(call.total, 1), [BEFORE + columns.len() as u64], "{what}");
         assert_eq!(memory.read::<i32>(call.columns, columns.len()), columns, "{what}");
         check("int8", &what, &*stored, &x, &widened(&memory.read(call.y, m * n)));
     }

@@ -223,8 +223,8 @@ impl Session for CandleSession {
         Footprint { kv_cache_bytes: self.footprint.kv_bytes_per_position * self.most as u64, ..self.footprint }
     }
 
-    fn outlier_columns(&self) -> OutlierColumns {
-        OutlierColumns::default()
+    fn outlier_columns(&mut self) -> Result<OutlierColumns> {
+        Ok(OutlierColumns::default())
     }
 }
 

@@ -189,14 +189,8 @@ impl CpuSession {
         let outcome = self.decoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);
         self.last_token = outcome.token;
         self.position += tokens.len();
-        self.count(outcome.outliers);
+        self.outliers += outcome.outliers;
         Ok(self.last_token)
-    }
-
-    fn count(&mut self, outliers: OutlierColumns) {
-        self.outliers.calls += outliers.calls;
-        self.outliers.columns += outliers.columns;
-        self.outliers.examined += outliers.examined;
     }
 
     fn encoder_call(&mut self, tokens: &[u32], patches: &[f32], rows: usize) -> Result<()> {
@@ -298,7 +292,7 @@ impl Session for CpuSession {
         let steps = Arc::clone(&self.decoder.steps);
         let body = steps.iter().position(|step| matches!(step, Step::LastRow { .. })).unwrap_or(steps.len());
         let outcome = self.decoder.run(&steps[..body], &self.weights, &self.pool, &mut self.memory, call);
-        self.count(outcome.outliers);
+        self.outliers += outcome.outliers;
         self.position += tokens.len();
         self.score_rows(head, tokens.len(), on_row);
         Ok(())
@@ -334,8 +328,8 @@ impl Session for CpuSession {
         }
     }
 
-    fn outlier_columns(&self) -> OutlierColumns {
-        self.outliers
+    fn outlier_columns(&mut self) -> Result<OutlierColumns> {
+        Ok(self.outliers)
     }
 }
 

@@ -41,6 +41,8 @@ pub struct CudaSession {
     /// Tokens that were asked of the device since the session began: the number of the last one.
     steps: u32,
     as_graph: bool,
+    /// Without the columns found, which the device counts.
+    examined: OutlierColumns,
 }
 
 /// What calls share: nothing here is allocated again after loading.
@@ -58,6 +60,8 @@ struct Weights {
     logits: CudaSlice<f32>,
     /// As long as the widest norm: the bias of those that have none.
     zeros: CudaSlice<f32>,
+    /// How many LLM.int8 has found.
+    outlier_columns: CudaSlice<u64>,
     ring: Ring,
     capacity: usize,
     encoder_capacity: usize,
@@ -113,6 +117,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
             encoded: 0,
             steps: 0,
             as_graph: setup.cuda_graph,
+            examined: OutlierColumns::default(),
         }),
         load: streamed.elapsed,
         quantize: streamed.quantize,
@@ -159,6 +164,7 @@ impl Weights {
             state: device.alloc_zeros(4)?,
             logits: device.alloc_zeros(model.vocab)?,
             zeros: device.alloc_zeros(vectors.iter().map(Vec::len).max().unwrap_or(1))?,
+            outlier_columns: device.alloc_zeros(1)?,
             ring: Ring::new(&device)?,
             capacity: setup.capacity,
             encoder_capacity: setup.encoder_capacity,
@@ -206,8 +212,9 @@ impl CudaSession {
         let call = Call { rows, tokens, patches: &[], position: self.position, encoded: self.encoded };
         let mut run = Run::new(&self.weights, plan, call, self.features.as_ref());
         run.run(head.body_len, Some(head.x))?;
-        let x = run.buffer(head.x)?.address(&self.weights.device);
+        let (x, examined) = (run.buffer(head.x)?.address(&self.weights.device), run.examined);
         then(self, head, x)?;
+        self.examined += examined;
         self.position += rows;
         Ok(())
     }
@@ -264,6 +271,7 @@ impl Session for CudaSession {
         let mut run = Run::new(&self.weights, &encoder.plan, call, None);
         run.run(encoder.plan.ops.len(), None)?;
         let features = run.found_features.take();
+        self.examined += run.examined;
         if features.is_some() {
             self.features = features;
         }
@@ -294,6 +302,7 @@ impl Session for CudaSession {
             let (device, step, as_graph) = (&self.weights.device, &mut self.step, self.as_graph);
             self.times.around(device, || step.run(device, as_graph))?;
             self.steps = first + queued as u32;
+            self.examined += self.step.examines;
             // All steps are queued at once, except that tokens are stamped as they come and the ring must not run over.
             while let Some(token) = self.weights.ring.token(first + arrived as u32 + 1).filter(|_| arrived < queued) {
                 on_token(token);
@@ -363,7 +372,8 @@ impl Session for CudaSession {
         }
     }
 
-    fn outlier_columns(&self) -> OutlierColumns {
-        OutlierColumns::default()
+    fn outlier_columns(&mut self) -> Result<OutlierColumns> {
+        let counted = self.weights.device.clone_dtoh(&self.weights.outlier_columns)?;
+        Ok(OutlierColumns { columns: counted[0], ..self.examined })
     }
 }

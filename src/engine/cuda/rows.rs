@@ -7,6 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::f16;
 
 use super::{Weights, activation_number};
+use crate::engine::OutlierColumns;
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::address;
 use crate::kernels::cuda::rows::{Bias, Heads, Rows, Table};
@@ -56,12 +57,15 @@ pub struct Run<'a> {
     buffers: Vec<Option<Buffer>>,
     /// What [`Op::Features`] has read.
     pub found_features: Option<CudaSlice<f16>>,
+    /// What it has looked through for outlier columns; the device counts those it finds.
+    pub examined: OutlierColumns,
 }
 
 impl<'a> Run<'a> {
     pub fn new(weights: &'a Weights, plan: &'a Plan, call: Call<'a>, features: Option<&'a CudaSlice<f16>>) -> Self {
         let buffers = plan.buffers.iter().map(|_| None).collect();
-        Self { weights, plan, call, features, buffers, found_features: None }
+        let (found_features, examined) = (None, OutlierColumns::default());
+        Self { weights, plan, call, features, buffers, found_features, examined }
     }
 
     /// Runs the first `len` operations; `kept` outlives them.
@@ -163,8 +167,9 @@ impl<'a> Run<'a> {
                 self.buffers[out.0] = Some(Buffer::Half(y));
             }
             Op::Linear { x, parts } => {
-                for part in parts {
-                    self.linear(*x, part)?;
+                for (index, part) in parts.iter().enumerate() {
+                    // All parts find the same ones.
+                    self.linear(*x, part, index == 0)?;
                 }
             }
             Op::Append { k, v, cache, rotate } => {
@@ -239,7 +244,7 @@ impl<'a> Run<'a> {
         Ok(y)
     }
 
-    fn linear(&mut self, x: BufferId, part: &LinearPart) -> Result<()> {
+    fn linear(&mut self, x: BufferId, part: &LinearPart, count_outliers: bool) -> Result<()> {
         let matrix = &self.weights.matrices[part.weight.0];
         let Buffer::Half(_) = self.buffer(x)? else { bail!("a matrix reads fp16 activations") };
         let (from, rows) = (self.at(x)?, self.call.rows);
@@ -248,8 +253,16 @@ impl<'a> Run<'a> {
             false => Buffer::Half(self.half(part.out)?),
         };
         let to = y.address(self.device());
-        // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past.
-        unsafe { matrix.multiply_rows(from, rows, to) }?;
+        let (_, k) = matrix.shape();
+        let counter = match count_outliers && !matrix.streamed().threshold.is_nan() {
+            true => {
+                self.examined += OutlierColumns { calls: 1, columns: 0, examined: k as u64 };
+                address(&self.weights.outlier_columns, self.device())
+            }
+            false => 0,
+        };
+        // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
+        unsafe { matrix.multiply_rows(from, rows, to, counter) }?;
         if let Some(bias) = part.bias {
             // SAFETY: as above; the bias holds n values.
             unsafe { self.kernels().add_bias(rows, self.width(part.out), to, y.is_float(), self.vector(bias)) }?;

@@ -6,6 +6,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, sys};
 use half::f16;
 
 use super::{Weights, activation_number};
+use crate::engine::OutlierColumns;
 use crate::kernels::cuda::attention::{self, Attention, Split};
 use crate::kernels::cuda::launch::{address, dimension};
 use crate::kernels::cuda::matvec::{Epilogue, Facts, Head, Input, Matvec, Mode, NORM_LAYER, NORM_RMS, Product};
@@ -17,6 +18,8 @@ pub struct Step {
     launches: Vec<Ready>,
     graph: Option<CudaGraph>,
     memory: Memory,
+    /// What one step looks through for outlier columns; the device counts those it finds.
+    pub examines: OutlierColumns,
 }
 
 enum Ready {
@@ -84,9 +87,14 @@ impl Step {
     pub fn new(weights: &Weights) -> Result<Self> {
         let format_of = |id: MatrixId| weights.matrices[id.0].streamed().family.kernels[0];
         let launches = fuse(&weights.model.decoder, &format_of)?;
-        let mut step = Self { launches: Vec::new(), graph: None, memory: Memory::new(weights, &launches)? };
+        let memory = Memory::new(weights, &launches)?;
+        let mut step = Self { launches: Vec::new(), graph: None, memory, examines: OutlierColumns::default() };
         for launch in &launches {
             if let Some(ready) = step.ready(weights, launch).with_context(|| format!("at {launch:?}"))? {
+                if let Ready::Matvec(matvec) = &ready {
+                    let (rows, elements) = matvec.examines();
+                    step.examines += OutlierColumns { calls: rows as u64, columns: 0, examined: elements as u64 };
+                }
                 step.launches.push(ready);
             }
         }
@@ -245,26 +253,28 @@ impl Step {
                 activation,
             })
         };
+        let plain =
+            Epilogue { outlier_columns: address(&weights.outlier_columns, &weights.device), ..Epilogue::default() };
         let number = |part: &fusion::Part| part.activation.map_or(0, activation_number);
         let (mode, products, epilogue) = match join {
             Join::Gated { kind, out } => {
                 let products = parts.iter().map(|part| product(part, out, activation_number(kind)));
-                (Mode::Gated, products.collect::<Result<Vec<_>>>()?, Epilogue::default())
+                (Mode::Gated, products.collect::<Result<Vec<_>>>()?, plain)
             }
             Join::Residual { x } => {
                 let products = parts.iter().map(|part| product(part, part.out, 0)).collect::<Result<Vec<_>>>()?;
                 let residual = self.memory.at(x, weights)?;
-                (Mode::Joined, products, Epilogue { residual, ..Epilogue::default() })
+                (Mode::Joined, products, Epilogue { residual, ..plain })
             }
             Join::Apart => {
                 let products = parts.iter().map(|part| product(part, part.out, number(part)));
-                (Mode::Apart, products.collect::<Result<Vec<_>>>()?, Epilogue::default())
+                (Mode::Apart, products.collect::<Result<Vec<_>>>()?, plain)
             }
             Join::Argmax => {
                 let products = parts.iter().map(|part| product(part, part.out, 0)).collect::<Result<Vec<_>>>()?;
                 let mut head = head(weights, self.embedding(weights)?, 1)?;
                 self.place_head(&mut head, weights);
-                (Mode::Apart, products, Epilogue { head, ..Epilogue::default() })
+                (Mode::Apart, products, Epilogue { head, ..plain })
             }
         };
         let inputs = inputs.iter().map(input).collect::<Result<Vec<_>>>()?;

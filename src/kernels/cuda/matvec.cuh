@@ -92,6 +92,7 @@ struct Matvec {
     Input inputs[MAX_INPUTS];
     const float *code;  // nf4: values of the 16 codes, then of the 256 absmax codes
     float *residual;    // [n]: added, and replaced by the sum; or null
+    unsigned long long *outlier_columns;  // int8: those found are added; or null
     Head head;
     float threshold;  // int8: NaN where outlier columns are off
     int stride;       // bytes from row to row of part 0; of part 1 where inputs are joined: stride_1

@@ -134,6 +134,7 @@ pub struct Job {
     inputs: [Input; MAX_INPUTS],
     code: u64,
     residual: u64,
+    outlier_columns: u64,
     head: Head,
     threshold: f32,
     stride: i32,
@@ -168,6 +169,8 @@ pub enum Mode {
 pub struct Epilogue {
     /// fp32 `[n]` that the products are added to, or 0.
     pub residual: u64,
+    /// A count of 64 bits that LLM.int8's outlier columns are added to, or 0.
+    pub outlier_columns: u64,
     pub out_is_float: bool,
     pub head: Head,
 }
@@ -238,6 +241,7 @@ impl Matvec {
             inputs: [Input::default(); MAX_INPUTS],
             code: first.code,
             residual: epilogue.residual,
+            outlier_columns: epilogue.outlier_columns,
             head: epilogue.head,
             threshold: first.threshold,
             stride: dimension(first.stride_bytes)?,
@@ -259,6 +263,12 @@ impl Matvec {
         }
         let grid = Grid { blocks: (blocks, 1), threads: THREADS, shared_bytes, early: EARLY };
         Ok(Planned { fatbin: family.fatbin, kernel, grid, job })
+    }
+
+    /// Rows that it looks through for outlier columns, and their elements.
+    pub fn examines(&self) -> (usize, usize) {
+        let inputs = &self.job.inputs[..if self.job.threshold.is_nan() { 0 } else { self.job.n_inputs as usize }];
+        (inputs.len(), inputs.iter().map(|input| input.k as usize).sum())
     }
 
     /// # Safety

@@ -97,7 +97,7 @@ impl CudaMatrix for DenseOnDevice {
     }
 
     /// fp32 weights widen their activations.
-    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()> {
+    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64, _outlier_columns: u64) -> Result<()> {
         let (k, stride) = (self.k, self.stride_bytes / self.element_bytes);
         let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
         let mut widened = None;

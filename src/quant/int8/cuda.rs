@@ -102,7 +102,7 @@ impl CudaMatrix for Int8OnDevice {
         streamed((self.n, self.k), address(&self.codes, &self.device), at(&self.absmax), self.threshold)
     }
 
-    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()> {
+    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64, outlier_columns: u64) -> Result<()> {
         let device = &self.device;
         let flags = device.alloc_zeros::<u8>(self.k)?;
         // SAFETY: the launches below write all that is read of these: codes with their padding, every row's absmax, the count
@@ -129,6 +129,7 @@ impl CudaMatrix for Int8OnDevice {
             flags: address(&flags, device),
             columns: address(&columns, device),
             count: address(&count, device),
+            total: outlier_columns,
             codes: address(&codes, device),
             row_absmax: address(&row_absmax, device),
             products: address(&products, device),
@@ -185,6 +186,8 @@ pub struct ManyRows {
     pub columns: u64,
     /// int32 `[1]`.
     pub count: u64,
+    /// uint64 `[1]` that the count is added to, or 0.
+    pub total: u64,
     /// `[m, stride]` bytes.
     pub codes: u64,
     /// fp32 `[m]`.
@@ -199,7 +202,7 @@ impl ManyRows {
     /// # Safety
     /// Everything that [`ManyRows`] names is as large as it says and good until the launcher has come past the call.
     pub unsafe fn quantize(&self, on: &dyn Launcher) -> Result<()> {
-        let Self { x, flags, columns, count, codes, row_absmax, threshold, .. } = *self;
+        let Self { x, flags, columns, count, total, codes, row_absmax, threshold, .. } = *self;
         let (m, k, stride) = (dimension(self.m)?, dimension(self.k)?, dimension(self.stride)?);
         let blocks = (self.k.div_ceil(FLAG_THREADS as usize), self.m.min(FLAG_BLOCKS_Y));
         let (flag, list) = (Grid::new(blocks, FLAG_THREADS), Grid::new((1, 1), LIST_THREADS));
@@ -208,7 +211,7 @@ impl ManyRows {
         // codes and row_absmax has a block.
         unsafe {
             on.launch(&KERNELS, "int8_outlier_flags", flag, parameters![x, flags, m, k, threshold])?;
-            on.launch(&KERNELS, "int8_outlier_list", list, parameters![flags, columns, count, k])?;
+            on.launch(&KERNELS, "int8_outlier_list", list, parameters![flags, columns, count, total, k])?;
             let parameters = parameters![x, flags, codes, row_absmax, k, stride, threshold];
             on.launch(&KERNELS, "int8_quantize_rows", encode, parameters)
         }

@@ -36,6 +36,7 @@ extern "C" __global__ void int8_outlier_list(
     const uint8_t *__restrict__ flags,  // [k]
     int *__restrict__ columns,          // [k], the first *count are written
     int *__restrict__ count,            // [1]
+    unsigned long long *__restrict__ total,  // [1], the count is added; or null
     int k) {
     __shared__ int warp_counts[LIST_THREADS / LANES];
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
@@ -54,7 +55,9 @@ extern "C" __global__ void int8_outlier_list(
         if (flagged) columns[before + __popc(ballot & ((1u << lane) - 1))] = column;
         __syncthreads();
     }
-    if (threadIdx.x == 0) *count = listed;
+    if (threadIdx.x != 0) return;
+    *count = listed;
+    if (total) *total += listed;
 }
 
 // A block owns one row.
@@ -219,7 +222,11 @@ struct Bytes {
                 codes |= is_outlier ? 0u : ((uint32_t)__float2int_rn(values[i] * scale) & 0xff) << 8 * i;
             }
             made[at] = codes;
-            if (found) atomicOr(bits + at / 32 * 4 + at / 4 % 4, found << (at / 16 % 2 * 16 + at % 4 * 4));
+            if (found) {
+                atomicOr(bits + at / 32 * 4 + at / 4 % 4, found << (at / 16 % 2 * 16 + at % 4 * 4));
+                // Every block finds the same ones.
+                if (job.outlier_columns && blockIdx.x == 0) atomicAdd(job.outlier_columns, (unsigned long long)__popc(found));
+            }
         }
         if (threadIdx.x == 0) to = {shared_address(halves), shared_address(made), shared_address(bits), largest};
         return free_bytes + padded + padded / 8;

@@ -201,7 +201,7 @@ impl CudaMatrix for Nf4OnDevice {
         streamed((self.n, self.k), address(&self.chunks, &self.device), absmax, at(&self.code))
     }
 
-    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64) -> Result<()> {
+    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64, _outlier_columns: u64) -> Result<()> {
         // SAFETY: the kernel writes every element before anything reads it.
         let weight = unsafe { self.device.alloc::<f16>(self.n * self.k) }?;
         let at = address(&weight, &self.device);
