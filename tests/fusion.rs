@@ -1,10 +1,10 @@
-//! Fusion keeps what a plan computes, in as few launches as each architecture allows.
+//! Fusion keeps what a plan computes, in as few jobs as each architecture allows.
 
-use quantbench::plan::fusion::{Join, Launch, fuse};
+use quantbench::plan::fusion::{Job, Join, fuse};
 use quantbench::plan::{BufferId, MatrixId, Model, Op};
 use quantbench::weights::builtin;
 
-/// Built-in shapes, and launches of one token: the embedding is fetched by the launch that finds the token.
+/// Built-in shapes, and jobs of one token: the embedding is fetched by the job that finds the token.
 const SHAPES: [(&str, usize); 5] =
     [("smollm2-135m", 151), ("llama-3.2-1b", 81), ("phi-2", 97), ("flan-t5-base", 97), ("paligemma-3b-pt-224", 91)];
 
@@ -13,14 +13,14 @@ fn shape(name: &str) -> Model {
     quantbench::models::build(&config).expect("built-in shapes build")
 }
 
-fn launches(model: &Model) -> Vec<Launch> {
+fn jobs(model: &Model) -> Vec<Job> {
     fuse(&model.decoder, &|_| "nf4").expect("a decoder fuses")
 }
 
-fn written(launch: &Launch) -> Vec<BufferId> {
-    match launch {
-        Launch::Embed { out, .. } | Launch::Attention { out, .. } => vec![*out],
-        Launch::Matvec { parts, join, .. } => match join {
+fn written(job: &Job) -> Vec<BufferId> {
+    match job {
+        Job::Embed { out, .. } | Job::Attention { out, .. } => vec![*out],
+        Job::Matvec { parts, join, .. } => match join {
             Join::Apart => parts.iter().map(|part| part.out).collect(),
             Join::Gated { out, .. } => vec![*out],
             Join::Residual { x } => vec![*x],
@@ -29,11 +29,11 @@ fn written(launch: &Launch) -> Vec<BufferId> {
     }
 }
 
-fn read(launch: &Launch) -> Vec<BufferId> {
-    match launch {
-        Launch::Embed { .. } => vec![],
-        Launch::Matvec { inputs, .. } => inputs.iter().map(|input| input.x).collect(),
-        Launch::Attention { q, append, .. } => {
+fn read(job: &Job) -> Vec<BufferId> {
+    match job {
+        Job::Embed { .. } => vec![],
+        Job::Matvec { inputs, .. } => inputs.iter().map(|input| input.x).collect(),
+        Job::Attention { q, append, .. } => {
             [*q].into_iter().chain(append.iter().flat_map(|append| [append.k, append.v])).collect()
         }
     }
@@ -42,8 +42,8 @@ fn read(launch: &Launch) -> Vec<BufferId> {
 #[test]
 fn a_step_is_as_few_launches_as_the_architecture_allows() {
     for (name, expected) in SHAPES {
-        let launches = launches(&shape(name));
-        let counted = launches.iter().filter(|launch| !matches!(launch, Launch::Embed { .. })).count();
+        let jobs = jobs(&shape(name));
+        let counted = jobs.iter().filter(|job| !matches!(job, Job::Embed { .. })).count();
         assert_eq!(counted, expected, "{name}");
     }
 }
@@ -52,10 +52,10 @@ fn a_step_is_as_few_launches_as_the_architecture_allows() {
 fn every_matrix_of_the_plan_is_multiplied_as_often_as_before() {
     for (name, _) in SHAPES {
         let model = shape(name);
-        let mut fused: Vec<MatrixId> = launches(&model)
+        let mut fused: Vec<MatrixId> = jobs(&model)
             .iter()
-            .flat_map(|launch| match launch {
-                Launch::Matvec { parts, .. } => parts.iter().map(|part| part.weight).collect(),
+            .flat_map(|job| match job {
+                Job::Matvec { parts, .. } => parts.iter().map(|part| part.weight).collect(),
                 _ => vec![],
             })
             .collect();
@@ -73,11 +73,11 @@ fn every_matrix_of_the_plan_is_multiplied_as_often_as_before() {
 #[test]
 fn nothing_is_read_before_it_is_written() {
     for (name, _) in SHAPES {
-        let launches = launches(&shape(name));
-        for (at, launch) in launches.iter().enumerate() {
-            for buffer in read(launch) {
-                let is_written = launches[..at].iter().any(|before| written(before).contains(&buffer));
-                assert!(is_written, "{name}: {launch:?} reads {buffer:?}");
+        let jobs = jobs(&shape(name));
+        for (at, job) in jobs.iter().enumerate() {
+            for buffer in read(job) {
+                let is_written = jobs[..at].iter().any(|before| written(before).contains(&buffer));
+                assert!(is_written, "{name}: {job:?} reads {buffer:?}");
             }
         }
     }
@@ -87,8 +87,8 @@ fn nothing_is_read_before_it_is_written() {
 fn matrices_of_different_formats_share_no_launch() {
     let model = shape("llama-3.2-1b");
     let format_of = |id: MatrixId| if model.matrices[id.0].name.ends_with("v_proj.weight") { "fp16" } else { "nf4" };
-    for launch in fuse(&model.decoder, &format_of).expect("a decoder fuses") {
-        if let Launch::Matvec { parts, .. } = launch {
+    for job in fuse(&model.decoder, &format_of).expect("a decoder fuses") {
+        if let Job::Matvec { parts, .. } = job {
             assert!(parts.iter().all(|part| format_of(part.weight) == format_of(parts[0].weight)), "{parts:?}");
         }
     }

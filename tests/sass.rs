@@ -8,11 +8,10 @@ use std::path::Path;
 use std::process::Command;
 
 use quantbench::kernels::cuda::launch::Fatbin;
-use quantbench::kernels::cuda::{attention, rows};
+use quantbench::kernels::cuda::rows;
 use quantbench::quant::{dense, int8, nf4};
 
-const OURS: [&Fatbin; 8] = [
-    &attention::KERNELS,
+const OURS: [&Fatbin; 7] = [
     &dense::cuda::KERNELS,
     &dense::cuda::ENCODE_KERNELS,
     &int8::cuda::KERNELS,
@@ -30,6 +29,13 @@ struct Chip {
     bytes_per_clock: f64,
 }
 
+impl Chip {
+    /// Steps of a way round a streaming loop: `STEPS_OF_SLOT` of ring.cuh.
+    fn steps(&self) -> usize {
+        if self.sm == 90 { 2 } else { 1 }
+    }
+}
+
 const CHIPS: [Chip; 5] = [
     Chip { sm: 75, bytes_per_clock: 5.3 },
     Chip { sm: 80, bytes_per_clock: 11.5 },
@@ -43,7 +49,7 @@ const ISSUED_PER_CLOCK: f64 = 128.0;
 /// NF4 has a budget of its own from Ampere on, since half the slots of an A100 would be a little more.
 const NF4_BUDGET: f64 = 2.8;
 
-/// A step of a streaming loop: a warp's kilobyte of weights.
+/// A step of a streaming loop: a warp's kilobyte of weights. Hopper takes two at a time.
 struct Step {
     kernel: &'static str,
     what: &'static str,
@@ -52,49 +58,58 @@ struct Step {
     /// Instruction that multiplies, and how often a step needs it; on Turing, whose tensor cores take smaller tiles, more often.
     multiplies: (&'static str, usize),
     on_turing: usize,
-    /// What it does besides, where that is not done in every step.
-    besides: Option<(&'static str, usize)>,
+    /// What tells it from other loops of its kernel.
+    besides: Option<(Mark, usize)>,
 }
 
-const STEPS: [Step; 9] = [
-    Step::of("half_matvec", 512, 2.0, ("HMMA", 2), 4),
-    Step::of("half_head", 512, 2.0, ("HMMA", 2), 4),
-    Step::of("float_matvec", 256, 4.0, ("FFMA", 6), 6),
-    Step::of("int8_matvec", 1024, 1.0, ("IMMA", 2), 8),
-    Step::of("int8_head", 1024, 1.0, ("IMMA", 2), 8),
+const INT8: Step = Step::of("int8_step", "", 1024, 1.0, ("IMMA", 2), 8);
+/// A look-up for every pair of weights of a lane.
+const LOOKUPS: Option<(Mark, usize)> = Some((Mark::Narrow("LDS"), 32));
+
+const STEPS: [Step; 7] = [
+    Step::of("half_step", "", 512, 2.0, ("HMMA", 2), 4),
+    Step::of("half_step", "over fp32", 256, 4.0, ("FFMA", 6), 6),
+    Step::of("nf4_nested_step", "over fp16", 512, 2.0, ("HMMA", 2), 4),
+    INT8,
     // Two columns of outliers for one lane: a search for the first bit that is set each.
-    Step { what: "with two outliers", besides: Some(("FLO", 2)), ..Step::of("int8_matvec", 1024, 1.0, ("IMMA", 2), 8) },
-    Step::of("nf4_nested_matvec", 2048, 0.515_87, ("HMMA", 8), 16),
-    Step::of("nf4_nested_head", 2048, 0.515_87, ("HMMA", 8), 16),
-    Step::of("nf4_plain_matvec", 2048, 0.5625, ("HMMA", 8), 16),
+    Step { what: "with two outliers", besides: Some((Mark::Name("FLO"), 2)), ..INT8 },
+    Step { besides: LOOKUPS, ..Step::of("nf4_nested_step", "", 2048, 0.515_87, ("HMMA", 8), 16) },
+    Step { besides: LOOKUPS, ..Step::of("nf4_plain_step", "", 2048, 0.5625, ("HMMA", 8), 16) },
 ];
 
 impl Step {
     const fn of(
         kernel: &'static str,
+        what: &'static str,
         weights: u32,
         bytes_per_weight: f64,
         multiplies: (&'static str, usize),
         on_turing: usize,
     ) -> Self {
-        Self { kernel, what: "", weights, bytes_per_weight, multiplies, on_turing, besides: None }
+        Self { kernel, what, weights, bytes_per_weight, multiplies, on_turing, besides: None }
     }
 
     /// Instructions of a thread for each weight that leave half the issue slots free while memory is read at full speed.
     fn budget(&self, chip: &Chip) -> f64 {
-        if self.kernel.starts_with("nf4") && chip.sm >= 80 {
+        if self.weights == 2048 && chip.sm >= 80 {
             return NF4_BUDGET;
         }
         ISSUED_PER_CLOCK / 2.0 * self.bytes_per_weight / chip.bytes_per_clock
     }
 
-    /// What a way round the loop has to hold to be a whole step.
+    /// What a way round the loop has to hold to be whole steps.
     fn needs(&self, chip: &Chip) -> Vec<(Mark, usize)> {
         let (multiply, n) = self.multiplies;
-        let n = if chip.sm < 80 { self.on_turing } else { n };
-        let copy = if chip.sm < 80 { Mark::Wide("LDG") } else { Mark::Wide("LDGSTS") };
-        let besides = self.besides.map(|(name, n)| (Mark::Name(name), n));
-        [(Mark::Name(multiply), n), (copy, 2), (Mark::Wide("LDS"), 2)].into_iter().chain(besides).collect()
+        let (n, copy) = match chip.sm {
+            75 => (self.on_turing, (Mark::Wide("LDG"), 2)),
+            // A row at a time.
+            90 => (n, (Mark::Name("UBLKCP"), 8)),
+            _ => (n, (Mark::Wide("LDGSTS"), 2)),
+        };
+        let of_steps = |(mark, n): (Mark, usize)| (mark, n * chip.steps());
+        let besides = self.besides.map(|(mark, n)| (mark, n * if self.what.is_empty() { chip.steps() } else { 1 }));
+        let multiplies = of_steps((Mark::Name(multiply), n));
+        [multiplies, copy, of_steps((Mark::Wide("LDS"), 2))].into_iter().chain(besides).collect()
     }
 }
 
@@ -104,6 +119,8 @@ enum Mark {
     Name(&'static str),
     /// Of 128 bits.
     Wide(&'static str),
+    /// Of 32 bits.
+    Narrow(&'static str),
 }
 
 impl Mark {
@@ -112,6 +129,7 @@ impl Mark {
         match self {
             Mark::Name(name) => parts.next() == Some(name),
             Mark::Wide(name) => parts.next() == Some(name) && parts.any(|part| part == "128"),
+            Mark::Narrow(name) => parts.next() == Some(name) && !parts.any(|part| part == "64" || part == "128"),
         }
     }
 }
@@ -134,8 +152,12 @@ impl Kernel {
     /// The shortest closed way through the code that holds all `needs`: what one step of a loop runs through, without the
     /// branches that it only sometimes takes. Places along with how much of each need was met, breadth first.
     fn shortest_way(&self, needs: &[(Mark, usize)]) -> Option<Vec<&Instruction>> {
-        let starts = (0..self.instructions.len()).filter(|&at| needs[0].0.is_on(&self.instructions[at]));
-        starts.filter_map(|start| self.way_from(start, needs)).min_by_key(Vec::len)
+        // From the rarest.
+        let starts_of = |need: &(Mark, usize)| -> Vec<usize> {
+            (0..self.instructions.len()).filter(|&at| need.0.is_on(&self.instructions[at])).collect()
+        };
+        let starts = needs.iter().map(starts_of).min_by_key(Vec::len)?;
+        starts.into_iter().filter_map(|start| self.way_from(start, needs)).min_by_key(Vec::len)
     }
 
     fn way_from(&self, start: usize, needs: &[(Mark, usize)]) -> Option<Vec<&Instruction>> {
@@ -284,9 +306,9 @@ fn steps_over_the_weights_leave_half_the_issue_slots_free() {
                 problems.push(format!("{what}: no loop that copies 16 bytes at a time and multiplies what it copied"));
                 continue;
             };
-            let per_weight = 32.0 * way.len() as f64 / f64::from(step.weights);
+            let per_weight = 32.0 * way.len() as f64 / f64::from(step.weights) / chip.steps() as f64;
             let budget = step.budget(chip);
-            println!("{what}: {} instructions a step, {per_weight:.2} a weight of {budget:.2}", way.len());
+            println!("{what}: {} instructions round the loop, {per_weight:.2} a weight of {budget:.2}", way.len());
             if per_weight > budget {
                 problems
                     .push(format!("{what}: {per_weight:.2} instructions a weight, over {budget:.2}:\n{}", text(&way)));
@@ -301,12 +323,14 @@ fn steps_over_the_weights_leave_half_the_issue_slots_free() {
 
 #[test]
 fn attention_reads_its_cache_in_wide_loads() {
-    let Some(chips) = disassemble(&attention::KERNELS) else { return };
+    let Some(chips) = disassemble(&dense::cuda::KERNELS) else { return };
     for (chip, kernels) in &chips {
-        let step = kernels.iter().find(|kernel| kernel.name == "attention_step").expect("the kernel of a step");
-        let wide = step.instructions.iter().filter(|one| Mark::Wide("LDG").is_on(one)).count();
-        // Four keys and four values are in flight.
-        assert!(wide >= 8, "{wide} loads of 16 bytes on sm_{}", chip.sm);
+        let step = kernels.iter().find(|kernel| kernel.name == "half_step").expect("the kernel of a step");
+        // Three keys and their values are in flight in the loop that takes powers.
+        let way = step.shortest_way(&[(Mark::Name("MUFU"), 2), (Mark::Wide("LDG"), 6)]);
+        let len = way.map_or(usize::MAX, |way| way.len());
+        println!("sm_{}: {len} instructions round the loop over keys", chip.sm);
+        assert!(len < 600, "no loop on sm_{} that loads 16 bytes at a time and takes powers", chip.sm);
     }
 }
 

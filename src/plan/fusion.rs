@@ -1,17 +1,17 @@
-//! Fusion: a decoder's plan for one token, as the few launches that a device replays at each step.
+//! Fusion: a decoder's plan for one token, as the few jobs that a device runs at each step, one behind the other.
 //!
 //! A norm goes into the matrices that read it, activation and residual into those that feed them, rotation and cache write
-//! into the attention behind them. Matrices that read the same activations become one launch, two whose products meet in
+//! into the attention behind them. Matrices that read the same activations become one job, two whose products meet in
 //! one residual become another. Values do not change: every matrix keeps its own blocks, scales and rounding.
 
 use candle_core::{Result, bail};
 
 use super::{ActivationKind, BiasId, BufferId, CacheId, LinearPart, MatrixId, NormKind, Op, Plan, Rotate, VectorId};
 
-/// Matrices that one launch may hold.
+/// Matrices that one job may hold.
 pub const MAX_PARTS: usize = 4;
 
-/// What a launch reads.
+/// What a job reads.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Input {
     pub x: BufferId,
@@ -35,7 +35,7 @@ pub struct Part {
     pub activation: Option<ActivationKind>,
 }
 
-/// What becomes of the products of a launch.
+/// What becomes of the products of a job.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Join {
     /// Each part writes its own buffer, from the only input.
@@ -48,10 +48,10 @@ pub enum Join {
     Argmax,
 }
 
-/// One launch.
+/// One job.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Launch {
-    /// `out` = the token's embedding. Not a launch of its own where the one before it knows the token.
+pub enum Job {
+    /// `out` = the token's embedding. Not a job of its own where the one before it knows the token.
     Embed {
         table: MatrixId,
         scale: f32,
@@ -80,22 +80,22 @@ pub struct Append {
     pub rotate: Option<Rotate>,
 }
 
-/// The launches of one decode step. `format_of` names what holds a matrix: only matrices of one format share a launch.
-/// Fails where the plan holds an operation that a decoder does not have, or uses one in a way that no launch can.
-pub fn fuse(plan: &Plan, format_of: &dyn Fn(MatrixId) -> &'static str) -> Result<Vec<Launch>> {
-    let mut fusion = Fusion { launches: Vec::new(), views: vec![None; plan.buffers.len()], append: None, format_of };
+/// The jobs of one decode step. `format_of` names what holds a matrix: only matrices of one format share a job.
+/// Fails where the plan holds an operation that a decoder does not have, or uses one in a way that no job can.
+pub fn fuse(plan: &Plan, format_of: &dyn Fn(MatrixId) -> &'static str) -> Result<Vec<Job>> {
+    let mut fusion = Fusion { jobs: Vec::new(), views: vec![None; plan.buffers.len()], append: None, format_of };
     for op in &plan.ops {
         fusion.take(op)?;
     }
-    let mut launches = fusion.launches;
-    join_residuals(&mut launches, format_of);
-    split_formats(&mut launches, format_of);
-    Ok(launches)
+    let mut jobs = fusion.jobs;
+    join_residuals(&mut jobs, format_of);
+    split_formats(&mut jobs, format_of);
+    Ok(jobs)
 }
 
 struct Fusion<'a> {
-    launches: Vec<Launch>,
-    /// Buffers that no launch writes: what reads them reads these inputs.
+    jobs: Vec<Job>,
+    /// Buffers that no job writes: what reads them reads these inputs.
     views: Vec<Option<Input>>,
     append: Option<(CacheId, Append)>,
     format_of: &'a dyn Fn(MatrixId) -> &'static str,
@@ -105,7 +105,7 @@ impl Fusion<'_> {
     fn take(&mut self, op: &Op) -> Result<()> {
         match op {
             Op::Embed { table, scale, out, .. } => {
-                self.launches.push(Launch::Embed { table: *table, scale: *scale, out: *out });
+                self.jobs.push(Job::Embed { table: *table, scale: *scale, out: *out });
             }
             Op::Norm { kind, weight, epsilon, x, out } => {
                 let norm = Some(InputNorm { kind: *kind, weight: *weight, epsilon: *epsilon });
@@ -119,7 +119,7 @@ impl Fusion<'_> {
                 let part =
                     |part: &LinearPart| Part { weight: part.weight, bias: part.bias, out: part.out, activation: None };
                 let (inputs, parts) = (vec![self.input(*x)], parts.iter().map(part).collect());
-                self.launches.push(Launch::Matvec { inputs, parts, join: Join::Apart });
+                self.jobs.push(Job::Matvec { inputs, parts, join: Join::Apart });
             }
             Op::Append { k, v, cache, rotate } => {
                 self.append = Some((*cache, Append { k: *k, v: *v, rotate: *rotate }));
@@ -127,7 +127,7 @@ impl Fusion<'_> {
             Op::Attention { q, cache, out, scale, bias, .. } => {
                 let append = self.append.take_if(|(of, _)| of == cache).map(|(_, append)| append);
                 let (q, cache, out, scale, bias) = (*q, *cache, *out, *scale, *bias);
-                self.launches.push(Launch::Attention { q, append, cache, out, scale, bias });
+                self.jobs.push(Job::Attention { q, append, cache, out, scale, bias });
             }
             Op::Activate { kind, gate, up, out } => self.activate(*kind, *gate, *up, *out)?,
             Op::Add { a, b, out } if a == out => self.add(*a, *b)?,
@@ -146,10 +146,10 @@ impl Fusion<'_> {
         self.views[x.0].unwrap_or(Input { x, norm: None, scale: 1.0 })
     }
 
-    /// The launch that writes `buffer` as one of its parts.
+    /// The job that writes `buffer` as one of its parts.
     fn producer(&mut self, buffer: BufferId) -> Option<(&mut Vec<Part>, &mut Join)> {
-        self.launches.iter_mut().rev().find_map(|launch| match launch {
-            Launch::Matvec { parts, join, .. } if parts.iter().any(|part| part.out == buffer) => Some((parts, join)),
+        self.jobs.iter_mut().rev().find_map(|job| match job {
+            Job::Matvec { parts, join, .. } if parts.iter().any(|part| part.out == buffer) => Some((parts, join)),
             _ => None,
         })
     }
@@ -162,48 +162,46 @@ impl Fusion<'_> {
                 let part = parts.iter_mut().find(|part| part.out == gate);
                 part.into_iter().for_each(|part| (part.activation, part.out) = (Some(kind), out));
             }
-            _ => bail!("a gate and what it gates come from different launches"),
+            _ => bail!("a gate and what it gates come from different jobs"),
         }
         Ok(())
     }
 
-    /// The summand's launch moves to the end, behind all that still reads `x` as it was.
+    /// The summand's job moves to the end, behind all that still reads `x` as it was.
     fn add(&mut self, x: BufferId, summand: BufferId) -> Result<()> {
-        share_inputs(&mut self.launches, self.format_of);
-        let feeds = |launch: &Launch| matches!(launch, Launch::Matvec { parts, join: Join::Apart, .. } if parts.len() == 1 && parts[0].out == summand);
-        let Some(at) = self.launches.iter().rposition(feeds) else { bail!("a residual is fed by no single matrix") };
-        let mut launch = self.launches.remove(at);
-        if let Launch::Matvec { join, .. } = &mut launch {
+        share_inputs(&mut self.jobs, self.format_of);
+        let feeds = |job: &Job| matches!(job, Job::Matvec { parts, join: Join::Apart, .. } if parts.len() == 1 && parts[0].out == summand);
+        let Some(at) = self.jobs.iter().rposition(feeds) else { bail!("a residual is fed by no single matrix") };
+        let mut job = self.jobs.remove(at);
+        if let Job::Matvec { join, .. } = &mut job {
             *join = Join::Residual { x };
         }
-        self.launches.push(launch);
+        self.jobs.push(job);
         Ok(())
     }
 }
 
-/// Brings a launch forward into an earlier one that reads the same activations, where nothing changed these in between.
-fn share_inputs(launches: &mut Vec<Launch>, format_of: &dyn Fn(MatrixId) -> &'static str) {
+/// Brings a job forward into an earlier one that reads the same activations, where nothing changed these in between.
+fn share_inputs(jobs: &mut Vec<Job>, format_of: &dyn Fn(MatrixId) -> &'static str) {
     let mut at = 1;
-    while at < launches.len() {
+    while at < jobs.len() {
         let earlier = (0..at).rev().find(|&earlier| {
-            let between = &launches[earlier..at];
+            let between = &jobs[earlier..at];
             let (
-                Launch::Matvec { inputs: a, parts: own, join: Join::Apart },
-                Launch::Matvec { inputs: b, parts: new, join: Join::Apart },
-            ) = (&launches[earlier], &launches[at])
+                Job::Matvec { inputs: a, parts: own, join: Join::Apart },
+                Job::Matvec { inputs: b, parts: new, join: Join::Apart },
+            ) = (&jobs[earlier], &jobs[at])
             else {
                 return false;
             };
             let same_format = own.iter().chain(new).all(|part| format_of(part.weight) == format_of(own[0].weight));
-            let unchanged = between.iter().all(|launch| !writes(launch, b[0].x));
+            let unchanged = between.iter().all(|job| !writes(job, b[0].x));
             a == b && own.len() + new.len() <= MAX_PARTS && same_format && unchanged
         });
         match earlier {
             Some(earlier) => {
-                let Launch::Matvec { parts: new, .. } = launches.remove(at) else {
-                    unreachable!("only matrices match")
-                };
-                if let Launch::Matvec { parts, .. } = &mut launches[earlier] {
+                let Job::Matvec { parts: new, .. } = jobs.remove(at) else { unreachable!("only matrices match") };
+                if let Job::Matvec { parts, .. } = &mut jobs[earlier] {
                     parts.extend(new);
                 }
             }
@@ -212,10 +210,10 @@ fn share_inputs(launches: &mut Vec<Launch>, format_of: &dyn Fn(MatrixId) -> &'st
     }
 }
 
-fn writes(launch: &Launch, buffer: BufferId) -> bool {
-    match launch {
-        Launch::Embed { out, .. } | Launch::Attention { out, .. } => *out == buffer,
-        Launch::Matvec { parts, join, .. } => match join {
+fn writes(job: &Job, buffer: BufferId) -> bool {
+    match job {
+        Job::Embed { out, .. } | Job::Attention { out, .. } => *out == buffer,
+        Job::Matvec { parts, join, .. } => match join {
             Join::Apart => parts.iter().any(|part| part.out == buffer),
             Join::Gated { out, .. } => *out == buffer,
             Join::Residual { x } => *x == buffer,
@@ -224,14 +222,14 @@ fn writes(launch: &Launch, buffer: BufferId) -> bool {
     }
 }
 
-/// Two launches in a row that add to the same residual become one.
-fn join_residuals(launches: &mut Vec<Launch>, format_of: &dyn Fn(MatrixId) -> &'static str) {
+/// Two jobs in a row that add to the same residual become one.
+fn join_residuals(jobs: &mut Vec<Job>, format_of: &dyn Fn(MatrixId) -> &'static str) {
     let mut at = 1;
-    while at < launches.len() {
-        let joinable = match (&launches[at - 1], &launches[at]) {
+    while at < jobs.len() {
+        let joinable = match (&jobs[at - 1], &jobs[at]) {
             (
-                Launch::Matvec { inputs: a, parts: first, join: Join::Residual { x } },
-                Launch::Matvec { inputs: b, parts: second, join: Join::Residual { x: same } },
+                Job::Matvec { inputs: a, parts: first, join: Join::Residual { x } },
+                Job::Matvec { inputs: b, parts: second, join: Join::Residual { x: same } },
             ) => {
                 let same_format = format_of(first[0].weight) == format_of(second[0].weight);
                 x == same && first.len() == 1 && same_format && a[0].x != *x && b[0].x != *x
@@ -242,21 +240,19 @@ fn join_residuals(launches: &mut Vec<Launch>, format_of: &dyn Fn(MatrixId) -> &'
             at += 1;
             continue;
         }
-        let Launch::Matvec { inputs: more, parts: new, .. } = launches.remove(at) else {
-            unreachable!("only matrices match")
-        };
-        if let Launch::Matvec { inputs, parts, .. } = &mut launches[at - 1] {
+        let Job::Matvec { inputs: more, parts: new, .. } = jobs.remove(at) else { unreachable!("only matrices match") };
+        if let Job::Matvec { inputs, parts, .. } = &mut jobs[at - 1] {
             inputs.extend(more);
             parts.extend(new);
         }
     }
 }
 
-/// Parts of different formats leave for launches of their own. A gate keeps its partner: where they differ, the caller
-/// finds both in one launch and refuses.
-fn split_formats(launches: &mut Vec<Launch>, format_of: &dyn Fn(MatrixId) -> &'static str) {
-    let split = |launch: Launch| -> Vec<Launch> {
-        let Launch::Matvec { inputs, parts, join: Join::Apart } = launch else { return vec![launch] };
+/// Parts of different formats leave for jobs of their own. A gate keeps its partner: where they differ, the caller
+/// finds both in one job and refuses.
+fn split_formats(jobs: &mut Vec<Job>, format_of: &dyn Fn(MatrixId) -> &'static str) {
+    let split = |job: Job| -> Vec<Job> {
+        let Job::Matvec { inputs, parts, join: Join::Apart } = job else { return vec![job] };
         let mut by_format: Vec<Vec<Part>> = Vec::new();
         for part in parts {
             match by_format.iter_mut().find(|group| format_of(group[0].weight) == format_of(part.weight)) {
@@ -264,8 +260,8 @@ fn split_formats(launches: &mut Vec<Launch>, format_of: &dyn Fn(MatrixId) -> &'s
                 None => by_format.push(vec![part]),
             }
         }
-        let launch = |parts| Launch::Matvec { inputs: inputs.clone(), parts, join: Join::Apart };
-        by_format.into_iter().map(launch).collect()
+        let job = |parts| Job::Matvec { inputs: inputs.clone(), parts, join: Join::Apart };
+        by_format.into_iter().map(job).collect()
     };
-    *launches = std::mem::take(launches).into_iter().flat_map(split).collect();
+    *jobs = std::mem::take(jobs).into_iter().flat_map(split).collect();
 }

@@ -9,6 +9,7 @@ use half::f16;
 
 use crate::kernels::cuda::launch::{address, half_rows, tensor};
 use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product, Streamed};
+use crate::kernels::cuda::program::Facts;
 
 /// A matrix on a CUDA device.
 pub trait CudaMatrix: Send + Sync {
@@ -128,8 +129,9 @@ pub fn multiply(matrix: &dyn CudaMatrix, x: &Tensor) -> Result<Tensor> {
         let product = Product { matrix: matrix.streamed(), bias: 0, out: y, activation: 0 };
         let epilogue = Epilogue { out_is_float: matrix.product_is_float(), ..Epilogue::default() };
         let input = Input { x, scale: 1.0, ..Input::default() };
+        let planned = Matvec::plan(Facts::of(device)?, Mode::Apart, vec![input], &[product], epilogue)?;
         // SAFETY: as above.
-        unsafe { Matvec::new(device, Mode::Apart, vec![input], &[product], epilogue)?.launch(device) }
+        unsafe { planned.ready(device)?.launch(device) }
     };
     if matrix.product_is_float() {
         let y = device.alloc_zeros::<f32>(m * n)?;

@@ -1,8 +1,9 @@
 //! Attention of one query against fp64.
 
 use half::f16;
-use quantbench::kernels::cuda::attention::{Attention, Job, Split};
-use quantbench::kernels::cuda::matvec::Facts;
+use quantbench::kernels::cuda::attention::{Attention, Split};
+use quantbench::kernels::cuda::program::Jobs;
+use quantbench::quant::dense;
 
 use super::host::{CHIPS, Host};
 use super::memory::Memory;
@@ -48,11 +49,13 @@ const fn case(heads: usize, kv_heads: usize, d: usize, rotary: usize, capacity: 
 pub fn attention_of_one_query() {
     let mut numbers = Numbers(0xa77e);
     for (turn, case) in CASES.iter().enumerate() {
-        let split = Split::new(case.capacity, case.kv_heads, Facts { multiprocessors: case.multiprocessors });
+        let (chip, memory) = (CHIPS[turn % CHIPS.len()], Memory::default());
+        let facts = Host { chip, memory: &memory }.facts(case.multiprocessors);
+        let split = Split::new(case.capacity, case.kv_heads, case.heads / case.kv_heads, case.d_pad(), facts);
         let mut lengths = vec![1, 2, split.span - 1, split.span, split.span + 1, case.capacity / 2 + 3, case.capacity];
         lengths.retain(|length| *length <= case.capacity);
         for length in lengths {
-            attend(*case, split, length, CHIPS[turn % 2], &mut numbers);
+            attend(*case, split, length, chip, &mut numbers);
         }
     }
 }
@@ -127,7 +130,7 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
     let (position, group) = (if case.appends { length - 1 } else { 0 }, heads / kv_heads);
     let memory = Memory::default();
     let optional = |is_there: bool, address: u64| if is_there { address } else { 0 };
-    let job = Job {
+    let job = Attention {
         q: memory.hold(&cache.q),
         k: optional(case.appends, memory.hold(&cache.k)),
         v: optional(case.appends, memory.hold(&cache.v)),
@@ -138,10 +141,12 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
         bias: optional(case.has_bias, memory.hold(&cache.bias)),
         position: optional(case.appends, memory.hold(&[position as i32])),
         length: optional(!case.appends, memory.hold(&[length as i32])),
-        partials: memory.room::<f32>(split.partials(kv_heads, group, d)),
-        arrived: memory.hold(&vec![0; kv_heads]),
+        partials: memory.room::<f32>(split.partials(kv_heads, d)),
+        arrived: memory.hold(&vec![0; split.counters(kv_heads)]),
         scale: 1.0 / (d as f32).sqrt(),
+        kv_heads: kv_heads as i32,
         group: group as i32,
+        heads: split.heads as i32,
         d: d as i32,
         d_pad: case.d_pad() as i32,
         rotary: rotary as i32,
@@ -150,9 +155,12 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
         span: split.span as i32,
         splits: split.splits as i32,
     };
+    let host = Host { chip, memory: &memory };
+    let mut jobs = Jobs::new(host.facts(case.multiprocessors));
+    jobs.attend(job).expect("a job");
+    let planned = jobs.plan_on(&dense::cuda::STEP, 0).expect("a plan");
     // SAFETY: every address in it is of `memory`.
-    unsafe { Attention::plan(kv_heads, job).launch_on(&Host { chip, memory: &memory }) }
-        .unwrap_or_else(|error| panic!("{what}: {error}"));
+    unsafe { planned.launch_on(&host) }.unwrap_or_else(|error| panic!("{what}: {error}"));
 
     if case.appends {
         for head in 0..kv_heads {
@@ -165,7 +173,7 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
     let bits = |values: &[f16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     assert_eq!(bits(&memory.read(job.keys, cache.keys.len())), bits(&cache.keys), "{what}: keys");
     assert_eq!(bits(&memory.read(job.values, cache.values.len())), bits(&cache.values), "{what}: values");
-    assert!(memory.read::<i32>(job.arrived, kv_heads).iter().all(|count| *count == 0), "{what}");
+    assert!(memory.read::<i32>(job.arrived, split.counters(kv_heads)).iter().all(|count| *count == 0), "{what}");
     let out: Vec<f16> = memory.read(job.out, heads * d);
     for head in 0..heads {
         let (y, error) = expected(case, &cache, head, length, position, job.scale);

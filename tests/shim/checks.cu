@@ -1,4 +1,4 @@
-// Kernels that show what the shim itself does: one conversion, and faults that it has to find.
+// Kernels that show what the shim itself does: one conversion, faults that it has to find, and blocks that run at once.
 
 #include "kernels/cuda/device.cuh"
 
@@ -61,4 +61,36 @@ extern "C" __global__ void exceed_dynamic(const float *, float *to, int count) {
 extern "C" __global__ void exceed_shared_address(const float *, float *to, int count) {
     DYNAMIC_SHARED(float, values);
     if (threadIdx.x == 0) to[0] = __uint_as_float(load_shared(shared_address(values) + 4 * count));
+}
+
+// Two blocks hand a number back and forth, and each adds one; poison is -1.
+extern "C" __global__ void hand_over(const float *, float *to, int count) {
+    int *number = (int *)to;
+    if (threadIdx.x != 0) return;
+    for (int turn = blockIdx.x; turn < count; turn += 2) {
+        while (arrivals(number) != turn - 1) pause();
+        arrive(number);
+    }
+}
+
+// What half a warp of the second block looks at together stays poison.
+extern "C" __global__ void wait_in_vain(const float *, float *to, int) {
+    if (blockIdx.x == 1 && threadIdx.x >= 48)
+        while (!__ballot_sync(0xffff0000, arrivals((const int *)to) == 0)) pause();
+}
+
+// Each block keeps its number in shared memory of both kinds while the other one does.
+extern "C" __global__ void keep_apart(const float *, float *to, int) {
+    DYNAMIC_SHARED(int, in_dynamic);
+    __shared__ int in_static;
+    int *words = (int *)to;
+    if (threadIdx.x == 0) {
+        in_dynamic[0] = in_static = blockIdx.x;
+        arrive(words + blockIdx.x);
+        while (arrivals(words + 1 - blockIdx.x) != 0) pause();
+    }
+    __syncthreads();
+    if (threadIdx.x != 1) return;
+    words[2 + 2 * blockIdx.x] = in_static;
+    words[3 + 2 * blockIdx.x] = in_dynamic[0];
 }

@@ -1,11 +1,12 @@
 //! The head: logits, the token among them, and what the next step starts from.
 
 use half::f16;
-use quantbench::kernels::cuda::matvec::{Epilogue, Head, Input, Mode, Product};
+use quantbench::kernels::cuda::matvec::{Epilogue, Input, Mode, Product};
+use quantbench::kernels::cuda::program::Head;
 use quantbench::quant::FormatOptions;
 
 use super::host::{CHIPS, Host};
-use super::matvec::launch;
+use super::matvec::{plan, run};
 use super::memory::Memory;
 use super::place::{formats, place, quantize, widened};
 use super::products::{Expected, Kind, Numbers, activations, expected, weight};
@@ -35,7 +36,8 @@ pub fn heads_find_the_token() {
     let mut numbers = Numbers(0x4ead);
     for (turn, entry) in formats().enumerate() {
         for (offset, logits) in [Logits::Plain, Logits::Ties, Logits::Negative, Logits::Nan].into_iter().enumerate() {
-            let (chip, multiprocessors) = (CHIPS[(turn + offset) % 2], [1, 7, 132, 40][(turn + offset) % 4]);
+            let turn = turn + offset;
+            let (chip, multiprocessors) = (CHIPS[turn % CHIPS.len()], [1, 7, 132, 40][turn % 4]);
             // Blocks of NF4 that cross rows, and rows of whole blocks.
             let k = [200, 192][offset % 2];
             find_token(entry.name, k, chip, multiprocessors, logits, &mut numbers);
@@ -57,10 +59,9 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
     let streamed = place(&memory, name, &*stored, threshold);
 
     let table = activations(VOCABULARY, TABLE_STRIDE, Kind::Gaussian, numbers);
+    let (logits_at, barrier) = (memory.room::<f32>(VOCABULARY), memory.hold(&[0; 2]));
     let head = Head {
-        logits: memory.room::<f32>(VOCABULARY),
         best: memory.room::<u64>(multiprocessors),
-        arrived: memory.hold(&[0]),
         // Token, position, step and what the head leaves alone.
         state: memory.hold(&[-1, 17, 5, 99]),
         host: memory.hold(&[0u64; SLOTS]),
@@ -76,8 +77,11 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
     let product = Product { matrix: streamed, bias: 0, out: 0, activation: 0 };
     // The second step finds the counters as the first one left them.
     for step in [6, 7] {
-        launch(&host, multiprocessors, Mode::Apart, &[input], &[product], Epilogue { head, ..Epilogue::default() });
-        let y: Vec<f32> = memory.read(head.logits, VOCABULARY);
+        let epilogue = Epilogue { logits: logits_at, ..Epilogue::default() };
+        let mut planned = plan(&host, multiprocessors, Mode::Apart, &[input], &[product], epilogue);
+        (planned.program.head, planned.program.barrier) = (head, barrier);
+        run(&host, planned);
+        let y: Vec<f32> = memory.read(logits_at, VOCABULARY);
         let token = first_largest(&y);
         assert_eq!(memory.read::<i32>(head.state, 4), [token as i32, 17 + step - 5, step, 99], "{what}");
         let mut ring = [0; SLOTS];
@@ -86,7 +90,7 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
         let row = &table[token * TABLE_STRIDE..][..HIDDEN];
         let embedding: Vec<f32> = row.iter().map(|value| value.to_f32() * TABLE_SCALE).collect();
         assert_eq!(memory.read::<f32>(head.embedding, HIDDEN), embedding, "{what}");
-        assert_eq!(memory.read::<i32>(head.arrived, 1), [0], "{what}");
+        assert_eq!(memory.read::<i32>(barrier, 2), [0, 0], "{what}");
         check_logits(&what, name, logits, &expected(name, &*stored, &widened(&x), threshold), &y);
     }
 }

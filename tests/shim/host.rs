@@ -10,11 +10,13 @@ use std::{env, fs, thread};
 use candle_core::{Error, Result};
 use libloading::Library;
 use quantbench::kernels::cuda::launch::{Fatbin, Grid, Launcher};
+use quantbench::kernels::cuda::program::Facts;
 
 use super::memory::Memory;
 
-/// The chips whose paths through device.cuh and the formats' kernels differ: without asynchronous copies, and with all.
-pub const CHIPS: [u32; 2] = [750, 900];
+/// The chips whose paths through device.cuh and the formats' kernels differ: without asynchronous copies, with those of single
+/// threads, and with those of a unit of their own.
+pub const CHIPS: [u32; 3] = [750, 890, 900];
 
 /// A `.cu` on the host.
 struct Unit {
@@ -50,6 +52,14 @@ fn units() -> &'static [Unit] {
 pub struct Host<'a> {
     pub chip: u32,
     pub memory: &'a Memory,
+}
+
+impl Host<'_> {
+    /// As of a device of this chip.
+    pub fn facts(&self, multiprocessors: usize) -> Facts {
+        let [major, minor] = [self.chip / 100, self.chip / 10 % 10].map(|digit| digit as i32);
+        Facts { multiprocessors, compute_capability: (major, minor) }
+    }
 }
 
 impl Launcher for Host<'_> {
@@ -97,6 +107,7 @@ struct Launch {
     blocks_y: u32,
     threads: u32,
     is_falling: u32,
+    is_concurrent: u32,
     shared_bytes: usize,
     message: *mut c_char,
     message_bytes: usize,
@@ -113,6 +124,7 @@ impl Unit {
             blocks_y: u32::try_from(grid.blocks.1).map_err(Error::wrap)?,
             threads: grid.threads,
             is_falling: order as u32,
+            is_concurrent: u32::from(grid.cooperative),
             shared_bytes: grid.shared_bytes,
             message: message.as_mut_ptr().cast(),
             message_bytes: message.len(),
@@ -143,8 +155,8 @@ fn compile() -> std::result::Result<Vec<Unit>, String> {
     let mut wanted = Vec::new();
     for source in sources {
         let text = fs::read_to_string(&source).expect("a source");
-        let differs = text.contains("matvec.cuh") || text.contains("__CUDA_ARCH__");
-        let chips = if differs { &CHIPS[..] } else { &CHIPS[1..] };
+        let differs = text.contains("step.cuh") || text.contains("__CUDA_ARCH__");
+        let chips = if differs { &CHIPS[..] } else { &CHIPS[CHIPS.len() - 1..] };
         wanted.extend(chips.iter().map(|chip| (source.clone(), kernels(&text), *chip)));
     }
     let queue = Mutex::new(wanted.into_iter());
@@ -163,7 +175,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Names of the kernels in a source, those that matvec.cuh's macro makes included.
+/// Names of the kernels in a source, those that step.cuh's macro makes included.
 fn kernels(text: &str) -> Vec<String> {
     let name = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
     let plain = text.split("__global__ void ").skip(1).map(|rest| {
@@ -173,10 +185,7 @@ fn kernels(text: &str) -> Vec<String> {
         };
         name(rest)
     });
-    let made = text.split("\nMATVEC_KERNELS(").skip(1).flat_map(|rest| {
-        let name = name(rest);
-        [format!("{name}_matvec"), format!("{name}_head")]
-    });
+    let made = text.split("\nSTEP_KERNEL(").skip(1).map(|rest| format!("{}_step", name(rest)));
     plain.chain(made).collect()
 }
 

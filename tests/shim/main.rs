@@ -1,5 +1,5 @@
 //! Every kernel against its Rust reference, on a machine without a GPU: the sources are compiled by the system's C++ compiler
-//! and run thread by thread (include/block.hpp). What only a GPU shows stays out: the order of memory, launches that overlap.
+//! and run thread by thread (include/block.hpp). What only a GPU shows stays out: the order of memory.
 #![cfg(feature = "cuda")]
 
 mod attention;
@@ -20,7 +20,7 @@ mod step;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tests that launch kernels.
-const GROUPS: usize = 12;
+const GROUPS: usize = 14;
 
 /// Runs the cases of a group; the last group to end checks that none of the sources' kernels was left out.
 fn group(cases: fn()) {
@@ -38,6 +38,11 @@ fn group(cases: fn()) {
 #[test]
 fn products_of_one_row() {
     group(matvec::products_of_one_row);
+}
+
+#[test]
+fn every_kernel_reads_halves_and_floats() {
+    group(matvec::every_kernel_reads_halves_and_floats);
 }
 
 #[test]
@@ -96,9 +101,15 @@ fn decode_steps_follow_the_reference() {
 }
 
 #[test]
+fn decode_steps_of_every_kind_follow_the_reference() {
+    group(step::decode_steps_of_every_kind_follow_the_reference);
+}
+
+#[test]
 fn the_shim_finds_faults() {
     if host::is_there() {
         checks::faults_are_named();
+        checks::blocks_run_at_once();
         checks::halves_are_rounded();
     }
 }

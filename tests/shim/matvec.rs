@@ -1,7 +1,8 @@
 //! One row through matrices of every format, and what stands before and behind it in the same launch.
 
 use half::f16;
-use quantbench::kernels::cuda::matvec::{Epilogue, Facts, Input, Matvec, Mode, Product};
+use quantbench::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product};
+use quantbench::kernels::cuda::program::{Jobs, Planned};
 use quantbench::quant::{FormatEntry, FormatOptions, Stored, find};
 
 use super::host::{CHIPS, Host};
@@ -10,14 +11,14 @@ use super::norms::{self, Norm};
 use super::place::{formats, place, quantize, widened};
 use super::products::{Expected, KINDS, Kind, Numbers, SHAPES, activations, check, expected, rounding, weight};
 
-/// Fewer than a matrix has tiles, as many as some, and more.
+/// Fewer than a matrix has rows, as many as some, and more.
 const MULTIPROCESSORS: [usize; 3] = [1, 7, 132];
 
 fn threshold() -> f32 {
     FormatOptions::default().int8_threshold
 }
 
-/// Plans a launch as for a device and runs it on `host`.
+/// Plans a launch of one job as for a device and runs it on `host`.
 pub fn launch(
     host: &Host,
     multiprocessors: usize,
@@ -26,36 +27,75 @@ pub fn launch(
     products: &[Product],
     epilogue: Epilogue,
 ) {
-    let planned = Matvec::plan(Facts { multiprocessors }, mode, inputs.to_vec(), products, epilogue).expect("a plan");
-    // SAFETY: every address in it is of the host's memory.
-    unsafe { planned.launch_on(host) }.unwrap_or_else(|error| panic!("{mode:?} on chip {}: {error}", host.chip));
+    run(host, plan(host, multiprocessors, mode, inputs, products, epilogue));
 }
 
-/// One row of fp16 through one matrix, without anything else.
-fn product(
-    chip: u32,
+pub fn plan(
+    host: &Host,
     multiprocessors: usize,
-    name: &str,
-    stored: &dyn Stored,
-    row: &[f16],
+    mode: Mode,
+    inputs: &[Input],
+    products: &[Product],
+    epilogue: Epilogue,
+) -> Planned {
+    Matvec::plan(host.facts(multiprocessors), mode, inputs.to_vec(), products, epilogue).expect("a plan")
+}
+
+pub fn run(host: &Host, planned: Planned) {
+    // SAFETY: every address in it is of the host's memory.
+    unsafe { planned.launch_on(host) }.unwrap_or_else(|error| panic!("chip {}: {error}", host.chip));
+}
+
+/// One row of fp16 times one matrix.
+struct Single<'a> {
+    name: &'static str,
+    stored: &'a dyn Stored,
+    row: &'a [f16],
     threshold: f32,
-) -> Vec<f32> {
-    let memory = Memory::default();
-    let matrix = place(&memory, name, stored, threshold);
-    // Every other row begins where no 16-byte load may.
-    let before = usize::from(row.len().is_multiple_of(2));
-    let x = memory.hold(&[&vec![f16::NAN; before], row].concat()) + 2 * before as u64;
-    let is_float = name == "fp32";
-    let out = if is_float { memory.room::<f32>(matrix.n) } else { memory.room::<f16>(matrix.n) };
-    let input = Input { x, scale: 1.0, ..Input::default() };
-    let outlier_columns = memory.hold(&[0u64]);
-    let epilogue = Epilogue { out_is_float: is_float, outlier_columns, ..Epilogue::default() };
-    let part = Product { matrix, bias: 0, out, activation: 0 };
-    launch(&Host { chip, memory: &memory }, multiprocessors, Mode::Apart, &[input], &[part], epilogue);
-    let is_outlier = |value: &&f16| name == "int8" && threshold > 0.0 && value.to_f32().abs() >= threshold;
-    let outliers = row.iter().filter(is_outlier).count();
-    assert_eq!(memory.read::<u64>(outlier_columns, 1), [outliers as u64], "{name}: columns counted");
-    if is_float { memory.read(out, matrix.n) } else { widened(&memory.read(out, matrix.n)) }
+}
+
+impl Single<'_> {
+    /// Adds it to `jobs`; where the result will be, and the outlier columns that were found.
+    fn add(&self, jobs: &mut Jobs, memory: &Memory) -> [u64; 2] {
+        let matrix = place(memory, self.name, self.stored, self.threshold);
+        // Every other row begins where no 16-byte load may.
+        let before = usize::from(self.row.len().is_multiple_of(2));
+        let x = memory.hold(&[&vec![f16::NAN; before], self.row].concat()) + 2 * before as u64;
+        let out = if self.is_float() { memory.room::<f32>(matrix.n) } else { memory.room::<f16>(matrix.n) };
+        let input = Input { x, scale: 1.0, ..Input::default() };
+        let outlier_columns = memory.hold(&[0u64]);
+        let epilogue = Epilogue { out_is_float: self.is_float(), outlier_columns, ..Epilogue::default() };
+        let part = Product { matrix, bias: 0, out, activation: 0 };
+        jobs.multiply(Mode::Apart, vec![input], &[part], epilogue).expect("a job");
+        [out, outlier_columns]
+    }
+
+    fn result(&self, memory: &Memory, [out, outlier_columns]: [u64; 2]) -> Vec<f32> {
+        let Self { name, threshold, .. } = *self;
+        let is_outlier = |value: &&f16| name == "int8" && threshold > 0.0 && value.to_f32().abs() >= threshold;
+        let outliers = self.row.iter().filter(is_outlier).count();
+        assert_eq!(memory.read::<u64>(outlier_columns, 1), [outliers as u64], "{name}: columns counted");
+        let (n, _) = self.stored.shape();
+        if self.is_float() { memory.read(out, n) } else { widened(&memory.read(out, n)) }
+    }
+
+    fn is_float(&self) -> bool {
+        self.name == "fp32"
+    }
+
+    /// Without anything else.
+    fn run(&self, chip: u32, multiprocessors: usize) -> Vec<f32> {
+        let memory = Memory::default();
+        let host = Host { chip, memory: &memory };
+        let mut jobs = Jobs::new(host.facts(multiprocessors));
+        let made = self.add(&mut jobs, &memory);
+        run(&host, jobs.plan(0).expect("a plan"));
+        self.result(&memory, made)
+    }
+}
+
+fn product(chip: u32, multiprocessors: usize, name: &'static str, stored: &dyn Stored, row: &[f16]) -> Vec<f32> {
+    Single { name, stored, row, threshold: threshold() }.run(chip, multiprocessors)
 }
 
 pub fn products_of_one_row() {
@@ -67,9 +107,39 @@ pub fn products_of_one_row() {
             let x = activations(1, k, kind, &mut numbers);
             let chip = CHIPS[(turn + offset) % CHIPS.len()];
             let multiprocessors = MULTIPROCESSORS[(turn + offset / 2) % MULTIPROCESSORS.len()];
-            let y = product(chip, multiprocessors, entry.name, &*stored, &x, threshold());
+            let y = product(chip, multiprocessors, entry.name, &*stored, &x);
             let what = format!("{kind:?}, chip {chip}, {multiprocessors} multiprocessors");
             check(entry.name, &what, &*stored, &widened(&x), &y);
+        }
+    }
+}
+
+/// And those for blocks of NF4 that cross rows read all others.
+pub fn every_kernel_reads_halves_and_floats() {
+    let mut numbers = Numbers(0x4e1);
+    let (n, k) = (41, 448);
+    for entry in formats() {
+        let names = [entry.name, "fp16", "fp32"];
+        let formats = names.map(|name| formats().find(|format| format.name == name).expect("a format of the table"));
+        let stored = formats.map(|format| quantize(format, weight(n, k, Kind::Gaussian, &mut numbers)));
+        let rows = names.map(|_| activations(1, k, Kind::Outliers, &mut numbers));
+        let family = place(&Memory::default(), entry.name, &*stored[0], threshold()).family;
+        for (kernel, chip) in family.kernels.iter().flat_map(|kernel| CHIPS.map(|chip| (*kernel, chip))) {
+            let memory = Memory::default();
+            let host = Host { chip, memory: &memory };
+            let mut jobs = Jobs::new(host.facts(3));
+            let single =
+                |at: usize| Single { name: names[at], stored: &*stored[at], row: &rows[at], threshold: threshold() };
+            let made = [0, 1, 2].map(|at| single(at).add(&mut jobs, &memory));
+            let mut planned = jobs.plan_on(kernel, memory.hold(jobs.list())).expect("a plan");
+            planned.program.barrier = memory.hold(&[0; 2]);
+            run(&host, planned);
+            for (at, made) in made.into_iter().enumerate() {
+                let y = single(at).result(&memory, made);
+                let what = format!("{}, chip {chip}", kernel.name);
+                check(names[at], &what, &*stored[at], &widened(&rows[at]), &y);
+            }
+            assert_eq!(memory.read::<i32>(planned.program.barrier, 2), [0, 0], "{}", kernel.name);
         }
     }
 }
@@ -78,13 +148,14 @@ pub fn products_of_one_row() {
 pub fn work_split_over_multiprocessors() {
     let mut numbers = Numbers(0x5911);
     for entry in formats() {
-        for (n, k) in [(41, 1000), (200, 256)] {
+        // Behind 16384 elements a product reads its input in turns.
+        for (n, k) in [(41, 1000), (200, 256), (3, 16501)] {
             let stored = quantize(entry, weight(n, k, Kind::Gaussian, &mut numbers));
             let x = activations(1, k, Kind::Outliers, &mut numbers);
             for (chip, multiprocessors) in
                 CHIPS.into_iter().flat_map(|chip| [1, 2, 5, 24, 132].map(|count| (chip, count)))
             {
-                let y = product(chip, multiprocessors, entry.name, &*stored, &x, threshold());
+                let y = product(chip, multiprocessors, entry.name, &*stored, &x);
                 let what = format!("chip {chip}, {multiprocessors} multiprocessors");
                 check(entry.name, &what, &*stored, &widened(&x), &y);
             }
@@ -101,7 +172,7 @@ pub fn outliers_and_nan() {
             (int8.new)(FormatOptions { int8_threshold: 0.0 }).quantize(weight(n, k, Kind::Gaussian, &mut numbers));
         let stored = stored.expect("quantize");
         let x = activations(1, k, Kind::Outliers, &mut numbers);
-        let y = product(chip, 7, "int8", &*stored, &x, 0.0);
+        let y = Single { name: "int8", stored: &*stored, row: &x, threshold: 0.0 }.run(chip, 7);
         let Expected { values, errors } = expected("int8", &*stored, &widened(&x), 0.0);
         for ((y, expected), error) in y.iter().zip(&values).zip(&errors) {
             assert!((y - expected).abs() <= *error, "no threshold: {y} for {expected}");
@@ -110,11 +181,11 @@ pub fn outliers_and_nan() {
             let stored = quantize(entry, weight(n, k, Kind::Gaussian, &mut numbers));
             let mut x = activations(1, k, Kind::Gaussian, &mut numbers);
             x[5] = f16::NAN;
-            let y = product(chip, 7, entry.name, &*stored, &x, threshold());
+            let y = product(chip, 7, entry.name, &*stored, &x);
             assert!(y.iter().all(|value| value.is_nan()), "{}: NaN vanished", entry.name);
             // Nothing but outliers, in a format that has them: the codes of the others are all zero.
             let x = vec![f16::from_f32(8.0); k];
-            let y = product(chip, 7, entry.name, &*stored, &x, threshold());
+            let y = product(chip, 7, entry.name, &*stored, &x);
             check(entry.name, "outliers alone", &*stored, &widened(&x), &y);
         }
     }
@@ -210,8 +281,8 @@ impl Part {
 
 pub fn products_between_norm_and_residual() {
     let mut numbers = Numbers(0xf00d);
-    for (turn, entry) in formats().cycle().take(12).enumerate() {
-        let (chip, multiprocessors) = (CHIPS[turn / 5 % 2], MULTIPROCESSORS[turn % 3]);
+    for (turn, entry) in formats().cycle().take(15).enumerate() {
+        let (chip, multiprocessors) = (CHIPS[turn / 5], MULTIPROCESSORS[turn % 3]);
         let norm = Norm::ALL[turn % Norm::ALL.len()];
         // Rows of whole blocks of NF4, and blocks that cross them.
         let [k, gated_k] = [[200, 320], [192, 264]][turn % 2];

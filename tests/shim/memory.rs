@@ -36,20 +36,20 @@ struct Buffer {
 }
 
 impl Memory {
-    pub fn hold<T: Plain>(&self, values: &[T]) -> u64 {
+    pub fn hold<T: Copy>(&self, values: &[T]) -> u64 {
         let address = self.room::<T>(values.len());
         self.write(address, values);
         address
     }
 
-    pub fn write<T: Plain>(&self, address: u64, values: &[T]) {
+    pub fn write<T: Copy>(&self, address: u64, values: &[T]) {
         let at = self.checked(address, size_of_val(values));
         // SAFETY: within a buffer, which lives as long as `self`, and no slice of it is about.
-        unsafe { from_raw_parts_mut(with_exposed_provenance_mut::<T>(at), values.len()) }.copy_from_slice(values);
+        unsafe { with_exposed_provenance_mut::<T>(at).copy_from_nonoverlapping(values.as_ptr(), values.len()) };
     }
 
     /// For `len` values, poison until they are written.
-    pub fn room<T: Plain>(&self, len: usize) -> u64 {
+    pub fn room<T>(&self, len: usize) -> u64 {
         let buffer = Buffer::new(len * size_of::<T>());
         let address = buffer.address as u64;
         self.buffers.borrow_mut().push(buffer);

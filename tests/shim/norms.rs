@@ -31,7 +31,7 @@ pub fn norms_of_one_row() {
     cases.extend([(Norm::Rms, 4133), (Norm::Layer, 4133)]);
     for (turn, (norm, k)) in cases.into_iter().enumerate() {
         let memory = Memory::default();
-        let host = Host { chip: CHIPS[turn % 2], memory: &memory };
+        let host = Host { chip: CHIPS[turn % CHIPS.len()], memory: &memory };
         input(&host, norm, k, if turn % 3 == 0 { 1.0 } else { 0.37 }, &mut numbers);
     }
 }
@@ -42,15 +42,17 @@ pub fn input(host: &Host, norm: Norm, k: usize, scale: f32, numbers: &mut Number
         |factor: f32, offset: f32| -> Vec<f32> { (0..k).map(|_| factor * numbers.normal() + offset).collect() };
     let (x, weight, bias) = (vector(0.8, 0.1), vector(0.3, 1.0), vector(0.2, 0.0));
     let bias = if norm == Norm::Layer { bias } else { vec![0.0; k] };
+    // Kernels read four at a time.
+    let padded = |values: &[f32]| [values, &vec![0.0; k.next_multiple_of(4) - k]].concat();
     let memory = host.memory;
     let plain = Input { scale, epsilon: EPSILON, ..Input::default() };
     let halves: Vec<f16> = x.iter().map(|value| f16::from_f32(*value)).collect();
     let input = match norm {
         Norm::None => Input { x: memory.hold(&halves), ..plain },
         _ => Input {
-            x: memory.hold(&x),
-            norm_weight: memory.hold(&weight),
-            norm_bias: memory.hold(&bias),
+            x: memory.hold(&padded(&x)),
+            norm_weight: memory.hold(&padded(&weight)),
+            norm_bias: memory.hold(&padded(&bias)),
             norm: if norm == Norm::Rms { NORM_RMS } else { NORM_LAYER },
             ..plain
         },

@@ -1,4 +1,4 @@
-//! The CUDA engine: a decode step is one graph of fused launches over fixed memory, with the token, the position and the
+//! The CUDA engine: a decode step is one launch of fused jobs over fixed memory, with the token, the position and the
 //! next embedding on the device; a prompt goes through cuBLAS, one operation after the other.
 //!
 //! fp16 activations and cache, fp32 sums and residual stream.
@@ -17,13 +17,14 @@ use half::f16;
 
 use self::ring::Ring;
 use self::rows::{Call, Run};
-use self::step::Step;
+use self::step::{Step, padded_floats};
 use self::times::StepTimes;
 use super::memory::Pool;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
 use crate::kernels::cuda::launch::address;
 use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product};
+use crate::kernels::cuda::program::{self, Facts};
 use crate::kernels::cuda::{open, probe};
 use crate::plan::{ActivationKind, EncoderInputKind, Head, Holds, Model, RelativeBias};
 use crate::quant::CudaMatrix;
@@ -88,7 +89,7 @@ impl BiasTable {
     }
 }
 
-/// `enum Activation` of matvec.cuh.
+/// `enum Activation` of job.cuh.
 fn activation_number(kind: ActivationKind) -> i32 {
     match kind {
         ActivationKind::Silu => 1,
@@ -146,6 +147,11 @@ impl Weights {
             let values = (0..setup.capacity).flat_map(at).flat_map(|angle| [angle.cos(), angle.sin()]);
             Ok(device.clone_htod(&values.collect::<Vec<f32>>())?)
         };
+        let vector = |values: &Vec<f32>| -> Result<CudaSlice<f32>> {
+            let mut padded = values.clone();
+            padded.resize(padded_floats(values.len()), 0.0);
+            Ok(device.clone_htod(&padded)?)
+        };
         let reach = setup.capacity.max(setup.encoder_capacity);
         let bias = |bias: &RelativeBias| -> Result<BiasTable> {
             let learned = learned[bias.table.0].as_ref().context("a bias without its table")?;
@@ -157,13 +163,13 @@ impl Weights {
             Ok(BiasTable { values: device.clone_htod(&values)?, reach })
         };
         Ok(Self {
-            vectors: vectors.iter().map(|v| Ok(device.clone_htod(v)?)).collect::<Result<_>>()?,
+            vectors: vectors.iter().map(vector).collect::<Result<_>>()?,
             caches: model.caches.iter().map(cache).collect::<Result<_>>()?,
             angles: model.ropes.iter().map(angles).collect::<Result<_>>()?,
             biases: model.biases.iter().map(bias).collect::<Result<_>>()?,
             state: device.alloc_zeros(4)?,
             logits: device.alloc_zeros(model.vocab)?,
-            zeros: device.alloc_zeros(vectors.iter().map(Vec::len).max().unwrap_or(1))?,
+            zeros: device.alloc_zeros(padded_floats(vectors.iter().map(Vec::len).max().unwrap_or(1)))?,
             outlier_columns: device.alloc_zeros(1)?,
             ring: Ring::new(&device)?,
             capacity: setup.capacity,
@@ -172,10 +178,6 @@ impl Weights {
             model,
             device,
         })
-    }
-
-    fn most_kv_heads(&self) -> usize {
-        self.model.caches.iter().map(|cache| cache.kv_heads).max().unwrap_or(1)
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -219,8 +221,8 @@ impl CudaSession {
         Ok(())
     }
 
-    /// Multiplies one row of fp16 activations with the head's matrix.
-    fn run_head(&self, head: Head, x: u64, epilogue: Epilogue, out: u64) -> Result<()> {
+    /// Multiplies one row of fp16 activations with the head's matrix; `place` is where the token goes, if one is wanted.
+    fn run_head(&self, head: Head, x: u64, epilogue: Epilogue, out: u64, place: program::Head) -> Result<()> {
         let weights = &self.weights;
         let product = Product {
             matrix: weights.matrices[head.weight.0].streamed(),
@@ -229,9 +231,12 @@ impl CudaSession {
             activation: 0,
         };
         let input = Input { x, scale: head.scale, ..Input::default() };
-        let matvec = Matvec::new(&weights.device, Mode::Apart, vec![input], &[product], epilogue)?;
+        let facts = Facts::of(&weights.device)?;
+        let mut planned = Matvec::plan(facts, Mode::Apart, vec![input], &[product], epilogue)?;
+        planned.program.head = place;
+        planned.program.barrier = self.step.barrier(&weights.device);
         // SAFETY: x is a row of the caller's; all else is the session's.
-        Ok(unsafe { matvec.launch(&weights.device) }?)
+        Ok(unsafe { planned.ready(&weights.device)?.launch(&weights.device) }?)
     }
 
     fn row_bytes(&self, head: Head) -> u64 {
@@ -282,10 +287,10 @@ impl Session for CudaSession {
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
         self.times.restart();
         self.call(tokens, |session, head, x| {
-            let mut place = step::head(&session.weights, session.step.embedding(&session.weights)?, tokens.len())?;
-            session.step.place_head(&mut place, &session.weights);
+            let place = session.step.head(&session.weights, tokens.len())?;
             let last = x + (tokens.len() - 1) as u64 * session.row_bytes(head);
-            session.run_head(head, last, Epilogue { head: place, ..Epilogue::default() }, 0)
+            let logits = address(&session.weights.logits, &session.weights.device);
+            session.run_head(head, last, Epilogue { logits, ..Epilogue::default() }, 0, place)
         })?;
         self.steps += 1;
         self.weights.ring.wait(self.steps, &self.weights.device)
@@ -327,7 +332,8 @@ impl Session for CudaSession {
             for row in 0..tokens.len() {
                 let at = x + row as u64 * session.row_bytes(head);
                 let epilogue = Epilogue { out_is_float: true, ..Epilogue::default() };
-                session.run_head(head, at, epilogue, address(&session.weights.logits, device))?;
+                let logits = address(&session.weights.logits, device);
+                session.run_head(head, at, epilogue, logits, program::Head::default())?;
                 on_row(row, &device.clone_dtoh(&session.weights.logits)?);
             }
             Ok(())

@@ -1,4 +1,4 @@
-//! One decode step: the fused launches of a plan over fixed memory, replayed as one graph.
+//! One decode step: the fused jobs of a plan over fixed memory, as one launch, replayed as a graph.
 
 use anyhow::{Context, Result, bail};
 use candle_core::CudaDevice;
@@ -7,24 +7,22 @@ use half::f16;
 
 use super::{Weights, activation_number};
 use crate::engine::OutlierColumns;
-use crate::kernels::cuda::attention::{self, Attention, Split};
+use crate::kernels::cuda::attention::{Attention, Split};
 use crate::kernels::cuda::launch::{address, dimension};
-use crate::kernels::cuda::matvec::{Epilogue, Facts, Head, Input, Matvec, Mode, NORM_LAYER, NORM_RMS, Product};
-use crate::plan::fusion::{self, Join, Launch, fuse};
-use crate::plan::{BufferId, CacheId, MatrixId, NormKind, Op};
+use crate::kernels::cuda::matvec::{Epilogue, Input, Mode, NORM_LAYER, NORM_RMS, Product};
+use crate::kernels::cuda::program::{Facts, Head, Job, Jobs, Ready};
+use crate::plan::fusion::{self, Append, Join, fuse};
+use crate::plan::{BiasId, BufferId, CacheId, CacheSpec, MatrixId, NormKind, Op};
 
-/// Launches of a step and the memory between them.
+/// The launch of a step and the memory between its jobs.
 pub struct Step {
-    launches: Vec<Ready>,
+    launch: Ready,
     graph: Option<CudaGraph>,
     memory: Memory,
+    /// What the launch reads.
+    jobs: CudaSlice<Job>,
     /// What one step looks through for outlier columns; the device counts those it finds.
     pub examines: OutlierColumns,
-}
-
-enum Ready {
-    Matvec(Box<Matvec>),
-    Attention(Attention),
 }
 
 /// What a step writes.
@@ -32,9 +30,12 @@ struct Memory {
     /// Row by row of the plan's buffers: fp32 where a residual lives, else fp16.
     buffers: Vec<Option<Buffer>>,
     partials: CudaSlice<f32>,
-    /// One counter for each key/value head, then one for the head's blocks.
+    /// Counters of attention.
     arrived: CudaSlice<i32>,
+    /// The head's, one for each block.
     best: CudaSlice<u64>,
+    /// Blocks between two jobs, and those that have ended.
+    barrier: CudaSlice<i32>,
 }
 
 enum Buffer {
@@ -58,78 +59,56 @@ impl Buffer {
     }
 }
 
-/// Where a token is written and the next embedding is read, whoever finds the token.
-pub fn head(weights: &Weights, embedding: u64, advance: usize) -> Result<Head> {
-    let Some((table, scale)) = weights.model.decoder.ops.iter().find_map(|op| match op {
-        Op::Embed { table, scale, .. } => Some((*table, *scale)),
-        _ => None,
-    }) else {
-        bail!("a decoder without an embedding")
-    };
-    let streamed = weights.matrices[table.0].streamed();
-    Ok(Head {
-        logits: address(&weights.logits, &weights.device),
-        best: 0,
-        arrived: 0,
-        state: address(&weights.state, &weights.device),
-        host: weights.ring.address(),
-        table: streamed.weight,
-        embedding,
-        table_scale: scale,
-        table_stride: dimension(streamed.stride_bytes / size_of::<f16>())?,
-        hidden: dimension(streamed.k)?,
-        host_slots: super::ring::SLOTS as i32,
-        advance: dimension(advance)?,
-    })
+/// Values of an fp32 vector that kernels read four at a time: zeros behind it.
+pub fn padded_floats(len: usize) -> usize {
+    len.next_multiple_of(4)
 }
 
 impl Step {
     pub fn new(weights: &Weights) -> Result<Self> {
-        let format_of = |id: MatrixId| weights.matrices[id.0].streamed().family.kernels[0];
-        let launches = fuse(&weights.model.decoder, &format_of)?;
-        let memory = Memory::new(weights, &launches)?;
-        let mut step = Self { launches: Vec::new(), graph: None, memory, examines: OutlierColumns::default() };
-        for launch in &launches {
-            if let Some(ready) = step.ready(weights, launch).with_context(|| format!("at {launch:?}"))? {
-                if let Ready::Matvec(matvec) = &ready {
-                    let (rows, elements) = matvec.examines();
-                    step.examines += OutlierColumns { calls: rows as u64, columns: 0, examined: elements as u64 };
-                }
-                step.launches.push(ready);
-            }
+        let family_of = |id: MatrixId| weights.matrices[id.0].streamed().family.name;
+        let fused = fuse(&weights.model.decoder, &family_of)?;
+        let facts = Facts::of(&weights.device)?;
+        let memory = Memory::new(weights, &fused, facts)?;
+        let mut planner = Planner { weights, memory: &memory, facts, jobs: Jobs::new(facts) };
+        for job in &fused {
+            planner.add(job).with_context(|| format!("at {job:?}"))?;
         }
-        Ok(step)
+        let planned = planner.jobs;
+        let mut examines = OutlierColumns::default();
+        for (rows, elements) in planned.list().iter().map(Job::examines) {
+            examines += OutlierColumns { calls: rows as u64, columns: 0, examined: elements as u64 };
+        }
+        let jobs = weights.device.clone_htod(planned.list())?;
+        let mut planned = planned.plan(address(&jobs, &weights.device))?;
+        planned.program.barrier = address(&memory.barrier, &weights.device);
+        planned.program.head = memory.head(weights, 1)?;
+        Ok(Self { launch: planned.ready(&weights.device)?, graph: None, memory, jobs, examines })
     }
 
-    /// Where the embedding of the next token goes.
-    pub fn embedding(&self, weights: &Weights) -> Result<u64> {
-        let out = weights.model.decoder.ops.iter().find_map(|op| match op {
-            Op::Embed { out, .. } => Some(*out),
-            _ => None,
-        });
-        self.memory.at(out.context("a decoder without an embedding")?, weights)
+    /// Where a call outside of a step puts the token that it finds, `advance` positions further on.
+    pub fn head(&self, weights: &Weights, advance: usize) -> Result<Head> {
+        self.memory.head(weights, advance)
     }
 
-    /// Memory for the head's blocks, for a call that finds its token outside of a step.
-    pub fn place_head(&self, head: &mut Head, weights: &Weights) {
-        head.best = address(&self.memory.best, &weights.device);
-        head.arrived = address(&self.memory.arrived, &weights.device) + 4 * weights.most_kv_heads() as u64;
+    /// The counters that launches share.
+    pub fn barrier(&self, device: &CudaDevice) -> u64 {
+        address(&self.memory.barrier, device)
     }
 
     pub fn bytes(&self) -> usize {
-        let buffers: usize = self.memory.buffers.iter().flatten().map(Buffer::bytes).sum();
-        buffers + 4 * self.memory.partials.len() + 4 * self.memory.arrived.len() + 8 * self.memory.best.len()
+        self.memory.bytes() + self.jobs.num_bytes()
     }
 
-    /// Queues one step: as a graph, or launch by launch.
+    /// Queues one step: as a graph, or as it is.
     pub fn run(&mut self, device: &CudaDevice, as_graph: bool) -> Result<()> {
         if !as_graph {
-            return self.launch_all(device);
+            return self.launch(device);
         }
         if self.graph.is_none() {
             let stream = device.cuda_stream();
             stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-            let launched = self.launch_all(device);
+            let launched = self.launch(device);
             let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
             launched?;
             let graph = graph?.context("capturing a step gave no graph")?;
@@ -142,93 +121,77 @@ impl Step {
         }
     }
 
-    fn launch_all(&self, device: &CudaDevice) -> Result<()> {
-        for launch in &self.launches {
-            // SAFETY: all addresses come from the session's own memory, which lives as long as this step.
-            unsafe {
-                match launch {
-                    Ready::Matvec(matvec) => matvec.launch(device)?,
-                    Ready::Attention(attention) => attention.launch(device)?,
-                }
+    fn launch(&self, device: &CudaDevice) -> Result<()> {
+        // SAFETY: all addresses come from the session's own memory, which lives as long as this step.
+        Ok(unsafe { self.launch.launch(device) }?)
+    }
+}
+
+/// Makes the kernel's jobs of fusion's.
+struct Planner<'a> {
+    weights: &'a Weights,
+    memory: &'a Memory,
+    facts: Facts,
+    jobs: Jobs,
+}
+
+impl Planner<'_> {
+    fn add(&mut self, job: &fusion::Job) -> Result<()> {
+        match job {
+            fusion::Job::Embed { .. } => Ok(()),
+            fusion::Job::Matvec { inputs, parts, join } => self.multiply(inputs, parts, *join),
+            fusion::Job::Attention { q, append, cache, out, scale, bias } => {
+                let (q_at, out) = (self.memory.at(*q, self.weights)?, self.memory.at(*out, self.weights)?);
+                let plain = Attention { q: q_at, out, scale: *scale, ..self.cached(*cache, *q)? };
+                let appending = append.as_ref().map_or(Ok(plain), |append| self.appending(append, plain))?;
+                let attention = bias.map_or(Ok(appending), |bias| self.biased(bias, appending))?;
+                Ok(self.jobs.attend(attention)?)
             }
         }
-        Ok(())
     }
 
-    fn ready(&self, weights: &Weights, launch: &Launch) -> Result<Option<Ready>> {
-        Ok(match launch {
-            Launch::Embed { .. } => None,
-            Launch::Matvec { inputs, parts, join } => {
-                Some(Ready::Matvec(Box::new(self.matvec(weights, inputs, parts, *join)?)))
-            }
-            Launch::Attention { q, append, cache, out, scale, bias } => {
-                let job = attention::Job {
-                    q: self.memory.at(*q, weights)?,
-                    out: self.memory.at(*out, weights)?,
-                    scale: *scale,
-                    ..self.attention_job(weights, *cache, *q)?
-                };
-                let job = match append {
-                    Some(append) => attention::Job {
-                        k: self.memory.at(append.k, weights)?,
-                        v: self.memory.at(append.v, weights)?,
-                        ..job
-                    },
-                    None => job,
-                };
-                let job = match append.and_then(|append| append.rotate) {
-                    Some(rotate) => attention::Job {
-                        angles: address(&weights.angles[rotate.rope.0], &weights.device),
-                        rotary: dimension(weights.model.ropes[rotate.rope.0].rotary_dim)?,
-                        ..job
-                    },
-                    None => job,
-                };
-                let job = match bias {
-                    Some(bias) => attention::Job {
-                        bias: weights.biases[bias.0].address(&weights.device),
-                        reach: dimension(weights.biases[bias.0].reach)?,
-                        ..job
-                    },
-                    None => job,
-                };
-                let kv_heads = weights.model.caches[cache.0].kv_heads;
-                Some(Ready::Attention(Attention::new(&weights.device, kv_heads, job)?))
-            }
-        })
-    }
-
-    fn attention_job(&self, weights: &Weights, cache: CacheId, q: BufferId) -> Result<attention::Job> {
-        let spec = weights.model.caches[cache.0];
+    fn cached(&self, cache: CacheId, q: BufferId) -> Result<Attention> {
+        let Self { weights, memory, .. } = self;
+        let device = &weights.device;
+        let (spec, split) = (weights.model.caches[cache.0], split(weights, cache, q, self.facts));
         let cache = &weights.caches[cache.0];
-        let split = Split::new(cache.capacity, spec.kv_heads, Facts::of(&weights.device)?);
-        let group = weights.model.decoder.buffers[q.0].width / spec.head_dim / spec.kv_heads;
-        let state = address(&weights.state, &weights.device);
-        Ok(attention::Job {
-            keys: address(&cache.keys, &weights.device),
-            values: address(&cache.values, &weights.device),
+        let state = address(&weights.state, device);
+        Ok(Attention {
+            keys: address(&cache.keys, device),
+            values: address(&cache.values, device),
             // The state is token, position, step and the encoder's rows.
             position: state + 4,
             length: state + 12,
-            partials: address(&self.memory.partials, &weights.device),
-            arrived: address(&self.memory.arrived, &weights.device),
-            group: dimension(group)?,
+            partials: address(&memory.partials, device),
+            arrived: address(&memory.arrived, device),
+            kv_heads: dimension(spec.kv_heads)?,
+            group: dimension(group(weights, spec, q))?,
+            heads: dimension(split.heads)?,
             d: dimension(spec.head_dim)?,
             d_pad: dimension(cache.d_pad)?,
             capacity: dimension(cache.capacity)?,
             span: dimension(split.span)?,
             splits: dimension(split.splits)?,
-            ..attention::Job::default()
+            ..Attention::default()
         })
     }
 
-    fn matvec(
-        &self,
-        weights: &Weights,
-        inputs: &[fusion::Input],
-        parts: &[fusion::Part],
-        join: Join,
-    ) -> Result<Matvec> {
+    fn appending(&self, append: &Append, job: Attention) -> Result<Attention> {
+        let weights = self.weights;
+        let (k, v) = (self.memory.at(append.k, weights)?, self.memory.at(append.v, weights)?);
+        let job = Attention { k, v, ..job };
+        let Some(rotate) = append.rotate else { return Ok(job) };
+        let angles = address(&weights.angles[rotate.rope.0], &weights.device);
+        Ok(Attention { angles, rotary: dimension(weights.model.ropes[rotate.rope.0].rotary_dim)?, ..job })
+    }
+
+    fn biased(&self, bias: BiasId, job: Attention) -> Result<Attention> {
+        let table = &self.weights.biases[bias.0];
+        Ok(Attention { bias: table.address(&self.weights.device), reach: dimension(table.reach)?, ..job })
+    }
+
+    fn multiply(&mut self, inputs: &[fusion::Input], parts: &[fusion::Part], join: Join) -> Result<()> {
+        let weights = self.weights;
         let vector = |id: crate::plan::VectorId| address(&weights.vectors[id.0], &weights.device);
         let input = |input: &fusion::Input| -> Result<Input> {
             let x = self.memory.at(input.x, weights)?;
@@ -272,42 +235,41 @@ impl Step {
             }
             Join::Argmax => {
                 let products = parts.iter().map(|part| product(part, part.out, 0)).collect::<Result<Vec<_>>>()?;
-                let mut head = head(weights, self.embedding(weights)?, 1)?;
-                self.place_head(&mut head, weights);
-                (Mode::Apart, products, Epilogue { head, ..plain })
+                let logits = address(&weights.logits, &weights.device);
+                (Mode::Apart, products, Epilogue { logits, ..plain })
             }
         };
         let inputs = inputs.iter().map(input).collect::<Result<Vec<_>>>()?;
-        Ok(Matvec::new(&weights.device, mode, inputs, &products, epilogue)?)
+        Ok(self.jobs.multiply(mode, inputs, &products, epilogue)?)
     }
 }
 
 impl Memory {
-    fn new(weights: &Weights, launches: &[Launch]) -> Result<Self> {
+    fn new(weights: &Weights, fused: &[fusion::Job], facts: Facts) -> Result<Self> {
         let (device, model) = (&weights.device, &weights.model);
-        let facts = Facts::of(device)?;
         let width = |id: BufferId| model.decoder.buffers[id.0].width;
         let mut memory = Self {
             buffers: (0..model.decoder.buffers.len()).map(|_| None).collect(),
             partials: device.alloc_zeros(1)?,
-            arrived: device.alloc_zeros(weights.most_kv_heads() + 1)?,
+            arrived: device.alloc_zeros(1)?,
             best: device.alloc_zeros(facts.multiprocessors)?,
+            barrier: device.alloc_zeros(2)?,
         };
-        let mut partials = 1;
-        for launch in launches {
-            let halves = match launch {
-                Launch::Embed { out, .. } => {
-                    memory.buffers[out.0] = Some(Buffer::Float(device.alloc_zeros(width(*out))?));
+        let (mut partials, mut counters) = (1, 1);
+        for job in fused {
+            let halves = match job {
+                fusion::Job::Embed { out, .. } => {
+                    memory.buffers[out.0] = Some(Buffer::Float(device.alloc_zeros(padded_floats(width(*out)))?));
                     vec![]
                 }
-                Launch::Attention { q, cache, out, .. } => {
+                fusion::Job::Attention { q, cache, out, .. } => {
                     let spec = model.caches[cache.0];
-                    let group = width(*q) / spec.head_dim / spec.kv_heads;
-                    let split = Split::new(weights.caches[cache.0].capacity, spec.kv_heads, facts);
-                    partials = partials.max(split.partials(spec.kv_heads, group, spec.head_dim));
+                    let split = split(weights, *cache, *q, facts);
+                    partials = partials.max(split.partials(spec.kv_heads, spec.head_dim));
+                    counters = counters.max(split.counters(spec.kv_heads));
                     vec![*out]
                 }
-                Launch::Matvec { parts, join, .. } => match join {
+                fusion::Job::Matvec { parts, join, .. } => match join {
                     Join::Apart => parts.iter().map(|part| part.out).collect(),
                     Join::Gated { out, .. } => vec![*out],
                     Join::Residual { .. } | Join::Argmax => vec![],
@@ -318,11 +280,41 @@ impl Memory {
             }
         }
         memory.partials = device.alloc_zeros(partials)?;
+        memory.arrived = device.alloc_zeros(counters)?;
         Ok(memory)
     }
 
+    /// Where a token is written and the next embedding is read, whoever finds the token.
+    fn head(&self, weights: &Weights, advance: usize) -> Result<Head> {
+        let Some((table, scale, out)) = weights.model.decoder.ops.iter().find_map(|op| match op {
+            Op::Embed { table, scale, out, .. } => Some((*table, *scale, *out)),
+            _ => None,
+        }) else {
+            bail!("a decoder without an embedding")
+        };
+        let streamed = weights.matrices[table.0].streamed();
+        Ok(Head {
+            best: address(&self.best, &weights.device),
+            state: address(&weights.state, &weights.device),
+            host: weights.ring.address(),
+            table: streamed.weight,
+            embedding: self.at(out, weights)?,
+            table_scale: scale,
+            table_stride: dimension(streamed.stride_bytes / size_of::<f16>())?,
+            hidden: dimension(streamed.k)?,
+            host_slots: super::ring::SLOTS as i32,
+            advance: dimension(advance)?,
+        })
+    }
+
+    fn bytes(&self) -> usize {
+        let buffers: usize = self.buffers.iter().flatten().map(Buffer::bytes).sum();
+        let counters = self.arrived.num_bytes() + self.best.num_bytes() + self.barrier.num_bytes();
+        buffers + self.partials.num_bytes() + counters
+    }
+
     fn at(&self, id: BufferId, weights: &Weights) -> Result<u64> {
-        let buffer = self.buffers[id.0].as_ref().context("a launch reads what no other writes")?;
+        let buffer = self.buffers[id.0].as_ref().context("a job reads what no other writes")?;
         Ok(buffer.address(&weights.device))
     }
 
@@ -330,4 +322,14 @@ impl Memory {
     fn optional(&self, id: BufferId, weights: &Weights) -> u64 {
         self.buffers[id.0].as_ref().map_or(0, |buffer| buffer.address(&weights.device))
     }
+}
+
+/// Query heads of a key/value head.
+fn group(weights: &Weights, spec: CacheSpec, q: BufferId) -> usize {
+    weights.model.decoder.buffers[q.0].width / spec.head_dim / spec.kv_heads
+}
+
+fn split(weights: &Weights, cache: CacheId, q: BufferId, facts: Facts) -> Split {
+    let (spec, cache) = (weights.model.caches[cache.0], &weights.caches[cache.0]);
+    Split::new(cache.capacity, spec.kv_heads, group(weights, spec, q), cache.d_pad, facts)
 }

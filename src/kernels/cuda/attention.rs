@@ -1,24 +1,22 @@
-//! Attention of one query: what a launch of `attention.cu` is told.
+//! Attention of one query: what a job of `attention.cuh` is told.
 
-use candle_core::{CudaDevice, Result};
+use candle_core::{Result, bail};
 
-use super::launch::{Fatbin, Grid, Kernel, Planned, launch};
-use super::matvec::{EARLY, Facts};
-use crate::parameters;
+use super::program::{Facts, WARPS};
 
-pub static KERNELS: Fatbin =
-    Fatbin { name: "attention", image: include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin")) };
+/// As in attention.cuh.
+const MAX_HEADS: usize = 2;
+/// Elements of a head whose units of 8 one warp holds.
+const MAX_D: usize = 256;
+/// Bytes of a unit's keys: enough to be worth the joining, few enough that a short context is split.
+const SPAN_BYTES: usize = 16 << 10;
+/// Spans are multiples of it.
+const SPAN_STEP: usize = 32;
 
-const THREADS: u32 = 256;
-/// `HEADS_AT_ONCE` in attention.cu.
-const HEADS_AT_ONCE: usize = 4;
-/// Fewest positions of a block.
-const LEAST_SPAN: usize = 64;
-
-/// As `struct Attention` of attention.cu, which says what each is.
+/// As `struct Attention` of job.cuh, which says what each is.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
-pub struct Job {
+pub struct Attention {
     pub q: u64,
     pub k: u64,
     pub v: u64,
@@ -32,7 +30,9 @@ pub struct Job {
     pub partials: u64,
     pub arrived: u64,
     pub scale: f32,
+    pub kv_heads: i32,
     pub group: i32,
+    pub heads: i32,
     pub d: i32,
     pub d_pad: i32,
     pub rotary: i32,
@@ -42,56 +42,51 @@ pub struct Job {
     pub splits: i32,
 }
 
-/// How positions are split over blocks.
+/// How queries and positions are split into units, which blocks take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Split {
-    /// Positions of a block.
+    /// Query heads of a unit, and units of a key/value head side by side.
+    pub heads: usize,
+    pub groups: usize,
+    /// Positions of a unit, and units of the same heads one behind the other.
     pub span: usize,
     pub splits: usize,
 }
 
 impl Split {
-    /// About two blocks for each multiprocessor at `capacity` positions, none with too little to do.
-    pub fn new(capacity: usize, kv_heads: usize, facts: Facts) -> Self {
-        let blocks = 2 * facts.multiprocessors;
-        let span = (capacity * kv_heads).div_ceil(blocks).next_multiple_of(32).max(LEAST_SPAN);
-        Self { span, splits: capacity.div_ceil(span) }
+    /// At most a unit for each multiprocessor at `capacity` positions where there are as many, none with too little to do.
+    pub fn new(capacity: usize, kv_heads: usize, group: usize, d_pad: usize, facts: Facts) -> Self {
+        let heads = group.min(MAX_HEADS);
+        let groups = group.div_ceil(heads);
+        let least = SPAN_BYTES / (size_of::<half::f16>() * d_pad) / SPAN_STEP * SPAN_STEP;
+        let most_splits = (facts.multiprocessors / (kv_heads * groups)).max(1);
+        let span = capacity.div_ceil(most_splits).next_multiple_of(SPAN_STEP).max(least).max(SPAN_STEP);
+        Self { heads, groups, span, splits: capacity.div_ceil(span) }
     }
 
-    /// fp32 values that the blocks of one key/value head leave for each other.
-    pub fn partials(self, kv_heads: usize, group: usize, d: usize) -> usize {
-        kv_heads * self.splits * group * (2 + d)
+    /// fp32 values that units leave for each other.
+    pub fn partials(self, kv_heads: usize, d: usize) -> usize {
+        self.counters(kv_heads) * self.splits * self.heads * (2 + d)
     }
-}
 
-/// A launch, ready to be repeated.
-pub struct Attention {
-    kernel: Kernel,
-    grid: Grid,
-    job: Job,
+    /// Counters of units that have ended.
+    pub fn counters(self, kv_heads: usize) -> usize {
+        kv_heads * self.groups
+    }
 }
 
 impl Attention {
-    pub fn new(device: &CudaDevice, kv_heads: usize, job: Job) -> Result<Self> {
-        let Planned { fatbin, kernel, grid, job } = Self::plan(kv_heads, job);
-        let kernel = fatbin.kernel(device, kernel)?;
-        kernel.allow_shared(grid.shared_bytes)?;
-        Ok(Self { kernel, grid, job })
+    pub(super) fn check(&self) -> Result<()> {
+        match usize::try_from(self.d) {
+            Ok(1..=MAX_D) => Ok(()),
+            _ => bail!("heads of {} elements, allowed are 1 to {MAX_D}", self.d),
+        }
     }
 
-    pub fn plan(kv_heads: usize, job: Job) -> Planned<Job> {
-        let [group, d_pad, span] = [job.group, job.d_pad, job.span].map(|value| value as usize);
-        let slots = (THREADS as usize / (d_pad / 8)).max(1);
-        let floats = group * d_pad + (group * span).max(job.splits as usize) + slots * HEADS_AT_ONCE * d_pad;
-        let shared_bytes = 4 * floats;
-        let grid = Grid { blocks: (kv_heads, job.splits as usize), threads: THREADS, shared_bytes, early: EARLY };
-        Planned { fatbin: &KERNELS, kernel: "attention_step", grid, job }
-    }
-
-    /// # Safety
-    /// Every address that this launch was made of is still good.
-    pub unsafe fn launch(&self, device: &CudaDevice) -> Result<()> {
-        // SAFETY: the kernel takes one `Attention`, which `Job` mirrors; the caller vouches for the addresses.
-        unsafe { launch(device, self.kernel, self.grid, parameters![self.job]) }
+    /// What `attend` lays out in its `room`.
+    pub(super) fn shared_bytes(&self) -> usize {
+        let [heads, d_pad] = [self.heads, self.d_pad].map(|value| value as usize);
+        let (q, states) = (heads * d_pad, WARPS * heads * (2 + d_pad));
+        size_of::<f32>() * (q + states) + size_of::<half::f16>() * 2 * d_pad
     }
 }

@@ -4,8 +4,8 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, sys::CUevent_flags};
 use candle_core::{CudaDevice, Result};
 
 use super::launch::address;
-use super::matvec::Facts;
 use super::memory::{driver_error, free_and_total_bytes};
+use super::program::Facts;
 use super::rows::Rows;
 
 /// Far more than any last-level cache, and little of any device that a model fits on.

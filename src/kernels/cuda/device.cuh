@@ -54,12 +54,14 @@ __device__ __forceinline__ uint32_t load_copied(uint32_t at) {
 }
 
 // Copies 16 bytes into shared memory, in the background where the chip can; each lane awaits its own. The rest of the cache
-// line is asked for as well: its other half is copied next.
-__device__ __forceinline__ void copy_streaming(uint32_t to, const void *from) {
+// line is asked for as well. Where not `wanted`, zeros, without a look at `from`.
+__device__ __forceinline__ void copy_streaming(uint32_t to, const void *from, bool wanted) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    asm volatile("{.reg .pred p; setp.eq.u32 p, %2, 0; cp.async.cg.shared.global.L2::128B [%0], [%1], 16, p;}" ::"r"(to), "l"(from),
+                 "r"((int)wanted)
+                 : "memory");
 #else
-    uint4 value = load_streaming(from);
+    uint4 value = wanted ? load_streaming(from) : make_uint4(0, 0, 0, 0);
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
 #endif
 }
@@ -71,6 +73,52 @@ __device__ __forceinline__ void copy_word(uint32_t to, const void *from) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(*(const uint32_t *)from) : "memory");
 #endif
 }
+
+// Copies of many bytes by a unit of their own, from Hopper on: no thread waits for its turn, and a barrier in shared memory
+// counts what has arrived.
+#if __CUDA_ARCH__ >= 900
+constexpr bool HAS_BULK_COPIES = true;
+
+// A phase of the barrier ends with so many arrivals and all the bytes that were announced. Other threads see it behind the next
+// barrier of the block.
+__device__ __forceinline__ void start_barrier(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n fence.mbarrier_init.release.cluster;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Arrives, and announces bytes.
+__device__ __forceinline__ void announce(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives once all earlier copies of this thread have.
+__device__ __forceinline__ void arrive_behind_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// A multiple of 16 bytes, from and to multiples of 16.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// Phases are even and odd in turn, the first one even.
+__device__ __forceinline__ void await_phase(uint32_t barrier, uint32_t is_odd) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@!p bra again;}" ::"r"(barrier),
+        "r"(is_odd)
+        : "memory");
+}
+#else
+constexpr bool HAS_BULK_COPIES = false;
+__device__ __forceinline__ void start_barrier(uint32_t, int) {}
+__device__ __forceinline__ void announce(uint32_t, int) {}
+__device__ __forceinline__ void arrive_behind_copies(uint32_t) {}
+__device__ __forceinline__ void copy_bulk(uint32_t, const void *, int, uint32_t) {}
+__device__ __forceinline__ void await_phase(uint32_t, uint32_t) {}
+#endif
 
 // Ends a batch of copies, which may be empty.
 __device__ __forceinline__ void end_copies() {
@@ -101,9 +149,15 @@ __device__ __forceinline__ float load_float(const float *at) {
 }
 
 // Asks for a cache line of constant data, for later.
-__device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+__device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 
-// What an earlier kernel wrote, from L2: a kernel that starts before its predecessor ends may find old lines in L1.
+__device__ __forceinline__ float4 load_four(const float4 *at) {
+    float4 value;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "l"(at));
+    return value;
+}
+
+// What another block may have written in this launch, from L2: L1 may hold old lines.
 __device__ __forceinline__ uint4 load_fresh(const void *at) {
     uint4 value;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -117,6 +171,11 @@ __device__ __forceinline__ float load_fresh(const float *at) {
     float value;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
     return value;
+}
+
+__device__ __forceinline__ float4 load_fresh(const float4 *at) {
+    uint4 bits = load_fresh((const void *)at);
+    return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w));
 }
 
 __device__ __forceinline__ int load_fresh(const int *at) {
@@ -136,36 +195,38 @@ __device__ __forceinline__ void store_to_host(unsigned long long *at, unsigned l
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
 
-// The kernel behind this one may start; it sees nothing of this one before its wait.
-__device__ __forceinline__ void allow_next() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+// This block is done with a job: what its threads wrote before the last barrier is seen by whoever finds it arrived.
+__device__ __forceinline__ void arrive(int *counter) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
-// All kernels before this one have ended and their writes are visible. Every kernel of a step calls it before it touches
-// anything that another one writes or reads.
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+// How many have arrived. Relaxed, since an acquire would empty L1 at every look: what is read behind it is read from L2
+// (load_fresh), where the others' writes were before they arrived. All blocks of a launch must be on the device at once for
+// anybody to wait for them.
+__device__ __forceinline__ int arrivals(const int *counter) {
+    int arrived;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+    return arrived;
 }
+
+// Between two looks. The load itself takes long enough.
+__device__ __forceinline__ void pause() {}
 
 // sums[0..1] of row g and sums[2..3] of row g + 8 += A [16, 16] x B [16, 8] in fp32; lane 4g + q holds of A
 // a0: row g, k pair q; a1: row g + 8, k pair q; a2, a3: the same rows, k pair q + 4; of B column g: b0: k pair q, b1: k pair q + 4.
 __device__ __forceinline__ void multiply_halves(
     float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a0), "r"(a1), "r"(b0));
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a2), "r"(a3), "r"(b1));
@@ -176,13 +237,13 @@ __device__ __forceinline__ void multiply_halves(
 __device__ __forceinline__ void multiply_bytes(
     int (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else
 #define MULTIPLY_8_ROWS(C0, C1, A, B)                                                                      \
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" \
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" \
                  : "+r"(C0), "+r"(C1)                                                                      \
                  : "r"(A), "r"(B))
     MULTIPLY_8_ROWS(sums[0], sums[1], a0, b0);

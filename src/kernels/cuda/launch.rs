@@ -10,7 +10,6 @@ use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Storage, Tenso
 use half::f16;
 
 use super::memory::driver_error;
-use crate::parameters;
 
 /// The kernels of one `.cu` for all chips, as `build.rs` compiled them.
 pub struct Fatbin {
@@ -68,11 +67,17 @@ impl Fatbin {
 }
 
 impl Kernel {
-    /// Lets blocks of this kernel have up to `bytes` of shared memory that is sized at launch, and asks for the largest share
-    /// of on-chip memory: a multiprocessor that must divide it anew for the next kernel drains first, so all kernels of a
-    /// step ask for the same.
+    /// Lets blocks of this kernel have up to `bytes` of shared memory that is sized at launch, or what was allowed before if that
+    /// is more, and asks for the largest share of on-chip memory: a multiprocessor that must divide it anew drains first.
     pub fn allow_shared(&self, bytes: usize) -> Result<()> {
         use sys::CUfunction_attribute as attribute;
+        // The driver keeps the last number that it is told, and refuses every launch that wants more.
+        static ALLOWED: Mutex<Vec<(Kernel, usize)>> = Mutex::new(Vec::new());
+        let mut allowed = ALLOWED.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = allowed.iter_mut().find(|(kernel, _)| kernel == self);
+        if known.as_ref().is_some_and(|(_, most)| *most >= bytes) {
+            return Ok(());
+        }
         let explain = |error| driver_error(error).context(format!("kernel `{}` with {bytes} bytes a block", self.name));
         let most = i32::try_from(bytes).unwrap_or(i32::MAX);
         let set = |attribute, value| {
@@ -80,7 +85,12 @@ impl Kernel {
             unsafe { result::function::set_function_attribute(self.function, attribute, value) }.map_err(explain)
         };
         set(attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)?;
-        set(attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+        set(attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)?;
+        match known {
+            Some((_, most)) => *most = bytes,
+            None => allowed.push((*self, bytes)),
+        }
+        Ok(())
     }
 
     /// Blocks of `threads` threads and `shared_bytes` that fit on one multiprocessor.
@@ -102,14 +112,13 @@ pub struct Grid {
     pub blocks: (usize, usize),
     pub threads: u32,
     pub shared_bytes: usize,
-    /// It may start before its predecessor has ended (programmatic dependent launch, from sm_90 on): the kernel waits by itself
-    /// before it touches what that one writes.
-    pub early: bool,
+    /// All blocks are on the device at once, so that they may wait for each other; a launch that does not fit fails.
+    pub cooperative: bool,
 }
 
 impl Grid {
     pub fn new(blocks: (usize, usize), threads: u32) -> Self {
-        Self { blocks, threads, shared_bytes: 0, early: false }
+        Self { blocks, threads, shared_bytes: 0, cooperative: false }
     }
 
     /// A thread for each of `count` elements.
@@ -145,24 +154,6 @@ impl Launcher for CudaDevice {
     }
 }
 
-/// A launch of a kernel that takes one struct: made of shapes and addresses alone, on whatever machine they are.
-#[derive(Clone, Copy)]
-pub struct Planned<J> {
-    pub fatbin: &'static Fatbin,
-    pub kernel: &'static str,
-    pub grid: Grid,
-    pub job: J,
-}
-
-impl<J> Planned<J> {
-    /// # Safety
-    /// Every address that this launch was made of is still good.
-    pub unsafe fn launch_on(&self, launcher: &dyn Launcher) -> Result<()> {
-        // SAFETY: kernels that are planned take one struct, which `J` mirrors; the caller vouches for the addresses.
-        unsafe { launcher.launch(self.fatbin, self.kernel, self.grid, parameters![self.job]) }
-    }
-}
-
 /// The addresses of kernel parameters, for [`launch`].
 #[macro_export]
 macro_rules! parameters {
@@ -182,9 +173,9 @@ pub unsafe fn launch(device: &CudaDevice, kernel: Kernel, grid: Grid, parameters
     let stream = device.cuda_stream();
     stream.context().bind_to_thread().map_err(driver_error)?;
     let mut attribute = sys::CUlaunchAttribute {
-        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
         pad: [0; 4],
-        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        value: sys::CUlaunchAttributeValue { cooperative: 1 },
     };
     let config = sys::CUlaunchConfig {
         gridDimX: dimension(grid.blocks.0, i32::MAX as u32)?,
@@ -196,7 +187,7 @@ pub unsafe fn launch(device: &CudaDevice, kernel: Kernel, grid: Grid, parameters
         sharedMemBytes: u32::try_from(grid.shared_bytes).unwrap_or(u32::MAX),
         hStream: stream.cu_stream(),
         attrs: &mut attribute,
-        numAttrs: u32::from(grid.early),
+        numAttrs: u32::from(grid.cooperative),
     };
     // SAFETY: the caller's promise; the configuration and its attribute live through the call.
     unsafe { sys::cuLaunchKernelEx(&config, kernel.function, parameters.as_mut_ptr(), std::ptr::null_mut()) }

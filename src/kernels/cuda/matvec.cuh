@@ -5,7 +5,7 @@
 //     epilogue: bias, activation, gate * up, residual, and for a head the largest logit
 //
 // Layout: rows of W start every `stride` bytes and are read in chunks of 128 bytes, a cache line. A tile is 8 rows; a step
-// is one chunk of a tile, 1 KB, in two 16-byte copies a lane:
+// is one chunk of a tile, 1 KB, which ring.cuh has copied:
 //
 //              bytes 0 .. 63: low           64 .. 127: high
 //   row g    |q = 0| 1 | 2 | 3 |        |q = 0| 1 | 2 | 3 |           lane 4g + q
@@ -14,91 +14,14 @@
 // columns hold the one token: even columns the activations that belong to the low half, odd columns those of the high one,
 // so that sums[0] (row g, even) and sums[3] (row g + 8, odd) are the two halves of row g's sum, in all four lanes of g.
 //
-// Work: a block takes neighbouring tiles. All steps over one matrix in one tile are a run, and the block's warps split the
-// steps of all its runs evenly, wherever one begins or ends:
-//
-//   steps    |run 0 ....|run 1 ....|run 2 ....|
-//   warps    |0 ..|1 ..|2 ..|3 ..|4 ..|5 ..|6 .|
-//
 // A warp that leaves a run puts its 8 sums down in `partials`, at place run + warp: going along the steps, one of the two
 // grows from one segment to the next, so that places differ. At the end each thread adds up rows, in the order of the
 // steps: equal inputs give equal bits.
-//
-// Each warp copies STAGES steps ahead into its own part of shared memory. The first copies stand before the wait for the
-// predecessor, since weights depend on nothing, and a block leaves room for another on its multiprocessor, but for nf4:
-// launches may overlap (`EARLY` in matvec.rs says whether they do). Code that runs once is kept short, since each launch
-// fetches it anew.
 // Bytes moved: the matrix once. Sums fp32 (int32 for LLM.int8's products).
 #pragma once
 
-#include "kernels/cuda/device.cuh"
-
-constexpr int MATVEC_THREADS = 512;
-constexpr int MATVEC_WARPS = MATVEC_THREADS / LANES;
-constexpr int TILE_ROWS = 8;
-constexpr int CHUNK_BYTES = 128;
-constexpr int STEP_BYTES = TILE_ROWS * CHUNK_BYTES;
-constexpr int MAX_PARTS = 4;
-constexpr int MAX_INPUTS = 2;
-
-enum Norm { NORM_NONE, NORM_RMS, NORM_LAYER };
-enum Activation { ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_RELU };
-enum Mode {
-    MODE_PARTS,   // every part is a matrix of its own over input 0
-    MODE_GATED,   // two runs a tile, parts 0 and 1 over input 0: out = act(part 0) * part 1
-    MODE_JOINED,  // a run for each input, part i over input i; the products of the same row add up
-};
-
-// One matrix. kernels/cuda/matvec.rs mirrors this and the next two.
-struct Part {
-    const uint8_t *weight;
-    const void *scales;   // int8: row absmax [n] fp32; nf4: blocks' absmax, 8-bit codes or fp32
-    const float *nested;  // nf4: absmax of absmax codes
-    const float *bias;    // [n] or null
-    void *out;            // [n], fp32 where `out_is_float`, else fp16
-    float offset;         // nf4: mean of absmax
-    int n;
-    int first_tile;  // behind all tiles where there is no such part
-    int activation;
-};
-
-struct Input {
-    const void *x;             // [k]: fp32 where it is normed, fp16 otherwise
-    const float *norm_weight;  // [k]
-    const float *norm_bias;    // [k]
-    float epsilon;
-    float scale;  // of what the norm gives
-    float per_k;  // 1 / k
-    int norm;
-    int k;
-    int chunks;  // of a row
-};
-
-// Where the token goes.
-struct Head {
-    float *logits;            // [n], null for every other matrix
-    unsigned long long *best;  // [blocks]
-    int *arrived;             // counts blocks, zero between launches
-    int *state;               // token, position, step
-    unsigned long long *host;  // ring of the host
-    const __half *table;      // [vocab, table_stride]: embeddings
-    float *embedding;         // [hidden]
-    float table_scale;
-    int table_stride, hidden, host_slots, advance;
-};
-
-struct Matvec {
-    Part parts[MAX_PARTS];
-    Input inputs[MAX_INPUTS];
-    const float *code;  // nf4: values of the 16 codes, then of the 256 absmax codes
-    float *residual;    // [n]: added, and replaced by the sum; or null
-    unsigned long long *outlier_columns;  // int8: those found are added; or null
-    Head head;
-    float threshold;  // int8: NaN where outlier columns are off
-    int stride;       // bytes from row to row of part 0; of part 1 where inputs are joined: stride_1
-    int stride_1;
-    int n_inputs, mode, tiles, segments, out_is_float;
-};
+#include "kernels/cuda/head.cuh"
+#include "kernels/cuda/ring.cuh"
 
 // 1 / (1 + exp(-x)), a few units in the last place of fp32.
 __device__ __forceinline__ float logistic(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
@@ -115,345 +38,213 @@ __device__ __forceinline__ float block_sum(float value, float *room) {
     value = warp_sum(value);
     if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = value;
     __syncthreads();
-    return warp_sum(threadIdx.x % LANES < MATVEC_WARPS ? room[threadIdx.x % LANES] : 0.0f);
+    return warp_sum(threadIdx.x % LANES < WARPS ? room[threadIdx.x % LANES] : 0.0f);
 }
 
-// Brings what a norm multiplies with near, before the predecessor has ended.
+// Of an input, in a thread's registers: all of most models', so that one latency covers it.
+constexpr int FOURS_HELD = 4096 / 4 / THREADS, UNITS_HELD = 16384 / 8 / THREADS;
+
+// Brings what a norm multiplies with and adds into L1, before the input is there. In registers it would not stay.
 __device__ __forceinline__ void fetch_norm(const Input &input) {
-    int at = threadIdx.x * (128 / sizeof(float));
-    if (input.norm == NORM_NONE || at >= input.k) return;
+    const int at = threadIdx.x * (CHUNK_BYTES / (int)sizeof(float));
+    if (at >= input.k) return;
     prefetch(input.norm_weight + at);
     prefetch(input.norm_bias + at);
 }
 
-// norm(x) [k] in fp16. Rows of 4096 stay in registers; longer ones are read again. An rms norm's bias is zeros.
+// norm(x) [k] in fp16. Rows of 4096 stay in registers; longer ones are read again. x, weights and bias have zeros behind k up to
+// a multiple of 4; so has the result. An rms norm's bias is zeros.
 __device__ __forceinline__ void normalize(const Input &input, __half *out, float *room) {
-    constexpr int HELD = 4096 / MATVEC_THREADS, REST = HELD * MATVEC_THREADS;
-    const float *x = (const float *)input.x;
-    const bool centres = input.norm == NORM_LAYER;
-    float held[HELD], sum = 0.0f, mean = 0.0f;
+    const float4 *x = (const float4 *)input.x, *weights = (const float4 *)input.norm_weight, *biases = (const float4 *)input.norm_bias;
+    const int fours = (input.k + 3) / 4, rest = FOURS_HELD * THREADS + threadIdx.x;
+    float4 held[FOURS_HELD];
 #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        int at = i * MATVEC_THREADS + threadIdx.x;
-        held[i] = at < input.k ? load_fresh(x + at) : 0.0f;
-    }
-    if (centres) {
+    for (int i = 0; i < FOURS_HELD; i++) held[i] = load_fresh(x + min(i * THREADS + (int)threadIdx.x, fours - 1));
+    auto is_there = [&](int i) { return i * THREADS + threadIdx.x < fours; };
+    float sum = 0.0f, mean = 0.0f;
+    if (input.norm == NORM_LAYER) {
 #pragma unroll
-        for (int i = 0; i < HELD; i++) sum += held[i];
+        for (int i = 0; i < FOURS_HELD; i++)
+            if (is_there(i)) sum += held[i].x + held[i].y + (held[i].z + held[i].w);
 #pragma unroll 1
-        for (int at = REST + threadIdx.x; at < input.k; at += MATVEC_THREADS) sum += load_fresh(x + at);
+        for (int at = rest; at < fours; at += THREADS) {
+            float4 four = load_fresh(x + at);
+            sum += four.x + four.y + (four.z + four.w);
+        }
         mean = block_sum(sum, room) * input.per_k;
         sum = 0.0f;
     }
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        float off = i * MATVEC_THREADS + threadIdx.x < input.k ? held[i] - mean : 0.0f;
-        sum += off * off;
-    }
-#pragma unroll 1
-    for (int at = REST + threadIdx.x; at < input.k; at += MATVEC_THREADS) {
-        float off = load_fresh(x + at) - mean;
-        sum += off * off;
-    }
-    float factor = rsqrtf(block_sum(sum, room + MATVEC_WARPS) * input.per_k + input.epsilon);
-    auto put = [&](int at, float value) {
-        float y = (value - mean) * factor * __ldg(input.norm_weight + at) + __ldg(input.norm_bias + at);
-        out[at] = __float2half_rn(__half2float(__float2half_rn(y)) * input.scale);
+    auto square = [&](float4 four, int at) {
+        auto off = [&](float value, int element) { return 4 * at + element < input.k ? value - mean : 0.0f; };
+        float a = off(four.x, 0), b = off(four.y, 1), c = off(four.z, 2), d = off(four.w, 3);
+        return a * a + b * b + (c * c + d * d);
     };
 #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        int at = i * MATVEC_THREADS + threadIdx.x;
-        if (at < input.k) put(at, held[i]);
-    }
+    for (int i = 0; i < FOURS_HELD; i++)
+        if (is_there(i)) sum += square(held[i], i * THREADS + threadIdx.x);
 #pragma unroll 1
-    for (int at = REST + threadIdx.x; at < input.k; at += MATVEC_THREADS) put(at, load_fresh(x + at));
-}
-
-// x [k] in fp16 and zeros behind it up to whole chunks.
-template <class Decoder>
-__device__ __forceinline__ void read_input(const Input &input, __half *out, float *room) {
-    if (input.norm != NORM_NONE) {
-        normalize(input, out, room);
-    } else {
-        const __half *x = (const __half *)input.x;
-        int whole = (uintptr_t)x % 16 == 0 ? input.k / 8 : 0;
-#pragma unroll 4
-        for (int at = threadIdx.x; at < whole; at += MATVEC_THREADS) ((uint4 *)out)[at] = load_fresh((const uint4 *)x + at);
-#pragma unroll 1
-        for (int at = 8 * whole + threadIdx.x; at < input.k; at += MATVEC_THREADS) out[at] = load_fresh(x + at);
-        if (input.scale != 1.0f) {
-            __syncthreads();
-#pragma unroll 1
-            for (int at = threadIdx.x; at < input.k; at += MATVEC_THREADS)
-                out[at] = __float2half_rn(__half2float(out[at]) * input.scale);
-        }
-    }
-#pragma unroll 1
-    for (int at = input.k + threadIdx.x; at < input.chunks * Decoder::CHUNK; at += MATVEC_THREADS) out[at] = __half();
-}
-
-// A key that orders as the logits do and, among equals, puts the lower index first. NaN never wins, as in a comparison.
-__device__ __forceinline__ unsigned long long rank_of(float logit, int index) {
-    uint32_t bits = __float_as_uint(logit);
-    uint32_t ordered = isnan(logit) ? 0u : (bits & 0x80000000u ? ~bits : bits | 0x80000000u);
-    return (unsigned long long)ordered << 32 | (uint32_t)~index;
-}
-
-__device__ __forceinline__ unsigned long long block_best(unsigned long long best, unsigned long long *room) {
+    for (int at = rest; at < fours; at += THREADS) sum += square(load_fresh(x + at), at);
+    const float factor = rsqrtf(block_sum(sum, room + WARPS) * input.per_k + input.epsilon);
+    auto put = [&](int at, float4 four) {
+        const float4 weight = load_four(weights + at), bias = load_four(biases + at);
+        auto normed = [&](float value, float of_weight, float of_bias) {
+            return __float2half_rn(__half2float(__float2half_rn((value - mean) * factor * of_weight + of_bias)) * input.scale);
+        };
+        __align__(8) __half made[4] = {normed(four.x, weight.x, bias.x), normed(four.y, weight.y, bias.y),
+                                       normed(four.z, weight.z, bias.z), normed(four.w, weight.w, bias.w)};
+        ((uint2 *)out)[at] = *(const uint2 *)made;
+    };
 #pragma unroll
-    for (int distance = LANES / 2; distance > 0; distance /= 2) {
-        unsigned long long other = __shfl_xor_sync(ALL_LANES, best, distance);
-        best = other > best ? other : best;
-    }
-    __syncthreads();
-    if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = best;
-    __syncthreads();
-    for (int warp = 0; warp < MATVEC_WARPS; warp++) best = room[warp] > best ? room[warp] : best;
-    return best;
-}
-
-// The last block to arrive picks the token, tells the host, and fetches the embedding that the next step starts from.
-__device__ __forceinline__ void finish_head(const Head &head, unsigned long long best, unsigned long long *room) {
-    __shared__ bool is_last;
-    best = block_best(best, room);
-    if (threadIdx.x == 0) {
-        head.best[blockIdx.x] = best;
-        __threadfence();
-        is_last = atomicAdd(head.arrived, 1) == gridDim.x - 1;
-    }
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-    best = 0;
-    for (int block = threadIdx.x; block < gridDim.x; block += MATVEC_THREADS) {
-        unsigned long long other = __ldcg(head.best + block);
-        best = other > best ? other : best;
-    }
-    best = block_best(best, room);
-    int token = (int)~(uint32_t)best;
-    const __half *row = head.table + (long long)token * head.table_stride;
-    for (int at = threadIdx.x; at < head.hidden; at += MATVEC_THREADS)
-        head.embedding[at] = __half2float(row[at]) * head.table_scale;
-    if (threadIdx.x == 0) {
-        int step = head.state[2] + 1;
-        head.state[0] = token;
-        head.state[1] += head.advance;
-        head.state[2] = step;
-        *head.arrived = 0;
-        store_to_host(head.host + (step & (head.host_slots - 1)), (unsigned long long)step << 32 | (uint32_t)token);
-    }
-}
-
-// Where a lane's first extra word lies behind its slot's 16 bytes; the others follow every 128 bytes.
-__device__ __forceinline__ uint32_t extra_of(int lane) { return STEP_BYTES - 12 * lane; }
-
-// The decoder's interface:
-//   CHUNK                     elements of 128 bytes
-//   EXTRA_WORDS               what a lane needs for a step beside the weights, copied with them: Place, copy_extra
-//   Shared, prepare           tables, filled before the predecessor has ended
-//   Row                       where a lane reads what a row's steps need, from a chunk on; add moves it one step on
-//   Sums, add                 sums of one run in a lane; add is told the 32 bytes and where they lie, half a step apart
-//   Partial, partial          a row's partial result, in the lane 4g
-//   Activations, convert      what x becomes, behind x in shared memory
-//   Constant, result          what a row's value is made with, asked for early; the value from the row's partials
-template <class Decoder, int STAGES, bool IS_HEAD>
-__device__ __forceinline__ void matvec(const Matvec &job) {
-    using Partial = typename Decoder::Partial;
-    constexpr int SLOT_WORDS = STEP_BYTES / 4 + Decoder::EXTRA_WORDS * LANES;
-    DYNAMIC_SHARED(uint4, dynamic);  // the warps' slots, partials [run + warp][row], then x
-    __shared__ typename Decoder::Shared shared;
-    __shared__ typename Decoder::Activations activations[MAX_INPUTS];
-    __shared__ float room[2 * MATVEC_WARPS];
-    allow_next();
-
-    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, quad = lane / 4, quarter = lane % 4;
-    const int runs = job.mode == MODE_PARTS ? 1 : 2;  // of a tile
-    const int chunks_0 = job.inputs[0].chunks, chunks_1 = job.mode == MODE_JOINED ? job.inputs[1].chunks : chunks_0;
-    const int steps_of_tile = runs == 1 ? chunks_0 : chunks_0 + chunks_1;
-    // Blocks differ by one tile at most.
-    const int begin_tile = (int)((long long)job.tiles * blockIdx.x / gridDim.x);
-    const int tiles = (int)((long long)job.tiles * (blockIdx.x + 1) / gridDim.x) - begin_tile;
-    const int steps = tiles * steps_of_tile, share = (steps + MATVEC_WARPS - 1) / MATVEC_WARPS;
-
-    // Runs are counted over all tiles. A warp takes the steps `begin` up to `end`, its share of all.
-    auto tile_of = [&](int run) { return run >> (runs - 1); };
-    auto is_second = [&](int run) { return run & (runs - 1); };
-    auto first_of = [&](int run) { return tile_of(run) * steps_of_tile + (is_second(run) ? chunks_0 : 0); };
-    const int begin = warp * share, end = min(begin + share, steps);
-    // Where the warp enters a run, and how many steps it has there: none, or fewer, behind its last one.
-    auto chunk_of = [&](int run) { return max(0, begin - first_of(run)); };
-    auto steps_of = [&](int run) {
-        int first = first_of(run), chunks = is_second(run) ? chunks_1 : chunks_0;
-        return min(first + chunks, end) - max(first, begin);
-    };
-
-    auto part_of = [&](int tile, int run) -> const Part & {
-        if (job.mode != MODE_PARTS) return job.parts[run];
-        int part = 0;
-        for (int i = 1; i < MAX_PARTS; i++)
-            if (begin_tile + tile >= job.parts[i].first_tile) part = i;
-        return job.parts[part];
-    };
-    auto row_of = [&](const Part &part, int tile, int row) {
-        return min((begin_tile + tile - part.first_tile) * TILE_ROWS + row, part.n - 1);
-    };
-
-    // What is copied, and where a lane's part of it goes. Addresses move on by themselves, since each step that computes
-    // one anew costs as much as some of its weights.
-    const int first_tile = begin / steps_of_tile;
-    int run = first_tile * runs;
-    if (begin - first_of(run) >= chunks_0) run++;
-    int source_run = run, source_steps = steps_of(run);
-    const uint8_t *from = nullptr;
-    typename Decoder::Place place;
-    auto seek = [&]() {
-        const Part &part = part_of(tile_of(source_run), is_second(source_run));
-        int row = row_of(part, tile_of(source_run), quad), input = job.mode == MODE_JOINED ? is_second(source_run) : 0;
-        int chunk = chunk_of(source_run);
-        from = part.weight + (long long)row * (input ? job.stride_1 : job.stride) + quarter * 16 + chunk * CHUNK_BYTES;
-        place.set(part, job.inputs[input].k, row, quarter, chunk);
-    };
-    const uint32_t slots = shared_address((uint32_t *)dynamic + warp * STAGES * SLOT_WORDS + 4 * lane);
-    auto load = [&](uint32_t to) {
-        copy_streaming(to, from);
-        copy_streaming(to + STEP_BYTES / 2, from + CHUNK_BYTES / 2);
-        place.copy_extra(to + extra_of(lane));
-        from += CHUNK_BYTES;
-    };
-    // Into the next run; behind the last step there is nothing to copy.
-    auto next_source = [&]() {
-        source_run++;
-        source_steps = steps_of(source_run);
-        if (source_steps > 0) seek();
-    };
-    if (source_steps > 0) seek();
+    for (int i = 0; i < FOURS_HELD; i++)
+        if (is_there(i)) put(i * THREADS + threadIdx.x, held[i]);
 #pragma unroll 1
-    for (int slot = 0; slot < STAGES; slot++) {
-        if (source_steps == 0) next_source();
-        if (source_steps > 0) {
-            load(slots + slot * SLOT_WORDS * 4);
-            source_steps--;
-        }
-        end_copies();
-    }
+    for (int at = rest; at < fours; at += THREADS) put(at, load_fresh(x + at));
+}
 
-    // What the thread's first row needs beside its sums.
-    float bias[MAX_INPUTS] = {};
-    typename Decoder::Constant constants[MAX_INPUTS] = {};
-    auto load_constants = [&](int tile) {
+// All inputs without a norm, in fp16, one behind the other: eight elements at a time, and the rest one by one.
+__device__ __forceinline__ void read_plain(const Matvec &job, __half *out) {
+    const Input &first = job.inputs[0], &second = job.inputs[1];
+    auto units_of = [](const Input &input) { return (uintptr_t)input.x % 16 == 0 ? input.k / 8 : 0; };
+    const int of_first = units_of(first), units = of_first + (job.n_inputs > 1 ? units_of(second) : 0);
+    auto from = [&](int at) { return at < of_first ? (const uint4 *)first.x + at : (const uint4 *)second.x + at - of_first; };
+    auto to = [&](int at) { return at < of_first ? (uint4 *)out + at : (uint4 *)(out + first.padded) + at - of_first; };
+#pragma unroll 1
+    for (int start = threadIdx.x; start < units; start += UNITS_HELD * THREADS) {
+        uint4 held[UNITS_HELD];
 #pragma unroll
-        for (int run = 0; run < MAX_INPUTS; run++) {
-            if (run >= runs) continue;
-            const Part &part = part_of(tile, run);
-            int row = row_of(part, tile, threadIdx.x % TILE_ROWS);
-            bias[run] = part.bias ? load_float(part.bias + row) : 0.0f;
-            constants[run].load(part, row);
-        }
-    };
-    const int own_tile = threadIdx.x / TILE_ROWS;
-    if (own_tile < tiles) load_constants(own_tile);
-    fetch_norm(job.inputs[0]);
-    Decoder::prepare(shared, job);
-
-    wait_for_previous();
-
-    Partial(*partials)[TILE_ROWS] = (Partial(*)[TILE_ROWS])((uint32_t *)dynamic + MATVEC_WARPS * STAGES * SLOT_WORDS);
-    uint8_t *free_bytes = (uint8_t *)(partials + job.segments);
+        for (int i = 0; i < UNITS_HELD; i++)
+            if (start + i * THREADS < units) held[i] = load_fresh(from(start + i * THREADS));
+#pragma unroll
+        for (int i = 0; i < UNITS_HELD; i++)
+            if (start + i * THREADS < units) *to(start + i * THREADS) = held[i];
+    }
 #pragma unroll 1
     for (int i = 0; i < job.n_inputs; i++) {
-        __half *x = (__half *)free_bytes;
-        free_bytes += 2 * job.inputs[i].chunks * Decoder::CHUNK;
-        read_input<Decoder>(job.inputs[i], x, room);
-        __syncthreads();
-        free_bytes = Decoder::convert(activations[i], shared, job, job.inputs[i], x, free_bytes, room);
-    }
-    float residual = 0.0f;
-    if (job.residual && own_tile < tiles)
-        residual = load_fresh(job.residual + row_of(job.parts[0], own_tile, threadIdx.x % TILE_ROWS));
-    __syncthreads();
-
-    uint32_t words = slots;
+        const Input &input = job.inputs[i];
+        __half *of_input = out + i * first.padded;
 #pragma unroll 1
-    for (int steps_left; (steps_left = steps_of(run)) > 0; run++) {
-        const Part &part = part_of(tile_of(run), is_second(run));
-        const int input = job.mode == MODE_JOINED ? is_second(run) : 0;
+        for (int at = 8 * units_of(input) + threadIdx.x; at < input.k; at += THREADS)
+            of_input[at] = load_fresh((const __half *)input.x + at);
+        if (input.scale == 1.0f) continue;
+        __syncthreads();
+#pragma unroll 1
+        for (int at = threadIdx.x; at < input.k; at += THREADS)
+            of_input[at] = __float2half_rn(__half2float(of_input[at]) * input.scale);
+    }
+}
+
+// What a thread's row is made with beside its sums, asked for early. `Own` is the kernel's own decoder.
+template <class Own>
+struct RowFactors {
+    float bias[MAX_INPUTS], scale[MAX_INPUTS], residual;
+    __device__ __forceinline__ void load(const Held &held, int in_block) {
+        const Matvec &job = held.job.matvec;
+        int row;
+#pragma unroll
+        for (int run = 0; run < MAX_INPUTS; run++) {
+            bias[run] = scale[run] = 0.0f;
+            if (run >= held.share.runs) continue;
+            const Part &part = part_at(held, run, in_block, row);
+            if (part.bias) bias[run] = load_float(part.bias + row);
+            if (Own::HAS_ROW_SCALES && held.job.kind == KIND_OWN) scale[run] = load_float((const float *)part.scales + row);
+        }
+        residual = job.residual ? load_fresh(job.residual + row) : 0.0f;
+    }
+};
+
+// N steps from the first ones of a slot on.
+template <int N, class Decoder, class Place, int DEPTH>
+__device__ __forceinline__ void take_steps(const Ring<Place, DEPTH> &, uint32_t slot, typename Decoder::Row &row, typename Decoder::Sums &sums) {
+    const int lane = threadIdx.x % LANES;
+    const uint32_t words = slot + row_at(lane / 4) + lane % 4 * 16;
+    uint4 low[N], high[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        low[i] = load_copied_16(words + i * CHUNK_BYTES);
+        high[i] = load_copied_16(words + i * CHUNK_BYTES + CHUNK_BYTES / 2);
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        Decoder::add(low[i], high[i], words + i * CHUNK_BYTES, slot + ROWS_BYTES + i * Ring<Place, DEPTH>::EXTRA_BYTES, row, sums);
+}
+
+// A matrix's steps of this warp, its sums into `partials`. The decoder's interface:
+//   CHUNK                     elements of 128 bytes
+//   Row                       where a lane reads what a row's steps need, from a chunk on; add moves it one step on
+//   Sums, add                 sums of one run in a lane; add is told the 32 bytes, where they lie, half a
+//                             chunk apart, and where the extra words of the step do
+//   Partial, partial          a row's partial result, in the lane 4g
+//   Activations, convert      what x becomes, behind the xs in shared memory
+//   HAS_ROW_SCALES, result    whether a row has a scale of its own, and the value that is made of its partials
+//   Shared, prepare           tables that the whole step needs
+//   Place                     what is copied for a step beside the weights
+template <class Decoder, class Place, int DEPTH>
+__device__ __forceinline__ void stream(const Held *jobs, int at, int limit, Ring<Place, DEPTH> &ring, const typename Decoder::Shared &shared,
+                                       const typename Decoder::Activations (&activations)[MAX_INPUTS], void *room) {
+    typename Decoder::Partial(*partials)[TILE_ROWS] = (typename Decoder::Partial(*)[TILE_ROWS])room;
+    const Held &held = jobs[at % JOBS_HELD];
+    const Matvec &job = held.job.matvec;
+    const Share &share = held.share;
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int run = share.first_run[warp];
+#pragma unroll 1
+    for (int steps_left; (steps_left = steps_of(share, run, warp)) > 0; run++) {
+        const int second = is_second(share, run), input = job.mode == MODE_JOINED ? second : 0;
+        int in_part;
+        const Part &part = part_at(held, second, tile_of(share, run) * TILE_ROWS + lane / 4, in_part);
         typename Decoder::Row row;
-        row.set(shared, part, activations[input], job.inputs[input].k, row_of(part, tile_of(run), quad), lane, chunk_of(run));
+        row.set(shared, part, activations[input], job.inputs[input].k, in_part, lane, chunk_of(share, run, warp));
         typename Decoder::Sums sums = {};
 #pragma unroll 1
         while (steps_left > 0) {
-            if (source_steps == 0) next_source();
-            // Up to the end of this run or of the one that is copied; behind the last copy, to the end of this one.
-            const bool copies = source_steps > 0;
-            int n = copies ? min(steps_left, source_steps) : steps_left;
-            steps_left -= n;
-            source_steps -= copies ? n : 0;
-#pragma unroll 1
-            for (; n > 0; n--) {
-                await_copies<STAGES - 1>();
-                uint4 low = load_copied_16(words), high = load_copied_16(words + STEP_BYTES / 2);
-                Decoder::add(low, high, words, row, sums);
-                if (copies) load(words);
-                end_copies();
-                words += SLOT_WORDS * 4;
-                if (words == slots + STAGES * SLOT_WORDS * 4) words = slots;
-            }
+            if (ring.steps == 0 || ring.ahead < DEPTH) ring.fill(jobs, limit);
+            const bool refill = ring.steps > 0;
+            const uint32_t slot = ring.await();
+            // Two steps at a time hide each other's latencies.
+            if (STEPS_OF_SLOT == 2 && steps_left > 1) take_steps<STEPS_OF_SLOT, Decoder>(ring, slot, row, sums);
+            else take_steps<1, Decoder>(ring, slot, row, sums);
+            steps_left -= STEPS_OF_SLOT;
+            if (!refill) ring.ahead--;
+            ring.pass(refill);
         }
-        Partial partial;
+        typename Decoder::Partial partial;
         Decoder::partial(sums, partial);
-        if (quarter == 0) partials[run + warp][quad] = partial;
+        if (lane % 4 == 0) partials[run + warp][lane / 4] = partial;
     }
-    __syncthreads();
-
-    unsigned long long best = 0;
-#pragma unroll 1
-    for (int index = threadIdx.x; index < tiles * TILE_ROWS; index += MATVEC_THREADS) {
-        const int tile = index / TILE_ROWS;
-        if (tile != own_tile) {
-            load_constants(tile);
-            if (job.residual) residual = load_fresh(job.residual + row_of(job.parts[0], tile, index % TILE_ROWS));
-        }
-        float values[MAX_INPUTS] = {};
-#pragma unroll
-        for (int run = 0; run < MAX_INPUTS; run++) {
-            if (run >= runs) continue;
-            int first = tile * steps_of_tile + (run ? chunks_0 : 0), last = first + (run ? chunks_1 : chunks_0) - 1;
-            Partial sum = {};
-#pragma unroll 1
-            for (int w = first / share; w <= last / share; w++) sum.add(partials[tile * runs + run + w][index % TILE_ROWS]);
-            values[run] = Decoder::result(sum, activations[job.mode == MODE_JOINED ? run : 0], constants[run]) + bias[run];
-        }
-        const Part &part = part_of(tile, 0);
-        int row = (begin_tile + tile - part.first_tile) * TILE_ROWS + index % TILE_ROWS;
-        float y = values[0] + (job.mode == MODE_JOINED ? values[1] : 0.0f);
-        if (part.activation != ACT_NONE) {
-            y = activate(part.activation, __half2float(__float2half_rn(y)));
-            if (job.mode == MODE_GATED) y = __half2float(__float2half_rn(y)) * __half2float(__float2half_rn(values[1]));
-        }
-        if (row >= part.n) continue;
-        if (IS_HEAD) {
-            job.head.logits[row] = y;
-            unsigned long long rank = rank_of(y, row);
-            best = rank > best ? rank : best;
-        } else if (job.residual) {
-            job.residual[row] = residual + y;
-        } else if (job.out_is_float) {
-            ((float *)part.out)[row] = y;
-        } else {
-            ((__half *)part.out)[row] = __float2half_rn(y);
-        }
-    }
-    if (IS_HEAD) {
-        __shared__ unsigned long long best_room[MATVEC_WARPS];
-        finish_head(job.head, best, best_room);
-    }
+    ring.leave(at);
 }
 
-// A matrix's kernel and that of a head, and how many of its blocks have registers on a multiprocessor at once.
-#define MATVEC_KERNELS(NAME, DECODER, STAGES, BLOCKS)                                                                         \
-    extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, BLOCKS) NAME##_matvec(const __grid_constant__ Matvec job) { \
-        matvec<DECODER, STAGES, false>(job);                                                                                  \
-    }                                                                                                                         \
-    extern "C" __global__ void __launch_bounds__(MATVEC_THREADS, BLOCKS) NAME##_head(const __grid_constant__ Matvec job) {   \
-        matvec<DECODER, STAGES, true>(job);                                                                                   \
+// The partials of one row of a run, in the order of its steps.
+template <class Partial>
+__device__ __forceinline__ Partial total_of(const Share &share, const void *room, int run, int row) {
+    const Partial(*partials)[TILE_ROWS] = (const Partial(*)[TILE_ROWS])room;
+    int first = first_of(share, run), last = first + share.chunks[is_second(share, run)] - 1;
+    Partial sum = {};
+#pragma unroll 1
+    for (int warp = first / share.of_warp; warp <= last / share.of_warp; warp++) sum.add(partials[run + warp][row]);
+    return sum;
+}
+
+// What a row's value becomes, and where it goes.
+__device__ __forceinline__ void put_row(const Held &held, int in_block, const float (&values)[MAX_INPUTS], float residual,
+                                        unsigned long long &best) {
+    const Matvec &job = held.job.matvec;
+    int row;
+    const Part &part = part_at(held, 0, in_block, row);
+    float y = values[0] + (job.mode == MODE_JOINED ? values[1] : 0.0f);
+    if (part.activation != ACT_NONE) {
+        y = activate(part.activation, __half2float(__float2half_rn(y)));
+        if (job.mode == MODE_GATED) y = __half2float(__float2half_rn(y)) * __half2float(__float2half_rn(values[1]));
     }
+    if (job.logits) {
+        job.logits[row] = y;
+        unsigned long long rank = rank_of(y, row);
+        best = rank > best ? rank : best;
+    } else if (job.residual) {
+        job.residual[row] = residual + y;
+    } else if (job.out_is_float) {
+        ((float *)part.out)[row] = y;
+    } else {
+        ((__half *)part.out)[row] = __float2half_rn(y);
+    }
+}

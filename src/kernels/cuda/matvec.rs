@@ -1,20 +1,17 @@
-//! One token times weight matrices: what a launch of `matvec.cuh` is told.
+//! One token times weight matrices: what a job of `matvec.cuh` is told.
 
-use candle_core::{CudaDevice, Result, bail};
+use candle_core::{Result, bail};
 
-use super::launch::{Fatbin, Grid, Kernel, Planned, dimension, launch};
-use crate::parameters;
+use super::launch::dimension;
+use super::program::{Facts, Jobs, Kind, Planned, StepKernel, WARPS};
 
 /// Bytes of a row that a warp takes at once: rows are padded to whole ones.
 pub const CHUNK_BYTES: usize = 128;
 pub const MAX_PARTS: usize = 4;
 const MAX_INPUTS: usize = 2;
-const THREADS: u32 = 512;
-const WARPS: usize = 16;
-const TILE_ROWS: usize = 8;
-const STEP_BYTES: usize = TILE_ROWS * CHUNK_BYTES;
-/// `first_tile` of a part that a launch does not have.
-const NO_TILE: i32 = i32::MAX;
+pub(super) const TILE_ROWS: usize = 8;
+/// `first_row` of a part that a job does not have.
+const NO_ROW: i32 = i32::MAX;
 
 /// A matrix on the device as the streaming product reads it.
 #[derive(Clone, Copy)]
@@ -35,33 +32,23 @@ pub struct Streamed {
     pub threshold: f32,
 }
 
-/// The kernels of one layout.
+/// A layout of matrices. Only those of one family share a job.
 pub struct Family {
-    pub fatbin: &'static Fatbin,
-    /// The kernel of a matrix, and that of a head.
-    pub kernels: [&'static str; 2],
+    pub name: &'static str,
+    pub kind: Kind,
     /// Elements of a chunk.
     pub chunk: usize,
-    /// Shared memory for an element of x, in eighths of a byte.
-    pub shared_eighths: usize,
-    /// Steps that a warp copies ahead, and the words that a lane copies for a step beside the weights.
-    pub stages: usize,
-    pub extra_words: usize,
-    /// Of what one matrix and tile add to a row.
-    pub partial_bytes: usize,
+    /// Those that read it, the best one first.
+    pub kernels: &'static [&'static StepKernel],
 }
 
 impl PartialEq for Family {
     fn eq(&self, other: &Self) -> bool {
-        self.kernels == other.kernels
+        self.name == other.name
     }
 }
 
-/// Whether launches of a step may overlap. In a chain of one kind of matrix they gain 2 to 3 µs each that way (docs/benchmarks.md);
-/// in a whole step on an H200, with attention between them, the step took longer than the sum of its launches alone.
-pub const EARLY: bool = false;
-
-/// What a launch reads, as `struct Input` of matvec.cuh.
+/// What a job reads, as `struct Input` of job.cuh.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct Input {
@@ -72,11 +59,13 @@ pub struct Input {
     pub norm_bias: u64,
     pub epsilon: f32,
     pub scale: f32,
-    /// 1 / k, for [`Matvec::plan`] to fill in, as the two behind the norm.
+    /// 1 / k, for [`Matvec::new`] to fill in, as those behind the norm.
     pub per_k: f32,
     pub norm: i32,
     pub k: i32,
     pub chunks: i32,
+    /// Elements of the chunks.
+    pub padded: i32,
 }
 
 pub const NORM_RMS: i32 = 1;
@@ -93,7 +82,7 @@ pub struct Part {
     out: u64,
     offset: f32,
     n: i32,
-    first_tile: i32,
+    first_row: i32,
     activation: i32,
 }
 
@@ -105,55 +94,32 @@ impl Streamed {
     }
 }
 
-/// Where the token goes, as `struct Head`.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-pub struct Head {
-    /// fp32 `[n]`; 0 for every matrix but a head.
-    pub logits: u64,
-    /// `[blocks]` of 8 bytes.
-    pub best: u64,
-    pub arrived: u64,
-    /// Token, position and step.
-    pub state: u64,
-    pub host: u64,
-    pub table: u64,
-    pub embedding: u64,
-    pub table_scale: f32,
-    pub table_stride: i32,
-    pub hidden: i32,
-    pub host_slots: i32,
-    pub advance: i32,
-}
-
-/// All that a launch reads, as `struct Matvec`.
+/// All that a job reads, as `struct Matvec`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub struct Job {
+pub struct Matvec {
     parts: [Part; MAX_PARTS],
     inputs: [Input; MAX_INPUTS],
-    code: u64,
     residual: u64,
+    logits: u64,
     outlier_columns: u64,
-    head: Head,
     threshold: f32,
     stride: i32,
     stride_1: i32,
     n_inputs: i32,
     mode: i32,
-    tiles: i32,
-    segments: i32,
+    rows: i32,
     out_is_float: i32,
 }
 
-/// A matrix of a launch and what becomes of its product.
+/// A matrix of a job and what becomes of its product.
 #[derive(Clone, Copy)]
 pub struct Product {
     pub matrix: Streamed,
     /// fp32 `[n]`, or 0.
     pub bias: u64,
     pub out: u64,
-    /// `enum Activation` of matvec.cuh.
+    /// `enum Activation` of job.cuh.
     pub activation: i32,
 }
 
@@ -164,7 +130,7 @@ pub enum Mode {
     Joined = 2,
 }
 
-/// What happens to a launch's results.
+/// What happens to a job's results.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Epilogue {
     /// fp32 `[n]` that the products are added to, or 0.
@@ -172,127 +138,102 @@ pub struct Epilogue {
     /// A count of 64 bits that LLM.int8's outlier columns are added to, or 0.
     pub outlier_columns: u64,
     pub out_is_float: bool,
-    pub head: Head,
-}
-
-/// A launch, ready to be repeated.
-pub struct Matvec {
-    kernel: Kernel,
-    grid: Grid,
-    job: Job,
+    /// fp32 `[n]` of a head, 0 for every other matrix.
+    pub logits: u64,
 }
 
 impl Matvec {
-    /// As [`Self::plan`], on a device that must have the shared memory for it.
-    pub fn new(
-        device: &CudaDevice,
-        mode: Mode,
-        inputs: Vec<Input>,
-        products: &[Product],
-        epilogue: Epilogue,
-    ) -> Result<Self> {
-        let Planned { fatbin, kernel, grid, job } = Self::plan(Facts::of(device)?, mode, inputs, products, epilogue)?;
-        let kernel = fatbin.kernel(device, kernel)?;
-        kernel.allow_shared(grid.shared_bytes)?;
-        if kernel.blocks_per_multiprocessor(grid.threads, grid.shared_bytes)? == 0 {
-            let (k, bytes) = (job.inputs[0].k, grid.shared_bytes);
-            bail!("a row of {k} elements needs {bytes} bytes of shared memory, more than this device has");
-        }
-        Ok(Self { kernel, grid, job })
-    }
-
     /// All products have matrices of one family; `Joined` ones read `inputs` one by one, others share the first.
-    pub fn plan(
+    pub(super) fn new(
         facts: Facts,
         mode: Mode,
         mut inputs: Vec<Input>,
         products: &[Product],
         epilogue: Epilogue,
-    ) -> Result<Planned<Job>> {
-        let Some(first) = products.first().map(|product| product.matrix) else { bail!("a launch of no matrices") };
+    ) -> Result<Self> {
+        let Some(first) = products.first().map(|product| product.matrix) else { bail!("a job of no matrices") };
         if products.len() > MAX_PARTS
             || inputs.len() > MAX_INPUTS
             || products.iter().any(|p| p.matrix.family != first.family)
         {
-            bail!("matrices that cannot share a launch");
+            bail!("matrices that cannot share a job");
         }
-        let family = first.family;
+        if inputs.len() > 1 && inputs.iter().any(|input| input.norm != 0) {
+            bail!("a norm in front of one of several inputs");
+        }
         for (input, product) in inputs.iter_mut().zip(products) {
-            let k = product.matrix.k;
-            (input.k, input.chunks, input.per_k) =
-                (dimension(k)?, dimension(k.div_ceil(family.chunk))?, 1.0 / k as f32);
+            let (k, chunk) = (product.matrix.k, first.family.chunk);
+            input.per_k = 1.0 / k as f32;
+            (input.k, input.chunks) = (dimension(k)?, dimension(k.div_ceil(chunk))?);
+            input.padded = dimension(k.next_multiple_of(chunk))?;
         }
         // A single joined product is one part.
         let mode = if mode == Mode::Joined && products.len() == 1 { Mode::Apart } else { mode };
-        let tiles_of = |product: &Product| product.matrix.n.div_ceil(TILE_ROWS);
-        let (tiles, runs) = match mode {
-            Mode::Apart => (products.iter().map(tiles_of).sum(), 1),
-            Mode::Gated | Mode::Joined => (tiles_of(&products[0]), 2),
+        let rows = match mode {
+            Mode::Apart => products.iter().map(|product| product.matrix.n).sum(),
+            Mode::Gated | Mode::Joined => first.n,
         };
-        let blocks = tiles.min(facts.multiprocessors);
-        let segments = tiles.div_ceil(blocks) * runs + WARPS;
-        let kernel = family.kernels[usize::from(epilogue.head.logits != 0)];
-        let x_bytes: usize =
-            inputs.iter().map(|i| (i.chunks as usize * family.chunk * family.shared_eighths).div_ceil(8)).sum();
-        let slot_bytes = STEP_BYTES + 4 * 32 * family.extra_words;
-        let shared_bytes = WARPS * family.stages * slot_bytes + segments * TILE_ROWS * family.partial_bytes + x_bytes;
-        let mut job = Job {
-            parts: [Part { first_tile: NO_TILE, ..Part::default() }; MAX_PARTS],
+        if u32::try_from(rows * facts.multiprocessors).is_err() {
+            bail!("{rows} rows over {} multiprocessors: the product exceeds {}", facts.multiprocessors, u32::MAX);
+        }
+        let mut matvec = Self {
+            parts: [Part { first_row: NO_ROW, ..Part::default() }; MAX_PARTS],
             inputs: [Input::default(); MAX_INPUTS],
-            code: first.code,
             residual: epilogue.residual,
+            logits: epilogue.logits,
             outlier_columns: epilogue.outlier_columns,
-            head: epilogue.head,
             threshold: first.threshold,
             stride: dimension(first.stride_bytes)?,
             stride_1: dimension(products.last().map_or(0, |p| p.matrix.stride_bytes))?,
             n_inputs: inputs.len() as i32,
             mode: mode as i32,
-            tiles: dimension(tiles)?,
-            segments: dimension(segments)?,
+            rows: dimension(rows)?,
             out_is_float: i32::from(epilogue.out_is_float),
         };
-        job.inputs[..inputs.len()].copy_from_slice(&inputs);
-        let mut first_tile = 0;
-        for (part, product) in job.parts.iter_mut().zip(products) {
+        matvec.inputs[..inputs.len()].copy_from_slice(&inputs);
+        let mut first_row = 0;
+        for (part, product) in matvec.parts.iter_mut().zip(products) {
             let (bias, out, activation) = (product.bias, product.out, product.activation);
-            *part = Part { bias, out, first_tile, activation, ..product.matrix.part()? };
+            *part = Part { bias, out, first_row, activation, ..product.matrix.part()? };
             if mode == Mode::Apart {
-                first_tile += dimension(tiles_of(product))?;
+                first_row += part.n;
             }
         }
-        let grid = Grid { blocks: (blocks, 1), threads: THREADS, shared_bytes, early: EARLY };
-        Ok(Planned { fatbin: family.fatbin, kernel, grid, job })
+        Ok(matvec)
+    }
+
+    /// A launch of this job alone.
+    pub fn plan(
+        facts: Facts,
+        mode: Mode,
+        inputs: Vec<Input>,
+        products: &[Product],
+        epilogue: Epilogue,
+    ) -> Result<Planned> {
+        let mut jobs = Jobs::new(facts);
+        jobs.multiply(mode, inputs, products, epilogue)?;
+        jobs.plan(0)
+    }
+
+    /// Partial results of a block: of 8 rows each where a warp leaves a run.
+    pub(super) fn partials(&self, blocks: usize) -> usize {
+        let tiles = (self.rows as usize).div_ceil(blocks).div_ceil(TILE_ROWS);
+        let runs = if self.mode == Mode::Apart as i32 { 1 } else { 2 };
+        (tiles * runs + WARPS) * TILE_ROWS
+    }
+
+    /// Elements of all inputs' chunks.
+    pub(super) fn padded(&self) -> usize {
+        self.inputs().iter().map(|input| input.padded as usize).sum()
     }
 
     /// Rows that it looks through for outlier columns, and their elements.
-    pub fn examines(&self) -> (usize, usize) {
-        let inputs = &self.job.inputs[..if self.job.threshold.is_nan() { 0 } else { self.job.n_inputs as usize }];
+    pub(super) fn examines(&self) -> (usize, usize) {
+        let inputs = if self.threshold.is_nan() { &[][..] } else { self.inputs() };
         (inputs.len(), inputs.iter().map(|input| input.k as usize).sum())
     }
 
-    /// # Safety
-    /// Every address that this launch was made of is still good.
-    pub unsafe fn launch(&self, device: &CudaDevice) -> Result<()> {
-        // SAFETY: the kernels take one `Matvec`, which `Job` mirrors; the caller vouches for the addresses.
-        unsafe { launch(device, self.kernel, self.grid, parameters![self.job]) }
-    }
-}
-
-/// What the shape of a grid depends on.
-#[derive(Debug, Clone, Copy)]
-pub struct Facts {
-    pub multiprocessors: usize,
-}
-
-impl Facts {
-    pub fn of(device: &CudaDevice) -> Result<Self> {
-        use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let stream = device.cuda_stream();
-        let count = stream
-            .context()
-            .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .map_err(super::memory::driver_error)?;
-        Ok(Self { multiprocessors: usize::try_from(count).unwrap_or(1) })
+    fn inputs(&self) -> &[Input] {
+        &self.inputs[..self.n_inputs as usize]
     }
 }

@@ -15,6 +15,7 @@ pub mod launch;
 pub mod libraries;
 pub mod matvec;
 pub mod memory;
+pub mod program;
 pub mod rows;
 pub mod staging;
 

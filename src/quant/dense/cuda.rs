@@ -9,6 +9,7 @@ use super::{DenseStored, Value};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, address, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
+use crate::kernels::cuda::program::{Kind, StepKernel};
 use crate::kernels::cuda::rows::Rows;
 use crate::quant::cuda::download;
 use crate::quant::{CudaMatrix, Stored};
@@ -17,12 +18,18 @@ pub use encode::{KERNELS as ENCODE_KERNELS, cast_rows};
 pub(in crate::quant) use encode::{device_bytes, encoder};
 
 pub static KERNELS: Fatbin = Fatbin { name: "dense", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense.fatbin")) };
-static HALVES: Family = family(["half_matvec", "half_head"], 64, 16);
-static FLOATS: Family = family(["float_matvec", "float_head"], 32, 48);
 
-const fn family(kernels: [&'static str; 2], chunk: usize, shared_eighths: usize) -> Family {
-    Family { fatbin: &KERNELS, kernels, chunk, shared_eighths, stages: 4, extra_words: 0, partial_bytes: 4 }
-}
+/// Reads no format but these.
+pub static STEP: StepKernel = StepKernel {
+    fatbin: &KERNELS,
+    name: "half_step",
+    has_tables: false,
+    place_words: 0,
+    partial_bytes: size_of::<f32>(),
+    converted_eighths: 0,
+};
+static HALVES: Family = Family { name: "half", kind: Kind::Half, chunk: CHUNK_BYTES / 2, kernels: &[&STEP] };
+static FLOATS: Family = Family { name: "float", kind: Kind::Float, chunk: CHUNK_BYTES / 4, kernels: &[&STEP] };
 
 /// Uploads row-major values in their own dtype.
 pub(super) fn upload<T: Value>(stored: &DenseStored<T>, device: &Device) -> Result<Box<dyn CudaMatrix>> {

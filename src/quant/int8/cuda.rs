@@ -9,6 +9,7 @@ use super::Int8Stored;
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
+use crate::kernels::cuda::program::{Kind, StepKernel};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::download;
@@ -17,17 +18,18 @@ pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
 
 pub static KERNELS: Fatbin = Fatbin { name: "int8", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin")) };
-/// A byte of code, an eighth of a byte of outlier bits and the half that both are made of.
-static BYTES: Family = Family {
+
+static STEP: StepKernel = StepKernel {
     fatbin: &KERNELS,
-    kernels: ["int8_matvec", "int8_head"],
-    chunk: CHUNK_BYTES,
-    shared_eighths: 25,
-    stages: 4,
-    extra_words: 0,
+    name: "int8_step",
+    has_tables: false,
+    place_words: 0,
     // An int32 sum and the outlier columns' fp32 one.
     partial_bytes: 8,
+    // A byte of code and a bit that tells outliers.
+    converted_eighths: 9,
 };
+static BYTES: Family = Family { name: "int8", kind: Kind::Own, chunk: CHUNK_BYTES, kernels: &[&STEP] };
 
 const FLAG_THREADS: u32 = 256;
 /// Rows of blocks that look for outliers: enough to fill a device at a long prompt, few enough that a block does some work.
@@ -36,6 +38,9 @@ const FLAG_BLOCKS_Y: usize = 32;
 const LIST_THREADS: u32 = 1024;
 const QUANTIZE_THREADS: u32 = 256;
 const FINISH_THREADS: u32 = 256;
+/// As in int8.cu.
+const FINISH_COLUMNS: usize = 64;
+const FINISH_ROWS: usize = 32;
 const FINISH_BLOCKS_Y: usize = 256;
 /// cuBLAS multiplies bytes only in matrices whose sides are multiples of this.
 const GEMM_SIDE: usize = 4;
@@ -255,7 +260,8 @@ impl ManyRows {
     pub unsafe fn finish(&self, on: &dyn Launcher) -> Result<()> {
         let Self { products, weight, absmax, row_absmax, columns, count, x, y, .. } = *self;
         let (m, n, k, stride) = (dimension(self.m)?, dimension(self.n)?, dimension(self.k)?, dimension(self.stride)?);
-        let grid = Grid::new((self.n.div_ceil(FINISH_THREADS as usize), self.m.min(FINISH_BLOCKS_Y)), FINISH_THREADS);
+        let blocks = (self.n.div_ceil(FINISH_COLUMNS), self.m.div_ceil(FINISH_ROWS).min(FINISH_BLOCKS_Y));
+        let grid = Grid::new(blocks, FINISH_THREADS);
         let parameters = parameters![products, weight, absmax, row_absmax, columns, count, x, y, m, n, k, stride];
         // SAFETY: parameters as int8.cu declares them; the columns listed are below k, and a thread past n returns.
         unsafe { on.launch(&KERNELS, "int8_finish_rows", grid, parameters) }

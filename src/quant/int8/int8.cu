@@ -11,7 +11,7 @@
 // One row of x is the streaming product below. Many rows: outlier_flags -> outlier_list -> quantize_rows -> cuBLAS' int8
 // product -> finish_rows, all on one stream. Sums int32 and fp32.
 
-#include "kernels/cuda/matvec.cuh"
+#include "quant/step.cuh"
 
 constexpr int QUANTIZE_THREADS = 256;
 constexpr int LIST_THREADS = 1024;
@@ -119,8 +119,12 @@ extern "C" __global__ void int8_products(
     products[at] = sum;
 }
 
-// Many rows, behind the int8 product: a thread owns one output column and walks over rows.
-extern "C" __global__ void int8_finish_rows(
+// Many rows, behind the int8 product: a block owns FINISH_COLUMNS outputs of FINISH_ROWS rows at a time, and a thread one output of
+// every FINISH_STEP-th row. Weights of outlier columns and what they multiply lie in shared memory, FINISH_OUTLIERS at once.
+constexpr int FINISH_COLUMNS = 64, FINISH_ROWS = 32, FINISH_OUTLIERS = 32, FINISH_THREADS = 256;
+constexpr int FINISH_STEP = FINISH_THREADS / FINISH_COLUMNS;
+
+extern "C" __global__ void __launch_bounds__(FINISH_THREADS) int8_finish_rows(
     const int *__restrict__ products,         // [m, n]
     const int8_t *__restrict__ weight,        // [n, stride]
     const float *__restrict__ weight_absmax,  // [n]
@@ -130,18 +134,40 @@ extern "C" __global__ void int8_finish_rows(
     const __half *__restrict__ x,             // [m, k]
     __half *__restrict__ y,                   // [m, n]
     int m, int n, int k, int stride) {
-    int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= n) return;
-    float scale = weight_absmax[column];
-    for (int row = blockIdx.y; row < m; row += gridDim.y) {
-        float outlier = 0.0f;
-        for (int at = 0; at < *count; at++) {
-            int c = columns[at];
-            float w = outlier_weight(weight[(long long)column * stride + c], scale);
-            outlier += w * __half2float(x[(long long)row * k + c]);
+    __shared__ float weights[FINISH_OUTLIERS][FINISH_COLUMNS + 1], values[FINISH_ROWS][FINISH_OUTLIERS];
+    const int first_column = blockIdx.x * FINISH_COLUMNS, in_block = threadIdx.x % FINISH_COLUMNS, row_of_thread = threadIdx.x / FINISH_COLUMNS;
+    const int column = first_column + in_block, outliers = *count;
+    const float scale = column < n ? weight_absmax[column] : 0.0f;
+    for (int first_row = blockIdx.y * FINISH_ROWS; first_row < m; first_row += gridDim.y * FINISH_ROWS) {
+        float sums[FINISH_ROWS / FINISH_STEP] = {};
+        for (int first = 0; first < outliers; first += FINISH_OUTLIERS) {
+            const int held = min(FINISH_OUTLIERS, outliers - first);
+            __syncthreads();
+            for (int at = threadIdx.x; at < FINISH_OUTLIERS * FINISH_COLUMNS; at += FINISH_THREADS) {
+                const int outlier = at % FINISH_OUTLIERS, of_block = at / FINISH_OUTLIERS;
+                if (outlier >= held || first_column + of_block >= n) continue;
+                const int8_t code = weight[(long long)(first_column + of_block) * stride + columns[first + outlier]];
+                weights[outlier][of_block] = outlier_weight(code, weight_absmax[first_column + of_block]);
+            }
+            for (int at = threadIdx.x; at < FINISH_OUTLIERS * FINISH_ROWS; at += FINISH_THREADS) {
+                const int outlier = at % FINISH_OUTLIERS, row = at / FINISH_OUTLIERS;
+                if (outlier >= held || first_row + row >= m) continue;
+                values[row][outlier] = __half2float(x[(long long)(first_row + row) * k + columns[first + outlier]]);
+            }
+            __syncthreads();
+            for (int outlier = 0; outlier < held; outlier++) {
+                const float of_column = weights[outlier][in_block];
+#pragma unroll
+                for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) sums[i] += of_column * values[row_of_thread + i * FINISH_STEP][outlier];
+            }
         }
-        float value = join(products[(long long)row * n + column], row_absmax[row], scale, outlier);
-        y[(long long)row * n + column] = __float2half_rn(value);
+#pragma unroll
+        for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) {
+            const int row = first_row + row_of_thread + i * FINISH_STEP;
+            if (row >= m || column >= n) continue;
+            const float value = join(products[(long long)row * n + column], row_absmax[row], scale, sums[i]);
+            y[(long long)row * n + column] = __float2half_rn(value);
+        }
     }
 }
 
@@ -149,16 +175,8 @@ extern "C" __global__ void int8_finish_rows(
 struct Bytes {
     static constexpr int CHUNK = 128;
     struct Shared {};
-    struct Nothing {
-        __device__ void set(const Part &, int, int, int, int) {}
-        __device__ void copy_extra(uint32_t) {}
-    };
     using Place = Nothing;
-    static constexpr int EXTRA_WORDS = 0;
-    struct Constant {
-        float scale;
-        __device__ void load(const Part &part, int row) { scale = load_float((const float *)part.scales + row); }
-    };
+    static constexpr bool HAS_ROW_SCALES = true;
     struct Partial {
         int product;
         float outlier;
@@ -191,54 +209,85 @@ struct Bytes {
         }
     };
 
-    // A thread takes four elements at a time.
-    static __device__ uint8_t *convert(Activations &to, const Shared &, const Matvec &job, const Input &input, const __half *halves,
-                                       uint8_t *free_bytes, float *room) {
-        int padded = input.chunks * CHUNK;
-        uint32_t *made = (uint32_t *)free_bytes, *bits = (uint32_t *)(free_bytes + padded);
-        for (int at = threadIdx.x; at < padded / 32; at += MATVEC_THREADS) bits[at] = 0;
-        float largest = 0.0f;
-        for (int at = threadIdx.x; at < padded / 4; at += MATVEC_THREADS) {
-            float values[4];
-            four(halves, at, values);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (!(fabsf(values[i]) >= job.threshold)) largest = larger(largest, fabsf(values[i]));
+    // A thread takes eight elements at a time, and all inputs in one go. Magnitudes of halves order as their bits do.
+    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &job, const __half *x, uint8_t *free_bytes,
+                                   float (&room)[MAX_INPUTS * WARPS]) {
+        const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+        const uint32_t threshold = first_outlier(job.threshold) * 0x10001u;
+#pragma unroll 1
+        for (int i = 0; i < job.n_inputs; i++) {
+            const int padded = job.inputs[i].padded;
+            const uint4 *eights = (const uint4 *)(x + i * job.inputs[0].padded);
+            uint32_t *bits = (uint32_t *)(free_bytes + i * behind(job.inputs[0].padded) + padded);
+            uint32_t largest = 0;
+#pragma unroll 1
+            for (int at = threadIdx.x; at < padded / 8; at += THREADS) {
+                uint4 eight = eights[at];
+                if (at < padded / 32) bits[at] = 0;
+                remove_outliers(eight, threshold);
+                const uint32_t low = larger_halves(eight.x & MAGNITUDES, eight.y & MAGNITUDES);
+                largest = larger_halves(largest, larger_halves(low, larger_halves(eight.z & MAGNITUDES, eight.w & MAGNITUDES)));
+            }
+#pragma unroll 1
+            for (int distance = LANES / 2; distance > 0; distance /= 2)
+                largest = larger_halves(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
+            if (lane == 0) room[i * WARPS + warp] = __half2float(__ushort_as_half((unsigned short)max(largest & 0xffff, largest >> 16)));
         }
-        largest = warp_max(largest);
-        if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = largest;
         __syncthreads();
-        largest = warp_max(threadIdx.x % LANES < MATVEC_WARPS ? room[threadIdx.x % LANES] : 0.0f);
-        // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
-        float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
-        for (int at = threadIdx.x; at < padded / 4; at += MATVEC_THREADS) {
-            float values[4];
-            four(halves, at, values);
-            uint32_t codes = 0, found = 0;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                bool is_outlier = fabsf(values[i]) >= job.threshold;
-                found |= (uint32_t)is_outlier << i;
-                codes |= is_outlier ? 0u : ((uint32_t)__float2int_rn(values[i] * scale) & 0xff) << 8 * i;
+#pragma unroll 1
+        for (int i = 0; i < job.n_inputs; i++) {
+            const int padded = job.inputs[i].padded;
+            const uint4 *eights = (const uint4 *)(x + i * job.inputs[0].padded);
+            uint8_t *made = free_bytes + i * behind(job.inputs[0].padded);
+            const float largest = warp_max(lane < WARPS ? room[i * WARPS + lane] : 0.0f);
+            // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
+            const float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
+#pragma unroll 1
+            for (int at = threadIdx.x; at < padded / 8; at += THREADS) {
+                uint4 eight = eights[at];
+                const uint32_t found = remove_outliers(eight, threshold);
+                ((uint2 *)made)[at] = make_uint2(codes_of(eight.x, eight.y, scale), codes_of(eight.z, eight.w, scale));
+                if (!found) continue;
+                atomicOr((uint32_t *)(made + padded) + at / 16 * 4 + at / 2 % 4, found << (at / 8 % 2 * 16 + at % 2 * 8));
+                // Every block finds the same ones, and the last one always has rows.
+                if (job.outlier_columns && blockIdx.x == gridDim.x - 1) atomicAdd(job.outlier_columns, (unsigned long long)__popc(found));
             }
-            made[at] = codes;
-            if (found) {
-                atomicOr(bits + at / 32 * 4 + at / 4 % 4, found << (at / 16 % 2 * 16 + at % 4 * 4));
-                // Every block finds the same ones.
-                if (job.outlier_columns && blockIdx.x == 0) atomicAdd(job.outlier_columns, (unsigned long long)__popc(found));
-            }
+            if (threadIdx.x == 0) to[i] = {shared_address(eights), shared_address(made), shared_address(made + padded), largest};
         }
-        if (threadIdx.x == 0) to = {shared_address(halves), shared_address(made), shared_address(bits), largest};
-        return free_bytes + padded + padded / 8;
     }
-    static __device__ __forceinline__ void four(const __half *halves, int at, float (&values)[4]) {
-        uint2 loaded = *(const uint2 *)(halves + 4 * at);
-        float2 a = __half22float2(*(const __half2 *)&loaded.x), b = __half22float2(*(const __half2 *)&loaded.y);
-        values[0] = a.x, values[1] = a.y, values[2] = b.x, values[3] = b.y;
+    // Bytes of codes and outlier bits.
+    static __device__ __forceinline__ int behind(int padded) { return padded + padded / 8; }
+    static constexpr uint32_t MAGNITUDES = 0x7fff7fff, FIRST_NAN = 0x7c017c01;
+    // The bits of the smallest half that is an outlier.
+    static __device__ __forceinline__ uint32_t first_outlier(float threshold) {
+        if (isnan(threshold)) return 0x7fff;
+        const __half nearest = __float2half_rn(threshold);
+        return __half_as_ushort(nearest) + (__half2float(nearest) < threshold ? 1 : 0);
     }
-    static __device__ void prepare(Shared &, const Matvec &) {}
+    // A bit for each outlier among the eight, which become zero.
+    static __device__ __forceinline__ uint32_t remove_outliers(uint4 &eight, uint32_t threshold) {
+        // Magnitudes and threshold have 15 bits: the 16th says that the difference is not negative.
+        auto at_least = [](uint32_t pair, uint32_t least) { return ((pair | ~MAGNITUDES) - least) & ~MAGNITUDES; };
+        uint32_t x = at_least(eight.x, threshold), y = at_least(eight.y, threshold), z = at_least(eight.z, threshold),
+                 w = at_least(eight.w, threshold);
+        if ((x | y | z | w) == 0) return 0;
+        // NaN is no outlier.
+        x &= ~at_least(eight.x, FIRST_NAN), y &= ~at_least(eight.y, FIRST_NAN), z &= ~at_least(eight.z, FIRST_NAN), w &= ~at_least(eight.w, FIRST_NAN);
+        auto kept = [](uint32_t pair, uint32_t outliers) { return pair & ~((outliers >> 15) * 0xffff); };
+        auto two = [](uint32_t outliers) { return (outliers >> 15 & 1) | (outliers >> 30 & 2); };
+        eight = make_uint4(kept(eight.x, x), kept(eight.y, y), kept(eight.z, z), kept(eight.w, w));
+        return two(x) | two(y) << 2 | two(z) << 4 | two(w) << 6;
+    }
+    static __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+    // Four codes: the nearest integers, half to even, in low bytes of sums whose last place is 1.
+    static __device__ __forceinline__ uint32_t codes_of(uint32_t low, uint32_t high, float scale) {
+        const float2 a = __half22float2(*(const __half2 *)&low), b = __half22float2(*(const __half2 *)&high);
+        auto nearest = [&](float value) { return __float_as_uint(__fadd_rn(__fmul_rn(value, scale), 12582912.0f)); };
+        return __byte_perm(__byte_perm(nearest(a.x), nearest(a.y), 0x0040), __byte_perm(nearest(b.x), nearest(b.y), 0x0040), 0x5410);
+    }
+    static __device__ void prepare(Shared &, const float *) {}
 
-    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t words, Row &row, Sums &sums) {
+    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t words, uint32_t, Row &row, Sums &sums) {
         uint4 x = load_shared_16(row.codes);
         uint32_t outliers = load_shared(row.outliers);
         multiply_bytes(sums.products, low.x, high.x, low.y, high.y, x.x, x.y);
@@ -250,7 +299,7 @@ struct Bytes {
             do {
                 uint32_t at = __ffs(outliers) - 1;
                 outliers &= outliers - 1;
-                uint32_t word = load_copied(words + at % 16 / 4 * 4 + at / 16 * (STEP_BYTES / 2));
+                uint32_t word = load_copied(words + at / 16 * (CHUNK_BYTES / 2) + at % 16 / 4 * 4);
                 float weight = outlier_weight((int8_t)(word >> at % 4 * 8), scale);
                 uint32_t pair = load_shared(of_chunk + at % 16 / 2 * 4 + at / 16 * 128);
                 sums.outlier += weight * __half2float(__ushort_as_half((unsigned short)(pair >> at % 2 * 16)));
@@ -262,9 +311,9 @@ struct Bytes {
     static __device__ void partial(const Sums &sums, Partial &of_row) {
         of_row = {sums.products[0] + sums.products[3], quad_sum(sums.outlier)};
     }
-    static __device__ float result(const Partial &total, const Activations &from, const Constant &constant) {
-        return join(total.product, from.absmax, constant.scale, total.outlier);
+    static __device__ float result(const Partial &total, const Activations &from, float scale) {
+        return join(total.product, from.absmax, scale, total.outlier);
     }
 };
 
-MATVEC_KERNELS(int8, Bytes, 4, 2)
+STEP_KERNEL(int8, Bytes, SLOTS)

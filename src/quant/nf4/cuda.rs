@@ -11,6 +11,7 @@ use super::{Absmax, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
+use crate::kernels::cuda::program::{Kind, StepKernel};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::download;
@@ -20,21 +21,29 @@ pub(super) use encode::{device_bytes, encoder};
 
 pub static KERNELS: Fatbin = Fatbin { name: "nf4", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4.fatbin")) };
 
-const fn family(kernels: [&'static str; 2], extra_words: usize) -> Family {
-    Family {
+const fn step(name: &'static str, place_words: usize) -> StepKernel {
+    StepKernel {
         fatbin: &KERNELS,
-        kernels,
-        chunk: CHUNK_ELEMENTS,
-        shared_eighths: 16,
-        stages: 2,
-        extra_words,
-        partial_bytes: 4,
+        name,
+        has_tables: true,
+        place_words,
+        partial_bytes: size_of::<f32>(),
+        converted_eighths: 0,
     }
 }
-static NESTED: Family = family(["nf4_nested_matvec", "nf4_nested_head"], 2);
-static PLAIN: Family = family(["nf4_plain_matvec", "nf4_plain_head"], 1);
-static NESTED_CROSSING: Family = family(["nf4_nested_crossing_matvec", "nf4_nested_crossing_head"], 0);
-static PLAIN_CROSSING: Family = family(["nf4_plain_crossing_matvec", "nf4_plain_crossing_head"], 0);
+static NESTED_STEP: StepKernel = step("nf4_nested_step", 1);
+static PLAIN_STEP: StepKernel = step("nf4_plain_step", 1);
+static NESTED_CROSSING_STEP: StepKernel = step("nf4_nested_crossing_step", 0);
+static PLAIN_CROSSING_STEP: StepKernel = step("nf4_plain_crossing_step", 0);
+
+const fn family(name: &'static str, kernels: &'static [&'static StepKernel]) -> Family {
+    Family { name, kind: Kind::Own, chunk: CHUNK_ELEMENTS, kernels }
+}
+// The kernels for blocks that cross rows read the others too.
+static NESTED: Family = family("nf4_nested", &[&NESTED_STEP, &NESTED_CROSSING_STEP]);
+static PLAIN: Family = family("nf4_plain", &[&PLAIN_STEP, &PLAIN_CROSSING_STEP]);
+static NESTED_CROSSING: Family = family("nf4_nested", &[&NESTED_CROSSING_STEP]);
+static PLAIN_CROSSING: Family = family("nf4_plain", &[&PLAIN_CROSSING_STEP]);
 
 const CHUNK_ELEMENTS: usize = 2 * CHUNK_BYTES;
 /// Half a chunk is reordered by itself: two blocks.

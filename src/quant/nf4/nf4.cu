@@ -15,29 +15,26 @@
 // values are rounded to fp16, nothing else is. Where blocks cross rows (k not a multiple of 64) a plain loop does the same.
 // Many rows: `dequantize`, then cuBLAS.
 
-#include "kernels/cuda/matvec.cuh"
+#include "quant/step.cuh"
 
 constexpr int BLOCK = 64;
 
-// Where a lane's absmax lies in memory, what is copied of it for a step, and its value.
+// The absmax of the blocks of a step: what the lanes copy of it, a word each, and a block's value. `block` is the row's first one
+// of the step.
 struct NestedAbsmax {
-    static constexpr int WORDS = 2;
-    const uint8_t *codes;
-    const float *nested;
-    __device__ void set(const Part &part) {
-        codes = (const uint8_t *)part.scales;
-        nested = part.nested;
+    // Lanes 0 .. 15 copy codes, two words a row, since a row's four need not begin with a word; the others what they multiply,
+    // of the first block and of the last one.
+    static __device__ int row_of(int lane) { return lane % 16 / 2; }
+    static __device__ const uint32_t *base_of(const Part &part, int lane) {
+        return (const uint32_t *)(lane < 16 ? part.scales : part.nested);
     }
-    // The four codes around the block's, and what it multiplies.
-    __device__ void copy(uint32_t to, int block) const {
-        copy_word(to, codes + (block & ~3));
-        copy_word(to + 4 * LANES, nested + (block >> 8));
-    }
-    // `selector` picks the block's code of the four.
-    static __device__ float value(uint32_t words, uint32_t selector, uint32_t absmax_code, float offset) {
-        uint32_t code = __byte_perm(load_copied(words), 0, selector);
-        float of_code = __uint_as_float(load_shared(absmax_code + 4 * code));
-        return __fadd_rn(__fmul_rn(of_code, __uint_as_float(load_copied(words + 4 * LANES))), offset);
+    static __device__ int shift_of(int lane) { return lane < 16 ? 2 : 8; }
+    static __device__ int offset_of(int lane) { return lane % 2 * (lane < 16 ? 4 : 3); }
+    static __device__ float value(uint32_t words, int block, int row, int quarter, uint32_t absmax_code, float offset) {
+        uint32_t code = __byte_perm(load_copied(words + row * 8), load_copied(words + row * 8 + 4), (block & 3) + quarter);
+        uint32_t nested = load_copied(words + 64 + row * 8 + ((block & 255) + quarter) / 256 * 4);
+        float of_code = __uint_as_float(load_shared(absmax_code + 4 * (code & 0xff)));
+        return __fadd_rn(__fmul_rn(of_code, __uint_as_float(nested)), offset);
     }
     static __device__ float of_block(const Part &part, int block, const float *absmax_code) {
         uint32_t code = ((const uint8_t *)part.scales)[block];
@@ -46,28 +43,24 @@ struct NestedAbsmax {
 };
 
 struct PlainAbsmax {
-    static constexpr int WORDS = 1;
-    const float *values;
-    __device__ void set(const Part &part) { values = (const float *)part.scales; }
-    __device__ void copy(uint32_t to, int block) const { copy_word(to, values + block); }
-    static __device__ float value(uint32_t words, uint32_t, uint32_t, float) { return __uint_as_float(load_copied(words)); }
+    static __device__ int row_of(int lane) { return lane / 4; }
+    static __device__ const uint32_t *base_of(const Part &part, int) { return (const uint32_t *)part.scales; }
+    static __device__ int shift_of(int) { return 0; }
+    static __device__ int offset_of(int lane) { return lane % 4; }
+    static __device__ float value(uint32_t words, int, int row, int quarter, uint32_t, float) {
+        return __uint_as_float(load_copied(words + row * 16 + quarter * 4));
+    }
     static __device__ float of_block(const Part &part, int block, const float *) { return ((const float *)part.scales)[block]; }
 };
 
-struct Value {
-    float value;
-    __device__ void add(const Value &other) { value += other.value; }
-};
-
-struct NoConstant {
-    __device__ void load(const Part &, int) {}
-};
-
-// Chips whose memory feeds an SM more weights than 8 copies can look up have 32, the others room for more blocks.
+// Chips whose memory feeds an SM more weights than 8 copies can look up have 32; on the others room counts for more, most of
+// all on Turing.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 900
 constexpr int COPY_BITS = 5;
-#else
+#elif __CUDA_ARCH__ >= 800
 constexpr int COPY_BITS = 4;
+#else
+constexpr int COPY_BITS = 2;
 #endif
 
 template <class Absmax>
@@ -77,20 +70,21 @@ struct Nibbles {
         __align__(16) uint32_t pairs[256 * COPIES];  // filled by 16 bytes at a time
         float absmax_code[256];
     };
-    static constexpr int EXTRA_WORDS = Absmax::WORDS;
-    // Lane q scales the chunk's block q. Blocks behind the row's last one are padding: their activations are zero, their
-    // absmax any.
+    // Blocks behind the row's last one are padding: their activations are zero, their absmax any.
     struct Place {
-        Absmax absmax;
-        int block, last_block;
-        __device__ void set(const Part &part, int k, int row, int quarter, int chunk) {
-            absmax.set(part);
-            int blocks = k / BLOCK;
-            block = row * blocks + 4 * chunk + quarter;
-            last_block = row * blocks + blocks - 1;
+        static constexpr int WORDS = 1;
+        const uint32_t *base;
+        int block, last;
+        static __device__ int row_of(int lane) { return Absmax::row_of(lane); }
+        __device__ void set(const Part &part, int k, int row, int chunk) {
+            const int lane = threadIdx.x % LANES, blocks = k / BLOCK;
+            base = Absmax::base_of(part, lane);
+            block = row * blocks + 4 * chunk + Absmax::offset_of(lane);
+            last = row * blocks + blocks - 1;
         }
-        __device__ void copy_extra(uint32_t to) {
-            absmax.copy(to, min(block, last_block));
+        __device__ void copy(uint32_t to) {
+            const int lane = threadIdx.x % LANES;
+            copy_word(to + 4 * lane, base + (min(block, last) >> Absmax::shift_of(lane)));
             block += 4;
         }
     };
@@ -103,7 +97,8 @@ struct Nibbles {
         // eight first, so that the two halves lie in different banks.
         uint32_t x, x_swapped;
         uint32_t pairs;  // the lane's copy
-        uint32_t extra, absmax_code, selector;
+        uint32_t absmax_code;
+        int block;
         float offset;
         bool is_odd, is_high;  // the block that this lane scales: 1 or 3, 2 or 3
         __device__ void set(const Shared &, const Part &part, const Activations &from, int k, int row, int lane, int chunk) {
@@ -111,36 +106,35 @@ struct Nibbles {
             x = of_lane + 16 * half;
             x_swapped = of_lane + 16 * (1 - half);
             pairs = from.pairs + lane % COPIES * 4;
-            extra = extra_of(lane);
             absmax_code = from.absmax_code;
             offset = part.offset;
-            // Steps are four blocks apart. Behind the row's last block any code will do.
-            selector = 0x4440 | ((row * (k / BLOCK) + lane % 4) & 3);
+            block = row * (k / BLOCK) + 4 * chunk;
             is_odd = lane & 1;
             is_high = lane & 2;
         }
     };
-    static __device__ uint8_t *convert(Activations &to, const Shared &shared, const Matvec &, const Input &, const __half *x,
-                                       uint8_t *free_bytes, float *) {
-        if (threadIdx.x == 0) to = {shared_address(x), shared_address(shared.pairs), shared_address(shared.absmax_code)};
-        return free_bytes;
+    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &shared, const Matvec &job, const __half *x, uint8_t *,
+                                   float (&)[MAX_INPUTS * WARPS]) {
+        const int i = threadIdx.x;
+        if (i < job.n_inputs)
+            to[i] = {shared_address(x + i * job.inputs[0].padded), shared_address(shared.pairs), shared_address(shared.absmax_code)};
     }
-    using Constant = NoConstant;
+    static constexpr bool HAS_ROW_SCALES = false;
     using Partial = Value;
     struct Sums {
         float scaled;
     };
-    static __device__ void prepare(Shared &shared, const Matvec &job) {
-        for (int at = 4 * threadIdx.x; at < 256 * COPIES; at += 4 * MATVEC_THREADS) {
+    static __device__ void prepare(Shared &shared, const float *code) {
+        for (int at = 4 * threadIdx.x; at < 256 * COPIES; at += 4 * THREADS) {
             int byte = at / COPIES;
-            __half2 pair = __floats2half2_rn(__ldg(job.code + byte / 16), __ldg(job.code + byte % 16));
+            __half2 pair = __floats2half2_rn(__ldg(code + byte / 16), __ldg(code + byte % 16));
             uint32_t bits = *(const uint32_t *)&pair;
             *(uint4 *)(shared.pairs + at) = make_uint4(bits, bits, bits, bits);
         }
-        if (threadIdx.x < 256) shared.absmax_code[threadIdx.x] = __ldg(job.code + 16 + threadIdx.x);
+        if (threadIdx.x < 256) shared.absmax_code[threadIdx.x] = __ldg(code + 16 + threadIdx.x);
     }
 
-    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t words, Row &row, Sums &sums) {
+    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, uint32_t extra, Row &row, Sums &sums) {
         // Byte `at` of a word as two halves.
         auto pair = [&](uint32_t word, int at) {
             return load_shared(__byte_perm(word, 0, 0x4440 | at) * (4 * COPIES) + row.pairs);
@@ -158,10 +152,13 @@ struct Nibbles {
         row.x += 2 * CHUNK;
         row.x_swapped += 2 * CHUNK;
         float of_low = row.is_odd ? odd[0] : even[0], of_high = row.is_odd ? odd[3] : even[3];
-        sums.scaled += Absmax::value(words + row.extra, row.selector, row.absmax_code, row.offset) * (row.is_high ? of_high : of_low);
+        const int lane = threadIdx.x % LANES;
+        sums.scaled += Absmax::value(extra, row.block, lane / 4, lane % 4, row.absmax_code, row.offset) *
+                       (row.is_high ? of_high : of_low);
+        row.block += 4;
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.scaled); }
-    static __device__ float result(const Value &total, const Activations &, const Constant &) { return total.value; }
+    static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
 };
 
 // Blocks that cross rows: every element asks for its own absmax.
@@ -171,12 +168,7 @@ struct CrossingNibbles {
     struct Shared {
         float code[16], absmax_code[256];
     };
-    struct Nothing {
-        __device__ void set(const Part &, int, int, int, int) {}
-        __device__ void copy_extra(uint32_t) {}
-    };
     using Place = Nothing;
-    static constexpr int EXTRA_WORDS = 0;
     struct Activations {
         const __half *x;
     };
@@ -195,20 +187,19 @@ struct CrossingNibbles {
             first = (long long)row * k;
         }
     };
-    using Constant = NoConstant;
+    static constexpr bool HAS_ROW_SCALES = false;
     using Partial = Value;
     struct Sums {
         float sum;
     };
-    static __device__ uint8_t *convert(Activations &to, const Shared &, const Matvec &, const Input &, const __half *x,
-                                       uint8_t *free_bytes, float *) {
-        if (threadIdx.x == 0) to.x = x;
-        return free_bytes;
+    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &job, const __half *x, uint8_t *,
+                                   float (&)[MAX_INPUTS * WARPS]) {
+        if (threadIdx.x < job.n_inputs) to[threadIdx.x].x = x + threadIdx.x * job.inputs[0].padded;
     }
 
-    static __device__ void prepare(Shared &shared, const Matvec &job) {
-        if (threadIdx.x < 16) shared.code[threadIdx.x] = __ldg(job.code + threadIdx.x);
-        if (threadIdx.x < 256) shared.absmax_code[threadIdx.x] = __ldg(job.code + 16 + threadIdx.x);
+    static __device__ void prepare(Shared &shared, const float *code) {
+        if (threadIdx.x < 16) shared.code[threadIdx.x] = __ldg(code + threadIdx.x);
+        if (threadIdx.x < 256) shared.absmax_code[threadIdx.x] = __ldg(code + 16 + threadIdx.x);
     }
 
     // Eight elements, from `first_column` on.
@@ -226,7 +217,7 @@ struct CrossingNibbles {
         return sum;
     }
 
-    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, Row &row, Sums &sums) {
+    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, uint32_t, Row &row, Sums &sums) {
         auto half = [&](const uint4 &words, int at) {
             return dot(words.x, at, row) + dot(words.y, at + 8, row) +
                    dot(words.z, at + BLOCK, row) + dot(words.w, at + BLOCK + 8, row);
@@ -235,14 +226,13 @@ struct CrossingNibbles {
         row.column += CHUNK;
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.sum); }
-    static __device__ float result(const Value &total, const Activations &, const Constant &) { return total.value; }
+    static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
 };
 
-// Half the registers would hold a step only with spills, and the tables leave room for one block on most chips anyway.
-MATVEC_KERNELS(nf4_nested, Nibbles<NestedAbsmax>, 2, 1)
-MATVEC_KERNELS(nf4_plain, Nibbles<PlainAbsmax>, 2, 1)
-MATVEC_KERNELS(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, 2, 1)
-MATVEC_KERNELS(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, 2, 1)
+STEP_KERNEL(nf4_nested, Nibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES)
+STEP_KERNEL(nf4_plain, Nibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES)
+STEP_KERNEL(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES)
+STEP_KERNEL(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES)
 
 // The weight as fp16 [n, k], each value rounded once. A thread decodes a unit: 16 elements of one row, in one block unless
 // blocks cross rows.

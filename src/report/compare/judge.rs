@@ -9,7 +9,7 @@ use crate::report::case;
 use crate::stats::{self, Interval, RatioEstimate};
 
 /// Two starts of one build differ by this share of a time, since memory is laid out anew. An interval within one start knows
-/// nothing of it and is widened by it on both ends. Runs of one build on two quiet cores lay within 2 % of each other.
+/// nothing of it and is widened by it on both ends. Of 40 pairs of one build, interleaved on two cores, 39 lay within 2 % (docs/ci.md).
 const BETWEEN_STARTS: f64 = 0.02;
 
 /// From so many runs a side their medians are the samples: below, they carry no 95 % interval.

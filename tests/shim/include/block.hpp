@@ -1,14 +1,12 @@
 // Runs a kernel on the host. Every thread of a block is a fiber; a fiber runs until it comes to a barrier or to an operation
-// of its warp, and the last one to come there does the work for all. Blocks follow one another.
+// of its warp, and the last one to come there does the work for all. Blocks follow one another, or take turns (launch.hpp).
 //
-//   - Warps and lanes take their turns in rising or in falling order: what lacks a barrier differs between the two.
+//   - Blocks, warps and lanes take their turns in rising or in falling order: what lacks a barrier differs between the two.
 //   - Shared memory begins as 0xff, which is NaN: what is read before it is written shows.
 //   - A fault, lanes that part at an operation of all, and lanes that wait for ever end the launch with a message.
 #pragma once
 
-#include <link.h>
 #include <setjmp.h>
-#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -17,8 +15,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <memory>
-#include <mutex>
+#include <utility>
 #include <vector>
 
 struct uint3 {
@@ -32,14 +29,16 @@ namespace shim {
 
 constexpr int WARP = 32, MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / WARP;
 constexpr uint32_t ALL = 0xffffffff;
-constexpr size_t STACK_BYTES = 128 << 10, MAX_DYNAMIC_BYTES = 1 << 20, PAGE_BYTES = 64 << 10;
+// Not a power of two: the ends of the stacks, which are all in use, would share few places of the caches.
+constexpr size_t STACK_BYTES = (128 << 10) + 1088;
+constexpr size_t MAX_DYNAMIC_BYTES = 1 << 20, PAGE_BYTES = 64 << 10;
 constexpr uint8_t POISON = 0xff;
 
 // What tests/shim/host.rs asks for.
 struct Launch {
     const char *kernel;
     void **parameters;
-    uint32_t blocks_x, blocks_y, threads, is_falling;
+    uint32_t blocks_x, blocks_y, threads, is_falling, is_concurrent;
     size_t shared_bytes;
     char *message;
     size_t message_bytes;
@@ -50,6 +49,13 @@ struct Copy {
     const void *from;
     uint32_t bytes;
     int batch;
+};
+
+// A copy, or part of one, that a barrier in shared memory counts.
+struct Due {
+    uint32_t barrier;
+    int arrivals, bytes;
+    Copy copy;
 };
 
 struct Machine;
@@ -64,7 +70,7 @@ struct Fiber {
 };
 
 struct Warp {
-    uint32_t ready;
+    uint32_t ready, paused;
     // Of the operation that its lanes come together for.
     const char *operation;
     uint32_t wanted, arrived;
@@ -76,28 +82,37 @@ struct Range {
     size_t bytes;
 };
 
-// What one launch at a time needs.
+// What one block at a time needs.
 struct Machine {
     jmp_buf scheduler;
     Fiber fibers[MAX_THREADS];
     Warp warps[MAX_WARPS];
+    std::vector<Due> due[MAX_WARPS];  // begun by a warp's lanes and not yet arrived
     uint8_t *stacks, *dynamic_room;
     Range statics, dynamic;
     const Launch *launch;
     void (*kernel)(void **);
     int running;  // a thread's index, or -1
-    int threads, live, at_barrier;
+    int threads, made, live, at_barrier;
     bool has_failed;
+    bool has_progressed;         // in its turn: a thread has ended, or changed what others may poll
+    std::vector<uint8_t> aside;  // its statics while another block runs
 
     Machine();
     ~Machine();
-    void run_block(uint32_t x, uint32_t y);
+    void begin(uint32_t x, uint32_t y);
+    void enter();
+    void put_aside();
+    void take_turn();
     void schedule();
     void resume(int index);
-    void report_deadlock();
+    void make_fiber(int index);
+    bool is_pausing() const;
+    void report_wait();
+    void check_room();
 };
 
-// Of this thread's launch.
+// Of the block that runs in this thread.
 inline thread_local Machine *machine;
 
 // The one place where stacks change. Whatever memory is shared has changed when it returns.
@@ -170,23 +185,18 @@ inline void barrier() {
     m.warps[m.running / WARP].ready &= ~(1u << m.running % WARP);
 }
 
-// This module's thread-local memory, which is the kernels' static shared memory.
-inline Range find_statics() {
-    blockIdx = {};  // The system makes it when it is first touched.
-    Range found = {};
-    auto look = [](dl_phdr_info *info, size_t, void *out) {
-        bool is_ours = false;
-        size_t bytes = 0;
-        for (int i = 0; i < info->dlpi_phnum; i++) {
-            const auto &part = info->dlpi_phdr[i];
-            if (part.p_type == PT_LOAD) is_ours |= (uintptr_t)&find_statics - (info->dlpi_addr + part.p_vaddr) < part.p_memsz;
-            if (part.p_type == PT_TLS) bytes = part.p_memsz;
-        }
-        if (is_ours) *(Range *)out = {(uint8_t *)info->dlpi_tls_data, bytes};
-        return (int)is_ours;
-    };
-    dl_iterate_phdr(look, &found);
-    return found;
+// Lets the block's other threads and all other blocks have their turn.
+inline void give_way() {
+    Machine &m = *machine;
+    m.warps[m.running / WARP].paused |= 1u << m.running % WARP;
+    wait_at("pause");
+}
+
+// Writes what others may poll.
+template <class T>
+void change(T *at, T value) {
+    if (memcmp(at, &value, sizeof value) != 0) machine->has_progressed = true;
+    *at = value;
 }
 
 // A fiber's life: a thread of one block after the other. It may move between the system's threads in between, so that
@@ -196,7 +206,7 @@ inline void run_threads(uint32_t high, uint32_t low) {
     for (;;) {
         change_to(fiber->context, fiber->machine->scheduler);
         fiber->machine->kernel(fiber->machine->launch->parameters);
-        fiber->has_ended = true;
+        fiber->has_ended = fiber->machine->has_progressed = true;
         fiber->machine->live--;
     }
 }
@@ -206,26 +216,29 @@ inline uint8_t *map_memory(size_t bytes) {
     return at == MAP_FAILED ? nullptr : (uint8_t *)at;
 }
 
-inline Machine::Machine() {
+inline Machine::Machine() : made(0) {
     stacks = map_memory(MAX_THREADS * STACK_BYTES);
     dynamic_room = map_memory(MAX_DYNAMIC_BYTES + PAGE_BYTES);
     if (!stacks || !dynamic_room || mprotect(dynamic_room + MAX_DYNAMIC_BYTES, PAGE_BYTES, PROT_NONE) != 0) abort();
-    for (int index = 0; index < MAX_THREADS; index++) {
-        Fiber &fiber = fibers[index];
-        fiber.machine = this;
-        ucontext_t context, here;
-        getcontext(&context);
-        context.uc_stack.ss_sp = stacks + index * STACK_BYTES;
-        context.uc_stack.ss_size = STACK_BYTES;
-        context.uc_link = nullptr;
-        makecontext(&context, (void (*)())run_threads, 2, (uint32_t)((uintptr_t)&fiber >> 32), (uint32_t)(uintptr_t)&fiber);
-        if (_setjmp(scheduler) == 0) swapcontext(&here, &context);
-    }
+    // Of a stack little more than its first page is touched. Systems without huge pages refuse, which is as good.
+    madvise(stacks, MAX_THREADS * STACK_BYTES, MADV_NOHUGEPAGE);
 }
 
 inline Machine::~Machine() {
     munmap(stacks, MAX_THREADS * STACK_BYTES);
     munmap(dynamic_room, MAX_DYNAMIC_BYTES + PAGE_BYTES);
+}
+
+inline void Machine::make_fiber(int index) {
+    Fiber &fiber = fibers[index];
+    fiber.machine = this;
+    ucontext_t context, here;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks + index * STACK_BYTES;
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_link = nullptr;
+    makecontext(&context, (void (*)())run_threads, 2, (uint32_t)((uintptr_t)&fiber >> 32), (uint32_t)(uintptr_t)&fiber);
+    if (_setjmp(scheduler) == 0) swapcontext(&here, &context);
 }
 
 inline void Machine::resume(int index) {
@@ -236,6 +249,7 @@ inline void Machine::resume(int index) {
     running = -1;
 }
 
+// Runs until no thread can move on.
 inline void Machine::schedule() {
     int warp_count = (threads + WARP - 1) / WARP;
     while (live > 0) {
@@ -250,15 +264,22 @@ inline void Machine::schedule() {
                 has_moved = true;
             }
         }
-        if (!has_moved) return report_deadlock();
+        if (!has_moved) return;
     }
 }
 
-// Names the first warp that waits, and where its lanes are.
-inline void Machine::report_deadlock() {
+inline bool Machine::is_pausing() const {
+    uint32_t paused = 0;
+    for (int warp = 0; warp * WARP < threads; warp++) paused |= warps[warp].paused;
+    return paused != 0;
+}
+
+// Names the first warp that waits, at a pause if there is one, and where its lanes are.
+inline void Machine::report_wait() {
     int ended = threads - live;
+    bool is_at_pause = is_pausing();
     for (int index = 0; index < threads; index++) {
-        if (!fibers[index].waits_at) continue;
+        if (!fibers[index].waits_at || (warps[index / WARP].paused >> index % WARP & 1) != is_at_pause) continue;
         int first = index / WARP * WARP;
         uint32_t same = 0, has_ended = 0;
         for (int lane = 0; lane < WARP && first + lane < threads; lane++) {
@@ -272,7 +293,24 @@ inline void Machine::report_deadlock() {
     }
 }
 
-inline void Machine::run_block(uint32_t x, uint32_t y) {
+// Dynamic shared memory is asked for by the byte and aligned to 16: none of what is left over may be written.
+inline void Machine::check_room() {
+    for (size_t at = launch->shared_bytes; at % 16 != 0 && !has_failed; at++)
+        if (dynamic.begin[at] != POISON) write_message("byte %zu of %zu of shared memory was written", at, launch->shared_bytes);
+}
+
+// Static shared memory and the indices, `machine` among them, have the same place for all blocks.
+inline void Machine::put_aside() { aside.assign(statics.begin, statics.begin + statics.bytes); }
+
+inline void Machine::enter() {
+    if (machine == this) return;
+    machine->put_aside();
+    memcpy(statics.begin, aside.data(), statics.bytes);
+    asm volatile("" ::: "memory");
+}
+
+inline void Machine::begin(uint32_t x, uint32_t y) {
+    if (machine && machine != this) machine->put_aside();
     memset(statics.begin, POISON, statics.bytes);
     asm volatile("" ::: "memory");
     machine = this;
@@ -287,6 +325,7 @@ inline void Machine::run_block(uint32_t x, uint32_t y) {
     threads = live = (int)launch->threads;
     at_barrier = 0;
     running = -1;
+    for (; made < threads; made++) make_fiber(made);
     for (int index = 0; index < threads; index++) {
         Fiber &fiber = fibers[index];
         fiber.waits_at = nullptr;
@@ -294,63 +333,21 @@ inline void Machine::run_block(uint32_t x, uint32_t y) {
         fiber.copies.clear();
         fiber.batch = 0;
     }
-    for (int warp = 0; warp * WARP < threads; warp++) warps[warp] = {lanes_of_warp(threads, warp), nullptr, 0, 0, {}};
+    for (int warp = 0; warp * WARP < threads; warp++) {
+        warps[warp] = {lanes_of_warp(threads, warp), 0, nullptr, 0, 0, {}};
+        due[warp].clear();
+    }
+}
+
+// Those that paused try again, and all go on until they wait, or pause anew.
+inline void Machine::take_turn() {
+    enter();
+    has_progressed = false;
+    for (int warp = 0; warp * WARP < threads; warp++) warps[warp].ready |= std::exchange(warps[warp].paused, 0);
     schedule();
-    for (size_t at = launch->shared_bytes; at < room && !has_failed; at++)
-        if (dynamic.begin[at] != POISON) write_message("byte %zu of %zu of shared memory was written", at, launch->shared_bytes);
-}
-
-inline struct sigaction faults_before[NSIG];
-
-// A fault of a kernel ends its launch; others are not ours.
-inline void on_fault(int signal, siginfo_t *info, void *context) {
-    if (machine && machine->running >= 0) {
-        if (signal == SIGSEGV || signal == SIGBUS) fail("touches %p, which is in no buffer or not aligned", info->si_addr);
-        fail("undefined behaviour at %p: a shift, an overflow, an index or an alignment", info->si_addr);
-    }
-    const struct sigaction &before = faults_before[signal];
-    if (before.sa_flags & SA_SIGINFO) return before.sa_sigaction(signal, info, context);
-    sigaction(signal, &before, nullptr);
-}
-
-inline void catch_faults() {
-    struct sigaction action = {};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_NODEFER;
-    for (int signal : {SIGSEGV, SIGBUS, SIGILL, SIGTRAP}) sigaction(signal, &action, &faults_before[signal]);
-}
-
-inline std::mutex idle_lock;
-inline std::vector<std::unique_ptr<Machine>> idle;
-
-// Whether the launch has ended well; the message says why it has not.
-inline bool run(const Launch &launch, void (*kernel)(void **)) {
-    static std::once_flag once;
-    std::call_once(once, catch_faults);
-    std::unique_ptr<Machine> own;
-    {
-        std::lock_guard guard(idle_lock);
-        if (!idle.empty()) {
-            own = std::move(idle.back());
-            idle.pop_back();
-        }
-    }
-    if (!own) own = std::make_unique<Machine>();
-    own->launch = &launch;
-    own->kernel = kernel;
-    own->statics = find_statics();
-    own->has_failed = false;
-    uint32_t blocks = launch.blocks_x * launch.blocks_y;
-    for (uint32_t turn = 0; turn < blocks && !own->has_failed; turn++) {
-        uint32_t block = launch.is_falling ? blocks - 1 - turn : turn;
-        own->run_block(block % launch.blocks_x, block / launch.blocks_x);
-    }
-    machine = nullptr;
-    // After a failure its fibers are in the middle of something.
-    if (own->has_failed) return false;
-    std::lock_guard guard(idle_lock);
-    idle.push_back(std::move(own));
-    return true;
+    if (has_failed) return;
+    if (live == 0) return check_room();
+    if (!is_pausing()) report_wait();
 }
 
 }  // namespace shim

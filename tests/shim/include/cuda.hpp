@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "launch.hpp"
 #include "memory.hpp"
 
 #define __global__
@@ -27,6 +28,12 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
     float x, y;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 // Halves.
@@ -94,6 +101,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     for (int at = 0; at < 4; at++) result |= (unsigned)(bytes >> (selector >> 4 * at & 7) * 8 & 0xff) << 8 * at;
     return result;
 }
+inline unsigned __vmaxu2(unsigned x, unsigned y) { return max(x >> 16, y >> 16) << 16 | max(x & 0xffff, y & 0xffff); }
 inline int __dp4a(int a, int b, int sum) {
     for (int at = 0; at < 4; at++) sum += (int8_t)((uint32_t)a >> 8 * at) * (int8_t)((uint32_t)b >> 8 * at);
     return sum;
@@ -112,20 +120,25 @@ T __ldcg(const T *at) {
 template <class T>
 T atomicAdd(T *at, T value) {
     T before = *at;
-    *at += value;
+    shim::change(at, (T)(before + value));
     return before;
 }
 template <class T>
 T atomicOr(T *at, T value) {
     T before = *at;
-    *at |= value;
+    shim::change(at, (T)(before | value));
     return before;
 }
 inline void __threadfence() {}
+inline void __nanosleep(unsigned) { shim::give_way(); }
 
 // What threads do together.
 
 inline void __syncthreads() { shim::barrier(); }
+inline void __syncwarp(unsigned lanes = shim::ALL) {
+    char nothing;
+    shim::together("__syncwarp", lanes, nothing, [](char **) {});
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned lanes, T value, int distance) {
@@ -138,6 +151,24 @@ T __shfl_xor_sync(unsigned lanes, T value, int distance) {
         for (int lane = 0; lane < shim::WARP; lane++) {
             if (!(lanes >> lane & 1)) continue;
             int from = lane ^ all[lane]->distance;
+            if (!(lanes >> from & 1)) shim::fail("lane %d asks lane %d, which takes no part", lane, from);
+            all[lane]->other = all[from]->value;
+        }
+    });
+    return own.other;
+}
+
+template <class T>
+T __shfl_sync(unsigned lanes, T value, int from) {
+    struct Operand {
+        T value, other;
+        int from;
+    } own = {value, value, from};
+    shim::together("__shfl_sync", lanes, own, [](Operand **all) {
+        uint32_t lanes = shim::machine->warps[shim::machine->running / shim::WARP].wanted;
+        for (int lane = 0; lane < shim::WARP; lane++) {
+            if (!(lanes >> lane & 1)) continue;
+            int from = all[lane]->from % shim::WARP;
             if (!(lanes >> from & 1)) shim::fail("lane %d asks lane %d, which takes no part", lane, from);
             all[lane]->other = all[from]->value;
         }

@@ -1,12 +1,18 @@
 // Memory as a kernel reaches it: checked addresses, shared memory by 32 bits, copies that arrive later.
 #pragma once
 
+#include <algorithm>
+
 #include "block.hpp"
 
 namespace shim {
 
 // Where the two kinds of shared memory begin, as 32-bit addresses.
 constexpr uint32_t STATIC_BASE = 0x01000000, DYNAMIC_BASE = 0x02000000;
+
+struct alignas(16) Unit {
+    uint8_t bytes[16];
+};
 
 inline void *dynamic_shared() { return machine->dynamic.begin; }
 
@@ -34,12 +40,17 @@ T *at_global(const void *at) {
     return (T *)at;
 }
 
-// An asynchronous copy arrives as late as it may: at the wait. Until then its place holds poison.
+// An asynchronous copy arrives as late as it may: at the wait. Until then its place holds poison. Zeros come from null.
 template <class T>
 void begin_copy(uint32_t to, const void *from) {
     Fiber &fiber = machine->fibers[machine->running];
     memset(at_shared<T>(to), POISON, sizeof(T));
-    fiber.copies.push_back({to, at_global<T>(from), sizeof(T), fiber.batch});
+    fiber.copies.push_back({to, from ? at_global<T>(from) : nullptr, sizeof(T), fiber.batch});
+}
+
+inline void deliver(const Copy &copy) {
+    if (copy.from) memcpy(at_shared<uint8_t>(copy.to), copy.from, copy.bytes);
+    else memset(at_shared<uint8_t>(copy.to), 0, copy.bytes);
 }
 
 inline void end_batch() { machine->fibers[machine->running].batch++; }
@@ -47,9 +58,65 @@ inline void end_batch() { machine->fibers[machine->running].batch++; }
 inline void await_batches(int left) {
     Fiber &fiber = machine->fibers[machine->running];
     auto copy = fiber.copies.begin();
-    for (; copy != fiber.copies.end() && copy->batch < fiber.batch - left; copy++)
-        memcpy(at_shared<uint8_t>(copy->to), copy->from, copy->bytes);
+    for (; copy != fiber.copies.end() && copy->batch < fiber.batch - left; copy++) deliver(*copy);
     fiber.copies.erase(fiber.copies.begin(), copy);
+}
+
+// A barrier in shared memory that counts copies: what is missing in this phase.
+struct Barrier {
+    int32_t bytes;
+    int16_t arrivals;
+    uint8_t expected, is_odd;
+};
+
+inline void start_barrier(uint32_t barrier, int arrivals) {
+    *at_shared<Barrier>(barrier) = {0, (int16_t)arrivals, (uint8_t)arrivals, 0};
+}
+
+inline void count(uint32_t barrier, int arrivals, int bytes) {
+    Barrier &counted = *at_shared<Barrier>(barrier);
+    counted.arrivals -= arrivals;
+    counted.bytes -= bytes;
+    if (counted.arrivals < 0) fail("one arrival too many in a phase of %d", (int)counted.expected);
+    if (counted.arrivals > 0 || counted.bytes != 0) return;
+    counted.arrivals = counted.expected;
+    counted.is_odd ^= 1;
+}
+
+inline std::vector<Due> &due() { return machine->due[machine->running / WARP]; }
+
+inline void begin_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
+    if (bytes == 0 || bytes % sizeof(Unit) != 0) fail("a bulk copy of %u bytes", bytes);
+    memset(at_shared<Unit>(to), POISON, bytes);
+    at_shared<Unit>(to + bytes - sizeof(Unit));
+    due().push_back({barrier, 0, (int)bytes, {to, at_global<Unit>(from), bytes, 0}});
+}
+
+// The thread's copies until now are this barrier's.
+inline void arrive_behind_copies(uint32_t barrier) {
+    std::vector<Copy> &copies = machine->fibers[machine->running].copies;
+    for (const Copy &copy : copies) due().push_back({barrier, 0, 0, copy});
+    copies.clear();
+    due().push_back({barrier, 1, 0, {}});
+}
+
+// A warp awaits its own copies, all lanes at once.
+inline void await_phase(uint32_t barrier, uint32_t is_odd) {
+    struct Operand {
+        uint32_t barrier, is_odd;
+    } own = {barrier, is_odd};
+    together("await_phase", ALL, own, [](Operand **lanes) {
+        const auto [barrier, is_odd] = *lanes[0];
+        auto is_other = [&](const Due &one) { return one.barrier != barrier; };
+        auto arrives = std::stable_partition(due().begin(), due().end(), is_other);
+        for (auto one = arrives; one != due().end(); one++) {
+            if (one->copy.bytes) deliver(one->copy);
+            if (one->arrivals || one->bytes) count(barrier, one->arrivals, one->bytes);
+        }
+        due().erase(arrives, due().end());
+        const Barrier &counted = *at_shared<Barrier>(barrier);
+        if (counted.is_odd == is_odd) fail("waits for ever: %d arrivals and %d bytes are missing", counted.arrivals, counted.bytes);
+    });
 }
 
 }  // namespace shim

@@ -8,14 +8,21 @@
 inline uint4 load_streaming(const void *at) { return *shim::at_global<uint4>(at); }
 inline uint32_t load_byte(const void *at) { return *shim::at_global<uint8_t>(at); }
 inline float load_float(const float *at) { return *shim::at_global<float>(at); }
+inline void prefetch(const void *) {}
+inline float4 load_four(const float4 *at) { return *shim::at_global<float4>(at); }
 inline uint4 load_fresh(const void *at) { return *shim::at_global<uint4>(at); }
 inline float load_fresh(const float *at) { return *shim::at_global<float>(at); }
+inline float4 load_fresh(const float4 *at) { return *shim::at_global<float4>(at); }
 inline int load_fresh(const int *at) { return *shim::at_global<int>(at); }
 inline __half load_fresh(const __half *at) { return *shim::at_global<__half>(at); }
 inline void store_to_host(unsigned long long *at, unsigned long long value) {
     *shim::at_global<unsigned long long>(at) = value;
 }
-inline void prefetch(const void *) {}
+
+// What blocks of one launch tell each other. The system's headers have another `pause`.
+#define pause shim::give_way
+inline void arrive(int *counter) { shim::change(shim::at_global<int>(counter), *counter + 1); }
+inline int arrivals(const int *counter) { return *shim::at_global<const int>(counter); }
 
 inline uint32_t shared_address(const void *at) { return shim::shared_address(at); }
 inline uint32_t load_shared(uint32_t at) { return *shim::at_shared<uint32_t>(at); }
@@ -24,7 +31,7 @@ inline uint32_t load_copied(uint32_t at) { return *shim::at_shared<uint32_t>(at)
 inline uint4 load_copied_16(uint32_t at) { return *shim::at_shared<uint4>(at); }
 
 #if __CUDA_ARCH__ >= 800
-inline void copy_streaming(uint32_t to, const void *from) { shim::begin_copy<uint4>(to, from); }
+inline void copy_streaming(uint32_t to, const void *from, bool wanted) { shim::begin_copy<uint4>(to, wanted ? from : nullptr); }
 inline void copy_word(uint32_t to, const void *from) { shim::begin_copy<uint32_t>(to, from); }
 inline void end_copies() { shim::end_batch(); }
 template <int LEFT>
@@ -32,16 +39,30 @@ void await_copies() {
     shim::await_batches(LEFT);
 }
 #else
-inline void copy_streaming(uint32_t to, const void *from) { *shim::at_shared<uint4>(to) = load_streaming(from); }
+inline void copy_streaming(uint32_t to, const void *from, bool wanted) {
+    *shim::at_shared<uint4>(to) = wanted ? load_streaming(from) : uint4{};
+}
 inline void copy_word(uint32_t to, const void *from) { *shim::at_shared<uint32_t>(to) = *shim::at_global<uint32_t>(from); }
 inline void end_copies() {}
 template <int LEFT>
 void await_copies() {}
 #endif
 
-// Launches follow one another.
-inline void allow_next() {}
-inline void wait_for_previous() {}
+#if __CUDA_ARCH__ >= 900
+constexpr bool HAS_BULK_COPIES = true;
+inline void start_barrier(uint32_t barrier, int arrivals) { shim::start_barrier(barrier, arrivals); }
+inline void announce(uint32_t barrier, int bytes) { shim::count(barrier, 1, -bytes); }
+inline void arrive_behind_copies(uint32_t barrier) { shim::arrive_behind_copies(barrier); }
+inline void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t barrier) { shim::begin_bulk(to, from, bytes, barrier); }
+inline void await_phase(uint32_t barrier, uint32_t is_odd) { shim::await_phase(barrier, is_odd); }
+#else
+constexpr bool HAS_BULK_COPIES = false;
+inline void start_barrier(uint32_t, int) {}
+inline void announce(uint32_t, int) {}
+inline void arrive_behind_copies(uint32_t) {}
+inline void copy_bulk(uint32_t, const void *, int, uint32_t) {}
+inline void await_phase(uint32_t, uint32_t) {}
+#endif
 
 // mma.sync.m<ROWS>n8k<K>.row.col, with the fragments that the PTX manual gives to lane 4g + q, where a register holds E
 // elements:

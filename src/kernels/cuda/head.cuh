@@ -1,0 +1,48 @@
+// The token: the largest logit, and what the next step starts from.
+#pragma once
+
+#include "kernels/cuda/job.cuh"
+
+// A key that orders as the logits do and, among equals, puts the lower index first. NaN never wins, as in a comparison.
+__device__ __forceinline__ unsigned long long rank_of(float logit, int index) {
+    uint32_t bits = __float_as_uint(logit);
+    uint32_t ordered = isnan(logit) ? 0u : (bits & 0x80000000u ? ~bits : bits | 0x80000000u);
+    return (unsigned long long)ordered << 32 | (uint32_t)~index;
+}
+
+__device__ __forceinline__ unsigned long long block_best(unsigned long long best, unsigned long long *room) {
+#pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
+        unsigned long long other = __shfl_xor_sync(ALL_LANES, best, distance);
+        best = other > best ? other : best;
+    }
+    __syncthreads();
+    if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = best;
+    __syncthreads();
+#pragma unroll 1
+    for (int warp = 0; warp < WARPS; warp++) best = room[warp] > best ? room[warp] : best;
+    return best;
+}
+
+// By the last block to end: picks the token, tells the host, and fetches the embedding that the next step starts from.
+__device__ __forceinline__ void finish_head(const Head &head, unsigned long long *room) {
+    unsigned long long best = 0;
+#pragma unroll 1
+    for (int block = threadIdx.x; block < gridDim.x; block += THREADS) {
+        unsigned long long other = __ldcg(head.best + block);
+        best = other > best ? other : best;
+    }
+    best = block_best(best, room);
+    int token = (int)~(uint32_t)best;
+    const __half *row = head.table + (long long)token * head.table_stride;
+#pragma unroll 1
+    for (int at = threadIdx.x; at < head.hidden; at += THREADS)
+        head.embedding[at] = __half2float(row[at]) * head.table_scale;
+    if (threadIdx.x == 0) {
+        int step = head.state[2] + 1;
+        head.state[0] = token;
+        head.state[1] += head.advance;
+        head.state[2] = step;
+        store_to_host(head.host + (step & (head.host_slots - 1)), (unsigned long long)step << 32 | (uint32_t)token);
+    }
+}

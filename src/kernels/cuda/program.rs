@@ -1,0 +1,263 @@
+//! What one launch of a step's kernel runs: jobs, one after the other, as job.cuh has them.
+
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, sys};
+use candle_core::{CudaDevice, Result, bail};
+
+use super::attention::Attention;
+use super::launch::{Fatbin, Grid, Kernel, Launcher, dimension, launch};
+use super::matvec::{CHUNK_BYTES, Epilogue, Family, Input, Matvec, Mode, Product, TILE_ROWS};
+use super::memory::driver_error;
+use crate::parameters;
+
+/// As in job.cuh.
+const THREADS: usize = 512;
+const LANES: usize = 32;
+pub(super) const WARPS: usize = THREADS / LANES;
+
+/// A kernel that runs programs. Each reads fp16 and fp32 matrices, and those of one format of its own.
+pub struct StepKernel {
+    pub fatbin: &'static Fatbin,
+    pub name: &'static str,
+    /// Whether tables of its format share the memory with what warps copy ahead.
+    pub has_tables: bool,
+    /// Words that a lane copies for a step beside the weights: `Place::WORDS`.
+    pub place_words: usize,
+    /// Of what one matrix and tile add to a row.
+    pub partial_bytes: usize,
+    /// What its own decoder makes of an element of x, in eighths of a byte.
+    pub converted_eighths: usize,
+}
+
+/// Whose decoder reads a job's matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Half,
+    Float,
+    /// The kernel's own.
+    Own,
+}
+
+/// As `struct Job`: numbered as `enum Kind` of job.cuh.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub enum Job {
+    Half(Matvec),
+    Float(Matvec),
+    Own(Matvec),
+    Attention(Attention),
+}
+
+// SAFETY: laid out as the kernels' struct, and made of numbers and of addresses that are the caller's promise at each launch.
+unsafe impl DeviceRepr for Job {}
+
+/// Where the token goes, as `struct Head`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Head {
+    /// `[blocks]` of 8 bytes; 0 where no job is a head.
+    pub best: u64,
+    /// Token, position and step.
+    pub state: u64,
+    pub host: u64,
+    pub table: u64,
+    pub embedding: u64,
+    pub table_scale: f32,
+    pub table_stride: i32,
+    pub hidden: i32,
+    pub host_slots: i32,
+    pub advance: i32,
+}
+
+/// All that a launch is told, as `struct Program`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Program {
+    only: Job,
+    jobs: u64,
+    code: u64,
+    /// Two counters of 32 bits, zero between launches; 0 for a single job without a head.
+    pub barrier: u64,
+    pub head: Head,
+    n_jobs: i32,
+}
+
+/// What a launch depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts {
+    pub multiprocessors: usize,
+    /// Major and minor.
+    pub compute_capability: (i32, i32),
+}
+
+impl Facts {
+    pub fn of(device: &CudaDevice) -> Result<Self> {
+        use sys::CUdevice_attribute_enum as attribute;
+        let stream = device.cuda_stream();
+        let ask = |attribute| stream.context().attribute(attribute).map_err(driver_error);
+        Ok(Self {
+            multiprocessors: usize::try_from(ask(attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?).unwrap_or(1),
+            compute_capability: (
+                ask(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                ask(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+        })
+    }
+
+    /// Shared memory of a warp's ring, as ring.cuh has it. Chips newer than 9.x run what is compiled for 8.9.
+    fn ring_bytes(self, kernel: &StepKernel) -> usize {
+        // `SLOTS`, `SLOTS_BESIDE_TABLES` and `STEPS_OF_SLOT`.
+        let (alone, beside_tables, steps) = match self.compute_capability {
+            (9, _) => (3, 3, 2),
+            (8, 0) => (6, 4, 1),
+            (7, _) => (1, 1, 1),
+            _ => (3, 2, 1),
+        };
+        let slots = if kernel.has_tables { beside_tables } else { alone };
+        let rows_bytes = steps * TILE_ROWS * CHUNK_BYTES + CHUNK_BYTES / 2;
+        slots * (rows_bytes + steps * size_of::<u32>() * LANES * kernel.place_words)
+    }
+}
+
+impl Job {
+    /// Shared memory beside the warps' rings.
+    fn shared_bytes(&self, kernel: &StepKernel, facts: Facts) -> usize {
+        let (matvec, converted_eighths) = match self {
+            Job::Half(matvec) => (matvec, 0),
+            Job::Float(matvec) => (matvec, 8 * size_of::<f32>()),
+            Job::Own(matvec) => (matvec, kernel.converted_eighths),
+            Job::Attention(attention) => return attention.shared_bytes(),
+        };
+        let x_eighths = 8 * size_of::<half::f16>() + converted_eighths;
+        matvec.partials(facts.multiprocessors) * kernel.partial_bytes + matvec.padded() * x_eighths / 8
+    }
+
+    /// Rows that it looks through for outlier columns, and their elements.
+    pub fn examines(&self) -> (usize, usize) {
+        match self {
+            Job::Half(matvec) | Job::Float(matvec) | Job::Own(matvec) => matvec.examines(),
+            Job::Attention(_) => (0, 0),
+        }
+    }
+}
+
+/// Jobs of a launch, in their order.
+pub struct Jobs {
+    facts: Facts,
+    list: Vec<Job>,
+    families: Vec<&'static Family>,
+    /// What the kernel's own decoder needs, 0 without.
+    code: u64,
+}
+
+impl Jobs {
+    pub fn new(facts: Facts) -> Self {
+        Self { facts, list: Vec::new(), families: Vec::new(), code: 0 }
+    }
+
+    /// As [`Matvec::new`].
+    pub fn multiply(&mut self, mode: Mode, inputs: Vec<Input>, parts: &[Product], epilogue: Epilogue) -> Result<()> {
+        let matvec = Matvec::new(self.facts, mode, inputs, parts, epilogue)?;
+        for matrix in parts.iter().map(|part| part.matrix) {
+            self.families.push(matrix.family);
+            self.code = self.code.max(matrix.code);
+        }
+        self.list.push(match parts[0].matrix.family.kind {
+            Kind::Half => Job::Half(matvec),
+            Kind::Float => Job::Float(matvec),
+            Kind::Own => Job::Own(matvec),
+        });
+        Ok(())
+    }
+
+    pub fn attend(&mut self, attention: Attention) -> Result<()> {
+        attention.check()?;
+        self.list.push(Job::Attention(attention));
+        Ok(())
+    }
+
+    /// For the launch to find them at one address.
+    pub fn list(&self) -> &[Job] {
+        &self.list
+    }
+
+    /// The launch, which finds [`Self::list`] at `jobs`: 0 for a single one.
+    pub fn plan(&self, jobs: u64) -> Result<Planned> {
+        self.plan_on(self.kernel()?, jobs)
+    }
+
+    /// As [`Self::plan`], by a kernel that reads all matrices.
+    pub fn plan_on(&self, kernel: &'static StepKernel, jobs: u64) -> Result<Planned> {
+        let Some(&only) = self.list.first().filter(|_| self.list.len() == 1 || jobs != 0) else {
+            bail!("{} jobs at no address", self.list.len())
+        };
+        let of_job = self.list.iter().map(|job| job.shared_bytes(kernel, self.facts)).max().unwrap_or(0);
+        let shared_bytes = WARPS * self.facts.ring_bytes(kernel) + of_job.next_multiple_of(16);
+        let grid = Grid {
+            shared_bytes,
+            cooperative: self.list.len() > 1,
+            ..Grid::new((self.facts.multiprocessors, 1), THREADS as u32)
+        };
+        let n_jobs = dimension(self.list.len())?;
+        let program = Program { only, jobs, code: self.code, barrier: 0, head: Head::default(), n_jobs };
+        Ok(Planned { kernel, grid, program })
+    }
+
+    /// The first kernel that reads all matrices.
+    fn kernel(&self) -> Result<&'static StepKernel> {
+        let own = || self.families.iter().filter(|family| family.kind == Kind::Own);
+        let Some(first) = own().next().or(self.families.first()) else { bail!("a launch of no matrices") };
+        let reads = |kernel: &StepKernel, family: &Family| family.kernels.iter().any(|other| other.name == kernel.name);
+        match first.kernels.iter().find(|kernel| own().all(|family| reads(kernel, family))) {
+            Some(kernel) => Ok(kernel),
+            None => bail!("no kernel reads the matrices of all jobs"),
+        }
+    }
+}
+
+/// A launch made of shapes and addresses alone, on whatever machine they are.
+#[derive(Clone, Copy)]
+pub struct Planned {
+    kernel: &'static StepKernel,
+    grid: Grid,
+    pub program: Program,
+}
+
+impl Planned {
+    /// Loads the kernel onto a device, which must have the shared memory for it.
+    pub fn ready(self, device: &CudaDevice) -> Result<Ready> {
+        let Self { kernel: StepKernel { fatbin, name, .. }, grid, program } = self;
+        let kernel = fatbin.kernel(device, name)?;
+        kernel.allow_shared(grid.shared_bytes)?;
+        if kernel.blocks_per_multiprocessor(grid.threads, grid.shared_bytes)? == 0 {
+            bail!(
+                "`{name}` needs {} bytes of shared memory for its longest row, more than this device has",
+                grid.shared_bytes
+            );
+        }
+        Ok(Ready { kernel, grid, program })
+    }
+
+    /// # Safety
+    /// Every address that this launch was made of is still good.
+    pub unsafe fn launch_on(&self, launcher: &dyn Launcher) -> Result<()> {
+        let StepKernel { fatbin, name, .. } = self.kernel;
+        // SAFETY: steps' kernels take one struct, which `Program` mirrors; the caller vouches for the addresses.
+        unsafe { launcher.launch(fatbin, name, self.grid, parameters![self.program]) }
+    }
+}
+
+/// A launch, ready to be repeated.
+pub struct Ready {
+    kernel: Kernel,
+    grid: Grid,
+    program: Program,
+}
+
+impl Ready {
+    /// # Safety
+    /// Every address that this launch was made of is still good.
+    pub unsafe fn launch(&self, device: &CudaDevice) -> Result<()> {
+        // SAFETY: as [`Planned::launch_on`].
+        unsafe { launch(device, self.kernel, self.grid, parameters![self.program]) }
+    }
+}

@@ -1,0 +1,91 @@
+// fp16 and fp32 matrices in the streaming matrix-vector product: decoders that have nothing to decode.
+// Chunks of 128 bytes are 64 halves or 32 floats of a row; rows are padded to whole ones only where k is not a multiple.
+#pragma once
+
+#include "kernels/cuda/matvec.cuh"
+
+// A decoder that needs nothing beside the weights.
+struct Nothing {
+    static constexpr int WORDS = 0;
+    static __device__ int row_of(int) { return 0; }
+    __device__ void set(const Part &, int, int, int) {}
+    __device__ void copy(uint32_t) {}
+};
+
+struct Value {
+    float value;
+    __device__ void add(const Value &other) { value += other.value; }
+};
+
+struct Halves {
+    static constexpr int CHUNK = 64;
+    struct Shared {};
+    using Place = Nothing;
+    static constexpr bool HAS_ROW_SCALES = false;
+    using Partial = Value;
+    struct Sums {
+        float of[4];
+    };
+    struct Activations {
+        uint32_t x;
+    };
+    struct Row {
+        uint32_t x;  // of this lane
+        __device__ void set(const Shared &, const Part &, const Activations &from, int, int, int lane, int chunk) {
+            x = from.x + (lane / 4 % 2 * 4 + lane % 4) * 16 + chunk * 2 * CHUNK;
+        }
+    };
+    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &job, const __half *x, uint8_t *,
+                                   float (&)[MAX_INPUTS * WARPS]) {
+        if (threadIdx.x < job.n_inputs) to[threadIdx.x].x = shared_address(x + threadIdx.x * job.inputs[0].padded);
+    }
+    static __device__ void prepare(Shared &, const float *) {}
+
+    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, uint32_t, Row &row, Sums &sums) {
+        uint4 x = load_shared_16(row.x);
+        row.x += 2 * CHUNK;
+        multiply_halves(sums.of, low.x, high.x, low.y, high.y, x.x, x.y);
+        multiply_halves(sums.of, low.z, high.z, low.w, high.w, x.z, x.w);
+    }
+    static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = sums.of[0] + sums.of[3]; }
+    static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
+};
+
+struct Floats {
+    static constexpr int CHUNK = 32;
+    struct Shared {};
+    using Place = Nothing;
+    static constexpr bool HAS_ROW_SCALES = false;
+    using Partial = Value;
+    struct Sums {
+        float sum;
+    };
+    struct Activations {
+        uint32_t x;
+    };
+    struct Row {
+        uint32_t x;  // of this lane
+        __device__ void set(const Shared &, const Part &, const Activations &from, int, int, int lane, int chunk) {
+            x = from.x + lane % 4 * 16 + chunk * 4 * CHUNK;
+        }
+    };
+    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &job, const __half *x, uint8_t *free_bytes,
+                                   float (&)[MAX_INPUTS * WARPS]) {
+        float *floats = (float *)free_bytes;
+        const int all = job.inputs[0].padded + (job.n_inputs > 1 ? job.inputs[1].padded : 0);
+        for (int at = threadIdx.x; at < all; at += THREADS) floats[at] = __half2float(x[at]);
+        if (threadIdx.x < job.n_inputs) to[threadIdx.x].x = shared_address(floats + threadIdx.x * job.inputs[0].padded);
+    }
+    static __device__ void prepare(Shared &, const float *) {}
+
+    static __device__ __forceinline__ float dot(const uint4 &w, const uint4 &x) {
+        return __uint_as_float(w.x) * __uint_as_float(x.x) + __uint_as_float(w.y) * __uint_as_float(x.y) +
+               __uint_as_float(w.z) * __uint_as_float(x.z) + __uint_as_float(w.w) * __uint_as_float(x.w);
+    }
+    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, uint32_t, Row &row, Sums &sums) {
+        sums.sum += dot(low, load_shared_16(row.x)) + dot(high, load_shared_16(row.x + 2 * CHUNK));
+        row.x += 4 * CHUNK;
+    }
+    static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.sum); }
+    static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
+};
