@@ -40,7 +40,7 @@ fn read(job: &Job) -> Vec<BufferId> {
 }
 
 #[test]
-fn a_step_is_as_few_launches_as_the_architecture_allows() {
+fn a_step_is_as_few_jobs_as_the_architecture_allows() {
     for (name, expected) in SHAPES {
         let jobs = jobs(&shape(name));
         let counted = jobs.iter().filter(|job| !matches!(job, Job::Embed { .. })).count();
@@ -84,7 +84,7 @@ fn nothing_is_read_before_it_is_written() {
 }
 
 #[test]
-fn matrices_of_different_formats_share_no_launch() {
+fn matrices_of_different_formats_share_no_job() {
     let model = shape("llama-3.2-1b");
     let format_of = |id: MatrixId| if model.matrices[id.0].name.ends_with("v_proj.weight") { "fp16" } else { "nf4" };
     for job in fuse(&model.decoder, &format_of).expect("a decoder fuses") {

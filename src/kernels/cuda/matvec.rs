@@ -144,7 +144,7 @@ pub struct Epilogue {
 
 impl Matvec {
     /// All products have matrices of one family; `Joined` ones read `inputs` one by one, others share the first.
-    pub(super) fn new(
+    pub fn new(
         facts: Facts,
         mode: Mode,
         mut inputs: Vec<Input>,
