@@ -124,7 +124,7 @@ extern "C" __global__ void int8_products(
 constexpr int FINISH_COLUMNS = 64, FINISH_ROWS = 32, FINISH_OUTLIERS = 32, FINISH_THREADS = 256;
 constexpr int FINISH_STEP = FINISH_THREADS / FINISH_COLUMNS;
 
-extern "C" __global__ void __launch_bounds__(FINISH_THREADS) int8_finish_rows(
+extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows(
     const int *__restrict__ products,         // [m, n]
     const int8_t *__restrict__ weight,        // [n, stride]
     const float *__restrict__ weight_absmax,  // [n]
@@ -155,6 +155,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS) int8_finish_rows(
                 values[row][outlier] = __half2float(x[(long long)(first_row + row) * k + columns[first + outlier]]);
             }
             __syncthreads();
+#pragma unroll 1
             for (int outlier = 0; outlier < held; outlier++) {
                 const float of_column = weights[outlier][in_block];
 #pragma unroll
