@@ -135,13 +135,7 @@ __device__ __forceinline__ void await_copies() {
 #endif
 }
 
-// Constant data in small pieces, volatile for the same reason.
-__device__ __forceinline__ uint32_t load_byte(const void *at) {
-    uint32_t value;
-    asm volatile("ld.global.u8 %0, [%1];" : "=r"(value) : "l"(at));
-    return value;
-}
-
+// Constant data, volatile so that it stays above a wait.
 __device__ __forceinline__ float load_float(const float *at) {
     float value;
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(at));

@@ -148,6 +148,7 @@ struct RowFactors {
             if (part.bias) bias[run] = load_float(part.bias + row);
             if (Own::HAS_ROW_SCALES && held.job.kind == KIND_OWN) scale[run] = load_float((const float *)part.scales + row);
         }
+        // Before the wait: whoever adds to a residual gives a row to the same thread, so that nobody else has written it.
         residual = job.residual ? load_fresh(job.residual + row) : 0.0f;
     }
 };

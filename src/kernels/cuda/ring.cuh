@@ -15,7 +15,6 @@
 
 constexpr int TILE_ROWS = 8;
 constexpr int CHUNK_BYTES = 128;
-constexpr int STEP_BYTES = TILE_ROWS * CHUNK_BYTES;
 // Jobs that are at hand: the running one and those whose weights may be copied ahead. Turing has 64 KB for everything.
 #if __CUDA_ARCH__ >= 800
 constexpr int JOBS_HELD = 8;

@@ -65,7 +65,7 @@ constexpr int COPY_BITS = 2;
 
 template <class Absmax>
 struct Nibbles {
-    static constexpr int CHUNK = 256, COPIES = 1 << COPY_BITS, SHIFT = COPY_BITS + 2;
+    static constexpr int CHUNK = 256, COPIES = 1 << COPY_BITS;
     struct Shared {
         __align__(16) uint32_t pairs[256 * COPIES];  // filled by 16 bytes at a time
         float absmax_code[256];

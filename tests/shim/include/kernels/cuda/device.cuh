@@ -6,7 +6,6 @@
 #include "kernels/cuda/warp.cuh"
 
 inline uint4 load_streaming(const void *at) { return *shim::at_global<uint4>(at); }
-inline uint32_t load_byte(const void *at) { return *shim::at_global<uint8_t>(at); }
 inline float load_float(const float *at) { return *shim::at_global<float>(at); }
 inline void prefetch(const void *) {}
 inline float4 load_four(const float4 *at) { return *shim::at_global<float4>(at); }
