@@ -30,7 +30,8 @@ const SLOTS: usize = 64;
 type Case = (&'static str, &'static str, &'static str, f32);
 /// fp16 compute moves logits by up to 0.04 on these models (tests/golden/README.md).
 const RUNS: [Case; 2] = [("fp16", "golden", "", 0.1), ("nf4", "quant_golden", "nf4_f32.", 0.1)];
-/// An activation that crosses a rounding boundary moves logits by up to 0.7, and outliers are found token by token here.
+/// An activation that crosses a rounding boundary moves logits by up to 0.7: once in the prompt, whose outliers are found token by
+/// token here, and once in the step; and fp16 as above.
 const INT8: Case = ("int8", "quant_golden", "int8_f32.", 1.5);
 
 pub fn decode_steps_follow_the_reference() {

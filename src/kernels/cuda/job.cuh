@@ -98,7 +98,7 @@ struct Program {
     Job only;           // where `jobs` is null
     const Job *jobs;    // [n_jobs]
     const float *code;  // nf4: values of the 16 codes, then of the 256 absmax codes
-    int *barrier;       // arrivals between jobs, and blocks that have ended: zero between launches; null for a single job
+    int *barrier;       // arrivals between jobs, and blocks that have ended: zero between launches; null for a single job without a head
     Head head;
     int n_jobs;
 };
