@@ -17,17 +17,23 @@ struct Value {
     __device__ void add(const Value &other) { value += other.value; }
 };
 
-struct Halves {
-    static constexpr int CHUNK = 64;
+// What a decoder has that decodes nothing: no tables, one sum a row, and activations at a shared address.
+struct Undecoded {
     struct Shared {};
     using Place = Nothing;
     static constexpr bool HAS_ROW_SCALES = false;
     using Partial = Value;
-    struct Sums {
-        float of[4];
-    };
     struct Activations {
         uint32_t x;
+    };
+    static __device__ void prepare(Shared &, const float *) {}
+    static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
+};
+
+struct Halves : Undecoded {
+    static constexpr int CHUNK = 64;
+    struct Sums {
+        float of[4];
     };
     struct Row {
         uint32_t x;  // of this lane
@@ -39,7 +45,6 @@ struct Halves {
                                    float (&)[MAX_INPUTS * WARPS]) {
         if (threadIdx.x < job.n_inputs) to[threadIdx.x].x = shared_address(x + threadIdx.x * job.inputs[0].padded);
     }
-    static __device__ void prepare(Shared &, const float *) {}
 
     static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, uint32_t, Row &row, Sums &sums) {
         uint4 x = load_shared_16(row.x);
@@ -48,20 +53,12 @@ struct Halves {
         multiply_halves(sums.of, low.z, high.z, low.w, high.w, x.z, x.w);
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = sums.of[0] + sums.of[3]; }
-    static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
 };
 
-struct Floats {
+struct Floats : Undecoded {
     static constexpr int CHUNK = 32;
-    struct Shared {};
-    using Place = Nothing;
-    static constexpr bool HAS_ROW_SCALES = false;
-    using Partial = Value;
     struct Sums {
         float sum;
-    };
-    struct Activations {
-        uint32_t x;
     };
     struct Row {
         uint32_t x;  // of this lane
@@ -76,7 +73,6 @@ struct Floats {
         for (int at = threadIdx.x; at < all; at += THREADS) floats[at] = __half2float(x[at]);
         if (threadIdx.x < job.n_inputs) to[threadIdx.x].x = shared_address(floats + threadIdx.x * job.inputs[0].padded);
     }
-    static __device__ void prepare(Shared &, const float *) {}
 
     static __device__ __forceinline__ float dot(const uint4 &w, const uint4 &x) {
         return __uint_as_float(w.x) * __uint_as_float(x.x) + __uint_as_float(w.y) * __uint_as_float(x.y) +
@@ -87,5 +83,4 @@ struct Floats {
         row.x += 4 * CHUNK;
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.sum); }
-    static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
 };
