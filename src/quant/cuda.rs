@@ -1,6 +1,8 @@
 //! A matrix on a CUDA device, and how it is made there. Products of whole tensors are for tests and tools; sessions launch by
 //! themselves.
 
+use std::any::Any;
+use std::cell::OnceCell;
 use std::ops::Range;
 
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
@@ -33,12 +35,34 @@ pub trait CudaMatrix: Send + Sync {
         false
     }
 
-    /// `y = x · Wᵀ` for `m` rows: `x` fp16 `[m, k]`, `y` `[m, n]`, fp32 sums. LLM.int8 adds the outlier columns that it finds to
-    /// the count of 64 bits at `outlier_columns`, where that is not 0.
+    /// `y = x · Wᵀ` with fp32 sums, `y` `[m, n]`.
     ///
     /// # Safety
-    /// All are addresses of that much memory on the matrix's device, good until its stream has come past this call.
-    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64, outlier_columns: u64) -> Result<()>;
+    /// `x` holds rows of k; it and `y` are that much memory on the matrix's device, good until its stream has come past this call.
+    unsafe fn multiply_rows(&self, x: &RowsOf, y: u64) -> Result<()>;
+}
+
+/// Activations, fp16 `[m, k]`, that several matrices read one after the other, and what the first of them has made of these.
+pub struct RowsOf {
+    pub at: u64,
+    pub m: usize,
+    /// A count of 64 bits that LLM.int8's outlier columns are added to, or 0.
+    pub outlier_columns: u64,
+    made: OnceCell<Box<dyn Any>>,
+}
+
+impl RowsOf {
+    pub fn new(at: u64, m: usize, outlier_columns: u64) -> Self {
+        Self { at, m, outlier_columns, made: OnceCell::new() }
+    }
+
+    /// What `make` gave to the first that asked; None where that was of another type.
+    pub fn made<T: 'static>(&self, make: impl FnOnce() -> Result<T>) -> Result<Option<&T>> {
+        if self.made.get().is_none() {
+            let _ = self.made.set(Box::new(make()?));
+        }
+        Ok(self.made.get().and_then(|made| made.downcast_ref()))
+    }
 }
 
 /// Dtypes that values come in, numbered as in plain.cuh.
@@ -124,7 +148,7 @@ pub fn multiply(matrix: &dyn CudaMatrix, x: &Tensor) -> Result<Tensor> {
     let run = |y: u64| -> Result<()> {
         if m > 1 {
             // SAFETY: both are as large as the call says; what frees them is on the same stream.
-            return unsafe { matrix.multiply_rows(x, m, y, 0) };
+            return unsafe { matrix.multiply_rows(&RowsOf::new(x, m, 0), y) };
         }
         let product = Product { matrix: matrix.streamed(), bias: 0, out: y, activation: 0 };
         let epilogue = Epilogue { out_is_float: matrix.product_is_float(), ..Epilogue::default() };

@@ -2,6 +2,8 @@
 // the instruction cache, and the copies of weights go on while a block waits for what the others compute.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/attention.cuh"
 #include "quant/dense/dense.cuh"
 
@@ -12,10 +14,11 @@ union Activations {
     typename Own::Activations own[MAX_INPUTS];
 };
 
-// Multiplies what a matrix job reads. `wait` returns once all that earlier jobs wrote is there.
-template <class Own, int DEPTH, class Wait>
-__device__ __forceinline__ void multiply(const Program &program, const Held *jobs, int at, int &limit,
-                                         Ring<typename Own::Place, DEPTH> &ring, const typename Own::Shared &shared, uint8_t *room, Wait wait) {
+// Multiplies what a matrix job reads. `wait` returns once all that earlier jobs wrote is there. `room` has the inputs in fp16, then
+// what the decoder makes of them, then the warps' sums.
+template <class Own, class Ring, class Wait>
+__device__ __forceinline__ void multiply(const Program &program, const Held *jobs, int at, int before, int behind, Ring &ring,
+                                         const typename Own::Shared &shared, uint8_t *room, Wait wait) {
     __shared__ Activations<Own> activations;
     __shared__ float sums_of_warps[MAX_INPUTS * WARPS];
     const Held &held = jobs[at % JOBS_HELD];
@@ -23,46 +26,58 @@ __device__ __forceinline__ void multiply(const Program &program, const Held *job
     const Share &share = held.share;
     const int kind = held.job.kind;
     RowFactors<Own> factors;
-    if (threadIdx.x < share.rows) factors.load(held, threadIdx.x);
-    ring.fill(jobs, limit);
+    bool has_row = factors.load(held, threadIdx.x / TILE_ROWS, threadIdx.x % TILE_ROWS);
+    ring.fill(jobs, before);
+    Start start;
+    start.first(held);
 
-    __half *x = (__half *)(room + (share.tiles * share.runs + WARPS) * TILE_ROWS * sizeof(typename Own::Partial));
+    __half *x = (__half *)room;
+    const int padded = job.inputs[0].padded + (job.n_inputs > 1 ? job.inputs[1].padded : 0);
+    uint8_t *converted = (uint8_t *)(x + padded);
+    const int eighths = kind == KIND_HALF ? Halves::CONVERTED_EIGHTHS : kind == KIND_FLOAT ? Floats::CONVERTED_EIGHTHS : Own::CONVERTED_EIGHTHS;
+    uint8_t *partials = converted + padded * eighths / 8;
     const bool is_normed = job.inputs[0].norm != NORM_NONE;
     if (is_normed) fetch_norm(job.inputs[0]);
+    // What needs no values is made now.
+    constexpr bool OWN_NEEDS_VALUES = Own::CONVERTED_EIGHTHS > 0;
+    if (!job.keeps) {
+        for (int i = 0; i < job.n_inputs; i++)
+            for (int k = job.inputs[i].k + threadIdx.x; k < job.inputs[i].padded; k += THREADS) x[i * job.inputs[0].padded + k] = __half();
+        if (kind == KIND_HALF) Halves::convert(activations.of_halves, {}, job, x, converted, sums_of_warps);
+        if (!OWN_NEEDS_VALUES && kind == KIND_OWN) Own::convert(activations.own, shared, job, x, converted, sums_of_warps);
+    }
     wait();
     if (share.rows == 0 && !job.logits) return ring.leave(at);
-    if (is_normed) normalize(job.inputs[0], x, sums_of_warps);
-    else read_plain(job, x);
-    for (int i = 0; i < job.n_inputs; i++)
-        for (int k = job.inputs[i].k + threadIdx.x; k < job.inputs[i].padded; k += THREADS) x[i * job.inputs[0].padded + k] = __half();
-    __syncthreads();
-    uint8_t *free_bytes = (uint8_t *)(x + job.inputs[0].padded + (job.n_inputs > 1 ? job.inputs[1].padded : 0));
-    if (kind == KIND_HALF) Halves::convert(activations.of_halves, {}, job, x, free_bytes, sums_of_warps);
-    else if (kind == KIND_FLOAT) Floats::convert(activations.of_floats, {}, job, x, free_bytes, sums_of_warps);
-    else Own::convert(activations.own, shared, job, x, free_bytes, sums_of_warps);
-    __syncthreads();
+    if (!job.keeps) {
+        if (is_normed) normalize(job.inputs[0], x, sums_of_warps);
+        else read_plain(job, x);
+        __syncthreads();
+        if (kind == KIND_FLOAT) Floats::convert(activations.of_floats, {}, job, x, converted, sums_of_warps);
+        if (OWN_NEEDS_VALUES && kind == KIND_OWN) Own::convert(activations.own, shared, job, x, converted, sums_of_warps);
+        if (eighths > 0) __syncthreads();
+    }
 
-    if (kind == KIND_HALF) stream<Halves>(jobs, at, limit, ring, {}, activations.of_halves, room);
-    else if (kind == KIND_FLOAT) stream<Floats>(jobs, at, limit, ring, {}, activations.of_floats, room);
-    else stream<Own>(jobs, at, limit, ring, shared, activations.own, room);
+    if (kind == KIND_HALF) stream<Halves>(jobs, at, behind, ring, start, {}, activations.of_halves, partials);
+    else if (kind == KIND_FLOAT) stream<Floats>(jobs, at, behind, ring, start, {}, activations.of_floats, partials);
+    else if constexpr (!std::is_same<Own, Halves>::value) stream<Own>(jobs, at, behind, ring, start, shared, activations.own, partials);
     __syncthreads();
 
     unsigned long long best = 0;
 #pragma unroll 1
-    for (int in_block = threadIdx.x; in_block < share.rows; in_block += THREADS) {
-        if (in_block >= THREADS) factors.load(held, in_block);
+    for (int at_row = threadIdx.x; at_row < share.tiles * TILE_ROWS; at_row += THREADS) {
+        const int of_tile = at_row % TILE_ROWS;
+        if (at_row >= THREADS) has_row = factors.load(held, at_row / TILE_ROWS, of_tile);
+        if (!has_row) continue;
         float values[MAX_INPUTS] = {};
-#pragma unroll 1
-        for (int run = share.runs - 1; run >= 0; run--) {
-            const int of_row = in_block / TILE_ROWS * share.runs + run, row = in_block % TILE_ROWS;
-            // Registers have no index.
-            values[1] = values[0];
-            if (kind == KIND_OWN) values[0] = Own::result(total_of<typename Own::Partial>(share, room, of_row, row),
-                                                          activations.own[job.mode == MODE_JOINED ? run : 0], run ? factors.scale[1] : factors.scale[0]);
-            else values[0] = total_of<Value>(share, room, of_row, row).value;
-            values[0] += run ? factors.bias[1] : factors.bias[0];
+#pragma unroll
+        for (int run = 0; run < MAX_INPUTS; run++) {
+            if (run >= share.runs) break;
+            if (kind == KIND_OWN) values[run] = Own::result(total_of<typename Own::Partial>(partials, factors.sums_of[run], of_tile),
+                                                            activations.own[job.mode == MODE_JOINED ? run : 0], factors.scale[run]);
+            else values[run] = total_of<Value>(partials, factors.sums_of[run], of_tile).value;
+            values[run] += factors.bias[run];
         }
-        put_row(held, in_block, values, factors.residual, best);
+        put_row(job, job.parts[factors.part()], factors.row(), values, factors.residual, best);
     }
     if (!job.logits) return;
     __shared__ unsigned long long best_of_warps[WARPS];
@@ -71,9 +86,9 @@ __device__ __forceinline__ void multiply(const Program &program, const Held *job
 }
 
 // Shared memory: the warps' rings, then what a job needs.
-template <class Own, int DEPTH>
+template <class Own, int DEPTH, bool IS_BULK>
 __device__ __forceinline__ void run_step(const Program &program) {
-    using Ring = Ring<typename Own::Place, DEPTH>;
+    using Ring = Ring<typename Own::Place, DEPTH, IS_BULK>;
     DYNAMIC_SHARED(uint4, dynamic);
     __shared__ Held held[JOBS_HELD];
     __shared__ typename Own::Shared shared;
@@ -86,43 +101,53 @@ __device__ __forceinline__ void run_step(const Program &program) {
     Ring ring;
     ring.start(shared_address(dynamic) + warp * Ring::BYTES, shared_address(barriers + warp * DEPTH));
     uint8_t *room = (uint8_t *)dynamic + WARPS * Ring::BYTES;
-    if (warp < JOBS_HELD && warp < n) hold(held[warp], jobs[warp]);
+    if (warp < JOBS_HELD && warp < n) {
+        // A single job is a parameter, which copies in the background do not reach.
+#pragma unroll 1
+        for (int at = threadIdx.x % LANES; at < JOB_WORDS; at += LANES) ((uint32_t *)&held[warp].job)[at] = ((const uint32_t *)&jobs[warp])[at];
+        find_share(held[warp]);
+    }
     __syncthreads();
-    int limit = min(n, JOBS_HELD);
     Own::prepare(shared, program.code);
+    int *of_job = program.ended + 1;
 
 #pragma unroll 1
     for (int at = 0; at < n; at++) {
-        // All blocks have ended the job before, whose place is free now.
-        auto wait = [&]() {
-            if (at > 0) {
-                if (warp == 1 && at - 1 + JOBS_HELD < n) hold(held[(at - 1) % JOBS_HELD], jobs[at - 1 + JOBS_HELD]);
-                while (threadIdx.x == 0 && arrivals(program.barrier) < at * gridDim.x) pause();
-                limit = min(n, at + JOBS_HELD);
+        const int after = held[at % JOBS_HELD].job.after, blocks = gridDim.x;
+        // Jobs at hand before the wait and behind it.
+        const int before = min(n, max(at - 2, 0) + JOBS_HELD), behind = min(n, max(at - 1, 0) + JOBS_HELD);
+        // `has_work`: this block reads what others have written. It has ended the job before, whose place is free now.
+        auto wait = [&](bool has_work = true) {
+            if (const int next = at - 1 + JOBS_HELD; warp == WARPS - 1) {
+                if (at > 1 && next - 1 < n) find_share(held[(next - 1) % JOBS_HELD]);
+                if (at > 0 && next < n) fetch(held[next % JOBS_HELD], jobs[next]);
             }
+            if (threadIdx.x == 0 && after >= 0 && has_work)
+                while (arrivals(of_job + after) < blocks) pause();
             __syncthreads();
         };
         if (held[at % JOBS_HELD].job.kind == KIND_ATTENTION) attend(held[at % JOBS_HELD].job.attention, room, wait);
-        else multiply<Own>(program, held, at, limit, ring, shared, room, wait);
+        else multiply<Own>(program, held, at, before, behind, ring, shared, room, wait);
         if (at + 1 == n) break;
+        const bool tells = held[at % JOBS_HELD].job.tells;
         __syncthreads();
-        if (threadIdx.x == 0) arrive(program.barrier);
+        if (threadIdx.x == 0 && tells) arrive(of_job + at);
     }
 
-    if (!program.barrier) return;
+    if (!program.ended) return;
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        is_last = atomicAdd(program.barrier + 1, 1) == gridDim.x - 1;
+        is_last = atomicAdd(program.ended, 1) == gridDim.x - 1;
     }
     __syncthreads();
     if (!is_last) return;
     __threadfence();
     if (program.head.best) finish_head(program.head, best_of_warps);
-    if (threadIdx.x == 0) program.barrier[0] = program.barrier[1] = 0;
+    for (int job = threadIdx.x; job < n; job += THREADS) program.ended[job] = 0;
 }
 
-#define STEP_KERNEL(NAME, DECODER, DEPTH)                                                                           \
+#define STEP_KERNEL(NAME, DECODER, DEPTH, IS_BULK)                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME##_step(const __grid_constant__ Program program) { \
-        run_step<DECODER, DEPTH>(program);                                                                          \
+        run_step<DECODER, DEPTH, IS_BULK>(program);                                                                 \
     }

@@ -3,6 +3,7 @@
 use half::f16;
 use quantbench::kernels::cuda::attention::{Attention, Split};
 use quantbench::kernels::cuda::program::Jobs;
+use quantbench::kernels::cuda::rows::{Bias, Heads, Rows};
 use quantbench::quant::dense;
 
 use super::host::{CHIPS, Host};
@@ -23,7 +24,7 @@ struct Case {
 }
 
 const CASES: &[Case] = &[
-    // Groups of query heads: one, some, more than a pass serves, and all of them.
+    // Query heads of a key/value head: one, some, and all of them.
     case(4, 4, 64, 64, 100, 1),
     case(6, 2, 64, 64, 300, 132),
     case(8, 1, 256, 256, 200, 132),
@@ -51,11 +52,60 @@ pub fn attention_of_one_query() {
     for (turn, case) in CASES.iter().enumerate() {
         let (chip, memory) = (CHIPS[turn % CHIPS.len()], Memory::default());
         let facts = Host { chip, memory: &memory }.facts(case.multiprocessors);
-        let split = Split::new(case.capacity, case.kv_heads, case.heads / case.kv_heads, case.d_pad(), facts);
+        let split = Split::new(case.capacity, case.heads, case.d_pad(), facts);
         let mut lengths = vec![1, 2, split.span - 1, split.span, split.span + 1, case.capacity / 2 + 3, case.capacity];
         lengths.retain(|length| *length <= case.capacity);
         for length in lengths {
             attend(*case, split, length, chip, &mut numbers);
+        }
+    }
+}
+
+/// A prompt's rows that need no cuBLAS, in the middle of a cache or over all of it.
+pub fn attention_of_few_rows() {
+    let mut numbers = Numbers(0xf3e5);
+    for (turn, (case, rows, position, is_causal)) in [
+        (case(4, 2, 64, 0, 60, 1), 5, 0, true),
+        (case(3, 3, 80, 0, 90, 1), 8, 70, true),
+        (case(8, 1, 256, 0, 40, 1), 3, 9, true),
+        (Case { has_bias: true, ..case(2, 1, 20, 0, 50, 1) }, 7, 0, false),
+        (Case { has_bias: true, ..case(6, 6, 64, 0, 33, 1) }, 1, 30, true),
+        (case(5, 5, 7, 0, 300, 1), 2, 0, false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let case = Case { appends: false, ..case };
+        let total = if is_causal { position + rows } else { case.capacity - 3 };
+        let mut cache = case.cache(total, &mut numbers);
+        let q = (0..rows * case.heads * case.d).map(|_| f16::from_f32(numbers.normal())).collect::<Vec<f16>>();
+        let memory = Memory::default();
+        let host = Host { chip: CHIPS[turn % CHIPS.len()], memory: &memory };
+        let (heads, kv_heads, d, d_pad, capacity) = (case.heads, case.kv_heads, case.d, case.d_pad(), case.capacity);
+        let scale = 1.0 / (d as f32).sqrt();
+        let bias = match case.has_bias {
+            true => Bias { address: memory.hold(&cache.bias), reach: case.reach(), first_head: 0 },
+            false => Bias::default(),
+        };
+        let (q_at, out) = (memory.hold(&q), memory.room::<f16>(q.len()));
+        let held = [memory.hold(&cache.keys), memory.hold(&cache.values)];
+        let of_heads = Heads { heads, kv_heads, d, d_pad, capacity };
+        let kernels = Rows { on: &host };
+        // SAFETY: every address is of `memory`, and as large as the shapes say.
+        unsafe { kernels.attend((rows, total), of_heads, q_at, held, out, scale, is_causal, position, bias) }
+            .expect("attend");
+        let made: Vec<f16> = memory.read(out, q.len());
+        for row in 0..rows {
+            let length = if is_causal { position + row + 1 } else { total };
+            cache.q.copy_from_slice(&q[row * heads * d..][..heads * d]);
+            for head in 0..heads {
+                let (y, error) = expected(case, &cache, head, length, position + row, scale);
+                for (at, (y, made)) in y.iter().zip(&made[(row * heads + head) * d..]).enumerate() {
+                    let allowed = 1.01 * (error + f64::from(rounding(*y as f32)));
+                    let off = (made.to_f64() - y).abs();
+                    assert!(off <= allowed, "{case:?} [{row}, {head}, {at}]: {made} for {y} within {allowed:e}");
+                }
+            }
         }
     }
 }
@@ -141,12 +191,11 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
         bias: optional(case.has_bias, memory.hold(&cache.bias)),
         position: optional(case.appends, memory.hold(&[position as i32])),
         length: optional(!case.appends, memory.hold(&[length as i32])),
-        partials: memory.room::<f32>(split.partials(kv_heads, d)),
-        arrived: memory.hold(&vec![0; split.counters(kv_heads)]),
+        partials: memory.room::<f32>(split.partials(heads, d)),
+        arrived: memory.hold(&vec![0; heads]),
         scale: 1.0 / (d as f32).sqrt(),
         kv_heads: kv_heads as i32,
         group: group as i32,
-        heads: split.heads as i32,
         d: d as i32,
         d_pad: case.d_pad() as i32,
         rotary: rotary as i32,
@@ -173,7 +222,7 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
     let bits = |values: &[f16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     assert_eq!(bits(&memory.read(job.keys, cache.keys.len())), bits(&cache.keys), "{what}: keys");
     assert_eq!(bits(&memory.read(job.values, cache.values.len())), bits(&cache.values), "{what}: values");
-    assert!(memory.read::<i32>(job.arrived, split.counters(kv_heads)).iter().all(|count| *count == 0), "{what}");
+    assert!(memory.read::<i32>(job.arrived, heads).iter().all(|count| *count == 0), "{what}");
     let out: Vec<f16> = memory.read(job.out, heads * d);
     for head in 0..heads {
         let (y, error) = expected(case, &cache, head, length, position, job.scale);

@@ -59,7 +59,7 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
     let streamed = place(&memory, name, &*stored, threshold);
 
     let table = activations(VOCABULARY, TABLE_STRIDE, Kind::Gaussian, numbers);
-    let (logits_at, barrier) = (memory.room::<f32>(VOCABULARY), memory.hold(&[0; 2]));
+    let (logits_at, ended) = (memory.room::<f32>(VOCABULARY), memory.hold(&[0; 1]));
     let head = Head {
         best: memory.room::<u64>(multiprocessors),
         // Token, position, step and what the head leaves alone.
@@ -79,7 +79,7 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
     for step in [6, 7] {
         let epilogue = Epilogue { logits: logits_at, ..Epilogue::default() };
         let mut planned = plan(&host, multiprocessors, Mode::Apart, &[input], &[product], epilogue);
-        (planned.program.head, planned.program.barrier) = (head, barrier);
+        (planned.program.head, planned.program.ended) = (head, ended);
         run(&host, planned);
         let y: Vec<f32> = memory.read(logits_at, VOCABULARY);
         let token = first_largest(&y);
@@ -90,7 +90,7 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
         let row = &table[token * TABLE_STRIDE..][..HIDDEN];
         let embedding: Vec<f32> = row.iter().map(|value| value.to_f32() * TABLE_SCALE).collect();
         assert_eq!(memory.read::<f32>(head.embedding, HIDDEN), embedding, "{what}");
-        assert_eq!(memory.read::<i32>(barrier, 2), [0, 0], "{what}");
+        assert_eq!(memory.read::<i32>(ended, 1), [0], "{what}");
         check_logits(&what, name, logits, &expected(name, &*stored, &widened(&x), threshold), &y);
     }
 }

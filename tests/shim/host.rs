@@ -58,7 +58,8 @@ impl Host<'_> {
     /// As of a device of this chip.
     pub fn facts(&self, multiprocessors: usize) -> Facts {
         let [major, minor] = [self.chip / 100, self.chip / 10 % 10].map(|digit| digit as i32);
-        Facts { multiprocessors, compute_capability: (major, minor) }
+        // So little that attention never takes longer than what could go beside it.
+        Facts { multiprocessors, bytes_per_us: 0, compute_capability: (major, minor) }
     }
 }
 

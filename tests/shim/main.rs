@@ -20,7 +20,7 @@ mod step;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tests that launch kernels.
-const GROUPS: usize = 14;
+const GROUPS: usize = 15;
 
 /// Runs the cases of a group; the last group to end checks that none of the sources' kernels was left out.
 fn group(cases: fn()) {
@@ -73,6 +73,11 @@ fn norms_of_one_row() {
 #[test]
 fn heads_find_the_token() {
     group(head::heads_find_the_token);
+}
+
+#[test]
+fn attention_of_few_rows() {
+    group(attention::attention_of_few_rows);
 }
 
 #[test]

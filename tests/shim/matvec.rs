@@ -132,14 +132,14 @@ pub fn every_kernel_reads_halves_and_floats() {
                 |at: usize| Single { name: names[at], stored: &*stored[at], row: &rows[at], threshold: threshold() };
             let made = [0, 1, 2].map(|at| single(at).add(&mut jobs, &memory));
             let mut planned = jobs.plan_on(kernel, memory.hold(jobs.list())).expect("a plan");
-            planned.program.barrier = memory.hold(&[0; 2]);
+            planned.program.ended = memory.hold(&[0; 3]);
             run(&host, planned);
             for (at, made) in made.into_iter().enumerate() {
                 let y = single(at).result(&memory, made);
                 let what = format!("{}, chip {chip}", kernel.name);
                 check(names[at], &what, &*stored[at], &widened(&rows[at]), &y);
             }
-            assert_eq!(memory.read::<i32>(planned.program.barrier, 2), [0, 0], "{}", kernel.name);
+            assert_eq!(memory.read::<i32>(planned.program.ended, 3), [0; 3], "{}", kernel.name);
         }
     }
 }

@@ -272,7 +272,7 @@ impl<'a> Session<'a> {
             }
         }
         let mut planned = jobs.plan(self.host.memory.hold(jobs.list())).expect("a plan");
-        planned.program.barrier = self.host.memory.hold(&[0; 2]);
+        planned.program.ended = self.host.memory.hold(&vec![0i32; jobs.list().len()]);
         planned.program.head = self.head;
         self.launch = Some(planned);
     }
@@ -321,7 +321,7 @@ impl<'a> Session<'a> {
         let fusion::Job::Attention { q, append, cache, out, scale, bias } = job else { panic!("{job:?}") };
         let spec = self.model.caches[cache.0];
         let group = self.model.decoder.buffers[q.0].width / spec.head_dim / spec.kv_heads;
-        let split = Split::new(CAPACITY, spec.kv_heads, group, spec.head_dim.next_multiple_of(8), self.facts);
+        let split = Split::new(CAPACITY, spec.kv_heads * group, spec.head_dim.next_multiple_of(8), self.facts);
         let rope = append.and_then(|append| append.rotate).map(|rotate| rotate.rope.0);
         let (bias, reach) = bias.map_or((0, 0), |BiasId(bias)| self.biases[bias]);
         let job = Attention {
@@ -341,7 +341,6 @@ impl<'a> Session<'a> {
             scale: *scale,
             kv_heads: spec.kv_heads as i32,
             group: group as i32,
-            heads: split.heads as i32,
             d: spec.head_dim as i32,
             d_pad: spec.head_dim.next_multiple_of(8) as i32,
             rotary: rope.map_or(0, |rope| self.model.ropes[rope].rotary_dim as i32),

@@ -234,7 +234,7 @@ impl CudaSession {
         let facts = Facts::of(&weights.device)?;
         let mut planned = Matvec::plan(facts, Mode::Apart, vec![input], &[product], epilogue)?;
         planned.program.head = place;
-        planned.program.barrier = self.step.barrier(&weights.device);
+        planned.program.ended = self.step.ended(&weights.device);
         // SAFETY: x is a row of the caller's; all else is the session's.
         Ok(unsafe { planned.ready(&weights.device)?.launch(&weights.device) }?)
     }

@@ -12,9 +12,14 @@ use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::address;
 use crate::kernels::cuda::rows::{Bias, Heads, Rows, Table};
 use crate::plan::{BiasId, BufferId, CacheId, Holds, LinearPart, Mask, MatrixId, NormKind, Op, Plan};
+use crate::quant::cuda::RowsOf;
 
 /// Bytes of attention scores that a call may hold at once; one head at a time where a single one has more.
 const SCORE_BYTES: usize = 64 << 20;
+
+/// Rows whose attention is a launch of ours: cuBLAS takes several for each key/value head. More keys would not fit into shared memory.
+const FEW_ROWS: usize = 32;
+const FEW_KEYS: usize = 8192;
 
 /// What a call is given.
 pub struct Call<'a> {
@@ -167,9 +172,16 @@ impl<'a> Run<'a> {
                 self.buffers[out.0] = Some(Buffer::Half(y));
             }
             Op::Linear { x, parts } => {
+                let Buffer::Half(_) = self.buffer(*x)? else { bail!("a matrix reads fp16 activations") };
+                let outlier_columns = address(&self.weights.outlier_columns, self.device());
+                let x = RowsOf::new(self.at(*x)?, rows, outlier_columns);
                 for (index, part) in parts.iter().enumerate() {
-                    // All parts find the same ones.
-                    self.linear(*x, part, index == 0)?;
+                    self.linear(&x, part)?;
+                    // All parts find the same outliers.
+                    let matrix = &self.weights.matrices[part.weight.0];
+                    if index == 0 && !matrix.streamed().threshold.is_nan() {
+                        self.examined += OutlierColumns { calls: 1, columns: 0, examined: matrix.shape().1 as u64 };
+                    }
                 }
             }
             Op::Append { k, v, cache, rotate } => {
@@ -244,25 +256,15 @@ impl<'a> Run<'a> {
         Ok(y)
     }
 
-    fn linear(&mut self, x: BufferId, part: &LinearPart, count_outliers: bool) -> Result<()> {
-        let matrix = &self.weights.matrices[part.weight.0];
-        let Buffer::Half(_) = self.buffer(x)? else { bail!("a matrix reads fp16 activations") };
-        let (from, rows) = (self.at(x)?, self.call.rows);
+    fn linear(&mut self, x: &RowsOf, part: &LinearPart) -> Result<()> {
+        let (matrix, rows) = (&self.weights.matrices[part.weight.0], self.call.rows);
         let y = match matrix.product_is_float() {
             true => Buffer::Float(self.float(part.out)?),
             false => Buffer::Half(self.half(part.out)?),
         };
         let to = y.address(self.device());
-        let (_, k) = matrix.shape();
-        let counter = match count_outliers && !matrix.streamed().threshold.is_nan() {
-            true => {
-                self.examined += OutlierColumns { calls: 1, columns: 0, examined: k as u64 };
-                address(&self.weights.outlier_columns, self.device())
-            }
-            false => 0,
-        };
         // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
-        unsafe { matrix.multiply_rows(from, rows, to, counter) }?;
+        unsafe { matrix.multiply_rows(x, to) }?;
         if let Some(bias) = part.bias {
             // SAFETY: as above; the bias holds n values.
             unsafe { self.kernels().add_bias(rows, self.width(part.out), to, y.is_float(), self.vector(bias)) }?;
@@ -313,6 +315,25 @@ impl<'a> Run<'a> {
             Mask::Prefix => self.call.position > 0,
         };
         let out = self.half(q)?;
+        let memory = &self.weights.caches[cache.0];
+        let (keys, values) = (address(&memory.keys, device), address(&memory.values, device));
+        // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
+        let position = if holds == Holds::Decoder { self.call.position } else { 0 };
+        let bias_of = |first_head| match bias {
+            Some(bias) => Bias {
+                address: self.weights.biases[bias.0].address(device),
+                reach: self.weights.biases[bias.0].reach,
+                first_head,
+            },
+            None => Bias::default(),
+        };
+        if rows <= FEW_ROWS && total <= FEW_KEYS {
+            let (q, cache, out_at) = (self.at(q)?, [keys, values], address(&out, device));
+            let (kernels, shape) = (self.kernels(), (rows, total));
+            // SAFETY: q and out hold rows of all heads, the cache `total` positions.
+            unsafe { kernels.attend(shape, heads, q, cache, out_at, scale, is_causal, position, bias_of(0)) }?;
+            return Ok(out);
+        }
         // Heads of one call to cuBLAS either share a key/value head or have one each.
         let bytes_a_head = rows * total * (size_of::<f32>() + size_of::<f16>());
         let at_once = match group {
@@ -324,8 +345,6 @@ impl<'a> Run<'a> {
             unsafe { (device.alloc::<f32>(at_once * rows * total)?, device.alloc::<f16>(at_once * rows * total)?) };
         let (scores, probabilities) = (address(&scores, device), address(&probabilities, device));
         let (q_at, out_at) = (self.at(q)?, address(&out, device));
-        let memory = &self.weights.caches[cache.0];
-        let (keys, values) = (address(&memory.keys, device), address(&memory.values, device));
         let width = self.width(q);
         let mut first = 0;
         while first < heads.heads {
@@ -368,21 +387,11 @@ impl<'a> Run<'a> {
                 from: Type::Half,
                 to: Type::Half,
             };
-            let bias = match bias {
-                Some(bias) => Bias {
-                    address: self.weights.biases[bias.0].address(device),
-                    reach: self.weights.biases[bias.0].reach,
-                    first_head: first,
-                },
-                None => Bias::default(),
-            };
-            // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
-            let position = if holds == Holds::Decoder { self.call.position } else { 0 };
             // SAFETY: scores and probabilities hold `at_once` heads; q and out hold all heads; the cache `total` positions.
             unsafe {
                 to_scores.run(device)?;
                 let shape = (count, rows, total);
-                self.kernels().softmax(shape, scores, probabilities, scale, is_causal, position, bias)?;
+                self.kernels().softmax(shape, scores, probabilities, scale, is_causal, position, bias_of(first))?;
                 to_values.run(device)?;
             }
             first += count;

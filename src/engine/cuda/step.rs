@@ -34,8 +34,8 @@ struct Memory {
     arrived: CudaSlice<i32>,
     /// The head's, one for each block.
     best: CudaSlice<u64>,
-    /// Blocks between two jobs, and those that have ended.
-    barrier: CudaSlice<i32>,
+    /// Counters of blocks that have ended the step, and each of its jobs.
+    ended: CudaSlice<i32>,
 }
 
 enum Buffer {
@@ -69,7 +69,7 @@ impl Step {
         let family_of = |id: MatrixId| weights.matrices[id.0].streamed().family.name;
         let fused = fuse(&weights.model.decoder, &family_of)?;
         let facts = Facts::of(&weights.device)?;
-        let memory = Memory::new(weights, &fused, facts)?;
+        let mut memory = Memory::new(weights, &fused, facts)?;
         let mut planner = Planner { weights, memory: &memory, facts, jobs: Jobs::new(facts) };
         for job in &fused {
             planner.add(job).with_context(|| format!("at {job:?}"))?;
@@ -80,8 +80,9 @@ impl Step {
             examines += OutlierColumns { calls: rows as u64, columns: 0, examined: elements as u64 };
         }
         let jobs = weights.device.clone_htod(planned.list())?;
+        memory.ended = weights.device.alloc_zeros(planned.list().len())?;
         let mut planned = planned.plan(address(&jobs, &weights.device))?;
-        planned.program.barrier = address(&memory.barrier, &weights.device);
+        planned.program.ended = address(&memory.ended, &weights.device);
         planned.program.head = memory.head(weights, 1)?;
         Ok(Self { launch: planned.ready(&weights.device)?, graph: None, memory, jobs, examines })
     }
@@ -92,8 +93,8 @@ impl Step {
     }
 
     /// The counters that launches share.
-    pub fn barrier(&self, device: &CudaDevice) -> u64 {
-        address(&self.memory.barrier, device)
+    pub fn ended(&self, device: &CudaDevice) -> u64 {
+        address(&self.memory.ended, device)
     }
 
     pub fn bytes(&self) -> usize {
@@ -166,7 +167,6 @@ impl Planner<'_> {
             arrived: address(&memory.arrived, device),
             kv_heads: dimension(spec.kv_heads)?,
             group: dimension(group(weights, spec, q))?,
-            heads: dimension(split.heads)?,
             d: dimension(spec.head_dim)?,
             d_pad: dimension(cache.d_pad)?,
             capacity: dimension(cache.capacity)?,
@@ -253,7 +253,7 @@ impl Memory {
             partials: device.alloc_zeros(1)?,
             arrived: device.alloc_zeros(1)?,
             best: device.alloc_zeros(facts.multiprocessors)?,
-            barrier: device.alloc_zeros(2)?,
+            ended: device.alloc_zeros(1)?,
         };
         let (mut partials, mut counters) = (1, 1);
         for job in fused {
@@ -265,8 +265,9 @@ impl Memory {
                 fusion::Job::Attention { q, cache, out, .. } => {
                     let spec = model.caches[cache.0];
                     let split = split(weights, *cache, *q, facts);
-                    partials = partials.max(split.partials(spec.kv_heads, spec.head_dim));
-                    counters = counters.max(split.counters(spec.kv_heads));
+                    let heads = width(*q) / spec.head_dim;
+                    partials = partials.max(split.partials(heads, spec.head_dim));
+                    counters = counters.max(heads);
                     vec![*out]
                 }
                 fusion::Job::Matvec { parts, join, .. } => match join {
@@ -309,7 +310,7 @@ impl Memory {
 
     fn bytes(&self) -> usize {
         let buffers: usize = self.buffers.iter().flatten().map(Buffer::bytes).sum();
-        let counters = self.arrived.num_bytes() + self.best.num_bytes() + self.barrier.num_bytes();
+        let counters = self.arrived.num_bytes() + self.best.num_bytes() + self.ended.num_bytes();
         buffers + self.partials.num_bytes() + counters
     }
 
@@ -331,5 +332,5 @@ fn group(weights: &Weights, spec: CacheSpec, q: BufferId) -> usize {
 
 fn split(weights: &Weights, cache: CacheId, q: BufferId, facts: Facts) -> Split {
     let (spec, cache) = (weights.model.caches[cache.0], &weights.caches[cache.0]);
-    Split::new(cache.capacity, spec.kv_heads, group(weights, spec, q), cache.d_pad, facts)
+    Split::new(cache.capacity, spec.kv_heads * group(weights, spec, q), cache.d_pad, facts)
 }

@@ -4,9 +4,9 @@
 //   cache  k, v of this position are appended to [g, capacity, d_pad] fp16, d_pad = d rounded up to 8, zeros behind d
 //   out    softmax(scale * q . K^T + bias[head, key - query]) . V, fp32 inside
 //
-// A unit is `heads` query heads of one key/value head, and `span` positions. Blocks take units in turn; those behind the last
-// position do nothing. Where several units have positions, each leaves (max, sum, out) in `partials`, and the last to end joins
-// them. What earlier steps left in the cache is asked for before the wait.
+// A unit is a query head and `span` positions. Blocks take units in turn; those behind the last position do nothing. Where several
+// units have positions, each leaves (max, sum, out) in `partials`, and the last to end joins them. What earlier steps left in the
+// cache is asked for before the wait.
 //
 //   positions |0 .. span|span .. 2 span|...|.. length|      lanes of a warp: 32 / L keys at a time, L lanes of 16 bytes each
 //
@@ -16,10 +16,8 @@
 
 #include "kernels/cuda/job.cuh"
 
-// Query heads of a unit, at most.
-constexpr int MAX_HEADS = 2;
-// Keys and values of a lane, 8 elements each, that are in flight at once.
-constexpr int KEYS_AHEAD = 3;
+// Keys and values of a lane, 8 elements each, that are in flight at once; more do not fit into its registers.
+constexpr int KEYS_AHEAD = 2;
 
 // Element `at` of a head, rotated.
 __device__ __forceinline__ float rotated(const __half *head, int at, int rotary, const float2 *angles) {
@@ -40,11 +38,8 @@ __device__ __forceinline__ void widen(const uint4 &halves, float (&values)[8]) {
     }
 }
 
-// Eight values times eight floats, which lie at a multiple of 16 bytes.
-__device__ __forceinline__ float dot(const float (&values)[8], const float *with) {
-    const float4 low = ((const float4 *)with)[0], high = ((const float4 *)with)[1];
-    return values[0] * low.x + values[1] * low.y + values[2] * low.z + values[3] * low.w +
-           (values[4] * high.x + values[5] * high.y + values[6] * high.z + values[7] * high.w);
+__device__ __forceinline__ float dot(const float (&a)[8], const float (&b)[8]) {
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + (a[4] * b[4] + a[5] * b[5] + a[6] * b[6] + a[7] * b[7]);
 }
 
 // Of a lane: the softmax over the keys seen so far, and its eight elements of what that weighs.
@@ -73,37 +68,36 @@ struct State {
     }
 };
 
-// The units of the same heads, joined by the block that ended last. A unit's partial is [heads, 2 + d]: max, sum, out.
-__device__ __forceinline__ void join_splits(const Attention &job, const float *first_split, int heads, int active, __half *out) {
-    const int d = job.d, of_split = job.heads * (2 + d);
+// The units of the same head, joined by the block that ended last. A unit's partial is [2 + d]: max, sum, out.
+__device__ __forceinline__ void join_splits(const float *first_split, int d, int active, __half *out) {
 #pragma unroll 1
-    for (int at = threadIdx.x; at < heads * d; at += THREADS) {
-        const int head = (unsigned)at / (unsigned)d;
-        const float *partial = first_split + head * (2 + d);
+    for (int at = threadIdx.x; at < d; at += THREADS) {
         float max = -INFINITY, sum = 0.0f, joined = 0.0f;
 #pragma unroll 4
-        for (int split = 0; split < active; split++) max = larger(max, __ldcg(partial + split * of_split));
+        for (int split = 0; split < active; split++) max = larger(max, __ldcg(first_split + split * (2 + d)));
 #pragma unroll 4
         for (int split = 0; split < active; split++) {
-            const float factor = __expf(__ldcg(partial + split * of_split) - max);
-            sum += factor * __ldcg(partial + split * of_split + 1);
-            joined += factor * __ldcg(partial + split * of_split + 2 + at - head * d);
+            const float *partial = first_split + split * (2 + d);
+            const float factor = __expf(__ldcg(partial) - max);
+            sum += factor * __ldcg(partial + 1);
+            joined += factor * __ldcg(partial + 2 + at);
         }
         out[at] = __float2half_rn(joined / sum);
     }
 }
 
-// `wait` returns once all that earlier jobs wrote is there; every block calls it once. `room` is free from then on: q [heads,
-// d_pad] fp32, the query's own k and v [d_pad] fp16, then the warps' states [WARPS, heads, 2 + d_pad] fp32.
+// `wait` returns once all that earlier jobs wrote is there, if it is told that the block has units; every block calls it once. `room`
+// is free from then on: q [d_pad] fp32, the query's own k and v [d_pad] fp16, then the warps' states: max and sum [WARPS], out
+// [WARPS, d_pad] fp32.
 template <class Wait>
 __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait wait) {
     __shared__ bool is_last;
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const int d = job.d, d_pad = job.d_pad, units = d_pad / 8, span = job.span;
-    const int appended = job.k ? 1 : 0, groups = (job.group + job.heads - 1) / job.heads;
+    const int appended = job.k ? 1 : 0;
     float *q = (float *)room;
-    __half *own_k = (__half *)(q + job.heads * d_pad), *own_v = own_k + d_pad;
-    float *states = (float *)(own_v + d_pad);
+    __half *own_k = (__half *)(q + d_pad), *own_v = own_k + d_pad;
+    float *maxes = (float *)(own_v + d_pad), *sums = maxes + WARPS, *outs = sums + WARPS;
 
     // `width` lanes hold a key and its value, eight elements each; rows of more than 32 lanes are not there.
     int width = 1;
@@ -117,16 +111,14 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
     const int active = (length + span - 1) / span;
     const float2 *angles = job.angles + (long long)position * (job.rotary / 2);
 
-    // A unit: its heads, its part of the cache, and how many positions it has there, of which the own one is not there yet.
-    int index = blockIdx.x, kv_head, first_head, heads, split, first, count, cached;
-    const int n_units = job.kv_heads * groups * active;
+    // A unit: its head, its part of the cache, and how many positions it has there, of which the own one is not there yet.
+    int index = blockIdx.x, kv_head, head, split, first, count, cached;
+    const int n_units = job.kv_heads * job.group * active;
     __half *keys, *values;
     auto enter = [&]() {
-        const int of_heads = (unsigned)index / (unsigned)active;
-        split = index - of_heads * active;
-        kv_head = of_heads / groups;
-        first_head = (of_heads - kv_head * groups) * job.heads;
-        heads = min(job.heads, job.group - first_head);
+        head = (unsigned)index / (unsigned)active;
+        split = index - head * active;
+        kv_head = head / job.group;
         first = split * span;
         count = min(span, length - first);
         cached = min(count, length - appended - first);
@@ -147,7 +139,7 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
         enter();
         load(first_key);
     }
-    wait();
+    wait(index < n_units);
 #pragma unroll 1
     for (bool is_ahead = true; index < n_units; index += gridDim.x, is_ahead = false) {
         if (!is_ahead) {
@@ -156,109 +148,89 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
         }
         const bool has_own = cached < count;
 #pragma unroll 1
-        for (int at = threadIdx.x; at < (heads + 2 * has_own) * d_pad; at += THREADS) {
-            const int head = (unsigned)at / (unsigned)d_pad, element = at - head * d_pad;
-            const bool is_q = head < heads, is_v = head > heads;
-            const __half *from = is_q ? job.q + (kv_head * job.group + first_head + head) * d : (is_v ? job.v : job.k) + kv_head * d;
-            const __half value = __float2half_rn(element < d ? rotated(from, element, is_v ? 0 : job.rotary, angles) : 0.0f);
-            if (is_q) {
-                q[at] = __half2float(value) * job.scale;
+        for (int at = threadIdx.x; at < (has_own ? 3 : 1) * d_pad; at += THREADS) {
+            const int which = (unsigned)at / (unsigned)d_pad, element = at - which * d_pad;
+            const __half *from = which == 0 ? job.q + head * d : (which == 1 ? job.k : job.v) + kv_head * d;
+            const __half value = __float2half_rn(element < d ? rotated(from, element, which == 2 ? 0 : job.rotary, angles) : 0.0f);
+            if (which == 0) {
+                q[element] = __half2float(value) * job.scale;
                 continue;
             }
-            (is_v ? own_v : own_k)[element] = value;
+            (which == 1 ? own_k : own_v)[element] = value;
             // The head that appends is the first one of its key/value head.
-            if (first_head == 0 && element < d) (is_v ? values : keys)[cached * d_pad + element] = value;
+            if (head == kv_head * job.group && element < d) (which == 1 ? keys : values)[cached * d_pad + element] = value;
         }
         __syncthreads();
 
-        State state[MAX_HEADS];
+        float of_query[8] = {};
+        if (unit < units) {
 #pragma unroll
-        for (int head = 0; head < MAX_HEADS; head++) state[head] = {-INFINITY, 0.0f, {}};
+            for (int i = 0; i < 8; i++) of_query[i] = q[unit * 8 + i];
+        }
+        const float *bias = job.bias + head * (2 * job.reach + 1) + job.reach + first - position;
+        State state = {-INFINITY, 0.0f, {}};
 #pragma unroll 1
         for (int start = first_key; start - lane / width < count; start += KEYS_AHEAD * key_step) {
             if (start != first_key) load(start);
-#pragma unroll 1
-            for (int i = 0; i < KEYS_AHEAD && start + i * key_step - lane / width < count; i++) {
-                const int key = start + i * key_step;
-                uint4 of_key = held_keys[0], of_value = held_values[0];
 #pragma unroll
-                for (int next = 1; next < KEYS_AHEAD; next++) held_keys[next - 1] = held_keys[next], held_values[next - 1] = held_values[next];
+            for (int i = 0; i < KEYS_AHEAD; i++) {
+                const int key = start + i * key_step;
+                if (key - lane / width >= count) break;
+                uint4 of_key = held_keys[i], of_value = held_values[i];
                 if (has_own && key == cached && unit < units) {
                     of_key = ((const uint4 *)own_k)[unit];
                     of_value = ((const uint4 *)own_v)[unit];
                 }
-                float key_values[8], value_values[8], scores[MAX_HEADS] = {};
+                float key_values[8], value_values[8];
                 widen(of_key, key_values);
                 widen(of_value, value_values);
-#pragma unroll
-                for (int head = 0; head < MAX_HEADS; head++)
-                    if (head < heads && unit < units) scores[head] = dot(key_values, q + head * d_pad + unit * 8);
+                float score = unit < units ? dot(key_values, of_query) : 0.0f;
 #pragma unroll 1
-                for (int distance = width / 2; distance > 0; distance /= 2) {
-#pragma unroll
-                    for (int head = 0; head < MAX_HEADS; head++) scores[head] += __shfl_xor_sync(ALL_LANES, scores[head], distance);
-                }
+                for (int distance = width / 2; distance > 0; distance /= 2) score += __shfl_xor_sync(ALL_LANES, score, distance);
                 if (key >= count) continue;
-#pragma unroll
-                for (int head = 0; head < MAX_HEADS; head++) {
-                    if (head >= heads) break;
-                    if (job.bias)
-                        scores[head] += __ldg(job.bias + (kv_head * job.group + first_head + head) * (2 * job.reach + 1) + job.reach + first + key - position);
-                    state[head].see(scores[head], value_values);
-                }
+                state.see(job.bias ? score + __ldg(bias + key) : score, value_values);
             }
         }
         // The keys of a warp, then the warps.
 #pragma unroll 1
-        for (int distance = LANES / 2; distance >= width; distance /= 2) {
-#pragma unroll
-            for (int head = 0; head < MAX_HEADS; head++)
-                if (head < heads) state[head].join(distance);
-        }
-        const int of_head = 2 + d_pad;
-#pragma unroll
-        for (int head = 0; head < MAX_HEADS; head++) {
-            if (head >= heads || lane >= units) continue;
-            float *to = states + (warp * job.heads + head) * of_head;
-            if (lane == 0) to[0] = state[head].max, to[1] = state[head].sum;
-#pragma unroll
-            for (int i = 0; i < 8; i++) to[2 + 8 * lane + i] = state[head].out[i];
+        for (int distance = LANES / 2; distance >= width; distance /= 2) state.join(distance);
+        if (lane < units) {
+            if (lane == 0) maxes[warp] = state.max, sums[warp] = state.sum;
+            float4 *to = (float4 *)(outs + warp * d_pad) + 2 * lane;
+            to[0] = make_float4(state.out[0], state.out[1], state.out[2], state.out[3]);
+            to[1] = make_float4(state.out[4], state.out[5], state.out[6], state.out[7]);
         }
         __syncthreads();
 
-        __half *out = job.out + (kv_head * job.group + first_head) * d;
-        float *first_split = job.partials + (long long)(kv_head * groups + first_head / job.heads) * job.splits * job.heads * (2 + d);
-        float *partial = first_split + split * job.heads * (2 + d);
-#pragma unroll 1
-        for (int at = threadIdx.x; at < heads * d; at += THREADS) {
-            const int head = (unsigned)at / (unsigned)d, element = at - head * d;
-            const float *of_warp = states + head * of_head;
-            float max = -INFINITY, sum = 0.0f, joined = 0.0f;
-#pragma unroll 4
-            for (int w = 0; w < WARPS; w++) max = larger(max, of_warp[w * job.heads * of_head]);
-#pragma unroll 4
+        // A warp makes 32 elements; its lanes first weigh one warp each.
+        __half *out = job.out + head * d;
+        float *first_split = job.partials + (long long)head * job.splits * (2 + d), *partial = first_split + split * (2 + d);
+        if (warp * LANES < d) {
+            const float max = lane < WARPS ? maxes[lane] : -INFINITY, largest = warp_max(max), weight = State::factor(max, largest);
+            const float sum = warp_sum(lane < WARPS ? sums[lane] * weight : 0.0f);
+            const int element = threadIdx.x;
+            float joined = 0.0f;
+#pragma unroll
             for (int w = 0; w < WARPS; w++) {
-                const float factor = State::factor(of_warp[w * job.heads * of_head], max);
-                sum += factor * of_warp[w * job.heads * of_head + 1];
-                joined += factor * of_warp[w * job.heads * of_head + 2 + element];
+                const float of_warp = __shfl_sync(ALL_LANES, weight, w);
+                if (element < d) joined += of_warp * outs[w * d_pad + element];
             }
-            if (active == 1) {
-                out[at] = __float2half_rn(joined / sum);
-            } else {
-                partial[head * (2 + d) + 2 + element] = joined;
-                if (element == 0) partial[head * (2 + d)] = max, partial[head * (2 + d) + 1] = sum;
+            if (element < d) {
+                if (active == 1) out[element] = __float2half_rn(joined / sum);
+                else partial[2 + element] = joined;
             }
+            if (active > 1 && element == 0) partial[0] = largest, partial[1] = sum;
         }
         __syncthreads();
         if (active == 1) continue;
         if (threadIdx.x == 0) {
             __threadfence();
-            is_last = atomicAdd(job.arrived + kv_head * groups + first_head / job.heads, 1) == active - 1;
+            is_last = atomicAdd(job.arrived + head, 1) == active - 1;
         }
         __syncthreads();
         if (!is_last) continue;
         __threadfence();
-        join_splits(job, first_split, heads, active, out);
-        if (threadIdx.x == 0) job.arrived[kv_head * groups + first_head / job.heads] = 0;
+        join_splits(first_split, d, active, out);
+        if (threadIdx.x == 0) job.arrived[head] = 0;
     }
 }

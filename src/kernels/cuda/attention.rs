@@ -4,8 +4,6 @@ use candle_core::{Result, bail};
 
 use super::program::{Facts, WARPS};
 
-/// As in attention.cuh.
-const MAX_HEADS: usize = 2;
 /// Elements of a head whose units of 8 one warp holds.
 const MAX_D: usize = 256;
 /// Bytes of a unit's keys: enough to be worth the joining, few enough that a short context is split.
@@ -32,7 +30,6 @@ pub struct Attention {
     pub scale: f32,
     pub kv_heads: i32,
     pub group: i32,
-    pub heads: i32,
     pub d: i32,
     pub d_pad: i32,
     pub rotary: i32,
@@ -42,36 +39,26 @@ pub struct Attention {
     pub splits: i32,
 }
 
-/// How queries and positions are split into units, which blocks take.
+/// How the positions of a head are split into units, which blocks take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Split {
-    /// Query heads of a unit, and units of a key/value head side by side.
-    pub heads: usize,
-    pub groups: usize,
-    /// Positions of a unit, and units of the same heads one behind the other.
+    /// Positions of a unit, and units one behind the other.
     pub span: usize,
     pub splits: usize,
 }
 
 impl Split {
     /// At most a unit for each multiprocessor at `capacity` positions where there are as many, none with too little to do.
-    pub fn new(capacity: usize, kv_heads: usize, group: usize, d_pad: usize, facts: Facts) -> Self {
-        let heads = group.min(MAX_HEADS);
-        let groups = group.div_ceil(heads);
+    pub fn new(capacity: usize, heads: usize, d_pad: usize, facts: Facts) -> Self {
         let least = SPAN_BYTES / (size_of::<half::f16>() * d_pad) / SPAN_STEP * SPAN_STEP;
-        let most_splits = (facts.multiprocessors / (kv_heads * groups)).max(1);
+        let most_splits = (facts.multiprocessors / heads).max(1);
         let span = capacity.div_ceil(most_splits).next_multiple_of(SPAN_STEP).max(least).max(SPAN_STEP);
-        Self { heads, groups, span, splits: capacity.div_ceil(span) }
+        Self { span, splits: capacity.div_ceil(span) }
     }
 
     /// fp32 values that units leave for each other.
-    pub fn partials(self, kv_heads: usize, d: usize) -> usize {
-        self.counters(kv_heads) * self.splits * self.heads * (2 + d)
-    }
-
-    /// Counters of units that have ended.
-    pub fn counters(self, kv_heads: usize) -> usize {
-        kv_heads * self.groups
+    pub fn partials(self, heads: usize, d: usize) -> usize {
+        heads * self.splits * (2 + d)
     }
 }
 
@@ -83,10 +70,20 @@ impl Attention {
         }
     }
 
+    /// Blocks that have something to do where the cache is full.
+    pub(super) fn units(&self) -> usize {
+        (self.kv_heads * self.group * self.splits) as usize
+    }
+
+    /// Keys and values of one of them.
+    pub(super) fn unit_bytes(&self) -> usize {
+        2 * size_of::<half::f16>() * (self.span.min(self.capacity) * self.d_pad) as usize
+    }
+
     /// What `attend` lays out in its `room`.
     pub(super) fn shared_bytes(&self) -> usize {
-        let [heads, d_pad] = [self.heads, self.d_pad].map(|value| value as usize);
-        let (q, states) = (heads * d_pad, WARPS * heads * (2 + d_pad));
+        let d_pad = self.d_pad as usize;
+        let (q, states) = (d_pad, WARPS * (2 + d_pad));
         size_of::<f32>() * (q + states) + size_of::<half::f16>() * 2 * d_pad
     }
 }

@@ -10,6 +10,17 @@
 // Shared memory that is sized at launch.
 #define DYNAMIC_SHARED(TYPE, NAME) extern __shared__ TYPE NAME[]
 
+// The largest over the warp, in every lane.
+__device__ __forceinline__ uint32_t warp_largest(uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(ALL_LANES, value);
+#else
+#pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2) value = max(value, __shfl_xor_sync(ALL_LANES, value, distance));
+    return value;
+#endif
+}
+
 // Sixteen bytes that are read once: first to leave the caches. Volatile, so that it stays above a wait.
 __device__ __forceinline__ uint4 load_streaming(const void *at) {
     uint4 value;
@@ -37,6 +48,19 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t at) {
     return value;
 }
 
+// Where word `index` lies: one instruction, which C++ makes three of behind a byte that was cut out.
+__device__ __forceinline__ uint32_t word_at(uint32_t base, uint32_t index) {
+    uint32_t at;
+    asm("mad.lo.u32 %0, %1, 4, %2;" : "=r"(at) : "r"(index), "r"(base));
+    return at;
+}
+
+// The same, without a trace of how it was made: what is kept over a loop and not made anew in it.
+__device__ __forceinline__ int kept(int value) {
+    asm("" : "+r"(value));
+    return value;
+}
+
 // What a copy has brought, behind the wait for it.
 __device__ __forceinline__ uint4 load_copied_16(uint32_t at) {
     uint4 value;
@@ -55,10 +79,10 @@ __device__ __forceinline__ uint32_t load_copied(uint32_t at) {
 
 // Copies 16 bytes into shared memory, in the background where the chip can; each lane awaits its own. The rest of the cache
 // line is asked for as well. Where not `wanted`, zeros, without a look at `from`.
-__device__ __forceinline__ void copy_streaming(uint32_t to, const void *from, bool wanted) {
+__device__ __forceinline__ void copy_streaming(uint32_t to, const void *from, int wanted) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("{.reg .pred p; setp.eq.u32 p, %2, 0; cp.async.cg.shared.global.L2::128B [%0], [%1], 16, p;}" ::"r"(to), "l"(from),
-                 "r"((int)wanted)
+                 "r"(wanted)
                  : "memory");
 #else
     uint4 value = wanted ? load_streaming(from) : make_uint4(0, 0, 0, 0);
@@ -132,6 +156,13 @@ template <int LEFT>
 __device__ __forceinline__ void await_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
+// Everything that this thread copies has arrived.
+__device__ __forceinline__ void await_all_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

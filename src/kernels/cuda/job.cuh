@@ -43,6 +43,11 @@ struct Input {
     int padded;    // elements of these chunks
 };
 
+// Rows for neighbouring blocks: `of_block` each, one more for the last `more` of them.
+struct Deal {
+    int blocks, of_block, more;
+};
+
 struct Matvec {
     Part parts[MAX_PARTS];
     Input inputs[MAX_INPUTS];
@@ -53,6 +58,8 @@ struct Matvec {
     int stride;                           // bytes from row to row of part 0; of part 1 where inputs are joined: stride_1
     int stride_1;
     int n_inputs, mode, rows, out_is_float;
+    int keeps;      // whether the job before has read the same inputs, so that they are in shared memory
+    Deal deals[2];  // first rows to the first blocks, then the rest to the others
 };
 
 struct Attention {
@@ -66,16 +73,18 @@ struct Attention {
     const float *bias;    // [h, 2 * reach + 1] by key - query, null without
     const int *position;  // of the query, where something is appended
     const int *length;    // keys, where nothing is
-    float *partials;      // [g, groups of heads, splits, heads, 2 + d]
-    int *arrived;         // [g, groups of heads], zero between steps
+    float *partials;      // [h, splits, 2 + d]
+    int *arrived;         // [h], zero between steps
     float scale;
-    int kv_heads, group, heads, d, d_pad, rotary, reach, capacity, span, splits;
+    int kv_heads, group, d, d_pad, rotary, reach, capacity, span, splits;
 };
 
 // Whose decoder reads a job's matrices: those every kernel has, or the kernel's own.
 enum Kind { KIND_HALF, KIND_FLOAT, KIND_OWN, KIND_ATTENTION };
 
 struct Job {
+    int after;     // the job that all blocks have to end before this one begins; none where negative
+    int tells;     // whether some job waits for this one: each block counts up when it has ended it
     int kind;
     union {
         Matvec matvec;
@@ -98,7 +107,7 @@ struct Program {
     Job only;           // where `jobs` is null
     const Job *jobs;    // [n_jobs]
     const float *code;  // nf4: values of the 16 codes, then of the 256 absmax codes
-    int *barrier;       // arrivals between jobs, and blocks that have ended: zero between launches; null for a single job without a head
+    int *ended;         // blocks that have ended, then arrivals of each job: zero between launches; null for a single job without a head
     Head head;
     int n_jobs;
 };

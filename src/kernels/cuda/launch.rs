@@ -31,38 +31,50 @@ unsafe impl Send for Kernel {}
 // SAFETY: as above.
 unsafe impl Sync for Kernel {}
 
-/// A loaded module's handle, by device ordinal and fatbin name.
-struct Module(sys::CUmodule);
+/// A module that is loaded on a device, and the kernels of it that were asked for.
+struct Module {
+    ordinal: usize,
+    fatbin: &'static str,
+    handle: sys::CUmodule,
+    kernels: Vec<Kernel>,
+}
 // SAFETY: as for a kernel's handle.
 unsafe impl Send for Module {}
 
-static MODULES: Mutex<Vec<(usize, &'static str, Module)>> = Mutex::new(Vec::new());
+static MODULES: Mutex<Vec<Module>> = Mutex::new(Vec::new());
 
 impl Fatbin {
     /// The kernel `name`; the first call on a device loads the module there.
     pub fn kernel(&self, device: &CudaDevice, name: &'static str) -> Result<Kernel> {
         let explain = |error| driver_error(error).context(format!("loading kernel `{name}` of {}.cu", self.name));
+        let ordinal = device.cuda_stream().context().ordinal();
+        let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = modules.iter().position(|module| module.ordinal == ordinal && module.fatbin == self.name);
+        let at = match known {
+            Some(at) => at,
+            None => {
+                modules.push(self.load(device, ordinal).map_err(explain)?);
+                modules.len() - 1
+            }
+        };
+        let module = &mut modules[at];
+        if let Some(kernel) = module.kernels.iter().find(|kernel| kernel.name == name) {
+            return Ok(*kernel);
+        }
         let symbol = std::ffi::CString::new(name).map_err(Error::wrap)?;
-        let module = self.module(device).map_err(explain)?;
         // SAFETY: the module is loaded and stays so.
-        let function = unsafe { result::module::get_function(module, symbol) }.map_err(explain)?;
+        let function = unsafe { result::module::get_function(module.handle, symbol) }.map_err(explain)?;
+        module.kernels.push(Kernel { name, function });
         Ok(Kernel { name, function })
     }
 
-    fn module(&self, device: &CudaDevice) -> std::result::Result<sys::CUmodule, DriverError> {
-        let stream = device.cuda_stream();
-        let ordinal = stream.context().ordinal();
-        let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((.., module)) = modules.iter().find(|(at, name, _)| *at == ordinal && *name == self.name) {
-            return Ok(module.0);
-        }
-        stream.context().bind_to_thread()?;
+    fn load(&self, device: &CudaDevice, ordinal: usize) -> std::result::Result<Module, DriverError> {
+        device.cuda_stream().context().bind_to_thread()?;
         // A copy, since the driver wants the image aligned, as allocations are.
         let image = self.image.to_vec();
         // SAFETY: a fatbin carries its own length, and the driver copies what it keeps.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }?;
-        modules.push((ordinal, self.name, Module(module)));
-        Ok(module)
+        let handle = unsafe { result::module::load_data(image.as_ptr().cast()) }?;
+        Ok(Module { ordinal, fatbin: self.name, handle, kernels: Vec::new() })
     }
 }
 

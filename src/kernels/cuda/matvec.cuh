@@ -38,7 +38,10 @@ __device__ __forceinline__ float block_sum(float value, float *room) {
     value = warp_sum(value);
     if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = value;
     __syncthreads();
-    return warp_sum(threadIdx.x % LANES < WARPS ? room[threadIdx.x % LANES] : 0.0f);
+    value = room[threadIdx.x % WARPS];
+#pragma unroll
+    for (int distance = WARPS / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+    return value;
 }
 
 // Of an input, in a thread's registers: all of most models', so that one latency covers it.
@@ -57,10 +60,12 @@ __device__ __forceinline__ void fetch_norm(const Input &input) {
 __device__ __forceinline__ void normalize(const Input &input, __half *out, float *room) {
     const float4 *x = (const float4 *)input.x, *weights = (const float4 *)input.norm_weight, *biases = (const float4 *)input.norm_bias;
     const int fours = (input.k + 3) / 4, rest = FOURS_HELD * THREADS + threadIdx.x;
-    float4 held[FOURS_HELD];
+    auto is_there = [&](int i) { return i * THREADS + (int)threadIdx.x < fours; };
+    // No thread loads what it does not need: all blocks at one address would wait for each other.
+    float4 held[FOURS_HELD] = {};
 #pragma unroll
-    for (int i = 0; i < FOURS_HELD; i++) held[i] = load_fresh(x + min(i * THREADS + (int)threadIdx.x, fours - 1));
-    auto is_there = [&](int i) { return i * THREADS + threadIdx.x < fours; };
+    for (int i = 0; i < FOURS_HELD; i++)
+        if (is_there(i)) held[i] = load_fresh(x + i * THREADS + threadIdx.x);
     float sum = 0.0f, mean = 0.0f;
     if (input.norm == NORM_LAYER) {
 #pragma unroll
@@ -137,25 +142,68 @@ __device__ __forceinline__ void read_plain(const Matvec &job, __half *out) {
 template <class Own>
 struct RowFactors {
     float bias[MAX_INPUTS], scale[MAX_INPUTS], residual;
-    __device__ __forceinline__ void load(const Held &held, int in_block) {
+    uint32_t place;               // of the first run: part << 28 | row
+    uint32_t sums_of[MAX_INPUTS];  // each run's partials: the first one << 16 | how many follow
+    // False where the tile has no such row.
+    __device__ __forceinline__ bool load(const Held &held, int tile, int of_tile) {
         const Matvec &job = held.job.matvec;
-        int row;
+        const Share &share = held.share;
+        if (tile >= share.tiles || of_tile >= rows_of(share, tile)) return false;
+        int begin = tile * (share.chunks[0] + share.chunks[1]), run = tile * share.runs;
 #pragma unroll
-        for (int run = 0; run < MAX_INPUTS; run++) {
-            bias[run] = scale[run] = 0.0f;
-            if (run >= held.share.runs) continue;
-            const Part &part = part_at(held, run, in_block, row);
-            if (part.bias) bias[run] = load_float(part.bias + row);
-            if (Own::HAS_ROW_SCALES && held.job.kind == KIND_OWN) scale[run] = load_float((const float *)part.scales + row);
+        for (int i = 0; i < MAX_INPUTS; i++) {
+            bias[i] = scale[i] = 0.0f;
+            if (i >= share.runs) continue;
+            int in_part = first_row_of(share, tile) + of_tile;
+            const Part &of_run = part_at(held, i, in_part);
+            if (i == 0) place = (uint32_t)(&of_run - job.parts) << 28 | in_part;
+            if (of_run.bias) bias[i] = load_float(of_run.bias + in_part);
+            if (Own::HAS_ROW_SCALES && held.job.kind == KIND_OWN) scale[i] = load_float((const float *)of_run.scales + in_part);
+            const int first_warp = quotient(begin, share.of_warp, share.per_of_warp);
+            begin += share.chunks[i];
+            sums_of[i] = (run + i + first_warp) << 16 | (quotient(begin - 1, share.of_warp, share.per_of_warp) - first_warp);
         }
         // Before the wait: whoever adds to a residual gives a row to the same thread, so that nobody else has written it.
-        residual = job.residual ? load_fresh(job.residual + row) : 0.0f;
+        residual = job.residual ? load_fresh(job.residual + row()) : 0.0f;
+        return true;
+    }
+    __device__ __forceinline__ int part() const { return place >> 28; }
+    __device__ __forceinline__ int row() const { return place & 0xfffffff; }
+};
+
+// Where a warp's next run is.
+struct Start {
+    int run, second, chunk, steps;
+    int left;         // steps of the job behind it
+    const Part *part;  // of the lane's row
+    int row;           // there
+    __device__ __forceinline__ void find(const Held &held) {
+        const Share &share = held.share;
+        second = is_second(share, run);
+        steps = min(left, share.chunks[second] - chunk);
+        left -= steps;
+        const int tile = tile_of(share, run);
+        row = first_row_of(share, tile) + min((int)threadIdx.x % LANES / 4, rows_of(share, tile) - 1);
+        part = &part_at(held, second, row);
+    }
+    __device__ __forceinline__ void first(const Held &held) {
+        const int warp = threadIdx.x / LANES;
+        run = held.share.enter_run[warp];
+        chunk = held.share.enter_chunk[warp];
+        left = steps_of(held.share, warp);
+        steps = 0;
+        if (left > 0) find(held);
+    }
+    __device__ __forceinline__ void next(const Held &held) {
+        run++;
+        chunk = steps = 0;
+        if (left > 0) find(held);
     }
 };
 
 // N steps from the first ones of a slot on.
-template <int N, class Decoder, class Place, int DEPTH>
-__device__ __forceinline__ void take_steps(const Ring<Place, DEPTH> &, uint32_t slot, typename Decoder::Row &row, typename Decoder::Sums &sums) {
+template <int N, class Decoder, class Ring>
+__device__ __forceinline__ void take_steps(const Ring &, uint32_t slot, typename Decoder::Row &row, typename Decoder::Sums &sums) {
     const int lane = threadIdx.x % LANES;
     const uint32_t words = slot + row_at(lane / 4) + lane % 4 * 16;
     uint4 low[N], high[N];
@@ -166,11 +214,12 @@ __device__ __forceinline__ void take_steps(const Ring<Place, DEPTH> &, uint32_t 
     }
 #pragma unroll
     for (int i = 0; i < N; i++)
-        Decoder::add(low[i], high[i], words + i * CHUNK_BYTES, slot + ROWS_BYTES + i * Ring<Place, DEPTH>::EXTRA_BYTES, row, sums);
+        Decoder::add(low[i], high[i], words + i * CHUNK_BYTES, slot + ROWS_BYTES + i * Ring::EXTRA_BYTES, row, sums);
 }
 
 // A matrix's steps of this warp, its sums into `partials`. The decoder's interface:
 //   CHUNK                     elements of 128 bytes
+//   CONVERTED_EIGHTHS         of a byte, for what an element of x becomes
 //   Row                       where a lane reads what a row's steps need, from a chunk on; add moves it one step on
 //   Sums, add                 sums of one run in a lane; add is told the 32 bytes, where they lie, half a
 //                             chunk apart, and where the extra words of the step do
@@ -179,26 +228,23 @@ __device__ __forceinline__ void take_steps(const Ring<Place, DEPTH> &, uint32_t 
 //   HAS_ROW_SCALES, result    whether a row has a scale of its own, and the value that is made of its partials
 //   Shared, prepare           tables that the whole step needs
 //   Place                     what is copied for a step beside the weights
-template <class Decoder, class Place, int DEPTH>
-__device__ __forceinline__ void stream(const Held *jobs, int at, int limit, Ring<Place, DEPTH> &ring, const typename Decoder::Shared &shared,
+template <class Decoder, class Ring>
+__device__ __forceinline__ void stream(const Held *jobs, int at, int limit, Ring &ring, Start start, const typename Decoder::Shared &shared,
                                        const typename Decoder::Activations (&activations)[MAX_INPUTS], void *room) {
     typename Decoder::Partial(*partials)[TILE_ROWS] = (typename Decoder::Partial(*)[TILE_ROWS])room;
     const Held &held = jobs[at % JOBS_HELD];
     const Matvec &job = held.job.matvec;
-    const Share &share = held.share;
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    int run = share.first_run[warp];
 #pragma unroll 1
-    for (int steps_left; (steps_left = steps_of(share, run, warp)) > 0; run++) {
-        const int second = is_second(share, run), input = job.mode == MODE_JOINED ? second : 0;
-        int in_part;
-        const Part &part = part_at(held, second, tile_of(share, run) * TILE_ROWS + lane / 4, in_part);
+    for (; start.steps > 0; start.next(held)) {
+        const int input = job.mode == MODE_JOINED ? start.second : 0;
+        int steps_left = start.steps;
         typename Decoder::Row row;
-        row.set(shared, part, activations[input], job.inputs[input].k, in_part, lane, chunk_of(share, run, warp));
+        row.set(shared, *start.part, activations[input], job.inputs[input].k, start.row, lane, start.chunk);
         typename Decoder::Sums sums = {};
 #pragma unroll 1
         while (steps_left > 0) {
-            if (ring.steps == 0 || ring.ahead < DEPTH) ring.fill(jobs, limit);
+            if (ring.steps == 0 || ring.ahead < Ring::SLOTS_AHEAD) ring.fill(jobs, limit);
             const bool refill = ring.steps > 0;
             const uint32_t slot = ring.await();
             // Two steps at a time hide each other's latencies.
@@ -210,28 +256,32 @@ __device__ __forceinline__ void stream(const Held *jobs, int at, int limit, Ring
         }
         typename Decoder::Partial partial;
         Decoder::partial(sums, partial);
-        if (lane % 4 == 0) partials[run + warp][lane / 4] = partial;
+        if (lane % 4 == 0) partials[start.run + warp][lane / 4] = partial;
     }
     ring.leave(at);
 }
 
-// The partials of one row of a run, in the order of its steps.
+// A row's partials, in the order of its steps.
 template <class Partial>
-__device__ __forceinline__ Partial total_of(const Share &share, const void *room, int run, int row) {
-    const Partial(*partials)[TILE_ROWS] = (const Partial(*)[TILE_ROWS])room;
-    int first = first_of(share, run), last = first + share.chunks[is_second(share, run)] - 1;
-    Partial sum = {};
+__device__ __forceinline__ Partial total_of(const void *room, uint32_t sums_of, int row) {
+    const Partial *partial = (const Partial *)room + (sums_of >> 16) * TILE_ROWS + row;
+    const int more = sums_of & 0xffff;
+    Partial sum = *partial;
 #pragma unroll 1
-    for (int warp = first / share.of_warp; warp <= last / share.of_warp; warp++) sum.add(partials[run + warp][row]);
+    for (int i = 1; i <= more; i += 4) {
+        Partial four[4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (i + j <= more) four[j] = partial[(i + j) * TILE_ROWS];
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum.add(four[j]);
+    }
     return sum;
 }
 
 // What a row's value becomes, and where it goes.
-__device__ __forceinline__ void put_row(const Held &held, int in_block, const float (&values)[MAX_INPUTS], float residual,
+__device__ __forceinline__ void put_row(const Matvec &job, const Part &part, int row, const float (&values)[MAX_INPUTS], float residual,
                                         unsigned long long &best) {
-    const Matvec &job = held.job.matvec;
-    int row;
-    const Part &part = part_at(held, 0, in_block, row);
     float y = values[0] + (job.mode == MODE_JOINED ? values[1] : 0.0f);
     if (part.activation != ACT_NONE) {
         y = activate(part.activation, __half2float(__float2half_rn(y)));

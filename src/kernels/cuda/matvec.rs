@@ -110,6 +110,24 @@ pub struct Matvec {
     mode: i32,
     rows: i32,
     out_is_float: i32,
+    /// Whether the job before has read the same inputs.
+    keeps: i32,
+    deals: [Deal; 2],
+}
+
+/// Rows for neighbouring blocks, as `struct Deal`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+struct Deal {
+    blocks: i32,
+    of_block: i32,
+    more: i32,
+}
+
+impl Deal {
+    fn new(rows: usize, blocks: usize) -> Self {
+        Self { blocks: blocks as i32, of_block: (rows / blocks) as i32, more: (rows % blocks) as i32 }
+    }
 }
 
 /// A matrix of a job and what becomes of its product.
@@ -173,9 +191,6 @@ impl Matvec {
             Mode::Apart => products.iter().map(|product| product.matrix.n).sum(),
             Mode::Gated | Mode::Joined => first.n,
         };
-        if u32::try_from(rows * facts.multiprocessors).is_err() {
-            bail!("{rows} rows over {} multiprocessors: the product exceeds {}", facts.multiprocessors, u32::MAX);
-        }
         let mut matvec = Self {
             parts: [Part { first_row: NO_ROW, ..Part::default() }; MAX_PARTS],
             inputs: [Input::default(); MAX_INPUTS],
@@ -189,6 +204,8 @@ impl Matvec {
             mode: mode as i32,
             rows: dimension(rows)?,
             out_is_float: i32::from(epilogue.out_is_float),
+            keeps: 0,
+            deals: [Deal::default(), Deal::new(rows, facts.multiprocessors)],
         };
         matvec.inputs[..inputs.len()].copy_from_slice(&inputs);
         let mut first_row = 0;
@@ -215,9 +232,54 @@ impl Matvec {
         jobs.plan(0)
     }
 
+    /// Takes the parts that write to none of `outs` away, as a job of its own over the same input. None where that is nothing, everything
+    /// or less than `least_bytes`, or where a block would have no row of what stays.
+    pub(super) fn split_off(&mut self, outs: &[u64], least_bytes: usize, facts: Facts) -> Option<Self> {
+        let is_part = |part: &&Part| part.first_row != NO_ROW;
+        let (stay, leave): (Vec<Part>, Vec<Part>) =
+            self.parts.iter().filter(is_part).partition(|part| outs.contains(&part.out));
+        let rows = |parts: &[Part]| parts.iter().map(|part| part.n as usize).sum::<usize>();
+        let is_apart = self.mode == Mode::Apart as i32 && self.residual == 0 && self.logits == 0;
+        let is_long = rows(&leave) * self.stride as usize >= least_bytes;
+        if !is_apart || !is_long || stay.is_empty() || leave.is_empty() || rows(&stay) < facts.multiprocessors {
+            return None;
+        }
+        let [mut own, mut taken] = [*self; 2];
+        own.set_parts(&stay, facts);
+        taken.set_parts(&leave, facts);
+        taken.keeps = 1;
+        *self = own;
+        Some(taken)
+    }
+
+    /// Parts with rows of their own, counted through.
+    fn set_parts(&mut self, parts: &[Part], facts: Facts) {
+        let mut first_row = 0;
+        self.parts = [Part { first_row: NO_ROW, ..Part::default() }; MAX_PARTS];
+        for (place, part) in self.parts.iter_mut().zip(parts) {
+            *place = Part { first_row, ..*part };
+            first_row += part.n;
+        }
+        self.rows = first_row;
+        self.deals = [Deal::default(), Deal::new(first_row as usize, facts.multiprocessors)];
+    }
+
+    /// Gives the first `busy` blocks fewer rows, since each has something else to do that takes as long as `bytes` of weights.
+    pub(super) fn spare(&mut self, busy: usize, bytes: usize, facts: Facts) {
+        let (rows, blocks) = (self.rows as usize, facts.multiprocessors);
+        // Where every block is equally busy there is nothing to deal otherwise.
+        if busy == 0 || busy >= blocks {
+            return;
+        }
+        let saved = bytes / self.stride.max(1) as usize;
+        let others = ((rows + busy * saved).div_ceil(blocks) * (blocks - busy)).min(rows);
+        self.deals = [Deal::new(rows - others, busy), Deal::new(others, blocks - busy)];
+    }
+
     /// Partial results of a block: of 8 rows each where a warp leaves a run.
-    pub(super) fn partials(&self, blocks: usize) -> usize {
-        let tiles = (self.rows as usize).div_ceil(blocks).div_ceil(TILE_ROWS);
+    pub(super) fn partials(&self) -> usize {
+        let most = self.deals.iter().map(|deal| deal.of_block + i32::from(deal.more > 0)).max().unwrap_or(0);
+        let tiles = (most as usize).div_ceil(TILE_ROWS);
         let runs = if self.mode == Mode::Apart as i32 { 1 } else { 2 };
         (tiles * runs + WARPS) * TILE_ROWS
     }
@@ -229,7 +291,7 @@ impl Matvec {
 
     /// Rows that it looks through for outlier columns, and their elements.
     pub(super) fn examines(&self) -> (usize, usize) {
-        let inputs = if self.threshold.is_nan() { &[][..] } else { self.inputs() };
+        let inputs = if self.threshold.is_nan() || self.keeps != 0 { &[][..] } else { self.inputs() };
         (inputs.len(), inputs.iter().map(|input| input.k as usize).sum())
     }
 

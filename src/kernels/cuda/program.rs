@@ -14,6 +14,11 @@ const THREADS: usize = 512;
 const LANES: usize = 32;
 pub(super) const WARPS: usize = THREADS / LANES;
 
+/// Where a job waits for no other.
+const NONE: i32 = -1;
+/// What attention and the wait in front of it take of a block, beside reading keys and values (docs/benchmarks.md).
+const ATTENTION_US: usize = 7;
+
 /// A kernel that runs programs. Each reads fp16 and fp32 matrices, and those of one format of its own.
 pub struct StepKernel {
     pub fatbin: &'static Fatbin,
@@ -37,10 +42,21 @@ pub enum Kind {
     Own,
 }
 
-/// As `struct Job`: numbered as `enum Kind` of job.cuh.
+/// As `struct Job`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub enum Job {
+pub struct Job {
+    /// The job that all blocks have to end before this one begins, or a negative number.
+    after: i32,
+    /// Whether some job waits for this one.
+    tells: i32,
+    work: Work,
+}
+
+/// Numbered as `enum Kind` of job.cuh.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, i32)]
+enum Work {
     Half(Matvec),
     Float(Matvec),
     Own(Matvec),
@@ -75,8 +91,8 @@ pub struct Program {
     only: Job,
     jobs: u64,
     code: u64,
-    /// Two counters of 32 bits, zero between launches; 0 for a single job without a head.
-    pub barrier: u64,
+    /// A counter of 32 bits for each job, zero between launches; 0 for a single job without a head.
+    pub ended: u64,
     pub head: Head,
     n_jobs: i32,
 }
@@ -85,6 +101,8 @@ pub struct Program {
 #[derive(Debug, Clone, Copy)]
 pub struct Facts {
     pub multiprocessors: usize,
+    /// Bytes that memory gives in a microsecond.
+    pub bytes_per_us: usize,
     /// Major and minor.
     pub compute_capability: (i32, i32),
 }
@@ -94,8 +112,13 @@ impl Facts {
         use sys::CUdevice_attribute_enum as attribute;
         let stream = device.cuda_stream();
         let ask = |attribute| stream.context().attribute(attribute).map_err(driver_error);
+        let number = |attribute| Ok::<_, candle_core::Error>(usize::try_from(ask(attribute)?).unwrap_or(0));
+        let bus_bits = number(attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+        let clock_khz = number(attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
         Ok(Self {
-            multiprocessors: usize::try_from(ask(attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?).unwrap_or(1),
+            multiprocessors: number(attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
+            // Two transfers a clock.
+            bytes_per_us: 2 * bus_bits / 8 * clock_khz / 1000,
             compute_capability: (
                 ask(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
                 ask(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
@@ -120,22 +143,45 @@ impl Facts {
 
 impl Job {
     /// Shared memory beside the warps' rings.
-    fn shared_bytes(&self, kernel: &StepKernel, facts: Facts) -> usize {
-        let (matvec, converted_eighths) = match self {
-            Job::Half(matvec) => (matvec, 0),
-            Job::Float(matvec) => (matvec, 8 * size_of::<f32>()),
-            Job::Own(matvec) => (matvec, kernel.converted_eighths),
-            Job::Attention(attention) => return attention.shared_bytes(),
+    fn shared_bytes(&self, kernel: &StepKernel) -> usize {
+        let (matvec, converted_eighths) = match &self.work {
+            Work::Half(matvec) => (matvec, 0),
+            Work::Float(matvec) => (matvec, 8 * size_of::<f32>()),
+            Work::Own(matvec) => (matvec, kernel.converted_eighths),
+            Work::Attention(attention) => return attention.shared_bytes(),
         };
         let x_eighths = 8 * size_of::<half::f16>() + converted_eighths;
-        matvec.partials(facts.multiprocessors) * kernel.partial_bytes + matvec.padded() * x_eighths / 8
+        matvec.partials() * kernel.partial_bytes + matvec.padded() * x_eighths / 8
     }
 
     /// Rows that it looks through for outlier columns, and their elements.
     pub fn examines(&self) -> (usize, usize) {
+        self.matvec().map_or((0, 0), Matvec::examines)
+    }
+
+    fn matvec(&self) -> Option<&Matvec> {
+        match &self.work {
+            Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) => Some(matvec),
+            Work::Attention(_) => None,
+        }
+    }
+}
+
+impl Work {
+    fn of(kind: Kind, matvec: Matvec) -> Self {
+        match kind {
+            Kind::Half => Self::Half(matvec),
+            Kind::Float => Self::Float(matvec),
+            Kind::Own => Self::Own(matvec),
+        }
+    }
+
+    fn kind(&self) -> Option<Kind> {
         match self {
-            Job::Half(matvec) | Job::Float(matvec) | Job::Own(matvec) => matvec.examines(),
-            Job::Attention(_) => (0, 0),
+            Self::Half(_) => Some(Kind::Half),
+            Self::Float(_) => Some(Kind::Float),
+            Self::Own(_) => Some(Kind::Own),
+            Self::Attention(_) => None,
         }
     }
 }
@@ -161,18 +207,38 @@ impl Jobs {
             self.families.push(matrix.family);
             self.code = self.code.max(matrix.code);
         }
-        self.list.push(match parts[0].matrix.family.kind {
-            Kind::Half => Job::Half(matvec),
-            Kind::Float => Job::Float(matvec),
-            Kind::Own => Job::Own(matvec),
-        });
+        self.push(Work::of(parts[0].matrix.family.kind, matvec), self.last());
         Ok(())
     }
 
+    /// Attention that waits for its own q, k and v alone, if the matrices before it make something else that takes long enough: that
+    /// becomes a job of its own between the two, in which blocks that attend have less to do.
     pub fn attend(&mut self, attention: Attention) -> Result<()> {
         attention.check()?;
-        self.list.push(Job::Attention(attention));
+        let outs = [attention.q, attention.k, attention.v];
+        let after = self.last();
+        if let Some(Job { work, .. }) = self.list.last_mut()
+            && let Some(kind) = work.kind()
+            && let Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) = work
+            && let Some(mut beside) = matvec.split_off(&outs, ATTENTION_US * self.facts.bytes_per_us, self.facts)
+        {
+            let of_block = ATTENTION_US * self.facts.bytes_per_us / self.facts.multiprocessors;
+            beside.spare(attention.units(), of_block + attention.unit_bytes(), self.facts);
+            self.push(Work::of(kind, beside), NONE);
+        }
+        self.push(Work::Attention(attention), after);
         Ok(())
+    }
+
+    fn last(&self) -> i32 {
+        self.list.len() as i32 - 1
+    }
+
+    fn push(&mut self, work: Work, after: i32) {
+        if let Some(job) = usize::try_from(after).ok().and_then(|after| self.list.get_mut(after)) {
+            job.tells = 1;
+        }
+        self.list.push(Job { after, tells: 0, work });
     }
 
     /// For the launch to find them at one address.
@@ -190,7 +256,7 @@ impl Jobs {
         let Some(&only) = self.list.first().filter(|_| self.list.len() == 1 || jobs != 0) else {
             bail!("{} jobs at no address", self.list.len())
         };
-        let of_job = self.list.iter().map(|job| job.shared_bytes(kernel, self.facts)).max().unwrap_or(0);
+        let of_job = self.list.iter().map(|job| job.shared_bytes(kernel)).max().unwrap_or(0);
         let shared_bytes = WARPS * self.facts.ring_bytes(kernel) + of_job.next_multiple_of(16);
         let grid = Grid {
             shared_bytes,
@@ -198,7 +264,7 @@ impl Jobs {
             ..Grid::new((self.facts.multiprocessors, 1), THREADS as u32)
         };
         let n_jobs = dimension(self.list.len())?;
-        let program = Program { only, jobs, code: self.code, barrier: 0, head: Head::default(), n_jobs };
+        let program = Program { only, jobs, code: self.code, ended: 0, head: Head::default(), n_jobs };
         Ok(Planned { kernel, grid, program })
     }
 

@@ -1,7 +1,7 @@
 // Jobs near the running one, and the weights that each warp copies ahead, across the ends of jobs.
 //
-// Work: a block takes neighbouring rows, of all parts in turn, and every block as many but one. A tile is 8 rows; a step is
-// one chunk of a tile. All steps over one matrix in one tile are a run, and the block's warps split the steps of all its
+// Work: a block takes neighbouring rows, of all parts in turn. A tile is 8 of them, or as many less as makes a block's tiles equal
+// but for one; a step is one chunk of a tile. All steps over one matrix in one tile are a run, and the block's warps split the steps of all its
 // runs evenly, wherever one begins or ends:
 //
 //   steps    |run 0 ....|run 1 ....|run 2 ....|
@@ -23,13 +23,15 @@ constexpr int JOBS_HELD = 4;
 #endif
 constexpr int JOB_WORDS = sizeof(Job) / sizeof(uint32_t);
 
-// A block's part of a matrix job, and where its warps enter.
+// A block's part of a job, and where its warps enter. Without steps for attention.
 struct Share {
     int first_row, rows;  // of all parts, counted through
-    int tiles, runs;      // of a tile: 1 or 2
+    int tiles, of_tile, more;  // rows of a tile, and how many of the first ones have one more
+    int runs;                  // of a tile: 1 or 2
     int chunks[2];        // of a run, first and second of a tile
     int steps, of_warp;
-    int first_run[WARPS];
+    float per_of_warp;  // 1 / of_warp
+    int enter_run[WARPS], enter_chunk[WARPS];
 };
 
 struct Held {
@@ -40,19 +42,14 @@ struct Held {
 __device__ __forceinline__ int tile_of(const Share &share, int run) { return run >> (share.runs - 1); }
 __device__ __forceinline__ int is_second(const Share &share, int run) { return run & (share.runs - 1); }
 
-// First step of a run.
-__device__ __forceinline__ int first_of(const Share &share, int run) {
-    int of_tile = share.chunks[0] + share.chunks[1];
-    return tile_of(share, run) * of_tile + (is_second(share, run) ? share.chunks[0] : 0);
+__device__ __forceinline__ int steps_of(const Share &share, int warp) {
+    return min(share.of_warp, share.steps - warp * share.of_warp);
 }
 
-// Where a warp enters a run, and how many steps it has there: none, or fewer, behind its last one.
-__device__ __forceinline__ int chunk_of(const Share &share, int run, int warp) {
-    return max(0, warp * share.of_warp - first_of(share, run));
-}
-__device__ __forceinline__ int steps_of(const Share &share, int run, int warp) {
-    int first = first_of(share, run), begin = warp * share.of_warp, end = min(begin + share.of_warp, share.steps);
-    return min(first + share.chunks[is_second(share, run)], end) - max(first, begin);
+// a / b for `per_b` = 1 / b, where the quotient's rounding is off by one at most.
+__device__ __forceinline__ int quotient(int a, int b, float per_b) {
+    const int near = (int)((float)a * per_b), rest = a - near * b;
+    return near + (rest >= b) - (rest < 0);
 }
 
 __device__ __forceinline__ int part_of(const Matvec &job, int row) {
@@ -62,45 +59,62 @@ __device__ __forceinline__ int part_of(const Matvec &job, int row) {
     return part;
 }
 
-// Of the part that a run reads in row `in_block` of the block; rows behind the last one count as that.
-__device__ __forceinline__ const Part &part_at(const Held &held, int run, int in_block, int &row) {
+// Rows of a tile, and the first one.
+__device__ __forceinline__ int rows_of(const Share &share, int tile) { return share.of_tile + (tile < share.more); }
+__device__ __forceinline__ int first_row_of(const Share &share, int tile) { return share.first_row + tile * share.of_tile + min(tile, share.more); }
+
+// Of the part that a run reads in row `row` of all parts, and where there.
+__device__ __forceinline__ const Part &part_at(const Held &held, int second, int &row) {
     const Matvec &job = held.job.matvec;
-    row = held.share.first_row + min(in_block, held.share.rows - 1);
-    const Part &part = job.parts[job.mode == MODE_PARTS ? part_of(job, row) : run];
+    const Part &part = job.parts[job.mode == MODE_PARTS ? part_of(job, row) : second];
     if (job.mode == MODE_PARTS) row -= part.first_row;
     return part;
 }
 
-// One warp brings a job near and finds the block's share of it.
-__device__ __forceinline__ void hold(Held &held, const Job &job) {
+// One warp brings a job near, in the background where the chip can.
+__device__ __forceinline__ void fetch(Held &held, const Job &job) {
+#pragma unroll
+    for (int at = threadIdx.x % LANES; at < JOB_WORDS; at += LANES)
+        copy_word(shared_address((uint32_t *)&held.job + at), (const uint32_t *)&job + at);
+}
+
+// The same warp awaits the job and finds the block's share of it.
+__device__ __forceinline__ void find_share(Held &held) {
     const int lane = threadIdx.x % LANES;
-    uint32_t words[(JOB_WORDS + LANES - 1) / LANES];
-#pragma unroll
-    for (int at = lane, i = 0; at < JOB_WORDS; at += LANES, i++) words[i] = ((const uint32_t *)&job)[at];
-#pragma unroll
-    for (int at = lane, i = 0; at < JOB_WORDS; at += LANES, i++) ((uint32_t *)&held.job)[at] = words[i];
+    await_all_copies();
     __syncwarp();
-    if (held.job.kind == KIND_ATTENTION) return;
+    Share &share = held.share;
+    if (held.job.kind == KIND_ATTENTION) {
+        if (lane == 0) share.steps = share.of_warp = 0;
+        return;
+    }
     const Matvec &matvec = held.job.matvec;
-    const unsigned rows = matvec.rows, block = blockIdx.x, blocks = gridDim.x;
-    const int first_row = (int)(rows * block / blocks), behind = (int)(rows * (block + 1) / blocks);
-    const int runs = matvec.mode == MODE_PARTS ? 1 : 2, tiles = (behind - first_row + TILE_ROWS - 1) / TILE_ROWS;
+    const Deal &first_deal = matvec.deals[0];
+    const bool is_first = (int)blockIdx.x < first_deal.blocks;
+    const Deal &deal = matvec.deals[is_first ? 0 : 1];
+    const int block = blockIdx.x - (is_first ? 0 : first_deal.blocks), with_more = block - (deal.blocks - deal.more);
+    const int rows = deal.of_block + (with_more >= 0 ? 1 : 0), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const int chunks_0 = matvec.inputs[0].chunks;
-    const int chunks_1 = runs == 1 ? 0 : matvec.mode == MODE_JOINED ? matvec.inputs[1].chunks : chunks_0;
+    const int chunks_1 = matvec.mode == MODE_PARTS ? 0 : matvec.mode == MODE_JOINED ? matvec.inputs[1].chunks : chunks_0;
     const int of_tile = chunks_0 + chunks_1, steps = tiles * of_tile, of_warp = (steps + WARPS - 1) / WARPS;
     if (lane < WARPS) {
-        int begin = lane * of_warp, tile = begin / of_tile;
-        held.share.first_run[lane] = tile * runs + (begin - tile * of_tile >= chunks_0 ? 1 : 0);
+        const int begin = lane * of_warp, tile = quotient(begin, of_tile, __frcp_rn((float)of_tile)), in_tile = begin - tile * of_tile;
+        const bool second = in_tile >= chunks_0;
+        share.enter_run[lane] = tile * (chunks_1 ? 2 : 1) + second;
+        share.enter_chunk[lane] = in_tile - (second ? chunks_0 : 0);
     }
     if (lane == 0) {
-        held.share.first_row = first_row;
-        held.share.rows = behind - first_row;
-        held.share.tiles = tiles;
-        held.share.runs = runs;
-        held.share.chunks[0] = chunks_0;
-        held.share.chunks[1] = chunks_1;
-        held.share.steps = steps;
-        held.share.of_warp = of_warp;
+        share.first_row = block * deal.of_block + max(0, with_more) + (is_first ? 0 : first_deal.blocks * first_deal.of_block + first_deal.more);
+        share.rows = rows;
+        share.tiles = tiles;
+        share.of_tile = tiles ? quotient(rows, tiles, __frcp_rn((float)tiles)) : 0;
+        share.more = rows - share.of_tile * tiles;
+        share.runs = chunks_1 ? 2 : 1;
+        share.chunks[0] = chunks_0;
+        share.chunks[1] = chunks_1;
+        share.steps = steps;
+        share.of_warp = of_warp;
+        share.per_of_warp = __frcp_rn((float)of_warp);
     }
 }
 
@@ -126,9 +140,10 @@ constexpr int ROWS_BYTES = TILE_ROWS * ROW_BYTES + CHUNK_BYTES / 2;
 __device__ __forceinline__ uint32_t row_at(int row) { return row / 2 * ROW_BYTES + row % 2 * (TILE_ROWS / 2 * ROW_BYTES + CHUNK_BYTES / 2); }
 
 // A warp's copies: DEPTH slots in a ring. `Place` is what the kernel's own format needs for a step beside the weights: each lane
-// copies WORDS words, which lie behind them.
-template <class Place, int DEPTH>
+// copies WORDS words, which lie behind them. IS_BULK: a unit of its own copies the rows.
+template <class Place, int DEPTH, bool IS_BULK>
 struct Ring {
+    static constexpr int SLOTS_AHEAD = DEPTH;
     static constexpr int EXTRA_BYTES = 4 * LANES * Place::WORDS;  // of a step
     static constexpr int SLOT_BYTES = ROWS_BYTES + STEPS_OF_SLOT * EXTRA_BYTES;
     static constexpr int BYTES = DEPTH * SLOT_BYTES;
@@ -136,9 +151,10 @@ struct Ring {
     static constexpr int ARRIVALS = 1 + (Place::WORDS ? LANES : 0);
 
     uint32_t slots, barriers;  // the first ones
+    uint32_t own;              // where the lane's first 16 bytes lie in a slot, where lanes copy by themselves
     int at, ahead;             // the next slot to read, and how many are copied from there on
     uint32_t is_odd;           // the phase of its barrier
-    int job, run, steps;       // of the source: where it is, and steps left there
+    int job, run, steps, left;  // of the source: where it is, and the warp's steps left there and behind it in the job
     const uint8_t *from[2];    // of the lane's row, or two where lanes copy by themselves
     Place place;
     int has;                   // bits: first row, second row (they are not behind the block's last one), place; rows from bit 8 on
@@ -147,11 +163,12 @@ struct Ring {
     __device__ __forceinline__ void start(uint32_t room, uint32_t of_warp) {
         slots = room;
         barriers = of_warp;
-        at = ahead = job = steps = 0;
+        own = row_at(threadIdx.x % LANES / 8) + threadIdx.x % 8 * 16;
+        at = ahead = job = steps = left = 0;
         is_odd = 0;
         run = -1;
         const int lane = threadIdx.x % LANES;
-        if (lane < DEPTH) start_barrier(barriers + 8 * lane, ARRIVALS);
+        if (IS_BULK && lane < DEPTH) start_barrier(barriers + 8 * lane, ARRIVALS);
     }
 
     __device__ __forceinline__ uint32_t slot(int index) const { return slots + index * SLOT_BYTES; }
@@ -162,20 +179,26 @@ struct Ring {
 #pragma unroll 1
         for (; job < limit; job++, run = -1) {
             const Held &held = jobs[job % JOBS_HELD];
-            if (held.job.kind == KIND_ATTENTION) continue;
-            run = run < 0 ? held.share.first_run[warp] : run + 1;
-            steps = max(0, steps_of(held.share, run, warp));
-            if (steps == 0) continue;
+            int chunk = 0;
+            if (run < 0) {
+                left = steps_of(held.share, warp);
+                run = held.share.enter_run[warp];
+                chunk = held.share.enter_chunk[warp];
+            } else {
+                run++;
+            }
+            if (left <= 0) continue;
+            const int second = is_second(held.share, run);
+            steps = min(left, held.share.chunks[second] - chunk);
+            left -= steps;
             const Matvec &matvec = held.job.matvec;
-            const int second = is_second(held.share, run), input = matvec.mode == MODE_JOINED ? second : 0;
-            const int chunk = chunk_of(held.share, run, warp), first = tile_of(held.share, run) * TILE_ROWS;
+            const int input = matvec.mode == MODE_JOINED ? second : 0, tile = tile_of(held.share, run), rows = rows_of(held.share, tile);
             const long long stride = input ? matvec.stride_1 : matvec.stride;
             // Each lane finds one of the rows; whoever copies it asks that lane.
-            int row;
-            const Part &part = part_at(held, second, first + lane % TILE_ROWS, row);
+            int row = first_row_of(held.share, tile) + min(lane % TILE_ROWS, rows - 1);
+            const Part &part = part_at(held, second, row);
             const uint8_t *begin = part.weight + row * stride + chunk * CHUNK_BYTES;
-            const int rows = min(TILE_ROWS, held.share.rows - first);
-            if (HAS_BULK_COPIES) {
+            if (IS_BULK) {
                 from[0] = begin;
                 has = (lane < rows) | rows << 8;
             } else {
@@ -209,22 +232,24 @@ struct Ring {
         steps -= n;
         // All lanes have read what was there.
         __syncwarp();
-        if (HAS_BULK_COPIES) {
+        if (IS_BULK) {
             if (lane == 0) announce(barrier, (has >> 8) * n * CHUNK_BYTES);
             if (has & 1) copy_bulk(to + row_at(lane), from[0], n * CHUNK_BYTES, barrier);
             from[0] += n * CHUNK_BYTES;
         } else {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                copy_streaming(to + row_at(lane / 8 + 4 * i) + lane % 8 * 16, from[i], has & 1 << i);
-                from[i] += CHUNK_BYTES;
+#pragma unroll
+                for (int step = 0; step < STEPS_OF_SLOT; step++)
+                    copy_streaming(to + own + 2 * i * ROW_BYTES + step * CHUNK_BYTES, from[i] + step * CHUNK_BYTES, step < n ? has & 1 << i : 0);
+                from[i] += n * CHUNK_BYTES;
             }
         }
         if constexpr (Place::WORDS > 0) {
 #pragma unroll
             for (int i = 0; i < STEPS_OF_SLOT; i++)
                 if (has & 4 && i < n) place.copy(to + ROWS_BYTES + i * EXTRA_BYTES);
-            arrive_behind_copies(barrier);
+            if (IS_BULK) arrive_behind_copies(barrier);
         }
     }
 
@@ -242,14 +267,14 @@ struct Ring {
                 to = to + 1 == DEPTH ? 0 : to + 1;
                 ahead++;
             }
-            if (!HAS_BULK_COPIES) end_copies();
+            if (!IS_BULK) end_copies();
             missing--;
         }
     }
 
     // The slot that is read next, once it is there.
     __device__ __forceinline__ uint32_t await() const {
-        if (HAS_BULK_COPIES) {
+        if (IS_BULK) {
             await_phase(barriers + 8 * at, is_odd);
         } else {
             await_copies<DEPTH - 1>();
@@ -262,7 +287,7 @@ struct Ring {
     // The slot is read; the next steps take its place if `refill`.
     __device__ __forceinline__ void pass(bool refill) {
         if (refill) copy(at);
-        if (!HAS_BULK_COPIES) end_copies();
+        if (!IS_BULK) end_copies();
         at++;
         if (at < DEPTH) return;
         at = 0;

@@ -3,17 +3,19 @@
 
 #include "kernels/cuda/device.cuh"
 
-constexpr int ROW_THREADS = 256;
+// Of a block that owns a row of scores, or of activations.
+constexpr int ROW_THREADS = 256, WIDE_THREADS = 1024;
 
+// The sum over the block, in every thread.
+template <int THREADS>
 __device__ __forceinline__ float row_sum(float value) {
-    __shared__ float room[ROW_THREADS / LANES];
+    __shared__ float room[THREADS / LANES];
+    const int lane = threadIdx.x % LANES;
     value = warp_sum(value);
     __syncthreads();
-    if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = value;
+    if (lane == 0) room[threadIdx.x / LANES] = value;
     __syncthreads();
-    float sum = 0.0f;
-    for (int warp = 0; warp < ROW_THREADS / LANES; warp++) sum += room[warp];
-    return sum;
+    return warp_sum(lane < THREADS / LANES ? room[lane] : 0.0f);
 }
 
 // out[t] = scale * table[token_t]; `image` rows take the next row of the features instead. A block owns a row.
@@ -37,19 +39,19 @@ extern "C" __global__ void add_table_rows(float *x, const __half *table, int str
 }
 
 // out = norm(x), fp16. A block owns a row.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) norm_rows(
+extern "C" __global__ void __launch_bounds__(WIDE_THREADS) norm_rows(
     const float *x, const float *weight, const float *bias, __half *out, float epsilon, int width) {
     const float *row = x + (long long)blockIdx.x * width;
     float mean = 0.0f;
     if (bias) {
         float sum = 0.0f;
-        for (int at = threadIdx.x; at < width; at += ROW_THREADS) sum += row[at];
-        mean = row_sum(sum) / width;
+        for (int at = threadIdx.x; at < width; at += WIDE_THREADS) sum += row[at];
+        mean = row_sum<WIDE_THREADS>(sum) / width;
     }
     float squares = 0.0f;
-    for (int at = threadIdx.x; at < width; at += ROW_THREADS) squares += (row[at] - mean) * (row[at] - mean);
-    float factor = rsqrtf(row_sum(squares) / width + epsilon);
-    for (int at = threadIdx.x; at < width; at += ROW_THREADS) {
+    for (int at = threadIdx.x; at < width; at += WIDE_THREADS) squares += (row[at] - mean) * (row[at] - mean);
+    float factor = rsqrtf(row_sum<WIDE_THREADS>(squares) / width + epsilon);
+    for (int at = threadIdx.x; at < width; at += WIDE_THREADS) {
         float y = (row[at] - mean) * factor * weight[at];
         out[(long long)blockIdx.x * width + at] = __float2half_rn(bias ? y + bias[at] : y);
     }
@@ -134,9 +136,44 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) softmax_rows(
     for (int warp = 0; warp < ROW_THREADS / LANES; warp++) max = larger(max, room[warp]);
     float sum = 0.0f;
     for (int key = threadIdx.x; key < seen; key += ROW_THREADS) sum += __expf(score(key) - max);
-    float factor = 1.0f / row_sum(sum);
+    float factor = 1.0f / row_sum<ROW_THREADS>(sum);
     for (int key = threadIdx.x; key < total; key += ROW_THREADS)
         weights[start + key] = __float2half_rn(key < seen ? __expf(score(key) - max) * factor : 0.0f);
+}
+
+// Attention of a few rows: out [t, h, d] = softmax(scale * q . K^T + bias) . V over the cache, fp32 inside, masks as softmax_rows has them.
+// A block owns a (row, head): its warps take keys in turn, then its threads elements. Shared memory: q [d] and weights [total], fp32.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) attend_rows(
+    const __half *q, const __half *keys, const __half *values, __half *out, const float *bias, float scale, int is_causal, int total,
+    int first_position, int reach, int kv_heads, int d, int d_pad, int capacity) {
+    DYNAMIC_SHARED(float, of_query);
+    __shared__ float room[ROW_THREADS / LANES];
+    float *weights = of_query + d;
+    const int row = blockIdx.x, head = blockIdx.y, heads = gridDim.y, query = first_position + row, lane = threadIdx.x % LANES;
+    const int seen = is_causal ? query + 1 : total;
+    const long long at_row = ((long long)row * heads + head) * d, cache = (long long)(head / (heads / kv_heads)) * capacity * d_pad;
+    const float *of_bias = bias ? bias + (long long)head * (2 * reach + 1) + reach - query : nullptr;
+    for (int at = threadIdx.x; at < d; at += ROW_THREADS) of_query[at] = __half2float(q[at_row + at]) * scale;
+    __syncthreads();
+    float max = -INFINITY;
+    for (int key = threadIdx.x / LANES; key < seen; key += ROW_THREADS / LANES) {
+        float score = 0.0f;
+        for (int at = lane; at < d; at += LANES) score += of_query[at] * __half2float(keys[cache + (long long)key * d_pad + at]);
+        score = warp_sum(score) + (of_bias ? of_bias[key] : 0.0f);
+        if (lane == 0) weights[key] = score;
+        max = larger(max, score);
+    }
+    if (lane == 0) room[threadIdx.x / LANES] = max;
+    __syncthreads();
+    for (int warp = 0; warp < ROW_THREADS / LANES; warp++) max = larger(max, room[warp]);
+    float sum = 0.0f;
+    for (int key = threadIdx.x; key < seen; key += ROW_THREADS) sum += weights[key] = __expf(weights[key] - max);
+    const float factor = 1.0f / row_sum<ROW_THREADS>(sum);
+    for (int at = threadIdx.x; at < d; at += ROW_THREADS) {
+        float value = 0.0f;
+        for (int key = 0; key < seen; key++) value += weights[key] * __half2float(values[cache + (long long)key * d_pad + at]);
+        out[at_row + at] = __float2half_rn(value * factor);
+    }
 }
 
 // fp16 to fp32.

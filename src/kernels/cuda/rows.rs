@@ -9,7 +9,9 @@ use crate::parameters;
 
 pub static KERNELS: Fatbin = Fatbin { name: "rows", image: include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")) };
 
+/// As in rows.cu, for scores and for activations.
 const THREADS: u32 = 256;
+const WIDE_THREADS: u32 = 1024;
 
 /// Addresses where `on` runs. Every method says what lies there; all are `unsafe` for that reason: the caller vouches that the
 /// memory is as large as said and lives until the stream has come past the call.
@@ -90,7 +92,11 @@ impl Rows<'_> {
         let width = dimension(width)?;
         // SAFETY: as rows.cu declares them.
         unsafe {
-            self.launch("norm_rows", Grid::new((rows, 1), THREADS), parameters![x, weight, bias, out, epsilon, width])
+            self.launch(
+                "norm_rows",
+                Grid::new((rows, 1), WIDE_THREADS),
+                parameters![x, weight, bias, out, epsilon, width],
+            )
         }
     }
 
@@ -146,7 +152,7 @@ impl Rows<'_> {
         let (rotary, position) = (dimension(rotary)?, dimension(position)?);
         let parameters = parameters![q, k, v, keys, values, angles, h, g, d, d_pad, rotary, capacity, position];
         // SAFETY: as rows.cu declares them.
-        unsafe { self.launch("append_rows", Grid::new((rows, 1), THREADS), parameters) }
+        unsafe { self.launch("append_rows", Grid::new((rows, 1), WIDE_THREADS), parameters) }
     }
 
     /// fp16 `weights = softmax(scale · scores + bias)` over fp32 `[heads, rows, total]`.
@@ -170,6 +176,36 @@ impl Rows<'_> {
             parameters![scores, weights, bias.address, scale, is_causal, total, position, reach, first_head];
         // SAFETY: as rows.cu declares them.
         unsafe { self.launch("softmax_rows", Grid::new((rows, heads), THREADS), parameters) }
+    }
+
+    /// fp16 `out [rows, h, d] = softmax(scale · q · Kᵀ + bias) · V` over the first `total` positions of a cache; each row has a block for
+    /// each head, so that it is for few rows.
+    ///
+    /// # Safety
+    /// As [`Rows`] says.
+    #[allow(clippy::too_many_arguments)] // the kernel's own
+    pub unsafe fn attend(
+        self,
+        (rows, total): (usize, usize),
+        heads: Heads,
+        q: u64,
+        [keys, values]: [u64; 2],
+        out: u64,
+        scale: f32,
+        is_causal: bool,
+        position: usize,
+        bias: Bias,
+    ) -> Result<()> {
+        let (is_causal, n_keys, position) = (i32::from(is_causal), dimension(total)?, dimension(position)?);
+        let (g, d, d_pad) = (dimension(heads.kv_heads)?, dimension(heads.d)?, dimension(heads.d_pad)?);
+        let (reach, capacity, bias) = (dimension(bias.reach)?, dimension(heads.capacity)?, bias.address);
+        let shared_bytes = size_of::<f32>() * (heads.d + total);
+        let parameters =
+            parameters![q, keys, values, out, bias, scale, is_causal, n_keys, position, reach, g, d, d_pad, capacity];
+        // SAFETY: as rows.cu declares them.
+        unsafe {
+            self.launch("attend_rows", Grid { shared_bytes, ..Grid::new((rows, heads.heads), THREADS) }, parameters)
+        }
     }
 
     /// fp16 to fp32.

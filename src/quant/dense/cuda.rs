@@ -11,7 +11,7 @@ use crate::kernels::cuda::launch::{Fatbin, address, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::kernels::cuda::program::{Kind, StepKernel};
 use crate::kernels::cuda::rows::Rows;
-use crate::quant::cuda::download;
+use crate::quant::cuda::{RowsOf, download};
 use crate::quant::{CudaMatrix, Stored};
 
 pub use encode::{KERNELS as ENCODE_KERNELS, cast_rows};
@@ -104,7 +104,8 @@ impl CudaMatrix for DenseOnDevice {
     }
 
     /// fp32 weights widen their activations.
-    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64, _outlier_columns: u64) -> Result<()> {
+    unsafe fn multiply_rows(&self, x: &RowsOf, y: u64) -> Result<()> {
+        let RowsOf { at: x, m, .. } = *x;
         let (k, stride) = (self.k, self.stride_bytes / self.element_bytes);
         let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
         let mut widened = None;

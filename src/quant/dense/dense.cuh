@@ -31,7 +31,7 @@ struct Undecoded {
 };
 
 struct Halves : Undecoded {
-    static constexpr int CHUNK = 64;
+    static constexpr int CHUNK = 64, CONVERTED_EIGHTHS = 0;
     struct Sums {
         float of[4];
     };
@@ -56,7 +56,7 @@ struct Halves : Undecoded {
 };
 
 struct Floats : Undecoded {
-    static constexpr int CHUNK = 32;
+    static constexpr int CHUNK = 32, CONVERTED_EIGHTHS = 8 * sizeof(float);
     struct Sums {
         float sum;
     };

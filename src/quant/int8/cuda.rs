@@ -2,8 +2,10 @@
 
 mod encode;
 
+use std::cell::Cell;
+
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
-use candle_core::{CudaDevice, Device, Result};
+use candle_core::{CudaDevice, Device, Result, bail};
 
 use super::Int8Stored;
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
@@ -12,7 +14,7 @@ use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::kernels::cuda::program::{Kind, StepKernel};
 use crate::parameters;
 use crate::quant::CudaMatrix;
-use crate::quant::cuda::download;
+use crate::quant::cuda::{RowsOf, download};
 
 pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
@@ -36,7 +38,7 @@ const FLAG_THREADS: u32 = 256;
 const FLAG_BLOCKS_Y: usize = 32;
 /// `LIST_THREADS` and `QUANTIZE_THREADS` in int8.cu.
 const LIST_THREADS: u32 = 1024;
-const QUANTIZE_THREADS: u32 = 256;
+const QUANTIZE_THREADS: u32 = 1024;
 const FINISH_THREADS: u32 = 256;
 /// As in int8.cu.
 const FINISH_COLUMNS: usize = 64;
@@ -107,46 +109,69 @@ impl CudaMatrix for Int8OnDevice {
         streamed((self.n, self.k), address(&self.codes, &self.device), at(&self.absmax), self.threshold)
     }
 
-    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64, outlier_columns: u64) -> Result<()> {
+    unsafe fn multiply_rows(&self, x: &RowsOf, y: u64) -> Result<()> {
         let device = &self.device;
-        let flags = device.alloc_zeros::<u8>(self.k)?;
-        // SAFETY: the launches below write all that is read of these: codes with their padding, every row's absmax, the count
-        // and as many columns, every product.
-        let (columns, count, codes, row_absmax, products) = unsafe {
-            (
-                device.alloc::<i32>(self.k)?,
-                device.alloc::<i32>(1)?,
-                device.alloc::<i8>(m * self.stride)?,
-                device.alloc::<f32>(m)?,
-                device.alloc::<i32>(m * self.n)?,
-            )
+        // Matrices that read the same rows have the same k and threshold.
+        let Some(rows) = x.made(|| QuantizedRows::new(device, x.m, self.k, self.stride))? else {
+            bail!("rows that another format has made something of")
         };
+        // SAFETY: every product is written before it is read.
+        let products = unsafe { device.alloc::<i32>(x.m * self.n) }?;
         let call = ManyRows {
-            m,
+            m: x.m,
             n: self.n,
             k: self.k,
             stride: self.stride,
             threshold: self.threshold,
             weight: address(&self.codes, device),
             absmax: address(&self.absmax, device),
-            x,
+            x: x.at,
             y,
-            flags: address(&flags, device),
-            columns: address(&columns, device),
-            count: address(&count, device),
-            total: outlier_columns,
-            codes: address(&codes, device),
-            row_absmax: address(&row_absmax, device),
+            flags: address(&rows.flags, device),
+            columns: address(&rows.columns, device),
+            count: address(&rows.count, device),
+            total: x.outlier_columns,
+            codes: address(&rows.codes, device),
+            row_absmax: address(&rows.row_absmax, device),
             products: address(&products, device),
         };
         // SAFETY: all are as large as `ManyRows` says and freed on the same stream; the caller's promise for x and y.
         unsafe {
-            call.quantize(device)?;
+            if !rows.are_quantized.replace(true) {
+                call.quantize(device)?;
+            }
             match self.n.is_multiple_of(GEMM_SIDE) {
                 true => call.gemm().run(device)?,
                 false => call.multiply(device)?,
             }
             call.finish(device)
+        }
+    }
+}
+
+/// What LLM.int8 makes of rows of activations, for all matrices that read them.
+struct QuantizedRows {
+    flags: CudaSlice<u8>,
+    columns: CudaSlice<i32>,
+    count: CudaSlice<i32>,
+    codes: CudaSlice<i8>,
+    row_absmax: CudaSlice<f32>,
+    are_quantized: Cell<bool>,
+}
+
+impl QuantizedRows {
+    fn new(device: &CudaDevice, m: usize, k: usize, stride: usize) -> Result<Self> {
+        // SAFETY: [`ManyRows::quantize`] writes all that is read of these: codes with their padding, every row's absmax, the count
+        // and as many columns.
+        unsafe {
+            Ok(Self {
+                flags: device.alloc_zeros(k)?,
+                columns: device.alloc(k)?,
+                count: device.alloc(1)?,
+                codes: device.alloc(m * stride)?,
+                row_absmax: device.alloc(m)?,
+                are_quantized: Cell::new(false),
+            })
         }
     }
 }

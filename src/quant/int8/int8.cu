@@ -13,8 +13,8 @@
 
 #include "quant/step.cuh"
 
-constexpr int QUANTIZE_THREADS = 256;
-constexpr int LIST_THREADS = 1024;
+constexpr int QUANTIZE_THREADS = 1024;
+constexpr int LIST_THREADS = 1024, LISTED_AT_ONCE = 16;
 // bitsandbytes' CUDA constant for 1/127², and its fp32 1/127.
 constexpr float PER_127_SQUARED = 6.200012e-05f;
 constexpr float PER_127 = 0.007874015718698502f;
@@ -30,29 +30,36 @@ extern "C" __global__ void int8_outlier_flags(
         if (fabsf(__half2float(x[(long long)row * k + column])) >= threshold) flags[column] = 1;
 }
 
-// One block lists the flagged columns in rising order, so that later sums have one order: each round takes 1024 columns,
-// ranks them by ballots within warps and a scan over the 32 warp counts.
-extern "C" __global__ void int8_outlier_list(
+// One block lists the flagged columns in rising order, so that later sums have one order: each round takes 1024 times 16
+// columns, a thread 16 neighbours, and ranks the threads by sums over warps and over the 32 warps' counts.
+extern "C" __global__ void __launch_bounds__(LIST_THREADS) int8_outlier_list(
     const uint8_t *__restrict__ flags,  // [k]
     int *__restrict__ columns,          // [k], the first *count are written
     int *__restrict__ count,            // [1]
     unsigned long long *__restrict__ total,  // [1], the count is added; or null
     int k) {
     __shared__ int warp_counts[LIST_THREADS / LANES];
-    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int listed = 0;
-    for (int first = 0; first < k; first += LIST_THREADS) {
-        int column = first + threadIdx.x;
-        bool flagged = column < k && flags[column];
-        unsigned ballot = __ballot_sync(ALL_LANES, flagged);
-        if (lane == 0) warp_counts[warp] = __popc(ballot);
-        __syncthreads();
-        int before = listed;
-        for (int other = 0; other < LIST_THREADS / LANES; other++) {
-            if (other < warp) before += warp_counts[other];
-            listed += warp_counts[other];
+    for (int first = 0; first < k; first += LIST_THREADS * LISTED_AT_ONCE) {
+        const int own = first + threadIdx.x * LISTED_AT_ONCE;
+        uint32_t flagged = 0;
+#pragma unroll
+        for (int i = 0; i < LISTED_AT_ONCE; i++)
+            if (own + i < k && flags[own + i]) flagged |= 1u << i;
+        // Up to this thread, within the warp.
+        int rank = __popc(flagged);
+#pragma unroll
+        for (int distance = 1; distance < LANES; distance *= 2) {
+            const int other = __shfl_sync(ALL_LANES, rank, max(lane - distance, 0));
+            if (lane >= distance) rank += other;
         }
-        if (flagged) columns[before + __popc(ballot & ((1u << lane) - 1))] = column;
+        if (lane == LANES - 1) warp_counts[warp] = rank;
+        __syncthreads();
+        const int of_lane = warp_counts[lane];
+        int at = listed + warp_sum(lane < warp ? of_lane : 0) + rank - __popc(flagged);
+        listed += warp_sum(of_lane);
+        for (; flagged; flagged &= flagged - 1) columns[at++] = own + __ffs(flagged) - 1;
         __syncthreads();
     }
     if (threadIdx.x != 0) return;
@@ -67,19 +74,17 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) int8_quantize_row
     int8_t *__restrict__ codes,         // [m, stride]
     float *__restrict__ row_absmax,     // [m]
     int k, int stride, float threshold) {
-    __shared__ float warp_max[QUANTIZE_THREADS / LANES];
+    __shared__ float of_warps[QUANTIZE_THREADS / LANES];
     const __half *x_row = x + (long long)blockIdx.x * k;
     float largest = 0.0f;
     for (int column = threadIdx.x; column < k; column += QUANTIZE_THREADS) {
         float magnitude = fabsf(__half2float(x_row[column]));
         if (!(magnitude >= threshold)) largest = larger(largest, magnitude);
     }
-#pragma unroll
-    for (int distance = LANES / 2; distance > 0; distance /= 2)
-        largest = larger(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
-    if (threadIdx.x % LANES == 0) warp_max[threadIdx.x / LANES] = largest;
+    largest = warp_max(largest);
+    if (threadIdx.x % LANES == 0) of_warps[threadIdx.x / LANES] = largest;
     __syncthreads();
-    for (int warp = 0; warp < QUANTIZE_THREADS / LANES; warp++) largest = larger(largest, warp_max[warp]);
+    largest = warp_max(of_warps[threadIdx.x % LANES]);
     if (threadIdx.x == 0) row_absmax[blockIdx.x] = largest;
     // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
     float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
@@ -174,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
 
 // One row: the block quantizes x itself, and finds the outliers of each chunk, which are multiplied from the same bytes.
 struct Bytes {
-    static constexpr int CHUNK = 128;
+    static constexpr int CHUNK = 128, CONVERTED_EIGHTHS = 9;
     struct Shared {};
     using Place = Nothing;
     static constexpr bool HAS_ROW_SCALES = true;
@@ -210,13 +215,17 @@ struct Bytes {
         }
     };
 
-    // A thread takes eight elements at a time, and all inputs in one go. Magnitudes of halves order as their bits do.
+    // A thread takes eight elements at a time, and all inputs in one go; the first eight of each stay in its registers. Magnitudes of
+    // halves order as their bits do.
     static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &job, const __half *x, uint8_t *free_bytes,
                                    float (&room)[MAX_INPUTS * WARPS]) {
         const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
         const uint32_t threshold = first_outlier(job.threshold) * 0x10001u;
-#pragma unroll 1
-        for (int i = 0; i < job.n_inputs; i++) {
+        uint4 first[MAX_INPUTS] = {};
+        uint32_t of_first[MAX_INPUTS] = {};
+#pragma unroll
+        for (int i = 0; i < MAX_INPUTS; i++) {
+            if (i >= job.n_inputs) break;
             const int padded = job.inputs[i].padded;
             const uint4 *eights = (const uint4 *)(x + i * job.inputs[0].padded);
             uint32_t *bits = (uint32_t *)(free_bytes + i * behind(job.inputs[0].padded) + padded);
@@ -225,28 +234,30 @@ struct Bytes {
             for (int at = threadIdx.x; at < padded / 8; at += THREADS) {
                 uint4 eight = eights[at];
                 if (at < padded / 32) bits[at] = 0;
-                remove_outliers(eight, threshold);
+                const uint32_t found = remove_outliers(eight, threshold);
+                if (at == threadIdx.x) first[i] = eight, of_first[i] = found;
                 const uint32_t low = larger_halves(eight.x & MAGNITUDES, eight.y & MAGNITUDES);
                 largest = larger_halves(largest, larger_halves(low, larger_halves(eight.z & MAGNITUDES, eight.w & MAGNITUDES)));
             }
-#pragma unroll 1
-            for (int distance = LANES / 2; distance > 0; distance /= 2)
-                largest = larger_halves(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
-            if (lane == 0) room[i * WARPS + warp] = __half2float(__ushort_as_half((unsigned short)max(largest & 0xffff, largest >> 16)));
+            largest = warp_largest(max(largest & 0xffff, largest >> 16));
+            if (lane == 0) room[i * WARPS + warp] = __half2float(__ushort_as_half((unsigned short)largest));
         }
         __syncthreads();
-#pragma unroll 1
-        for (int i = 0; i < job.n_inputs; i++) {
+#pragma unroll
+        for (int i = 0; i < MAX_INPUTS; i++) {
+            if (i >= job.n_inputs) break;
             const int padded = job.inputs[i].padded;
             const uint4 *eights = (const uint4 *)(x + i * job.inputs[0].padded);
             uint8_t *made = free_bytes + i * behind(job.inputs[0].padded);
-            const float largest = warp_max(lane < WARPS ? room[i * WARPS + lane] : 0.0f);
+            // Of floats that are not negative, as of their bits; NaN is the largest.
+            const float largest = __uint_as_float(warp_largest(__float_as_uint(room[i * WARPS + lane % WARPS])));
             // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
             const float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
 #pragma unroll 1
             for (int at = threadIdx.x; at < padded / 8; at += THREADS) {
-                uint4 eight = eights[at];
-                const uint32_t found = remove_outliers(eight, threshold);
+                uint4 eight = first[i];
+                uint32_t found = of_first[i];
+                if (at != threadIdx.x) eight = eights[at], found = remove_outliers(eight, threshold);
                 ((uint2 *)made)[at] = make_uint2(codes_of(eight.x, eight.y, scale), codes_of(eight.z, eight.w, scale));
                 if (!found) continue;
                 atomicOr((uint32_t *)(made + padded) + at / 16 * 4 + at / 2 % 4, found << (at / 8 % 2 * 16 + at % 2 * 8));
@@ -317,4 +328,4 @@ struct Bytes {
     }
 };
 
-STEP_KERNEL(int8, Bytes, SLOTS)
+STEP_KERNEL(int8, Bytes, SLOTS, HAS_BULK_COPIES)

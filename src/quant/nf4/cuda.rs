@@ -14,7 +14,7 @@ use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::kernels::cuda::program::{Kind, StepKernel};
 use crate::parameters;
 use crate::quant::CudaMatrix;
-use crate::quant::cuda::download;
+use crate::quant::cuda::{RowsOf, download};
 
 pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
@@ -134,7 +134,9 @@ pub fn streamed((n, k): (usize, usize), weight: u64, absmax: AbsmaxAt, code: u64
 pub unsafe fn dequantize(on: &dyn Launcher, matrix: &Streamed, out: u64) -> Result<()> {
     let name = if matrix.nested == 0 { "nf4_dequantize_plain" } else { "nf4_dequantize_nested" };
     let (part, k, stride) = (matrix.part()?, dimension(matrix.k)?, dimension(matrix.stride_bytes)?);
-    let grid = Grid::over(matrix.n * matrix.stride_bytes / UNIT_BYTES, DEQUANTIZE_THREADS);
+    // The kernel counts threads in 31 bits.
+    let units = dimension(matrix.n * matrix.stride_bytes / UNIT_BYTES)? as usize;
+    let grid = Grid::over(units, DEQUANTIZE_THREADS);
     // SAFETY: parameters as nf4.cu declares them, a thread for each unit; the caller vouches for the addresses.
     unsafe { on.launch(&KERNELS, name, grid, parameters![part, matrix.code, out, k, stride]) }
 }
@@ -210,7 +212,8 @@ impl CudaMatrix for Nf4OnDevice {
         streamed((self.n, self.k), address(&self.chunks, &self.device), absmax, at(&self.code))
     }
 
-    unsafe fn multiply_rows(&self, x: u64, m: usize, y: u64, _outlier_columns: u64) -> Result<()> {
+    unsafe fn multiply_rows(&self, x: &RowsOf, y: u64) -> Result<()> {
+        let RowsOf { at: x, m, .. } = *x;
         // SAFETY: the kernel writes every element before anything reads it.
         let weight = unsafe { self.device.alloc::<f16>(self.n * self.k) }?;
         let at = address(&weight, &self.device);

@@ -19,8 +19,7 @@
 
 constexpr int BLOCK = 64;
 
-// The absmax of the blocks of a step: what the lanes copy of it, a word each, and a block's value. `block` is the row's first one
-// of the step.
+// The absmax of the blocks of a step: what the lanes copy of it, a word each, and what a lane reads of that for its own block.
 struct NestedAbsmax {
     // Lanes 0 .. 15 copy codes, two words a row, since a row's four need not begin with a word; the others what they multiply,
     // of the first block and of the last one.
@@ -30,12 +29,25 @@ struct NestedAbsmax {
     }
     static __device__ int shift_of(int lane) { return lane < 16 ? 2 : 8; }
     static __device__ int offset_of(int lane) { return lane % 2 * (lane < 16 ? 4 : 3); }
-    static __device__ float value(uint32_t words, int block, int row, int quarter, uint32_t absmax_code, float offset) {
-        uint32_t code = __byte_perm(load_copied(words + row * 8), load_copied(words + row * 8 + 4), (block & 3) + quarter);
-        uint32_t nested = load_copied(words + 64 + row * 8 + ((block & 255) + quarter) / 256 * 4);
-        float of_code = __uint_as_float(load_shared(absmax_code + 4 * (code & 0xff)));
-        return __fadd_rn(__fmul_rn(of_code, __uint_as_float(nested)), offset);
-    }
+    // Where a lane reads them in the words of a step: its row's two words, the byte of its own block, and when that block multiplies
+    // what the row's last one does: the place of a step's first block among 256, in the topmost byte, is then above `limit`.
+    struct Reader {
+        uint32_t at, byte, place, limit;
+        __device__ void set(int block, int row, int quarter) {
+            at = row * 8;
+            byte = (block & 3) + quarter;
+            place = (uint32_t)block << 24;
+            limit = (uint32_t)(255 - quarter) << 24;
+        }
+        // Of this step; goes on to the next one.
+        __device__ float next(uint32_t words, uint32_t absmax_code, float offset) {
+            uint32_t code = __byte_perm(load_copied(words + at), load_copied(words + at + 4), byte);
+            uint32_t nested = load_copied(words + at + (place > limit ? 68 : 64));
+            place += 4u << 24;
+            float of_code = __uint_as_float(load_shared(word_at(absmax_code, code & 0xff)));
+            return __fadd_rn(__fmul_rn(of_code, __uint_as_float(nested)), offset);
+        }
+    };
     static __device__ float of_block(const Part &part, int block, const float *absmax_code) {
         uint32_t code = ((const uint8_t *)part.scales)[block];
         return __fadd_rn(__fmul_rn(absmax_code[code], part.nested[block >> 8]), part.offset);
@@ -47,9 +59,11 @@ struct PlainAbsmax {
     static __device__ const uint32_t *base_of(const Part &part, int) { return (const uint32_t *)part.scales; }
     static __device__ int shift_of(int) { return 0; }
     static __device__ int offset_of(int lane) { return lane % 4; }
-    static __device__ float value(uint32_t words, int, int row, int quarter, uint32_t, float) {
-        return __uint_as_float(load_copied(words + row * 16 + quarter * 4));
-    }
+    struct Reader {
+        uint32_t at;
+        __device__ void set(int, int row, int quarter) { at = row * 16 + quarter * 4; }
+        __device__ float next(uint32_t words, uint32_t, float) { return __uint_as_float(load_copied(words + at)); }
+    };
     static __device__ float of_block(const Part &part, int block, const float *) { return ((const float *)part.scales)[block]; }
 };
 
@@ -65,7 +79,7 @@ constexpr int COPY_BITS = 2;
 
 template <class Absmax>
 struct Nibbles {
-    static constexpr int CHUNK = 256, COPIES = 1 << COPY_BITS;
+    static constexpr int CHUNK = 256, CONVERTED_EIGHTHS = 0, COPIES = 1 << COPY_BITS;
     struct Shared {
         __align__(16) uint32_t pairs[256 * COPIES];  // filled by 16 bytes at a time
         float absmax_code[256];
@@ -98,9 +112,9 @@ struct Nibbles {
         uint32_t x, x_swapped;
         uint32_t pairs;  // the lane's copy
         uint32_t absmax_code;
-        int block;
         float offset;
-        bool is_odd, is_high;  // the block that this lane scales: 1 or 3, 2 or 3
+        typename Absmax::Reader absmax;
+        int is_odd, is_high;  // the block that this lane scales: 1 or 3, 2 or 3
         __device__ void set(const Shared &, const Part &part, const Activations &from, int k, int row, int lane, int chunk) {
             const uint32_t half = lane / 4 % 2, of_lane = from.x + half * CHUNK + lane % 4 * 32 + chunk * 2 * CHUNK;
             x = of_lane + 16 * half;
@@ -108,9 +122,9 @@ struct Nibbles {
             pairs = from.pairs + lane % COPIES * 4;
             absmax_code = from.absmax_code;
             offset = part.offset;
-            block = row * (k / BLOCK) + 4 * chunk;
-            is_odd = lane & 1;
-            is_high = lane & 2;
+            absmax.set(row * (k / BLOCK) + 4 * chunk, lane / 4, lane % 4);
+            is_odd = kept(lane & 1);
+            is_high = kept(lane & 2);
         }
     };
     static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &shared, const Matvec &job, const __half *x, uint8_t *,
@@ -152,10 +166,7 @@ struct Nibbles {
         row.x += 2 * CHUNK;
         row.x_swapped += 2 * CHUNK;
         float of_low = row.is_odd ? odd[0] : even[0], of_high = row.is_odd ? odd[3] : even[3];
-        const int lane = threadIdx.x % LANES;
-        sums.scaled += Absmax::value(extra, row.block, lane / 4, lane % 4, row.absmax_code, row.offset) *
-                       (row.is_high ? of_high : of_low);
-        row.block += 4;
+        sums.scaled += row.absmax.next(extra, row.absmax_code, row.offset) * (row.is_high ? of_high : of_low);
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.scaled); }
     static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
@@ -164,7 +175,7 @@ struct Nibbles {
 // Blocks that cross rows: every element asks for its own absmax.
 template <class Absmax>
 struct CrossingNibbles {
-    static constexpr int CHUNK = 256;
+    static constexpr int CHUNK = 256, CONVERTED_EIGHTHS = 0;
     struct Shared {
         float code[16], absmax_code[256];
     };
@@ -229,10 +240,10 @@ struct CrossingNibbles {
     static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
 };
 
-STEP_KERNEL(nf4_nested, Nibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES)
-STEP_KERNEL(nf4_plain, Nibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES)
-STEP_KERNEL(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES)
-STEP_KERNEL(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES)
+STEP_KERNEL(nf4_nested, Nibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES, false)
+STEP_KERNEL(nf4_plain, Nibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES, false)
+STEP_KERNEL(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES, false)
+STEP_KERNEL(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES, false)
 
 // The weight as fp16 [n, k], each value rounded once. A thread decodes a unit: 16 elements of one row, in one block unless
 // blocks cross rows.
@@ -243,25 +254,21 @@ __device__ __forceinline__ void dequantize(const uint8_t *packed, const Part &pa
     if (threadIdx.x < 16) values[threadIdx.x] = code[threadIdx.x];
     absmax_values[threadIdx.x] = code[16 + threadIdx.x];
     __syncthreads();
-    int units = stride / 8;
-    long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    int row = (int)(index / units), unit = (int)(index % units);
+    const unsigned units = stride / 8, index = blockIdx.x * blockDim.x + threadIdx.x;
+    const int row = index / units, unit = index % units;
     if (row >= part.n) return;
     int place = unit % 8;
     int column = unit / 8 * 128 + place % 2 * BLOCK + place / 2 * 16;
     uint2 bytes = *(const uint2 *)(packed + (long long)row * stride + unit * 8);
-    long long first = (long long)row * k;
     __align__(16) __half decoded[16];
     if (column >= k) return;
-    int block = (int)((first + column) / BLOCK);
+    const unsigned long long first = (unsigned long long)row * k;
+    const int block = (int)((first + column) / BLOCK), left = BLOCK - (int)((first + column) % BLOCK);
     float scale = Absmax::of_block(part, block, absmax_values);
 #pragma unroll
     for (int at = 0; at < 16; at++) {
-        int of = (int)((first + column + at) / BLOCK);
-        if (of != block && column + at < k) {
-            block = of;
-            scale = Absmax::of_block(part, block, absmax_values);
-        }
+        // The next block begins, in this row.
+        if (at == left && column + at < k) scale = Absmax::of_block(part, block + 1, absmax_values);
         int nibble = (at < 8 ? bytes.x : bytes.y) >> (at % 8 / 2 * 8 + (at % 2 ? 0 : 4)) & 15;
         decoded[at] = __float2half_rn(__fmul_rn(values[nibble], scale));
     }

@@ -5,6 +5,10 @@
 #include "cuda.hpp"
 #include "kernels/cuda/warp.cuh"
 
+inline uint32_t warp_largest(uint32_t value) {
+    for (int distance = LANES / 2; distance > 0; distance /= 2) value = std::max(value, __shfl_xor_sync(ALL_LANES, value, distance));
+    return value;
+}
 inline uint4 load_streaming(const void *at) { return *shim::at_global<uint4>(at); }
 inline float load_float(const float *at) { return *shim::at_global<float>(at); }
 inline void prefetch(const void *) {}
@@ -26,25 +30,29 @@ inline int arrivals(const int *counter) { return *shim::at_global<const int>(cou
 inline uint32_t shared_address(const void *at) { return shim::shared_address(at); }
 inline uint32_t load_shared(uint32_t at) { return *shim::at_shared<uint32_t>(at); }
 inline uint4 load_shared_16(uint32_t at) { return *shim::at_shared<uint4>(at); }
+inline int kept(int value) { return value; }
+inline uint32_t word_at(uint32_t base, uint32_t index) { return base + 4 * index; }
 inline uint32_t load_copied(uint32_t at) { return *shim::at_shared<uint32_t>(at); }
 inline uint4 load_copied_16(uint32_t at) { return *shim::at_shared<uint4>(at); }
 
 #if __CUDA_ARCH__ >= 800
-inline void copy_streaming(uint32_t to, const void *from, bool wanted) { shim::begin_copy<uint4>(to, wanted ? from : nullptr); }
+inline void copy_streaming(uint32_t to, const void *from, int wanted) { shim::begin_copy<uint4>(to, wanted ? from : nullptr); }
 inline void copy_word(uint32_t to, const void *from) { shim::begin_copy<uint32_t>(to, from); }
 inline void end_copies() { shim::end_batch(); }
 template <int LEFT>
 void await_copies() {
     shim::await_batches(LEFT);
 }
+inline void await_all_copies() { shim::await_batches(-1); }
 #else
-inline void copy_streaming(uint32_t to, const void *from, bool wanted) {
+inline void copy_streaming(uint32_t to, const void *from, int wanted) {
     *shim::at_shared<uint4>(to) = wanted ? load_streaming(from) : uint4{};
 }
 inline void copy_word(uint32_t to, const void *from) { *shim::at_shared<uint32_t>(to) = *shim::at_global<uint32_t>(from); }
 inline void end_copies() {}
 template <int LEFT>
 void await_copies() {}
+inline void await_all_copies() {}
 #endif
 
 #if __CUDA_ARCH__ >= 900
