@@ -28,8 +28,8 @@ __device__ __forceinline__ void multiply(const Program &program, const Held *job
     RowFactors<Own> factors;
     bool has_row = factors.load(held, threadIdx.x / TILE_ROWS, threadIdx.x % TILE_ROWS);
     ring.fill(jobs, before);
-    Start start;
-    start.first(held);
+    Reading reading;
+    reading.next(held);
 
     __half *x = (__half *)room;
     const int padded = job.inputs[0].padded + (job.n_inputs > 1 ? job.inputs[1].padded : 0);
@@ -57,9 +57,9 @@ __device__ __forceinline__ void multiply(const Program &program, const Held *job
         if (eighths > 0) __syncthreads();
     }
 
-    if (kind == KIND_HALF) stream<Halves>(jobs, at, behind, ring, start, {}, activations.of_halves, partials);
-    else if (kind == KIND_FLOAT) stream<Floats>(jobs, at, behind, ring, start, {}, activations.of_floats, partials);
-    else if constexpr (!std::is_same<Own, Halves>::value) stream<Own>(jobs, at, behind, ring, start, shared, activations.own, partials);
+    if (kind == KIND_HALF) stream<Halves>(jobs, at, behind, ring, reading, {}, activations.of_halves, partials);
+    else if (kind == KIND_FLOAT) stream<Floats>(jobs, at, behind, ring, reading, {}, activations.of_floats, partials);
+    else if constexpr (!std::is_same<Own, Halves>::value) stream<Own>(jobs, at, behind, ring, reading, shared, activations.own, partials);
     __syncthreads();
 
     unsigned long long best = 0;

@@ -49,6 +49,7 @@ pub struct CudaSession {
 /// What calls share: nothing here is allocated again after loading.
 struct Weights {
     device: CudaDevice,
+    facts: Facts,
     model: Model,
     matrices: Vec<Box<dyn CudaMatrix>>,
     vectors: Vec<CudaSlice<f32>>,
@@ -172,6 +173,7 @@ impl Weights {
             zeros: device.alloc_zeros(padded_floats(vectors.iter().map(Vec::len).max().unwrap_or(1)))?,
             outlier_columns: device.alloc_zeros(1)?,
             ring: Ring::new(&device)?,
+            facts: Facts::of(&device)?,
             capacity: setup.capacity,
             encoder_capacity: setup.encoder_capacity,
             matrices,
@@ -231,8 +233,7 @@ impl CudaSession {
             activation: 0,
         };
         let input = Input { x, scale: head.scale, ..Input::default() };
-        let facts = Facts::of(&weights.device)?;
-        let mut planned = Matvec::plan(facts, Mode::Apart, vec![input], &[product], epilogue)?;
+        let mut planned = Matvec::plan(weights.facts, Mode::Apart, vec![input], &[product], epilogue)?;
         planned.program.head = place;
         planned.program.ended = self.step.ended(&weights.device);
         // SAFETY: x is a row of the caller's; all else is the session's.

@@ -175,13 +175,13 @@ impl<'a> Run<'a> {
                 let Buffer::Half(_) = self.buffer(*x)? else { bail!("a matrix reads fp16 activations") };
                 let outlier_columns = address(&self.weights.outlier_columns, self.device());
                 let x = RowsOf::new(self.at(*x)?, rows, outlier_columns);
-                for (index, part) in parts.iter().enumerate() {
+                for part in parts {
                     self.linear(&x, part)?;
-                    // All parts find the same outliers.
-                    let matrix = &self.weights.matrices[part.weight.0];
-                    if index == 0 && !matrix.streamed().threshold.is_nan() {
-                        self.examined += OutlierColumns { calls: 1, columns: 0, examined: matrix.shape().1 as u64 };
-                    }
+                }
+                // The first that looks for outliers finds them for all parts.
+                let mut matrices = parts.iter().map(|part| &self.weights.matrices[part.weight.0]);
+                if let Some(matrix) = matrices.find(|matrix| !matrix.streamed().threshold.is_nan()) {
+                    self.examined += OutlierColumns { calls: 1, columns: 0, examined: matrix.shape().1 as u64 };
                 }
             }
             Op::Append { k, v, cache, rotate } => {

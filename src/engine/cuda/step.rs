@@ -10,7 +10,7 @@ use crate::engine::OutlierColumns;
 use crate::kernels::cuda::attention::{Attention, Split};
 use crate::kernels::cuda::launch::{address, dimension};
 use crate::kernels::cuda::matvec::{Epilogue, Input, Mode, NORM_LAYER, NORM_RMS, Product};
-use crate::kernels::cuda::program::{Facts, Head, Job, Jobs, Ready};
+use crate::kernels::cuda::program::{Head, Job, Jobs, Ready};
 use crate::plan::fusion::{self, Append, Join, fuse};
 use crate::plan::{BiasId, BufferId, CacheId, CacheSpec, MatrixId, NormKind, Op};
 
@@ -68,9 +68,8 @@ impl Step {
     pub fn new(weights: &Weights) -> Result<Self> {
         let family_of = |id: MatrixId| weights.matrices[id.0].streamed().family.name;
         let fused = fuse(&weights.model.decoder, &family_of)?;
-        let facts = Facts::of(&weights.device)?;
-        let mut memory = Memory::new(weights, &fused, facts)?;
-        let mut planner = Planner { weights, memory: &memory, facts, jobs: Jobs::new(facts) };
+        let mut memory = Memory::new(weights, &fused)?;
+        let mut planner = Planner { weights, memory: &memory, jobs: Jobs::new(weights.facts) };
         for job in &fused {
             planner.add(job).with_context(|| format!("at {job:?}"))?;
         }
@@ -132,7 +131,6 @@ impl Step {
 struct Planner<'a> {
     weights: &'a Weights,
     memory: &'a Memory,
-    facts: Facts,
     jobs: Jobs,
 }
 
@@ -154,7 +152,7 @@ impl Planner<'_> {
     fn cached(&self, cache: CacheId, q: BufferId) -> Result<Attention> {
         let Self { weights, memory, .. } = self;
         let device = &weights.device;
-        let (spec, split) = (weights.model.caches[cache.0], split(weights, cache, q, self.facts));
+        let (spec, split) = (weights.model.caches[cache.0], split(weights, cache, q));
         let cache = &weights.caches[cache.0];
         let state = address(&weights.state, device);
         Ok(Attention {
@@ -245,14 +243,14 @@ impl Planner<'_> {
 }
 
 impl Memory {
-    fn new(weights: &Weights, fused: &[fusion::Job], facts: Facts) -> Result<Self> {
+    fn new(weights: &Weights, fused: &[fusion::Job]) -> Result<Self> {
         let (device, model) = (&weights.device, &weights.model);
         let width = |id: BufferId| model.decoder.buffers[id.0].width;
         let mut memory = Self {
             buffers: (0..model.decoder.buffers.len()).map(|_| None).collect(),
             partials: device.alloc_zeros(1)?,
             arrived: device.alloc_zeros(1)?,
-            best: device.alloc_zeros(facts.multiprocessors)?,
+            best: device.alloc_zeros(weights.facts.multiprocessors)?,
             ended: device.alloc_zeros(1)?,
         };
         let (mut partials, mut counters) = (1, 1);
@@ -264,7 +262,7 @@ impl Memory {
                 }
                 fusion::Job::Attention { q, cache, out, .. } => {
                     let spec = model.caches[cache.0];
-                    let split = split(weights, *cache, *q, facts);
+                    let split = split(weights, *cache, *q);
                     let heads = width(*q) / spec.head_dim;
                     partials = partials.max(split.partials(heads, spec.head_dim));
                     counters = counters.max(heads);
@@ -330,7 +328,7 @@ fn group(weights: &Weights, spec: CacheSpec, q: BufferId) -> usize {
     weights.model.decoder.buffers[q.0].width / spec.head_dim / spec.kv_heads
 }
 
-fn split(weights: &Weights, cache: CacheId, q: BufferId, facts: Facts) -> Split {
+fn split(weights: &Weights, cache: CacheId, q: BufferId) -> Split {
     let (spec, cache) = (weights.model.caches[cache.0], &weights.caches[cache.0]);
-    Split::new(cache.capacity, spec.kv_heads * group(weights, spec, q), cache.d_pad, facts)
+    Split::new(cache.capacity, spec.kv_heads * group(weights, spec, q), cache.d_pad, weights.facts)
 }

@@ -16,6 +16,14 @@ pub struct Attributes {
     pub shared: Option<bool>,
 }
 
+impl Attributes {
+    /// What memory gives in a microsecond, by two transfers a clock.
+    pub fn bytes_per_us(&self) -> Option<usize> {
+        let clock_khz = usize::try_from(self.memory_clock_khz?).ok()?;
+        Some(2 * usize::try_from(self.bus_bits?).ok()? / 8 * clock_khz / 1000)
+    }
+}
+
 /// Devices that the driver sees, once it has initialised.
 pub fn count() -> usize {
     result::device::get_count().ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0)

@@ -1,5 +1,5 @@
 // What a decode step is told: a program of jobs. kernels/cuda/{matvec,attention,program}.rs mirror these structs.
-// All blocks of a launch run the same jobs one after the other, and wait for each other between two.
+// All blocks of a launch run the same jobs one after the other; a job waits until all have ended the one that it depends on.
 #pragma once
 
 #include "kernels/cuda/device.cuh"
@@ -57,7 +57,7 @@ struct Matvec {
     float threshold;                      // int8: NaN where outlier columns are off
     int stride;                           // bytes from row to row of part 0; of part 1 where inputs are joined: stride_1
     int stride_1;
-    int n_inputs, mode, rows, out_is_float;
+    int n_inputs, mode, out_is_float;
     int keeps;      // whether the job before has read the same inputs, so that they are in shared memory
     Deal deals[2];  // first rows to the first blocks, then the rest to the others
 };

@@ -38,10 +38,7 @@ __device__ __forceinline__ float block_sum(float value, float *room) {
     value = warp_sum(value);
     if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = value;
     __syncthreads();
-    value = room[threadIdx.x % WARPS];
-#pragma unroll
-    for (int distance = WARPS / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
-    return value;
+    return warp_sum<WARPS>(room[threadIdx.x % WARPS]);
 }
 
 // Of an input, in a thread's registers: all of most models', so that one latency covers it.
@@ -171,39 +168,24 @@ struct RowFactors {
     __device__ __forceinline__ int row() const { return place & 0xfffffff; }
 };
 
-// Where a warp's next run is.
-struct Start {
-    int run, second, chunk, steps;
-    int left;         // steps of the job behind it
-    const Part *part;  // of the lane's row
-    int row;           // there
-    __device__ __forceinline__ void find(const Held &held) {
-        const Share &share = held.share;
-        second = is_second(share, run);
-        steps = min(left, share.chunks[second] - chunk);
-        left -= steps;
-        const int tile = tile_of(share, run);
-        row = first_row_of(share, tile) + min((int)threadIdx.x % LANES / 4, rows_of(share, tile) - 1);
-        part = &part_at(held, second, row);
-    }
-    __device__ __forceinline__ void first(const Held &held) {
-        const int warp = threadIdx.x / LANES;
-        run = held.share.enter_run[warp];
-        chunk = held.share.enter_chunk[warp];
-        left = steps_of(held.share, warp);
-        steps = 0;
-        if (left > 0) find(held);
-    }
+// A run that a warp reads, and the row of it that is the lane's.
+struct Reading {
+    Walk walk = {-1};
+    const Part *part;
+    int row;  // of the part
     __device__ __forceinline__ void next(const Held &held) {
-        run++;
-        chunk = steps = 0;
-        if (left > 0) find(held);
+        const Share &share = held.share;
+        walk.next(share);
+        if (walk.steps == 0) return;
+        const int tile = tile_of(share, walk.run);
+        row = first_row_of(share, tile) + min((int)threadIdx.x % LANES / 4, rows_of(share, tile) - 1);
+        part = &part_at(held, walk.second, row);
     }
 };
 
 // N steps from the first ones of a slot on.
 template <int N, class Decoder, class Ring>
-__device__ __forceinline__ void take_steps(const Ring &, uint32_t slot, typename Decoder::Row &row, typename Decoder::Sums &sums) {
+__device__ __forceinline__ void take_steps(uint32_t slot, typename Decoder::Row &row, typename Decoder::Sums &sums) {
     const int lane = threadIdx.x % LANES;
     const uint32_t words = slot + row_at(lane / 4) + lane % 4 * 16;
     uint4 low[N], high[N];
@@ -229,34 +211,34 @@ __device__ __forceinline__ void take_steps(const Ring &, uint32_t slot, typename
 //   Shared, prepare           tables that the whole step needs
 //   Place                     what is copied for a step beside the weights
 template <class Decoder, class Ring>
-__device__ __forceinline__ void stream(const Held *jobs, int at, int limit, Ring &ring, Start start, const typename Decoder::Shared &shared,
+__device__ __forceinline__ void stream(const Held *jobs, int at, int limit, Ring &ring, Reading reading, const typename Decoder::Shared &shared,
                                        const typename Decoder::Activations (&activations)[MAX_INPUTS], void *room) {
     typename Decoder::Partial(*partials)[TILE_ROWS] = (typename Decoder::Partial(*)[TILE_ROWS])room;
     const Held &held = jobs[at % JOBS_HELD];
     const Matvec &job = held.job.matvec;
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
 #pragma unroll 1
-    for (; start.steps > 0; start.next(held)) {
-        const int input = job.mode == MODE_JOINED ? start.second : 0;
-        int steps_left = start.steps;
+    for (; reading.walk.steps > 0; reading.next(held)) {
+        const int input = job.mode == MODE_JOINED ? reading.walk.second : 0;
+        int steps_left = reading.walk.steps;
         typename Decoder::Row row;
-        row.set(shared, *start.part, activations[input], job.inputs[input].k, start.row, lane, start.chunk);
+        row.set(shared, *reading.part, activations[input], job.inputs[input].k, reading.row, lane, reading.walk.chunk);
         typename Decoder::Sums sums = {};
 #pragma unroll 1
         while (steps_left > 0) {
-            if (ring.steps == 0 || ring.ahead < Ring::SLOTS_AHEAD) ring.fill(jobs, limit);
-            const bool refill = ring.steps > 0;
+            if (ring.source.steps == 0 || ring.ahead < Ring::SLOTS_AHEAD) ring.fill(jobs, limit);
+            const bool refill = ring.source.steps > 0;
             const uint32_t slot = ring.await();
             // Two steps at a time hide each other's latencies.
-            if (STEPS_OF_SLOT == 2 && steps_left > 1) take_steps<STEPS_OF_SLOT, Decoder>(ring, slot, row, sums);
-            else take_steps<1, Decoder>(ring, slot, row, sums);
+            if (STEPS_OF_SLOT == 2 && steps_left > 1) take_steps<STEPS_OF_SLOT, Decoder, Ring>(slot, row, sums);
+            else take_steps<1, Decoder, Ring>(slot, row, sums);
             steps_left -= STEPS_OF_SLOT;
             if (!refill) ring.ahead--;
             ring.pass(refill);
         }
         typename Decoder::Partial partial;
         Decoder::partial(sums, partial);
-        if (lane % 4 == 0) partials[start.run + warp][lane / 4] = partial;
+        if (lane % 4 == 0) partials[reading.walk.run + warp][lane / 4] = partial;
     }
     ring.leave(at);
 }

@@ -108,7 +108,6 @@ pub struct Matvec {
     stride_1: i32,
     n_inputs: i32,
     mode: i32,
-    rows: i32,
     out_is_float: i32,
     /// Whether the job before has read the same inputs.
     keeps: i32,
@@ -127,6 +126,10 @@ struct Deal {
 impl Deal {
     fn new(rows: usize, blocks: usize) -> Self {
         Self { blocks: blocks as i32, of_block: (rows / blocks) as i32, more: (rows % blocks) as i32 }
+    }
+
+    fn rows(&self) -> usize {
+        (self.blocks * self.of_block + self.more) as usize
     }
 }
 
@@ -191,6 +194,8 @@ impl Matvec {
             Mode::Apart => products.iter().map(|product| product.matrix.n).sum(),
             Mode::Gated | Mode::Joined => first.n,
         };
+        // Kernels count them in 31 bits.
+        dimension(rows)?;
         let mut matvec = Self {
             parts: [Part { first_row: NO_ROW, ..Part::default() }; MAX_PARTS],
             inputs: [Input::default(); MAX_INPUTS],
@@ -202,7 +207,6 @@ impl Matvec {
             stride_1: dimension(products.last().map_or(0, |p| p.matrix.stride_bytes))?,
             n_inputs: inputs.len() as i32,
             mode: mode as i32,
-            rows: dimension(rows)?,
             out_is_float: i32::from(epilogue.out_is_float),
             keeps: 0,
             deals: [Deal::default(), Deal::new(rows, facts.multiprocessors)],
@@ -260,13 +264,12 @@ impl Matvec {
             *place = Part { first_row, ..*part };
             first_row += part.n;
         }
-        self.rows = first_row;
         self.deals = [Deal::default(), Deal::new(first_row as usize, facts.multiprocessors)];
     }
 
     /// Gives the first `busy` blocks fewer rows, since each has something else to do that takes as long as `bytes` of weights.
     pub(super) fn spare(&mut self, busy: usize, bytes: usize, facts: Facts) {
-        let (rows, blocks) = (self.rows as usize, facts.multiprocessors);
+        let (rows, blocks) = (self.deals.iter().map(Deal::rows).sum::<usize>(), facts.multiprocessors);
         // Where every block is equally busy there is nothing to deal otherwise.
         if busy == 0 || busy >= blocks {
             return;

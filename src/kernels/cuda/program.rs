@@ -4,6 +4,7 @@ use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, sys};
 use candle_core::{CudaDevice, Result, bail};
 
 use super::attention::Attention;
+use super::attributes;
 use super::launch::{Fatbin, Grid, Kernel, Launcher, dimension, launch};
 use super::matvec::{CHUNK_BYTES, Epilogue, Family, Input, Matvec, Mode, Product, TILE_ROWS};
 use super::memory::driver_error;
@@ -101,7 +102,7 @@ pub struct Program {
 #[derive(Debug, Clone, Copy)]
 pub struct Facts {
     pub multiprocessors: usize,
-    /// Bytes that memory gives in a microsecond.
+    /// Bytes that memory gives in a microsecond; 0 where the driver does not tell.
     pub bytes_per_us: usize,
     /// Major and minor.
     pub compute_capability: (i32, i32),
@@ -112,13 +113,9 @@ impl Facts {
         use sys::CUdevice_attribute_enum as attribute;
         let stream = device.cuda_stream();
         let ask = |attribute| stream.context().attribute(attribute).map_err(driver_error);
-        let number = |attribute| Ok::<_, candle_core::Error>(usize::try_from(ask(attribute)?).unwrap_or(0));
-        let bus_bits = number(attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
-        let clock_khz = number(attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
         Ok(Self {
-            multiprocessors: number(attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
-            // Two transfers a clock.
-            bytes_per_us: 2 * bus_bits / 8 * clock_khz / 1000,
+            multiprocessors: usize::try_from(ask(attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?).unwrap_or(1),
+            bytes_per_us: attributes::of(stream.context().ordinal()).bytes_per_us().unwrap_or(0),
             compute_capability: (
                 ask(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
                 ask(attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,

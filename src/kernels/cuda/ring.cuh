@@ -1,8 +1,8 @@
 // Jobs near the running one, and the weights that each warp copies ahead, across the ends of jobs.
 //
-// Work: a block takes neighbouring rows, of all parts in turn. A tile is 8 of them, or as many less as makes a block's tiles equal
-// but for one; a step is one chunk of a tile. All steps over one matrix in one tile are a run, and the block's warps split the steps of all its
-// runs evenly, wherever one begins or ends:
+// Work: a block takes neighbouring rows, of all parts in turn. A tile is 8 of them, or as many less as makes a block's tiles
+// equal but for one row; a step is one chunk of a tile. All steps over one matrix in one tile are a run, and the block's warps
+// split the steps of all its runs evenly, wherever one begins or ends:
 //
 //   steps    |run 0 ....|run 1 ....|run 2 ....|
 //   warps    |0 ..|1 ..|2 ..|3 ..|4 ..|5 ..|6 .|
@@ -25,10 +25,10 @@ constexpr int JOB_WORDS = sizeof(Job) / sizeof(uint32_t);
 
 // A block's part of a job, and where its warps enter. Without steps for attention.
 struct Share {
-    int first_row, rows;  // of all parts, counted through
+    int first_row, rows;       // of all parts, counted through
     int tiles, of_tile, more;  // rows of a tile, and how many of the first ones have one more
     int runs;                  // of a tile: 1 or 2
-    int chunks[2];        // of a run, first and second of a tile
+    int chunks[2];             // of a run, first and second of a tile
     int steps, of_warp;
     float per_of_warp;  // 1 / of_warp
     int enter_run[WARPS], enter_chunk[WARPS];
@@ -42,9 +42,29 @@ struct Held {
 __device__ __forceinline__ int tile_of(const Share &share, int run) { return run >> (share.runs - 1); }
 __device__ __forceinline__ int is_second(const Share &share, int run) { return run & (share.runs - 1); }
 
-__device__ __forceinline__ int steps_of(const Share &share, int warp) {
-    return min(share.of_warp, share.steps - warp * share.of_warp);
-}
+// A warp's way through its steps of a job, run by run. Whoever copies weights and whoever reads them go the same.
+struct Walk {
+    int run;  // negative where the job has not been entered
+    int second, chunk;
+    int steps;  // of the run, from that chunk on: none behind the last run
+    int left;   // of the job, behind these
+    __device__ __forceinline__ void next(const Share &share) {
+        if (run < 0) {
+            const int warp = threadIdx.x / LANES;
+            run = share.enter_run[warp];
+            chunk = share.enter_chunk[warp];
+            left = min(share.of_warp, share.steps - warp * share.of_warp);
+        } else {
+            run++;
+            chunk = 0;
+        }
+        steps = 0;
+        if (left <= 0) return;
+        second = is_second(share, run);
+        steps = min(left, share.chunks[second] - chunk);
+        left -= steps;
+    }
+};
 
 // a / b for `per_b` = 1 / b, where the quotient's rounding is off by one at most.
 __device__ __forceinline__ int quotient(int a, int b, float per_b) {
@@ -154,7 +174,8 @@ struct Ring {
     uint32_t own;              // where the lane's first 16 bytes lie in a slot, where lanes copy by themselves
     int at, ahead;             // the next slot to read, and how many are copied from there on
     uint32_t is_odd;           // the phase of its barrier
-    int job, run, steps, left;  // of the source: where it is, and the warp's steps left there and behind it in the job
+    int job;                   // of the source
+    Walk source;               // there; its steps are those not copied yet
     const uint8_t *from[2];    // of the lane's row, or two where lanes copy by themselves
     Place place;
     int has;                   // bits: first row, second row (they are not behind the block's last one), place; rows from bit 8 on
@@ -164,9 +185,9 @@ struct Ring {
         slots = room;
         barriers = of_warp;
         own = row_at(threadIdx.x % LANES / 8) + threadIdx.x % 8 * 16;
-        at = ahead = job = steps = left = 0;
+        at = ahead = job = source.steps = 0;
         is_odd = 0;
-        run = -1;
+        source.run = -1;
         const int lane = threadIdx.x % LANES;
         if (IS_BULK && lane < DEPTH) start_barrier(barriers + 8 * lane, ARRIVALS);
     }
@@ -175,29 +196,20 @@ struct Ring {
 
     // The next steps of jobs before `limit`; without any left, none.
     __device__ __forceinline__ void seek(const Held *jobs, int limit) {
-        const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+        const int lane = threadIdx.x % LANES;
 #pragma unroll 1
-        for (; job < limit; job++, run = -1) {
+        for (; job < limit; job++, source.run = -1) {
             const Held &held = jobs[job % JOBS_HELD];
-            int chunk = 0;
-            if (run < 0) {
-                left = steps_of(held.share, warp);
-                run = held.share.enter_run[warp];
-                chunk = held.share.enter_chunk[warp];
-            } else {
-                run++;
-            }
-            if (left <= 0) continue;
-            const int second = is_second(held.share, run);
-            steps = min(left, held.share.chunks[second] - chunk);
-            left -= steps;
+            source.next(held.share);
+            if (source.steps == 0) continue;
             const Matvec &matvec = held.job.matvec;
-            const int input = matvec.mode == MODE_JOINED ? second : 0, tile = tile_of(held.share, run), rows = rows_of(held.share, tile);
+            const int second = source.second, input = matvec.mode == MODE_JOINED ? second : 0;
+            const int tile = tile_of(held.share, source.run), rows = rows_of(held.share, tile);
             const long long stride = input ? matvec.stride_1 : matvec.stride;
             // Each lane finds one of the rows; whoever copies it asks that lane.
             int row = first_row_of(held.share, tile) + min(lane % TILE_ROWS, rows - 1);
             const Part &part = part_at(held, second, row);
-            const uint8_t *begin = part.weight + row * stride + chunk * CHUNK_BYTES;
+            const uint8_t *begin = part.weight + row * stride + source.chunk * CHUNK_BYTES;
             if (IS_BULK) {
                 from[0] = begin;
                 has = (lane < rows) | rows << 8;
@@ -213,7 +225,7 @@ struct Ring {
             if (!Place::WORDS || held.job.kind != KIND_OWN) return;
             has |= 4;
             const int asked = Place::row_of(lane), index = __shfl_sync(ALL_LANES, (int)(&part - matvec.parts), asked);
-            place.set(matvec.parts[index], matvec.inputs[input].k, __shfl_sync(ALL_LANES, row, asked), chunk);
+            place.set(matvec.parts[index], matvec.inputs[input].k, __shfl_sync(ALL_LANES, row, asked), source.chunk);
             return;
         }
     }
@@ -222,14 +234,14 @@ struct Ring {
     __device__ __forceinline__ void leave(int done) {
         if (job > done) return;
         job = done + 1;
-        run = -1;
+        source.run = -1;
     }
 
     // Copies the next steps to a slot, as many as it holds or are left, at least one.
     __device__ __forceinline__ void copy(int index) {
-        const int lane = threadIdx.x % LANES, n = min(steps, STEPS_OF_SLOT);
+        const int lane = threadIdx.x % LANES, n = min(source.steps, STEPS_OF_SLOT);
         const uint32_t to = slot(index), barrier = barriers + 8 * index;
-        steps -= n;
+        source.steps -= n;
         // All lanes have read what was there.
         __syncwarp();
         if (IS_BULK) {
@@ -260,9 +272,9 @@ struct Ring {
         if (to >= DEPTH) to -= DEPTH;
 #pragma unroll 1
         for (;;) {
-            if (steps == 0) seek(jobs, limit);
+            if (source.steps == 0) seek(jobs, limit);
             if (missing == 0) break;
-            if (steps > 0) {
+            if (source.steps > 0) {
                 copy(to);
                 to = to + 1 == DEPTH ? 0 : to + 1;
                 ahead++;

@@ -18,6 +18,17 @@ __device__ __forceinline__ float row_sum(float value) {
     return warp_sum(lane < THREADS / LANES ? room[lane] : 0.0f);
 }
 
+// The largest over the block, in every thread; NaN if any is.
+template <int THREADS>
+__device__ __forceinline__ float row_max(float value) {
+    __shared__ float room[THREADS / LANES];
+    const int lane = threadIdx.x % LANES;
+    value = warp_max(value);
+    if (lane == 0) room[threadIdx.x / LANES] = value;
+    __syncthreads();
+    return warp_max(lane < THREADS / LANES ? room[lane] : -INFINITY);
+}
+
 // out[t] = scale * table[token_t]; `image` rows take the next row of the features instead. A block owns a row.
 extern "C" __global__ void embed_rows(const int *tokens, const int *feature_of_row, const __half *table, const __half *features,
                                       float *out, float scale, int image, int stride, int width) {
@@ -122,7 +133,6 @@ extern "C" __global__ void append_rows(__half *q, const __half *k, const __half 
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) softmax_rows(
     const float *scores, __half *weights, const float *bias, float scale, int is_causal, int total, int first_position,
     int reach, int first_head) {
-    __shared__ float room[ROW_THREADS / LANES];
     int row = blockIdx.x, head = blockIdx.y, query = first_position + row;
     int seen = is_causal ? query + 1 : total;
     long long start = ((long long)head * gridDim.x + row) * total;
@@ -130,10 +140,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) softmax_rows(
     auto score = [&](int key) { return scores[start + key] * scale + (of_bias ? of_bias[key] : 0.0f); };
     float max = -INFINITY;
     for (int key = threadIdx.x; key < seen; key += ROW_THREADS) max = larger(max, score(key));
-    max = warp_max(max);
-    if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = max;
-    __syncthreads();
-    for (int warp = 0; warp < ROW_THREADS / LANES; warp++) max = larger(max, room[warp]);
+    max = row_max<ROW_THREADS>(max);
     float sum = 0.0f;
     for (int key = threadIdx.x; key < seen; key += ROW_THREADS) sum += __expf(score(key) - max);
     float factor = 1.0f / row_sum<ROW_THREADS>(sum);
@@ -147,7 +154,6 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) attend_rows(
     const __half *q, const __half *keys, const __half *values, __half *out, const float *bias, float scale, int is_causal, int total,
     int first_position, int reach, int kv_heads, int d, int d_pad, int capacity) {
     DYNAMIC_SHARED(float, of_query);
-    __shared__ float room[ROW_THREADS / LANES];
     float *weights = of_query + d;
     const int row = blockIdx.x, head = blockIdx.y, heads = gridDim.y, query = first_position + row, lane = threadIdx.x % LANES;
     const int seen = is_causal ? query + 1 : total;
@@ -163,9 +169,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) attend_rows(
         if (lane == 0) weights[key] = score;
         max = larger(max, score);
     }
-    if (lane == 0) room[threadIdx.x / LANES] = max;
-    __syncthreads();
-    for (int warp = 0; warp < ROW_THREADS / LANES; warp++) max = larger(max, room[warp]);
+    max = row_max<ROW_THREADS>(max);
     float sum = 0.0f;
     for (int key = threadIdx.x; key < seen; key += ROW_THREADS) sum += weights[key] = __expf(weights[key] - max);
     const float factor = 1.0f / row_sum<ROW_THREADS>(sum);

@@ -4,11 +4,12 @@
 constexpr int LANES = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// The sum over the warp, in every lane. The order is fixed, so equal inputs give equal bits.
-template <typename T>
+// The sum over each WIDTH neighbouring lanes, all of them if not told otherwise, in every lane. The order is fixed, so equal inputs
+// give equal bits.
+template <int WIDTH = LANES, typename T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
-    for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+    for (int distance = WIDTH / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
     return value;
 }
 

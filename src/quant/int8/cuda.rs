@@ -2,8 +2,6 @@
 
 mod encode;
 
-use std::cell::Cell;
-
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result, bail};
 
@@ -112,34 +110,15 @@ impl CudaMatrix for Int8OnDevice {
     unsafe fn multiply_rows(&self, x: &RowsOf, y: u64) -> Result<()> {
         let device = &self.device;
         // Matrices that read the same rows have the same k and threshold.
-        let Some(rows) = x.made(|| QuantizedRows::new(device, x.m, self.k, self.stride))? else {
+        // SAFETY: the caller's promise for x.
+        let Some(rows) = x.made(|| unsafe { self.quantize(x) })? else {
             bail!("rows that another format has made something of")
         };
         // SAFETY: every product is written before it is read.
         let products = unsafe { device.alloc::<i32>(x.m * self.n) }?;
-        let call = ManyRows {
-            m: x.m,
-            n: self.n,
-            k: self.k,
-            stride: self.stride,
-            threshold: self.threshold,
-            weight: address(&self.codes, device),
-            absmax: address(&self.absmax, device),
-            x: x.at,
-            y,
-            flags: address(&rows.flags, device),
-            columns: address(&rows.columns, device),
-            count: address(&rows.count, device),
-            total: x.outlier_columns,
-            codes: address(&rows.codes, device),
-            row_absmax: address(&rows.row_absmax, device),
-            products: address(&products, device),
-        };
+        let call = ManyRows { y, products: address(&products, device), ..self.many_rows(x, rows) };
         // SAFETY: all are as large as `ManyRows` says and freed on the same stream; the caller's promise for x and y.
         unsafe {
-            if !rows.are_quantized.replace(true) {
-                call.quantize(device)?;
-            }
             match self.n.is_multiple_of(GEMM_SIDE) {
                 true => call.gemm().run(device)?,
                 false => call.multiply(device)?,
@@ -156,22 +135,49 @@ struct QuantizedRows {
     count: CudaSlice<i32>,
     codes: CudaSlice<i8>,
     row_absmax: CudaSlice<f32>,
-    are_quantized: Cell<bool>,
 }
 
-impl QuantizedRows {
-    fn new(device: &CudaDevice, m: usize, k: usize, stride: usize) -> Result<Self> {
-        // SAFETY: [`ManyRows::quantize`] writes all that is read of these: codes with their padding, every row's absmax, the count
+impl Int8OnDevice {
+    /// # Safety
+    /// `x` holds rows of k, until the device's stream has come past this call.
+    unsafe fn quantize(&self, x: &RowsOf) -> Result<QuantizedRows> {
+        let device = &self.device;
+        // SAFETY: the launches below write all that is read of these: codes with their padding, every row's absmax, the count
         // and as many columns.
-        unsafe {
-            Ok(Self {
-                flags: device.alloc_zeros(k)?,
-                columns: device.alloc(k)?,
+        let rows = unsafe {
+            QuantizedRows {
+                flags: device.alloc_zeros(self.k)?,
+                columns: device.alloc(self.k)?,
                 count: device.alloc(1)?,
-                codes: device.alloc(m * stride)?,
-                row_absmax: device.alloc(m)?,
-                are_quantized: Cell::new(false),
-            })
+                codes: device.alloc(x.m * self.stride)?,
+                row_absmax: device.alloc(x.m)?,
+            }
+        };
+        // SAFETY: all are as large as `ManyRows` says; the caller's promise for x.
+        unsafe { self.many_rows(x, &rows).quantize(device) }?;
+        Ok(rows)
+    }
+
+    /// The product of these rows, without a place for it yet.
+    fn many_rows(&self, x: &RowsOf, rows: &QuantizedRows) -> ManyRows {
+        let device = &self.device;
+        ManyRows {
+            m: x.m,
+            n: self.n,
+            k: self.k,
+            stride: self.stride,
+            threshold: self.threshold,
+            weight: address(&self.codes, device),
+            absmax: address(&self.absmax, device),
+            x: x.at,
+            y: 0,
+            flags: address(&rows.flags, device),
+            columns: address(&rows.columns, device),
+            count: address(&rows.count, device),
+            total: x.outlier_columns,
+            codes: address(&rows.codes, device),
+            row_absmax: address(&rows.row_absmax, device),
+            products: 0,
         }
     }
 }
