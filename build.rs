@@ -5,7 +5,8 @@ use std::process::{Command, exit};
 use std::{env, fs};
 
 /// Chips with machine code of their own.
-const CHIPS: [&str; 5] = ["75", "80", "86", "89", "90"];
+/// Hopper's includes what no chip after it has.
+const CHIPS: [&str; 5] = ["75", "80", "86", "89", "90a"];
 /// Anything newer compiles this chip's PTX when it starts. Not the last one's: steps size their shared memory by the chip, and
 /// what they ask for here every newer chip has, while some have less than 9.0.
 const PTX: &str = "89";

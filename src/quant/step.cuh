@@ -7,6 +7,10 @@
 #include "kernels/cuda/attention.cuh"
 #include "quant/dense/dense.cuh"
 
+// Lanes copy what a format needs beside the weights, and then the weights as well.
+template <class Own, int DEPTH>
+using RingOf = std::conditional_t<HAS_BULK_COPIES && Own::Place::WORDS == 0, FilledRing, OwnRing<typename Own::Place, DEPTH>>;
+
 template <class Own>
 union Activations {
     Halves::Activations of_halves[MAX_INPUTS];
@@ -18,7 +22,7 @@ union Activations {
 // what the decoder makes of them, then the warps' sums.
 template <class Own, class Ring, class Wait>
 __device__ __forceinline__ void multiply(const Program &program, const Held *jobs, int at, int before, int behind, Ring &ring,
-                                         const typename Own::Shared &shared, uint8_t *room, Wait wait) {
+                                         typename Ring::Shared &copying, const typename Own::Shared &shared, uint8_t *room, Wait wait) {
     __shared__ Activations<Own> activations;
     __shared__ float sums_of_warps[MAX_INPUTS * WARPS];
     const Held &held = jobs[at % JOBS_HELD];
@@ -47,20 +51,21 @@ __device__ __forceinline__ void multiply(const Program &program, const Held *job
         if (!OWN_NEEDS_VALUES && kind == KIND_OWN) Own::convert(activations.own, shared, job, x, converted, sums_of_warps);
     }
     wait();
+    Ring::begin(copying, at);
     if (share.rows == 0 && !job.logits) return ring.leave(at);
     if (!job.keeps) {
         if (is_normed) normalize(job.inputs[0], x, sums_of_warps);
         else read_plain(job, x);
-        __syncthreads();
+        meet();
         if (kind == KIND_FLOAT) Floats::convert(activations.of_floats, {}, job, x, converted, sums_of_warps);
         if (OWN_NEEDS_VALUES && kind == KIND_OWN) Own::convert(activations.own, shared, job, x, converted, sums_of_warps);
-        if (eighths > 0) __syncthreads();
+        if (eighths > 0) meet();
     }
 
     if (kind == KIND_HALF) stream<Halves>(jobs, at, behind, ring, reading, {}, activations.of_halves, partials);
     else if (kind == KIND_FLOAT) stream<Floats>(jobs, at, behind, ring, reading, {}, activations.of_floats, partials);
     else if constexpr (!std::is_same<Own, Halves>::value) stream<Own>(jobs, at, behind, ring, reading, shared, activations.own, partials);
-    __syncthreads();
+    meet();
 
     unsigned long long best = 0;
 #pragma unroll 1
@@ -86,21 +91,21 @@ __device__ __forceinline__ void multiply(const Program &program, const Held *job
 }
 
 // Shared memory: the warps' rings, then what a job needs.
-template <class Own, int DEPTH, bool IS_BULK>
+template <class Own, int DEPTH>
 __device__ __forceinline__ void run_step(const Program &program) {
-    using Ring = Ring<typename Own::Place, DEPTH, IS_BULK>;
+    using Ring = RingOf<Own, DEPTH>;
     DYNAMIC_SHARED(uint4, dynamic);
     __shared__ Held held[JOBS_HELD];
     __shared__ typename Own::Shared shared;
     __shared__ unsigned long long best_of_warps[WARPS];
     __shared__ bool is_last;
-    __shared__ unsigned long long barriers[WARPS * DEPTH];
+    __shared__ typename Ring::Shared copying;
     const int n = program.n_jobs, warp = threadIdx.x / LANES;
     const Job *jobs = program.jobs ? program.jobs : &program.only;
 
     Ring ring;
-    ring.start(shared_address(dynamic) + warp * Ring::BYTES, shared_address(barriers + warp * DEPTH));
-    uint8_t *room = (uint8_t *)dynamic + WARPS * Ring::BYTES;
+    ring.start(shared_address(dynamic), program.slots, min(n, JOBS_HELD), copying);
+    uint8_t *room = (uint8_t *)dynamic + WARPS * Ring::bytes(program.slots);
     if (warp < JOBS_HELD && warp < n) {
         // A single job is a parameter, which copies in the background do not reach.
 #pragma unroll 1
@@ -108,6 +113,13 @@ __device__ __forceinline__ void run_step(const Program &program) {
         find_share(held[warp]);
     }
     __syncthreads();
+    if constexpr (std::is_same<Ring, FilledRing>::value) {
+        if (warp >= WARPS) {
+            give_registers<REGISTERS_OF_COPIER>();
+            return copy_weights(held, n, shared_address(dynamic), program.slots, copying);
+        }
+        take_registers<REGISTERS_BESIDE_COPIERS>();
+    }
     Own::prepare(shared, program.code);
     int *of_job = program.ended + 1;
 
@@ -119,35 +131,42 @@ __device__ __forceinline__ void run_step(const Program &program) {
         // `has_work`: this block reads what others have written. It has ended the job before, whose place is free now.
         auto wait = [&](bool has_work = true) {
             if (const int next = at - 1 + JOBS_HELD; warp == WARPS - 1) {
-                if (at > 1 && next - 1 < n) find_share(held[(next - 1) % JOBS_HELD]);
-                if (at > 0 && next < n) fetch(held[next % JOBS_HELD], jobs[next]);
+                if (at > 1 && next - 1 < n) {
+                    find_share(held[(next - 1) % JOBS_HELD]);
+                    Ring::tell_at_hand(copying, next);
+                }
+                if (at > 0 && next < n) {
+                    Ring::await_copied(copying, at);
+                    fetch(held[next % JOBS_HELD], jobs[next]);
+                }
             }
             if (threadIdx.x == 0 && after >= 0 && has_work)
                 while (arrivals(of_job + after) < blocks) pause();
-            __syncthreads();
+            meet();
         };
         if (held[at % JOBS_HELD].job.kind == KIND_ATTENTION) attend(held[at % JOBS_HELD].job.attention, room, wait);
-        else multiply<Own>(program, held, at, before, behind, ring, shared, room, wait);
+        else multiply<Own>(program, held, at, before, behind, ring, copying, shared, room, wait);
         if (at + 1 == n) break;
         const bool tells = held[at % JOBS_HELD].job.tells;
-        __syncthreads();
+        meet();
         if (threadIdx.x == 0 && tells) arrive(of_job + at);
     }
 
     if (!program.ended) return;
-    __syncthreads();
+    meet();
     if (threadIdx.x == 0) {
         __threadfence();
         is_last = atomicAdd(program.ended, 1) == gridDim.x - 1;
     }
-    __syncthreads();
+    meet();
     if (!is_last) return;
     __threadfence();
     if (program.head.best) finish_head(program.head, best_of_warps);
     for (int job = threadIdx.x; job < n; job += THREADS) program.ended[job] = 0;
 }
 
-#define STEP_KERNEL(NAME, DECODER, DEPTH, IS_BULK)                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME##_step(const __grid_constant__ Program program) { \
-        run_step<DECODER, DEPTH, IS_BULK>(program);                                                                 \
+#define STEP_KERNEL(NAME, DECODER, DEPTH)                                                           \
+    extern "C" __global__ void __launch_bounds__((RingOf<DECODER, DEPTH>::BLOCK_THREADS), 1)        \
+        NAME##_step(const __grid_constant__ Program program) {                                      \
+        run_step<DECODER, DEPTH>(program);                                                          \
     }

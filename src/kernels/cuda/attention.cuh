@@ -160,7 +160,7 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
             // The head that appends is the first one of its key/value head.
             if (head == kv_head * job.group && element < d) (which == 1 ? keys : values)[cached * d_pad + element] = value;
         }
-        __syncthreads();
+        meet();
 
         float of_query[8] = {};
         if (unit < units) {
@@ -200,7 +200,7 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
             to[0] = make_float4(state.out[0], state.out[1], state.out[2], state.out[3]);
             to[1] = make_float4(state.out[4], state.out[5], state.out[6], state.out[7]);
         }
-        __syncthreads();
+        meet();
 
         // A warp makes 32 elements; its lanes first weigh one warp each.
         __half *out = job.out + head * d;
@@ -221,13 +221,13 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
             }
             if (active > 1 && element == 0) partial[0] = largest, partial[1] = sum;
         }
-        __syncthreads();
+        meet();
         if (active == 1) continue;
         if (threadIdx.x == 0) {
             __threadfence();
             is_last = atomicAdd(job.arrived + head, 1) == active - 1;
         }
-        __syncthreads();
+        meet();
         if (!is_last) continue;
         __threadfence();
         join_splits(first_split, d, active, out);

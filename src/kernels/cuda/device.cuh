@@ -114,11 +114,6 @@ __device__ __forceinline__ void announce(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives once all earlier copies of this thread have.
-__device__ __forceinline__ void arrive_behind_copies(uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 // A multiple of 16 bytes, from and to multiples of 16.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
@@ -126,7 +121,23 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int byt
                  : "memory");
 }
 
-// Phases are even and odd in turn, the first one even.
+__device__ __forceinline__ void arrive_at(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Whether the running phase is another one. Phases are even and odd in turn, the first one even.
+__device__ __forceinline__ bool has_ended(uint32_t barrier, uint32_t is_odd) {
+    uint32_t ended;
+    asm volatile(
+        "{.reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;}"
+        : "=r"(ended)
+        : "r"(barrier), "r"(is_odd)
+        : "memory");
+    return ended;
+}
+
 __device__ __forceinline__ void await_phase(uint32_t barrier, uint32_t is_odd) {
     asm volatile(
         "{.reg .pred p;\n"
@@ -139,10 +150,28 @@ __device__ __forceinline__ void await_phase(uint32_t barrier, uint32_t is_odd) {
 constexpr bool HAS_BULK_COPIES = false;
 __device__ __forceinline__ void start_barrier(uint32_t, int) {}
 __device__ __forceinline__ void announce(uint32_t, int) {}
-__device__ __forceinline__ void arrive_behind_copies(uint32_t) {}
 __device__ __forceinline__ void copy_bulk(uint32_t, const void *, int, uint32_t) {}
+__device__ __forceinline__ void arrive_at(uint32_t) {}
+__device__ __forceinline__ bool has_ended(uint32_t, uint32_t) { return true; }
 __device__ __forceinline__ void await_phase(uint32_t, uint32_t) {}
 #endif
+
+// The first COUNT threads of a block meet.
+template <int COUNT>
+__device__ __forceinline__ void meet_first() {
+    asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory");
+}
+
+// What threads of a block tell each other in shared memory, and what they wrote before.
+__device__ __forceinline__ void store_release(int *at, int value) {
+    asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(shared_address(at)), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ int load_acquire(const int *at) {
+    int value;
+    asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(value) : "r"(shared_address(at)) : "memory");
+    return value;
+}
 
 // Ends a batch of copies, which may be empty.
 __device__ __forceinline__ void end_copies() {
@@ -236,6 +265,20 @@ __device__ __forceinline__ int arrivals(const int *counter) {
 
 // Between two looks. The load itself takes long enough.
 __device__ __forceinline__ void pause() {}
+
+// From here on all threads of the warps' group of four have COUNT registers.
+template <int COUNT>
+__device__ __forceinline__ void give_registers() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
 
 // sums[0..1] of row g and sums[2..3] of row g + 8 += A [16, 16] x B [16, 8] in fp32; lane 4g + q holds of A
 // a0: row g, k pair q; a1: row g + 8, k pair q; a2, a3: the same rows, k pair q + 4; of B column g: b0: k pair q, b1: k pair q + 4.

@@ -16,9 +16,9 @@ __device__ __forceinline__ unsigned long long block_best(unsigned long long best
         unsigned long long other = __shfl_xor_sync(ALL_LANES, best, distance);
         best = other > best ? other : best;
     }
-    __syncthreads();
+    meet();
     if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = best;
-    __syncthreads();
+    meet();
 #pragma unroll 1
     for (int warp = 0; warp < WARPS; warp++) best = room[warp] > best ? room[warp] : best;
     return best;

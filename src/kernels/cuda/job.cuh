@@ -6,6 +6,12 @@
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / LANES;
+// Warps of some kernels that only copy weights, behind the others, and what is theirs of the registers.
+constexpr int COPIERS = 4;
+constexpr int REGISTERS_OF_COPIER = 32, REGISTERS_BESIDE_COPIERS = 112;
+
+// All threads but those of copiers meet.
+__device__ __forceinline__ void meet() { meet_first<THREADS>(); }
 constexpr int MAX_PARTS = 4;
 constexpr int MAX_INPUTS = 2;
 
@@ -110,4 +116,5 @@ struct Program {
     int *ended;         // blocks that have ended, then arrivals of each job: zero between launches; null for a single job without a head
     Head head;
     int n_jobs;
+    int slots;  // of a ring that copiers fill
 };

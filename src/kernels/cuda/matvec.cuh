@@ -21,7 +21,8 @@
 #pragma once
 
 #include "kernels/cuda/head.cuh"
-#include "kernels/cuda/ring.cuh"
+#include "kernels/cuda/filled_ring.cuh"
+#include "kernels/cuda/own_ring.cuh"
 
 // 1 / (1 + exp(-x)), a few units in the last place of fp32.
 __device__ __forceinline__ float logistic(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
@@ -37,7 +38,7 @@ __device__ __forceinline__ float activate(int kind, float x) {
 __device__ __forceinline__ float block_sum(float value, float *room) {
     value = warp_sum(value);
     if (threadIdx.x % LANES == 0) room[threadIdx.x / LANES] = value;
-    __syncthreads();
+    meet();
     return warp_sum<WARPS>(room[threadIdx.x % WARPS]);
 }
 
@@ -128,7 +129,7 @@ __device__ __forceinline__ void read_plain(const Matvec &job, __half *out) {
         for (int at = 8 * units_of(input) + threadIdx.x; at < input.k; at += THREADS)
             of_input[at] = load_fresh((const __half *)input.x + at);
         if (input.scale == 1.0f) continue;
-        __syncthreads();
+        meet();
 #pragma unroll 1
         for (int at = threadIdx.x; at < input.k; at += THREADS)
             of_input[at] = __float2half_rn(__half2float(of_input[at]) * input.scale);
@@ -175,7 +176,7 @@ struct Reading {
     int row;  // of the part
     __device__ __forceinline__ void next(const Held &held) {
         const Share &share = held.share;
-        walk.next(share);
+        walk.next(share, threadIdx.x / LANES);
         if (walk.steps == 0) return;
         const int tile = tile_of(share, walk.run);
         row = first_row_of(share, tile) + min((int)threadIdx.x % LANES / 4, rows_of(share, tile) - 1);
@@ -226,15 +227,12 @@ __device__ __forceinline__ void stream(const Held *jobs, int at, int limit, Ring
         typename Decoder::Sums sums = {};
 #pragma unroll 1
         while (steps_left > 0) {
-            if (ring.source.steps == 0 || ring.ahead < Ring::SLOTS_AHEAD) ring.fill(jobs, limit);
-            const bool refill = ring.source.steps > 0;
-            const uint32_t slot = ring.await();
+            const uint32_t slot = ring.next(jobs, limit);
             // Two steps at a time hide each other's latencies.
             if (STEPS_OF_SLOT == 2 && steps_left > 1) take_steps<STEPS_OF_SLOT, Decoder, Ring>(slot, row, sums);
             else take_steps<1, Decoder, Ring>(slot, row, sums);
             steps_left -= STEPS_OF_SLOT;
-            if (!refill) ring.ahead--;
-            ring.pass(refill);
+            ring.pass();
         }
         typename Decoder::Partial partial;
         Decoder::partial(sums, partial);

@@ -14,6 +14,11 @@ use crate::parameters;
 const THREADS: usize = 512;
 const LANES: usize = 32;
 pub(super) const WARPS: usize = THREADS / LANES;
+const COPIERS: usize = 4;
+const MAX_SLOTS: usize = 5;
+/// What a block may have on Hopper, and more than the kernels keep of it in static variables.
+const HOPPER_SHARED_BYTES: usize = 227 << 10;
+const STATIC_BYTES: usize = 8 << 10;
 
 /// Where a job waits for no other.
 const NONE: i32 = -1;
@@ -96,6 +101,7 @@ pub struct Program {
     pub ended: u64,
     pub head: Head,
     n_jobs: i32,
+    slots: i32,
 }
 
 /// What a launch depends on.
@@ -123,8 +129,18 @@ impl Facts {
         })
     }
 
-    /// Shared memory of a warp's ring, as ring.cuh has it. Chips newer than 9.x run what is compiled for 8.9.
-    fn ring_bytes(self, kernel: &StepKernel) -> usize {
+    /// Whether warps of their own copy the weights, as `RingOf` of step.cuh says.
+    fn has_copiers(self, kernel: &StepKernel) -> bool {
+        self.compute_capability.0 == 9 && kernel.place_words == 0
+    }
+
+    fn threads(self, kernel: &StepKernel) -> usize {
+        THREADS + if self.has_copiers(kernel) { COPIERS * LANES } else { 0 }
+    }
+
+    /// Slots of a warp's ring and the bytes of each, as ring.cuh has them, beside `of_job` bytes. Chips newer than 9.x run what is
+    /// compiled for 8.9.
+    fn ring(self, kernel: &StepKernel, of_job: usize) -> (usize, usize) {
         // `SLOTS`, `SLOTS_BESIDE_TABLES` and `STEPS_OF_SLOT`.
         let (alone, beside_tables, steps) = match self.compute_capability {
             (9, _) => (3, 3, 2),
@@ -132,9 +148,17 @@ impl Facts {
             (7, _) => (1, 1, 1),
             _ => (3, 2, 1),
         };
-        let slots = if kernel.has_tables { beside_tables } else { alone };
         let rows_bytes = steps * TILE_ROWS * CHUNK_BYTES + CHUNK_BYTES / 2;
-        slots * (rows_bytes + steps * size_of::<u32>() * LANES * kernel.place_words)
+        let slot_bytes = rows_bytes + steps * size_of::<u32>() * LANES * kernel.place_words;
+        let slots = if self.has_copiers(kernel) {
+            let free = (HOPPER_SHARED_BYTES - STATIC_BYTES).saturating_sub(of_job);
+            (free / (WARPS * slot_bytes)).clamp(2, MAX_SLOTS)
+        } else if kernel.has_tables {
+            beside_tables
+        } else {
+            alone
+        };
+        (slots, slot_bytes)
     }
 }
 
@@ -254,14 +278,15 @@ impl Jobs {
             bail!("{} jobs at no address", self.list.len())
         };
         let of_job = self.list.iter().map(|job| job.shared_bytes(kernel)).max().unwrap_or(0);
-        let shared_bytes = WARPS * self.facts.ring_bytes(kernel) + of_job.next_multiple_of(16);
+        let of_job = of_job.next_multiple_of(16);
+        let (slots, slot_bytes) = self.facts.ring(kernel, of_job);
         let grid = Grid {
-            shared_bytes,
+            shared_bytes: WARPS * slots * slot_bytes + of_job,
             cooperative: self.list.len() > 1,
-            ..Grid::new((self.facts.multiprocessors, 1), THREADS as u32)
+            ..Grid::new((self.facts.multiprocessors, 1), self.facts.threads(kernel) as u32)
         };
-        let n_jobs = dimension(self.list.len())?;
-        let program = Program { only, jobs, code: self.code, ended: 0, head: Head::default(), n_jobs };
+        let (n_jobs, slots) = (dimension(self.list.len())?, dimension(slots)?);
+        let program = Program { only, jobs, code: self.code, ended: 0, head: Head::default(), n_jobs, slots };
         Ok(Planned { kernel, grid, program })
     }
 

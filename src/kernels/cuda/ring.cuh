@@ -48,9 +48,8 @@ struct Walk {
     int second, chunk;
     int steps;  // of the run, from that chunk on: none behind the last run
     int left;   // of the job, behind these
-    __device__ __forceinline__ void next(const Share &share) {
+    __device__ __forceinline__ void next(const Share &share, int warp) {
         if (run < 0) {
-            const int warp = threadIdx.x / LANES;
             run = share.enter_run[warp];
             chunk = share.enter_chunk[warp];
             left = min(share.of_warp, share.steps - warp * share.of_warp);
@@ -159,150 +158,40 @@ constexpr int ROW_BYTES = STEPS_OF_SLOT * CHUNK_BYTES;
 constexpr int ROWS_BYTES = TILE_ROWS * ROW_BYTES + CHUNK_BYTES / 2;
 __device__ __forceinline__ uint32_t row_at(int row) { return row / 2 * ROW_BYTES + row % 2 * (TILE_ROWS / 2 * ROW_BYTES + CHUNK_BYTES / 2); }
 
-// A warp's copies: DEPTH slots in a ring. `Place` is what the kernel's own format needs for a step beside the weights: each lane
-// copies WORDS words, which lie behind them. IS_BULK: a unit of its own copies the rows.
-template <class Place, int DEPTH, bool IS_BULK>
-struct Ring {
-    static constexpr int SLOTS_AHEAD = DEPTH;
-    static constexpr int EXTRA_BYTES = 4 * LANES * Place::WORDS;  // of a step
-    static constexpr int SLOT_BYTES = ROWS_BYTES + STEPS_OF_SLOT * EXTRA_BYTES;
-    static constexpr int BYTES = DEPTH * SLOT_BYTES;
-    // Arrivals of a slot's barrier.
-    static constexpr int ARRIVALS = 1 + (Place::WORDS ? LANES : 0);
+// The rows of a tile that a run reads, and of them the lane's, `lane % TILE_ROWS` or the last one.
+struct Rows {
+    int count;
+    const Part *part;
+    int row;              // of the part
+    int k;                // elements
+    const uint8_t *from;  // the run's first step
+};
 
-    uint32_t slots, barriers;  // the first ones
-    uint32_t own;              // where the lane's first 16 bytes lie in a slot, where lanes copy by themselves
-    int at, ahead;             // the next slot to read, and how many are copied from there on
-    uint32_t is_odd;           // the phase of its barrier
-    int job;                   // of the source
-    Walk source;               // there; its steps are those not copied yet
-    const uint8_t *from[2];    // of the lane's row, or two where lanes copy by themselves
-    Place place;
-    int has;                   // bits: first row, second row (they are not behind the block's last one), place; rows from bit 8 on
-
-    // `room` is the ring's shared memory, `of_warp` its barriers.
-    __device__ __forceinline__ void start(uint32_t room, uint32_t of_warp) {
-        slots = room;
-        barriers = of_warp;
-        own = row_at(threadIdx.x % LANES / 8) + threadIdx.x % 8 * 16;
-        at = ahead = job = source.steps = 0;
-        is_odd = 0;
-        source.run = -1;
-        const int lane = threadIdx.x % LANES;
-        if (IS_BULK && lane < DEPTH) start_barrier(barriers + 8 * lane, ARRIVALS);
+// The steps that are copied next, to the ring of a warp.
+struct Source {
+    int job;
+    Walk walk;  // there; its steps are those not copied yet
+    __device__ __forceinline__ void start() {
+        job = walk.steps = 0;
+        walk.run = -1;
     }
-
-    __device__ __forceinline__ uint32_t slot(int index) const { return slots + index * SLOT_BYTES; }
-
-    // The next steps of jobs before `limit`; without any left, none.
-    __device__ __forceinline__ void seek(const Held *jobs, int limit) {
-        const int lane = threadIdx.x % LANES;
+    // Goes on to the next steps of jobs before `limit`; false without any left, and `walk` has none.
+    __device__ __forceinline__ bool seek(const Held *jobs, int limit, int warp, Rows &rows) {
 #pragma unroll 1
-        for (; job < limit; job++, source.run = -1) {
+        for (; job < limit; job++, walk.run = -1) {
             const Held &held = jobs[job % JOBS_HELD];
-            source.next(held.share);
-            if (source.steps == 0) continue;
+            walk.next(held.share, warp);
+            if (walk.steps == 0) continue;
             const Matvec &matvec = held.job.matvec;
-            const int second = source.second, input = matvec.mode == MODE_JOINED ? second : 0;
-            const int tile = tile_of(held.share, source.run), rows = rows_of(held.share, tile);
+            const int input = matvec.mode == MODE_JOINED ? walk.second : 0, tile = tile_of(held.share, walk.run);
+            rows.count = rows_of(held.share, tile);
+            rows.row = first_row_of(held.share, tile) + min((int)threadIdx.x % TILE_ROWS, rows.count - 1);
+            rows.part = &part_at(held, walk.second, rows.row);
+            rows.k = matvec.inputs[input].k;
             const long long stride = input ? matvec.stride_1 : matvec.stride;
-            // Each lane finds one of the rows; whoever copies it asks that lane.
-            int row = first_row_of(held.share, tile) + min(lane % TILE_ROWS, rows - 1);
-            const Part &part = part_at(held, second, row);
-            const uint8_t *begin = part.weight + row * stride + source.chunk * CHUNK_BYTES;
-            if (IS_BULK) {
-                from[0] = begin;
-                has = (lane < rows) | rows << 8;
-            } else {
-                has = 0;
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int of_tile = lane / 8 + 4 * i;
-                    from[i] = (const uint8_t *)__shfl_sync(ALL_LANES, (unsigned long long)begin, of_tile) + lane % 8 * 16;
-                    has |= (of_tile < rows) << i;
-                }
-            }
-            if (!Place::WORDS || held.job.kind != KIND_OWN) return;
-            has |= 4;
-            const int asked = Place::row_of(lane), index = __shfl_sync(ALL_LANES, (int)(&part - matvec.parts), asked);
-            place.set(matvec.parts[index], matvec.inputs[input].k, __shfl_sync(ALL_LANES, row, asked), source.chunk);
-            return;
+            rows.from = rows.part->weight + rows.row * stride + walk.chunk * CHUNK_BYTES;
+            return true;
         }
-    }
-
-    // Job `done` is read to its end: its place among the held ones may be taken.
-    __device__ __forceinline__ void leave(int done) {
-        if (job > done) return;
-        job = done + 1;
-        source.run = -1;
-    }
-
-    // Copies the next steps to a slot, as many as it holds or are left, at least one.
-    __device__ __forceinline__ void copy(int index) {
-        const int lane = threadIdx.x % LANES, n = min(source.steps, STEPS_OF_SLOT);
-        const uint32_t to = slot(index), barrier = barriers + 8 * index;
-        source.steps -= n;
-        // All lanes have read what was there.
-        __syncwarp();
-        if (IS_BULK) {
-            if (lane == 0) announce(barrier, (has >> 8) * n * CHUNK_BYTES);
-            if (has & 1) copy_bulk(to + row_at(lane), from[0], n * CHUNK_BYTES, barrier);
-            from[0] += n * CHUNK_BYTES;
-        } else {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-#pragma unroll
-                for (int step = 0; step < STEPS_OF_SLOT; step++)
-                    copy_streaming(to + own + 2 * i * ROW_BYTES + step * CHUNK_BYTES, from[i] + step * CHUNK_BYTES, step < n ? has & 1 << i : 0);
-                from[i] += n * CHUNK_BYTES;
-            }
-        }
-        if constexpr (Place::WORDS > 0) {
-#pragma unroll
-            for (int i = 0; i < STEPS_OF_SLOT; i++)
-                if (has & 4 && i < n) place.copy(to + ROWS_BYTES + i * EXTRA_BYTES);
-            if (IS_BULK) arrive_behind_copies(barrier);
-        }
-    }
-
-    // Copies until the ring is full or nothing is left. Where lanes copy by themselves, each copied slot ends a batch, and each
-    // missing one an empty batch, so that DEPTH - 1 batches always follow the one that is waited for.
-    __device__ __forceinline__ void fill(const Held *jobs, int limit) {
-        int to = at + ahead, missing = DEPTH - ahead;
-        if (to >= DEPTH) to -= DEPTH;
-#pragma unroll 1
-        for (;;) {
-            if (source.steps == 0) seek(jobs, limit);
-            if (missing == 0) break;
-            if (source.steps > 0) {
-                copy(to);
-                to = to + 1 == DEPTH ? 0 : to + 1;
-                ahead++;
-            }
-            if (!IS_BULK) end_copies();
-            missing--;
-        }
-    }
-
-    // The slot that is read next, once it is there.
-    __device__ __forceinline__ uint32_t await() const {
-        if (IS_BULK) {
-            await_phase(barriers + 8 * at, is_odd);
-        } else {
-            await_copies<DEPTH - 1>();
-            // Lanes read what others have copied.
-            __syncwarp();
-        }
-        return slot(at);
-    }
-
-    // The slot is read; the next steps take its place if `refill`.
-    __device__ __forceinline__ void pass(bool refill) {
-        if (refill) copy(at);
-        if (!IS_BULK) end_copies();
-        at++;
-        if (at < DEPTH) return;
-        at = 0;
-        is_odd ^= 1;
+        return false;
     }
 };

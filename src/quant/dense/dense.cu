@@ -2,4 +2,4 @@
 
 #include "quant/step.cuh"
 
-STEP_KERNEL(half, Halves, SLOTS, HAS_BULK_COPIES)
+STEP_KERNEL(half, Halves, SLOTS)

@@ -242,7 +242,7 @@ struct Bytes {
             largest = warp_largest(max(largest & 0xffff, largest >> 16));
             if (lane == 0) room[i * WARPS + warp] = __half2float(__ushort_as_half((unsigned short)largest));
         }
-        __syncthreads();
+        meet();
 #pragma unroll
         for (int i = 0; i < MAX_INPUTS; i++) {
             if (i >= job.n_inputs) break;
@@ -328,4 +328,4 @@ struct Bytes {
     }
 };
 
-STEP_KERNEL(int8, Bytes, SLOTS, HAS_BULK_COPIES)
+STEP_KERNEL(int8, Bytes, SLOTS)

@@ -240,10 +240,10 @@ struct CrossingNibbles {
     static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
 };
 
-STEP_KERNEL(nf4_nested, Nibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES, false)
-STEP_KERNEL(nf4_plain, Nibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES, false)
-STEP_KERNEL(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES, false)
-STEP_KERNEL(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES, false)
+STEP_KERNEL(nf4_nested, Nibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES)
+STEP_KERNEL(nf4_plain, Nibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES)
+STEP_KERNEL(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES)
+STEP_KERNEL(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES)
 
 // The weight as fp16 [n, k], each value rounded once. A thread decodes a unit: 16 elements of one row, in one block unless
 // blocks cross rows.

@@ -51,10 +51,9 @@ struct Copy {
     int batch;
 };
 
-// A copy, or part of one, that a barrier in shared memory counts.
+// A copy that a barrier in shared memory counts.
 struct Due {
     uint32_t barrier;
-    int arrivals, bytes;
     Copy copy;
 };
 
@@ -87,13 +86,13 @@ struct Machine {
     jmp_buf scheduler;
     Fiber fibers[MAX_THREADS];
     Warp warps[MAX_WARPS];
-    std::vector<Due> due[MAX_WARPS];  // begun by a warp's lanes and not yet arrived
+    std::vector<Due> due;  // begun and not yet arrived
     uint8_t *stacks, *dynamic_room;
     Range statics, dynamic;
     const Launch *launch;
     void (*kernel)(void **);
     int running;  // a thread's index, or -1
-    int threads, made, live, at_barrier;
+    int threads, made, live, at_barrier, meeting;
     bool has_failed;
     bool has_progressed;         // in its turn: a thread has ended, or changed what others may poll
     std::vector<uint8_t> aside;  // its statics while another block runs
@@ -177,11 +176,16 @@ inline uint32_t lanes_of_warp(int threads, int warp) {
     return lanes >= WARP ? ALL : (1u << lanes) - 1;
 }
 
-inline void barrier() {
+// The first `count` threads of the block meet.
+inline void barrier(int count) {
     Machine &m = *machine;
-    if (++m.at_barrier < m.threads) return wait_at("__syncthreads");
+    if (m.running >= count) fail("meets the first %d threads", count);
+    if (m.at_barrier > 0 && m.meeting != count) fail("meets %d threads, while others meet %d", count, m.meeting);
+    m.meeting = count;
+    if (++m.at_barrier < count) return wait_at("__syncthreads");
     m.at_barrier = 0;
-    for (int warp = 0; warp * WARP < m.threads; warp++) m.warps[warp].ready = lanes_of_warp(m.threads, warp);
+    m.has_progressed = true;
+    for (int warp = 0; warp * WARP < count; warp++) m.warps[warp].ready = lanes_of_warp(count, warp);
     m.warps[m.running / WARP].ready &= ~(1u << m.running % WARP);
 }
 
@@ -324,6 +328,7 @@ inline void Machine::begin(uint32_t x, uint32_t y) {
 
     threads = live = (int)launch->threads;
     at_barrier = 0;
+    due.clear();
     running = -1;
     for (; made < threads; made++) make_fiber(made);
     for (int index = 0; index < threads; index++) {
@@ -335,7 +340,6 @@ inline void Machine::begin(uint32_t x, uint32_t y) {
     }
     for (int warp = 0; warp * WARP < threads; warp++) {
         warps[warp] = {lanes_of_warp(threads, warp), 0, nullptr, 0, 0, {}};
-        due[warp].clear();
     }
 }
 

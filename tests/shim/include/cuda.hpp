@@ -134,7 +134,7 @@ inline void __nanosleep(unsigned) { shim::give_way(); }
 
 // What threads do together.
 
-inline void __syncthreads() { shim::barrier(); }
+inline void __syncthreads() { shim::barrier(shim::machine->threads); }
 inline void __syncwarp(unsigned lanes = shim::ALL) {
     char nothing;
     shim::together("__syncwarp", lanes, nothing, [](char **) {});

@@ -81,42 +81,38 @@ inline void count(uint32_t barrier, int arrivals, int bytes) {
     if (counted.arrivals > 0 || counted.bytes != 0) return;
     counted.arrivals = counted.expected;
     counted.is_odd ^= 1;
+    machine->has_progressed = true;
 }
-
-inline std::vector<Due> &due() { return machine->due[machine->running / WARP]; }
 
 inline void begin_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
     if (bytes == 0 || bytes % sizeof(Unit) != 0) fail("a bulk copy of %u bytes", bytes);
     memset(at_shared<Unit>(to), POISON, bytes);
     at_shared<Unit>(to + bytes - sizeof(Unit));
-    due().push_back({barrier, 0, (int)bytes, {to, at_global<Unit>(from), bytes, 0}});
+    machine->due.push_back({barrier, {to, at_global<Unit>(from), bytes, 0}});
 }
 
-// The thread's copies until now are this barrier's.
-inline void arrive_behind_copies(uint32_t barrier) {
-    std::vector<Copy> &copies = machine->fibers[machine->running].copies;
-    for (const Copy &copy : copies) due().push_back({barrier, 0, 0, copy});
-    copies.clear();
-    due().push_back({barrier, 1, 0, {}});
-}
+// Whether the running phase is another one.
+inline bool has_ended(uint32_t barrier, uint32_t is_odd) { return at_shared<Barrier>(barrier)->is_odd != is_odd; }
 
-// A warp awaits its own copies, all lanes at once.
+// All lanes of a warp at once: what the barrier counts arrives now, and others have their turn until nothing is missing.
 inline void await_phase(uint32_t barrier, uint32_t is_odd) {
     struct Operand {
-        uint32_t barrier, is_odd;
-    } own = {barrier, is_odd};
-    together("await_phase", ALL, own, [](Operand **lanes) {
-        const auto [barrier, is_odd] = *lanes[0];
-        auto is_other = [&](const Due &one) { return one.barrier != barrier; };
-        auto arrives = std::stable_partition(due().begin(), due().end(), is_other);
-        for (auto one = arrives; one != due().end(); one++) {
-            if (one->copy.bytes) deliver(one->copy);
-            if (one->arrivals || one->bytes) count(barrier, one->arrivals, one->bytes);
-        }
-        due().erase(arrives, due().end());
-        const Barrier &counted = *at_shared<Barrier>(barrier);
-        if (counted.is_odd == is_odd) fail("waits for ever: %d arrivals and %d bytes are missing", counted.arrivals, counted.bytes);
-    });
+        uint32_t barrier;
+    } own = {barrier};
+    do {
+        together("await_phase", ALL, own, [](Operand **lanes) {
+            const uint32_t barrier = lanes[0]->barrier;
+            std::vector<Due> &due = machine->due;
+            auto is_other = [&](const Due &one) { return one.barrier != barrier; };
+            auto arrives = std::stable_partition(due.begin(), due.end(), is_other);
+            for (auto one = arrives; one != due.end(); one++) {
+                deliver(one->copy);
+                count(barrier, 0, (int)one->copy.bytes);
+            }
+            due.erase(arrives, due.end());
+        });
+        if (!has_ended(barrier, is_odd)) give_way();
+    } while (!has_ended(barrier, is_odd));
 }
 
 }  // namespace shim

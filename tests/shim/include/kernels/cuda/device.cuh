@@ -27,6 +27,18 @@ inline void store_to_host(unsigned long long *at, unsigned long long value) {
 inline void arrive(int *counter) { shim::change(shim::at_global<int>(counter), *counter + 1); }
 inline int arrivals(const int *counter) { return *shim::at_global<const int>(counter); }
 
+template <int COUNT>
+void give_registers() {}
+template <int COUNT>
+void take_registers() {}
+
+template <int COUNT>
+void meet_first() {
+    shim::barrier(COUNT);
+}
+inline void store_release(int *at, int value) { shim::change(at, value); }
+inline int load_acquire(const int *at) { return *at; }
+
 inline uint32_t shared_address(const void *at) { return shim::shared_address(at); }
 inline uint32_t load_shared(uint32_t at) { return *shim::at_shared<uint32_t>(at); }
 inline uint4 load_shared_16(uint32_t at) { return *shim::at_shared<uint4>(at); }
@@ -59,15 +71,17 @@ inline void await_all_copies() {}
 constexpr bool HAS_BULK_COPIES = true;
 inline void start_barrier(uint32_t barrier, int arrivals) { shim::start_barrier(barrier, arrivals); }
 inline void announce(uint32_t barrier, int bytes) { shim::count(barrier, 1, -bytes); }
-inline void arrive_behind_copies(uint32_t barrier) { shim::arrive_behind_copies(barrier); }
 inline void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t barrier) { shim::begin_bulk(to, from, bytes, barrier); }
+inline void arrive_at(uint32_t barrier) { shim::count(barrier, 1, 0); }
+inline bool has_ended(uint32_t barrier, uint32_t is_odd) { return shim::has_ended(barrier, is_odd); }
 inline void await_phase(uint32_t barrier, uint32_t is_odd) { shim::await_phase(barrier, is_odd); }
 #else
 constexpr bool HAS_BULK_COPIES = false;
 inline void start_barrier(uint32_t, int) {}
 inline void announce(uint32_t, int) {}
-inline void arrive_behind_copies(uint32_t) {}
 inline void copy_bulk(uint32_t, const void *, int, uint32_t) {}
+inline void arrive_at(uint32_t) {}
+inline bool has_ended(uint32_t, uint32_t) { return true; }
 inline void await_phase(uint32_t, uint32_t) {}
 #endif
 
