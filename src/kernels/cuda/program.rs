@@ -23,7 +23,7 @@ const STATIC_BYTES: usize = 8 << 10;
 /// Where a job waits for no other.
 const NONE: i32 = -1;
 /// What attention and the wait in front of it take of a block, beside reading keys and values (docs/benchmarks.md).
-const ATTENTION_US: usize = 7;
+const ATTENTION_US: usize = 5;
 
 /// A kernel that runs programs. Each reads fp16 and fp32 matrices, and those of one format of its own.
 pub struct StepKernel {
