@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use quantbench::kernels::cuda::launch::Fatbin;
+use quantbench::kernels::cuda::program::HOPPER_STATIC_BYTES;
 use quantbench::kernels::cuda::rows;
 use quantbench::quant::{dense, int8, nf4};
 
@@ -344,6 +345,32 @@ fn steps_over_the_weights_leave_half_the_issue_slots_free() {
         assert_eq!(found.count(), CHIPS.len(), "{} is not compiled for every chip", step.kernel);
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+/// Lines are `Function NAME:`, then `REG:96 STACK:0 SHARED:7648 ...`, which counts what the system keeps.
+#[test]
+fn steps_leave_their_rings_the_memory_that_is_planned_with() {
+    const OF_SYSTEM: usize = 1024;
+    for fatbin in [&dense::cuda::KERNELS, &int8::cuda::KERNELS, &nf4::cuda::KERNELS] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let file = folder.path().join("kernels.fatbin");
+        std::fs::write(&file, fatbin.image).expect("write a fatbin");
+        let Some(usage) = run("cuobjdump", &["-arch", "sm_90a", "-res-usage"], &file) else { return };
+        let lines: Vec<&str> = usage.lines().map(str::trim).collect();
+        let steps = lines.windows(2).filter_map(|pair| {
+            let name = pair[0].strip_prefix("Function ")?.strip_suffix(":")?;
+            let shared = pair[1].split_once("SHARED:")?.1.split(' ').next()?.parse::<usize>().ok()? - OF_SYSTEM;
+            // Kernels of formats with tables have fewer slots, which do not depend on this.
+            (name.ends_with("_step") && !name.starts_with("nf4_nested_s") && !name.starts_with("nf4_plain_s"))
+                .then_some((name, shared))
+        });
+        let steps: Vec<_> = steps.collect();
+        assert!(!steps.is_empty(), "no steps in {usage}");
+        for (name, shared) in steps {
+            println!("{name}: {shared} bytes");
+            assert!(shared <= HOPPER_STATIC_BYTES, "{name}: {shared} bytes of static variables");
+        }
+    }
 }
 
 #[test]

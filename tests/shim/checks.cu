@@ -53,6 +53,40 @@ extern "C" __global__ void forget_to_wait(const float *from, float *to, int) {
     to[threadIdx.x] = __uint_as_float(load_copied(shared_address(values + threadIdx.x)));
 }
 
+// A warp fills a slot for another one, which reads it at once, or once it is full.
+extern "C" __global__ void fill_for_another(const float *from, float *to, int) {
+    __shared__ unsigned long long full;
+    __shared__ __align__(16) float slot[64];
+    if (threadIdx.x == 0) start_barrier(shared_address(&full), 1);
+    __syncthreads();
+    if (threadIdx.x == 32) {
+        announce(shared_address(&full), sizeof slot);
+        copy_bulk(shared_address(slot), from, sizeof slot, shared_address(&full));
+    }
+    if (threadIdx.x >= 32) return;
+    while (!has_ended(shared_address(&full), 1)) pause();
+    const float early = slot[threadIdx.x];
+    await_phase(shared_address(&full), 0);
+    to[threadIdx.x] = slot[threadIdx.x];
+    to[32 + threadIdx.x] = early;
+}
+
+// A slot that nobody fills.
+extern "C" __global__ void await_nobody(const float *, float *, int) {
+    __shared__ unsigned long long full;
+    if (threadIdx.x == 0) start_barrier(shared_address(&full), 1);
+    __syncthreads();
+    await_phase(shared_address(&full), 0);
+}
+
+// The first warp meets by itself, the second with nobody.
+extern "C" __global__ void meet_apart(const float *, float *to, int) {
+    if (threadIdx.x < 32) meet_first<32>();
+    to[threadIdx.x] = 1.0f;
+}
+
+extern "C" __global__ void meet_as_a_stranger(const float *, float *, int) { meet_first<32>(); }
+
 extern "C" __global__ void exceed_dynamic(const float *, float *to, int count) {
     DYNAMIC_SHARED(float, values);
     if (threadIdx.x == 0) to[0] = values[count];

@@ -29,6 +29,8 @@ pub fn faults_are_named() {
         ("read_askew", 1, 32, &["thread 0", "not aligned"]),
         ("part_at_a_shuffle", 1, 32, &["lanes 0000ffff at __shfl_xor_sync, lanes ffff0000 have ended"]),
         ("part_at_a_barrier", 1, 64, &["warp 1 waits for ever: lanes ffffffff at __syncthreads", "32 of 64 threads"]),
+        ("await_nobody", 1, 32, &["waits for ever", "at pause"]),
+        ("meet_as_a_stranger", 1, 64, &["thread 32", "meets the first 32 threads"]),
         ("mix_operations", 1, 32, &["at __shfl_xor_sync for lanes ffffffff", "are at __ballot_sync"]),
         ("forget_a_barrier", 1, 64, &["threads in another order leave other bits"]),
         ("exceed_dynamic", 1, 32, &["thread 0", "touches 0x"]),
@@ -46,6 +48,21 @@ pub fn faults_are_named() {
         let values: Vec<f32> = memory.read(to, COUNT);
         assert_eq!([values[0].is_nan(), values[COUNT / 2].is_nan()], is_poison, "{kernel}: {values:?}");
     }
+}
+
+pub fn warps_fill_slots_for_others() {
+    let memory = Memory::default();
+    let (result, to) = run("fill_for_another", 1, COUNT as u32, &memory);
+    result.expect("fill_for_another");
+    let values: Vec<f32> = memory.read(to, COUNT);
+    assert!(values[..32].iter().all(|&value| value == 2.5), "{values:?}");
+    assert!(
+        values[32..].iter().all(|value| value.is_nan()),
+        "what a copy brings lies there before the wait: {values:?}"
+    );
+    let (result, to) = run("meet_apart", 1, COUNT as u32, &memory);
+    result.expect("meet_apart");
+    assert!(memory.read::<f32>(to, COUNT).iter().all(|&value| value == 1.0));
 }
 
 pub fn blocks_run_at_once() {

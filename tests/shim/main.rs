@@ -115,6 +115,7 @@ fn the_shim_finds_faults() {
     if host::is_there() {
         checks::faults_are_named();
         checks::blocks_run_at_once();
+        checks::warps_fill_slots_for_others();
         checks::halves_are_rounded();
     }
 }

@@ -16,6 +16,8 @@ constexpr int MAX_SLOTS = 5;
 // Rings of a copier: eight lanes each, one for a row.
 constexpr int RINGS_OF_COPIER = WARPS / COPIERS;
 static_assert(RINGS_OF_COPIER * TILE_ROWS == LANES, "a lane for each row");
+// A block begins with equal shares of a multiprocessor's 65536 registers, by eights.
+static_assert(COPIERS * REGISTERS_OF_COPIER + WARPS * REGISTERS_BESIDE_COPIERS <= (COPIERS + WARPS) * (65536 / LANES / (COPIERS + WARPS) / 8 * 8), "registers");
 
 // What copiers and the other warps of a block tell each other.
 struct Copying {

@@ -16,9 +16,9 @@ const LANES: usize = 32;
 pub(super) const WARPS: usize = THREADS / LANES;
 const COPIERS: usize = 4;
 const MAX_SLOTS: usize = 5;
-/// What a block may have on Hopper, and more than the kernels keep of it in static variables.
+/// What a block may have on Hopper, and what is left of it for static variables.
 const HOPPER_SHARED_BYTES: usize = 227 << 10;
-const STATIC_BYTES: usize = 8 << 10;
+pub const HOPPER_STATIC_BYTES: usize = 8 << 10;
 
 /// Where a job waits for no other.
 const NONE: i32 = -1;
@@ -151,7 +151,7 @@ impl Facts {
         let rows_bytes = steps * TILE_ROWS * CHUNK_BYTES + CHUNK_BYTES / 2;
         let slot_bytes = rows_bytes + steps * size_of::<u32>() * LANES * kernel.place_words;
         let slots = if self.has_copiers(kernel) {
-            let free = (HOPPER_SHARED_BYTES - STATIC_BYTES).saturating_sub(of_job);
+            let free = (HOPPER_SHARED_BYTES - HOPPER_STATIC_BYTES).saturating_sub(of_job);
             (free / (WARPS * slot_bytes)).clamp(2, MAX_SLOTS)
         } else if kernel.has_tables {
             beside_tables
@@ -347,5 +347,28 @@ impl Ready {
     pub unsafe fn launch(&self, device: &CudaDevice) -> Result<()> {
         // SAFETY: as [`Planned::launch_on`].
         unsafe { launch(device, self.kernel, self.grid, parameters![self.program]) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::{dense, nf4};
+
+    #[test]
+    fn rings_take_what_a_job_leaves() {
+        let on = |compute_capability| Facts { multiprocessors: 132, bytes_per_us: 0, compute_capability };
+        let (half, nf4) = (&dense::cuda::STEP, &nf4::cuda::NESTED_STEP);
+        let slots = |of_job| on((9, 0)).ring(half, of_job).0;
+        assert_eq!([slots(0), slots(50_000), slots(100_000), slots(140_000), slots(400_000)], [5, 5, 3, 2, 2]);
+        for of_job in (0..150_000).step_by(16) {
+            let (slots, bytes) = on((9, 0)).ring(half, of_job);
+            assert!(
+                WARPS * slots * bytes + of_job <= HOPPER_SHARED_BYTES - HOPPER_STATIC_BYTES,
+                "beside {of_job} bytes"
+            );
+        }
+        assert_eq!([on((9, 0)).threads(half), on((9, 0)).threads(nf4), on((8, 9)).threads(half)], [640, 512, 512]);
+        assert_eq!([on((9, 0)).ring(nf4, 0).0, on((8, 0)).ring(half, 0).0, on((12, 0)).ring(half, 0).0], [3, 6, 3]);
     }
 }
