@@ -353,12 +353,17 @@ impl Ready {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::{dense, nf4};
+
+    static NO_CODE: Fatbin = Fatbin { name: "none", image: &[] };
+
+    fn kernel(has_tables: bool, place_words: usize) -> StepKernel {
+        StepKernel { fatbin: &NO_CODE, name: "none", has_tables, place_words, partial_bytes: 4, converted_eighths: 0 }
+    }
 
     #[test]
     fn rings_take_what_a_job_leaves() {
         let on = |compute_capability| Facts { multiprocessors: 132, bytes_per_us: 0, compute_capability };
-        let (half, nf4) = (&dense::cuda::STEP, &nf4::cuda::NESTED_STEP);
+        let (half, nf4) = (&kernel(false, 0), &kernel(true, 1));
         let slots = |of_job| on((9, 0)).ring(half, of_job).0;
         assert_eq!([slots(0), slots(50_000), slots(100_000), slots(140_000), slots(400_000)], [5, 5, 3, 2, 2]);
         for of_job in (0..150_000).step_by(16) {

@@ -31,7 +31,7 @@ const fn step(name: &'static str, place_words: usize) -> StepKernel {
         converted_eighths: 0,
     }
 }
-pub static NESTED_STEP: StepKernel = step("nf4_nested_step", 1);
+static NESTED_STEP: StepKernel = step("nf4_nested_step", 1);
 static PLAIN_STEP: StepKernel = step("nf4_plain_step", 1);
 static NESTED_CROSSING_STEP: StepKernel = step("nf4_nested_crossing_step", 0);
 static PLAIN_CROSSING_STEP: StepKernel = step("nf4_plain_crossing_step", 0);
