@@ -4,7 +4,7 @@
 #![cfg(feature = "cuda")]
 
 use std::collections::{HashMap, VecDeque};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use quantbench::kernels::cuda::launch::Fatbin;
@@ -249,11 +249,17 @@ fn instructions(section: &str) -> Vec<Instruction> {
     made.collect()
 }
 
-/// The kernels of a fatbin on each chip; `None`, with the reason printed, where the tools are missing.
-fn disassemble(fatbin: &Fatbin) -> Option<Vec<(&'static Chip, Vec<Kernel>)>> {
+/// As a file alone in a folder, which goes with the first of the two.
+fn written(fatbin: &Fatbin) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join(format!("{}.fatbin", fatbin.name));
     std::fs::write(&file, fatbin.image).expect("write a fatbin");
+    (folder, file)
+}
+
+/// The kernels of a fatbin on each chip; `None`, with the reason printed, where the tools are missing.
+fn disassemble(fatbin: &Fatbin) -> Option<Vec<(&'static Chip, Vec<Kernel>)>> {
+    let (folder, file) = written(fatbin);
     run("cuobjdump", &["-xelf", "all"], &file)?;
     let mut cubins: Vec<_> =
         std::fs::read_dir(folder.path()).expect("the folder").flatten().map(|entry| entry.path()).collect();
@@ -262,9 +268,7 @@ fn disassemble(fatbin: &Fatbin) -> Option<Vec<(&'static Chip, Vec<Kernel>)>> {
         .iter()
         .map(|chip| {
             let name = format!("{}.", chip.name());
-            let is_its = |path: &&std::path::PathBuf| {
-                path.file_name().is_some_and(|file| file.to_string_lossy().contains(&name))
-            };
+            let is_its = |path: &&PathBuf| path.file_name().is_some_and(|file| file.to_string_lossy().contains(&name));
             let cubin =
                 cubins.iter().find(is_its).unwrap_or_else(|| panic!("{}: no code for sm_{}", fatbin.name, chip.sm));
             Some((chip, parse(&run("nvdisasm", &["-c"], cubin)?)))
@@ -352,9 +356,7 @@ fn steps_over_the_weights_leave_half_the_issue_slots_free() {
 fn steps_leave_their_rings_the_memory_that_is_planned_with() {
     const OF_SYSTEM: usize = 1024;
     for fatbin in [&dense::cuda::KERNELS, &int8::cuda::KERNELS, &nf4::cuda::KERNELS] {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let file = folder.path().join("kernels.fatbin");
-        std::fs::write(&file, fatbin.image).expect("write a fatbin");
+        let (_folder, file) = written(fatbin);
         let Some(usage) = run("cuobjdump", &["-arch", "sm_90a", "-res-usage"], &file) else { return };
         let lines: Vec<&str> = usage.lines().map(str::trim).collect();
         let steps = lines.windows(2).filter_map(|pair| {

@@ -190,12 +190,8 @@ impl Matvec {
         }
         // A single joined product is one part.
         let mode = if mode == Mode::Joined && products.len() == 1 { Mode::Apart } else { mode };
-        let rows = match mode {
-            Mode::Apart => products.iter().map(|product| product.matrix.n).sum(),
-            Mode::Gated | Mode::Joined => first.n,
-        };
-        // Kernels count them in 31 bits.
-        dimension(rows)?;
+        // Kernels count rows in 31 bits.
+        dimension(products.iter().map(|product| product.matrix.n).sum())?;
         let mut matvec = Self {
             parts: [Part { first_row: NO_ROW, ..Part::default() }; MAX_PARTS],
             inputs: [Input::default(); MAX_INPUTS],
@@ -209,17 +205,12 @@ impl Matvec {
             mode: mode as i32,
             out_is_float: i32::from(epilogue.out_is_float),
             keeps: 0,
-            deals: [Deal::default(), Deal::new(rows, facts.multiprocessors)],
+            deals: [Deal::default(); 2],
         };
         matvec.inputs[..inputs.len()].copy_from_slice(&inputs);
-        let mut first_row = 0;
-        for (part, product) in matvec.parts.iter_mut().zip(products) {
-            let (bias, out, activation) = (product.bias, product.out, product.activation);
-            *part = Part { bias, out, first_row, activation, ..product.matrix.part()? };
-            if mode == Mode::Apart {
-                first_row += part.n;
-            }
-        }
+        let part_of =
+            |&Product { matrix, bias, out, activation }: &Product| Ok(Part { bias, out, activation, ..matrix.part()? });
+        matvec.set_parts(&products.iter().map(part_of).collect::<Result<Vec<_>>>()?, facts);
         Ok(matvec)
     }
 
@@ -256,15 +247,15 @@ impl Matvec {
         Some(taken)
     }
 
-    /// Parts with rows of their own, counted through.
+    /// Parts with rows of their own, counted through, or with the same ones; dealt evenly.
     fn set_parts(&mut self, parts: &[Part], facts: Facts) {
-        let mut first_row = 0;
         self.parts = [Part { first_row: NO_ROW, ..Part::default() }; MAX_PARTS];
+        let (is_apart, mut rows) = (self.mode == Mode::Apart as i32, 0);
         for (place, part) in self.parts.iter_mut().zip(parts) {
-            *place = Part { first_row, ..*part };
-            first_row += part.n;
+            *place = Part { first_row: if is_apart { rows } else { 0 }, ..*part };
+            rows = if is_apart { rows + part.n } else { parts[0].n };
         }
-        self.deals = [Deal::default(), Deal::new(first_row as usize, facts.multiprocessors)];
+        self.deals = [Deal::default(), Deal::new(rows as usize, facts.multiprocessors)];
     }
 
     /// Gives the first `busy` blocks fewer rows, since each has something else to do that takes as long as `bytes` of weights.
