@@ -10,7 +10,7 @@ use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use half::f16;
 
 use crate::kernels::cuda::launch::{address, half_rows, tensor};
-use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product, Streamed};
+use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product, Puts, Streamed};
 use crate::kernels::cuda::program::Facts;
 
 /// A matrix on a CUDA device.
@@ -151,7 +151,8 @@ pub fn multiply(matrix: &dyn CudaMatrix, x: &Tensor) -> Result<Tensor> {
             return unsafe { matrix.multiply_rows(&RowsOf::new(x, m, 0), y) };
         }
         let product = Product { matrix: matrix.streamed(), bias: 0, out: y, activation: 0 };
-        let epilogue = Epilogue { out_is_float: matrix.product_is_float(), ..Epilogue::default() };
+        let puts = if matrix.product_is_float() { Puts::Floats } else { Puts::Halves };
+        let epilogue = Epilogue { puts, ..Epilogue::default() };
         let input = Input { x, scale: 1.0, ..Input::default() };
         let planned = Matvec::plan(Facts::of(device)?, Mode::Apart, vec![input], &[product], epilogue)?;
         // SAFETY: as above.

@@ -1,5 +1,5 @@
 // A decode step as one launch: a block for each multiprocessor runs the program's jobs one after the other. So code stays in
-// the instruction cache, and the copies of weights go on while a block waits for what the others compute.
+// the instruction cache, and the copies of weights go on while a block waits for what others compute.
 #pragma once
 
 #include <type_traits>
@@ -18,11 +18,11 @@ union Activations {
     typename Own::Activations own[MAX_INPUTS];
 };
 
-// Multiplies what a matrix job reads. `wait` returns once all that earlier jobs wrote is there. `room` has the inputs in fp16, then
-// what the decoder makes of them, then the warps' sums.
-template <class Own, class Ring, class Wait>
-__device__ __forceinline__ void multiply(const Program &program, const Held *jobs, int at, int before, int behind, Ring &ring,
-                                         typename Ring::Shared &copying, const typename Own::Shared &shared, uint8_t *room, Wait wait) {
+// Multiplies what a matrix job reads, once it is there; every thread calls `ahead` once. `room` has the inputs in fp16, then what the
+// decoder makes of them, then the warps' sums.
+template <class Own, class Ring, class Ahead>
+__device__ __forceinline__ void multiply(const Program &program, const Held *jobs, int at, const Tags &tags, int before, int behind, Ring &ring,
+                                         typename Ring::Shared &copying, const typename Own::Shared &shared, uint8_t *room, Ahead ahead) {
     __shared__ Activations<Own> activations;
     __shared__ float sums_of_warps[MAX_INPUTS * WARPS];
     const Held &held = jobs[at % JOBS_HELD];
@@ -50,13 +50,20 @@ __device__ __forceinline__ void multiply(const Program &program, const Held *job
         if (kind == KIND_HALF) Halves::convert(activations.of_halves, {}, job, x, converted, sums_of_warps);
         if (!OWN_NEEDS_VALUES && kind == KIND_OWN) Own::convert(activations.own, shared, job, x, converted, sums_of_warps);
     }
-    wait();
-    Ring::begin(copying, at);
-    if (share.rows == 0 && !job.logits) return ring.leave(at);
-    if (!job.keeps) {
-        if (is_normed) normalize(job.inputs[0], x, sums_of_warps);
-        else read_plain(job, x);
+    ahead();
+    const bool has_rows = share.rows != 0 || job.logits;
+    if (!job.keeps && has_rows) {
+        if (is_normed) normalize(job.inputs[0], Awaited(tags, job.inputs[0].of_job), x, sums_of_warps);
+        else if (job.inputs[0].is_tagged) read_plain<true, Own::WORDS_HELD>(job, tags, x);
+        else read_plain<false, Own::WORDS_HELD>(job, tags, x);
         meet();
+    } else if (job.keeps) {
+        // What `ahead` has found of later jobs is there for all warps.
+        meet();
+    }
+    Ring::begin(copying, at);
+    if (!has_rows) return ring.leave(at);
+    if (!job.keeps) {
         if (kind == KIND_FLOAT) Floats::convert(activations.of_floats, {}, job, x, converted, sums_of_warps);
         if (OWN_NEEDS_VALUES && kind == KIND_OWN) Own::convert(activations.own, shared, job, x, converted, sums_of_warps);
         if (eighths > 0) meet();
@@ -82,7 +89,7 @@ __device__ __forceinline__ void multiply(const Program &program, const Held *job
             else values[run] = total_of<Value>(partials, factors.sums_of[run], of_tile).value;
             values[run] += factors.bias[run];
         }
-        put_row(job, job.parts[factors.part()], factors.row(), values, factors.residual, best);
+        put_row(job, job.parts[factors.part()], factors.row(), values, factors.residual, tags.of(at), best);
     }
     if (!job.logits) return;
     __shared__ unsigned long long best_of_warps[WARPS];
@@ -121,48 +128,47 @@ __device__ __forceinline__ void run_step(const Program &program) {
         take_registers<REGISTERS_BESIDE_COPIERS>();
     }
     Own::prepare(shared, program.code);
-    int *of_job = program.ended + 1;
+    // Not that of memory where nothing has been written, which is zero.
+    const Tags tags = {program.jobs ? (look(program.ended + 1) + 1) * n : 0};
 
 #pragma unroll 1
     for (int at = 0; at < n; at++) {
-        const int after = held[at % JOBS_HELD].job.after, blocks = gridDim.x;
-        // Jobs at hand before the wait and behind it.
+        // Jobs at hand before the next one is fetched and behind it.
         const int before = min(n, max(at - 2, 0) + JOBS_HELD), behind = min(n, max(at - 1, 0) + JOBS_HELD);
-        // `has_work`: this block reads what others have written. It has ended the job before, whose place is free now.
-        auto wait = [&](bool has_work = true) {
-            if (const int next = at - 1 + JOBS_HELD; warp == WARPS - 1) {
-                if (at > 1 && next - 1 < n) {
-                    find_share(held[(next - 1) % JOBS_HELD]);
-                    Ring::tell_at_hand(copying, next);
-                }
-                if (at > 0 && next < n) {
-                    Ring::await_copied(copying, at);
-                    fetch(held[next % JOBS_HELD], jobs[next]);
-                }
+        // The block has ended the job before, whose place is free now.
+        auto ahead = [&]() {
+            const int next = at - 1 + JOBS_HELD;
+            if (warp != WARPS - 1) return;
+            if (at > 1 && next - 1 < n) {
+                find_share(held[(next - 1) % JOBS_HELD]);
+                Ring::tell_at_hand(copying, next);
             }
-            if (threadIdx.x == 0 && after >= 0 && has_work)
-                while (arrivals(of_job + after) < blocks) pause();
-            meet();
+            if (at > 0 && next < n) {
+                Ring::await_copied(copying, at);
+                fetch(held[next % JOBS_HELD], jobs[next]);
+            }
         };
-        if (held[at % JOBS_HELD].job.kind == KIND_ATTENTION) attend(held[at % JOBS_HELD].job.attention, room, wait);
-        else multiply<Own>(program, held, at, before, behind, ring, copying, shared, room, wait);
+        const Job &job = held[at % JOBS_HELD].job;
+        if (job.kind == KIND_ATTENTION) attend(job.attention, tags, tags.of(at), room, ahead);
+        else multiply<Own>(program, held, at, tags, before, behind, ring, copying, shared, room, ahead);
         if (at + 1 == n) break;
-        const bool tells = held[at % JOBS_HELD].job.tells;
+        // Shared memory is the next job's.
         meet();
-        if (threadIdx.x == 0 && tells) arrive(of_job + at);
     }
 
     if (!program.ended) return;
     meet();
     if (threadIdx.x == 0) {
         __threadfence();
-        is_last = atomicAdd(program.ended, 1) == gridDim.x - 1;
+        is_last = atomicAdd(program.ended, 1u) == gridDim.x - 1;
     }
     meet();
     if (!is_last) return;
     __threadfence();
     if (program.head.best) finish_head(program.head, best_of_warps);
-    for (int job = threadIdx.x; job < n; job += THREADS) program.ended[job] = 0;
+    if (threadIdx.x != 0) return;
+    program.ended[0] = 0;
+    if (program.jobs) program.ended[1]++;
 }
 
 #define STEP_KERNEL(NAME, DECODER, DEPTH)                                                           \

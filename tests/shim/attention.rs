@@ -181,12 +181,12 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
     let memory = Memory::default();
     let optional = |is_there: bool, address: u64| if is_there { address } else { 0 };
     let job = Attention {
-        q: memory.hold(&cache.q),
-        k: optional(case.appends, memory.hold(&cache.k)),
-        v: optional(case.appends, memory.hold(&cache.v)),
+        q: memory.hold(&tagged_halves(&cache.q)),
+        k: optional(case.appends, memory.hold(&tagged_halves(&cache.k))),
+        v: optional(case.appends, memory.hold(&tagged_halves(&cache.v))),
         keys: memory.hold(&cache.keys),
         values: memory.hold(&cache.values),
-        out: memory.room::<f16>(heads * d),
+        out: memory.room::<u32>(heads * d),
         angles: optional(rotary > 0, memory.hold(&cache.angles)),
         bias: optional(case.has_bias, memory.hold(&cache.bias)),
         position: optional(case.appends, memory.hold(&[position as i32])),
@@ -203,6 +203,7 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
         capacity: capacity as i32,
         span: split.span as i32,
         splits: split.splits as i32,
+        ..Attention::default()
     };
     let host = Host { chip, memory: &memory };
     let mut jobs = Jobs::new(host.facts(case.multiprocessors));
@@ -223,7 +224,8 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
     assert_eq!(bits(&memory.read(job.keys, cache.keys.len())), bits(&cache.keys), "{what}: keys");
     assert_eq!(bits(&memory.read(job.values, cache.values.len())), bits(&cache.values), "{what}: values");
     assert!(memory.read::<i32>(job.arrived, heads).iter().all(|count| *count == 0), "{what}");
-    let out: Vec<f16> = memory.read(job.out, heads * d);
+    let out: Vec<u32> = memory.read(job.out, heads * d);
+    let out: Vec<f16> = out.iter().map(|word| f16::from_bits(*word as u16)).collect();
     for head in 0..heads {
         let (y, error) = expected(case, &cache, head, length, position, job.scale);
         for (at, (y, out)) in y.iter().zip(&out[head * d..]).enumerate() {
@@ -231,6 +233,11 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
             assert!(off <= allowed, "{what}: [{head}, {at}] is {out}, not {y}: off by {off:e}, allowed {allowed:e}");
         }
     }
+}
+
+/// As the jobs before attention leave them; here no job waits for another.
+fn tagged_halves(values: &[f16]) -> Vec<u32> {
+    values.iter().map(|value| 7 << 16 | u32::from(value.to_bits())).collect()
 }
 
 /// A head's output and how far fp32 may be off. A score is a sum of d products, off by (d + 8) · 2⁻²⁴ of their magnitudes; that

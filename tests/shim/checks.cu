@@ -99,18 +99,18 @@ extern "C" __global__ void exceed_shared_address(const float *, float *to, int c
 
 // Two blocks hand a number back and forth, and each adds one; poison is -1.
 extern "C" __global__ void hand_over(const float *, float *to, int count) {
-    int *number = (int *)to;
+    uint32_t *number = (uint32_t *)to;
     if (threadIdx.x != 0) return;
     for (int turn = blockIdx.x; turn < count; turn += 2) {
-        while (arrivals(number) != turn - 1) pause();
-        arrive(number);
+        while (look(number) != (uint32_t)turn - 1) pause();
+        tell(number, turn);
     }
 }
 
 // What half a warp of the second block looks at together stays poison.
 extern "C" __global__ void wait_in_vain(const float *, float *to, int) {
     if (blockIdx.x == 1 && threadIdx.x >= 48)
-        while (!__ballot_sync(0xffff0000, arrivals((const int *)to) == 0)) pause();
+        while (!__ballot_sync(0xffff0000, look((const uint32_t *)to) == 0)) pause();
 }
 
 // Each block keeps its number in shared memory of both kinds while the other one does.
@@ -120,8 +120,8 @@ extern "C" __global__ void keep_apart(const float *, float *to, int) {
     int *words = (int *)to;
     if (threadIdx.x == 0) {
         in_dynamic[0] = in_static = blockIdx.x;
-        arrive(words + blockIdx.x);
-        while (arrivals(words + 1 - blockIdx.x) != 0) pause();
+        tell((uint32_t *)words + blockIdx.x, 0);
+        while (look((const uint32_t *)words + 1 - blockIdx.x) != 0) pause();
     }
     __syncthreads();
     if (threadIdx.x != 1) return;

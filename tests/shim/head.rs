@@ -2,13 +2,13 @@
 
 use half::f16;
 use quantbench::kernels::cuda::matvec::{Epilogue, Input, Mode, Product};
-use quantbench::kernels::cuda::program::Head;
+use quantbench::kernels::cuda::program::{COUNTERS, Head};
 use quantbench::quant::FormatOptions;
 
 use super::host::{CHIPS, Host};
 use super::matvec::{plan, run};
 use super::memory::Memory;
-use super::place::{formats, place, quantize, widened};
+use super::place::{formats, place, quantize, values, widened};
 use super::products::{Expected, Kind, Numbers, activations, expected, weight};
 
 const VOCABULARY: usize = 1003;
@@ -59,14 +59,14 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
     let streamed = place(&memory, name, &*stored, threshold);
 
     let table = activations(VOCABULARY, TABLE_STRIDE, Kind::Gaussian, numbers);
-    let (logits_at, ended) = (memory.room::<f32>(VOCABULARY), memory.hold(&[0; 1]));
+    let (logits_at, ended) = (memory.room::<f32>(VOCABULARY), memory.hold(&[0u32; COUNTERS]));
     let head = Head {
         best: memory.room::<u64>(multiprocessors),
         // Token, position, step and what the head leaves alone.
         state: memory.hold(&[-1, 17, 5, 99]),
         host: memory.hold(&[0u64; SLOTS]),
         table: memory.hold(&table),
-        embedding: memory.room::<f32>(HIDDEN),
+        embedding: memory.room::<u64>(HIDDEN),
         table_scale: TABLE_SCALE,
         table_stride: TABLE_STRIDE as i32,
         hidden: HIDDEN as i32,
@@ -89,8 +89,8 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
         assert_eq!(memory.read::<u64>(head.host, SLOTS), ring, "{what}");
         let row = &table[token * TABLE_STRIDE..][..HIDDEN];
         let embedding: Vec<f32> = row.iter().map(|value| value.to_f32() * TABLE_SCALE).collect();
-        assert_eq!(memory.read::<f32>(head.embedding, HIDDEN), embedding, "{what}");
-        assert_eq!(memory.read::<i32>(ended, 1), [0], "{what}");
+        assert_eq!(values(&memory.read(head.embedding, HIDDEN)), embedding, "{what}");
+        assert_eq!(memory.read::<u32>(ended, COUNTERS), [0, 0], "{what}");
         check_logits(&what, name, logits, &expected(name, &*stored, &widened(&x), threshold), &y);
     }
 }

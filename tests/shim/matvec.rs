@@ -1,14 +1,14 @@
 //! One row through matrices of every format, and what stands before and behind it in the same launch.
 
 use half::f16;
-use quantbench::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product};
-use quantbench::kernels::cuda::program::{Jobs, Planned};
+use quantbench::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product, Puts};
+use quantbench::kernels::cuda::program::{COUNTERS, Jobs, Planned, tagged_float};
 use quantbench::quant::{FormatEntry, FormatOptions, Stored, find};
 
 use super::host::{CHIPS, Host};
 use super::memory::Memory;
 use super::norms::{self, Norm};
-use super::place::{formats, place, quantize, widened};
+use super::place::{formats, place, quantize, values, widened};
 use super::products::{Expected, KINDS, Kind, Numbers, SHAPES, activations, check, expected, rounding, weight};
 
 /// Fewer than a matrix has rows, as many as some, and more.
@@ -64,7 +64,8 @@ impl Single<'_> {
         let out = if self.is_float() { memory.room::<f32>(matrix.n) } else { memory.room::<f16>(matrix.n) };
         let input = Input { x, scale: 1.0, ..Input::default() };
         let outlier_columns = memory.hold(&[0u64]);
-        let epilogue = Epilogue { out_is_float: self.is_float(), outlier_columns, ..Epilogue::default() };
+        let puts = if self.is_float() { Puts::Floats } else { Puts::Halves };
+        let epilogue = Epilogue { puts, outlier_columns, ..Epilogue::default() };
         let part = Product { matrix, bias: 0, out, activation: 0 };
         jobs.multiply(Mode::Apart, vec![input], &[part], epilogue).expect("a job");
         [out, outlier_columns]
@@ -132,14 +133,14 @@ pub fn every_kernel_reads_halves_and_floats() {
                 |at: usize| Single { name: names[at], stored: &*stored[at], row: &rows[at], threshold: threshold() };
             let made = [0, 1, 2].map(|at| single(at).add(&mut jobs, &memory));
             let mut planned = jobs.plan_on(kernel, memory.hold(jobs.list())).expect("a plan");
-            planned.program.ended = memory.hold(&[0; 3]);
+            planned.program.ended = memory.hold(&[0u32; COUNTERS]);
             run(&host, planned);
             for (at, made) in made.into_iter().enumerate() {
                 let y = single(at).result(&memory, made);
                 let what = format!("{}, chip {chip}", kernel.name);
                 check(names[at], &what, &*stored[at], &widened(&rows[at]), &y);
             }
-            assert_eq!(memory.read::<i32>(planned.program.ended, 3), [0; 3], "{}", kernel.name);
+            assert_eq!(memory.read::<u32>(planned.program.ended, COUNTERS), [0, 1], "{}", kernel.name);
         }
     }
 }
@@ -345,11 +346,11 @@ fn joined(entry: &FormatEntry, chip: u32, multiprocessors: usize, numbers: &mut 
         let mut scene = Scene { memory: &memory, entry, numbers };
         let parts: Vec<_> = inputs.iter().map(|(_, x)| scene.part(n, x, 0, true)).collect();
         let before: Vec<f32> = (0..n).map(|_| scene.numbers.normal()).collect();
-        let residual = memory.hold(&before);
+        let residual = memory.hold(&before.iter().copied().map(tagged_float).collect::<Vec<_>>());
         let inputs: Vec<_> = inputs.into_iter().map(|(input, _)| input).collect();
         let products: Vec<_> = parts.iter().map(|part| part.product).collect();
         launch(&host, multiprocessors, Mode::Joined, &inputs, &products, Epilogue { residual, ..Epilogue::default() });
-        for (at, y) in memory.read::<f32>(residual, n).iter().enumerate() {
+        for (at, y) in values(&memory.read(residual, n)).iter().enumerate() {
             let start = Bounded { value: f64::from(before[at]), error: 0.0 };
             let value = parts.iter().fold(start, |sum, part| sum.plus(part.value(at)));
             value.check(*y, &format!("{} joined {widths:?} [{at}]", entry.name));

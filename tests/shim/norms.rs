@@ -2,6 +2,7 @@
 
 use half::f16;
 use quantbench::kernels::cuda::matvec::{Epilogue, Input, Mode, NORM_LAYER, NORM_RMS, Product};
+use quantbench::kernels::cuda::program::tagged_float;
 use quantbench::quant::{HalfMatrix, find};
 
 use super::host::{CHIPS, Host};
@@ -50,7 +51,7 @@ pub fn input(host: &Host, norm: Norm, k: usize, scale: f32, numbers: &mut Number
     let input = match norm {
         Norm::None => Input { x: memory.hold(&halves), ..plain },
         _ => Input {
-            x: memory.hold(&padded(&x)),
+            x: memory.hold(&padded(&x).into_iter().map(tagged_float).collect::<Vec<_>>()),
             norm_weight: memory.hold(&padded(&weight)),
             norm_bias: memory.hold(&padded(&bias)),
             norm: if norm == Norm::Rms { NORM_RMS } else { NORM_LAYER },

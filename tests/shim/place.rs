@@ -48,3 +48,8 @@ pub fn place(memory: &Memory, name: &str, stored: &dyn Stored, threshold: f32) -
 pub fn widened(values: &[f16]) -> Vec<f32> {
     values.iter().map(|value| value.to_f32()).collect()
 }
+
+/// Of tagged fp32.
+pub fn values(words: &[u64]) -> Vec<f32> {
+    words.iter().map(|word| f32::from_bits(*word as u32)).collect()
+}

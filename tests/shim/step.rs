@@ -5,8 +5,8 @@ use std::path::Path;
 use half::f16;
 use quantbench::events::Silent;
 use quantbench::kernels::cuda::attention::{Attention, Split};
-use quantbench::kernels::cuda::matvec::{Epilogue, Input, Mode, NORM_LAYER, NORM_RMS, Product, Streamed};
-use quantbench::kernels::cuda::program::{Facts, Head, Jobs, Planned};
+use quantbench::kernels::cuda::matvec::{Epilogue, Input, Mode, NORM_LAYER, NORM_RMS, Product, Puts, Streamed};
+use quantbench::kernels::cuda::program::{COUNTERS, Facts, Head, Jobs, Planned, tagged_float};
 use quantbench::plan::fusion::{self, Join, fuse};
 use quantbench::plan::{ActivationKind, BiasId, BufferId, MatrixId, Model, NormKind, Op, RelativeBias, VectorId};
 use quantbench::quant::{FormatOptions, HalfMatrix, Stored};
@@ -220,13 +220,13 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// fp32 for the residual stream, fp16 for everything else, and what the head writes.
+    /// Tagged fp32 for the residual stream, tagged fp16 for everything else, and what the head writes.
     fn place_buffers(&mut self, fused: &[fusion::Job]) {
         let width = |id: BufferId| self.model.decoder.buffers[id.0].width;
         for job in fused {
             let halves = match job {
                 fusion::Job::Embed { table, scale, out } => {
-                    self.buffers[out.0] = self.host.memory.hold(&vec![0.0f32; width(*out).next_multiple_of(4)]);
+                    self.buffers[out.0] = self.host.memory.hold(&vec![0u64; width(*out).next_multiple_of(4)]);
                     let table = self.matrices[table.0];
                     self.head = Head {
                         best: self.host.memory.room::<u64>(self.facts.multiprocessors),
@@ -247,7 +247,7 @@ impl<'a> Session<'a> {
                 fusion::Job::Matvec { join: Join::Gated { out, .. }, .. } => vec![*out],
                 fusion::Job::Matvec { .. } => vec![],
             };
-            halves.into_iter().for_each(|id| self.buffers[id.0] = self.host.memory.room::<f16>(width(id)));
+            halves.into_iter().for_each(|id| self.buffers[id.0] = self.host.memory.hold(&vec![0u32; width(id)]));
         }
     }
 
@@ -257,7 +257,7 @@ impl<'a> Session<'a> {
         let stride = head.table_stride as usize;
         let table: Vec<f16> = self.host.memory.read(head.table, (token as usize + 1) * stride);
         let row = &table[token as usize * stride..][..head.hidden as usize];
-        let embedding: Vec<f32> = row.iter().map(|value| value.to_f32() * head.table_scale).collect();
+        let embedding: Vec<u64> = row.iter().map(|value| tagged_float(value.to_f32() * head.table_scale)).collect();
         self.host.memory.write(head.embedding, &embedding);
         self.host.memory.write(self.state, &[token as i32, position as i32, position as i32]);
     }
@@ -272,7 +272,7 @@ impl<'a> Session<'a> {
             }
         }
         let mut planned = jobs.plan(self.host.memory.hold(jobs.list())).expect("a plan");
-        planned.program.ended = self.host.memory.hold(&vec![0i32; jobs.list().len()]);
+        planned.program.ended = self.host.memory.hold(&[0u32; COUNTERS]);
         planned.program.head = self.head;
         self.launch = Some(planned);
     }
@@ -288,7 +288,7 @@ impl<'a> Session<'a> {
     }
 
     fn input(&self, input: &fusion::Input) -> Input {
-        let plain = Input { x: self.buffers[input.x.0], scale: input.scale, ..Input::default() };
+        let plain = Input { x: self.buffers[input.x.0], scale: input.scale, is_tagged: 1, ..Input::default() };
         let Some(norm) = input.norm else { return plain };
         let (kind, norm_bias) = match norm.kind {
             NormKind::Rms => (NORM_RMS, self.zeros),
@@ -306,7 +306,7 @@ impl<'a> Session<'a> {
         };
         let all = |of: &dyn Fn(&fusion::Part) -> Product| parts.iter().map(of).collect::<Vec<_>>();
         let own = all(&|part| product(part, part.out, part.activation));
-        let plain = Epilogue::default();
+        let plain = Epilogue { puts: Puts::TaggedHalves, ..Epilogue::default() };
         let (mode, products, epilogue) = match join {
             Join::Apart => (Mode::Apart, own, plain),
             Join::Gated { kind, out } => (Mode::Gated, all(&|part| product(part, out, Some(kind))), plain),
@@ -347,6 +347,7 @@ impl<'a> Session<'a> {
             capacity: CAPACITY as i32,
             span: split.span as i32,
             splits: split.splits as i32,
+            ..Attention::default()
         };
         jobs.attend(job).expect("a job");
     }

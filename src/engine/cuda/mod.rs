@@ -23,7 +23,7 @@ use super::memory::Pool;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
 use crate::kernels::cuda::launch::address;
-use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product};
+use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product, Puts};
 use crate::kernels::cuda::program::{self, Facts};
 use crate::kernels::cuda::{open, probe};
 use crate::plan::{ActivationKind, EncoderInputKind, Head, Holds, Model, RelativeBias};
@@ -332,7 +332,7 @@ impl Session for CudaSession {
             let device = &session.weights.device;
             for row in 0..tokens.len() {
                 let at = x + row as u64 * session.row_bytes(head);
-                let epilogue = Epilogue { out_is_float: true, ..Epilogue::default() };
+                let epilogue = Epilogue { puts: Puts::Floats, ..Epilogue::default() };
                 let logits = address(&session.weights.logits, device);
                 session.run_head(head, at, epilogue, logits, program::Head::default())?;
                 on_row(row, &device.clone_dtoh(&session.weights.logits)?);

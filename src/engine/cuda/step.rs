@@ -9,8 +9,8 @@ use super::{Weights, activation_number};
 use crate::engine::OutlierColumns;
 use crate::kernels::cuda::attention::{Attention, Split};
 use crate::kernels::cuda::launch::{address, dimension};
-use crate::kernels::cuda::matvec::{Epilogue, Input, Mode, NORM_LAYER, NORM_RMS, Product};
-use crate::kernels::cuda::program::{Head, Job, Jobs, Ready};
+use crate::kernels::cuda::matvec::{Epilogue, Input, Mode, NORM_LAYER, NORM_RMS, Product, Puts};
+use crate::kernels::cuda::program::{COUNTERS, Head, Job, Jobs, Ready};
 use crate::plan::fusion::{self, Append, Join, fuse};
 use crate::plan::{BiasId, BufferId, CacheId, CacheSpec, MatrixId, NormKind, Op};
 
@@ -27,20 +27,20 @@ pub struct Step {
 
 /// What a step writes.
 struct Memory {
-    /// Row by row of the plan's buffers: fp32 where a residual lives, else fp16.
+    /// By the plan's buffers, one row each: tagged fp32 where a residual lives, else tagged fp16.
     buffers: Vec<Option<Buffer>>,
     partials: CudaSlice<f32>,
     /// Counters of attention.
     arrived: CudaSlice<i32>,
     /// The head's, one for each block.
     best: CudaSlice<u64>,
-    /// Counters of blocks that have ended the step, and each of its jobs.
-    ended: CudaSlice<i32>,
+    /// [`COUNTERS`].
+    ended: CudaSlice<u32>,
 }
 
 enum Buffer {
-    Half(CudaSlice<f16>),
-    Float(CudaSlice<f32>),
+    Half(CudaSlice<u32>),
+    Float(CudaSlice<u64>),
 }
 
 impl Buffer {
@@ -53,8 +53,8 @@ impl Buffer {
 
     fn bytes(&self) -> usize {
         match self {
-            Buffer::Half(values) => 2 * values.len(),
-            Buffer::Float(values) => 4 * values.len(),
+            Buffer::Half(values) => values.num_bytes(),
+            Buffer::Float(values) => values.num_bytes(),
         }
     }
 }
@@ -68,7 +68,7 @@ impl Step {
     pub fn new(weights: &Weights) -> Result<Self> {
         let family_of = |id: MatrixId| weights.matrices[id.0].streamed().family.name;
         let fused = fuse(&weights.model.decoder, &family_of)?;
-        let mut memory = Memory::new(weights, &fused)?;
+        let memory = Memory::new(weights, &fused)?;
         let mut planner = Planner { weights, memory: &memory, jobs: Jobs::new(weights.facts) };
         for job in &fused {
             planner.add(job).with_context(|| format!("at {job:?}"))?;
@@ -79,7 +79,6 @@ impl Step {
             examines += OutlierColumns { calls: rows as u64, columns: 0, examined: elements as u64 };
         }
         let jobs = weights.device.clone_htod(planned.list())?;
-        memory.ended = weights.device.alloc_zeros(planned.list().len())?;
         let mut planned = planned.plan(address(&jobs, &weights.device))?;
         planned.program.ended = address(&memory.ended, &weights.device);
         planned.program.head = memory.head(weights, 1)?;
@@ -193,7 +192,7 @@ impl Planner<'_> {
         let vector = |id: crate::plan::VectorId| address(&weights.vectors[id.0], &weights.device);
         let input = |input: &fusion::Input| -> Result<Input> {
             let x = self.memory.at(input.x, weights)?;
-            let plain = Input { x, scale: input.scale, ..Input::default() };
+            let plain = Input { x, scale: input.scale, is_tagged: 1, ..Input::default() };
             Ok(match input.norm {
                 None => plain,
                 Some(norm) => {
@@ -214,8 +213,8 @@ impl Planner<'_> {
                 activation,
             })
         };
-        let plain =
-            Epilogue { outlier_columns: address(&weights.outlier_columns, &weights.device), ..Epilogue::default() };
+        let outlier_columns = address(&weights.outlier_columns, &weights.device);
+        let plain = Epilogue { outlier_columns, puts: Puts::TaggedHalves, ..Epilogue::default() };
         let number = |part: &fusion::Part| part.activation.map_or(0, activation_number);
         let (mode, products, epilogue) = match join {
             Join::Gated { kind, out } => {
@@ -251,7 +250,7 @@ impl Memory {
             partials: device.alloc_zeros(1)?,
             arrived: device.alloc_zeros(1)?,
             best: device.alloc_zeros(weights.facts.multiprocessors)?,
-            ended: device.alloc_zeros(1)?,
+            ended: device.alloc_zeros(COUNTERS)?,
         };
         let (mut partials, mut counters) = (1, 1);
         for job in fused {

@@ -6,7 +6,7 @@
 //
 // A unit is a query head and `span` positions. Blocks take units in turn; those behind the last position do nothing. Where several
 // units have positions, each leaves (max, sum, out) in `partials`, and the last to end joins them. What earlier steps left in the
-// cache is asked for before the wait.
+// cache is asked for before q, k and v are there.
 //
 //   positions |0 .. span|span .. 2 span|...|.. length|      lanes of a warp: 32 / L keys at a time, L lanes of 16 bytes each
 //
@@ -19,12 +19,18 @@
 // Keys and values of a lane, 8 elements each, that are in flight at once; more do not fit into its registers.
 constexpr int KEYS_AHEAD = 2;
 
-// Element `at` of a head, rotated.
-__device__ __forceinline__ float rotated(const __half *head, int at, int rotary, const float2 *angles) {
-    int half = rotary / 2, pair = at < half ? at : at - half;
-    bool turns = at < rotary;
-    float value = __half2float(load_fresh(head + at)), other = turns ? __half2float(load_fresh(head + (at < half ? at + half : pair))) : 0.0f;
-    float2 angle = turns ? __ldg(angles + pair) : make_float2(1.0f, 0.0f);
+// Element `at` of a head, rotated, once it is there.
+__device__ __forceinline__ float rotated(const uint32_t *head, int at, int rotary, const float2 *angles, const Awaited &awaited) {
+    const int half = rotary / 2, pair = at < half ? at : at - half;
+    const bool turns = at < rotary;
+    const float2 angle = turns ? __ldg(angles + pair) : make_float2(1.0f, 0.0f);
+    const uint32_t *with = turns ? head + (at < half ? at + half : pair) : head + at;
+    uint32_t word = look(head + at), of_other = look(with);
+    while (!awaited.are_there(awaited.off_half(word) | awaited.off_half(of_other))) {
+        pause();
+        word = look(head + at), of_other = look(with);
+    }
+    const float value = __half2float(untagged(word)), other = __half2float(untagged(of_other));
     if (!turns) return value;
     return at < half ? value * angle.x - other * angle.y : value * angle.x + other * angle.y;
 }
@@ -69,7 +75,7 @@ struct State {
 };
 
 // The units of the same head, joined by the block that ended last. A unit's partial is [2 + d]: max, sum, out.
-__device__ __forceinline__ void join_splits(const float *first_split, int d, int active, __half *out) {
+__device__ __forceinline__ void join_splits(const float *first_split, int d, int active, uint32_t *out, uint32_t tag) {
 #pragma unroll 1
     for (int at = threadIdx.x; at < d; at += THREADS) {
         float max = -INFINITY, sum = 0.0f, joined = 0.0f;
@@ -82,15 +88,14 @@ __device__ __forceinline__ void join_splits(const float *first_split, int d, int
             sum += factor * __ldcg(partial + 1);
             joined += factor * __ldcg(partial + 2 + at);
         }
-        out[at] = __float2half_rn(joined / sum);
+        tell(out + at, tagged(__float2half_rn(joined / sum), tag));
     }
 }
 
-// `wait` returns once all that earlier jobs wrote is there, if it is told that the block has units; every block calls it once. `room`
-// is free from then on: q [d_pad] fp32, the query's own k and v [d_pad] fp16, then the warps' states: max and sum [WARPS], out
-// [WARPS, d_pad] fp32.
-template <class Wait>
-__device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait wait) {
+// What it makes has the tag `own`; every thread calls `ahead` once. `room`: q [d_pad] fp32, the query's own k and v [d_pad] fp16, then
+// the warps' states: max and sum [WARPS], out [WARPS, d_pad] fp32.
+template <class Ahead>
+__device__ __forceinline__ void attend(const Attention &job, const Tags &tags, uint32_t own, uint8_t *room, Ahead ahead) {
     __shared__ bool is_last;
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const int d = job.d, d_pad = job.d_pad, units = d_pad / 8, span = job.span;
@@ -139,7 +144,7 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
         enter();
         load(first_key);
     }
-    wait(index < n_units);
+    ahead();
 #pragma unroll 1
     for (bool is_ahead = true; index < n_units; index += gridDim.x, is_ahead = false) {
         if (!is_ahead) {
@@ -150,8 +155,9 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
 #pragma unroll 1
         for (int at = threadIdx.x; at < (has_own ? 3 : 1) * d_pad; at += THREADS) {
             const int which = (unsigned)at / (unsigned)d_pad, element = at - which * d_pad;
-            const __half *from = which == 0 ? job.q + head * d : (which == 1 ? job.k : job.v) + kv_head * d;
-            const __half value = __float2half_rn(element < d ? rotated(from, element, which == 2 ? 0 : job.rotary, angles) : 0.0f);
+            const uint32_t *from = which == 0 ? job.q + head * d : (which == 1 ? job.k : job.v) + kv_head * d;
+            const Awaited awaited(tags, job.of_job[which]);
+            const __half value = __float2half_rn(element < d ? rotated(from, element, which == 2 ? 0 : job.rotary, angles, awaited) : 0.0f);
             if (which == 0) {
                 q[element] = __half2float(value) * job.scale;
                 continue;
@@ -203,7 +209,7 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
         meet();
 
         // A warp makes 32 elements; its lanes first weigh one warp each.
-        __half *out = job.out + head * d;
+        uint32_t *out = job.out + head * d;
         float *first_split = job.partials + (long long)head * job.splits * (2 + d), *partial = first_split + split * (2 + d);
         if (warp * LANES < d) {
             const float max = lane < WARPS ? maxes[lane] : -INFINITY, largest = warp_max(max), weight = State::factor(max, largest);
@@ -216,7 +222,7 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
                 if (element < d) joined += of_warp * outs[w * d_pad + element];
             }
             if (element < d) {
-                if (active == 1) out[element] = __float2half_rn(joined / sum);
+                if (active == 1) tell(out + element, tagged(__float2half_rn(joined / sum), own));
                 else partial[2 + element] = joined;
             }
             if (active > 1 && element == 0) partial[0] = largest, partial[1] = sum;
@@ -226,11 +232,12 @@ __device__ __forceinline__ void attend(const Attention &job, uint8_t *room, Wait
         if (threadIdx.x == 0) {
             __threadfence();
             is_last = atomicAdd(job.arrived + head, 1) == active - 1;
+            // Before what this job makes is there: the next attention counts from zero.
+            if (is_last) job.arrived[head] = 0;
         }
         meet();
         if (!is_last) continue;
         __threadfence();
-        join_splits(first_split, d, active, out);
-        if (threadIdx.x == 0) job.arrived[head] = 0;
+        join_splits(first_split, d, active, out, own);
     }
 }

@@ -37,6 +37,8 @@ pub struct Attention {
     pub capacity: i32,
     pub span: i32,
     pub splits: i32,
+    /// For [`super::program::Jobs`] to fill in.
+    pub of_job: [i32; 3],
 }
 
 /// How the positions of a head are split into units, which blocks take.

@@ -211,6 +211,12 @@ __device__ __forceinline__ float4 load_four(const float4 *at) {
     return value;
 }
 
+__device__ __forceinline__ float2 load_two(const float2 *at) {
+    float2 value;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "l"(at));
+    return value;
+}
+
 // What another block may have written in this launch, from L2: L1 may hold old lines.
 __device__ __forceinline__ uint4 load_fresh(const void *at) {
     uint4 value;
@@ -249,18 +255,34 @@ __device__ __forceinline__ void store_to_host(unsigned long long *at, unsigned l
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
 
-// This block is done with a job: what its threads wrote before the last barrier is seen by whoever finds it arrived.
-__device__ __forceinline__ void arrive(int *counter) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+// What blocks of one launch, all of which are on the device at once, tell each other: words of 4 or 8 bytes that are whole at every
+// look. Relaxed, from L2: nothing is told of other words.
+__device__ __forceinline__ uint32_t look(const uint32_t *at) {
+    uint32_t word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
+    return word;
 }
-
-// How many have arrived. Relaxed, since an acquire would empty L1 at every look: what is read behind it is read from L2
-// (load_fresh), where the others' writes were before they arrived. All blocks of a launch must be on the device at once for
-// anybody to wait for them.
-__device__ __forceinline__ int arrivals(const int *counter) {
-    int arrived;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
-    return arrived;
+// Two words of 8 bytes, or four of 4.
+__device__ __forceinline__ uint4 look(const uint4 *at) {
+    uint4 words;
+    asm volatile("{.reg .b64 a, b;\n"
+                 "ld.relaxed.gpu.global.v2.b64 {a, b}, [%4];\n"
+                 "mov.b64 {%0, %1}, a;\n"
+                 "mov.b64 {%2, %3}, b;}"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(at)
+                 : "memory");
+    return words;
+}
+__device__ __forceinline__ void tell(uint32_t *at, uint32_t word) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
+}
+__device__ __forceinline__ void tell(uint2 *at, uint2 word) {
+    asm volatile("{.reg .b64 word;\n"
+                 "mov.b64 word, {%1, %2};\n"
+                 "st.relaxed.gpu.global.b64 [%0], word;}" ::"l"(at),
+                 "r"(word.x), "r"(word.y)
+                 : "memory");
 }
 
 // Between two looks. The load itself takes long enough.

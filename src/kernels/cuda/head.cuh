@@ -37,7 +37,7 @@ __device__ __forceinline__ void finish_head(const Head &head, unsigned long long
     const __half *row = head.table + (long long)token * head.table_stride;
 #pragma unroll 1
     for (int at = threadIdx.x; at < head.hidden; at += THREADS)
-        head.embedding[at] = __half2float(row[at]) * head.table_scale;
+        head.embedding[at] = tagged(__half2float(row[at]) * head.table_scale, 0);
     if (threadIdx.x == 0) {
         int step = head.state[2] + 1;
         head.state[0] = token;

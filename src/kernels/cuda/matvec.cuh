@@ -42,8 +42,8 @@ __device__ __forceinline__ float block_sum(float value, float *room) {
     return warp_sum<WARPS>(room[threadIdx.x % WARPS]);
 }
 
-// Of an input, in a thread's registers: all of most models', so that one latency covers it.
-constexpr int FOURS_HELD = 4096 / 4 / THREADS, UNITS_HELD = 16384 / 8 / THREADS;
+// Words of 16 bytes of a norm's input in a thread's registers: all of most models', so that one latency covers it.
+constexpr int NORM_HELD = 4096 / 2 / THREADS;
 
 // Brings what a norm multiplies with and adds into L1, before the input is there. In registers it would not stay.
 __device__ __forceinline__ void fetch_norm(const Input &input) {
@@ -53,86 +53,138 @@ __device__ __forceinline__ void fetch_norm(const Input &input) {
     prefetch(input.norm_bias + at);
 }
 
-// norm(x) [k] in fp16. Rows of 4096 stay in registers; longer ones are read again. x, weights and bias have zeros behind k up to
-// a multiple of 4; so has the result. An rms norm's bias is zeros.
-__device__ __forceinline__ void normalize(const Input &input, __half *out, float *room) {
-    const float4 *x = (const float4 *)input.x, *weights = (const float4 *)input.norm_weight, *biases = (const float4 *)input.norm_bias;
-    const int fours = (input.k + 3) / 4, rest = FOURS_HELD * THREADS + threadIdx.x;
-    auto is_there = [&](int i) { return i * THREADS + (int)threadIdx.x < fours; };
+// norm(x) [k] in fp16, once x is there. Rows of 4096 stay in registers; longer ones are read again. x, weights and bias have zeros
+// behind k up to a multiple of 4; so has the result. An rms norm's bias is zeros.
+__device__ __forceinline__ void normalize(const Input &input, const Awaited &awaited, __half *out, float *room) {
+    const float2 *weights = (const float2 *)input.norm_weight, *biases = (const float2 *)input.norm_bias;
+    const int twos = (input.k + 1) / 2, rest = NORM_HELD * THREADS + threadIdx.x;
+    auto is_mine = [&](int i) { return i * THREADS + (int)threadIdx.x < twos; };
+    auto look_at = [&](int at) { return look((const uint4 *)input.x + at); };
+    // Nobody writes what is behind k.
+    auto is_there = [&](const uint4 &two, int at) {
+        return awaited.are_there(awaited.off(two.y) | (2 * at + 1 < input.k ? awaited.off(two.w) : 0));
+    };
     // No thread loads what it does not need: all blocks at one address would wait for each other.
-    float4 held[FOURS_HELD] = {};
+    uint4 looked[NORM_HELD] = {};
+    for (;;) {
+        bool all = true;
 #pragma unroll
-    for (int i = 0; i < FOURS_HELD; i++)
-        if (is_there(i)) held[i] = load_fresh(x + i * THREADS + threadIdx.x);
+        for (int i = 0; i < NORM_HELD; i++)
+            if (is_mine(i)) looked[i] = look_at(i * THREADS + threadIdx.x);
+#pragma unroll
+        for (int i = 0; i < NORM_HELD; i++)
+            if (is_mine(i)) all = is_there(looked[i], i * THREADS + threadIdx.x) && all;
+        if (all) break;
+        pause();
+    }
+    auto two_at = [&](int at) {
+        uint4 two = look_at(at);
+        while (!is_there(two, at)) {
+            pause();
+            two = look_at(at);
+        }
+        return make_float2(__uint_as_float(two.x), __uint_as_float(two.z));
+    };
+    float2 held[NORM_HELD];
+#pragma unroll
+    for (int i = 0; i < NORM_HELD; i++) held[i] = make_float2(__uint_as_float(looked[i].x), __uint_as_float(looked[i].z));
     float sum = 0.0f, mean = 0.0f;
     if (input.norm == NORM_LAYER) {
 #pragma unroll
-        for (int i = 0; i < FOURS_HELD; i++)
-            if (is_there(i)) sum += held[i].x + held[i].y + (held[i].z + held[i].w);
+        for (int i = 0; i < NORM_HELD; i++)
+            if (is_mine(i)) sum += held[i].x + held[i].y;
 #pragma unroll 1
-        for (int at = rest; at < fours; at += THREADS) {
-            float4 four = load_fresh(x + at);
-            sum += four.x + four.y + (four.z + four.w);
+        for (int at = rest; at < twos; at += THREADS) {
+            const float2 two = two_at(at);
+            sum += two.x + two.y;
         }
         mean = block_sum(sum, room) * input.per_k;
         sum = 0.0f;
     }
-    auto square = [&](float4 four, int at) {
-        auto off = [&](float value, int element) { return 4 * at + element < input.k ? value - mean : 0.0f; };
-        float a = off(four.x, 0), b = off(four.y, 1), c = off(four.z, 2), d = off(four.w, 3);
-        return a * a + b * b + (c * c + d * d);
+    auto square = [&](float2 two, int at) {
+        auto off = [&](float value, int element) { return 2 * at + element < input.k ? value - mean : 0.0f; };
+        float a = off(two.x, 0), b = off(two.y, 1);
+        return a * a + b * b;
     };
 #pragma unroll
-    for (int i = 0; i < FOURS_HELD; i++)
-        if (is_there(i)) sum += square(held[i], i * THREADS + threadIdx.x);
+    for (int i = 0; i < NORM_HELD; i++)
+        if (is_mine(i)) sum += square(held[i], i * THREADS + threadIdx.x);
 #pragma unroll 1
-    for (int at = rest; at < fours; at += THREADS) sum += square(load_fresh(x + at), at);
+    for (int at = rest; at < twos; at += THREADS) sum += square(two_at(at), at);
     const float factor = rsqrtf(block_sum(sum, room + WARPS) * input.per_k + input.epsilon);
-    auto put = [&](int at, float4 four) {
-        const float4 weight = load_four(weights + at), bias = load_four(biases + at);
+    auto put = [&](int at, float2 two) {
+        const float2 weight = load_two(weights + at), bias = load_two(biases + at);
         auto normed = [&](float value, float of_weight, float of_bias) {
             return __float2half_rn(__half2float(__float2half_rn((value - mean) * factor * of_weight + of_bias)) * input.scale);
         };
-        __align__(8) __half made[4] = {normed(four.x, weight.x, bias.x), normed(four.y, weight.y, bias.y),
-                                       normed(four.z, weight.z, bias.z), normed(four.w, weight.w, bias.w)};
-        ((uint2 *)out)[at] = *(const uint2 *)made;
+        __align__(4) __half made[2] = {normed(two.x, weight.x, bias.x), normed(two.y, weight.y, bias.y)};
+        ((uint32_t *)out)[at] = *(const uint32_t *)made;
     };
 #pragma unroll
-    for (int i = 0; i < FOURS_HELD; i++)
-        if (is_there(i)) put(i * THREADS + threadIdx.x, held[i]);
+    for (int i = 0; i < NORM_HELD; i++)
+        if (is_mine(i)) put(i * THREADS + threadIdx.x, held[i]);
 #pragma unroll 1
-    for (int at = rest; at < fours; at += THREADS) put(at, load_fresh(x + at));
+    for (int at = rest; at < twos; at += THREADS) put(at, two_at(at));
 }
 
-// All inputs without a norm, in fp16, one behind the other: eight elements at a time, and the rest one by one.
-__device__ __forceinline__ void read_plain(const Matvec &job, __half *out) {
+// All inputs without a norm, in fp16, one behind the other, once they are there: 16 bytes at a time, HELD of them in a thread's
+// registers so that one latency covers them, and the rest one by one. The second input is to be there no sooner than the first.
+template <bool IS_TAGGED, int HELD>
+__device__ __forceinline__ void read_plain(const Matvec &job, const Tags &tags, __half *out) {
+    constexpr int OF_UNIT = IS_TAGGED ? 4 : 8;
     const Input &first = job.inputs[0], &second = job.inputs[1];
-    auto units_of = [](const Input &input) { return (uintptr_t)input.x % 16 == 0 ? input.k / 8 : 0; };
+    auto units_of = [](const Input &input) { return (uintptr_t)input.x % 16 == 0 ? input.k / OF_UNIT : 0; };
     const int of_first = units_of(first), units = of_first + (job.n_inputs > 1 ? units_of(second) : 0);
+    const Awaited of_first_input(tags, first.of_job), of_second_input(tags, second.of_job);
     auto from = [&](int at) { return at < of_first ? (const uint4 *)first.x + at : (const uint4 *)second.x + at - of_first; };
-    auto to = [&](int at) { return at < of_first ? (uint4 *)out + at : (uint4 *)(out + first.padded) + at - of_first; };
+    auto is_there = [&](const uint4 &unit, int at) {
+        if (!IS_TAGGED) return true;
+        const Awaited &awaited = at < of_first ? of_first_input : of_second_input;
+        return awaited.are_there(awaited.off_half(unit.x) | awaited.off_half(unit.y) | awaited.off_half(unit.z) | awaited.off_half(unit.w));
+    };
+    auto made = [&](int index, uint32_t pair) {
+        const float scale = index ? second.scale : first.scale;
+        if (scale == 1.0f) return pair;
+        const float2 two = __half22float2(*(const __half2 *)&pair);
+        return __half_as_ushort(__float2half_rn(two.x * scale)) | (uint32_t)__half_as_ushort(__float2half_rn(two.y * scale)) << 16;
+    };
+    auto put = [&](int at, const uint4 &unit) {
+        const int index = at >= of_first;
+        __half *to = index ? out + first.padded + (at - of_first) * OF_UNIT : out + at * OF_UNIT;
+        if (IS_TAGGED) *(uint2 *)to = make_uint2(made(index, __byte_perm(unit.x, unit.y, 0x5410)), made(index, __byte_perm(unit.z, unit.w, 0x5410)));
+        else *(uint4 *)to = make_uint4(made(index, unit.x), made(index, unit.y), made(index, unit.z), made(index, unit.w));
+    };
 #pragma unroll 1
-    for (int start = threadIdx.x; start < units; start += UNITS_HELD * THREADS) {
-        uint4 held[UNITS_HELD];
+    for (int start = threadIdx.x; start < units; start += HELD * THREADS) {
+        uint4 looked[HELD];
+        uint32_t missing = 0;
 #pragma unroll
-        for (int i = 0; i < UNITS_HELD; i++)
-            if (start + i * THREADS < units) held[i] = load_fresh(from(start + i * THREADS));
+        for (int i = 0; i < HELD; i++) missing |= (start + i * THREADS < units) << i;
+        // Those that are there go on; the others are looked at again.
+        for (;;) {
 #pragma unroll
-        for (int i = 0; i < UNITS_HELD; i++)
-            if (start + i * THREADS < units) *to(start + i * THREADS) = held[i];
+            for (int i = 0; i < HELD; i++)
+                if (missing >> i & 1) looked[i] = look(from(start + i * THREADS));
+#pragma unroll
+            for (int i = 0; i < HELD; i++) {
+                const int at = start + i * THREADS;
+                if (!(missing >> i & 1) || !is_there(looked[i], at)) continue;
+                put(at, looked[i]);
+                missing &= ~(1u << i);
+            }
+            if (missing == 0) break;
+            pause();
+        }
     }
 #pragma unroll 1
     for (int i = 0; i < job.n_inputs; i++) {
         const Input &input = job.inputs[i];
-        __half *of_input = out + i * first.padded;
+        const Awaited awaited(tags, input.of_job);
 #pragma unroll 1
-        for (int at = 8 * units_of(input) + threadIdx.x; at < input.k; at += THREADS)
-            of_input[at] = load_fresh((const __half *)input.x + at);
-        if (input.scale == 1.0f) continue;
-        meet();
-#pragma unroll 1
-        for (int at = threadIdx.x; at < input.k; at += THREADS)
-            of_input[at] = __float2half_rn(__half2float(of_input[at]) * input.scale);
+        for (int at = OF_UNIT * units_of(input) + threadIdx.x; at < input.k; at += THREADS) {
+            const __half value = IS_TAGGED ? await_half((const uint32_t *)input.x + at, awaited) : load_fresh((const __half *)input.x + at);
+            out[i * first.padded + at] = __ushort_as_half((unsigned short)made(i, __half_as_ushort(value)));
+        }
     }
 }
 
@@ -161,8 +213,8 @@ struct RowFactors {
             begin += share.chunks[i];
             sums_of[i] = (run + i + first_warp) << 16 | (quotient(begin - 1, share.of_warp, share.per_of_warp) - first_warp);
         }
-        // Before the wait: whoever adds to a residual gives a row to the same thread, so that nobody else has written it.
-        residual = job.residual ? load_fresh(job.residual + row()) : 0.0f;
+        // Whoever adds to a residual gives a row to the same thread, so that nobody else has written it.
+        residual = job.residual ? load_fresh((const float *)(job.residual + row())) : 0.0f;
         return true;
     }
     __device__ __forceinline__ int part() const { return place >> 28; }
@@ -208,6 +260,7 @@ __device__ __forceinline__ void take_steps(uint32_t slot, typename Decoder::Row 
 //                             chunk apart, and where the extra words of the step do
 //   Partial, partial          a row's partial result, in the lane 4g
 //   Activations, convert      what x becomes, behind the xs in shared memory
+//   WORDS_HELD                of x, in a thread's registers: as many as leave room for the rest
 //   HAS_ROW_SCALES, result    whether a row has a scale of its own, and the value that is made of its partials
 //   Shared, prepare           tables that the whole step needs
 //   Place                     what is copied for a step beside the weights
@@ -261,7 +314,7 @@ __device__ __forceinline__ Partial total_of(const void *room, uint32_t sums_of, 
 
 // What a row's value becomes, and where it goes.
 __device__ __forceinline__ void put_row(const Matvec &job, const Part &part, int row, const float (&values)[MAX_INPUTS], float residual,
-                                        unsigned long long &best) {
+                                        uint32_t tag, unsigned long long &best) {
     float y = values[0] + (job.mode == MODE_JOINED ? values[1] : 0.0f);
     if (part.activation != ACT_NONE) {
         y = activate(part.activation, __half2float(__float2half_rn(y)));
@@ -272,8 +325,10 @@ __device__ __forceinline__ void put_row(const Matvec &job, const Part &part, int
         unsigned long long rank = rank_of(y, row);
         best = rank > best ? rank : best;
     } else if (job.residual) {
-        job.residual[row] = residual + y;
-    } else if (job.out_is_float) {
+        tell(job.residual + row, tagged(residual + y, tag));
+    } else if (job.puts == PUTS_TAGGED_HALVES) {
+        tell((uint32_t *)part.out + row, tagged(__float2half_rn(y), tag));
+    } else if (job.puts == PUTS_FLOATS) {
         ((float *)part.out)[row] = y;
     } else {
         ((__half *)part.out)[row] = __float2half_rn(y);

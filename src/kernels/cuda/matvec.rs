@@ -52,7 +52,7 @@ impl PartialEq for Family {
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct Input {
-    /// fp32 `[k]` where it is normed, fp16 otherwise.
+    /// Tagged fp32 `[k]` where it is normed, fp16 otherwise.
     pub x: u64,
     pub norm_weight: u64,
     /// Zeros for an rms norm.
@@ -66,6 +66,10 @@ pub struct Input {
     pub chunks: i32,
     /// Elements of the chunks.
     pub padded: i32,
+    /// Whether the fp16 is.
+    pub is_tagged: i32,
+    /// For [`super::program::Jobs`] to fill in.
+    pub of_job: i32,
 }
 
 pub const NORM_RMS: i32 = 1;
@@ -108,7 +112,7 @@ pub struct Matvec {
     stride_1: i32,
     n_inputs: i32,
     mode: i32,
-    out_is_float: i32,
+    puts: i32,
     /// Whether the job before has read the same inputs.
     keeps: i32,
     deals: [Deal; 2],
@@ -151,14 +155,24 @@ pub enum Mode {
     Joined = 2,
 }
 
+/// How results lie, as `enum Puts` of job.cuh.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Puts {
+    #[default]
+    Halves = 0,
+    Floats = 1,
+    /// For a later job of the same launch.
+    TaggedHalves = 2,
+}
+
 /// What happens to a job's results.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Epilogue {
-    /// fp32 `[n]` that the products are added to, or 0.
+    /// Tagged fp32 `[n]` that the products are added to, or 0.
     pub residual: u64,
     /// A count of 64 bits that LLM.int8's outlier columns are added to, or 0.
     pub outlier_columns: u64,
-    pub out_is_float: bool,
+    pub puts: Puts,
     /// fp32 `[n]` of a head, 0 for every other matrix.
     pub logits: u64,
 }
@@ -203,7 +217,7 @@ impl Matvec {
             stride_1: dimension(products.last().map_or(0, |p| p.matrix.stride_bytes))?,
             n_inputs: inputs.len() as i32,
             mode: mode as i32,
-            out_is_float: i32::from(epilogue.out_is_float),
+            puts: epilogue.puts as i32,
             keeps: 0,
             deals: [Deal::default(); 2],
         };
@@ -289,7 +303,23 @@ impl Matvec {
         (inputs.len(), inputs.iter().map(|input| input.k as usize).sum())
     }
 
-    fn inputs(&self) -> &[Input] {
+    pub(super) fn inputs(&self) -> &[Input] {
         &self.inputs[..self.n_inputs as usize]
+    }
+
+    /// Whether results go to `address`, which is not 0.
+    pub(super) fn writes(&self, address: u64) -> bool {
+        self.residual == address || self.parts.iter().any(|part| part.out == address)
+    }
+
+    /// Tells inputs the job that writes them.
+    pub(super) fn link(&mut self, writer: impl Fn(u64) -> i32) -> Result<()> {
+        for input in &mut self.inputs[..self.n_inputs as usize] {
+            input.of_job = writer(input.x);
+            if input.of_job >= 0 && input.norm == 0 && input.is_tagged == 0 {
+                bail!("an input of fp16 without tags that job {} writes", input.of_job);
+            }
+        }
+        Ok(())
     }
 }

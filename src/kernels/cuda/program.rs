@@ -20,8 +20,10 @@ const MAX_SLOTS: usize = 5;
 const HOPPER_SHARED_BYTES: usize = 227 << 10;
 pub const HOPPER_STATIC_BYTES: usize = 8 << 10;
 
-/// Where a job waits for no other.
+/// Where no job of the launch has written what another one reads.
 const NONE: i32 = -1;
+/// Tags of fp16 values have 16 bits, and those of two steps must differ.
+const MAX_JOBS: usize = (1 << 16) / 2 - 1;
 /// What attention and the wait in front of it take of a block, beside reading keys and values (docs/benchmarks.md).
 const ATTENTION_US: usize = 5;
 
@@ -52,10 +54,6 @@ pub enum Kind {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Job {
-    /// The job that all blocks have to end before this one begins, or a negative number.
-    after: i32,
-    /// Whether some job waits for this one.
-    tells: i32,
     work: Work,
 }
 
@@ -97,11 +95,19 @@ pub struct Program {
     only: Job,
     jobs: u64,
     code: u64,
-    /// A counter of 32 bits for each job, zero between launches; 0 for a single job without a head.
+    /// Two counters of 32 bits: [`COUNTERS`], zero at first; 0 for a single job without a head.
     pub ended: u64,
     pub head: Head,
     n_jobs: i32,
     slots: i32,
+}
+
+/// Blocks that have ended a launch, zero between launches, and launches of several jobs.
+pub const COUNTERS: usize = 2;
+
+/// An fp32 value as kernels of several jobs keep it: with a tag, here that of a value that nobody waits for.
+pub fn tagged_float(value: f32) -> u64 {
+    u64::from(value.to_bits())
 }
 
 /// What a launch depends on.
@@ -186,6 +192,28 @@ impl Job {
             Work::Attention(_) => None,
         }
     }
+
+    /// Whether it writes what lies at `address`.
+    fn writes(&self, address: u64) -> bool {
+        address != 0
+            && match &self.work {
+                Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) => matvec.writes(address),
+                Work::Attention(attention) => attention.out == address,
+            }
+    }
+
+    /// What it awaits: where that lies, and the job that writes it, if one does.
+    fn awaits(&self) -> Vec<(u64, Option<usize>)> {
+        let of = |address: u64, job: i32| (address, usize::try_from(job).ok());
+        match &self.work {
+            Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) => {
+                matvec.inputs().iter().map(|input| of(input.x, input.of_job)).collect()
+            }
+            Work::Attention(Attention { q, k, v, of_job, .. }) => {
+                [q, k, v].into_iter().zip(of_job).map(|(address, job)| of(*address, *job)).collect()
+            }
+        }
+    }
 }
 
 impl Work {
@@ -222,22 +250,34 @@ impl Jobs {
     }
 
     /// As [`Matvec::new`].
-    pub fn multiply(&mut self, mode: Mode, inputs: Vec<Input>, parts: &[Product], epilogue: Epilogue) -> Result<()> {
-        let matvec = Matvec::new(self.facts, mode, inputs, parts, epilogue)?;
+    pub fn multiply(
+        &mut self,
+        mode: Mode,
+        mut inputs: Vec<Input>,
+        parts: &[Product],
+        epilogue: Epilogue,
+    ) -> Result<()> {
+        let mut parts = parts.to_vec();
+        // Kernels read one after the other: first what is there first.
+        if let [first, second] = &inputs[..]
+            && self.writer(first.x) > self.writer(second.x)
+        {
+            inputs.reverse();
+            parts.reverse();
+        }
+        let matvec = Matvec::new(self.facts, mode, inputs, &parts, epilogue)?;
         for matrix in parts.iter().map(|part| part.matrix) {
             self.families.push(matrix.family);
             self.code = self.code.max(matrix.code);
         }
-        self.push(Work::of(parts[0].matrix.family.kind, matvec), self.last());
-        Ok(())
+        self.push(Work::of(parts[0].matrix.family.kind, matvec))
     }
 
-    /// Attention that waits for its own q, k and v alone, if the matrices before it make something else that takes long enough: that
-    /// becomes a job of its own between the two, in which blocks that attend have less to do.
+    /// Attention; if the matrices before it make something else than its q, k and v that takes long enough, that becomes a job of its
+    /// own between the two, in which blocks that attend have less to do.
     pub fn attend(&mut self, attention: Attention) -> Result<()> {
         attention.check()?;
         let outs = [attention.q, attention.k, attention.v];
-        let after = self.last();
         if let Some(Job { work, .. }) = self.list.last_mut()
             && let Some(kind) = work.kind()
             && let Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) = work
@@ -245,21 +285,55 @@ impl Jobs {
         {
             let of_block = ATTENTION_US * self.facts.bytes_per_us / self.facts.multiprocessors;
             beside.spare(attention.units(), of_block + attention.unit_bytes(), self.facts);
-            self.push(Work::of(kind, beside), NONE);
+            self.list.push(Job { work: Work::of(kind, beside) });
         }
-        self.push(Work::Attention(attention), after);
+        self.push(Work::Attention(attention))
+    }
+
+    /// The last job that writes what lies at `address`.
+    fn writer(&self, address: u64) -> i32 {
+        self.list.iter().rposition(|job| job.writes(address)).map_or(NONE, |at| at as i32)
+    }
+
+    /// Adds a job that finds the writers of what it reads.
+    fn push(&mut self, mut work: Work) -> Result<()> {
+        let writer = |address| self.writer(address);
+        match &mut work {
+            Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) => matvec.link(writer)?,
+            Work::Attention(attention) => attention.of_job = [attention.q, attention.k, attention.v].map(writer),
+        }
+        self.list.push(Job { work });
         Ok(())
     }
 
-    fn last(&self) -> i32 {
-        self.list.len() as i32 - 1
-    }
-
-    fn push(&mut self, work: Work, after: i32) {
-        if let Some(job) = usize::try_from(after).ok().and_then(|after| self.list.get_mut(after)) {
-            job.tells = 1;
+    /// That no value is written anew before all have read it: no block asks for that, but each has what every reader made of it, since
+    /// a matrix job reads all that its inputs' jobs made, and those of theirs.
+    fn check_order(&self) -> Result<()> {
+        let n = self.list.len();
+        if n > MAX_JOBS {
+            bail!("{n} jobs, allowed are {MAX_JOBS}");
         }
-        self.list.push(Job { after, tells: 0, work });
+        let awaits: Vec<_> = self.list.iter().map(Job::awaits).collect();
+        // By job, those whose results it has.
+        let mut has = vec![vec![false; n]; n];
+        for at in 0..n {
+            for writer in awaits[at].iter().filter_map(|(_, writer)| *writer) {
+                let of_writer = has[writer].clone();
+                has[at].iter_mut().zip(of_writer).for_each(|(has, of_writer)| *has |= of_writer);
+                has[at][writer] = true;
+            }
+        }
+        for (writer, job) in self.list.iter().enumerate() {
+            // A unit of attention has a part of what it awaits, and all that this was made of.
+            let has_part =
+                |reader: usize| job.matvec().is_none() && awaits[writer].iter().any(|(_, of)| *of == Some(reader));
+            let is_overwritten = |reader: &usize| awaits[*reader].iter().any(|(address, _)| job.writes(*address));
+            let misses = |reader: &usize| !has[writer][*reader] || has_part(*reader);
+            if let Some(reader) = (0..writer).filter(is_overwritten).find(misses) {
+                bail!("job {writer} may write what job {reader} has not read yet");
+            }
+        }
+        Ok(())
     }
 
     /// For the launch to find them at one address.
@@ -277,6 +351,7 @@ impl Jobs {
         let Some(&only) = self.list.first().filter(|_| self.list.len() == 1 || jobs != 0) else {
             bail!("{} jobs at no address", self.list.len())
         };
+        self.check_order()?;
         let of_job = self.list.iter().map(|job| job.shared_bytes(kernel)).max().unwrap_or(0);
         let of_job = of_job.next_multiple_of(16);
         let (slots, slot_bytes) = self.facts.ring(kernel, of_job);

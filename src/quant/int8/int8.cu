@@ -183,6 +183,7 @@ struct Bytes {
     struct Shared {};
     using Place = Nothing;
     static constexpr bool HAS_ROW_SCALES = true;
+    static constexpr int WORDS_HELD = 2;
     struct Partial {
         int product;
         float outlier;

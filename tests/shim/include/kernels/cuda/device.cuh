@@ -12,7 +12,7 @@ inline uint32_t warp_largest(uint32_t value) {
 inline uint4 load_streaming(const void *at) { return *shim::at_global<uint4>(at); }
 inline float load_float(const float *at) { return *shim::at_global<float>(at); }
 inline void prefetch(const void *) {}
-inline float4 load_four(const float4 *at) { return *shim::at_global<float4>(at); }
+inline float2 load_two(const float2 *at) { return *shim::at_global<float2>(at); }
 inline uint4 load_fresh(const void *at) { return *shim::at_global<uint4>(at); }
 inline float load_fresh(const float *at) { return *shim::at_global<float>(at); }
 inline float4 load_fresh(const float4 *at) { return *shim::at_global<float4>(at); }
@@ -24,8 +24,10 @@ inline void store_to_host(unsigned long long *at, unsigned long long value) {
 
 // What blocks of one launch tell each other. The system's headers have another `pause`.
 #define pause shim::give_way
-inline void arrive(int *counter) { shim::change(shim::at_global<int>(counter), *counter + 1); }
-inline int arrivals(const int *counter) { return *shim::at_global<const int>(counter); }
+inline uint32_t look(const uint32_t *at) { return *shim::at_global<const uint32_t>(at); }
+inline uint4 look(const uint4 *at) { return *shim::at_global<const uint4>(at); }
+inline void tell(uint32_t *at, uint32_t word) { shim::change(shim::at_global<uint32_t>(at), word); }
+inline void tell(uint2 *at, uint2 word) { shim::change(shim::at_global<uint2>(at), word); }
 
 template <int COUNT>
 void give_registers() {}
