@@ -1,7 +1,7 @@
 //! What stands around cuBLAS for many rows: LLM.int8's outliers, codes and results, NF4's weights as halves.
 
 use half::f16;
-use quantbench::quant::int8::cuda::ManyRows;
+use quantbench::quant::int8::cuda::{ManyRows, flag_bytes};
 use quantbench::quant::{FormatOptions, find, nf4};
 
 use super::host::{CHIPS, Host};
@@ -35,7 +35,7 @@ pub fn int8_of_many_rows() {
             absmax: streamed.scales,
             x: memory.hold(&x),
             y: memory.room::<f16>(m * n),
-            flags: memory.hold(&vec![0u8; k]),
+            flags: memory.room::<u8>(flag_bytes(m, streamed.stride_bytes)),
             columns: memory.room::<i32>(k),
             count: memory.room::<i32>(1),
             total: memory.hold(&[BEFORE]),

@@ -8,45 +8,56 @@
 //
 // W [n, k] int8 codes, s [n] row absmax. Rows of W and q are padded with zeros to `stride`, a multiple of 128 bytes:
 //   |k codes ......|0 0 0|
-// One row of x is the streaming product below. Many rows: outlier_flags -> outlier_list -> quantize_rows -> cuBLAS' int8
-// product -> finish_rows, all on one stream. Sums int32 and fp32.
+// One row of x is the streaming product below. Few rows: quantize_few -> cuBLAS' int8 product -> finish_rows. More: outlier_flags ->
+// outlier_list -> quantize_rows before these. All on one stream. Sums int32 and fp32.
 
 #include "quant/step.cuh"
 
-constexpr int QUANTIZE_THREADS = 1024;
+constexpr int QUANTIZE_THREADS = 256, FEW_THREADS = 1024;
 constexpr int LIST_THREADS = 1024, LISTED_AT_ONCE = 16;
 // bitsandbytes' CUDA constant for 1/127², and its fp32 1/127.
 constexpr float PER_127_SQUARED = 6.200012e-05f;
 constexpr float PER_127 = 0.007874015718698502f;
 
-// A thread looks at one column of up to gridDim.y-th part of the rows. All writers write the same value.
-extern "C" __global__ void int8_outlier_flags(
-    const __half *__restrict__ x,    // [m, k]
-    uint8_t *__restrict__ flags,     // [k], zero before
-    int m, int k, float threshold) {
-    int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= k) return;
-    for (int row = blockIdx.y; row < m; row += gridDim.y)
-        if (fabsf(__half2float(x[(long long)row * k + column])) >= threshold) flags[column] = 1;
+struct __align__(16) Eight {
+    __half values[8];
+};
+
+// 8 neighbours of a row, zeros behind its end: one word where rows are made of such.
+__device__ __forceinline__ Eight eight_from(const __half *row, int column, int k) {
+    Eight eight;
+    if (k % 8 == 0) {
+        *(uint4 *)&eight = column < k ? *(const uint4 *)(row + column) : make_uint4(0, 0, 0, 0);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) eight.values[i] = column + i < k ? row[column + i] : __float2half_rn(0.0f);
+    }
+    return eight;
 }
 
-// One block lists the flagged columns in rising order, so that later sums have one order: each round takes 1024 times 16
-// columns, a thread 16 neighbours, and ranks the threads by sums over warps and over the 32 warps' counts.
-extern "C" __global__ void __launch_bounds__(LIST_THREADS) int8_outlier_list(
-    const uint8_t *__restrict__ flags,  // [k]
-    int *__restrict__ columns,          // [k], the first *count are written
-    int *__restrict__ count,            // [1]
-    unsigned long long *__restrict__ total,  // [1], the count is added; or null
-    int k) {
+// A bit for each of 8 columns that has an outlier in one of the rows first, first + step, ...
+__device__ __forceinline__ uint32_t outliers_among(const __half *x, int column, int first, int step, int m, int k, float threshold) {
+    uint32_t flags = 0;
+#pragma unroll 4
+    for (int row = first; row < m; row += step) {
+        const Eight eight = eight_from(x + (long long)row * k, column, k);
+#pragma unroll
+        for (int i = 0; i < 8; i++) flags |= (uint32_t)(fabsf(__half2float(eight.values[i])) >= threshold) << i;
+    }
+    return flags;
+}
+
+// The block lists the flagged columns in rising order, so that later sums have one order: each round takes 1024 times 16
+// columns, a thread 16 neighbours, whose flags `flagged_from` gives, and ranks the threads by sums over warps and over the 32
+// warps' counts.
+template <class Flagged>
+__device__ __forceinline__ void list_outliers(Flagged flagged_from, int *columns, int *count, unsigned long long *total, int stride) {
     __shared__ int warp_counts[LIST_THREADS / LANES];
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int listed = 0;
-    for (int first = 0; first < k; first += LIST_THREADS * LISTED_AT_ONCE) {
+    for (int first = 0; first < stride; first += LIST_THREADS * LISTED_AT_ONCE) {
         const int own = first + threadIdx.x * LISTED_AT_ONCE;
-        uint32_t flagged = 0;
-#pragma unroll
-        for (int i = 0; i < LISTED_AT_ONCE; i++)
-            if (own + i < k && flags[own + i]) flagged |= 1u << i;
+        uint32_t flagged = own < stride ? flagged_from(own) : 0;
         // Up to this thread, within the warp.
         int rank = __popc(flagged);
 #pragma unroll
@@ -67,31 +78,96 @@ extern "C" __global__ void __launch_bounds__(LIST_THREADS) int8_outlier_list(
     if (total) *total += listed;
 }
 
+// The block encodes a row; a thread 8 neighbours at a time.
+template <int THREADS>
+__device__ __forceinline__ void quantize_row(const __half *x_row, const uint8_t *flags, int8_t *codes, float *absmax, int k, int stride,
+                                             float threshold) {
+    __shared__ float of_warps[THREADS / LANES];
+    const int lane = threadIdx.x % LANES;
+    float largest = 0.0f;
+    for (int column = 8 * threadIdx.x; column < k; column += 8 * THREADS) {
+        const Eight eight = eight_from(x_row, column, k);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float magnitude = fabsf(__half2float(eight.values[i]));
+            if (!(magnitude >= threshold)) largest = larger(largest, magnitude);
+        }
+    }
+    largest = warp_max(largest);
+    if (lane == 0) of_warps[threadIdx.x / LANES] = largest;
+    __syncthreads();
+    largest = warp_max(lane < THREADS / LANES ? of_warps[lane] : 0.0f);
+    if (threadIdx.x == 0) *absmax = largest;
+    // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
+    const float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
+    for (int column = 8 * threadIdx.x; column < stride; column += 8 * THREADS) {
+        const Eight eight = eight_from(x_row, column, k);
+        const uint32_t flagged = flags[column / 8];
+        __align__(8) int8_t made[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const bool kept = column + i < k && !(flagged >> i & 1);
+            made[i] = kept ? __float2int_rn(__half2float(eight.values[i]) * scale) : 0;
+        }
+        *(uint2 *)(codes + column) = *(const uint2 *)made;
+    }
+}
+
+// A thread looks at 8 columns of the gridDim.y-th part of the rows: a byte of flags, a bit for each column.
+extern "C" __global__ void int8_outlier_flags(
+    const __half *__restrict__ x,  // [m, k]
+    uint8_t *__restrict__ flags,   // [gridDim.y, stride / 8]
+    int m, int k, int stride, float threshold) {
+    const int byte = blockIdx.x * blockDim.x + threadIdx.x;
+    if (byte >= stride / 8) return;
+    flags[blockIdx.y * (stride / 8) + byte] = outliers_among(x, 8 * byte, blockIdx.y, gridDim.y, m, k, threshold);
+}
+
+// One block joins the flags of all parts, in the first one's place, and lists the columns.
+extern "C" __global__ void __launch_bounds__(LIST_THREADS) int8_outlier_list(
+    uint8_t *flags,                          // [parts, stride / 8]
+    int *__restrict__ columns,               // [k], the first *count are written
+    int *__restrict__ count,                 // [1]
+    unsigned long long *__restrict__ total,  // [1], the count is added; or null
+    int parts, int stride) {
+    auto joined = [&](int column) {
+        uint32_t flagged = 0;
+#pragma unroll 4
+        for (int part = 0; part < parts; part++) flagged |= *(const uint16_t *)(flags + (part * stride + column) / 8);
+        *(uint16_t *)(flags + column / 8) = (uint16_t)flagged;
+        return flagged;
+    };
+    list_outliers(joined, columns, count, total, stride);
+}
+
 // A block owns one row.
 extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) int8_quantize_rows(
     const __half *__restrict__ x,       // [m, k]
-    const uint8_t *__restrict__ flags,  // [k]
+    const uint8_t *__restrict__ flags,  // [stride / 8]
     int8_t *__restrict__ codes,         // [m, stride]
     float *__restrict__ row_absmax,     // [m]
     int k, int stride, float threshold) {
-    __shared__ float of_warps[QUANTIZE_THREADS / LANES];
-    const __half *x_row = x + (long long)blockIdx.x * k;
-    float largest = 0.0f;
-    for (int column = threadIdx.x; column < k; column += QUANTIZE_THREADS) {
-        float magnitude = fabsf(__half2float(x_row[column]));
-        if (!(magnitude >= threshold)) largest = larger(largest, magnitude);
-    }
-    largest = warp_max(largest);
-    if (threadIdx.x % LANES == 0) of_warps[threadIdx.x / LANES] = largest;
+    quantize_row<QUANTIZE_THREADS>(x + (long long)blockIdx.x * k, flags, codes + (long long)blockIdx.x * stride, row_absmax + blockIdx.x, k,
+                                   stride, threshold);
+}
+
+// All of it for so few rows that each block, which owns one, may look at all of them. Shared memory: flags [stride / 8].
+extern "C" __global__ void __launch_bounds__(FEW_THREADS) int8_quantize_few(
+    const __half *__restrict__ x,            // [m, k]
+    int *__restrict__ columns,               // [k], the first *count are written
+    int *__restrict__ count,                 // [1]
+    unsigned long long *__restrict__ total,  // [1], the count is added; or null
+    int8_t *__restrict__ codes,              // [m, stride]
+    float *__restrict__ row_absmax,          // [m]
+    int m, int k, int stride, float threshold) {
+    DYNAMIC_SHARED(uint16_t, flags_of_16);
+    uint8_t *flags = (uint8_t *)flags_of_16;
+    for (int byte = threadIdx.x; byte < stride / 8; byte += FEW_THREADS) flags[byte] = outliers_among(x, 8 * byte, 0, 1, m, k, threshold);
     __syncthreads();
-    largest = warp_max(of_warps[threadIdx.x % LANES]);
-    if (threadIdx.x == 0) row_absmax[blockIdx.x] = largest;
-    // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
-    float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
-    for (int column = threadIdx.x; column < stride; column += QUANTIZE_THREADS) {
-        bool kept = column < k && !flags[column];
-        codes[(long long)blockIdx.x * stride + column] = kept ? __float2int_rn(__half2float(x_row[column]) * scale) : 0;
-    }
+    quantize_row<FEW_THREADS>(x + (long long)blockIdx.x * k, flags, codes + (long long)blockIdx.x * stride, row_absmax + blockIdx.x, k, stride,
+                              threshold);
+    if (blockIdx.x != 0) return;
+    list_outliers([&](int column) { return (uint32_t)flags_of_16[column / 16]; }, columns, count, total, stride);
 }
 
 // What one output is of its int8 sum and of its outlier columns' sum.

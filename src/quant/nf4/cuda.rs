@@ -212,13 +212,12 @@ impl CudaMatrix for Nf4OnDevice {
         streamed((self.n, self.k), address(&self.chunks, &self.device), absmax, at(&self.code))
     }
 
-    unsafe fn multiply_rows(&self, x: &RowsOf, y: u64) -> Result<()> {
-        let RowsOf { at: x, m, .. } = *x;
-        // SAFETY: the kernel writes every element before anything reads it.
-        let weight = unsafe { self.device.alloc::<f16>(self.n * self.k) }?;
-        let at = address(&weight, &self.device);
-        // SAFETY: `at` has room for [n, k], and frees it on the same stream.
-        unsafe { dequantize(&self.device, &self.streamed(), at) }?;
+    unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &RowsOf, y: u64) -> Result<()> {
+        let RowsOf { at: x, m, arena, .. } = *x;
+        let weight = arena.take::<f16>(self.n * self.k)?;
+        let at = weight.address;
+        // SAFETY: `at` has room for [n, k].
+        unsafe { dequantize(on, &self.streamed(), at) }?;
         let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
         let gemm = Gemm {
             m,
@@ -232,7 +231,7 @@ impl CudaMatrix for Nf4OnDevice {
             from: Type::Half,
             to: Type::Half,
         };
-        // SAFETY: the caller's promise for x and y; the weight is freed on the same stream.
-        unsafe { gemm.run(&self.device) }
+        // SAFETY: the caller's promise for x and y; the weight is overwritten by what comes later on the same stream.
+        unsafe { on.multiply(&gemm) }
     }
 }
