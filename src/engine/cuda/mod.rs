@@ -1,5 +1,5 @@
 //! The CUDA engine: a decode step is one launch of fused jobs over fixed memory, with the token, the position and the
-//! next embedding on the device; a prompt goes through cuBLAS, one operation after the other.
+//! next embedding on the device; a prompt goes through cuBLAS, one operation after the other, as a graph from its second time on.
 //!
 //! fp16 activations and cache, fp32 sums and residual stream.
 
@@ -24,6 +24,7 @@ use self::times::StepTimes;
 use super::memory::Pool;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
+use crate::kernels::cuda::gemm::{WORKSPACE_BYTES, Workspace};
 use crate::kernels::cuda::launch::address;
 use crate::kernels::cuda::matvec::{self, Epilogue, Matvec, Mode, Product};
 use crate::kernels::cuda::program::{self, Facts};
@@ -50,6 +51,8 @@ pub struct CudaSession {
 
 /// What calls share: nothing here is allocated again after loading.
 struct Weights {
+    /// Before the device's other owners: it is taken from cuBLAS while that is there.
+    _workspace: Workspace,
     device: CudaDevice,
     facts: Facts,
     model: Model,
@@ -177,6 +180,7 @@ impl Weights {
             None => None,
         };
         Ok(Self {
+            _workspace: Workspace::new(&device)?,
             features,
             vectors: vectors.iter().map(vector).collect::<Result<_>>()?,
             caches: model.caches.iter().map(cache).collect::<Result<_>>()?,
@@ -281,7 +285,7 @@ impl CudaSession {
 
     fn run(&mut self, shape: Shape, input: &Input) -> Result<Done> {
         let call = Call { weights: &self.weights, step: &self.step, shape };
-        let done = self.prompts.run(&call, input)?;
+        let done = self.prompts.run(&call, input, self.as_graph)?;
         self.examined += done.examined;
         Ok(done)
     }
@@ -404,7 +408,8 @@ impl Session for CudaSession {
             // Vectors are held in fp32.
             weights_resident_bytes: (resident + 2 * vectors) as u64,
             kv_cache_bytes: caches as u64,
-            scratch_bytes: (self.step.bytes() + self.prompts.bytes() + 4 * self.weights.logits.len()) as u64,
+            scratch_bytes: (self.step.bytes() + self.prompts.bytes() + WORKSPACE_BYTES + 4 * self.weights.logits.len())
+                as u64,
             weight_bytes_per_token: model.weight_bytes_per_token(&stored) as u64,
             kv_bytes_per_position: model.kv_bytes_per_position(size_of::<f16>()) as u64,
             cross_kv_bytes: (model.cross_bytes_per_position(size_of::<f16>()) * self.encoded) as u64,

@@ -1,11 +1,11 @@
-//! Calls of many rows as they repeat. The first of a shape is rehearsed, which tells what memory it needs; all of that shape find
-//! what they read where it lay before, and allocate nothing.
+//! Calls of many rows as they repeat. The first of a shape is rehearsed, which tells what memory it needs, and runs one launch after
+//! the other; the second is captured as a graph, and all later ones are one launch of that. What they read lies where it lay before.
 
 use std::collections::VecDeque;
 
 use anyhow::{Context, Result};
 use candle_core::CudaDevice;
-use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, sys};
 use half::f16;
 
 use super::rows::{Done, Run};
@@ -117,19 +117,40 @@ struct Known {
     shape: Shape,
     layout: Layout,
     has_returned: bool,
+    /// Of a call in this memory.
+    done: Option<Done>,
+    graph: Option<CudaGraph>,
 }
 
 impl Prompts {
-    /// Queues `call`.
-    pub fn run(&mut self, call: &Call, input: &Input) -> Result<Done> {
+    /// Queues `call`, as a graph from the second time on if it may be one.
+    pub fn run(&mut self, call: &Call, input: &Input, as_graph: bool) -> Result<Done> {
         let device = &call.weights.device;
         let base = self.prepare(call, input.bytes())?;
-        let Some(known) = self.known.front() else { anyhow::bail!("a call that was not prepared") };
+        let Some(known) = self.known.front_mut() else { anyhow::bail!("a call that was not prepared") };
         let arena = Arena::at(base, &known.layout);
         let region = arena.take::<u8>(input.bytes())?;
         // SAFETY: the region is as large.
         unsafe { input.upload(region.address, device) }?;
-        call.queue(device, &arena, region)
+        if let (Some(done), Some(graph)) = (known.done, &known.graph) {
+            graph.launch()?;
+            return Ok(done);
+        }
+        if known.done.is_none() || !as_graph {
+            let done = call.queue(device, &arena, region)?;
+            known.done = Some(done);
+            return Ok(done);
+        }
+        let stream = device.cuda_stream();
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        let queued = call.queue(device, &arena, region);
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        let explain = || format!("capturing {:?}", call.shape);
+        let done = queued.with_context(explain)?;
+        let graph = graph.with_context(explain)?.with_context(explain)?;
+        graph.launch()?;
+        known.graph = Some(graph);
+        Ok(done)
     }
 
     /// Bytes of memory that are held for the next call.
@@ -141,14 +162,14 @@ impl Prompts {
     /// which came but once does not stay: a call may be far longer than those that are to repeat.
     fn prepare(&mut self, call: &Call, input_bytes: usize) -> Result<u64> {
         let at = self.known.iter().position(|known| known.shape == call.shape);
-        let known = match at.and_then(|at| self.known.remove(at)) {
+        let mut known = match at.and_then(|at| self.known.remove(at)) {
             Some(known) => Known { has_returned: true, ..known },
             None => {
                 let layout = Layout::of(|arena| {
                     let rehearsed = arena.take::<u8>(input_bytes).map_err(anyhow::Error::from);
                     rehearsed.and_then(|input| call.run(&Rehearsal, arena, input)).map(|_| ())
                 })?;
-                Known { shape: call.shape, layout, has_returned: false }
+                Known { shape: call.shape, layout, has_returned: false, done: None, graph: None }
             }
         };
         let others = self.known.iter().filter(|other| other.has_returned).map(|other| other.layout.bytes());
@@ -156,6 +177,9 @@ impl Prompts {
         let bytes = known.layout.bytes().max(kept).max(1);
         let device = &call.weights.device;
         if bytes != self.bytes() {
+            for known in self.known.iter_mut().chain([&mut known]) {
+                (known.done, known.graph) = (None, None);
+            }
             // Given back before there is more.
             self.memory = None;
             // SAFETY: a call writes what it takes before it reads it.
