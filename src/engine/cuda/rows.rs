@@ -11,7 +11,7 @@ use crate::engine::OutlierColumns;
 use crate::kernels::cuda::arena::{Arena, Region};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Launcher, address};
-use crate::kernels::cuda::rows::{Bias, Heads, Rows, Table};
+use crate::kernels::cuda::rows::{Addend, Bias, Heads, Rows, Table};
 use crate::plan::{BiasId, BufferId, CacheId, Holds, LinearPart, Mask, MatrixId, NormKind, Op, Plan};
 use crate::quant::cuda::RowsOf;
 
@@ -22,11 +22,33 @@ const SCORE_BYTES: usize = 64 << 20;
 const FEW_ROWS: usize = 32;
 const FEW_KEYS: usize = 8192;
 
-/// Where a buffer lies: in the call's memory, or in the session's.
+/// Where a buffer lies: in the call's memory, or in the session's. What is to be added to it is added by whatever reads it next, if that
+/// can, and by a launch of its own otherwise.
 struct Buffer<'a> {
     address: u64,
     is_float: bool,
+    /// Of the product that it is, not added yet; or 0.
+    bias: u64,
+    /// Products that a residual has not been added yet, in their order.
+    addends: Vec<Buffer<'a>>,
     _region: Option<Region<'a>>,
+}
+
+/// That a residual waits for at once.
+const MOST_ADDENDS: usize = 2;
+
+impl<'a> Buffer<'a> {
+    fn new(address: u64, is_float: bool, region: Option<Region<'a>>) -> Self {
+        Self { address, is_float, bias: 0, addends: Vec::new(), _region: region }
+    }
+
+    fn addend(&self) -> Addend {
+        Addend { values: self.address, bias: self.bias, is_float: i32::from(self.is_float) }
+    }
+}
+
+fn addends(buffers: &[Buffer]) -> [Addend; MOST_ADDENDS] {
+    std::array::from_fn(|at| buffers.get(at).map_or(Addend::default(), Buffer::addend))
 }
 
 /// What a call has done.
@@ -48,6 +70,8 @@ pub struct Run<'a> {
     /// As [`super::prompt::Input`] says, until the first operation has read it.
     input: Option<Region<'a>>,
     buffers: Vec<Option<Buffer<'a>>>,
+    /// First and last operation that touch each.
+    lives: Vec<(usize, usize)>,
     examined: OutlierColumns,
 }
 
@@ -61,21 +85,21 @@ impl<'a> Run<'a> {
         input: Region<'a>,
     ) -> Self {
         let buffers = plan.buffers.iter().map(|_| None).collect();
-        Self { weights, plan, shape, on, arena, input: Some(input), buffers, examined: OutlierColumns::default() }
+        let (lives, examined) = (plan.lifetimes(), OutlierColumns::default());
+        Self { weights, plan, shape, on, arena, input: Some(input), buffers, lives, examined }
     }
 
     /// Runs the first `len` operations; `kept` outlives them.
     pub fn run(mut self, len: usize, kept: Option<BufferId>) -> Result<Done> {
-        let lives = self.plan.lifetimes();
         for (index, op) in self.plan.ops[..len].iter().enumerate() {
-            self.step(op).with_context(|| format!("at {op:?}"))?;
+            self.step(index, op).with_context(|| format!("at {op:?}"))?;
             for (id, buffer) in self.buffers.iter_mut().enumerate() {
-                if lives[id].1 == index && kept != Some(BufferId(id)) {
+                if self.lives[id].1 == index && kept != Some(BufferId(id)) {
                     *buffer = None;
                 }
             }
         }
-        let x = kept.map_or(Ok(0), |kept| self.at(kept))?;
+        let x = kept.map_or(Ok(0), |kept| self.read(kept))?;
         Ok(Done { x, examined: self.examined })
     }
 
@@ -91,8 +115,34 @@ impl<'a> Run<'a> {
         Rows { on: self.on }
     }
 
-    fn at(&self, id: BufferId) -> Result<u64> {
-        Ok(self.buffer(id)?.address)
+    fn buffer_mut(&mut self, id: BufferId) -> Result<&mut Buffer<'a>> {
+        self.buffers[id.0].as_mut().context("a buffer is read before it is written")
+    }
+
+    /// Where the buffer lies, once all is added that it waits for.
+    fn read(&mut self, id: BufferId) -> Result<u64> {
+        let (rows, width, kernels) = (self.shape.rows, self.width(id), self.kernels());
+        let buffer = self.buffer_mut(id)?;
+        let (at, is_float) = (buffer.address, buffer.is_float);
+        let (bias, waiting) = (std::mem::take(&mut buffer.bias), std::mem::take(&mut buffer.addends));
+        // SAFETY: all hold rows · width values, the bias width; each thread reads what it writes.
+        unsafe {
+            if bias != 0 {
+                kernels.add_bias(rows, width, at, is_float, bias)?;
+            }
+            if !waiting.is_empty() {
+                kernels.add(rows, width, at, addends(&waiting), at)?;
+            }
+        }
+        Ok(at)
+    }
+
+    /// Where an fp16 product lies, and the bias that it waits for.
+    fn product(&self, id: BufferId) -> Result<(u64, u64)> {
+        match self.buffer(id)? {
+            Buffer { address, is_float: false, bias, .. } => Ok((*address, *bias)),
+            _ => bail!("an fp32 buffer where fp16 is read"),
+        }
     }
 
     fn width(&self, id: BufferId) -> usize {
@@ -105,16 +155,16 @@ impl<'a> Run<'a> {
         if let (Some(Op::Features { x }), Some(features)) = (self.plan.ops.last(), &self.weights.features)
             && *x == id
         {
-            return Ok(Buffer { address: address(features, self.device()), is_float: false, _region: None });
+            return Ok(Buffer::new(address(features, self.device()), false, None));
         }
         let region = self.arena.take::<f16>(self.shape.rows * self.width(id))?;
-        Ok(Buffer { address: region.address, is_float: false, _region: Some(region) })
+        Ok(Buffer::new(region.address, false, Some(region)))
     }
 
     /// As [`Self::half`], fp32.
     fn float(&self, id: BufferId) -> Result<Buffer<'a>> {
         let region = self.arena.take::<f32>(self.shape.rows * self.width(id))?;
-        Ok(Buffer { address: region.address, is_float: true, _region: Some(region) })
+        Ok(Buffer::new(region.address, true, Some(region)))
     }
 
     fn vector(&self, id: crate::plan::VectorId) -> u64 {
@@ -126,19 +176,23 @@ impl<'a> Run<'a> {
         Table { address: streamed.weight, stride: streamed.stride_bytes / size_of::<f16>(), width: streamed.k }
     }
 
-    /// Makes the buffer fp32, where it is not.
+    /// Makes the buffer fp32, where it is not, and adds its bias.
     fn widen(&mut self, id: BufferId) -> Result<()> {
-        if self.buffer(id)?.is_float {
+        let Buffer { is_float, bias, .. } = *self.buffer(id)?;
+        if is_float && bias == 0 {
             return Ok(());
         }
-        let wide = self.float(id)?;
-        // SAFETY: both hold rows · width values.
-        unsafe { self.kernels().widen(self.shape.rows * self.width(id), self.at(id)?, wide.address) }?;
-        self.buffers[id.0] = Some(wide);
+        let from = self.read(id)?;
+        if !is_float {
+            let wide = self.float(id)?;
+            // SAFETY: both hold rows · width values.
+            unsafe { self.kernels().widen(self.shape.rows * self.width(id), from, wide.address) }?;
+            self.buffers[id.0] = Some(wide);
+        }
         Ok(())
     }
 
-    fn step(&mut self, op: &Op) -> Result<()> {
+    fn step(&mut self, index: usize, op: &Op) -> Result<()> {
         let (rows, kernels) = (self.shape.rows, self.kernels());
         match op {
             Op::Embed { table, scale, image, out } => {
@@ -146,16 +200,17 @@ impl<'a> Run<'a> {
             }
             Op::Patches { out } => {
                 let input = self.input.take().context("a call has one input")?;
-                self.buffers[out.0] = Some(Buffer { address: input.address, is_float: false, _region: Some(input) });
+                self.buffers[out.0] = Some(Buffer::new(input.address, false, Some(input)));
             }
             Op::AddRows { x, table } => {
                 self.widen(*x)?;
+                let (x, table) = (self.read(*x)?, self.table(*table));
                 // SAFETY: x holds a row for each of the table's.
-                unsafe { kernels.add_table(rows, self.at(*x)?, self.table(*table)) }?;
+                unsafe { kernels.add_table(rows, x, table) }?;
             }
             Op::Features { x } => {
                 let features = self.weights.features.as_ref().context("a picture's features have no place")?;
-                if self.at(*x)? != address(features, self.device()) {
+                if self.read(*x)? != address(features, &self.weights.device) {
                     bail!("image features must be products");
                 }
             }
@@ -166,9 +221,11 @@ impl<'a> Run<'a> {
                     NormKind::Rms => 0,
                     NormKind::Layer { bias } => self.vector(*bias),
                 };
-                let (x_at, weight) = (self.at(*x)?, self.vector(*weight));
-                // SAFETY: x and y hold rows · width values, the vectors width.
-                unsafe { kernels.norm(rows, self.width(*x), x_at, weight, bias, *epsilon, y.address) }?;
+                let (width, weight) = (self.width(*x), self.vector(*weight));
+                let x = self.buffer_mut(*x)?;
+                let (x, waiting) = (x.address, std::mem::take(&mut x.addends));
+                // SAFETY: x, what it waits for and y hold rows · width values, the vectors width.
+                unsafe { kernels.norm(rows, width, x, addends(&waiting), weight, bias, *epsilon, y.address) }?;
                 self.buffers[out.0] = Some(y);
             }
             Op::Linear { x, parts } => {
@@ -176,7 +233,7 @@ impl<'a> Run<'a> {
                     bail!("a matrix reads fp16 activations");
                 }
                 let outlier_columns = address(&self.weights.outlier_columns, self.device());
-                let x = RowsOf::new(self.at(*x)?, rows, outlier_columns, self.arena);
+                let x = RowsOf::new(self.read(*x)?, rows, outlier_columns, self.arena);
                 for part in parts {
                     self.linear(&x, part)?;
                 }
@@ -195,37 +252,49 @@ impl<'a> Run<'a> {
                     }
                     None => (0, 0),
                 };
-                let q = rotate.map_or(Ok(0), |rotate| self.at(rotate.q))?;
+                let (q, q_bias) = rotate.map_or(Ok((0, 0)), |rotate| self.product(rotate.q))?;
+                let ((k, k_bias), (v, v_bias)) = (self.product(*k)?, self.product(*v)?);
                 let position = self.first_position(*cache);
                 let cache = &self.weights.caches[cache.0];
                 let memory = [address(&cache.keys, self.device()), address(&cache.values, self.device())];
-                let rotated = [q, self.at(*k)?, self.at(*v)?];
+                let biases = [q_bias, k_bias, v_bias];
                 // SAFETY: q, k and v hold `rows` rows of their heads; the caller checked that the cache has room.
-                unsafe { kernels.append(rows, position, heads, rotated, memory, angles, rotary) }?;
+                unsafe { kernels.append(rows, position, heads, [q, k, v], biases, memory, angles, rotary) }?;
+                if let Some(rotate) = rotate {
+                    self.buffer_mut(rotate.q)?.bias = 0;
+                }
             }
             Op::Attention { q, cache, out, scale, mask, bias } => {
                 self.buffers[out.0] = Some(self.attention(*q, *cache, *scale, *mask, *bias)?);
             }
             Op::Activate { kind, gate, up, out } => {
                 let y = self.half(*out)?;
-                let up = up.map_or(Ok(0), |up| self.at(up))?;
-                let (gate, count) = (self.at(*gate)?, rows * self.width(*out));
-                // SAFETY: all hold rows · width values.
-                unsafe { kernels.activate(count, activation_number(*kind), gate, up, y.address) }?;
+                let up = up.map_or(Ok(0), |up| self.read(up))?;
+                let ((gate, bias), width) = (self.product(*gate)?, self.width(*out));
+                // SAFETY: all hold rows · width values, the bias width.
+                unsafe { kernels.activate(rows, width, activation_number(*kind), gate, bias, up, y.address) }?;
                 self.buffers[out.0] = Some(y);
             }
             Op::Add { a, b, out } => {
                 self.widen(*a)?;
-                let count = rows * self.width(*a);
-                let is_float = self.buffer(*b)?.is_float;
-                if a == out {
-                    // SAFETY: both hold rows · width values; each thread reads what it writes.
-                    unsafe { kernels.add(count, self.at(*a)?, self.at(*b)?, is_float, self.at(*a)?) }?;
+                if !self.buffer(*b)?.addends.is_empty() {
+                    self.read(*b)?;
+                }
+                if self.buffer(*a)?.addends.len() == MOST_ADDENDS || a != out {
+                    self.read(*a)?;
+                }
+                let waits = a == out && a != b && self.lives[b.0].1 == index;
+                if let Some(b) = self.buffers[b.0].take_if(|_| waits) {
+                    self.buffer_mut(*a)?.addends.push(b);
                 } else {
-                    let y = self.float(*out)?;
-                    // SAFETY: as above.
-                    unsafe { kernels.add(count, self.at(*a)?, self.at(*b)?, is_float, y.address) }?;
-                    self.buffers[out.0] = Some(y);
+                    let (from, b) = (self.read(*a)?, self.buffer(*b)?.addend());
+                    let to = if a == out { None } else { Some(self.float(*out)?) };
+                    let at = to.as_ref().map_or(from, |to| to.address);
+                    // SAFETY: all hold rows · width values; each thread reads what it writes.
+                    unsafe { kernels.add(rows, self.width(*a), from, [b, Addend::default()], at) }?;
+                    if to.is_some() {
+                        self.buffers[out.0] = to;
+                    }
                 }
             }
             Op::LastRow { .. } | Op::Argmax { .. } => bail!("the head is a launch of its own"),
@@ -246,19 +315,15 @@ impl<'a> Run<'a> {
     }
 
     fn linear(&mut self, x: &RowsOf, part: &LinearPart) -> Result<()> {
-        let (matrix, rows) = (&self.weights.matrices[part.weight.0], self.shape.rows);
+        let matrix = &self.weights.matrices[part.weight.0];
         let y = match matrix.product_is_float() {
             true => self.float(part.out)?,
             false => self.half(part.out)?,
         };
         // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
         unsafe { matrix.multiply_rows(self.on, x, y.address) }?;
-        if let Some(bias) = part.bias {
-            let (width, bias) = (self.width(part.out), self.vector(bias));
-            // SAFETY: as above; the bias holds n values.
-            unsafe { self.kernels().add_bias(rows, width, y.address, y.is_float, bias) }?;
-        }
-        self.buffers[part.out.0] = Some(y);
+        let bias = part.bias.map_or(0, |bias| self.vector(bias));
+        self.buffers[part.out.0] = Some(Buffer { bias, ..y });
         Ok(())
     }
 
@@ -283,7 +348,7 @@ impl<'a> Run<'a> {
 
     /// Scores, softmax and values through cuBLAS, some heads at a time.
     fn attention(
-        &self,
+        &mut self,
         q: BufferId,
         cache: CacheId,
         scale: f32,
@@ -303,7 +368,7 @@ impl<'a> Run<'a> {
             Mask::Full => false,
             Mask::Prefix => self.shape.position > 0,
         };
-        let out = self.half(q)?;
+        let (q_at, out) = (self.read(q)?, self.half(q)?);
         let memory = &self.weights.caches[cache.0];
         let (keys, values) = (address(&memory.keys, device), address(&memory.values, device));
         // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
@@ -317,10 +382,10 @@ impl<'a> Run<'a> {
             None => Bias::default(),
         };
         if rows <= FEW_ROWS && total <= FEW_KEYS {
-            let (q, cache, out_at) = (self.at(q)?, [keys, values], out.address);
+            let (cache, out_at) = ([keys, values], out.address);
             let (kernels, shape) = (self.kernels(), (rows, total));
             // SAFETY: q and out hold rows of all heads, the cache `total` positions.
-            unsafe { kernels.attend(shape, heads, q, cache, out_at, scale, is_causal, position, bias_of(0)) }?;
+            unsafe { kernels.attend(shape, heads, q_at, cache, out_at, scale, is_causal, position, bias_of(0)) }?;
             return Ok(out);
         }
         // Heads of one call to cuBLAS either share a key/value head or have one each.
@@ -333,7 +398,7 @@ impl<'a> Run<'a> {
         let count = at_once * rows * total;
         let held = (self.arena.take::<f32>(count)?, self.arena.take::<f16>(count)?);
         let (scores, probabilities) = (held.0.address, held.1.address);
-        let (q_at, out_at) = (self.at(q)?, out.address);
+        let out_at = out.address;
         let width = self.width(q);
         let mut first = 0;
         while first < heads.heads {
