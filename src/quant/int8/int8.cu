@@ -200,10 +200,10 @@ extern "C" __global__ void int8_products(
     products[at] = sum;
 }
 
-// Many rows, behind the int8 product: a block owns FINISH_COLUMNS outputs of FINISH_ROWS rows at a time, and a thread one output of
-// every FINISH_STEP-th row. Weights of outlier columns and what they multiply lie in shared memory, FINISH_OUTLIERS at once.
-constexpr int FINISH_COLUMNS = 64, FINISH_ROWS = 32, FINISH_OUTLIERS = 32, FINISH_THREADS = 256;
-constexpr int FINISH_STEP = FINISH_THREADS / FINISH_COLUMNS;
+// Many rows, behind the int8 product: a block owns FINISH_COLUMNS outputs of FINISH_ROWS rows at a time, and a thread FINISH_WIDTH
+// neighbours of every FINISH_STEP-th row. Weights of outlier columns and what they multiply lie in shared memory, FINISH_OUTLIERS at once.
+constexpr int FINISH_COLUMNS = 64, FINISH_ROWS = 32, FINISH_OUTLIERS = 32, FINISH_THREADS = 256, FINISH_WIDTH = 4;
+constexpr int FINISH_STEP = FINISH_THREADS / (FINISH_COLUMNS / FINISH_WIDTH);
 
 extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows(
     const int *__restrict__ products,         // [m, n]
@@ -215,12 +215,17 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
     const __half *__restrict__ x,             // [m, k]
     __half *__restrict__ y,                   // [m, n]
     int m, int n, int k, int stride) {
-    __shared__ float weights[FINISH_OUTLIERS][FINISH_COLUMNS + 1], values[FINISH_ROWS][FINISH_OUTLIERS];
-    const int first_column = blockIdx.x * FINISH_COLUMNS, in_block = threadIdx.x % FINISH_COLUMNS, row_of_thread = threadIdx.x / FINISH_COLUMNS;
+    // Rows of whole words, and of one bank more.
+    __shared__ __align__(16) float weights[FINISH_OUTLIERS][FINISH_COLUMNS + FINISH_WIDTH];
+    __shared__ float values[FINISH_ROWS][FINISH_OUTLIERS + 1];
+    constexpr int GROUPS = FINISH_COLUMNS / FINISH_WIDTH;
+    const int first_column = blockIdx.x * FINISH_COLUMNS, in_block = threadIdx.x % GROUPS * FINISH_WIDTH, row_of_thread = threadIdx.x / GROUPS;
     const int column = first_column + in_block, outliers = *count;
-    const float scale = column < n ? weight_absmax[column] : 0.0f;
+    float scales[FINISH_WIDTH];
+#pragma unroll
+    for (int j = 0; j < FINISH_WIDTH; j++) scales[j] = column + j < n ? weight_absmax[column + j] : 0.0f;
     for (int first_row = blockIdx.y * FINISH_ROWS; first_row < m; first_row += gridDim.y * FINISH_ROWS) {
-        float sums[FINISH_ROWS / FINISH_STEP] = {};
+        float sums[FINISH_ROWS / FINISH_STEP][FINISH_WIDTH] = {};
         for (int first = 0; first < outliers; first += FINISH_OUTLIERS) {
             const int held = min(FINISH_OUTLIERS, outliers - first);
             __syncthreads();
@@ -238,17 +243,32 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
             __syncthreads();
 #pragma unroll 1
             for (int outlier = 0; outlier < held; outlier++) {
-                const float of_column = weights[outlier][in_block];
+                const float4 of_columns = *(const float4 *)&weights[outlier][in_block];
 #pragma unroll
-                for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) sums[i] += of_column * values[row_of_thread + i * FINISH_STEP][outlier];
+                for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) {
+                    const float value = values[row_of_thread + i * FINISH_STEP][outlier];
+                    sums[i][0] += of_columns.x * value, sums[i][1] += of_columns.y * value;
+                    sums[i][2] += of_columns.z * value, sums[i][3] += of_columns.w * value;
+                }
             }
         }
 #pragma unroll
         for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) {
             const int row = first_row + row_of_thread + i * FINISH_STEP;
             if (row >= m || column >= n) continue;
-            const float value = join(products[(long long)row * n + column], row_absmax[row], scale, sums[i]);
-            y[(long long)row * n + column] = __float2half_rn(value);
+            const long long at = (long long)row * n + column;
+            __align__(16) int made[FINISH_WIDTH];
+            __align__(8) __half rounded[FINISH_WIDTH];
+            if (n % FINISH_WIDTH == 0)
+                *(uint4 *)made = *(const uint4 *)(products + at);
+            else
+                for (int j = 0; j < FINISH_WIDTH; j++) made[j] = column + j < n ? products[at + j] : 0;
+#pragma unroll
+            for (int j = 0; j < FINISH_WIDTH; j++) rounded[j] = __float2half_rn(join(made[j], row_absmax[row], scales[j], sums[i][j]));
+            if (n % FINISH_WIDTH == 0)
+                *(uint2 *)(y + at) = *(const uint2 *)rounded;
+            else
+                for (int j = 0; j < FINISH_WIDTH && column + j < n; j++) y[at + j] = rounded[j];
         }
     }
 }
