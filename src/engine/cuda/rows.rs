@@ -268,11 +268,16 @@ impl<'a> Run<'a> {
                 self.buffers[out.0] = Some(self.attention(*q, *cache, *scale, *mask, *bias)?);
             }
             Op::Activate { kind, gate, up, out } => {
-                let y = self.half(*out)?;
                 let up = up.map_or(Ok(0), |up| self.read(up))?;
-                let ((gate, bias), width) = (self.product(*gate)?, self.width(*out));
-                // SAFETY: all hold rows · width values, the bias width.
-                unsafe { kernels.activate(rows, width, activation_number(*kind), gate, bias, up, y.address) }?;
+                let ((from, bias), width) = (self.product(*gate)?, self.width(*out));
+                // In its place, if nobody reads it again.
+                let is_last = self.lives[gate.0].1 == index && self.width(*gate) == width;
+                let y = match self.buffers[gate.0].take_if(|_| is_last) {
+                    Some(gate) => Buffer { bias: 0, ..gate },
+                    None => self.half(*out)?,
+                };
+                // SAFETY: all hold rows · width values, the bias width; each thread reads what it writes.
+                unsafe { kernels.activate(rows, width, activation_number(*kind), from, bias, up, y.address) }?;
                 self.buffers[out.0] = Some(y);
             }
             Op::Add { a, b, out } => {
