@@ -431,3 +431,44 @@ fn cuda_replays_are_bit_equal_with_and_without_a_graph() {
         assert!(run(true, REPLAYS) == run(false, 1), "{model} {precision}: graph and launches differ");
     }
 }
+
+/// The first call of a shape runs one launch after the other, the second is captured, later ones are replayed: all give the same
+/// bits, also behind calls of other shapes, which take the same memory or move it.
+#[cfg(feature = "cuda")]
+#[test]
+fn cuda_prompts_are_bit_equal_direct_captured_and_replayed() {
+    if let Err(error) = quantbench::kernels::cuda::probe(0) {
+        println!("skipped: {error}");
+        return;
+    }
+    /// Enough that attention goes through cuBLAS and LLM.int8 looks for outliers in a launch of its own.
+    const LONG: usize = 40;
+    for (model, precision) in MODELS.into_iter().flat_map(|model| ["fp16", "int8", "nf4"].map(|p| (model, p))) {
+        let short = ids(&Golden::open(model, "golden").facts["prompts"][0]["input_ids"]);
+        let run = |cuda_graph| {
+            let mut loaded = load_as((model, precision), Executor::Cuda, 320, cuda_graph);
+            let image = match loaded.plan.encoder.as_ref().map(|encoder| encoder.input) {
+                Some(EncoderInputKind::Picture(picture)) => Some(picture.token),
+                _ => None,
+            };
+            let more = short.iter().copied().filter(|token| Some(*token) != image).cycle().take(LONG);
+            let long: Vec<u32> = short.iter().copied().chain(more.clone()).collect();
+            let scored: Vec<u32> = more.take(5).collect();
+            let mut firsts: Vec<(char, u32, Vec<f32>, Vec<Vec<f32>>)> = Vec::new();
+            for (turn, name) in "sssslslllss".chars().enumerate() {
+                let token = loaded.begin(if name == 's' { &short } else { &long });
+                let logits = loaded.session.logits().unwrap();
+                // Behind it, where the position counts as well.
+                let mut rows = Vec::new();
+                loaded.session.score(&scored, &mut |_, logits| rows.push(logits.to_vec())).unwrap();
+                let seen = (name, token, logits, rows);
+                match firsts.iter().find(|(first, ..)| *first == name) {
+                    Some(first) => assert!(*first == seen, "{model} {precision} graph {cuda_graph}: call {turn}"),
+                    None => firsts.push(seen),
+                }
+            }
+            (firsts, loaded.session.outlier_columns().unwrap())
+        };
+        assert!(run(true) == run(false), "{model} {precision}: graphs and launches differ");
+    }
+}

@@ -98,7 +98,7 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "N", help_heading = "Device")]
     pub threads: Option<usize>,
 
-    /// Launch each decode step on CUDA by itself, not as a graph.
+    /// Launch each decode step and prompt on CUDA by itself, not as a graph.
     #[arg(long, help_heading = "Device")]
     pub no_cuda_graph: bool,
 }

@@ -9,6 +9,7 @@ use std::{env, fs, thread};
 
 use candle_core::{Error, Result};
 use libloading::Library;
+use quantbench::kernels::cuda::gemm::Gemm;
 use quantbench::kernels::cuda::launch::{Fatbin, Grid, Launcher};
 use quantbench::kernels::cuda::program::Facts;
 
@@ -90,6 +91,10 @@ impl Launcher for Host<'_> {
         }
         LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).insert(kernel);
         Ok(())
+    }
+
+    unsafe fn multiply(&self, _: &Gemm) -> Result<()> {
+        candle_core::bail!("a host has no cuBLAS")
     }
 }
 

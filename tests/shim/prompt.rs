@@ -1,7 +1,7 @@
 //! What stands around cuBLAS for many rows: LLM.int8's outliers, codes and results, NF4's weights as halves.
 
 use half::f16;
-use quantbench::quant::int8::cuda::ManyRows;
+use quantbench::quant::int8::cuda::{ManyRows, flag_bytes};
 use quantbench::quant::{FormatOptions, find, nf4};
 
 use super::host::{CHIPS, Host};
@@ -35,7 +35,7 @@ pub fn int8_of_many_rows() {
             absmax: streamed.scales,
             x: memory.hold(&x),
             y: memory.room::<f16>(m * n),
-            flags: memory.hold(&vec![0u8; k]),
+            flags: memory.room::<u8>(flag_bytes(m, streamed.stride_bytes)),
             columns: memory.room::<i32>(k),
             count: memory.room::<i32>(1),
             total: memory.hold(&[BEFORE]),
@@ -66,13 +66,17 @@ pub fn nf4_as_halves() {
             let stored = quantize(entry, weight(n, k, Kind::Zeros, &mut numbers));
             let memory = Memory::default();
             let matrix = place(&memory, entry.name, &*stored, f32::NAN);
-            let out = memory.room::<f16>(n * k);
-            // SAFETY: the matrix was placed in `memory`, and `out` holds [n, k].
-            unsafe { nf4::cuda::dequantize(&Host { chip: CHIPS[1], memory: &memory }, &matrix, out) }
-                .unwrap_or_else(|error| panic!("{} [{n}, {k}]: {error}", entry.name));
-            let values = stored.dequantize().into_iter().map(|value| f16::from_f32(value).to_bits());
-            let made = memory.read::<f16>(out, n * k).into_iter().map(f16::to_bits);
-            assert!(values.eq(made), "{} [{n}, {k}]", entry.name);
+            // All rows, and some from the middle on.
+            for rows in [0..n, n / 3..n - n / 4] {
+                let out = memory.room::<f16>(rows.len() * k);
+                // SAFETY: the matrix was placed in `memory`, and `out` holds its rows.
+                unsafe { nf4::cuda::dequantize(&Host { chip: CHIPS[1], memory: &memory }, &matrix, rows.clone(), out) }
+                    .unwrap_or_else(|error| panic!("{} [{n}, {k}]: {error}", entry.name));
+                let values = &stored.dequantize()[rows.start * k..rows.end * k];
+                let values = values.iter().map(|value| f16::from_f32(*value).to_bits());
+                let made = memory.read::<f16>(out, rows.len() * k).into_iter().map(f16::to_bits);
+                assert!(values.eq(made), "{} [{n}, {k}] {rows:?}", entry.name);
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Operations over many rows.
 
 use half::f16;
-use quantbench::kernels::cuda::rows::{Bias, Heads, Rows, Table};
+use quantbench::kernels::cuda::rows::{Addend, Bias, Heads, Rows, Table};
 
 use super::attention::rotated;
 use super::host::{CHIPS, Host};
@@ -79,15 +79,46 @@ impl Case<'_> {
         assert_eq!(self.memory.read::<f32>(at, x.len()), x);
     }
 
+    /// A product that is added, and what it adds to each value: an fp16 one and its bias are rounded first.
+    fn addend(&mut self, is_float: bool, has_bias: bool) -> (Addend, Vec<f32>) {
+        let (count, width) = (self.rows * self.width, self.width);
+        let (floats, halves, bias) = (self.floats(count), self.halves(count), self.floats(width));
+        let values = if is_float { self.memory.hold(&floats) } else { self.memory.hold(&halves) };
+        let bias_at = if has_bias { self.memory.hold(&bias) } else { 0 };
+        let added = (0..count).map(|at| match (is_float, has_bias) {
+            (true, true) => floats[at] + bias[at % width],
+            (true, false) => floats[at],
+            (false, true) => f16::from_f32(halves[at].to_f32() + bias[at % width]).to_f32(),
+            (false, false) => halves[at].to_f32(),
+        });
+        (Addend { values, bias: bias_at, is_float: i32::from(is_float) }, added.collect())
+    }
+
+    /// None, one and two, of every kind, with what they add up to on `a`.
+    fn addends(&mut self, a: &[f32]) -> Vec<([Addend; 2], Vec<f32>)> {
+        let mut cases = vec![([Addend::default(); 2], a.to_vec())];
+        for [is_float, has_bias] in [[false, false], [false, true], [true, false], [true, true]] {
+            let (first, added) = self.addend(is_float, has_bias);
+            let sum: Vec<f32> = a.iter().zip(added).map(|(a, b)| a + b).collect();
+            let (second, added) = self.addend(!is_float, has_bias);
+            let both = sum.iter().zip(added).map(|(a, b)| a + b).collect();
+            cases.extend([([first, Addend::default()], sum), ([first, second], both)]);
+        }
+        cases
+    }
+
     fn norm(&mut self) {
         let (rows, width) = (self.rows, self.width);
-        let (x, weight, bias) = (self.floats(rows * width), self.floats(width), self.floats(width));
-        let held = [&x, &weight, &bias].map(|values| self.memory.hold(values));
-        for has_bias in [false, true] {
-            let out = self.memory.room::<f16>(rows * width);
-            let bias_at = if has_bias { held[2] } else { 0 };
+        let (a, weight, bias) = (self.floats(rows * width), self.floats(width), self.floats(width));
+        let held = [&weight, &bias].map(|values| self.memory.hold(values));
+        for ((addends, x), has_bias) in
+            self.addends(&a).into_iter().flat_map(|case| [(case.clone(), false), (case, true)])
+        {
+            let (x_at, out) = (self.memory.hold(&a), self.memory.room::<f16>(rows * width));
+            let bias_at = if has_bias { held[1] } else { 0 };
             // SAFETY: as above.
-            unsafe { on(&self.host()).norm(rows, width, held[0], held[1], bias_at, 1e-5, out) }.expect("norm");
+            unsafe { on(&self.host()).norm(rows, width, x_at, addends, held[0], bias_at, 1e-5, out) }.expect("norm");
+            assert_eq!(self.memory.read::<f32>(x_at, rows * width), x, "{addends:?}");
             let made: Vec<f16> = self.memory.read(out, rows * width);
             for (x, made) in x.chunks_exact(width).zip(made.chunks_exact(width)) {
                 let mean = x.iter().map(|x| f64::from(*x)).sum::<f64>() / width as f64;
@@ -103,25 +134,26 @@ impl Case<'_> {
 
     fn add_and_widen(&mut self) {
         let (rows, width, count) = (self.rows, self.width, self.rows * self.width);
-        let (a, b, bias, halves) = (self.floats(count), self.floats(count), self.floats(width), self.halves(count));
+        let (a, bias, halves) = (self.floats(count), self.floats(width), self.halves(count));
         let memory = self.memory;
         let (a_at, halves_at, bias_at) = (memory.hold(&a), memory.hold(&halves), memory.hold(&bias));
-        let (sum, sum_of_halves, wide) =
-            (memory.room::<f32>(count), memory.room::<f32>(count), memory.room::<f32>(count));
-        let (b_at, biased, biased_halves) = (memory.hold(&b), memory.hold(&a), memory.hold(&halves));
+        // One that adds nothing is none.
+        for (addends, sum) in self.addends(&a).into_iter().skip(1) {
+            let out = memory.room::<f32>(count);
+            // SAFETY: as above.
+            unsafe { on(&self.host()).add(rows, width, a_at, addends, out) }.expect("add");
+            assert_eq!(memory.read::<f32>(out, count), sum, "{addends:?}");
+        }
+        let (wide, biased, biased_halves) = (memory.room::<f32>(count), memory.hold(&a), memory.hold(&halves));
         let host = self.host();
         // SAFETY: as above.
         unsafe {
-            on(&host).add(count, a_at, b_at, true, sum).expect("add");
-            on(&host).add(count, a_at, halves_at, false, sum_of_halves).expect("add");
             on(&host).widen(count, halves_at, wide).expect("widen");
             on(&host).add_bias(rows, width, biased, true, bias_at).expect("add_bias");
             on(&host).add_bias(rows, width, biased_halves, false, bias_at).expect("add_bias");
         }
         let halves = widened(&halves);
         let all = |value: &dyn Fn(usize) -> f32| (0..count).map(value).collect::<Vec<_>>();
-        assert_eq!(memory.read::<f32>(sum, count), all(&|at| a[at] + b[at]));
-        assert_eq!(memory.read::<f32>(sum_of_halves, count), all(&|at| a[at] + halves[at]));
         assert_eq!(memory.read::<f32>(wide, count), halves);
         assert_eq!(memory.read::<f32>(biased, count), all(&|at| a[at] + bias[at % width]));
         let rounded = all(&|at| f16::from_f32(halves[at] + bias[at % width]).to_f32());
@@ -129,17 +161,20 @@ impl Case<'_> {
     }
 
     fn activate(&mut self) {
-        let count = self.rows * self.width;
-        let (mut gate, up) = (self.halves(count), self.halves(count));
+        let (rows, width, count) = (self.rows, self.width, self.rows * self.width);
+        let (mut gate, up, bias) = (self.halves(count), self.halves(count), self.floats(width));
         gate[0] = f16::from_f32(-20.0);
-        let (gate_at, up_at) = (self.memory.hold(&gate), self.memory.hold(&up));
-        for (kind, has_up) in [1, 2, 3].into_iter().flat_map(|kind| [(kind, false), (kind, true)]) {
+        let [gate_at, up_at] = [&gate, &up].map(|values| self.memory.hold(values));
+        let bias_at = self.memory.hold(&bias);
+        let cases = [1, 2, 3].into_iter().flat_map(|kind| [(kind, false), (kind, true)]);
+        for ((kind, has_up), has_bias) in cases.flat_map(|case| [(case, false), (case, true)]) {
             let out = self.memory.room::<f16>(count);
+            let (bias_at, up_at) = (if has_bias { bias_at } else { 0 }, if has_up { up_at } else { 0 });
             // SAFETY: as above.
-            unsafe { on(&self.host()).activate(count, kind, gate_at, if has_up { up_at } else { 0 }, out) }
-                .expect("activate");
+            unsafe { on(&self.host()).activate(rows, width, kind, gate_at, bias_at, up_at, out) }.expect("activate");
             for (at, made) in self.memory.read::<f16>(out, count).into_iter().enumerate() {
-                let x = gate[at].to_f64();
+                let biased = f16::from_f32(gate[at].to_f32() + bias[at % width]);
+                let x = if has_bias { biased } else { gate[at] }.to_f64();
                 let y = match kind {
                     1 => x / (1.0 + (-x).exp()),
                     2 => 0.5 * x * (1.0 + (0.7978845608028654 * (x + 0.044715 * x * x * x)).tanh()),
@@ -160,7 +195,9 @@ impl Case<'_> {
 
 /// Rotation and cache write of a prompt.
 fn append(numbers: &mut Numbers) {
-    for (heads, kv_heads, d, rotary) in [(4, 2, 16, 16), (3, 1, 20, 10), (2, 2, 7, 0), (8, 8, 64, 64)] {
+    let shapes = [(4, 2, 16, 16), (3, 1, 20, 10), (2, 2, 7, 0), (8, 8, 64, 64)];
+    for ((heads, kv_heads, d, rotary), has_bias) in shapes.into_iter().flat_map(|shape| [(shape, false), (shape, true)])
+    {
         let (rows, position, capacity, d_pad) = (5, 3, 11, usize::next_multiple_of(d, 8));
         let memory = Memory::default();
         let mut halves = |count: usize| -> Vec<f16> { (0..count).map(|_| f16::from_f32(numbers.normal())).collect() };
@@ -170,10 +207,19 @@ fn append(numbers: &mut Numbers) {
         let mut cache = [vec![f16::ZERO; kv_heads * capacity * d_pad], vec![f16::ONE; kv_heads * capacity * d_pad]];
         let caches = cache.each_ref().map(|values| memory.hold(values));
         let held = [&q, &k, &v].map(|values| memory.hold(values));
+        let mut bias = |count: usize| -> Vec<f32> { (0..count).map(|_| numbers.normal()).collect() };
+        let biases = [bias(heads * d), bias(kv_heads * d), bias(kv_heads * d)];
+        let biases_at = biases.each_ref().map(|bias| if has_bias { memory.hold(bias) } else { 0 });
         let shape = Heads { heads, kv_heads, d, d_pad, capacity };
-        let host = Host { chip: CHIPS[1], memory: &memory };
+        let (host, angles_at) = (Host { chip: CHIPS[1], memory: &memory }, memory.hold(&angles));
         // SAFETY: buffers of the case, as large as the call says.
-        unsafe { on(&host).append(rows, position, shape, held, caches, memory.hold(&angles), rotary) }.expect("append");
+        unsafe { on(&host).append(rows, position, shape, held, biases_at, caches, angles_at, rotary) }.expect("append");
+        let biased = |values: &[f16], bias: &[f32]| -> Vec<f16> {
+            let with =
+                |(value, bias): (&f16, &f32)| if has_bias { f16::from_f32(value.to_f32() + bias) } else { *value };
+            values.iter().zip(bias.iter().cycle()).map(with).collect()
+        };
+        let [q, k, v] = [(&q, 0), (&k, 1), (&v, 2)].map(|(values, at)| biased(values, &biases[at]));
         let turned = |values: &[f16], count: usize| -> Vec<f16> {
             let head = |(at, head): (usize, &[f16])| rotated(head, rotary, &angles, position + at / count);
             values.chunks_exact(d).enumerate().flat_map(head).collect()

@@ -1,10 +1,11 @@
 //! The CUDA engine: a decode step is one launch of fused jobs over fixed memory, with the token, the position and the
-//! next embedding on the device; a prompt goes through cuBLAS, one operation after the other.
+//! next embedding on the device; a prompt goes through cuBLAS, one operation after the other, as a graph from its second time on.
 //!
 //! fp16 activations and cache, fp32 sums and residual stream.
 
 mod load;
 mod pieces;
+mod prompt;
 mod ring;
 mod rows;
 mod step;
@@ -15,26 +16,28 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::f16;
 
+use self::prompt::{Call, Input, Kind, Prompts, Shape};
 use self::ring::Ring;
-use self::rows::{Call, Run};
+use self::rows::Done;
 use self::step::{Step, padded_floats};
 use self::times::StepTimes;
 use super::memory::Pool;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
+use crate::kernels::cuda::gemm::{WORKSPACE_BYTES, Workspace};
 use crate::kernels::cuda::launch::address;
-use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product, Puts};
+use crate::kernels::cuda::matvec::{self, Epilogue, Matvec, Mode, Product, Puts};
 use crate::kernels::cuda::program::{self, Facts};
 use crate::kernels::cuda::{open, probe};
-use crate::plan::{ActivationKind, EncoderInputKind, Head, Holds, Model, RelativeBias};
+use crate::plan::{ActivationKind, EncoderInputKind, Head, Holds, Model, Op, RelativeBias};
 use crate::quant::CudaMatrix;
 
 /// Weights, caches and the step of one loaded model.
 pub struct CudaSession {
     weights: Weights,
     step: Step,
+    prompts: Prompts,
     times: StepTimes,
-    features: Option<CudaSlice<f16>>,
     /// Tokens in the decoder's caches.
     position: usize,
     /// Rows of the last encoder call.
@@ -48,6 +51,8 @@ pub struct CudaSession {
 
 /// What calls share: nothing here is allocated again after loading.
 struct Weights {
+    /// Before the device's other owners: it is taken from cuBLAS while that is there.
+    _workspace: Workspace,
     device: CudaDevice,
     facts: Facts,
     model: Model,
@@ -60,6 +65,8 @@ struct Weights {
     /// Token, position, step, rows of the encoder.
     state: CudaSlice<i32>,
     logits: CudaSlice<f32>,
+    /// Of the last picture, for rows of a prompt that stand for it: fp16 `[patches, width]`.
+    features: Option<CudaSlice<f16>>,
     /// As long as the widest norm: the bias of those that have none.
     zeros: CudaSlice<f32>,
     /// How many LLM.int8 has found.
@@ -113,8 +120,8 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
         session: Box::new(CudaSession {
             weights,
             step,
+            prompts: Prompts::default(),
             times: StepTimes::default(),
-            features: None,
             position: 0,
             encoded: 0,
             steps: 0,
@@ -163,7 +170,18 @@ impl Weights {
             let values: Vec<f32> = (0..heads).flat_map(of_head).collect();
             Ok(BiasTable { values: device.clone_htod(&values)?, reach })
         };
+        let features = match &model.encoder {
+            Some(encoder) => match (encoder.input, encoder.plan.ops.last()) {
+                (EncoderInputKind::Picture(picture), Some(Op::Features { x })) => {
+                    Some(device.alloc_zeros(picture.patches() * encoder.plan.buffers[x.0].width)?)
+                }
+                _ => None,
+            },
+            None => None,
+        };
         Ok(Self {
+            _workspace: Workspace::new(&device)?,
+            features,
             vectors: vectors.iter().map(vector).collect::<Result<_>>()?,
             caches: model.caches.iter().map(cache).collect::<Result<_>>()?,
             angles: model.ropes.iter().map(angles).collect::<Result<_>>()?,
@@ -189,6 +207,54 @@ impl Weights {
         }
     }
 
+    /// What a call over `tokens` reads, where the last encoder call had `encoded` rows.
+    fn tokens(&self, tokens: &[u32], encoded: usize) -> Result<Input> {
+        let image = match self.model.encoder.as_ref().map(|encoder| encoder.input) {
+            Some(EncoderInputKind::Picture(picture)) => Some(picture.token),
+            _ => None,
+        };
+        let mut n_image = 0;
+        let feature_of_row = tokens.iter().map(|token| {
+            n_image += i32::from(Some(*token) == image);
+            n_image - 1
+        });
+        let feature_of_row: Vec<i32> = feature_of_row.collect();
+        if n_image as usize > encoded {
+            bail!("the prompt has {n_image} image tokens, more than the picture has features");
+        }
+        Ok(Input::Tokens(tokens.iter().map(|token| *token as i32).chain(feature_of_row).collect()))
+    }
+
+    /// Multiplies one row of fp16 activations with the head's matrix; `place` is where the token goes, if one is wanted, and `ended`
+    /// are the counters that launches share.
+    fn run_head(
+        &self,
+        ended: u64,
+        head: Head,
+        x: u64,
+        epilogue: Epilogue,
+        out: u64,
+        place: program::Head,
+    ) -> Result<()> {
+        let product = Product {
+            matrix: self.matrices[head.weight.0].streamed(),
+            bias: head.bias.map_or(0, |bias| address(&self.vectors[bias.0], &self.device)),
+            out,
+            activation: 0,
+        };
+        let input = matvec::Input { x, scale: head.scale, ..matvec::Input::default() };
+        let mut planned = Matvec::plan(self.facts, Mode::Apart, vec![input], &[product], epilogue)?;
+        planned.program.head = place;
+        planned.program.ended = ended;
+        // SAFETY: x is a row of the caller's; all else is the session's.
+        Ok(unsafe { planned.ready(&self.device)?.launch(&self.device) }?)
+    }
+
+    /// Of a row that the head reads.
+    fn row_bytes(&self, head: Head) -> usize {
+        size_of::<f16>() * self.model.matrices[head.weight.0].k
+    }
+
     /// Token, position, step and encoder rows, before all that is launched from now on.
     fn set_state(&mut self, token: u32, position: usize, step: u32, encoded: usize) -> Result<()> {
         let state = [token as i32, position as i32, step as i32, encoded as i32];
@@ -206,42 +272,26 @@ impl CudaSession {
         self.weights.check_tokens(tokens)
     }
 
-    /// Runs the decoder up to its head over `tokens`, hands the head's input to `then`, and moves on behind them.
-    fn call(&mut self, tokens: &[u32], then: impl FnOnce(&Self, Head, u64) -> Result<()>) -> Result<()> {
+    /// Runs the decoder over `tokens` and moves on behind them.
+    fn call(&mut self, kind: Kind, tokens: &[u32]) -> Result<Done> {
         self.check_call(tokens)?;
+        let input = self.weights.tokens(tokens, self.encoded)?;
         self.weights.set_state(0, self.position, self.steps, self.encoded)?;
-        let plan = &self.weights.model.decoder;
-        let head = plan.head().context("this plan has no head")?;
-        let rows = tokens.len();
-        let call = Call { rows, tokens, patches: &[], position: self.position, encoded: self.encoded };
-        let mut run = Run::new(&self.weights, plan, call, self.features.as_ref());
-        run.run(head.body_len, Some(head.x))?;
-        let (x, examined) = (run.buffer(head.x)?.address(&self.weights.device), run.examined);
-        then(self, head, x)?;
-        self.examined += examined;
-        self.position += rows;
-        Ok(())
+        let shape = Shape { kind, rows: tokens.len(), position: self.position, encoded: self.encoded };
+        let done = self.run(shape, &input)?;
+        self.position += tokens.len();
+        Ok(done)
     }
 
-    /// Multiplies one row of fp16 activations with the head's matrix; `place` is where the token goes, if one is wanted.
-    fn run_head(&self, head: Head, x: u64, epilogue: Epilogue, out: u64, place: program::Head) -> Result<()> {
-        let weights = &self.weights;
-        let product = Product {
-            matrix: weights.matrices[head.weight.0].streamed(),
-            bias: head.bias.map_or(0, |bias| address(&weights.vectors[bias.0], &weights.device)),
-            out,
-            activation: 0,
-        };
-        let input = Input { x, scale: head.scale, ..Input::default() };
-        let mut planned = Matvec::plan(weights.facts, Mode::Apart, vec![input], &[product], epilogue)?;
-        planned.program.head = place;
-        planned.program.ended = self.step.ended(&weights.device);
-        // SAFETY: x is a row of the caller's; all else is the session's.
-        Ok(unsafe { planned.ready(&weights.device)?.launch(&weights.device) }?)
+    fn run(&mut self, shape: Shape, input: &Input) -> Result<Done> {
+        let call = Call { weights: &self.weights, step: &self.step, shape };
+        let done = self.prompts.run(&call, input, self.as_graph)?;
+        self.examined += done.examined;
+        Ok(done)
     }
 
-    fn row_bytes(&self, head: Head) -> u64 {
-        (2 * self.weights.model.matrices[head.weight.0].k) as u64
+    fn head(&self) -> Result<Head> {
+        self.weights.model.decoder.head().context("this plan has no head")
     }
 }
 
@@ -257,42 +307,29 @@ impl Session for CudaSession {
 
     fn encode(&mut self, input: EncoderInput) -> Result<()> {
         let Some(encoder) = &self.weights.model.encoder else { bail!("this model has no encoder") };
-        let patches;
-        let call = match (encoder.input, input) {
+        let (rows, input) = match (encoder.input, input) {
             (EncoderInputKind::Tokens, EncoderInput::Tokens(tokens)) => {
                 self.weights.check_tokens(tokens)?;
-                Call { rows: tokens.len(), tokens, patches: &[], position: 0, encoded: tokens.len() }
+                (tokens.len(), self.weights.tokens(tokens, 0)?)
             }
             (EncoderInputKind::Picture(picture), EncoderInput::Pixels(pixels)) => {
-                patches = patch_rows(pixels, picture)?;
-                let rows = picture.patches();
-                Call { rows, tokens: &[], patches: &patches, position: 0, encoded: rows }
+                let halves = patch_rows(pixels, picture)?.into_iter().map(f16::from_f32).collect();
+                (picture.patches(), Input::Patches(halves))
             }
             _ => bail!("this model's encoder reads another kind of input"),
         };
-        let (rows, capacity) = (call.rows, self.weights.encoder_capacity);
+        let capacity = self.weights.encoder_capacity;
         if rows == 0 || rows > capacity {
             bail!("an encoder call of {rows} rows does not fit a cache of {capacity}");
         }
-        let mut run = Run::new(&self.weights, &encoder.plan, call, None);
-        run.run(encoder.plan.ops.len(), None)?;
-        let features = run.found_features.take();
-        self.examined += run.examined;
-        if features.is_some() {
-            self.features = features;
-        }
+        self.run(Shape { kind: Kind::Encoder, rows, position: 0, encoded: rows }, &input)?;
         self.encoded = rows;
         Ok(())
     }
 
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
         self.times.restart();
-        self.call(tokens, |session, head, x| {
-            let place = session.step.head(&session.weights, tokens.len())?;
-            let last = x + (tokens.len() - 1) as u64 * session.row_bytes(head);
-            let logits = address(&session.weights.logits, &session.weights.device);
-            session.run_head(head, last, Epilogue { logits, ..Epilogue::default() }, 0, place)
-        })?;
+        self.call(Kind::Prompt, tokens)?;
         self.steps += 1;
         self.weights.ring.wait(self.steps, &self.weights.device)
     }
@@ -328,17 +365,16 @@ impl Session for CudaSession {
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
-        self.call(tokens, |session, head, x| {
-            let device = &session.weights.device;
-            for row in 0..tokens.len() {
-                let at = x + row as u64 * session.row_bytes(head);
-                let epilogue = Epilogue { puts: Puts::Floats, ..Epilogue::default() };
-                let logits = address(&session.weights.logits, device);
-                session.run_head(head, at, epilogue, logits, program::Head::default())?;
-                on_row(row, &device.clone_dtoh(&session.weights.logits)?);
-            }
-            Ok(())
-        })
+        let (Done { x, .. }, head) = (self.call(Kind::Scored, tokens)?, self.head()?);
+        let (weights, device) = (&self.weights, &self.weights.device);
+        let (logits, ended) = (address(&weights.logits, device), self.step.ended(device));
+        for row in 0..tokens.len() {
+            let at = x + (row * weights.row_bytes(head)) as u64;
+            let epilogue = Epilogue { puts: Puts::Floats, ..Epilogue::default() };
+            weights.run_head(ended, head, at, epilogue, logits, program::Head::default())?;
+            on_row(row, &device.clone_dtoh(&weights.logits)?);
+        }
+        Ok(())
     }
 
     fn logits(&mut self) -> Result<Vec<f32>> {
@@ -372,7 +408,8 @@ impl Session for CudaSession {
             // Vectors are held in fp32.
             weights_resident_bytes: (resident + 2 * vectors) as u64,
             kv_cache_bytes: caches as u64,
-            scratch_bytes: (self.step.bytes() + 4 * self.weights.logits.len()) as u64,
+            scratch_bytes: (self.step.bytes() + self.prompts.bytes() + WORKSPACE_BYTES + 4 * self.weights.logits.len())
+                as u64,
             weight_bytes_per_token: model.weight_bytes_per_token(&stored) as u64,
             kv_bytes_per_position: model.kv_bytes_per_position(size_of::<f16>()) as u64,
             cross_kv_bytes: (model.cross_bytes_per_position(size_of::<f16>()) * self.encoded) as u64,

@@ -68,7 +68,7 @@ mod jumps {
         cuStreamBeginCapture_v2 cuStreamCreate cuStreamDestroy_v2 cuStreamEndCapture cuStreamIsCapturing cuStreamQuery
         cuStreamSynchronize cuStreamWaitEvent
         cublasCreate_v2 cublasDestroy_v2 cublasDgemmStridedBatched cublasGemmStridedBatchedEx cublasSetMathMode
-        cublasSetStream_v2
+        cublasSetStream_v2 cublasSetWorkspace_v2
         curandCreateGenerator curandDestroyGenerator curandSetPseudoRandomGeneratorSeed curandSetStream
     }
 

@@ -3,9 +3,45 @@
 use std::ffi::c_void;
 
 use candle_core::cuda_backend::cudarc::cublas::sys;
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Result, bail};
 
-use super::launch::dimension;
+use super::launch::{address, dimension};
+
+/// What cuBLAS may use for the parts of products that it splits: its own choice before Hopper, where that is 32 MiB.
+pub const WORKSPACE_BYTES: usize = 4 << 20;
+
+/// Memory for cuBLAS: with its own it would allocate while a graph is captured, once for each product.
+pub struct Workspace {
+    device: CudaDevice,
+    _memory: CudaSlice<u8>,
+}
+
+impl Workspace {
+    /// For all products on this device, until it is dropped.
+    ///
+    /// # Errors
+    /// If there is no memory, or cuBLAS refuses it.
+    pub fn new(device: &CudaDevice) -> Result<Self> {
+        let memory = device.alloc_zeros::<u8>(WORKSPACE_BYTES)?;
+        let (blas, at) = (device.cublas_handle(), address(&memory, device) as *mut c_void);
+        // SAFETY: the handle lives as long as `blas`, and uses the memory until `drop` takes it away.
+        let status = unsafe { sys::cublasSetWorkspace_v2(*blas.handle(), at, WORKSPACE_BYTES) };
+        if status != sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+            bail!("cublasSetWorkspace: {status:?}");
+        }
+        Ok(Self { device: device.clone(), _memory: memory })
+    }
+}
+
+impl Drop for Workspace {
+    /// Setting the stream gives the library its own memory back.
+    fn drop(&mut self) {
+        let (blas, stream) = (self.device.cublas_handle(), self.device.cuda_stream());
+        // SAFETY: the handle and the stream live as long as the device. What was queued before the memory is freed runs before.
+        let _ = unsafe { sys::cublasSetStream_v2(*blas.handle(), stream.cu_stream().cast()) };
+    }
+}
 
 /// A row-major matrix on the device, in elements.
 #[derive(Debug, Clone, Copy)]

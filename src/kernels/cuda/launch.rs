@@ -9,6 +9,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Storage, Tensor, bail};
 use half::f16;
 
+use super::gemm::Gemm;
 use super::memory::driver_error;
 
 /// The kernels of one `.cu` for all chips, as `build.rs` compiled them.
@@ -150,6 +151,25 @@ pub trait Launcher {
         grid: Grid,
         parameters: &mut [*mut c_void],
     ) -> Result<()>;
+
+    /// A product that no kernel of ours makes.
+    ///
+    /// # Safety
+    /// As [`Gemm::run`] says.
+    unsafe fn multiply(&self, gemm: &Gemm) -> Result<()>;
+}
+
+/// Runs nothing: for what a call takes, before it has memory.
+pub struct Rehearsal;
+
+impl Launcher for Rehearsal {
+    unsafe fn launch(&self, _: &'static Fatbin, _: &'static str, _: Grid, _: &mut [*mut c_void]) -> Result<()> {
+        Ok(())
+    }
+
+    unsafe fn multiply(&self, _: &Gemm) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl Launcher for CudaDevice {
@@ -163,6 +183,11 @@ impl Launcher for CudaDevice {
         let kernel = fatbin.kernel(self, kernel)?;
         // SAFETY: the caller's promise.
         unsafe { launch(self, kernel, grid, parameters) }
+    }
+
+    unsafe fn multiply(&self, gemm: &Gemm) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { gemm.run(self) }
     }
 }
 
@@ -213,6 +238,17 @@ pub const MAX_GRID_Y: u32 = 65535;
 /// Where `memory` begins on the device. All work is on one stream, so that the address stays good while the owner lives.
 pub fn address<T, P: DevicePtr<T>>(memory: &P, device: &CudaDevice) -> u64 {
     memory.device_ptr(&device.cuda_stream()).0
+}
+
+/// Copies `values` to `to`, before all that is queued from now on. Memory that is not pinned is read before this returns.
+///
+/// # Safety
+/// `to` has room for them on the device until its stream has come past the copy.
+pub unsafe fn upload<T: DeviceRepr>(values: &[T], to: u64, device: &CudaDevice) -> Result<()> {
+    let stream = device.cuda_stream();
+    stream.context().bind_to_thread().map_err(driver_error)?;
+    // SAFETY: the caller's promise.
+    unsafe { result::memcpy_htod_async(to, values, stream.cu_stream()) }.map_err(driver_error)
 }
 
 /// The fp16 `[m, k]` that `x` holds contiguously on a CUDA device, and m.

@@ -5,6 +5,7 @@
 //!
 //! [`CudaDevice`]: candle_core::CudaDevice
 
+pub mod arena;
 pub mod attention;
 pub mod attributes;
 pub mod bandwidth;

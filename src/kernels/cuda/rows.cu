@@ -49,10 +49,36 @@ extern "C" __global__ void add_table_rows(float *x, const __half *table, int str
         x[(long long)blockIdx.x * width + at] += __half2float(table[(long long)blockIdx.x * stride + at]);
 }
 
-// out = norm(x), fp16. A block owns a row.
+// A product that is added to a residual, whose bias has not been added yet.
+struct Addend {
+    const void *values;  // [t, n], or null for none
+    const float *bias;   // [n], or null
+    int is_float;        // values are fp32, else fp16
+};
+
+// A half and its bias, rounded as where it is added in memory.
+__device__ __forceinline__ float biased(__half y, const float *bias, int column) {
+    return bias ? __half2float(__float2half_rn(__half2float(y) + bias[column])) : __half2float(y);
+}
+
+__device__ __forceinline__ float added(const Addend &addend, long long at, int column) {
+    if (!addend.is_float) return biased(((const __half *)addend.values)[at], addend.bias, column);
+    float y = ((const float *)addend.values)[at];
+    return addend.bias ? y + addend.bias[column] : y;
+}
+
+// x += first + second, where there are any; out = norm(x), fp16. A block owns a row.
 extern "C" __global__ void __launch_bounds__(WIDE_THREADS) norm_rows(
-    const float *x, const float *weight, const float *bias, __half *out, float epsilon, int width) {
-    const float *row = x + (long long)blockIdx.x * width;
+    float *x, const Addend first, const Addend second, const float *weight, const float *bias, __half *out, float epsilon, int width) {
+    const long long start = (long long)blockIdx.x * width;
+    float *row = x + start;
+    // Each thread reads back what it has written itself.
+    if (first.values) {
+        for (int at = threadIdx.x; at < width; at += WIDE_THREADS) {
+            float sum = row[at] + added(first, start + at, at);
+            row[at] = second.values ? sum + added(second, start + at, at) : sum;
+        }
+    }
     float mean = 0.0f;
     if (bias) {
         float sum = 0.0f;
@@ -79,10 +105,13 @@ extern "C" __global__ void add_bias_rows(void *y, const float *bias, int is_floa
         ((__half *)y)[at] = __float2half_rn(__half2float(((__half *)y)[at]) + b);
 }
 
-// out = a + b in fp32; a is fp32, b fp16 or fp32.
-extern "C" __global__ void add_rows(const float *a, const void *b, float *out, int is_float, long long count) {
+// out = a + first + second in fp32, where there is a second.
+extern "C" __global__ void add_rows(const float *a, const Addend first, const Addend second, float *out, int n, long long count) {
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (at < count) out[at] = a[at] + (is_float ? ((const float *)b)[at] : __half2float(((const __half *)b)[at]));
+    if (at >= count) return;
+    int column = first.bias || second.bias ? (int)(at % n) : 0;
+    float sum = a[at] + added(first, at, column);
+    out[at] = second.values ? sum + added(second, at, column) : sum;
 }
 
 __device__ __forceinline__ float activated(int kind, float x) {
@@ -91,40 +120,48 @@ __device__ __forceinline__ float activated(int kind, float x) {
     return x > 0.0f || isnan(x) ? x : 0.0f;
 }
 
-// out = act(gate), times up where there is one.
-extern "C" __global__ void activate_rows(const __half *gate, const __half *up, __half *out, int kind, long long count) {
+// out = act(gate + bias), times up where there is one.
+extern "C" __global__ void activate_rows(const __half *gate, const float *bias, const __half *up, __half *out, int kind, int n,
+                                         long long count) {
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= count) return;
-    __half y = __float2half_rn(activated(kind, __half2float(gate[at])));
+    __half y = __float2half_rn(activated(kind, biased(gate[at], bias, bias ? (int)(at % n) : 0)));
     out[at] = up ? __float2half_rn(__half2float(y) * __half2float(up[at])) : y;
 }
 
-// Rotates q [t, h, d] in place and writes k, v [t, g, d] to the cache [g, capacity, d_pad]. A block owns a row.
-extern "C" __global__ void append_rows(__half *q, const __half *k, const __half *v, __half *keys, __half *values,
-                                       const float2 *angles, int heads, int kv_heads, int d, int d_pad, int rotary,
-                                       int capacity, int first_position) {
+// Adds biases, if there are any, rotates q [t, h, d] in place and writes k, v [t, g, d] to the cache [g, capacity, d_pad]. A block owns a
+// row.
+extern "C" __global__ void append_rows(__half *q, const __half *k, const __half *v, const float *q_bias, const float *k_bias,
+                                       const float *v_bias, __half *keys, __half *values, const float2 *angles, int heads, int kv_heads,
+                                       int d, int d_pad, int rotary, int capacity, int first_position) {
     int row = blockIdx.x, position = first_position + row, half = rotary / 2;
     for (int at = threadIdx.x; at < heads * half; at += blockDim.x) {
         int head = at / half, pair = at % half;
         float2 angle = angles[(long long)position * half + pair];
         __half *of = q + ((long long)row * heads + head) * d;
-        float a = __half2float(of[pair]), b = __half2float(of[pair + half]);
+        float a = biased(of[pair], q_bias, head * d + pair), b = biased(of[pair + half], q_bias, head * d + pair + half);
         of[pair] = __float2half_rn(a * angle.x - b * angle.y);
         of[pair + half] = __float2half_rn(b * angle.x + a * angle.y);
+    }
+    // What does not rotate.
+    for (int at = threadIdx.x; q_bias && at < heads * (d - rotary); at += blockDim.x) {
+        int column = at / (d - rotary) * d + rotary + at % (d - rotary);
+        __half *of = q + (long long)row * heads * d + column;
+        *of = __float2half_rn(biased(*of, q_bias, column));
     }
     for (int at = threadIdx.x; at < kv_heads * d; at += blockDim.x) {
         int head = at / d, element = at % d;
         const __half *of = k + ((long long)row * kv_heads + head) * d;
-        float value = __half2float(of[element]);
+        float value = biased(of[element], k_bias, at);
         if (element < rotary) {
-            int pair = element < half ? element : element - half;
+            int pair = element < half ? element : element - half, partner = element < half ? element + half : pair;
             float2 angle = angles[(long long)position * half + pair];
-            float other = __half2float(of[element < half ? element + half : pair]);
+            float other = biased(of[partner], k_bias, head * d + partner);
             value = element < half ? value * angle.x - other * angle.y : value * angle.x + other * angle.y;
         }
         long long to = ((long long)head * capacity + position) * d_pad + element;
         keys[to] = __float2half_rn(value);
-        values[to] = v[((long long)row * kv_heads + head) * d + element];
+        values[to] = __float2half_rn(biased(v[((long long)row * kv_heads + head) * d + element], v_bias, at));
     }
 }
 

@@ -38,6 +38,18 @@ pub struct Heads {
     pub capacity: usize,
 }
 
+/// A product `[t, n]` that is added to a residual, as `struct Addend` of rows.cu.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Addend {
+    /// 0 for none.
+    pub values: u64,
+    /// fp32 `[n]` that is added to the values first, and that sum rounded as they are; or 0.
+    pub bias: u64,
+    /// 1 where the values are fp32, 0 where they are fp16.
+    pub is_float: i32,
+}
+
 impl Rows<'_> {
     /// fp32 `out[t] = scale · table[token_t]`; rows whose token is `image` take row `feature_of_row[t]` of `features`.
     ///
@@ -74,7 +86,7 @@ impl Rows<'_> {
         }
     }
 
-    /// fp16 `out = norm(x)` of fp32 `x`; a layer norm where there is a `bias`.
+    /// fp32 `x += addends`, the first of which may be all; fp16 `out = norm(x)`, a layer norm where there is a `bias`.
     ///
     /// # Safety
     /// As [`Rows`] says.
@@ -84,20 +96,16 @@ impl Rows<'_> {
         rows: usize,
         width: usize,
         x: u64,
+        [first, second]: [Addend; 2],
         weight: u64,
         bias: u64,
         epsilon: f32,
         out: u64,
     ) -> Result<()> {
         let width = dimension(width)?;
+        let parameters = parameters![x, first, second, weight, bias, out, epsilon, width];
         // SAFETY: as rows.cu declares them.
-        unsafe {
-            self.launch(
-                "norm_rows",
-                Grid::new((rows, 1), WIDE_THREADS),
-                parameters![x, weight, bias, out, epsilon, width],
-            )
-        }
+        unsafe { self.launch("norm_rows", Grid::new((rows, 1), WIDE_THREADS), parameters) }
     }
 
     /// `y[t] += bias`, fp32 or fp16.
@@ -112,27 +120,40 @@ impl Rows<'_> {
         }
     }
 
-    /// fp32 `out = a + b`, where `a` is fp32 and `b` fp32 or fp16.
+    /// fp32 `out = a + addends`, of which there is one at least.
     ///
     /// # Safety
     /// As [`Rows`] says.
-    pub unsafe fn add(self, count: usize, a: u64, b: u64, b_is_float: bool, out: u64) -> Result<()> {
-        let (is_float, n) = (i32::from(b_is_float), count as i64);
+    pub unsafe fn add(self, rows: usize, width: usize, a: u64, [first, second]: [Addend; 2], out: u64) -> Result<()> {
+        let (n, count) = (dimension(width)?, (rows * width) as i64);
+        let parameters = parameters![a, first, second, out, n, count];
         // SAFETY: as rows.cu declares them.
-        unsafe { self.launch("add_rows", Grid::over(count, THREADS), parameters![a, b, out, is_float, n]) }
+        unsafe { self.launch("add_rows", Grid::over(rows * width, THREADS), parameters) }
     }
 
-    /// fp16 `out = act(gate) · up`; `up` may be 0.
+    /// fp16 `out = act(gate + bias) · up`, the sum rounded to fp16; `bias`, fp32 `[width]`, and `up` may be 0.
     ///
     /// # Safety
     /// As [`Rows`] says.
-    pub unsafe fn activate(self, count: usize, kind: i32, gate: u64, up: u64, out: u64) -> Result<()> {
-        let n = count as i64;
+    #[allow(clippy::too_many_arguments)] // the kernel's own
+    pub unsafe fn activate(
+        self,
+        rows: usize,
+        width: usize,
+        kind: i32,
+        gate: u64,
+        bias: u64,
+        up: u64,
+        out: u64,
+    ) -> Result<()> {
+        let (n, count) = (dimension(width)?, (rows * width) as i64);
+        let parameters = parameters![gate, bias, up, out, kind, n, count];
         // SAFETY: as rows.cu declares them.
-        unsafe { self.launch("activate_rows", Grid::over(count, THREADS), parameters![gate, up, out, kind, n]) }
+        unsafe { self.launch("activate_rows", Grid::over(rows * width, THREADS), parameters) }
     }
 
-    /// Rotates `q` in place and writes `k`, `v` to a cache from `position` on. `rotary` may be 0, `q` then too.
+    /// Adds the biases of q, k and v, fp32 or 0, and rounds to fp16; rotates `q` in place and writes `k`, `v` to a cache from `position`
+    /// on. `rotary` may be 0, `q` then too.
     ///
     /// # Safety
     /// As [`Rows`] says.
@@ -143,6 +164,7 @@ impl Rows<'_> {
         position: usize,
         heads: Heads,
         [q, k, v]: [u64; 3],
+        [q_bias, k_bias, v_bias]: [u64; 3],
         [keys, values]: [u64; 2],
         angles: u64,
         rotary: usize,
@@ -150,7 +172,9 @@ impl Rows<'_> {
         let (h, g) = (dimension(heads.heads)?, dimension(heads.kv_heads)?);
         let (d, d_pad, capacity) = (dimension(heads.d)?, dimension(heads.d_pad)?, dimension(heads.capacity)?);
         let (rotary, position) = (dimension(rotary)?, dimension(position)?);
-        let parameters = parameters![q, k, v, keys, values, angles, h, g, d, d_pad, rotary, capacity, position];
+        let parameters = parameters![
+            q, k, v, q_bias, k_bias, v_bias, keys, values, angles, h, g, d, d_pad, rotary, capacity, position
+        ];
         // SAFETY: as rows.cu declares them.
         unsafe { self.launch("append_rows", Grid::new((rows, 1), WIDE_THREADS), parameters) }
     }

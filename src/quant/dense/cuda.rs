@@ -7,7 +7,7 @@ use candle_core::{CudaDevice, Device, Result};
 
 use super::{DenseStored, Value};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
-use crate::kernels::cuda::launch::{Fatbin, address, upload_rows};
+use crate::kernels::cuda::launch::{Fatbin, Launcher, address, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::kernels::cuda::program::{Kind, StepKernel};
 use crate::kernels::cuda::rows::Rows;
@@ -104,16 +104,15 @@ impl CudaMatrix for DenseOnDevice {
     }
 
     /// fp32 weights widen their activations.
-    unsafe fn multiply_rows(&self, x: &RowsOf, y: u64) -> Result<()> {
-        let RowsOf { at: x, m, .. } = *x;
+    unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &RowsOf, y: u64) -> Result<()> {
+        let RowsOf { at: x, m, arena, .. } = *x;
         let (k, stride) = (self.k, self.stride_bytes / self.element_bytes);
         let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
         let mut widened = None;
         let (ty, a) = if self.product_is_float() {
-            let values = self.device.alloc_zeros::<f32>(m * k)?;
-            let at = address(widened.insert(values), &self.device);
+            let at = widened.insert(arena.take::<f32>(m * k)?).address;
             // SAFETY: both hold m * k values.
-            unsafe { Rows { on: &self.device }.widen(m * k, x, at) }?;
+            unsafe { Rows { on }.widen(m * k, x, at) }?;
             (Type::Float, at)
         } else {
             (Type::Half, x)
@@ -131,6 +130,6 @@ impl CudaMatrix for DenseOnDevice {
             to: ty,
         };
         // SAFETY: the caller's promise for x and y; the weight lives as long as this.
-        unsafe { gemm.run(&self.device) }
+        unsafe { on.multiply(&gemm) }
     }
 }

@@ -31,12 +31,17 @@ static STEP: StepKernel = StepKernel {
 };
 static BYTES: Family = Family { name: "int8", kind: Kind::Own, chunk: CHUNK_BYTES, kernels: &[&STEP] };
 
-const FLAG_THREADS: u32 = 256;
-/// Rows of blocks that look for outliers: enough to fill a device at a long prompt, few enough that a block does some work.
-const FLAG_BLOCKS_Y: usize = 32;
-/// `LIST_THREADS` and `QUANTIZE_THREADS` in int8.cu.
+/// Rows that one launch quantizes, whose blocks all look at all of them.
+const FEW_ROWS: usize = 16;
+/// A thread looks at 8 columns.
+const FLAG_THREADS: u32 = 64;
+/// Parts of the rows in which outliers are looked for: enough to fill a device at a long prompt, few enough that a block does some
+/// work.
+const FLAG_PARTS: usize = 32;
+/// As in int8.cu.
+const FEW_THREADS: u32 = 1024;
 const LIST_THREADS: u32 = 1024;
-const QUANTIZE_THREADS: u32 = 1024;
+const QUANTIZE_THREADS: u32 = 256;
 const FINISH_THREADS: u32 = 256;
 /// As in int8.cu.
 const FINISH_COLUMNS: usize = 64;
@@ -107,79 +112,79 @@ impl CudaMatrix for Int8OnDevice {
         streamed((self.n, self.k), address(&self.codes, &self.device), at(&self.absmax), self.threshold)
     }
 
-    unsafe fn multiply_rows(&self, x: &RowsOf, y: u64) -> Result<()> {
-        let device = &self.device;
+    unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &RowsOf, y: u64) -> Result<()> {
         // Matrices that read the same rows have the same k and threshold.
         // SAFETY: the caller's promise for x.
-        let Some(rows) = x.made(|| unsafe { self.quantize(x) })? else {
+        let Some(rows) = x.made(|| unsafe { self.quantize(on, x) })? else {
             bail!("rows that another format has made something of")
         };
-        // SAFETY: every product is written before it is read.
-        let products = unsafe { device.alloc::<i32>(x.m * self.n) }?;
-        let call = ManyRows { y, products: address(&products, device), ..self.many_rows(x, rows) };
-        // SAFETY: all are as large as `ManyRows` says and freed on the same stream; the caller's promise for x and y.
+        let products = x.arena.take::<i32>(x.m * self.n)?;
+        let call = ManyRows { y, products: products.address, ..self.many_rows(x, rows) };
+        // SAFETY: all are as large as `ManyRows` says, every product is written before it is read, and what overwrites them comes
+        // later on the same stream; the caller's promise for x and y.
         unsafe {
             match self.n.is_multiple_of(GEMM_SIDE) {
-                true => call.gemm().run(device)?,
-                false => call.multiply(device)?,
+                true => on.multiply(&call.gemm())?,
+                false => call.multiply(on)?,
             }
-            call.finish(device)
+            call.finish(on)
         }
     }
 }
 
-/// What LLM.int8 makes of rows of activations, for all matrices that read them.
+/// Where what LLM.int8 makes of rows of activations lies, for all matrices that read them.
 struct QuantizedRows {
-    flags: CudaSlice<u8>,
-    columns: CudaSlice<i32>,
-    count: CudaSlice<i32>,
-    codes: CudaSlice<i8>,
-    row_absmax: CudaSlice<f32>,
+    flags: u64,
+    columns: u64,
+    count: u64,
+    codes: u64,
+    row_absmax: u64,
 }
 
 impl Int8OnDevice {
     /// # Safety
     /// `x` holds rows of k, until the device's stream has come past this call.
-    unsafe fn quantize(&self, x: &RowsOf) -> Result<QuantizedRows> {
-        let device = &self.device;
-        // SAFETY: the launches below write all that is read of these: codes with their padding, every row's absmax, the count
-        // and as many columns.
-        let rows = unsafe {
-            QuantizedRows {
-                flags: device.alloc_zeros(self.k)?,
-                columns: device.alloc(self.k)?,
-                count: device.alloc(1)?,
-                codes: device.alloc(x.m * self.stride)?,
-                row_absmax: device.alloc(x.m)?,
-            }
+    unsafe fn quantize(&self, on: &dyn Launcher, x: &RowsOf) -> Result<QuantizedRows> {
+        let rows = QuantizedRows {
+            flags: x.keep::<u8>(flag_bytes(x.m, self.stride))?,
+            columns: x.keep::<i32>(self.k)?,
+            count: x.keep::<i32>(1)?,
+            codes: x.keep::<u8>(x.m * self.stride)?,
+            row_absmax: x.keep::<f32>(x.m)?,
         };
-        // SAFETY: all are as large as `ManyRows` says; the caller's promise for x.
-        unsafe { self.many_rows(x, &rows).quantize(device) }?;
+        // SAFETY: all are as large as `ManyRows` says. The launches write all that is read of them: codes with their padding, every
+        // row's absmax, the count and as many columns. The caller's promise for x.
+        unsafe { self.many_rows(x, &rows).quantize(on) }?;
         Ok(rows)
     }
 
     /// The product of these rows, without a place for it yet.
     fn many_rows(&self, x: &RowsOf, rows: &QuantizedRows) -> ManyRows {
-        let device = &self.device;
+        let QuantizedRows { flags, columns, count, codes, row_absmax } = *rows;
         ManyRows {
             m: x.m,
             n: self.n,
             k: self.k,
             stride: self.stride,
             threshold: self.threshold,
-            weight: address(&self.codes, device),
-            absmax: address(&self.absmax, device),
+            weight: address(&self.codes, &self.device),
+            absmax: address(&self.absmax, &self.device),
             x: x.at,
             y: 0,
-            flags: address(&rows.flags, device),
-            columns: address(&rows.columns, device),
-            count: address(&rows.count, device),
+            flags,
+            columns,
+            count,
             total: x.outlier_columns,
-            codes: address(&rows.codes, device),
-            row_absmax: address(&rows.row_absmax, device),
+            codes,
+            row_absmax,
             products: 0,
         }
     }
+}
+
+/// Bytes of flags that quantizing m rows needs.
+pub fn flag_bytes(m: usize, stride: usize) -> usize {
+    if m <= FEW_ROWS { 0 } else { FLAG_PARTS.min(m) * stride / 8 }
 }
 
 /// `[n, k]` codes in rows padded to whole chunks, and each row's absmax.
@@ -216,7 +221,7 @@ pub struct ManyRows {
     pub x: u64,
     /// fp16 `[m, n]`.
     pub y: u64,
-    /// `[k]` bytes of zero; 1 for a column with an outlier in any row.
+    /// Of [`flag_bytes`]: a bit for a column that has an outlier, in each part of the rows.
     pub flags: u64,
     /// int32 `[k]`, of which the first `count` are outlier columns, ascending.
     pub columns: u64,
@@ -240,14 +245,23 @@ impl ManyRows {
     pub unsafe fn quantize(&self, on: &dyn Launcher) -> Result<()> {
         let Self { x, flags, columns, count, total, codes, row_absmax, threshold, .. } = *self;
         let (m, k, stride) = (dimension(self.m)?, dimension(self.k)?, dimension(self.stride)?);
-        let blocks = (self.k.div_ceil(FLAG_THREADS as usize), self.m.min(FLAG_BLOCKS_Y));
-        let (flag, list) = (Grid::new(blocks, FLAG_THREADS), Grid::new((1, 1), LIST_THREADS));
-        let encode = Grid::new((self.m, 1), QUANTIZE_THREADS);
-        // SAFETY: parameters as int8.cu declares them. A thread past k returns; the list is made by one block; each row of x,
-        // codes and row_absmax has a block.
+        let bytes = self.stride / 8;
+        if self.m <= FEW_ROWS {
+            let grid = Grid { shared_bytes: bytes, ..Grid::new((self.m, 1), FEW_THREADS) };
+            let parameters = parameters![x, columns, count, total, codes, row_absmax, m, k, stride, threshold];
+            // SAFETY: parameters as int8.cu declares them, and shared memory as it says. Each row of x, codes and row_absmax has a
+            // block, of which the first makes the list.
+            return unsafe { on.launch(&KERNELS, "int8_quantize_few", grid, parameters) };
+        }
+        let n_parts = FLAG_PARTS.min(self.m);
+        let flag = Grid::new((bytes.div_ceil(FLAG_THREADS as usize), n_parts), FLAG_THREADS);
+        let (list, encode) = (Grid::new((1, 1), LIST_THREADS), Grid::new((self.m, 1), QUANTIZE_THREADS));
+        let parts = dimension(n_parts)?;
+        // SAFETY: parameters as int8.cu declares them. A thread past the flags returns; the list is made by one block; each row of
+        // x, codes and row_absmax has a block.
         unsafe {
-            on.launch(&KERNELS, "int8_outlier_flags", flag, parameters![x, flags, m, k, threshold])?;
-            on.launch(&KERNELS, "int8_outlier_list", list, parameters![flags, columns, count, total, k])?;
+            on.launch(&KERNELS, "int8_outlier_flags", flag, parameters![x, flags, m, k, stride, threshold])?;
+            on.launch(&KERNELS, "int8_outlier_list", list, parameters![flags, columns, count, total, parts, stride])?;
             let parameters = parameters![x, flags, codes, row_absmax, k, stride, threshold];
             on.launch(&KERNELS, "int8_quantize_rows", encode, parameters)
         }

@@ -8,45 +8,56 @@
 //
 // W [n, k] int8 codes, s [n] row absmax. Rows of W and q are padded with zeros to `stride`, a multiple of 128 bytes:
 //   |k codes ......|0 0 0|
-// One row of x is the streaming product below. Many rows: outlier_flags -> outlier_list -> quantize_rows -> cuBLAS' int8
-// product -> finish_rows, all on one stream. Sums int32 and fp32.
+// One row of x is the streaming product below. Few rows: quantize_few -> cuBLAS' int8 product -> finish_rows. More: outlier_flags ->
+// outlier_list -> quantize_rows before these. All on one stream. Sums int32 and fp32.
 
 #include "quant/step.cuh"
 
-constexpr int QUANTIZE_THREADS = 1024;
+constexpr int QUANTIZE_THREADS = 256, FEW_THREADS = 1024;
 constexpr int LIST_THREADS = 1024, LISTED_AT_ONCE = 16;
 // bitsandbytes' CUDA constant for 1/127², and its fp32 1/127.
 constexpr float PER_127_SQUARED = 6.200012e-05f;
 constexpr float PER_127 = 0.007874015718698502f;
 
-// A thread looks at one column of up to gridDim.y-th part of the rows. All writers write the same value.
-extern "C" __global__ void int8_outlier_flags(
-    const __half *__restrict__ x,    // [m, k]
-    uint8_t *__restrict__ flags,     // [k], zero before
-    int m, int k, float threshold) {
-    int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= k) return;
-    for (int row = blockIdx.y; row < m; row += gridDim.y)
-        if (fabsf(__half2float(x[(long long)row * k + column])) >= threshold) flags[column] = 1;
+struct __align__(16) Eight {
+    __half values[8];
+};
+
+// 8 neighbours of a row, zeros behind its end: one word where rows are made of such.
+__device__ __forceinline__ Eight eight_from(const __half *row, int column, int k) {
+    Eight eight;
+    if (k % 8 == 0) {
+        *(uint4 *)&eight = column < k ? *(const uint4 *)(row + column) : make_uint4(0, 0, 0, 0);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) eight.values[i] = column + i < k ? row[column + i] : __float2half_rn(0.0f);
+    }
+    return eight;
 }
 
-// One block lists the flagged columns in rising order, so that later sums have one order: each round takes 1024 times 16
-// columns, a thread 16 neighbours, and ranks the threads by sums over warps and over the 32 warps' counts.
-extern "C" __global__ void __launch_bounds__(LIST_THREADS) int8_outlier_list(
-    const uint8_t *__restrict__ flags,  // [k]
-    int *__restrict__ columns,          // [k], the first *count are written
-    int *__restrict__ count,            // [1]
-    unsigned long long *__restrict__ total,  // [1], the count is added; or null
-    int k) {
+// A bit for each of 8 columns that has an outlier in one of the rows first, first + step, ...
+__device__ __forceinline__ uint32_t outliers_among(const __half *x, int column, int first, int step, int m, int k, float threshold) {
+    uint32_t flags = 0;
+#pragma unroll 4
+    for (int row = first; row < m; row += step) {
+        const Eight eight = eight_from(x + (long long)row * k, column, k);
+#pragma unroll
+        for (int i = 0; i < 8; i++) flags |= (uint32_t)(fabsf(__half2float(eight.values[i])) >= threshold) << i;
+    }
+    return flags;
+}
+
+// The block lists the flagged columns in rising order, so that later sums have one order: each round takes 1024 times 16
+// columns, a thread 16 neighbours, whose flags `flagged_from` gives, and ranks the threads by sums over warps and over the 32
+// warps' counts.
+template <class Flagged>
+__device__ __forceinline__ void list_outliers(Flagged flagged_from, int *columns, int *count, unsigned long long *total, int stride) {
     __shared__ int warp_counts[LIST_THREADS / LANES];
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int listed = 0;
-    for (int first = 0; first < k; first += LIST_THREADS * LISTED_AT_ONCE) {
+    for (int first = 0; first < stride; first += LIST_THREADS * LISTED_AT_ONCE) {
         const int own = first + threadIdx.x * LISTED_AT_ONCE;
-        uint32_t flagged = 0;
-#pragma unroll
-        for (int i = 0; i < LISTED_AT_ONCE; i++)
-            if (own + i < k && flags[own + i]) flagged |= 1u << i;
+        uint32_t flagged = own < stride ? flagged_from(own) : 0;
         // Up to this thread, within the warp.
         int rank = __popc(flagged);
 #pragma unroll
@@ -67,31 +78,96 @@ extern "C" __global__ void __launch_bounds__(LIST_THREADS) int8_outlier_list(
     if (total) *total += listed;
 }
 
+// The block encodes a row; a thread 8 neighbours at a time.
+template <int THREADS>
+__device__ __forceinline__ void quantize_row(const __half *x_row, const uint8_t *flags, int8_t *codes, float *absmax, int k, int stride,
+                                             float threshold) {
+    __shared__ float of_warps[THREADS / LANES];
+    const int lane = threadIdx.x % LANES;
+    float largest = 0.0f;
+    for (int column = 8 * threadIdx.x; column < k; column += 8 * THREADS) {
+        const Eight eight = eight_from(x_row, column, k);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float magnitude = fabsf(__half2float(eight.values[i]));
+            if (!(magnitude >= threshold)) largest = larger(largest, magnitude);
+        }
+    }
+    largest = warp_max(largest);
+    if (lane == 0) of_warps[threadIdx.x / LANES] = largest;
+    __syncthreads();
+    largest = warp_max(lane < THREADS / LANES ? of_warps[lane] : 0.0f);
+    if (threadIdx.x == 0) *absmax = largest;
+    // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
+    const float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
+    for (int column = 8 * threadIdx.x; column < stride; column += 8 * THREADS) {
+        const Eight eight = eight_from(x_row, column, k);
+        const uint32_t flagged = flags[column / 8];
+        __align__(8) int8_t made[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const bool kept = column + i < k && !(flagged >> i & 1);
+            made[i] = kept ? __float2int_rn(__half2float(eight.values[i]) * scale) : 0;
+        }
+        *(uint2 *)(codes + column) = *(const uint2 *)made;
+    }
+}
+
+// A thread looks at 8 columns of the gridDim.y-th part of the rows: a byte of flags, a bit for each column.
+extern "C" __global__ void int8_outlier_flags(
+    const __half *__restrict__ x,  // [m, k]
+    uint8_t *__restrict__ flags,   // [gridDim.y, stride / 8]
+    int m, int k, int stride, float threshold) {
+    const int byte = blockIdx.x * blockDim.x + threadIdx.x;
+    if (byte >= stride / 8) return;
+    flags[blockIdx.y * (stride / 8) + byte] = outliers_among(x, 8 * byte, blockIdx.y, gridDim.y, m, k, threshold);
+}
+
+// One block joins the flags of all parts, in the first one's place, and lists the columns.
+extern "C" __global__ void __launch_bounds__(LIST_THREADS) int8_outlier_list(
+    uint8_t *flags,                          // [parts, stride / 8]
+    int *__restrict__ columns,               // [k], the first *count are written
+    int *__restrict__ count,                 // [1]
+    unsigned long long *__restrict__ total,  // [1], the count is added; or null
+    int parts, int stride) {
+    auto joined = [&](int column) {
+        uint32_t flagged = 0;
+#pragma unroll 4
+        for (int part = 0; part < parts; part++) flagged |= *(const uint16_t *)(flags + (part * stride + column) / 8);
+        *(uint16_t *)(flags + column / 8) = (uint16_t)flagged;
+        return flagged;
+    };
+    list_outliers(joined, columns, count, total, stride);
+}
+
 // A block owns one row.
 extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) int8_quantize_rows(
     const __half *__restrict__ x,       // [m, k]
-    const uint8_t *__restrict__ flags,  // [k]
+    const uint8_t *__restrict__ flags,  // [stride / 8]
     int8_t *__restrict__ codes,         // [m, stride]
     float *__restrict__ row_absmax,     // [m]
     int k, int stride, float threshold) {
-    __shared__ float of_warps[QUANTIZE_THREADS / LANES];
-    const __half *x_row = x + (long long)blockIdx.x * k;
-    float largest = 0.0f;
-    for (int column = threadIdx.x; column < k; column += QUANTIZE_THREADS) {
-        float magnitude = fabsf(__half2float(x_row[column]));
-        if (!(magnitude >= threshold)) largest = larger(largest, magnitude);
-    }
-    largest = warp_max(largest);
-    if (threadIdx.x % LANES == 0) of_warps[threadIdx.x / LANES] = largest;
+    quantize_row<QUANTIZE_THREADS>(x + (long long)blockIdx.x * k, flags, codes + (long long)blockIdx.x * stride, row_absmax + blockIdx.x, k,
+                                   stride, threshold);
+}
+
+// All of it for so few rows that each block, which owns one, may look at all of them. Shared memory: flags [stride / 8].
+extern "C" __global__ void __launch_bounds__(FEW_THREADS) int8_quantize_few(
+    const __half *__restrict__ x,            // [m, k]
+    int *__restrict__ columns,               // [k], the first *count are written
+    int *__restrict__ count,                 // [1]
+    unsigned long long *__restrict__ total,  // [1], the count is added; or null
+    int8_t *__restrict__ codes,              // [m, stride]
+    float *__restrict__ row_absmax,          // [m]
+    int m, int k, int stride, float threshold) {
+    DYNAMIC_SHARED(uint16_t, flags_of_16);
+    uint8_t *flags = (uint8_t *)flags_of_16;
+    for (int byte = threadIdx.x; byte < stride / 8; byte += FEW_THREADS) flags[byte] = outliers_among(x, 8 * byte, 0, 1, m, k, threshold);
     __syncthreads();
-    largest = warp_max(of_warps[threadIdx.x % LANES]);
-    if (threadIdx.x == 0) row_absmax[blockIdx.x] = largest;
-    // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
-    float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
-    for (int column = threadIdx.x; column < stride; column += QUANTIZE_THREADS) {
-        bool kept = column < k && !flags[column];
-        codes[(long long)blockIdx.x * stride + column] = kept ? __float2int_rn(__half2float(x_row[column]) * scale) : 0;
-    }
+    quantize_row<FEW_THREADS>(x + (long long)blockIdx.x * k, flags, codes + (long long)blockIdx.x * stride, row_absmax + blockIdx.x, k, stride,
+                              threshold);
+    if (blockIdx.x != 0) return;
+    list_outliers([&](int column) { return (uint32_t)flags_of_16[column / 16]; }, columns, count, total, stride);
 }
 
 // What one output is of its int8 sum and of its outlier columns' sum.
@@ -124,10 +200,10 @@ extern "C" __global__ void int8_products(
     products[at] = sum;
 }
 
-// Many rows, behind the int8 product: a block owns FINISH_COLUMNS outputs of FINISH_ROWS rows at a time, and a thread one output of
-// every FINISH_STEP-th row. Weights of outlier columns and what they multiply lie in shared memory, FINISH_OUTLIERS at once.
-constexpr int FINISH_COLUMNS = 64, FINISH_ROWS = 32, FINISH_OUTLIERS = 32, FINISH_THREADS = 256;
-constexpr int FINISH_STEP = FINISH_THREADS / FINISH_COLUMNS;
+// Many rows, behind the int8 product: a block owns FINISH_COLUMNS outputs of FINISH_ROWS rows at a time, and a thread FINISH_WIDTH
+// neighbours of every FINISH_STEP-th row. Weights of outlier columns and what they multiply lie in shared memory, FINISH_OUTLIERS at once.
+constexpr int FINISH_COLUMNS = 64, FINISH_ROWS = 32, FINISH_OUTLIERS = 32, FINISH_THREADS = 256, FINISH_WIDTH = 4;
+constexpr int FINISH_STEP = FINISH_THREADS / (FINISH_COLUMNS / FINISH_WIDTH);
 
 extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows(
     const int *__restrict__ products,         // [m, n]
@@ -139,12 +215,17 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
     const __half *__restrict__ x,             // [m, k]
     __half *__restrict__ y,                   // [m, n]
     int m, int n, int k, int stride) {
-    __shared__ float weights[FINISH_OUTLIERS][FINISH_COLUMNS + 1], values[FINISH_ROWS][FINISH_OUTLIERS];
-    const int first_column = blockIdx.x * FINISH_COLUMNS, in_block = threadIdx.x % FINISH_COLUMNS, row_of_thread = threadIdx.x / FINISH_COLUMNS;
+    // Rows of whole words, and of one bank more.
+    __shared__ __align__(16) float weights[FINISH_OUTLIERS][FINISH_COLUMNS + FINISH_WIDTH];
+    __shared__ float values[FINISH_ROWS][FINISH_OUTLIERS + 1];
+    constexpr int GROUPS = FINISH_COLUMNS / FINISH_WIDTH;
+    const int first_column = blockIdx.x * FINISH_COLUMNS, in_block = threadIdx.x % GROUPS * FINISH_WIDTH, row_of_thread = threadIdx.x / GROUPS;
     const int column = first_column + in_block, outliers = *count;
-    const float scale = column < n ? weight_absmax[column] : 0.0f;
+    float scales[FINISH_WIDTH];
+#pragma unroll
+    for (int j = 0; j < FINISH_WIDTH; j++) scales[j] = column + j < n ? weight_absmax[column + j] : 0.0f;
     for (int first_row = blockIdx.y * FINISH_ROWS; first_row < m; first_row += gridDim.y * FINISH_ROWS) {
-        float sums[FINISH_ROWS / FINISH_STEP] = {};
+        float sums[FINISH_ROWS / FINISH_STEP][FINISH_WIDTH] = {};
         for (int first = 0; first < outliers; first += FINISH_OUTLIERS) {
             const int held = min(FINISH_OUTLIERS, outliers - first);
             __syncthreads();
@@ -162,17 +243,32 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
             __syncthreads();
 #pragma unroll 1
             for (int outlier = 0; outlier < held; outlier++) {
-                const float of_column = weights[outlier][in_block];
+                const float4 of_columns = *(const float4 *)&weights[outlier][in_block];
 #pragma unroll
-                for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) sums[i] += of_column * values[row_of_thread + i * FINISH_STEP][outlier];
+                for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) {
+                    const float value = values[row_of_thread + i * FINISH_STEP][outlier];
+                    sums[i][0] += of_columns.x * value, sums[i][1] += of_columns.y * value;
+                    sums[i][2] += of_columns.z * value, sums[i][3] += of_columns.w * value;
+                }
             }
         }
 #pragma unroll
         for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) {
             const int row = first_row + row_of_thread + i * FINISH_STEP;
             if (row >= m || column >= n) continue;
-            const float value = join(products[(long long)row * n + column], row_absmax[row], scale, sums[i]);
-            y[(long long)row * n + column] = __float2half_rn(value);
+            const long long at = (long long)row * n + column;
+            __align__(16) int made[FINISH_WIDTH];
+            __align__(8) __half rounded[FINISH_WIDTH];
+            if (n % FINISH_WIDTH == 0)
+                *(uint4 *)made = *(const uint4 *)(products + at);
+            else
+                for (int j = 0; j < FINISH_WIDTH; j++) made[j] = column + j < n ? products[at + j] : 0;
+#pragma unroll
+            for (int j = 0; j < FINISH_WIDTH; j++) rounded[j] = __float2half_rn(join(made[j], row_absmax[row], scales[j], sums[i][j]));
+            if (n % FINISH_WIDTH == 0)
+                *(uint2 *)(y + at) = *(const uint2 *)rounded;
+            else
+                for (int j = 0; j < FINISH_WIDTH && column + j < n; j++) y[at + j] = rounded[j];
         }
     }
 }

@@ -2,6 +2,8 @@
 
 mod encode;
 
+use std::ops::Range;
+
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result};
 use half::f16;
@@ -51,6 +53,12 @@ const HALF_BYTES: usize = CHUNK_BYTES / 2;
 /// Bytes that stay together: 16 elements.
 const UNIT_BYTES: usize = 8;
 const DEQUANTIZE_THREADS: u32 = 256;
+/// A third of an H100's L2 cache.
+const TILE_BYTES: usize = 16 << 20;
+/// cuBLAS' tiles begin with whole words of the result, and have as many columns.
+const TILE_GRANULE: usize = 64;
+/// Rows of a call whose weights are made tile by tile.
+const FEW_ROWS: usize = 32;
 
 pub(super) fn upload(stored: &Nf4Stored, device: &Device) -> Result<Box<dyn CudaMatrix>> {
     let device = device.as_cuda_device()?;
@@ -127,18 +135,27 @@ pub fn streamed((n, k): (usize, usize), weight: u64, absmax: AbsmaxAt, code: u64
     }
 }
 
-/// Writes the weight as fp16 `[n, k]` to `out`, each value rounded once.
+/// Writes `rows` of the weight as fp16 `[rows, k]` to `out`, each value rounded once.
 ///
 /// # Safety
-/// `matrix` is one of [`streamed`]'s on what `on` runs on, and `out` has the room.
-pub unsafe fn dequantize(on: &dyn Launcher, matrix: &Streamed, out: u64) -> Result<()> {
+/// `matrix` is one of [`streamed`]'s on what `on` runs on and has these rows, and `out` has the room.
+pub unsafe fn dequantize(on: &dyn Launcher, matrix: &Streamed, rows: Range<usize>, out: u64) -> Result<()> {
     let name = if matrix.nested == 0 { "nf4_dequantize_plain" } else { "nf4_dequantize_nested" };
     let (part, k, stride) = (matrix.part()?, dimension(matrix.k)?, dimension(matrix.stride_bytes)?);
+    let (first, end) = (dimension(rows.start)?, dimension(rows.end)?);
     // The kernel counts threads in 31 bits.
-    let units = dimension(matrix.n * matrix.stride_bytes / UNIT_BYTES)? as usize;
+    let units = dimension(rows.len() * matrix.stride_bytes / UNIT_BYTES)? as usize;
     let grid = Grid::over(units, DEQUANTIZE_THREADS);
     // SAFETY: parameters as nf4.cu declares them, a thread for each unit; the caller vouches for the addresses.
-    unsafe { on.launch(&KERNELS, name, grid, parameters![part, matrix.code, out, k, stride]) }
+    unsafe { on.launch(&KERNELS, name, grid, parameters![part, matrix.code, out, k, stride, first, end]) }
+}
+
+/// Rows of the weight that are fp16 at once, for m rows of activations: of few, a product is over sooner than its weights have gone
+/// through memory, so that they should stay in the L2 cache.
+fn tile_rows(m: usize, n: usize, k: usize) -> usize {
+    let bytes = size_of::<f16>() * n * k;
+    let step = n.div_ceil(bytes.div_ceil(TILE_BYTES)).next_multiple_of(TILE_GRANULE);
+    if m > FEW_ROWS { n } else { step.min(n) }
 }
 
 struct Nf4OnDevice {
@@ -212,27 +229,33 @@ impl CudaMatrix for Nf4OnDevice {
         streamed((self.n, self.k), address(&self.chunks, &self.device), absmax, at(&self.code))
     }
 
-    unsafe fn multiply_rows(&self, x: &RowsOf, y: u64) -> Result<()> {
-        let RowsOf { at: x, m, .. } = *x;
-        // SAFETY: the kernel writes every element before anything reads it.
-        let weight = unsafe { self.device.alloc::<f16>(self.n * self.k) }?;
-        let at = address(&weight, &self.device);
-        // SAFETY: `at` has room for [n, k], and frees it on the same stream.
-        unsafe { dequantize(&self.device, &self.streamed(), at) }?;
+    unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &RowsOf, y: u64) -> Result<()> {
+        let RowsOf { at: x, m, arena, .. } = *x;
+        let step = tile_rows(m, self.n, self.k);
+        let tile = arena.take::<f16>(step * self.k)?;
+        let weight = tile.address;
         let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
-        let gemm = Gemm {
-            m,
-            n: self.n,
-            k: self.k,
-            batch: 1,
-            a: operand(x, self.k),
-            b: operand(at, self.k),
-            b_is_transposed: true,
-            out: operand(y, self.n),
-            from: Type::Half,
-            to: Type::Half,
-        };
-        // SAFETY: the caller's promise for x and y; the weight is freed on the same stream.
-        unsafe { gemm.run(&self.device) }
+        for first in (0..self.n).step_by(step) {
+            let rows = first..self.n.min(first + step);
+            let gemm = Gemm {
+                m,
+                n: rows.len(),
+                k: self.k,
+                batch: 1,
+                a: operand(x, self.k),
+                b: operand(weight, self.k),
+                b_is_transposed: true,
+                out: operand(y + (size_of::<f16>() * first) as u64, self.n),
+                from: Type::Half,
+                to: Type::Half,
+            };
+            // SAFETY: the caller's promise for x and y; the weight has room for these rows, and what overwrites it comes later on the
+            // same stream.
+            unsafe {
+                dequantize(on, &self.streamed(), rows, weight)?;
+                on.multiply(&gemm)?;
+            }
+        }
+        Ok(())
     }
 }

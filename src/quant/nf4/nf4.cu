@@ -247,18 +247,18 @@ STEP_KERNEL(nf4_plain, Nibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES)
 STEP_KERNEL(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES)
 STEP_KERNEL(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES)
 
-// The weight as fp16 [n, k], each value rounded once. A thread decodes a unit: 16 elements of one row, in one block unless
-// blocks cross rows.
+// Rows first_row .. end_row of the weight as fp16 [end_row - first_row, k], each value rounded once. A thread decodes a unit: 16 elements of one
+// row, in one block unless blocks cross rows.
 template <class Absmax>
 __device__ __forceinline__ void dequantize(const uint8_t *packed, const Part &part, const float *code, __half *weight, int k,
-                                           int stride) {
+                                           int stride, int first_row, int end_row) {
     __shared__ float values[16], absmax_values[256];
     if (threadIdx.x < 16) values[threadIdx.x] = code[threadIdx.x];
     absmax_values[threadIdx.x] = code[16 + threadIdx.x];
     __syncthreads();
     const unsigned units = stride / 8, index = blockIdx.x * blockDim.x + threadIdx.x;
-    const int row = index / units, unit = index % units;
-    if (row >= part.n) return;
+    const int row = first_row + index / units, unit = index % units;
+    if (row >= end_row) return;
     int place = unit % 8;
     int column = unit / 8 * 128 + place % 2 * BLOCK + place / 2 * 16;
     uint2 bytes = *(const uint2 *)(packed + (long long)row * stride + unit * 8);
@@ -274,7 +274,7 @@ __device__ __forceinline__ void dequantize(const uint8_t *packed, const Part &pa
         int nibble = (at < 8 ? bytes.x : bytes.y) >> (at % 8 / 2 * 8 + (at % 2 ? 0 : 4)) & 15;
         decoded[at] = __float2half_rn(__fmul_rn(values[nibble], scale));
     }
-    __half *out = weight + first + column;
+    __half *out = weight + (long long)(row - first_row) * k + column;
     if (k % 16 == 0) {
         ((uint4 *)out)[0] = ((const uint4 *)decoded)[0];
         ((uint4 *)out)[1] = ((const uint4 *)decoded)[1];
@@ -286,11 +286,11 @@ __device__ __forceinline__ void dequantize(const uint8_t *packed, const Part &pa
 }
 
 extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_nested(
-    const __grid_constant__ Part part, const float *code, __half *weight, int k, int stride) {
-    dequantize<NestedAbsmax>(part.weight, part, code, weight, k, stride);
+    const __grid_constant__ Part part, const float *code, __half *weight, int k, int stride, int first_row, int end_row) {
+    dequantize<NestedAbsmax>(part.weight, part, code, weight, k, stride, first_row, end_row);
 }
 
 extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_plain(
-    const __grid_constant__ Part part, const float *code, __half *weight, int k, int stride) {
-    dequantize<PlainAbsmax>(part.weight, part, code, weight, k, stride);
+    const __grid_constant__ Part part, const float *code, __half *weight, int k, int stride, int first_row, int end_row) {
+    dequantize<PlainAbsmax>(part.weight, part, code, weight, k, stride, first_row, end_row);
 }

@@ -1,0 +1,192 @@
+//! Calls of many rows as they repeat. The first of a shape is rehearsed, which tells what memory it needs, and runs one launch after
+//! the other; the second is captured as a graph, and all later ones are one launch of that. What they read lies where it lay before.
+
+use std::collections::VecDeque;
+
+use anyhow::{Context, Result};
+use candle_core::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, sys};
+use half::f16;
+
+use super::rows::{Done, Run};
+use super::step::Step;
+use super::{Epilogue, Weights};
+use crate::kernels::cuda::arena::{Arena, Layout, Region};
+use crate::kernels::cuda::launch::{Launcher, Rehearsal, address, upload};
+use crate::plan::{Head, Plan};
+
+/// Shapes that are remembered: those of the last calls.
+const SHAPES: usize = 4;
+
+/// What the launches of a call depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    pub kind: Kind,
+    pub rows: usize,
+    /// Tokens before it in the decoder's caches; 0 for an encoder.
+    pub position: usize,
+    /// Rows of the last encoder call, or of this one.
+    pub encoded: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Encoder,
+    /// The decoder, and the head of its last row.
+    Prompt,
+    /// The decoder up to its head.
+    Scored,
+}
+
+/// What a call reads that the host makes.
+pub enum Input {
+    /// The tokens, then for each row that of the features that it takes, if it stands for a part of a picture.
+    Tokens(Vec<i32>),
+    /// `[rows, channels · patch²]`
+    Patches(Vec<f16>),
+}
+
+impl Input {
+    fn bytes(&self) -> usize {
+        match self {
+            Input::Tokens(values) => size_of_val(&values[..]),
+            Input::Patches(values) => size_of_val(&values[..]),
+        }
+    }
+
+    /// # Safety
+    /// `to` has room for [`Self::bytes`].
+    unsafe fn upload(&self, to: u64, device: &CudaDevice) -> Result<()> {
+        // SAFETY: the caller's promise.
+        Ok(unsafe {
+            match self {
+                Input::Tokens(values) => upload(values, to, device),
+                Input::Patches(values) => upload(values, to, device),
+            }
+        }?)
+    }
+}
+
+/// A call on a session's memory.
+pub struct Call<'a> {
+    pub weights: &'a Weights,
+    pub step: &'a Step,
+    pub shape: Shape,
+}
+
+impl Call<'_> {
+    /// The plan, how much of it is for many rows, and what is for one.
+    fn plan(&self) -> Result<(&Plan, usize, Option<Head>)> {
+        let model = &self.weights.model;
+        if self.shape.kind == Kind::Encoder {
+            let plan = &model.encoder.as_ref().context("this model has no encoder")?.plan;
+            return Ok((plan, plan.ops.len(), None));
+        }
+        let head = model.decoder.head().context("this plan has no head")?;
+        Ok((&model.decoder, head.body_len, Some(head)))
+    }
+
+    /// All but the head of the last row.
+    fn run(&self, on: &dyn Launcher, arena: &Arena, input: Region) -> Result<Done> {
+        let (plan, len, head) = self.plan()?;
+        Run::new(self.weights, plan, self.shape, on, arena, input).run(len, head.map(|head| head.x))
+    }
+
+    /// All of it, on the device.
+    fn queue(&self, device: &CudaDevice, arena: &Arena, input: Region) -> Result<Done> {
+        let done = self.run(device, arena, input)?;
+        if let (Kind::Prompt, (_, _, Some(head))) = (self.shape.kind, self.plan()?) {
+            let place = self.step.head(self.weights, self.shape.rows)?;
+            let last = done.x + ((self.shape.rows - 1) * self.weights.row_bytes(head)) as u64;
+            let epilogue = Epilogue { logits: address(&self.weights.logits, device), ..Epilogue::default() };
+            self.weights.run_head(self.step.ended(device), head, last, epilogue, 0, place)?;
+        }
+        Ok(done)
+    }
+}
+
+/// The memory of calls, and the last shapes that they had.
+#[derive(Default)]
+pub struct Prompts {
+    memory: Option<CudaSlice<u8>>,
+    /// The last call's first.
+    known: VecDeque<Known>,
+}
+
+struct Known {
+    shape: Shape,
+    layout: Layout,
+    has_returned: bool,
+    /// Of a call in this memory.
+    done: Option<Done>,
+    graph: Option<CudaGraph>,
+}
+
+impl Prompts {
+    /// Queues `call`, as a graph from the second time on if it may be one.
+    pub fn run(&mut self, call: &Call, input: &Input, as_graph: bool) -> Result<Done> {
+        let device = &call.weights.device;
+        let base = self.prepare(call, input.bytes())?;
+        let Some(known) = self.known.front_mut() else { anyhow::bail!("a call that was not prepared") };
+        let arena = Arena::at(base, &known.layout);
+        let region = arena.take::<u8>(input.bytes())?;
+        // SAFETY: the region is as large.
+        unsafe { input.upload(region.address, device) }?;
+        if let (Some(done), Some(graph)) = (known.done, &known.graph) {
+            graph.launch()?;
+            return Ok(done);
+        }
+        if known.done.is_none() || !as_graph {
+            let done = call.queue(device, &arena, region)?;
+            known.done = Some(done);
+            return Ok(done);
+        }
+        let stream = device.cuda_stream();
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        let queued = call.queue(device, &arena, region);
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        let explain = || format!("capturing {:?}", call.shape);
+        let done = queued.with_context(explain)?;
+        let graph = graph.with_context(explain)?.with_context(explain)?;
+        graph.launch()?;
+        known.graph = Some(graph);
+        Ok(done)
+    }
+
+    /// Bytes of memory that are held for the next call.
+    pub fn bytes(&self) -> usize {
+        self.memory.as_ref().map_or(0, CudaSlice::len)
+    }
+
+    /// Makes the call's shape the first of those known, and memory for it, which begins at the address returned. That of a shape
+    /// which came but once does not stay: a call may be far longer than those that are to repeat.
+    fn prepare(&mut self, call: &Call, input_bytes: usize) -> Result<u64> {
+        let at = self.known.iter().position(|known| known.shape == call.shape);
+        let mut known = match at.and_then(|at| self.known.remove(at)) {
+            Some(known) => Known { has_returned: true, ..known },
+            None => {
+                let layout = Layout::of(|arena| {
+                    let rehearsed = arena.take::<u8>(input_bytes).map_err(anyhow::Error::from);
+                    rehearsed.and_then(|input| call.run(&Rehearsal, arena, input)).map(|_| ())
+                })?;
+                Known { shape: call.shape, layout, has_returned: false, done: None, graph: None }
+            }
+        };
+        let others = self.known.iter().filter(|other| other.has_returned).map(|other| other.layout.bytes());
+        let kept = if known.has_returned { self.bytes() } else { others.max().unwrap_or(0) };
+        let bytes = known.layout.bytes().max(kept).max(1);
+        let device = &call.weights.device;
+        if bytes != self.bytes() {
+            for known in self.known.iter_mut().chain([&mut known]) {
+                (known.done, known.graph) = (None, None);
+            }
+            // Given back before there is more.
+            self.memory = None;
+            // SAFETY: a call writes what it takes before it reads it.
+            self.memory = Some(unsafe { device.alloc::<u8>(bytes) }?);
+        }
+        self.known.push_front(known);
+        self.known.truncate(SHAPES);
+        Ok(self.memory.as_ref().map_or(0, |memory| address(memory, device)))
+    }
+}
