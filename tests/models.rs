@@ -378,10 +378,7 @@ const FP16_LOGIT_TOLERANCE: f32 = 0.1;
 #[cfg(feature = "cuda")]
 #[test]
 fn cuda_logits_stay_near_the_reference() {
-    if let Err(error) = quantbench::kernels::cuda::probe(0) {
-        println!("skipped: {error}");
-        return;
-    }
+    let Some(_device) = device() else { return };
     for model in MODELS {
         let (reference, golden) = (Golden::open(model, "golden"), Golden::open(model, "quant_golden"));
         for precision in ["fp16", "nf4", "int8"] {
@@ -410,14 +407,22 @@ fn cuda_logits_stay_near_the_reference() {
     }
 }
 
+/// The device, for one test at a time: what another thread queues there would end a capture. Prints why there is none.
+#[cfg(feature = "cuda")]
+fn device() -> Option<std::sync::MutexGuard<'static, ()>> {
+    static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    if let Err(error) = quantbench::kernels::cuda::probe(0) {
+        println!("skipped: {error}");
+        return None;
+    }
+    Some(ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
 /// A step has one order of sums: the graph gives the same bits each time, and the same as its launches one by one.
 #[cfg(feature = "cuda")]
 #[test]
 fn cuda_replays_are_bit_equal_with_and_without_a_graph() {
-    if let Err(error) = quantbench::kernels::cuda::probe(0) {
-        println!("skipped: {error}");
-        return;
-    }
+    let Some(_device) = device() else { return };
     const REPLAYS: usize = 20;
     for (model, precision) in MODELS.into_iter().flat_map(|model| ["fp16", "int8", "nf4"].map(|p| (model, p))) {
         let prompt = ids(&Golden::open(model, "golden").facts["prompts"][0]["input_ids"]);
@@ -437,10 +442,7 @@ fn cuda_replays_are_bit_equal_with_and_without_a_graph() {
 #[cfg(feature = "cuda")]
 #[test]
 fn cuda_prompts_are_bit_equal_direct_captured_and_replayed() {
-    if let Err(error) = quantbench::kernels::cuda::probe(0) {
-        println!("skipped: {error}");
-        return;
-    }
+    let Some(_device) = device() else { return };
     /// Enough that attention goes through cuBLAS and LLM.int8 looks for outliers in a launch of its own.
     const LONG: usize = 40;
     for (model, precision) in MODELS.into_iter().flat_map(|model| ["fp16", "int8", "nf4"].map(|p| (model, p))) {

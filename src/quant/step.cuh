@@ -52,16 +52,17 @@ __device__ __forceinline__ void multiply(const Program &program, const Held *job
     }
     ahead();
     const bool has_rows = share.rows != 0 || job.logits;
+    auto begin = [&]() { Ring::begin(copying, at); };
     if (!job.keeps && has_rows) {
-        if (is_normed) normalize(job.inputs[0], Awaited(tags, job.inputs[0].of_job), x, sums_of_warps);
-        else if (job.inputs[0].is_tagged) read_plain<true, Own::WORDS_HELD>(job, tags, x);
-        else read_plain<false, Own::WORDS_HELD>(job, tags, x);
+        if (is_normed) normalize(job.inputs[0], Awaited(tags, job.inputs[0].of_job), x, sums_of_warps, begin);
+        else if (job.inputs[0].is_tagged) read_plain<true, Own::WORDS_HELD>(job, tags, x, begin);
+        else read_plain<false, Own::WORDS_HELD>(job, tags, x, begin);
         meet();
-    } else if (job.keeps) {
+    } else {
+        begin();
         // What `ahead` has found of later jobs is there for all warps.
         meet();
     }
-    Ring::begin(copying, at);
     if (!has_rows) return ring.leave(at);
     if (!job.keeps) {
         if (kind == KIND_FLOAT) Floats::convert(activations.of_floats, {}, job, x, converted, sums_of_warps);
@@ -149,7 +150,7 @@ __device__ __forceinline__ void run_step(const Program &program) {
             }
         };
         const Job &job = held[at % JOBS_HELD].job;
-        if (job.kind == KIND_ATTENTION) attend(job.attention, tags, tags.of(at), room, ahead);
+        if (job.kind == KIND_ATTENTION) attend<Own::KEYS_AHEAD>(job.attention, tags, tags.of(at), room, ahead);
         else multiply<Own>(program, held, at, tags, before, behind, ring, copying, shared, room, ahead);
         if (at + 1 == n) break;
         // Shared memory is the next job's.

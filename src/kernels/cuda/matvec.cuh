@@ -54,8 +54,10 @@ __device__ __forceinline__ void fetch_norm(const Input &input) {
 }
 
 // norm(x) [k] in fp16, once x is there. Rows of 4096 stay in registers; longer ones are read again. x, weights and bias have zeros
-// behind k up to a multiple of 4; so has the result. An rms norm's bias is zeros.
-__device__ __forceinline__ void normalize(const Input &input, const Awaited &awaited, __half *out, float *room) {
+// behind k up to a multiple of 4; so has the result. An rms norm's bias is zeros. A
+// thread calls `come` when it has all that it holds.
+template <class Come>
+__device__ __forceinline__ void normalize(const Input &input, const Awaited &awaited, __half *out, float *room, Come come) {
     const float2 *weights = (const float2 *)input.norm_weight, *biases = (const float2 *)input.norm_bias;
     const int twos = (input.k + 1) / 2, rest = NORM_HELD * THREADS + threadIdx.x;
     auto is_mine = [&](int i) { return i * THREADS + (int)threadIdx.x < twos; };
@@ -77,6 +79,7 @@ __device__ __forceinline__ void normalize(const Input &input, const Awaited &awa
         if (all) break;
         pause();
     }
+    come();
     auto two_at = [&](int at) {
         uint4 two = look_at(at);
         while (!is_there(two, at)) {
@@ -128,9 +131,10 @@ __device__ __forceinline__ void normalize(const Input &input, const Awaited &awa
 }
 
 // All inputs without a norm, in fp16, one behind the other, once they are there: 16 bytes at a time, HELD of them in a thread's
-// registers so that one latency covers them, and the rest one by one. The second input is to be there no sooner than the first.
-template <bool IS_TAGGED, int HELD>
-__device__ __forceinline__ void read_plain(const Matvec &job, const Tags &tags, __half *out) {
+// registers so that one latency covers them, and the rest one by one. The second input is to be there no sooner than the first. A thread
+// calls `come` when it has what it reads by words.
+template <bool IS_TAGGED, int HELD, class Come>
+__device__ __forceinline__ void read_plain(const Matvec &job, const Tags &tags, __half *out, Come come) {
     constexpr int OF_UNIT = IS_TAGGED ? 4 : 8;
     const Input &first = job.inputs[0], &second = job.inputs[1];
     auto units_of = [](const Input &input) { return (uintptr_t)input.x % 16 == 0 ? input.k / OF_UNIT : 0; };
@@ -176,6 +180,7 @@ __device__ __forceinline__ void read_plain(const Matvec &job, const Tags &tags, 
             pause();
         }
     }
+    come();
 #pragma unroll 1
     for (int i = 0; i < job.n_inputs; i++) {
         const Input &input = job.inputs[i];
@@ -260,7 +265,7 @@ __device__ __forceinline__ void take_steps(uint32_t slot, typename Decoder::Row 
 //                             chunk apart, and where the extra words of the step do
 //   Partial, partial          a row's partial result, in the lane 4g
 //   Activations, convert      what x becomes, behind the xs in shared memory
-//   WORDS_HELD                of x, in a thread's registers: as many as leave room for the rest
+//   WORDS_HELD, KEYS_AHEAD    of x, and of attention's cache, in a thread's registers: as many as leave room for the rest
 //   HAS_ROW_SCALES, result    whether a row has a scale of its own, and the value that is made of its partials
 //   Shared, prepare           tables that the whole step needs
 //   Place                     what is copied for a step beside the weights

@@ -427,6 +427,7 @@ impl Ready {
 
 #[cfg(test)]
 mod tests {
+    use super::super::matvec::{Puts, Streamed};
     use super::*;
 
     static NO_CODE: Fatbin = Fatbin { name: "none", image: &[] };
@@ -450,5 +451,63 @@ mod tests {
         }
         assert_eq!([on((9, 0)).threads(half), on((9, 0)).threads(nf4), on((8, 9)).threads(half)], [640, 512, 512]);
         assert_eq!([on((9, 0)).ring(nf4, 0).0, on((8, 0)).ring(half, 0).0, on((12, 0)).ring(half, 0).0], [3, 6, 3]);
+    }
+
+    static HALVES: Family = Family { name: "halves", kind: Kind::Half, chunk: 64, kernels: &[] };
+
+    fn multiply(jobs: &mut Jobs, x: u64, is_tagged: i32, out: u64) -> Result<()> {
+        let matrix = Streamed {
+            family: &HALVES,
+            n: 64,
+            k: 64,
+            weight: 99,
+            stride_bytes: 128,
+            scales: 0,
+            nested: 0,
+            offset: 0.0,
+            code: 0,
+            threshold: f32::NAN,
+        };
+        let input = Input { x, scale: 1.0, is_tagged, ..Input::default() };
+        let product = Product { matrix, bias: 0, out, activation: 0 };
+        jobs.multiply(
+            Mode::Apart,
+            vec![input],
+            &[product],
+            Epilogue { puts: Puts::TaggedHalves, ..Epilogue::default() },
+        )
+    }
+
+    /// What jobs of one input each read and write.
+    fn chain(jobs: &[(u64, u64)]) -> Jobs {
+        let mut made = Jobs::new(Facts { multiprocessors: 4, bytes_per_us: 0, compute_capability: (9, 0) });
+        jobs.iter().for_each(|(x, out)| multiply(&mut made, *x, 1, *out).unwrap());
+        made
+    }
+
+    #[test]
+    fn nothing_is_written_anew_before_all_have_read_it() {
+        let order = |jobs: &Jobs| jobs.check_order().map_err(|error| error.to_string());
+        assert_eq!(order(&chain(&[(1, 2), (2, 3), (3, 1)])), Ok(()));
+        let refused = Err("job 1 may write what job 0 has not read yet".to_string());
+        assert_eq!(order(&chain(&[(1, 2), (3, 1)])), refused);
+        // A head's unit has a part of q; who reads what all of them made has all.
+        let attention = |q, out| Attention { q, out, d: 8, d_pad: 8, kv_heads: 1, group: 1, ..Attention::default() };
+        let mut direct = chain(&[(1, 2)]);
+        direct.attend(attention(2, 1)).unwrap();
+        assert_eq!(order(&direct), refused);
+        let mut behind = chain(&[(1, 2)]);
+        behind.attend(attention(2, 3)).unwrap();
+        multiply(&mut behind, 3, 1, 1).unwrap();
+        assert_eq!(order(&behind), Ok(()));
+    }
+
+    #[test]
+    fn what_a_job_of_the_launch_writes_is_read_with_its_tag() {
+        let mut jobs = chain(&[(1, 2)]);
+        multiply(&mut jobs, 2, 1, 3).unwrap();
+        assert_eq!(jobs.list[1].awaits(), [(2, Some(0))]);
+        assert_eq!(jobs.list[0].awaits(), [(1, None)]);
+        assert!(multiply(&mut jobs, 3, 0, 4).is_err());
     }
 }

@@ -53,8 +53,8 @@ const HALF_BYTES: usize = CHUNK_BYTES / 2;
 /// Bytes that stay together: 16 elements.
 const UNIT_BYTES: usize = 8;
 const DEQUANTIZE_THREADS: u32 = 256;
-/// A third of an H100's L2 cache.
-const TILE_BYTES: usize = 16 << 20;
+/// Two thirds of an H100's L2 cache, whose best it is of 2 to 64 MiB (docs/benchmarks.md).
+const TILE_BYTES: usize = 32 << 20;
 /// cuBLAS' tiles begin with whole words of the result, and have as many columns.
 const TILE_GRANULE: usize = 64;
 /// Rows of a call whose weights are made tile by tile.
