@@ -217,12 +217,12 @@ fn oracles_equal_the_golden_layers() {
     assert!(layers >= 20, "{layers} golden layers");
 }
 
-/// Rows in multiples of the granule, in three parts as threads would take them.
+/// Rows in multiples of the granule, in three parts as threads would take them, and what is left for a fourth one: nothing.
 fn row_parts(matrix: &dyn CpuMatrix) -> Vec<Range<usize>> {
     let (n, _) = matrix.shape();
     let granules = n.div_ceil(matrix.row_granule());
     let bound = |part: usize| (granules * part / 3 * matrix.row_granule()).min(n);
-    (0..3).map(|part| bound(part)..bound(part + 1)).filter(|rows| !rows.is_empty()).collect()
+    (0..3).map(|part| bound(part)..bound(part + 1)).chain(std::iter::once(n..n)).collect()
 }
 
 fn multiply(matrix: &dyn CpuMatrix, x: &[f32], m: usize, bias: Option<&[f32]>, parts: &[Range<usize>]) -> Vec<f32> {

@@ -20,7 +20,7 @@ use crate::kernels::nvml::Gpu;
 pub const SUBCOMMAND: &str = "worker";
 
 /// Bytes of a dead worker's last words that are kept.
-const LAST_WORDS_BYTES: usize = 4096;
+const LAST_WORDS_BYTES: usize = 64 << 10;
 
 /// Buffers from this size on go back to the system as soon as they are freed. glibc otherwise raises the bound while it loads
 /// and keeps memory that is not in use, which would count as resident.
@@ -272,8 +272,9 @@ fn death(who: &str, (signal, status): (Option<i32>, &str), words: &str, oom: Out
     Failure::OutOfMemory { message: format!("{oom}; {cause}"), wanted_bytes, free_bytes }
 }
 
-/// The last line of substance.
+/// The last line of substance: what stands before a backtrace, if there is one.
 fn said(words: &str) -> &str {
+    let words = words.split("\nstack backtrace:").next().unwrap_or(words);
     let said = words.lines().rfind(|line| !line.trim().is_empty() && !line.starts_with("note: "));
     said.unwrap_or("it said nothing").trim()
 }
@@ -303,6 +304,9 @@ mod tests {
         let other =
             death("worker", (Some(11), "signal: 11 (SIGSEGV)"), "the last line\nnote: run with a backtrace\n", oom);
         assert_eq!(other.message(), "the worker ended with signal: 11 (SIGSEGV): the last line");
+        let panic = "thread 'main' panicked at a.rs:1:2:\nno way\nstack backtrace:\n   0: main\n";
+        let panicked = death("worker", (None, "exit status: 101"), panic, oom);
+        assert_eq!(panicked.message(), "the worker ended with exit status: 101: no way");
         assert_eq!(
             death("worker", (None, "exit status: 1"), "", oom).message(),
             "the worker ended with exit status: 1: it said nothing"

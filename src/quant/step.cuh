@@ -150,7 +150,7 @@ __device__ __forceinline__ void run_step(const Program &program) {
             }
         };
         const Job &job = held[at % JOBS_HELD].job;
-        if (job.kind == KIND_ATTENTION) attend<Own::KEYS_AHEAD>(job.attention, tags, tags.of(at), room, ahead);
+        if (job.kind == KIND_ATTENTION) attend(job.attention, tags, tags.of(at), room, ahead);
         else multiply<Own>(program, held, at, tags, before, behind, ring, copying, shared, room, ahead);
         if (at + 1 == n) break;
         // Shared memory is the next job's.

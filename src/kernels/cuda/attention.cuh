@@ -16,6 +16,9 @@
 
 #include "kernels/cuda/job.cuh"
 
+// Keys and values of a lane, 8 elements each, that are in flight at once; more do not fit into its registers.
+constexpr int KEYS_AHEAD = 2;
+
 // Element `at` of a head, rotated, once it is there.
 __device__ __forceinline__ float rotated(const uint32_t *head, int at, int rotary, const float2 *angles, const Awaited &awaited) {
     const int half = rotary / 2, pair = at < half ? at : at - half;
@@ -89,10 +92,9 @@ __device__ __forceinline__ void join_splits(const float *first_split, int d, int
     }
 }
 
-// A lane has KEYS_AHEAD keys and values in flight, 8 elements each. What attention makes has the tag `own`; every thread calls `ahead`
-// once. `room`: q [d_pad] fp32, the query's own k and v [d_pad] fp16, then the warps' states: max and sum [WARPS], out [WARPS, d_pad]
-// fp32.
-template <int KEYS_AHEAD, class Ahead>
+// What it makes has the tag `own`; every thread calls `ahead` once. `room`: q [d_pad] fp32, the query's own k and v [d_pad] fp16, then
+// the warps' states: max and sum [WARPS], out [WARPS, d_pad] fp32.
+template <class Ahead>
 __device__ __forceinline__ void attend(const Attention &job, const Tags &tags, uint32_t own, uint8_t *room, Ahead ahead) {
     __shared__ bool is_last;
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;

@@ -205,12 +205,6 @@ __device__ __forceinline__ float load_float(const float *at) {
 // Asks for a cache line of constant data, for later.
 __device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 
-__device__ __forceinline__ float4 load_four(const float4 *at) {
-    float4 value;
-    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "l"(at));
-    return value;
-}
-
 __device__ __forceinline__ float2 load_two(const float2 *at) {
     float2 value;
     asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "l"(at));
@@ -231,11 +225,6 @@ __device__ __forceinline__ float load_fresh(const float *at) {
     float value;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
     return value;
-}
-
-__device__ __forceinline__ float4 load_fresh(const float4 *at) {
-    uint4 bits = load_fresh((const void *)at);
-    return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w));
 }
 
 __device__ __forceinline__ int load_fresh(const int *at) {

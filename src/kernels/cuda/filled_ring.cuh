@@ -32,8 +32,7 @@ struct Copying {
 struct FilledRing {
     static constexpr int EXTRA_BYTES = 0, BLOCK_THREADS = THREADS + COPIERS * LANES;
     using Shared = Copying;
-    static constexpr uint32_t EMPTY = sizeof(Copying::full);  // from a full one to its empty one
-    uint32_t slots, full;         // the first ones
+    uint32_t slots, full, empty;  // the first ones
     int at, count;                // the next slot to read, of how many
     uint32_t is_odd;              // its phase
 
@@ -46,12 +45,13 @@ struct FilledRing {
         count = n_slots;
         slots = rings + warp * bytes(count);
         full = shared_address(copying.full[warp]);
+        empty = shared_address(copying.empty[warp]);
         at = is_odd = 0;
         if (lane == 0) copying.copied[warp] = 0;
         if (threadIdx.x == 0) copying.running = 0, copying.at_hand = jobs;
         if (lane >= count) return;
         start_barrier(full + 8 * lane, 1);
-        start_barrier(full + EMPTY + 8 * lane, 1);
+        start_barrier(empty + 8 * lane, 1);
     }
     // A warp tells copiers that jobs before `limit` are at hand, and awaits that they have copied those before `at`.
     static __device__ __forceinline__ void tell_at_hand(Copying &copying, int limit) {
@@ -78,7 +78,7 @@ struct FilledRing {
     // The slot is read.
     __device__ __forceinline__ void pass() {
         __syncwarp();
-        if (threadIdx.x % LANES == 0) arrive_at(full + EMPTY + 8 * at);
+        if (threadIdx.x % LANES == 0) arrive_at(empty + 8 * at);
         at++;
         if (at < count) return;
         at = 0;

@@ -54,8 +54,7 @@ __device__ __forceinline__ void fetch_norm(const Input &input) {
 }
 
 // norm(x) [k] in fp16, once x is there. Rows of 4096 stay in registers; longer ones are read again. x, weights and bias have zeros
-// behind k up to a multiple of 4; so has the result. An rms norm's bias is zeros. A
-// thread calls `come` when it has all that it holds.
+// behind k up to a multiple of 4; so has the result. An rms norm's bias is zeros. A thread calls `come` when it has all that it holds.
 template <class Come>
 __device__ __forceinline__ void normalize(const Input &input, const Awaited &awaited, __half *out, float *room, Come come) {
     const float2 *weights = (const float2 *)input.norm_weight, *biases = (const float2 *)input.norm_bias;
@@ -265,7 +264,7 @@ __device__ __forceinline__ void take_steps(uint32_t slot, typename Decoder::Row 
 //                             chunk apart, and where the extra words of the step do
 //   Partial, partial          a row's partial result, in the lane 4g
 //   Activations, convert      what x becomes, behind the xs in shared memory
-//   WORDS_HELD, KEYS_AHEAD    of x, and of attention's cache, in a thread's registers: as many as leave room for the rest
+//   WORDS_HELD                of x, in a thread's registers: as many as leave room for the rest
 //   HAS_ROW_SCALES, result    whether a row has a scale of its own, and the value that is made of its partials
 //   Shared, prepare           tables that the whole step needs
 //   Place                     what is copied for a step beside the weights

@@ -487,7 +487,9 @@ mod tests {
 
     #[test]
     fn nothing_is_written_anew_before_all_have_read_it() {
-        let order = |jobs: &Jobs| jobs.check_order().map_err(|error| error.to_string());
+        // Its first line: the rest may be a backtrace.
+        let said = |error: candle_core::Error| error.to_string().lines().next().unwrap_or_default().to_owned();
+        let order = |jobs: &Jobs| jobs.check_order().map_err(said);
         assert_eq!(order(&chain(&[(1, 2), (2, 3), (3, 1)])), Ok(()));
         let refused = Err("job 1 may write what job 0 has not read yet".to_string());
         assert_eq!(order(&chain(&[(1, 2), (3, 1)])), refused);

@@ -32,8 +32,12 @@ pub fn checked(isa: Isa) -> Isa {
     isa
 }
 
-/// The strips that cover `rows`, which start at a strip and end at one or at the last row.
+/// The strips that cover `rows`, which start at a strip and end at one or at the last row. None of no rows, which a thread has where
+/// threads are more than strips.
 pub fn strips(rows: &Range<usize>) -> Range<usize> {
+    if rows.is_empty() {
+        return 0..0;
+    }
     assert!(rows.start.is_multiple_of(STRIP_ROWS), "rows {rows:?} start inside a strip");
     rows.start / STRIP_ROWS..rows.end.div_ceil(STRIP_ROWS)
 }

@@ -22,7 +22,7 @@ struct Undecoded {
     struct Shared {};
     using Place = Nothing;
     static constexpr bool HAS_ROW_SCALES = false;
-    static constexpr int WORDS_HELD = HAS_BULK_COPIES ? 3 : __CUDA_ARCH__ > 800 ? 1 : 2, KEYS_AHEAD = HAS_BULK_COPIES ? 3 : 2;
+    static constexpr int WORDS_HELD = HAS_BULK_COPIES ? 3 : __CUDA_ARCH__ > 800 ? 1 : 2;
     using Partial = Value;
     struct Activations {
         uint32_t x;

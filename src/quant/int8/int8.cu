@@ -279,7 +279,7 @@ struct Bytes {
     struct Shared {};
     using Place = Nothing;
     static constexpr bool HAS_ROW_SCALES = true;
-    static constexpr int WORDS_HELD = HAS_BULK_COPIES ? 2 : 1, KEYS_AHEAD = 2;
+    static constexpr int WORDS_HELD = HAS_BULK_COPIES ? 2 : 1;
     struct Partial {
         int product;
         float outlier;

@@ -134,7 +134,7 @@ struct Nibbles {
             to[i] = {shared_address(x + i * job.inputs[0].padded), shared_address(shared.pairs), shared_address(shared.absmax_code)};
     }
     static constexpr bool HAS_ROW_SCALES = false;
-    static constexpr int WORDS_HELD = 2, KEYS_AHEAD = 2;
+    static constexpr int WORDS_HELD = 2;
     using Partial = Value;
     struct Sums {
         float scaled;
@@ -200,7 +200,7 @@ struct CrossingNibbles {
         }
     };
     static constexpr bool HAS_ROW_SCALES = false;
-    static constexpr int WORDS_HELD = 2, KEYS_AHEAD = 2;
+    static constexpr int WORDS_HELD = 2;
     using Partial = Value;
     struct Sums {
         float sum;

@@ -125,8 +125,11 @@ impl Nf4Matrix {
         y: &SharedSlice<'_, f32>,
         scratch: &mut Vec<f32>,
     ) {
-        let values = grown(scratch, self.k / BLOCK * STRIP_ROWS).as_chunks_mut::<STRIP_ROWS>().0;
         let strips = strips(&rows);
+        if strips.is_empty() {
+            return;
+        }
+        let values = grown(scratch, self.k / BLOCK * STRIP_ROWS).as_chunks_mut::<STRIP_ROWS>().0;
         NestedStrip::look_up(codes, strips.start, values);
         for strip in strips.clone() {
             let next = (strip + 1).min(strips.end - 1);

@@ -15,7 +15,6 @@ inline void prefetch(const void *) {}
 inline float2 load_two(const float2 *at) { return *shim::at_global<float2>(at); }
 inline uint4 load_fresh(const void *at) { return *shim::at_global<uint4>(at); }
 inline float load_fresh(const float *at) { return *shim::at_global<float>(at); }
-inline float4 load_fresh(const float4 *at) { return *shim::at_global<float4>(at); }
 inline int load_fresh(const int *at) { return *shim::at_global<int>(at); }
 inline __half load_fresh(const __half *at) { return *shim::at_global<__half>(at); }
 inline void store_to_host(unsigned long long *at, unsigned long long value) {
