@@ -109,15 +109,15 @@ __device__ __forceinline__ void run_step(const Program &program) {
     __shared__ bool is_last;
     __shared__ typename Ring::Shared copying;
     const int n = program.n_jobs, warp = threadIdx.x / LANES;
-    const Job *jobs = program.jobs ? program.jobs : &program.only;
 
     Ring ring;
     ring.start(shared_address(dynamic), program.slots, min(n, JOBS_HELD), copying);
     uint8_t *room = (uint8_t *)dynamic + WARPS * Ring::bytes(program.slots);
     if (warp < JOBS_HELD && warp < n) {
         // A single job is a parameter, which copies in the background do not reach.
+        const Job &job = program.jobs ? program.jobs[warp] : program.only;
 #pragma unroll 1
-        for (int at = threadIdx.x % LANES; at < JOB_WORDS; at += LANES) ((uint32_t *)&held[warp].job)[at] = ((const uint32_t *)&jobs[warp])[at];
+        for (int at = threadIdx.x % LANES; at < JOB_WORDS; at += LANES) ((uint32_t *)&held[warp].job)[at] = ((const uint32_t *)&job)[at];
         find_share(held[warp]);
     }
     __syncthreads();
@@ -146,7 +146,7 @@ __device__ __forceinline__ void run_step(const Program &program) {
             }
             if (at > 0 && next < n) {
                 Ring::await_copied(copying, at);
-                fetch(held[next % JOBS_HELD], jobs[next]);
+                fetch(held[next % JOBS_HELD], program.jobs[next]);
             }
         };
         const Job &job = held[at % JOBS_HELD].job;

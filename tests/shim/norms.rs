@@ -43,8 +43,8 @@ pub fn input(host: &Host, norm: Norm, k: usize, scale: f32, numbers: &mut Number
         |factor: f32, offset: f32| -> Vec<f32> { (0..k).map(|_| factor * numbers.normal() + offset).collect() };
     let (x, weight, bias) = (vector(0.8, 0.1), vector(0.3, 1.0), vector(0.2, 0.0));
     let bias = if norm == Norm::Layer { bias } else { vec![0.0; k] };
-    // Kernels read four at a time.
-    let padded = |values: &[f32]| [values, &vec![0.0; k.next_multiple_of(4) - k]].concat();
+    // Kernels read two at a time.
+    let padded = |values: &[f32]| [values, &vec![0.0; k.next_multiple_of(2) - k]].concat();
     let memory = host.memory;
     let plain = Input { scale, epsilon: EPSILON, ..Input::default() };
     let halves: Vec<f16> = x.iter().map(|value| f16::from_f32(*value)).collect();

@@ -150,7 +150,7 @@ impl<'a> Session<'a> {
             let offset = if spec.kind == VectorKind::NormOffset { 1.0 } else { 0.0 };
             let values = read(&spec.name, spec.len, spec.len);
             let mut values: Vec<f32> = values.iter().map(|value| value.to_f32() + offset).collect();
-            values.resize(values.len().next_multiple_of(4), 0.0);
+            values.resize(values.len().next_multiple_of(2), 0.0);
             memory.hold(&values)
         });
         let vectors = vectors.collect();
@@ -226,7 +226,7 @@ impl<'a> Session<'a> {
         for job in fused {
             let halves = match job {
                 fusion::Job::Embed { table, scale, out } => {
-                    self.buffers[out.0] = self.host.memory.hold(&vec![0u64; width(*out).next_multiple_of(4)]);
+                    self.buffers[out.0] = self.host.memory.hold(&vec![0u64; width(*out).next_multiple_of(2)]);
                     let table = self.matrices[table.0];
                     self.head = Head {
                         best: self.host.memory.room::<u64>(self.facts.multiprocessors),

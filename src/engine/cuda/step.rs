@@ -27,8 +27,8 @@ pub struct Step {
 
 /// What a step writes.
 struct Memory {
-    /// By the plan's buffers, one row each: tagged fp32 where a residual lives, else tagged fp16.
-    buffers: Vec<Option<Buffer>>,
+    /// By the plan's buffers, one row each, in words of 4 bytes: tagged fp32 where a residual lives, which has two, else tagged fp16.
+    buffers: Vec<Option<CudaSlice<u32>>>,
     partials: CudaSlice<f32>,
     /// Counters of attention.
     arrived: CudaSlice<i32>,
@@ -38,30 +38,9 @@ struct Memory {
     ended: CudaSlice<u32>,
 }
 
-enum Buffer {
-    Half(CudaSlice<u32>),
-    Float(CudaSlice<u64>),
-}
-
-impl Buffer {
-    fn address(&self, device: &CudaDevice) -> u64 {
-        match self {
-            Buffer::Half(values) => address(values, device),
-            Buffer::Float(values) => address(values, device),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Buffer::Half(values) => values.num_bytes(),
-            Buffer::Float(values) => values.num_bytes(),
-        }
-    }
-}
-
-/// Values of an fp32 vector that kernels read four at a time: zeros behind it.
+/// Values of an fp32 vector that kernels read two at a time: zeros behind it.
 pub fn padded_floats(len: usize) -> usize {
-    len.next_multiple_of(4)
+    len.next_multiple_of(2)
 }
 
 impl Step {
@@ -256,7 +235,7 @@ impl Memory {
         for job in fused {
             let halves = match job {
                 fusion::Job::Embed { out, .. } => {
-                    memory.buffers[out.0] = Some(Buffer::Float(device.alloc_zeros(padded_floats(width(*out)))?));
+                    memory.buffers[out.0] = Some(device.alloc_zeros(2 * padded_floats(width(*out)))?);
                     vec![]
                 }
                 fusion::Job::Attention { q, cache, out, .. } => {
@@ -274,7 +253,7 @@ impl Memory {
                 },
             };
             for id in halves {
-                memory.buffers[id.0] = Some(Buffer::Half(device.alloc_zeros(width(id))?));
+                memory.buffers[id.0] = Some(device.alloc_zeros(width(id))?);
             }
         }
         memory.partials = device.alloc_zeros(partials)?;
@@ -306,19 +285,19 @@ impl Memory {
     }
 
     fn bytes(&self) -> usize {
-        let buffers: usize = self.buffers.iter().flatten().map(Buffer::bytes).sum();
+        let buffers: usize = self.buffers.iter().flatten().map(CudaSlice::num_bytes).sum();
         let counters = self.arrived.num_bytes() + self.best.num_bytes() + self.ended.num_bytes();
         buffers + self.partials.num_bytes() + counters
     }
 
     fn at(&self, id: BufferId, weights: &Weights) -> Result<u64> {
         let buffer = self.buffers[id.0].as_ref().context("a job reads what no other writes")?;
-        Ok(buffer.address(&weights.device))
+        Ok(address(buffer, &weights.device))
     }
 
     /// 0 for a buffer that fusion has left out.
     fn optional(&self, id: BufferId, weights: &Weights) -> u64 {
-        self.buffers[id.0].as_ref().map_or(0, |buffer| buffer.address(&weights.device))
+        self.buffers[id.0].as_ref().map_or(0, |buffer| address(buffer, &weights.device))
     }
 }
 

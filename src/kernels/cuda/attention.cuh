@@ -114,12 +114,11 @@ __device__ __forceinline__ void attend(const Attention &job, const Tags &tags, u
     const int position = appended ? load_fresh(job.position) : 0;
     const int length = appended ? position + 1 : load_fresh(job.length);
     const int active = (length + span - 1) / span;
-    const float2 *angles = job.angles + (long long)position * (job.rotary / 2);
 
     // A unit: its head, its part of the cache, and how many positions it has there, of which the own one is not there yet.
-    int index = blockIdx.x, kv_head, head, split, first, count, cached;
+    // `place` is where that begins, in units of eight elements.
+    int index = blockIdx.x, kv_head = 0, head = 0, split = 0, first = 0, count = 0, cached = 0, place = 0;
     const int n_units = job.kv_heads * job.group * active;
-    __half *keys, *values;
     auto enter = [&]() {
         head = (unsigned)index / (unsigned)active;
         split = index - head * active;
@@ -127,36 +126,36 @@ __device__ __forceinline__ void attend(const Attention &job, const Tags &tags, u
         first = split * span;
         count = min(span, length - first);
         cached = min(count, length - appended - first);
-        keys = job.keys + ((long long)kv_head * job.capacity + first) * d_pad;
-        values = job.values + ((long long)kv_head * job.capacity + first) * d_pad;
+        place = (kv_head * job.capacity + first) * units;
     };
     uint4 held_keys[KEYS_AHEAD], held_values[KEYS_AHEAD];
     auto load = [&](int start) {
 #pragma unroll
         for (int i = 0; i < KEYS_AHEAD; i++) {
             const int key = start + i * key_step;
+            held_keys[i] = held_values[i] = make_uint4(0, 0, 0, 0);
             if (key >= cached || unit >= units) continue;
-            held_keys[i] = load_fresh((const uint4 *)(keys + key * d_pad) + unit);
-            held_values[i] = load_fresh((const uint4 *)(values + key * d_pad) + unit);
+            const int at = place + key * units + unit;
+            held_keys[i] = load_fresh((const uint4 *)job.keys + at);
+            held_values[i] = load_fresh((const uint4 *)job.values + at);
         }
     };
-    if (index < n_units) {
+    auto begin = [&]() {
+        if (index >= n_units) return;
         enter();
         load(first_key);
-    }
+    };
+    begin();
     ahead();
 #pragma unroll 1
-    for (bool is_ahead = true; index < n_units; index += gridDim.x, is_ahead = false) {
-        if (!is_ahead) {
-            enter();
-            load(first_key);
-        }
+    while (index < n_units) {
         const bool has_own = cached < count;
 #pragma unroll 1
         for (int at = threadIdx.x; at < (has_own ? 3 : 1) * d_pad; at += THREADS) {
             const int which = (unsigned)at / (unsigned)d_pad, element = at - which * d_pad;
             const uint32_t *from = which == 0 ? job.q + head * d : (which == 1 ? job.k : job.v) + kv_head * d;
             const Awaited awaited(tags, job.of_job[which]);
+            const float2 *angles = job.angles + (long long)position * (job.rotary / 2);
             const __half value = __float2half_rn(element < d ? rotated(from, element, which == 2 ? 0 : job.rotary, angles, awaited) : 0.0f);
             if (which == 0) {
                 q[element] = __half2float(value) * job.scale;
@@ -164,7 +163,8 @@ __device__ __forceinline__ void attend(const Attention &job, const Tags &tags, u
             }
             (which == 1 ? own_k : own_v)[element] = value;
             // The head that appends is the first one of its key/value head.
-            if (head == kv_head * job.group && element < d) (which == 1 ? keys : values)[cached * d_pad + element] = value;
+            if (head != kv_head * job.group || element >= d) continue;
+            (which == 1 ? job.keys : job.values)[(long long)(place + cached * units) * 8 + element] = value;
         }
         meet();
 
@@ -228,16 +228,20 @@ __device__ __forceinline__ void attend(const Attention &job, const Tags &tags, u
             if (active > 1 && element == 0) partial[0] = largest, partial[1] = sum;
         }
         meet();
-        if (active == 1) continue;
-        if (threadIdx.x == 0) {
-            __threadfence();
-            is_last = atomicAdd(job.arrived + head, 1) == active - 1;
-            // Before what this job makes is there: the next attention counts from zero.
-            if (is_last) job.arrived[head] = 0;
+        if (active > 1) {
+            if (threadIdx.x == 0) {
+                __threadfence();
+                is_last = atomicAdd(job.arrived + head, 1) == active - 1;
+                // Before what this job makes is there: the next attention counts from zero.
+                if (is_last) job.arrived[head] = 0;
+            }
+            meet();
+            if (is_last) {
+                __threadfence();
+                join_splits(first_split, d, active, out, own);
+            }
         }
-        meet();
-        if (!is_last) continue;
-        __threadfence();
-        join_splits(first_split, d, active, out, own);
+        index += gridDim.x;
+        begin();
     }
 }

@@ -7,8 +7,8 @@
 
 #include "kernels/cuda/warp.cuh"
 
-// Shared memory that is sized at launch.
-#define DYNAMIC_SHARED(TYPE, NAME) extern __shared__ TYPE NAME[]
+// Shared memory that is sized at launch, from a multiple of 32 on.
+#define DYNAMIC_SHARED(TYPE, NAME) extern __shared__ __align__(32) TYPE NAME[]
 
 // The largest over the warp, in every lane.
 __device__ __forceinline__ uint32_t warp_largest(uint32_t value) {
@@ -74,6 +74,11 @@ __device__ __forceinline__ uint4 load_copied_16(uint32_t at) {
 __device__ __forceinline__ uint32_t load_copied(uint32_t at) {
     uint32_t value;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+    return value;
+}
+__device__ __forceinline__ uint32_t load_copied_byte(uint32_t at) {
+    uint32_t value;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
     return value;
 }
 
@@ -211,19 +216,13 @@ __device__ __forceinline__ float2 load_two(const float2 *at) {
     return value;
 }
 
-// What another block may have written in this launch, from L2: L1 may hold old lines.
+// What an earlier launch has written, past L1, of which it would take what is read again.
 __device__ __forceinline__ uint4 load_fresh(const void *at) {
     uint4 value;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "l"(at)
                  : "memory");
-    return value;
-}
-
-__device__ __forceinline__ float load_fresh(const float *at) {
-    float value;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
     return value;
 }
 

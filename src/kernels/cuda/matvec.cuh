@@ -54,7 +54,7 @@ __device__ __forceinline__ void fetch_norm(const Input &input) {
 }
 
 // norm(x) [k] in fp16, once x is there. Rows of 4096 stay in registers; longer ones are read again. x, weights and bias have zeros
-// behind k up to a multiple of 4; so has the result. An rms norm's bias is zeros. A thread calls `come` when it has all that it holds.
+// behind k up to a multiple of 2; so has the result. An rms norm's bias is zeros. A thread calls `come` when it has all that it holds.
 template <class Come>
 __device__ __forceinline__ void normalize(const Input &input, const Awaited &awaited, __half *out, float *room, Come come) {
     const float2 *weights = (const float2 *)input.norm_weight, *biases = (const float2 *)input.norm_bias;
@@ -159,7 +159,7 @@ __device__ __forceinline__ void read_plain(const Matvec &job, const Tags &tags, 
     };
 #pragma unroll 1
     for (int start = threadIdx.x; start < units; start += HELD * THREADS) {
-        uint4 looked[HELD];
+        uint4 looked[HELD] = {};
         uint32_t missing = 0;
 #pragma unroll
         for (int i = 0; i < HELD; i++) missing |= (start + i * THREADS < units) << i;
@@ -192,12 +192,13 @@ __device__ __forceinline__ void read_plain(const Matvec &job, const Tags &tags, 
     }
 }
 
-// What a thread's row is made with beside its sums, asked for early. `Own` is the kernel's own decoder.
+// What a thread's row is made with beside its sums, asked for early. `Own` is the kernel's own decoder. Variables of a job have values from
+// their beginning on, here and elsewhere: what some ways leave without one would keep its registers from job to job.
 template <class Own>
 struct RowFactors {
-    float bias[MAX_INPUTS], scale[MAX_INPUTS], residual;
-    uint32_t place;               // of the first run: part << 28 | row
-    uint32_t sums_of[MAX_INPUTS];  // each run's partials: the first one << 16 | how many follow
+    float bias[MAX_INPUTS] = {}, scale[MAX_INPUTS] = {}, residual = 0.0f;
+    uint32_t place = 0;                 // of the first run: part << 28 | row
+    uint32_t sums_of[MAX_INPUTS] = {};  // each run's partials: the first one << 16 | how many follow
     // False where the tile has no such row.
     __device__ __forceinline__ bool load(const Held &held, int tile, int of_tile) {
         const Matvec &job = held.job.matvec;
@@ -218,7 +219,7 @@ struct RowFactors {
             sums_of[i] = (run + i + first_warp) << 16 | (quotient(begin - 1, share.of_warp, share.per_of_warp) - first_warp);
         }
         // Whoever adds to a residual gives a row to the same thread, so that nobody else has written it.
-        residual = job.residual ? load_fresh((const float *)(job.residual + row())) : 0.0f;
+        residual = job.residual ? __uint_as_float(look(&job.residual[row()].x)) : 0.0f;
         return true;
     }
     __device__ __forceinline__ int part() const { return place >> 28; }
@@ -228,8 +229,8 @@ struct RowFactors {
 // A run that a warp reads, and the row of it that is the lane's.
 struct Reading {
     Walk walk = {-1};
-    const Part *part;
-    int row;  // of the part
+    const Part *part = nullptr;
+    int row = 0;  // of the part
     __device__ __forceinline__ void next(const Held &held) {
         const Share &share = held.share;
         walk.next(share, threadIdx.x / LANES);

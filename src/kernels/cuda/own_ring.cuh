@@ -32,7 +32,7 @@ struct OwnRing {
     }
 
     __device__ __forceinline__ void seek(const Held *jobs, int limit) {
-        Rows rows;
+        Rows rows = {};
         if (!source.seek(jobs, limit, threadIdx.x / LANES, rows)) return;
         const int lane = threadIdx.x % LANES;
         // Each lane has found one of the rows; whoever copies it asks that lane.

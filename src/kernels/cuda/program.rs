@@ -50,17 +50,10 @@ pub enum Kind {
     Own,
 }
 
-/// As `struct Job`.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct Job {
-    work: Work,
-}
-
-/// Numbered as `enum Kind` of job.cuh.
+/// As `struct Job`; numbered as `enum Kind` of job.cuh.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, i32)]
-enum Work {
+pub enum Job {
     Half(Matvec),
     Float(Matvec),
     Own(Matvec),
@@ -171,11 +164,11 @@ impl Facts {
 impl Job {
     /// Shared memory beside the warps' rings.
     fn shared_bytes(&self, kernel: &StepKernel) -> usize {
-        let (matvec, converted_eighths) = match &self.work {
-            Work::Half(matvec) => (matvec, 0),
-            Work::Float(matvec) => (matvec, 8 * size_of::<f32>()),
-            Work::Own(matvec) => (matvec, kernel.converted_eighths),
-            Work::Attention(attention) => return attention.shared_bytes(),
+        let (matvec, converted_eighths) = match self {
+            Self::Half(matvec) => (matvec, 0),
+            Self::Float(matvec) => (matvec, 8 * size_of::<f32>()),
+            Self::Own(matvec) => (matvec, kernel.converted_eighths),
+            Self::Attention(attention) => return attention.shared_bytes(),
         };
         let x_eighths = 8 * size_of::<half::f16>() + converted_eighths;
         matvec.partials() * kernel.partial_bytes + matvec.padded() * x_eighths / 8
@@ -187,36 +180,34 @@ impl Job {
     }
 
     fn matvec(&self) -> Option<&Matvec> {
-        match &self.work {
-            Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) => Some(matvec),
-            Work::Attention(_) => None,
+        match self {
+            Self::Half(matvec) | Self::Float(matvec) | Self::Own(matvec) => Some(matvec),
+            Self::Attention(_) => None,
         }
     }
 
     /// Whether it writes what lies at `address`.
     fn writes(&self, address: u64) -> bool {
         address != 0
-            && match &self.work {
-                Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) => matvec.writes(address),
-                Work::Attention(attention) => attention.out == address,
+            && match self {
+                Self::Half(matvec) | Self::Float(matvec) | Self::Own(matvec) => matvec.writes(address),
+                Self::Attention(attention) => attention.out == address,
             }
     }
 
     /// What it awaits: where that lies, and the job that writes it, if one does.
     fn awaits(&self) -> Vec<(u64, Option<usize>)> {
         let of = |address: u64, job: i32| (address, usize::try_from(job).ok());
-        match &self.work {
-            Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) => {
+        match self {
+            Self::Half(matvec) | Self::Float(matvec) | Self::Own(matvec) => {
                 matvec.inputs().iter().map(|input| of(input.x, input.of_job)).collect()
             }
-            Work::Attention(Attention { q, k, v, of_job, .. }) => {
+            Self::Attention(Attention { q, k, v, of_job, .. }) => {
                 [q, k, v].into_iter().zip(of_job).map(|(address, job)| of(*address, *job)).collect()
             }
         }
     }
-}
 
-impl Work {
     fn of(kind: Kind, matvec: Matvec) -> Self {
         match kind {
             Kind::Half => Self::Half(matvec),
@@ -270,7 +261,7 @@ impl Jobs {
             self.families.push(matrix.family);
             self.code = self.code.max(matrix.code);
         }
-        self.push(Work::of(parts[0].matrix.family.kind, matvec))
+        self.push(Job::of(parts[0].matrix.family.kind, matvec))
     }
 
     /// Attention; if the matrices before it make something else than its q, k and v that takes long enough, that becomes a job of its
@@ -278,16 +269,16 @@ impl Jobs {
     pub fn attend(&mut self, attention: Attention) -> Result<()> {
         attention.check()?;
         let outs = [attention.q, attention.k, attention.v];
-        if let Some(Job { work, .. }) = self.list.last_mut()
-            && let Some(kind) = work.kind()
-            && let Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) = work
+        if let Some(job) = self.list.last_mut()
+            && let Some(kind) = job.kind()
+            && let Job::Half(matvec) | Job::Float(matvec) | Job::Own(matvec) = job
             && let Some(mut beside) = matvec.split_off(&outs, ATTENTION_US * self.facts.bytes_per_us, self.facts)
         {
             let of_block = ATTENTION_US * self.facts.bytes_per_us / self.facts.multiprocessors;
             beside.spare(attention.units(), of_block + attention.unit_bytes(), self.facts);
-            self.list.push(Job { work: Work::of(kind, beside) });
+            self.list.push(Job::of(kind, beside));
         }
-        self.push(Work::Attention(attention))
+        self.push(Job::Attention(attention))
     }
 
     /// The last job that writes what lies at `address`.
@@ -296,13 +287,13 @@ impl Jobs {
     }
 
     /// Adds a job that finds the writers of what it reads.
-    fn push(&mut self, mut work: Work) -> Result<()> {
+    fn push(&mut self, mut job: Job) -> Result<()> {
         let writer = |address| self.writer(address);
-        match &mut work {
-            Work::Half(matvec) | Work::Float(matvec) | Work::Own(matvec) => matvec.link(writer)?,
-            Work::Attention(attention) => attention.of_job = [attention.q, attention.k, attention.v].map(writer),
+        match &mut job {
+            Job::Half(matvec) | Job::Float(matvec) | Job::Own(matvec) => matvec.link(writer)?,
+            Job::Attention(attention) => attention.of_job = [attention.q, attention.k, attention.v].map(writer),
         }
-        self.list.push(Job { work });
+        self.list.push(job);
         Ok(())
     }
 

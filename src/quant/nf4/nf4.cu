@@ -29,23 +29,22 @@ struct NestedAbsmax {
     }
     static __device__ int shift_of(int lane) { return lane < 16 ? 2 : 8; }
     static __device__ int offset_of(int lane) { return lane % 2 * (lane < 16 ? 4 : 3); }
-    // Where a lane reads them in the words of a step: its row's two words, the byte of its own block, and when that block multiplies
+    // Where a lane reads them in the words of a step: the byte of its own block among its row's eight, and when that block multiplies
     // what the row's last one does: the place of a step's first block among 256, in the topmost byte, is then above `limit`.
     struct Reader {
-        uint32_t at, byte, place, limit;
+        uint32_t code, nested, place, limit;
         __device__ void set(int block, int row, int quarter) {
-            at = row * 8;
-            byte = (block & 3) + quarter;
+            code = row * 8 + (block & 3) + quarter;
+            nested = row * 8;
             place = (uint32_t)block << 24;
             limit = (uint32_t)(255 - quarter) << 24;
         }
         // Of this step; goes on to the next one.
         __device__ float next(uint32_t words, uint32_t absmax_code, float offset) {
-            uint32_t code = __byte_perm(load_copied(words + at), load_copied(words + at + 4), byte);
-            uint32_t nested = load_copied(words + at + (place > limit ? 68 : 64));
+            float of_code = __uint_as_float(load_shared(word_at(absmax_code, load_copied_byte(words + code))));
+            uint32_t of_nested = load_copied(words + nested + (place > limit ? 68 : 64));
             place += 4u << 24;
-            float of_code = __uint_as_float(load_shared(word_at(absmax_code, code & 0xff)));
-            return __fadd_rn(__fmul_rn(of_code, __uint_as_float(nested)), offset);
+            return __fadd_rn(__fmul_rn(of_code, __uint_as_float(of_nested)), offset);
         }
     };
     static __device__ float of_block(const Part &part, int block, const float *absmax_code) {
@@ -107,24 +106,22 @@ struct Nibbles {
         uint32_t x, pairs, absmax_code;
     };
     struct Row {
-        // Of this lane: its 16 elements of the low half's first block, eight by eight; or those of the high half, the other
-        // eight first, so that the two halves lie in different banks.
-        uint32_t x, x_swapped;
+        // Of this lane: its 16 elements of the low half's first block, eight here and eight at x ^ 16; or those of the high half, the
+        // other eight first, so that the two halves lie in different banks.
+        uint32_t x;
         uint32_t pairs;  // the lane's copy
         uint32_t absmax_code;
         float offset;
         typename Absmax::Reader absmax;
-        int is_odd, is_high;  // the block that this lane scales: 1 or 3, 2 or 3
+        int scaled;  // the block that this lane scales
         __device__ void set(const Shared &, const Part &part, const Activations &from, int k, int row, int lane, int chunk) {
             const uint32_t half = lane / 4 % 2, of_lane = from.x + half * CHUNK + lane % 4 * 32 + chunk * 2 * CHUNK;
             x = of_lane + 16 * half;
-            x_swapped = of_lane + 16 * (1 - half);
             pairs = from.pairs + lane % COPIES * 4;
             absmax_code = from.absmax_code;
             offset = part.offset;
             absmax.set(row * (k / BLOCK) + 4 * chunk, lane / 4, lane % 4);
-            is_odd = kept(lane & 1);
-            is_high = kept(lane & 2);
+            scaled = kept(lane % 4);
         }
     };
     static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &shared, const Matvec &job, const __half *x, uint8_t *,
@@ -161,13 +158,13 @@ struct Nibbles {
         // Blocks 0 and 2, then 1 and 3. Words of the high half go with its x.
         float even[4] = {}, odd[4] = {};
         multiply(even, low.x, high.y, load_shared_16(row.x));
-        multiply(even, low.y, high.x, load_shared_16(row.x_swapped));
+        multiply(even, low.y, high.x, load_shared_16(row.x ^ 16));
         multiply(odd, low.z, high.w, load_shared_16(row.x + 2 * BLOCK));
-        multiply(odd, low.w, high.z, load_shared_16(row.x_swapped + 2 * BLOCK));
+        multiply(odd, low.w, high.z, load_shared_16((row.x ^ 16) + 2 * BLOCK));
         row.x += 2 * CHUNK;
-        row.x_swapped += 2 * CHUNK;
-        float of_low = row.is_odd ? odd[0] : even[0], of_high = row.is_odd ? odd[3] : even[3];
-        sums.scaled += row.absmax.next(extra, row.absmax_code, row.offset) * (row.is_high ? of_high : of_low);
+        const bool is_odd = row.scaled & 1;
+        float of_low = is_odd ? odd[0] : even[0], of_high = is_odd ? odd[3] : even[3];
+        sums.scaled += row.absmax.next(extra, row.absmax_code, row.offset) * (row.scaled & 2 ? of_high : of_low);
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.scaled); }
     static __device__ float result(const Value &total, const Activations &, float) { return total.value; }

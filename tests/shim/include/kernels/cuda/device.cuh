@@ -14,7 +14,6 @@ inline float load_float(const float *at) { return *shim::at_global<float>(at); }
 inline void prefetch(const void *) {}
 inline float2 load_two(const float2 *at) { return *shim::at_global<float2>(at); }
 inline uint4 load_fresh(const void *at) { return *shim::at_global<uint4>(at); }
-inline float load_fresh(const float *at) { return *shim::at_global<float>(at); }
 inline int load_fresh(const int *at) { return *shim::at_global<int>(at); }
 inline __half load_fresh(const __half *at) { return *shim::at_global<__half>(at); }
 inline void store_to_host(unsigned long long *at, unsigned long long value) {
@@ -46,6 +45,7 @@ inline uint4 load_shared_16(uint32_t at) { return *shim::at_shared<uint4>(at); }
 inline int kept(int value) { return value; }
 inline uint32_t word_at(uint32_t base, uint32_t index) { return base + 4 * index; }
 inline uint32_t load_copied(uint32_t at) { return *shim::at_shared<uint32_t>(at); }
+inline uint32_t load_copied_byte(uint32_t at) { return *shim::at_shared<uint8_t>(at); }
 inline uint4 load_copied_16(uint32_t at) { return *shim::at_shared<uint4>(at); }
 
 #if __CUDA_ARCH__ >= 800
