@@ -91,6 +91,8 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("empty_prompt", &["--prompt", ""]),
     ("empty_prompt_file", &["--prompt-file", "empty.txt"]),
     ("absent_prompt_file", &["--prompt-file", "absent.txt"]),
+    ("endless_prompt_file", &["--prompt-file", "/dev/zero"]),
+    ("too_many_threads", &["--threads", "99999"]),
     ("no_new_tokens", &["--max-new-tokens", "0"]),
     ("beyond_context", &["--prompt-tokens", "9000"]),
     ("id_beyond_vocabulary", &["--prompt-ids", "1,99999999"]),

@@ -68,9 +68,11 @@ fn pictures_that_cannot_be_shown_are_refused() {
         ("paligemma-odd", &whole, &["--prompt", "<image> caption"], "image tokens"),
         ("paligemma-odd", &whole, &["--prompt-tokens", "100000"], "the model's context holds"),
     ] {
-        let output = run(model, &[&["--image", image.to_str().unwrap()], more].concat());
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{errors}");
-        assert!(errors.contains(expected) && errors.contains("hint:"), "{errors}");
+        for how in [&[][..], &["--dry-run"]] {
+            let output = run(model, &[&["--image", image.to_str().unwrap()], more, how].concat());
+            let errors = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{errors}");
+            assert!(errors.contains(expected) && errors.contains("hint:"), "{errors}");
+        }
     }
 }

@@ -1,5 +1,8 @@
 //! What the command line means: every word looked up, every number in range, every file read. No model is touched.
 
+use std::fmt::Display;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -90,7 +93,7 @@ fn case(
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device,
         cuda_graph: !device_args.no_cuda_graph,
-        threads: device_args.threads.map(|n| positive("--threads", n)).transpose()?.unwrap_or(0),
+        threads: device_args.threads.map(threads).transpose()?.unwrap_or(0),
         prompt: prompt(prompt_args)?,
         keep_fp16: precision.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect(),
         image: None,
@@ -148,8 +151,7 @@ fn quality(args: &TextArgs) -> Result<QualityChoice> {
 
 /// Last component and content.
 fn text_file(path: &Path) -> Result<(String, String), BadInput> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| BadInput::new(format!("`--quality-text {}`: {error}", path.display())))?;
+    let text = read_text("--quality-text", path)?;
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     Ok((name, text))
 }
@@ -253,14 +255,28 @@ fn prompt(args: &PromptArgs) -> Result<PromptChoice, BadInput> {
         return text_prompt("--prompt", text.clone());
     }
     if let Some(path) = &args.prompt_file {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| BadInput::new(format!("`--prompt-file {}`: {error}", path.display())))?;
-        return text_prompt("--prompt-file", text);
+        return text_prompt("--prompt-file", read_text("--prompt-file", path)?);
     }
     if let Some(n) = args.prompt_tokens {
         return positive("--prompt-tokens", n).map(PromptChoice::Synthetic);
     }
     Ok(args.prompt_ids.clone().map_or(PromptChoice::Default, PromptChoice::Ids))
+}
+
+/// Of a text: more than any context holds, and less than the memory of a machine that measures.
+const MOST_TEXT_MIB: usize = 64;
+
+/// The text of a file or a pipe.
+fn read_text(option: &str, path: &Path) -> Result<String, BadInput> {
+    let bad = |why: &dyn Display| BadInput::new(format!("`{option} {}`: {why}", path.display()));
+    let mut text = String::new();
+    let most = MOST_TEXT_MIB << 20;
+    let read = File::open(path).and_then(|file| file.take(most as u64 + 1).read_to_string(&mut text));
+    match read {
+        Err(error) => Err(bad(&error)),
+        Ok(n) if n > most => Err(bad(&format!("more than {MOST_TEXT_MIB} MiB of text")).hint("give a part of it")),
+        Ok(_) => Ok(text),
+    }
 }
 
 fn text_prompt(option: &str, text: String) -> Result<PromptChoice, BadInput> {
@@ -306,7 +322,20 @@ pub(super) fn positive(option: &str, n: usize) -> Result<usize, BadInput> {
     }
 }
 
-fn not_negative<T: Into<f64> + Copy + std::fmt::Display>(option: &str, x: T) -> Result<T, BadInput> {
+/// More than any machine has: many more, and the system ends a process that starts them.
+const MOST_THREADS: usize = 1024;
+
+fn threads(n: usize) -> Result<usize, BadInput> {
+    match positive("--threads", n)? {
+        n if n > MOST_THREADS => {
+            Err(BadInput::new(format!("`--threads {n}`: at most {MOST_THREADS} can be asked for"))
+                .hint("leave `--threads` out for one thread a core"))
+        }
+        n => Ok(n),
+    }
+}
+
+fn not_negative<T: Into<f64> + Copy + Display>(option: &str, x: T) -> Result<T, BadInput> {
     match x.into() {
         value if value.is_finite() && value >= 0.0 => Ok(x),
         _ => Err(BadInput::new(format!("`{option} {x}`: a finite number of at least 0 is needed"))),
@@ -392,6 +421,7 @@ mod tests {
             ("--method seed --launches 3", "one run"),
             ("--method fair", "quantbench"),
             ("--threads 0", "at least 1"),
+            ("--threads 99999", "at most 1024"),
             ("--int8-threshold NaN", "finite"),
             ("--min-time 5 --max-time 4", "--max-time 4"),
             ("--rel-ci=-1", "at least 0"),

@@ -139,7 +139,7 @@ impl Plan {
         }
         let workload = prompt::workload(case, opened.checkpoint.tokenizer.as_ref(), &opened.model)?;
         // Whether the picture can be read; the workers read it again.
-        worker::pixels(&opened, &workload.task.encode)?;
+        worker::pixels(&opened.model, &opened.checkpoint, &workload.task.encode)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
         let share = Share { device, threads };
         let cache_bytes = worker::cache_bytes(&opened.model, &workload);

@@ -153,12 +153,12 @@ fn answer(ask: Ask, state: &mut Option<State>, events: &Replies) -> Result<Reply
 }
 
 /// What a task shows the model, as its preprocessor makes it; empty where it shows none. Fails on a picture that cannot be used.
-pub fn pixels(opened: &Opened, encode: &Encode) -> Result<Vec<f32>> {
+pub fn pixels(model: &Model, checkpoint: &Checkpoint, encode: &Encode) -> Result<Vec<f32>> {
     let Encode::Picture { image } = encode else { return Ok(Vec::new()) };
-    let Some(EncoderInputKind::Picture(picture)) = opened.model.encoder.as_ref().map(|encoder| encoder.input) else {
-        bail!("`{}` has no eyes to show a picture to", opened.model.architecture)
+    let Some(EncoderInputKind::Picture(picture)) = model.encoder.as_ref().map(|encoder| encoder.input) else {
+        bail!("`{}` has no eyes to show a picture to", model.architecture)
     };
-    let preprocessor = Preprocessor::new(opened.checkpoint.preprocessor_config.as_ref(), picture.size)?;
+    let preprocessor = Preprocessor::new(checkpoint.preprocessor_config.as_ref(), picture.size)?;
     let pixels = match image {
         Some(path) => preprocessor.open(path)?,
         None => preprocessor.generated(),
@@ -170,7 +170,7 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
     job.memory_limit_bytes.map_or(Ok(()), rlimit::limit_data_bytes).context("limiting the memory of the worker")?;
     let mut opened = open(&job.model, events)?;
     opened.select(&job.selection)?;
-    let pixels = pixels(&opened, &job.task.encode)?;
+    let pixels = pixels(&opened.model, &opened.checkpoint, &job.task.encode)?;
     let device = match job.device {
         DeviceChoice::Cuda(ordinal) => Device::Cuda(ordinal),
         DeviceChoice::Cpu | DeviceChoice::Auto => Device::Cpu,

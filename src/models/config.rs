@@ -9,8 +9,7 @@ use crate::plan::{ActivationKind, Rope};
 
 /// The keys of a config struct, with serde's own words for what is missing or mistyped.
 pub fn parse<T: DeserializeOwned>(config: &Value) -> Result<T> {
-    serde_json::from_value(config.clone())
-        .map_err(|error| candle_core::Error::Msg(format!("config.json cannot be used: {error}")))
+    serde_json::from_value(config.clone()).map_err(|error| candle_core::Error::Msg(error.to_string()))
 }
 
 /// `eos_token_id`: absent, one id or several.
