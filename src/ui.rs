@@ -3,17 +3,18 @@
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::sync::Mutex;
 
+use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::error;
 use crate::events::{Event, Listener, Unit};
 
 /// Writes a result to stdout. A reader that closed its end has seen what it wanted: that is no error.
-pub fn print(text: &str) -> io::Result<()> {
+pub fn print(text: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        written => written,
+        written => written.context("writing the result to stdout"),
     }
 }
 

@@ -163,6 +163,16 @@ fn a_reader_that_leaves_is_no_error() {
 }
 
 #[test]
+fn a_stdout_that_takes_nothing_is_named() {
+    let place = Place::new();
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let child = place.command(&["completions", "bash"]).stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(streams(&output).contains("error: writing the result to stdout"), "{}", streams(&output));
+}
+
+#[test]
 fn a_failed_run_leaves_no_file() {
     let place = Place::new();
     let args = ["--model-id", "./truncated", "--output", "r.json", "--precision", "fp16"];

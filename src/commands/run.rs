@@ -73,7 +73,7 @@ fn print(request: &Request, document: &Document) -> Result<()> {
     if request.is_first_look {
         text += &limits::block(&document.records, &request.case.model.model_id)?;
     }
-    Ok(ui::print(&text)?)
+    ui::print(&text)
 }
 
 fn exit_code(records: &[Record], allow_oom: bool) -> ExitCode {
