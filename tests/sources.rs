@@ -367,3 +367,43 @@ fn a_revision_belongs_to_the_hub() {
         assert!(error.to_string().contains("--revision v1"), "{error}");
     }
 }
+
+/// Sets each integer of a config in turn, those of nested ones too, and hands it to `see`.
+fn with_each_integer(config: &Value, path: &str, value: u64, see: &mut dyn FnMut(&str, &Value)) {
+    let at = config.pointer(path).unwrap();
+    if let Some(keys) = at.as_object() {
+        for key in keys.keys() {
+            with_each_integer(config, &format!("{path}/{key}"), value, see);
+        }
+    } else if at.is_u64() {
+        let mut changed = config.clone();
+        *changed.pointer_mut(path).unwrap() = value.into();
+        see(path, &changed);
+    }
+}
+
+#[test]
+fn sizes_beyond_any_model_are_named_and_nothing_overflows() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models");
+    let mut refused = Vec::new();
+    for model in fs::read_dir(folder).unwrap() {
+        let config = fs::read_to_string(model.unwrap().path().join("config.json")).unwrap();
+        let config: Value = serde_json::from_str(&config).unwrap();
+        for value in [0, 1, 1 << 22, 1_000_000_000_000, 1 << 63] {
+            with_each_integer(&config, "", value, &mut |path, changed| match quantbench::models::build(changed) {
+                Ok(model) => assert!(model.parameters() < 1 << 62, "{path}: {value}"),
+                Err(error) => {
+                    let error = error.to_string();
+                    refused.push(format!("{path} {value}: {}", error::without_backtrace(&error)));
+                }
+            });
+        }
+    }
+    for expected in [
+        "/hidden_size 1000000000000: config.json says `hidden_size` 1000000000000; it must be 1 to 4194304",
+        "/text_config/head_dim 4194304: config.json says `num_attention_heads × head_dim` 16777216; it must be 1 to 4194304",
+        "/num_decoder_layers 4194304: config.json says `num_decoder_layers` 4194304; it must be at most 4096",
+    ] {
+        assert!(refused.iter().any(|said| said == expected), "no `{expected}` in {refused:#?}");
+    }
+}

@@ -41,12 +41,24 @@ pub fn activation(name: &str) -> Result<ActivationKind> {
     }
 }
 
-/// Sizes that a plan divides by or indexes with must be positive.
-pub fn require_positive(sizes: &[(&str, usize)]) -> Result<()> {
-    match sizes.iter().find(|(_, size)| *size == 0) {
-        Some((key, _)) => bail!("config.json says `{key}` 0; it must be at least 1"),
+/// Beyond any model's; the bytes of `MOST_LAYERS` layers of such matrices can be counted in 64 bits.
+const LARGEST_SIZE: usize = 1 << 22;
+const MOST_LAYERS: usize = 1 << 12;
+
+/// Rows, columns and what makes them up, which a plan divides by, indexes with and multiplies: 1 to `LARGEST_SIZE`.
+pub fn check_sizes(sizes: &[(&str, usize)]) -> Result<()> {
+    match sizes.iter().find(|(_, size)| !(1..=LARGEST_SIZE).contains(size)) {
+        Some((key, size)) => bail!("config.json says `{key}` {size}; it must be 1 to {LARGEST_SIZE}"),
         None => Ok(()),
     }
+}
+
+/// Layers of a stack: `MOST_LAYERS` at most.
+pub fn check_layers(key: &str, n: usize) -> Result<()> {
+    if n > MOST_LAYERS {
+        bail!("config.json says `{key}` {n}; it must be at most {MOST_LAYERS}");
+    }
+    Ok(())
 }
 
 /// Rotary settings in either spelling: `rope_theta` + `rope_scaling`, or transformers 5's `rope_parameters`.

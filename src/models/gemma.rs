@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Architecture;
-use super::config::{RopeSettings, TokenIds, activation, parse, require_positive};
+use super::config::{RopeSettings, TokenIds, activation, check_layers, check_sizes, parse};
 use crate::plan::{ActivationKind, BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
 
 pub const ARCHITECTURE: Architecture =
@@ -57,14 +57,16 @@ impl Default for Config {
 
 impl Config {
     pub fn check(&self) -> Result<()> {
-        require_positive(&[
+        check_sizes(&[
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.num_key_value_heads),
             ("head_dim", self.head_dim),
+            ("num_attention_heads × head_dim", self.num_attention_heads.saturating_mul(self.head_dim)),
         ])?;
+        check_layers("num_hidden_layers", self.num_hidden_layers)?;
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
             bail!("config.json says {heads} attention heads over {kv_heads} key/value heads; they must divide");

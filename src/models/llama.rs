@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Architecture;
-use super::config::{RopeSettings, TokenIds, activation, parse, require_positive};
+use super::config::{RopeSettings, TokenIds, activation, check_layers, check_sizes, parse};
 use crate::plan::{ActivationKind, BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
 
 pub const ARCHITECTURE: Architecture =
@@ -48,17 +48,19 @@ impl Shape {
     fn new(config: Config) -> Result<Self> {
         let heads = config.num_attention_heads;
         let kv_heads = config.num_key_value_heads.unwrap_or(heads);
-        require_positive(&[
+        check_sizes(&[
             ("vocab_size", config.vocab_size),
             ("hidden_size", config.hidden_size),
             ("intermediate_size", config.intermediate_size),
             ("num_attention_heads", heads),
             ("num_key_value_heads", kv_heads),
         ])?;
+        check_layers("num_hidden_layers", config.num_hidden_layers)?;
         if !heads.is_multiple_of(kv_heads) {
             bail!("config.json says {heads} attention heads over {kv_heads} key/value heads; they must divide");
         }
         let head_dim = config.head_dim.unwrap_or(config.hidden_size / heads);
+        check_sizes(&[("head_dim", head_dim), ("num_attention_heads × head_dim", heads.saturating_mul(head_dim))])?;
         let activation = activation(&config.hidden_act)?;
         Ok(Self { config, heads, kv_heads, head_dim, activation })
     }

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Architecture;
-use super::config::{RopeSettings, TokenIds, activation, parse, require_positive};
+use super::config::{RopeSettings, TokenIds, activation, check_layers, check_sizes, parse};
 use crate::plan::{BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
 
 pub const ARCHITECTURE: Architecture =
@@ -46,13 +46,14 @@ impl Config {
     }
 
     fn check(&self) -> Result<()> {
-        require_positive(&[
+        check_sizes(&[
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.kv_heads()),
         ])?;
+        check_layers("num_hidden_layers", self.num_hidden_layers)?;
         let (heads, kv_heads) = (self.num_attention_heads, self.kv_heads());
         if !heads.is_multiple_of(kv_heads) || !self.hidden_size.is_multiple_of(heads) {
             bail!(

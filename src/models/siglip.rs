@@ -3,7 +3,7 @@
 use candle_core::{Result, bail};
 use serde::Deserialize;
 
-use super::config::{activation, require_positive};
+use super::config::{activation, check_layers, check_sizes};
 use crate::plan::{ActivationKind, BufferId, Builder, CacheId, Holds, LinearLayer, Mask, Path, Picture, Role};
 
 /// Settings with SiglipVisionConfig's defaults where a file leaves the key out.
@@ -39,14 +39,16 @@ impl Default for Config {
 
 impl Config {
     pub fn check(&self) -> Result<()> {
-        require_positive(&[
+        check_sizes(&[
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
             ("num_attention_heads", self.num_attention_heads),
             ("patch_size", self.patch_size),
             ("image_size", self.image_size),
         ])?;
+        check_layers("num_hidden_layers", self.num_hidden_layers)?;
         let (size, patch) = (self.image_size, self.patch_size);
+        check_sizes(&[("(image_size / patch_size)²", (size / patch).pow(2)), ("patch_size²", patch.pow(2))])?;
         let heads_divide = self.hidden_size.is_multiple_of(self.num_attention_heads);
         if !size.is_multiple_of(patch) || !heads_divide || self.num_channels != 3 {
             bail!(

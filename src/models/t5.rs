@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Architecture;
-use super::config::{TokenIds, parse, require_positive};
+use super::config::{TokenIds, check_layers, check_sizes, parse};
 use crate::plan::{
     ActivationKind, BiasId, BufferId, Builder, CacheId, EncoderInputKind, Facts, Holds, LinearLayer, Mask, MatrixId,
     Model, Path, RelativeBias, Role,
@@ -85,13 +85,17 @@ struct Stack {
 
 fn build(config: &Value) -> Result<Model> {
     let config: Config = parse(config)?;
-    require_positive(&[
+    check_sizes(&[
         ("vocab_size", config.vocab_size),
         ("d_model", config.d_model),
         ("d_kv", config.d_kv),
         ("d_ff", config.d_ff),
         ("num_heads", config.num_heads),
+        ("num_heads × d_kv", config.num_heads.saturating_mul(config.d_kv)),
+        ("relative_attention_num_buckets", config.relative_attention_num_buckets),
     ])?;
+    check_layers("num_layers", config.num_layers)?;
+    check_layers("num_decoder_layers", config.num_decoder_layers.unwrap_or(config.num_layers))?;
     if config.relative_attention_num_buckets < 4 || config.relative_attention_max_distance < 32 {
         bail!("config.json's relative attention needs at least 4 buckets and a distance of 32");
     }

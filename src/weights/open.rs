@@ -226,7 +226,7 @@ fn from_hub(request: &Request, id: String, hub: &HubConfig, events: &dyn Listene
 
 fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: bool) -> Result<Checkpoint> {
     let config = read_json(&folder.join("config.json"))?.ok_or_else(|| {
-        BadInput::new(format!("`{}` holds no config.json", folder.display()))
+        BadInput::new(format!("`{id}` holds no config.json"))
             .hint("name the folder that holds config.json and the weights")
     })?;
     if needs_weights {
