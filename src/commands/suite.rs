@@ -64,7 +64,7 @@ fn to_file(args: &SuiteArgs, path: &Path, tasks: &[Task]) -> Result<ExitCode> {
 
 /// Rows to stdout as cases end.
 fn to_stdout(args: &SuiteArgs, tasks: &[Task]) -> Result<ExitCode> {
-    let all_ok = run(args, tasks, &BTreeMap::new(), &mut |rows| ui::print(rows))?;
+    let all_ok = run(args, tasks, &BTreeMap::new(), &mut ui::print)?;
     Ok(exit_code(all_ok))
 }
 

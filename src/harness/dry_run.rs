@@ -26,6 +26,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let tokenizer_comes = files.iter().any(|file| file.name == "tokenizer.json" && !file.is_cached);
     let bound = bounded(case).filter(|_| tokenizer_comes);
     let workload = prompt::workload(bound.as_ref().unwrap_or(case), checkpoint.tokenizer.as_ref(), &model)?;
+    // Whether the picture can be read.
     worker::pixels(&model, &checkpoint, &workload.task.encode)?;
     let free_bytes = free_bytes(device);
     let of_row = |row: &Row| needs(case, row, (&model, &workload), device, free_bytes);

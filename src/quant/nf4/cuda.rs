@@ -53,7 +53,7 @@ const HALF_BYTES: usize = CHUNK_BYTES / 2;
 /// Bytes that stay together: 16 elements.
 const UNIT_BYTES: usize = 8;
 const DEQUANTIZE_THREADS: u32 = 256;
-/// Two thirds of an H100's L2 cache, whose best it is of 2 to 64 MiB (docs/benchmarks.md).
+/// Two thirds of an H100's L2 cache: of 2 to 64 MiB the best there (docs/benchmarks.md).
 const TILE_BYTES: usize = 32 << 20;
 /// cuBLAS' tiles begin with whole words of the result, and have as many columns.
 const TILE_GRANULE: usize = 64;
