@@ -1,5 +1,7 @@
 //! Progress and warnings, which every layer may emit and only [`crate::ui`] shows.
 
+use std::sync::Mutex;
+
 /// Something worth telling while a command runs.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -10,8 +12,8 @@ pub enum Event {
     Progress { done: u64 },
     /// The current phase ended.
     End,
-    /// Something that the reader of the result must know.
-    Warning { message: String },
+    /// Something that the reader of the result must know; `name` is what records and filters call it.
+    Warning { name: String, message: String },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -24,6 +26,46 @@ pub enum Unit {
 /// Receives events. Called from any thread; must return quickly.
 pub trait Listener: Send + Sync {
     fn on(&self, event: Event);
+}
+
+/// Keeps warnings for a record and hands on every other event.
+pub struct Collector<'a> {
+    rest: &'a dyn Listener,
+    warnings: Mutex<Vec<(String, String)>>,
+}
+
+impl<'a> Collector<'a> {
+    pub fn new(rest: &'a dyn Listener) -> Self {
+        Self { rest, warnings: Mutex::default() }
+    }
+
+    /// Name and message of each warning, in order, each once.
+    pub fn warnings(self) -> Vec<(String, String)> {
+        // A thread that panicked while it held the lock left whole entries.
+        self.warnings.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Listener for Collector<'_> {
+    fn on(&self, event: Event) {
+        let Event::Warning { name, message } = event else { return self.rest.on(event) };
+        let mut warnings = self.warnings.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let warning = (name, message);
+        if !warnings.contains(&warning) {
+            warnings.push(warning);
+        }
+    }
+}
+
+/// Hands on every event but warnings: for work that another process has done and warned of before.
+pub struct WithoutWarnings<'a>(pub &'a dyn Listener);
+
+impl Listener for WithoutWarnings<'_> {
+    fn on(&self, event: Event) {
+        if !matches!(event, Event::Warning { .. }) {
+            self.0.on(event);
+        }
+    }
 }
 
 /// Drops every event: tests and quiet runs.

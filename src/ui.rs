@@ -59,6 +59,12 @@ impl Progress {
         Self { shown: !quiet && io::stderr().is_terminal(), bar: Mutex::new(ProgressBar::hidden()) }
     }
 
+    /// A line above the bar.
+    fn warn(&self, line: &str) {
+        let bar = self.bar.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        bar.suspend(|| note(line));
+    }
+
     fn begin(label: String, total: u64, unit: Unit) -> ProgressBar {
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(10));
         bar.set_style(style(unit));
@@ -69,6 +75,10 @@ impl Progress {
 
 impl Listener for Progress {
     fn on(&self, event: Event) {
+        // One that no record keeps is shown at once, however quiet the run is.
+        if let Event::Warning { name, message } = event {
+            return self.warn(&format!("warning: {name}: {message}"));
+        }
         if !self.shown {
             return;
         }
@@ -81,7 +91,6 @@ impl Listener for Progress {
             }
             Event::Progress { done } => bar.set_position(done),
             Event::End => bar.finish_and_clear(),
-            // Warnings stand in the result, under the table and in the record.
             Event::Warning { .. } => {}
         }
     }
@@ -135,7 +144,7 @@ mod tests {
     fn every_event_is_taken_at_any_time() {
         let progress = Progress { shown: true, bar: Mutex::new(ProgressBar::hidden()) };
         let begin = Event::Begin { label: "runs".into(), total: 0, unit: Unit::Runs };
-        let warning = Event::Warning { message: "hot".into() };
+        let warning = Event::Warning { name: "hot".into(), message: "too hot".into() };
         for event in [Event::End, Event::Progress { done: 3 }, begin.clone(), begin, warning, Event::End, Event::End] {
             progress.on(event);
         }

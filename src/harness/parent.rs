@@ -20,7 +20,7 @@ use super::{Case, DeviceChoice, Row, checks};
 use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::{self, Engine};
 use crate::error::{BadInput, OutOfMemory};
-use crate::events::{Event, Listener, Unit};
+use crate::events::{Collector, Event, Listener, Unit};
 use crate::kernels::cpu::bandwidth;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
@@ -119,16 +119,21 @@ pub(super) struct Plan {
     /// What each row of the case needs, in bytes, and what is free.
     pub(super) needs: Vec<u64>,
     free_bytes: Option<u64>,
+    /// From opening the model.
+    warnings: Vec<Warning>,
 }
 
 impl Plan {
     /// Finds the model, downloading what is missing, and gives the case as that model allows it.
     pub(super) fn open(case: &Case, device: DeviceChoice, events: &dyn Listener) -> Result<(Case, Self)> {
-        let mut opened = worker::open(&case.model, events)?;
+        let collector = Collector::new(events);
+        let mut opened = worker::open(&case.model, &collector)?;
         opened.select(&case.selection())?;
         let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
         checks::check_engines(&case)?;
-        let plan = Self::new(&case, device, opened)?;
+        let mut plan = Self::new(&case, device, opened)?;
+        let collected = collector.warnings().into_iter();
+        plan.warnings = collected.map(|(name, message)| Warning::Model { name, message }).collect();
         Ok((case, plan))
     }
 
@@ -146,7 +151,7 @@ impl Plan {
         let stored = |row: &Row| worker::stored_bytes(&opened.model, &row.precision, case.format_options);
         let needs = case.rows().iter().map(|row| Ok(stored(row)? + cache_bytes)).collect::<Result<_>>()?;
         let free_bytes = ProcessMemory::default().available_bytes();
-        Ok(Self { opened, share, workload, needs, free_bytes })
+        Ok(Self { opened, share, workload, needs, free_bytes, warnings: Vec::new() })
     }
 
     /// The text that quality is asked for on, or why there is none.
@@ -209,7 +214,7 @@ impl Plan {
     /// What is known without measuring the machine.
     fn facts_unmeasured(&self, case: &Case) -> Facts {
         let (machine, order, isa) = (Machine::default(), self.order(), Isa::detect());
-        let warnings = machine.warnings();
+        let warnings = [machine.warnings(), self.warnings.clone()].concat();
         Facts {
             engine: engine_facts(Engine::Quantbench),
             command: case.command.clone(),

@@ -96,11 +96,16 @@ pub enum Warning {
         read_gb_s: f64,
         theoretical_gb_s: f64,
     },
+    /// From opening the model: the hub, its files, its settings.
+    Model {
+        name: String,
+        message: String,
+    },
 }
 
 impl Warning {
     /// As records and filters spell it.
-    pub fn name(&self) -> &'static str {
+    pub fn name(&self) -> &str {
         match self {
             Warning::DebugBuild => "debug_build",
             Warning::BusyCpus { .. } => "busy_cpus",
@@ -126,6 +131,7 @@ impl Warning {
             Warning::Discarded { .. } => "discarded",
             Warning::GpuShared { .. } => "gpu_shared",
             Warning::SlowRead { .. } => "slow_read",
+            Warning::Model { name, .. } => name,
         }
     }
 
@@ -245,6 +251,7 @@ impl fmt::Display for Warning {
                  the machine and measure again",
                 100.0 * read_gb_s / theoretical_gb_s
             ),
+            Warning::Model { message, .. } => f.write_str(message),
             Warning::Fp16Overflow { count } => {
                 write!(f, "{count} weights of the checkpoint exceed the range of fp16 and became infinite")
             }

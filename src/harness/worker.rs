@@ -19,7 +19,7 @@ use super::scoring;
 use super::validity;
 use crate::engine::{self, Device, Engine, Setup, check};
 use crate::error::BadInput;
-use crate::events::{Event, Listener};
+use crate::events::{Event, Listener, WithoutWarnings};
 use crate::kernels::cpu::rlimit;
 use crate::plan::{EncoderInputKind, Model};
 use crate::quant::FormatOptions;
@@ -168,7 +168,7 @@ pub fn pixels(model: &Model, checkpoint: &Checkpoint, encode: &Encode) -> Result
 
 fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
     job.memory_limit_bytes.map_or(Ok(()), rlimit::limit_data_bytes).context("limiting the memory of the worker")?;
-    let mut opened = open(&job.model, events)?;
+    let mut opened = open(&job.model, &WithoutWarnings(events))?;
     opened.select(&job.selection)?;
     let pixels = pixels(&opened.model, &opened.checkpoint, &job.task.encode)?;
     let device = match job.device {

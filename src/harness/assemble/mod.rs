@@ -94,7 +94,12 @@ pub fn records(
 
 /// One record for each precision of a case whose speed is not measured.
 pub fn unmeasured(facts: &Facts, case: &Case) -> Vec<Record> {
-    let record = |precision: &String| base(facts, &Row::own(precision), &Outcome::default(), &|_| None);
+    let record = |precision: &String| {
+        let mut record = base(facts, &Row::own(precision), &Outcome::default(), &|_| None);
+        let of_model = facts.warnings.iter().filter(|warning| matches!(warning, Warning::Model { .. }));
+        record.warnings = of_model.map(Warning::to_string).collect();
+        record
+    };
     case.precisions.iter().map(record).collect()
 }
 

@@ -87,7 +87,7 @@ pub fn fetch(
                     "the hub at `{}` cannot be reached ({reason}): the cached commit {} of `{id}` is used",
                     config.endpoint, fetched.commit
                 );
-                events.on(Event::Warning { message });
+                events.on(Event::Warning { name: "hub_unreachable".to_owned(), message });
                 Ok(fetched)
             }
             (refusal, _) => Err(remote.explain(refusal, "config.json")),
