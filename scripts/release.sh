@@ -2,11 +2,12 @@
 # One stripped Linux binary with CUDA that starts on every machine of this architecture, with or without a GPU, a driver or CUDA's
 # libraries: it opens them where it finds them (docs/offline.md).
 #
-#   scripts/release.sh [DIR]      writes DIR/quantbench-VERSION-TARGET and its SHA-256 (default: dist)
+#   scripts/release.sh [DIR]      writes DIR/quantbench-VERSION-TARGET and its SHA-256 (default: dist), then lists the figures of README.md
+#                                 and docs/ whose kernels changed since they were measured
 #
 # Uses the nvcc on PATH, else the toolkit that scripts/cuda-toolkit.sh puts into QUANTBENCH_CI_CACHE/cuda-13.0. Builds into
 # CARGO_TARGET_DIR as `cargo build --release --features cuda` does, so that a second run compiles what changed. The binary needs the C
-# library of the machine that builds it, or a newer one: the last line says which.
+# library of the machine that builds it, or a newer one: it says which.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -46,6 +47,8 @@ main() {
     (cd "$out" && sha256sum "$(basename "$binary")" >"$(basename "$binary").sha256")
     glibc=$(readelf -V "$binary" | grep -o 'GLIBC_[0-9.]*' | sort -Vu | tail -n 1)
     echo "$binary: $(stat -c %s "$binary") bytes, for glibc ${glibc#GLIBC_} or newer"
+    echo "figures to measure anew with this binary:"
+    scripts/stale-figures.sh | grep -v ': current$' || echo "none"
 }
 
 main "$@"
