@@ -46,12 +46,13 @@ pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
 /// The plan of a model, with a warning of each setting of its files that is not computed. Fails on one that must be, and with
 /// `--strict-config` on any.
 pub fn build(checkpoint: &Checkpoint, request: &Request, events: &dyn Listener) -> Result<Model, BadInput> {
-    let holds = |name: &str| checkpoint.holds(name).map_err(|error| candle_core::Error::Msg(format!("{error:#}")));
-    let generation = checkpoint.generation_config.as_ref();
-    let files = models::Files { config: &checkpoint.config, generation, holds: &holds };
+    let files = models::Files { config: &checkpoint.config, generation: checkpoint.generation_config.as_ref() };
     let built = models::read(&files).map_err(|error| {
         let model_id = &request.model_id;
-        BadInput::new(format!("the config.json of `{model_id}` cannot be used: {}", without_backtrace(&error.to_string())))
+        BadInput::new(format!(
+            "the config.json of `{model_id}` cannot be used: {}",
+            without_backtrace(&error.to_string())
+        ))
     })?;
     let unread = checkpoint.notes.iter().map(|message| (models::UNREAD_FILE, message.clone()));
     for (name, message) in unread.chain(built.notes.into_iter().map(|note| (note.name, note.message))) {

@@ -19,7 +19,10 @@ pub fn activation_named(name: &str) -> Option<ActivationKind> {
 pub fn activation(keys: &Keys, key: &'static str, default: &str) -> Result<ActivationKind> {
     let name = keys.optional_word(key)?.unwrap_or(default);
     activation_named(name).ok_or_else(|| {
-        keys.refused(key, "this activation is not computed here; known are `silu`, `gelu_new`, `gelu_pytorch_tanh`, `relu`")
+        keys.refused(
+            key,
+            "this activation is not computed here; known are `silu`, `gelu_new`, `gelu_pytorch_tanh`, `relu`",
+        )
     })
 }
 
@@ -27,7 +30,8 @@ pub fn activation(keys: &Keys, key: &'static str, default: &str) -> Result<Activ
 pub fn check_window(keys: &Keys, context: usize) -> Result<()> {
     match keys.optional_size("sliding_window")? {
         Some(window) if window < context => {
-            Err(keys.refused("sliding_window", "attention over a window is not computed here, unless it spans the context"))
+            Err(keys
+                .refused("sliding_window", "attention over a window is not computed here, unless it spans the context"))
         }
         _ => Ok(()),
     }

@@ -2,11 +2,11 @@
 
 use candle_core::Result;
 
+use super::Architecture;
 use super::config::{activation, activation_named, check_heads, check_layers, check_sizes, check_window};
 use super::keys::Keys;
 use super::rope::{RopeSettings, Rotary};
 use super::rule::{HARMLESS, Off, REFUSED, REFUSED_IN_DECODERS, Rule};
-use super::{Architecture, Checked};
 use crate::plan::{ActivationKind, BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
 
 pub const ARCHITECTURE: Architecture =
@@ -14,12 +14,7 @@ pub const ARCHITECTURE: Architecture =
 
 const RULE: Rule = Rule {
     harmless: &[HARMLESS, &["num_image_tokens"]],
-    refused: &[
-        REFUSED,
-        REFUSED_IN_DECODERS,
-        // No released Gemma has a head of its own.
-        &[("qk_layernorm", Off::Empty), ("tie_word_embeddings", Off::True)],
-    ],
+    refused: &[REFUSED, REFUSED_IN_DECODERS, &[("qk_layernorm", Off::Empty)]],
 };
 
 /// Who reads the text.
@@ -43,6 +38,7 @@ pub struct Config {
     rms_norm_eps: f32,
     activation: ActivationKind,
     attention_bias: bool,
+    pub tie_word_embeddings: bool,
     pub eos: Option<Vec<u32>>,
     pub rope: RopeSettings,
 }
@@ -62,6 +58,7 @@ impl Config {
             rms_norm_eps: keys.number("rms_norm_eps", 1e-6)? as f32,
             activation: hidden_activation(keys)?,
             attention_bias: keys.flag("attention_bias", false)?,
+            tie_word_embeddings: keys.flag("tie_word_embeddings", true)?,
             eos: keys.token_ids("eos_token_id")?,
             rope: RopeSettings::read(keys, head_dim, Rotary::Whole, max_position_embeddings)?,
         };
@@ -100,14 +97,16 @@ fn hidden_activation(keys: &Keys) -> Result<ActivationKind> {
         _ => activation(keys, "hidden_act", "gelu_pytorch_tanh")?,
     };
     if let Some(other) = keys.optional_word("hidden_activation")?.filter(|name| activation_named(name) != Some(kind)) {
-        let message = format!("config.json says `hidden_activation` \"{other}\", which transformers 5 does not read: `hidden_act` is computed");
+        let message = format!(
+            "config.json says `hidden_activation` \"{other}\", which transformers 5 does not read: `hidden_act` is computed"
+        );
         keys.report.note("config_key_not_read", message);
     }
     Ok(kind)
 }
 
-fn build(checked: &Checked) -> Result<Model> {
-    let config = Config::read(&checked.keys, Use::Alone)?;
+fn build(keys: &Keys) -> Result<Model> {
+    let config = Config::read(keys, Use::Alone)?;
     let mut b = Builder::new();
     decoder(&mut b, &Path::root(), &config, Mask::Causal, None);
     Ok(b.finish(Facts {
@@ -135,7 +134,11 @@ pub fn decoder(b: &mut Builder, path: &Path, config: &Config, mask: Mask, image:
         b.add_to(x, h);
     }
     let x = b.rms_norm_offset(&model.at("norm"), config.rms_norm_eps, x);
-    b.head(x, 1.0, table, None);
+    let head = match config.tie_word_embeddings {
+        true => table,
+        false => b.matrix(&path.at("lm_head"), config.vocab_size, config.hidden_size, Role::Head),
+    };
+    b.head(x, 1.0, head, None);
 }
 
 fn attention(b: &mut Builder, path: &Path, config: &Config, rope: RopeId, mask: Mask, x: BufferId) -> BufferId {

@@ -122,7 +122,10 @@ pub fn apply(object: &Map<String, Value>, model: &mut Model, report: &Report) ->
         Ok(ids) => {
             let ids = ids.unwrap_or_default();
             if !named && !model.eos.is_empty() {
-                let message = format!("{FILE} names no `eos_token_id`, so that none ends a text, as in transformers; config.json's {:?} is not read", model.eos);
+                let message = format!(
+                    "{FILE} names no `eos_token_id`, so that none ends a text, as in transformers; config.json's {:?} is not read",
+                    model.eos
+                );
                 report.note("generation_setting_not_read", message);
             }
             model.eos = ids;

@@ -77,7 +77,8 @@ impl<'a> Keys<'a> {
 
     /// An error that names the key and its value.
     pub fn wrong(&self, key: &str, must: &str) -> Error {
-        let value = self.object.get(key).map_or_else(|| "is missing".to_owned(), |value| format!("is {}", shown(value)));
+        let value =
+            self.object.get(key).map_or_else(|| "is missing".to_owned(), |value| format!("is {}", shown(value)));
         Error::Msg(format!("{}: `{}{key}` {value}; it must be {must}", self.file, self.prefix))
     }
 
@@ -144,7 +145,9 @@ impl<'a> Keys<'a> {
             if id < 0 { Some(None) } else { u32::try_from(id).ok().map(Some) }
         };
         self.read(key, "a token id or a list of token ids", |value| match value {
-            Value::Array(ids) => ids.iter().map(id).collect::<Option<Vec<_>>>().map(|ids| ids.into_iter().flatten().collect()),
+            Value::Array(ids) => {
+                ids.iter().map(id).collect::<Option<Vec<_>>>().map(|ids| ids.into_iter().flatten().collect())
+            }
             one => id(one).map(|id| id.into_iter().collect()),
         })
     }

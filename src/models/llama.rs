@@ -2,11 +2,11 @@
 
 use candle_core::Result;
 
+use super::Architecture;
 use super::config::{activation, check_heads, check_layers, check_sizes, check_window};
 use super::keys::Keys;
 use super::rope::{RopeSettings, Rotary};
 use super::rule::{HARMLESS, Off, REFUSED, REFUSED_IN_DECODERS, Rule};
-use super::{Architecture, Checked};
 use crate::plan::{ActivationKind, BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
 
 pub const ARCHITECTURE: Architecture =
@@ -48,7 +48,8 @@ impl Config {
         let (hidden_size, heads) = (keys.size("hidden_size", 4096)?, keys.size("num_attention_heads", 32)?);
         let max_position_embeddings = keys.size("max_position_embeddings", 2048)?;
         let kv_heads = keys.size("num_key_value_heads", heads)?;
-        let (vocab_size, intermediate_size) = (keys.size("vocab_size", 32_000)?, keys.size("intermediate_size", 11_008)?);
+        let (vocab_size, intermediate_size) =
+            (keys.size("vocab_size", 32_000)?, keys.size("intermediate_size", 11_008)?);
         check_sizes(&[
             ("vocab_size", vocab_size),
             ("hidden_size", hidden_size),
@@ -83,8 +84,8 @@ impl Config {
     }
 }
 
-fn build(checked: &Checked) -> Result<Model> {
-    let config = &Config::read(&checked.keys)?;
+fn build(keys: &Keys) -> Result<Model> {
+    let config = &Config::read(keys)?;
     let mut b = Builder::new();
     let model = Path::root().at("model");
 

@@ -28,7 +28,7 @@ pub struct Architecture {
     pub model_type: &'static str,
     /// For help and README.
     pub doc: &'static str,
-    build: fn(&Checked) -> Result<Model>,
+    build: fn(&Keys) -> Result<Model>,
 }
 
 /// Every architecture that can be run.
@@ -41,14 +41,6 @@ pub struct Files<'a> {
     pub config: &'a Value,
     /// generation_config.json
     pub generation: Option<&'a Value>,
-    /// Whether the weights hold a tensor of this name; some configs do not tell.
-    pub holds: &'a dyn Fn(&str) -> Result<bool>,
-}
-
-/// What a model file builds a plan of.
-pub struct Checked<'a> {
-    keys: Keys<'a>,
-    holds: &'a dyn Fn(&str) -> Result<bool>,
 }
 
 /// A model, and what was read to build it.
@@ -63,9 +55,9 @@ pub struct Built {
     pub rope: Option<RopeSettings>,
 }
 
-/// The model that a `config.json` describes, with a tensor under every name that it may have.
+/// The model that a `config.json` describes.
 pub fn build(config: &Value) -> Result<Model> {
-    Ok(read(&Files { config, generation: None, holds: &|_| Ok(true) })?.model)
+    Ok(read(&Files { config, generation: None })?.model)
 }
 
 /// The model that these files describe. Fails on an unknown `model_type`, a mistyped key, and on settings that the
@@ -75,8 +67,7 @@ pub fn read(files: &Files) -> Result<Built> {
     let config = files.config.as_object().unwrap_or(&nothing);
     let architecture = architecture(files.config)?;
     let report = Report::default();
-    let checked = Checked { keys: Keys::new(config, "config.json", &report), holds: files.holds };
-    let mut model = (architecture.build)(&checked)?;
+    let mut model = (architecture.build)(&Keys::new(config, "config.json", &report))?;
     match files.generation.and_then(Value::as_object) {
         Some(generation) => generation::apply(generation, &mut model, &report)?,
         // Where older models have such settings.
@@ -97,7 +88,8 @@ fn unknown(file: &str, keys: &[Walked]) -> Option<Note> {
     if told.is_empty() {
         return None;
     }
-    let message = format!("{file} has keys that are not read here, and might change what is computed: {}", told.join(", "));
+    let message =
+        format!("{file} has keys that are not read here, and might change what is computed: {}", told.join(", "));
     Some(Note { name: UNKNOWN_KEY, message })
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::gemma::Use;
 use super::keys::Keys;
 use super::rule::{HARMLESS, Off, REFUSED, Rule};
-use super::{Architecture, Checked, gemma, siglip};
+use super::{Architecture, gemma, siglip};
 use crate::plan::{Builder, EncoderInputKind, Facts, Mask, Model, Path, Picture};
 
 pub const ARCHITECTURE: Architecture =
@@ -18,7 +18,7 @@ pub const ARCHITECTURE: Architecture =
 /// Sizes that stand at the top are those of its parts, which are read.
 const RULE: Rule = Rule {
     harmless: &[HARMLESS, &["hidden_size", "num_hidden_layers", "vocab_size"]],
-    refused: &[REFUSED, &[("is_encoder_decoder", Off::Empty), ("tie_word_embeddings", Off::True)]],
+    refused: &[REFUSED, &[("is_encoder_decoder", Off::Empty)]],
 };
 
 /// A checked config, with PaliGemmaConfig's defaults where a file leaves a key out.
@@ -31,7 +31,7 @@ struct Config {
 
 impl Config {
     fn read(keys: &Keys) -> Result<Self> {
-        let text = gemma::Config::read(&part(keys, "text_config", "gemma", &TEXT)?, Use::BehindPicture)?;
+        let mut text = gemma::Config::read(&part(keys, "text_config", "gemma", &TEXT)?, Use::BehindPicture)?;
         let vision = siglip::Config::read(&part(keys, "vision_config", "siglip_vision_model", &VISION)?)?;
         let image_token = keys.size_by("image_token_index", "image_token_id", 256_000)?;
         let image_token = match u32::try_from(image_token) {
@@ -42,8 +42,13 @@ impl Config {
             return Err(keys.wrong("projection_dim", &format!("`text_config.hidden_size`, {}", text.hidden_size)));
         }
         if !text.rope.holds_from_one() {
-            bail!("config.json says rope type `{}`, which this model does not compute: its positions begin with 1", text.rope.kind.name());
+            bail!(
+                "config.json says rope type `{}`, which this model does not compute: its positions begin with 1",
+                text.rope.kind.name()
+            );
         }
+        // The outer word decides.
+        text.tie_word_embeddings = keys.flag("tie_word_embeddings", true)?;
         let eos = keys.token_ids("eos_token_id")?;
         keys.finish(&RULE)?;
         Ok(Self { image_token, text, vision, eos })
@@ -83,8 +88,8 @@ fn part<'a>(
     }
 }
 
-fn build(checked: &Checked) -> Result<Model> {
-    let Config { image_token, text, vision, eos } = Config::read(&checked.keys)?;
+fn build(keys: &Keys) -> Result<Model> {
+    let Config { image_token, text, vision, eos } = Config::read(keys)?;
     let picture = Picture { size: vision.image_size, patch: vision.patch_size, token: image_token };
     let mut b = Builder::new();
 

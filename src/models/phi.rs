@@ -3,11 +3,11 @@
 
 use candle_core::{Result, bail};
 
+use super::Architecture;
 use super::config::{activation, check_heads, check_layers, check_sizes, check_window};
 use super::keys::Keys;
 use super::rope::{RopeSettings, Rotary};
 use super::rule::{HARMLESS, Off, REFUSED, REFUSED_IN_DECODERS, Rule};
-use super::{Architecture, Checked};
 use crate::plan::{ActivationKind, BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
 
 pub const ARCHITECTURE: Architecture =
@@ -87,8 +87,8 @@ impl Config {
     }
 }
 
-fn build(checked: &Checked) -> Result<Model> {
-    let config = &Config::read(&checked.keys)?;
+fn build(keys: &Keys) -> Result<Model> {
+    let config = &Config::read(keys)?;
     let mut b = Builder::new();
     let model = Path::root().at("model");
 

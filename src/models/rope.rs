@@ -12,10 +12,7 @@ use crate::plan::Rope;
 const DEFAULT_THETA: f64 = 10_000.0;
 
 /// Keys of a rope section that change nothing where they are not asked for: text has one position where a picture has three.
-const RULE: Rule = Rule {
-    harmless: &[&["finetuned", "mrope_interleaved", "mrope_section"]],
-    refused: &[],
-};
+const RULE: Rule = Rule { harmless: &[&["finetuned", "mrope_interleaved", "mrope_section"]], refused: &[] };
 
 /// The rotary settings of a config.json.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,14 +30,28 @@ pub struct RopeSettings {
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeKind {
     Default,
-    Linear { factor: f64 },
+    Linear {
+        factor: f64,
+    },
     /// As `Default` within `max_position_embeddings`.
     Dynamic,
-    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original: f64 },
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original: f64,
+    },
     Yarn(Yarn),
-    LongRope { short_factor: Vec<f64>, original: usize, attention_factor: f64 },
+    LongRope {
+        short_factor: Vec<f64>,
+        original: usize,
+        attention_factor: f64,
+    },
     /// The first part of a head's pairs rotates, by frequencies of the whole head.
-    Proportional { factor: f64, rotated: f64 },
+    Proportional {
+        factor: f64,
+        rotated: f64,
+    },
 }
 
 /// YaRN (Peng et al. 2023).
@@ -96,21 +107,28 @@ impl RopeSettings {
         let kind_name = chosen.map_or(Ok("default"), kind_name)?;
         let rotary_dim = match (rotary, kind_name) {
             // transformers rotates all of a head by the frequencies of a part of it: it ends with an error there.
-            (Rotary::Whole, kind) if partial.is_some_and(|partial| partial != 1.0) && !matches!(kind, "default" | "proportional") => {
+            (Rotary::Whole, kind)
+                if partial.is_some_and(|partial| partial != 1.0) && !matches!(kind, "default" | "proportional") =>
+            {
                 return Err(partial_at.refused("partial_rotary_factor", "this model rotates whole heads"));
             }
             (Rotary::Whole, _) => head_dim,
             (Rotary::Part(part), _) => (head_dim as f64 * partial.unwrap_or(part)) as usize,
         };
         if let (Rotary::Whole, "default", Some(part)) = (rotary, kind_name, partial.filter(|part| *part != 1.0)) {
-            let message = format!("config.json says `partial_rotary_factor` {part}, which this model does not read: whole heads rotate");
+            let message = format!(
+                "config.json says `partial_rotary_factor` {part}, which this model does not read: whole heads rotate"
+            );
             keys.report.note("config_key_not_read", message);
         }
         if rotary_dim < 2 || rotary_dim > head_dim || !rotary_dim.is_multiple_of(2) {
-            let message = format!("config.json rotates {rotary_dim} of {head_dim} head elements; it must be even and 2 to {head_dim}");
+            let message = format!(
+                "config.json rotates {rotary_dim} of {head_dim} head elements; it must be even and 2 to {head_dim}"
+            );
             return Err(Error::Msg(message));
         }
-        let reader = Reader { rope: chosen, outer_original, max_positions, rotary_dim, part: partial.unwrap_or(1.0), theta };
+        let reader =
+            Reader { rope: chosen, outer_original, max_positions, rotary_dim, part: partial.unwrap_or(1.0), theta };
         let kind = reader.kind(kind_name)?;
         if let (RopeKind::Proportional { .. }, true) = (&kind, rotary_dim != head_dim) {
             return Err(partial_at.refused("partial_rotary_factor", "`proportional` means frequencies of a whole head"));
@@ -145,7 +163,8 @@ impl RopeSettings {
             RopeKind::Default | RopeKind::Dynamic => (plain.collect(), 1.0),
             RopeKind::Linear { factor } => (plain.map(|f| f / *factor as f32).collect(), 1.0),
             RopeKind::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
-                let [factor, low, high, original] = [factor, low_freq_factor, high_freq_factor, original].map(|x| *x as f32);
+                let [factor, low, high, original] =
+                    [factor, low_freq_factor, high_freq_factor, original].map(|x| *x as f32);
                 (plain.map(|f| llama3_frequency(f, factor, low, high, original)).collect(), 1.0)
             }
             RopeKind::Yarn(yarn) => {
@@ -154,7 +173,8 @@ impl RopeSettings {
                 ((0..dim / 2).map(frequency).collect(), yarn.attention_factor)
             }
             RopeKind::LongRope { short_factor, attention_factor, .. } => {
-                let stretched = short_factor.iter().enumerate().map(|(i, factor)| 1.0 / (*factor as f32 * power(i, dim)));
+                let stretched =
+                    short_factor.iter().enumerate().map(|(i, factor)| 1.0 / (*factor as f32 * power(i, dim)));
                 (stretched.collect(), *attention_factor)
             }
             RopeKind::Proportional { factor, rotated } => {
@@ -172,9 +192,10 @@ fn section<'a>(keys: &Keys<'a>, key: &'static str) -> Result<Option<Keys<'a>>> {
     let section = keys.section(key)?.filter(|_| keys.raw(key).is_some_and(|value| !super::rule::is_empty(value)));
     let nested = keys.raw(key).and_then(Value::as_object).into_iter().flatten().find(|(_, value)| value.is_object());
     match nested {
-        Some((layer_type, _)) => {
-            Err(keys.refused(key, &format!("it has settings for each type of layer (`{layer_type}`), and this model has one type")))
-        }
+        Some((layer_type, _)) => Err(keys.refused(
+            key,
+            &format!("it has settings for each type of layer (`{layer_type}`), and this model has one type"),
+        )),
         None => Ok(section),
     }
 }
@@ -199,7 +220,9 @@ fn tell_of_both(keys: &Keys, parameters: &Keys, theta: f64) -> Result<()> {
 /// `rope_type`, which older files call `type`. Fails where the two differ.
 fn kind_name<'a>(rope: &Keys<'a>) -> Result<&'a str> {
     match (rope.optional_word("rope_type")?, rope.optional_word("type")?) {
-        (Some(kind), Some(old)) if kind != old => Err(rope.wrong("rope_type", &format!("the same as `type`, which is \"{old}\""))),
+        (Some(kind), Some(old)) if kind != old => {
+            Err(rope.wrong("rope_type", &format!("the same as `type`, which is \"{old}\"")))
+        }
         (kind, old) => Ok(kind.or(old).unwrap_or("default")),
     }
 }
@@ -241,7 +264,9 @@ impl Reader<'_, '_> {
             _ => {
                 let key = if rope.has("rope_type") { "rope_type" } else { "type" };
                 let known = "`default`, `linear`, `dynamic`, `llama3`, `yarn`, `longrope`, `proportional`";
-                return Err(rope.refused(key, &format!("this kind of rotary scaling is not computed here; known are {known}")));
+                return Err(
+                    rope.refused(key, &format!("this kind of rotary scaling is not computed here; known are {known}"))
+                );
             }
         })
     }
@@ -301,7 +326,9 @@ impl Reader<'_, '_> {
     fn longrope(&self, rope: &Keys) -> Result<RopeKind> {
         let original = self.original(rope)?;
         let factors = |key| match rope.numbers(key)? {
-            Some(factors) if factors.len() == self.rotary_dim / 2 && factors.iter().all(|factor| *factor > 0.0) => Ok(factors),
+            Some(factors) if factors.len() == self.rotary_dim / 2 && factors.iter().all(|factor| *factor > 0.0) => {
+                Ok(factors)
+            }
             _ => Err(rope.wrong(key, &format!("a list of {} numbers above 0", self.rotary_dim / 2))),
         };
         let (short_factor, _long_factor) = (factors("short_factor")?, factors("long_factor")?);

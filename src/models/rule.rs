@@ -74,7 +74,9 @@ impl Rule {
         if let Some((_, off)) = self.refused.iter().copied().flatten().find(|(name, _)| *name == key) {
             return match off.is(value) {
                 true => Ok(Fate::Off),
-                false => Err(format!("it changes the model in a way that is not computed here, unless it is {}", off.text())),
+                false => {
+                    Err(format!("it changes the model in a way that is not computed here, unless it is {}", off.text()))
+                }
             };
         }
         let is_harmless = self.harmless.iter().copied().flatten().any(|name| *name == key)

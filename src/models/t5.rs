@@ -4,10 +4,10 @@
 
 use candle_core::{Result, bail};
 
-use super::config::{activation_named, check_layers, check_sizes};
+use super::Architecture;
+use super::config::{activation_named, check_layers, check_sizes, check_window};
 use super::keys::Keys;
 use super::rule::{HARMLESS, Off, REFUSED, Rule};
-use super::{Architecture, Checked};
 use crate::plan::{
     ActivationKind, BiasId, BufferId, Builder, CacheId, EncoderInputKind, Facts, Holds, LinearLayer, Mask, MatrixId,
     Model, Path, RelativeBias, Role,
@@ -17,10 +17,8 @@ pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "t5", doc: "T5, Flan-T5: encoder-decoder, relative position bias", build };
 
 /// `n_positions` is what it was trained on: positions are relative, so that any length works.
-const RULE: Rule = Rule {
-    harmless: &[HARMLESS, &["n_positions"]],
-    refused: &[REFUSED, &[("is_encoder_decoder", Off::True)]],
-};
+const RULE: Rule =
+    Rule { harmless: &[HARMLESS, &["n_positions"]], refused: &[REFUSED, &[("is_encoder_decoder", Off::True)]] };
 
 /// Longer than any text that fits a machine: a length that a user types is checked before its ids are made.
 const LONGEST: usize = 1 << 20;
@@ -47,13 +45,9 @@ struct Config {
 }
 
 impl Config {
-    fn read(checked: &Checked) -> Result<Self> {
-        let keys = &checked.keys;
+    fn read(keys: &Keys) -> Result<Self> {
         let num_layers = keys.size_by("num_layers", "num_hidden_layers", 6)?;
-        let tied = keys.optional_flag("tie_word_embeddings")?;
-        // transformers 5 saves every T5 as tied and says here whether it was; a head in the file is one of its own then.
-        let scales_output = keys.flag("scale_decoder_outputs", tied != Some(false))?;
-        let has_head = tied == Some(false) || (!scales_output && (checked.holds)(HEAD)?);
+        let is_tied = keys.flag("tie_word_embeddings", true)?;
         let start = match keys.token_ids("decoder_start_token_id")? {
             Some(ids) => Some(ids),
             None => keys.token_ids("pad_token_id")?,
@@ -70,12 +64,14 @@ impl Config {
             relative_attention_max_distance: keys.size("relative_attention_max_distance", 128)?,
             layer_norm_epsilon: keys.number("layer_norm_epsilon", 1e-6)? as f32,
             feed_forward: FeedForward::read(keys)?,
-            is_tied: !has_head,
-            scales_output,
+            is_tied,
+            // transformers 5 saves every T5 as tied, and says here whether the head reads a scaled output.
+            scales_output: keys.flag("scale_decoder_outputs", is_tied)?,
             eos: keys.token_ids("eos_token_id")?.unwrap_or_default(),
             decoder_start: start.and_then(|ids| ids.first().copied()).unwrap_or(0),
         };
         config.check()?;
+        check_window(keys, LONGEST)?;
         keys.finish(&RULE)?;
         Ok(config)
     }
@@ -95,13 +91,13 @@ impl Config {
         // The encoder keeps half of its buckets for each direction, and half of those for exact distances.
         let (buckets, distance) = (self.relative_attention_num_buckets, self.relative_attention_max_distance);
         if buckets < 4 || distance <= buckets / 2 {
-            bail!("config.json's relative attention has {buckets} buckets and a distance of {distance}; it needs at least 4, and more than half of them");
+            bail!(
+                "config.json's relative attention has {buckets} buckets and a distance of {distance}; it needs at least 4, and more than half of them"
+            );
         }
         Ok(())
     }
 }
-
-const HEAD: &str = "lm_head.weight";
 
 #[derive(Clone, Copy)]
 struct FeedForward {
@@ -137,8 +133,8 @@ struct Stack {
     config: Config,
 }
 
-fn build(checked: &Checked) -> Result<Model> {
-    let stack = Stack { config: Config::read(checked)? };
+fn build(keys: &Keys) -> Result<Model> {
+    let stack = Stack { config: Config::read(keys)? };
     let mut b = Builder::new();
     let shared = b.matrix(&Path::root().at("shared"), stack.config.vocab_size, stack.config.d_model, Role::Embedding);
     let cross = encoder(&mut b, &stack, shared);

@@ -56,7 +56,10 @@ mod tests {
     #[test]
     fn numbers_of_python_are_read_as_their_text() {
         for (text, value) in [
-            (r#"{"a": NaN, "b": [Infinity, -Infinity, 1.5]}"#, json!({"a": "NaN", "b": ["Infinity", "-Infinity", 1.5]})),
+            (
+                r#"{"a": NaN, "b": [Infinity, -Infinity, 1.5]}"#,
+                json!({"a": "NaN", "b": ["Infinity", "-Infinity", 1.5]}),
+            ),
             (r#"{"NaN": "a \" NaN é", "b": NaN}"#, json!({"NaN": "a \" NaN é", "b": "NaN"})),
             (r#"{"a": -1, "b": "x\\", "c": -Infinity}"#, json!({"a": -1, "b": "x\\", "c": "-Infinity"})),
             (r#"{"a": 1}"#, json!({"a": 1})),
@@ -67,7 +70,9 @@ mod tests {
 
     #[test]
     fn what_is_no_json_stays_wrong() {
-        for text in ["", "{", r#"{"a": NaNa}"#, r#"{"a": nan}"#, r#"{"a": --Infinity}"#, r#"{"a": "NaN}"#, "{\"a\": NaN"] {
+        for text in
+            ["", "{", r#"{"a": NaNa}"#, r#"{"a": nan}"#, r#"{"a": --Infinity}"#, r#"{"a": "NaN}"#, "{\"a\": NaN"]
+        {
             assert!(parse(text.as_bytes()).is_err(), "{text}");
         }
         assert!(parse(b"{\"a\": NaN, \"b\": \"\xff\"}").is_err());

@@ -128,14 +128,6 @@ impl Checkpoint {
         }
     }
 
-    /// Whether the weights hold a tensor of this name; so it is said of random ones, and of files that are not there yet.
-    pub fn holds(&self, name: &str) -> Result<bool> {
-        let Weights::Files { folder, source } = &self.weights else { return Ok(true) };
-        let Ok(layout) = safetensors::layout(folder) else { return Ok(true) };
-        let opened = Safetensors::open(&layout, &self.id, *source, None, self.quantized.clone())?;
-        Ok(opened.shape(name).is_some())
-    }
-
     /// The weights, once it is sure that every tensor is there in its right shape; random ones are made from the specs.
     pub fn source(&self, matrices: &[MatrixSpec], vectors: &[VectorSpec]) -> Result<Box<dyn Source>> {
         let (folder, source) = match &self.weights {

@@ -23,7 +23,7 @@ pub enum Config {
 impl Config {
     /// Fails on what candle-transformers does not compute. `config` is the config.json that `model` was built from.
     pub fn new(model: &Model, config: &Value) -> Result<Self, BadInput> {
-        let rope = crate::models::read(&Files { config, generation: None, holds: &|_| Ok(true) });
+        let rope = crate::models::read(&Files { config, generation: None });
         let rope = rope.map_err(|error| BadInput::new(error.to_string()))?.rope;
         let shapes = Shapes { model, rope };
         match model.architecture {
@@ -187,6 +187,9 @@ impl Shapes<'_> {
         let layer = format!("{prefix}model.layers.0");
         let (vocab_size, hidden_size) = self.matrix(&format!("{prefix}model.embed_tokens"))?;
         let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
+        if self.matrix(&format!("{prefix}lm_head")).is_ok() {
+            return Err(self.refused("always ties the head to the table of tokens, and this checkpoint has another"));
+        }
         Ok(gemma::Config {
             attention_bias: self.has_bias(&format!("{layer}.self_attn")),
             head_dim: cache.head_dim,

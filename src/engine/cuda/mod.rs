@@ -151,7 +151,8 @@ impl Weights {
             Ok(Cache { keys: device.alloc_zeros(len)?, values: device.alloc_zeros(len)?, capacity, d_pad })
         };
         let angles = |rope: &crate::plan::Rope| -> Result<CudaSlice<f32>> {
-            let values = (0..setup.capacity).flat_map(|position| rope.turns(position)).flat_map(|(cos, sin)| [cos, sin]);
+            let values =
+                (0..setup.capacity).flat_map(|position| rope.turns(position)).flat_map(|(cos, sin)| [cos, sin]);
             Ok(device.clone_htod(&values.collect::<Vec<f32>>())?)
         };
         let vector = |values: &Vec<f32>| -> Result<CudaSlice<f32>> {
