@@ -71,9 +71,6 @@ impl Config {
             let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
             bail!("config.json says {heads} attention heads over {kv_heads} key/value heads; they must divide");
         }
-        if !self.tie_word_embeddings {
-            bail!("config.json unties the head, which no released Gemma does and this engine does not compute");
-        }
         Ok(())
     }
 
@@ -117,7 +114,11 @@ pub fn decoder(b: &mut Builder, path: &Path, config: &Config, mask: Mask, image:
         b.add_to(x, h);
     }
     let x = b.rms_norm_offset(&model.at("norm"), config.rms_norm_eps, x);
-    b.head(x, 1.0, table, None);
+    let head = match config.tie_word_embeddings {
+        true => table,
+        false => b.matrix(&path.at("lm_head"), config.vocab_size, config.hidden_size, Role::Head),
+    };
+    b.head(x, 1.0, head, None);
     Ok(())
 }
 

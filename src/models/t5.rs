@@ -34,7 +34,7 @@ struct Config {
     feed_forward_proj: String,
     #[serde(default = "default_tied")]
     tie_word_embeddings: bool,
-    /// transformers 5 saves every T5 as tied and says here whether it was.
+    /// transformers 5 saves every T5 as tied, and says here whether it scales what the head reads.
     scale_decoder_outputs: Option<bool>,
     #[serde(default = "default_positions")]
     n_positions: usize,
@@ -146,10 +146,14 @@ fn decoder(b: &mut Builder, stack: &Stack, shared: MatrixId, cross: &[CacheId]) 
         stack.feed_forward(b, &path.at(2), x);
     }
     let x = b.rms_norm(&path.at("final_layer_norm"), config.layer_norm_epsilon, x);
-    // A tied head reads the output scaled by d_model^-0.5.
-    let (head, scale) = match config.scale_decoder_outputs.unwrap_or(config.tie_word_embeddings) {
-        true => (shared, (config.d_model as f32).powf(-0.5)),
-        false => (b.matrix(&Path::root().at("lm_head"), config.vocab_size, config.d_model, Role::Head), 1.0),
+    let head = match config.tie_word_embeddings {
+        true => shared,
+        false => b.matrix(&Path::root().at("lm_head"), config.vocab_size, config.d_model, Role::Head),
+    };
+    // Where nothing else is said, a tied head reads the output scaled by d_model^-0.5.
+    let scale = match config.scale_decoder_outputs.unwrap_or(config.tie_word_embeddings) {
+        true => (config.d_model as f32).powf(-0.5),
+        false => 1.0,
     };
     b.head(x, scale, head, None);
 }

@@ -182,6 +182,9 @@ impl Shapes<'_> {
         let layer = format!("{prefix}model.layers.0");
         let (vocab_size, hidden_size) = self.matrix(&format!("{prefix}model.embed_tokens"))?;
         let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
+        if self.matrix(&format!("{prefix}lm_head")).is_ok() {
+            return Err(self.refused("always ties the head to the table of tokens, and this checkpoint has another"));
+        }
         Ok(gemma::Config {
             attention_bias: self.has_bias(&format!("{layer}.self_attn")),
             head_dim: cache.head_dim,
