@@ -21,6 +21,8 @@ pub mod quality;
 
 pub mod engine;
 
+pub mod lower;
+
 pub mod models;
 pub mod plan;
 pub mod weights;

@@ -7,8 +7,8 @@ use quantbench::{models, quant, record, report, weights};
 
 /// A module imports nothing to its left.
 const LAYERS: &[&str] = &[
-    "main", "commands", "cli", "ui", "suite", "harness", "quality", "engine", "models", "plan", "weights", "quant",
-    "kernels", "error",
+    "main", "commands", "cli", "ui", "suite", "harness", "quality", "engine", "lower", "models", "plan", "weights",
+    "quant", "kernels", "error",
 ];
 
 /// Every layer may import these; they import each other and `error`.
@@ -176,13 +176,43 @@ fn files_ending(folders: &[&str], ends: &[&str]) -> Vec<SourceFile> {
     all.filter(|file| ends.iter().any(|end| file.path.ends_with(end))).collect()
 }
 
-/// A host's twin of that one file is all that the kernels need to run without a GPU.
+/// A host's twin of the kernels' file is all that they need to run without a GPU; the other one holds jumps to CUDA's libraries.
 #[test]
-fn assembly_sits_in_one_file() {
-    let says_asm = |line: &str| code(line).split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "asm");
-    let kernels = files_ending(&["src"], &[".cu", ".cuh"]);
-    let with: Vec<_> = kernels.iter().filter(|file| file.text.lines().any(says_asm)).map(|file| &file.path).collect();
-    assert_eq!(with, ["src/kernels/cuda/device.cuh"]);
+fn assembly_sits_in_two_files() {
+    let is_asm = |word: &str| ["asm", "global_asm", "naked_asm"].contains(&word);
+    let says_asm = |line: &str| code(line).split(|c: char| !c.is_alphanumeric() && c != '_').any(is_asm);
+    let sources = files_ending(&["src"], &[".cu", ".cuh", ".rs"]);
+    let with: Vec<_> = sources.iter().filter(|file| file.text.lines().any(says_asm)).map(|file| &file.path).collect();
+    assert_eq!(with, ["src/kernels/cuda/device.cuh", "src/kernels/cuda/functions.rs"]);
+}
+
+/// Where operations become an executor's own.
+const LOWERINGS: &[&str] = &["src/lower", "src/plan/fuse.rs", "src/engine/cpu/schedule.rs", "src/engine/reference.rs"];
+
+/// Lines, from 1, with a pattern that leaves fields of an operation's struct out. `..` before an expression is a value's.
+fn incomplete_patterns(text: &str) -> Vec<usize> {
+    let text: String = text.lines().map(|line| format!("{}\n", code(line))).collect();
+    let is_incomplete = |rest: &str| rest.split('}').next().is_some_and(|fields| fields.trim_end().ends_with(".."));
+    let found = text.match_indices("Spec {").filter(|(at, found)| is_incomplete(&text[at + found.len()..]));
+    found.map(|(at, _)| text[..at].lines().count()).collect()
+}
+
+#[test]
+fn lowerings_take_operations_apart_whole() {
+    let mut problems = Vec::new();
+    for file in rust_files(&["src"]).iter().filter(|file| LOWERINGS.iter().any(|path| file.path.starts_with(path))) {
+        let lines = incomplete_patterns(&file.text);
+        problems.extend(lines.iter().map(|line| format!("{}:{line}: an operation taken apart without all fields", file.path)));
+    }
+    fail_on(problems);
+}
+
+#[test]
+fn the_pattern_checker_sees_what_it_should() {
+    assert_eq!(incomplete_patterns("Op::Norm(NormSpec { x, .. }) => x,"), [1]);
+    assert_eq!(incomplete_patterns("a\nlet &AttentionSpec {\n    q,\n    bias: _,\n    ..\n} = spec;"), [2]);
+    assert!(incomplete_patterns("let AddSpec { a, b, out } = spec; // AddSpec { .. }").is_empty());
+    assert!(incomplete_patterns("AttentionSpec { scale, ..AttentionSpec::over(q, cache, out) }").is_empty());
 }
 
 fn may_be_unsafe(path: &str) -> bool {

@@ -1,6 +1,8 @@
 //! Sessions: a loaded model that prefills and decodes. Executors run a model's plans: the reference on candle tensors,
 //! and the CPU engine with our own threaded kernels. Beside them stand candle-transformers' own models.
 
+#![deny(clippy::wildcard_enum_match_arm)]
+
 pub mod candle;
 pub mod check;
 pub mod cpu;
@@ -16,12 +18,13 @@ pub mod reference;
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::events::Listener;
 use crate::kernels::isa::Isa;
-use crate::plan::{Model, Picture};
+use crate::plan::Model;
 use crate::quant::FormatOptions;
+pub use crate::quant::OutlierColumns;
 use crate::weights::Source;
 
 /// A loaded model with its key/value cache. Every call continues where the cache ends.
@@ -130,23 +133,6 @@ pub struct Footprint {
     pub cross_kv_bytes: u64,
 }
 
-/// Counts of LLM.int8's outlier columns since the session began.
-#[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
-pub struct OutlierColumns {
-    pub calls: u64,
-    pub columns: u64,
-    /// Columns of the activations of all calls, outliers or not.
-    pub examined: u64,
-}
-
-impl std::ops::AddAssign for OutlierColumns {
-    fn add_assign(&mut self, other: Self) {
-        self.calls += other.calls;
-        self.columns += other.columns;
-        self.examined += other.examined;
-    }
-}
-
 /// What to load a session from.
 pub struct Setup<'a> {
     pub model: &'a Model,
@@ -191,24 +177,4 @@ pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
         Device::Cpu => cpu::load(setup, Isa::detect(), events),
         Device::Cuda(ordinal) => cuda::load(setup, ordinal, events),
     }
-}
-
-/// The rows that a patch convolution multiplies: pixels `[3, size, size]` to `[patches, 3 · patch²]`, channel by channel.
-fn patch_rows(pixels: &[f32], picture: Picture) -> Result<Vec<f32>> {
-    let Picture { size, patch, .. } = picture;
-    if pixels.len() != 3 * size * size {
-        bail!("a picture of {} values was given; this model reads 3 × {size} × {size}", pixels.len());
-    }
-    let per_side = size / patch;
-    let mut rows = Vec::with_capacity(pixels.len());
-    for block in 0..per_side * per_side {
-        let (top, left) = (block / per_side * patch, block % per_side * patch);
-        for channel in 0..3 {
-            for y in top..top + patch {
-                let start = (channel * size + y) * size + left;
-                rows.extend_from_slice(&pixels[start..start + patch]);
-            }
-        }
-    }
-    Ok(rows)
 }

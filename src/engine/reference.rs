@@ -7,10 +7,12 @@ use anyhow::{Context, Result, bail};
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 
 use super::load::{Streamed, stream};
-use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::events::Listener;
 use crate::plan::{
-    ActivationKind, BiasId, BufferId, CacheId, EncoderInputKind, Holds, Mask, Model, NormKind, Op, Plan, Rope,
+    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, AttentionSpec, BiasId, BufferId,
+    CacheId, EmbedSpec, EncoderInputKind, FeaturesSpec, Holds, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask,
+    Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, Rope, RopeId, feature, refuse,
 };
 use crate::quant::Stored;
 use crate::weights::spec::MatrixSpec;
@@ -62,7 +64,7 @@ pub struct Reference {
     encoded: usize,
     /// `[patches, hidden]`
     features: Option<Tensor>,
-    /// What [`Op::Patches`] reads: `[patches, channels · patch²]`.
+    /// What [`PatchesSpec`] reads: `[patches, channels · patch²]`.
     patches: Option<Tensor>,
     logits: Option<Tensor>,
     last_token: u32,
@@ -70,6 +72,7 @@ pub struct Reference {
 
 /// Loads the oracle on the CPU.
 pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
+    setup.model.plans().flat_map(|plan| &plan.ops).try_for_each(check)?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(Box::new(Oracle(stored)) as Box<dyn Linear>);
     let streamed = stream(setup, events, &finish)?;
     Reference::loaded(setup, streamed, Device::Cpu, DType::F32, "candle".to_owned())
@@ -126,50 +129,46 @@ impl Reference {
 
     fn step(&mut self, op: &Op, tokens: &[u32], buffers: &mut Buffers) -> candle_core::Result<()> {
         match op {
-            Op::Embed { table, scale, image, out } => {
-                buffers.set(*out, self.embed(tokens, *table, *scale, *image)?);
+            Op::Embed(spec) => {
+                let EmbedSpec { table, scale, image, out } = *spec;
+                buffers.set(out, self.embed(tokens, table, scale, image)?);
             }
-            Op::Patches { out } => {
+            Op::Patches(PatchesSpec { out }) => {
                 let patches = self.patches.as_ref().ok_or_else(|| missing("a picture"))?;
                 buffers.set(*out, patches.to_dtype(self.compute)?);
             }
-            Op::AddRows { x, table } => {
+            Op::AddRows(AddRowsSpec { x, table }) => {
                 let rows = buffers.get(*x)?;
                 let ids: Vec<u32> = (0..rows.dim(0)? as u32).collect();
                 let table = self.matrices[table.0].rows(&ids)?.to_dtype(self.compute)?;
                 buffers.set(*x, (rows + table)?);
             }
-            Op::Features { x } => self.features = Some(buffers.get(*x)?),
-            Op::Norm { kind, weight, epsilon, x, out } => {
-                let y = self.norm(*kind, &self.vectors[weight.0], *epsilon, &buffers.get(*x)?)?;
-                buffers.set(*out, y);
-            }
-            Op::Linear { x, parts } => {
+            Op::Features(FeaturesSpec { x }) => self.features = Some(buffers.get(*x)?),
+            Op::Norm(NormSpec { norm, x, out }) => buffers.set(*out, self.norm(*norm, &buffers.get(*x)?)?),
+            Op::Linear(LinearSpec { x, parts }) => {
                 let x = buffers.get(*x)?.contiguous()?;
-                for part in parts {
-                    let y = self.matrices[part.weight.0].forward(&x)?;
-                    let y = match part.bias {
+                for &LinearPart { weight, bias, out } in parts {
+                    let y = self.matrices[weight.0].forward(&x)?;
+                    let y = match bias {
                         Some(bias) => y.broadcast_add(&self.vectors[bias.0].to_dtype(self.compute)?)?,
                         None => y,
                     };
-                    buffers.set(part.out, y);
+                    buffers.set(out, y);
                 }
             }
-            Op::Append { k, v, cache, rotate } => {
-                let d = self.model.caches[cache.0].head_dim;
-                let (mut k, v) = (buffers.get(*k)?, buffers.get(*v)?);
-                if let Some(rotate) = rotate {
-                    let rope = self.model.ropes[rotate.rope.0].clone();
-                    k = self.rotate(&rope, &k, d)?;
-                    buffers.set(rotate.q, self.rotate(&rope, &buffers.get(rotate.q)?, d)?);
+            Op::Append(AppendSpec { kv, cache }) => self.append(*kv, *cache, None, buffers)?,
+            Op::Attention(spec) => {
+                let attend = Attend::lower(spec)?;
+                if let Some(kv) = attend.append {
+                    self.append(kv, attend.cache, attend.rope, buffers)?;
                 }
-                self.append(*cache, heads(&k, d)?, heads(&v, d)?)?;
+                let mut q = buffers.get(attend.q)?;
+                if let Some(rope) = attend.rope {
+                    q = self.rotate(rope, &q, self.model.caches[attend.cache.0].head_dim)?;
+                }
+                buffers.set(attend.out, self.attend(&q, &attend)?);
             }
-            Op::Attention { q, cache, out, scale, mask, bias } => {
-                let y = self.attend(&buffers.get(*q)?, *cache, *scale, *mask, *bias)?;
-                buffers.set(*out, y);
-            }
-            Op::Activate { kind, gate, up, out } => {
+            Op::Activation(ActivationSpec { kind, gate, up, out }) => {
                 let gate = buffers.get(*gate)?;
                 let y = match kind {
                     ActivationKind::Silu => gate.silu()?,
@@ -183,16 +182,16 @@ impl Reference {
                 buffers.set(*out, y);
             }
             // An fp32 linear (T5's `wo`) makes the residual fp32 from there on, as in transformers.
-            Op::Add { a, b, out } => {
+            Op::Add(AddSpec { a, b, out }) => {
                 let (a, b) = (buffers.get(*a)?, buffers.get(*b)?);
                 let dtype = if a.dtype() == b.dtype() { a.dtype() } else { DType::F32 };
                 buffers.set(*out, (a.to_dtype(dtype)? + b.to_dtype(dtype)?)?);
             }
-            Op::LastRow { x, out, scale } => {
+            Op::LastRow(LastRowSpec { x, out, scale }) => {
                 let x = buffers.get(*x)?;
                 buffers.set(*out, (x.narrow(0, x.dim(0)? - 1, 1)? * *scale as f64)?);
             }
-            Op::Argmax { logits } => {
+            Op::Argmax(ArgmaxSpec { logits }) => {
                 let logits = buffers.get(*logits)?.to_dtype(DType::F32)?.flatten_all()?;
                 self.last_token = first_largest(&logits.to_vec1::<f32>()?);
                 self.logits = Some(logits);
@@ -226,14 +225,15 @@ impl Reference {
     }
 
     /// Row by row in fp32, back in the compute dtype.
-    fn norm(&self, kind: NormKind, weight: &Tensor, epsilon: f32, x: &Tensor) -> candle_core::Result<Tensor> {
+    fn norm(&self, Norm { kind, weight, epsilon }: Norm, x: &Tensor) -> candle_core::Result<Tensor> {
         let x = x.to_dtype(DType::F32)?;
         let centred = match kind {
             NormKind::Rms => x,
             NormKind::Layer { .. } => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
         };
         let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-        let normed = centred.broadcast_div(&(variance + epsilon as f64)?.sqrt()?)?.broadcast_mul(weight)?;
+        let normed =
+            centred.broadcast_div(&(variance + epsilon as f64)?.sqrt()?)?.broadcast_mul(&self.vectors[weight.0])?;
         let normed = match kind {
             NormKind::Rms => normed,
             NormKind::Layer { bias } => normed.broadcast_add(&self.vectors[bias.0])?,
@@ -242,7 +242,8 @@ impl Reference {
     }
 
     /// `x` is `[t, heads · d]`; each head's first `rotary_dim` elements turn by position.
-    fn rotate(&self, rope: &Rope, x: &Tensor, d: usize) -> candle_core::Result<Tensor> {
+    fn rotate(&self, rope: RopeId, x: &Tensor, d: usize) -> candle_core::Result<Tensor> {
+        let rope = &self.model.ropes[rope.0];
         let (t, width) = x.dims2()?;
         let half = rope.rotary_dim / 2;
         let turns = (self.position..self.position + t).flat_map(|position| rope.turns(position));
@@ -258,7 +259,19 @@ impl Reference {
     }
 
     /// The encoder's caches hold one call, the decoder's grow.
-    fn append(&mut self, cache: CacheId, k: Tensor, v: Tensor) -> candle_core::Result<()> {
+    fn append(
+        &mut self,
+        KeyValue { k, v }: KeyValue,
+        cache: CacheId,
+        rope: Option<RopeId>,
+        buffers: &Buffers,
+    ) -> candle_core::Result<()> {
+        let d = self.model.caches[cache.0].head_dim;
+        let (mut k, v) = (buffers.get(k)?, heads(&buffers.get(v)?, d)?);
+        if let Some(rope) = rope {
+            k = self.rotate(rope, &k, d)?;
+        }
+        let k = heads(&k, d)?;
         let old = self.caches[cache.0].take().filter(|_| self.model.caches[cache.0].holds == Holds::Decoder);
         self.caches[cache.0] = Some(match old {
             Some((keys, values)) => (Tensor::cat(&[keys, k], 1)?, Tensor::cat(&[values, v], 1)?),
@@ -267,15 +280,9 @@ impl Reference {
         Ok(())
     }
 
-    /// `q` is `[t, h · d]`; softmax in fp32.
-    fn attend(
-        &self,
-        q: &Tensor,
-        cache: CacheId,
-        scale: f32,
-        mask: Mask,
-        bias: Option<BiasId>,
-    ) -> candle_core::Result<Tensor> {
+    /// `q` is `[t, h · d]`, rotated; softmax in fp32.
+    fn attend(&self, q: &Tensor, attend: &Attend) -> candle_core::Result<Tensor> {
+        let (cache, scale, mask, bias) = (attend.cache, attend.scale, attend.mask, attend.bias);
         let spec = self.model.caches[cache.0];
         let (keys, values) = self.caches[cache.0].as_ref().ok_or_else(|| missing("keys and values"))?;
         let (t, width) = q.dims2()?;
@@ -332,6 +339,33 @@ impl Reference {
         }
         Ok(out)
     }
+}
+
+/// An attention that this executor can run.
+struct Attend {
+    q: BufferId,
+    append: Option<KeyValue>,
+    cache: CacheId,
+    out: BufferId,
+    scale: f32,
+    mask: Mask,
+    rope: Option<RopeId>,
+    bias: Option<BiasId>,
+}
+
+impl Attend {
+    fn lower(spec: &AttentionSpec) -> candle_core::Result<Self> {
+        let AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
+        let features = [feature(window), feature(softcap), feature(qk_norm), feature(sinks)];
+        refuse("the reference executor", "an attention", &features)?;
+        let (q, append, cache, out) = (*q, *append, *cache, *out);
+        Ok(Self { q, append, cache, out, scale: *scale, mask: *mask, rope: *rope, bias: *bias })
+    }
+}
+
+/// Refuses by name what this executor cannot run, before any weight is read.
+fn check(op: &Op) -> candle_core::Result<()> {
+    if let Op::Attention(spec) = op { Attend::lower(spec).map(|_| ()) } else { Ok(()) }
 }
 
 /// The buffers of one call.
@@ -391,7 +425,7 @@ impl Session for Reference {
                 self.run(&encoder.plan, tokens)?;
             }
             (EncoderInputKind::Picture(picture), EncoderInput::Pixels(pixels)) => {
-                let patches = patch_rows(pixels, picture)?;
+                let patches = picture.patch_rows(pixels)?;
                 let width = patches.len() / picture.patches();
                 self.encoded = picture.patches();
                 self.patches = Some(Tensor::from_vec(patches, (picture.patches(), width), &self.device)?);

@@ -40,6 +40,8 @@ pub struct Builder {
     biases: Vec<RelativeBias>,
     buffers: Vec<Buffer>,
     ops: Vec<Op>,
+    /// Queries that the next attention over them rotates.
+    rotated: Option<(BufferId, RopeId)>,
     encoder: Option<Encoder>,
 }
 
@@ -104,23 +106,23 @@ impl Builder {
 
     pub fn embed_scaled(&mut self, table: MatrixId, scale: f32, image: Option<u32>) -> BufferId {
         let out = self.buffer("embedding", self.matrices[table.0].k, Rows::Tokens);
-        self.ops.push(Op::Embed { table, scale, image, out });
+        self.ops.push(Op::Embed(EmbedSpec { table, scale, image, out }));
         out
     }
 
     /// Patches of a picture with `channels` channels.
     pub fn patches(&mut self, picture: Picture, channels: usize) -> BufferId {
         let out = self.buffer("patches", channels * picture.patch * picture.patch, Rows::Tokens);
-        self.ops.push(Op::Patches { out });
+        self.ops.push(Op::Patches(PatchesSpec { out }));
         out
     }
 
     pub fn add_rows(&mut self, x: BufferId, table: MatrixId) {
-        self.ops.push(Op::AddRows { x, table });
+        self.ops.push(Op::AddRows(AddRowsSpec { x, table }));
     }
 
     pub fn features(&mut self, x: BufferId) {
-        self.ops.push(Op::Features { x });
+        self.ops.push(Op::Features(FeaturesSpec { x }));
     }
 
     pub fn rms_norm(&mut self, path: &Path, epsilon: f32, x: BufferId) -> BufferId {
@@ -142,7 +144,7 @@ impl Builder {
 
     fn norm(&mut self, kind: NormKind, weight: VectorId, epsilon: f32, x: BufferId) -> BufferId {
         let out = self.same("norm", x);
-        self.ops.push(Op::Norm { kind, weight, epsilon, x, out });
+        self.ops.push(Op::Norm(NormSpec { norm: Norm { kind, weight, epsilon }, x, out }));
         out
     }
 
@@ -159,7 +161,7 @@ impl Builder {
             LinearPart { weight, bias, out: self.buffer(&layer.path.0, layer.n, rows) }
         });
         let outs = std::array::from_fn(|i| parts[i].out);
-        self.ops.push(Op::Linear { x, parts: parts.into() });
+        self.ops.push(Op::Linear(LinearSpec { x, parts: parts.into() }));
         outs
     }
 
@@ -172,40 +174,58 @@ impl Builder {
         out
     }
 
+    /// Keys and values for the cache, as they are. An attention over it that follows at once takes them into its own operation.
     pub fn append(&mut self, k: BufferId, v: BufferId, cache: CacheId) {
-        self.ops.push(Op::Append { k, v, cache, rotate: None });
+        self.ops.push(Op::Append(AppendSpec { kv: KeyValue { k, v }, cache }));
     }
 
+    /// As [`Self::append`], for an attention of `q` that rotates queries and keys.
     pub fn rope_append(&mut self, q: BufferId, k: BufferId, v: BufferId, cache: CacheId, rope: RopeId) {
-        self.ops.push(Op::Append { k, v, cache, rotate: Some(Rotate { rope, q }) });
+        self.append(k, v, cache);
+        self.rotated = Some((q, rope));
     }
 
+    /// Attention of `q` over what was appended to `cache`.
     pub fn attention(&mut self, q: BufferId, cache: CacheId, scale: f32, mask: Mask, bias: Option<BiasId>) -> BufferId {
-        let out = self.same("attention", q);
-        self.ops.push(Op::Attention { q, cache, out, scale, mask, bias });
-        out
+        let appended = self.ops.pop_if(|op| matches!(op, Op::Append(append) if append.cache == cache));
+        let append = if let Some(Op::Append(AppendSpec { kv, cache: _ })) = appended { Some(kv) } else { None };
+        let rope = self.rotated.take_if(|(of, _)| *of == q).map(|(_, rope)| rope);
+        let out = self.attention_out(q);
+        self.attend(AttentionSpec { append, scale, mask, rope, bias, ..AttentionSpec::over(q, cache, out) })
+    }
+
+    /// An attention as a model describes it; returns its output, for which [`Self::attention_out`] gives a buffer.
+    pub fn attend(&mut self, spec: AttentionSpec) -> BufferId {
+        self.ops.push(Op::Attention(spec));
+        spec.out
+    }
+
+    /// A buffer for the output of an attention of `q`.
+    pub fn attention_out(&mut self, q: BufferId) -> BufferId {
+        self.same("attention", q)
     }
 
     pub fn activate(&mut self, kind: ActivationKind, gate: BufferId, up: Option<BufferId>) -> BufferId {
         let out = self.same("activation", gate);
-        self.ops.push(Op::Activate { kind, gate, up, out });
+        self.ops.push(Op::Activation(ActivationSpec { kind, gate, up, out }));
         out
     }
 
     /// `a += b`
     pub fn add_to(&mut self, a: BufferId, b: BufferId) {
-        self.ops.push(Op::Add { a, b, out: a });
+        self.ops.push(Op::Add(AddSpec { a, b, out: a }));
     }
 
     /// The head over the last token times `scale`, and the next token from it. `bias` names a head that has one.
     pub fn head(&mut self, x: BufferId, scale: f32, weight: MatrixId, bias: Option<&Path>) {
         let last = self.buffer("last", self.width(x), Rows::Last);
-        self.ops.push(Op::LastRow { x, out: last, scale });
+        self.ops.push(Op::LastRow(LastRowSpec { x, out: last, scale }));
         let vocab = self.matrices[weight.0].n;
         let bias = bias.map(|path| self.vector(path.name("bias"), vocab, VectorKind::Bias));
         let logits = self.buffer("logits", vocab, Rows::Last);
-        self.ops.push(Op::Linear { x: last, parts: vec![LinearPart { weight, bias, out: logits }] });
-        self.ops.push(Op::Argmax { logits });
+        let parts = vec![LinearPart { weight, bias, out: logits }];
+        self.ops.push(Op::Linear(LinearSpec { x: last, parts }));
+        self.ops.push(Op::Argmax(ArgmaxSpec { logits }));
     }
 
     /// Ends the encoder's plan; what follows is the decoder's.

@@ -3,16 +3,20 @@
 //! A model file builds one [`Model`] from its `config.json`: the tensors it needs and, for each kind of call, a [`Plan`]:
 //! a list of operations over named buffers whose rows are the tokens of the call. No weights are read to build it, so
 //! sizes, random weights and dry runs fall out of the same data that executors run. The set of operations is closed:
-//! formats add none, and fusion is a pass over the list.
+//! formats add none, and fusion ([`fuse`]) is a pass over the list.
 //!
 //! Dimensions: `t` tokens of the call (rows), `h` heads, `g` key/value heads, `d` head dim, `[n, k]` matrices.
 
+#![deny(clippy::wildcard_enum_match_arm)]
+
 mod builder;
-pub mod fusion;
+pub mod fuse;
+mod op;
 mod storage;
 
 pub use builder::{Builder, Facts, LinearLayer, Path};
-pub use storage::{Slot, Storage};
+pub use op::*;
+pub use storage::{Lifetime, Slot, Storage};
 
 use std::collections::HashSet;
 
@@ -65,6 +69,13 @@ pub struct CacheSpec {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub holds: Holds,
+}
+
+impl CacheSpec {
+    /// Bytes of keys and values at `element_bytes` a value.
+    pub fn bytes_per_position(self, element_bytes: usize) -> usize {
+        2 * self.kv_heads * self.head_dim * element_bytes
+    }
 }
 
 /// Whose positions a cache holds.
@@ -125,76 +136,6 @@ impl Rope {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum NormKind {
-    /// `x / rms(x) · w`
-    Rms,
-    /// `(x − mean) / std · w + b`
-    Layer { bias: VectorId },
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ActivationKind {
-    Silu,
-    /// Gaussian error linear unit by its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`).
-    GeluTanh,
-    Relu,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mask {
-    /// A token sees itself and all before it.
-    Causal,
-    /// A token sees all that the cache holds once the call is appended.
-    Full,
-    /// The first call into an empty cache is one prefix and sees all of itself; later ones are causal.
-    Prefix,
-}
-
-/// One matrix of a linear group.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LinearPart {
-    pub weight: MatrixId,
-    pub bias: Option<VectorId>,
-    pub out: BufferId,
-}
-
-/// One operation. Buffers that an operation reads were written before it in the same call.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Op {
-    /// `out[t] = scale · table[token_t]`; rows whose token is `image` take the next row of the image features, unscaled.
-    Embed { table: MatrixId, scale: f32, image: Option<u32>, out: BufferId },
-    /// `out` = the patches of the picture, one a row, channel by channel.
-    Patches { out: BufferId },
-    /// `x[t] += table[t]`: learned positions.
-    AddRows { x: BufferId, table: MatrixId },
-    /// The rows of `x` are the image features that [`Op::Embed`] takes.
-    Features { x: BufferId },
-    /// `out = norm(x)`, row by row.
-    Norm { kind: NormKind, weight: VectorId, epsilon: f32, x: BufferId, out: BufferId },
-    /// For each part `out = x · Wᵀ + bias`: matrices that read the same activations.
-    Linear { x: BufferId, parts: Vec<LinearPart> },
-    /// Rotates where `rotate` says so, then appends `k` and `v` to the cache.
-    Append { k: BufferId, v: BufferId, cache: CacheId, rotate: Option<Rotate> },
-    /// `out = softmax(scale · q · Kᵀ + bias + mask) · V`, head by head; `h / g` query heads share a key/value head.
-    Attention { q: BufferId, cache: CacheId, out: BufferId, scale: f32, mask: Mask, bias: Option<BiasId> },
-    /// `out = act(gate)`, times `up` where the block is gated.
-    Activate { kind: ActivationKind, gate: BufferId, up: Option<BufferId>, out: BufferId },
-    /// `out = a + b`; `out` may be `a`.
-    Add { a: BufferId, b: BufferId, out: BufferId },
-    /// `out = scale · x[last row]`
-    LastRow { x: BufferId, out: BufferId, scale: f32 },
-    /// The next token: index of the largest logit of the last row, the lowest index where several tie.
-    Argmax { logits: BufferId },
-}
-
-/// Rotates `q` in place and the keys that are appended.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rotate {
-    pub rope: RopeId,
-    pub q: BufferId,
-}
-
 /// What one call computes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
@@ -217,11 +158,29 @@ pub struct Head {
 impl Plan {
     /// The head of a decoder's plan, which ends with the last row, its logits and the token.
     pub fn head(&self) -> Option<Head> {
-        let [Op::LastRow { x, scale, .. }, Op::Linear { parts, .. }, Op::Argmax { .. }] = self.ops.last_chunk()? else {
+        let [Op::LastRow(last), Op::Linear(linear), Op::Argmax(_)] = self.ops.last_chunk()? else {
             return None;
         };
-        let part = parts.first()?;
-        Some(Head { x: *x, scale: *scale, weight: part.weight, bias: part.bias, body_len: self.ops.len() - 3 })
+        let part = linear.parts.first()?;
+        Some(Head { x: last.x, scale: last.scale, weight: part.weight, bias: part.bias, body_len: self.ops.len() - 3 })
+    }
+
+    /// The operation that reads the tokens.
+    pub fn embedding(&self) -> Option<EmbedSpec> {
+        self.ops.iter().find_map(|op| if let Op::Embed(spec) = op { Some(*spec) } else { None })
+    }
+
+    /// Rows of a buffer in a call of `rows` rows.
+    pub fn rows(&self, buffer: BufferId, rows: usize) -> usize {
+        match self.buffers[buffer.0].rows {
+            Rows::Tokens => rows,
+            Rows::Last => 1,
+        }
+    }
+
+    /// Floating-point operations of the matrix products in a call of `rows` rows whose attention sees `keys` positions.
+    pub fn flops(&self, model: &Model, rows: usize, keys: usize) -> usize {
+        self.ops.iter().map(|op| op.flops(model, self, rows, keys)).sum()
     }
 }
 
@@ -276,9 +235,37 @@ impl Picture {
     pub fn patches(&self) -> usize {
         (self.size / self.patch).pow(2)
     }
+
+    /// The rows that a patch convolution multiplies: pixels `[3, size, size]` to `[patches, 3 · patch²]`, channel by channel.
+    ///
+    /// # Errors
+    /// Where there are not as many pixels.
+    pub fn patch_rows(&self, pixels: &[f32]) -> candle_core::Result<Vec<f32>> {
+        let Picture { size, patch, .. } = *self;
+        if pixels.len() != 3 * size * size {
+            candle_core::bail!("a picture of {} values was given; this model reads 3 × {size} × {size}", pixels.len());
+        }
+        let per_side = size / patch;
+        let mut rows = Vec::with_capacity(pixels.len());
+        for block in 0..per_side * per_side {
+            let (top, left) = (block / per_side * patch, block % per_side * patch);
+            for channel in 0..3 {
+                for y in top..top + patch {
+                    let start = (channel * size + y) * size + left;
+                    rows.extend_from_slice(&pixels[start..start + patch]);
+                }
+            }
+        }
+        Ok(rows)
+    }
 }
 
 impl Model {
+    /// The encoder's plan and the decoder's.
+    pub fn plans(&self) -> impl Iterator<Item = &Plan> {
+        self.encoder.iter().map(|encoder| &encoder.plan).chain([&self.decoder])
+    }
+
     /// Weights and biases, counting a tied head once.
     pub fn parameters(&self) -> usize {
         let matrices: usize = self.matrices.iter().map(|m| m.n * m.k).sum();
@@ -290,22 +277,13 @@ impl Model {
     /// vectors count 2 bytes a value, as fp16 checkpoints hold them.
     pub fn weight_bytes_per_token(&self, matrix_bytes: &[usize]) -> usize {
         let mut read = HashSet::new();
-        let vector = |id: VectorId| 2 * self.vectors[id.0].len;
-        let mut bytes = 0;
-        for op in &self.decoder.ops {
-            match op {
-                Op::Embed { table, .. } => bytes += matrix_bytes[table.0] / self.matrices[table.0].n,
-                Op::Norm { kind: NormKind::Rms, weight, .. } => bytes += vector(*weight),
-                Op::Norm { kind: NormKind::Layer { bias }, weight, .. } => bytes += vector(*weight) + vector(*bias),
-                Op::Linear { parts, .. } => {
-                    bytes += parts.iter().filter_map(|part| part.bias).map(vector).sum::<usize>();
-                    let new = parts.iter().filter(|part| read.insert(part.weight));
-                    bytes += new.map(|part| matrix_bytes[part.weight.0]).sum::<usize>();
-                }
-                _ => {}
-            }
-        }
-        bytes
+        let bytes = |weight| match weight {
+            WeightRead::Matrix(id) if !read.insert(id) => 0,
+            WeightRead::Matrix(id) => matrix_bytes[id.0],
+            WeightRead::Rows(id) => matrix_bytes[id.0] / self.matrices[id.0].n,
+            WeightRead::Vector(id) => 2 * self.vectors[id.0].len,
+        };
+        self.decoder.ops.iter().flat_map(Op::weights).map(bytes).sum()
     }
 
     /// Norm weights and biases at 2 bytes a value.
@@ -320,16 +298,12 @@ impl Model {
 
     /// Bytes that each decode step reads of one encoder position, by cross-attention, at `element_bytes` a value.
     pub fn cross_bytes_per_position(&self, element_bytes: usize) -> usize {
-        let crossed = self.decoder.ops.iter().filter_map(|op| match op {
-            Op::Attention { cache, .. } => Some(self.caches[cache.0]),
-            _ => None,
-        });
-        let values = crossed.filter(|c| c.holds == Holds::Encoder).map(|c| 2 * c.kv_heads * c.head_dim);
-        values.sum::<usize>() * element_bytes
+        let read = self.decoder.ops.iter().filter_map(Op::reads_cache).map(|cache| self.caches[cache.0]);
+        read.filter(|cache| cache.holds == Holds::Encoder).map(|cache| cache.bytes_per_position(element_bytes)).sum()
     }
 
     fn cache_bytes(&self, holds: Holds, element_bytes: usize) -> usize {
         let caches = self.caches.iter().filter(|cache| cache.holds == holds);
-        caches.map(|c| 2 * c.kv_heads * c.head_dim * element_bytes).sum()
+        caches.map(|cache| cache.bytes_per_position(element_bytes)).sum()
     }
 }

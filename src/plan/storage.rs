@@ -1,7 +1,7 @@
 //! Which buffers may share memory: a buffer lives from the first operation that writes it to the last that reads it, and
 //! buffers whose lives do not meet take the same slot.
 
-use super::{BufferId, Op, Plan, Rows};
+use super::{Plan, Rows};
 
 /// Memory for the buffers of a plan.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,33 +18,32 @@ pub struct Slot {
     pub rows: Rows,
 }
 
-impl Op {
-    /// Buffers that the operation reads or writes; in-place ones are listed once.
-    pub fn buffers(&self) -> Vec<BufferId> {
-        match self {
-            Op::Embed { out, .. } | Op::Patches { out } => vec![*out],
-            Op::AddRows { x, .. } | Op::Features { x } => vec![*x],
-            Op::Norm { x, out, .. } | Op::LastRow { x, out, .. } => vec![*x, *out],
-            Op::Linear { x, parts } => std::iter::once(*x).chain(parts.iter().map(|part| part.out)).collect(),
-            Op::Append { k, v, rotate, .. } => {
-                [Some(*k), Some(*v), rotate.map(|r| r.q)].into_iter().flatten().collect()
-            }
-            Op::Attention { q, out, .. } => vec![*q, *out],
-            Op::Activate { gate, up, out, .. } => [Some(*gate), *up, Some(*out)].into_iter().flatten().collect(),
-            Op::Add { a, b, out } => vec![*a, *b, *out],
-            Op::Argmax { logits } => vec![*logits],
-        }
+/// The moments between which a buffer holds its values. Operation `i` has two: at `2 i` it has read what it needs no more,
+/// at `2 i + 1` it has written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lifetime {
+    pub first: usize,
+    pub last: usize,
+}
+
+impl Lifetime {
+    const NEVER: Self = Self { first: usize::MAX, last: 0 };
+
+    /// The last operation that touches the buffer.
+    pub fn last_op(self) -> usize {
+        self.last / 2
     }
 }
 
 impl Plan {
-    /// First and last operation that touch each buffer.
-    pub fn lifetimes(&self) -> Vec<(usize, usize)> {
-        let mut lives = vec![(usize::MAX, 0); self.buffers.len()];
+    pub fn lifetimes(&self) -> Vec<Lifetime> {
+        let mut lives = vec![Lifetime::NEVER; self.buffers.len()];
         for (index, op) in self.ops.iter().enumerate() {
-            for buffer in op.buffers() {
-                let life = &mut lives[buffer.0];
-                *life = (life.0.min(index), index);
+            let early = op.reads_before_writing();
+            for buffer in op.reads().into_iter().chain(op.writes()) {
+                let moment = if early.contains(&buffer) { 2 * index } else { 2 * index + 1 };
+                let Lifetime { first, last } = lives[buffer.0];
+                lives[buffer.0] = Lifetime { first: first.min(moment), last: last.max(moment) };
             }
         }
         lives
@@ -54,11 +53,11 @@ impl Plan {
     pub fn storage(&self) -> Storage {
         let lives = self.lifetimes();
         let mut order: Vec<usize> = (0..self.buffers.len()).collect();
-        order.sort_by_key(|&buffer| lives[buffer].0);
+        order.sort_by_key(|&buffer| lives[buffer].first);
         let mut slots: Vec<(Slot, usize)> = Vec::new();
         let mut slot_of = vec![0; self.buffers.len()];
         for buffer in order {
-            let (first, last) = lives[buffer];
+            let Lifetime { first, last } = lives[buffer];
             let (width, rows) = (self.buffers[buffer].width, self.buffers[buffer].rows);
             let free = slots.iter().position(|(slot, busy_to)| slot.rows == rows && *busy_to < first);
             let index = free.unwrap_or_else(|| {

@@ -1,18 +1,17 @@
 //! A matrix on a CUDA device, and how it is made there. Products of whole tensors are for tests and tools; sessions launch by
 //! themselves.
 
-use std::any::Any;
-use std::cell::{OnceCell, RefCell};
 use std::ops::Range;
 
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use half::f16;
 
-use crate::kernels::cuda::arena::{Arena, Layout, Region};
+use crate::kernels::cuda::arena::{Arena, Layout};
 use crate::kernels::cuda::launch::{Launcher, Rehearsal, address, half_rows, tensor};
 use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product, Puts, Streamed};
 use crate::kernels::cuda::program::Facts;
+use crate::kernels::cuda::shared_input::SharedInput;
 
 /// A matrix on a CUDA device.
 pub trait CudaMatrix: Send + Sync {
@@ -33,48 +32,7 @@ pub trait CudaMatrix: Send + Sync {
 
     /// Whether products are fp32, as those of a matrix that is kept in fp32 are; fp16 otherwise.
     fn product_is_float(&self) -> bool {
-        false
-    }
-
-    /// `y = x · Wᵀ` with fp32 sums, `y` `[m, n]`. What it needs beside these it takes from the arena of `x`.
-    ///
-    /// # Safety
-    /// `x` holds rows of k; it, its arena and `y` are that much memory on the matrix's device, good until its stream has come past
-    /// this call.
-    unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &RowsOf, y: u64) -> Result<()>;
-}
-
-/// Activations, fp16 `[m, k]`, that several matrices read one after the other, and what the first of them has made of these.
-pub struct RowsOf<'a> {
-    pub at: u64,
-    pub m: usize,
-    /// A count of 64 bits that LLM.int8's outlier columns are added to, or 0.
-    pub outlier_columns: u64,
-    pub arena: &'a Arena<'a>,
-    made: OnceCell<Box<dyn Any>>,
-    /// Where that lies.
-    kept: RefCell<Vec<Region<'a>>>,
-}
-
-impl<'a> RowsOf<'a> {
-    pub fn new(at: u64, m: usize, outlier_columns: u64, arena: &'a Arena<'a>) -> Self {
-        Self { at, m, outlier_columns, arena, made: OnceCell::new(), kept: RefCell::default() }
-    }
-
-    /// Room that stays as long as these rows.
-    pub fn keep<T>(&self, len: usize) -> Result<u64> {
-        let region = self.arena.take::<T>(len)?;
-        let address = region.address;
-        self.kept.borrow_mut().push(region);
-        Ok(address)
-    }
-
-    /// What `make` gave to the first that asked; None where that was of another type.
-    pub fn made<T: 'static>(&self, make: impl FnOnce() -> Result<T>) -> Result<Option<&T>> {
-        if self.made.get().is_none() {
-            let _ = self.made.set(Box::new(make()?));
-        }
-        Ok(self.made.get().and_then(|made| made.downcast_ref()))
+        self.streamed().family.product_is_float
     }
 }
 
@@ -162,7 +120,7 @@ pub fn multiply(matrix: &dyn CudaMatrix, x: &Tensor) -> Result<Tensor> {
         if m > 1 {
             let multiply = |on: &dyn Launcher, arena: &Arena| {
                 // SAFETY: x and y are as large as the call says; what frees them is on the same stream.
-                unsafe { matrix.multiply_rows(on, &RowsOf::new(x, m, 0, arena), y) }
+                unsafe { matrix.streamed().multiply_rows(on, &SharedInput::new(x, m, 0, arena), y) }
             };
             let layout = Layout::of(|arena| multiply(&Rehearsal, arena))?;
             // SAFETY: a call writes what it takes before it reads it.

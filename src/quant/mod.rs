@@ -76,6 +76,23 @@ impl Default for FormatOptions {
     }
 }
 
+/// Counts of LLM.int8's outlier columns since the session began.
+#[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
+pub struct OutlierColumns {
+    pub calls: u64,
+    pub columns: u64,
+    /// Columns of the activations of all calls, outliers or not.
+    pub examined: u64,
+}
+
+impl std::ops::AddAssign for OutlierColumns {
+    fn add_assign(&mut self, other: Self) {
+        self.calls += other.calls;
+        self.columns += other.columns;
+        self.examined += other.examined;
+    }
+}
+
 /// A row of [`FORMATS`].
 pub struct FormatEntry {
     /// Canonical name, as records have it: one name per arithmetic.

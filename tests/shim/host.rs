@@ -8,12 +8,13 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use std::{env, fs, thread};
 
 use candle_core::{Error, Result};
+use half::f16;
 use libloading::Library;
-use quantbench::kernels::cuda::gemm::Gemm;
+use quantbench::kernels::cuda::gemm::{Gemm, Operand, Type};
 use quantbench::kernels::cuda::launch::{Fatbin, Grid, Launcher};
 use quantbench::kernels::cuda::program::Facts;
 
-use super::memory::Memory;
+use super::memory::{Memory, Plain};
 
 /// The chips whose paths through device.cuh and the formats' kernels differ: without asynchronous copies, with those of single
 /// threads, and with those of a unit of their own.
@@ -62,6 +63,29 @@ impl Host<'_> {
         // So little that attention never takes longer than what could go beside it.
         Facts { multiprocessors, bytes_per_us: 0, compute_capability: (major, minor) }
     }
+
+    /// All products of `gemm`, summed in fp64 and rounded once.
+    fn products<T: Plain, U: Plain>(&self, gemm: &Gemm, widen: impl Fn(T) -> f64, round: impl Fn(f64) -> U) {
+        let Gemm { m, n, k, batch, a, b, b_is_transposed, out, from: _, to: _ } = *gemm;
+        let read = |operand: Operand, rows: usize, columns: usize, at: usize| -> Vec<f64> {
+            let start = operand.address + (at * operand.batch_stride * size_of::<T>()) as u64;
+            let values = self.memory.read::<T>(start, (rows - 1) * operand.stride + columns);
+            let row = |row: usize| &values[row * operand.stride..][..columns];
+            (0..rows).flat_map(row).map(|value| widen(*value)).collect()
+        };
+        for at in 0..batch {
+            let a = read(a, m, k, at);
+            let b = if b_is_transposed { read(b, n, k, at) } else { read(b, k, n, at) };
+            let weight =
+                |row: usize, column: usize| if b_is_transposed { b[column * k + row] } else { b[row * n + column] };
+            for (row, a) in a.chunks_exact(k).enumerate() {
+                let sum = |column| a.iter().enumerate().map(|(row, a)| a * weight(row, column)).sum::<f64>();
+                let sums: Vec<U> = (0..n).map(|column| round(sum(column))).collect();
+                let start = at * out.batch_stride + row * out.stride;
+                self.memory.write(out.address + (start * size_of::<U>()) as u64, &sums);
+            }
+        }
+    }
 }
 
 impl Launcher for Host<'_> {
@@ -93,8 +117,17 @@ impl Launcher for Host<'_> {
         Ok(())
     }
 
-    unsafe fn multiply(&self, _: &Gemm) -> Result<()> {
-        candle_core::bail!("a host has no cuBLAS")
+    /// In place of cuBLAS.
+    unsafe fn multiply(&self, gemm: &Gemm) -> Result<()> {
+        match (gemm.from, gemm.to) {
+            (Type::Half, Type::Half) => self.products(gemm, f16::to_f64, f16::from_f64),
+            (Type::Half, Type::Float) => self.products(gemm, f16::to_f64, |sum| sum as f32),
+            (Type::Float, Type::Float) => self.products(gemm, |value: f32| f64::from(value), |sum| sum as f32),
+            // Sums of bytes are exact in fp64.
+            (Type::Byte, Type::Int) => self.products(gemm, |byte: u8| f64::from(byte.cast_signed()), |sum| sum as i32),
+            (from, to) => candle_core::bail!("cuBLAS has no product of {from:?} as {to:?}"),
+        }
+        Ok(())
     }
 }
 

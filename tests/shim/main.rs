@@ -12,15 +12,17 @@ mod memory;
 mod norms;
 mod place;
 mod plain;
+mod prefill;
 mod products;
 mod prompt;
 mod rows;
+mod session;
 mod step;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tests that launch kernels.
-const GROUPS: usize = 15;
+const GROUPS: usize = 19;
 
 /// Runs the cases of a group; the last group to end checks that none of the sources' kernels was left out.
 fn group(cases: fn()) {
@@ -108,6 +110,26 @@ fn decode_steps_follow_the_reference() {
 #[test]
 fn decode_steps_of_every_kind_follow_the_reference() {
     group(step::decode_steps_of_every_kind_follow_the_reference);
+}
+
+#[test]
+fn products_of_a_step_follow_their_reference() {
+    group(step::products_of_a_step_follow_their_reference);
+}
+
+#[test]
+fn prompts_follow_the_reference() {
+    group(prefill::prompts_follow_the_reference);
+}
+
+#[test]
+fn encoders_follow_the_reference() {
+    group(prefill::encoders_follow_the_reference);
+}
+
+#[test]
+fn prompts_find_the_outliers_of_the_cpu() {
+    group(prefill::prompts_find_the_outliers_of_the_cpu);
 }
 
 #[test]

@@ -194,25 +194,25 @@ pub fn outliers_and_nan() {
 
 /// A value in fp64 and how far a device's may be from it.
 #[derive(Clone, Copy)]
-struct Bounded {
-    value: f64,
-    error: f64,
+pub struct Bounded {
+    pub value: f64,
+    pub error: f64,
 }
 
 impl Bounded {
     /// Of output `at`, with its bias; one fp32 sum more.
-    fn of(product: &Expected, at: usize, bias: f32) -> Self {
+    pub fn of(product: &Expected, at: usize, bias: f32) -> Self {
         let value = f64::from(product.values[at]) + f64::from(bias);
         Self { value, error: f64::from(product.errors[at]) + 2f64.powi(-24) * value.abs() }
     }
 
-    fn rounded(self) -> Self {
+    pub fn rounded(self) -> Self {
         Self { error: self.error + 1.01 * f64::from(rounding((self.value.abs() + self.error) as f32)), ..self }
     }
 
     /// No activation is steeper than 1.13, and none passes its argument. A logistic function of fp32 is within 2⁻¹⁸ for
     /// arguments of at most 32: its power has |x| · log₂e · 2⁻²⁴ from the product that it is taken of, and a few units more.
-    fn activated(self, kind: i32) -> Self {
+    pub fn activated(self, kind: i32) -> Self {
         let x = self.value;
         let value = match kind {
             1 => x / (1.0 + (-x).exp()),
@@ -222,18 +222,18 @@ impl Bounded {
         Self { value, error: 1.13 * self.error + 2f64.powi(-18) * x.abs() }
     }
 
-    fn times(self, other: Self) -> Self {
+    pub fn times(self, other: Self) -> Self {
         let error = self.error * other.value.abs() + other.error * self.value.abs() + self.error * other.error;
         Self { value: self.value * other.value, error }
     }
 
-    fn plus(self, other: Self) -> Self {
+    pub fn plus(self, other: Self) -> Self {
         let value = self.value + other.value;
         Self { value, error: self.error + other.error + 2f64.powi(-23) * (self.value.abs() + other.value.abs()) }
     }
 
     #[track_caller]
-    fn check(self, y: f32, what: &str) {
+    pub fn check(self, y: f32, what: &str) {
         let off = (f64::from(y) - self.value).abs();
         assert!(off <= self.error, "{what}: {y} for {}, off by {off:e}, allowed {:e}", self.value, self.error);
     }

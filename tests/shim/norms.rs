@@ -93,7 +93,7 @@ pub fn normed(x: &[f32], weight: &[f32], bias: &[f32], mean: f64) -> Vec<(f64, f
 }
 
 /// The identity of fp16 times what kernels make of `input`: each sum has one term, so that it is exact.
-fn shown(host: &Host, input: Input, k: usize) -> Vec<f16> {
+pub fn shown(host: &Host, input: Input, k: usize) -> Vec<f16> {
     let data = (0..k * k).map(|at| if at / k == at % k { f16::ONE } else { f16::ZERO }).collect();
     let identity = quantize(find("fp16").expect("a format of the table"), HalfMatrix { n: k, k, data });
     let matrix = place(host.memory, "fp16", &*identity, f32::NAN);

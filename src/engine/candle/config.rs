@@ -262,21 +262,18 @@ impl Shapes<'_> {
     }
 }
 
-/// Of all norms of a plan.
+/// The epsilon of all norms of a plan.
 fn epsilon(plan: &Plan) -> f64 {
-    let epsilon = plan.ops.iter().find_map(|op| match op {
-        Op::Norm { epsilon, .. } => Some(*epsilon),
-        _ => None,
-    });
+    let epsilon = plan.ops.iter().find_map(|op| if let Op::Norm(spec) = op { Some(spec.norm.epsilon) } else { None });
     epsilon.map_or(1e-6, f64::from)
 }
 
-/// Of all feed-forwards of a plan.
+/// The activation of all feed-forwards of a plan.
 fn activation(plan: &Plan) -> Option<Activation> {
-    plan.ops.iter().find_map(|op| match op {
-        Op::Activate { kind: ActivationKind::Silu, .. } => Some(Activation::Silu),
-        Op::Activate { kind: ActivationKind::GeluTanh, .. } => Some(Activation::GeluPytorchTanh),
-        Op::Activate { kind: ActivationKind::Relu, .. } => Some(Activation::Relu),
-        _ => None,
+    let kind = plan.ops.iter().find_map(|op| if let Op::Activation(spec) = op { Some(spec.kind) } else { None });
+    kind.map(|kind| match kind {
+        ActivationKind::Silu => Activation::Silu,
+        ActivationKind::GeluTanh => Activation::GeluPytorchTanh,
+        ActivationKind::Relu => Activation::Relu,
     })
 }

@@ -198,14 +198,13 @@ pub(super) struct PartSums {
 impl PartSums {
     /// For the widest attention of the model's plans.
     pub fn new(model: &Model, workers: usize) -> Self {
-        let plans = model.encoder.iter().map(|encoder| &encoder.plan).chain([&model.decoder]);
         let (mut width, mut queries) = (0, 0);
-        for plan in plans {
+        for plan in model.plans() {
             for op in &plan.ops {
-                if let Op::Attention { q, cache, .. } = op {
-                    let columns = plan.buffers[q.0].width;
+                if let Op::Attention(spec) = op {
+                    let columns = plan.buffers[spec.q.0].width;
                     width = width.max(columns);
-                    queries = queries.max(columns / model.caches[cache.0].head_dim);
+                    queries = queries.max(columns / model.caches[spec.cache.0].head_dim);
                 }
             }
         }

@@ -15,7 +15,7 @@ use self::attend::PartSums;
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
-use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::events::Listener;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::rope::Angles;
@@ -119,10 +119,12 @@ impl BiasTable {
 
 /// Loads `setup` for the kernels of `isa`.
 pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
+    // What no kernel computes is refused before any weight is read.
+    setup.model.plans().try_for_each(|plan| lower(plan, |_| "").map(|_| ()))?;
     let pool = Pool::try_new(setup.threads).with_context(|| format!("starting {} threads", setup.threads))?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
     let streamed = stream(setup, events, &finish)?;
-    let session = CpuSession::new(setup, isa, pool, streamed.matrices, streamed.vectors);
+    let session = CpuSession::new(setup, isa, pool, streamed.matrices, streamed.vectors)?;
     Ok(Loaded {
         session: Box::new(session),
         load: streamed.elapsed,
@@ -133,7 +135,13 @@ pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
 }
 
 impl CpuSession {
-    fn new(setup: &Setup, isa: Isa, pool: Pool, matrices: Vec<Box<dyn CpuMatrix>>, vectors: Vec<Vec<f32>>) -> Self {
+    fn new(
+        setup: &Setup,
+        isa: Isa,
+        pool: Pool,
+        matrices: Vec<Box<dyn CpuMatrix>>,
+        vectors: Vec<Vec<f32>>,
+    ) -> Result<Self> {
         let model = setup.model.clone();
         let reach = setup.capacity.max(setup.encoder_capacity);
         let cache = |spec: &CacheSpec| {
@@ -141,10 +149,11 @@ impl CpuSession {
             [spec.kv_heads * capacity * spec.head_dim; 2]
         };
         let bias = |bias: &RelativeBias| BiasTable::new(bias, matrices[bias.table.0].as_ref(), reach);
-        Self {
+        let encoder = model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices));
+        Ok(Self {
             pool,
-            encoder: model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices)),
-            decoder: Program::new(&model.decoder, &matrices),
+            encoder: encoder.transpose()?,
+            decoder: Program::new(&model.decoder, &matrices)?,
             memory: Memory {
                 caches: Arena::new(model.caches.iter().flat_map(cache)),
                 features: Vec::new(),
@@ -171,7 +180,7 @@ impl CpuSession {
                 matrices,
                 vectors,
             },
-        }
+        })
     }
 
     /// Checks that `tokens` fit behind the cache and tells the decoder's call.
@@ -223,15 +232,15 @@ impl Weights {
 }
 
 impl Program {
-    fn new(plan: &Plan, matrices: &[Box<dyn CpuMatrix>]) -> Self {
+    fn new(plan: &Plan, matrices: &[Box<dyn CpuMatrix>]) -> Result<Self> {
         let storage = plan.storage();
-        Self {
-            steps: lower(plan, |matrix| matrices[matrix.0].format()).into(),
+        Ok(Self {
+            steps: lower(plan, |matrix| matrices[matrix.0].format())?.into(),
             slots: Arena::default(),
             rows: 0,
             storage: Arc::new(storage),
             plan: Arc::new(plan.clone()),
-        }
+        })
     }
 
     /// Replays `steps`, which are this program's from the first on.
@@ -246,10 +255,8 @@ impl Program {
 
     /// The logits of the last call, where one was run.
     fn logits(&self) -> Option<&[f32]> {
-        let logits = self.plan.ops.iter().find_map(|op| match op {
-            Op::Argmax { logits } => Some(logits.0),
-            _ => None,
-        })?;
+        let argmax = self.plan.ops.iter().find_map(|op| if let Op::Argmax(spec) = op { Some(spec) } else { None })?;
+        let logits = argmax.logits.0;
         (self.rows > 0).then(|| &self.slots.region(self.storage.slot_of[logits])[..self.plan.buffers[logits].width])
     }
 }
@@ -271,7 +278,7 @@ impl Session for CpuSession {
                 self.encoder_call(tokens, &[], tokens.len())
             }
             (Some(EncoderInputKind::Picture(picture)), EncoderInput::Pixels(pixels)) => {
-                self.encoder_call(&[], &patch_rows(pixels, picture)?, picture.patches())
+                self.encoder_call(&[], &picture.patch_rows(pixels)?, picture.patches())
             }
             (Some(_), _) => bail!("this model's encoder reads another kind of input"),
             (None, _) => bail!("this model has no encoder"),
@@ -294,7 +301,7 @@ impl Session for CpuSession {
         let call = self.decoder_call(tokens)?;
         let Some(head) = self.decoder.plan.head() else { bail!("this plan has no head") };
         let steps = Arc::clone(&self.decoder.steps);
-        let body = steps.iter().position(|step| matches!(step, Step::LastRow { .. })).unwrap_or(steps.len());
+        let body = steps.iter().position(|step| matches!(step, Step::LastRow(_))).unwrap_or(steps.len());
         let outcome = self.decoder.run(&steps[..body], &self.weights, &self.pool, &mut self.memory, call);
         self.outliers += outcome.outliers;
         self.position += tokens.len();

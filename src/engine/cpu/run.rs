@@ -5,14 +5,15 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::arena::SharedArena;
 use super::attend::SharedParts;
-use super::schedule::{Step, must_meet};
+use super::schedule::{Append, Step, must_meet};
 use super::{Memory, Program, Scratch, Weights};
 use crate::engine::OutlierColumns;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
-use crate::kernels::cpu::{activation, norm, rope, vector};
+use crate::kernels::cpu::{self as kernels, activation, rope, vector};
 use crate::plan::{
-    ActivationKind, BufferId, CacheId, Holds, LinearPart, MatrixId, NormKind, Plan, Rotate, Rows, Storage, VectorId,
+    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, CacheId, EmbedSpec, FeaturesSpec,
+    Holds, KeyValue, LastRowSpec, LinearPart, MatrixId, Norm, NormKind, NormSpec, PatchesSpec, Plan, Storage,
 };
 use crate::quant::Prepared;
 
@@ -107,23 +108,22 @@ impl Runner<'_> {
     fn step(&self, step: &Step, worker: &Worker) {
         let first = worker.index() == 0;
         match step {
-            Step::Embed { table, scale, image, out } => self.embed(*table, *scale, *image, *out, worker),
-            Step::AddRows { x, table } => self.add_rows(*x, *table, worker),
-            Step::Norm { kind, weight, epsilon, x, out } => self.norm(*kind, *weight, *epsilon, *x, *out, worker),
-            Step::Patches { out } if first => self.whole_mut(*out).copy_from_slice(self.call.patches),
-            Step::Features { x } if first => self.keep_features(*x),
-            Step::LastRow { x, out, scale } if first => self.last_row(*x, *out, *scale),
+            Step::Embed(spec) => self.embed(*spec, worker),
+            Step::AddRows(spec) => self.add_rows(*spec, worker),
+            Step::Norm(spec) => self.norm(*spec, worker),
+            Step::Patches(PatchesSpec { out }) if first => self.whole_mut(*out).copy_from_slice(self.call.patches),
+            Step::Features(FeaturesSpec { x }) if first => self.keep_features(*x),
+            Step::LastRow(spec) if first => self.last_row(*spec),
             Step::Prepare { x, matrix } if first => self.prepare(*x, *matrix),
-            Step::Argmax { logits } if first => {
+            Step::Argmax(ArgmaxSpec { logits }) if first => {
                 let token = vector::argmax(self.weights.isa, self.part(*logits, 0, 0..self.width(*logits)));
                 self.token.store(token as u32, Ordering::Relaxed);
             }
-            Step::Patches { .. } | Step::Features { .. } | Step::LastRow { .. } => {}
-            Step::Prepare { .. } | Step::Argmax { .. } => {}
+            Step::Patches(_) | Step::Features(_) | Step::LastRow(_) | Step::Prepare { .. } | Step::Argmax(_) => {}
             Step::Linear { parts } => parts.iter().for_each(|part| self.linear(part, worker)),
-            Step::Activate { kind, gate, up, out } => self.activate(*kind, *gate, *up, *out, worker),
-            Step::Add { a, b, out } => self.add(*a, *b, *out, worker),
-            Step::Append { k, v, cache, rotate } => self.append(*k, *v, *cache, *rotate, worker),
+            Step::Activate(spec) => self.activate(*spec, worker),
+            Step::Add(spec) => self.add(*spec, worker),
+            Step::Append(append) => self.append(*append, worker),
             Step::Attend(attend) => self.attend(attend, worker),
         }
     }
@@ -134,10 +134,7 @@ impl Runner<'_> {
 
     /// Rows of this call.
     pub(super) fn rows(&self, buffer: BufferId) -> usize {
-        match self.plan.buffers[buffer.0].rows {
-            Rows::Tokens => self.call.rows,
-            Rows::Last => 1,
-        }
+        self.plan.rows(buffer, self.call.rows)
     }
 
     /// `columns` of a row, for reading.
@@ -190,7 +187,7 @@ impl Runner<'_> {
         }
     }
 
-    fn embed(&self, table: MatrixId, scale: f32, image: Option<u32>, out: BufferId, worker: &Worker) {
+    fn embed(&self, EmbedSpec { table, scale, image, out }: EmbedSpec, worker: &Worker) {
         let is_image = |token: &u32| Some(*token) == image;
         for row in self.own_rows(out, worker) {
             let (token, out) = (self.call.tokens[row], self.row_mut(out, row));
@@ -208,7 +205,7 @@ impl Runner<'_> {
         }
     }
 
-    fn add_rows(&self, x: BufferId, table: MatrixId, worker: &Worker) {
+    fn add_rows(&self, AddRowsSpec { x, table }: AddRowsSpec, worker: &Worker) {
         let learned = &mut self.scratch(worker).gathered;
         learned.resize(self.width(x), 0.0);
         for row in self.own_rows(x, worker) {
@@ -224,19 +221,20 @@ impl Runner<'_> {
         features.extend_from_slice(self.whole(x));
     }
 
-    fn norm(&self, kind: NormKind, weight: VectorId, epsilon: f32, x: BufferId, out: BufferId, worker: &Worker) {
+    fn norm(&self, NormSpec { norm, x, out }: NormSpec, worker: &Worker) {
+        let Norm { kind, weight, epsilon } = norm;
         let Weights { isa, vectors, .. } = self.weights;
         let weight = &vectors[weight.0];
         for row in self.own_rows(out, worker) {
             let (x, out) = (self.part(x, row, 0..self.width(x)), self.row_mut(out, row));
             match kind {
-                NormKind::Rms => norm::rms(*isa, x, weight, epsilon, out),
-                NormKind::Layer { bias } => norm::layer(*isa, x, weight, &vectors[bias.0], epsilon, out),
+                NormKind::Rms => kernels::norm::rms(*isa, x, weight, epsilon, out),
+                NormKind::Layer { bias } => kernels::norm::layer(*isa, x, weight, &vectors[bias.0], epsilon, out),
             }
         }
     }
 
-    fn last_row(&self, x: BufferId, out: BufferId, scale: f32) {
+    fn last_row(&self, LastRowSpec { x, out, scale }: LastRowSpec) {
         let last = self.part(x, self.rows(x) - 1, 0..self.width(x));
         for (out, value) in self.row_mut(out, 0).iter_mut().zip(last) {
             *out = scale * value;
@@ -264,7 +262,8 @@ impl Runner<'_> {
         matrix.multiply(self.prepared(), columns, bias, y, &mut self.scratch(worker).kernel);
     }
 
-    fn activate(&self, kind: ActivationKind, gate: BufferId, up: Option<BufferId>, out: BufferId, worker: &Worker) {
+    fn activate(&self, spec: ActivationSpec, worker: &Worker) {
+        let ActivationSpec { kind, gate, up, out } = spec;
         let columns = worker.share(self.width(out), self.weights.granule);
         for row in 0..self.rows(out) {
             let gate = self.part(gate, row, columns.clone());
@@ -279,7 +278,7 @@ impl Runner<'_> {
     }
 
     /// `out` is `a`: the plan's only sums are residuals.
-    fn add(&self, a: BufferId, b: BufferId, out: BufferId, worker: &Worker) {
+    fn add(&self, AddSpec { a, b, out }: AddSpec, worker: &Worker) {
         assert_eq!(a, out, "the CPU engine adds in place");
         let columns = worker.share(self.width(out), self.weights.granule);
         for row in 0..self.rows(out) {
@@ -297,7 +296,8 @@ impl Runner<'_> {
     }
 
     /// Each worker takes whole key/value heads with the query heads that read them.
-    fn append(&self, k: BufferId, v: BufferId, cache: CacheId, rotate: Option<Rotate>, worker: &Worker) {
+    fn append(&self, append: Append, worker: &Worker) {
+        let Append { kv: KeyValue { k, v }, cache, rotate } = append;
         let spec = self.weights.model.caches[cache.0];
         let d = spec.head_dim;
         let (keys, values) = (self.caches.region(2 * cache.0), self.caches.region(2 * cache.0 + 1));
@@ -306,7 +306,7 @@ impl Runner<'_> {
             for row in 0..self.rows(k) {
                 let position = self.call.position + row;
                 let key = self.part_mut(k, row, columns.clone());
-                if let Some(Rotate { rope, q }) = rotate {
+                if let Some((rope, q)) = rotate {
                     let (cos, sin) = self.weights.angles[rope.0].at(position);
                     let group = self.width(q) / spec.kv_heads;
                     let queries = self.part_mut(q, row, head * group..(head + 1) * group);

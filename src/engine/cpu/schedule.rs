@@ -4,41 +4,26 @@
 //! linear is split over its output rows, and an element-wise operation behind it keeps that split, so that every worker
 //! goes on with the elements it has just computed. Only where the split changes do the workers meet.
 
+use candle_core::Result;
+
 use crate::plan::{
-    ActivationKind, BiasId, BufferId, CacheId, LinearPart, Mask, MatrixId, NormKind, Op, Plan, Rotate, VectorId,
+    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, AttentionSpec, BiasId, BufferId, CacheId, EmbedSpec,
+    FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask, MatrixId, NormSpec, Op, PatchesSpec, Plan,
+    RopeId, feature, refuse,
 };
+
+/// As errors name it.
+const EXECUTOR: &str = "the CPU engine";
 
 /// One operation of the lowered plan.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
-    Embed {
-        table: MatrixId,
-        scale: f32,
-        image: Option<u32>,
-        out: BufferId,
-    },
-    Patches {
-        out: BufferId,
-    },
-    AddRows {
-        x: BufferId,
-        table: MatrixId,
-    },
-    Features {
-        x: BufferId,
-    },
-    Norm {
-        kind: NormKind,
-        weight: VectorId,
-        epsilon: f32,
-        x: BufferId,
-        out: BufferId,
-    },
-    LastRow {
-        x: BufferId,
-        out: BufferId,
-        scale: f32,
-    },
+    Embed(EmbedSpec),
+    Patches(PatchesSpec),
+    AddRows(AddRowsSpec),
+    Features(FeaturesSpec),
+    Norm(NormSpec),
+    LastRow(LastRowSpec),
     /// Brings `x` into the form that the kernel of `matrix` reads.
     Prepare {
         x: BufferId,
@@ -48,27 +33,20 @@ pub enum Step {
     Linear {
         parts: Vec<LinearPart>,
     },
-    Activate {
-        kind: ActivationKind,
-        gate: BufferId,
-        up: Option<BufferId>,
-        out: BufferId,
-    },
-    Add {
-        a: BufferId,
-        b: BufferId,
-        out: BufferId,
-    },
-    Append {
-        k: BufferId,
-        v: BufferId,
-        cache: CacheId,
-        rotate: Option<Rotate>,
-    },
+    Activate(ActivationSpec),
+    Add(AddSpec),
+    Append(Append),
     Attend(Attend),
-    Argmax {
-        logits: BufferId,
-    },
+    Argmax(ArgmaxSpec),
+}
+
+/// Rotates the queries and the keys where there is a rope, and writes keys and values to the cache.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Append {
+    pub kv: KeyValue,
+    pub cache: CacheId,
+    /// The queries that it rotates with the keys.
+    pub rotate: Option<(RopeId, BufferId)>,
 }
 
 /// Attention over one cache.
@@ -99,12 +77,12 @@ impl Step {
     /// The split for a call with one row (`single`) or several.
     pub fn split(&self, single: bool) -> Split {
         match self {
-            Step::Prepare { .. } | Step::Argmax { .. } | Step::LastRow { .. } => Split::One,
-            Step::Patches { .. } | Step::Features { .. } => Split::One,
-            Step::Embed { .. } | Step::Norm { .. } | Step::AddRows { .. } if single => Split::One,
-            Step::Embed { .. } | Step::Norm { .. } | Step::AddRows { .. } => Split::Rows,
-            Step::Linear { .. } | Step::Activate { .. } | Step::Add { .. } => Split::Elements,
-            Step::Append { .. } | Step::Attend(_) => Split::Heads,
+            Step::Prepare { .. } | Step::Argmax(_) | Step::LastRow(_) => Split::One,
+            Step::Patches(_) | Step::Features(_) => Split::One,
+            Step::Embed(_) | Step::Norm(_) | Step::AddRows(_) if single => Split::One,
+            Step::Embed(_) | Step::Norm(_) | Step::AddRows(_) => Split::Rows,
+            Step::Linear { .. } | Step::Activate(_) | Step::Add(_) => Split::Elements,
+            Step::Append(_) | Step::Attend(_) => Split::Heads,
         }
     }
 }
@@ -123,27 +101,46 @@ pub fn must_meet(before: &Step, after: &Step, single: bool) -> bool {
 
 /// `form(matrix)` tells matrices apart that read activations in different forms: parts of one linear group that differ in
 /// it are prepared one after the other.
-pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> &'static str) -> Vec<Step> {
+///
+/// # Errors
+/// Where the plan holds an operation that no step computes, by name.
+pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> &'static str) -> Result<Vec<Step>> {
     let mut steps = Vec::new();
     for op in &plan.ops {
-        match op.clone() {
-            Op::Embed { table, scale, image, out } => steps.push(Step::Embed { table, scale, image, out }),
-            Op::Patches { out } => steps.push(Step::Patches { out }),
-            Op::AddRows { x, table } => steps.push(Step::AddRows { x, table }),
-            Op::Features { x } => steps.push(Step::Features { x }),
-            Op::Norm { kind, weight, epsilon, x, out } => steps.push(Step::Norm { kind, weight, epsilon, x, out }),
-            Op::Linear { x, parts } => lower_linear(x, parts, &form, &mut steps),
-            Op::Append { k, v, cache, rotate } => steps.push(Step::Append { k, v, cache, rotate }),
-            Op::Attention { q, cache, out, scale, mask, bias } => {
-                steps.push(Step::Attend(Attend { q, cache, out, scale, mask, bias }));
+        match op {
+            Op::Embed(spec) => steps.push(Step::Embed(*spec)),
+            Op::Patches(spec) => steps.push(Step::Patches(*spec)),
+            Op::AddRows(spec) => steps.push(Step::AddRows(*spec)),
+            Op::Features(spec) => steps.push(Step::Features(*spec)),
+            Op::Norm(spec) => steps.push(Step::Norm(*spec)),
+            Op::Linear(LinearSpec { x, parts }) => lower_linear(*x, parts.clone(), &form, &mut steps),
+            Op::Append(AppendSpec { kv, cache }) => {
+                steps.push(Step::Append(Append { kv: *kv, cache: *cache, rotate: None }));
             }
-            Op::Activate { kind, gate, up, out } => steps.push(Step::Activate { kind, gate, up, out }),
-            Op::Add { a, b, out } => steps.push(Step::Add { a, b, out }),
-            Op::LastRow { x, out, scale } => steps.push(Step::LastRow { x, out, scale }),
-            Op::Argmax { logits } => steps.push(Step::Argmax { logits }),
+            Op::Attention(spec) => lower_attention(spec, &mut steps)?,
+            Op::Activation(spec) => steps.push(Step::Activate(*spec)),
+            Op::Add(spec) => steps.push(Step::Add(*spec)),
+            Op::LastRow(spec) => steps.push(Step::LastRow(*spec)),
+            Op::Argmax(spec) => steps.push(Step::Argmax(*spec)),
         }
     }
-    steps
+    Ok(steps)
+}
+
+fn lower_attention(spec: &AttentionSpec, steps: &mut Vec<Step>) -> Result<()> {
+    let AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
+    let features = [feature(window), feature(softcap), feature(qk_norm), feature(sinks)];
+    refuse(EXECUTOR, "an attention", &features)?;
+    let (q, cache) = (*q, *cache);
+    match (append, rope) {
+        (Some(kv), rope) => {
+            steps.push(Step::Append(Append { kv: *kv, cache, rotate: rope.map(|rope| (rope, q)) }));
+        }
+        (None, Some(_)) => refuse(EXECUTOR, "an attention", &[Some(&"a rope and no keys to append")])?,
+        (None, None) => {}
+    }
+    steps.push(Step::Attend(Attend { q, cache, out: *out, scale: *scale, mask: *mask, bias: *bias }));
+    Ok(())
 }
 
 fn lower_linear(

@@ -5,9 +5,8 @@
 
 mod load;
 mod pieces;
-mod prompt;
+mod prefill_graphs;
 mod ring;
-mod rows;
 mod step;
 mod times;
 
@@ -16,20 +15,23 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::f16;
 
-use self::prompt::{Call, Input, Kind, Prompts, Shape};
+use self::prefill_graphs::{Call, Prompts};
 use self::ring::Ring;
-use self::rows::Done;
-use self::step::{Step, padded_floats};
+use self::step::Step;
 use self::times::StepTimes;
 use super::memory::Pool;
-use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::events::Listener;
 use crate::kernels::cuda::gemm::{WORKSPACE_BYTES, Workspace};
 use crate::kernels::cuda::launch::address;
-use crate::kernels::cuda::matvec::{self, Epilogue, Matvec, Mode, Product, Puts};
+use crate::kernels::cuda::matvec::{Epilogue, Puts, Streamed};
 use crate::kernels::cuda::program::{self, Facts};
 use crate::kernels::cuda::{open, probe};
-use crate::plan::{ActivationKind, EncoderInputKind, Head, Holds, Model, Op, RelativeBias};
+use crate::lower::cuda::{
+    self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, Done, SessionAt, padded, padded_floats,
+    padded_head,
+};
+use crate::plan::{BiasId, CacheId, EncoderInputKind, Holds, MatrixId, Model, RelativeBias, Rope, RopeId, VectorId};
 use crate::quant::CudaMatrix;
 
 /// Weights, caches and the step of one loaded model.
@@ -59,7 +61,7 @@ struct Weights {
     matrices: Vec<Box<dyn CudaMatrix>>,
     vectors: Vec<CudaSlice<f32>>,
     caches: Vec<Cache>,
-    /// Cosines and sines of each rope, `[capacity, rotary / 2, 2]`.
+    /// As [`lower::angles`] has them.
     angles: Vec<CudaSlice<f32>>,
     biases: Vec<BiasTable>,
     /// Token, position, step, rows of the encoder.
@@ -85,31 +87,18 @@ struct Cache {
     d_pad: usize,
 }
 
-/// A relative bias by distance, fp32 `[h, 2 · reach + 1]`, distance 0 in the middle.
+/// A relative bias, as [`lower::by_distance`] lays it out.
 struct BiasTable {
     values: CudaSlice<f32>,
     reach: usize,
-}
-
-impl BiasTable {
-    fn address(&self, device: &CudaDevice) -> u64 {
-        address(&self.values, device)
-    }
-}
-
-/// `enum Activation` of job.cuh.
-fn activation_number(kind: ActivationKind) -> i32 {
-    match kind {
-        ActivationKind::Silu => 1,
-        ActivationKind::GeluTanh => 2,
-        ActivationKind::Relu => 3,
-    }
 }
 
 /// Loads `setup` onto device `ordinal`.
 pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Loaded> {
     let facts = probe(ordinal)?;
     let device = open(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?;
+    // What no kernel computes is refused before any weight is read.
+    lower::check(setup.model, Facts::of(device.as_cuda_device()?)?)?;
     let streamed = load::stream(setup, &device, events)?;
     let (matrices, learned): (Vec<_>, Vec<_>) = streamed.matrices.into_iter().unzip();
     let weights = Weights::new(setup, device.as_cuda_device()?.clone(), matrices, &learned, &streamed.vectors)?;
@@ -146,45 +135,30 @@ impl Weights {
         let model = setup.model.clone();
         let cache = |spec: &crate::plan::CacheSpec| -> Result<Cache> {
             let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
-            let d_pad = spec.head_dim.next_multiple_of(8);
+            let d_pad = padded_head(spec.head_dim);
             let len = spec.kv_heads * capacity * d_pad;
             Ok(Cache { keys: device.alloc_zeros(len)?, values: device.alloc_zeros(len)?, capacity, d_pad })
         };
-        let angles = |rope: &crate::plan::Rope| -> Result<CudaSlice<f32>> {
-            let values =
-                (0..setup.capacity).flat_map(|position| rope.turns(position)).flat_map(|(cos, sin)| [cos, sin]);
-            Ok(device.clone_htod(&values.collect::<Vec<f32>>())?)
-        };
-        let vector = |values: &Vec<f32>| -> Result<CudaSlice<f32>> {
-            let mut padded = values.clone();
-            padded.resize(padded_floats(values.len()), 0.0);
-            Ok(device.clone_htod(&padded)?)
-        };
+        let angles = |rope: &Rope| device.clone_htod(&lower::angles(rope, setup.capacity));
+        let vector = |values: &Vec<f32>| device.clone_htod(&padded(values));
         let reach = setup.capacity.max(setup.encoder_capacity);
         let bias = |bias: &RelativeBias| -> Result<BiasTable> {
             let learned = learned[bias.table.0].as_ref().context("a bias without its table")?;
             let buckets = model.matrices[bias.table.0].n;
-            let heads = learned.len() / buckets;
-            let distances = -(reach as i64)..=reach as i64;
-            let of_head = |head| distances.clone().map(move |at| learned[bias.bucket(at, buckets) * heads + head]);
-            let values: Vec<f32> = (0..heads).flat_map(of_head).collect();
+            let values = lower::by_distance(bias, learned, buckets, reach);
             Ok(BiasTable { values: device.clone_htod(&values)?, reach })
         };
-        let features = match &model.encoder {
-            Some(encoder) => match (encoder.input, encoder.plan.ops.last()) {
-                (EncoderInputKind::Picture(picture), Some(Op::Features { x })) => {
-                    Some(device.alloc_zeros(picture.patches() * encoder.plan.buffers[x.0].width)?)
-                }
-                _ => None,
-            },
-            None => None,
+        let patches = match model.encoder.as_ref().map(|encoder| encoder.input) {
+            Some(EncoderInputKind::Picture(picture)) => picture.patches(),
+            Some(EncoderInputKind::Tokens) | None => 0,
         };
+        let features = lower::features_width(&model).map(|width| device.alloc_zeros(patches * width)).transpose()?;
         Ok(Self {
             _workspace: Workspace::new(&device)?,
             features,
-            vectors: vectors.iter().map(vector).collect::<Result<_>>()?,
+            vectors: vectors.iter().map(vector).collect::<Result<_, _>>()?,
             caches: model.caches.iter().map(cache).collect::<Result<_>>()?,
-            angles: model.ropes.iter().map(angles).collect::<Result<_>>()?,
+            angles: model.ropes.iter().map(angles).collect::<Result<_, _>>()?,
             biases: model.biases.iter().map(bias).collect::<Result<_>>()?,
             state: device.alloc_zeros(4)?,
             logits: device.alloc_zeros(model.vocab)?,
@@ -207,58 +181,56 @@ impl Weights {
         }
     }
 
-    /// What a call over `tokens` reads, where the last encoder call had `encoded` rows.
-    fn tokens(&self, tokens: &[u32], encoded: usize) -> Result<Input> {
-        let image = match self.model.encoder.as_ref().map(|encoder| encoder.input) {
-            Some(EncoderInputKind::Picture(picture)) => Some(picture.token),
-            _ => None,
-        };
-        let mut n_image = 0;
-        let feature_of_row = tokens.iter().map(|token| {
-            n_image += i32::from(Some(*token) == image);
-            n_image - 1
-        });
-        let feature_of_row: Vec<i32> = feature_of_row.collect();
-        if n_image as usize > encoded {
-            bail!("the prompt has {n_image} image tokens, more than the picture has features");
-        }
-        Ok(Input::Tokens(tokens.iter().map(|token| *token as i32).chain(feature_of_row).collect()))
-    }
-
-    /// Multiplies one row of fp16 activations with the head's matrix; `place` is where the token goes, if one is wanted, and `ended`
-    /// are the counters that launches share.
-    fn run_head(
-        &self,
-        ended: u64,
-        head: Head,
-        x: u64,
-        epilogue: Epilogue,
-        out: u64,
-        place: program::Head,
-    ) -> Result<()> {
-        let product = Product {
-            matrix: self.matrices[head.weight.0].streamed(),
-            bias: head.bias.map_or(0, |bias| address(&self.vectors[bias.0], &self.device)),
-            out,
-            activation: 0,
-        };
-        let input = matvec::Input { x, scale: head.scale, ..matvec::Input::default() };
-        let mut planned = Matvec::plan(self.facts, Mode::Apart, vec![input], &[product], epilogue)?;
-        planned.program.head = place;
-        planned.program.ended = ended;
-        // SAFETY: x is a row of the caller's; all else is the session's.
-        Ok(unsafe { planned.ready(&self.device)?.launch(&self.device) }?)
-    }
-
-    /// Of a row that the head reads.
-    fn row_bytes(&self, head: Head) -> usize {
-        size_of::<f16>() * self.model.matrices[head.weight.0].k
-    }
-
     /// Token, position, step and encoder rows, before all that is launched from now on.
     fn set_state(&mut self, token: u32, position: usize, step: u32, encoded: usize) -> Result<()> {
         let state = [token as i32, position as i32, step as i32, encoded as i32];
         Ok(self.device.memcpy_htod(&state, &mut self.state)?)
+    }
+}
+
+impl Addresses for Weights {
+    fn model(&self) -> &Model {
+        &self.model
+    }
+
+    fn facts(&self) -> Facts {
+        self.facts
+    }
+
+    fn matrix(&self, id: MatrixId) -> Streamed {
+        self.matrices[id.0].streamed()
+    }
+
+    fn vector(&self, id: VectorId) -> u64 {
+        address(&self.vectors[id.0], &self.device)
+    }
+
+    fn cache(&self, id: CacheId) -> CacheAt {
+        let Cache { keys, values, capacity, d_pad } = &self.caches[id.0];
+        let (keys, values) = (address(keys, &self.device), address(values, &self.device));
+        CacheAt { keys, values, capacity: *capacity, d_pad: *d_pad }
+    }
+
+    fn angles(&self, id: RopeId) -> u64 {
+        address(&self.angles[id.0], &self.device)
+    }
+
+    fn bias(&self, id: BiasId) -> BiasAt {
+        let BiasTable { values, reach } = &self.biases[id.0];
+        BiasAt { address: address(values, &self.device), reach: *reach }
+    }
+
+    fn session(&self) -> SessionAt {
+        let device = &self.device;
+        SessionAt {
+            state: address(&self.state, device),
+            logits: address(&self.logits, device),
+            zeros: address(&self.zeros, device),
+            features: self.features.as_ref().map_or(0, |features| address(features, device)),
+            outlier_columns: address(&self.outlier_columns, device),
+            host: self.ring.address(),
+            host_slots: ring::SLOTS,
+        }
     }
 }
 
@@ -273,25 +245,21 @@ impl CudaSession {
     }
 
     /// Runs the decoder over `tokens` and moves on behind them.
-    fn call(&mut self, kind: Kind, tokens: &[u32]) -> Result<Done> {
+    fn call(&mut self, kind: CallKind, tokens: &[u32]) -> Result<Done> {
         self.check_call(tokens)?;
-        let input = self.weights.tokens(tokens, self.encoded)?;
+        let input = CallInput::tokens(&self.weights.model, tokens, self.encoded)?;
         self.weights.set_state(0, self.position, self.steps, self.encoded)?;
-        let shape = Shape { kind, rows: tokens.len(), position: self.position, encoded: self.encoded };
+        let shape = CallShape { kind, rows: tokens.len(), position: self.position, encoded: self.encoded };
         let done = self.run(shape, &input)?;
         self.position += tokens.len();
         Ok(done)
     }
 
-    fn run(&mut self, shape: Shape, input: &Input) -> Result<Done> {
+    fn run(&mut self, shape: CallShape, input: &CallInput) -> Result<Done> {
         let call = Call { weights: &self.weights, step: &self.step, shape };
         let done = self.prompts.run(&call, input, self.as_graph)?;
         self.examined += done.examined;
         Ok(done)
-    }
-
-    fn head(&self) -> Result<Head> {
-        self.weights.model.decoder.head().context("this plan has no head")
     }
 }
 
@@ -310,11 +278,11 @@ impl Session for CudaSession {
         let (rows, input) = match (encoder.input, input) {
             (EncoderInputKind::Tokens, EncoderInput::Tokens(tokens)) => {
                 self.weights.check_tokens(tokens)?;
-                (tokens.len(), self.weights.tokens(tokens, 0)?)
+                (tokens.len(), CallInput::tokens(&self.weights.model, tokens, 0)?)
             }
             (EncoderInputKind::Picture(picture), EncoderInput::Pixels(pixels)) => {
-                let halves = patch_rows(pixels, picture)?.into_iter().map(f16::from_f32).collect();
-                (picture.patches(), Input::Patches(halves))
+                let halves = picture.patch_rows(pixels)?.into_iter().map(f16::from_f32).collect();
+                (picture.patches(), CallInput::Patches(halves))
             }
             _ => bail!("this model's encoder reads another kind of input"),
         };
@@ -322,14 +290,14 @@ impl Session for CudaSession {
         if rows == 0 || rows > capacity {
             bail!("an encoder call of {rows} rows does not fit a cache of {capacity}");
         }
-        self.run(Shape { kind: Kind::Encoder, rows, position: 0, encoded: rows }, &input)?;
+        self.run(CallShape { kind: CallKind::Encoder, rows, position: 0, encoded: rows }, &input)?;
         self.encoded = rows;
         Ok(())
     }
 
     fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
         self.times.restart();
-        self.call(Kind::Prompt, tokens)?;
+        self.call(CallKind::Prompt, tokens)?;
         self.steps += 1;
         self.weights.ring.wait(self.steps, &self.weights.device)
     }
@@ -345,7 +313,7 @@ impl Session for CudaSession {
             let (device, step, as_graph) = (&self.weights.device, &mut self.step, self.as_graph);
             self.times.around(device, || step.run(device, as_graph))?;
             self.steps = first + queued as u32;
-            self.examined += self.step.examines;
+            self.examined += self.step.examined;
             // All steps are queued at once, except that tokens are stamped as they come and the ring must not run over.
             while let Some(token) = self.weights.ring.token(first + arrived as u32 + 1).filter(|_| arrived < queued) {
                 on_token(token);
@@ -365,13 +333,16 @@ impl Session for CudaSession {
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
-        let (Done { x, .. }, head) = (self.call(Kind::Scored, tokens)?, self.head()?);
+        let done = self.call(CallKind::Scored, tokens)?;
         let (weights, device) = (&self.weights, &self.weights.device);
+        let head = weights.model.decoder.head().context("this plan has no head")?;
         let (logits, ended) = (address(&weights.logits, device), self.step.ended(device));
         for row in 0..tokens.len() {
-            let at = x + (row * weights.row_bytes(head)) as u64;
+            let x = lower::prefill::row_at(&weights.model, done, row)?;
             let epilogue = Epilogue { puts: Puts::Floats, ..Epilogue::default() };
-            weights.run_head(ended, head, at, epilogue, logits, program::Head::default())?;
+            let planned = lower::head(weights, head, x, logits, epilogue, program::Head::default(), ended)?;
+            // SAFETY: x is a row of the call's; all else is the session's.
+            unsafe { planned.ready(device)?.launch(device) }?;
             on_row(row, &device.clone_dtoh(&weights.logits)?);
         }
         Ok(())

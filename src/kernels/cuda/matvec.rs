@@ -2,8 +2,9 @@
 
 use candle_core::{Result, bail};
 
-use super::launch::dimension;
+use super::launch::{Launcher, dimension};
 use super::program::{Facts, Jobs, Kind, Planned, StepKernel, WARPS};
+use super::shared_input::SharedInput;
 
 /// Bytes of a row that a warp takes at once: rows are padded to whole ones.
 pub const CHUNK_BYTES: usize = 128;
@@ -40,7 +41,16 @@ pub struct Family {
     pub chunk: usize,
     /// Those that read it, the best one first.
     pub kernels: &'static [&'static StepKernel],
+    /// Whether products of many rows are fp32; fp16 otherwise.
+    pub product_is_float: bool,
+    pub multiply_rows: MultiplyRows,
 }
+
+/// `y = x · Wᵀ` of many rows with fp32 sums, `y` `[m, n]`. What it needs beside these it takes from the arena of `x`.
+///
+/// # Safety
+/// As [`Streamed::multiply_rows`].
+pub type MultiplyRows = unsafe fn(&Streamed, &dyn Launcher, &SharedInput, u64) -> Result<()>;
 
 impl PartialEq for Family {
     fn eq(&self, other: &Self) -> bool {
@@ -91,6 +101,16 @@ pub struct Part {
 }
 
 impl Streamed {
+    /// `y = x · Wᵀ`, by the matrix's family.
+    ///
+    /// # Safety
+    /// `x` holds rows of k; it, its arena, the matrix and `y` are that much memory where `on` runs, good until its stream has come
+    /// past this call.
+    pub unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { (self.family.multiply_rows)(self, on, x, y) }
+    }
+
     /// The matrix alone, for kernels that take it as it lies.
     pub fn part(&self) -> Result<Part> {
         let Self { n, weight, scales, nested, offset, .. } = *self;

@@ -18,6 +18,7 @@ pub mod matvec;
 pub mod memory;
 pub mod program;
 pub mod rows;
+pub mod shared_input;
 pub mod staging;
 
 pub use device::{open, probe};

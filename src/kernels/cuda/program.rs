@@ -444,7 +444,14 @@ mod tests {
         assert_eq!([on((9, 0)).ring(nf4, 0).0, on((8, 0)).ring(half, 0).0, on((12, 0)).ring(half, 0).0], [3, 6, 3]);
     }
 
-    static HALVES: Family = Family { name: "halves", kind: Kind::Half, chunk: 64, kernels: &[] };
+    static HALVES: Family = Family {
+        name: "halves",
+        kind: Kind::Half,
+        chunk: 64,
+        kernels: &[],
+        product_is_float: false,
+        multiply_rows: |_, _, _, _| Ok(()),
+    };
 
     fn multiply(jobs: &mut Jobs, x: u64, is_tagged: i32, out: u64) -> Result<()> {
         let matrix = Streamed {

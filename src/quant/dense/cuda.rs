@@ -4,6 +4,7 @@ mod encode;
 
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result};
+use half::f16;
 
 use super::{DenseStored, Value};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
@@ -11,7 +12,8 @@ use crate::kernels::cuda::launch::{Fatbin, Launcher, address, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::kernels::cuda::program::{Kind, StepKernel};
 use crate::kernels::cuda::rows::Rows;
-use crate::quant::cuda::{RowsOf, download};
+use crate::kernels::cuda::shared_input::SharedInput;
+use crate::quant::cuda::download;
 use crate::quant::{CudaMatrix, Stored};
 
 pub use encode::{KERNELS as ENCODE_KERNELS, cast_rows};
@@ -28,8 +30,22 @@ pub static STEP: StepKernel = StepKernel {
     partial_bytes: size_of::<f32>(),
     converted_eighths: 0,
 };
-static HALVES: Family = Family { name: "half", kind: Kind::Half, chunk: CHUNK_BYTES / 2, kernels: &[&STEP] };
-static FLOATS: Family = Family { name: "float", kind: Kind::Float, chunk: CHUNK_BYTES / 4, kernels: &[&STEP] };
+static HALVES: Family = Family {
+    name: "half",
+    kind: Kind::Half,
+    chunk: CHUNK_BYTES / size_of::<f16>(),
+    kernels: &[&STEP],
+    product_is_float: false,
+    multiply_rows,
+};
+static FLOATS: Family = Family {
+    name: "float",
+    kind: Kind::Float,
+    chunk: CHUNK_BYTES / size_of::<f32>(),
+    kernels: &[&STEP],
+    product_is_float: true,
+    multiply_rows,
+};
 
 /// Uploads row-major values in their own dtype.
 pub(super) fn upload<T: Value>(stored: &DenseStored<T>, device: &Device) -> Result<Box<dyn CudaMatrix>> {
@@ -98,38 +114,37 @@ impl CudaMatrix for DenseOnDevice {
     fn streamed(&self) -> Streamed {
         streamed((self.n, self.k), self.element_bytes, address(&self.weight, &self.device))
     }
+}
 
-    fn product_is_float(&self) -> bool {
-        self.element_bytes == 4
-    }
-
-    /// fp32 weights widen their activations.
-    unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &RowsOf, y: u64) -> Result<()> {
-        let RowsOf { at: x, m, arena, .. } = *x;
-        let (k, stride) = (self.k, self.stride_bytes / self.element_bytes);
-        let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
-        let mut widened = None;
-        let (ty, a) = if self.product_is_float() {
-            let at = widened.insert(arena.take::<f32>(m * k)?).address;
-            // SAFETY: both hold m * k values.
-            unsafe { Rows { on }.widen(m * k, x, at) }?;
-            (Type::Float, at)
-        } else {
-            (Type::Half, x)
-        };
-        let gemm = Gemm {
-            m,
-            n: self.n,
-            k,
-            batch: 1,
-            a: operand(a, k),
-            b: operand(address(&self.weight, &self.device), stride),
-            b_is_transposed: true,
-            out: operand(y, self.n),
-            from: ty,
-            to: ty,
-        };
-        // SAFETY: the caller's promise for x and y; the weight lives as long as this.
-        unsafe { on.multiply(&gemm) }
-    }
+/// Through cuBLAS; fp32 weights widen their activations.
+///
+/// # Safety
+/// As [`Streamed::multiply_rows`].
+unsafe fn multiply_rows(matrix: &Streamed, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+    let SharedInput { at: x, m, arena, .. } = *x;
+    let (k, is_float) = (matrix.k, matrix.family.product_is_float);
+    let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
+    let mut widened = None;
+    let (ty, element_bytes, a) = if is_float {
+        let at = widened.insert(arena.take::<f32>(m * k)?).address;
+        // SAFETY: both hold m * k values.
+        unsafe { Rows { on }.widen(m * k, x, at) }?;
+        (Type::Float, size_of::<f32>(), at)
+    } else {
+        (Type::Half, size_of::<f16>(), x)
+    };
+    let gemm = Gemm {
+        m,
+        n: matrix.n,
+        k,
+        batch: 1,
+        a: operand(a, k),
+        b: operand(matrix.weight, matrix.stride_bytes / element_bytes),
+        b_is_transposed: true,
+        out: operand(y, matrix.n),
+        from: ty,
+        to: ty,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { on.multiply(&gemm) }
 }

@@ -10,9 +10,10 @@ use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::kernels::cuda::program::{Kind, StepKernel};
+use crate::kernels::cuda::shared_input::SharedInput;
 use crate::parameters;
 use crate::quant::CudaMatrix;
-use crate::quant::cuda::{RowsOf, download};
+use crate::quant::cuda::download;
 
 pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
@@ -29,7 +30,14 @@ static STEP: StepKernel = StepKernel {
     // A byte of code and a bit that tells outliers.
     converted_eighths: 9,
 };
-static BYTES: Family = Family { name: "int8", kind: Kind::Own, chunk: CHUNK_BYTES, kernels: &[&STEP] };
+static BYTES: Family = Family {
+    name: "int8",
+    kind: Kind::Own,
+    chunk: CHUNK_BYTES,
+    kernels: &[&STEP],
+    product_is_float: false,
+    multiply_rows,
+};
 
 /// Rows that one launch quantizes, whose blocks all look at all of them.
 const FEW_ROWS: usize = 16;
@@ -111,24 +119,26 @@ impl CudaMatrix for Int8OnDevice {
         let at = |slice: &CudaSlice<f32>| address(slice, &self.device);
         streamed((self.n, self.k), address(&self.codes, &self.device), at(&self.absmax), self.threshold)
     }
+}
 
-    unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &RowsOf, y: u64) -> Result<()> {
-        // Matrices that read the same rows have the same k and threshold.
-        // SAFETY: the caller's promise for x.
-        let Some(rows) = x.made(|| unsafe { self.quantize(on, x) })? else {
-            bail!("rows that another format has made something of")
-        };
-        let products = x.arena.take::<i32>(x.m * self.n)?;
-        let call = ManyRows { y, products: products.address, ..self.many_rows(x, rows) };
-        // SAFETY: all are as large as `ManyRows` says, every product is written before it is read, and what overwrites them comes
-        // later on the same stream; the caller's promise for x and y.
-        unsafe {
-            match self.n.is_multiple_of(GEMM_SIDE) {
-                true => on.multiply(&call.gemm())?,
-                false => call.multiply(on)?,
-            }
-            call.finish(on)
+/// # Safety
+/// As [`Streamed::multiply_rows`].
+unsafe fn multiply_rows(matrix: &Streamed, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+    // Matrices that read the same rows have the same k and threshold.
+    // SAFETY: the caller's promise for x.
+    let Some(rows) = x.made(|| unsafe { quantize(matrix, on, x) })? else {
+        bail!("rows that another format has made something of")
+    };
+    let products = x.arena.take::<i32>(x.m * matrix.n)?;
+    let call = ManyRows { y, products: products.address, ..many_rows(matrix, x, rows) };
+    // SAFETY: all are as large as `ManyRows` says, every product is written before it is read, and what overwrites them comes
+    // later on the same stream; the caller's promise for the matrix, x and y.
+    unsafe {
+        match matrix.n.is_multiple_of(GEMM_SIDE) {
+            true => on.multiply(&call.gemm())?,
+            false => call.multiply(on)?,
         }
+        call.finish(on)
     }
 }
 
@@ -141,44 +151,43 @@ struct QuantizedRows {
     row_absmax: u64,
 }
 
-impl Int8OnDevice {
-    /// # Safety
-    /// `x` holds rows of k, until the device's stream has come past this call.
-    unsafe fn quantize(&self, on: &dyn Launcher, x: &RowsOf) -> Result<QuantizedRows> {
-        let rows = QuantizedRows {
-            flags: x.keep::<u8>(flag_bytes(x.m, self.stride))?,
-            columns: x.keep::<i32>(self.k)?,
-            count: x.keep::<i32>(1)?,
-            codes: x.keep::<u8>(x.m * self.stride)?,
-            row_absmax: x.keep::<f32>(x.m)?,
-        };
-        // SAFETY: all are as large as `ManyRows` says. The launches write all that is read of them: codes with their padding, every
-        // row's absmax, the count and as many columns. The caller's promise for x.
-        unsafe { self.many_rows(x, &rows).quantize(on) }?;
-        Ok(rows)
-    }
+/// # Safety
+/// `x` holds rows of k, until the device's stream has come past this call.
+unsafe fn quantize(matrix: &Streamed, on: &dyn Launcher, x: &SharedInput) -> Result<QuantizedRows> {
+    let stride = matrix.stride_bytes;
+    let rows = QuantizedRows {
+        flags: x.keep::<u8>(flag_bytes(x.m, stride))?,
+        columns: x.keep::<i32>(matrix.k)?,
+        count: x.keep::<i32>(1)?,
+        codes: x.keep::<u8>(x.m * stride)?,
+        row_absmax: x.keep::<f32>(x.m)?,
+    };
+    // SAFETY: all are as large as `ManyRows` says. The launches write all that is read of them: codes with their padding, every
+    // row's absmax, the count and as many columns. The caller's promise for x.
+    unsafe { many_rows(matrix, x, &rows).quantize(on) }?;
+    Ok(rows)
+}
 
-    /// The product of these rows, without a place for it yet.
-    fn many_rows(&self, x: &RowsOf, rows: &QuantizedRows) -> ManyRows {
-        let QuantizedRows { flags, columns, count, codes, row_absmax } = *rows;
-        ManyRows {
-            m: x.m,
-            n: self.n,
-            k: self.k,
-            stride: self.stride,
-            threshold: self.threshold,
-            weight: address(&self.codes, &self.device),
-            absmax: address(&self.absmax, &self.device),
-            x: x.at,
-            y: 0,
-            flags,
-            columns,
-            count,
-            total: x.outlier_columns,
-            codes,
-            row_absmax,
-            products: 0,
-        }
+/// The product of these rows, without a place for it yet.
+fn many_rows(matrix: &Streamed, x: &SharedInput, rows: &QuantizedRows) -> ManyRows {
+    let QuantizedRows { flags, columns, count, codes, row_absmax } = *rows;
+    ManyRows {
+        m: x.m,
+        n: matrix.n,
+        k: matrix.k,
+        stride: matrix.stride_bytes,
+        threshold: matrix.threshold,
+        weight: matrix.weight,
+        absmax: matrix.scales,
+        x: x.at,
+        y: 0,
+        flags,
+        columns,
+        count,
+        total: x.outlier_columns,
+        codes,
+        row_absmax,
+        products: 0,
     }
 }
 

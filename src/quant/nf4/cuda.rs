@@ -14,9 +14,10 @@ use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
 use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
 use crate::kernels::cuda::program::{Kind, StepKernel};
+use crate::kernels::cuda::shared_input::SharedInput;
 use crate::parameters;
 use crate::quant::CudaMatrix;
-use crate::quant::cuda::{RowsOf, download};
+use crate::quant::cuda::download;
 
 pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
@@ -39,7 +40,7 @@ static NESTED_CROSSING_STEP: StepKernel = step("nf4_nested_crossing_step", 0);
 static PLAIN_CROSSING_STEP: StepKernel = step("nf4_plain_crossing_step", 0);
 
 const fn family(name: &'static str, kernels: &'static [&'static StepKernel]) -> Family {
-    Family { name, kind: Kind::Own, chunk: CHUNK_ELEMENTS, kernels }
+    Family { name, kind: Kind::Own, chunk: CHUNK_ELEMENTS, kernels, product_is_float: false, multiply_rows }
 }
 // The kernels for blocks that cross rows read the others too.
 static NESTED: Family = family("nf4_nested", &[&NESTED_STEP, &NESTED_CROSSING_STEP]);
@@ -228,34 +229,39 @@ impl CudaMatrix for Nf4OnDevice {
         };
         streamed((self.n, self.k), address(&self.chunks, &self.device), absmax, at(&self.code))
     }
+}
 
-    unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &RowsOf, y: u64) -> Result<()> {
-        let RowsOf { at: x, m, arena, .. } = *x;
-        let step = tile_rows(m, self.n, self.k);
-        let tile = arena.take::<f16>(step * self.k)?;
-        let weight = tile.address;
-        let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
-        for first in (0..self.n).step_by(step) {
-            let rows = first..self.n.min(first + step);
-            let gemm = Gemm {
-                m,
-                n: rows.len(),
-                k: self.k,
-                batch: 1,
-                a: operand(x, self.k),
-                b: operand(weight, self.k),
-                b_is_transposed: true,
-                out: operand(y + (size_of::<f16>() * first) as u64, self.n),
-                from: Type::Half,
-                to: Type::Half,
-            };
-            // SAFETY: the caller's promise for x and y; the weight has room for these rows, and what overwrites it comes later on the
-            // same stream.
-            unsafe {
-                dequantize(on, &self.streamed(), rows, weight)?;
-                on.multiply(&gemm)?;
-            }
+/// Through fp16 weights, some rows of the matrix at a time.
+///
+/// # Safety
+/// As [`Streamed::multiply_rows`].
+unsafe fn multiply_rows(matrix: &Streamed, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+    let SharedInput { at: x, m, arena, .. } = *x;
+    let &Streamed { n, k, .. } = matrix;
+    let step = tile_rows(m, n, k);
+    let tile = arena.take::<f16>(step * k)?;
+    let weight = tile.address;
+    let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
+    for first in (0..n).step_by(step) {
+        let rows = first..n.min(first + step);
+        let gemm = Gemm {
+            m,
+            n: rows.len(),
+            k,
+            batch: 1,
+            a: operand(x, k),
+            b: operand(weight, k),
+            b_is_transposed: true,
+            out: operand(y + (size_of::<f16>() * first) as u64, n),
+            from: Type::Half,
+            to: Type::Half,
+        };
+        // SAFETY: the caller's promise for the matrix, x and y; the weight has room for these rows, and what overwrites it comes
+        // later on the same stream.
+        unsafe {
+            dequantize(on, matrix, rows, weight)?;
+            on.multiply(&gemm)?;
         }
-        Ok(())
     }
+    Ok(())
 }

@@ -6,103 +6,50 @@ use std::collections::VecDeque;
 use anyhow::{Context, Result};
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, sys};
-use half::f16;
 
-use super::rows::{Done, Run};
+use super::Weights;
 use super::step::Step;
-use super::{Epilogue, Weights};
 use crate::kernels::cuda::arena::{Arena, Layout, Region};
-use crate::kernels::cuda::launch::{Launcher, Rehearsal, address, upload};
-use crate::plan::{Head, Plan};
+use crate::kernels::cuda::launch::{Rehearsal, address, upload};
+use crate::lower::cuda::{CallInput, CallKind, CallShape, Done, prefill};
 
 /// Shapes that are remembered: those of the last calls.
 const SHAPES: usize = 4;
-
-/// What the launches of a call depend on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    pub kind: Kind,
-    pub rows: usize,
-    /// Tokens before it in the decoder's caches; 0 for an encoder.
-    pub position: usize,
-    /// Rows of the last encoder call, or of this one.
-    pub encoded: usize,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    Encoder,
-    /// The decoder, and the head of its last row.
-    Prompt,
-    /// The decoder up to its head.
-    Scored,
-}
-
-/// What a call reads that the host makes.
-pub enum Input {
-    /// The tokens, then for each row that of the features that it takes, if it stands for a part of a picture.
-    Tokens(Vec<i32>),
-    /// `[rows, channels · patch²]`
-    Patches(Vec<f16>),
-}
-
-impl Input {
-    fn bytes(&self) -> usize {
-        match self {
-            Input::Tokens(values) => size_of_val(&values[..]),
-            Input::Patches(values) => size_of_val(&values[..]),
-        }
-    }
-
-    /// # Safety
-    /// `to` has room for [`Self::bytes`].
-    unsafe fn upload(&self, to: u64, device: &CudaDevice) -> Result<()> {
-        // SAFETY: the caller's promise.
-        Ok(unsafe {
-            match self {
-                Input::Tokens(values) => upload(values, to, device),
-                Input::Patches(values) => upload(values, to, device),
-            }
-        }?)
-    }
-}
 
 /// A call on a session's memory.
 pub struct Call<'a> {
     pub weights: &'a Weights,
     pub step: &'a Step,
-    pub shape: Shape,
+    pub shape: CallShape,
 }
 
 impl Call<'_> {
-    /// The plan, how much of it is for many rows, and what is for one.
-    fn plan(&self) -> Result<(&Plan, usize, Option<Head>)> {
-        let model = &self.weights.model;
-        if self.shape.kind == Kind::Encoder {
-            let plan = &model.encoder.as_ref().context("this model has no encoder")?.plan;
-            return Ok((plan, plan.ops.len(), None));
-        }
-        let head = model.decoder.head().context("this plan has no head")?;
-        Ok((&model.decoder, head.body_len, Some(head)))
-    }
-
-    /// All but the head of the last row.
-    fn run(&self, on: &dyn Launcher, arena: &Arena, input: Region) -> Result<Done> {
-        let (plan, len, head) = self.plan()?;
-        Run::new(self.weights, plan, self.shape, on, arena, input).run(len, head.map(|head| head.x))
-    }
-
     /// All of it, on the device.
     fn queue(&self, device: &CudaDevice, arena: &Arena, input: Region) -> Result<Done> {
-        let done = self.run(device, arena, input)?;
-        if let (Kind::Prompt, (_, _, Some(head))) = (self.shape.kind, self.plan()?) {
-            let place = self.step.head(self.weights, self.shape.rows)?;
-            let last = done.x + ((self.shape.rows - 1) * self.weights.row_bytes(head)) as u64;
-            let epilogue = Epilogue { logits: address(&self.weights.logits, device), ..Epilogue::default() };
-            self.weights.run_head(self.step.ended(device), head, last, epilogue, 0, place)?;
+        let done = prefill::run(self.weights, self.shape, device, arena, input)?;
+        if self.shape.kind == CallKind::Prompt {
+            let token = self.step.token_output(self.weights, self.shape.rows)?;
+            let ended = self.step.ended(device);
+            let head = prefill::last_head(self.weights, self.shape, done, token, ended)?;
+            // SAFETY: x holds rows of the call; all else is the session's.
+            unsafe { head.ready(device)?.launch(device) }?;
         }
         Ok(done)
     }
+}
+
+/// Copies `input` to `to`.
+///
+/// # Safety
+/// `to` has room for it.
+unsafe fn upload_input(input: &CallInput, to: u64, device: &CudaDevice) -> Result<()> {
+    // SAFETY: the caller's promise.
+    Ok(unsafe {
+        match input {
+            CallInput::Tokens(values) => upload(values, to, device),
+            CallInput::Patches(values) => upload(values, to, device),
+        }
+    }?)
 }
 
 /// The memory of calls, and the last shapes that they had.
@@ -114,7 +61,7 @@ pub struct Prompts {
 }
 
 struct Known {
-    shape: Shape,
+    shape: CallShape,
     layout: Layout,
     has_returned: bool,
     /// Of a call in this memory.
@@ -124,14 +71,14 @@ struct Known {
 
 impl Prompts {
     /// Queues `call`, as a graph from the second time on if it may be one.
-    pub fn run(&mut self, call: &Call, input: &Input, as_graph: bool) -> Result<Done> {
+    pub fn run(&mut self, call: &Call, input: &CallInput, as_graph: bool) -> Result<Done> {
         let device = &call.weights.device;
         let base = self.prepare(call, input.bytes())?;
         let Some(known) = self.known.front_mut() else { anyhow::bail!("a call that was not prepared") };
         let arena = Arena::at(base, &known.layout);
         let region = arena.take::<u8>(input.bytes())?;
         // SAFETY: the region is as large.
-        unsafe { input.upload(region.address, device) }?;
+        unsafe { upload_input(input, region.address, device) }?;
         if let (Some(done), Some(graph)) = (known.done, &known.graph) {
             graph.launch()?;
             return Ok(done);
@@ -167,7 +114,9 @@ impl Prompts {
             None => {
                 let layout = Layout::of(|arena| {
                     let rehearsed = arena.take::<u8>(input_bytes).map_err(anyhow::Error::from);
-                    rehearsed.and_then(|input| call.run(&Rehearsal, arena, input)).map(|_| ())
+                    rehearsed
+                        .and_then(|input| prefill::run(call.weights, call.shape, &Rehearsal, arena, input))
+                        .map(|_| ())
                 })?;
                 Known { shape: call.shape, layout, has_returned: false, done: None, graph: None }
             }

@@ -1,0 +1,87 @@
+//! Lowers a model before anything of it is loaded, to refuse by name what the device cannot run.
+
+use anyhow::Result;
+
+use super::prefill;
+use super::step::{StepMemory, StepProgram, fused};
+use super::{Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, SessionAt, padded_head};
+use crate::kernels::cuda::arena::Layout;
+use crate::kernels::cuda::launch::Rehearsal;
+use crate::kernels::cuda::matvec::Streamed;
+use crate::kernels::cuda::program::Facts;
+use crate::plan::{BiasId, CacheId, MatrixId, Model, RopeId, VectorId};
+use crate::quant::dense;
+
+/// Lowers a decode step, a prompt and an encoder call of one row each.
+///
+/// # Errors
+/// Where one of them holds an operation that the device has no code for.
+pub fn check(model: &Model, facts: Facts) -> Result<()> {
+    let on = Nowhere { model, facts };
+    let fused = fused(&on)?;
+    // Every buffer has an address of its own, and none is 0.
+    let mut next = 0;
+    let memory = StepMemory::of(&on, &fused).map(|_| {
+        next += 1;
+        next
+    });
+    StepProgram::new(&on, &fused, &memory)?;
+    let kinds = model.encoder.iter().map(|_| CallKind::Encoder).chain([CallKind::Prompt]);
+    for kind in kinds {
+        let shape = CallShape { kind, rows: 1, position: 0, encoded: 1 };
+        let input = CallInput::Tokens(vec![0; 2]);
+        Layout::of(|arena| {
+            let region = arena.take::<u8>(input.bytes())?;
+            prefill::run(&on, shape, &Rehearsal, arena, region).map(|_| ())
+        })?;
+    }
+    Ok(())
+}
+
+/// A model that lies nowhere yet: all its matrices are fp16, every address is the same.
+struct Nowhere<'a> {
+    model: &'a Model,
+    facts: Facts,
+}
+
+/// Aligned as memory is.
+const ADDRESS: u64 = 1 << 20;
+const CAPACITY: usize = 1;
+
+impl Addresses for Nowhere<'_> {
+    fn model(&self) -> &Model {
+        self.model
+    }
+
+    fn facts(&self) -> Facts {
+        self.facts
+    }
+
+    fn matrix(&self, id: MatrixId) -> Streamed {
+        let spec = &self.model.matrices[id.0];
+        dense::cuda::streamed((spec.n, spec.k), size_of::<half::f16>(), ADDRESS)
+    }
+
+    fn vector(&self, _: VectorId) -> u64 {
+        ADDRESS
+    }
+
+    fn cache(&self, id: CacheId) -> CacheAt {
+        let d_pad = padded_head(self.model.caches[id.0].head_dim);
+        CacheAt { keys: ADDRESS, values: ADDRESS, capacity: CAPACITY, d_pad }
+    }
+
+    fn angles(&self, _: RopeId) -> u64 {
+        ADDRESS
+    }
+
+    fn bias(&self, _: BiasId) -> BiasAt {
+        BiasAt { address: ADDRESS, reach: CAPACITY }
+    }
+
+    fn session(&self) -> SessionAt {
+        let features = super::features_width(self.model).map_or(0, |_| ADDRESS);
+        let (state, logits, zeros, outlier_columns, host) = (ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS);
+        SessionAt { state, logits, zeros, features, outlier_columns, host, host_slots: 1 }
+    }
+}

@@ -1,0 +1,145 @@
+//! Plans as a CUDA device runs them: a decode step as the program of one launch ([`step`]), and calls of many rows as one
+//! launch after the other ([`prefill`]).
+
+mod attention;
+mod call;
+mod check;
+pub mod prefill;
+pub mod step;
+mod tables;
+
+pub use call::{CallInput, CallKind, CallShape, Done};
+pub use check::check;
+pub use tables::{angles, by_distance, padded, padded_floats};
+
+use candle_core::{Result, bail};
+
+use crate::kernels::cuda::launch::dimension;
+use crate::kernels::cuda::matvec::{self, Epilogue, Matvec, Mode, Product, Streamed};
+use crate::kernels::cuda::program::{self, Facts, Planned};
+use crate::plan::{ActivationKind, BiasId, CacheId, EmbedSpec, Head, MatrixId, Model, Op, RopeId, VectorId};
+
+/// A loaded model in memory that kernels reach: on a device, or in tests on the host.
+pub trait Addresses {
+    fn model(&self) -> &Model;
+
+    fn facts(&self) -> Facts;
+
+    fn matrix(&self, id: MatrixId) -> Streamed;
+
+    /// fp32, as [`padded`] has it.
+    fn vector(&self, id: VectorId) -> u64;
+
+    fn cache(&self, id: CacheId) -> CacheAt;
+
+    /// As [`angles`] has them.
+    fn angles(&self, id: RopeId) -> u64;
+
+    fn bias(&self, id: BiasId) -> BiasAt;
+
+    fn session(&self) -> SessionAt;
+}
+
+/// Keys and values, fp16 `[g, capacity, d_pad]` each.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheAt {
+    pub keys: u64,
+    pub values: u64,
+    pub capacity: usize,
+    /// Elements of a head, with zeros up to whole 16-byte words.
+    pub d_pad: usize,
+}
+
+/// A relative bias, as [`by_distance`] lays it out.
+#[derive(Debug, Clone, Copy)]
+pub struct BiasAt {
+    pub address: u64,
+    pub reach: usize,
+}
+
+/// Memory of a session beside weights and caches.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionAt {
+    /// Four int32: token, position, step, rows of the encoder.
+    pub state: u64,
+    /// fp32 `[vocab]`
+    pub logits: u64,
+    /// fp32 zeros, as many as the widest norm has: the bias of those that have none.
+    pub zeros: u64,
+    /// Features of a picture, fp16 `[patches, width]`; 0 where the model reads none.
+    pub features: u64,
+    /// A count of 64 bits: outlier columns that were found.
+    pub outlier_columns: u64,
+    /// Words of 64 bits that the host reads tokens from, and their number.
+    pub host: u64,
+    pub host_slots: usize,
+}
+
+/// Where the state keeps the position, and the rows of the encoder.
+const POSITION_BYTES: u64 = 4;
+const ENCODED_BYTES: u64 = 12;
+
+/// Elements of a head in the cache: whole words of 16 bytes.
+pub fn padded_head(d: usize) -> usize {
+    d.next_multiple_of(8)
+}
+
+/// `enum Activation` of job.cuh.
+fn activation_number(kind: ActivationKind) -> i32 {
+    match kind {
+        ActivationKind::Silu => 1,
+        ActivationKind::GeluTanh => 2,
+        ActivationKind::Relu => 3,
+    }
+}
+
+/// The width of a picture's features, where the model reads a picture.
+pub fn features_width(model: &Model) -> Option<usize> {
+    let plan = &model.encoder.as_ref()?.plan;
+    if let Op::Features(spec) = plan.ops.last()? { Some(plan.buffers[spec.x.0].width) } else { None }
+}
+
+/// The head's matrix times one row of fp16 activations at `x`. The token goes to `token`, if one is wanted; `ended` are the counters
+/// that launches share.
+///
+/// # Errors
+/// Where the matrix is too large for a kernel.
+pub fn head(
+    on: &dyn Addresses,
+    head: Head,
+    x: u64,
+    out: u64,
+    epilogue: Epilogue,
+    token: program::Head,
+    ended: u64,
+) -> Result<Planned> {
+    let bias = head.bias.map_or(0, |bias| on.vector(bias));
+    let product = Product { matrix: on.matrix(head.weight), bias, out, activation: 0 };
+    let input = matvec::Input { x, scale: head.scale, ..matvec::Input::default() };
+    let mut planned = Matvec::plan(on.facts(), Mode::Apart, vec![input], &[product], epilogue)?;
+    planned.program.head = token;
+    planned.program.ended = ended;
+    Ok(planned)
+}
+
+/// Where a token is written and the next embedding is read, whoever finds the token: it stands `advance` positions further on.
+/// `best` and `embedding` are the step's.
+fn token_output(on: &dyn Addresses, best: u64, embedding: u64, advance: usize) -> Result<program::Head> {
+    // A token that was generated stands for itself, never for a part of a picture.
+    let Some(EmbedSpec { table, scale, image: _, out: _ }) = on.model().decoder.embedding() else {
+        bail!("a decoder without an embedding")
+    };
+    let (table, session) = (on.matrix(table), on.session());
+    Ok(program::Head {
+        best,
+        state: session.state,
+        host: session.host,
+        table: table.weight,
+        embedding,
+        table_scale: scale,
+        table_stride: dimension(table.stride_bytes / size_of::<half::f16>())?,
+        hidden: dimension(table.k)?,
+        host_slots: dimension(session.host_slots)?,
+        advance: dimension(advance)?,
+    })
+}

@@ -1,0 +1,311 @@
+//! One decode step: fused operations as the instructions of one launch, and the memory between these.
+
+use anyhow::{Context, Result};
+
+use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_floats, token_output};
+use crate::kernels::cuda::attention::{Attention, Split};
+use crate::kernels::cuda::launch::dimension;
+use crate::kernels::cuda::matvec::{Epilogue, Input, Mode, NORM_LAYER, NORM_RMS, Product, Puts};
+use crate::kernels::cuda::program::{COUNTERS, Head, Job, Jobs, Planned};
+use crate::plan::fuse::{FusedInput, FusedOp, FusedPart, Join, MatvecSpec, fuse};
+use crate::plan::{
+    ActivationKind, AttentionSpec, BufferId, KeyValue, Mask, MatrixId, Norm, NormKind, VectorId, feature, refuse,
+};
+use crate::quant::OutlierColumns;
+
+/// As errors name it.
+const EXECUTOR: &str = "the CUDA step";
+
+/// The fused operations of one step.
+///
+/// # Errors
+/// Where the decoder's plan cannot be fused.
+pub fn fused(on: &dyn Addresses) -> Result<Vec<FusedOp>> {
+    let family_of = |id: MatrixId| on.matrix(id).family.name;
+    Ok(fuse(&on.model().decoder, &family_of)?)
+}
+
+/// Everything that a step writes: as room that it needs, as memory, or as addresses.
+#[derive(Debug, Clone)]
+pub struct StepMemory<T> {
+    /// By the plan's buffers, one row each: tagged fp32 where a residual lives, else tagged fp16. `None` where no instruction
+    /// writes.
+    pub buffers: Vec<Option<T>>,
+    /// Partial results of attention.
+    pub partials: T,
+    /// Counters of attention.
+    pub arrived: T,
+    /// The LM head's largest logits, one for each block.
+    pub best: T,
+    /// [`COUNTERS`].
+    pub ended: T,
+}
+
+/// Bytes, and whether they have to be zero before the first step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    pub bytes: usize,
+    pub is_zeroed: bool,
+}
+
+impl StepMemory<Room> {
+    /// The room that these operations need.
+    pub fn of(on: &dyn Addresses, fused: &[FusedOp]) -> Self {
+        let model = on.model();
+        let width = |id: BufferId| model.decoder.buffers[id.0].width;
+        // Tags of no step.
+        let zeros = |bytes: usize| Room { bytes, is_zeroed: true };
+        let mut buffers = vec![None; model.decoder.buffers.len()];
+        let (mut partials, mut counters) = (1, 1);
+        for op in fused {
+            match op {
+                FusedOp::Embed(spec) => {
+                    buffers[spec.out.0] = Some(zeros(size_of::<u64>() * padded_floats(width(spec.out))));
+                }
+                FusedOp::Attention(spec) => {
+                    let Shape { split, heads, d, .. } = shape(on, spec);
+                    partials = partials.max(split.partials(heads, d));
+                    counters = counters.max(heads);
+                    buffers[spec.out.0] = Some(zeros(size_of::<u32>() * width(spec.out)));
+                }
+                // A residual is an embedding's.
+                FusedOp::Matvec(spec) if matches!(spec.join, Join::Residual { x: _ }) => {}
+                FusedOp::Matvec(spec) => {
+                    for id in spec.writes() {
+                        buffers[id.0] = Some(zeros(size_of::<u32>() * width(id)));
+                    }
+                }
+            }
+        }
+        Self {
+            buffers,
+            partials: Room { bytes: size_of::<f32>() * partials, is_zeroed: false },
+            arrived: zeros(size_of::<i32>() * counters),
+            best: zeros(size_of::<u64>() * on.facts().multiprocessors),
+            ended: zeros(size_of::<u32>() * COUNTERS),
+        }
+    }
+}
+
+impl<T> StepMemory<T> {
+    /// The same with each `T` turned into a `U`.
+    ///
+    /// # Errors
+    /// The first of `make`.
+    pub fn try_map<U, E>(&self, mut make: impl FnMut(&T) -> Result<U, E>) -> Result<StepMemory<U>, E> {
+        let buffers = self.buffers.iter().map(|buffer| buffer.as_ref().map(&mut make).transpose());
+        Ok(StepMemory {
+            buffers: buffers.collect::<Result<_, E>>()?,
+            partials: make(&self.partials)?,
+            arrived: make(&self.arrived)?,
+            best: make(&self.best)?,
+            ended: make(&self.ended)?,
+        })
+    }
+
+    /// As [`Self::try_map`], where nothing fails.
+    pub fn map<U>(&self, mut make: impl FnMut(&T) -> U) -> StepMemory<U> {
+        let Self { buffers, partials, arrived, best, ended } = self;
+        StepMemory {
+            buffers: buffers.iter().map(|buffer| buffer.as_ref().map(&mut make)).collect(),
+            partials: make(partials),
+            arrived: make(arrived),
+            best: make(best),
+            ended: make(ended),
+        }
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        let Self { buffers, partials, arrived, best, ended } = self;
+        buffers.iter().flatten().chain([partials, arrived, best, ended])
+    }
+}
+
+impl StepMemory<u64> {
+    fn at(&self, id: BufferId) -> Result<u64> {
+        self.buffers[id.0].context("an operation reads what no other writes")
+    }
+
+    /// 0 for a buffer that fusion has left out.
+    fn optional(&self, id: BufferId) -> u64 {
+        self.buffers[id.0].unwrap_or(0)
+    }
+
+    /// Where a call puts the token that it finds, `advance` positions further on.
+    ///
+    /// # Errors
+    /// Where the decoder has no embedding.
+    pub fn token_output(&self, on: &dyn Addresses, advance: usize) -> Result<Head> {
+        let spec = on.model().decoder.embedding().context("a decoder without an embedding")?;
+        Ok(token_output(on, self.best, self.at(spec.out)?, advance)?)
+    }
+}
+
+/// A step's instructions, and what the launch is told beside them.
+pub struct StepProgram {
+    instructions: Jobs,
+    ended: u64,
+    token: Head,
+}
+
+impl StepProgram {
+    /// Lowers `fused`, whose memory lies at `memory`.
+    ///
+    /// # Errors
+    /// Where an instruction cannot compute an operation, by its name.
+    pub fn new(on: &dyn Addresses, fused: &[FusedOp], memory: &StepMemory<u64>) -> Result<Self> {
+        let mut lowering = Lowering { on, memory, instructions: Jobs::new(on.facts()) };
+        for op in fused {
+            lowering.add(op).with_context(|| format!("at {op:?}"))?;
+        }
+        Ok(Self { instructions: lowering.instructions, ended: memory.ended, token: memory.token_output(on, 1)? })
+    }
+
+    /// For the launch to find them at one address.
+    pub fn instructions(&self) -> &[Job] {
+        self.instructions.list()
+    }
+
+    /// The launch, which finds [`Self::instructions`] at `at`.
+    ///
+    /// # Errors
+    /// Where no kernel reads all matrices, or an instruction would overwrite what another one may not have read yet.
+    pub fn plan(&self, at: u64) -> Result<Planned> {
+        let mut planned = self.instructions.plan(at)?;
+        planned.program.ended = self.ended;
+        planned.program.head = self.token;
+        Ok(planned)
+    }
+
+    /// Columns that one step examines for outliers; the device counts those it finds.
+    pub fn examined(&self) -> OutlierColumns {
+        let mut examined = OutlierColumns::default();
+        for (rows, elements) in self.instructions().iter().map(Job::examines) {
+            examined += OutlierColumns { calls: rows as u64, columns: 0, examined: elements as u64 };
+        }
+        examined
+    }
+}
+
+struct Lowering<'a> {
+    on: &'a dyn Addresses,
+    memory: &'a StepMemory<u64>,
+    instructions: Jobs,
+}
+
+impl Lowering<'_> {
+    fn add(&mut self, op: &FusedOp) -> Result<()> {
+        match op {
+            // The operation that finds the token fetches its embedding.
+            FusedOp::Embed(_) => Ok(()),
+            FusedOp::Matvec(spec) => self.multiply(spec),
+            FusedOp::Attention(spec) => self.attend(spec),
+        }
+    }
+
+    fn attend(&mut self, spec: &AttentionSpec) -> Result<()> {
+        let &AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
+        let features = [feature(&window), feature(&softcap), feature(&qk_norm), feature(&sinks)];
+        refuse(EXECUTOR, "an attention", &features)?;
+        match mask {
+            // One row, the last, sees all that its cache holds.
+            Mask::Causal | Mask::Full | Mask::Prefix => {}
+        }
+        let Shape { split, kv_heads, heads, d } = shape(self.on, spec);
+        let (at, session) = (self.on.cache(cache), self.on.session());
+        let plain = Attention {
+            q: self.memory.at(q)?,
+            keys: at.keys,
+            values: at.values,
+            out: self.memory.at(out)?,
+            position: session.state + POSITION_BYTES,
+            length: session.state + ENCODED_BYTES,
+            partials: self.memory.partials,
+            arrived: self.memory.arrived,
+            scale,
+            kv_heads: dimension(kv_heads)?,
+            group: dimension(heads / kv_heads)?,
+            d: dimension(d)?,
+            d_pad: dimension(at.d_pad)?,
+            capacity: dimension(at.capacity)?,
+            span: dimension(split.span)?,
+            splits: dimension(split.splits)?,
+            ..Attention::default()
+        };
+        let appending = match append {
+            Some(KeyValue { k, v }) => Attention { k: self.memory.at(k)?, v: self.memory.at(v)?, ..plain },
+            None => plain,
+        };
+        let rotating = match (rope, append) {
+            (Some(rope), Some(_)) => {
+                let rotary = dimension(self.on.model().ropes[rope.0].rotary_dim)?;
+                Attention { angles: self.on.angles(rope), rotary, ..appending }
+            }
+            (Some(_), None) => return Ok(refuse(EXECUTOR, "an attention", &[Some(&"a rope and no keys to append")])?),
+            (None, _) => appending,
+        };
+        let biased = match bias.map(|bias| self.on.bias(bias)) {
+            Some(bias) => Attention { bias: bias.address, reach: dimension(bias.reach)?, ..rotating },
+            None => rotating,
+        };
+        Ok(self.instructions.attend(biased)?)
+    }
+
+    fn multiply(&mut self, MatvecSpec { inputs, parts, join }: &MatvecSpec) -> Result<()> {
+        let session = self.on.session();
+        let plain =
+            Epilogue { outlier_columns: session.outlier_columns, puts: Puts::TaggedHalves, ..Epilogue::default() };
+        let (mode, products, epilogue) = match *join {
+            Join::Apart => (Mode::Apart, self.products(parts, None, None), plain),
+            Join::Gated { kind, out } => (Mode::Gated, self.products(parts, Some(kind), Some(out)), plain),
+            Join::Residual { x } => {
+                let residual = self.memory.at(x)?;
+                (Mode::Joined, self.products(parts, None, None), Epilogue { residual, ..plain })
+            }
+            Join::Argmax => {
+                let logits = session.logits;
+                (Mode::Apart, self.products(parts, None, None), Epilogue { logits, ..plain })
+            }
+        };
+        let inputs = inputs.iter().map(|input| self.input(input)).collect::<Result<_>>()?;
+        Ok(self.instructions.multiply(mode, inputs, &products, epilogue)?)
+    }
+
+    /// The matrices, with an activation and a buffer for all of them where there is one.
+    fn products(&self, parts: &[FusedPart], gate: Option<ActivationKind>, into: Option<BufferId>) -> Vec<Product> {
+        let product = |&FusedPart { weight, bias, out, activation }: &FusedPart| Product {
+            matrix: self.on.matrix(weight),
+            bias: bias.map_or(0, |bias| self.on.vector(bias)),
+            out: self.memory.optional(into.unwrap_or(out)),
+            activation: gate.or(activation).map_or(0, activation_number),
+        };
+        parts.iter().map(product).collect()
+    }
+
+    fn input(&self, &FusedInput { x, norm, scale }: &FusedInput) -> Result<Input> {
+        let vector = |id: VectorId| self.on.vector(id);
+        let plain = Input { x: self.memory.at(x)?, scale, is_tagged: 1, ..Input::default() };
+        let Some(Norm { kind, weight, epsilon }) = norm else { return Ok(plain) };
+        let (norm, norm_bias) = match kind {
+            NormKind::Rms => (NORM_RMS, self.on.session().zeros),
+            NormKind::Layer { bias } => (NORM_LAYER, vector(bias)),
+        };
+        Ok(Input { norm_weight: vector(weight), norm_bias, epsilon, norm, ..plain })
+    }
+}
+
+/// Heads of an attention, and how their positions are split over blocks.
+struct Shape {
+    split: Split,
+    kv_heads: usize,
+    heads: usize,
+    d: usize,
+}
+
+fn shape(on: &dyn Addresses, spec: &AttentionSpec) -> Shape {
+    let model = on.model();
+    let (cache, at) = (model.caches[spec.cache.0], on.cache(spec.cache));
+    let (kv_heads, d) = (cache.kv_heads, cache.head_dim);
+    let heads = model.decoder.buffers[spec.q.0].width / d;
+    Shape { split: Split::new(at.capacity, heads, at.d_pad, on.facts()), kv_heads, heads, d }
+}

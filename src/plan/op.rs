@@ -1,0 +1,388 @@
+//! Operations of a plan: each holds one struct that travels whole from a model's file to the executors, and says which
+//! buffers, weights and caches it touches and how many FLOPs it takes.
+//!
+//! An executor's lowering takes each struct apart once, with every field, and refuses by name what it has no code for
+//! ([`refuse`]).
+
+use std::fmt::{Display, Formatter};
+
+use candle_core::{Result, bail};
+
+use super::{BiasId, BufferId, CacheId, MatrixId, Model, Plan, RopeId, VectorId};
+
+/// One operation. Buffers that an operation reads were written before it in the same call.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Op {
+    Embed(EmbedSpec),
+    Patches(PatchesSpec),
+    AddRows(AddRowsSpec),
+    Features(FeaturesSpec),
+    Norm(NormSpec),
+    Linear(LinearSpec),
+    Append(AppendSpec),
+    Attention(AttentionSpec),
+    Activation(ActivationSpec),
+    Add(AddSpec),
+    LastRow(LastRowSpec),
+    Argmax(ArgmaxSpec),
+}
+
+/// `out[t] = scale · table[token_t]`; rows whose token is `image` take the next row of the image features, unscaled.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EmbedSpec {
+    pub table: MatrixId,
+    pub scale: f32,
+    pub image: Option<u32>,
+    pub out: BufferId,
+}
+
+/// `out` = the patches of the picture, one a row, channel by channel.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PatchesSpec {
+    pub out: BufferId,
+}
+
+/// `x[t] += table[t]`: learned positions.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AddRowsSpec {
+    pub x: BufferId,
+    pub table: MatrixId,
+}
+
+/// The rows of `x` are the image features that [`EmbedSpec`] takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FeaturesSpec {
+    pub x: BufferId,
+}
+
+/// A norm over the elements of a row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Norm {
+    pub kind: NormKind,
+    pub weight: VectorId,
+    pub epsilon: f32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum NormKind {
+    /// `x / rms(x) · w`
+    Rms,
+    /// `(x − mean) / std · w + b`
+    Layer { bias: VectorId },
+}
+
+impl Norm {
+    /// Its weight and its bias.
+    pub fn vectors(self) -> impl Iterator<Item = VectorId> {
+        let bias = match self.kind {
+            NormKind::Rms => None,
+            NormKind::Layer { bias } => Some(bias),
+        };
+        std::iter::once(self.weight).chain(bias)
+    }
+}
+
+/// `out = norm(x)`, row by row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NormSpec {
+    pub norm: Norm,
+    pub x: BufferId,
+    pub out: BufferId,
+}
+
+/// For each part `out = x · Wᵀ + bias`: matrices that read the same activations.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LinearSpec {
+    pub x: BufferId,
+    pub parts: Vec<LinearPart>,
+}
+
+/// One matrix of a linear group.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LinearPart {
+    pub weight: MatrixId,
+    pub bias: Option<VectorId>,
+    pub out: BufferId,
+}
+
+/// Appends keys and values to a cache that other plans' attention reads, as they are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AppendSpec {
+    pub kv: KeyValue,
+    pub cache: CacheId,
+}
+
+/// Keys and values of the call's rows, `[t, g · d]` each.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct KeyValue {
+    pub k: BufferId,
+    pub v: BufferId,
+}
+
+/// Attention, head by head; `h / g` query heads share a key/value head:
+///
+/// ```text
+/// q, k = rope(norm(q)), rope(norm(k))                  where there is a qk_norm, a rope
+/// cache += k, v                                        where there is an append
+/// out = softmax(softcap(scale · q · Kᵀ) + bias + mask) · V
+/// ```
+///
+/// Fields that are `None` change nothing. An executor refuses those that it has no code for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionSpec {
+    /// Rotated in place.
+    pub q: BufferId,
+    /// What the call appends to the cache first; `None` where another operation has filled it.
+    pub append: Option<KeyValue>,
+    pub cache: CacheId,
+    pub out: BufferId,
+    pub scale: f32,
+    pub mask: Mask,
+    /// Rotates the queries and the keys that are appended.
+    pub rope: Option<RopeId>,
+    pub bias: Option<BiasId>,
+    pub window: Option<Window>,
+    pub softcap: Option<Softcap>,
+    pub qk_norm: Option<QkNorm>,
+    pub sinks: Option<Sinks>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mask {
+    /// A token sees itself and all before it.
+    Causal,
+    /// A token sees all that the cache holds once the call is appended.
+    Full,
+    /// The first call into an empty cache is one prefix and sees all of itself; later ones are causal.
+    Prefix,
+}
+
+/// A sliding window: a token sees itself and so many positions before it, itself counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window(pub usize);
+
+/// `cap · tanh(score / cap)` in place of each score.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Softcap(pub f32);
+
+/// Norms over the elements of each head, before the rotation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct QkNorm {
+    pub q: Norm,
+    pub k: Norm,
+}
+
+/// A learned score of each head that joins the softmax and weighs no value, `[h]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sinks(pub VectorId);
+
+impl Display for Window {
+    fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
+        write!(f, "a window of {}", self.0)
+    }
+}
+
+impl Display for Softcap {
+    fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
+        write!(f, "scores capped at {}", self.0)
+    }
+}
+
+impl Display for QkNorm {
+    fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
+        f.write_str("norms of queries and keys")
+    }
+}
+
+impl Display for Sinks {
+    fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
+        f.write_str("attention sinks")
+    }
+}
+
+impl AttentionSpec {
+    /// Plain attention of `q` over `cache` that sees everything: what a model changes, it names.
+    pub fn over(q: BufferId, cache: CacheId, out: BufferId) -> Self {
+        Self {
+            q,
+            append: None,
+            cache,
+            out,
+            scale: 1.0,
+            mask: Mask::Full,
+            rope: None,
+            bias: None,
+            window: None,
+            softcap: None,
+            qk_norm: None,
+            sinks: None,
+        }
+    }
+}
+
+/// `out = act(gate)`, times `up` where the block is gated.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ActivationSpec {
+    pub kind: ActivationKind,
+    pub gate: BufferId,
+    pub up: Option<BufferId>,
+    pub out: BufferId,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ActivationKind {
+    Silu,
+    /// Gaussian error linear unit by its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`).
+    GeluTanh,
+    Relu,
+}
+
+/// `out = a + b`; `out` may be `a`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AddSpec {
+    pub a: BufferId,
+    pub b: BufferId,
+    pub out: BufferId,
+}
+
+/// `out = scale · x[last row]`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LastRowSpec {
+    pub x: BufferId,
+    pub out: BufferId,
+    pub scale: f32,
+}
+
+/// The next token: index of the largest logit of the last row, the lowest index where several tie.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ArgmaxSpec {
+    pub logits: BufferId,
+}
+
+/// Weights that an operation reads once, however many rows the call has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WeightRead {
+    Matrix(MatrixId),
+    /// One row of the matrix for each row of the call.
+    Rows(MatrixId),
+    Vector(VectorId),
+}
+
+impl Op {
+    /// Buffers that the operation reads.
+    pub fn reads(&self) -> Vec<BufferId> {
+        match self {
+            Op::Embed(_) | Op::Patches(_) => vec![],
+            Op::AddRows(spec) => vec![spec.x],
+            Op::Features(spec) => vec![spec.x],
+            Op::Norm(spec) => vec![spec.x],
+            Op::Linear(spec) => vec![spec.x],
+            Op::Append(spec) => vec![spec.kv.k, spec.kv.v],
+            Op::Attention(spec) => {
+                spec.append.iter().flat_map(|kv| [kv.k, kv.v]).chain(std::iter::once(spec.q)).collect()
+            }
+            Op::Activation(spec) => std::iter::once(spec.gate).chain(spec.up).collect(),
+            Op::Add(spec) => vec![spec.a, spec.b],
+            Op::LastRow(spec) => vec![spec.x],
+            Op::Argmax(spec) => vec![spec.logits],
+        }
+    }
+
+    /// Buffers that the operation has read for the last time before it writes the first one: `out` may take their memory.
+    pub fn reads_before_writing(&self) -> Vec<BufferId> {
+        match self {
+            Op::Attention(spec) => spec.append.iter().flat_map(|kv| [kv.k, kv.v]).collect(),
+            Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Norm(_) | Op::Linear(_) => vec![],
+            Op::Append(_) | Op::Activation(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => vec![],
+        }
+    }
+
+    /// Buffers that the operation writes; those that it changes in place stand in [`Self::reads`] too.
+    pub fn writes(&self) -> Vec<BufferId> {
+        match self {
+            Op::Embed(spec) => vec![spec.out],
+            Op::Patches(spec) => vec![spec.out],
+            Op::AddRows(spec) => vec![spec.x],
+            Op::Norm(spec) => vec![spec.out],
+            Op::Linear(spec) => spec.parts.iter().map(|part| part.out).collect(),
+            Op::Attention(spec) => spec.rope.map(|_| spec.q).into_iter().chain(std::iter::once(spec.out)).collect(),
+            Op::Activation(spec) => vec![spec.out],
+            Op::Add(spec) => vec![spec.out],
+            Op::LastRow(spec) => vec![spec.out],
+            Op::Features(_) | Op::Append(_) | Op::Argmax(_) => vec![],
+        }
+    }
+
+    /// Weights that the operation reads. Tables of a bias by distance are laid out anew when a model is loaded and count as
+    /// activations.
+    pub fn weights(&self) -> Vec<WeightRead> {
+        match self {
+            Op::Embed(spec) => vec![WeightRead::Rows(spec.table)],
+            Op::AddRows(spec) => vec![WeightRead::Rows(spec.table)],
+            Op::Norm(spec) => spec.norm.vectors().map(WeightRead::Vector).collect(),
+            Op::Linear(spec) => {
+                let biases = spec.parts.iter().filter_map(|part| part.bias).map(WeightRead::Vector);
+                biases.chain(spec.parts.iter().map(|part| WeightRead::Matrix(part.weight))).collect()
+            }
+            Op::Attention(spec) => {
+                let norms = spec.qk_norm.iter().flat_map(|norm| norm.q.vectors().chain(norm.k.vectors()));
+                norms.chain(spec.sinks.map(|Sinks(vector)| vector)).map(WeightRead::Vector).collect()
+            }
+            Op::Patches(_) | Op::Features(_) | Op::Append(_) | Op::Activation(_) => vec![],
+            Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => vec![],
+        }
+    }
+
+    /// The cache whose keys and values the operation reads.
+    pub fn reads_cache(&self) -> Option<CacheId> {
+        match self {
+            Op::Attention(spec) => Some(spec.cache),
+            Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Norm(_) | Op::Linear(_) => None,
+            Op::Append(_) | Op::Activation(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => None,
+        }
+    }
+
+    /// Floating-point operations of matrix products, a product and a sum being two, in a call of `rows` rows whose attention
+    /// sees `keys` positions. Element-wise work, which reads more than it computes, counts as none.
+    pub fn flops(&self, model: &Model, plan: &Plan, rows: usize, keys: usize) -> usize {
+        match self {
+            Op::Linear(spec) => {
+                let elements: usize = spec
+                    .parts
+                    .iter()
+                    .map(|part| &model.matrices[part.weight.0])
+                    .map(|matrix| matrix.n * matrix.k)
+                    .sum();
+                2 * plan.rows(spec.x, rows) * elements
+            }
+            // Scores and the sum of values.
+            Op::Attention(spec) => 4 * plan.rows(spec.q, rows) * plan.buffers[spec.q.0].width * spec.keys(keys),
+            Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Norm(_) | Op::Append(_) => 0,
+            Op::Activation(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => 0,
+        }
+    }
+}
+
+impl AttentionSpec {
+    /// Positions that a token sees where the cache holds `keys`.
+    fn keys(&self, keys: usize) -> usize {
+        self.window.map_or(keys, |Window(window)| window.min(keys))
+    }
+}
+
+/// Refuses the first of `features` that is there, since `executor` has no code for it: "the CUDA step cannot run an attention
+/// with a window of 128".
+///
+/// # Errors
+/// Where there is one.
+pub fn refuse(executor: &str, operation: &str, features: &[Option<&dyn Display>]) -> Result<()> {
+    match features.iter().flatten().next() {
+        Some(feature) => bail!("{executor} cannot run {operation} with {feature}"),
+        None => Ok(()),
+    }
+}
+
+/// A feature for [`refuse`].
+pub fn feature<T: Display>(feature: &Option<T>) -> Option<&dyn Display> {
+    feature.as_ref().map(|feature| feature as &dyn Display)
+}

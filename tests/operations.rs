@@ -1,0 +1,127 @@
+//! Operations say what they cost, and executors refuse those that they have no code for, by name.
+
+use quantbench::engine::{self, Setup};
+use quantbench::events::Silent;
+use quantbench::kernels::isa::Isa;
+use quantbench::plan::{AttentionSpec, Model, Norm, NormKind, Op, QkNorm, Sinks, Softcap, VectorId, Window};
+use quantbench::quant::FormatOptions;
+use quantbench::weights::builtin;
+use quantbench::weights::random::Random;
+
+fn shape(name: &str) -> Model {
+    let config = builtin::by_name(name).expect("a built-in shape").config();
+    quantbench::models::build(&config).expect("built-in shapes build")
+}
+
+/// A built-in model whose first attention of the decoder has one more feature, and what a refusal calls that.
+fn unusual_models() -> Vec<(Model, &'static str)> {
+    let with = |change: &dyn Fn(&mut AttentionSpec)| {
+        let mut model = shape("smollm2-135m");
+        let mut specs =
+            model.decoder.ops.iter_mut().filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None });
+        change(specs.next().expect("an attention"));
+        model
+    };
+    let norm = Norm { kind: NormKind::Rms, weight: VectorId(0), epsilon: 1e-6 };
+    vec![
+        (with(&|spec| spec.window = Some(Window(128))), "a window of 128"),
+        (with(&|spec| spec.softcap = Some(Softcap(50.0))), "scores capped at 50"),
+        (with(&|spec| spec.qk_norm = Some(QkNorm { q: norm, k: norm })), "norms of queries and keys"),
+        (with(&|spec| spec.sinks = Some(Sinks(VectorId(0)))), "attention sinks"),
+    ]
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn the_cuda_lowering_refuses_by_name_what_it_cannot_run() {
+    use quantbench::kernels::cuda::program::Facts;
+    let facts = Facts { multiprocessors: 132, bytes_per_us: 0, compute_capability: (9, 0) };
+    let refusal = |model: &Model| {
+        let error = quantbench::lower::cuda::check(model, facts).err().expect("a refusal");
+        error.root_cause().to_string().lines().next().unwrap_or_default().to_owned()
+    };
+    for (model, feature) in unusual_models() {
+        assert_eq!(refusal(&model), format!("the CUDA step cannot run an attention with {feature}"));
+    }
+    // An encoder's attention is no part of a step.
+    let mut model = shape("flan-t5-base");
+    let encoder = &mut model.encoder.as_mut().expect("an encoder").plan;
+    let mut specs =
+        encoder.ops.iter_mut().filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None });
+    specs.next().expect("an attention").window = Some(Window(128));
+    assert_eq!(refusal(&model), "the CUDA prefill cannot run an attention with a window of 128");
+    for shape in builtin::builtin_models() {
+        let model = quantbench::models::build(&shape.config()).expect("built-in shapes build");
+        quantbench::lower::cuda::check(&model, facts).expect("what ships can be run");
+    }
+}
+
+/// What `load` says of a model that it must not run; nothing is read before.
+fn refusal<T>(model: &Model, load: &dyn Fn(&Setup) -> anyhow::Result<T>) -> String {
+    let source = Random::new(0, 0, &model.matrices, &model.vectors);
+    let setup = Setup {
+        model,
+        source: &source,
+        precision: "fp16",
+        options: FormatOptions::default(),
+        device: engine::Device::Cpu,
+        threads: 1,
+        capacity: 4,
+        encoder_capacity: 0,
+        cuda_graph: false,
+    };
+    let error = load(&setup).err().expect("a refusal");
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn executors_refuse_by_name_what_they_cannot_run() {
+    for (model, feature) in unusual_models() {
+        let reference = refusal(&model, &|setup| engine::reference::load(setup, &Silent));
+        assert_eq!(reference, format!("the reference executor cannot run an attention with {feature}"));
+        let cpu = refusal(&model, &|setup| engine::cpu::load(setup, Isa::detect(), &Silent));
+        assert_eq!(cpu, format!("the CPU engine cannot run an attention with {feature}"));
+    }
+}
+
+#[test]
+fn a_decode_step_computes_two_operations_a_weight_and_four_a_key_element() {
+    for name in ["llama-3.2-1b", "phi-2", "flan-t5-base"] {
+        let model = shape(name);
+        let linears =
+            model.decoder.ops.iter().filter_map(|op| if let Op::Linear(spec) = op { Some(spec) } else { None });
+        let weights = linears.flat_map(|spec| &spec.parts).map(|part| &model.matrices[part.weight.0]);
+        let products = 2 * weights.map(|matrix| matrix.n * matrix.k).sum::<usize>();
+        let elements = |keys: usize| (model.decoder.flops(&model, 1, keys) - products) / keys;
+        let attentions =
+            model.decoder.ops.iter().filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None });
+        let widths: usize = attentions.map(|spec| model.decoder.buffers[spec.q.0].width).sum();
+        assert_eq!([elements(1), elements(1000)], [4 * widths; 2], "{name}");
+    }
+    // 1.236e9 parameters, all in matrices but for the norms; the tied table is the head.
+    let llama = shape("llama-3.2-1b");
+    let vectors: usize = llama.vectors.iter().map(|vector| vector.len).sum();
+    assert_eq!(llama.decoder.flops(&llama, 1, 0), 2 * (llama.parameters() - vectors));
+    // The head reads the last row alone.
+    let head = 2 * 128_256 * 2048;
+    assert_eq!(llama.decoder.flops(&llama, 7, 0) - head, 7 * (llama.decoder.flops(&llama, 1, 0) - head));
+}
+
+#[test]
+fn a_window_bounds_the_keys_that_are_computed() {
+    let (model, _) = unusual_models().remove(0);
+    let plain = shape("smollm2-135m");
+    let saved = |keys| plain.decoder.flops(&plain, 1, keys) - model.decoder.flops(&model, 1, keys);
+    // One attention of 9 heads of 64.
+    assert_eq!([saved(128), saved(129), saved(1128)], [0, 4 * 576, 4 * 576 * 1000]);
+}
+
+#[test]
+fn vectors_of_an_attention_are_read_at_each_token() {
+    let plain = shape("smollm2-135m");
+    let bytes: Vec<usize> = plain.matrices.iter().map(|matrix| 2 * matrix.n * matrix.k).collect();
+    let more = |model: &Model| model.weight_bytes_per_token(&bytes) - plain.weight_bytes_per_token(&bytes);
+    let counted: Vec<usize> = unusual_models().iter().map(|(model, _)| more(model)).collect();
+    let len = 2 * plain.vectors[0].len;
+    assert_eq!(counted, [0, 0, 2 * len, len]);
+}

@@ -1,0 +1,270 @@
+//! A golden model in host memory, run by the lowering that the engine runs on a GPU.
+
+use std::path::Path;
+
+use half::f16;
+use quantbench::events::Silent;
+use quantbench::kernels::cuda::arena::{Arena, Layout};
+use quantbench::kernels::cuda::launch::Rehearsal;
+use quantbench::kernels::cuda::matvec::Streamed;
+use quantbench::kernels::cuda::program::{Facts, tagged_float};
+use quantbench::lower::cuda::step::{Room, StepMemory, StepProgram, fused};
+use quantbench::lower::cuda::{
+    self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, SessionAt, padded, padded_head, prefill,
+};
+use quantbench::plan::fuse::FusedOp;
+use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeId, VectorId};
+use quantbench::quant::{FormatOptions, HalfMatrix, OutlierColumns, Stored};
+use quantbench::weights::policy::Formats;
+use quantbench::weights::spec::VectorKind;
+use quantbench::weights::{self, Request};
+use safetensors::SafeTensors;
+
+use super::host::Host;
+use super::place::place;
+
+const CAPACITY: usize = 320;
+const SLOTS: usize = 64;
+
+pub struct Session<'a> {
+    pub host: &'a Host<'a>,
+    pub model: Model,
+    pub formats: Formats,
+    pub stored: Vec<Box<dyn Stored>>,
+    pub fused: Vec<FusedOp>,
+    pub buffers: StepMemory<u64>,
+    /// Columns that prompts have examined for outliers.
+    pub examined: OutlierColumns,
+    facts: Facts,
+    matrices: Vec<Streamed>,
+    vectors: Vec<u64>,
+    caches: Vec<CacheAt>,
+    angles: Vec<u64>,
+    biases: Vec<BiasAt>,
+    session: SessionAt,
+    position: usize,
+    encoded: usize,
+    steps: usize,
+}
+
+/// The folder of a golden model.
+pub fn folder(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(name)
+}
+
+/// Values of a golden tensor, fp32 or int32.
+pub fn golden(model: &str, file: &str, name: &str) -> Vec<f32> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/expected/{model}/{file}.safetensors"));
+    let bytes = std::fs::read(path).expect("a golden file");
+    let tensors = SafeTensors::deserialize(&bytes).expect("a golden file");
+    let tensor = tensors.tensor(name).expect("a golden tensor");
+    match tensor.dtype() {
+        safetensors::Dtype::F32 => tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        _ => tensor.data().as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b) as f32).collect(),
+    }
+}
+
+impl<'a> Session<'a> {
+    pub fn load(name: &str, precision: &str, host: &'a Host<'a>, multiprocessors: usize) -> Self {
+        let checkpoint =
+            weights::open(&Request::of(folder(name).display().to_string()), &Silent).expect("a golden model");
+        let model = quantbench::models::build(&checkpoint.config).expect("a golden model");
+        let source = checkpoint.source(&model.matrices, &model.vectors).expect("a golden model");
+        let formats = Formats::new(precision, FormatOptions::default()).expect("a precision");
+        let (memory, read) = (host.memory, |name: &str, rows: usize, len: usize| {
+            let mut data = vec![f16::ZERO; len];
+            source.read_rows(name, 0..rows, &mut data).expect("a golden tensor");
+            data
+        });
+        let stored = model.matrices.iter().map(|spec| {
+            let data = read(&spec.name, spec.n, spec.n * spec.k);
+            formats.of(spec.role).quantize(HalfMatrix { n: spec.n, k: spec.k, data }).expect("quantize")
+        });
+        let stored: Vec<Box<dyn Stored>> = stored.collect();
+        let matrices = model.matrices.iter().zip(&stored).map(|(spec, stored)| {
+            place(memory, formats.of(spec.role).name(), &**stored, FormatOptions::default().int8_threshold)
+        });
+        let vectors = model.vectors.iter().map(|spec| {
+            let offset = if spec.kind == VectorKind::NormOffset { 1.0 } else { 0.0 };
+            let values = read(&spec.name, spec.len, spec.len);
+            let values: Vec<f32> = values.iter().map(|value| value.to_f32() + offset).collect();
+            memory.hold(&padded(&values))
+        });
+        let caches = model.caches.iter().map(|spec| {
+            let d_pad = padded_head(spec.head_dim);
+            let zeros = vec![f16::ZERO; spec.kv_heads * CAPACITY * d_pad];
+            CacheAt { keys: memory.hold(&zeros), values: memory.hold(&zeros), capacity: CAPACITY, d_pad }
+        });
+        let biases = model.biases.iter().map(|bias| {
+            let (learned, buckets) = (stored[bias.table.0].dequantize(), model.matrices[bias.table.0].n);
+            let address = memory.hold(&lower::by_distance(bias, &learned, buckets, CAPACITY));
+            BiasAt { address, reach: CAPACITY }
+        });
+        let patches = match model.encoder.as_ref().map(|encoder| encoder.input) {
+            Some(EncoderInputKind::Picture(picture)) => picture.patches(),
+            _ => 0,
+        };
+        let session = SessionAt {
+            state: memory.hold(&[0i32; 4]),
+            logits: memory.room::<f32>(model.vocab),
+            zeros: memory.hold(&vec![0.0f32; model.vectors.iter().map(|spec| spec.len).max().unwrap_or(1) + 1]),
+            features: lower::features_width(&model).map_or(0, |width| memory.room::<f16>(patches * width)),
+            outlier_columns: memory.hold(&[0u64]),
+            host: memory.hold(&[0u64; SLOTS]),
+            host_slots: SLOTS,
+        };
+        let mut loaded = Self {
+            host,
+            facts: host.facts(multiprocessors),
+            matrices: matrices.collect(),
+            vectors: vectors.collect(),
+            caches: caches.collect(),
+            angles: model.ropes.iter().map(|rope| memory.hold(&lower::angles(rope, CAPACITY))).collect(),
+            biases: biases.collect(),
+            fused: Vec::new(),
+            buffers: StepMemory { buffers: Vec::new(), partials: 0, arrived: 0, best: 0, ended: 0 },
+            examined: OutlierColumns::default(),
+            position: 0,
+            encoded: 0,
+            steps: 0,
+            session,
+            model,
+            formats,
+            stored,
+        };
+        loaded.fused = fused(&loaded).expect("a decoder");
+        // Poison where nothing has to be zero.
+        loaded.buffers = StepMemory::of(&loaded, &loaded.fused).map(|room: &Room| match room.is_zeroed {
+            true => memory.hold(&vec![0u8; room.bytes]),
+            false => memory.room::<u8>(room.bytes),
+        });
+        loaded
+    }
+
+    /// Runs the encoder over a prompt's tokens or the pixels of a picture.
+    pub fn encode(&mut self, tokens: &[u32], pixels: &[f32]) {
+        let (rows, input) = match self.model.encoder.as_ref().expect("an encoder").input {
+            EncoderInputKind::Tokens => {
+                (tokens.len(), CallInput::tokens(&self.model, tokens, 0).expect("tokens without pictures"))
+            }
+            EncoderInputKind::Picture(picture) => {
+                let rows = picture.patch_rows(pixels).expect("a picture");
+                (picture.patches(), CallInput::Patches(rows.into_iter().map(f16::from_f32).collect()))
+            }
+        };
+        self.call(CallShape { kind: CallKind::Encoder, rows, position: 0, encoded: rows }, &input);
+        self.encoded = rows;
+    }
+
+    /// Runs `tokens` in one call, which leaves token, position and embedding to the next step.
+    pub fn prefill(&mut self, tokens: &[u32]) {
+        let input = CallInput::tokens(&self.model, tokens, self.encoded).expect("no more image tokens than features");
+        let state = [0, self.position as i32, self.steps as i32, self.encoded as i32];
+        self.host.memory.write(self.session.state, &state);
+        let (rows, position, encoded) = (tokens.len(), self.position, self.encoded);
+        self.call(CallShape { kind: CallKind::Prompt, rows, position, encoded }, &input);
+        self.position += rows;
+        self.steps += 1;
+    }
+
+    fn call(&mut self, shape: CallShape, input: &CallInput) {
+        let memory = self.host.memory;
+        let layout = Layout::of(|arena| {
+            let region = arena.take::<u8>(input.bytes())?;
+            prefill::run(self, shape, &Rehearsal, arena, region).map(|_| ())
+        });
+        let layout = layout.unwrap_or_else(|error| panic!("rehearsing {shape:?}: {error:#}"));
+        let arena = Arena::at(memory.room::<u8>(layout.bytes()), &layout);
+        let region = arena.take::<u8>(input.bytes()).expect("as rehearsed");
+        match input {
+            CallInput::Tokens(values) => memory.write(region.address, values),
+            CallInput::Patches(values) => memory.write(region.address, values),
+        }
+        let done = prefill::run(self, shape, self.host, &arena, region);
+        let done = done.unwrap_or_else(|error| panic!("chip {}, {shape:?}: {error:#}", self.host.chip));
+        self.examined += done.examined;
+        if shape.kind == CallKind::Prompt {
+            let token = self.buffers.token_output(self, shape.rows).expect("an embedding");
+            let head = prefill::last_head(self, shape, done, token, self.buffers.ended).expect("a head");
+            // SAFETY: every address in it is of the host's memory.
+            unsafe { head.launch_on(self.host) }.unwrap_or_else(|error| panic!("chip {}: {error}", self.host.chip));
+        }
+    }
+
+    /// Runs the first `n` operations of a step as one launch.
+    pub fn run(&self, n: usize) {
+        let program = StepProgram::new(self, &self.fused[..n], &self.buffers).expect("a step");
+        let at = self.host.memory.hold(program.instructions());
+        let planned = program.plan(at).expect("a step");
+        // SAFETY: every address in it is of the host's memory.
+        unsafe { planned.launch_on(self.host) }.unwrap_or_else(|error| panic!("chip {}: {error}", self.host.chip));
+    }
+
+    pub fn step(&mut self) {
+        self.run(self.fused.len());
+        self.position += 1;
+        self.steps += 1;
+    }
+
+    /// Puts `token` at the session's position, as if a step before had found it. Every call has other tags.
+    pub fn place(&mut self, token: u32) {
+        let memory = self.host.memory;
+        let output = self.buffers.token_output(self, 1).expect("an embedding");
+        let stride = output.table_stride as usize;
+        let table: Vec<f16> = memory.read(output.table, (token as usize + 1) * stride);
+        let row = &table[token as usize * stride..][..output.hidden as usize];
+        let embedding: Vec<u64> = row.iter().map(|value| tagged_float(value.to_f32() * output.table_scale)).collect();
+        memory.write(output.embedding, &embedding);
+        self.steps += 1;
+        memory.write(self.session.state, &[token as i32, self.position as i32, self.steps as i32, self.encoded as i32]);
+    }
+
+    pub fn logits(&self) -> Vec<f32> {
+        self.host.memory.read(self.session.logits, self.model.vocab)
+    }
+
+    /// Token and position, as the device has them.
+    pub fn state(&self) -> (u32, usize) {
+        let state: Vec<i32> = self.host.memory.read(self.session.state, 2);
+        (state[0] as u32, state[1] as usize)
+    }
+
+    /// Outlier columns that were found.
+    pub fn outlier_columns(&self) -> u64 {
+        self.host.memory.read::<u64>(self.session.outlier_columns, 1)[0]
+    }
+}
+
+impl Addresses for Session<'_> {
+    fn model(&self) -> &Model {
+        &self.model
+    }
+
+    fn facts(&self) -> Facts {
+        self.facts
+    }
+
+    fn matrix(&self, id: MatrixId) -> Streamed {
+        self.matrices[id.0]
+    }
+
+    fn vector(&self, id: VectorId) -> u64 {
+        self.vectors[id.0]
+    }
+
+    fn cache(&self, id: CacheId) -> CacheAt {
+        self.caches[id.0]
+    }
+
+    fn angles(&self, id: RopeId) -> u64 {
+        self.angles[id.0]
+    }
+
+    fn bias(&self, id: BiasId) -> BiasAt {
+        self.biases[id.0]
+    }
+
+    fn session(&self) -> SessionAt {
+        self.session
+    }
+}
