@@ -4,6 +4,7 @@
 use super::Protocol;
 use super::protocol::{Failure, Finished, LoadFacts, Sample, Warmed};
 use super::stopping::{RepeatsEnd, Tally, repeats_ended};
+use super::watch::energy::Window;
 use super::watch::{Watch, Watched};
 use crate::events::{Event, Listener, Unit};
 
@@ -39,6 +40,9 @@ impl Order {
 /// Samples of one precision that are discarded at most, and their repeats taken again.
 const MAX_DISCARDED: usize = 10;
 
+/// Repeats of a block for the energy counter at most: one of them takes longer than the 0.2 ms that fill a window of 2 s.
+const MAX_BLOCK: usize = 10_000;
+
 /// What one precision gave, up to where it failed.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Outcome {
@@ -48,6 +52,8 @@ pub struct Outcome {
     pub samples: Vec<Sample>,
     /// Of each sample.
     pub watched: Vec<Watched>,
+    /// Of an untimed block of repeats; empty without an energy counter, and where the samples are long enough for it.
+    pub energy: Vec<Window>,
     /// Samples that did not count because the device's clock was held down.
     pub n_discarded: usize,
     /// Samples of each launch, in order.
@@ -63,6 +69,7 @@ impl Outcome {
         self.launches.push(later.samples.len());
         self.samples.extend(later.samples);
         self.watched.extend(later.watched);
+        self.energy.extend(later.energy);
         self.n_discarded += later.n_discarded;
         self.failure = later.failure;
         self.ended = match (self.ended, later.ended) {
@@ -177,9 +184,31 @@ impl<'a> Lane<'a> {
         }
         Ok(())
     }
+
+    /// Untimed repeats back to back until they are long enough for the energy counter, where the counted ones are not. Less than twice as long
+    /// as it needs: no repeat of the block is as long as that.
+    fn measure_energy(&mut self, watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
+        let Some(needed_s) = watch.energy_window_s() else { return Ok(()) };
+        let is_long = |watched: &Watched| watched.window(0).is_some_and(|window| window.seconds >= needed_s);
+        if self.outcome.samples.is_empty() || self.outcome.watched.iter().all(is_long) {
+            return Ok(());
+        }
+        let Some(begin) = watch.energy_mark() else { return Ok(()) };
+        let (mut tokens, mut total_ns) = (0, 0);
+        for _ in 0..MAX_BLOCK {
+            let Some(sample) = self.ask(|worker| worker.repeat(events))? else { return Ok(()) };
+            tokens += sample.n_tokens();
+            total_ns += sample.total_ns();
+            if total_ns as f64 >= needed_s * 1e9 {
+                break;
+            }
+        }
+        self.outcome.energy.extend(watch.energy_mark().map(|end| Window::between(begin, end, tokens)));
+        Ok(())
+    }
 }
 
-/// Loads, warms up, repeats in rounds and finishes.
+/// Loads, warms up, repeats in rounds, measures energy one after the other, and finishes.
 fn together(
     lanes: &mut [Lane],
     protocol: &Protocol,
@@ -193,6 +222,9 @@ fn together(
         lane.outcome.warmed = lane.ask(|worker| phase(worker, events))?;
     }
     repeat(lanes, protocol, watch, events)?;
+    for lane in lanes.iter_mut() {
+        lane.measure_energy(watch, events)?;
+    }
     for lane in lanes.iter_mut() {
         lane.outcome.finished = lane.ask(|worker| worker.finish(events))?;
         lane.worker = None;
