@@ -285,16 +285,17 @@ impl<C: Clock> Bench<C> {
     }
 
     /// Decode steps in the middle of the run beside their parts alone: behind all that is timed and after memory was read, since it takes some.
-    /// Not where the rounds would take longer than the time that the user gives to one precision.
-    fn alone(&mut self) -> Result<Option<Alone>> {
+    /// Not where the rounds would take longer than the time that the user gives to one precision. What cannot be measured is not known; the
+    /// repeats count all the same.
+    fn alone(&mut self) -> Option<Alone> {
         let mut steps_ns = self.stamps.step_ns();
         steps_ns.sort_unstable();
-        let Some(&step_ns) = steps_ns.get(steps_ns.len() / 2) else { return Ok(None) };
+        let step_ns = *steps_ns.get(steps_ns.len() / 2)?;
         if (ALONE_STEPS * step_ns) as f64 / 1e9 > self.task.max_time_s {
-            return Ok(None);
+            return None;
         }
         let middle = self.session.position().saturating_sub(steps_ns.len().div_ceil(2));
-        self.session.alone(middle).context("measuring arithmetic and memory alone")
+        self.session.alone(middle).ok().flatten()
     }
 
     /// What is read once, after the last repeat, and the passes that are not timed.
@@ -303,7 +304,7 @@ impl<C: Clock> Bench<C> {
         let end_bytes = self.memory.resident_bytes();
         let exact_peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
         let (outliers, footprint) = (self.session.outlier_columns()?, self.session.footprint());
-        let alone = self.alone()?;
+        let alone = self.alone();
         if let Some(path) = save_logits {
             self.session.rewind(self.task.depth.len());
             encode(self.session.as_mut(), &self.task, &self.pixels)?;

@@ -190,21 +190,33 @@ impl<'a> Lane<'a> {
     fn measure_energy(&mut self, watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
         let Some(needed_s) = watch.energy_window_s() else { return Ok(()) };
         let is_long = |watched: &Watched| watched.window(0).is_some_and(|window| window.seconds >= needed_s);
-        if self.outcome.samples.is_empty() || self.outcome.watched.iter().all(is_long) {
+        if self.worker.is_none() || self.outcome.watched.iter().all(is_long) {
             return Ok(());
         }
-        let Some(begin) = watch.energy_mark() else { return Ok(()) };
+        let label = self.worker.as_ref().map_or("", |worker| worker.label());
+        events.on(Event::Begin { label: format!("energy {label}"), total: 1, unit: Unit::Runs });
+        let begin = watch.energy_mark();
+        let tokens = if begin.is_some() { self.block(needed_s, events)? } else { None };
+        let end = tokens.and_then(|_| watch.energy_mark());
+        events.on(Event::End);
+        if let (Some(begin), Some(tokens), Some(end)) = (begin, tokens, end) {
+            self.outcome.energy.push(Window::between(begin, end, tokens));
+        }
+        Ok(())
+    }
+
+    /// The tokens of repeats that take `needed_s` together; `None` where the worker ended.
+    fn block(&mut self, needed_s: f64, events: &dyn Listener) -> Result<Option<u64>, Failure> {
         let (mut tokens, mut total_ns) = (0, 0);
         for _ in 0..MAX_BLOCK {
-            let Some(sample) = self.ask(|worker| worker.repeat(events))? else { return Ok(()) };
+            let Some(sample) = self.ask(|worker| worker.repeat(events))? else { return Ok(None) };
             tokens += sample.n_tokens();
             total_ns += sample.total_ns();
             if total_ns as f64 >= needed_s * 1e9 {
                 break;
             }
         }
-        self.outcome.energy.extend(watch.energy_mark().map(|end| Window::between(begin, end, tokens)));
-        Ok(())
+        Ok(Some(tokens))
     }
 }
 

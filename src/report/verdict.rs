@@ -73,9 +73,9 @@ fn why(record: &Record) -> String {
     let bandwidth = &record.bandwidth;
     let percent = |share: Option<f64>| share.map(|share| format!("{:.0} %", 100.0 * share));
     let at = percent(bandwidth.mbu).map(|mbu| format!(" at {mbu} of the read bandwidth")).unwrap_or_default();
-    let alone = percent(bandwidth.memory_alone_share).zip(percent(bandwidth.arithmetic_alone_share)).map(
-        |(memory, arithmetic)| format!("reading alone takes {memory} of a step, arithmetic alone {arithmetic}"),
-    );
+    let alone = percent(bandwidth.memory_alone_share)
+        .zip(percent(bandwidth.arithmetic_alone_share))
+        .map(|(memory, arithmetic)| format!("reading alone takes {memory} of a step, arithmetic alone {arithmetic}"));
     let because = |reason: Option<String>| reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
     match bandwidth.bound.as_deref().and_then(Bound::find) {
         None => String::new(),
@@ -377,8 +377,16 @@ mod tests {
             ),
             ("memory", None, ", memory-bound at 62 % of the read bandwidth"),
             ("compute", Some(0.4), ", compute-bound (reading alone takes 40 % of a step, arithmetic alone 30 %)"),
-            ("mixed", Some(0.4), ", bound by no part alone (reading alone takes 40 % of a step, arithmetic alone 30 %)"),
-            ("cache-resident", Some(0.4), ", cache-resident (reading alone takes 40 % of a step, arithmetic alone 30 %)"),
+            (
+                "mixed",
+                Some(0.4),
+                ", bound by no part alone (reading alone takes 40 % of a step, arithmetic alone 30 %)",
+            ),
+            (
+                "cache-resident",
+                Some(0.4),
+                ", cache-resident (reading alone takes 40 % of a step, arithmetic alone 30 %)",
+            ),
             ("host", None, ", host-bound (the device works 71 % of a step)"),
             ("not known", None, " at 62 % of the read bandwidth, what bounds it is not known"),
             // Of an earlier version, which had not measured it.

@@ -114,7 +114,10 @@ impl StandIns {
         };
         let specs = &weights.model.caches;
         let first = |spec| CacheId(specs.iter().position(|other| other == spec).unwrap_or_default());
-        Self { matrices: (0..all.len()).map(|i| stand_in(MatrixId(i))).collect(), caches: specs.iter().map(first).collect() }
+        Self {
+            matrices: (0..all.len()).map(|i| stand_in(MatrixId(i))).collect(),
+            caches: specs.iter().map(first).collect(),
+        }
     }
 
     pub(super) fn of_matrix(&self, matrix: MatrixId) -> StandIn {
@@ -154,7 +157,10 @@ impl CpuSession {
         let Self { pool, weights, decoder, memory, .. } = self;
         let steps = decoder.steps.clone();
         let (stand_ins, outputs) = (StandIns::new(weights, &steps, cache_bytes), Outputs::new(&steps, &decoder.plan));
-        let mut kept = vec![0.0; outputs.len];
+        // A worker that may allocate no more has measured what counts.
+        let mut kept = Vec::new();
+        kept.try_reserve_exact(outputs.len)?;
+        kept.resize(outputs.len, 0.0);
         let mut step = |mode: Mode, memory: &mut Memory| {
             let _pinned = pool.pin_caller();
             decoder.run(&steps, weights, pool, memory, Call { mode, ..call });
@@ -359,21 +365,19 @@ mod tests {
         let outputs = Outputs::new(&steps, &session.decoder.plan);
         let stand_ins = StandIns::new(&session.weights, &steps, cache_bytes);
         let mut kept = vec![0.0; outputs.len];
-        let shared = SharedSlice::new(&mut kept);
-        let mut run = |call| {
+        let mut run = |mode: Mode| {
+            taken(log);
             let CpuSession { pool, weights, decoder, memory, .. } = &mut *session;
-            let outcome = decoder.run(&steps, weights, pool, memory, call);
+            let outcome = decoder.run(&steps, weights, pool, memory, Call { mode, ..call });
             (taken(log), session.logits().unwrap(), outcome.outliers.columns as usize)
         };
-        taken(log);
-        let real = run(Call { mode: Mode::Keeping(&outputs, &shared), ..call });
-        let kept = kept.clone();
-        [real, run(Call { mode: Mode::StandingIn(&stand_ins, &outputs, &kept), ..call })]
+        let real = run(Mode::Keeping(&outputs, &SharedSlice::new(&mut kept)));
+        [real, run(Mode::StandingIn(&stand_ins, &outputs, &kept))]
     }
 
     #[test]
     fn arithmetic_alone_multiplies_as_much_of_fewer_rows() {
-        for model in ["llama-tiny", "phi-odd", "gemma-tiny", "t5-tiny"] {
+        for model in ["llama-tiny", "llama-odd", "phi-odd", "t5-tiny"] {
             for (precision, threads) in FORMATS.iter().flat_map(|format| [(format.name, 1), (format.name, 2)]) {
                 let (mut session, log) = session(model, precision, threads);
                 let [real, alone] = compare(&mut session, &log, 0);

@@ -180,7 +180,14 @@ impl CpuSession {
             bail!("a call of {n} tokens at position {} does not fit a cache of {capacity}", self.position);
         }
         self.weights.check_tokens(tokens)?;
-        Ok(Call { rows: tokens.len(), tokens, patches: &[], position: self.position, encoded: self.encoded, mode: Mode::Real })
+        Ok(Call {
+            rows: tokens.len(),
+            tokens,
+            patches: &[],
+            position: self.position,
+            encoded: self.encoded,
+            mode: Mode::Real,
+        })
     }
 
     /// Runs `tokens` through the decoder in one call and returns the next one.

@@ -44,11 +44,12 @@ pub fn core_cache_bytes() -> Option<usize> {
 
 /// The CPUs of a list such as `0-3,8`.
 fn cpus_of(list: &str) -> impl Iterator<Item = usize> {
-    list.split(',').filter_map(|part| {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        Some(first.trim().parse::<usize>().ok()?..=last.trim().parse().ok()?)
-    })
-    .flatten()
+    list.split(',')
+        .filter_map(|part| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            Some(first.trim().parse::<usize>().ok()?..=last.trim().parse().ok()?)
+        })
+        .flatten()
 }
 
 /// The CPUs that share the largest-numbered cache level with `cpu`, and its bytes.
