@@ -3,14 +3,12 @@
 use candle_core::Result;
 use half::f16;
 
+use super::score_tiles::{ScoreTile, ScoreTiles};
 use super::{BiasAt, CacheAt};
 use crate::kernels::cuda::arena::Arena;
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::Launcher;
 use crate::kernels::cuda::rows::{Bias, Heads, Rows};
-
-/// Bytes of attention scores that a call may hold at once; one head at a time where a single one has more.
-const SCORE_BYTES: usize = 64 << 20;
 
 /// Rows whose attention is a launch of ours: cuBLAS takes several for each key/value head. More keys would not fit into shared memory.
 const FEW_ROWS: usize = 32;
@@ -44,32 +42,23 @@ impl Call {
             // SAFETY: the caller's promise.
             return unsafe { Rows { on }.attend(shape, heads, q, memory, out, scale, is_causal, position, bias) };
         }
-        let at_once = self.heads_at_once();
+        let tiles = ScoreTiles::new(heads.heads, self.group(), rows, keys);
         // cuBLAS and the softmax write both before they are read.
-        let count = at_once * rows * keys;
+        let count = tiles.heads * tiles.rows * keys;
         let held = (arena.take::<f32>(count)?, arena.take::<f16>(count)?);
         let (scores, probabilities) = (held.0.address, held.1.address);
-        for first in (0..heads.heads).step_by(at_once) {
-            let count = at_once.min(heads.heads - first);
-            let (to_scores, to_values) = self.products(first, count, scores, probabilities);
-            let (shape, bias) = ((count, rows, keys), self.bias(first));
-            // SAFETY: scores and probabilities hold `at_once` heads; the caller's promise for the others.
+        for tile in tiles.tiles(heads.heads, self.group(), rows) {
+            let (to_scores, to_values) = self.products(tile, scores, probabilities);
+            let (shape, bias) = ((tile.heads, tile.rows, keys), self.bias(tile.first_head));
+            // SAFETY: scores and probabilities hold a tile; the caller's promise for the others.
             unsafe {
                 on.multiply(&to_scores)?;
+                let position = position + tile.first_row;
                 Rows { on }.softmax(shape, scores, probabilities, scale, is_causal, position, bias)?;
                 on.multiply(&to_values)?;
             }
         }
         Ok(())
-    }
-
-    /// Heads of one call to cuBLAS: they either share a key/value head or have one each.
-    fn heads_at_once(&self) -> usize {
-        let bytes_a_head = self.rows * self.keys * (size_of::<f32>() + size_of::<f16>());
-        match self.group() {
-            1 => (SCORE_BYTES / bytes_a_head).clamp(1, self.heads.heads),
-            group => group,
-        }
     }
 
     /// Query heads of a key/value head.
@@ -81,20 +70,21 @@ impl Call {
         self.bias.map_or(Bias::default(), |BiasAt { address, reach }| Bias { address, reach, first_head })
     }
 
-    /// `scores = q · Kᵀ` and `out = probabilities · V` of `count` heads.
-    fn products(&self, first: usize, count: usize, scores: u64, probabilities: u64) -> (Gemm, Gemm) {
-        let Self { rows, heads, q, out, cache, keys, .. } = *self;
+    /// `scores = q · Kᵀ` and `out = probabilities · V` of a tile. Its heads either share a key/value head or have one each.
+    fn products(&self, tile: ScoreTile, scores: u64, probabilities: u64) -> (Gemm, Gemm) {
+        let Self { heads, q, out, cache, keys, .. } = *self;
+        let ScoreTile { first_head, heads: count, first_row, rows } = tile;
         let (group, d, width) = (self.group(), heads.d, heads.heads * heads.d);
         let shared = group > 1;
         let head_len = heads.capacity * heads.d_pad;
-        let cache_head = if shared { first / group } else { first };
+        let cache_head = first_head / group;
         let of_cache = |base: u64| Operand {
             address: base + (size_of::<f16>() * cache_head * head_len) as u64,
             stride: heads.d_pad,
             batch_stride: if shared { 0 } else { head_len },
         };
         let of_rows = |base: u64| Operand {
-            address: base + (size_of::<f16>() * first * d) as u64,
+            address: base + (size_of::<f16>() * (first_row * width + first_head * d)) as u64,
             stride: width,
             batch_stride: d,
         };

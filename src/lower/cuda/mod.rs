@@ -5,6 +5,7 @@ mod attention;
 mod call;
 mod check;
 pub mod prefill;
+mod score_tiles;
 pub mod step;
 mod tables;
 
