@@ -12,6 +12,7 @@ mod cuda;
 pub mod fake;
 mod load;
 pub mod memory;
+pub mod needs;
 pub mod reference;
 
 use std::time::Duration;

@@ -14,7 +14,7 @@ use super::{Case, DeviceChoice, Row};
 use crate::engine::check::SelfCheck;
 use crate::engine::memory::{MeasuredBandwidth, PoolUse};
 use crate::engine::{Engine, Footprint, OutlierColumns};
-use crate::error::{BadInput, OutOfMemory};
+use crate::error::{BadInput, OutOfMemory, Refused};
 use crate::events::Event;
 use crate::quant::FormatOptions;
 use crate::record::Status;
@@ -181,6 +181,9 @@ pub struct Finished {
     pub pool: BTreeMap<String, PoolUse>,
     #[serde(default)]
     pub release_threshold_bytes: Option<u64>,
+    /// Why the logits that were asked for are not in their file.
+    #[serde(default)]
+    pub logits_problem: Option<String>,
 }
 
 impl Finished {
@@ -190,6 +193,7 @@ impl Finished {
             end_bytes: self.end_bytes.max(later.end_bytes),
             peak_bytes: self.peak_bytes.max(later.peak_bytes),
             peak_is_exact: self.peak_is_exact && later.peak_is_exact,
+            logits_problem: self.logits_problem.or(later.logits_problem.clone()),
             pool: highest(self.pool, later.pool),
             ..later
         }
@@ -249,7 +253,7 @@ impl std::error::Error for Wrong {}
 impl Failure {
     /// Sorts an error by what the parent does about it.
     pub fn of(error: &anyhow::Error) -> Self {
-        let message = crate::error::without_backtrace(&format!("{error:#}")).to_owned();
+        let message = crate::error::plain_driver_errors(crate::error::without_backtrace(&format!("{error:#}")));
         if error.downcast_ref::<BadInput>().is_some() {
             return Failure::BadInput { message, hint: crate::error::hint(error) };
         }
@@ -263,7 +267,8 @@ impl Failure {
         let refused = |cause: &std::io::Error| cause.kind() == std::io::ErrorKind::OutOfMemory;
         let by_system = error.chain().filter_map(|cause| cause.downcast_ref()).any(refused);
         if by_system || crate::engine::memory::is_out_of_memory(error) {
-            return Failure::OutOfMemory { message, wanted_bytes: 0, free_bytes: 0 };
+            let wanted_bytes = error.downcast_ref::<Refused>().map_or(0, |refused| refused.bytes);
+            return Failure::OutOfMemory { message, wanted_bytes, free_bytes: 0 };
         }
         Failure::Error { message }
     }
@@ -315,7 +320,14 @@ mod tests {
         let oom = Err::<(), _>(OutOfMemory { wanted_bytes: 7, free_bytes: 5 }).context("loading").unwrap_err();
         assert!(matches!(Failure::of(&oom), Failure::OutOfMemory { wanted_bytes: 7, free_bytes: 5, .. }));
         let os = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::OutOfMemory)).context("reading");
-        assert!(matches!(Failure::of(&os), Failure::OutOfMemory { .. }));
+        assert!(matches!(Failure::of(&os), Failure::OutOfMemory { wanted_bytes: 0, .. }));
+        let what = "the attention scores".to_owned();
+        let refused = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::OutOfMemory))
+            .context(Refused { bytes: 3 << 30, what })
+            .context("filling the cache");
+        let refused = Failure::of(&refused);
+        assert!(refused.message().starts_with("filling the cache: 3.00 GiB for the attention scores could not be"));
+        assert!(matches!(refused, Failure::OutOfMemory { wanted_bytes, .. } if wanted_bytes == 3 << 30));
         assert!(matches!(Failure::of(&Wrong("no".into()).into()), Failure::Invalid { .. }));
         let other = Failure::of(&anyhow::anyhow!("other"));
         assert!(matches!(&other, Failure::Error { .. }));

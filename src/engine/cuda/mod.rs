@@ -21,7 +21,7 @@ use self::ring::Ring;
 use self::rows::Done;
 use self::step::{Step, padded_floats};
 use self::times::StepTimes;
-use super::memory::Pool;
+use super::memory::{Pool, named};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
 use crate::kernels::cuda::gemm::{WORKSPACE_BYTES, Workspace};
@@ -148,7 +148,9 @@ impl Weights {
             let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
             let d_pad = spec.head_dim.next_multiple_of(8);
             let len = spec.kv_heads * capacity * d_pad;
-            Ok(Cache { keys: device.alloc_zeros(len)?, values: device.alloc_zeros(len)?, capacity, d_pad })
+            let half =
+                || named(device.alloc_zeros(len), len * size_of::<f16>(), || format!("a cache of {capacity} tokens"));
+            Ok(Cache { keys: half()?, values: half()?, capacity, d_pad })
         };
         let angles = |rope: &crate::plan::Rope| -> Result<CudaSlice<f32>> {
             let at = |position: usize| rope.inverse_frequencies.iter().map(move |f| position as f32 * f);

@@ -11,6 +11,7 @@ use half::f16;
 use super::rows::{Done, Run};
 use super::step::Step;
 use super::{Epilogue, Weights};
+use crate::engine::memory::named;
 use crate::kernels::cuda::arena::{Arena, Layout, Region};
 use crate::kernels::cuda::launch::{Launcher, Rehearsal, address, upload};
 use crate::plan::{Head, Plan};
@@ -183,7 +184,10 @@ impl Prompts {
             // Given back before there is more.
             self.memory = None;
             // SAFETY: a call writes what it takes before it reads it.
-            self.memory = Some(unsafe { device.alloc::<u8>(bytes) }?);
+            let memory = unsafe { device.alloc::<u8>(bytes) };
+            let Shape { rows, position, .. } = call.shape;
+            let what = || format!("activations and attention scores of {rows} tokens behind {position}");
+            self.memory = Some(named(memory, bytes, what)?);
         }
         self.known.push_front(known);
         self.known.truncate(SHAPES);

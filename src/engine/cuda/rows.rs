@@ -8,19 +8,13 @@ use half::f16;
 use super::prompt::Shape;
 use super::{Weights, activation_number};
 use crate::engine::OutlierColumns;
+use crate::engine::needs::{FEW_KEYS, FEW_ROWS, heads_at_once};
 use crate::kernels::cuda::arena::{Arena, Region};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Launcher, address};
 use crate::kernels::cuda::rows::{Addend, Bias, Heads, Rows, Table};
 use crate::plan::{BiasId, BufferId, CacheId, Holds, LinearPart, Mask, MatrixId, NormKind, Op, Plan};
 use crate::quant::cuda::RowsOf;
-
-/// Bytes of attention scores that a call may hold at once; one head at a time where a single one has more.
-const SCORE_BYTES: usize = 64 << 20;
-
-/// Rows whose attention is a launch of ours: cuBLAS takes several for each key/value head. More keys would not fit into shared memory.
-const FEW_ROWS: usize = 32;
-const FEW_KEYS: usize = 8192;
 
 /// Where a buffer lies: in the call's memory, or in the session's. What is to be added to it is added by whatever reads it next, if that
 /// can, and by a launch of its own otherwise.
@@ -393,12 +387,7 @@ impl<'a> Run<'a> {
             unsafe { kernels.attend(shape, heads, q_at, cache, out_at, scale, is_causal, position, bias_of(0)) }?;
             return Ok(out);
         }
-        // Heads of one call to cuBLAS either share a key/value head or have one each.
-        let bytes_a_head = rows * total * (size_of::<f32>() + size_of::<f16>());
-        let at_once = match group {
-            1 => (SCORE_BYTES / bytes_a_head).clamp(1, heads.heads),
-            group => group,
-        };
+        let at_once = heads_at_once(heads.heads, heads.kv_heads, rows, total);
         // cuBLAS and the softmax write both before they are read.
         let count = at_once * rows * total;
         let held = (self.arena.take::<f32>(count)?, self.arena.take::<f16>(count)?);
