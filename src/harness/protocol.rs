@@ -265,8 +265,10 @@ impl Failure {
             return Failure::Invalid { message };
         }
         let refused = |cause: &std::io::Error| cause.kind() == std::io::ErrorKind::OutOfMemory;
+        // cuBLAS allocates by itself, and its error is no driver's.
+        let by_library = message.contains("CUBLAS_STATUS_ALLOC_FAILED");
         let by_system = error.chain().filter_map(|cause| cause.downcast_ref()).any(refused);
-        if by_system || crate::engine::memory::is_out_of_memory(error) {
+        if by_system || by_library || crate::engine::memory::is_out_of_memory(error) {
             let wanted_bytes = error.downcast_ref::<Refused>().map_or(0, |refused| refused.bytes);
             return Failure::OutOfMemory { message, wanted_bytes, free_bytes: 0 };
         }
@@ -329,6 +331,9 @@ mod tests {
         assert!(refused.message().starts_with("filling the cache: 3.00 GiB for the attention scores could not be"));
         assert!(matches!(refused, Failure::OutOfMemory { wanted_bytes, .. } if wanted_bytes == 3 << 30));
         assert!(matches!(Failure::of(&Wrong("no".into()).into()), Failure::Invalid { .. }));
+        let blas = Failure::of(&anyhow::anyhow!("CublasError(CUBLAS_STATUS_ALLOC_FAILED)"));
+        assert_eq!(blas.message(), "cuBLAS had too little free memory (CUBLAS_STATUS_ALLOC_FAILED)");
+        assert!(matches!(blas, Failure::OutOfMemory { .. }));
         let other = Failure::of(&anyhow::anyhow!("other"));
         assert!(matches!(&other, Failure::Error { .. }));
         assert_eq!(other.within("the reference").message(), "the reference: other");

@@ -2,7 +2,6 @@
 
 use anyhow::Result;
 
-use super::death::out_of_memory;
 use super::memory::ProcessMemory;
 use super::process;
 use super::prompt::Workload;
@@ -10,6 +9,7 @@ use super::protocol::{Failure, Finished, LoadFacts, Sample, Warmed};
 use super::schedule::{Order, Worker};
 use super::{Case, DeviceChoice, Row};
 use crate::engine::needs::{self, Holding, Lengths, Needs};
+use crate::error::OutOfMemory;
 use crate::events::Listener;
 use crate::plan::Model;
 
@@ -82,7 +82,7 @@ pub struct TooLarge {
 impl TooLarge {
     fn refuse<T>(&self) -> Result<T, Failure> {
         let Self { needed_bytes, free_bytes, .. } = *self;
-        let message = out_of_memory("", needed_bytes, free_bytes);
+        let message = OutOfMemory { wanted_bytes: needed_bytes, free_bytes }.to_string();
         Err(Failure::OutOfMemory { message, wanted_bytes: needed_bytes, free_bytes })
     }
 }
@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn what_is_too_large_is_refused_with_both_sizes() {
         let worker = TooLarge { label: "fp16".to_owned(), needed_bytes: 3 * GIB, free_bytes: GIB };
-        let message = "out of memory: 3.00 GiB are needed in all, 1.00 GiB free".to_owned();
+        let message = "out of memory: wanted 3.00 GiB, 1.00 GiB free".to_owned();
         let expected = Failure::OutOfMemory { message, wanted_bytes: 3 * GIB, free_bytes: GIB };
         assert_eq!(worker.refuse::<()>(), Err(expected));
     }

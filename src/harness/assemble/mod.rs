@@ -64,6 +64,7 @@ pub fn records(
     let rows = case.rows();
     let mut records: Vec<Record> =
         rows.iter().zip(outcomes).map(|(row, outcome)| base(facts, row, outcome, decode)).collect();
+    instruction_set_of_all(&rows, &mut records);
     let fp16 = case.baseline();
     let real = facts.weights.source != "random";
     for (record, outcome) in records.iter_mut().zip(outcomes) {
@@ -94,6 +95,19 @@ pub fn records(
         record.warnings = warnings.iter().map(Warning::to_string).collect();
     }
     records
+}
+
+/// Rows that failed before they could tell their instruction set ran on the same device as those that did.
+fn instruction_set_of_all(rows: &[Row], records: &mut [Record]) {
+    let own = |at: &usize| rows[*at].engine == Engine::Quantbench;
+    let isas = (0..records.len()).filter(own).map(|at| records[at].environment.isa.clone());
+    let Some(isa) = isas.into_iter().find(|isa| !isa.is_empty()) else { return };
+    for at in (0..records.len()).filter(own) {
+        let known = &mut records[at].environment.isa;
+        if known.is_empty() {
+            known.clone_from(&isa);
+        }
+    }
 }
 
 /// One record for each precision of a case whose speed is not measured.
