@@ -2,12 +2,11 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use quantbench::cli::Cli;
 use quantbench::{commands, error, ui};
 
 fn main() -> ExitCode {
-    match commands::dispatch(&Cli::parse()) {
+    match commands::dispatch(&Cli::read(std::env::args_os())) {
         Ok(code) => code,
         Err(failure) => {
             ui::print_error(&failure);

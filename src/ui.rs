@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::error;
 use crate::events::{Event, Listener, Unit};
+use crate::report;
 
 /// Writes a result to stdout. A reader that closed its end has seen what it wanted: that is no error.
 pub fn print(text: &str) -> Result<()> {
@@ -16,6 +17,15 @@ pub fn print(text: &str) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         written => written.context("writing the result to stdout"),
     }
+}
+
+/// As [`print`], for what nobody has elsewhere: where stdout takes nothing, stderr gets it.
+pub fn print_measured(text: &str) -> Result<()> {
+    let printed = print(text);
+    if printed.is_err() {
+        print_aside(text);
+    }
+    printed
 }
 
 /// Writes a line about what happens to stderr.
@@ -27,7 +37,8 @@ pub fn note(line: &str) {
 /// Writes an error, what caused it, and what to do about it to stderr.
 pub fn print_error(error: &anyhow::Error) {
     // Where stderr is closed there is nobody left to tell.
-    let _ = io::stderr().write_all(error_text(error).as_bytes());
+    let words: Vec<String> = std::env::args().collect();
+    let _ = io::stderr().write_all(error_text(error, &words).as_bytes());
 }
 
 /// Writes to stderr what belongs beside a result that a program reads.
@@ -36,16 +47,54 @@ pub fn print_aside(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-fn error_text(error: &anyhow::Error) -> String {
+/// `words` are the command line.
+fn error_text(error: &anyhow::Error, words: &[String]) -> String {
     let mut text = String::new();
     for (index, cause) in error.chain().enumerate() {
         let label = if index == 0 { "error" } else { "  caused by" };
         text += &format!("{label}: {}\n", error::without_backtrace(&cause.to_string()));
     }
     if let Some(hint) = error::hint(error) {
-        text += &format!("\nhint: {hint}\n");
+        text += &format!("\nhint: {}\n", with_own_options(&hint, words));
     }
     text
+}
+
+/// How a command in a hint begins and ends that measures another model's shape instead.
+const SHAPE_COMMAND: (&str, &str) = ("quantbench --model-id ", " --weights random");
+
+/// A hint that ends with such a command, with all the options that were typed in it: whoever pastes it wants the same otherwise.
+fn with_own_options(hint: &str, words: &[String]) -> String {
+    let own = || {
+        let at = hint.rfind(SHAPE_COMMAND.0)?;
+        let id = hint[at + SHAPE_COMMAND.0.len()..].strip_suffix(SHAPE_COMMAND.1)?;
+        Some(format!("{}{}", &hint[..at], shape_command(id, words)?))
+    };
+    own().unwrap_or_else(|| hint.to_owned())
+}
+
+/// The command line with another model; `None` where it names none.
+fn shape_command(id: &str, words: &[String]) -> Option<String> {
+    let mut command = vec![words.first()?.clone()];
+    let mut rest = words[1..].iter();
+    let mut names_model = false;
+    while let Some(word) = rest.next() {
+        let (option, has_value) = word.split_once('=').map_or((word.as_str(), false), |(option, _)| (option, true));
+        // A commit is one of a repository.
+        if !["--model-id", "--weights", "--revision"].contains(&option) {
+            command.push(word.clone());
+            continue;
+        }
+        if !has_value {
+            rest.next();
+        }
+        if option == "--model-id" {
+            names_model = true;
+            command.extend(["--model-id".to_owned(), id.to_owned()]);
+        }
+    }
+    command.extend(["--weights", "random"].map(str::to_owned));
+    names_model.then(|| command.iter().map(|word| report::quote(word)).collect::<Vec<_>>().join(" "))
 }
 
 /// Shows events as a progress bar on stderr; silent where stderr is no terminal.
@@ -123,13 +172,33 @@ mod tests {
     fn an_error_shows_causes_and_hint() {
         let cause = io::Error::new(ErrorKind::NotFound, "no such file");
         let plain = anyhow::Error::new(cause).context("reading `a.json`");
-        assert_eq!(error_text(&plain), "error: reading `a.json`\n  caused by: no such file\n");
+        assert_eq!(error_text(&plain, &[]), "error: reading `a.json`\n  caused by: no such file\n");
 
         let bad: Result<(), _> = Err(BadInput::new("`--repeats 0`: at least 1 is needed").hint("drop the option"));
         let error = bad.context("reading the command line").unwrap_err();
         let expected = "error: reading the command line\n  caused by: `--repeats 0`: at least 1 is needed\n\n\
                         hint: drop the option\n";
-        assert_eq!(error_text(&error), expected);
+        assert_eq!(error_text(&error, &[]), expected);
+    }
+
+    #[test]
+    fn a_command_in_a_hint_keeps_the_options_that_were_typed() {
+        let hint = "check the network, or: quantbench --model-id microsoft/phi-2 --weights random";
+        for (typed, command) in [
+            (
+                "./qb --model-id Microsoft/phi-2 --precision 4bit --max-new-tokens 64",
+                "./qb --model-id microsoft/phi-2 --precision 4bit --max-new-tokens 64 --weights random",
+            ),
+            (
+                "qb run --model-id=x/y --revision main -q --dry-run",
+                "qb run --model-id microsoft/phi-2 -q --dry-run --weights random",
+            ),
+            ("qb suite s.toml", "quantbench --model-id microsoft/phi-2 --weights random"),
+        ] {
+            let words: Vec<String> = typed.split(' ').map(str::to_owned).collect();
+            assert_eq!(with_own_options(hint, &words), format!("check the network, or: {command}"), "{typed}");
+        }
+        assert_eq!(with_own_options("look again", &["qb".to_owned()]), "look again");
     }
 
     #[test]

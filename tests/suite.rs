@@ -481,6 +481,44 @@ fn a_worker_that_hangs_is_killed() {
     }
 }
 
+/// Whoever kills a worker from outside has not run it out of memory, and the others go on.
+#[test]
+fn a_worker_that_somebody_kills_is_an_error() {
+    let toml = format!("timeout_s = 120\nmax_time = 600\n{}", QUICK.replace("[4, 5, 6]", "[4]"));
+    let toml = toml.replace("repeats = 1", "repeats = 500000000").replace("[\"fp16\", \"nf4\"]", "[\"nf4\"]");
+    let place = Place::new(&[("s.toml", &toml)]);
+    let mut child = place.command(&["suite", "s.toml", "--quiet"]).stdout(Stdio::piped()).spawn().unwrap();
+    let workers = loop {
+        let workers = workers_of(child.id());
+        if !workers.is_empty() || child.try_wait().unwrap().is_some() {
+            break workers;
+        }
+    };
+    assert!(!workers.is_empty(), "no worker was seen");
+    let _ = Command::new("kill").arg("-KILL").args(&workers).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    expect_code(&output, 1);
+    let row = &rows(&text(&output.stdout))[0];
+    let reason = row["reason"].as_str().unwrap();
+    assert_eq!(row["status"], "error", "{reason}");
+    assert!(reason.contains("the worker was killed by signal 9 (SIGKILL)"), "{reason}");
+    assert!(row["memory"]["wanted_bytes"].is_null() && row["memory"]["needed_bytes"].is_null(), "{row}");
+}
+
+/// A file that takes nothing more: the rows that were measured are on stdout.
+#[cfg(target_os = "linux")]
+#[test]
+fn rows_that_the_file_does_not_take_are_shown() {
+    let place = Place::new(&[("s.toml", QUICK)]);
+    std::os::unix::fs::symlink("/dev/full", place.path("out.jsonl")).unwrap();
+    let output = place.run(&["suite", "s.toml", "-o", "out.jsonl", "--quiet"]);
+    expect_code(&output, 2);
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains("error: cannot write `out.jsonl`") && stderr.contains("hint: "), "{stderr}");
+    let seen = summary(&text(&output.stdout));
+    assert_eq!(seen, ["fp16", "nf4"].map(|name| (1, name.to_owned(), "ok".to_owned())));
+}
+
 #[test]
 fn too_little_memory_is_told_whoever_runs_out() {
     for limit in ["500 KiB", "2 MiB"] {
@@ -503,7 +541,7 @@ fn without_a_file_rows_go_to_stdout() {
     assert_eq!(summary(&stdout).len(), 2);
     assert!(stderr.is_empty(), "{stderr}");
     let row = &rows(&stdout)[0];
-    let command = "quantbench run --device=cpu --max-new-tokens=4 --model-id=llama-tiny --precision=fp16,nf4 \
+    let command = "quantbench run --device=cpu --max-new-tokens=4 --model-id=PATH/TO/llama-tiny --precision=fp16,nf4 \
                    --prompt-tokens=4 --repeats=1 --threads=1 --warmup=0";
     assert_eq!(row["command"].as_str(), Some(command));
     assert_eq!(row["schema_version"].as_u64(), Some(1));

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, ValueHint};
 
-use super::request::unknown_precision;
+use super::words::{Takes, unknown_precision};
 use crate::quant;
 use crate::weights::policy::Selection;
 use crate::weights::{self, export};
@@ -60,7 +60,7 @@ impl ExportRequest {
     /// Fails with [`crate::error::BadInput`] on an unknown precision and on an output that cannot be made.
     pub fn new(args: &ExportArgs) -> Result<Self> {
         let word = args.precision.trim().to_lowercase();
-        let entry = quant::find(&word).ok_or_else(|| unknown_precision(&word))?;
+        let entry = quant::find(&word).ok_or_else(|| unknown_precision(&word, Takes::One))?;
         export::check_output(&args.output)?;
         let model = weights::Request {
             revision: args.revision.clone(),

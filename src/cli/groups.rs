@@ -148,9 +148,9 @@ pub struct PromptArgs {
     #[arg(long, value_name = "N", help_heading = "Workload")]
     pub prompt_tokens: Option<usize>,
 
-    /// Exact token ids to continue, comma separated.
-    #[arg(long, value_name = "IDS", value_delimiter = ',', help_heading = "Workload")]
-    pub prompt_ids: Option<Vec<u32>>,
+    /// Exact token ids to continue, comma separated or as Python prints a list.
+    #[arg(long, value_name = "IDS", num_args = 1.., help_heading = "Workload")]
+    pub prompt_ids: Option<Vec<String>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -10,6 +10,7 @@ mod method;
 mod report;
 mod request;
 mod suite;
+mod words;
 
 pub use compare::{Against, AgainstArgs, CompareArgs, CompareRequest, GateArgs, Judgement};
 pub use export::{ExportArgs, ExportRequest};
@@ -23,6 +24,7 @@ pub use report::{Output, ReportArgs, ReportRequest};
 pub use request::Request;
 pub use suite::{MergeArgs, SuiteArgs, suite_keys, suite_task};
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
@@ -56,6 +58,13 @@ pub struct Cli {
     pub command: Option<Command>,
     #[command(flatten)]
     pub run: RunArgs,
+}
+
+impl Cli {
+    /// What was typed, the program first. Ends the program where it is no command, and where help was asked for.
+    pub fn read(words: impl IntoIterator<Item = OsString>) -> Self {
+        Self::parse_from(words::joined(words))
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use super::words::{Takes, ids, unknown_precision};
 use super::{
     DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, PromptArgs,
     QualityArgs, RunArgs, TextArgs, WeightsWord,
@@ -191,7 +192,7 @@ fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<String>, Ba
     for word in words {
         let entries: Vec<&FormatEntry> = match word.trim().to_lowercase().as_str() {
             "all" => FORMATS.iter().filter(|entry| !is_variant(entry)).collect(),
-            word => vec![quant::find(word).ok_or_else(|| unknown_precision(word))?],
+            word => vec![quant::find(word).ok_or_else(|| unknown_precision(word, Takes::Many))?],
         };
         for entry in entries {
             let name = if no_double_quant { without_double_quant(entry) } else { entry }.name;
@@ -218,17 +219,6 @@ fn is_variant(entry: &FormatEntry) -> bool {
 
 fn without_double_quant(entry: &'static FormatEntry) -> &'static FormatEntry {
     quant::find(&format!("{}-nodq", entry.name)).unwrap_or(entry)
-}
-
-pub(super) fn unknown_precision(word: &str) -> BadInput {
-    let known = || FORMATS.iter().flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
-    let names: Vec<&str> = known().chain(["all"]).collect();
-    let error = BadInput::new(format!("unknown precision `{word}`: known are {}", names.join(", ")));
-    let nearest = names.iter().max_by(|a, b| strsim::jaro(word, a).total_cmp(&strsim::jaro(word, b)));
-    match nearest {
-        Some(nearest) => error.hint(format!("the nearest is `--precision {nearest}`")),
-        None => error,
-    }
 }
 
 fn device(word: &str) -> Result<DeviceChoice, BadInput> {
@@ -261,7 +251,12 @@ fn prompt(args: &PromptArgs) -> Result<PromptChoice, BadInput> {
     if let Some(n) = args.prompt_tokens {
         return positive("--prompt-tokens", n).map(PromptChoice::Synthetic);
     }
-    Ok(args.prompt_ids.clone().map_or(PromptChoice::Default, PromptChoice::Ids))
+    match &args.prompt_ids {
+        None => Ok(PromptChoice::Default),
+        Some(words) => ids(&words.join(" "))
+            .map(PromptChoice::Ids)
+            .map_err(|what| BadInput::new(format!("`--prompt-ids`: {what}"))),
+    }
 }
 
 /// Of a text: more than any context holds, and less than the memory of a machine that measures.
@@ -384,6 +379,8 @@ mod tests {
     #[test]
     fn prompts_and_devices_are_told_apart() {
         assert_eq!(request("--prompt-ids 1,2,3").unwrap().case.prompt, PromptChoice::Ids(vec![1, 2, 3]));
+        assert_eq!(request("--prompt-ids 1, 2, 3").unwrap().case.prompt, PromptChoice::Ids(vec![1, 2, 3]));
+        assert_eq!(request("--prompt-ids [1, 2,3] --quiet").unwrap().case.prompt, PromptChoice::Ids(vec![1, 2, 3]));
         assert_eq!(request("--prompt-tokens 9").unwrap().case.prompt, PromptChoice::Synthetic(9));
         assert_eq!(request("--prompt hi").unwrap().case.prompt, PromptChoice::Text("hi".into()));
         assert_eq!(request("").unwrap().case.prompt, PromptChoice::Default);
@@ -426,6 +423,8 @@ mod tests {
             ("--int8-threshold NaN", "finite"),
             ("--min-time 5 --max-time 4", "--max-time 4"),
             ("--rel-ci=-1", "at least 0"),
+            ("--prompt-ids 1,x", "`x` is no token id"),
+            ("--precision int4", "--precision 4bit"),
             ("--prompt a --prompt-tokens 3", "cannot be used with"),
         ] {
             let error = request(line).err().expect(line);

@@ -75,6 +75,9 @@ const HEADINGS: &[&str] = &["Model", "Precision", "Workload", "Quality", "Device
 /// Options under these headings that are about one run alone.
 const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits"];
 
+/// Options that read a list from one text.
+const LISTS: &[&str] = &["prompt-ids"];
+
 /// The keys of a suite file: the options of `quantbench run`.
 pub fn suite_keys() -> Vec<Key> {
     let command = RunArgs::augment_args(clap::Command::new("run"));
@@ -83,7 +86,7 @@ pub fn suite_keys() -> Vec<Key> {
         let long = arg.get_long().filter(|long| !NOT_IN_SUITES.contains(long))?;
         let kind = match arg.get_action() {
             ArgAction::SetTrue => Kind::Switch,
-            _ if arg.get_value_delimiter().is_some() => Kind::List,
+            _ if arg.get_value_delimiter().is_some() || LISTS.contains(&long) => Kind::List,
             _ => Kind::One,
         };
         Some(Key { name: long.replace('-', "_"), kind })

@@ -16,10 +16,10 @@ const REGRESSED: u8 = 3;
 pub fn compare(args: &CompareArgs) -> Result<ExitCode> {
     let request = CompareRequest::new(args)?;
     let comparison = compare::compare(&request.base, &request.new, &request.judgement.rules)?;
-    if let Some((path, format)) = &request.file {
-        report::write_file(path, &(format.write)(&comparison)?)?;
-    }
-    ui::print(&(request.stdout.write)(&comparison)?)?;
+    let written =
+        request.file.as_ref().map_or(Ok(()), |(path, format)| report::write_file(path, &(format.write)(&comparison)?));
+    ui::print_measured(&(request.stdout.write)(&comparison)?)?;
+    written?;
     exit_code(&comparison, &request.judgement)
 }
 

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::cli::{ExportArgs, ExportRequest};
+use crate::error::size;
 use crate::ui::{self, Progress};
 use crate::weights::export;
 use crate::{harness, weights};
@@ -22,9 +23,9 @@ pub fn export(args: &ExportArgs) -> Result<ExitCode> {
         0 => String::new(),
         count => format!("; {count} values were too large for fp16 and became infinite"),
     };
-    let (output, bytes) = (request.output.display(), exported.bytes);
+    let (output, bytes) = (request.output.display(), size(exported.bytes as u64));
     ui::print(&format!(
-        "wrote `{output}`: {} of `{}`, {bytes} bytes of weights{overflow}\n",
+        "wrote `{output}`: {} of `{}`, {bytes} of weights{overflow}\n",
         request.precision, checkpoint.id
     ))?;
     Ok(ExitCode::SUCCESS)

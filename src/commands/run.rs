@@ -1,11 +1,14 @@
 //! `quantbench run`: one model at several precisions.
 
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
 
 use super::{compare, limits};
 use crate::cli::{Against, Judgement, Request, RunArgs};
+use crate::error::BadInput;
 use crate::record::{Document, Record, SCHEMA_VERSION, Status};
 use crate::report::compare::Comparison;
 use crate::ui::{self, Progress};
@@ -21,25 +24,43 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         None => show(&request, &document(harness::run(&request.case, &events)?)),
         Some((Against::Baseline(base), judgement)) => {
             let new = document(harness::run(&request.case, &events)?);
-            let code = show(&request, &new)?;
-            judge(&request, (&base, &new), &judgement, code)
+            let shown = show(&request, &new);
+            let judged = judge(&request, (&base, &new), &judgement);
+            Ok(regressed_or(both(shown, judged)?))
         }
         Some((Against::Binary(other), judgement)) => {
             let (base, new) = harness::run_ab(&request.case, &other, &events)?;
-            write_file(&request, &document([base.clone(), new.clone()].concat()))?;
+            let all = document([base.clone(), new.clone()].concat());
             let (base, new) = (document(base), document(new));
-            print(&request, &new)?;
-            judge(&request, (&base, &new), &judgement, exit_code(&new.records, request.allow_oom))
+            let shown = show_parts(&request, &all, &new);
+            let judged = judge(&request, (&base, &new), &judgement);
+            Ok(regressed_or(both(shown, judged)?))
         }
     }
 }
 
-/// Compares and shows it; a regression beats what the run itself ended with.
-fn judge(request: &Request, sides: (&Document, &Document), judgement: &Judgement, run: ExitCode) -> Result<ExitCode> {
+/// A regression beats what the run itself ended with.
+fn regressed_or((run, judged): (ExitCode, ExitCode)) -> ExitCode {
+    if judged == ExitCode::SUCCESS { run } else { judged }
+}
+
+/// Two results that do not need each other. The first error of two is told at once.
+fn both<A, B>(first: Result<A>, second: Result<B>) -> Result<(A, B)> {
+    match (first, second) {
+        (Ok(first), Ok(second)) => Ok((first, second)),
+        (Err(first), Err(second)) => {
+            ui::print_error(&first);
+            Err(second)
+        }
+        (Err(error), _) | (_, Err(error)) => Err(error),
+    }
+}
+
+/// Compares and shows it.
+fn judge(request: &Request, sides: (&Document, &Document), judgement: &Judgement) -> Result<ExitCode> {
     let comparison = report::compare::compare(sides.0, sides.1, &judgement.rules)?;
     show_comparison(request, &comparison)?;
-    let code = compare::exit_code(&comparison, judgement)?;
-    Ok(if code == ExitCode::SUCCESS { run } else { code })
+    compare::exit_code(&comparison, judgement)
 }
 
 /// Below the run where stdout is for people, else on stderr: what programs read stays one document.
@@ -56,15 +77,46 @@ fn show_comparison(request: &Request, comparison: &Comparison) -> Result<()> {
 
 /// Writes what was measured to where it was asked for; the exit code says whether all of it is sound.
 pub fn show(request: &Request, document: &Document) -> Result<ExitCode> {
-    write_file(request, document)?;
-    print(request, document)?;
-    Ok(exit_code(&document.records, request.allow_oom))
+    show_parts(request, document, document)
 }
 
+/// The same where the file holds more than stdout. What cannot be written to one place is written to the other all the same: a
+/// measurement may have taken hours.
+fn show_parts(request: &Request, in_file: &Document, on_stdout: &Document) -> Result<ExitCode> {
+    both(write_file(request, in_file), print(request, on_stdout))?;
+    logits_were_saved(&in_file.records)?;
+    Ok(exit_code(&on_stdout.records, request.allow_oom))
+}
+
+/// Fails, saying where the file is now, if it could not be written where it was asked for.
 fn write_file(request: &Request, document: &Document) -> Result<()> {
-    match &request.file {
-        Some((path, writer)) => report::write_file(path, &(writer.write)(document, &request.options)?),
+    let Some((path, writer)) = &request.file else { return Ok(()) };
+    let text = (writer.write)(document, &request.options)?;
+    report::write_file(path, &text).map_err(|error| {
+        let elsewhere = keep(path, &text).map(|kept| format!("it was written to `{}` instead", kept.display()));
+        let hint = elsewhere.unwrap_or_else(|| "what was measured stands on stdout alone".to_owned());
+        BadInput::new(format!("{error:#}")).hint(hint).into()
+    })
+}
+
+/// Writes `text` into the folder for temporary files, where it stays; `None` where that cannot be done either.
+fn keep(path: &Path, text: &str) -> Option<PathBuf> {
+    let extension = path.extension().map(|extension| format!(".{}", extension.to_string_lossy())).unwrap_or_default();
+    let mut file = tempfile::Builder::new().prefix("quantbench-").suffix(&extension).tempfile().ok()?;
+    file.write_all(text.as_bytes()).and_then(|()| file.as_file().sync_all()).ok()?;
+    Some(file.keep().ok()?.1)
+}
+
+/// Fails where logits were asked for and not all of them could be saved; the record says so too.
+fn logits_were_saved(records: &[Record]) -> Result<()> {
+    let prefix = format!("{}: ", harness::LOGITS_NOT_SAVED);
+    let problem =
+        |record: &Record| record.warnings.iter().find_map(|text| text.strip_prefix(&prefix).map(str::to_owned));
+    match records.iter().find_map(problem) {
         None => Ok(()),
+        Some(problem) => Err(BadInput::new(problem)
+            .hint("name another file with `--save-logits`; what was measured is there")
+            .into()),
     }
 }
 
@@ -73,7 +125,7 @@ fn print(request: &Request, document: &Document) -> Result<()> {
     if request.is_first_look {
         text += &limits::block(&document.records, &request.case.model.model_id)?;
     }
-    ui::print(&text)
+    ui::print_measured(&text)
 }
 
 fn exit_code(records: &[Record], allow_oom: bool) -> ExitCode {

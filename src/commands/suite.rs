@@ -54,7 +54,10 @@ fn to_file(args: &SuiteArgs, path: &Path, tasks: &[Task]) -> Result<ExitCode> {
     if n_before > 0 && !args.quiet {
         ui::note(&format!("{n_before} of {} cases ended before and do not run again", tasks.len()));
     }
-    let all_ok = run(args, tasks, &ended, &mut |rows| results.append(rows))?;
+    let all_ok = run(args, tasks, &ended, &mut |rows| {
+        // Rows that the file does not take are shown: the case may have taken hours.
+        results.append(rows).inspect_err(|_| drop(ui::print_measured(rows)))
+    })?;
     let records = suite::read_lines(path)?.lines.into_iter().map(|line| line.record).collect();
     let document = Document { schema_version: SCHEMA_VERSION, records };
     // The default format stands first: the table.
@@ -64,7 +67,7 @@ fn to_file(args: &SuiteArgs, path: &Path, tasks: &[Task]) -> Result<ExitCode> {
 
 /// Rows to stdout as cases end.
 fn to_stdout(args: &SuiteArgs, tasks: &[Task]) -> Result<ExitCode> {
-    let all_ok = run(args, tasks, &BTreeMap::new(), &mut ui::print)?;
+    let all_ok = run(args, tasks, &BTreeMap::new(), &mut ui::print_measured)?;
     Ok(exit_code(all_ok))
 }
 

@@ -14,6 +14,7 @@ mod cuda;
 pub mod fake;
 mod load;
 pub mod memory;
+pub mod needs;
 pub mod reference;
 #[cfg(any(feature = "cuda", test))]
 

@@ -18,9 +18,9 @@ use crate::record::{self, Record};
 /// Measures every row of `case` with this build and with another one, repeat by repeat in turn: the records of the other
 /// build, then those of this one. Both speak the same worker protocol or the other's records say that they do not.
 pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<Record>, Vec<Record>)> {
-    let device = checks::check(case)?;
+    let chosen = checks::check(case)?;
     let engine = engine_of(other)?;
-    let (case, plan) = &Plan::open(case, device, events)?;
+    let (case, plan) = &Plan::open(case, chosen, events)?;
     let mut facts = plan.facts(case, events)?;
     let mut watch = MachineWatch::new(plan.sensors(&mut facts));
     let mut of_other = Facts { engine, ..facts.clone() };
@@ -29,11 +29,11 @@ pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<R
     of_other.environment.features.clear();
     let rows = case.rows();
     let start = |at: usize| {
-        let (row, need) = (&rows[at / 2], plan.needs[at / 2]);
+        let (row, need) = (&rows[at / 2], plan.room.needs[at / 2]);
         match at % 2 {
             0 => {
                 let job = Job::new(case, row, plan.share, &plan.workload);
-                let worker = ProcessWorker::new(job, need, case.protocol.deadline).of_binary(other.to_owned());
+                let worker = ProcessWorker::new(job, need.bytes(), case.protocol.deadline).of_binary(other.to_owned());
                 Box::new(worker) as Box<dyn Worker>
             }
             _ => plan.worker(case, row, need),

@@ -2,22 +2,23 @@
 
 use anyhow::Result;
 
-use super::{Asked, Case, DeviceChoice, logits};
+use super::warnings::Warning;
+use super::{Asked, Case, DeviceChoice, doctor, logits};
 use crate::engine::Engine;
 use crate::error::BadInput;
 use crate::quant::{self, FormatOptions};
 use crate::weights::bnb::PreQuantized;
 
 /// The checks that need no model; what is wrong is said before anything is downloaded.
-pub fn check(case: &Case) -> Result<DeviceChoice> {
+pub fn check(case: &Case) -> Result<Chosen> {
     check_precisions(case)?;
     check_engines(case)?;
-    let device = device(case.device)?;
+    let chosen = choose(case.device, cfg!(feature = "cuda"), &doctor::gpu)?;
     let rows = case.rows();
     for (row, path) in rows.iter().flat_map(|row| case.save_logits.iter().map(move |path| (row, path))) {
         logits::check_writable(&logits::path_of(path, &row.label(), rows.len()))?;
     }
-    Ok(device)
+    Ok(chosen)
 }
 
 fn check_precisions(case: &Case) -> Result<(), BadInput> {
@@ -66,15 +67,67 @@ pub fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result
     Ok(case)
 }
 
+/// The device of a case, and what a reader must know about the choice.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Chosen {
+    pub device: DeviceChoice,
+    pub warning: Option<Warning>,
+}
+
 /// The device that a choice means here. The parent creates no CUDA context, which would take memory from the workers.
 pub fn device(choice: DeviceChoice) -> Result<DeviceChoice, BadInput> {
-    let built = cfg!(feature = "cuda");
-    let driver = std::path::Path::new("/proc/driver/nvidia/version").exists();
+    choose(choice, cfg!(feature = "cuda"), &doctor::gpu).map(|chosen| chosen.device)
+}
+
+/// As [`device`], for a build with CUDA or without, where `driver` says of a GPU's number why it cannot be used. Where no device was
+/// asked for and there is no GPU, the CPU does.
+fn choose(
+    choice: DeviceChoice,
+    has_cuda: bool,
+    driver: &dyn Fn(usize) -> Result<(), BadInput>,
+) -> Result<Chosen, BadInput> {
+    let of = |device| Chosen { device, warning: None };
     match choice {
-        DeviceChoice::Auto if built && driver => Ok(DeviceChoice::Cuda(0)),
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(DeviceChoice::Cpu),
-        DeviceChoice::Cuda(_) if !built => Err(BadInput::new("this build of quantbench has no CUDA support")
+        DeviceChoice::Auto if has_cuda => Ok(match driver(0) {
+            Ok(()) => of(DeviceChoice::Cuda(0)),
+            Err(problem) => {
+                let warning = Some(Warning::NoGpu { problem: problem.to_string() });
+                Chosen { device: DeviceChoice::Cpu, warning }
+            }
+        }),
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(of(DeviceChoice::Cpu)),
+        DeviceChoice::Cuda(_) if !has_cuda => Err(BadInput::new("this build of quantbench has no CUDA support")
             .hint("use `--device cpu`, or build with `--features cuda` (scripts/cuda-toolkit.sh gets the toolkit)")),
-        DeviceChoice::Cuda(_) => Ok(choice),
+        // Its worker says what is wrong with it.
+        DeviceChoice::Cuda(_) => Ok(of(choice)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_no_device_was_asked_for_the_cpu_does() {
+        let fine = |_: usize| Ok(());
+        let none = |_: usize| Err(BadInput::new("the NVIDIA driver sees no GPU").hint("check `nvidia-smi`"));
+        let chosen = |choice, has_cuda, driver: &dyn Fn(usize) -> Result<(), BadInput>| {
+            let chosen = choose(choice, has_cuda, driver).map_err(|error| error.to_string())?;
+            Ok((chosen.device, chosen.warning.map(|warning| warning.to_string())))
+        };
+        let (cpu, cuda) = (DeviceChoice::Cpu, DeviceChoice::Cuda(0));
+        let said = "no_gpu: the NVIDIA driver sees no GPU, so the CPU was measured; `--device cuda` fails instead";
+        for (choice, has_cuda, sees, expected) in [
+            (DeviceChoice::Auto, true, true, Ok((cuda, None))),
+            (DeviceChoice::Auto, true, false, Ok((cpu, Some(said.to_owned())))),
+            (DeviceChoice::Auto, false, false, Ok((cpu, None))),
+            (cpu, true, false, Ok((cpu, None))),
+            (cuda, true, true, Ok((cuda, None))),
+            (cuda, true, false, Ok((cuda, None))),
+            (cuda, false, true, Err("this build of quantbench has no CUDA support".to_owned())),
+        ] {
+            let driver: &dyn Fn(usize) -> Result<(), BadInput> = if sees { &fine } else { &none };
+            assert_eq!(chosen(choice, has_cuda, driver), expected, "{choice:?} {has_cuda} {sees}");
+        }
     }
 }

@@ -2,19 +2,27 @@
 
 use anyhow::Result;
 
+use super::checks::{self, Chosen};
+use super::environment::too_many_threads;
 use super::memory::ProcessMemory;
-use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT, Workload};
-use super::{Case, DeviceChoice, PromptChoice, Protocol, Row, checks, doctor, parent, worker};
+use super::process::free_bytes;
+use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT};
+use super::room::Room;
+use super::{Case, DeviceChoice, PromptChoice, Protocol, Row, parent, worker};
+use crate::engine::needs::Needs;
 use crate::engine::{self, Engine};
 use crate::events::Listener;
 use crate::kernels::cpu::pool::default_threads;
-use crate::plan::{Model, Plan, Rows};
+use crate::kernels::nvml::Gpu;
 use crate::report::dry_run::{self, DryRun, File};
 use crate::weights::{self, Surveyed};
 
 /// Fails on input that cannot be used, as the run itself would.
 pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
-    let device = checks::check(case)?;
+    let Chosen { device, warning } = checks::check(case)?;
+    let threads = if case.threads == 0 { default_threads() } else { case.threads };
+    let too_many = too_many_threads(threads).filter(|_| device == DeviceChoice::Cpu);
+    warning.into_iter().chain(too_many).for_each(|warning| events.on(warning.event()));
     let Surveyed { checkpoint, files } = weights::survey(&case.model, events)?;
     let mut model = worker::build(&checkpoint, &case.model, events)?;
     if checkpoint.has_weights() {
@@ -32,10 +40,8 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let workload = prompt::workload(bound.as_ref().unwrap_or(case), checkpoint.tokenizer.as_ref(), &model)?;
     // Whether the picture can be read.
     worker::pixels(&model, &checkpoint, &workload.task.encode)?;
-    let free_bytes = free_bytes(device);
-    let of_row = |row: &Row| needs(case, row, (&model, &workload), device, free_bytes);
-    let rows: Vec<dry_run::Row> = case.rows().iter().map(of_row).collect::<Result<_>>()?;
-    let needs: Vec<u64> = rows.iter().map(dry_run::Row::bytes).collect();
+    let (room, free_bytes) = (Room::new(case, (&model, &workload), device)?, free_bytes(device));
+    let rows = case.rows().iter().zip(&room.needs).map(|(of, needs)| row(of, *needs, free_bytes)).collect();
     Ok(DryRun {
         model: checkpoint.id.clone(),
         revision: checkpoint.revision.clone(),
@@ -46,15 +52,16 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
             DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
             DeviceChoice::Cpu | DeviceChoice::Auto => "cpu".to_owned(),
         },
-        threads: if case.threads == 0 { default_threads() } else { case.threads },
+        threads,
         workload: parent::workload_facts(&workload),
         n_prompt_is_a_bound: bound.is_some(),
-        order: parent::order(device, &needs, free_bytes).name().to_owned(),
+        order: room.order().name().to_owned(),
         repeats: repeats(&case.protocol),
         download_bytes: files.iter().filter(|file| !file.is_cached).filter_map(|file| file.bytes).sum(),
         files: files.into_iter().map(|f| File { name: f.name, bytes: f.bytes, is_cached: f.is_cached }).collect(),
         rows,
         free_bytes,
+        total_bytes: total_bytes(device),
     })
 }
 
@@ -69,41 +76,24 @@ fn bounded(case: &Case) -> Option<Case> {
     Some(Case { prompt: PromptChoice::Synthetic(bytes + 1), ..case.clone() })
 }
 
-/// What one worker holds, by the sizes that the engines themselves work with.
-fn needs(
-    case: &Case,
-    row: &Row,
-    (model, workload): (&Model, &Workload),
-    device: DeviceChoice,
-    free_bytes: Option<u64>,
-) -> Result<dry_run::Row> {
-    let n_prompt = workload.task.prompt.len().max(workload.task.depth.len());
-    let encoder = model.encoder.as_ref().map_or(0, |encoder| activation_bytes(&encoder.plan, workload.n_encoder));
-    let mut needs = dry_run::Row {
+/// What one worker holds, and whether that is free.
+fn row(row: &Row, needs: Needs, free_bytes: Option<u64>) -> dry_run::Row {
+    dry_run::Row {
         engine: row.engine.name().to_owned(),
         precision: row.precision.clone(),
-        weights_bytes: worker::stored_bytes(model, &row.precision, case.format_options)?,
-        // Keys and values are fp16 on a GPU.
-        kv_cache_bytes: worker::cache_bytes(model, workload) / if device == DeviceChoice::Cpu { 1 } else { 2 },
-        scratch_bytes: activation_bytes(&model.decoder, n_prompt) + encoder,
-        fits: None,
-    };
-    needs.fits = free_bytes.map(|free| needs.bytes() <= free);
-    Ok(needs)
+        weights_bytes: needs.weights_bytes,
+        kv_cache_bytes: needs.kv_cache_bytes,
+        scratch_bytes: needs.scratch_bytes,
+        context_bytes: needs.context_bytes,
+        fits: free_bytes.map(|free| needs.bytes() <= free),
+    }
 }
 
-/// Buffers of a call of `rows` rows, fp32.
-fn activation_bytes(plan: &Plan, rows: usize) -> u64 {
-    let slots = plan.storage().slots;
-    let floats = slots.iter().map(|slot| slot.width * if slot.rows == Rows::Tokens { rows } else { 1 });
-    4 * floats.sum::<usize>() as u64
-}
-
-/// Of the machine, or all of the GPU: to ask for its free memory would take some of it.
-fn free_bytes(device: DeviceChoice) -> Option<u64> {
+/// All memory of the device: the machine's, or the GPU's.
+fn total_bytes(device: DeviceChoice) -> Option<u64> {
     match device {
-        DeviceChoice::Cuda(ordinal) => doctor::gpu_bytes(ordinal),
-        DeviceChoice::Cpu | DeviceChoice::Auto => ProcessMemory::default().room_bytes(),
+        DeviceChoice::Cuda(ordinal) => Gpu::open(ordinal)?.memory_bytes().map(|(_, total)| total),
+        DeviceChoice::Cpu | DeviceChoice::Auto => ProcessMemory::default().total_bytes(),
     }
 }
 

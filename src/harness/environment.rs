@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::warnings::Warning;
+use crate::kernels::cpu::topology::usable_cpus;
 use crate::record::Environment;
 
 /// Facts below a root folder: `/` but in tests.
@@ -87,6 +88,12 @@ impl Machine {
     }
 }
 
+/// More threads than CPUs that this process may use: its affinity, and the quota of its control group.
+pub fn too_many_threads(threads: usize) -> Option<Warning> {
+    let cpus = usable_cpus();
+    (threads > cpus).then_some(Warning::TooManyThreads { threads, cpus })
+}
+
 fn build_profile() -> &'static str {
     if cfg!(debug_assertions) { "debug" } else { "release" }
 }
@@ -119,6 +126,15 @@ pub fn timestamp() -> String {
 mod tests {
     use super::super::memory::tests::root;
     use super::*;
+
+    #[test]
+    fn threads_beyond_the_cpus_are_told() {
+        let cpus = usable_cpus();
+        assert_eq!(too_many_threads(cpus), None);
+        let warning = too_many_threads(cpus + 1).expect("a warning");
+        assert_eq!(warning, Warning::TooManyThreads { threads: cpus + 1, cpus });
+        assert!(warning.taints() && warning.to_string().starts_with("too_many_threads: "), "{warning}");
+    }
 
     #[test]
     fn dates_are_civil() {

@@ -1,5 +1,6 @@
 //! The untimed pass that keeps every step's logits.
 
+use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -21,13 +22,20 @@ pub fn save(session: &mut dyn Session, n_gen: usize, path: &Path) -> Result<()> 
     let bytes: Vec<u8> = rows.iter().flat_map(|value| value.to_le_bytes()).collect();
     let view = TensorView::new(Dtype::F32, vec![n_gen, vocab], &bytes)?;
     let file = safetensors::serialize([("logits", view)], None)?;
-    write_whole(path, &file).with_context(|| format!("writing logits to `{}`", path.display()))
+    // Records hold no path.
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    write_whole(path, &file).with_context(|| format!("the logits could not be written to `{name}`"))
 }
 
 /// Writes under a temporary name beside `path`, then renames.
 fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = tempfile::NamedTempFile::new_in(folder(path))?;
-    std::fs::write(temporary.path(), bytes)?;
+    if std::fs::metadata(path).is_ok_and(|seen| !seen.is_file()) {
+        // A device or a pipe: renaming a file over it would destroy it.
+        return Ok(std::fs::OpenOptions::new().write(true).open(path)?.write_all(bytes)?);
+    }
+    let mut temporary = tempfile::NamedTempFile::new_in(folder(path))?;
+    temporary.write_all(bytes)?;
+    temporary.as_file().sync_all()?;
     temporary.persist(path)?;
     Ok(())
 }
@@ -79,6 +87,18 @@ mod tests {
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(file.tensor("logits").unwrap().shape(), [4, 3]);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_is_told_without_a_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("l.safetensors");
+        std::os::unix::fs::symlink("/dev/full", &path).unwrap();
+        let mut session = FakeSession::new(FakeTime::default(), [Run { logits: vec![0.5], ..Run::default() }]);
+        session.prefill(&[1]).unwrap();
+        let error = format!("{:#}", save(&mut session, 2, &path).unwrap_err());
+        assert!(error.starts_with("the logits could not be written to `l.safetensors`: No space left"), "{error}");
     }
 
     #[test]

@@ -305,12 +305,7 @@ impl<C: Clock> Bench<C> {
         let exact_peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
         let (outliers, footprint) = (self.session.outlier_columns()?, self.session.footprint());
         let alone = self.alone();
-        if let Some(path) = save_logits {
-            self.session.rewind(self.task.depth.len());
-            encode(self.session.as_mut(), &self.task, &self.pixels)?;
-            self.session.prefill(&self.task.prompt)?;
-            logits::save(self.session.as_mut(), self.task.n_gen, path)?;
-        }
+        let saved = save_logits.map_or(Ok(()), |path| self.save_logits(path));
         Ok(Finished {
             end_bytes,
             peak_bytes: exact_peak.or(self.seen_peak_bytes.max(end_bytes)),
@@ -320,7 +315,16 @@ impl<C: Clock> Bench<C> {
             alone,
             release_threshold_bytes: self.session.pool().map(|pool| pool.release_threshold_bytes()),
             pool: std::mem::take(&mut self.pool),
+            // What was measured is there all the same.
+            logits_problem: saved.err().map(|error| format!("{error:#}")),
         })
+    }
+
+    fn save_logits(&mut self, path: &Path) -> Result<()> {
+        self.session.rewind(self.task.depth.len());
+        encode(self.session.as_mut(), &self.task, &self.pixels)?;
+        self.session.prefill(&self.task.prompt)?;
+        logits::save(self.session.as_mut(), self.task.n_gen, path)
     }
 }
 

@@ -2,12 +2,30 @@
 
 use std::path::{Path, PathBuf};
 
+use super::control_groups::ControlGroups;
+
 /// Memory accounts below a root folder: `/` but in tests.
 #[derive(Debug, Clone)]
 pub struct ProcessMemory {
     root: PathBuf,
     /// Below /proc: `self` or a number.
     process: String,
+}
+
+/// Processes killed for want of memory, since the machine or the group began; `None` where nothing counts them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OomKills {
+    /// Of the control group and those above it.
+    pub of_groups: Option<u64>,
+    pub of_machine: Option<u64>,
+}
+
+impl OomKills {
+    /// Whether one was killed since `before`. The groups know better: the machine's own count has the kills of all others in it.
+    pub fn grew_since(self, before: Self) -> bool {
+        let grew = |now: Option<u64>, before: Option<u64>| Some(now? > before?);
+        grew(self.of_groups, before.of_groups).or_else(|| grew(self.of_machine, before.of_machine)).unwrap_or(false)
+    }
 }
 
 impl Default for ProcessMemory {
@@ -46,10 +64,22 @@ impl ProcessMemory {
         self.field("proc/meminfo", "MemTotal:")
     }
 
-    /// What can still be allocated without swapping: the machine's estimate within the limit of the control group.
+    /// What can still be allocated without swapping: the machine's estimate within the tightest limit of the control group and
+    /// of those above it.
     pub fn available_bytes(&self) -> Option<u64> {
         let machine = self.field("proc/meminfo", "MemAvailable:");
-        [machine, self.group_room(&UNIFIED), self.group_room(&LEGACY)].into_iter().flatten().min()
+        [machine, self.groups().room_bytes()].into_iter().flatten().min()
+    }
+
+    /// How often the kernel has killed a process for want of memory, as far as it tells.
+    pub fn oom_kills(&self) -> OomKills {
+        let text = self.read("proc/vmstat").unwrap_or_default();
+        let of_machine = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok());
+        OomKills { of_groups: self.groups().oom_kills(), of_machine }
+    }
+
+    fn groups(&self) -> ControlGroups<'_> {
+        ControlGroups { root: &self.root, process: &self.process }
     }
 
     /// What one process may take at most: the smaller of `ulimit -v` and `ulimit -d`.
@@ -74,54 +104,10 @@ impl ProcessMemory {
         line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
     }
 
-    /// Bytes that this process's control group may still take. Page cache that can be dropped counts as free.
-    fn group_room(&self, version: &GroupFiles) -> Option<u64> {
-        let groups = self.read("proc/self/cgroup")?;
-        let own =
-            groups.lines().find_map(|line| line.split_once(version.line)?.1.split_once('/')).map(|(_, path)| path)?;
-        // In a container the group's own folder is often mounted as the root of the hierarchy.
-        let folders = [format!("{}/{own}", version.folder), version.folder.to_owned()];
-        folders.iter().filter_map(|folder| self.room_in(folder, version)).min()
-    }
-
-    fn room_in(&self, folder: &str, version: &GroupFiles) -> Option<u64> {
-        let number = |file: &str| self.read(&format!("{folder}/{file}"))?.trim().parse::<u64>().ok();
-        let (limit, used) = (number(version.limit)?, number(version.used)?);
-        let stat = self.read(&format!("{folder}/memory.stat")).unwrap_or_default();
-        let cache = stat.lines().find_map(|line| line.strip_prefix(version.inactive)?.trim().parse::<u64>().ok());
-        Some(limit.saturating_sub(used.saturating_sub(cache.unwrap_or(0))))
-    }
-
     fn read(&self, file: &str) -> Option<String> {
         std::fs::read_to_string(self.root.join(Path::new(file))).ok()
     }
 }
-
-/// Names of one version of Linux' control groups.
-struct GroupFiles {
-    /// What stands before the path in /proc/self/cgroup.
-    line: &'static str,
-    folder: &'static str,
-    limit: &'static str,
-    used: &'static str,
-    inactive: &'static str,
-}
-
-const UNIFIED: GroupFiles = GroupFiles {
-    line: "0::",
-    folder: "sys/fs/cgroup",
-    limit: "memory.max",
-    used: "memory.current",
-    inactive: "inactive_file ",
-};
-
-const LEGACY: GroupFiles = GroupFiles {
-    line: ":memory:",
-    folder: "sys/fs/cgroup/memory",
-    limit: "memory.limit_in_bytes",
-    used: "memory.usage_in_bytes",
-    inactive: "total_inactive_file ",
-};
 
 #[cfg(test)]
 pub(super) mod tests {
@@ -177,6 +163,27 @@ pub(super) mod tests {
             ("sys/fs/cgroup/memory.current", "1\n"),
         ]);
         assert_eq!(ProcessMemory::below(unlimited.path()).available_bytes(), Some(7000 * 1024));
+    }
+
+    #[test]
+    fn a_kill_is_known_by_the_groups_or_else_by_the_machine() {
+        let kills = |of_groups, of_machine| OomKills { of_groups, of_machine };
+        for (before, after, grew) in [
+            (kills(Some(1), Some(5)), kills(Some(2), Some(6)), true),
+            // Somebody else's.
+            (kills(Some(1), Some(5)), kills(Some(1), Some(6)), false),
+            (kills(None, Some(5)), kills(None, Some(6)), true),
+            (kills(None, Some(5)), kills(None, Some(5)), false),
+            (kills(None, None), kills(None, None), false),
+        ] {
+            assert_eq!(after.grew_since(before), grew, "{before:?} {after:?}");
+        }
+        let root = root(&[
+            ("proc/self/cgroup", "0::/a\n"),
+            ("sys/fs/cgroup/a/memory.events", "oom 1\noom_kill 3\n"),
+            ("proc/vmstat", "nr_free_pages 9\noom_kill 7\n"),
+        ]);
+        assert_eq!(ProcessMemory::below(root.path()).oom_kills(), kills(Some(3), Some(7)));
     }
 
     #[test]

@@ -4,7 +4,9 @@ mod ab;
 pub mod assemble;
 mod checks;
 pub mod clock;
+mod control_groups;
 mod deadline;
+mod death;
 pub mod doctor;
 mod dry_run;
 pub mod environment;
@@ -20,6 +22,7 @@ mod process;
 mod prompt;
 pub mod protocol;
 mod quality;
+mod room;
 pub mod schedule;
 mod scoring;
 pub mod stopping;
@@ -31,11 +34,13 @@ mod worker;
 pub use ab::run_ab;
 pub use checks::device;
 pub use deadline::Deadline;
+pub use death::{Before, cause_of_death};
 pub use dry_run::dry_run;
 pub use parent::{engine_facts, quality, run};
-pub use process::{SUBCOMMAND, cause_of_death, last_words};
+pub use process::{SUBCOMMAND, last_words};
 pub use prompt::DEFAULT_TEXT;
 pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};
+pub use warnings::LOGITS_NOT_SAVED;
 pub use worker::{build, select, worker_main};
 
 use std::path::PathBuf;
@@ -140,6 +145,16 @@ pub enum DeviceChoice {
     Auto,
     Cpu,
     Cuda(usize),
+}
+
+impl From<DeviceChoice> for crate::engine::Device {
+    /// What was left open is the CPU.
+    fn from(choice: DeviceChoice) -> Self {
+        match choice {
+            DeviceChoice::Cuda(ordinal) => Self::Cuda(ordinal),
+            DeviceChoice::Cpu | DeviceChoice::Auto => Self::Cpu,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -3,14 +3,16 @@
 use anyhow::Result;
 
 use super::assemble::{self, Facts};
+use super::checks::Chosen;
 use super::environment::{self, Machine};
 use super::kept::{Kept, Known};
 use super::measure::Encode;
 use super::memory::ProcessMemory;
 use super::process::{self, ProcessWorker};
 use super::prompt::{self, Workload};
-use super::protocol::{Failure, Finished, Job, LoadFacts, Sample, Share, Warmed};
+use super::protocol::{Failure, Job, Share};
 use super::quality::{Failed, Passage, Refusal};
+use super::room::{Room, TooLarge};
 use super::schedule::{self, Order, Outcome, Stage, Worker};
 use super::warnings::Warning;
 use super::watch::Watch;
@@ -18,8 +20,9 @@ use super::watch::machine::{MachineWatch, Sensors};
 use super::worker::{self, Opened};
 use super::{Case, DeviceChoice, Row, checks};
 use crate::engine::memory::MeasuredBandwidth;
+use crate::engine::needs::Needs;
 use crate::engine::{self, Engine};
-use crate::error::{BadInput, OutOfMemory};
+use crate::error::BadInput;
 use crate::events::{Collector, Event, Listener, Unit};
 use crate::kernels::cpu::bandwidth;
 use crate::kernels::cpu::pool::{Pool, default_threads};
@@ -28,16 +31,10 @@ use crate::kernels::isa::Isa;
 use crate::kernels::nvml::Gpu;
 use crate::record::{self, Record};
 
-/// What a worker holds beside weights and cache: code, activations, tables.
-const WORKER_BYTES: u64 = 64 << 20;
-
-/// What loading may use beyond the final size, for one worker at a time.
-const LOADING_BYTES: u64 = 256 << 20;
-
 /// Measures every precision of `case`. Fails on input that cannot be used; a precision that fails becomes a record.
 pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
-    let device = checks::check(case)?;
-    let (case, plan) = &Plan::open(case, device, events)?;
+    let chosen = checks::check(case)?;
+    let (case, plan) = &Plan::open(case, chosen, events)?;
     let passage = plan.passage(case)?;
     let mut facts = plan.facts(case, events)?;
     let mut watch = MachineWatch::new(plan.sensors(&mut facts));
@@ -59,8 +56,8 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
 /// Measures the quality of every precision of `case` and no speed. Fails on input that cannot be used and on a model that
 /// has no quality; a precision that fails becomes a record.
 pub fn quality(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
-    let device = checks::check(case)?;
-    let (case, plan) = &Plan::open(case, device, events)?;
+    let chosen = checks::check(case)?;
+    let (case, plan) = &Plan::open(case, chosen, events)?;
     let Some(passage) = plan.passage(case)? else { return Ok(Vec::new()) };
     let passage = passage.map_err(BadInput::from)?;
     let mut records = assemble::unmeasured(&plan.facts_unmeasured(case), case);
@@ -116,24 +113,23 @@ pub(super) struct Plan {
     opened: Opened,
     pub(super) share: Share,
     pub(super) workload: Workload,
-    /// What each row of the case needs, in bytes, and what is free.
-    pub(super) needs: Vec<u64>,
-    free_bytes: Option<u64>,
-    /// From opening the model.
+    pub(super) room: Room,
+    /// From choosing the device and opening the model.
     warnings: Vec<Warning>,
 }
 
 impl Plan {
     /// Finds the model, downloading what is missing, and gives the case as that model allows it.
-    pub(super) fn open(case: &Case, device: DeviceChoice, events: &dyn Listener) -> Result<(Case, Self)> {
+    pub(super) fn open(case: &Case, chosen: Chosen, events: &dyn Listener) -> Result<(Case, Self)> {
         let collector = Collector::new(events);
         let mut opened = worker::open(&case.model, &collector)?;
         opened.select(&case.selection())?;
         let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
         checks::check_engines(&case)?;
-        let mut plan = Self::new(&case, device, opened)?;
+        let mut plan = Self::new(&case, chosen.device, opened)?;
         let collected = collector.warnings().into_iter();
-        plan.warnings = collected.map(|(name, message)| Warning::Model { name, message }).collect();
+        let of_model = collected.map(|(name, message)| Warning::Model { name, message });
+        plan.warnings = chosen.warning.into_iter().chain(of_model).collect();
         Ok((case, plan))
     }
 
@@ -147,11 +143,8 @@ impl Plan {
         worker::pixels(&opened.model, &opened.checkpoint, &workload.task.encode)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
         let share = Share { device, threads };
-        let cache_bytes = worker::cache_bytes(&opened.model, &workload);
-        let stored = |row: &Row| worker::stored_bytes(&opened.model, &row.precision, case.format_options);
-        let needs = case.rows().iter().map(|row| Ok(stored(row)? + cache_bytes)).collect::<Result<_>>()?;
-        let free_bytes = ProcessMemory::default().available_bytes();
-        Ok(Self { opened, share, workload, needs, free_bytes, warnings: Vec::new() })
+        let room = Room::new(case, (&opened.model, &workload), device)?;
+        Ok(Self { opened, share, workload, room, warnings: Vec::new() })
     }
 
     /// The text that quality is asked for on, or why there is none.
@@ -164,18 +157,10 @@ impl Plan {
         self.opened.checkpoint.tokenizer.as_ref()?.decode(ids, true).ok()
     }
 
-    fn together_bytes(&self) -> u64 {
-        together_bytes(&self.needs)
-    }
-
-    fn order(&self) -> Order {
-        order(self.share.device, &self.needs, self.free_bytes)
-    }
-
     pub(super) fn facts(&self, case: &Case, events: &dyn Listener) -> Result<Facts> {
         let mut facts = self.facts_unmeasured(case);
         if facts.order == Order::InTurn {
-            let (needed_bytes, free_bytes) = (self.together_bytes(), self.free_bytes.unwrap_or(0));
+            let (needed_bytes, free_bytes) = (self.room.together_bytes(), self.room.free_bytes.unwrap_or(0));
             facts.warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
         }
         if self.share.device == DeviceChoice::Cpu {
@@ -200,6 +185,7 @@ impl Plan {
             facts.theoretical_gb_s = gpu.theoretical_gb_s().ok_or_else(|| "NVML does not tell it here".to_owned());
             facts.cache_bytes = gpu.l2_bytes;
             facts.environment.gpu = gpu.name();
+            facts.environment.isa = gpu.isa().unwrap_or_default();
             if let (Some(name), DeviceChoice::Cuda(ordinal)) = (gpu.name(), self.share.device) {
                 facts.device.name = format!("{name} (cuda:{ordinal})");
             }
@@ -213,8 +199,11 @@ impl Plan {
 
     /// What is known without measuring the machine.
     fn facts_unmeasured(&self, case: &Case) -> Facts {
-        let (machine, order, isa) = (Machine::default(), self.order(), Isa::detect());
-        let warnings = [machine.warnings(), self.warnings.clone()].concat();
+        let (machine, order) = (Machine::default(), self.room.order());
+        let is_cpu = self.share.device == DeviceChoice::Cpu;
+        let isa = if is_cpu { Isa::detect().name() } else { "" };
+        let threads = is_cpu.then(|| environment::too_many_threads(self.share.threads)).flatten();
+        let warnings = [machine.warnings(), Vec::from_iter(threads), self.warnings.clone()].concat();
         Facts {
             engine: engine_facts(Engine::Quantbench),
             command: case.command.clone(),
@@ -224,7 +213,7 @@ impl Plan {
             device: self.device_facts(&machine),
             workload: workload_facts(&self.workload),
             n_before: (self.workload.task.depth.len() + self.workload.task.prompt.len()) as u64,
-            environment: machine.environment(isa.name(), self.share.threads),
+            environment: machine.environment(isa, self.share.threads),
             format_options: case.format_options,
             keep_fp16: case.keep_fp16.clone(),
             protocol: case.protocol.clone(),
@@ -287,21 +276,26 @@ impl Plan {
         events: &dyn Listener,
     ) -> Result<Vec<Outcome>> {
         let rows = case.rows();
-        let start = |at: usize| self.worker(case, &rows[at], self.needs[at]);
+        let start = |at: usize| self.worker(case, &rows[at], self.room.needs[at]);
         let mut stage = Stage { start: &start, n_workers: rows.len(), order, watch, events };
-        schedule::measure(&mut stage, &case.protocol).map_err(into_error)
+        let mut outcomes = schedule::measure(&mut stage, &case.protocol).map_err(into_error)?;
+        for (outcome, needs) in outcomes.iter_mut().zip(&self.room.needs) {
+            outcome.needed_bytes = needs.bytes();
+        }
+        Ok(outcomes)
     }
 
-    /// A worker process, or for a precision whose weights and cache alone exceed what is free, its refusal.
-    pub(super) fn worker(&self, case: &Case, row: &Row, wanted_bytes: u64) -> Box<dyn Worker> {
+    /// A worker process, or for a precision that alone exceeds what is free, its refusal. A GPU is asked by trying.
+    pub(super) fn worker(&self, case: &Case, row: &Row, needs: Needs) -> Box<dyn Worker> {
+        let needed_bytes = needs.bytes();
         let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
         let room_bytes = room_bytes.into_iter().flatten().min();
-        let too_little = room_bytes.filter(|room| self.share.device == DeviceChoice::Cpu && wanted_bytes > *room);
+        let too_little = room_bytes.filter(|room| self.share.device == DeviceChoice::Cpu && needed_bytes > *room);
         if let Some(free_bytes) = too_little {
-            return Box::new(TooLarge { label: row.label(), oom: OutOfMemory { wanted_bytes, free_bytes } });
+            return Box::new(TooLarge { label: row.label(), needed_bytes, free_bytes });
         }
         let job = Job::new(case, row, self.share, &self.workload);
-        Box::new(ProcessWorker::new(job, wanted_bytes, case.protocol.deadline))
+        Box::new(ProcessWorker::new(job, needed_bytes, case.protocol.deadline))
     }
 
     fn model_facts(&self) -> record::ModelFacts {
@@ -350,16 +344,6 @@ pub(super) fn workload_facts(workload: &Workload) -> record::Workload {
     }
 }
 
-/// Whether workers with these needs load together. Host memory decides on the CPU alone.
-pub(super) fn order(device: DeviceChoice, needs: &[u64], free_bytes: Option<u64>) -> Order {
-    let fits = free_bytes.is_none_or(|free| together_bytes(needs) <= free);
-    if device == DeviceChoice::Cpu && needs.len() > 1 && !fits { Order::InTurn } else { Order::Interleaved }
-}
-
-fn together_bytes(needs: &[u64]) -> u64 {
-    needs.iter().map(|need| need + WORKER_BYTES).sum::<u64>() + LOADING_BYTES
-}
-
 /// As records name it.
 pub fn engine_facts(engine: Engine) -> record::Engine {
     let commit = match engine {
@@ -367,38 +351,4 @@ pub fn engine_facts(engine: Engine) -> record::Engine {
         Engine::Candle => "release",
     };
     record::Engine { name: engine.name().to_owned(), version: engine.version().to_owned(), commit: commit.to_owned() }
-}
-
-/// Stands in for a worker that is not worth starting.
-struct TooLarge {
-    label: String,
-    oom: OutOfMemory,
-}
-
-impl TooLarge {
-    fn refuse<T>(&self) -> Result<T, Failure> {
-        Err(Failure::of(&self.oom.into()))
-    }
-}
-
-impl Worker for TooLarge {
-    fn label(&self) -> &str {
-        &self.label
-    }
-
-    fn load(&mut self, _events: &dyn Listener) -> Result<LoadFacts, Failure> {
-        self.refuse()
-    }
-
-    fn warm_up(&mut self, _events: &dyn Listener) -> Result<Warmed, Failure> {
-        self.refuse()
-    }
-
-    fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
-        self.refuse()
-    }
-
-    fn finish(&mut self, _events: &dyn Listener) -> Result<Finished, Failure> {
-        self.refuse()
-    }
 }

@@ -2,17 +2,17 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::JoinHandle;
 
 use super::deadline::{Deadline, Watched};
+use super::death::{self, Before};
 use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Finished, Job, LoadFacts, Reply, Sample, Warmed};
 use super::schedule::Worker;
 use super::scoring::{Scored, Scoring};
 use super::{DeviceChoice, Row};
 use crate::engine::memory::MeasuredBandwidth;
-use crate::error::OutOfMemory;
 use crate::events::{Listener, Silent};
 use crate::kernels::nvml::Gpu;
 
@@ -32,7 +32,7 @@ pub struct ProcessWorker {
     label: String,
     /// Whose code runs; `None`: this program's.
     binary: Option<PathBuf>,
-    /// Weights and cache: what a worker that runs out of memory wanted.
+    /// What the worker will hold by the estimate.
     needed_bytes: u64,
     deadline: Option<Deadline>,
     /// `None` until [`Worker::load`].
@@ -44,6 +44,8 @@ struct Running {
     asks: ChildStdin,
     replies: BufReader<ChildStdout>,
     last_words: Option<JoinHandle<Vec<u8>>>,
+    /// Noted at each ask: what happened since then may be why it died.
+    before: Before,
 }
 
 impl ProcessWorker {
@@ -59,32 +61,31 @@ impl ProcessWorker {
 
     fn ask(&mut self, ask: &Ask, events: &dyn Listener) -> Result<Reply, Failure> {
         let running = self.running.as_mut().ok_or_else(|| error("the worker was not started"))?;
-        let needed_bytes = self.needed_bytes;
+        let (needed_bytes, device) = (self.needed_bytes, self.job.device);
         running
             .send(ask)
             .and_then(|()| running.reply(events))
-            .unwrap_or_else(|_| Err(running.cause_of_death(needed_bytes)))
-            .map_err(|failure| with_sizes(failure, needed_bytes, || free_bytes(self.job.device)))
+            .unwrap_or_else(|_| Err(running.cause_of_death(needed_bytes, free_bytes(device))))
+            .map_err(|failure| with_sizes(failure, needed_bytes, || free_bytes(device)))
     }
 }
 
-/// Of the memory that a worker's weights and cache are in.
-fn free_bytes(device: DeviceChoice) -> Option<u64> {
+/// Of the memory that a worker's weights and cache are in. Asks the driver without a context, which would take some of it.
+pub(super) fn free_bytes(device: DeviceChoice) -> Option<u64> {
     match device {
-        DeviceChoice::Cuda(ordinal) => {
-            Gpu::open(ordinal)?.memory_bytes().map(|(used, total)| total.saturating_sub(used))
-        }
+        DeviceChoice::Cuda(ordinal) => Gpu::open(ordinal)?.free_bytes(),
         DeviceChoice::Cpu | DeviceChoice::Auto => ProcessMemory::default().room_bytes(),
     }
 }
 
 /// A worker that was refused memory knows neither what it needs in all nor what is free.
-fn with_sizes(failure: Failure, wanted_bytes: u64, free: impl Fn() -> Option<u64>) -> Failure {
+fn with_sizes(failure: Failure, needed_bytes: u64, free: impl Fn() -> Option<u64>) -> Failure {
     match failure {
-        Failure::OutOfMemory { message, wanted_bytes: 0, .. } => {
+        Failure::OutOfMemory { message, wanted_bytes, free_bytes: 0 } if !death::has_sizes(&message) => {
             let free_bytes = free().unwrap_or(0);
-            let oom = OutOfMemory { wanted_bytes, free_bytes };
-            Failure::OutOfMemory { message: format!("{oom}; {message}"), wanted_bytes, free_bytes }
+            let cause = message.strip_prefix("out of memory").map(|rest| rest.trim_start_matches([':', ' ']));
+            let message = death::out_of_memory(cause.unwrap_or(&message), needed_bytes, free_bytes);
+            Failure::OutOfMemory { message, wanted_bytes, free_bytes }
         }
         other => other,
     }
@@ -94,7 +95,7 @@ fn with_sizes(failure: Failure, wanted_bytes: u64, free: impl Fn() -> Option<u64
 pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredBandwidth, Failure> {
     let mut running = start(None, 1, deadline)?;
     let asked = running.send(&Ask::Bandwidth(ordinal)).and_then(|()| running.reply(&Silent));
-    match asked.unwrap_or_else(|_| Err(running.cause_of_death(0)))? {
+    match asked.unwrap_or_else(|_| Err(running.cause_of_death(0, free_bytes(DeviceChoice::Cuda(ordinal)))))? {
         Reply::Bandwidth(bandwidth) => Ok(bandwidth),
         other => unexpected(other),
     }
@@ -179,10 +180,11 @@ impl Running {
         let replies = BufReader::new(child.stdout.take().ok_or_else(missing)?);
         let stderr = child.stderr.take().ok_or_else(missing)?;
         let last_words = Some(std::thread::spawn(move || last_words(stderr)));
-        Ok(Self { child: Watched::new(child, deadline), asks, replies, last_words })
+        Ok(Self { child: Watched::new(child, deadline), asks, replies, last_words, before: Before::now() })
     }
 
     fn send(&mut self, ask: &Ask) -> std::io::Result<()> {
+        self.before = Before::now();
         let mut line = serde_json::to_string(ask)?;
         line.push('\n');
         self.asks.write_all(line.as_bytes())?;
@@ -205,13 +207,15 @@ impl Running {
         }
     }
 
-    fn cause_of_death(&mut self, wanted_bytes: u64) -> Failure {
+    /// `free_bytes` are those of the device, now that the worker is gone.
+    fn cause_of_death(&mut self, needed_bytes: u64, free_bytes: Option<u64>) -> Failure {
         let status = self.child.wait();
         if let Some(deadline) = self.child.overran() {
             return Failure::Timeout { message: deadline.message() };
         }
         let words = self.last_words.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
-        cause_of_death("worker", status, &words, wanted_bytes)
+        let sizes = (needed_bytes, free_bytes.unwrap_or(0));
+        death::cause_of_death(("worker", self.child.id()), status, &words, &self.before, sizes)
     }
 }
 
@@ -220,16 +224,6 @@ impl Drop for Running {
         // Both fail only for a worker that has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// Why the process called `who` died, which wanted so many bytes; 0 where that is unknown.
-pub fn cause_of_death(who: &str, status: std::io::Result<ExitStatus>, words: &[u8], wanted_bytes: u64) -> Failure {
-    let free_bytes = ProcessMemory::default().room_bytes().unwrap_or(0);
-    let oom = OutOfMemory { wanted_bytes, free_bytes };
-    match status {
-        Ok(status) => death(who, (signal(status), &status.to_string()), &String::from_utf8_lossy(words), oom),
-        Err(cause) => error(format!("waiting for the {who}: {cause}")),
     }
 }
 
@@ -244,72 +238,31 @@ pub fn last_words(mut stderr: ChildStderr) -> Vec<u8> {
     kept
 }
 
-#[cfg(unix)]
-fn signal(status: ExitStatus) -> Option<i32> {
-    std::os::unix::process::ExitStatusExt::signal(&status)
-}
-
-#[cfg(not(unix))]
-fn signal(_status: ExitStatus) -> Option<i32> {
-    None
-}
-
-/// Why a worker died, from its signal and its last words. Rust aborts when an allocation fails and names the bytes; Linux
-/// kills with signal 9 when the machine or the control group has none left. `oom` is what to say then.
-fn death(who: &str, (signal, status): (Option<i32>, &str), words: &str, oom: OutOfMemory) -> Failure {
-    const SIGKILL: i32 = 9;
-    // Threads that fail together write into each other's line.
-    let is_number = |word: &&str| word.bytes().all(|byte| byte.is_ascii_digit());
-    let refused =
-        |line: &str| line.strip_prefix("memory allocation of ")?.split(' ').find(is_number).map(str::to_owned);
-    let cause = match words.lines().rev().find_map(refused) {
-        Some(bytes) => format!("an allocation of {bytes} bytes failed"),
-        None if signal == Some(SIGKILL) => format!("the {who} was killed"),
-        None if words.contains("Cannot allocate memory") => "the system refused more".to_owned(),
-        None => return error(format!("the {who} ended with {status}: {}", said(words))),
-    };
-    let OutOfMemory { wanted_bytes, free_bytes } = oom;
-    Failure::OutOfMemory { message: format!("{oom}; {cause}"), wanted_bytes, free_bytes }
-}
-
-/// The last line of substance: what stands before a backtrace, if there is one.
-fn said(words: &str) -> &str {
-    let words = words.split("\nstack backtrace:").next().unwrap_or(words);
-    let said = words.lines().rfind(|line| !line.trim().is_empty() && !line.starts_with("note: "));
-    said.unwrap_or("it said nothing").trim()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn deaths_are_told_apart() {
-        let oom = OutOfMemory { wanted_bytes: 3 << 30, free_bytes: 1 << 30 };
-        for (signal, words, cause) in [
-            (Some(6), "noise\nmemory allocation of 123 bytes failed\n", "an allocation of 123 bytes failed"),
-            (Some(6), "memory allocation of memory allocation of 41 bytes failed", "an allocation of 41 bytes failed"),
-            (Some(9), "", "the worker was killed"),
-            (None, "thread panicked: Cannot allocate memory (os error 12)", "the system refused more"),
-        ] {
-            let message = format!("out of memory: wanted 3.00 GiB, 1.00 GiB free; {cause}");
-            let expected = Failure::OutOfMemory { message, wanted_bytes: 3 << 30, free_bytes: 1 << 30 };
-            assert_eq!(death("worker", (signal, "status"), words, oom), expected);
-        }
-        let refused = Failure::OutOfMemory { message: "no".to_owned(), wanted_bytes: 0, free_bytes: 0 };
-        let Failure::OutOfMemory { message, wanted_bytes, .. } = with_sizes(refused, 3 << 30, || Some(1 << 30)) else {
-            panic!("oom")
+    fn what_a_worker_does_not_know_is_added() {
+        let free = || Some(1 << 30);
+        let refused = |message: &str, wanted_bytes| Failure::OutOfMemory {
+            message: message.to_owned(),
+            wanted_bytes,
+            free_bytes: 0,
         };
-        assert_eq!((message.as_str(), wanted_bytes), ("out of memory: wanted 3.00 GiB, 1.00 GiB free; no", 3 << 30));
-        let other =
-            death("worker", (Some(11), "signal: 11 (SIGSEGV)"), "the last line\nnote: run with a backtrace\n", oom);
-        assert_eq!(other.message(), "the worker ended with signal: 11 (SIGSEGV): the last line");
-        let panic = "thread 'main' panicked at a.rs:1:2:\nno way\nstack backtrace:\n   0: main\n";
-        let panicked = death("worker", (None, "exit status: 101"), panic, oom);
-        assert_eq!(panicked.message(), "the worker ended with exit status: 101: no way");
-        assert_eq!(
-            death("worker", (None, "exit status: 1"), "", oom).message(),
-            "the worker ended with exit status: 1: it said nothing"
-        );
+        for (message, wanted_bytes, said) in [
+            ("no", 0, "out of memory: no; 3.00 GiB are needed in all, 1.00 GiB free"),
+            ("out of memory", 0, "out of memory: 3.00 GiB are needed in all, 1.00 GiB free"),
+            (
+                "2.00 GiB for x could not be allocated",
+                2 << 30,
+                "out of memory: 2.00 GiB for x could not be allocated; \
+              3.00 GiB are needed in all, 1.00 GiB free",
+            ),
+        ] {
+            let expected = Failure::OutOfMemory { message: said.to_owned(), wanted_bytes, free_bytes: 1 << 30 };
+            assert_eq!(with_sizes(refused(message, wanted_bytes), 3 << 30, free), expected);
+            assert_eq!(with_sizes(expected.clone(), 3 << 30, free), expected, "once is enough");
+        }
     }
 }

@@ -14,7 +14,7 @@ use super::{Case, DeviceChoice, Row};
 use crate::engine::check::SelfCheck;
 use crate::engine::memory::{MeasuredBandwidth, PoolUse};
 use crate::engine::{Alone, Engine, Footprint, OutlierColumns};
-use crate::error::{BadInput, OutOfMemory};
+use crate::error::{BadInput, OutOfMemory, Refused};
 use crate::events::Event;
 use crate::quant::FormatOptions;
 use crate::record::Status;
@@ -197,6 +197,9 @@ pub struct Finished {
     /// Decode steps beside their parts alone; `None` where the engine cannot tell, without a decode step, and where it would take too long.
     #[serde(default)]
     pub alone: Option<Alone>,
+    /// Why the logits that were asked for are not in their file.
+    #[serde(default)]
+    pub logits_problem: Option<String>,
 }
 
 impl Finished {
@@ -206,6 +209,7 @@ impl Finished {
             end_bytes: self.end_bytes.max(later.end_bytes),
             peak_bytes: self.peak_bytes.max(later.peak_bytes),
             peak_is_exact: self.peak_is_exact && later.peak_is_exact,
+            logits_problem: self.logits_problem.or(later.logits_problem.clone()),
             pool: highest(self.pool, later.pool),
             alone: match (self.alone, later.alone) {
                 (Some(first), Some(later)) => Some(first.and(later)),
@@ -269,7 +273,7 @@ impl std::error::Error for Wrong {}
 impl Failure {
     /// Sorts an error by what the parent does about it.
     pub fn of(error: &anyhow::Error) -> Self {
-        let message = crate::error::without_backtrace(&format!("{error:#}")).to_owned();
+        let message = crate::error::plain_driver_errors(crate::error::without_backtrace(&format!("{error:#}")));
         if error.downcast_ref::<BadInput>().is_some() {
             return Failure::BadInput { message, hint: crate::error::hint(error) };
         }
@@ -281,9 +285,12 @@ impl Failure {
             return Failure::Invalid { message };
         }
         let refused = |cause: &std::io::Error| cause.kind() == std::io::ErrorKind::OutOfMemory;
+        // cuBLAS allocates by itself, and its error is no driver's.
+        let by_library = message.contains("CUBLAS_STATUS_ALLOC_FAILED");
         let by_system = error.chain().filter_map(|cause| cause.downcast_ref()).any(refused);
-        if by_system || crate::engine::memory::is_out_of_memory(error) {
-            return Failure::OutOfMemory { message, wanted_bytes: 0, free_bytes: 0 };
+        if by_system || by_library || crate::engine::memory::is_out_of_memory(error) {
+            let wanted_bytes = error.downcast_ref::<Refused>().map_or(0, |refused| refused.bytes);
+            return Failure::OutOfMemory { message, wanted_bytes, free_bytes: 0 };
         }
         Failure::Error { message }
     }
@@ -335,8 +342,18 @@ mod tests {
         let oom = Err::<(), _>(OutOfMemory { wanted_bytes: 7, free_bytes: 5 }).context("loading").unwrap_err();
         assert!(matches!(Failure::of(&oom), Failure::OutOfMemory { wanted_bytes: 7, free_bytes: 5, .. }));
         let os = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::OutOfMemory)).context("reading");
-        assert!(matches!(Failure::of(&os), Failure::OutOfMemory { .. }));
+        assert!(matches!(Failure::of(&os), Failure::OutOfMemory { wanted_bytes: 0, .. }));
+        let what = "the attention scores".to_owned();
+        let refused = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::OutOfMemory))
+            .context(Refused { bytes: 3 << 30, what })
+            .context("filling the cache");
+        let refused = Failure::of(&refused);
+        assert!(refused.message().starts_with("filling the cache: 3.00 GiB for the attention scores could not be"));
+        assert!(matches!(refused, Failure::OutOfMemory { wanted_bytes, .. } if wanted_bytes == 3 << 30));
         assert!(matches!(Failure::of(&Wrong("no".into()).into()), Failure::Invalid { .. }));
+        let blas = Failure::of(&anyhow::anyhow!("CublasError(CUBLAS_STATUS_ALLOC_FAILED)"));
+        assert_eq!(blas.message(), "cuBLAS had too little free memory (CUBLAS_STATUS_ALLOC_FAILED)");
+        assert!(matches!(blas, Failure::OutOfMemory { .. }));
         let other = Failure::of(&anyhow::anyhow!("other"));
         assert!(matches!(&other, Failure::Error { .. }));
         assert_eq!(other.within("the reference").message(), "the reference: other");

@@ -10,8 +10,8 @@ use super::prompt::{self, Workload};
 use super::protocol::{Failure, Job, Share};
 use super::schedule::Worker;
 use super::scoring::{Greedy, LogitsFile, Scored, Scoring};
-use super::worker::{self, Opened};
-use super::{Case, Row, modules};
+use super::worker::Opened;
+use super::{Case, Row, modules, room};
 use crate::engine::OutlierColumns;
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
@@ -230,9 +230,12 @@ impl Passage {
         let (encode, prompt) = (self.encode.clone(), vec![0; self.prefix.len() + longest]);
         let task = Task { encode, prompt, n_gen: 1, ..Task::default() };
         let workload = Workload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
-        let needed_bytes = worker::selected_bytes(model, &selection, precision, case.format_options)
+        let mut selected = model.clone();
+        // Patterns were checked when the model was opened.
+        let _ = selection.apply(&mut selected.matrices);
+        let needed_bytes = room::needs(case, &Row::own(precision), (&selected, &workload), share.device)
             .map_err(|error| Failure::of(&error))?
-            + worker::cache_bytes(model, &workload);
+            .bytes();
         let job = Job { save_logits: None, selection, ..Job::new(case, &Row::own(precision), share, &workload) };
         let mut worker = ProcessWorker::new(job, needed_bytes, case.protocol.deadline);
         worker.load(&crate::events::Silent)?;

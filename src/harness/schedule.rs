@@ -61,6 +61,10 @@ pub struct Outcome {
     pub ended: Option<RepeatsEnd>,
     pub finished: Option<Finished>,
     pub failure: Option<Failure>,
+    /// It did not fit beside the others, and ran when they had ended.
+    pub alone: bool,
+    /// What its worker was estimated to hold; 0 where that is unknown.
+    pub needed_bytes: u64,
 }
 
 impl Outcome {
@@ -72,6 +76,7 @@ impl Outcome {
         self.energy.extend(later.energy);
         self.n_discarded += later.n_discarded;
         self.failure = later.failure;
+        self.alone |= later.alone;
         self.ended = match (self.ended, later.ended) {
             (Some(first), Some(_)) if first != RepeatsEnd::RelCi => Some(first),
             (_, later) => later,
@@ -116,7 +121,10 @@ fn launch(stage: &mut Stage, protocol: &Protocol, runs: &[bool]) -> Result<Vec<O
     let lane = |at: usize| if runs[at] { Lane::new((stage.start)(at)) } else { Lane::empty() };
     let mut lanes: Vec<Lane> = (0..stage.n_workers).map(lane).collect();
     match stage.order {
-        Order::Interleaved => together(&mut lanes, &protocol, stage.watch, stage.events)?,
+        Order::Interleaved => {
+            together(&mut lanes, &protocol, stage.watch, stage.events)?;
+            again_alone(&mut lanes, stage, protocol)?;
+        }
         Order::InTurn => {
             for at in 0..lanes.len() {
                 together(&mut lanes[at..=at], &protocol, stage.watch, stage.events)?;
@@ -131,12 +139,31 @@ fn launch(stage: &mut Stage, protocol: &Protocol, runs: &[bool]) -> Result<Vec<O
     Ok(lanes.into_iter().map(|lane| lane.outcome).collect())
 }
 
+/// Runs again, one after the other, what found too little memory beside workers that have ended since: it may fit alone. What has
+/// samples from beside the others keeps none of them.
+fn again_alone<'w>(lanes: &mut [Lane<'w>], stage: &mut Stage<'_, 'w>, mut protocol: Protocol) -> Result<(), Failure> {
+    let is_oom = |lane: &Lane| matches!(lane.outcome.failure, Some(Failure::OutOfMemory { .. }));
+    // As many repeats as the others took.
+    let finished = lanes.iter().find(|lane| lane.outcome.finished.is_some());
+    protocol.repeats = protocol.repeats.or(finished.map(|lane| lane.outcome.samples.len()));
+    for at in 0..lanes.len() {
+        if is_oom(&lanes[at]) && lanes[at].has_company {
+            lanes[at] = Lane::new((stage.start)(at));
+            together(&mut lanes[at..=at], &protocol, stage.watch, stage.events)?;
+            lanes[at].outcome.alone = true;
+        }
+    }
+    Ok(())
+}
+
 /// A worker that still runs, and what it gave.
 struct Lane<'a> {
     /// `None` once it ended: dropping it frees its memory.
     worker: Option<Box<dyn Worker + 'a>>,
     outcome: Outcome,
     tally: Tally,
+    /// Others held memory when it last needed more.
+    has_company: bool,
 }
 
 impl<'a> Lane<'a> {
@@ -145,7 +172,7 @@ impl<'a> Lane<'a> {
     }
 
     fn empty() -> Self {
-        Self { worker: None, outcome: Outcome::default(), tally: Tally::default() }
+        Self { worker: None, outcome: Outcome::default(), tally: Tally::default(), has_company: false }
     }
 
     fn pid(&self) -> Option<u32> {
@@ -227,8 +254,13 @@ fn together(
     watch: &mut dyn Watch,
     events: &dyn Listener,
 ) -> Result<(), Failure> {
-    for lane in lanes.iter_mut() {
-        lane.outcome.loaded = lane.ask(|worker| worker.load(events))?;
+    for at in 0..lanes.len() {
+        lanes[at].has_company = lanes[..at].iter().any(|lane| lane.worker.is_some());
+        lanes[at].outcome.loaded = lanes[at].ask(|worker| worker.load(events))?;
+    }
+    let n_loaded = lanes.iter().filter(|lane| lane.worker.is_some()).count();
+    for lane in lanes.iter_mut().filter(|lane| lane.worker.is_some()) {
+        lane.has_company = n_loaded > 1;
     }
     for lane in lanes.iter_mut() {
         lane.outcome.warmed = lane.ask(|worker| phase(worker, events))?;

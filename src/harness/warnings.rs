@@ -2,6 +2,12 @@
 
 use std::fmt;
 
+use crate::error::size;
+use crate::events::Event;
+
+/// The name of [`Warning::LogitsNotSaved`].
+pub const LOGITS_NOT_SAVED: &str = "logits_not_saved";
+
 #[derive(Debug, Clone, PartialEq)]
 pub enum Warning {
     DebugBuild,
@@ -96,6 +102,23 @@ pub enum Warning {
         read_gb_s: f64,
         theoretical_gb_s: f64,
     },
+    /// The device was left open and this build's GPU cannot be used.
+    NoGpu {
+        problem: String,
+    },
+    /// More threads than CPUs that this process may use.
+    TooManyThreads {
+        threads: usize,
+        cpus: usize,
+    },
+    /// The worker of this row did not fit beside the others.
+    RanAlone {
+        label: String,
+    },
+    /// Logits that were asked for were computed and could not be saved.
+    LogitsNotSaved {
+        problem: String,
+    },
     /// From opening the model: the hub, its files, its settings.
     Model {
         name: String,
@@ -131,8 +154,19 @@ impl Warning {
             Warning::Discarded { .. } => "discarded",
             Warning::GpuShared { .. } => "gpu_shared",
             Warning::SlowRead { .. } => "slow_read",
+            Warning::NoGpu { .. } => "no_gpu",
+            Warning::TooManyThreads { .. } => "too_many_threads",
+            Warning::RanAlone { .. } => "ran_alone",
+            Warning::LogitsNotSaved { .. } => LOGITS_NOT_SAVED,
             Warning::Model { name, .. } => name,
         }
+    }
+
+    /// For where no record keeps it.
+    pub fn event(&self) -> Event {
+        let text = self.to_string();
+        let message = text.split_once(": ").map_or(text.as_str(), |(_, message)| message).to_owned();
+        Event::Warning { name: self.name().to_owned(), message }
     }
 
     /// Whether the machine disturbed the measurement, so that it should be taken again.
@@ -147,6 +181,7 @@ impl Warning {
                 | Warning::CpuThrottled { .. }
                 | Warning::LowClock { .. }
                 | Warning::GpuShared { .. }
+                | Warning::TooManyThreads { .. }
         )
     }
 }
@@ -196,10 +231,10 @@ impl fmt::Display for Warning {
             }
             Warning::UnpairedRatios { needed_bytes, free_bytes } => write!(
                 f,
-                "the precisions need {:.0} MiB together and {:.0} MiB are free, so they ran one after the other and drift \
-                 does not cancel in their ratios",
-                mib(*needed_bytes),
-                mib(*free_bytes)
+                "the precisions need {} together and {} are free, so they ran one after the other and drift does not cancel \
+                 in their ratios",
+                size(*needed_bytes),
+                size(*free_bytes)
             ),
             Warning::TokensDiffer { repeat } => write!(
                 f,
@@ -251,6 +286,20 @@ impl fmt::Display for Warning {
                  the machine and measure again",
                 100.0 * read_gb_s / theoretical_gb_s
             ),
+            Warning::NoGpu { problem } => {
+                write!(f, "{problem}, so the CPU was measured; `--device cuda` fails instead")
+            }
+            Warning::TooManyThreads { threads, cpus } => write!(
+                f,
+                "{threads} threads share the {cpus} CPUs that this process may use, and wait for each other; leave \
+                 `--threads` out"
+            ),
+            Warning::RanAlone { label } => write!(
+                f,
+                "`{label}` did not fit beside the others and ran again when they had ended, so drift does not cancel in the \
+                 ratios with it"
+            ),
+            Warning::LogitsNotSaved { problem } => f.write_str(problem),
             Warning::Model { message, .. } => f.write_str(message),
             Warning::Fp16Overflow { count } => {
                 write!(f, "{count} weights of the checkpoint exceed the range of fp16 and became infinite")

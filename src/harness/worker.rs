@@ -7,23 +7,20 @@ use std::sync::mpsc::{Receiver, channel};
 
 use anyhow::{Context, Result, bail};
 
-use super::DeviceChoice;
 use super::clock::Monotonic;
 use super::load::CpuLoad;
 use super::measure::{Bench, Encode};
 use super::memory::ProcessMemory;
 use super::picture::Preprocessor;
-use super::prompt::Workload;
 use super::protocol::{Ask, Failure, Job, LoadFacts, Reply};
 use super::scoring;
 use super::validity;
-use crate::engine::{self, Device, Engine, Setup, check};
+use crate::engine::{self, Engine, Setup, check};
 use crate::error::{BadInput, without_backtrace};
 use crate::events::{Event, Listener, WithoutWarnings};
 use crate::kernels::cpu::rlimit;
 use crate::models;
 use crate::plan::{EncoderInputKind, Model};
-use crate::quant::FormatOptions;
 use crate::weights::policy::{Formats, Selection};
 use crate::weights::spec::Role;
 use crate::weights::{self, Checkpoint, Request, Source};
@@ -94,13 +91,6 @@ fn last_linear(model: &Model) -> &str {
     linear.map_or("model.layers.0.mlp.down_proj", |spec| spec.name.trim_end_matches(".weight"))
 }
 
-/// Bytes of all weights at a precision, as stored.
-pub fn stored_bytes(model: &Model, precision: &str, options: FormatOptions) -> Result<u64> {
-    let formats = Formats::new(precision, options)?;
-    let matrices = model.matrices.iter().map(|spec| formats.of(spec.role).stored_bytes(spec.n, spec.k) as u64);
-    Ok(matrices.sum::<u64>() + model.vector_bytes() as u64)
-}
-
 /// Stored bytes of the weights by the format that holds them; vectors count as fp16.
 fn weights_by_format(opened: &Opened, job: &Job) -> Result<BTreeMap<String, u64>> {
     let formats = Formats::new(&job.precision, job.format_options)?;
@@ -113,21 +103,6 @@ fn weights_by_format(opened: &Opened, job: &Job) -> Result<BTreeMap<String, u64>
         *bytes.entry(format.name().to_owned()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
     }
     Ok(bytes)
-}
-
-/// The same where only `selection` of the matrices is quantized.
-pub fn selected_bytes(model: &Model, selection: &Selection, precision: &str, options: FormatOptions) -> Result<u64> {
-    let mut model = model.clone();
-    // Patterns were checked when the model was opened.
-    let _ = selection.apply(&mut model.matrices);
-    stored_bytes(&model, precision, options)
-}
-
-/// Keys and values of both sides, fp32 as on the CPU.
-pub fn cache_bytes(model: &Model, workload: &Workload) -> u64 {
-    let task = &workload.task;
-    let n_positions = task.depth.len() + task.prompt.len() + task.n_gen;
-    (model.kv_bytes_per_position(4) * n_positions + model.cross_bytes_per_position(4) * workload.n_encoder) as u64
 }
 
 /// The hidden subcommand: answers the parent until it closes the pipe. Nothing else may write to standard output. Fails on
@@ -188,10 +163,7 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
     let mut opened = open(&job.model, &WithoutWarnings(events))?;
     opened.select(&job.selection)?;
     let pixels = pixels(&opened.model, &opened.checkpoint, &job.task.encode)?;
-    let device = match job.device {
-        DeviceChoice::Cuda(ordinal) => Device::Cuda(ordinal),
-        DeviceChoice::Cpu | DeviceChoice::Auto => Device::Cpu,
-    };
+    let device = job.device.into();
     let setup = Setup {
         model: &opened.model,
         source: opened.source.as_ref(),
@@ -273,7 +245,9 @@ impl Listener for Replies {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::needs::stored_bytes;
     use crate::events::Silent;
+    use crate::quant::FormatOptions;
     use crate::weights::WeightsChoice;
 
     #[test]
@@ -290,8 +264,11 @@ mod tests {
         let model = open(&request, &Silent).unwrap().model;
         let options = FormatOptions::default();
         let stored = |precision: &str| stored_bytes(&model, precision, options).unwrap();
-        let selected =
-            |selection: Selection, precision: &str| selected_bytes(&model, &selection, precision, options).unwrap();
+        let selected = |selection: Selection, precision: &str| {
+            let mut model = model.clone();
+            selection.apply(&mut model.matrices).unwrap();
+            stored_bytes(&model, precision, options).unwrap()
+        };
         assert_eq!(selected(Selection::Usual, "nf4"), stored("nf4"));
         assert_eq!(selected(Selection::Only(Vec::new()), "nf4"), stored("fp16"));
         let one = selected(Selection::Only(vec!["model.layers.0.mlp.down_proj.weight".to_owned()]), "nf4");

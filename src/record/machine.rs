@@ -45,7 +45,10 @@ pub struct Memory {
     pub pool: Option<Pool>,
     /// Highest resident set of the process from start to end.
     pub process_peak_rss_bytes: Option<u64>,
-    /// Of a model that did not fit: what it asked for, where known.
+    /// Of a model that did not fit: what weights, cache, scratch and a GPU's context take by the estimate.
+    #[serde(default)]
+    pub needed_bytes: Option<u64>,
+    /// Of a model that did not fit: the allocation that failed, where known; of one that was not started, `needed_bytes`.
     #[serde(default)]
     pub wanted_bytes: Option<u64>,
     /// Of a model that did not fit: what was free then, where known.

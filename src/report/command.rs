@@ -8,6 +8,12 @@ const TEXT_FLAGS: &[&str] = &["--prompt"];
 /// Flags whose value may be a hub id, `owner/name`.
 const MODEL_FLAGS: &[&str] = &["--model-id"];
 
+/// Flags whose value is a file that must be there: without its folder it is a placeholder.
+const INPUT_FLAGS: &[&str] = &["--prompt-file", "--image", "--quality-text", "--baseline", "--ab"];
+
+/// What stands for the folders of a path that is not told.
+const PLACEHOLDER: &str = "PATH/TO/";
+
 /// How tokens of the hub begin.
 const TOKEN_PREFIX: &str = "hf_";
 
@@ -17,8 +23,9 @@ const TOKEN_LETTERS: usize = 16;
 /// Folders that hold users' homes, on Linux, macOS and Windows.
 const HOMES: &[&str] = &["/home/", "/Users/", "\\Users\\", "/root/"];
 
-/// The command line of `args` (the program first), quoted for a shell. Paths keep their last component; hub ids stay,
-/// and prompts but for paths into a home; a hub token becomes `hf_***`.
+/// The command line of `args` (the program first), quoted for a shell. Of paths the last component stays, behind [`PLACEHOLDER`] where
+/// whoever repeats the command needs the file itself; hub ids stay, and prompts but for paths into a home; a hub token becomes
+/// `hf_***`.
 pub fn shareable_command(args: impl Iterator<Item = String>) -> String {
     let mut flag = String::new();
     let mut words = Vec::new();
@@ -31,6 +38,10 @@ pub fn shareable_command(args: impl Iterator<Item = String>) -> String {
 
 /// `arg` with its paths cut, where `flag` is the argument before it.
 fn shareable_word(flag: &str, arg: &str) -> String {
+    if TEXT_FLAGS.contains(&flag) {
+        // It may begin with a dash.
+        return shareable_value(flag, arg);
+    }
     if let Some((flag, value)) = arg.split_once('=').filter(|_| arg.starts_with("--")) {
         return format!("{flag}={}", shareable_value(flag, value));
     }
@@ -47,8 +58,29 @@ fn shareable_value(flag: &str, value: &str) -> String {
     match flag {
         flag if TEXT_FLAGS.contains(&flag) => without_homes(value),
         flag if MODEL_FLAGS.contains(&flag) && is_hub_id(value) => value.into(),
+        flag if MODEL_FLAGS.contains(&flag) => match is_path(value) {
+            true => format!("{PLACEHOLDER}{}", folder_name(value)),
+            false => value.into(),
+        },
+        flag if INPUT_FLAGS.contains(&flag) => format!("{PLACEHOLDER}{}", last_component(value)),
         _ => last_component(value).into(),
     }
+}
+
+/// A folder, whether it is there or not; a name of a built-in shape is none.
+fn is_path(value: &str) -> bool {
+    value.contains(['/', '\\']) || value.starts_with(['.', '~']) || Path::new(value).is_dir()
+}
+
+/// The last component; that of the folder itself for `.` and `..`.
+fn folder_name(value: &str) -> String {
+    let name = last_component(value);
+    if !matches!(name, "" | "." | "..") {
+        return name.to_owned();
+    }
+    let resolved = Path::new(value).canonicalize().ok();
+    let name = resolved.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|| "model".to_owned())
 }
 
 /// Words of a text that lead into a home keep their last component.
@@ -108,23 +140,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_keep_their_last_component() {
+    fn a_command_can_be_repeated_or_shows_what_is_missing() {
         let cases: &[(&[&str], &str)] = &[
             (&["/home/ann/bin/quantbench"], "quantbench"),
-            (&["quantbench", "--model-id", "/srv/models/phi 2/"], "quantbench --model-id 'phi 2'"),
+            (&["quantbench", "--model-id", "/srv/models/phi 2/"], "quantbench --model-id 'PATH/TO/phi 2'"),
             (&["quantbench", "--model-id", "no-such/hub-id"], "quantbench --model-id no-such/hub-id"),
             (&["quantbench", "--model-id=no-such/hub-id"], "quantbench --model-id=no-such/hub-id"),
-            (&["quantbench", "--model-id", "../models/phi"], "quantbench --model-id phi"),
-            (&["quantbench", "--model-id", "./phi"], "quantbench --model-id phi"),
-            (&["quantbench", "--model-id", "~/phi"], "quantbench --model-id phi"),
+            (&["quantbench", "--model-id", "../models/phi"], "quantbench --model-id PATH/TO/phi"),
+            (&["quantbench", "--model-id", "./phi"], "quantbench --model-id PATH/TO/phi"),
+            (&["quantbench", "--model-id", "~/phi"], "quantbench --model-id PATH/TO/phi"),
+            (&["quantbench", "--model-id", "phi-2"], "quantbench --model-id phi-2"),
+            (&["quantbench", "--model-id", "tests"], "quantbench --model-id PATH/TO/tests"),
             // An existing folder is a folder, although it looks like a hub id.
-            (&["quantbench", "--model-id", "src/report"], "quantbench --model-id report"),
+            (&["quantbench", "--model-id", "src/report"], "quantbench --model-id PATH/TO/report"),
             (&["quantbench", "--output=/tmp/x/r.json"], "quantbench --output=r.json"),
             (&["quantbench", "-o/tmp/x/r.json"], "quantbench -or.json"),
             (&["C:\\Users\\ann\\quantbench.exe", "--quiet"], "quantbench.exe --quiet"),
-            (&["quantbench", "--prompt-file", "a/b/it's.txt"], r"quantbench --prompt-file 'it'\''s.txt'"),
+            (&["quantbench", "--prompt-file", "a/b/it's.txt"], r"quantbench --prompt-file 'PATH/TO/it'\''s.txt'"),
             (&["quantbench", "--prompt", "is 1/2 more?"], "quantbench --prompt 'is 1/2 more?'"),
             (&["quantbench", "--prompt", "sum up /home/ann/a.txt now"], "quantbench --prompt 'sum up a.txt now'"),
+            (&["quantbench", "--prompt", "- is 1/2 more?"], "quantbench --prompt '- is 1/2 more?'"),
+            (&["quantbench", "--prompt", "--a=/home/ann/b"], "quantbench --prompt b"),
+            (&["quantbench", "--image=/srv/cat.png"], "quantbench --image=PATH/TO/cat.png"),
             (&["quantbench", "--prompt="], "quantbench --prompt="),
             (&["quantbench", "--prompt", ""], "quantbench --prompt ''"),
             (

@@ -31,8 +31,9 @@ pub struct DryRun {
     /// Of the files that the cache lacks, as far as the hub tells.
     pub download_bytes: u64,
     pub rows: Vec<Row>,
-    /// Free memory of the machine, or all memory of the GPU; `None` where the system does not tell.
+    /// Of the machine or the GPU, whoever uses the rest; `None` where the system does not tell.
     pub free_bytes: Option<u64>,
+    pub total_bytes: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -51,13 +52,16 @@ pub struct Row {
     pub kv_cache_bytes: u64,
     /// Activations of the longest call.
     pub scratch_bytes: u64,
+    /// What a process takes of a GPU beside that; 0 on the CPU.
+    pub context_bytes: u64,
     /// `None` where the free memory is unknown.
     pub fits: Option<bool>,
 }
 
 impl Row {
     pub fn bytes(&self) -> u64 {
-        self.weights_bytes + self.kv_cache_bytes + self.scratch_bytes
+        let parts = [self.weights_bytes, self.kv_cache_bytes, self.scratch_bytes, self.context_bytes];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 }
 
@@ -96,27 +100,36 @@ impl DryRun {
     }
 
     fn fit(&self) -> String {
-        let cells = |texts: [&str; 6]| Line::Cells(texts.map(str::to_owned).to_vec());
+        let on_gpu = self.rows.iter().any(|row| row.context_bytes > 0);
+        let columns = |texts: [&str; 7]| {
+            let shown = texts.into_iter().enumerate().filter(|(at, _)| on_gpu || *at != CONTEXT_COLUMN);
+            Line::Cells(shown.map(|(_, text)| text.to_owned()).collect())
+        };
         let mut lines = vec![
-            cells(["precision", "weights", "cache", "activations", "together", "fits"]),
-            cells(["", "GiB", "GiB", "GiB", "GiB", ""]),
+            columns(["precision", "weights", "cache", "activations", "context", "together", "fits"]),
+            columns(["", "GiB", "GiB", "GiB", "GiB", "GiB", ""]),
         ];
         let gib = |bytes: u64| format!("{:.3}", bytes as f64 / GIB);
         lines.extend(self.rows.iter().map(|row| {
             let engine = if row.engine == case::OWN { String::new() } else { format!(" by {}", row.engine) };
             let fits = row.fits.map_or("unknown", |fits| if fits { "yes" } else { "no" });
-            let parts = [row.weights_bytes, row.kv_cache_bytes, row.scratch_bytes, row.bytes()];
-            let first = std::iter::once(plain(&format!("{}{engine}", row.precision)));
-            Line::Cells(first.chain(parts.map(gib)).chain([fits.to_owned()]).collect())
+            let name = plain(&format!("{}{engine}", row.precision));
+            let parts = [row.weights_bytes, row.kv_cache_bytes, row.scratch_bytes, row.context_bytes, row.bytes()];
+            let [weights, cache, scratch, context, together] = parts.map(gib);
+            columns([&name, &weights, &cache, &scratch, &context, &together, fits])
         }));
-        let free = match self.free_bytes {
-            None => "the free memory is unknown".to_owned(),
-            Some(bytes) if self.device == "cpu" => format!("{} GiB of memory are free", gib(bytes)),
-            Some(bytes) => format!("{} GiB are on the device, whoever uses them", gib(bytes)),
+        let (place, of) = if self.device == "cpu" { ("memory", "") } else { ("the device's memory", " the") };
+        let free = match (self.free_bytes, self.total_bytes) {
+            (None, _) => "the free memory is unknown".to_owned(),
+            (Some(free), Some(total)) => format!("{} of{of} {} GiB of {place} are free", gib(free), gib(total)),
+            (Some(free), None) => format!("{} GiB of {place} are free", gib(free)),
         };
         format!("{}{free}\n", grid::render(&lines))
     }
 }
+
+/// Of the table, on a GPU alone.
+const CONTEXT_COLUMN: usize = 4;
 
 fn mib(bytes: Option<u64>) -> String {
     bytes.map_or_else(|| "?".to_owned(), |bytes| format!("{:.1}", bytes as f64 / (1 << 20) as f64))

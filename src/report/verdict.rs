@@ -48,7 +48,7 @@ fn fit(records: &[&Record], card_bytes: u64) -> String {
     };
     let needed = |record: &Record| match record.status {
         Status::Ok | Status::Invalid => record.memory.peak_bytes.or_else(|| exact(record)),
-        _ => record.memory.wanted_bytes,
+        _ => record.memory.needed_bytes.or(record.memory.wanted_bytes),
     };
     let with = |wanted: Option<bool>| {
         let held = |record: &&&Record| needed(record).map(|bytes| bytes <= card_bytes) == wanted;

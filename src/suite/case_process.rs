@@ -18,7 +18,7 @@ use super::row::{self, Facts};
 use super::unmeasured;
 use crate::events::{Event, Listener};
 use crate::harness::protocol::Failure;
-use crate::harness::{self, Case, Deadline};
+use crate::harness::{self, Before, Case, Deadline};
 use crate::record::{Record, Status};
 use crate::report;
 
@@ -123,6 +123,8 @@ struct Process {
     lines: Receiver<String>,
     last_words: Option<JoinHandle<Vec<u8>>>,
     started: Instant,
+    /// Noted anew when a phase ends: workers that the kernel kills meanwhile are not this process.
+    before: Before,
 }
 
 impl Process {
@@ -138,7 +140,7 @@ impl Process {
         let lines = lines(child.stdout.take().context("a pipe is missing")?);
         let stderr = child.stderr.take().context("a pipe is missing")?;
         let last_words = Some(std::thread::spawn(move || harness::last_words(stderr)));
-        let mut process = Self { child, lines, last_words, started };
+        let mut process = Self { child, lines, last_words, started, before: Before::now() };
         // The pipe stays open in the child's handle.
         let stdin = process.child.stdin.as_mut().context("a pipe is missing")?;
         stdin.write_all(format!("{}\n", serde_json::to_string(ask)?).as_bytes())?;
@@ -159,7 +161,12 @@ impl Process {
             };
             match line {
                 Ok(line) => match serde_json::from_str(&line) {
-                    Ok(Reply::Event(event)) => events.on(event),
+                    Ok(Reply::Event(event)) => {
+                        if event == Event::End {
+                            self.before = Before::now();
+                        }
+                        events.on(event);
+                    }
                     Ok(reply) => return Ok(reply),
                     Err(_) => anyhow::bail!("the case wrote `{}` to its output", line.trim()),
                 },
@@ -172,7 +179,8 @@ impl Process {
     fn cause_of_death(&mut self) -> Failure {
         let status = self.child.wait();
         let words = self.last_words.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
-        harness::cause_of_death("process of the case", status, &words, 0)
+        let who = ("process of the case", self.child.id());
+        harness::cause_of_death(who, status, &words, &self.before, (0, 0))
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use toml::Spanned;
 use toml::de::DeValue;
 
-use crate::error::BadInput;
+use crate::error::{BadInput, nearest};
 
 /// A setting of a run: the option of `quantbench run` with `_` for `-`.
 #[derive(Debug, Clone, PartialEq)]
@@ -148,8 +148,7 @@ fn kind_of(toml: &DeValue) -> &'static str {
 /// What to say about a key that nobody knows.
 pub fn unknown(place: &Place, key: &str, known: &[&str]) -> BadInput {
     let error = place.bad(key, " is unknown here");
-    let nearest = known.iter().max_by(|a, b| strsim::jaro(key, a).total_cmp(&strsim::jaro(key, b)));
-    match nearest {
+    match nearest(key, known.iter().copied()) {
         Some(nearest) => error.hint(format!("the nearest key is `{nearest}`")),
         None => error,
     }

@@ -57,7 +57,13 @@ impl Results {
     /// Adds the rows of a case in one write, and waits until the disk has them.
     pub fn append(&mut self, rows: &str) -> Result<()> {
         let written = self.file.write_all(rows.as_bytes()).and_then(|()| self.file.flush());
-        written.with_context(|| format!("writing `{}`", self.path.display()))?;
+        written.map_err(|error| {
+            BadInput::new(format!(
+                "cannot write `{}`: {error}; the rows of this case stand on stdout",
+                self.path.display()
+            ))
+            .hint("make room and go on with `--resume`")
+        })?;
         // A pipe or a device has no disk to wait for.
         let _ = self.file.sync_data();
         Ok(())

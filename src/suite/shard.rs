@@ -23,15 +23,23 @@ impl Shard {
         }
     }
 
-    /// What a Slurm array or a Kubernetes Indexed Job says about itself; `None` outside of both. Fails where one says half of it.
+    /// What a Slurm array or a Kubernetes Indexed Job says about itself; `None` outside of both. Fails where one says half of it, and
+    /// where an array is a part of another: of tasks 3 and 7 nothing says how many there were at first.
     pub fn from_env(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Self>, BadInput> {
         if variable("SLURM_ARRAY_TASK_ID").is_some() {
             let id = number("SLURM_ARRAY_TASK_ID", variable)?;
             let count = number("SLURM_ARRAY_TASK_COUNT", variable)?;
-            // An array may begin anywhere and leave gaps: `--array=10-40:10`.
             let first = or("SLURM_ARRAY_TASK_MIN", variable, 1)?;
-            let step = or("SLURM_ARRAY_TASK_STEP", variable, 1)?.max(1);
-            return Self::within("SLURM_ARRAY_TASK_ID", id.saturating_sub(first) / step + 1, count).map(Some);
+            let last = or("SLURM_ARRAY_TASK_MAX", variable, (first + count).saturating_sub(1))?;
+            if first > 1 || last.checked_sub(first) != count.checked_sub(1) {
+                let message = format!(
+                    "`SLURM_ARRAY_TASK_COUNT` is {count} of the tasks {first} to {last}: this may be a part of an array"
+                );
+                let hint =
+                    format!("say `--shard {id}/N`, where N is the number of parts of all; deploy/slurm-array.sh does");
+                return Err(BadInput::new(message).hint(hint));
+            }
+            return Self::within("SLURM_ARRAY_TASK_ID", id.saturating_sub(first).saturating_add(1), count).map(Some);
         }
         if variable("JOB_COMPLETION_INDEX").is_some() {
             let index = number("JOB_COMPLETION_INDEX", variable)?;
@@ -84,12 +92,18 @@ mod tests {
 
     #[test]
     fn schedulers_say_the_part() {
-        let (id, count, min, step) =
-            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP");
+        let (id, count, min, max) =
+            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX");
         check(&[], Ok(None));
         check(&[(id, "1"), (count, "4")], Ok(Some((1, 4))));
         check(&[(id, "0"), (count, "4"), (min, "0")], Ok(Some((1, 4))));
-        check(&[(id, "30"), (count, "4"), (min, "10"), (step, "10")], Ok(Some((3, 4))));
+        check(&[(id, "3"), (count, "4"), (min, "1"), (max, "4")], Ok(Some((3, 4))));
+        // `--array=3`, `--array=1,5`, `--array=10-40:10`, `--array=0-6:2`: some of the tasks, or numbers that say nothing of parts.
+        for (at, n, first, last) in
+            [("3", "1", "3", "3"), ("5", "2", "1", "5"), ("30", "4", "10", "40"), ("2", "4", "0", "6")]
+        {
+            check(&[(id, at), (count, n), (min, first), (max, last)], Err("part of an array"));
+        }
         check(&[(id, "1")], Err(count));
         check(&[(id, "x"), (count, "4")], Err("a number is needed"));
         check(&[(id, "9"), (count, "4")], Err("part 9 of 4"));

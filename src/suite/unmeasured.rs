@@ -5,6 +5,7 @@ use crate::harness::assemble;
 use crate::harness::protocol::Failure;
 use crate::harness::{self, Case, DeviceChoice, PromptChoice, Row};
 use crate::kernels::isa::Isa;
+use crate::kernels::nvml::Gpu;
 use crate::record::{self, Record};
 use crate::weights::WeightsChoice;
 
@@ -23,9 +24,16 @@ fn rows(case: &Case) -> Vec<Row> {
 
 fn record(case: &Case, row: &Row, failure: &Failure, timestamp: &str) -> Record {
     let (machine, cpu) = (harness::environment::Machine::default(), "cpu".to_owned());
-    let device = match harness::device(case.device).unwrap_or(case.device) {
-        DeviceChoice::Cuda(ordinal) => record::DeviceFacts { kind: "cuda".to_owned(), name: format!("cuda:{ordinal}") },
-        DeviceChoice::Cpu | DeviceChoice::Auto => record::DeviceFacts { kind: cpu, name: machine.cpu_name() },
+    let (device, isa) = match harness::device(case.device).unwrap_or(case.device) {
+        DeviceChoice::Cuda(ordinal) => {
+            let (gpu, number) = (Gpu::open(ordinal), format!("cuda:{ordinal}"));
+            let name = gpu.as_ref().and_then(Gpu::name).map_or(number.clone(), |name| format!("{name} ({number})"));
+            let isa = gpu.as_ref().and_then(Gpu::isa).unwrap_or_default();
+            (record::DeviceFacts { kind: "cuda".to_owned(), name }, isa)
+        }
+        DeviceChoice::Cpu | DeviceChoice::Auto => {
+            (record::DeviceFacts { kind: cpu, name: machine.cpu_name() }, Isa::detect().name().to_owned())
+        }
     };
     let threads = if case.threads == 0 { crate::kernels::cpu::pool::default_threads() } else { case.threads };
     let nothing = Record::unknown(harness::engine_facts(row.engine));
@@ -43,7 +51,7 @@ fn record(case: &Case, row: &Row, failure: &Failure, timestamp: &str) -> Record 
         device,
         workload: workload(case),
         dtypes: record::Dtypes { weights: row.precision.clone(), ..nothing.dtypes },
-        environment: machine.environment(Isa::detect().name(), threads),
+        environment: machine.environment(&isa, threads),
         ..nothing
     };
     assemble::fail(&mut record, failure);

@@ -57,11 +57,9 @@ pub fn by_hub_id(id: &str) -> Option<&'static BuiltIn> {
     BUILT_IN.iter().find(|shape| shape.hub_id.eq_ignore_ascii_case(id))
 }
 
-/// The short name that comes closest to what was typed.
-pub fn nearest(word: &str) -> &'static str {
-    let word = word.to_ascii_lowercase();
-    let distance = |shape: &&BuiltIn| strsim::damerau_levenshtein(shape.name, &word);
-    BUILT_IN.iter().min_by_key(distance).map_or("smollm2-135m", |shape| shape.name)
+/// The short name that is near to what was typed, if one is.
+pub fn nearest(word: &str) -> Option<&'static str> {
+    crate::error::nearest(word, BUILT_IN.iter().map(|shape| shape.name))
 }
 
 #[cfg(test)]
@@ -73,8 +71,9 @@ mod tests {
         for shape in builtin_models() {
             assert!(shape.config()["model_type"].is_string(), "{}", shape.name);
             assert_eq!(by_name(shape.name).map(|s| s.hub_id), Some(shape.hub_id));
+            assert_eq!(nearest("nosuch"), None);
             assert_eq!(by_hub_id(&shape.hub_id.to_lowercase()).map(|s| s.name), Some(shape.name));
-            assert_eq!(nearest(&shape.name[..shape.name.len() - 1]), shape.name);
+            assert_eq!(nearest(&shape.name[..shape.name.len() - 1]), Some(shape.name));
         }
     }
 }

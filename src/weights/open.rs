@@ -221,8 +221,8 @@ impl Place {
         match hub::is_repository_id(id) {
             true => Ok(Place::Hub(id.to_owned())),
             false => Err(BadInput::new(format!(
-                "`{id}` is no folder, no built-in shape and no hub id of the form `owner/name`; nearest shape is `{}`",
-                builtin::nearest(id)
+                "`{id}` is no folder, no built-in shape and no hub id of the form `owner/name`{}",
+                builtin::nearest(id).map(|name| format!("; nearest shape is `{name}`")).unwrap_or_default()
             ))
             .hint("`--list-models` shows the built-in shapes")
             .into()),

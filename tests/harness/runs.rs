@@ -1,14 +1,18 @@
 //! Metrics, ratios, order, validity and the warnings of repeats.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
 use quantbench::engine::fake::Run;
 use quantbench::events::{Event, Listener, Silent};
 use quantbench::harness::assemble::{Facts, records};
 use quantbench::harness::load::LoadSpan;
 use quantbench::harness::measure::{Encode, Task};
-use quantbench::harness::protocol::{Failure, WarmupEnd};
-use quantbench::harness::schedule::{Order, Outcome, Worker};
+use quantbench::harness::protocol::{Failure, LoadFacts, WarmupEnd};
+use quantbench::harness::schedule::{Order, Outcome, Stage, Worker};
 use quantbench::harness::warnings::Warning;
-use quantbench::harness::{Case, Protocol};
+use quantbench::harness::watch::Blind;
+use quantbench::harness::{Case, Protocol, schedule};
 use quantbench::record::metrics::METRICS;
 use quantbench::record::{self, Record, Status};
 
@@ -317,4 +321,85 @@ fn progress_counts_repeats_of_all_precisions() {
         .collect();
     assert_eq!(done, [1, 2, 3, 4]);
     assert!(events.iter().any(|event| matches!(event, Event::Begin { label, total: 4, .. } if label == "measure")));
+}
+
+/// Three precisions that load together; the second finds too little memory beside the first, and enough when the others have ended.
+#[test]
+fn what_does_not_fit_beside_the_others_runs_alone_behind_them() {
+    let full = Failure::OutOfMemory { message: "out of memory: no room".to_owned(), wanted_bytes: 7, free_bytes: 5 };
+    let (journal, starts) = (Journal::default(), RefCell::new(BTreeMap::<usize, usize>::new()));
+    let run = |fits_alone: bool| {
+        starts.borrow_mut().clear();
+        let start = |at: usize| -> Box<dyn Worker> {
+            let name = ["fp16", "int8", "nf4"][at];
+            let local = Local::new(name, task(), vec![filling(), run_ms(50, &[10])], &journal);
+            *starts.borrow_mut().entry(at).or_default() += 1;
+            let refused = at == 1 && (starts.borrow()[&at] == 1 || !fits_alone);
+            Box::new(if refused { Local { loading: Err(full.clone()), ..local } } else { local })
+        };
+        let case = case(&["fp16", "int8", "nf4"], counted(4));
+        let (n_workers, order) = (3, Order::Interleaved);
+        let mut stage = Stage { start: &start, n_workers, order, watch: &mut Blind, events: &Silent };
+        let outcomes = schedule::measure(&mut stage, &case.protocol).unwrap();
+        records(&facts(&case), &case, &outcomes, &|_| None)
+    };
+    let found = run(true);
+    assert!(found.iter().all(|record| record.status == Status::Ok && record.protocol.n_repeats == 4));
+    assert_eq!(
+        found.iter().map(|record| record.protocol.order.as_str()).collect::<Vec<_>>(),
+        ["interleaved", "in_turn", "interleaved"]
+    );
+    let paired = |at: usize| found[at].ratio_to_fp16.map(|ratio| ratio.paired);
+    assert_eq!((paired(1), paired(2)), (Some(false), Some(true)));
+    let told = |at: usize| found[at].warnings.iter().any(|text| text.starts_with("ran_alone: `int8`"));
+    assert_eq!([told(0), told(1), told(2)], [false, true, false]);
+    let last = journal.borrow().iter().rposition(|what| what.ends_with("nf4")).unwrap();
+    let again = journal.borrow().iter().rposition(|what| what == "load int8").unwrap();
+    assert!(last < again, "the others have ended: {:?}", journal.borrow());
+
+    // One that does not fit alone either is told once, as it was.
+    let found = run(false);
+    assert_eq!((found[1].status, found[1].reason.as_deref()), (Status::Oom, Some("out of memory: no room")));
+    assert_eq!(*starts.borrow(), BTreeMap::from([(0, 1), (1, 2), (2, 1)]));
+}
+
+/// The first one to load had the memory to itself: nothing that ends later makes room for it.
+#[test]
+fn what_had_all_the_memory_does_not_run_again() {
+    let full = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 7, free_bytes: 5 };
+    let starts = RefCell::new([0; 2]);
+    let start = |at: usize| -> Box<dyn Worker> {
+        starts.borrow_mut()[at] += 1;
+        let local = Local::new(["fp16", "nf4"][at], task(), vec![filling(), run_ms(50, &[10])], &Journal::default());
+        Box::new(if at == 0 { Local { loading: Err(full.clone()), ..local } } else { local })
+    };
+    let mut stage =
+        Stage { start: &start, n_workers: 2, order: Order::Interleaved, watch: &mut Blind, events: &Silent };
+    let outcomes = schedule::measure(&mut stage, &counted(2)).unwrap();
+    assert_eq!(*starts.borrow(), [1, 1]);
+    assert!(outcomes[0].failure.is_some() && outcomes[1].finished.is_some());
+}
+
+/// A record of a row that did not fit tells the allocation that failed and the estimate apart.
+#[test]
+fn what_failed_and_what_is_needed_are_two_numbers() {
+    let full = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 70, free_bytes: 5 };
+    let outcome = Outcome { failure: Some(full), needed_bytes: 900, ..Outcome::default() };
+    let case = case(&["fp16"], counted(1));
+    let memory = &records(&facts(&case), &case, &[outcome], &|_| None)[0].memory;
+    assert_eq!((memory.wanted_bytes, memory.needed_bytes, memory.free_bytes), (Some(70), Some(900), Some(5)));
+}
+
+/// The first row fails before it can say what it ran on; the title of a table is made from it.
+#[test]
+fn a_row_that_failed_has_the_instruction_set_of_its_device() {
+    let full = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 70, free_bytes: 5 };
+    let failed = Outcome { failure: Some(full), ..Outcome::default() };
+    let loaded = LoadFacts { isa: "sm_90".to_owned(), ..LoadFacts::default() };
+    let ran = Outcome { loaded: Some(loaded), ..Outcome::default() };
+    let case = case(&["fp16", "nf4"], counted(1));
+    let mut facts = facts(&case);
+    facts.device = record::DeviceFacts { kind: "cuda".to_owned(), name: "NVIDIA H200 (cuda:0)".to_owned() };
+    let found = records(&facts, &case, &[failed, ran], &|_| None);
+    assert_eq!(found.iter().map(|record| record.environment.isa.as_str()).collect::<Vec<_>>(), ["sm_90"; 2]);
 }

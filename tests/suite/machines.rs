@@ -146,9 +146,14 @@ fn the_indexed_job_has_what_a_shard_needs() {
     assert_eq!(command[..2], ["/bin/sh", "-c"]);
     for (code, expected) in [(0, 0), (1, 0), (2, 1)] {
         let script = format!("quantbench() {{ printf '%s ' \"$@\"; return {code}; }}; {}", command[2]);
-        let output = Command::new("sh").args(["-c", &script]).env("JOB_COMPLETION_INDEX", "3").output().unwrap();
+        let output = Command::new("sh")
+            .args(["-c", &script])
+            .env("JOB_COMPLETION_INDEX", "3")
+            .env("JOB_COMPLETIONS", "4")
+            .output()
+            .unwrap();
         assert_eq!(output.status.code(), Some(expected), "exit code {code} of the suite");
-        assert_eq!(super::text(&output.stdout), "suite /suite/suite.toml --resume -o /results/part-3.jsonl ");
+        assert_eq!(super::text(&output.stdout), "suite /suite/suite.toml --resume -o /results/part-3-of-4.jsonl ");
     }
 }
 
@@ -225,27 +230,80 @@ fn slurm(place: &Place) -> Option<Daemons> {
     started.then_some(daemons)
 }
 
+/// The script with another number of parts, as a user changes it.
+fn script_for(place: &Place, parts: usize) -> String {
+    let text = fs::read_to_string(root().join("deploy/slurm-array.sh")).unwrap();
+    let changed = text
+        .replace("--array=1-4\n", &format!("--array=1-{parts}\n"))
+        .replace("parts=4\n", &format!("parts={parts}\n"));
+    assert!(text.contains("--array=1-4\n") && text.contains("parts=4\n"), "the parts stand in another form");
+    place.write("array.sh", changed);
+    fs::set_permissions(place.path("array.sh"), fs::Permissions::from_mode(0o755)).unwrap();
+    "./array.sh".to_owned()
+}
+
+/// Indices of the cases whose rows a part holds.
+fn cases_of(place: &Place, part: &str) -> Vec<u64> {
+    rows(&place.read(part)).iter().map(|row| row["suite"]["index"].as_u64().unwrap()).collect()
+}
+
+/// Three parts of three cases: whichever tasks an array runs, and however often, each writes its own part.
+#[test]
+fn a_partial_array_repeats_its_own_part_alone() {
+    let place = Place::new(&[("s.toml", QUICK)]);
+    let script = script_for(&place, 3);
+    fs::create_dir(place.path("results")).unwrap();
+    // What Slurm sets for `--array=LIST`.
+    let array = |ids: &[usize], options: &[&str]| {
+        for id in ids {
+            let mut task = Command::new(place.path(&script));
+            task.args(["s.toml", "results"]).args(options).current_dir(place.folder.path());
+            task.env("QUANTBENCH", env!("CARGO_BIN_EXE_quantbench")).env("SLURM_ARRAY_TASK_ID", id.to_string());
+            task.env("SLURM_ARRAY_TASK_COUNT", ids.len().to_string());
+            task.env("SLURM_ARRAY_TASK_MIN", ids[0].to_string());
+            task.env("SLURM_ARRAY_TASK_MAX", ids[ids.len() - 1].to_string());
+            expect_code(&task.output().unwrap(), 0);
+        }
+    };
+    let part = |id: usize| format!("results/part-{id}-of-3.jsonl");
+    array(&[3], &[]);
+    assert_eq!(cases_of(&place, &part(3)), [3, 3]);
+    let before = place.read(&part(3));
+    array(&[1, 3], &["--retry-failed"]);
+    assert_eq!(place.read(&part(3)), before, "what ended does not run again");
+    assert_eq!(cases_of(&place, &part(1)), [1, 1]);
+    array(&[1, 2, 3], &[]);
+    let merged = place.run(&["merge", &part(1), &part(2), &part(3)]);
+    expect_code(&merged, 0);
+    assert_eq!(summary(&text(&merged.stdout)).iter().map(|row| row.0).collect::<Vec<_>>(), [1, 1, 2, 2, 3, 3]);
+}
+
 #[test]
 fn a_slurm_array_runs_a_suite_in_parts() {
     let place = Place::new(&[("s.toml", QUICK)]);
     let Some(_daemons) = slurm(&place) else { return };
     fs::create_dir(place.path("results")).unwrap();
-    let script = root().join("deploy/slurm-array.sh");
-    let args = ["120", "sbatch", "--wait", "--array=1-2", script.to_str().unwrap(), "s.toml", "results"];
-    let mut submit = Command::new("timeout");
-    submit.args(args).current_dir(place.folder.path()).env("SLURM_CONF", place.path("slurm.conf"));
-    let output = submit.env("QUANTBENCH", env!("CARGO_BIN_EXE_quantbench")).output().unwrap();
+    let script = script_for(&place, 2);
+    let submit = |options: &[&str]| {
+        let mut submit = Command::new("timeout");
+        submit.args(["120", "sbatch", "--wait"]).args(options).args([&script, "s.toml", "results"]);
+        submit.current_dir(place.folder.path()).env("SLURM_CONF", place.path("slurm.conf"));
+        submit.env("QUANTBENCH", env!("CARGO_BIN_EXE_quantbench")).output().unwrap()
+    };
+    // One task alone first: its part is what it is in the whole array.
+    let output = submit(&["--array=2"]);
     if !text(&output.stdout).contains("Submitted batch job") {
         println!("skipped: Slurm does not take jobs here: {}", text(&output.stderr));
         return;
     }
     expect_code(&output, 0);
-    let cases = |part: &str| -> Vec<u64> {
-        rows(&place.read(part)).iter().map(|row| row["suite"]["index"].as_u64().unwrap()).collect()
-    };
-    assert_eq!(cases("results/part-1.jsonl"), [1, 1, 3, 3]);
-    assert_eq!(cases("results/part-2.jsonl"), [2, 2]);
-    let merged = place.run(&["merge", "results/part-2.jsonl", "results/part-1.jsonl"]);
+    let parts = ["results/part-1-of-2.jsonl", "results/part-2-of-2.jsonl"];
+    assert_eq!(cases_of(&place, parts[1]), [2, 2]);
+    let before = place.read(parts[1]);
+    expect_code(&submit(&[]), 0);
+    assert_eq!(cases_of(&place, parts[0]), [1, 1, 3, 3]);
+    assert_eq!(place.read(parts[1]), before, "what ended does not run again");
+    let merged = place.run(&["merge", parts[1], parts[0]]);
     expect_code(&merged, 0);
     let seen = summary(&text(&merged.stdout));
     assert_eq!(seen.iter().map(|row| row.0).collect::<Vec<_>>(), [1, 1, 2, 2, 3, 3]);

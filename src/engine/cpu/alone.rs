@@ -21,7 +21,7 @@ use crate::kernels::cpu::pages::bytes_of;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::topology::core_cache_bytes;
-use crate::plan::{CacheId, Holds, MatrixId, NormKind, Plan};
+use crate::plan::{CacheId, Holds, MatrixId, NormSpec, Plan};
 
 /// Rounds of a real step, a reading pass and a step of arithmetic alone.
 const MIN_ROUNDS: usize = 3;
@@ -57,10 +57,9 @@ pub(super) struct Outputs {
 
 impl Outputs {
     fn new(steps: &[Step], plan: &Plan) -> Self {
-        let width = |step: &Step| match step {
-            Step::Linear { parts } => parts.iter().map(|part| plan.buffers[part.out.0].width).sum(),
-            Step::Attend(attend) => plan.buffers[attend.out.0].width,
-            _ => 0,
+        let width = |step: &Step| -> usize {
+            let attended = if let Step::Attend(attend) = step { plan.buffers[attend.out.0].width } else { 0 };
+            attended + parts(step).iter().map(|part| plan.buffers[part.out.0].width).sum::<usize>()
         };
         let mut len = 0;
         let mut starts = Vec::with_capacity(steps.len());
@@ -132,10 +131,7 @@ impl StandIns {
 }
 
 fn parts(step: &Step) -> &[crate::plan::LinearPart] {
-    match step {
-        Step::Linear { parts } => parts,
-        _ => &[],
-    }
+    if let Step::Linear { parts } = step { parts } else { &[] }
 }
 
 /// `range` as windows that all begin where it does, of `most` at a time: as many in all.
@@ -201,14 +197,13 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
                         part.bias.iter().for_each(|bias| piece(bytes_of(&weights.vectors[bias.0][rows.clone()])));
                     }
                 }
-                Step::Norm { kind, weight, .. } if worker.index() == 0 => {
-                    piece(bytes_of(&weights.vectors[weight.0]));
-                    if let NormKind::Layer { bias } = kind {
-                        piece(bytes_of(&weights.vectors[bias.0]));
-                    }
+                Step::Norm(NormSpec { norm, x: _, out: _ }) => {
+                    let own = norm.vectors().filter(|_| worker.index() == 0);
+                    own.for_each(|vector| piece(bytes_of(&weights.vectors[vector.0])));
                 }
                 Step::Attend(attend) => read_cache(attend.cache, weights, memory, call, worker, &mut piece),
-                _ => {}
+                Step::Embed(_) | Step::Patches(_) | Step::AddRows(_) | Step::Features(_) | Step::LastRow(_) => {}
+                Step::Prepare { .. } | Step::Activate(_) | Step::Add(_) | Step::Append(_) | Step::Argmax(_) => {}
             }
         }
         std::hint::black_box(folded);

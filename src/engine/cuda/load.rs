@@ -14,6 +14,7 @@ use super::pieces::{Job, Peak, READERS, Reading, jobs, peak};
 use crate::engine::Setup;
 use crate::engine::load::{Shared, Streamed, begin, format_of};
 use crate::engine::memory::is_out_of_memory;
+use crate::error::size;
 use crate::events::{Event, Listener};
 use crate::kernels::cuda::launch::address;
 use crate::kernels::cuda::staging::{Buffer, Staging};
@@ -72,7 +73,8 @@ fn explained(error: Error, setup: &Setup, formats: &Formats) -> Error {
         return error;
     }
     let Peak { resident, beyond } = peak(&setup.model.matrices, setup.source, formats);
-    error.context(format!("loading takes {resident} bytes of the device that stay, and {beyond} on the way"))
+    let (resident, beyond) = (size(resident as u64), size(beyond as u64));
+    error.context(format!("loading takes {resident} of the device that stay, and {beyond} on the way"))
 }
 
 fn is_bias(setup: &Setup, matrix: usize) -> bool {

@@ -19,7 +19,7 @@ use self::prefill_graphs::{Call, Prompts};
 use self::ring::Ring;
 use self::step::Step;
 use self::times::StepTimes;
-use super::memory::Pool;
+use super::memory::{Pool, named};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::events::Listener;
 use crate::kernels::cuda::gemm::{WORKSPACE_BYTES, Workspace};
@@ -137,7 +137,9 @@ impl Weights {
             let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
             let d_pad = padded_head(spec.head_dim);
             let len = spec.kv_heads * capacity * d_pad;
-            Ok(Cache { keys: device.alloc_zeros(len)?, values: device.alloc_zeros(len)?, capacity, d_pad })
+            let half =
+                || named(device.alloc_zeros(len), len * size_of::<f16>(), || format!("a cache of {capacity} tokens"));
+            Ok(Cache { keys: half()?, values: half()?, capacity, d_pad })
         };
         let angles = |rope: &Rope| device.clone_htod(&lower::angles(rope, setup.capacity));
         let vector = |values: &Vec<f32>| device.clone_htod(&padded(values));

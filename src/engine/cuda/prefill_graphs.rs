@@ -9,6 +9,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, sys};
 
 use super::Weights;
 use super::step::Step;
+use crate::engine::memory::named;
 use crate::kernels::cuda::arena::{Arena, Layout, Region};
 use crate::kernels::cuda::launch::{Rehearsal, address, upload};
 use crate::lower::cuda::{CallInput, CallKind, CallShape, Done, prefill};
@@ -132,7 +133,10 @@ impl Prompts {
             // Given back before there is more.
             self.memory = None;
             // SAFETY: a call writes what it takes before it reads it.
-            self.memory = Some(unsafe { device.alloc::<u8>(bytes) }?);
+            let memory = unsafe { device.alloc::<u8>(bytes) };
+            let Shape { rows, position, .. } = call.shape;
+            let what = || format!("activations and attention scores of {rows} tokens behind {position}");
+            self.memory = Some(named(memory, bytes, what)?);
         }
         self.known.push_front(known);
         self.known.truncate(SHAPES);

@@ -10,6 +10,8 @@ pub use cuda::{is_out_of_memory, of, read_bandwidth};
 
 use anyhow::Result;
 
+use crate::error::Refused;
+
 /// Bytes of a pool, now and at most since its marks were reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct PoolUse {
@@ -33,6 +35,21 @@ pub trait Pool {
 
     /// Unused bytes that the pool keeps at a synchronisation.
     fn release_threshold_bytes(&self) -> u64;
+}
+
+/// Says of an allocation that did not fit how large it was and what for.
+pub fn named<T, E: Into<anyhow::Error>>(
+    allocated: std::result::Result<T, E>,
+    bytes: usize,
+    what: impl FnOnce() -> String,
+) -> Result<T> {
+    allocated.map_err(|error| {
+        let error: anyhow::Error = error.into();
+        match is_out_of_memory(&error) {
+            true => error.context(Refused { bytes: bytes as u64, what: what() }),
+            false => error,
+        }
+    })
 }
 
 /// How fast a device's memory is, in 1e9 bytes a second; `None` where it was not measured.

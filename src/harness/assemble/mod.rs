@@ -64,6 +64,7 @@ pub fn records(
     let rows = case.rows();
     let mut records: Vec<Record> =
         rows.iter().zip(outcomes).map(|(row, outcome)| base(facts, row, outcome, decode)).collect();
+    instruction_set_of_all(&rows, &mut records);
     let fp16 = case.baseline();
     let real = facts.weights.source != "random";
     for (record, outcome) in records.iter_mut().zip(outcomes) {
@@ -78,9 +79,13 @@ pub fn records(
     let baseline = fp16.map(|at| records[at].clone());
     for (at, (record, outcome)) in records.iter_mut().zip(outcomes).enumerate() {
         let mut warnings = facts.warnings.clone();
+        let alone = |index: usize| outcomes[index].alone;
         if let Some(baseline) = baseline.as_ref().filter(|_| fp16 != Some(at)) {
-            compare(record, baseline, facts.order, &mut warnings);
+            let unpaired = alone(at) || fp16.is_some_and(alone);
+            compare(record, baseline, if unpaired { Order::InTurn } else { facts.order }, &mut warnings);
         }
+        let who = [Some(at), fp16].into_iter().flatten().find(|&index| alone(index) && record.status == Status::Ok);
+        warnings.extend(who.map(|index| Warning::RanAlone { label: rows[index].label() }));
         if record.status != Status::Oom && outcome.failure.is_none() {
             warnings.extend(tell::of_repeats(facts, record, outcome));
             warnings.extend(tell::of_machine(outcome));
@@ -90,6 +95,19 @@ pub fn records(
         record.warnings = warnings.iter().map(Warning::to_string).collect();
     }
     records
+}
+
+/// Rows that failed before they could tell their instruction set ran on the same device as those that did.
+fn instruction_set_of_all(rows: &[Row], records: &mut [Record]) {
+    let own = |at: &usize| rows[*at].engine == Engine::Quantbench;
+    let isas = (0..records.len()).filter(own).map(|at| records[at].environment.isa.clone());
+    let Some(isa) = isas.into_iter().find(|isa| !isa.is_empty()) else { return };
+    for at in (0..records.len()).filter(own) {
+        let known = &mut records[at].environment.isa;
+        if known.is_empty() {
+            known.clone_from(&isa);
+        }
+    }
 }
 
 /// One record for each precision of a case whose speed is not measured.
@@ -147,6 +165,8 @@ fn base(facts: &Facts, row: &Row, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> 
     };
     if let Some(failure) = &outcome.failure {
         fail(&mut record, failure);
+        let is_oom = record.status == Status::Oom;
+        record.memory.needed_bytes = Some(outcome.needed_bytes).filter(|bytes| is_oom && *bytes > 0);
     }
     record.metrics = metrics::summaries(&record);
     record.bandwidth = limit::bandwidth(facts, &record, outcome);
@@ -185,7 +205,7 @@ fn protocol(facts: &Facts, outcome: &Outcome) -> record::Protocol {
         warmup_ended: warmed.map(|warmed| warmed.ended.to_string()).unwrap_or_default(),
         n_repeats: outcome.samples.len() as u64,
         ended: outcome.ended.map(|ended| ended.to_string()).unwrap_or_default(),
-        order: facts.order.name().to_owned(),
+        order: if outcome.alone { Order::InTurn } else { facts.order }.name().to_owned(),
         interval: if facts.protocol.launches > 1 { "between-launches" } else { "within-run" }.to_owned(),
         method: facts.protocol.method.name().to_owned(),
         n_discarded: outcome.n_discarded as u64,

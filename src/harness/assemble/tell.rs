@@ -55,6 +55,8 @@ pub fn of_repeats(facts: &Facts, record: &Record, outcome: &Outcome) -> Vec<Warn
         warnings.push(Warning::BusyCpus { others_cpus, n_cpus: load.n_cpus });
     }
     warnings.extend(sync_differs(record));
+    let logits_problem = outcome.finished.as_ref().and_then(|finished| finished.logits_problem.clone());
+    warnings.extend(logits_problem.map(|problem| Warning::LogitsNotSaved { problem }));
     warnings
 }
 

@@ -6,12 +6,20 @@ use crate::kernels::cuda::libraries::{LIBRARIES, Place};
 use crate::kernels::cuda::probe;
 use crate::report::doctor::{CudaLibrary, GpuDevice};
 
-/// Every device that can be used. Fails with why the first one cannot.
-pub fn devices() -> Result<Vec<GpuDevice>, BadInput> {
-    let unclear = |error: anyhow::Error| match error.downcast::<BadInput>() {
+/// Fails with why the device cannot be used.
+pub fn check(ordinal: usize) -> Result<(), BadInput> {
+    probe(ordinal).map(|_| ()).map_err(unclear)
+}
+
+fn unclear(error: anyhow::Error) -> BadInput {
+    match error.downcast::<BadInput>() {
         Ok(problem) => problem,
         Err(other) => BadInput::new(format!("{other:#}")),
-    };
+    }
+}
+
+/// Every device that can be used. Fails with why the first one cannot.
+pub fn devices() -> Result<Vec<GpuDevice>, BadInput> {
     let first = device(0).map_err(unclear)?;
     let others = (1..attributes::count()).filter_map(|ordinal| device(ordinal).ok());
     Ok(std::iter::once(first).chain(others).collect())

@@ -52,9 +52,9 @@ pub fn examine() -> Examination {
     examination
 }
 
-/// Memory of a GPU; `None` where there is none.
-pub fn gpu_bytes(ordinal: usize) -> Option<u64> {
-    gpus::devices().ok()?.get(ordinal).map(|device| device.total_bytes)
+/// Whether this build can use the GPU of this number. Fails with why it cannot. No context is made on it.
+pub fn gpu(ordinal: usize) -> Result<(), BadInput> {
+    gpus::check(ordinal)
 }
 
 /// The files of a system below a root: `/` but in tests.

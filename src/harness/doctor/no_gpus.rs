@@ -8,6 +8,11 @@ pub fn devices() -> Result<Vec<GpuDevice>, BadInput> {
     Ok(Vec::new())
 }
 
+/// Fails: this build uses none.
+pub fn check(_ordinal: usize) -> Result<(), BadInput> {
+    Err(BadInput::new("this build of quantbench has no CUDA support").hint("build with `--features cuda`"))
+}
+
 /// None: this build opens no CUDA library.
 pub fn libraries() -> Vec<CudaLibrary> {
     Vec::new()

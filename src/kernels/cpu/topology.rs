@@ -5,11 +5,16 @@ use std::fs;
 
 /// Threads to compute with: physical cores that the affinity mask allows, no more than the cgroup's CPU limit.
 pub fn default_threads() -> usize {
-    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    let allowed = usable_cpus();
     match cores().len() {
         0 => allowed,
         cores => cores.min(allowed),
     }
+}
+
+/// CPUs that this process may use at once: its affinity mask within the quota of its control group and of those above it.
+pub fn usable_cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// One allowed CPU of each physical core, in rising order; empty where the system does not tell.

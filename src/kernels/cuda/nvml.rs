@@ -67,7 +67,7 @@ struct ProcessInfo {
 #[derive(Clone, Copy, Default)]
 struct MemoryInfo {
     total_bytes: u64,
-    _free_bytes: u64,
+    free_bytes: u64,
     used_bytes: u64,
 }
 
@@ -166,6 +166,23 @@ impl Gpu {
     /// Used and in all, over all processes.
     pub fn memory_bytes(&self) -> Option<(u64, u64)> {
         self.of_device(b"nvmlDeviceGetMemoryInfo\0").map(|memory: MemoryInfo| (memory.used_bytes, memory.total_bytes))
+    }
+
+    /// What nobody holds: what the driver keeps for itself is neither free nor anybody's.
+    pub fn free_bytes(&self) -> Option<u64> {
+        self.of_device(b"nvmlDeviceGetMemoryInfo\0").map(|memory: MemoryInfo| memory.free_bytes)
+    }
+
+    /// The instruction set as our kernels' names have it: `sm_90`.
+    pub fn isa(&self) -> Option<String> {
+        let (mut major, mut minor) = (0, 0);
+        type Capability = extern "C" fn(*mut c_void, *mut i32, *mut i32) -> i32;
+        // SAFETY: `nvmlDeviceGetCudaComputeCapability(nvmlDevice_t, int *major, int *minor)`.
+        let code = unsafe {
+            let capability = self.nvml.get::<Capability>(b"nvmlDeviceGetCudaComputeCapability\0").ok()?;
+            capability(self.device as *mut c_void, &mut major, &mut minor)
+        };
+        (code == SUCCESS).then(|| format!("sm_{major}{minor}"))
     }
 
     /// Processes that compute on the device.
@@ -277,5 +294,7 @@ mod tests {
         println!("{identity:?}\n{clocks:?}\n{state:?}\n{:?}\n{:?}", gpu.memory_bytes(), gpu.processes());
         assert!(identity.0.is_some_and(|name| !name.is_empty()));
         assert!(gpu.memory_bytes().is_some_and(|(used, total)| used <= total));
+        let (free, total) = (gpu.free_bytes().unwrap(), gpu.memory_bytes().unwrap().1);
+        assert!(free <= total, "{free} of {total}");
     }
 }

@@ -3,16 +3,12 @@
 use candle_core::Result;
 use half::f16;
 
-use super::score_tiles::{ScoreTile, ScoreTiles};
 use super::{BiasAt, CacheAt};
 use crate::kernels::cuda::arena::Arena;
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::Launcher;
 use crate::kernels::cuda::rows::{Bias, Heads, Rows};
-
-/// Rows whose attention is a launch of ours: cuBLAS takes several for each key/value head. More keys would not fit into shared memory.
-const FEW_ROWS: usize = 32;
-const FEW_KEYS: usize = 8192;
+use crate::lower::score_tiles::{ScoreTile, ScoreTiles, is_one_kernel};
 
 /// One attention.
 pub struct Call {
@@ -37,7 +33,7 @@ impl Call {
     /// this call.
     pub unsafe fn run(&self, on: &dyn Launcher, arena: &Arena) -> Result<()> {
         let Self { rows, heads, q, out, cache, keys, scale, is_causal, position, bias: _ } = *self;
-        if rows <= FEW_ROWS && keys <= FEW_KEYS {
+        if is_one_kernel(rows, keys) {
             let (memory, shape, bias) = ([cache.keys, cache.values], (rows, keys), self.bias(0));
             // SAFETY: the caller's promise.
             return unsafe { Rows { on }.attend(shape, heads, q, memory, out, scale, is_causal, position, bias) };

@@ -5,7 +5,6 @@ mod attention;
 mod call;
 mod check;
 pub mod prefill;
-mod score_tiles;
 pub mod step;
 mod tables;
 

@@ -1,6 +1,6 @@
 //! What a gate is and how it is written: `decode_tps:-5%`, `kl_mean:+0.002`, `weights_bytes`.
 
-use crate::error::BadInput;
+use crate::error::{BadInput, nearest};
 use crate::record::metrics::{self, Better, METRICS, Metric};
 
 /// The gates of a comparison that names none. Those without a value on either side are left out.
@@ -102,13 +102,40 @@ fn key(name: &str) -> Result<Key, BadInput> {
             false => Ok(Key::Metric(metric)),
         };
     }
-    let known = METRICS.iter().map(|metric| metric.key).chain(["weights.hash", "token_ids"]);
-    let nearest = known.max_by(|a, b| strsim::jaro(name, a).total_cmp(&strsim::jaro(name, b)));
     let error = BadInput::new(format!("unknown metric `{name}` in a gate"));
-    Err(match nearest {
-        Some(nearest) => error.hint(format!("the nearest is `{nearest}`; README.md lists all")),
-        None => error,
+    Err(match meant(name) {
+        Some(meant) => error.hint(format!("the nearest is `{meant}`; README.md lists all")),
+        None => error.hint("README.md lists all metrics"),
     })
+}
+
+/// Words of a metric's name as people and other tools have it, and the key here.
+const MEANINGS: &[(&[&str], &str)] = &[
+    (&["prefill", "prompt", "pp"], "prefill_tps"),
+    (&["tps", "tok", "toks", "throughput", "speed", "decode", "tg", "eval", "bandwidth", "mbu"], "decode_tps"),
+    (&["ttft", "first"], "ttft_ms"),
+    (&["tpot"], "tpot_ms"),
+    (&["itl", "inter"], "itl_ms"),
+    (&["latency", "duration", "time", "seconds"], "latency_s"),
+    (&["memory", "mem", "ram", "rss", "vram", "peak"], "peak_bytes"),
+    (&["size", "weights"], "weights_bytes"),
+    (&["ppl", "perplexity"], "perplexity_ratio"),
+    (&["kl", "kld", "divergence", "quality"], "kl_mean"),
+    (&["accuracy", "agreement", "top1"], "top1_agreement"),
+    (&["energy", "joules", "power", "watts"], "joules_per_token"),
+    (&["load", "loading", "startup"], "load_s"),
+    (&["speedup", "ratio"], "speedup_vs_fp16"),
+    (&["hash", "sha", "checksum"], "weights.hash"),
+    (&["tokens", "output", "text", "ids"], "token_ids"),
+];
+
+/// The key that is spelled nearly so, else the one that a word of the name means.
+fn meant(name: &str) -> Option<&'static str> {
+    let known = METRICS.iter().map(|metric| metric.key).chain(["weights.hash", "token_ids"]);
+    let name = name.to_lowercase();
+    let words: Vec<&str> = name.split(|c: char| !c.is_ascii_alphanumeric()).collect();
+    let by_word = || MEANINGS.iter().find(|(meanings, _)| words.iter().any(|word| meanings.contains(word)));
+    nearest(&name, known).or_else(|| by_word().map(|(_, key)| *key))
 }
 
 fn limit(gate: &str, text: &str) -> Result<Limit, BadInput> {
@@ -149,6 +176,24 @@ fn check(text: &str, key: Key, limit: Limit) -> Result<(), BadInput> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_metric_is_found_by_what_people_call_it() {
+        assert!(MEANINGS.iter().all(|(_, key)| super::key(key).is_ok() || metrics::find(key).is_some()));
+        for (name, meant) in [
+            ("decode_tsp", Some("decode_tps")),
+            ("throughput", Some("decode_tps")),
+            ("tok/s", Some("decode_tps")),
+            ("prefill_speed", Some("prefill_tps")),
+            ("memory", Some("peak_bytes")),
+            ("vram_gb", Some("peak_bytes")),
+            ("ppl", Some("perplexity_ratio")),
+            ("TTFT", Some("ttft_ms")),
+            ("foo", None),
+        ] {
+            assert_eq!(super::meant(name), meant, "{name}");
+        }
+    }
 
     #[test]
     fn gates_are_read() {

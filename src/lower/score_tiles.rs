@@ -1,7 +1,17 @@
-//! How the attention scores of many rows are cut so that few are held at once.
+//! How a prompt on a GPU cuts the attention scores of many rows so that few are held at once.
 
 /// Bytes of attention scores that a call may hold at once.
 pub const SCORE_BYTES: usize = 64 << 20;
+
+/// Prompts of so few rows, over so few keys, hold no scores: one kernel keeps them in shared memory. cuBLAS takes several launches for each
+/// key/value head, and more keys would not fit.
+const FEW_ROWS: usize = 32;
+const FEW_KEYS: usize = 8192;
+
+/// Whether one kernel of our own attends `rows` queries over `keys` keys.
+pub fn is_one_kernel(rows: usize, keys: usize) -> bool {
+    rows <= FEW_ROWS && keys <= FEW_KEYS
+}
 
 /// A score as cuBLAS sums it, fp32, and the weight that the softmax makes of it, fp16.
 const BYTES: usize = 4 + 2;
@@ -33,6 +43,11 @@ impl ScoreTiles {
             0 => Self { heads: 1, rows: (SCORE_BYTES / row_bytes).clamp(1, rows.max(1)) },
             fitting => Self { heads: fitting.clamp(1, together.max(1)), rows: rows.max(1) },
         }
+    }
+
+    /// Bytes of the scores of a tile over `total` keys.
+    pub fn bytes(self, total: usize) -> u64 {
+        [self.heads, self.rows, total, BYTES].iter().fold(1, |bytes: u64, factor| bytes.saturating_mul(*factor as u64))
     }
 
     /// All tiles of `rows` rows and `heads` heads, of which each `group` share a key/value head.

@@ -1,0 +1,335 @@
+//! How much memory a session will hold, from its model and lengths alone: no weights are read and no device is asked. Whoever
+//! must know whether a model fits asks here.
+
+use anyhow::Result;
+
+use super::{Device, Engine, candle};
+use crate::lower::score_tiles::{ScoreTiles, is_one_kernel};
+use crate::plan::{CacheSpec, Holds, LinearPart, Model, Op, Plan, Rows};
+use crate::quant::{FormatOptions, int8};
+use crate::weights::policy::Formats;
+
+/// What a process takes of a GPU beside its own allocations: the driver's context, the kernels and cuBLAS. An H200 with driver 580
+/// takes 0.5 to 0.6 GiB.
+pub const CONTEXT_BYTES: u64 = 640 << 20;
+
+/// Bytes that a session holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Needs {
+    /// In their stored formats.
+    pub weights_bytes: u64,
+    /// At the dtype that the engine holds keys and values in.
+    pub kv_cache_bytes: u64,
+    /// Activations, attention scores and tables of the longest call.
+    pub scratch_bytes: u64,
+    /// Of a GPU, for the process itself.
+    pub context_bytes: u64,
+}
+
+impl Needs {
+    /// What the session allocates.
+    pub fn session_bytes(&self) -> u64 {
+        self.weights_bytes.saturating_add(self.kv_cache_bytes).saturating_add(self.scratch_bytes)
+    }
+
+    /// What the device must have free.
+    pub fn bytes(&self) -> u64 {
+        self.session_bytes().saturating_add(self.context_bytes)
+    }
+}
+
+/// Tokens and rows of a workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lengths {
+    /// Filled into the cache by one call before the prompt's.
+    pub depth: usize,
+    pub prompt: usize,
+    pub gen_tokens: usize,
+    /// Rows of the encoder; 0 without one.
+    pub encoder: usize,
+}
+
+impl Lengths {
+    fn capacity(&self) -> usize {
+        self.depth.saturating_add(self.prompt).saturating_add(self.gen_tokens)
+    }
+
+    /// The calls of many rows that the decoder gets: their rows, and the positions that their last row sees.
+    fn calls(&self) -> [(usize, usize); 2] {
+        [(self.depth, self.depth), (self.prompt, self.depth.saturating_add(self.prompt))]
+    }
+}
+
+/// How the rows of a model are held: whose code, at which precision, where.
+#[derive(Debug, Clone, Copy)]
+pub struct Holding<'a> {
+    pub engine: Engine,
+    /// A name of [`crate::quant::FORMATS`].
+    pub precision: &'a str,
+    pub options: FormatOptions,
+    pub device: Device,
+}
+
+/// What a session of `model` will hold. Fails on an unknown precision.
+pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Result<Needs> {
+    let is_cuda = matches!(holding.device, Device::Cuda(_));
+    Ok(Needs {
+        weights_bytes: weights_bytes(model, holding)?,
+        kv_cache_bytes: cache_bytes(model, holding, lengths),
+        scratch_bytes: match (holding.engine, holding.device) {
+            (Engine::Candle, _) => candle_scratch_bytes(model, lengths, cache_element_bytes(model, holding)),
+            (Engine::Quantbench, Device::Cpu) => cpu_scratch_bytes(model, lengths),
+            (Engine::Quantbench, Device::Cuda(_)) => cuda_scratch_bytes(model, lengths, holding.precision),
+        },
+        context_bytes: if is_cuda { CONTEXT_BYTES } else { 0 },
+    })
+}
+
+/// Bytes of all weights at a precision, as stored; vectors count as fp16.
+pub fn stored_bytes(model: &Model, precision: &str, options: FormatOptions) -> Result<u64> {
+    let formats = Formats::new(precision, options)?;
+    let matrices = model.matrices.iter().map(|spec| formats.of(spec.role).stored_bytes(spec.n, spec.k) as u64);
+    Ok(matrices.sum::<u64>() + model.vector_bytes() as u64)
+}
+
+fn weights_bytes(model: &Model, holding: Holding) -> Result<u64> {
+    match holding.engine {
+        Engine::Quantbench => stored_bytes(model, holding.precision, holding.options),
+        Engine::Candle => Ok(model.parameters() as u64 * candle::dtype(model.architecture).size_in_bytes() as u64),
+    }
+}
+
+/// Of one key or value: fp32 on the CPU and fp16 on a GPU; candle has them as it has its activations.
+fn cache_element_bytes(model: &Model, holding: Holding) -> usize {
+    match (holding.engine, holding.device) {
+        (Engine::Candle, _) => candle::dtype(model.architecture).size_in_bytes(),
+        (Engine::Quantbench, Device::Cpu) => size_of::<f32>(),
+        (Engine::Quantbench, Device::Cuda(_)) => size_of::<half::f16>(),
+    }
+}
+
+/// Keys and values of both sides. On a GPU a head's lie in whole words of 16 bytes.
+fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
+    let element_bytes = cache_element_bytes(model, holding);
+    let head_granule = if matches!(holding.device, Device::Cuda(_)) { 8 } else { 1 };
+    let of_cache = |cache: &CacheSpec| {
+        let capacity = if cache.holds == Holds::Decoder { lengths.capacity() } else { lengths.encoder };
+        product(&[2, cache.kv_heads, cache.head_dim.next_multiple_of(head_granule), capacity, element_bytes])
+    };
+    model.caches.iter().map(of_cache).fold(0, u64::saturating_add)
+}
+
+/// Regions of fp32 as the engine lays them out: each side's for its longest call.
+fn cpu_scratch_bytes(model: &Model, lengths: &Lengths) -> u64 {
+    let longest = lengths.calls().map(|(rows, _)| rows).into_iter().max().unwrap_or(0);
+    let encoder = model.encoder.as_ref().map_or(0, |encoder| slot_bytes(&encoder.plan, lengths.encoder));
+    slot_bytes(&model.decoder, longest).saturating_add(encoder)
+}
+
+/// Buffers of a call of `rows` rows in fp32, those that never live at once in one place.
+fn slot_bytes(plan: &Plan, rows: usize) -> u64 {
+    let slots = plan.storage().slots;
+    let of_slot = |slot: &crate::plan::Slot| {
+        product(&[size_of::<f32>(), slot.width, if slot.rows == Rows::Tokens { rows } else { 1 }])
+    };
+    slots.iter().map(of_slot).fold(0, u64::saturating_add)
+}
+
+/// candle's models hold the scores of all heads, twice, and copy the caches as they grow.
+fn candle_scratch_bytes(model: &Model, lengths: &Lengths, element_bytes: usize) -> u64 {
+    let scores = |plan: &Plan, (rows, seen): (usize, usize)| {
+        let heads = attentions(model, plan).map(|attention| attention.heads).max().unwrap_or(0);
+        product(&[2, element_bytes, heads, rows, seen])
+    };
+    let decoder =
+        lengths.calls().map(|call| scores(&model.decoder, call).saturating_add(slot_bytes(&model.decoder, call.0)));
+    let encoder = model.encoder.as_ref().map(|encoder| {
+        scores(&encoder.plan, (lengths.encoder, lengths.encoder))
+            .saturating_add(slot_bytes(&encoder.plan, lengths.encoder))
+    });
+    decoder.into_iter().chain(encoder).max().unwrap_or(0)
+}
+
+/// The memory of the longest prompt, which is one for all calls, and the tables that last.
+fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, precision: &str) -> u64 {
+    let bytes = |plan: &Plan, rows: usize, seen: usize| {
+        CudaCall { model, plan, rows, seen, encoded: lengths.encoder, precision }.bytes()
+    };
+    let decoder = lengths.calls().map(|(rows, seen)| bytes(&model.decoder, rows, seen));
+    let encoder = model.encoder.as_ref().map(|encoder| bytes(&encoder.plan, lengths.encoder, lengths.encoder));
+    let longest = decoder.into_iter().chain(encoder).max().unwrap_or(0);
+    let reach = lengths.capacity().max(lengths.encoder);
+    let angles = model.ropes.iter().map(|rope| product(&[size_of::<f32>(), rope.rotary_dim, lengths.capacity()]));
+    let biases = model.biases.iter().map(|bias| product(&[size_of::<f32>(), model.matrices[bias.table.0].k, 2, reach]));
+    let logits = product(&[size_of::<f32>(), model.vocab]);
+    angles.chain(biases).chain([logits]).fold(longest, u64::saturating_add)
+}
+
+/// An attention of a plan.
+#[derive(Debug, Clone, Copy)]
+struct Attention {
+    heads: usize,
+    kv_heads: usize,
+    holds: Holds,
+}
+
+fn attentions<'a>(model: &'a Model, plan: &'a Plan) -> impl Iterator<Item = Attention> + 'a {
+    plan.ops.iter().filter_map(|op| attention(model, plan, op))
+}
+
+fn attention(model: &Model, plan: &Plan, op: &Op) -> Option<Attention> {
+    let Op::Attention(attention) = op else { return None };
+    let spec = model.caches[attention.cache.0];
+    let heads = plan.buffers[attention.q.0].width / spec.head_dim;
+    Some(Attention { heads, kv_heads: spec.kv_heads, holds: spec.holds })
+}
+
+/// A call of many rows on a GPU: buffers from the operation that writes them to the last that reads them, and what operations take
+/// beside them.
+struct CudaCall<'a> {
+    model: &'a Model,
+    plan: &'a Plan,
+    rows: usize,
+    /// Positions that the last row sees.
+    seen: usize,
+    /// Rows of the encoder's caches.
+    encoded: usize,
+    precision: &'a str,
+}
+
+impl CudaCall<'_> {
+    /// The most that is held at once.
+    fn bytes(&self) -> u64 {
+        if self.rows == 0 {
+            return 0;
+        }
+        // The head is a launch of its own for one row.
+        let n_ops = self.plan.head().map_or(self.plan.ops.len(), |head| head.body_len);
+        let (lives, widths) = (self.plan.lifetimes(), self.bytes_a_row());
+        let of_op = |(index, op): (usize, &Op)| {
+            let lives = lives.iter().zip(&widths).filter(|((first, last), _)| (*first..=*last).contains(&index));
+            let held = lives.map(|(_, width)| product(&[*width, self.rows])).fold(0, u64::saturating_add);
+            held.saturating_add(self.beside(op))
+        };
+        self.plan.ops[..n_ops].iter().enumerate().map(of_op).max().unwrap_or(0)
+    }
+
+    /// Of each buffer: fp32 where a residual lives, fp16 elsewhere.
+    fn bytes_a_row(&self) -> Vec<usize> {
+        let mut element_bytes = vec![size_of::<half::f16>(); self.plan.buffers.len()];
+        for op in &self.plan.ops {
+            let residuals = match op {
+                Op::Embed(spec) => vec![spec.out],
+                Op::AddRows(spec) => vec![spec.x],
+                Op::Norm(spec) => vec![spec.x],
+                Op::Add(spec) => vec![spec.a, spec.out],
+                Op::Patches(_) | Op::Features(_) | Op::Linear(_) | Op::Append(_) | Op::Attention(_) => Vec::new(),
+                Op::Activation(_) | Op::LastRow(_) | Op::Argmax(_) => Vec::new(),
+            };
+            residuals.into_iter().for_each(|buffer| element_bytes[buffer.0] = size_of::<f32>());
+        }
+        self.plan.buffers.iter().zip(element_bytes).map(|(buffer, bytes)| buffer.width * bytes).collect()
+    }
+
+    /// What an operation takes while it runs.
+    fn beside(&self, op: &Op) -> u64 {
+        if let Some(Attention { heads, kv_heads, holds }) = attention(self.model, self.plan, op) {
+            let seen = if holds == Holds::Decoder { self.seen } else { self.encoded };
+            if is_one_kernel(self.rows, seen) {
+                return 0;
+            }
+            return ScoreTiles::new(heads, heads / kv_heads.max(1), self.rows, seen).bytes(seen);
+        }
+        let Op::Linear(spec) = op else { return 0 };
+        if self.precision != int8::ENTRY.name {
+            return 0;
+        }
+        // LLM.int8 makes codes of the activations, and products in 32 bits.
+        let of_part = |part: &LinearPart| {
+            let matrix = &self.model.matrices[part.weight.0];
+            product(&[self.rows, matrix.n, size_of::<i32>()]).saturating_add(product(&[self.rows, matrix.k]))
+        };
+        spec.parts.iter().map(of_part).max().unwrap_or(0)
+    }
+}
+
+/// In 64 bits, at most `u64::MAX`.
+fn product(factors: &[usize]) -> u64 {
+    factors.iter().fold(1u64, |product, factor| product.saturating_mul(*factor as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::builtin_models;
+
+    const GIB: f64 = (1u64 << 30) as f64;
+
+    fn model(name: &str) -> Model {
+        let shape = builtin_models().iter().find(|shape| shape.name == name).expect("a built-in shape");
+        crate::models::build(&shape.config()).unwrap()
+    }
+
+    fn of(name: &str, precision: &str, device: Device, lengths: Lengths) -> Needs {
+        let holding = Holding { engine: Engine::Quantbench, precision, options: FormatOptions::default(), device };
+        needs(&model(name), holding, &lengths).unwrap()
+    }
+
+    /// llama-3.2-1b has 16 layers of 8 key/value heads of 64: 2 · 16 · 8 · 64 values a position.
+    #[test]
+    fn a_cache_counts_at_the_dtype_that_it_has() {
+        let lengths = Lengths { depth: 1000, prompt: 8, gen_tokens: 16, encoder: 0 };
+        let values = 2 * 16 * 8 * 64 * 1024;
+        assert_eq!(of("llama-3.2-1b", "fp16", Device::Cpu, lengths).kv_cache_bytes, 4 * values);
+        assert_eq!(of("llama-3.2-1b", "fp16", Device::Cuda(0), lengths).kv_cache_bytes, 2 * values);
+        // Heads of 20 values lie in 24 on a GPU.
+        let mut odd = model("llama-3.2-1b");
+        odd.caches.iter_mut().for_each(|cache| cache.head_dim = 20);
+        let cuda = Holding {
+            engine: Engine::Quantbench,
+            precision: "fp16",
+            options: FormatOptions::default(),
+            device: Device::Cuda(0),
+        };
+        assert_eq!(cache_bytes(&odd, cuda, &lengths), 2 * 16 * 8 * 24 * 1024 * 2);
+    }
+
+    /// A cache that is filled by one call of 120000 rows holds scores of a tile of at most 64 MiB, not those of all rows at once.
+    #[test]
+    fn the_scores_of_a_long_prompt_are_counted() {
+        let lengths = Lengths { depth: 120_000, prompt: 8, gen_tokens: 64, encoder: 0 };
+        let needs = of("llama-3.2-1b", "fp16", Device::Cuda(0), lengths);
+        let scores = ScoreTiles::new(32, 4, 120_000, 120_000).bytes(120_000);
+        assert!(scores > 63 << 20 && scores <= 64 << 20, "{scores}");
+        // One row of each residual (fp32) and the widest pair of activations (fp16) are held beside them.
+        let activations = 120_000 * (4 * 2048 + 2 * 2 * 8192) as u64;
+        assert!(needs.scratch_bytes > scores + activations && needs.scratch_bytes < 2 * (scores + activations), "{needs:?}");
+        assert!(((needs.kv_cache_bytes as f64 / GIB) - 3.66).abs() < 0.01, "{needs:?}");
+        let short =
+            of("llama-3.2-1b", "fp16", Device::Cuda(0), Lengths { depth: 0, prompt: 8, gen_tokens: 64, encoder: 0 });
+        assert!(short.scratch_bytes < 64 << 20, "{short:?}");
+    }
+
+    #[test]
+    fn every_precision_of_every_shape_has_needs() {
+        let lengths = Lengths { depth: 0, prompt: 128, gen_tokens: 64, encoder: 256 };
+        for shape in builtin_models() {
+            for entry in crate::quant::FORMATS {
+                for device in [Device::Cpu, Device::Cuda(0)] {
+                    let needs = of(shape.name, entry.name, device, lengths);
+                    assert!(
+                        needs.weights_bytes > 0 && needs.kv_cache_bytes > 0 && needs.scratch_bytes > 0,
+                        "{needs:?}"
+                    );
+                    assert_eq!(needs.context_bytes > 0, device != Device::Cpu, "{} {}", shape.name, entry.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn lengths_beyond_any_memory_are_no_overflow() {
+        let lengths = Lengths { depth: usize::MAX / 2, prompt: usize::MAX / 2, gen_tokens: 9, encoder: 0 };
+        assert_eq!(of("phi-2", "nf4", Device::Cuda(0), lengths).bytes(), u64::MAX);
+    }
+}

@@ -1,0 +1,148 @@
+//! Whether rows fit: what each needs, what is free, and so whether their workers load together or one after the other.
+
+use anyhow::Result;
+
+use super::memory::ProcessMemory;
+use super::process;
+use super::prompt::Workload;
+use super::protocol::{Failure, Finished, LoadFacts, Sample, Warmed};
+use super::schedule::{Order, Worker};
+use super::{Case, DeviceChoice, Row};
+use crate::engine::needs::{self, Holding, Lengths, Needs};
+use crate::error::OutOfMemory;
+use crate::events::Listener;
+use crate::plan::Model;
+
+/// What a worker holds of the host's memory beside its session: code, stacks, tables.
+const WORKER_BYTES: u64 = 64 << 20;
+
+/// What loading may use beyond the final size, for one worker at a time.
+const LOADING_BYTES: u64 = 256 << 20;
+
+/// What the rows of a case need of a device, and what is free there.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Room {
+    pub device: DeviceChoice,
+    /// Of each row.
+    pub needs: Vec<Needs>,
+    /// `None` where the system does not tell.
+    pub free_bytes: Option<u64>,
+}
+
+impl Room {
+    /// Fails on a precision that is none.
+    pub fn new(case: &Case, (model, workload): (&Model, &Workload), device: DeviceChoice) -> Result<Self> {
+        let of_row = |row: &Row| needs(case, row, (model, workload), device);
+        let needs = case.rows().iter().map(of_row).collect::<Result<_>>()?;
+        let free_bytes = match device {
+            DeviceChoice::Cuda(_) => process::free_bytes(device),
+            // The limit of a process is not one of all workers together.
+            DeviceChoice::Cpu | DeviceChoice::Auto => ProcessMemory::default().available_bytes(),
+        };
+        Ok(Self { device, needs, free_bytes })
+    }
+
+    /// In turn where the workers do not fit together into what is free.
+    pub fn order(&self) -> Order {
+        let fits = self.free_bytes.is_none_or(|free| self.together_bytes() <= free);
+        if self.needs.len() > 1 && !fits { Order::InTurn } else { Order::Interleaved }
+    }
+
+    /// What all workers take at once, while the last of them loads.
+    pub fn together_bytes(&self) -> u64 {
+        let own_bytes = match self.device {
+            // A context is part of the needs.
+            DeviceChoice::Cuda(_) => 0,
+            DeviceChoice::Cpu | DeviceChoice::Auto => WORKER_BYTES,
+        };
+        let workers = self.needs.iter().map(|needs| needs.bytes().saturating_add(own_bytes));
+        workers.fold(LOADING_BYTES, u64::saturating_add)
+    }
+}
+
+/// What the worker of a row will hold.
+pub fn needs(case: &Case, row: &Row, (model, workload): (&Model, &Workload), device: DeviceChoice) -> Result<Needs> {
+    let holding =
+        Holding { engine: row.engine, precision: &row.precision, options: case.format_options, device: device.into() };
+    needs::needs(model, holding, &lengths(workload))
+}
+
+pub fn lengths(workload: &Workload) -> Lengths {
+    let task = &workload.task;
+    Lengths { depth: task.depth.len(), prompt: task.prompt.len(), gen_tokens: task.n_gen, encoder: workload.n_encoder }
+}
+
+/// Stands in for a worker that is not worth starting.
+pub struct TooLarge {
+    pub label: String,
+    pub needed_bytes: u64,
+    pub free_bytes: u64,
+}
+
+impl TooLarge {
+    fn refuse<T>(&self) -> Result<T, Failure> {
+        let Self { needed_bytes, free_bytes, .. } = *self;
+        let message = OutOfMemory { wanted_bytes: needed_bytes, free_bytes }.to_string();
+        Err(Failure::OutOfMemory { message, wanted_bytes: needed_bytes, free_bytes })
+    }
+}
+
+impl Worker for TooLarge {
+    fn label(&self) -> &str {
+        &self.label
+    }
+
+    fn load(&mut self, _events: &dyn Listener) -> Result<LoadFacts, Failure> {
+        self.refuse()
+    }
+
+    fn warm_up(&mut self, _events: &dyn Listener) -> Result<Warmed, Failure> {
+        self.refuse()
+    }
+
+    fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
+        self.refuse()
+    }
+
+    fn finish(&mut self, _events: &dyn Listener) -> Result<Finished, Failure> {
+        self.refuse()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn check(device: DeviceChoice, weights: &[u64], free_bytes: Option<u64>, order: Order) {
+        let context_bytes = if device == DeviceChoice::Cpu { 0 } else { needs::CONTEXT_BYTES };
+        let needs = weights.iter().map(|&weights_bytes| Needs { weights_bytes, context_bytes, ..Needs::default() });
+        let room = Room { device, needs: needs.collect(), free_bytes };
+        assert_eq!(room.order(), order, "{room:?}");
+    }
+
+    #[test]
+    fn workers_load_together_only_where_they_fit_together() {
+        use Order::{InTurn, Interleaved};
+        for device in [DeviceChoice::Cpu, DeviceChoice::Cuda(0)] {
+            check(device, &[2 * GIB, GIB], Some(100 * GIB), Interleaved);
+            check(device, &[2 * GIB, GIB], Some(3 * GIB), InTurn);
+            check(device, &[200 * GIB], Some(GIB), Interleaved);
+            check(device, &[2 * GIB, GIB], None, Interleaved);
+            check(device, &[u64::MAX, GIB], Some(3 * GIB), InTurn);
+        }
+        // A card with 4.8 GiB free: int8 of 2.87 GiB and nf4 of 1.75 GiB would fit without their contexts.
+        let sizes = [2_870 * GIB / 1000, 1_750 * GIB / 1000];
+        check(DeviceChoice::Cuda(0), &sizes, Some(4_800 * GIB / 1000), InTurn);
+        check(DeviceChoice::Cpu, &sizes, Some(5_200 * GIB / 1000), Interleaved);
+    }
+
+    #[test]
+    fn what_is_too_large_is_refused_with_both_sizes() {
+        let worker = TooLarge { label: "fp16".to_owned(), needed_bytes: 3 * GIB, free_bytes: GIB };
+        let message = "out of memory: wanted 3.00 GiB, 1.00 GiB free".to_owned();
+        let expected = Failure::OutOfMemory { message, wanted_bytes: 3 * GIB, free_bytes: GIB };
+        assert_eq!(worker.refuse::<()>(), Err(expected));
+    }
+}
