@@ -1,4 +1,4 @@
-//! optimum-benchmark's `benchmark.json`: its prefill and decode are ours by definition, taken in one generation each.
+//! optimum-benchmark's `benchmark.json`: its prefill and decode are ours by definition, taken in one generation each, of a whole batch.
 
 use serde_json::Value;
 
@@ -44,14 +44,30 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
         record.phases.insert("load".to_owned(), load_s);
     }
     record.memory.peak_bytes = peak_bytes(row, &record.device.kind);
+    if let Some(n_beams) = generate("num_beams").filter(|n| *n > 1) {
+        record.warnings.push(format!(
+            "beam_search: of {n_beams} beams one is kept, and its tokens are counted; optimum-benchmark's own throughput counts all"
+        ));
+    }
     Ok(finished(record, given))
 }
 
 /// Repeats with prefill and decode each; the steps of single tokens where they are as many as the repeats need.
 fn samples(row: &Value, n_gen: u64) -> Result<Samples, String> {
+    for phase in ["prefill", "decode", "per_token"] {
+        let unit = text(row, &format!("/report/{phase}/latency/unit"));
+        if !["", "s"].contains(&unit.as_str()) {
+            return Err(format!("its {phase} is in `{unit}`, not in seconds"));
+        }
+    }
     let ns = |seconds: &f64| (seconds * 1e9).round() as u64;
     let (prefill, decode) =
         (numbers(row, "/report/prefill/latency/values")?, numbers(row, "/report/decode/latency/values")?);
+    if prefill.is_empty() {
+        return Err("it times no prefill: of optimum-benchmark the text generations are read".into());
+    }
+    // One new token takes no decode step.
+    let decode = if n_gen == 1 && decode.is_empty() { vec![0.0; prefill.len()] } else { decode };
     if prefill.len() != decode.len() {
         return Err(format!("{} prefills and {} decodes are no pairs", prefill.len(), decode.len()));
     }
