@@ -117,7 +117,10 @@ fn what_is_missing_or_foreign_is_said() {
             "vllm.json",
             &["`--model-id ID`, `--precision NAME`, `--prompt-tokens N`, `--max-new-tokens N`, `--batch-size N`"][..],
         ),
-        ("vllm.json --prompt-tokens 1 --max-new-tokens 2", &["give `--model-id ID`, `--precision NAME`, `--batch-size N`"]),
+        (
+            "vllm.json --prompt-tokens 1 --max-new-tokens 2",
+            &["give `--model-id ID`, `--precision NAME`, `--batch-size N`"],
+        ),
         ("vllm.json --from llama-bench", &["not what llama-bench writes"]),
         ("absent.json", &["cannot import `absent.json`"]),
         ("../records/three_precisions.json", &["no known tool writes this", "`quantbench report`"]),

@@ -15,7 +15,8 @@ fn root() -> &'static Path {
 
 /// Exit code, stdout and stderr.
 fn run(folder: &Path, program: &str, arguments: &[&str]) -> (Option<i32>, String, String) {
-    let output = Command::new(program).args(arguments).current_dir(folder).stdin(Stdio::null()).output().expect("start");
+    let output =
+        Command::new(program).args(arguments).current_dir(folder).stdin(Stdio::null()).output().expect("start");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
@@ -80,7 +81,9 @@ fn no_two_outputs_of_a_run_disagree() {
     // The card is in the record, for whoever reads it later.
     assert_eq!(read(&folder, "run.json")["records"][0]["card_bytes"], 1u64 << 30);
     assert!(quantbench(folder.path(), "report run.json").contains("into 1.00 GiB fp16, int8 and nf4 fit"));
-    assert!(quantbench(folder.path(), "report run.json --card 0.001").contains("into 0.00 GiB fp16, int8 and nf4 do not"));
+    assert!(
+        quantbench(folder.path(), "report run.json --card 0.001").contains("into 0.00 GiB fp16, int8 and nf4 do not")
+    );
 }
 
 #[test]
@@ -128,7 +131,10 @@ fn several_files_stand_in_one_report_each_under_its_name() {
     assert_eq!(rows.len(), 3, "{table}");
     // nf4 went from 40 to 10 tokens/s; where the base stands, there is no change to show.
     assert!(rows[2].starts_with("nf4") && rows[2].contains("-75.0 % ["), "{table}");
-    assert!(table.lines().filter(|line| line.contains("  base.json, 2026")).all(|line| line.ends_with("  -")), "{table}");
+    assert!(
+        table.lines().filter(|line| line.contains("  base.json, 2026")).all(|line| line.ends_with("  -")),
+        "{table}"
+    );
     assert!(!table.contains("nf4 and nf4"), "{table}");
     // The same file twice, and JSON lines of a merge.
     let twice = quantbench(folder.path(), "report base.json base.json");
@@ -164,14 +170,19 @@ fn our_rows_come_back_from_llama_bench() {
     let folder = tempfile::tempdir().expect("a folder");
     let document = example("three_precisions");
     write(&folder, "r.json", &document);
-    fs::write(folder.path().join("r.jsonl"), quantbench(folder.path(), "report r.json --format llama-bench")).expect("write");
+    fs::write(folder.path().join("r.jsonl"), quantbench(folder.path(), "report r.json --format llama-bench"))
+        .expect("write");
     quantbench(folder.path(), "import r.jsonl -o back.json");
     let back = read(&folder, "back.json");
     let rows = back["records"].as_array().expect("records");
     assert_eq!(rows.len(), 6);
     for (record, pair) in document["records"].as_array().unwrap().iter().zip(rows.chunks(2)) {
         for key in ["precision", "engine", "model", "device", "timestamp"] {
-            let expected = if key == "model" { &json!({"id": "example-1b", "revision": null, "architecture": "llama", "parameters": 1_000_000_000u64}) } else { &record[key] };
+            let expected = if key == "model" {
+                &json!({"id": "example-1b", "revision": null, "architecture": "llama", "parameters": 1_000_000_000u64})
+            } else {
+                &record[key]
+            };
             assert_eq!((&pair[0][key], &pair[1][key]), (expected, expected), "{key}");
         }
         for (row, key) in [(&pair[0], "prefill_tps"), (&pair[1], "decode_tps")] {
@@ -202,7 +213,10 @@ fn the_next_steps_are_for_people_alone() {
     // Stdout is no terminal here: a program reads it, or nobody does.
     let folder = tempfile::tempdir().expect("a folder");
     let model = root().join("tests/golden/models/llama-tiny");
-    let line = format!("--model-id {} --prompt-ids 1,2 --max-new-tokens 2 --repeats 1 --warmup 0 --threads 1", model.display());
+    let line = format!(
+        "--model-id {} --prompt-ids 1,2 --max-new-tokens 2 --repeats 1 --warmup 0 --threads 1",
+        model.display()
+    );
     let table = quantbench(folder.path(), &line);
     assert!(table.contains("precision") && !table.contains("limit, not measured"), "{table}");
 }

@@ -278,7 +278,8 @@ fn random_weights_have_no_quality() {
     assert!(error.contains("no quality can be measured: random weights predict nothing"), "{error}");
     // At once and not below a run; the same before it.
     for args in ["--quality", "--quality --dry-run", "--quality-tokens 9"] {
-        let output = quantbench(&model, &format!("--weights random {args} --precision fp16 --max-new-tokens 2 --threads 1"));
+        let output =
+            quantbench(&model, &format!("--weights random {args} --precision fp16 --max-new-tokens 2 --threads 1"));
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!((output.status.code(), output.stdout.is_empty()), (Some(2), true), "{args}: {error}");
         assert!(error.contains("no quality can be measured: random weights predict nothing"), "{args}: {error}");

@@ -177,9 +177,12 @@ fn no_csv_column_is_always_empty() {
     let document = Document { schema_version: SCHEMA_VERSION, records: vec![full_record()] };
     let text = (report::find("csv").expect("a writer").write)(&document, &Options::default()).expect("write");
     let rows = csv_rows(&text);
-    let empty: Vec<&String> = rows[0].iter().zip(&rows[1]).filter(|(_, cell)| cell.is_empty()).map(|(name, _)| name).collect();
+    let empty: Vec<&String> =
+        rows[0].iter().zip(&rows[1]).filter(|(_, cell)| cell.is_empty()).map(|(name, _)| name).collect();
     assert!(empty.is_empty(), "{empty:?}");
-    for name in ["tainted", "n_repeats", "bound", "kl_mean_ci95_low", "perplexity_ratio_ci95_high", "card_bytes", "warnings"] {
+    for name in
+        ["tainted", "n_repeats", "bound", "kl_mean_ci95_low", "perplexity_ratio_ci95_high", "card_bytes", "warnings"]
+    {
         assert!(rows[0].iter().any(|column| column == name), "{name}");
     }
 }

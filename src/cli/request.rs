@@ -404,7 +404,14 @@ mod tests {
             let asked = request(line).ok().map(|request| (request.case.model.model_id, request.is_first_look));
             assert_eq!(asked, model_id.map(|id| (id.to_owned(), !line.contains("--model-id"))), "{line}");
         }
-        for line in ["--quiet", "--format table", "--output r.json", "--model-id smollm2-135m", "--precision nf4", "--baseline b.json"] {
+        for line in [
+            "--quiet",
+            "--format table",
+            "--output r.json",
+            "--model-id smollm2-135m",
+            "--precision nf4",
+            "--baseline b.json",
+        ] {
             assert!(!request(line).unwrap().is_first_look, "{line}");
         }
         let is_built_in = |name: &str| weights::builtin_models().iter().any(|shape| shape.name == name);

@@ -21,8 +21,8 @@ use crate::quality::windows::{self, Window};
 use crate::quality::{CallPath, pass, rows, summary, text};
 use crate::quant::fp32;
 use crate::record::{self, Record};
-use crate::weights::{Checkpoint, SourceKind};
 use crate::weights::policy::Selection;
+use crate::weights::{Checkpoint, SourceKind};
 
 /// Tokens of the text where the user does not say.
 pub const DEFAULT_TOKENS: usize = 512;
@@ -52,7 +52,8 @@ pub struct QualityChoice {
 /// Fails with [`BadInput`] where the quality of a checkpoint cannot be measured. `tokenizer_comes` says that one is still to be downloaded.
 pub fn check(checkpoint: &Checkpoint, tokenizer_comes: bool) -> Result<(), BadInput> {
     let refused = |reason: String, hint: &str| {
-        Err(BadInput::new(format!("no quality can be measured: {reason}")).hint(format!("{hint}; or drop the options of quality")))
+        Err(BadInput::new(format!("no quality can be measured: {reason}"))
+            .hint(format!("{hint}; or drop the options of quality")))
     };
     if checkpoint.source_kind() == SourceKind::Random {
         return refused("random weights predict nothing".to_owned(), "name a folder or a hub id with `--model-id`");

@@ -61,7 +61,8 @@ fn same_case(a: &Record, b: &Record) -> bool {
         && a.weights.source == b.weights.source
         && a.device == b.device
         && a.workload == b.workload
-        && (a.engine.name == b.engine.name || (a.command == b.command && a.timestamp == b.timestamp && a.file == b.file))
+        && (a.engine.name == b.engine.name
+            || (a.command == b.command && a.timestamp == b.timestamp && a.file == b.file))
         && a.keep_fp16 == b.keep_fp16
         && a.environment.threads == b.environment.threads
         && (!both_ran || a.environment.isa == b.environment.isa)
@@ -320,7 +321,11 @@ mod tests {
                 &[format!("base.json, {first}"), format!("new.json, {second}")],
                 &["base.json", "new.json"],
             ),
-            (&[("r.json", same), ("r.json", later)], &[format!("#1 r.json, {first}"), format!("#2 r.json, {second}")], &["#1", "#2"]),
+            (
+                &[("r.json", same), ("r.json", later)],
+                &[format!("#1 r.json, {first}"), format!("#2 r.json, {second}")],
+                &["#1", "#2"],
+            ),
             (&[("", same), ("", same)], &[format!("#1 {first}"), format!("#2 {first}")], &["#1", "#2"]),
             (
                 &[("a.json", same), ("b.json", other_commit)],
@@ -332,7 +337,10 @@ mod tests {
             let document = of(files);
             let cases = super::cases(&document);
             assert_eq!(cases.len(), 1);
-            assert_eq!(cases[0].runs.iter().map(|run| &run.label).collect::<Vec<_>>(), labels.iter().collect::<Vec<_>>());
+            assert_eq!(
+                cases[0].runs.iter().map(|run| &run.label).collect::<Vec<_>>(),
+                labels.iter().collect::<Vec<_>>()
+            );
             assert_eq!(cases[0].runs.iter().map(|run| run.short.as_str()).collect::<Vec<_>>(), *short);
             assert_eq!(cases[0].names_run, files.len() > 1);
             assert!(cases[0].runs.iter().all(|run| run.records.len() == 3));
@@ -344,7 +352,10 @@ mod tests {
         let revised: fn(&mut Record) = |record| record.model.revision = Some("abc".into());
         let document = of(&[("", |_| {}), ("", revised)]);
         let cases = super::cases(&document);
-        assert_eq!(cases.iter().map(|case| (case.runs.len(), case.names_run)).collect::<Vec<_>>(), [(1, true), (1, true)]);
+        assert_eq!(
+            cases.iter().map(|case| (case.runs.len(), case.names_run)).collect::<Vec<_>>(),
+            [(1, true), (1, true)]
+        );
         let other_machine: fn(&mut Record) = |record| record.device.name = "Another CPU".into();
         let document = of(&[("a.json", |_| {}), ("b.json", other_machine)]);
         assert_eq!(super::cases(&document).iter().map(|case| case.names_run).collect::<Vec<_>>(), [true, true]);
@@ -354,7 +365,9 @@ mod tests {
     #[test]
     fn a_failed_first_row_says_nothing_of_the_machine() {
         let mut records = example();
-        records.iter_mut().for_each(|record| record.device = crate::record::DeviceFacts { kind: "cuda".into(), name: "GPU".into() });
+        records
+            .iter_mut()
+            .for_each(|record| record.device = crate::record::DeviceFacts { kind: "cuda".into(), name: "GPU".into() });
         records.iter_mut().for_each(|record| record.environment.isa = "sm_90".into());
         (records[0].status, records[0].environment.isa) = (Status::Error, "avx512".into());
         let document = Document { schema_version: 1, records };

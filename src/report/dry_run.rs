@@ -89,7 +89,8 @@ impl DryRun {
             self.model, self.architecture, self.device
         );
         let lengths = format!("{}{bound}; workers {order}: {}", case::workload(&self.workload), self.repeats);
-        let quality = self.quality.as_ref().map(|text| plain(&format!("then the quality of each precision over {text}")) + "\n");
+        let quality =
+            self.quality.as_ref().map(|text| plain(&format!("then the quality of each precision over {text}")) + "\n");
         let head = format!("{}\n{}\n{}", plain(&title), plain(&lengths), quality.unwrap_or_default());
         format!("{head}\n{}\n{}", self.downloads(), self.fit())
     }
@@ -115,7 +116,10 @@ impl DryRun {
             Line::Cells(texts.into_iter().chain(card).map(str::to_owned).collect())
         };
         let mut lines = vec![
-            cells(["precision", "weights", "cache", "activations", "together", "fits"], card.as_deref().map(|_| "fits a card")),
+            cells(
+                ["precision", "weights", "cache", "activations", "together", "fits"],
+                card.as_deref().map(|_| "fits a card"),
+            ),
             cells(["", "GiB", "GiB", "GiB", "GiB", "here"], card.as_deref()),
         ];
         let gib = |bytes: u64| format!("{:.3}", bytes as f64 / GIB);

@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 
+use super::case::{self, Case};
 use super::columns::{self, Row, Sheet};
 use super::grid::{self, Line};
-use super::case::{self, Case};
 use super::{Options, Writer, modules, verdict};
 use crate::record::Document;
 
@@ -23,7 +23,8 @@ fn write(document: &Document, options: &Options) -> Result<String> {
 fn block(case: &Case, options: &Options) -> String {
     let mut sheet = columns::sheet(case, options.wide);
     let notes = std::mem::take(&mut sheet.notes);
-    let verdicts: String = verdict::verdicts(case, options.card_bytes).iter().map(|verdict| format!("{verdict}\n")).collect();
+    let verdicts: String =
+        verdict::verdicts(case, options.card_bytes).iter().map(|verdict| format!("{verdict}\n")).collect();
     let mut text = format!("{}\n{verdicts}\n{}", case.title(), grid::render(&lines(sheet)));
     text += &paragraph("", &notes);
     text += &modules::tables(case);

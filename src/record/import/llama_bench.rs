@@ -29,6 +29,9 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
     let (Some(n_prompt), Some(n_gen)) = (number(row, "/n_prompt"), number(row, "/n_gen")) else {
         return Err("`n_prompt` and `n_gen` are no numbers of tokens".into());
     };
+    if n_prompt + n_gen == 0 {
+        return Err("it processes no token: `n_prompt` and `n_gen` are 0".into());
+    }
     let mut record = unknown("llama.cpp");
     let build = row.get("build_number").and_then(Value::as_u64).map(|build| format!("b{build}"));
     record.engine = Engine { version: build.unwrap_or_default(), commit: text(row, "/build_commit"), ..record.engine };
@@ -123,8 +126,8 @@ fn values(row: &Value, n_prompt: u64, n_gen: u64, samples: Vec<f64>) -> Result<B
 /// The cells of a Markdown table under the keys of a JSON row. Sizes are left out: the table rounds them.
 fn of_markdown(row: &Value, cells: &Value) -> Result<Value, String> {
     let cell = |name: &str| cells.get(name).and_then(Value::as_str).unwrap_or_default();
-    let (n_prompt, n_gen, n_depth) =
-        test(cell("test")).ok_or_else(|| format!("`{}` is no test such as pp512, tg128 or pp512+tg128", cell("test")))?;
+    let (n_prompt, n_gen, n_depth) = test(cell("test"))
+        .ok_or_else(|| format!("`{}` is no test such as pp512, tg128 or pp512+tg128", cell("test")))?;
     // `2368.80 ± 93.24`, whatever became of the sign in between.
     let speeds: Vec<f64> = cell("t/s").split_whitespace().filter_map(|word| word.parse().ok()).collect();
     let Some(avg_ts) = speeds.first() else { return Err(format!("`{}` is no speed", cell("t/s"))) };

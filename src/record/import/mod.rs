@@ -84,7 +84,10 @@ fn ranges(numbers: &[usize]) -> String {
 type Foreign = (&'static [&'static str], &'static str);
 
 const FOREIGN: &[Foreign] = &[
-    (&["requests_per_second", "elapsed_time"], "this is what `vllm bench throughput` writes; of vLLM `vllm bench latency` is read"),
+    (
+        &["requests_per_second", "elapsed_time"],
+        "this is what `vllm bench throughput` writes; of vLLM `vllm bench latency` is read",
+    ),
     (&["request_throughput"], "this is what `vllm bench serve` writes; of vLLM `vllm bench latency` is read"),
     (&["n_kv_max", "speed_tg"], "this is what llama-batched-bench writes; of llama.cpp llama-bench is read"),
     (&["schema_version"], "this is quantbench's own: give it to `quantbench report` or `quantbench compare` as it is"),

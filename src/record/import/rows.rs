@@ -156,7 +156,8 @@ fn csv(text: &str) -> Found {
     let n_lines = text.lines().count();
     for (at, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let new_header = [',', ';', '\t'].into_iter().map(|separator| (separator, fields(line, separator)));
-        let is_header = |names: &[String]| ["n_prompt", "n_gen", "avg_ts"].iter().all(|key| names.iter().any(|n| n == key));
+        let is_header =
+            |names: &[String]| ["n_prompt", "n_gen", "avg_ts"].iter().all(|key| names.iter().any(|n| n == key));
         if let Some(new) = new_header.into_iter().find(|(_, names)| is_header(names)) {
             header = Some(new);
             continue;
@@ -193,7 +194,8 @@ fn fields(line: &str, separator: char) -> Vec<String> {
 }
 
 /// Columns whose text may look like a number.
-const TEXTS: &[&str] = &["build_commit", "cpu_info", "gpu_info", "backends", "model_filename", "model_type", "test_time"];
+const TEXTS: &[&str] =
+    &["build_commit", "cpu_info", "gpu_info", "backends", "model_filename", "model_type", "test_time"];
 
 fn typed(name: &str, cell: String) -> Value {
     let number = || serde_json::from_str::<serde_json::Number>(&cell).ok().map(Value::Number);
@@ -218,7 +220,9 @@ fn markdown(text: &str) -> Found {
             (Some(cells), Some(_)) if cells.iter().all(|c| c.contains("--") && !c.contains(char::is_alphanumeric)) => {}
             (Some(cells), Some(names)) if names.len() == cells.len() => {
                 let row = names.iter().cloned().zip(cells.into_iter().map(Value::String));
-                found.values.push(Value::Object([("markdown".to_owned(), Value::Object(row.collect()))].into_iter().collect()));
+                found
+                    .values
+                    .push(Value::Object([("markdown".to_owned(), Value::Object(row.collect()))].into_iter().collect()));
             }
             _ => match build_line(line) {
                 Some(facts) => build = facts,

@@ -80,7 +80,10 @@ pub fn trade(records: &[&Record], precisions: &Precisions) -> Result<Option<Char
         vec![point.precision.to_owned(), format!("{:.y_digits$}", point.tps), format!("{:.x_digits$}", point.gib), kl]
     };
     let (title, quality) = match most_kl > 0.0 {
-        true => ("Speed, memory and quality: a larger point departs more from the reference", "a larger point departs more from the reference"),
+        true => (
+            "Speed, memory and quality: a larger point departs more from the reference",
+            "a larger point departs more from the reference",
+        ),
         false => ("Speed and memory", "quality was not measured"),
     };
     Ok(Some(Chart {

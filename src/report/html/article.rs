@@ -9,7 +9,8 @@ use crate::report::{Options, columns, verdict};
 pub fn article(part: &Part, options: &Options) -> String {
     let (number, case) = (part.number, &part.case);
     let (model, scope) = heading(case);
-    let verdict = |verdict: &verdict::Verdict| format!("<p class=\"verdict\">{}</p>\n", prose(&sentence(&verdict.to_string())));
+    let verdict =
+        |verdict: &verdict::Verdict| format!("<p class=\"verdict\">{}</p>\n", prose(&sentence(&verdict.to_string())));
     let verdicts: String = verdict::verdicts(case, options.card_bytes).iter().map(verdict).collect();
     let charts: String = part.charts.iter().map(|chart| figure(number, chart)).collect();
     let charts = if charts.is_empty() { charts } else { format!("<div class=\"charts\">\n{charts}</div>\n") };

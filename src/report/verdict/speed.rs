@@ -29,7 +29,8 @@ pub fn claim(ok: &[&Record]) -> String {
 /// Rows that time a prompt, or prompt and generation in one, and runs of one token.
 fn without_decode(ok: &[&Record]) -> String {
     let with = |key: &str, unit: &str| {
-        let one = |record: &&Record| Some(format!("{} {}", case::precision(record), speed(record.metrics.get(key)?, unit)?));
+        let one =
+            |record: &&Record| Some(format!("{} {}", case::precision(record), speed(record.metrics.get(key)?, unit)?));
         let known: Vec<String> = ok.iter().filter_map(one).collect();
         (known.len() == ok.len()).then(|| known.join(", "))
     };
@@ -81,18 +82,16 @@ fn finding(record: &Record) -> Finding {
 
 fn against_fp16(fp16: &Record, measured: &[&Record]) -> String {
     let others: Vec<&Record> = measured.iter().copied().filter(|record| record.precision != "fp16").collect();
-    let best = others
-        .iter()
-        .copied()
-        .filter(|record| finding(record) == Faster)
-        .max_by(|a, b| ratio(a).total_cmp(&ratio(b)));
+    let best =
+        others.iter().copied().filter(|record| finding(record) == Faster).max_by(|a, b| ratio(a).total_cmp(&ratio(b)));
     let is_tied = |record: &&Record| {
         finding(record) == Faster && best.is_some_and(|best| overlap(ratio_interval(record), ratio_interval(best)))
     };
     let (tied, rest): (Vec<&Record>, Vec<&Record>) = others.iter().copied().partition(is_tied);
     let (lead, rest) = match tied.as_slice() {
         [] if rest.iter().all(|record| finding(record) == Slower) => {
-            let ratios: Vec<_> = rest.iter().map(|record| format!("{} {}", record.precision, speed_up(record))).collect();
+            let ratios: Vec<_> =
+                rest.iter().map(|record| format!("{} {}", record.precision, speed_up(record))).collect();
             (Some(format!("fp16 decodes fastest: {}", ratios.join(", "))), Vec::new())
         }
         [] => (None, rest),
@@ -105,9 +104,11 @@ fn against_fp16(fp16: &Record, measured: &[&Record]) -> String {
             (Some(format!("{} {claim}: {}{}", best.precision, speed_up(best), why(best))), rest)
         }
         tied => {
-            let ratios: Vec<_> = tied.iter().map(|record| format!("{} {}", record.precision, speed_up(record))).collect();
+            let ratios: Vec<_> =
+                tied.iter().map(|record| format!("{} {}", record.precision, speed_up(record))).collect();
             let which = if tied.len() == 2 { "which of the two" } else { "which of them" };
-            let tied = format!("{} decode faster than fp16, can't tell {which} is faster: {}", names(tied), ratios.join(", "));
+            let tied =
+                format!("{} decode faster than fp16, can't tell {which} is faster: {}", names(tied), ratios.join(", "));
             (Some(tied), rest)
         }
     };
@@ -139,7 +140,8 @@ fn among(measured: &[&Record]) -> String {
         records.iter().map(one).collect::<Vec<_>>().join(", ")
     };
     let fastest = measured.iter().copied().filter(|record| tps_interval(record).is_some());
-    let Some(best) = fastest.max_by(|a, b| decode_tps(a).partial_cmp(&decode_tps(b)).unwrap_or(std::cmp::Ordering::Equal))
+    let Some(best) =
+        fastest.max_by(|a, b| decode_tps(a).partial_cmp(&decode_tps(b)).unwrap_or(std::cmp::Ordering::Equal))
     else {
         return format!("too few repeats to compare {}: {}", names(measured), said(measured));
     };

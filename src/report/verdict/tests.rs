@@ -38,7 +38,11 @@ fn said(mut records: Vec<Record>, change: impl Fn(&mut [Record])) -> String {
 #[test]
 fn a_claim_goes_as_far_as_the_intervals_and_names_every_row() {
     let cases: &[(Interval, Interval, &str)] = &[
-        (Some((1.5, 1.7)), Some((1.9, 2.1)), "nf4 decodes fastest: 2.00x fp16 [1.90, 2.10]; int8 decodes 1.60x fp16 [1.50, 1.70]"),
+        (
+            Some((1.5, 1.7)),
+            Some((1.9, 2.1)),
+            "nf4 decodes fastest: 2.00x fp16 [1.90, 2.10]; int8 decodes 1.60x fp16 [1.50, 1.70]",
+        ),
         (
             Some((1.5, 1.9)),
             Some((1.8, 2.0)),
@@ -151,7 +155,8 @@ fn without_ratios_the_speeds_decide() {
                     int8 32.0 tokens/s [31.7, 32.3]";
     assert_eq!(said(all(), one), format!("{expected}{SCOPE}"));
     let none = |r: &mut [Record]| r.iter_mut().for_each(|r| without(r.metrics.get_mut("decode_tps").unwrap()));
-    let expected = "too few repeats to compare fp16, int8 and nf4: fp16 20.0 tokens/s, int8 32.0 tokens/s, nf4 40.0 tokens/s";
+    let expected =
+        "too few repeats to compare fp16, int8 and nf4: fp16 20.0 tokens/s, int8 32.0 tokens/s, nf4 40.0 tokens/s";
     assert_eq!(said(all(), none), format!("{expected}{SCOPE}"));
 }
 
@@ -169,7 +174,8 @@ fn one_row_says_its_speed() {
 #[test]
 fn runs_without_a_decode_step_say_what_they_timed() {
     let one_token = said(example("one_new_token"), |_| {});
-    let expected = "1 new token takes no decode step, so there is no decode speed; nf4 saves 1.25 of 3.00 GiB peak memory";
+    let expected =
+        "1 new token takes no decode step, so there is no decode speed; nf4 saves 1.25 of 3.00 GiB peak memory";
     assert_eq!(one_token, format!("{expected}{SCOPE}"));
     let only = |keys: &'static [&'static str]| {
         move |records: &mut [Record]| {
@@ -255,7 +261,11 @@ fn quality_is_told_as_far_as_its_interval() {
     for (ratio, interval, expected) in [
         (Some(1.162), Some((1.08, 1.249)), " and has 1.162x fp16's perplexity [1.080, 1.249] ("),
         (Some(0.9), Some((0.8, 0.95)), " and has 0.900x fp16's perplexity [0.800, 0.950] ("),
-        (Some(1.01), Some((0.98, 1.04)), "; whether its perplexity differs from fp16's, can't tell, 0.980x to 1.040x ("),
+        (
+            Some(1.01),
+            Some((0.98, 1.04)),
+            "; whether its perplexity differs from fp16's, can't tell, 0.980x to 1.040x (",
+        ),
         (Some(1.01), None, " and has 1.010x fp16's perplexity, without an interval ("),
         (None, None, " ("),
     ] {
@@ -299,9 +309,12 @@ fn the_card_is_the_records_own_unless_another_is_named() {
 fn each_run_has_a_verdict_under_its_name() {
     let (mut records, mut later) = (example("three_precisions"), example("no_difference"));
     records.iter_mut().for_each(|record| record.file = "base.json".into());
-    later.iter_mut().for_each(|record| (record.file, record.timestamp) = ("new.json".into(), "2026-01-02T00:00:00Z".into()));
+    later
+        .iter_mut()
+        .for_each(|record| (record.file, record.timestamp) = ("new.json".into(), "2026-01-02T00:00:00Z".into()));
     let document = Document { schema_version: 1, records: [records, later].concat() };
-    let said: Vec<String> = case::cases(&document).iter().flat_map(|case| verdicts(case, None)).map(|v| v.to_string()).collect();
+    let said: Vec<String> =
+        case::cases(&document).iter().flat_map(|case| verdicts(case, None)).map(|v| v.to_string()).collect();
     assert_eq!(said.len(), 2);
     assert!(said[0].starts_with("base.json, 2026-01-01T00:00:00Z: nf4 decodes fastest"), "{said:?}");
     assert!(said[1].starts_with("new.json, 2026-01-02T00:00:00Z: int8: no difference within 5 %"), "{said:?}");
