@@ -4,7 +4,7 @@ import io
 import json
 import re
 
-from record import GIB, NUMBER, at, kl, lengths, metric, name, quality
+from record import GIB, NUMBER, at, kl, lengths, metric, name, quality, same
 
 # CSV's columns that are no metric of `metrics`, by their place in the record.
 CSV = dict(
@@ -47,7 +47,7 @@ def of_csv(checks, text, document, changes):
             what = f"{r['precision']}, {column}"
             if isinstance(value, (int, float)) and not isinstance(value, bool) and cell:
                 checks.n += 1
-                if float(cell) != float(value):
+                if not same(float(cell), float(value)):
                     checks.fail(f"{what}: `{cell}` is shown, and the JSON has {value}")
             else:
                 shown = {True: "true", False: "false", None: ""}.get(value if not isinstance(value, list) else 0, value)

@@ -154,7 +154,7 @@ def chart(checks, figure, records, runs):
     left = [(r, run) for r, run in zip(records, runs) if r["status"] == "ok"]
     for row in rows:
         if row[0] == "read bandwidth":
-            checks.number(row[1], max(r["bandwidth"]["read_gb_s"] for r, _ in left if r["bandwidth"]["read_gb_s"]), f"{kind}, limit")
+            checks.number(row[1], max(r["bandwidth"]["read_gb_s"] or 0 for r in records if r["status"] == "ok"), f"{kind}, limit")
             continue
         found = [(r, run) for r, run in left if row[0].partition(" · ")[0] in (name(r), r["precision"])]
         if not found:

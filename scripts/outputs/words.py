@@ -65,7 +65,7 @@ def verdict(checks, text, records, document):
     ends = lambda: [quality("perplexity_ratio_ci95_low")(r()), quality("perplexity_ratio_ci95_high")(r())]
     rules = [
         (rf"{n}x fp16's perplexity{pair}", lambda m: numbers(m, perplexity_ratio(r()), "perplexity")),
-        (rf"perplexity differs from fp16's, can't tell, {n}x to {n}x", lambda m: numbers(m, ends(), "perplexity")),
+        (rf"can't tell its perplexity from fp16's: {n}x to {n}x", lambda m: numbers(m, ends(), "perplexity")),
         (rf"can't tell, {n}x to {n}x", lambda m: numbers(m, between(r()), "speed-up")),
         (rf"no difference within 5 %, {n}x to {n}x fp16", lambda m: numbers(m, between(r()), "speed-up")),
         (rf"{n}x fp16{pair}", lambda m: numbers(m, [*ratio("median")(r()), *between(r())], "speed-up")),

@@ -36,7 +36,9 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
     record.workload.n_prompt =
         given.n_prompt.or(shapes("sequence_length")).ok_or("it names no prompt: give `--prompt-tokens N`")?;
     record.workload.n_gen = n_gen;
-    record.workload.batch_size = given.batch_size.or(shapes("batch_size")).unwrap_or(1);
+    // Sequences that each prompt is continued to are computed together.
+    let n_sequences = shapes("batch_size").map(|n| n * generate("num_return_sequences").unwrap_or(1).max(1));
+    record.workload.batch_size = given.batch_size.or(n_sequences).unwrap_or(1);
     record.samples = samples(row, n_gen)?;
     record.protocol.n_repeats = record.samples.end_to_end_ns.len() as u64;
     record.protocol.n_warmup = number(row, "/config/scenario/warmup_runs").unwrap_or(0);
@@ -95,7 +97,8 @@ fn precision(row: &Value) -> String {
     let config = |key: &str| row.pointer(&format!("/config/backend/quantization_config/{key}"));
     let is_true = |key: &str| config(key).and_then(Value::as_bool).unwrap_or(false);
     let scheme = text(row, "/config/backend/quantization_scheme");
-    match (scheme.as_str(), text(row, "/config/backend/torch_dtype").as_str()) {
+    let dtype = [text(row, "/config/backend/torch_dtype"), text(row, "/config/backend/dtype")].concat();
+    match (scheme.as_str(), dtype.as_str()) {
         ("", "float16") => "fp16".to_owned(),
         ("", "bfloat16") => "bf16".to_owned(),
         ("", "float32") => "fp32".to_owned(),

@@ -33,6 +33,7 @@ pub fn decode(bytes: Vec<u8>) -> Result<String, String> {
 
 /// Every row of `text`. Fails where there is none, and where a line in the middle of a row is no JSON.
 pub fn find(text: &str) -> Result<Found, String> {
+    let text = &with_nulls(text);
     let whole = match serde_json::from_str(text) {
         Ok(Value::Array(values)) => return Ok(Found { values, ..Found::default() }),
         Ok(value) => return Ok(Found { values: vec![value], ..Found::default() }),
@@ -60,6 +61,42 @@ pub fn find(text: &str) -> Result<Found, String> {
              `llama-bench -o jsonl`, or as JSON with another tool"
         )
     }))
+}
+
+/// How C and Python print numbers that are none, which JSON does not have.
+const NO_NUMBERS: &[&str] = &["NaN", "-NaN", "nan", "-nan", "Infinity", "-Infinity", "inf", "-inf"];
+
+/// `text` with `null` for each of [`NO_NUMBERS`] that stands where a value may: behind `:`, `,` or `[`, and before `,`, `}`, `]` or an end.
+fn with_nulls(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let (mut quoted, mut before, mut rest) = (false, '\n', text);
+    while let Some(c) = rest.chars().next() {
+        let is_place = !quoted && [':', ',', '['].contains(&before);
+        let ends = |word: &&&str| {
+            let behind = rest.strip_prefix(**word).map(|behind| behind.trim_start_matches([' ', '\t', '\r']));
+            behind.is_some_and(|behind| behind.starts_with([',', '}', ']', '\n']) || behind.is_empty())
+        };
+        if let Some(word) = NO_NUMBERS.iter().filter(|_| is_place).find(ends) {
+            out += "null";
+            (before, rest) = ('l', &rest[word.len()..]);
+            continue;
+        }
+        // A string of JSON ends on its line, and a quote in it stands behind a backslash.
+        quoted = match c {
+            '\n' => false,
+            '"' => !quoted || before == '\\',
+            _ => quoted,
+        };
+        before = match c {
+            // Behind a backslash a backslash is a letter.
+            '\\' if before == '\\' => 'l',
+            c if c.is_whitespace() && c != '\n' && !quoted => before,
+            c => c,
+        };
+        out.push(c);
+        rest = &rest[c.len_utf8()..];
+    }
+    out
 }
 
 /// Values, one on each line that is not blank; `None` where a line is none.
@@ -288,6 +325,19 @@ mod tests {
             let error = find(text).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn numbers_that_are_none_are_null() {
+        for (text, expected) in [
+            ("{\"a\": NaN, \"b\": [-nan, inf,Infinity], \"c\":-Infinity}", json!({"a": null, "b": [null, null, null], "c": null})),
+            ("{\"a\": nan\n}", json!({"a": null})),
+            (r#"{"a": ", nan,", "b\"": "x\\", "c": nan}"#, json!({"a": ", nan,", "b\"": "x\\", "c": null})),
+        ] {
+            assert_eq!(found(text).values, [expected], "{text}");
+        }
+        let noise = "it's \"half quoted\n{\"a\": nan}";
+        assert_eq!(found(noise).values, [json!({"a": null})]);
     }
 
     #[test]

@@ -25,7 +25,7 @@ fn perplexity(record: &Record) -> String {
             format!(" and has {ratio:.3}x fp16's perplexity [{low:.3}, {high:.3}]")
         }
         (Some(_), Some((low, high))) => {
-            format!("; whether its perplexity differs from fp16's, can't tell, {low:.3}x to {high:.3}x")
+            format!(", can't tell its perplexity from fp16's: {low:.3}x to {high:.3}x")
         }
         (Some(ratio), None) => format!(" and has {ratio:.3}x fp16's perplexity, without an interval"),
         (None, _) => String::new(),

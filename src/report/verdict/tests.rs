@@ -264,7 +264,7 @@ fn quality_is_told_as_far_as_its_interval() {
         (
             Some(1.01),
             Some((0.98, 1.04)),
-            "; whether its perplexity differs from fp16's, can't tell, 0.980x to 1.040x (",
+            ", can't tell its perplexity from fp16's: 0.980x to 1.040x (",
         ),
         (Some(1.01), None, " and has 1.010x fp16's perplexity, without an interval ("),
         (None, None, " ("),
