@@ -28,6 +28,11 @@ pub fn print_measured(text: &str) -> Result<()> {
     printed
 }
 
+/// Whether stdout is a terminal: what it shows is read by a person at once.
+pub fn shows_people() -> bool {
+    io::stdout().is_terminal()
+}
+
 /// Writes a line about what happens to stderr.
 pub fn note(line: &str) {
     // Where stderr is closed there is nobody left to tell.

@@ -8,7 +8,7 @@ use super::memory::ProcessMemory;
 use super::process::free_bytes;
 use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT};
 use super::room::Room;
-use super::{Case, DeviceChoice, PromptChoice, Protocol, Row, parent, worker};
+use super::{Case, DeviceChoice, PromptChoice, Protocol, Row, parent, quality, worker};
 use crate::engine::needs::Needs;
 use crate::engine::{self, Engine};
 use crate::events::Listener;
@@ -37,6 +37,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     }
     let tokenizer_comes = files.iter().any(|file| file.name == "tokenizer.json" && !file.is_cached);
     let bound = bounded(case).filter(|_| tokenizer_comes);
+    case.quality.as_ref().map(|_| quality::check(&checkpoint, tokenizer_comes)).transpose()?;
     let workload = prompt::workload(bound.as_ref().unwrap_or(case), checkpoint.tokenizer.as_ref(), &model)?;
     // Whether the picture can be read.
     worker::pixels(&model, &checkpoint, &workload.task.encode)?;
@@ -57,6 +58,8 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
         n_prompt_is_a_bound: bound.is_some(),
         order: room.order().name().to_owned(),
         repeats: repeats(&case.protocol),
+        quality: case.quality.as_ref().map(|choice| choice.describe()),
+        card_bytes: None,
         download_bytes: files.iter().filter(|file| !file.is_cached).filter_map(|file| file.bytes).sum(),
         files: files.into_iter().map(|f| File { name: f.name, bytes: f.bytes, is_cached: f.is_cached }).collect(),
         rows,
@@ -86,6 +89,7 @@ fn row(row: &Row, needs: Needs, free_bytes: Option<u64>) -> dry_run::Row {
         scratch_bytes: needs.scratch_bytes,
         context_bytes: needs.context_bytes,
         fits: free_bytes.map(|free| needs.bytes() <= free),
+        fits_card: None,
     }
 }
 

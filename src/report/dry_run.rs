@@ -31,6 +31,10 @@ pub struct DryRun {
     /// Of the files that the cache lacks, as far as the hub tells.
     pub download_bytes: u64,
     pub rows: Vec<Row>,
+    /// What quality will be measured on, where it was asked for.
+    pub quality: Option<String>,
+    /// Memory of the card that the user named.
+    pub card_bytes: Option<u64>,
     /// Of the machine or the GPU, whoever uses the rest; `None` where the system does not tell.
     pub free_bytes: Option<u64>,
     pub total_bytes: Option<u64>,
@@ -54,8 +58,10 @@ pub struct Row {
     pub scratch_bytes: u64,
     /// What a process takes of a GPU beside that; 0 on the CPU.
     pub context_bytes: u64,
-    /// `None` where the free memory is unknown.
+    /// Here; `None` where the free memory is unknown.
     pub fits: Option<bool>,
+    /// The card that the user named; `None` where none was.
+    pub fits_card: Option<bool>,
 }
 
 impl Row {
@@ -66,6 +72,12 @@ impl Row {
 }
 
 impl DryRun {
+    /// Says of each row whether it fits a card of so many bytes.
+    pub fn hold_to(&mut self, card_bytes: Option<u64>) {
+        self.card_bytes = card_bytes;
+        self.rows.iter_mut().for_each(|row| row.fits_card = card_bytes.map(|card_bytes| row.bytes() <= card_bytes));
+    }
+
     pub fn json(&self) -> serde_json::Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
@@ -81,7 +93,10 @@ impl DryRun {
             self.model, self.architecture, self.device
         );
         let lengths = format!("{}{bound}; workers {order}: {}", case::workload(&self.workload), self.repeats);
-        format!("{}\n{}\n\n{}\n{}", plain(&title), plain(&lengths), self.downloads(), self.fit())
+        let quality =
+            self.quality.as_ref().map(|text| plain(&format!("then the quality of each precision over {text}")) + "\n");
+        let head = format!("{}\n{}\n{}", plain(&title), plain(&lengths), quality.unwrap_or_default());
+        format!("{head}\n{}\n{}", self.downloads(), self.fit())
     }
 
     fn downloads(&self) -> String {
@@ -101,22 +116,27 @@ impl DryRun {
 
     fn fit(&self) -> String {
         let on_gpu = self.rows.iter().any(|row| row.context_bytes > 0);
-        let columns = |texts: [&str; 7]| {
+        let card = self.card_bytes.map(|bytes| format!("{:.2} GiB", bytes as f64 / GIB));
+        let columns = |texts: [&str; 7], card: Option<&str>| {
             let shown = texts.into_iter().enumerate().filter(|(at, _)| on_gpu || *at != CONTEXT_COLUMN);
-            Line::Cells(shown.map(|(_, text)| text.to_owned()).collect())
+            Line::Cells(shown.map(|(_, text)| text).chain(card).map(str::to_owned).collect())
         };
         let mut lines = vec![
-            columns(["precision", "weights", "cache", "activations", "context", "together", "fits"]),
-            columns(["", "GiB", "GiB", "GiB", "GiB", "GiB", ""]),
+            columns(
+                ["precision", "weights", "cache", "activations", "context", "together", "fits"],
+                card.as_deref().map(|_| "fits a card"),
+            ),
+            columns(["", "GiB", "GiB", "GiB", "GiB", "GiB", "here"], card.as_deref()),
         ];
         let gib = |bytes: u64| format!("{:.3}", bytes as f64 / GIB);
         lines.extend(self.rows.iter().map(|row| {
             let engine = if row.engine == case::OWN { String::new() } else { format!(" by {}", row.engine) };
-            let fits = row.fits.map_or("unknown", |fits| if fits { "yes" } else { "no" });
+            let word = |fits: bool| if fits { "yes" } else { "no" };
+            let fits = row.fits.map_or("unknown", word);
             let name = plain(&format!("{}{engine}", row.precision));
             let parts = [row.weights_bytes, row.kv_cache_bytes, row.scratch_bytes, row.context_bytes, row.bytes()];
             let [weights, cache, scratch, context, together] = parts.map(gib);
-            columns([&name, &weights, &cache, &scratch, &context, &together, fits])
+            columns([&name, &weights, &cache, &scratch, &context, &together, fits], row.fits_card.map(word))
         }));
         let (place, of) = if self.device == "cpu" { ("memory", "") } else { ("the device's memory", " the") };
         let free = match (self.free_bytes, self.total_bytes) {
