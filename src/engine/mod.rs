@@ -16,7 +16,6 @@ mod load;
 pub mod memory;
 pub mod needs;
 pub mod reference;
-#[cfg(any(feature = "cuda", test))]
 
 use std::time::Duration;
 

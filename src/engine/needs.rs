@@ -207,7 +207,7 @@ impl CudaCall<'_> {
         let n_ops = self.plan.head().map_or(self.plan.ops.len(), |head| head.body_len);
         let (lives, widths) = (self.plan.lifetimes(), self.bytes_a_row());
         let of_op = |(index, op): (usize, &Op)| {
-            let lives = lives.iter().zip(&widths).filter(|((first, last), _)| (*first..=*last).contains(&index));
+            let lives = lives.iter().zip(&widths).filter(|(life, _)| (life.first..=life.last).contains(&index));
             let held = lives.map(|(_, width)| product(&[*width, self.rows])).fold(0, u64::saturating_add);
             held.saturating_add(self.beside(op))
         };
