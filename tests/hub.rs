@@ -155,7 +155,15 @@ fn config(endpoint: &str, home: &Path, token: Option<&str>) -> HubConfig {
 }
 
 fn request(id: &str, weights: WeightsChoice) -> Request {
-    Request { model_id: id.to_owned(), revision: None, offline: false, weights, seed: 0, outlier_channels: 0 }
+    Request {
+        model_id: id.to_owned(),
+        revision: None,
+        offline: false,
+        weights,
+        seed: 0,
+        outlier_channels: 0,
+        strict_config: false,
+    }
 }
 
 fn open(config: &HubConfig, events: &dyn Listener) -> anyhow::Result<Checkpoint> {

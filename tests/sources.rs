@@ -12,7 +12,15 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 fn request(model_id: &str, weights: WeightsChoice) -> Request {
-    Request { model_id: model_id.to_owned(), revision: None, offline: true, weights, seed: 3, outlier_channels: 6 }
+    Request {
+        model_id: model_id.to_owned(),
+        revision: None,
+        offline: true,
+        weights,
+        seed: 3,
+        outlier_channels: 6,
+        strict_config: false,
+    }
 }
 
 fn open(folder: &Path) -> anyhow::Result<Checkpoint> {

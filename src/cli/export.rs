@@ -25,6 +25,10 @@ pub struct ExportArgs {
     #[arg(long, help_heading = "Model")]
     pub offline: bool,
 
+    /// Refuse settings of the model's files that are not computed, instead of warning of them.
+    #[arg(long, help_heading = "Model")]
+    pub strict_config: bool,
+
     /// Precision to write: int8 (8bit), nf4 (4bit) or nf4-nodq.
     #[arg(long, value_name = "NAME", help_heading = "Precision")]
     pub precision: String,
@@ -61,6 +65,7 @@ impl ExportRequest {
         let model = weights::Request {
             revision: args.revision.clone(),
             offline: args.offline,
+            strict_config: args.strict_config,
             ..weights::Request::of(&args.model_id)
         };
         let patterns: Vec<String> = args.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect();

@@ -35,6 +35,10 @@ pub struct ModelArgs {
     /// Seed of random weights and synthetic ids.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Model")]
     pub seed: u64,
+
+    /// Refuse settings of the model's files that are not computed, instead of warning of them in the record.
+    #[arg(long, help_heading = "Model")]
+    pub strict_config: bool,
 }
 
 fn model_help() -> String {

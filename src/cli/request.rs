@@ -181,6 +181,7 @@ fn model(args: &ModelArgs, device: DeviceChoice) -> weights::Request {
         },
         seed: args.seed,
         outlier_channels: args.outlier_channels,
+        strict_config: args.strict_config,
     }
 }
 

@@ -2,20 +2,19 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::cli::{ExportArgs, ExportRequest};
 use crate::ui::{self, Progress};
 use crate::weights::export;
-use crate::{harness, models, weights};
+use crate::{harness, weights};
 
 /// Writes the folder, or nothing.
 pub fn export(args: &ExportArgs) -> Result<ExitCode> {
     let request = ExportRequest::new(args)?;
     let events = Progress::new(args.quiet);
     let checkpoint = weights::open(&request.model, &events)?;
-    let mut model =
-        models::build(&checkpoint.config).with_context(|| format!("the config.json of `{}`", checkpoint.id))?;
+    let mut model = harness::build(&checkpoint, &request.model, &events)?;
     harness::select(&mut model, &checkpoint, &request.selection)?;
     let tensors = (model.matrices.as_slice(), model.vectors.as_slice());
     let exported = export::export(&checkpoint, tensors, request.precision, &request.output, &events)?;

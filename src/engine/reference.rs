@@ -245,11 +245,10 @@ impl Reference {
     fn rotate(&self, rope: &Rope, x: &Tensor, d: usize) -> candle_core::Result<Tensor> {
         let (t, width) = x.dims2()?;
         let half = rope.rotary_dim / 2;
-        let angles: Vec<f32> = (self.position..self.position + t)
-            .flat_map(|position| rope.inverse_frequencies.iter().map(move |f| f * position as f32))
-            .collect();
-        let angles = Tensor::from_vec(angles, (t, 1, half), &self.device)?;
-        let (cos, sin) = (angles.cos()?, angles.sin()?);
+        let turns = (self.position..self.position + t).flat_map(|position| rope.turns(position));
+        let (cos, sin): (Vec<f32>, Vec<f32>) = turns.unzip();
+        let cos = Tensor::from_vec(cos, (t, 1, half), &self.device)?;
+        let sin = Tensor::from_vec(sin, (t, 1, half), &self.device)?;
         let x = x.reshape((t, width / d, d))?.to_dtype(DType::F32)?;
         let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
         let turned_a = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;

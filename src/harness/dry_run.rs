@@ -16,7 +16,7 @@ use crate::weights::{self, Surveyed};
 pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let device = checks::check(case)?;
     let Surveyed { checkpoint, files } = weights::survey(&case.model, events)?;
-    let mut model = worker::build(&checkpoint, &case.model.model_id)?;
+    let mut model = worker::build(&checkpoint, &case.model, events)?;
     worker::select(&mut model, &checkpoint, &case.selection())?;
     let case = &checks::in_own_precision(case, checkpoint.quantized.as_ref())?;
     checks::check_engines(case)?;

@@ -36,7 +36,7 @@ pub use parent::{engine_facts, quality, run};
 pub use process::{SUBCOMMAND, cause_of_death, last_words};
 pub use prompt::DEFAULT_TEXT;
 pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};
-pub use worker::{select, worker_main};
+pub use worker::{build, select, worker_main};
 
 use std::path::PathBuf;
 
@@ -246,6 +246,7 @@ mod tests {
                 weights: crate::weights::WeightsChoice::Random,
                 seed: 1,
                 outlier_channels: 0,
+                strict_config: false,
             },
             precisions: vec!["fp16".to_owned()],
             asked: Asked::ByName,

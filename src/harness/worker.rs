@@ -18,9 +18,10 @@ use super::protocol::{Ask, Failure, Job, LoadFacts, Reply};
 use super::scoring;
 use super::validity;
 use crate::engine::{self, Device, Engine, Setup, check};
-use crate::error::BadInput;
+use crate::error::{BadInput, without_backtrace};
 use crate::events::{Event, Listener, WithoutWarnings};
 use crate::kernels::cpu::rlimit;
+use crate::models;
 use crate::plan::{EncoderInputKind, Model};
 use crate::quant::FormatOptions;
 use crate::weights::policy::{Formats, Selection};
@@ -37,15 +38,31 @@ pub struct Opened {
 /// Finds a model's files, downloading what is missing, and checks that they hold what the architecture needs.
 pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
     let checkpoint = weights::open(request, events)?;
-    let model = build(&checkpoint, &request.model_id)?;
+    let model = build(&checkpoint, request, events)?;
     let source = checkpoint.source(&model.matrices, &model.vectors)?;
     Ok(Opened { checkpoint, model, source })
 }
 
-/// The plan of a model that the user calls `model_id`.
-pub fn build(checkpoint: &Checkpoint, model_id: &str) -> Result<Model, BadInput> {
-    crate::models::build(&checkpoint.config)
-        .map_err(|error| BadInput::new(format!("the config.json of `{model_id}` cannot be used: {error}")))
+/// The plan of a model, with a warning of each setting of its files that is not computed. Fails on one that must be, and with
+/// `--strict-config` on any.
+pub fn build(checkpoint: &Checkpoint, request: &Request, events: &dyn Listener) -> Result<Model, BadInput> {
+    let files = models::Files { config: &checkpoint.config, generation: checkpoint.generation_config.as_ref() };
+    let built = models::read(&files).map_err(|error| {
+        let model_id = &request.model_id;
+        BadInput::new(format!(
+            "the config.json of `{model_id}` cannot be used: {}",
+            without_backtrace(&error.to_string())
+        ))
+    })?;
+    let unread = checkpoint.notes.iter().map(|message| (models::UNREAD_FILE, message.clone()));
+    for (name, message) in unread.chain(built.notes.into_iter().map(|note| (note.name, note.message))) {
+        if request.strict_config {
+            return Err(BadInput::new(format!("`--strict-config`: {message}"))
+                .hint("drop `--strict-config` to run with a warning in the record instead"));
+        }
+        events.on(Event::Warning { name: name.to_owned(), message });
+    }
+    Ok(built.model)
 }
 
 impl Opened {
@@ -268,6 +285,7 @@ mod tests {
             weights: WeightsChoice::Auto,
             seed: 0,
             outlier_channels: 0,
+            strict_config: false,
         };
         let model = open(&request, &Silent).unwrap().model;
         let options = FormatOptions::default();

@@ -1,82 +1,99 @@
 //! Llama (Touvron et al. 2023; Llama 3.2): pre-norm blocks, grouped-query attention, gated feed-forward.
 
-use candle_core::{Result, bail};
-use serde::Deserialize;
-use serde_json::Value;
+use candle_core::Result;
 
 use super::Architecture;
-use super::config::{RopeSettings, TokenIds, activation, check_layers, check_sizes, parse};
+use super::config::{activation, check_heads, check_layers, check_sizes, check_window};
+use super::keys::Keys;
+use super::rope::{RopeSettings, Rotary};
+use super::rule::{HARMLESS, Off, REFUSED, REFUSED_IN_DECODERS, Rule};
 use crate::plan::{ActivationKind, BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
 
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "llama", doc: "Llama 2, 3.x, SmolLM2: decoder-only, grouped-query attention", build };
 
-#[derive(Debug, Deserialize)]
+const RULE: Rule = Rule {
+    harmless: &[HARMLESS],
+    refused: &[
+        REFUSED,
+        REFUSED_IN_DECODERS,
+        &[
+            ("qk_layernorm", Off::Empty),
+            ("query_pre_attn_scalar", Off::Empty),
+            ("use_bidirectional_attention", Off::Empty),
+        ],
+    ],
+};
+
+/// A checked config, with LlamaConfig's defaults where a file leaves a key out.
 struct Config {
     vocab_size: usize,
     hidden_size: usize,
     intermediate_size: usize,
     num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    max_position_embeddings: usize,
-    rms_norm_eps: f32,
-    hidden_act: String,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    #[serde(default)]
-    eos_token_id: TokenIds,
-    #[serde(flatten)]
-    rope: RopeSettings,
-}
-
-/// A checked config: head counts that divide, the activation known.
-struct Shape {
-    config: Config,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    rms_norm_eps: f32,
     activation: ActivationKind,
+    attention_bias: bool,
+    mlp_bias: bool,
+    tie_word_embeddings: bool,
+    eos: Vec<u32>,
+    rope: RopeSettings,
 }
 
-impl Shape {
-    fn new(config: Config) -> Result<Self> {
-        let heads = config.num_attention_heads;
-        let kv_heads = config.num_key_value_heads.unwrap_or(heads);
+impl Config {
+    fn read(keys: &Keys) -> Result<Self> {
+        let (hidden_size, heads) = (keys.size("hidden_size", 4096)?, keys.size("num_attention_heads", 32)?);
+        let max_position_embeddings = keys.size("max_position_embeddings", 2048)?;
+        let kv_heads = keys.size("num_key_value_heads", heads)?;
+        let (vocab_size, intermediate_size) =
+            (keys.size("vocab_size", 32_000)?, keys.size("intermediate_size", 11_008)?);
         check_sizes(&[
-            ("vocab_size", config.vocab_size),
-            ("hidden_size", config.hidden_size),
-            ("intermediate_size", config.intermediate_size),
+            ("vocab_size", vocab_size),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
             ("num_attention_heads", heads),
             ("num_key_value_heads", kv_heads),
         ])?;
-        check_layers("num_hidden_layers", config.num_hidden_layers)?;
-        if !heads.is_multiple_of(kv_heads) {
-            bail!("config.json says {heads} attention heads over {kv_heads} key/value heads; they must divide");
-        }
-        let head_dim = config.head_dim.unwrap_or(config.hidden_size / heads);
+        let head_dim = keys.size("head_dim", hidden_size / heads)?;
         check_sizes(&[("head_dim", head_dim), ("num_attention_heads × head_dim", heads.saturating_mul(head_dim))])?;
-        let activation = activation(&config.hidden_act)?;
-        Ok(Self { config, heads, kv_heads, head_dim, activation })
+        check_heads(heads, kv_heads)?;
+        let num_hidden_layers = keys.size("num_hidden_layers", 32)?;
+        check_layers("num_hidden_layers", num_hidden_layers)?;
+        check_window(keys, max_position_embeddings)?;
+        let config = Self {
+            vocab_size,
+            hidden_size,
+            intermediate_size,
+            num_hidden_layers,
+            heads,
+            kv_heads,
+            head_dim,
+            rms_norm_eps: keys.number("rms_norm_eps", 1e-6)? as f32,
+            activation: activation(keys, "hidden_act", "silu")?,
+            attention_bias: keys.flag("attention_bias", false)?,
+            mlp_bias: keys.flag("mlp_bias", false)?,
+            tie_word_embeddings: keys.flag("tie_word_embeddings", false)?,
+            eos: keys.token_ids("eos_token_id")?.unwrap_or_default(),
+            rope: RopeSettings::read(keys, head_dim, Rotary::Whole, max_position_embeddings)?,
+        };
+        keys.finish(&RULE)?;
+        Ok(config)
     }
 }
 
-fn build(config: &Value) -> Result<Model> {
-    let shape = Shape::new(parse(config)?)?;
-    let config = &shape.config;
+fn build(keys: &Keys) -> Result<Model> {
+    let config = &Config::read(keys)?;
     let mut b = Builder::new();
     let model = Path::root().at("model");
 
     let table = b.matrix(&model.at("embed_tokens"), config.vocab_size, config.hidden_size, Role::Embedding);
-    let rope = b.rope(config.rope.rope(shape.head_dim, 1.0)?);
+    let rope = b.rope(config.rope.rope());
     let x = b.embed(table);
     for layer in 0..config.num_hidden_layers {
-        block(&mut b, &model.at("layers").at(layer), &shape, rope, x);
+        block(&mut b, &model.at("layers").at(layer), config, rope, x);
     }
     let x = b.rms_norm(&model.at("norm"), config.rms_norm_eps, x);
     let head = match config.tie_word_embeddings {
@@ -86,26 +103,25 @@ fn build(config: &Value) -> Result<Model> {
     b.head(x, 1.0, head, None);
     Ok(b.finish(Facts {
         architecture: ARCHITECTURE.model_type,
-        context: config.max_position_embeddings,
+        context: config.rope.context(),
         vocab: config.vocab_size,
-        eos: config.eos_token_id.to_vec(),
+        eos: config.eos.clone(),
         decoder_start: None,
     }))
 }
 
 /// `x += attention(norm(x))`, then `x += feed_forward(norm(x))`.
-fn block(b: &mut Builder, path: &Path, shape: &Shape, rope: RopeId, x: BufferId) {
-    let config = &shape.config;
+fn block(b: &mut Builder, path: &Path, config: &Config, rope: RopeId, x: BufferId) {
     let h = b.rms_norm(&path.at("input_layernorm"), config.rms_norm_eps, x);
-    let h = attention(b, &path.at("self_attn"), shape, rope, h);
+    let h = attention(b, &path.at("self_attn"), config, rope, h);
     b.add_to(x, h);
     let h = b.rms_norm(&path.at("post_attention_layernorm"), config.rms_norm_eps, x);
-    let h = feed_forward(b, &path.at("mlp"), shape, h);
+    let h = feed_forward(b, &path.at("mlp"), config, h);
     b.add_to(x, h);
 }
 
-fn attention(b: &mut Builder, path: &Path, shape: &Shape, rope: RopeId, x: BufferId) -> BufferId {
-    let Shape { heads, kv_heads, head_dim, config, .. } = shape;
+fn attention(b: &mut Builder, path: &Path, config: &Config, rope: RopeId, x: BufferId) -> BufferId {
+    let Config { heads, kv_heads, head_dim, .. } = config;
     let layer = |name: &str, heads: &usize| LinearLayer {
         path: path.at(name),
         n: heads * head_dim,
@@ -119,10 +135,9 @@ fn attention(b: &mut Builder, path: &Path, shape: &Shape, rope: RopeId, x: Buffe
     b.linear(h, path.at("o_proj"), config.hidden_size, config.attention_bias)
 }
 
-fn feed_forward(b: &mut Builder, path: &Path, shape: &Shape, x: BufferId) -> BufferId {
-    let config = &shape.config;
+fn feed_forward(b: &mut Builder, path: &Path, config: &Config, x: BufferId) -> BufferId {
     let layer = |name: &str| LinearLayer { path: path.at(name), n: config.intermediate_size, bias: config.mlp_bias };
     let [gate, up] = b.linears(x, [layer("gate_proj"), layer("up_proj")]);
-    let h = b.activate(shape.activation, gate, Some(up));
+    let h = b.activate(config.activation, gate, Some(up));
     b.linear(h, path.at("down_proj"), config.hidden_size, config.mlp_bias)
 }

@@ -2,14 +2,23 @@
 
 mod config;
 mod gemma;
+mod generation;
+mod keys;
 mod llama;
 mod paligemma;
 mod phi;
+mod rope;
+mod rule;
 mod siglip;
 mod t5;
 
 use candle_core::{Result, bail};
-use serde_json::Value;
+use serde_json::{Map, Value};
+
+use keys::{Keys, Report};
+pub use keys::{Note, Walked};
+pub use rope::{RopeKind, RopeSettings};
+pub use rule::Fate;
 
 use crate::plan::Model;
 
@@ -19,22 +28,84 @@ pub struct Architecture {
     pub model_type: &'static str,
     /// For help and README.
     pub doc: &'static str,
-    pub build: fn(&Value) -> Result<Model>,
+    build: fn(&Keys) -> Result<Model>,
 }
 
 /// Every architecture that can be run.
 pub static ARCHITECTURES: &[Architecture] =
     &[llama::ARCHITECTURE, phi::ARCHITECTURE, t5::ARCHITECTURE, gemma::ARCHITECTURE, paligemma::ARCHITECTURE];
 
-/// The model that a `config.json` describes. Fails on an unknown `model_type`, a missing or mistyped key, and on settings
-/// that the architecture's file does not compute.
+/// The files that say what a model is.
+pub struct Files<'a> {
+    /// config.json
+    pub config: &'a Value,
+    /// generation_config.json
+    pub generation: Option<&'a Value>,
+}
+
+/// A model, and what was read to build it.
+#[derive(Debug)]
+pub struct Built {
+    pub model: Model,
+    /// What a reader of the result must know.
+    pub notes: Vec<Note>,
+    /// What became of each key of the files.
+    pub keys: Vec<Walked>,
+    /// The rotary settings, where it has any.
+    pub rope: Option<RopeSettings>,
+}
+
+/// The model that a `config.json` describes.
 pub fn build(config: &Value) -> Result<Model> {
+    Ok(read(&Files { config, generation: None })?.model)
+}
+
+/// The model that these files describe. Fails on an unknown `model_type`, a mistyped key, and on settings that the
+/// architecture's file does not compute.
+pub fn read(files: &Files) -> Result<Built> {
+    let nothing = Map::new();
+    let config = files.config.as_object().unwrap_or(&nothing);
+    let architecture = architecture(files.config)?;
+    let report = Report::default();
+    let mut model = (architecture.build)(&Keys::new(config, "config.json", &report))?;
+    match files.generation.and_then(Value::as_object) {
+        Some(generation) => generation::apply(generation, &mut model, &report)?,
+        // Where older models have such settings.
+        None => generation::tell(config, "config.json", &report),
+    }
+    let (keys, mut notes) = (report.walked.into_inner(), report.notes.into_inner());
+    notes.extend(["config.json", generation::FILE].into_iter().filter_map(|file| unknown(file, &keys)));
+    Ok(Built { model, notes, keys, rope: report.rope.into_inner() })
+}
+
+/// Names the keys of a file that are in no list.
+fn unknown(file: &str, keys: &[Walked]) -> Option<Note> {
+    let told = keys.iter().filter(|walked| walked.file == file).filter_map(|walked| match &walked.fate {
+        Fate::Unknown(value) => Some(format!("`{}` {value}", walked.key)),
+        _ => None,
+    });
+    let told: Vec<String> = told.collect();
+    if told.is_empty() {
+        return None;
+    }
+    let message =
+        format!("{file} has keys that are not read here, and might change what is computed: {}", told.join(", "));
+    Some(Note { name: UNKNOWN_KEY, message })
+}
+
+/// The name of the note about a file that cannot be read and need not be.
+pub const UNREAD_FILE: &str = "file_not_read";
+
+/// The name of the note about keys that are in no list.
+pub const UNKNOWN_KEY: &str = "unknown_config_key";
+
+fn architecture(config: &Value) -> Result<&'static Architecture> {
     let known = || ARCHITECTURES.iter().map(|a| format!("`{}`", a.model_type)).collect::<Vec<_>>().join(", ");
     let Some(model_type) = config.get("model_type").and_then(Value::as_str) else {
         bail!("config.json has no `model_type`; known are {}", known());
     };
     match ARCHITECTURES.iter().find(|architecture| architecture.model_type == model_type) {
-        Some(architecture) => (architecture.build)(config),
+        Some(architecture) => Ok(architecture),
         None => bail!("config.json says `model_type` `{model_type}`; known are {}", known()),
     }
 }

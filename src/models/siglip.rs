@@ -1,16 +1,21 @@
 //! SigLIP's vision tower (Zhai et al. 2023): patches, learned positions, pre-norm blocks that see everything.
 
 use candle_core::{Result, bail};
-use serde::Deserialize;
 
 use super::config::{activation, check_layers, check_sizes};
+use super::keys::Keys;
+use super::rule::{HARMLESS, REFUSED, Rule};
 use crate::plan::{ActivationKind, BufferId, Builder, CacheId, Holds, LinearLayer, Mask, Path, Picture, Role};
 
-/// Settings with SiglipVisionConfig's defaults where a file leaves the key out.
-#[derive(Debug, Deserialize)]
-#[serde(default)]
+/// PaliGemma reads the rows of the last norm, not the pooling head, and projects them with a matrix of its own.
+const RULE: Rule = Rule {
+    harmless: &[HARMLESS, &["num_image_tokens", "projection_dim", "projector_hidden_act", "vision_use_head"]],
+    refused: &[REFUSED],
+};
+
+/// A checked config, with SiglipVisionConfig's defaults where a file leaves a key out.
 pub struct Config {
-    pub hidden_size: usize,
+    hidden_size: usize,
     intermediate_size: usize,
     num_hidden_layers: usize,
     num_attention_heads: usize,
@@ -18,27 +23,28 @@ pub struct Config {
     pub image_size: usize,
     pub patch_size: usize,
     layer_norm_eps: f32,
-    hidden_act: String,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            hidden_size: 768,
-            intermediate_size: 3072,
-            num_hidden_layers: 12,
-            num_attention_heads: 12,
-            num_channels: 3,
-            image_size: 224,
-            patch_size: 16,
-            layer_norm_eps: 1e-6,
-            hidden_act: "gelu_pytorch_tanh".to_owned(),
-        }
-    }
+    activation: ActivationKind,
 }
 
 impl Config {
-    pub fn check(&self) -> Result<()> {
+    pub fn read(keys: &Keys) -> Result<Self> {
+        let config = Self {
+            hidden_size: keys.size("hidden_size", 768)?,
+            intermediate_size: keys.size("intermediate_size", 3072)?,
+            num_hidden_layers: keys.size("num_hidden_layers", 12)?,
+            num_attention_heads: keys.size("num_attention_heads", 12)?,
+            num_channels: keys.size("num_channels", 3)?,
+            image_size: keys.size("image_size", 224)?,
+            patch_size: keys.size("patch_size", 16)?,
+            layer_norm_eps: keys.number("layer_norm_eps", 1e-6)? as f32,
+            activation: activation(keys, "hidden_act", "gelu_pytorch_tanh")?,
+        };
+        config.check()?;
+        keys.finish(&RULE)?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
         check_sizes(&[
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -60,8 +66,7 @@ impl Config {
 }
 
 /// The tower under `path`: patches to the last norm.
-pub fn tower(b: &mut Builder, path: &Path, config: &Config, picture: Picture) -> Result<BufferId> {
-    let activation = activation(&config.hidden_act)?;
+pub fn tower(b: &mut Builder, path: &Path, config: &Config, picture: Picture) -> BufferId {
     let path = path.at("vision_model");
     let embeddings = path.at("embeddings");
     let patches = b.patches(picture, config.num_channels);
@@ -73,13 +78,13 @@ pub fn tower(b: &mut Builder, path: &Path, config: &Config, picture: Picture) ->
     let heads = config.num_attention_heads;
     let cache = b.cache(heads, config.hidden_size / heads, Holds::Encoder);
     for layer in 0..config.num_hidden_layers {
-        block(b, &path.at("encoder").at("layers").at(layer), config, activation, cache, x);
+        block(b, &path.at("encoder").at("layers").at(layer), config, cache, x);
     }
-    Ok(b.layer_norm(&path.at("post_layernorm"), config.layer_norm_eps, x))
+    b.layer_norm(&path.at("post_layernorm"), config.layer_norm_eps, x)
 }
 
 /// `x += attention(norm(x))`, then `x += feed_forward(norm(x))`.
-fn block(b: &mut Builder, path: &Path, config: &Config, activation: ActivationKind, cache: CacheId, x: BufferId) {
+fn block(b: &mut Builder, path: &Path, config: &Config, cache: CacheId, x: BufferId) {
     let (n, d) = (config.hidden_size, config.hidden_size / config.num_attention_heads);
     let h = b.layer_norm(&path.at("layer_norm1"), config.layer_norm_eps, x);
     let attention = path.at("self_attn");
@@ -92,7 +97,7 @@ fn block(b: &mut Builder, path: &Path, config: &Config, activation: ActivationKi
 
     let h = b.layer_norm(&path.at("layer_norm2"), config.layer_norm_eps, x);
     let h = b.linear(h, path.at("mlp").at("fc1"), config.intermediate_size, true);
-    let h = b.activate(activation, h, None);
+    let h = b.activate(config.activation, h, None);
     let h = b.linear(h, path.at("mlp").at("fc2"), n, true);
     b.add_to(x, h);
 }

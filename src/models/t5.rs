@@ -3,11 +3,11 @@
 //! Keys and values of the cross-attention are computed once, at the end of the encoder's plan.
 
 use candle_core::{Result, bail};
-use serde::Deserialize;
-use serde_json::Value;
 
 use super::Architecture;
-use super::config::{TokenIds, check_layers, check_sizes, parse};
+use super::config::{activation_named, check_layers, check_sizes, check_window};
+use super::keys::Keys;
+use super::rule::{HARMLESS, Off, REFUSED, Rule};
 use crate::plan::{
     ActivationKind, BiasId, BufferId, Builder, CacheId, EncoderInputKind, Facts, Holds, LinearLayer, Mask, MatrixId,
     Model, Path, RelativeBias, Role,
@@ -16,7 +16,14 @@ use crate::plan::{
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "t5", doc: "T5, Flan-T5: encoder-decoder, relative position bias", build };
 
-#[derive(Debug, Deserialize)]
+/// `n_positions` is what it was trained on: positions are relative, so that any length works.
+const RULE: Rule =
+    Rule { harmless: &[HARMLESS, &["n_positions"]], refused: &[REFUSED, &[("is_encoder_decoder", Off::True)]] };
+
+/// Longer than any text that fits a machine: a length that a user types is checked before its ids are made.
+const LONGEST: usize = 1 << 20;
+
+/// A checked config, with T5Config's defaults where a file leaves a key out.
 struct Config {
     vocab_size: usize,
     d_model: usize,
@@ -24,82 +31,110 @@ struct Config {
     d_ff: usize,
     num_heads: usize,
     num_layers: usize,
-    num_decoder_layers: Option<usize>,
-    #[serde(default = "default_buckets")]
+    num_decoder_layers: usize,
     relative_attention_num_buckets: usize,
-    #[serde(default = "default_max_distance")]
     relative_attention_max_distance: usize,
     layer_norm_epsilon: f32,
-    #[serde(default = "default_feed_forward")]
-    feed_forward_proj: String,
-    #[serde(default = "default_tied")]
-    tie_word_embeddings: bool,
-    /// transformers 5 saves every T5 as tied and says here whether it was.
-    scale_decoder_outputs: Option<bool>,
-    #[serde(default = "default_positions")]
-    n_positions: usize,
-    #[serde(default)]
-    decoder_start_token_id: u32,
-    #[serde(default)]
-    eos_token_id: TokenIds,
+    feed_forward: FeedForward,
+    /// No head of its own: the table of embeddings is the head.
+    is_tied: bool,
+    /// The head reads the decoder's output scaled by `d_model^-0.5`.
+    scales_output: bool,
+    eos: Vec<u32>,
+    decoder_start: u32,
 }
 
-// transformers' T5Config has these where a file leaves the key out.
-fn default_buckets() -> usize {
-    32
-}
-fn default_max_distance() -> usize {
-    128
-}
-fn default_feed_forward() -> String {
-    "relu".to_owned()
-}
-fn default_tied() -> bool {
-    true
-}
-fn default_positions() -> usize {
-    512
+impl Config {
+    fn read(keys: &Keys) -> Result<Self> {
+        let num_layers = keys.size_by("num_layers", "num_hidden_layers", 6)?;
+        let is_tied = keys.flag("tie_word_embeddings", true)?;
+        let start = match keys.token_ids("decoder_start_token_id")? {
+            Some(ids) => Some(ids),
+            None => keys.token_ids("pad_token_id")?,
+        };
+        let config = Self {
+            vocab_size: keys.size("vocab_size", 32_128)?,
+            d_model: keys.size_by("d_model", "hidden_size", 512)?,
+            d_kv: keys.size_by("d_kv", "head_dim", 64)?,
+            d_ff: keys.size("d_ff", 2048)?,
+            num_heads: keys.size_by("num_heads", "num_attention_heads", 8)?,
+            num_layers,
+            num_decoder_layers: keys.size("num_decoder_layers", num_layers)?,
+            relative_attention_num_buckets: keys.size("relative_attention_num_buckets", 32)?,
+            relative_attention_max_distance: keys.size("relative_attention_max_distance", 128)?,
+            layer_norm_epsilon: keys.number("layer_norm_epsilon", 1e-6)? as f32,
+            feed_forward: FeedForward::read(keys)?,
+            is_tied,
+            // transformers 5 saves every T5 as tied, and says here whether the head reads a scaled output.
+            scales_output: keys.flag("scale_decoder_outputs", is_tied)?,
+            eos: keys.token_ids("eos_token_id")?.unwrap_or_default(),
+            decoder_start: start.and_then(|ids| ids.first().copied()).unwrap_or(0),
+        };
+        config.check()?;
+        check_window(keys, LONGEST)?;
+        keys.finish(&RULE)?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        check_sizes(&[
+            ("vocab_size", self.vocab_size),
+            ("d_model", self.d_model),
+            ("d_kv", self.d_kv),
+            ("d_ff", self.d_ff),
+            ("num_heads", self.num_heads),
+            ("num_heads × d_kv", self.num_heads.saturating_mul(self.d_kv)),
+            ("relative_attention_num_buckets", self.relative_attention_num_buckets),
+        ])?;
+        check_layers("num_layers", self.num_layers)?;
+        check_layers("num_decoder_layers", self.num_decoder_layers)?;
+        // The encoder keeps half of its buckets for each direction, and half of those for exact distances.
+        let (buckets, distance) = (self.relative_attention_num_buckets, self.relative_attention_max_distance);
+        if buckets < 4 || distance <= buckets / 2 {
+            bail!(
+                "config.json's relative attention has {buckets} buckets and a distance of {distance}; it needs at least 4, and more than half of them"
+            );
+        }
+        Ok(())
+    }
 }
 
-/// The feed-forward that `feed_forward_proj` names.
 #[derive(Clone, Copy)]
 struct FeedForward {
     activation: ActivationKind,
     gated: bool,
 }
 
-fn feed_forward_of(name: &str) -> Result<FeedForward> {
-    match name {
-        "relu" => Ok(FeedForward { activation: ActivationKind::Relu, gated: false }),
-        "gated-gelu" => Ok(FeedForward { activation: ActivationKind::GeluTanh, gated: true }),
-        "gated-silu" => Ok(FeedForward { activation: ActivationKind::Silu, gated: true }),
-        other => bail!("config.json says `feed_forward_proj` `{other}`; known are `relu`, `gated-gelu`, `gated-silu`"),
+impl FeedForward {
+    /// `feed_forward_proj`, of which transformers saves both halves again; these are what it computes.
+    fn read(keys: &Keys) -> Result<Self> {
+        let name = keys.word("feed_forward_proj", "relu")?;
+        let (gated, activation) = match name.strip_prefix("gated-") {
+            // The original name of the tanh approximation.
+            Some("gelu") => (true, "gelu_new"),
+            Some(activation) => (true, activation),
+            None => (false, name),
+        };
+        let (key, activation) = match keys.optional_word("dense_act_fn")? {
+            Some(activation) => ("dense_act_fn", activation),
+            None => ("feed_forward_proj", activation),
+        };
+        let known = "`relu`, `silu`, `gelu_new`, and `gated-` before them; `gated-gelu` is `gated-gelu_new`";
+        let refused = || keys.refused(key, &format!("this activation is not computed here; known are {known}"));
+        Ok(Self {
+            activation: activation_named(activation).ok_or_else(refused)?,
+            gated: keys.flag("is_gated_act", gated)?,
+        })
     }
 }
 
 /// What the blocks of both stacks share.
 struct Stack {
     config: Config,
-    feed_forward: FeedForward,
 }
 
-fn build(config: &Value) -> Result<Model> {
-    let config: Config = parse(config)?;
-    check_sizes(&[
-        ("vocab_size", config.vocab_size),
-        ("d_model", config.d_model),
-        ("d_kv", config.d_kv),
-        ("d_ff", config.d_ff),
-        ("num_heads", config.num_heads),
-        ("num_heads × d_kv", config.num_heads.saturating_mul(config.d_kv)),
-        ("relative_attention_num_buckets", config.relative_attention_num_buckets),
-    ])?;
-    check_layers("num_layers", config.num_layers)?;
-    check_layers("num_decoder_layers", config.num_decoder_layers.unwrap_or(config.num_layers))?;
-    if config.relative_attention_num_buckets < 4 || config.relative_attention_max_distance < 32 {
-        bail!("config.json's relative attention needs at least 4 buckets and a distance of 32");
-    }
-    let stack = Stack { feed_forward: feed_forward_of(&config.feed_forward_proj)?, config };
+fn build(keys: &Keys) -> Result<Model> {
+    let stack = Stack { config: Config::read(keys)? };
     let mut b = Builder::new();
     let shared = b.matrix(&Path::root().at("shared"), stack.config.vocab_size, stack.config.d_model, Role::Embedding);
     let cross = encoder(&mut b, &stack, shared);
@@ -107,10 +142,10 @@ fn build(config: &Value) -> Result<Model> {
     let config = stack.config;
     Ok(b.finish(Facts {
         architecture: ARCHITECTURE.model_type,
-        context: config.n_positions,
+        context: LONGEST,
         vocab: config.vocab_size,
-        eos: config.eos_token_id.to_vec(),
-        decoder_start: Some(config.decoder_start_token_id),
+        eos: config.eos,
+        decoder_start: Some(config.decoder_start),
     }))
 }
 
@@ -128,7 +163,7 @@ fn encoder(b: &mut Builder, stack: &Stack, shared: MatrixId) -> Vec<CacheId> {
         stack.feed_forward(b, &path.at(1), x);
     }
     let x = b.rms_norm(&path.at("final_layer_norm"), config.layer_norm_epsilon, x);
-    let cross = (0..stack.decoder_layers()).map(|layer| stack.cross_keys_and_values(b, layer, x)).collect();
+    let cross = (0..config.num_decoder_layers).map(|layer| stack.cross_keys_and_values(b, layer, x)).collect();
     b.end_encoder(EncoderInputKind::Tokens);
     cross
 }
@@ -146,19 +181,15 @@ fn decoder(b: &mut Builder, stack: &Stack, shared: MatrixId, cross: &[CacheId]) 
         stack.feed_forward(b, &path.at(2), x);
     }
     let x = b.rms_norm(&path.at("final_layer_norm"), config.layer_norm_epsilon, x);
-    // A tied head reads the output scaled by d_model^-0.5.
-    let (head, scale) = match config.scale_decoder_outputs.unwrap_or(config.tie_word_embeddings) {
-        true => (shared, (config.d_model as f32).powf(-0.5)),
-        false => (b.matrix(&Path::root().at("lm_head"), config.vocab_size, config.d_model, Role::Head), 1.0),
+    let head = match config.is_tied {
+        true => shared,
+        false => b.matrix(&Path::root().at("lm_head"), config.vocab_size, config.d_model, Role::Head),
     };
+    let scale = if config.scales_output { (config.d_model as f32).powf(-0.5) } else { 1.0 };
     b.head(x, scale, head, None);
 }
 
 impl Stack {
-    fn decoder_layers(&self) -> usize {
-        self.config.num_decoder_layers.unwrap_or(self.config.num_layers)
-    }
-
     fn projection(&self, path: Path) -> LinearLayer {
         LinearLayer { path, n: self.config.num_heads * self.config.d_kv, bias: false }
     }
@@ -206,14 +237,14 @@ impl Stack {
         let h = b.rms_norm(&path.at("layer_norm"), self.config.layer_norm_epsilon, x);
         let path = path.at("DenseReluDense");
         let layer = |name: &str| LinearLayer { path: path.at(name), n: self.config.d_ff, bias: false };
-        let (gate, up) = if self.feed_forward.gated {
+        let (gate, up) = if self.config.feed_forward.gated {
             let [gate, up] = b.linears(h, [layer("wi_0"), layer("wi_1")]);
             (gate, Some(up))
         } else {
             let [gate] = b.linears(h, [layer("wi")]);
             (gate, None)
         };
-        let h = b.activate(self.feed_forward.activation, gate, up);
+        let h = b.activate(self.config.feed_forward.activation, gate, up);
         let h = b.linear_as(Role::HighPrecision, h, path.at("wo"), self.config.d_model, false);
         b.add_to(x, h);
     }

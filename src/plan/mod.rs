@@ -112,6 +112,17 @@ pub struct Rope {
     pub rotary_dim: usize,
     /// `rotary_dim / 2` angular frequencies, radians per position.
     pub inverse_frequencies: Vec<f32>,
+    /// What cosines and sines are multiplied by: 1, but for scalings that sharpen attention.
+    pub attention_factor: f32,
+}
+
+impl Rope {
+    /// Cosine and sine of each pair at a position, `rotary_dim / 2` of each. The angle is the fp32 product of position and
+    /// frequency, as transformers computes it: a more exact angle would drift from the reference at large positions.
+    pub fn turns(&self, position: usize) -> impl Iterator<Item = (f32, f32)> + '_ {
+        let angles = self.inverse_frequencies.iter().map(move |frequency| position as f32 * frequency);
+        angles.map(|angle| (angle.cos() * self.attention_factor, angle.sin() * self.attention_factor))
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -8,6 +8,7 @@ pub mod builtin;
 mod cast;
 pub mod export;
 pub mod hub;
+pub mod json;
 mod open;
 pub mod policy;
 pub mod random;
@@ -41,6 +42,8 @@ pub struct Request {
     pub seed: u64,
     /// Norm channels that random weights scale so that LLM.int8 meets outliers.
     pub outlier_channels: usize,
+    /// Whether settings of the model's files that would only be warned of are refused.
+    pub strict_config: bool,
 }
 
 impl Request {
@@ -53,6 +56,7 @@ impl Request {
             weights: WeightsChoice::Auto,
             seed: 0,
             outlier_channels: 0,
+            strict_config: false,
         }
     }
 }

@@ -13,7 +13,7 @@ use super::hub::{self, HubConfig, Need, RemoteFile};
 use super::random::Random;
 use super::safetensors::{self, Safetensors};
 use super::spec::{MatrixSpec, VectorSpec};
-use super::{Request, Source, SourceKind, WeightsChoice, tokenizer};
+use super::{Request, Source, SourceKind, WeightsChoice, json, tokenizer};
 use crate::error::BadInput;
 use crate::events::Listener;
 
@@ -26,6 +26,8 @@ pub struct Checkpoint {
     /// `config.json`
     pub config: Value,
     pub generation_config: Option<Value>,
+    /// Why a file that no run needs was not read: what a reader of the result must know.
+    pub notes: Vec<String>,
     pub preprocessor_config: Option<Value>,
     pub tokenizer: Option<Tokenizer>,
     /// What the weights were quantized into before they were saved; `None` where they were not, or are random.
@@ -201,6 +203,7 @@ fn from_shape(shape: &BuiltIn, id: &str) -> Checkpoint {
         revision: None,
         config: shape.config(),
         generation_config: None,
+        notes: Vec::new(),
         preprocessor_config: None,
         tokenizer: None,
         quantized: None,
@@ -237,11 +240,17 @@ fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: boo
         true => Some(tokenizer::load(&tokenizer_json)?),
         false => None,
     };
+    // What it says is of use to a run, but none needs it.
+    let (generation_config, notes) = match read_json(&folder.join("generation_config.json")) {
+        Ok(generation_config) => (generation_config, Vec::new()),
+        Err(error) => (None, vec![format!("{error:#}: it is not read")]),
+    };
     Ok(Checkpoint {
         id,
         revision: None,
         config,
-        generation_config: read_json(&folder.join("generation_config.json"))?,
+        generation_config,
+        notes,
         preprocessor_config: read_json(&folder.join("preprocessor_config.json"))?,
         tokenizer,
         quantized: None,
@@ -257,8 +266,7 @@ fn read_json(path: &Path) -> Result<Option<Value>> {
     }
     let name = safetensors::short(path);
     let bytes = std::fs::read(path).with_context(|| format!("reading `{name}`"))?;
-    let value: Value =
-        serde_json::from_slice(&bytes).map_err(|error| BadInput::new(format!("`{name}` is not JSON: {error}")))?;
+    let value = json::parse(&bytes).map_err(|error| BadInput::new(format!("`{name}` is not JSON: {error}")))?;
     match value.is_object() {
         true => Ok(Some(value)),
         false => Err(BadInput::new(format!("`{name}` is JSON, but not an object")).into()),

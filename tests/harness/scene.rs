@@ -121,6 +121,7 @@ pub fn case(precisions: &[&str], protocol: Protocol) -> Case {
             weights: WeightsChoice::Auto,
             seed: 1,
             outlier_channels: 0,
+            strict_config: false,
         },
         precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
         asked: Asked::ByName,

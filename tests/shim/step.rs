@@ -159,8 +159,7 @@ impl<'a> Session<'a> {
             [memory.hold(&zeros), memory.hold(&zeros)]
         });
         let angles = model.ropes.iter().map(|rope| {
-            let at = |position: usize| rope.inverse_frequencies.iter().map(move |f| position as f32 * f);
-            let values = (0..CAPACITY).flat_map(at).flat_map(|angle| [angle.cos(), angle.sin()]);
+            let values = (0..CAPACITY).flat_map(|position| rope.turns(position)).flat_map(|(cos, sin)| [cos, sin]);
             memory.hold(&values.collect::<Vec<f32>>())
         });
         let biases = model.biases.iter().map(|bias| {

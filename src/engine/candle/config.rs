@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::feed::Rule;
 use crate::error::BadInput;
+use crate::models::{Files, RopeKind, RopeSettings};
 use crate::plan::{ActivationKind, CacheSpec, EncoderInputKind, Holds, Model, Op, Picture, Plan};
 
 /// What one of candle's model files is built from.
@@ -22,7 +23,9 @@ pub enum Config {
 impl Config {
     /// Fails on what candle-transformers does not compute. `config` is the config.json that `model` was built from.
     pub fn new(model: &Model, config: &Value) -> Result<Self, BadInput> {
-        let shapes = Shapes { model, config };
+        let rope = crate::models::read(&Files { config, generation: None });
+        let rope = rope.map_err(|error| BadInput::new(error.to_string()))?.rope;
+        let shapes = Shapes { model, rope };
         match model.architecture {
             "llama" => shapes.llama().map(Config::Llama),
             "phi" => shapes.phi().map(Config::Phi),
@@ -59,10 +62,10 @@ fn refused(architecture: &str, why: &str) -> BadInput {
         .hint("use `--engine quantbench`, which runs it")
 }
 
-/// The sizes of a plan, and the rope settings of its config.json.
+/// The sizes of a plan, and its rotary settings, where it has any.
 struct Shapes<'a> {
     model: &'a Model,
-    config: &'a Value,
+    rope: Option<RopeSettings>,
 }
 
 impl Shapes<'_> {
@@ -94,22 +97,22 @@ impl Shapes<'_> {
         Ok((**first, caches.len()))
     }
 
-    /// `rope_theta`, and the kind and keys of the scaling, in either of config.json's spellings.
-    fn rope(&self) -> (f64, &str, &Value) {
-        let config = self.config.get("text_config").unwrap_or(self.config);
-        let scaling = ["rope_parameters", "rope_scaling"].map(|key| &config[key]);
-        let scaling = scaling.into_iter().find(|value| value.is_object()).unwrap_or(&Value::Null);
-        let theta = scaling["rope_theta"].as_f64().or(config["rope_theta"].as_f64()).unwrap_or(10_000.0);
-        let kind = scaling["rope_type"].as_str().or(scaling["type"].as_str()).unwrap_or("default");
-        (theta, kind, scaling)
+    /// The base, and how frequencies are made of it.
+    fn rope(&self) -> Result<(f64, &RopeKind), BadInput> {
+        let rope = self.rope.as_ref().ok_or_else(|| self.refused("needs rotary positions"))?;
+        Ok((rope.theta, &rope.kind))
     }
 
-    /// `rope_theta` where nothing is scaled.
+    /// The base where nothing is scaled within the context.
     fn plain_rope(&self) -> Result<f64, BadInput> {
-        match self.rope() {
-            (theta, "default", _) => Ok(theta),
-            (_, kind, _) => Err(self.refused(&format!("has no rope scaling of type `{kind}`"))),
+        match self.rope()? {
+            (theta, RopeKind::Default | RopeKind::Dynamic) => Ok(theta),
+            (_, kind) => Err(self.no_such_rope(kind)),
         }
+    }
+
+    fn no_such_rope(&self, kind: &RopeKind) -> BadInput {
+        self.refused(&format!("has no rope scaling of type `{}`", kind.name()))
     }
 
     fn llama(&self) -> Result<llama::Config, BadInput> {
@@ -122,18 +125,17 @@ impl Shapes<'_> {
         if self.has_bias("") || activation(&self.model.decoder) != Some(Activation::Silu) {
             return Err(self.refused("has no biases and no activation but `silu`"));
         }
-        let (theta, kind, scaling) = self.rope();
-        let number = |key: &str| scaling[key].as_f64().unwrap_or(1.0) as f32;
+        let (theta, kind) = self.rope()?;
         let rope_scaling = match kind {
-            "default" => None,
-            "llama3" => Some(llama::Llama3RopeConfig {
-                factor: number("factor"),
-                low_freq_factor: number("low_freq_factor"),
-                high_freq_factor: number("high_freq_factor"),
-                original_max_position_embeddings: number("original_max_position_embeddings") as usize,
+            RopeKind::Default | RopeKind::Dynamic => None,
+            RopeKind::Llama3 { factor, low_freq_factor, high_freq_factor, original } => Some(llama::Llama3RopeConfig {
+                factor: *factor as f32,
+                low_freq_factor: *low_freq_factor as f32,
+                high_freq_factor: *high_freq_factor as f32,
+                original_max_position_embeddings: *original as usize,
                 rope_type: llama::Llama3RopeType::Llama3,
             }),
-            kind => return Err(self.refused(&format!("has no rope scaling of type `{kind}`"))),
+            kind => return Err(self.no_such_rope(kind)),
         };
         Ok(llama::Config {
             hidden_size,
@@ -157,6 +159,9 @@ impl Shapes<'_> {
     fn phi(&self) -> Result<phi::Config, BadInput> {
         let (vocab_size, hidden_size) = self.matrix("model.embed_tokens")?;
         let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
+        if self.matrix("model.layers.0.self_attn.q_proj")?.0 != hidden_size {
+            return Err(self.refused("has heads that share the hidden size evenly"));
+        }
         let rotary_dim = self.model.ropes.first().map_or(cache.head_dim, |rope| rope.rotary_dim);
         let config = json!({
             "vocab_size": vocab_size,
@@ -182,6 +187,9 @@ impl Shapes<'_> {
         let layer = format!("{prefix}model.layers.0");
         let (vocab_size, hidden_size) = self.matrix(&format!("{prefix}model.embed_tokens"))?;
         let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
+        if self.matrix(&format!("{prefix}lm_head")).is_ok() {
+            return Err(self.refused("always ties the head to the table of tokens, and this checkpoint has another"));
+        }
         Ok(gemma::Config {
             attention_bias: self.has_bias(&format!("{layer}.self_attn")),
             head_dim: cache.head_dim,

@@ -157,7 +157,11 @@ impl CpuSession {
             last_token: 0,
             outliers: OutlierColumns::default(),
             weights: Weights {
-                angles: model.ropes.iter().map(|r| Angles::new(&r.inverse_frequencies, setup.capacity)).collect(),
+                angles: model
+                    .ropes
+                    .iter()
+                    .map(|r| Angles::new((0..setup.capacity).flat_map(|position| r.turns(position)), r.rotary_dim / 2))
+                    .collect(),
                 biases: model.biases.iter().map(bias).collect(),
                 granule: matrices.iter().map(|m| m.row_granule()).max().unwrap_or(1),
                 capacity: setup.capacity,

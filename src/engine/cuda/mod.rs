@@ -151,8 +151,8 @@ impl Weights {
             Ok(Cache { keys: device.alloc_zeros(len)?, values: device.alloc_zeros(len)?, capacity, d_pad })
         };
         let angles = |rope: &crate::plan::Rope| -> Result<CudaSlice<f32>> {
-            let at = |position: usize| rope.inverse_frequencies.iter().map(move |f| position as f32 * f);
-            let values = (0..setup.capacity).flat_map(at).flat_map(|angle| [angle.cos(), angle.sin()]);
+            let values =
+                (0..setup.capacity).flat_map(|position| rope.turns(position)).flat_map(|(cos, sin)| [cos, sin]);
             Ok(device.clone_htod(&values.collect::<Vec<f32>>())?)
         };
         let vector = |values: &Vec<f32>| -> Result<CudaSlice<f32>> {

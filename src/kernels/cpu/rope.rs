@@ -9,12 +9,10 @@ pub struct Angles {
 }
 
 impl Angles {
-    /// Tables for positions 0..`capacity`. The angle is the fp32 product of position and frequency, as transformers
-    /// computes it: a more exact angle would drift from the reference at large positions.
-    pub fn new(inverse_frequencies: &[f32], capacity: usize) -> Self {
-        let angles = (0..capacity).flat_map(|position| inverse_frequencies.iter().map(move |f| position as f32 * f));
-        let (cos, sin) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
-        Self { half: inverse_frequencies.len(), cos, sin }
+    /// Tables of the cosines and sines of each position in turn, `half` of each.
+    pub fn new(turns: impl Iterator<Item = (f32, f32)>, half: usize) -> Self {
+        let (cos, sin) = turns.unzip();
+        Self { half, cos, sin }
     }
 
     /// `(cos, sin)` of one position, `rotary_dim / 2` each. Panics past the capacity.
@@ -44,11 +42,16 @@ mod tests {
     use super::*;
     use crate::kernels::cpu::test_data::random;
 
+    fn angles(frequencies: &[f32], capacity: usize) -> Angles {
+        let at = |position: usize| frequencies.iter().map(move |f| (position as f32 * f).sin_cos());
+        Angles::new((0..capacity).flat_map(at).map(|(sin, cos)| (cos, sin)), frequencies.len())
+    }
+
     #[test]
     fn rotates_pairs_and_leaves_the_rest() {
         for (d, half) in [(64, 32), (80, 16), (20, 5), (8, 4), (7, 3)] {
             let frequencies: Vec<f32> = (0..half).map(|i| 10_000f32.powf(-(i as f32) / half as f32)).collect();
-            let angles = Angles::new(&frequencies, 300);
+            let angles = angles(&frequencies, 300);
             for position in [0, 1, 299] {
                 let head = random(d, position as u64);
                 let mut out = head.clone();
@@ -69,7 +72,7 @@ mod tests {
 
     #[test]
     fn position_zero_changes_nothing() {
-        let angles = Angles::new(&[1.0, 0.1], 1);
+        let angles = angles(&[1.0, 0.1], 1);
         let mut head = [1.0, -2.0, 3.0, -4.0, 5.0];
         let (cos, sin) = angles.at(0);
         rotate(&mut head, cos, sin);
