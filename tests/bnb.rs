@@ -139,10 +139,6 @@ fn what_is_not_as_bitsandbytes_saves_it_is_refused_with_where_and_why() {
         (changed("llama-tiny-nf4", |c| c.replace("\"nf4\"", "\"fp4\""), same), "`fp4`"),
         (changed("llama-tiny-nf4", |c| c.replace("bitsandbytes", "gptq"), same), "`gptq`"),
         (changed("llama-tiny-nf4", |c| c.replace("quantization_config", "other"), same), "which cannot be cast"),
-        (
-            changed("llama-tiny-nf4-nodq", |c| c.replace("double_quant\": false", "double_quant\": true"), same),
-            "must be U8",
-        ),
         (changed("llama-tiny-int8", text, |b| replaced(b, "q_proj.SCB", "q_proj.SCA")), "it is absent"),
         (
             changed("llama-tiny-nf4", text, |b| replaced(b, "k_proj.weight.absmax", "k_proj.weight.absmin")),

@@ -86,7 +86,7 @@ fn a_bad_folder_is_refused_with_what_where_and_why() {
         (
             "pickled weights",
             vec![("config.json", CONFIG.into()), ("pytorch_model.bin", vec![])],
-            &["only pytorch_model.bin"],
+            &["only PyTorch pickles: `pytorch_model.bin`"],
         ),
         ("empty file", one(vec![]), &["model.safetensors", "0 bytes"]),
         ("truncated", one(whole[..whole.len() - 1].to_vec()), &["truncated"]),

@@ -313,6 +313,7 @@ fn the_row_finder_reads_first_cells() {
 /// Hosts that text may link to.
 const HOSTS: &[&str] = &[
     "github.com",
+    "git-lfs.github.com",
     "huggingface.co",
     "arxiv.org",
     "doc.rust-lang.org",

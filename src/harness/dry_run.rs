@@ -17,6 +17,10 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let device = checks::check(case)?;
     let Surveyed { checkpoint, files } = weights::survey(&case.model, events)?;
     let mut model = worker::build(&checkpoint, &case.model, events)?;
+    if checkpoint.has_weights() {
+        // Whether the files hold what the model needs.
+        checkpoint.source_with(&model.matrices, &model.vectors, events)?;
+    }
     worker::select(&mut model, &checkpoint, &case.selection())?;
     let case = &checks::in_own_precision(case, checkpoint.quantized.as_ref())?;
     checks::check_engines(case)?;

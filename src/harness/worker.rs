@@ -39,7 +39,7 @@ pub struct Opened {
 pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
     let checkpoint = weights::open(request, events)?;
     let model = build(&checkpoint, request, events)?;
-    let source = checkpoint.source(&model.matrices, &model.vectors)?;
+    let source = checkpoint.source_with(&model.matrices, &model.vectors, events)?;
     Ok(Opened { checkpoint, model, source })
 }
 

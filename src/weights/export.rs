@@ -66,7 +66,7 @@ pub fn export(
     }
     let from = folder_of(checkpoint)?;
     let parent = check_output(output)?;
-    let source = checkpoint.source(matrices, vectors)?;
+    let source = checkpoint.source_with(matrices, vectors, events)?;
     // A temporary folder is private; the folder inside it has the usual permissions.
     let temporary = tempfile::Builder::new().prefix(".quantbench-").tempdir_in(&parent);
     let temporary = temporary.map_err(|error| unwritable(output, &error.to_string()))?;

@@ -4,17 +4,23 @@
 //! of the model ever exists.
 
 pub mod bnb;
+mod bound;
 pub mod builtin;
 mod cast;
 pub mod export;
+pub mod foreign;
 pub mod hub;
 pub mod json;
+mod names;
 mod open;
 pub mod policy;
 pub mod random;
 pub mod safetensors;
+mod settle;
+mod sniff;
 pub mod spec;
 pub mod tokenizer;
+mod unread;
 
 pub use builtin::builtin_models;
 pub use open::{Checkpoint, Surveyed, open, open_with, survey, survey_with};

@@ -1,6 +1,7 @@
 //! From what the user typed to an opened model: a folder, a built-in shape or a hub repository.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -8,14 +9,15 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::bnb::PreQuantized;
+use super::bound::{Bound, Labels};
 use super::builtin::{self, BuiltIn};
 use super::hub::{self, HubConfig, Need, RemoteFile};
 use super::random::Random;
 use super::safetensors::{self, Safetensors};
 use super::spec::{MatrixSpec, VectorSpec};
-use super::{Request, Source, SourceKind, WeightsChoice, json, tokenizer};
+use super::{Request, Source, SourceKind, WeightsChoice, foreign, json, settle, sniff, tokenizer};
 use crate::error::BadInput;
-use crate::events::Listener;
+use crate::events::{Event, Listener, Silent};
 
 /// An opened model: its small files are read, its weights are not.
 pub struct Checkpoint {
@@ -23,7 +25,7 @@ pub struct Checkpoint {
     pub id: String,
     /// Commit on the hub.
     pub revision: Option<String>,
-    /// `config.json`
+    /// `config.json`, made to say what the files hold where it says otherwise.
     pub config: Value,
     pub generation_config: Option<Value>,
     /// Why a file that no run needs was not read: what a reader of the result must know.
@@ -38,8 +40,16 @@ pub struct Checkpoint {
 }
 
 enum Weights {
-    Random { seed: u64, outlier_channels: usize },
-    Files { folder: PathBuf, source: SourceKind },
+    Random {
+        seed: u64,
+        outlier_channels: usize,
+    },
+    /// `files` are opened once; `None` where that fails or is not yet possible, and then their source tells why.
+    Files {
+        folder: PathBuf,
+        source: SourceKind,
+        files: Option<Arc<Safetensors>>,
+    },
 }
 
 /// Opens a model with the hub settings of the environment.
@@ -51,7 +61,7 @@ pub fn open(request: &Request, events: &dyn Listener) -> Result<Checkpoint> {
 pub fn open_with(request: &Request, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
     let start = Instant::now();
     let mut from_hub = |id: String| from_hub(request, id, hub, events);
-    let mut checkpoint = open_place(request, &mut from_hub)?;
+    let mut checkpoint = open_place(request, &mut from_hub, events)?;
     checkpoint.resolve_s = start.elapsed().as_secs_f64();
     Ok(checkpoint)
 }
@@ -79,11 +89,15 @@ pub fn survey_with(request: &Request, hub: &HubConfig, events: &dyn Listener) ->
         checkpoint.revision = Some(survey.fetched.commit);
         Ok(checkpoint)
     };
-    let checkpoint = open_place(request, &mut from_hub)?;
+    let checkpoint = open_place(request, &mut from_hub, events)?;
     Ok(Surveyed { checkpoint, files })
 }
 
-fn open_place(request: &Request, from_hub: &mut dyn FnMut(String) -> Result<Checkpoint>) -> Result<Checkpoint> {
+fn open_place(
+    request: &Request,
+    from_hub: &mut dyn FnMut(String) -> Result<Checkpoint>,
+    events: &dyn Listener,
+) -> Result<Checkpoint> {
     let random = request.weights == WeightsChoice::Random;
     let mut checkpoint = match Place::of(&request.model_id)? {
         Place::Folder(folder) => {
@@ -106,9 +120,30 @@ fn open_place(request: &Request, from_hub: &mut dyn FnMut(String) -> Result<Chec
         Weights::Random { seed, outlier_channels } => {
             (*seed, *outlier_channels) = (request.seed, request.outlier_channels);
         }
-        Weights::Files { .. } => checkpoint.quantized = PreQuantized::of(&checkpoint.config)?,
+        Weights::Files { folder, source, files } => {
+            *files = open_files(folder, *source).ok().map(Arc::new);
+            checkpoint.quantized = settle::settle(&mut checkpoint.config, files.as_deref(), events)?;
+            warn_of_adapter(folder, events);
+        }
     }
     Ok(checkpoint)
+}
+
+fn open_files(folder: &Path, source: SourceKind) -> Result<Safetensors> {
+    let layout = safetensors::layout(folder)?;
+    let etags = match source {
+        SourceKind::Hub => hub::etags(layout.files()),
+        SourceKind::Local | SourceKind::Random => None,
+    };
+    Safetensors::open(&layout, source, etags)
+}
+
+/// transformers applies an adapter that lies beside whole weights, where PEFT is installed.
+fn warn_of_adapter(folder: &Path, events: &dyn Listener) {
+    if folder.join("adapter_config.json").is_file() {
+        let message = "the folder also holds a LoRA adapter (adapter_config.json), which is not applied".to_owned();
+        events.on(Event::Warning { name: "adapter_ignored".to_owned(), message });
+    }
 }
 
 impl Checkpoint {
@@ -128,22 +163,34 @@ impl Checkpoint {
         }
     }
 
-    /// The weights, once it is sure that every tensor is there in its right shape; random ones are made from the specs.
+    /// Whether its weights can be read: made up, or in files that are here.
+    pub fn has_weights(&self) -> bool {
+        !matches!(&self.weights, Weights::Files { files: None, .. })
+    }
+
+    /// As [`Self::source_with`], and nobody is told what of the files is not read.
     pub fn source(&self, matrices: &[MatrixSpec], vectors: &[VectorSpec]) -> Result<Box<dyn Source>> {
-        let (folder, source) = match &self.weights {
+        self.source_with(matrices, vectors, &Silent)
+    }
+
+    /// The weights, once it is sure that every tensor is there in its right shape; random ones are made from the specs. Warns of
+    /// what the files hold beside them.
+    pub fn source_with(
+        &self,
+        matrices: &[MatrixSpec],
+        vectors: &[VectorSpec],
+        events: &dyn Listener,
+    ) -> Result<Box<dyn Source>> {
+        let files = match &self.weights {
             Weights::Random { seed, outlier_channels } => {
                 return Ok(Box::new(Random::new(*seed, *outlier_channels, matrices, vectors)));
             }
-            Weights::Files { folder, source } => (folder, *source),
+            Weights::Files { files: Some(files), .. } => files.clone(),
+            Weights::Files { folder, source, files: None } => Arc::new(open_files(folder, *source)?),
         };
-        let layout = safetensors::layout(folder)?;
-        let etags = match source {
-            SourceKind::Hub => hub::etags(layout.files()),
-            SourceKind::Local | SourceKind::Random => None,
-        };
-        let opened = Safetensors::open(&layout, &self.id, source, etags, self.quantized.clone())?;
-        opened.check(self.config["model_type"].as_str().unwrap_or("the model"), matrices, vectors)?;
-        Ok(Box::new(opened))
+        let labels = Labels { id: &self.id, model_type: self.config["model_type"].as_str().unwrap_or("the model") };
+        let bound = Bound::new(files, self.quantized.clone(), (matrices, vectors), &labels, events)?;
+        Ok(Box::new(bound))
     }
 }
 
@@ -161,9 +208,7 @@ impl Place {
             return Ok(Place::Folder(path.to_owned()));
         }
         if path.is_file() {
-            return Err(BadInput::new(format!("`{id}` is a file"))
-                .hint("name the folder that holds config.json")
-                .into());
+            return Err(foreign::a_file(path, id).into());
         }
         if let Some(shape) = builtin::by_name(id) {
             return Ok(Place::BuiltIn(shape));
@@ -228,20 +273,24 @@ fn from_hub(request: &Request, id: String, hub: &HubConfig, events: &dyn Listene
 }
 
 fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: bool) -> Result<Checkpoint> {
-    let config = read_json(&folder.join("config.json"))?.ok_or_else(|| {
-        BadInput::new(format!("`{id}` holds no config.json"))
-            .hint("name the folder that holds config.json and the weights")
-    })?;
+    let config = read_json(&folder.join("config.json"))?.ok_or_else(|| foreign::no_config(folder, &id))?;
     if needs_weights {
         safetensors::layout(folder)?;
     }
     let tokenizer_json = folder.join("tokenizer.json");
     let tokenizer = match tokenizer_json.is_file() {
-        true => Some(tokenizer::load(&tokenizer_json)?),
+        true => match sniff::not_itself(&tokenizer_json) {
+            Some(error) => return Err(error.into()),
+            None => Some(tokenizer::load(&tokenizer_json)?),
+        },
         false => None,
     };
-    // What it says is of use to a run, but none needs it.
-    let (generation_config, notes) = match read_json(&folder.join("generation_config.json")) {
+    // What it says is of use to a run, but none needs it. A file that is another is a sign of a broken download.
+    let generation_json = folder.join("generation_config.json");
+    if let Some(error) = sniff::not_itself(&generation_json) {
+        return Err(error.into());
+    }
+    let (generation_config, notes) = match read_json(&generation_json) {
         Ok(generation_config) => (generation_config, Vec::new()),
         Err(error) => (None, vec![format!("{error:#}: it is not read")]),
     };
@@ -255,7 +304,7 @@ fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: boo
         tokenizer,
         quantized: None,
         resolve_s: 0.0,
-        weights: Weights::Files { folder: folder.to_owned(), source },
+        weights: Weights::Files { folder: folder.to_owned(), source, files: None },
     })
 }
 
@@ -263,6 +312,9 @@ fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: boo
 fn read_json(path: &Path) -> Result<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
+    }
+    if let Some(error) = sniff::not_itself(path) {
+        return Err(error.into());
     }
     let name = safetensors::short(path);
     let bytes = std::fs::read(path).with_context(|| format!("reading `{name}`"))?;

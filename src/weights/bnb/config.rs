@@ -3,6 +3,7 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::held::SECTIONS;
 use crate::error::BadInput;
 
 /// What config.json says about weights that were quantized before they were saved.
@@ -12,25 +13,25 @@ pub struct PreQuantized {
     pub precision: &'static str,
     /// LLM.int8's threshold.
     pub int8_threshold: f32,
+    /// Modules that were left alone on purpose: parts of their names.
+    pub skipped: Vec<String>,
 }
 
 impl PreQuantized {
     /// `None` where config.json tells of no quantization. Fails with [`BadInput`] on another method than bitsandbytes' and
     /// on variants of it that are not known here.
     pub fn of(config: &Value) -> Result<Option<Self>> {
-        let section = match config.get("quantization_config") {
-            None | Some(Value::Null) => return Ok(None),
-            Some(section) => section,
-        };
+        let Some((section, method)) = section_of(config) else { return Ok(None) };
+        if method != "bitsandbytes" {
+            return Err(other_method(&method).into());
+        }
         let flag = |key: &str| section.get(key).and_then(Value::as_bool).unwrap_or(false);
         let word = |key: &str| section.get(key).and_then(Value::as_str);
         let (int8, four_bit) = (flag("load_in_8bit"), flag("load_in_4bit"));
-        let method = word("quant_method").unwrap_or(if int8 || four_bit { "bitsandbytes" } else { "unknown" });
-        if method != "bitsandbytes" {
-            return Err(unknown("quant_method", method, "bitsandbytes").into());
-        }
         let threshold = section.get("llm_int8_threshold").and_then(Value::as_f64).unwrap_or(6.0);
-        let of = |precision| Ok(Some(Self { precision, int8_threshold: threshold as f32 }));
+        let skipped = section.get("llm_int8_skip_modules").and_then(Value::as_array).into_iter().flatten();
+        let skipped: Vec<String> = skipped.filter_map(Value::as_str).map(str::to_owned).collect();
+        let of = |precision| Ok(Some(Self { precision, int8_threshold: threshold as f32, skipped: skipped.clone() }));
         match (int8, four_bit) {
             (true, false) => return of("int8"),
             (false, true) => {}
@@ -51,6 +52,54 @@ impl PreQuantized {
         }
         of(if flag("bnb_4bit_use_double_quant") { "nf4" } else { "nf4-nodq" })
     }
+
+    /// The method that config.json names, `None` where it tells of no quantization.
+    pub fn method(config: &Value) -> Option<String> {
+        section_of(config).map(|(_, method)| method)
+    }
+
+    /// Whether the tensor `name` belongs to a module that was left alone on purpose.
+    pub fn skips(&self, name: &str) -> bool {
+        let dotted = format!(".{name}.");
+        self.skipped.iter().any(|module| dotted.contains(&format!(".{module}.")))
+    }
+}
+
+/// The section of config.json that tells of a quantization, and its method.
+fn section_of(config: &Value) -> Option<(&Value, String)> {
+    let section = |key: &&str| config.get(*key).filter(|section| section.is_object());
+    let (key, section) = SECTIONS.iter().find_map(|key| Some((*key, section(key)?)))?;
+    let flag = |key: &str| section.get(key).and_then(Value::as_bool).unwrap_or(false);
+    let method = match section.get("quant_method").and_then(Value::as_str) {
+        Some(method) => method,
+        None if flag("load_in_8bit") || flag("load_in_4bit") => "bitsandbytes",
+        None if key == "compression_config" => "compressed-tensors",
+        // MLX writes its section under both keys, without a method.
+        None if section.get("group_size").is_some() && section.get("bits").is_some() => "mlx",
+        None => "unknown",
+    };
+    Some((section, method.to_owned()))
+}
+
+/// Methods whose checkpoints are known by name and not read, and what they are made from.
+const METHODS: &[(&str, &str)] = &[
+    ("gptq", "4-bit integers of GPTQ"),
+    ("awq", "4-bit integers of AWQ"),
+    ("fp8", "8-bit floats with scales"),
+    ("fbgemm_fp8", "8-bit floats with scales"),
+    ("compressed-tensors", "tensors compressed by llm-compressor"),
+    ("mxfp4", "4-bit floats in blocks of 32"),
+    ("mlx", "integers in groups, as MLX packs them"),
+    ("modelopt", "weights of NVIDIA's ModelOpt"),
+];
+
+fn other_method(method: &str) -> BadInput {
+    let what = METHODS.iter().find(|(name, _)| *name == method).map(|(_, what)| format!(" ({what})"));
+    BadInput::new(format!(
+        "config.json's quantization_config has quant_method `{method}`{}; only `bitsandbytes` can be loaded",
+        what.unwrap_or_default()
+    ))
+    .hint("name the 16-bit model that the checkpoint was made from, or measure its shape with `--weights random`")
 }
 
 fn unknown(key: &str, seen: &str, allowed: &str) -> BadInput {
@@ -96,7 +145,7 @@ mod tests {
         for entry in FORMATS {
             let Some(section) = section(entry.name, 6.0) else { continue };
             let found = PreQuantized::of(&json!({ "quantization_config": section })).unwrap();
-            assert_eq!(found, Some(PreQuantized { precision: entry.name, int8_threshold: 6.0 }));
+            assert_eq!(found, Some(PreQuantized { precision: entry.name, int8_threshold: 6.0, skipped: Vec::new() }));
             sections += 1;
         }
         assert_eq!(sections, 3);

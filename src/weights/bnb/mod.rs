@@ -4,6 +4,7 @@
 //! that name or beside it, and for 4 bits a blob of JSON with the rest.
 
 pub mod config;
+pub mod held;
 pub mod state;
 
 use anyhow::{Context, Result, ensure};
@@ -103,6 +104,21 @@ fn name_of(weight: &str, suffix: &str) -> String {
         "SCB" | "weight_format" => format!("{}.{suffix}", weight.strip_suffix(".weight").unwrap_or(weight)),
         _ => format!("{weight}.{suffix}"),
     }
+}
+
+/// What may belong to the weight `weight` that was quantized before it was saved.
+pub fn companions(weight: &str) -> Vec<String> {
+    let suffixes = [
+        "absmax",
+        "quant_map",
+        "nested_absmax",
+        "nested_quant_map",
+        "nested_offset",
+        "SCB",
+        "weight_format",
+        QUANT_STATE,
+    ];
+    suffixes.iter().map(|suffix| name_of(weight, suffix)).collect()
 }
 
 /// The parts of a matrix that [`check`] passed. Fails with [`BadInput`] where its texts and tables say something else than

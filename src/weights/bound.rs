@@ -1,0 +1,240 @@
+//! A checkpoint's files as the source of one model: each tensor that the plan names is found under the name that it has there.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::Result;
+use half::f16;
+use safetensors::Dtype;
+
+use super::bnb::{self, PreQuantized};
+use super::names::{candidates, spellings};
+use super::safetensors::{Safetensors, Tensor, listed};
+use super::spec::{MatrixSpec, Role, VectorSpec};
+use super::{Source, SourceInfo, unread};
+use crate::error::BadInput;
+use crate::events::{Event, Listener};
+use crate::quant::Part;
+
+/// A source that reads checkpoint files.
+pub struct Bound {
+    files: Arc<Safetensors>,
+    /// Name in the plan → name in the files.
+    names: HashMap<String, String>,
+    /// What linear layers were quantized into before they were saved.
+    quantized: Option<PreQuantized>,
+}
+
+/// What messages call a checkpoint and its model.
+pub struct Labels<'a> {
+    pub id: &'a str,
+    pub model_type: &'a str,
+}
+
+impl Bound {
+    /// Finds every tensor of a model. Fails with [`BadInput`] unless each is there in the right shape and in a dtype that can be
+    /// cast. Warns of layers that are not quantized though others are, and of tensors that nobody reads.
+    pub fn new(
+        files: Arc<Safetensors>,
+        quantized: Option<PreQuantized>,
+        (matrices, vectors): (&[MatrixSpec], &[VectorSpec]),
+        labels: &Labels,
+        events: &dyn Listener,
+    ) -> Result<Self> {
+        let matrix_names = matrices.iter().map(|spec| spec.name.as_str());
+        let wanted: Vec<&str> = matrix_names.chain(vectors.iter().map(|spec| spec.name.as_str())).collect();
+        let asked: HashSet<&str> = wanted.iter().copied().collect();
+        let mut names = HashMap::new();
+        let mut absent = Vec::new();
+        for &name in &wanted {
+            match candidates(name, &asked).into_iter().find(|candidate| files.get(candidate).is_some()) {
+                Some(found) => drop(names.insert(name.to_owned(), found)),
+                None => absent.push(name),
+            }
+        }
+        if let Some(first) = absent.first() {
+            return Err(absent_error(&files, labels, first, absent.len()).into());
+        }
+        let bound = Self { files, names, quantized };
+        bound.check(matrices, vectors)?;
+        bound.check_quantized(matrices, labels, events)?;
+        if let Some(message) = unread::unread(&bound.files, &bound.names, labels.model_type)? {
+            events.on(Event::Warning { name: "unread_tensors".to_owned(), message });
+        }
+        Ok(bound)
+    }
+
+    /// The name in the files; a name that is none of the plan's stands for itself.
+    fn name_of<'a>(&'a self, name: &'a str) -> &'a str {
+        self.names.get(name).map_or(name, String::as_str)
+    }
+
+    fn get(&self, name: &str) -> Option<&Tensor> {
+        self.files.get(self.name_of(name))
+    }
+
+    fn check(&self, matrices: &[MatrixSpec], vectors: &[VectorSpec]) -> Result<()> {
+        for spec in matrices {
+            match self.stored_precision(spec) {
+                Some(precision) => bnb::check(&self.renamed(spec), precision, self.files.as_ref())?,
+                None => self.check_tensor(&spec.name, &[spec.n, spec.k])?,
+            }
+        }
+        vectors.iter().try_for_each(|spec| self.check_tensor(&spec.name, &[spec.len]))
+    }
+
+    /// The spec by its name in the files, where what belongs to a quantized matrix lies beside it.
+    fn renamed(&self, spec: &MatrixSpec) -> MatrixSpec {
+        MatrixSpec { name: self.name_of(&spec.name).to_owned(), ..spec.clone() }
+    }
+
+    /// The precision that a matrix is stored in, `None` where its values are plain.
+    fn stored_precision(&self, spec: &MatrixSpec) -> Option<&'static str> {
+        let is_packed = matches!(self.get(&spec.name)?.dtype, Dtype::U8 | Dtype::I8);
+        let quantized = self.quantized.as_ref().filter(|_| is_packed && bnb::may_be_quantized(spec.role))?;
+        Some(quantized.precision)
+    }
+
+    fn check_tensor(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let name = self.name_of(name);
+        let Some(tensor) = self.files.get(name) else { anyhow::bail!("no tensor is named `{name}`") };
+        let file = self.files.file_of(tensor);
+        if !tensor.is_plain() {
+            return Err(BadInput::new(format!(
+                "tensor `{name}` in `{file}` is {}, which cannot be cast to fp16; allowed are F16, BF16 and F32",
+                tensor.dtype
+            ))
+            .hint(hint_of(tensor.dtype))
+            .into());
+        }
+        let (rows, columns) = tensor.matrix();
+        let fits = match shape {
+            [len] => tensor.shape.iter().product::<usize>() == *len && tensor.shape.len() <= 1,
+            _ => tensor.shape.len() > 1 && shape == [rows, columns],
+        };
+        match fits {
+            true => Ok(()),
+            false => Err(BadInput::new(format!(
+                "tensor `{name}` in `{file}` has shape {:?}, the model of config.json needs {shape:?}",
+                tensor.shape
+            ))
+            .hint("check that config.json and the weights belong together")
+            .into()),
+        }
+    }
+
+    /// A record must not be called by a precision that holds none of its weights.
+    fn check_quantized(&self, matrices: &[MatrixSpec], labels: &Labels, events: &dyn Listener) -> Result<()> {
+        let Some(own) = &self.quantized else { return Ok(()) };
+        let linear = matrices.iter().filter(|spec| spec.role == Role::Projection);
+        let (packed, plain): (Vec<_>, Vec<_>) = linear.partition(|spec| self.stored_precision(spec).is_some());
+        if packed.is_empty() && !plain.is_empty() {
+            return Err(BadInput::new(format!(
+                "config.json's quantization_config says `{}`, but none of the {} linear layers of `{}` is held in it",
+                own.precision,
+                plain.len(),
+                labels.id
+            ))
+            .hint("remove `quantization_config` from config.json to measure the plain weights")
+            .into());
+        }
+        let forgotten: Vec<String> =
+            plain.iter().filter(|spec| !own.skips(&spec.name)).map(|spec| format!("`{}`", spec.name)).collect();
+        if !forgotten.is_empty() {
+            let message = format!(
+                "{} of {} linear layers are held in plain values and not in `{}`, which config.json's llm_int8_skip_modules \
+                 does not say: {}",
+                forgotten.len(),
+                packed.len() + plain.len(),
+                own.precision,
+                listed(&forgotten)
+            );
+            events.on(Event::Warning { name: "partly_quantized".to_owned(), message });
+        }
+        Ok(())
+    }
+}
+
+fn hint_of(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::U8 | Dtype::I8 | Dtype::U32 | Dtype::I32 => {
+            "the checkpoint is quantized in a way that config.json does not tell of; name the one that it was made from"
+        }
+        Dtype::F8_E4M3 | Dtype::F8_E5M2 => {
+            "the checkpoint is quantized to fp8, which is not read; name the 16-bit one that it was made from"
+        }
+        _ => "save the weights in one of these dtypes",
+    }
+}
+
+fn absent_error(files: &Safetensors, labels: &Labels, name: &str, count: usize) -> BadInput {
+    let others = match count - 1 {
+        0 => String::new(),
+        others => format!(" and {others} others"),
+    };
+    let names = files.names();
+    let nearest = names.iter().min_by_key(|have| (strsim::levenshtein(have, name), have.as_str()));
+    let nearest = nearest.map(|nearest| format!("; nearest is `{nearest}`")).unwrap_or_default();
+    let trace = files.trace_of(&spellings(name)).map(|trace| format!("; {trace}")).unwrap_or_default();
+    let hint = if !trace.is_empty() {
+        "save the model again, so that the index and its files belong together"
+    } else if names.iter().any(|have| have.ends_with(".qweight") || have.ends_with(".weight_packed")) {
+        "the checkpoint is quantized by GPTQ, AWQ or the like, which are not read; name the model that it was made from"
+    } else if names.iter().any(|have| have.contains(".lora_A.") || have.contains(".base_layer.")) {
+        "the checkpoint holds a LoRA adapter that is not merged; merge it (`merge_and_unload()` in PEFT) and save the model"
+    } else if name.ends_with("lm_head.weight") {
+        "config.json says that the head is not tied (`tie_word_embeddings`), so the checkpoint must hold it"
+    } else {
+        "check that config.json and the weights belong together"
+    };
+    BadInput::new(format!(
+        "`{}` needs tensor `{name}`{others}, absent from `{}`: {} tensors read{nearest}{trace}",
+        labels.model_type,
+        labels.id,
+        files.len()
+    ))
+    .hint(hint)
+}
+
+impl Source for Bound {
+    fn info(&self) -> &SourceInfo {
+        self.files.info()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.get(name).map(|tensor| tensor.shape.clone())
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.files.names()
+    }
+
+    fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f16]) -> Result<usize> {
+        self.files.read_rows(self.name_of(name), rows, out)
+    }
+
+    fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        self.files.read_rows_f32(self.name_of(name), rows, out)
+    }
+
+    fn raw_dtype(&self, name: &str) -> Option<Dtype> {
+        self.get(name).filter(|tensor| tensor.is_plain()).map(|tensor| tensor.dtype)
+    }
+
+    fn read_raw(&self, name: &str, rows: Range<usize>, out: &mut [u8]) -> Result<()> {
+        self.files.read_raw(self.name_of(name), rows, out)
+    }
+
+    fn is_quantized(&self) -> bool {
+        self.quantized.is_some()
+    }
+
+    fn parts(&self, spec: &MatrixSpec) -> Option<Result<Vec<Part>>> {
+        self.stored_precision(spec).map(|_| bnb::parts(&self.renamed(spec), self.files.as_ref()))
+    }
+
+    fn stored_bytes(&self, name: &str) -> u64 {
+        self.get(name).map_or(0, |tensor| tensor.bytes)
+    }
+}
