@@ -303,7 +303,10 @@ mod tests {
         assert!(scores > 63 << 20 && scores <= 64 << 20, "{scores}");
         // One row of each residual (fp32) and the widest pair of activations (fp16) are held beside them.
         let activations = 120_000 * (4 * 2048 + 2 * 2 * 8192) as u64;
-        assert!(needs.scratch_bytes > scores + activations && needs.scratch_bytes < 2 * (scores + activations), "{needs:?}");
+        assert!(
+            needs.scratch_bytes > scores + activations && needs.scratch_bytes < 2 * (scores + activations),
+            "{needs:?}"
+        );
         assert!(((needs.kv_cache_bytes as f64 / GIB) - 3.66).abs() < 0.01, "{needs:?}");
         let short =
             of("llama-3.2-1b", "fp16", Device::Cuda(0), Lengths { depth: 0, prompt: 8, gen_tokens: 64, encoder: 0 });

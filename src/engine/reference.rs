@@ -12,7 +12,7 @@ use crate::events::Listener;
 use crate::plan::{
     ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, AttentionSpec, BiasId, BufferId,
     CacheId, EmbedSpec, EncoderInputKind, FeaturesSpec, Holds, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask,
-    Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, Rope, RopeId, feature, refuse,
+    Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, RopeId, feature, refuse,
 };
 use crate::quant::Stored;
 use crate::weights::spec::MatrixSpec;

@@ -5,7 +5,7 @@ use candle_core::{Error, Result};
 use serde_json::Value;
 
 use super::keys::Keys;
-use super::rule::Rule;
+use super::rule::{Rule, is_empty};
 use crate::plan::Rope;
 
 /// transformers' base where a file has none.
@@ -102,7 +102,8 @@ impl RopeSettings {
         let partial = partial_at.optional_number("partial_rotary_factor")?;
         let outer_original = keys.optional_size("original_max_position_embeddings")?;
         if let (Some(_), Some(parameters)) = (&scaling, &parameters) {
-            tell_of_both(keys, parameters, theta)?;
+            let part = if let Rotary::Part(part) = rotary { part } else { 1.0 };
+            tell_of_both(keys, parameters, theta, partial.unwrap_or(part))?;
         }
         let kind_name = chosen.map_or(Ok("default"), kind_name)?;
         let rotary_dim = match (rotary, kind_name) {
@@ -189,31 +190,38 @@ impl RopeSettings {
 
 /// A rope section that says something.
 fn section<'a>(keys: &Keys<'a>, key: &'static str) -> Result<Option<Keys<'a>>> {
-    let section = keys.section(key)?.filter(|_| keys.raw(key).is_some_and(|value| !super::rule::is_empty(value)));
+    if keys.raw(key).is_none_or(is_empty) {
+        return Ok(None);
+    }
     let nested = keys.raw(key).and_then(Value::as_object).into_iter().flatten().find(|(_, value)| value.is_object());
     match nested {
-        Some((layer_type, _)) => Err(keys.refused(
-            key,
-            &format!("it has settings for each type of layer (`{layer_type}`), and this model has one type"),
-        )),
-        None => Ok(section),
+        Some((layer_type, _)) => {
+            let why = format!("it has settings for each type of layer (`{layer_type}`), and this model has one type");
+            Err(keys.refused(key, &why))
+        }
+        None => keys.section(key),
     }
 }
 
 /// Says which of the two spellings is computed, where the other one says something else.
-fn tell_of_both(keys: &Keys, parameters: &Keys, theta: f64) -> Result<()> {
-    let (other_kind, other_theta) = (kind_name(parameters)?, parameters.optional_number("rope_theta")?);
-    if other_kind == "default" && other_theta.is_none_or(|other| other == theta) {
-        return Ok(());
+fn tell_of_both(keys: &Keys, parameters: &Keys, theta: f64, part: f64) -> Result<()> {
+    let kind = kind_name(parameters)?;
+    let differs = |key, computed: f64| -> Result<Option<String>> {
+        let other = parameters.optional_number(key)?.filter(|other| *other != computed);
+        Ok(other.map(|other| format!("`{key}` {other}, not {computed}")))
+    };
+    let mut said: Vec<String> =
+        differs("rope_theta", theta)?.into_iter().chain(differs("partial_rotary_factor", part)?).collect();
+    if kind != "default" {
+        said.push(format!("`{kind}`"));
     }
-    let other_theta = other_theta.map_or(String::new(), |other| format!(" with `rope_theta` {other}"));
-    keys.report.note(
-        "config_key_not_read",
-        format!(
-            "config.json has `rope_scaling` and `rope_parameters`: the first is computed, with `rope_theta` {theta}, as transformers 5 \
-             does; the second, `{other_kind}`{other_theta}, is not read"
-        ),
-    );
+    if !said.is_empty() {
+        let message = format!(
+            "config.json has `rope_scaling` and `rope_parameters`: as in transformers 5 the first is computed alone; the second says {}",
+            said.join(", ")
+        );
+        keys.report.note("config_key_not_read", message);
+    }
     Ok(())
 }
 

@@ -285,8 +285,12 @@ fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: boo
         },
         false => None,
     };
-    // What it says is of use to a run, but none needs it.
-    let (generation_config, notes) = match read_json(&folder.join("generation_config.json")) {
+    // What it says is of use to a run, but none needs it. A file that is another is a sign of a broken download.
+    let generation_json = folder.join("generation_config.json");
+    if let Some(error) = sniff::not_itself(&generation_json) {
+        return Err(error.into());
+    }
+    let (generation_config, notes) = match read_json(&generation_json) {
         Ok(generation_config) => (generation_config, Vec::new()),
         Err(error) => (None, vec![format!("{error:#}: it is not read")]),
     };

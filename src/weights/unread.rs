@@ -38,9 +38,9 @@ pub fn unread(files: &Safetensors, names: &HashMap<String, String>, model_type: 
     }
     let bytes: u64 = unread.iter().filter_map(|name| files.get(name)).map(|tensor| tensor.bytes).sum();
     let names: Vec<String> = unread.iter().map(|name| format!("`{name}`")).collect();
-    let (tensors, them) = if unread.len() == 1 { ("tensor", "it") } else { ("tensors", "them") };
+    let (tensors, are, them) = if unread.len() == 1 { ("tensor", "is", "it") } else { ("tensors", "are", "them") };
     Ok(Some(format!(
-        "{} {tensors} of the checkpoint ({}) not read by `{model_type}` as config.json has it, so the model is measured without \
+        "{} {tensors} of the checkpoint ({}) {are} not read by `{model_type}` as config.json has it, so the model is measured without \
          {them}: {}",
         unread.len(),
         size(bytes),

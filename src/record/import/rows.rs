@@ -330,7 +330,10 @@ mod tests {
     #[test]
     fn numbers_that_are_none_are_null() {
         for (text, expected) in [
-            ("{\"a\": NaN, \"b\": [-nan, inf,Infinity], \"c\":-Infinity}", json!({"a": null, "b": [null, null, null], "c": null})),
+            (
+                "{\"a\": NaN, \"b\": [-nan, inf,Infinity], \"c\":-Infinity}",
+                json!({"a": null, "b": [null, null, null], "c": null}),
+            ),
             ("{\"a\": nan\n}", json!({"a": null})),
             (r#"{"a": ", nan,", "b\"": "x\\", "c": nan}"#, json!({"a": ", nan,", "b\"": "x\\", "c": null})),
         ] {

@@ -119,16 +119,8 @@ fn a_reason_comes_with_its_measurement() {
         ),
         ("memory", None, ", memory-bound at 62 % of the read bandwidth"),
         ("compute", Some(0.4), ", compute-bound (reading alone takes 40 % of a step, arithmetic alone 30 %)"),
-        (
-            "mixed",
-            Some(0.4),
-            ", bound by no part alone (reading alone takes 40 % of a step, arithmetic alone 30 %)",
-        ),
-        (
-            "cache-resident",
-            Some(0.4),
-            ", cache-resident (reading alone takes 40 % of a step, arithmetic alone 30 %)",
-        ),
+        ("mixed", Some(0.4), ", bound by no part alone (reading alone takes 40 % of a step, arithmetic alone 30 %)"),
+        ("cache-resident", Some(0.4), ", cache-resident (reading alone takes 40 % of a step, arithmetic alone 30 %)"),
         ("host", None, ", host-bound (the device works 71 % of a step)"),
         ("not known", None, " at 62 % of the read bandwidth, what bounds it is not known"),
         // Of an earlier version, which had not measured it.
@@ -147,7 +139,8 @@ fn a_reason_comes_with_its_measurement() {
 
 #[test]
 fn unpaired_runs_are_said() {
-    let unpaired = said(records(Some((1.5, 1.7)), Some((1.9, 2.1))), |r| r[2].ratio_to_fp16.as_mut().unwrap().paired = false);
+    let unpaired =
+        said(records(Some((1.5, 1.7)), Some((1.9, 2.1))), |r| r[2].ratio_to_fp16.as_mut().unwrap().paired = false);
     let rest = "; int8 decodes 1.60x fp16 [1.50, 1.70]";
     assert_eq!(unpaired, format!("nf4 decodes fastest: 2.00x fp16 [1.90, 2.10], not paired{rest}{SCOPE}"));
 }
@@ -295,11 +288,7 @@ fn quality_is_told_as_far_as_its_interval() {
     for (ratio, interval, expected) in [
         (Some(1.162), Some((1.08, 1.249)), " and has 1.162x fp16's perplexity [1.080, 1.249] ("),
         (Some(0.9), Some((0.8, 0.95)), " and has 0.900x fp16's perplexity [0.800, 0.950] ("),
-        (
-            Some(1.01),
-            Some((0.98, 1.04)),
-            ", can't tell its perplexity from fp16's: 0.980x to 1.040x (",
-        ),
+        (Some(1.01), Some((0.98, 1.04)), ", can't tell its perplexity from fp16's: 0.980x to 1.040x ("),
         (Some(1.01), None, " and has 1.010x fp16's perplexity, without an interval ("),
         (None, None, " ("),
     ] {

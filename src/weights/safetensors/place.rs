@@ -21,7 +21,9 @@ impl Safetensors {
         for (name, mut at) in places {
             // transformers and vLLM read file after file, so that the last one's values stay.
             let Some(last) = at.pop() else { continue };
-            if let Some(other) = self.differing(&at, &last)? {
+            let differing = self.differing(&at, &last)?;
+            let is_twice = differing.is_some();
+            if let Some(other) = differing {
                 let [first, last_file] = [other, &last].map(|tensor| self.files[tensor.shard].name.clone());
                 if !named(&name).is_some_and(|file| self.is_file(&last, file)) {
                     return Err(BadInput::new(format!(
@@ -33,7 +35,10 @@ impl Safetensors {
                 }
                 twice.push(format!("`{name}` (read from `{last_file}`, not from `{first}`)"));
             }
-            self.tensors.insert(name, last);
+            // Of copies it is the index's choice.
+            let chosen = named(&name).and_then(|file| at.iter().find(|tensor| self.is_file(tensor, file)));
+            let tensor = chosen.filter(|_| !is_twice).cloned().unwrap_or(last);
+            self.tensors.insert(name, tensor);
         }
         if !twice.is_empty() {
             let message = format!("two files hold a tensor with differing values: {}", listed(&twice));
