@@ -7,7 +7,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueHint};
 
 use crate::error::BadInput;
-use crate::record::import::{self, Given, TOOLS};
+use crate::record::import::{self, Given, Imported, TOOLS};
 use crate::record::{Document, SCHEMA_VERSION};
 use crate::report::WRITERS;
 
@@ -55,6 +55,8 @@ pub struct ImportArgs {
 pub struct ImportRequest {
     pub document: Document,
     pub output: super::Output,
+    /// What the reader must know of the files, a sentence each.
+    pub notes: Vec<String>,
 }
 
 impl ImportRequest {
@@ -68,20 +70,20 @@ impl ImportRequest {
             n_gen: args.max_new_tokens,
             batch_size: args.batch_size,
         };
-        let mut records = Vec::new();
+        let (mut records, mut notes) = (Vec::new(), Vec::new());
         for path in &args.files {
-            let bad = |why: String| BadInput::new(format!("cannot import `{}`: {why}", path.display()));
-            let text = read(path).map_err(bad)?;
-            records
-                .extend(import::import(&text, args.from.as_deref(), &given).map_err(|error| bad(error.to_string()))?);
+            let imported = read(path, args.from.as_deref(), &given)?;
+            records.extend(imported.records);
+            notes.extend(imported.notes.iter().map(|note| format!("`{}`: {note}", path.display())));
         }
-        Ok(Self { document: Document { schema_version: SCHEMA_VERSION, records }, output })
+        Ok(Self { document: Document { schema_version: SCHEMA_VERSION, records }, output, notes })
     }
 }
 
-fn read(path: &Path) -> Result<String, String> {
-    let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
-    String::from_utf8(bytes).map_err(|_| "it is not text in UTF-8".to_owned())
+fn read(path: &Path, from: Option<&str>, given: &Given) -> Result<Imported, BadInput> {
+    let bad = |why: String| BadInput::new(format!("cannot import `{}`: {why}", path.display()));
+    let text = std::fs::read(path).map_err(|error| error.to_string()).and_then(import::decode).map_err(bad)?;
+    import::import(&text, from, given).map_err(|error| bad(error.to_string()))
 }
 
 fn tool_names() -> PossibleValuesParser {

@@ -40,7 +40,7 @@ pub static METRICS: &[Metric] = &[
         better: Higher,
         doc: "tokens after the first over the time from the first to the last",
         path: "metrics.decode_tps.median",
-        values: Some(|r| per_repeat(r, |repeat| Some(repeat.n_steps()? / seconds(repeat.decode_ns())))),
+        values: Some(|r| per_repeat(r, |repeat| Some(batch(r) * repeat.n_steps()? / seconds(repeat.decode_ns())))),
     },
     Metric {
         key: "prefill_tps",
@@ -49,7 +49,7 @@ pub static METRICS: &[Metric] = &[
         doc: "prompt and image tokens over the prefill time",
         path: "metrics.prefill_tps.median",
         values: Some(|r| {
-            let n_tokens = (r.workload.n_prompt + r.workload.n_image) as f64;
+            let n_tokens = batch(r) * (r.workload.n_prompt + r.workload.n_image) as f64;
             per_repeat(r, |repeat| Some(n_tokens / seconds(repeat.prefill_ns)))
         }),
     },
@@ -59,7 +59,7 @@ pub static METRICS: &[Metric] = &[
         better: Higher,
         doc: "generated tokens over the end-to-end time, prefill included",
         path: "metrics.output_tps.median",
-        values: Some(|r| per_repeat(r, |repeat| Some(repeat.n_gen / seconds(repeat.end_to_end_ns)))),
+        values: Some(|r| per_repeat(r, |repeat| Some(batch(r) * repeat.n_gen / seconds(repeat.end_to_end_ns)))),
     },
     Metric {
         key: "ttft_ms",
@@ -105,7 +105,7 @@ pub static METRICS: &[Metric] = &[
         path: "metrics.decode_synced_tps.median",
         values: Some(|r| {
             let runs = r.samples.synced_step_ns.iter().filter(|steps| !steps.is_empty());
-            runs.map(|steps| vec![steps.len() as f64 / seconds(steps.iter().sum())]).collect()
+            runs.map(|steps| vec![batch(r) * steps.len() as f64 / seconds(steps.iter().sum())]).collect()
         }),
     },
     Metric {
@@ -297,6 +297,11 @@ fn joules_per_token(record: &Record) -> Vec<Vec<f64>> {
     let n_tokens = (n_runs * record.workload.n_gen) as f64;
     let windows = samples.energy_j.iter().zip(&samples.energy_window_s);
     windows.map(|(joules, seconds)| vec![(joules - idle_watts * seconds) / n_tokens]).collect()
+}
+
+/// Sequences at a time: tokens/s count the tokens of all of them, a time per token is that of one sequence.
+fn batch(record: &Record) -> f64 {
+    record.workload.batch_size.max(1) as f64
 }
 
 /// The times of one repeat.

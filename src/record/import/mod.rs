@@ -3,9 +3,12 @@
 //! Where a tool's numbers are ours by definition they become raw samples, and the metrics follow. Where they are not, each repeat's value
 //! stands under the key of the metric that it is, in [`Samples::imported`](super::Samples::imported).
 
-mod llama_bench;
+pub mod llama_bench;
 mod optimum;
+mod rows;
 mod vllm;
+
+pub use rows::decode;
 
 use serde_json::Value;
 
@@ -36,34 +39,59 @@ pub struct Given {
     pub batch_size: Option<u64>,
 }
 
-/// The records of a file's text: one JSON value, a list of them, or one a line. `from` names the tool, which is found by content
-/// otherwise.
-pub fn import(text: &str, from: Option<&str>, given: &Given) -> Result<Vec<Record>, BadInput> {
-    let values = values(text).map_err(BadInput::new)?;
-    if values.is_empty() {
+/// Records of a file, and what its reader must know of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Imported {
+    pub records: Vec<Record>,
+    /// Sentences on lines that hold no row, and on rows that are lost.
+    pub notes: Vec<String>,
+}
+
+/// The records of a file's text: a JSON value, a list of them, or one a line, and llama-bench's CSV and Markdown; other lines before, between
+/// and behind the rows are passed over. `from` names the tool, which is found by content otherwise.
+pub fn import(text: &str, from: Option<&str>, given: &Given) -> Result<Imported, BadInput> {
+    let found = rows::find(text).map_err(BadInput::new)?;
+    if found.values.is_empty() {
         return Err(BadInput::new("there is no row in it"));
     }
     let read = |(at, value): (usize, &Value)| {
         let record = tool(value, from).and_then(|tool| (tool.read)(value, given));
         record.map_err(|why| BadInput::new(format!("row {}: {why}", at + 1)))
     };
-    values.iter().enumerate().map(read).collect()
+    let mut records: Vec<Record> = found.values.iter().enumerate().map(read).collect::<Result<_, _>>()?;
+    let mut notes = Vec::new();
+    if !found.passed_over.is_empty() {
+        notes.push(format!("lines without a row were passed over: {}", ranges(&found.passed_over)));
+    }
+    if let Some(cut) = found.cut {
+        // Whoever reads the record later must know that its file had more.
+        records.iter_mut().for_each(|record| record.warnings.push(format!("incomplete_file: {cut}")));
+        notes.push(cut);
+    }
+    Ok(Imported { records, notes })
 }
 
-fn values(text: &str) -> Result<Vec<Value>, String> {
-    match serde_json::from_str(text) {
-        Ok(Value::Array(values)) => Ok(values),
-        Ok(value) => Ok(vec![value]),
-        Err(whole) => {
-            let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-            let parse = |(at, line): (usize, &str)| serde_json::from_str(line).map_err(|error| (at, error));
-            lines.map(parse).collect::<Result<_, _>>().map_err(|(at, error)| match at {
-                0 => format!("it is neither JSON ({whole}) nor JSON lines"),
-                at => format!("line {}: {error}", at + 1),
-            })
-        }
-    }
+/// Ascending numbers, for example `1 to 3, 7`.
+fn ranges(numbers: &[usize]) -> String {
+    let runs = numbers.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
+        [first, .., last] => format!("{first} to {last}"),
+        run => run.iter().map(usize::to_string).collect(),
+    });
+    runs.collect::<Vec<_>>().join(", ")
 }
+
+/// What is often given and not read: words that tell it, what it is, and what to do.
+type Foreign = (&'static [&'static str], &'static str);
+
+const FOREIGN: &[Foreign] = &[
+    (
+        &["requests_per_second", "elapsed_time"],
+        "this is what `vllm bench throughput` writes; of vLLM `vllm bench latency` is read",
+    ),
+    (&["request_throughput"], "this is what `vllm bench serve` writes; of vLLM `vllm bench latency` is read"),
+    (&["n_kv_max", "speed_tg"], "this is what llama-batched-bench writes; of llama.cpp llama-bench is read"),
+    (&["schema_version"], "this is quantbench's own: give it to `quantbench report` or `quantbench compare` as it is"),
+];
 
 fn tool(value: &Value, from: Option<&str>) -> Result<&'static Tool, String> {
     let fits = |tool: &&Tool| (tool.fits)(value);
@@ -72,9 +100,11 @@ fn tool(value: &Value, from: Option<&str>) -> Result<&'static Tool, String> {
         None => TOOLS.iter().find(fits),
     };
     let names: Vec<&str> = TOOLS.iter().map(|tool| tool.name).collect();
+    let foreign = FOREIGN.iter().find(|(keys, _)| keys.iter().all(|key| value.get(key).is_some()));
+    let known = foreign.map(|(_, what)| format!(": {what}")).unwrap_or_default();
     found.ok_or_else(|| match from {
-        Some(name) => format!("this is not what {name} writes"),
-        None => format!("no known tool writes this; known are {}", names.join(", ")),
+        Some(name) => format!("this is not what {name} writes{known}"),
+        None => format!("no known tool writes this{known}; known are {}", names.join(", ")),
     })
 }
 
@@ -141,7 +171,11 @@ mod tests {
         for (text, why) in [
             ("", "there is no row"),
             ("x", "neither JSON"),
-            ("{}\nx", "line 2"),
+            ("{}\nx", "row 1: no known tool"),
+            ("{\"a\":\nx}", "line 2"),
+            (r#"{"schema_version": 1, "records": []}"#, "`quantbench report`"),
+            (r#"{"request_throughput": 1}"#, "vllm bench serve"),
+            (r#"[{"avg_ts": 0, "n_prompt": 1, "n_gen": 0}]"#, "no speed"),
             ("{}", "row 1: no known tool"),
             ("[1]", "row 1: no known tool"),
             (r#"[{"avg_ts": 1, "n_prompt": 1, "n_gen": 0, "samples_ts": [-1]}]"#, "no positive number"),

@@ -1,4 +1,4 @@
-//! optimum-benchmark's `benchmark.json`: its prefill and decode are ours by definition, taken in one generation each.
+//! optimum-benchmark's `benchmark.json`: its prefill and decode are ours by definition, taken in one generation each, of a whole batch.
 
 use serde_json::Value;
 
@@ -36,7 +36,9 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
     record.workload.n_prompt =
         given.n_prompt.or(shapes("sequence_length")).ok_or("it names no prompt: give `--prompt-tokens N`")?;
     record.workload.n_gen = n_gen;
-    record.workload.batch_size = given.batch_size.or(shapes("batch_size")).unwrap_or(1);
+    // Sequences that each prompt is continued to are computed together.
+    let n_sequences = shapes("batch_size").map(|n| n * generate("num_return_sequences").unwrap_or(1).max(1));
+    record.workload.batch_size = given.batch_size.or(n_sequences).unwrap_or(1);
     record.samples = samples(row, n_gen)?;
     record.protocol.n_repeats = record.samples.end_to_end_ns.len() as u64;
     record.protocol.n_warmup = number(row, "/config/scenario/warmup_runs").unwrap_or(0);
@@ -44,14 +46,30 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
         record.phases.insert("load".to_owned(), load_s);
     }
     record.memory.peak_bytes = peak_bytes(row, &record.device.kind);
+    if let Some(n_beams) = generate("num_beams").filter(|n| *n > 1) {
+        record.warnings.push(format!(
+            "beam_search: of {n_beams} beams one is kept, and its tokens are counted; optimum-benchmark's own throughput counts all"
+        ));
+    }
     Ok(finished(record, given))
 }
 
 /// Repeats with prefill and decode each; the steps of single tokens where they are as many as the repeats need.
 fn samples(row: &Value, n_gen: u64) -> Result<Samples, String> {
+    for phase in ["prefill", "decode", "per_token"] {
+        let unit = text(row, &format!("/report/{phase}/latency/unit"));
+        if !["", "s"].contains(&unit.as_str()) {
+            return Err(format!("its {phase} is in `{unit}`, not in seconds"));
+        }
+    }
     let ns = |seconds: &f64| (seconds * 1e9).round() as u64;
     let (prefill, decode) =
         (numbers(row, "/report/prefill/latency/values")?, numbers(row, "/report/decode/latency/values")?);
+    if prefill.is_empty() {
+        return Err("it times no prefill: of optimum-benchmark the text generations are read".into());
+    }
+    // One new token takes no decode step.
+    let decode = if n_gen == 1 && decode.is_empty() { vec![0.0; prefill.len()] } else { decode };
     if prefill.len() != decode.len() {
         return Err(format!("{} prefills and {} decodes are no pairs", prefill.len(), decode.len()));
     }
@@ -79,7 +97,8 @@ fn precision(row: &Value) -> String {
     let config = |key: &str| row.pointer(&format!("/config/backend/quantization_config/{key}"));
     let is_true = |key: &str| config(key).and_then(Value::as_bool).unwrap_or(false);
     let scheme = text(row, "/config/backend/quantization_scheme");
-    match (scheme.as_str(), text(row, "/config/backend/torch_dtype").as_str()) {
+    let dtype = [text(row, "/config/backend/torch_dtype"), text(row, "/config/backend/dtype")].concat();
+    match (scheme.as_str(), dtype.as_str()) {
         ("", "float16") => "fp16".to_owned(),
         ("", "bfloat16") => "bf16".to_owned(),
         ("", "float32") => "fp32".to_owned(),
