@@ -51,10 +51,8 @@ pub struct QualityChoice {
 
 /// Fails with [`BadInput`] where the quality of a checkpoint cannot be measured. `tokenizer_comes` says that one is still to be downloaded.
 pub fn check(checkpoint: &Checkpoint, tokenizer_comes: bool) -> Result<(), BadInput> {
-    let refused = |reason: String, hint: &str| {
-        Err(BadInput::new(format!("no quality can be measured: {reason}"))
-            .hint(format!("{hint}; or drop the options of quality")))
-    };
+    let refused =
+        |reason: String, hint: &str| Err(BadInput::new(format!("no quality can be measured: {reason}")).hint(hint));
     if checkpoint.source_kind() == SourceKind::Random {
         return refused("random weights predict nothing".to_owned(), "name a folder or a hub id with `--model-id`");
     }
