@@ -10,6 +10,7 @@ pub mod export;
 pub mod hub;
 mod open;
 pub mod policy;
+mod processor;
 pub mod random;
 pub mod safetensors;
 pub mod spec;

@@ -13,7 +13,7 @@ use super::hub::{self, HubConfig, Need, RemoteFile};
 use super::random::Random;
 use super::safetensors::{self, Safetensors};
 use super::spec::{MatrixSpec, VectorSpec};
-use super::{Request, Source, SourceKind, WeightsChoice, tokenizer};
+use super::{Request, Source, SourceKind, WeightsChoice, processor, tokenizer};
 use crate::error::BadInput;
 use crate::events::Listener;
 
@@ -26,6 +26,7 @@ pub struct Checkpoint {
     /// `config.json`
     pub config: Value,
     pub generation_config: Option<Value>,
+    /// The image processor's settings, of whichever file has them.
     pub preprocessor_config: Option<Value>,
     pub tokenizer: Option<Tokenizer>,
     /// What the weights were quantized into before they were saved; `None` where they were not, or are random.
@@ -49,7 +50,7 @@ pub fn open(request: &Request, events: &dyn Listener) -> Result<Checkpoint> {
 pub fn open_with(request: &Request, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
     let start = Instant::now();
     let mut from_hub = |id: String| from_hub(request, id, hub, events);
-    let mut checkpoint = open_place(request, &mut from_hub)?;
+    let mut checkpoint = open_place(request, &mut from_hub, events)?;
     checkpoint.resolve_s = start.elapsed().as_secs_f64();
     Ok(checkpoint)
 }
@@ -73,20 +74,24 @@ pub fn survey_with(request: &Request, hub: &HubConfig, events: &dyn Listener) ->
     let mut from_hub = |id: String| {
         let survey = hub::survey(&id, request.revision.as_deref(), need(request), hub, events)?;
         files = survey.files;
-        let mut checkpoint = from_folder(&survey.fetched.folder, id, SourceKind::Hub, false)?;
+        let mut checkpoint = from_folder(&survey.fetched.folder, id, SourceKind::Hub, false, events)?;
         checkpoint.revision = Some(survey.fetched.commit);
         Ok(checkpoint)
     };
-    let checkpoint = open_place(request, &mut from_hub)?;
+    let checkpoint = open_place(request, &mut from_hub, events)?;
     Ok(Surveyed { checkpoint, files })
 }
 
-fn open_place(request: &Request, from_hub: &mut dyn FnMut(String) -> Result<Checkpoint>) -> Result<Checkpoint> {
+fn open_place(
+    request: &Request,
+    from_hub: &mut dyn FnMut(String) -> Result<Checkpoint>,
+    events: &dyn Listener,
+) -> Result<Checkpoint> {
     let random = request.weights == WeightsChoice::Random;
     let mut checkpoint = match Place::of(&request.model_id)? {
         Place::Folder(folder) => {
             refuse_revision(request, "a folder")?;
-            from_folder(&folder, folder_name(&folder), SourceKind::Local, !random)?
+            from_folder(&folder, folder_name(&folder), SourceKind::Local, !random, events)?
         }
         Place::BuiltIn(shape) => {
             refuse_revision(request, "a built-in shape")?;
@@ -219,12 +224,18 @@ fn need(request: &Request) -> Need {
 fn from_hub(request: &Request, id: String, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
     let need = need(request);
     let fetched = hub::fetch(&id, request.revision.as_deref(), need, hub, events)?;
-    let mut checkpoint = from_folder(&fetched.folder, id, SourceKind::Hub, need == Need::Everything)?;
+    let mut checkpoint = from_folder(&fetched.folder, id, SourceKind::Hub, need == Need::Everything, events)?;
     checkpoint.revision = Some(fetched.commit);
     Ok(checkpoint)
 }
 
-fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: bool) -> Result<Checkpoint> {
+fn from_folder(
+    folder: &Path,
+    id: String,
+    source: SourceKind,
+    needs_weights: bool,
+    events: &dyn Listener,
+) -> Result<Checkpoint> {
     let config = read_json(&folder.join("config.json"))?.ok_or_else(|| {
         BadInput::new(format!("`{id}` holds no config.json"))
             .hint("name the folder that holds config.json and the weights")
@@ -232,17 +243,17 @@ fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: boo
     if needs_weights {
         safetensors::layout(folder)?;
     }
-    let tokenizer_json = folder.join("tokenizer.json");
-    let tokenizer = match tokenizer_json.is_file() {
-        true => Some(tokenizer::load(&tokenizer_json)?),
-        false => None,
-    };
+    let tokenizer = tokenizer::open(folder, &config, events)?;
+    let preprocessor_config = processor::open(folder, &config, events)?;
+    if needs_weights {
+        processor::tell_defaults(&config, preprocessor_config.as_ref(), events);
+    }
     Ok(Checkpoint {
         id,
         revision: None,
         config,
         generation_config: read_json(&folder.join("generation_config.json"))?,
-        preprocessor_config: read_json(&folder.join("preprocessor_config.json"))?,
+        preprocessor_config,
         tokenizer,
         quantized: None,
         resolve_s: 0.0,
@@ -251,7 +262,7 @@ fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: boo
 }
 
 /// A JSON object, `None` where there is no such file.
-fn read_json(path: &Path) -> Result<Option<Value>> {
+pub(super) fn read_json(path: &Path) -> Result<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
     }
