@@ -1,133 +1,32 @@
 //! The hub as it answers: a loopback server with commits, etags, ranges, redirects, refusals and broken connections.
 
+#[path = "hub/certificates.rs"]
+mod certificates;
+#[path = "hub/command.rs"]
+mod command;
+#[path = "hub/outages.rs"]
+mod outages;
+#[path = "hub/server.rs"]
+mod server;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use quantbench::error;
 use quantbench::events::{Event, Listener, Silent, Unit};
-use quantbench::weights::hub::{HubConfig, Token};
+use quantbench::weights::hub::{HubConfig, Patience, Token};
 use quantbench::weights::spec::{MatrixSpec, Role};
 use quantbench::weights::{self, Checkpoint, Request, SourceKind, WeightsChoice};
+
+use self::server::{Behaviour, Hub, Refuse, refused_endpoint};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const SECRET: &str = "hf_secret";
 const ID: &str = "owner/model";
-
-/// What the server holds and how it behaves.
-#[derive(Default)]
-struct Behaviour {
-    files: BTreeMap<&'static str, Vec<u8>>,
-    /// Answer to every request without the token [`SECRET`]; a 403 to those with it too.
-    refuse: Option<Refuse>,
-    /// The next transfer of this many bytes or more breaks off after that many; 0 is never.
-    break_after: AtomicUsize,
-    /// Sends files whole, whatever range is asked for.
-    ignores_ranges: bool,
-}
-
-struct Refuse {
-    status: u16,
-    code: &'static str,
-    message: &'static str,
-    /// Tells HEAD alone the code.
-    only_head: bool,
-}
-
-struct Hub {
-    endpoint: String,
-    behaviour: Arc<Behaviour>,
-    /// Method, path and range of each request.
-    log: Arc<Mutex<Vec<String>>>,
-}
-
-impl Hub {
-    fn serve(behaviour: Behaviour) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let hub = Self { endpoint, behaviour: Arc::new(behaviour), log: Arc::default() };
-        let (endpoint, behaviour, log) = (hub.endpoint.clone(), hub.behaviour.clone(), hub.log.clone());
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                // A client may hang up at any time.
-                let _ = answer(stream, &endpoint, &behaviour, &log);
-            }
-        });
-        hub
-    }
-
-    fn log(&self) -> Vec<String> {
-        std::mem::take(&mut self.log.lock().unwrap())
-    }
-}
-
-fn answer(mut stream: TcpStream, endpoint: &str, hub: &Behaviour, log: &Mutex<Vec<String>>) -> std::io::Result<()> {
-    let mut lines = BufReader::new(stream.try_clone()?).lines();
-    let first = lines.next().transpose()?.unwrap_or_default();
-    let mut headers = BTreeMap::new();
-    while let Some(line) = lines.next().transpose()?.filter(|line| !line.is_empty()) {
-        let (name, value) = line.split_once(':').unwrap_or_default();
-        headers.insert(name.to_lowercase(), value.trim().to_owned());
-    }
-    let mut words = first.split(' ');
-    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-    let range = headers.get("range").cloned().unwrap_or_default();
-    log.lock().unwrap().push(format!("{method} {path} {range}"));
-
-    let (prefix, name) = path.rsplit_once('/').unwrap_or_default();
-    let mut reply = |status: &str, headers: &str, body: &[u8]| {
-        let head =
-            format!("HTTP/1.1 {status} X\r\nConnection: close\r\nContent-Length: {}\r\n{headers}\r\n", body.len());
-        stream.write_all(head.as_bytes())?;
-        let whole = hub.break_after.load(Ordering::SeqCst);
-        match method {
-            "HEAD" => Ok(()),
-            _ if whole > 0 && body.len() >= whole => {
-                hub.break_after.store(0, Ordering::SeqCst);
-                stream.write_all(&body[..whole])
-            }
-            _ => stream.write_all(body),
-        }
-    };
-    let at_hub = !prefix.starts_with("/blobs");
-    let welcome = headers.get("authorization").is_some_and(|value| value == &format!("Bearer {SECRET}"));
-    if let Some(refuse) = hub.refuse.as_ref().filter(|refuse| at_hub && (!welcome || refuse.status == 403)) {
-        let told = !refuse.code.is_empty() && (method == "HEAD" || !refuse.only_head);
-        let code = if told { format!("X-Error-Code: {}\r\n", refuse.code) } else { String::new() };
-        let explained = format!("{code}X-Error-Message: {}\r\n", refuse.message);
-        return reply(&refuse.status.to_string(), &explained, b"");
-    }
-    if at_hub && !prefix.ends_with("/main") && !prefix.ends_with(COMMIT) {
-        return reply("404", "X-Error-Code: RevisionNotFound\r\n", b"");
-    }
-    let Some(file) = hub.files.get(name) else {
-        return reply("404", "X-Error-Code: EntryNotFound\r\n", b"");
-    };
-    let facts = format!("X-Repo-Commit: {COMMIT}\r\nETag: \"etag-{}\"\r\n", name.replace('.', "-"));
-    let large = name.ends_with(".safetensors");
-    match (at_hub, large, prefix.starts_with("/relative")) {
-        // Large files lie elsewhere, and small ones behind a relative redirect.
-        (true, true, _) => reply("302", &format!("{facts}Location: {endpoint}/blobs/{name}\r\n"), b""),
-        (true, false, false) => reply("307", &format!("{facts}Location: /relative{path}\r\n"), b""),
-        _ => {
-            let (from, to) = range.trim_start_matches("bytes=").split_once('-').unwrap_or(("0", ""));
-            let from: usize = from.parse().unwrap_or(0);
-            if hub.ignores_ranges && to.is_empty() {
-                return reply("200", &facts, file);
-            }
-            let to = to.parse().map_or(file.len(), |to: usize| (to + 1).min(file.len()));
-            if from >= to {
-                return reply("416", "", b"");
-            }
-            let content = format!("Content-Range: bytes {from}-{}/{}\r\n{facts}", to - 1, file.len());
-            reply("206", &content, &file[from..to])
-        }
-    }
-}
 
 /// A file of one fp16 matrix `[n, 1]`.
 fn safetensors(name: &str, n: usize) -> Vec<u8> {
@@ -144,14 +43,30 @@ fn files() -> BTreeMap<&'static str, Vec<u8>> {
     ])
 }
 
-fn config(endpoint: &str, home: &Path, token: Option<&str>) -> HubConfig {
-    HubConfig {
-        endpoint: endpoint.to_owned(),
-        home: home.to_owned(),
-        token: token.map(|token| Token::new(token, "a test").unwrap()),
-        offline: false,
-        retries: 0,
+/// The pauses that were asked for; none of them is taken.
+#[derive(Clone, Default)]
+struct Pauses(Arc<Mutex<Vec<Duration>>>);
+
+impl Pauses {
+    fn taken(&self) -> Vec<Duration> {
+        std::mem::take(&mut self.0.lock().unwrap())
     }
+}
+
+/// The usual patience without its pauses.
+fn impatient(pauses: &Pauses) -> Patience {
+    let pauses = pauses.clone();
+    let sleep = move |pause| {
+        pauses.0.lock().unwrap().push(pause);
+        std::thread::yield_now();
+    };
+    Patience { sleep: Arc::new(sleep), ..Patience::default() }
+}
+
+fn config(endpoint: &str, home: &Path, token: Option<&str>) -> HubConfig {
+    let patience = Patience { retries: 0, ..impatient(&Pauses::default()) };
+    let token = token.map(|token| Token::new(token, "a test").unwrap());
+    HubConfig { token, patience, ..HubConfig::new(endpoint, home.join("hub")) }
 }
 
 fn request(id: &str, weights: WeightsChoice) -> Request {
@@ -264,7 +179,7 @@ fn a_survey_downloads_nothing_but_what_says_what_is_needed() {
         name("model.safetensors", weights_bytes),
     ];
     assert_eq!(missing(&surveyed), all);
-    assert!(hub.log().iter().all(|line| !line.contains("/blobs/") || line.ends_with("bytes=0-0")), "weights were sent");
+    assert!(hub.log().iter().all(|line| !line.contains("/blobs/") || line.starts_with("HEAD")), "weights were sent");
 
     let random = weights::survey_with(&request(ID, WeightsChoice::Random), &config, &Silent).unwrap();
     assert_eq!((missing(&random), random.files.len()), (vec![], 1));
@@ -315,17 +230,15 @@ fn a_broken_download_is_resumed() {
 }
 
 #[test]
-fn a_file_of_the_wrong_length_does_not_stay_in_the_cache() {
+fn a_server_that_ignores_ranges_sends_the_file_anew() {
     let hub = Hub::serve(Behaviour { files: files(), ignores_ranges: true, ..Default::default() });
     let home = tempfile::tempdir().unwrap();
     let blobs = home.path().join("hub/models--owner--model/blobs");
     fs::create_dir_all(&blobs).unwrap();
-    fs::write(blobs.join("etag-model-safetensors.part"), [0; 10]).unwrap();
-    let config = config(&hub.endpoint, home.path(), None);
-    let error = open(&config, &Silent).err().expect("ten bytes too many");
-    assert!(error.to_string().contains("bytes came of"), "{error}");
-    let opened = open(&config, &Silent).unwrap();
+    fs::write(blobs.join("etag-model-safetensors.incomplete"), [0; 10]).unwrap();
+    let opened = open(&config(&hub.endpoint, home.path(), None), &Silent).unwrap();
     opened.source(&[matrix("a.weight", 1000)], &[]).unwrap();
+    assert_eq!(fs::read(blobs.join("etag-model-safetensors")).unwrap(), hub.behaviour.files["model.safetensors"]);
 }
 
 #[test]
@@ -336,7 +249,7 @@ fn a_part_that_is_already_whole_does_not_block() {
         let blobs = home.path().join("hub/models--owner--model/blobs");
         fs::create_dir_all(&blobs).unwrap();
         let whole = [hub.behaviour.files["model.safetensors"].as_slice(), &vec![0; length]].concat();
-        fs::write(blobs.join("etag-model-safetensors.part"), whole).unwrap();
+        fs::write(blobs.join("etag-model-safetensors.incomplete"), whole).unwrap();
         let opened = open(&config(&hub.endpoint, home.path(), None), &Silent).unwrap();
         opened.source(&[matrix("a.weight", 1000)], &[]).unwrap();
     }
@@ -410,14 +323,8 @@ fn a_missing_revision_is_named() {
     assert!(error.to_string().contains("`v9`"), "{error}");
     weights::open_with(&at(COMMIT), &config, &Silent).unwrap();
     assert!(weights::open_with(&at("../../x"), &config, &Silent).is_err());
-    // A commit that another tool cached has a snapshot and no reference.
-    fs::remove_dir_all(home.path().join("hub/models--owner--model/refs")).unwrap();
+    // A commit has a snapshot and no reference.
+    assert!(!home.path().join("hub/models--owner--model/refs").exists());
     let offline = HubConfig { offline: true, ..config };
     weights::open_with(&at(COMMIT), &offline, &Silent).unwrap();
-}
-
-/// Nobody listens there any more.
-fn refused_endpoint() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    format!("http://{}", listener.local_addr().unwrap())
 }

@@ -68,6 +68,26 @@ fn every_pixel_kind_becomes_the_rgb_of_pillow() {
 }
 
 #[test]
+fn markers_and_names_say_what_the_samples_of_a_jpeg_mean() {
+    let expected = std::fs::read(golden("pictures/jpegs.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&expected).unwrap();
+    assert_eq!(expected.len(), 21);
+    for (name, tensor) in expected.tensors() {
+        let seen = bytes(&raw(16, 3).open(&golden("pictures/jpegs").join(&name)).unwrap());
+        // A sample is off by at most 1 and a colour made of luma and chroma by at most 3, as above. Four inks make
+        // `k - (255 - c) k / 255`: off by 1 for k, as much as c is, and 1 for the two roundings.
+        let tolerance = match name.as_str() {
+            "grey_adobe1.jpg" | "adobe0.jpg" | "named_rgb.jpg" | "progressive_adobe0.jpg" => 1,
+            "four.jpg" | "four_jfif.jpg" | "four_adobe0.jpg" => 3,
+            "four_adobe1.jpg" | "four_adobe2.jpg" => 5,
+            _ => 3,
+        };
+        let off = seen.iter().zip(tensor.data()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        assert!(seen.len() == tensor.data().len() && off <= tolerance, "{name}: off by {off} of {tolerance}");
+    }
+}
+
+#[test]
 fn pixel_values_equal_those_of_transformers() {
     // Near 1 transformers rounds step/255 to half an ulp (2^-25), subtracts without error and doubles: 2^-24 off the exact
     // value. Rounding ours adds as much.
@@ -94,7 +114,7 @@ fn pixel_values_equal_those_of_transformers() {
 fn the_config_sets_scale_mean_and_std() {
     let path = golden("models").join("paligemma-odd/image.png");
     let steps = bytes(&raw(56, 3).open(&path).unwrap());
-    let cases: [(Value, [(f64, f64); 3]); 5] = [
+    let cases: [(Value, [(f64, f64); 3]); 8] = [
         (json!({}), [(2.0 / 255.0, -1.0); 3]),
         (json!({"do_normalize": false}), [(1.0 / 255.0, 0.0); 3]),
         (json!({"do_rescale": false, "image_mean": 127.5, "image_std": null}), [(2.0, -255.0); 3]),
@@ -103,6 +123,10 @@ fn the_config_sets_scale_mean_and_std() {
             [(0.25, -1.0), (0.125, -1.0), (0.0625, -0.75)],
         ),
         (json!({"do_resize": false, "size": {"shortest_edge": 7}}), [(2.0 / 255.0, -1.0); 3]),
+        // Steps that change nothing where they stand.
+        (json!({"do_center_crop": true, "crop_size": 56, "do_convert_rgb": false}), [(2.0 / 255.0, -1.0); 3]),
+        (json!({"do_pad": true, "pad_size": {"height": 56, "width": 56}, "size": [56, 56]}), [(2.0 / 255.0, -1.0); 3]),
+        (json!({"size": 56, "default_to_square": true, "data_format": "channels_first"}), [(2.0 / 255.0, -1.0); 3]),
     ];
     for (mut config, lines) in cases {
         let sized = config.get("size").is_some();
@@ -143,6 +167,14 @@ fn unusable_configs_are_bad_input() {
         (json!({"size": {"shortest_edge": 224}}), "shortest_edge"),
         (json!({"size": 224}), "size 224"),
         (json!({"size": {"height": -1, "width": 1e300}}), "reads images of 224x224"),
+        (json!({"size": {"shortest_edge": 224, "longest_edge": 224}}), "longest_edge"),
+        (json!({"size": {"height": 224, "width": 224, "shortest_edge": 7}}), "shortest_edge"),
+        (json!({"do_center_crop": true}), "`do_center_crop` with crop_size left out"),
+        (json!({"do_center_crop": true, "crop_size": {"height": 200, "width": 224}}), "`do_center_crop`"),
+        (json!({"do_resize": false, "do_center_crop": true, "crop_size": 224}), "`do_center_crop`"),
+        (json!({"do_pad": true, "pad_size": {"height": 448, "width": 448}}), "`do_pad`"),
+        (json!({"data_format": "channels_last"}), "data_format"),
+        (json!({"input_data_format": "channels_first"}), "input_data_format"),
         (json!({"resample": 6}), "resample 6; supported are 0 nearest, 1 lanczos"),
         (json!({"resample": "bicubic"}), "cannot be read"),
         (json!({"image_std": 0}), "not finite"),

@@ -60,10 +60,7 @@ pub fn workload(case: &Case, tokenizer: Option<&Tokenizer>, model: &Model) -> an
     };
     let prompt = without_image_tokens(prompt, model)?;
     check_lengths(case, prompt.len(), model)?;
-    if let Some(id) = prompt.iter().find(|&&id| id as usize >= model.vocab) {
-        let message = format!("prompt id {id} is outside the vocabulary of {} tokens", model.vocab);
-        return Err(BadInput::new(message).hint(format!("ids go from 0 to {}", model.vocab.saturating_sub(1))).into());
-    }
+    check_vocabulary(&prompt, matches!(case.prompt, PromptChoice::Ids(_)), model)?;
     Ok(place(case, prompt, model))
 }
 
@@ -166,6 +163,17 @@ fn without_image_tokens(ids: Vec<u32>, model: &Model) -> Result<Vec<u32>, BadInp
         ))
         .hint(format!("begin with {n_image} image tokens, or leave them out"))),
     }
+}
+
+/// Whether the model has a row for every id. A tokenizer may have more tokens than the model that it lies beside.
+pub fn check_vocabulary(ids: &[u32], are_typed: bool, model: &Model) -> Result<(), BadInput> {
+    let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab) else { return Ok(()) };
+    let message = format!("prompt id {id} is outside the vocabulary of {} tokens", model.vocab);
+    Err(match are_typed {
+        true => BadInput::new(message).hint(format!("ids go from 0 to {}", model.vocab.saturating_sub(1))),
+        false => BadInput::new(format!("{message}: the tokenizer has tokens that the model has not"))
+            .hint("take tokenizer and weights from the same model, or leave that token out of the text"),
+    })
 }
 
 pub fn encode(tokenizer: &Tokenizer, text: &str, adds_special: bool) -> anyhow::Result<Vec<u32>> {

@@ -117,6 +117,7 @@ impl Passage {
         let adds_special = !matches!(input, Some(EncoderInputKind::Picture(_)));
         let mut tokens = prompt::encode(tokenizer, &text, adds_special)?;
         tokens.truncate(choice.n_tokens);
+        prompt::check_vocabulary(&tokens, false, model)?;
         let prefix = match input {
             Some(EncoderInputKind::Picture(_)) => workload.task.prompt.clone(),
             Some(EncoderInputKind::Tokens) => {

@@ -14,6 +14,7 @@ pub mod json;
 mod names;
 mod open;
 pub mod policy;
+mod processor;
 pub mod random;
 pub mod safetensors;
 mod settle;

@@ -15,7 +15,7 @@ use super::hub::{self, HubConfig, Need, RemoteFile};
 use super::random::Random;
 use super::safetensors::{self, Safetensors};
 use super::spec::{MatrixSpec, VectorSpec};
-use super::{Request, Source, SourceKind, WeightsChoice, foreign, json, settle, sniff, tokenizer};
+use super::{Request, Source, SourceKind, WeightsChoice, foreign, json, processor, settle, sniff, tokenizer};
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Silent};
 
@@ -30,6 +30,7 @@ pub struct Checkpoint {
     pub generation_config: Option<Value>,
     /// Why a file that no run needs was not read: what a reader of the result must know.
     pub notes: Vec<String>,
+    /// The image processor's settings, of whichever file has them.
     pub preprocessor_config: Option<Value>,
     pub tokenizer: Option<Tokenizer>,
     /// What the weights were quantized into before they were saved; `None` where they were not, or are random.
@@ -85,7 +86,7 @@ pub fn survey_with(request: &Request, hub: &HubConfig, events: &dyn Listener) ->
     let mut from_hub = |id: String| {
         let survey = hub::survey(&id, request.revision.as_deref(), need(request), hub, events)?;
         files = survey.files;
-        let mut checkpoint = from_folder(&survey.fetched.folder, id, SourceKind::Hub, false)?;
+        let mut checkpoint = from_folder(&survey.fetched.folder, id, SourceKind::Hub, false, events)?;
         checkpoint.revision = Some(survey.fetched.commit);
         Ok(checkpoint)
     };
@@ -102,7 +103,7 @@ fn open_place(
     let mut checkpoint = match Place::of(&request.model_id)? {
         Place::Folder(folder) => {
             refuse_revision(request, "a folder")?;
-            from_folder(&folder, folder_name(&folder), SourceKind::Local, !random)?
+            from_folder(&folder, folder_name(&folder), SourceKind::Local, !random, events)?
         }
         Place::BuiltIn(shape) => {
             refuse_revision(request, "a built-in shape")?;
@@ -267,24 +268,27 @@ fn need(request: &Request) -> Need {
 fn from_hub(request: &Request, id: String, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
     let need = need(request);
     let fetched = hub::fetch(&id, request.revision.as_deref(), need, hub, events)?;
-    let mut checkpoint = from_folder(&fetched.folder, id, SourceKind::Hub, need == Need::Everything)?;
+    let mut checkpoint = from_folder(&fetched.folder, id, SourceKind::Hub, need == Need::Everything, events)?;
     checkpoint.revision = Some(fetched.commit);
     Ok(checkpoint)
 }
 
-fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: bool) -> Result<Checkpoint> {
+fn from_folder(
+    folder: &Path,
+    id: String,
+    source: SourceKind,
+    needs_weights: bool,
+    events: &dyn Listener,
+) -> Result<Checkpoint> {
     let config = read_json(&folder.join("config.json"))?.ok_or_else(|| foreign::no_config(folder, &id))?;
     if needs_weights {
         safetensors::layout(folder)?;
     }
-    let tokenizer_json = folder.join("tokenizer.json");
-    let tokenizer = match tokenizer_json.is_file() {
-        true => match sniff::not_itself(&tokenizer_json) {
-            Some(error) => return Err(error.into()),
-            None => Some(tokenizer::load(&tokenizer_json)?),
-        },
-        false => None,
-    };
+    let tokenizer = tokenizer::open(folder, &config, events)?;
+    let preprocessor_config = processor::open(folder, &config, events)?;
+    if needs_weights {
+        processor::tell_defaults(&config, preprocessor_config.as_ref(), events);
+    }
     // What it says is of use to a run, but none needs it. A file that is another is a sign of a broken download.
     let generation_json = folder.join("generation_config.json");
     if let Some(error) = sniff::not_itself(&generation_json) {
@@ -300,7 +304,7 @@ fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: boo
         config,
         generation_config,
         notes,
-        preprocessor_config: read_json(&folder.join("preprocessor_config.json"))?,
+        preprocessor_config,
         tokenizer,
         quantized: None,
         resolve_s: 0.0,
@@ -309,7 +313,7 @@ fn from_folder(folder: &Path, id: String, source: SourceKind, needs_weights: boo
 }
 
 /// A JSON object, `None` where there is no such file.
-fn read_json(path: &Path) -> Result<Option<Value>> {
+pub(super) fn read_json(path: &Path) -> Result<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
     }

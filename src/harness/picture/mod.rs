@@ -12,13 +12,14 @@ use std::io::Cursor;
 use std::path::Path;
 
 use anyhow::Result;
+use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, Rgb, RgbImage};
 use serde_json::Value;
 
 use self::resize::Filter;
 use crate::error::BadInput;
 
-/// From pictures to pixels, as a model folder's `preprocessor_config.json` says.
+/// From pictures to pixels, as the image processor's settings of a model folder say.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Preprocessor {
     size: u32,
@@ -37,12 +38,12 @@ pub struct Pixels {
 }
 
 impl Preprocessor {
-    /// For a model whose pictures are `size` × `size`; `config` is the parsed `preprocessor_config.json` where there is
-    /// one.
+    /// For a model whose pictures are `size` × `size`; `config` are the settings of processor_config.json or
+    /// preprocessor_config.json where there are any.
     ///
-    /// Without it, and for every key it leaves out, SigLIP's defaults count: bicubic, 1/255, mean and standard
-    /// deviation 0.5. Fails with [`BadInput`] where the config asks for another processor, another size or an unknown
-    /// filter.
+    /// Without them, and for every key they leave out, SigLIP's defaults count: bicubic, 1/255, mean and standard
+    /// deviation 0.5. Fails with [`BadInput`] where they ask for another processor, another size, an unknown filter or a
+    /// step that is not computed.
     pub fn new(config: Option<&Value>, size: usize) -> Result<Self> {
         let side = u32::try_from(size).ok().filter(|side| (1..=MAX_SIDE).contains(side));
         let side =
@@ -51,11 +52,12 @@ impl Preprocessor {
             return Ok(Self { size: side, filter: Some(Filter::Bicubic), values: steps(&Config::default())? });
         };
         if !config.is_object() {
-            return Err(bad_config("cannot be read: it is not a JSON object".to_owned()).into());
+            return Err(bad_config("cannot be read: they are no JSON object".to_owned()).into());
         }
         let config: Config =
             serde::Deserialize::deserialize(config).map_err(|error| bad_config(format!("cannot be read: {error}")))?;
         config.check_processor()?;
+        config.check_steps(size)?;
         let filter = if config.do_resize.unwrap_or(true) { Some(config.filter(size)?) } else { None };
         Ok(Self { size: side, filter, values: steps(&config)? })
     }
@@ -73,7 +75,7 @@ impl Preprocessor {
             Some(filter) => Ok(self.pixels(&resize::resize(&picture, self.size, filter))),
             None if picture.dimensions() == (self.size, self.size) => Ok(self.pixels(&picture)),
             None => Err(BadInput::new(format!(
-                "image `{}` is {}x{} pixels, and preprocessor_config.json turns resizing off",
+                "image `{}` is {}x{} pixels, and the image processor's settings turn resizing off",
                 path.display(),
                 picture.width(),
                 picture.height()
@@ -95,7 +97,7 @@ impl Preprocessor {
     }
 }
 
-/// The keys of `preprocessor_config.json` that `SiglipImageProcessor` reads; `null` counts as left out.
+/// The settings that `SiglipImageProcessor` reads; `null` counts as left out.
 ///
 /// `do_convert_rgb` is not among them: a vision tower reads three channels whatever it says.
 #[derive(Debug, Default, serde::Deserialize)]
@@ -104,6 +106,14 @@ struct Config {
     image_processor_type: Option<String>,
     do_resize: Option<bool>,
     size: Option<Value>,
+    /// Whether a number or a missing key of `size` means both sides.
+    default_to_square: Option<bool>,
+    do_center_crop: Option<bool>,
+    crop_size: Option<Value>,
+    do_pad: Option<bool>,
+    pad_size: Option<Value>,
+    data_format: Option<String>,
+    input_data_format: Option<String>,
     resample: Option<u64>,
     do_rescale: Option<bool>,
     rescale_factor: Option<f64>,
@@ -124,7 +134,34 @@ impl Config {
     fn check_processor(&self) -> Result<()> {
         match self.image_processor_type.as_deref() {
             Some(seen) if !seen.starts_with("SiglipImageProcessor") => {
-                Err(bad_config(format!("asks for the processor `{seen}`; supported is `SiglipImageProcessor`")).into())
+                Err(bad_config(format!("ask for the processor `{seen}`; supported is `SiglipImageProcessor`")).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Steps that are not computed are refused, unless they change nothing: a picture of the model's size is neither cut nor
+    /// filled up.
+    fn check_steps(&self, size: usize) -> Result<(), BadInput> {
+        let cuts = |asked: Option<bool>, to: &Option<Value>| {
+            asked == Some(true)
+                && !(self.do_resize != Some(false) && to.as_ref().is_some_and(|to| is_square(to, size, true)))
+        };
+        let shown = |value: &Option<Value>| value.as_ref().map_or("left out".to_owned(), Value::to_string);
+        let refused = |what: String| Err(bad_config(format!("{what}, which is not computed here")));
+        let is_other = |format: &Option<String>, usual: &str| format.as_ref().is_some_and(|format| format != usual);
+        match self {
+            _ if cuts(self.do_center_crop, &self.crop_size) => {
+                refused(format!("ask for `do_center_crop` with crop_size {}", shown(&self.crop_size)))
+            }
+            _ if cuts(self.do_pad, &self.pad_size) => {
+                refused(format!("ask for `do_pad` with pad_size {}", shown(&self.pad_size)))
+            }
+            _ if is_other(&self.data_format, "channels_first") => {
+                refused(format!("say data_format {:?}", self.data_format))
+            }
+            _ if is_other(&self.input_data_format, "channels_last") => {
+                refused(format!("say input_data_format {:?}", self.input_data_format))
             }
             _ => Ok(()),
         }
@@ -132,24 +169,34 @@ impl Config {
 
     /// The filter to resize with, where the picture size is the model's.
     fn filter(&self, size: usize) -> Result<Filter> {
-        let side = |key: &str| self.size.as_ref().map_or(Some(224), |sizes| sizes.get(key).and_then(Value::as_u64));
-        let (height, width) = (side("height"), side("width"));
-        if height != Some(size as u64) || width != Some(size as u64) {
+        let default = Value::from(vec![224, 224]);
+        if !is_square(self.size.as_ref().unwrap_or(&default), size, self.default_to_square == Some(true)) {
             let seen = self.size.as_ref().map_or("left out, which is 224x224".to_owned(), Value::to_string);
-            let message = format!("says size {seen}, but the model reads images of {size}x{size} pixels");
-            return Err(bad_config(message).hint("take preprocessor_config.json from the same model").into());
+            let message = format!("say size {seen}, but the model reads images of {size}x{size} pixels");
+            let hint = "take preprocessor_config.json or processor_config.json from the same model";
+            return Err(bad_config(message).hint(hint).into());
         }
         let number = self.resample.unwrap_or(3);
         let known = Filter::ALL.get(usize::try_from(number).unwrap_or(usize::MAX));
         known.map(|(_, filter)| *filter).ok_or_else(|| {
             let known: Vec<_> = Filter::ALL.iter().enumerate().map(|(i, (name, _))| format!("{i} {name}")).collect();
-            bad_config(format!("says resample {number}; supported are {}", known.join(", "))).into()
+            bad_config(format!("say resample {number}; supported are {}", known.join(", "))).into()
         })
     }
 }
 
+/// Whether a size is `size` × `size`: by both sides, or one number where that means both.
+fn is_square(asked: &Value, size: usize, one_means_both: bool) -> bool {
+    let is_size = |side: Option<&Value>| side.and_then(Value::as_u64) == Some(size as u64);
+    match asked {
+        Value::Object(sides) => sides.len() == 2 && is_size(sides.get("height")) && is_size(sides.get("width")),
+        Value::Array(sides) => sides.len() == 2 && sides.iter().all(|side| is_size(Some(side))),
+        number => one_means_both && is_size(Some(number)),
+    }
+}
+
 fn bad_config(what: String) -> BadInput {
-    BadInput::new(format!("preprocessor_config.json {what}"))
+    BadInput::new(format!("the image processor's settings {what}"))
 }
 
 /// `(step · rescale_factor - mean) / std` of the 256 steps, computed in double and rounded once.
@@ -165,7 +212,7 @@ fn steps(config: &Config) -> Result<[Vec<f32>; 3]> {
     let channel = |c: usize| (0..256).map(|step| ((f64::from(step) * factor - mean[c]) / std[c]) as f32).collect();
     let values: [Vec<f32>; 3] = [channel(0), channel(1), channel(2)];
     if !values.iter().flatten().all(|value| value.is_finite()) {
-        let message = format!("makes pixels that are not finite: image_mean {mean:?}, image_std {std:?}");
+        let message = format!("make pixels that are not finite: image_mean {mean:?}, image_std {std:?}");
         return Err(bad_config(message).into());
     }
     Ok(values)
@@ -189,10 +236,11 @@ fn read(path: &Path) -> std::result::Result<RgbImage, String> {
     }
     let file = fs::read(path).map_err(|error| error.to_string())?;
     match image::guess_format(&file) {
-        Ok(ImageFormat::Jpeg) if !jpeg::is_whole(&file) => Err("it is a JPEG cut short".to_owned()),
-        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => {
-            decode(&file, format).map_err(reason)
+        Ok(ImageFormat::Jpeg) => {
+            let jpeg::Decoded { picture, exif, xmp } = jpeg::decode(&file, MAX_DECODED_BYTES)?;
+            Ok(upright(picture.into(), exif.as_deref(), xmp.as_deref()).into_rgb8())
         }
+        Ok(format @ (ImageFormat::Png | ImageFormat::WebP)) => decode(&file, format).map_err(reason),
         Ok(other) => Err(format!("its format is {other:?}; PNG, JPEG and WebP are supported")),
         Err(_) => Err("its content is not PNG, JPEG or WebP".to_owned()),
     }
@@ -207,10 +255,26 @@ fn decode(file: &[u8], format: ImageFormat) -> image::ImageResult<RgbImage> {
     reader.limits(limits.clone());
     let mut decoder = reader.into_decoder()?;
     limits.reserve(decoder.total_bytes())?;
-    let orientation = decoder.orientation()?;
-    let mut picture = DynamicImage::from_decoder(decoder)?;
-    picture.apply_orientation(orientation);
-    Ok(rgb(picture))
+    let (exif, xmp) = (decoder.exif_metadata()?, decoder.xmp_metadata()?);
+    Ok(rgb(upright(DynamicImage::from_decoder(decoder)?, exif.as_deref(), xmp.as_deref())))
+}
+
+/// Turned as the Exif data says, or XMP where that says nothing, as Pillow's `exif_transpose` does.
+fn upright(mut picture: DynamicImage, exif: Option<&[u8]>, xmp: Option<&[u8]>) -> DynamicImage {
+    let orientation = exif.and_then(Orientation::from_exif_chunk).or_else(|| xmp.and_then(xmp_orientation));
+    picture.apply_orientation(orientation.unwrap_or(Orientation::NoTransforms));
+    picture
+}
+
+/// The digit behind `tiff:Orientation="` or `tiff:Orientation>`.
+fn xmp_orientation(xmp: &[u8]) -> Option<Orientation> {
+    let text = String::from_utf8_lossy(xmp);
+    let rest = text
+        .split("tiff:Orientation")
+        .skip(1)
+        .find_map(|rest| rest.strip_prefix("=\"").or_else(|| rest.strip_prefix('>')))?;
+    let digit = rest.chars().next().and_then(|digit| digit.to_digit(10))?;
+    Orientation::from_exif(digit as u8)
 }
 
 fn reason(error: ImageError) -> String {

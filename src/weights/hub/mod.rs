@@ -1,22 +1,26 @@
-//! Model repositories: what is missing is downloaded into hf-hub's cache, every file from one commit.
+//! Model repositories: what is missing is downloaded into the cache that huggingface_hub uses, every file from one commit.
 
+mod cache;
+mod client;
 mod config;
+mod download;
+mod network;
 mod refusal;
 mod survey;
+mod url;
 
-pub use config::{HubConfig, Token};
+pub use config::{HubConfig, Patience, Timeouts, Token};
+pub use network::Network;
 pub use survey::{RemoteFile, Survey, survey};
 
-use std::cell::Cell;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use hf_hub::api::Progress;
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
-use hf_hub::{Repo, RepoType};
+use anyhow::Result;
 
-use self::refusal::{Answer, Refusal};
+use self::cache::Cache;
+use self::client::{Client, Metadata};
+use self::refusal::Refusal;
 use super::builtin;
 use super::safetensors::{self, INDEX, SINGLE};
 use crate::error::BadInput;
@@ -24,19 +28,17 @@ use crate::events::{Event, Listener, Unit};
 
 const DEFAULT_REVISION: &str = "main";
 
-/// Files that a model may have beside config.json and its weights.
-const OPTIONAL: [&str; 4] =
-    ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"];
-
-/// A host that drops packets should not hold a command for the minutes that TCP takes to give up.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Before the first further attempt; each later one waits that much longer.
-const RETRY_PAUSE: Duration = Duration::from_secs(1);
-
-/// Progress events are this far apart at least.
-const PROGRESS_BYTES: u64 = 4 << 20;
+/// Files that a model may have beside config.json and its weights. Those that are there are read: what one of them says may change
+/// what is computed.
+const OPTIONAL: [&str; 7] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+];
 
 /// `owner/name` in the characters that the hub allows.
 pub fn is_repository_id(id: &str) -> bool {
@@ -62,7 +64,7 @@ pub struct Fetched {
     pub commit: String,
 }
 
-/// Brings the files of `id` into the cache. Offline, or where the hub cannot be reached, a complete cache will do.
+/// Brings the files of `id` into the cache. Offline, or where the hub does not answer or is busy, a complete cache will do.
 pub fn fetch(
     id: &str,
     revision: Option<&str>,
@@ -70,34 +72,29 @@ pub fn fetch(
     config: &HubConfig,
     events: &dyn Listener,
 ) -> Result<Fetched> {
-    let revision = checked_revision(revision)?;
-    let cached = Cached { config, id, revision, need };
+    let remote = Remote::new(config, id, checked_revision(revision)?, events);
+    let cached = Cached::of(&remote, need);
     if config.offline {
         return cached.complete().map_err(|missing| offline_error(id, &missing));
     }
-    let remote = Remote::new(config, id, revision, events)?;
-    match remote.commit() {
-        Ok(commit) => {
-            let folder = remote.download(&commit, need)?;
-            Ok(Fetched { folder, commit })
-        }
-        Err(refusal) => match (refusal, cached.complete()) {
-            (Refusal::Unreachable { reason }, Ok(fetched)) => {
-                let message = format!(
-                    "the hub at `{}` cannot be reached ({reason}): the cached commit {} of `{id}` is used",
-                    config.endpoint, fetched.commit
-                );
-                events.on(Event::Warning { name: "hub_unreachable".to_owned(), message });
-                Ok(fetched)
-            }
-            (refusal, _) => Err(remote.explain(refusal, "config.json")),
-        },
+    if let Some(fetched) = cached.pinned() {
+        return Ok(fetched);
     }
+    let fetch = || {
+        let commit = remote.commit(cached.complete().is_err())?;
+        let folder = remote.download_all(&commit, need)?;
+        Ok(Fetched { folder, commit })
+    };
+    fetch().or_else(|failure| cached.instead_of(failure))
 }
 
 fn checked_revision(revision: Option<&str>) -> Result<&str, BadInput> {
     let revision = revision.unwrap_or(DEFAULT_REVISION);
-    match revision.is_empty() || revision.contains("..") || !revision.bytes().all(|byte| byte.is_ascii_graphic()) {
+    let is_bad = revision.is_empty()
+        || revision.contains("..")
+        || revision.starts_with('/')
+        || !revision.bytes().all(|byte| byte.is_ascii_graphic());
+    match is_bad {
         true => Err(BadInput::new(format!("`{revision}` is no branch, tag or commit"))),
         false => Ok(revision),
     }
@@ -133,23 +130,45 @@ fn random_hint(id: &str) -> String {
     }
 }
 
+/// Why files of a repository could not be fetched.
+enum Failure {
+    Refused { refusal: Refusal, file: String },
+    Other(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+/// Names the file that a refusal is about.
+trait About<T> {
+    fn about(self, file: &str) -> Result<T, Failure>;
+}
+
+impl<T> About<T> for Result<T, Refusal> {
+    fn about(self, file: &str) -> Result<T, Failure> {
+        self.map_err(|refusal| Failure::Refused { refusal, file: file.to_owned() })
+    }
+}
+
 /// A repository as the cache has it.
 struct Cached<'a> {
-    config: &'a HubConfig,
-    id: &'a str,
-    revision: &'a str,
+    remote: &'a Remote<'a>,
     need: Need,
 }
 
-impl Cached<'_> {
+impl<'a> Cached<'a> {
+    fn of(remote: &'a Remote<'a>, need: Need) -> Self {
+        Self { remote, need }
+    }
+
     /// The files, or the names of those that are missing.
     fn complete(&self) -> Result<Fetched, Vec<String>> {
         let mut wanted = vec!["config.json".to_owned()];
-        let repo = Repo::with_revision(self.id.to_owned(), RepoType::Model, self.revision.to_owned());
-        let root = self.config.cache().path().join(repo.folder_name());
-        let commit = std::fs::read_to_string(root.join("refs").join(self.revision))
-            .map_or_else(|_| self.revision.to_owned(), |commit| commit.trim().to_owned());
-        let folder = root.join("snapshots").join(&commit);
+        let commit = self.remote.cache.commit_of(self.remote.revision);
+        let folder = self.remote.cache.snapshot(&commit);
         if self.need == Need::Everything {
             let shards = safetensors::read_index(&folder.join(INDEX)).map(|map| safetensors::shards(&map));
             match shards {
@@ -163,6 +182,32 @@ impl Cached<'_> {
             false => Err(wanted),
         }
     }
+
+    /// The files of a revision that is a commit, and so never changes, where it is known of all of them what they are.
+    fn pinned(&self) -> Option<Fetched> {
+        let (revision, cache) = (self.remote.revision, &self.remote.cache);
+        let is_commit = revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let is_known = |name: &&str| cache.file(revision, name).is_some() || cache.is_absent(revision, name);
+        let fetched = self.complete().ok().filter(|fetched| is_commit && fetched.commit == revision)?;
+        (self.need == Need::Config || OPTIONAL.iter().all(|name| is_known(&name))).then_some(fetched)
+    }
+
+    /// The cached commit where the hub is out of reach and the cache is whole, with a warning; else the error.
+    fn instead_of(&self, failure: Failure) -> Result<Fetched> {
+        let Remote { id, revision, config, events, .. } = *self.remote;
+        let (refusal, file) = match failure {
+            Failure::Refused { refusal, file } => (refusal, file),
+            Failure::Other(error) => return Err(error),
+        };
+        match (refusal.outage(), self.complete()) {
+            (Some((name, outage)), Ok(fetched)) => {
+                let message = format!("{outage}: the cached commit {} of `{id}` is used", fetched.commit);
+                events.on(Event::Warning { name: name.to_owned(), message });
+                Ok(fetched)
+            }
+            _ => Err(refusal.explain(id, revision, &file, &config.endpoint)),
+        }
+    }
 }
 
 /// A repository as the hub has it.
@@ -171,229 +216,135 @@ struct Remote<'a> {
     id: &'a str,
     revision: &'a str,
     events: &'a dyn Listener,
-    api: Api,
-    agent: ureq::Agent,
+    client: Client<'a>,
+    cache: Cache,
 }
 
 impl<'a> Remote<'a> {
-    fn new(config: &'a HubConfig, id: &'a str, revision: &'a str, events: &'a dyn Listener) -> Result<Self> {
-        let api = ApiBuilder::from_cache(config.cache())
-            .with_endpoint(config.endpoint.clone())
-            .with_token(config.token.as_ref().map(|token| token.secret().to_owned()))
-            // hf-hub's own retries can append a file to its first part; a fresh call looks at the part's length again.
-            .with_retries(0)
-            .with_progress(false)
-            .build()
-            .context("setting up hf-hub")?;
-        let agent = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_recv_response(Some(ANSWER_TIMEOUT))
-            .build()
-            .into();
-        Ok(Self { config, id, revision, events, api, agent })
+    fn new(config: &'a HubConfig, id: &'a str, revision: &'a str, events: &'a dyn Listener) -> Self {
+        Self { config, id, revision, events, client: Client::new(config), cache: Cache::new(&config.cache, id) }
     }
 
-    /// The commit that the revision means now. All files are then taken from it, whatever is pushed meanwhile.
-    fn commit(&self) -> Result<String, Refusal> {
-        let answer = self.ask(self.revision, "config.json")?;
-        let plain = |commit: &String| !commit.is_empty() && commit.bytes().all(|byte| byte.is_ascii_alphanumeric());
-        let commit = match answer.commit {
-            Some(commit) => commit,
-            // Behind relative redirects.
-            None => {
-                let url = self.repo(self.revision).url("config.json");
-                self.api.metadata(&url).map_err(Refusal::of)?.commit_hash().to_owned()
+    /// The commit that the revision means now. All files are then taken from it, whatever is pushed meanwhile. One that cannot be
+    /// had at once is asked for again where nothing stands in for it.
+    fn commit(&self, is_needed: bool) -> Result<String, Failure> {
+        let address = self.address(self.revision, "config.json");
+        let mut retries = Retries::new(&self.config.patience);
+        loop {
+            match self.client.metadata(&address) {
+                Ok(metadata) => return Ok(metadata.commit),
+                // Nobody is there at all: an answer would be a surprise.
+                Err(refusal @ Refusal::Unreachable { .. }) => return Err(refusal).about("config.json"),
+                Err(refusal) if !is_needed => return Err(refusal).about("config.json"),
+                Err(refusal) => retries.pause(refusal, self.events).about("config.json")?,
             }
-        };
-        if !plain(&commit) {
-            return Err(Refusal::Other { reason: "its X-Repo-Commit header holds no commit".to_owned() });
         }
-        Ok(commit)
     }
 
-    fn download(&self, commit: &str, need: Need) -> Result<PathBuf> {
-        let config = self.file(commit, "config.json")?;
-        let folder = config.parent().map(Path::to_owned).context("config.json lies in no folder")?;
+    fn download_all(&self, commit: &str, need: Need) -> Result<PathBuf, Failure> {
+        self.file(commit, "config.json").about("config.json")?;
         if need == Need::Everything {
             for name in OPTIONAL {
                 self.optional(commit, name)?;
             }
             if !self.optional(commit, SINGLE)? {
-                self.shards(commit, &folder)?;
+                for shard in self.shards(commit)? {
+                    self.file(commit, &shard).about(&shard)?;
+                }
             }
         }
-        self.cache_repo(self.revision).create_ref(commit).context("writing the cache's reference")?;
-        Ok(folder)
+        let noted = self.cache.set_commit(self.revision, commit);
+        noted.map_err(|error| Refusal::of_cache(self.cache.path(), error)).about("refs")?;
+        Ok(self.cache.snapshot(commit))
     }
 
-    fn shards(&self, commit: &str, folder: &Path) -> Result<()> {
+    /// The names of the weights' files, by their index.
+    fn shards(&self, commit: &str) -> Result<Vec<String>, Failure> {
         if !self.optional(commit, INDEX)? {
-            return Err(BadInput::new(format!("`{}` has neither `{SINGLE}` nor `{INDEX}`", self.id))
-                .hint("weights must be safetensors; repositories with pytorch_model.bin alone cannot be read")
-                .into());
+            let error = BadInput::new(format!("`{}` has neither `{SINGLE}` nor `{INDEX}`", self.id))
+                .hint("weights must be safetensors; repositories with pytorch_model.bin alone cannot be read");
+            return Err(Failure::Other(error.into()));
         }
-        for shard in safetensors::shards(&safetensors::read_index(&folder.join(INDEX))?) {
-            self.file(commit, &shard)?;
-        }
-        Ok(())
+        Ok(safetensors::shards(&safetensors::read_index(&self.cache.snapshot(commit).join(INDEX))?))
     }
 
     /// A file that may be absent: says whether it is there.
-    fn optional(&self, commit: &str, name: &str) -> Result<bool> {
-        if self.cached(commit, name).is_none() {
-            match self.ask(commit, name) {
-                Ok(_) => {}
-                Err(Refusal::NoSuchFile) => return Ok(false),
-                Err(refusal) => return Err(self.explain(refusal, name)),
-            }
+    fn optional(&self, commit: &str, name: &str) -> Result<bool, Failure> {
+        if self.cache.file(commit, name).is_some() {
+            return Ok(true);
         }
-        self.file(commit, name)?;
+        let Some(metadata) = self.look(commit, name)? else { return Ok(false) };
+        self.file_of(&metadata, commit, name).about(name)?;
         Ok(true)
     }
 
-    /// A file from the cache or the hub.
-    fn file(&self, commit: &str, name: &str) -> Result<PathBuf> {
-        if let Some(path) = self.cached(commit, name) {
-            return Ok(path);
+    /// Asks about a file that may be absent; what is known to be absent is not asked for again.
+    fn look(&self, commit: &str, name: &str) -> Result<Option<Metadata>, Failure> {
+        if self.cache.is_absent(commit, name) {
+            return Ok(None);
         }
-        let mut attempt = 0;
+        match self.metadata(commit, name) {
+            Ok(metadata) => Ok(Some(metadata)),
+            Err(Refusal::NoSuchFile { is_certain }) => {
+                if is_certain {
+                    self.cache.note_absent(commit, name);
+                }
+                Ok(None)
+            }
+            Err(refusal) => Err(refusal).about(name),
+        }
+    }
+
+    /// Asks about a file, again and again where that may help.
+    fn metadata(&self, commit: &str, name: &str) -> Result<Metadata, Refusal> {
+        let address = self.address(commit, name);
+        let mut retries = Retries::new(&self.config.patience);
         loop {
-            match self.download_file(commit, name) {
-                Ok(path) => return Ok(path),
-                Err(Refusal::Interrupted { .. } | Refusal::Unreachable { .. }) if attempt < self.config.retries => {
-                    attempt += 1;
-                    std::thread::sleep(RETRY_PAUSE * attempt as u32);
-                }
-                Err(Refusal::Denied { status }) => {
-                    let refusal = self.ask(commit, name).err().unwrap_or(Refusal::Denied { status });
-                    return Err(self.explain(refusal, name));
-                }
-                Err(refusal) => return Err(self.explain(refusal, name)),
+            match self.client.metadata(&address) {
+                Ok(metadata) => return Ok(metadata),
+                Err(refusal) => retries.pause(refusal, self.events)?,
             }
         }
     }
 
-    /// One attempt, from where an earlier one stopped.
-    fn download_file(&self, commit: &str, name: &str) -> Result<PathBuf, Refusal> {
-        let repo = self.repo(commit);
-        let total = Cell::new(0);
-        let download = || repo.download_with_progress(name, Bar::new(name, &total, self.events));
-        let result = match download() {
-            // A part that is already whole, or longer than the file, cannot be resumed.
-            Err(error) if self.forget_part(commit, name, &error) => download(),
-            other => other,
-        };
-        let path = result.map_err(Refusal::of)?;
-        let bytes = std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
-        if bytes != total.get() {
-            // hf-hub keeps what it was sent: a server that ignores ranges appends the whole file to its first part.
-            for file in [path.canonicalize().unwrap_or_default(), path] {
-                let _ = std::fs::remove_file(file);
-            }
-            return Err(Refusal::Interrupted { reason: format!("{bytes} bytes came of {}", total.get()) });
-        }
-        Ok(path)
-    }
-
-    fn forget_part(&self, commit: &str, name: &str, error: &ApiError) -> bool {
-        let unsatisfiable = match error {
-            ApiError::InvalidResume => true,
-            ApiError::RequestError(error) => matches!(**error, ureq::Error::StatusCode(416)),
-            _ => false,
-        };
-        let metadata = unsatisfiable.then(|| self.api.metadata(&self.repo(commit).url(name)));
-        match metadata {
-            Some(Ok(metadata)) => {
-                let part = self.cache_repo(commit).blob_path(metadata.etag()).with_extension("part");
-                std::fs::remove_file(part).is_ok()
-            }
-            _ => false,
-        }
-    }
-
-    fn cached(&self, commit: &str, name: &str) -> Option<PathBuf> {
-        let path = self.cache_repo(commit).pointer_path(commit).join(name);
-        path.is_file().then_some(path)
-    }
-
-    fn repo(&self, revision: &str) -> hf_hub::api::sync::ApiRepo {
-        self.api.repo(Repo::with_revision(self.id.to_owned(), RepoType::Model, revision.to_owned()))
-    }
-
-    fn cache_repo(&self, revision: &str) -> hf_hub::CacheRepo {
-        self.config.cache().repo(Repo::with_revision(self.id.to_owned(), RepoType::Model, revision.to_owned()))
-    }
-
-    /// Asks for the first byte of a file. hf-hub's own errors hide the header that tells refusals apart.
-    fn ask(&self, revision: &str, name: &str) -> Result<Answer, Refusal> {
-        let url = self.repo(revision).url(name);
-        let authorization = self.config.token.as_ref().map(|token| format!("Bearer {}", token.secret()));
-        let signed = |request: ureq::RequestBuilder<ureq::typestate::WithoutBody>| match &authorization {
-            Some(value) => request.header("Authorization", value),
-            None => request,
-        };
-        let answer = Answer::of(signed(self.agent.get(&url)).header("Range", "bytes=0-0").call())?;
-        let unexplained = answer.status >= 400 && answer.error_code.is_none();
-        let answer = match unexplained {
-            true => Answer::of(signed(self.agent.head(&url)).call())?,
-            false => answer,
-        };
-        answer.accept(self.config.token.is_some())
-    }
-
-    fn explain(&self, refusal: Refusal, file: &str) -> anyhow::Error {
-        refusal.explain(self.id, self.revision, file, &self.config.endpoint)
+    fn address(&self, revision: &str, name: &str) -> String {
+        let (revision, name) = (url::escape_part(revision), url::escape_path(name));
+        format!("{}/{}/resolve/{revision}/{name}", self.config.endpoint, self.id)
     }
 }
 
-/// hf-hub's progress as events.
-struct Bar<'a> {
-    label: String,
-    /// Of the file, for the caller.
-    total: &'a Cell<u64>,
-    events: &'a dyn Listener,
-    begun: bool,
-    done: u64,
-    told: u64,
+/// Attempts that failed one after the other.
+struct Retries<'a> {
+    patience: &'a Patience,
+    n_failed: usize,
+    pause: Duration,
 }
 
-impl<'a> Bar<'a> {
-    fn new(name: &str, total: &'a Cell<u64>, events: &'a dyn Listener) -> Self {
-        Self { label: format!("download {name}"), total, events, begun: false, done: 0, told: 0 }
+impl<'a> Retries<'a> {
+    fn new(patience: &'a Patience) -> Self {
+        Self { patience, n_failed: 0, pause: patience.pause }
     }
-}
 
-impl Progress for Bar<'_> {
-    /// Called again for every attempt.
-    fn init(&mut self, size: usize, _filename: &str) {
-        self.total.set(size as u64);
-        if !self.begun {
-            self.events.on(Event::Begin { label: self.label.clone(), total: size as u64, unit: Unit::Bytes });
+    /// Waits as long as the hub asks for, or longer each time. Fails with the refusal where another attempt would not help, or
+    /// patience ends.
+    fn pause(&mut self, refusal: Refusal, events: &dyn Listener) -> Result<(), Refusal> {
+        let asked = match &refusal {
+            Refusal::Busy { pause, .. } => *pause,
+            _ => None,
+        };
+        let is_over =
+            self.n_failed >= self.patience.retries || asked.is_some_and(|asked| asked > self.patience.longest_asked);
+        if is_over || !refusal.may_pass() {
+            return Err(refusal);
         }
-        (self.begun, self.done, self.told) = (true, 0, 0);
-    }
-
-    fn update(&mut self, size: usize) {
-        self.done += size as u64;
-        if self.done - self.told >= PROGRESS_BYTES {
-            self.told = self.done;
-            self.events.on(Event::Progress { done: self.done });
-        }
-    }
-
-    fn finish(&mut self) {
-        self.events.on(Event::Progress { done: self.done });
-    }
-}
-
-impl Drop for Bar<'_> {
-    /// Also where a download fails.
-    fn drop(&mut self) {
-        if self.begun {
-            self.events.on(Event::End);
-        }
+        self.n_failed += 1;
+        let pause = asked.unwrap_or(self.pause);
+        self.pause = (self.pause * 2).min(self.patience.longest_pause);
+        let label = format!("{}; trying again in {} s", refusal.brief(), pause.as_secs_f64().ceil());
+        events.on(Event::Begin { label, total: self.patience.retries as u64, unit: Unit::Runs });
+        events.on(Event::Progress { done: self.n_failed as u64 });
+        (self.patience.sleep)(pause);
+        events.on(Event::End);
+        Ok(())
     }
 }

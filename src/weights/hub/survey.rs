@@ -6,11 +6,9 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::{
-    Cached, Fetched, HubConfig, INDEX, Need, OPTIONAL, Refusal, Remote, SINGLE, checked_revision, offline_error,
+    About, Cached, Failure, Fetched, HubConfig, INDEX, Need, OPTIONAL, Remote, SINGLE, checked_revision, offline_error,
 };
-use crate::error::BadInput;
 use crate::events::Listener;
-use crate::weights::safetensors;
 
 /// A file of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -36,19 +34,16 @@ pub fn survey(
     config: &HubConfig,
     events: &dyn Listener,
 ) -> Result<Survey> {
-    let revision = checked_revision(revision)?;
-    let cached = Cached { config, id, revision, need };
+    let remote = Remote::new(config, id, checked_revision(revision)?, events);
+    let cached = Cached::of(&remote, need);
     if config.offline {
         return cached.complete().map(from_cache).map_err(|missing| offline_error(id, &missing));
     }
-    let remote = Remote::new(config, id, revision, events)?;
-    match remote.commit() {
-        Ok(commit) => remote.survey(commit, need),
-        Err(refusal) => match (refusal, cached.complete()) {
-            (Refusal::Unreachable { .. }, Ok(fetched)) => Ok(from_cache(fetched)),
-            (refusal, _) => Err(remote.explain(refusal, "config.json")),
-        },
+    if let Some(fetched) = cached.pinned() {
+        return Ok(from_cache(fetched));
     }
+    let survey = || remote.survey(remote.commit(cached.complete().is_err())?, need);
+    survey().or_else(|failure| cached.instead_of(failure).map(from_cache))
 }
 
 fn bytes_of(path: &Path) -> Option<u64> {
@@ -70,48 +65,38 @@ fn from_cache(fetched: Fetched) -> Survey {
 }
 
 impl Remote<'_> {
-    fn survey(&self, commit: String, need: Need) -> Result<Survey> {
-        let config = self.file(&commit, "config.json")?;
-        let folder = config.parent().map(Path::to_owned).unwrap_or_default();
+    fn survey(&self, commit: String, need: Need) -> Result<Survey, Failure> {
+        let config = self.file(&commit, "config.json").about("config.json")?;
+        let folder = self.cache.snapshot(&commit);
         let mut files = vec![local("config.json", &config)];
         if need == Need::Everything {
             for name in OPTIONAL {
-                files.extend(self.look(&commit, name)?);
+                files.extend(self.survey_file(&commit, name)?);
             }
-            match self.look(&commit, SINGLE)? {
+            match self.survey_file(&commit, SINGLE)? {
                 Some(single) => files.push(single),
-                None => files.extend(self.look_for_shards(&commit, &folder)?),
+                None => files.extend(self.survey_shards(&commit)?),
             }
         }
         Ok(Survey { fetched: Fetched { folder, commit }, files })
     }
 
-    fn look_for_shards(&self, commit: &str, folder: &Path) -> Result<Vec<RemoteFile>> {
-        if !self.optional(commit, INDEX)? {
-            return Err(BadInput::new(format!("`{}` has neither `{SINGLE}` nor `{INDEX}`", self.id)).into());
-        }
-        let index = folder.join(INDEX);
-        let mut files = vec![local(INDEX, &index)];
-        for shard in safetensors::shards(&safetensors::read_index(&index)?) {
-            files.extend(self.look(commit, &shard)?);
+    fn survey_shards(&self, commit: &str) -> Result<Vec<RemoteFile>, Failure> {
+        let shards = self.shards(commit)?;
+        let mut files = vec![local(INDEX, &self.cache.snapshot(commit).join(INDEX))];
+        for shard in shards {
+            files.extend(self.survey_file(commit, &shard)?);
         }
         Ok(files)
     }
 
     /// `None` where the repository has no such file.
-    fn look(&self, commit: &str, name: &str) -> Result<Option<RemoteFile>> {
-        if let Some(path) = self.cached(commit, name) {
+    fn survey_file(&self, commit: &str, name: &str) -> Result<Option<RemoteFile>, Failure> {
+        if let Some(path) = self.cache.file(commit, name) {
             return Ok(Some(local(name, &path)));
         }
-        match self.ask(commit, name) {
-            Ok(_) => {
-                let metadata = self.api.metadata(&self.repo(commit).url(name));
-                let bytes = metadata.ok().map(|metadata| metadata.size() as u64);
-                Ok(Some(RemoteFile { name: name.to_owned(), bytes, is_cached: false }))
-            }
-            Err(Refusal::NoSuchFile) => Ok(None),
-            Err(refusal) => Err(self.explain(refusal, name)),
-        }
+        let metadata = self.look(commit, name)?;
+        Ok(metadata.map(|metadata| RemoteFile { name: name.to_owned(), bytes: metadata.bytes, is_cached: false }))
     }
 }
 

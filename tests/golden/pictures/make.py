@@ -1,5 +1,6 @@
 """Makes the pictures in this folder and what Pillow makes of them; see README.md."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,76 @@ def write_orders():
     save_file(expected, HERE / "orders.safetensors")
 
 
+def segments(data):
+    """A JPEG as [marker, bytes of its segment], up to the start of the scan, whose last part holds the rest."""
+    at, found = 2, []
+    while data[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        found.append([data[at + 1], data[at:end]])
+        at = end
+    return found + [[0xDA, data[at:]]]
+
+
+def jpegs():
+    """JPEGs whose markers and component names leave the meaning of their samples to rules: (file name, bytes)."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    colors = np.stack([x * 15, y * 12, 255 - x * 8 - y * 5, 255 - x * 3 - y * 2], axis=-1).astype(np.uint8)
+
+    def saved(mode, **options):
+        out = io.BytesIO()
+        image = Image.fromarray(colors[..., : len(mode)] if mode != "L" else colors[..., 0].copy(), mode)
+        image.save(out, "JPEG", quality=95, subsampling=0, **options)
+        return segments(out.getvalue())
+
+    def made(parts, markers=(), names=None):
+        """Without the markers that Pillow wrote, with others and other component names."""
+        kept = [list(part) for part in parts if part[0] not in (0xE0, 0xEE)]
+        for part in kept:
+            for at, name in enumerate(names or ()):
+                if part[0] in (0xC0, 0xC2):
+                    part[1] = part[1][: 10 + 3 * at] + bytes([name]) + part[1][11 + 3 * at :]
+                if part[0] == 0xDA:
+                    part[1] = part[1][: 5 + 2 * at] + bytes([name]) + part[1][6 + 2 * at :]
+        known = {"jfif": b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"}
+        adobe = {f"adobe{n}": b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([n]) for n in range(3)}
+        return b"\xff\xd8" + b"".join(({**known, **adobe})[name] for name in markers) + b"".join(part[1] for part in kept)
+
+    three, four, grey = saved("RGB"), saved("CMYK"), saved("L")
+    yield "plain.jpg", made(three)
+    yield "jfif.jpg", made(three, ["jfif"])
+    yield "jfif_adobe0.jpg", made(three, ["jfif", "adobe0"])
+    yield "adobe0_jfif.jpg", made(three, ["adobe0", "jfif"])
+    for n in range(3):
+        yield f"adobe{n}.jpg", made(three, [f"adobe{n}"])
+    yield "named_rgb.jpg", made(three, names=b"RGB")
+    yield "named_rgb_jfif.jpg", made(three, ["jfif"], b"RGB")
+    yield "named_rgb_adobe1.jpg", made(three, ["adobe1"], b"RGB")
+    yield "named_012.jpg", made(three, names=b"\0\1\2")
+    yield "progressive_adobe0.jpg", made(saved("RGB", progressive=True), ["adobe0"])
+    yield "grey_adobe1.jpg", made(grey, ["adobe1"])
+    yield "four.jpg", made(four)
+    yield "four_jfif.jpg", made(four, ["jfif"])
+    for n in range(3):
+        yield f"four_adobe{n}.jpg", made(four, [f"adobe{n}"])
+    turned = Image.Exif()
+    turned[0x0112] = 8
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    yield "exif_turned.jpg", b"\xff\xd8" + b"".join(part for _, part in saved("RGB", exif=turned))
+    yield "xmp_turned.jpg", b"\xff\xd8" + b"".join(part for _, part in saved("RGB", xmp=xmp))
+    yield "exif_before_xmp.jpg", b"\xff\xd8" + b"".join(part for _, part in saved("RGB", exif=turned, xmp=xmp))
+
+
+def write_jpegs():
+    out = HERE / "jpegs"
+    out.mkdir(exist_ok=True)
+    expected = {}
+    for name, data in jpegs():
+        (out / name).write_bytes(data)
+        expected[name] = chw(ImageOps.exif_transpose(Image.open(out / name)))
+    save_file(expected, HERE / "jpegs.safetensors")
+
+
 write_kinds()
 write_filters()
 write_orders()
+write_jpegs()
