@@ -319,11 +319,6 @@ fn batch(record: &Record) -> f64 {
     record.workload.batch_size.max(1) as f64
 }
 
-/// Sequences at a time: tokens/s count the tokens of all of them, a time per token is that of one sequence.
-fn batch(record: &Record) -> f64 {
-    record.workload.batch_size.max(1) as f64
-}
-
 /// The times of one repeat.
 struct Repeat {
     n_gen: f64,

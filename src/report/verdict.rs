@@ -101,13 +101,6 @@ fn why(record: &Record) -> String {
         }
         Some(Bound::NotKnown) => format!("{at}, what bounds it is not known"),
     }
-    let failed = records.iter().filter(|record| record.status != Status::Ok);
-    let failed =
-        failed.map(|record| format!("{} gave no result ({})", case::precision(record), status_word(record.status)));
-    let has_fp16 = records.iter().any(|record| record.precision == "fp16");
-    let is_ours = records.iter().all(|record| record.engine.name == case::OWN);
-    let absent = (!has_fp16 && is_ours && records.len() > 1).then(|| "fp16 was not run".to_owned());
-    list(failed.chain(absent))
 }
 
 fn nothing(records: &[&Record]) -> String {
