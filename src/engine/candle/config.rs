@@ -135,7 +135,9 @@ impl Shapes<'_> {
                 original_max_position_embeddings: *original as usize,
                 rope_type: llama::Llama3RopeType::Llama3,
             }),
-            kind => return Err(self.no_such_rope(kind)),
+            RopeKind::Linear { .. } | RopeKind::Yarn(_) | RopeKind::LongRope { .. } | RopeKind::Proportional { .. } => {
+                return Err(self.no_such_rope(kind));
+            }
         };
         Ok(llama::Config {
             hidden_size,

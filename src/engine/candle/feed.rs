@@ -80,17 +80,14 @@ impl<'a> Feed<'a> {
         if stored.iter().product::<usize>() != given * width || given > rows || (given < rows && !padded) {
             bail!("`{name}` has shape {stored:?}; candle's model asks for {dims:?}");
         }
-        let (tensor, overflow) = match dtype {
-            DType::F32 => {
-                let mut data = vec![0.0; rows * width];
-                self.source.read_rows_f32(name, 0..given, &mut data[..given * width]).map_err(message)?;
-                (Tensor::from_vec(data, dims, device)?, 0)
-            }
-            _ => {
-                let mut data = vec![f16::ZERO; rows * width];
-                let overflow = self.source.read_rows(name, 0..given, &mut data[..given * width]).map_err(message)?;
-                (Tensor::from_vec(data, dims, device)?, overflow)
-            }
+        let (tensor, overflow) = if dtype == DType::F32 {
+            let mut data = vec![0.0; rows * width];
+            self.source.read_rows_f32(name, 0..given, &mut data[..given * width]).map_err(message)?;
+            (Tensor::from_vec(data, dims, device)?, 0)
+        } else {
+            let mut data = vec![f16::ZERO; rows * width];
+            let overflow = self.source.read_rows(name, 0..given, &mut data[..given * width]).map_err(message)?;
+            (Tensor::from_vec(data, dims, device)?, overflow)
         };
         let tensor = match self.rules.get(name) {
             Some(Rule::Scaled(scale)) => (tensor * f64::from(*scale))?,

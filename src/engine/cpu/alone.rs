@@ -339,7 +339,7 @@ mod tests {
         let streamed = stream(&setup, &Silent, &|_, stored: Box<dyn Stored>| Ok(stored.pack(isa))).unwrap();
         let counted = |(id, inner)| Box::new(Counted { id, inner, log: log.clone() }) as Box<dyn CpuMatrix>;
         let matrices = streamed.matrices.into_iter().enumerate().map(counted).collect();
-        let mut session = CpuSession::new(&setup, isa, Pool::new(threads), matrices, streamed.vectors);
+        let mut session = CpuSession::new(&setup, isa, Pool::new(threads), matrices, streamed.vectors).unwrap();
         if plan.encoder.is_some() {
             session.encode(EncoderInput::Tokens(&[1, 2, 3, 4])).unwrap();
         }
@@ -411,11 +411,13 @@ mod tests {
             read(&session.decoder.steps, &session.weights, &session.pool, &session.memory, call);
             let read = taken(&log);
             assert_eq!(read.products, 0);
-            let multiplied = session.decoder.plan.ops.iter().flat_map(|op| match op {
-                Op::Linear { parts, .. } => parts.as_slice(),
-                _ => &[],
-            });
-            let matrices: Vec<_> = multiplied.map(|part| &session.weights.matrices[part.weight.0]).collect();
+            let mut multiplied = Vec::new();
+            for op in &session.decoder.plan.ops {
+                if let Op::Linear(spec) = op {
+                    multiplied.extend_from_slice(&spec.parts);
+                }
+            }
+            let matrices: Vec<_> = multiplied.iter().map(|part| &session.weights.matrices[part.weight.0]).collect();
             let stored: usize = matrices.iter().map(|matrix| matrix.stored_bytes()).sum();
             // All that is stored but NF4's offset, up to what pads rows to strips and columns to groups; statistics at the seam of two
             // workers' rows are read by both.

@@ -195,7 +195,7 @@ fn prose(text: &str) -> String {
     let text = case::plain(text);
     let parts: Vec<&str> = text.split('`').collect();
     // An odd number of marks pairs none with the last.
-    let paired = parts.len() - usize::from(parts.len() % 2 == 0);
+    let paired = parts.len() - usize::from(parts.len().is_multiple_of(2));
     let part = |(at, part): (usize, &&str)| match at {
         at if at >= paired => format!("`{}", charts::escape(part)),
         at if at % 2 == 1 => format!("<code>{}</code>", charts::escape(part)),
