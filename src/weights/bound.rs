@@ -192,7 +192,7 @@ fn absent_error(files: &Safetensors, labels: &Labels, name: &str, count: usize) 
         "`{}` needs tensor `{name}`{others}, absent from `{}`: {} tensors read{nearest}{trace}",
         labels.model_type,
         labels.id,
-        files.len()
+        files.count()
     ))
     .hint(hint)
 }

@@ -139,7 +139,7 @@ impl Safetensors {
         names
     }
 
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.tensors.len()
     }
 
