@@ -34,6 +34,7 @@ impl Loaded {
             weights: WeightsChoice::Auto,
             seed: 0,
             outlier_channels: 6,
+            strict_config: false,
         };
         let checkpoint = weights::open(&request, &Silent).expect("a built-in shape");
         let plan = quantbench::models::build(&checkpoint.config).expect("a built-in shape");
