@@ -189,7 +189,7 @@ impl<'a> Cached<'a> {
         let is_commit = revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit());
         let is_known = |name: &&str| cache.file(revision, name).is_some() || cache.is_absent(revision, name);
         let fetched = self.complete().ok().filter(|fetched| is_commit && fetched.commit == revision)?;
-        (self.need == Need::Config || OPTIONAL.iter().all(|name| is_known(&name))).then_some(fetched)
+        (self.need == Need::Config || OPTIONAL.iter().all(is_known)).then_some(fetched)
     }
 
     /// The cached commit where the hub is out of reach and the cache is whole, with a warning; else the error.
@@ -233,9 +233,8 @@ impl<'a> Remote<'a> {
         loop {
             match self.client.metadata(&address) {
                 Ok(metadata) => return Ok(metadata.commit),
-                // Nobody is there at all: an answer would be a surprise.
-                Err(refusal @ Refusal::Unreachable { .. }) => return Err(refusal).about("config.json"),
-                Err(refusal) if !is_needed => return Err(refusal).about("config.json"),
+                // Where nobody is there at all, an answer a moment later would be a surprise.
+                Err(refusal) if !is_needed || refusal.is_nobody() => return Err(refusal).about("config.json"),
                 Err(refusal) => retries.pause(refusal, self.events).about("config.json")?,
             }
         }
