@@ -237,7 +237,7 @@ fn tokens_that_are_none_are_bad_input() {
     ] {
         let folder = Folder::of("llama-tiny").config(keys.clone());
         let config = read(&folder.0.path().join("config.json"));
-        let error = tokenizer::open(folder.0.path(), &config, &Heard::default()).err().expect("no token");
+        let error = tokenizer::open(folder.0.path(), &config, &Heard::default()).expect_err("no token");
         assert!(error.to_string().contains("is not a tokenizer that can be used"), "{keys}: {error}");
         assert!(quantbench::error::hint(&error).is_some());
     }

@@ -233,9 +233,8 @@ impl<'a> Remote<'a> {
         loop {
             match self.client.metadata(&address) {
                 Ok(metadata) => return Ok(metadata.commit),
-                // Nobody is there at all: an answer would be a surprise.
-                Err(refusal @ Refusal::Unreachable { .. }) => return Err(refusal).about("config.json"),
-                Err(refusal) if !is_needed => return Err(refusal).about("config.json"),
+                // Where nobody is there at all, an answer a moment later would be a surprise.
+                Err(refusal) if !is_needed || refusal.is_nobody() => return Err(refusal).about("config.json"),
                 Err(refusal) => retries.pause(refusal, self.events).about("config.json")?,
             }
         }

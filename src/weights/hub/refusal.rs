@@ -61,6 +61,9 @@ fn asked_pause(headers: &HeaderMap) -> Option<Duration> {
     seconds.or_else(|| reset?.parse().ok()).map(Duration::from_secs)
 }
 
+/// Of a connection that was there.
+const BROKEN: &str = "the connection broke";
+
 /// Why a file could not be had.
 #[derive(Debug)]
 pub enum Refusal {
@@ -127,7 +130,7 @@ impl Refusal {
                 let problems = problems.iter().map(|problem| format!("; {problem}")).collect::<String>();
                 return Self::Untrusted { reason: format!("{reason}{problems}") };
             }
-            _ => "the connection broke",
+            _ => BROKEN,
         };
         Self::Unreachable { brief, reason }
     }
@@ -153,6 +156,11 @@ impl Refusal {
     /// Whether the same may work a moment later.
     pub fn may_pass(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::Busy { .. } | Self::Interrupted { .. })
+    }
+
+    /// Whether nobody answers at the hub's address, unlike somebody who breaks off.
+    pub fn is_nobody(&self) -> bool {
+        matches!(self, Self::Unreachable { brief, .. } if *brief != BROKEN)
     }
 
     /// In few words, for a line that says why something waits.
