@@ -434,7 +434,7 @@ mod tests {
     #[test]
     fn a_long_context_is_attended_within_a_window() {
         assert_eq!(windows(3..10, 3).collect::<Vec<_>>(), [3..6, 3..6, 3..4]);
-        assert_eq!(windows(3..10, usize::MAX).collect::<Vec<_>>(), [3..10]);
+        assert!(windows(3..10, usize::MAX).eq(std::iter::once(3..10)));
         assert_eq!(windows(3..3, 4).count(), 0);
         let stand_ins = StandIns { matrices: Vec::new(), caches: vec![CacheId(0), CacheId(0)] };
         assert_eq!(stand_ins.of_cache(CacheId(1), 64), (CacheId(0), 128));
