@@ -242,12 +242,13 @@ pub struct Samples {
     /// Every decode step of a run behind each repeat that waited for the device after every token; absent unless asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub synced_step_ns: Vec<Vec<u64>>,
-    /// Rounds behind the repeats, on a CPU: a real decode step, the same arithmetic on matrices that stay in the cache, and reading what the
-    /// step reads.
+    /// Of rounds behind the repeats, on a CPU: real decode steps.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alone_step_ns: Vec<u64>,
+    /// Of the same rounds: the same arithmetic on matrices that stay in the cache.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alone_arithmetic_ns: Vec<u64>,
+    /// Of the same rounds: reading what the step reads, without arithmetic.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alone_memory_ns: Vec<u64>,
     /// What the energy counter moved by over each of its windows, how long the window was, and the tokens that were generated in it. A window is
@@ -337,10 +338,10 @@ pub struct Bandwidth {
     #[serde(default)]
     pub device_share: Option<f64>,
     /// On a CPU: reading what a decode step reads, without arithmetic, over the real step. It overlaps with arithmetic.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_alone_share: Option<f64>,
     /// On a CPU: the same arithmetic on matrices that stay in the cache, over the real step.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arithmetic_alone_share: Option<f64>,
     /// What holds decoding back, as far as that was measured: `memory`, `compute`, `mixed`, `host`, `cache-resident` or `not known`.
     #[serde(default)]
