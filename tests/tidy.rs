@@ -202,7 +202,9 @@ fn lowerings_take_operations_apart_whole() {
     let mut problems = Vec::new();
     for file in rust_files(&["src"]).iter().filter(|file| LOWERINGS.iter().any(|path| file.path.starts_with(path))) {
         let lines = incomplete_patterns(&file.text);
-        problems.extend(lines.iter().map(|line| format!("{}:{line}: an operation taken apart without all fields", file.path)));
+        problems.extend(
+            lines.iter().map(|line| format!("{}:{line}: an operation taken apart without all fields", file.path)),
+        );
     }
     fail_on(problems);
 }

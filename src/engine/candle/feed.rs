@@ -80,13 +80,13 @@ impl<'a> Feed<'a> {
         if stored.iter().product::<usize>() != given * width || given > rows || (given < rows && !padded) {
             bail!("`{name}` has shape {stored:?}; candle's model asks for {dims:?}");
         }
-        let (tensor, overflow) = match dtype {
-            DType::F32 => {
+        let (tensor, overflow) = match dtype == DType::F32 {
+            true => {
                 let mut data = vec![0.0; rows * width];
                 self.source.read_rows_f32(name, 0..given, &mut data[..given * width]).map_err(message)?;
                 (Tensor::from_vec(data, dims, device)?, 0)
             }
-            _ => {
+            false => {
                 let mut data = vec![f16::ZERO; rows * width];
                 let overflow = self.source.read_rows(name, 0..given, &mut data[..given * width]).map_err(message)?;
                 (Tensor::from_vec(data, dims, device)?, overflow)

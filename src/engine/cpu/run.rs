@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::arena::SharedArena;
-use super::attend::SharedParts;
+use super::partials::SharedParts;
 use super::schedule::{Append, Step, must_meet};
 use super::{Memory, Program, Scratch, Weights};
 use crate::engine::OutlierColumns;

@@ -17,7 +17,7 @@ const FEW_ROWS: usize = 32;
 const FEW_KEYS: usize = 8192;
 
 /// One attention.
-pub struct Call {
+pub struct RowsAttention {
     pub rows: usize,
     pub heads: Heads,
     /// fp16 `[rows, h · d]`, rotated; so is `out`.
@@ -33,7 +33,7 @@ pub struct Call {
     pub bias: Option<BiasAt>,
 }
 
-impl Call {
+impl RowsAttention {
     /// # Safety
     /// `q` and `out` hold rows of all heads and the cache `keys` positions; all stay where `on` runs until its stream has come past
     /// this call.

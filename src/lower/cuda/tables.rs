@@ -4,7 +4,8 @@ use crate::plan::{RelativeBias, Rope};
 
 /// Cosine and sine of every angle, fp32 `[capacity, rotary / 2, 2]`.
 pub fn angles(rope: &Rope, capacity: usize) -> Vec<f32> {
-    let at = |position: usize| rope.inverse_frequencies.iter().map(move |f| position as f32 * f);
+    let Rope { rotary_dim: _, inverse_frequencies } = rope;
+    let at = |position: usize| inverse_frequencies.iter().map(move |f| position as f32 * f);
     (0..capacity).flat_map(at).flat_map(|angle| [angle.cos(), angle.sin()]).collect()
 }
 
