@@ -121,7 +121,7 @@ fn the_pool_knows_its_exact_peak() {
     memory::release_unused(&cuda).expect("release");
     let (free, total) = memory::free_and_total_bytes(&cuda).expect("free");
     assert!(free <= total && total > 0);
-    println!("{:?}\n{after:?}", device::probe(0).expect("facts"));
+    println!("{:?}\n{after:?}", device::probe(0).expect("properties"));
 }
 
 #[test]

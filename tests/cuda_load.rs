@@ -16,7 +16,7 @@ use quantbench::events::Silent;
 use quantbench::kernels::cuda::launch::address;
 use quantbench::kernels::cuda::memory;
 use quantbench::plan::Model;
-use quantbench::quant::cuda::{GRANULE, Plain, PlainKind};
+use quantbench::quant::cuda::{GRANULE, SourceDtype, SourceValues};
 use quantbench::quant::fp32::{self, Fp32Stored};
 use quantbench::quant::{CudaMatrix, FORMATS, Format, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Stored};
 use quantbench::weights::{self, Request};
@@ -71,7 +71,7 @@ fn make(
     cuda: &CudaDevice,
     device: &candle_core::Device,
 ) -> Result<(Box<dyn CudaMatrix>, u64)> {
-    let kinds = [PlainKind::Half, PlainKind::Brain, PlainKind::Float];
+    let kinds = [SourceDtype::F16, SourceDtype::Bf16, SourceDtype::F32];
     let kind = DTYPES.into_iter().zip(kinds).find(|(dtype, _)| *dtype == case.dtype).expect("a plain dtype").1;
     let row_bytes = case.k * kind.bytes();
     let overflow = cuda.alloc_zeros::<u64>(1)?;
@@ -79,7 +79,7 @@ fn make(
     for start in (0..case.n).step_by(step).collect::<Vec<_>>().into_iter().rev() {
         let rows = start..case.n.min(start + step);
         let bytes = cuda.clone_htod(&case.bytes[rows.start * row_bytes..rows.end * row_bytes])?;
-        let plain = Plain { values: address(&bytes, cuda), overflow: address(&overflow, cuda), kind };
+        let plain = SourceValues { values: address(&bytes, cuda), overflow: address(&overflow, cuda), kind };
         // SAFETY: `bytes` are the values of these rows, freed on the same stream behind the call.
         unsafe { encoder.encode(rows, plain) }?;
     }

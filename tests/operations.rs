@@ -34,10 +34,10 @@ fn unusual_models() -> Vec<(Model, &'static str)> {
 #[cfg(feature = "cuda")]
 #[test]
 fn the_cuda_lowering_refuses_by_name_what_it_cannot_run() {
-    use quantbench::kernels::cuda::program::Facts;
-    let facts = Facts { multiprocessors: 132, bytes_per_us: 0, compute_capability: (9, 0) };
+    use quantbench::kernels::cuda::step_kernel::DeviceProperties;
+    let properties = DeviceProperties { multiprocessors: 132, bytes_per_us: 0, compute_capability: (9, 0) };
     let refusal = |model: &Model| {
-        let error = quantbench::lower::cuda::check(model, facts).err().expect("a refusal");
+        let error = quantbench::lower::cuda::check(model, properties).expect_err("a refusal");
         error.root_cause().to_string().lines().next().unwrap_or_default().to_owned()
     };
     for (model, feature) in unusual_models() {
@@ -52,7 +52,7 @@ fn the_cuda_lowering_refuses_by_name_what_it_cannot_run() {
     assert_eq!(refusal(&model), "the CUDA prefill cannot run an attention with a window of 128");
     for shape in builtin::builtin_models() {
         let model = quantbench::models::build(&shape.config()).expect("built-in shapes build");
-        quantbench::lower::cuda::check(&model, facts).expect("what ships can be run");
+        quantbench::lower::cuda::check(&model, properties).expect("what ships can be run");
     }
 }
 

@@ -22,7 +22,7 @@ use crate::weights::spec::{MatrixSpec, Role, VectorKind, VectorSpec};
 const IN_FLIGHT_BYTES: usize = 96 << 20;
 
 /// Matrices in the order of the model, finished by the caller, and vectors as fp32.
-pub struct Streamed<T> {
+pub struct LoadedTensors<T> {
     pub matrices: Vec<T>,
     pub vectors: Vec<Vec<f32>>,
     pub elapsed: Duration,
@@ -37,7 +37,7 @@ pub fn stream<T: Send>(
     setup: &Setup,
     events: &dyn Listener,
     finish: &(dyn Fn(&MatrixSpec, Box<dyn Stored>) -> candle_core::Result<T> + Sync),
-) -> Result<Streamed<T>> {
+) -> Result<LoadedTensors<T>> {
     let start = Instant::now();
     let formats = Formats::new(setup.precision, setup.options)?;
     let specs = &setup.model.matrices;
@@ -59,7 +59,7 @@ pub fn stream<T: Send>(
     events.on(Event::End);
 
     let matrices = slots.into_iter().map(|slot| slot.into_inner().ok().flatten());
-    Ok(Streamed {
+    Ok(LoadedTensors {
         matrices: matrices.collect::<Option<_>>().ok_or_else(|| anyhow!("a loading thread ended early"))?,
         vectors,
         elapsed: start.elapsed(),
@@ -87,7 +87,7 @@ pub fn format_of<'a>(source: &dyn Source, spec: &MatrixSpec, formats: &'a Format
     if left_out { formats.fp16() } else { formats.of(spec.role) }
 }
 
-/// What the loading threads share.
+/// State that the loading threads share.
 #[derive(Default)]
 pub struct Shared {
     budget: Budget,
@@ -95,7 +95,7 @@ pub struct Shared {
     failure: Mutex<Option<anyhow::Error>>,
     /// Finite values that became infinite in fp16.
     pub overflow: AtomicU64,
-    /// Of all threads.
+    /// Nanoseconds of all threads.
     pub quantize_ns: AtomicU64,
     done_bytes: AtomicU64,
 }
@@ -200,7 +200,7 @@ fn exact_vector(source: &dyn Source, spec: &VectorSpec) -> Result<Vec<f32>> {
     Ok(data)
 }
 
-/// What the norm adds to its stored weights.
+/// The offset that the norm adds to its stored weights.
 fn offset(spec: &VectorSpec) -> f32 {
     if spec.kind == VectorKind::NormOffset { 1.0 } else { 0.0 }
 }

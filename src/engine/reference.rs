@@ -6,7 +6,7 @@
 use anyhow::{Context, Result, bail};
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 
-use super::load::{Streamed, stream};
+use super::load::{LoadedTensors, stream};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::events::Listener;
 use crate::plan::{
@@ -74,25 +74,25 @@ pub struct Reference {
 pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
     setup.model.plans().flat_map(|plan| &plan.ops).try_for_each(check)?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(Box::new(Oracle(stored)) as Box<dyn Linear>);
-    let streamed = stream(setup, events, &finish)?;
-    Reference::loaded(setup, streamed, Device::Cpu, DType::F32, "candle".to_owned())
+    let tensors = stream(setup, events, &finish)?;
+    Reference::loaded(setup, tensors, Device::Cpu, DType::F32, "candle".to_owned())
 }
 
 impl Reference {
     /// A session from streamed linears.
     pub fn loaded(
         setup: &Setup,
-        streamed: Streamed<Box<dyn Linear>>,
+        tensors: LoadedTensors<Box<dyn Linear>>,
         device: Device,
         compute: DType,
         isa: String,
     ) -> Result<Loaded> {
-        let vectors = streamed.vectors.into_iter().map(|v| Tensor::new(v, &device)).collect::<Result<_, _>>()?;
+        let vectors = tensors.vectors.into_iter().map(|v| Tensor::new(v, &device)).collect::<Result<_, _>>()?;
         let session = Self {
             model: setup.model.clone(),
             device,
             compute,
-            matrices: streamed.matrices,
+            matrices: tensors.matrices,
             vectors,
             caches: vec![None; setup.model.caches.len()],
             position: 0,
@@ -104,9 +104,9 @@ impl Reference {
         };
         Ok(Loaded {
             session: Box::new(session),
-            load: streamed.elapsed,
-            quantize: streamed.quantize,
-            fp16_overflow: streamed.fp16_overflow,
+            load: tensors.elapsed,
+            quantize: tensors.quantize,
+            fp16_overflow: tensors.fp16_overflow,
             isa,
         })
     }

@@ -1,4 +1,4 @@
-//! What a model file writes its plan with.
+//! The builder that model files write their plans with.
 
 use super::*;
 
@@ -45,7 +45,7 @@ pub struct Builder {
     encoder: Option<Encoder>,
 }
 
-/// What config.json says of a model beside its plan.
+/// Metadata of a model from config.json, beside its plan.
 pub struct Facts {
     pub architecture: &'static str,
     pub context: usize,

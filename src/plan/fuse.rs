@@ -105,7 +105,7 @@ impl MatvecSpec {
 /// The operations of one decode step. `format_of` names what holds a matrix: only matrices of one format share an operation.
 ///
 /// # Errors
-/// Where the plan holds an operation that a decoder does not have, or uses one in a way that cannot be fused.
+/// If the plan holds an operation that a decoder does not have, or uses one in a way that cannot be fused.
 pub fn fuse(plan: &Plan, format_of: &dyn Fn(MatrixId) -> &'static str) -> Result<Vec<FusedOp>> {
     let mut fusion = Fusion { fused: Vec::new(), views: vec![None; plan.buffers.len()], format_of };
     for op in &plan.ops {

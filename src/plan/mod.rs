@@ -78,7 +78,7 @@ impl CacheSpec {
     }
 }
 
-/// Whose positions a cache holds.
+/// The plan whose positions a cache holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holds {
     /// The decoder's: it grows with every call.
@@ -136,16 +136,16 @@ impl Rope {
     }
 }
 
-/// What one call computes.
+/// The computation of one call.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     pub buffers: Vec<Buffer>,
     pub ops: Vec<Op>,
 }
 
-/// What turns a plan's last rows into logits.
+/// The LM head, which turns a plan's last rows into logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Head {
+pub struct LmHead {
     /// Rows of the call, before the last one is taken.
     pub x: BufferId,
     pub scale: f32,
@@ -157,12 +157,18 @@ pub struct Head {
 
 impl Plan {
     /// The head of a decoder's plan, which ends with the last row, its logits and the token.
-    pub fn head(&self) -> Option<Head> {
+    pub fn head(&self) -> Option<LmHead> {
         let [Op::LastRow(last), Op::Linear(linear), Op::Argmax(_)] = self.ops.last_chunk()? else {
             return None;
         };
         let part = linear.parts.first()?;
-        Some(Head { x: last.x, scale: last.scale, weight: part.weight, bias: part.bias, body_len: self.ops.len() - 3 })
+        Some(LmHead {
+            x: last.x,
+            scale: last.scale,
+            weight: part.weight,
+            bias: part.bias,
+            body_len: self.ops.len() - 3,
+        })
     }
 
     /// The operation that reads the tokens.
@@ -194,7 +200,7 @@ pub struct Model {
     pub caches: Vec<CacheSpec>,
     pub ropes: Vec<Rope>,
     pub biases: Vec<RelativeBias>,
-    /// What runs once before the decoder.
+    /// Runs once before the decoder.
     pub encoder: Option<Encoder>,
     /// Run with many rows at prefill and with one row at each decode step.
     pub decoder: Plan,
@@ -202,7 +208,7 @@ pub struct Model {
     pub context: usize,
     pub vocab: usize,
     pub eos: Vec<u32>,
-    /// What an encoder-decoder model's decoder starts from.
+    /// The token that an encoder-decoder model's decoder starts from.
     pub decoder_start: Option<u32>,
 }
 
@@ -219,7 +225,7 @@ pub enum EncoderInputKind {
     Picture(Picture),
 }
 
-/// What a vision encoder reads: a square picture in square patches.
+/// The input of a vision encoder: a square picture in square patches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Picture {
     /// Pixels a side.
@@ -239,7 +245,7 @@ impl Picture {
     /// The rows that a patch convolution multiplies: pixels `[3, size, size]` to `[patches, 3 · patch²]`, channel by channel.
     ///
     /// # Errors
-    /// Where there are not as many pixels.
+    /// If there are not as many pixels.
     pub fn patch_rows(&self, pixels: &[f32]) -> candle_core::Result<Vec<f32>> {
         let Picture { size, patch, .. } = *self;
         if pixels.len() != 3 * size * size {

@@ -132,7 +132,7 @@ pub struct KeyValue {
 pub struct AttentionSpec {
     /// Rotated in place.
     pub q: BufferId,
-    /// What the call appends to the cache first; `None` where another operation has filled it.
+    /// Appended to the cache first; `None` where another operation has filled it.
     pub append: Option<KeyValue>,
     pub cache: CacheId,
     pub out: BufferId,
@@ -374,7 +374,7 @@ impl AttentionSpec {
 /// with a window of 128".
 ///
 /// # Errors
-/// Where there is one.
+/// If there is one.
 pub fn refuse(executor: &str, operation: &str, features: &[Option<&dyn Display>]) -> Result<()> {
     match features.iter().flatten().next() {
         Some(feature) => bail!("{executor} cannot run {operation} with {feature}"),

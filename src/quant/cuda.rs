@@ -8,10 +8,11 @@ use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use half::f16;
 
 use crate::kernels::cuda::arena::{Arena, Layout};
-use crate::kernels::cuda::launch::{Launcher, Rehearsal, address, half_rows, tensor};
-use crate::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product, Puts, Streamed};
-use crate::kernels::cuda::program::Facts;
+use crate::kernels::cuda::launch::{Launcher, MemoryPlanner, address, half_rows, tensor};
+use crate::kernels::cuda::matvec::{Epilogue, InputDesc, MatrixDesc, Mode, OutputType, Product};
+use crate::kernels::cuda::program::ProgramBuilder;
 use crate::kernels::cuda::shared_input::SharedInput;
+use crate::kernels::cuda::step_kernel::DeviceProperties;
 
 /// A matrix on a CUDA device.
 pub trait CudaMatrix: Send + Sync {
@@ -28,42 +29,41 @@ pub trait CudaMatrix: Send + Sync {
     fn download(&self) -> Result<Vec<Vec<u8>>>;
 
     /// How the product with one row streams it.
-    fn streamed(&self) -> Streamed;
+    fn desc(&self) -> MatrixDesc;
 
-    /// Whether products are fp32, as those of a matrix that is kept in fp32 are; fp16 otherwise.
+    /// Returns whether products are fp32, as those of a matrix that is kept in fp32 are; fp16 otherwise.
     fn product_is_float(&self) -> bool {
-        self.streamed().family.product_is_float
+        self.desc().family.product_is_float
     }
 }
 
-/// Dtypes that values come in, numbered as in plain.cuh.
+/// Dtypes that values come in, numbered as in source_values.cuh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
-pub enum PlainKind {
-    Half = 0,
-    /// bf16
-    Brain = 1,
-    Float = 2,
+pub enum SourceDtype {
+    F16 = 0,
+    Bf16 = 1,
+    F32 = 2,
 }
 
-impl PlainKind {
-    /// Of one value.
+impl SourceDtype {
+    /// Bytes of one value.
     pub fn bytes(self) -> usize {
         match self {
-            PlainKind::Half | PlainKind::Brain => 2,
-            PlainKind::Float => 4,
+            SourceDtype::F16 | SourceDtype::Bf16 => 2,
+            SourceDtype::F32 => 4,
         }
     }
 }
 
-/// Values on a device as they were saved, as `struct Plain` of plain.cuh.
+/// Values on a device as they were saved, as `struct SourceValues` of source_values.cuh.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub struct Plain {
+pub struct SourceValues {
     pub values: u64,
     /// A count of 64 bits, of finite values that became infinite in fp16.
     pub overflow: u64,
-    pub kind: PlainKind,
+    pub kind: SourceDtype,
 }
 
 /// Rows handed to a [`CudaEncoder`] begin at a multiple of so many values of the flattened matrix, and end at one or at its
@@ -72,20 +72,20 @@ pub const GRANULE: usize = super::nf4::BLOCK;
 
 /// Makes a matrix on the device of rows that come in any order, bit for bit what [`super::Format::quantize`] makes of them.
 pub trait CudaEncoder: Send + Sync {
-    /// Where `rows` may be copied to just as they were saved; `None` where they have to be encoded.
-    fn place(&self, rows: &Range<usize>, kind: PlainKind) -> Option<u64>;
+    /// The address that `rows` may be copied to as they were saved; `None` where they have to be encoded.
+    fn place(&self, rows: &Range<usize>, kind: SourceDtype) -> Option<u64>;
 
     /// Queues the encoding of `rows`, which keep to [`GRANULE`], on the device's stream.
     ///
     /// # Safety
     /// `from` holds the values of `rows` when the stream comes to this call, and until it has come past it.
-    unsafe fn encode(&self, rows: Range<usize>, from: Plain) -> Result<()>;
+    unsafe fn encode(&self, rows: Range<usize>, from: SourceValues) -> Result<()>;
 
     /// The matrix, once all rows have been queued.
     fn finish(self: Box<Self>) -> Result<Box<dyn CudaMatrix>>;
 }
 
-/// What a matrix takes on a device.
+/// Memory of a matrix on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceBytes {
     pub resident: usize,
@@ -120,20 +120,21 @@ pub fn multiply(matrix: &dyn CudaMatrix, x: &Tensor) -> Result<Tensor> {
         if m > 1 {
             let multiply = |on: &dyn Launcher, arena: &Arena| {
                 // SAFETY: x and y are as large as the call says; what frees them is on the same stream.
-                unsafe { matrix.streamed().multiply_rows(on, &SharedInput::new(x, m, 0, arena), y) }
+                unsafe { matrix.desc().multiply_rows(on, &SharedInput::new(x, m, 0, arena), y) }
             };
-            let layout = Layout::of(|arena| multiply(&Rehearsal, arena))?;
+            let layout = Layout::of(|arena| multiply(&MemoryPlanner, arena))?;
             // SAFETY: a call writes what it takes before it reads it.
             let memory = unsafe { device.alloc::<u8>(layout.bytes().max(1)) }?;
             return multiply(device, &Arena::at(address(&memory, device), &layout));
         }
-        let product = Product { matrix: matrix.streamed(), bias: 0, out: y, activation: 0 };
-        let puts = if matrix.product_is_float() { Puts::Floats } else { Puts::Halves };
-        let epilogue = Epilogue { puts, ..Epilogue::default() };
-        let input = Input { x, scale: 1.0, ..Input::default() };
-        let planned = Matvec::plan(Facts::of(device)?, Mode::Apart, vec![input], &[product], epilogue)?;
+        let product = Product { matrix: matrix.desc(), bias: 0, out: y, activation: 0 };
+        let output_type = if matrix.product_is_float() { OutputType::Floats } else { OutputType::Halves };
+        let epilogue = Epilogue { output_type, ..Epilogue::default() };
+        let input = InputDesc { x, scale: 1.0, ..InputDesc::default() };
+        let planned =
+            ProgramBuilder::single(DeviceProperties::of(device)?, Mode::Apart, vec![input], &[product], epilogue)?;
         // SAFETY: as above.
-        unsafe { planned.ready(device)?.launch(device) }
+        unsafe { planned.load(device)?.launch(device) }
     };
     if matrix.product_is_float() {
         let y = device.alloc_zeros::<f32>(m * n)?;

@@ -2,7 +2,7 @@
 
 use half::f16;
 use quantbench::kernels::cuda::attention::{Attention, Split};
-use quantbench::kernels::cuda::program::Jobs;
+use quantbench::kernels::cuda::program::ProgramBuilder;
 use quantbench::kernels::cuda::rows::{Bias, Heads, Rows};
 use quantbench::quant::dense;
 
@@ -51,8 +51,8 @@ pub fn attention_of_one_query() {
     let mut numbers = Numbers(0xa77e);
     for (turn, case) in CASES.iter().enumerate() {
         let (chip, memory) = (CHIPS[turn % CHIPS.len()], Memory::default());
-        let facts = Host { chip, memory: &memory }.facts(case.multiprocessors);
-        let split = Split::new(case.capacity, case.heads, case.d_pad(), facts);
+        let properties = Host { chip, memory: &memory }.properties(case.multiprocessors);
+        let split = Split::new(case.capacity, case.heads, case.d_pad(), properties);
         let mut lengths = vec![1, 2, split.span - 1, split.span, split.span + 1, case.capacity / 2 + 3, case.capacity];
         lengths.retain(|length| *length <= case.capacity);
         for length in lengths {
@@ -115,7 +115,7 @@ struct Cache {
     q: Vec<f16>,
     k: Vec<f16>,
     v: Vec<f16>,
-    /// `[g, capacity, d_pad]`, NaN where the query must not look.
+    /// `[g, capacity, d_pad]`, NaN where the query must not read.
     keys: Vec<f16>,
     values: Vec<f16>,
     /// Cosine and sine `[capacity, rotary / 2, 2]`.
@@ -180,7 +180,7 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
     let (position, group) = (if case.appends { length - 1 } else { 0 }, heads / kv_heads);
     let memory = Memory::default();
     let optional = |is_there: bool, address: u64| if is_there { address } else { 0 };
-    let job = Attention {
+    let operands = Attention {
         q: memory.hold(&tagged_halves(&cache.q)),
         k: optional(case.appends, memory.hold(&tagged_halves(&cache.k))),
         v: optional(case.appends, memory.hold(&tagged_halves(&cache.v))),
@@ -206,9 +206,9 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
         ..Attention::default()
     };
     let host = Host { chip, memory: &memory };
-    let mut jobs = Jobs::new(host.facts(case.multiprocessors));
-    jobs.attend(job).expect("a job");
-    let planned = jobs.plan_on(&dense::cuda::STEP, 0).expect("a plan");
+    let mut program = ProgramBuilder::new(host.properties(case.multiprocessors));
+    program.attend(operands).expect("an instruction");
+    let planned = program.plan_on(&dense::cuda::STEP, 0).expect("a plan");
     // SAFETY: every address in it is of `memory`.
     unsafe { planned.launch_on(&host) }.unwrap_or_else(|error| panic!("{what}: {error}"));
 
@@ -221,13 +221,13 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
         }
     }
     let bits = |values: &[f16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-    assert_eq!(bits(&memory.read(job.keys, cache.keys.len())), bits(&cache.keys), "{what}: keys");
-    assert_eq!(bits(&memory.read(job.values, cache.values.len())), bits(&cache.values), "{what}: values");
-    assert!(memory.read::<i32>(job.arrived, heads).iter().all(|count| *count == 0), "{what}");
-    let out: Vec<u32> = memory.read(job.out, heads * d);
+    assert_eq!(bits(&memory.read(operands.keys, cache.keys.len())), bits(&cache.keys), "{what}: keys");
+    assert_eq!(bits(&memory.read(operands.values, cache.values.len())), bits(&cache.values), "{what}: values");
+    assert!(memory.read::<i32>(operands.arrived, heads).iter().all(|count| *count == 0), "{what}");
+    let out: Vec<u32> = memory.read(operands.out, heads * d);
     let out: Vec<f16> = out.iter().map(|word| f16::from_bits(*word as u16)).collect();
     for head in 0..heads {
-        let (y, error) = expected(case, &cache, head, length, position, job.scale);
+        let (y, error) = expected(case, &cache, head, length, position, operands.scale);
         for (at, (y, out)) in y.iter().zip(&out[head * d..]).enumerate() {
             let (off, allowed) = ((out.to_f64() - y).abs(), 1.01 * (error + f64::from(rounding(*y as f32))));
             assert!(off <= allowed, "{what}: [{head}, {at}] is {out}, not {y}: off by {off:e}, allowed {allowed:e}");
@@ -235,7 +235,7 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
     }
 }
 
-/// As the jobs before attention leave them; here no job waits for another.
+/// As instructions before attention leave them; here none is in the same launch.
 fn tagged_halves(values: &[f16]) -> Vec<u32> {
     values.iter().map(|value| 7 << 16 | u32::from(value.to_bits())).collect()
 }

@@ -12,7 +12,7 @@ extern "C" __global__ void read_outside(const float *from, float *to, int count)
 }
 
 extern "C" __global__ void read_askew(const float *from, float *to, int) {
-    if (threadIdx.x == 0) to[0] = (float)load_fresh((const void *)(from + 1)).x;
+    if (threadIdx.x == 0) to[0] = (float)load_l2((const void *)(from + 1)).x;
 }
 
 // Half of the first warp comes to the shuffle.
@@ -49,43 +49,43 @@ extern "C" __global__ void read_unwritten(const float *, float *to, int) {
 extern "C" __global__ void forget_to_wait(const float *from, float *to, int) {
     __shared__ float values[64];
     copy_word(shared_address(values + threadIdx.x), from + threadIdx.x);
-    end_copies();
+    commit_copies();
     to[threadIdx.x] = __uint_as_float(load_copied(shared_address(values + threadIdx.x)));
 }
 
-// A warp fills a slot for another one, which reads it at once, or once it is full.
+// A warp fills a stage for another one, which reads it at once, or once it is full.
 extern "C" __global__ void fill_for_another(const float *from, float *to, int) {
     __shared__ unsigned long long full;
     __shared__ __align__(16) float slot[64];
-    if (threadIdx.x == 0) start_barrier(shared_address(&full), 1);
+    if (threadIdx.x == 0) mbarrier_init(shared_address(&full), 1);
     __syncthreads();
     if (threadIdx.x == 32) {
-        announce(shared_address(&full), sizeof slot);
+        mbarrier_arrive_expect(shared_address(&full), sizeof slot);
         copy_bulk(shared_address(slot), from, sizeof slot, shared_address(&full));
     }
     if (threadIdx.x >= 32) return;
-    while (!has_ended(shared_address(&full), 1)) pause();
+    while (!mbarrier_has_completed(shared_address(&full), 1)) backoff();
     const float early = slot[threadIdx.x];
-    await_phase(shared_address(&full), 0);
+    mbarrier_wait(shared_address(&full), 0);
     to[threadIdx.x] = slot[threadIdx.x];
     to[32 + threadIdx.x] = early;
 }
 
-// A slot that nobody fills.
-extern "C" __global__ void await_nobody(const float *, float *, int) {
+// A stage that nobody fills.
+extern "C" __global__ void wait_for_nobody(const float *, float *, int) {
     __shared__ unsigned long long full;
-    if (threadIdx.x == 0) start_barrier(shared_address(&full), 1);
+    if (threadIdx.x == 0) mbarrier_init(shared_address(&full), 1);
     __syncthreads();
-    await_phase(shared_address(&full), 0);
+    mbarrier_wait(shared_address(&full), 0);
 }
 
 // The first warp meets by itself, the second with nobody.
-extern "C" __global__ void meet_apart(const float *, float *to, int) {
-    if (threadIdx.x < 32) meet_first<32>();
+extern "C" __global__ void sync_apart(const float *, float *to, int) {
+    if (threadIdx.x < 32) barrier_sync_first<32>();
     to[threadIdx.x] = 1.0f;
 }
 
-extern "C" __global__ void meet_as_a_stranger(const float *, float *, int) { meet_first<32>(); }
+extern "C" __global__ void sync_as_a_stranger(const float *, float *, int) { barrier_sync_first<32>(); }
 
 extern "C" __global__ void exceed_dynamic(const float *, float *to, int count) {
     DYNAMIC_SHARED(float, values);
@@ -102,15 +102,15 @@ extern "C" __global__ void hand_over(const float *, float *to, int count) {
     uint32_t *number = (uint32_t *)to;
     if (threadIdx.x != 0) return;
     for (int turn = blockIdx.x; turn < count; turn += 2) {
-        while (look(number) != (uint32_t)turn - 1) pause();
-        tell(number, turn);
+        while (load_relaxed(number) != (uint32_t)turn - 1) backoff();
+        store_relaxed(number, turn);
     }
 }
 
 // What half a warp of the second block looks at together stays poison.
 extern "C" __global__ void wait_in_vain(const float *, float *to, int) {
     if (blockIdx.x == 1 && threadIdx.x >= 48)
-        while (!__ballot_sync(0xffff0000, look((const uint32_t *)to) == 0)) pause();
+        while (!__ballot_sync(0xffff0000, load_relaxed((const uint32_t *)to) == 0)) backoff();
 }
 
 // Each block keeps its number in shared memory of both kinds while the other one does.
@@ -120,8 +120,8 @@ extern "C" __global__ void keep_apart(const float *, float *to, int) {
     int *words = (int *)to;
     if (threadIdx.x == 0) {
         in_dynamic[0] = in_static = blockIdx.x;
-        tell((uint32_t *)words + blockIdx.x, 0);
-        while (look((const uint32_t *)words + 1 - blockIdx.x) != 0) pause();
+        store_relaxed((uint32_t *)words + blockIdx.x, 0);
+        while (load_relaxed((const uint32_t *)words + 1 - blockIdx.x) != 0) backoff();
     }
     __syncthreads();
     if (threadIdx.x != 1) return;

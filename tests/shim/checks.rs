@@ -29,13 +29,13 @@ pub fn faults_are_named() {
         ("read_askew", 1, 32, &["thread 0", "not aligned"]),
         ("part_at_a_shuffle", 1, 32, &["lanes 0000ffff at __shfl_xor_sync, lanes ffff0000 have ended"]),
         ("part_at_a_barrier", 1, 64, &["warp 1 waits for ever: lanes ffffffff at __syncthreads", "32 of 64 threads"]),
-        ("await_nobody", 1, 32, &["waits for ever", "at pause"]),
-        ("meet_as_a_stranger", 1, 64, &["thread 32", "meets the first 32 threads"]),
+        ("wait_for_nobody", 1, 32, &["waits for ever", "at backoff"]),
+        ("sync_as_a_stranger", 1, 64, &["thread 32", "syncs with the first 32 threads"]),
         ("mix_operations", 1, 32, &["at __shfl_xor_sync for lanes ffffffff", "are at __ballot_sync"]),
         ("forget_a_barrier", 1, 64, &["threads in another order leave other bits"]),
         ("exceed_dynamic", 1, 32, &["thread 0", "touches 0x"]),
         ("exceed_shared_address", 1, 32, &["4 bytes at 256 of 256 of shared memory"]),
-        ("wait_in_vain", 2, 64, &["wait_in_vain, block (1, 0): warp 1 waits for ever: lanes ffff0000 at pause"]),
+        ("wait_in_vain", 2, 64, &["wait_in_vain, block (1, 0): warp 1 waits for ever: lanes ffff0000 at backoff"]),
         ("hand_over", 65, 32, &["hand_over: 65 blocks at once, allowed are 64"]),
     ] {
         let error = run(kernel, blocks, threads, &Memory::default()).0.expect_err(kernel).to_string();
@@ -60,8 +60,8 @@ pub fn warps_fill_slots_for_others() {
         values[32..].iter().all(|value| value.is_nan()),
         "what a copy brings lies there before the wait: {values:?}"
     );
-    let (result, to) = run("meet_apart", 1, COUNT as u32, &memory);
-    result.expect("meet_apart");
+    let (result, to) = run("sync_apart", 1, COUNT as u32, &memory);
+    result.expect("sync_apart");
     assert!(memory.read::<f32>(to, COUNT).iter().all(|&value| value == 1.0));
 }
 

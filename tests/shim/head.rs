@@ -1,8 +1,8 @@
 //! The head: logits, the token among them, and what the next step starts from.
 
 use half::f16;
-use quantbench::kernels::cuda::matvec::{Epilogue, Input, Mode, Product};
-use quantbench::kernels::cuda::program::{COUNTERS, Head};
+use quantbench::kernels::cuda::matvec::{Epilogue, InputDesc, Mode, Product};
+use quantbench::kernels::cuda::program::{COUNTERS, TokenOutput};
 use quantbench::quant::FormatOptions;
 
 use super::host::{CHIPS, Host};
@@ -56,11 +56,11 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
     shape(&mut x, &mut matrix.data, logits);
     let threshold = FormatOptions::default().int8_threshold;
     let stored = quantize(entry, matrix);
-    let streamed = place(&memory, name, &*stored, threshold);
+    let desc = place(&memory, name, &*stored, threshold);
 
     let table = activations(VOCABULARY, TABLE_STRIDE, Kind::Gaussian, numbers);
     let (logits_at, ended) = (memory.room::<f32>(VOCABULARY), memory.hold(&[0u32; COUNTERS]));
-    let head = Head {
+    let head = TokenOutput {
         best: memory.room::<u64>(multiprocessors),
         // Token, position, step and what the head leaves alone.
         state: memory.hold(&[-1, 17, 5, 99]),
@@ -73,13 +73,13 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
         host_slots: SLOTS as i32,
         advance: 1,
     };
-    let input = Input { x: memory.hold(&x), scale: 1.0, ..Input::default() };
-    let product = Product { matrix: streamed, bias: 0, out: 0, activation: 0 };
+    let input = InputDesc { x: memory.hold(&x), scale: 1.0, ..InputDesc::default() };
+    let product = Product { matrix: desc, bias: 0, out: 0, activation: 0 };
     // The second step finds the counters as the first one left them.
     for step in [6, 7] {
         let epilogue = Epilogue { logits: logits_at, ..Epilogue::default() };
         let mut planned = plan(&host, multiprocessors, Mode::Apart, &[input], &[product], epilogue);
-        (planned.program.head, planned.program.ended) = (head, ended);
+        (planned.program.token_output, planned.program.counters) = (head, ended);
         run(&host, planned);
         let y: Vec<f32> = memory.read(logits_at, VOCABULARY);
         let token = first_largest(&y);

@@ -12,7 +12,7 @@ use half::f16;
 use libloading::Library;
 use quantbench::kernels::cuda::gemm::{Gemm, Operand, Type};
 use quantbench::kernels::cuda::launch::{Fatbin, Grid, Launcher};
-use quantbench::kernels::cuda::program::Facts;
+use quantbench::kernels::cuda::step_kernel::DeviceProperties;
 
 use super::memory::{Memory, Plain};
 
@@ -58,10 +58,10 @@ pub struct Host<'a> {
 
 impl Host<'_> {
     /// As of a device of this chip.
-    pub fn facts(&self, multiprocessors: usize) -> Facts {
+    pub fn properties(&self, multiprocessors: usize) -> DeviceProperties {
         let [major, minor] = [self.chip / 100, self.chip / 10 % 10].map(|digit| digit as i32);
         // So little that attention never takes longer than what could go beside it.
-        Facts { multiprocessors, bytes_per_us: 0, compute_capability: (major, minor) }
+        DeviceProperties { multiprocessors, bytes_per_us: 0, compute_capability: (major, minor) }
     }
 
     /// All products of `gemm`, summed in fp64 and rounded once.

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use candle_core::Result;
 use quantbench::kernels::cuda::launch::padded_rows;
-use quantbench::kernels::cuda::matvec::CHUNK_BYTES;
-use quantbench::quant::cuda::{GRANULE, Plain, PlainKind};
+use quantbench::kernels::cuda::step_kernel::CHUNK_BYTES;
+use quantbench::quant::cuda::{GRANULE, SourceDtype, SourceValues};
 use quantbench::quant::{FormatOptions, HalfMatrix, Part, dense, find, int8, nf4};
 
 use super::host::{CHIPS, Host};
@@ -87,15 +87,20 @@ fn parts(format: &str, case: &Case) -> [Vec<u8>; 2] {
 }
 
 /// Encodes `step` rows at a time from the end; returns how many values overflowed.
-fn each(case: &Case, step: usize, memory: &Memory, encode: &dyn Fn(&Host, Plain, Range<usize>) -> Result<()>) -> u64 {
-    let kinds = [PlainKind::Half, PlainKind::Brain, PlainKind::Float];
+fn each(
+    case: &Case,
+    step: usize,
+    memory: &Memory,
+    encode: &dyn Fn(&Host, SourceValues, Range<usize>) -> Result<()>,
+) -> u64 {
+    let kinds = [SourceDtype::F16, SourceDtype::Bf16, SourceDtype::F32];
     let kind = DTYPES.into_iter().zip(kinds).find(|(dtype, _)| *dtype == case.dtype).expect("a plain dtype").1;
     let (values, overflow) = (memory.hold(&case.bytes), memory.hold(&[0u64]));
     let host = Host { chip: CHIPS[1], memory };
     for start in (0..case.n).step_by(step).collect::<Vec<_>>().into_iter().rev() {
         let rows = start..case.n.min(start + step);
         let values = values + (start * case.k * kind.bytes()) as u64;
-        let encoded = encode(&host, Plain { values, overflow, kind }, rows.clone());
+        let encoded = encode(&host, SourceValues { values, overflow, kind }, rows.clone());
         encoded.unwrap_or_else(|error| panic!("{} rows {rows:?}: {error}", case.what));
     }
     memory.read(overflow, 1)[0]

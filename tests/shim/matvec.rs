@@ -1,8 +1,8 @@
 //! One row through matrices of every format, and what stands before and behind it in the same launch.
 
 use half::f16;
-use quantbench::kernels::cuda::matvec::{Epilogue, Input, Matvec, Mode, Product, Puts};
-use quantbench::kernels::cuda::program::{COUNTERS, Jobs, Planned, tagged_float};
+use quantbench::kernels::cuda::matvec::{Epilogue, InputDesc, Mode, OutputType, Product};
+use quantbench::kernels::cuda::program::{COUNTERS, PlannedLaunch, ProgramBuilder, tagged_float};
 use quantbench::quant::{FormatEntry, FormatOptions, Stored, find};
 
 use super::host::{CHIPS, Host};
@@ -18,12 +18,12 @@ fn threshold() -> f32 {
     FormatOptions::default().int8_threshold
 }
 
-/// Plans a launch of one job as for a device and runs it on `host`.
+/// Plans a launch of one matvec as for a device and runs it on `host`.
 pub fn launch(
     host: &Host,
     multiprocessors: usize,
     mode: Mode,
-    inputs: &[Input],
+    inputs: &[InputDesc],
     products: &[Product],
     epilogue: Epilogue,
 ) {
@@ -34,14 +34,14 @@ pub fn plan(
     host: &Host,
     multiprocessors: usize,
     mode: Mode,
-    inputs: &[Input],
+    inputs: &[InputDesc],
     products: &[Product],
     epilogue: Epilogue,
-) -> Planned {
-    Matvec::plan(host.facts(multiprocessors), mode, inputs.to_vec(), products, epilogue).expect("a plan")
+) -> PlannedLaunch {
+    ProgramBuilder::single(host.properties(multiprocessors), mode, inputs.to_vec(), products, epilogue).expect("a plan")
 }
 
-pub fn run(host: &Host, planned: Planned) {
+pub fn run(host: &Host, planned: PlannedLaunch) {
     // SAFETY: every address in it is of the host's memory.
     unsafe { planned.launch_on(host) }.unwrap_or_else(|error| panic!("chip {}: {error}", host.chip));
 }
@@ -55,19 +55,19 @@ struct Single<'a> {
 }
 
 impl Single<'_> {
-    /// Adds it to `jobs`; where the result will be, and the outlier columns that were found.
-    fn add(&self, jobs: &mut Jobs, memory: &Memory) -> [u64; 2] {
+    /// Adds it to `program`; where the result will be, and the outlier columns that were found.
+    fn add(&self, program: &mut ProgramBuilder, memory: &Memory) -> [u64; 2] {
         let matrix = place(memory, self.name, self.stored, self.threshold);
         // Every other row begins where no 16-byte load may.
         let before = usize::from(self.row.len().is_multiple_of(2));
         let x = memory.hold(&[&vec![f16::NAN; before], self.row].concat()) + 2 * before as u64;
         let out = if self.is_float() { memory.room::<f32>(matrix.n) } else { memory.room::<f16>(matrix.n) };
-        let input = Input { x, scale: 1.0, ..Input::default() };
+        let input = InputDesc { x, scale: 1.0, ..InputDesc::default() };
         let outlier_columns = memory.hold(&[0u64]);
-        let puts = if self.is_float() { Puts::Floats } else { Puts::Halves };
-        let epilogue = Epilogue { puts, outlier_columns, ..Epilogue::default() };
+        let output_type = if self.is_float() { OutputType::Floats } else { OutputType::Halves };
+        let epilogue = Epilogue { output_type, outlier_columns, ..Epilogue::default() };
         let part = Product { matrix, bias: 0, out, activation: 0 };
-        jobs.multiply(Mode::Apart, vec![input], &[part], epilogue).expect("a job");
+        program.multiply(Mode::Apart, vec![input], &[part], epilogue).expect("an instruction");
         [out, outlier_columns]
     }
 
@@ -88,9 +88,9 @@ impl Single<'_> {
     fn run(&self, chip: u32, multiprocessors: usize) -> Vec<f32> {
         let memory = Memory::default();
         let host = Host { chip, memory: &memory };
-        let mut jobs = Jobs::new(host.facts(multiprocessors));
-        let made = self.add(&mut jobs, &memory);
-        run(&host, jobs.plan(0).expect("a plan"));
+        let mut program = ProgramBuilder::new(host.properties(multiprocessors));
+        let made = self.add(&mut program, &memory);
+        run(&host, program.plan(0).expect("a plan"));
         self.result(&memory, made)
     }
 }
@@ -128,19 +128,19 @@ pub fn every_kernel_reads_halves_and_floats() {
         for (kernel, chip) in family.kernels.iter().flat_map(|kernel| CHIPS.map(|chip| (*kernel, chip))) {
             let memory = Memory::default();
             let host = Host { chip, memory: &memory };
-            let mut jobs = Jobs::new(host.facts(3));
+            let mut program = ProgramBuilder::new(host.properties(3));
             let single =
                 |at: usize| Single { name: names[at], stored: &*stored[at], row: &rows[at], threshold: threshold() };
-            let made = [0, 1, 2].map(|at| single(at).add(&mut jobs, &memory));
-            let mut planned = jobs.plan_on(kernel, memory.hold(jobs.list())).expect("a plan");
-            planned.program.ended = memory.hold(&[0u32; COUNTERS]);
+            let made = [0, 1, 2].map(|at| single(at).add(&mut program, &memory));
+            let mut planned = program.plan_on(kernel, memory.hold(program.list())).expect("a plan");
+            planned.program.counters = memory.hold(&[0u32; COUNTERS]);
             run(&host, planned);
             for (at, made) in made.into_iter().enumerate() {
                 let y = single(at).result(&memory, made);
                 let what = format!("{}, chip {chip}", kernel.name);
                 check(names[at], &what, &*stored[at], &widened(&rows[at]), &y);
             }
-            assert_eq!(memory.read::<u32>(planned.program.ended, COUNTERS), [0, 1], "{}", kernel.name);
+            assert_eq!(memory.read::<u32>(planned.program.counters, COUNTERS), [0, 1], "{}", kernel.name);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Norms in front of a product: a matrix that is the identity shows the activations that kernels multiply.
 
 use half::f16;
-use quantbench::kernels::cuda::matvec::{Epilogue, Input, Mode, NORM_LAYER, NORM_RMS, Product};
+use quantbench::kernels::cuda::matvec::{Epilogue, InputDesc, Mode, NORM_LAYER, NORM_RMS, Product};
 use quantbench::kernels::cuda::program::tagged_float;
 use quantbench::quant::{HalfMatrix, find};
 
@@ -38,7 +38,7 @@ pub fn norms_of_one_row() {
 }
 
 /// An input of a launch and the fp16 `[k]` that it becomes, checked against fp64.
-pub fn input(host: &Host, norm: Norm, k: usize, scale: f32, numbers: &mut Numbers) -> (Input, Vec<f16>) {
+pub fn input(host: &Host, norm: Norm, k: usize, scale: f32, numbers: &mut Numbers) -> (InputDesc, Vec<f16>) {
     let mut vector =
         |factor: f32, offset: f32| -> Vec<f32> { (0..k).map(|_| factor * numbers.normal() + offset).collect() };
     let (x, weight, bias) = (vector(0.8, 0.1), vector(0.3, 1.0), vector(0.2, 0.0));
@@ -46,11 +46,11 @@ pub fn input(host: &Host, norm: Norm, k: usize, scale: f32, numbers: &mut Number
     // Kernels read two at a time.
     let padded = |values: &[f32]| [values, &vec![0.0; k.next_multiple_of(2) - k]].concat();
     let memory = host.memory;
-    let plain = Input { scale, epsilon: EPSILON, ..Input::default() };
+    let plain = InputDesc { scale, epsilon: EPSILON, ..InputDesc::default() };
     let halves: Vec<f16> = x.iter().map(|value| f16::from_f32(*value)).collect();
     let input = match norm {
-        Norm::None => Input { x: memory.hold(&halves), ..plain },
-        _ => Input {
+        Norm::None => InputDesc { x: memory.hold(&halves), ..plain },
+        _ => InputDesc {
             x: memory.hold(&padded(&x).into_iter().map(tagged_float).collect::<Vec<_>>()),
             norm_weight: memory.hold(&padded(&weight)),
             norm_bias: memory.hold(&padded(&bias)),
@@ -93,7 +93,7 @@ pub fn normed(x: &[f32], weight: &[f32], bias: &[f32], mean: f64) -> Vec<(f64, f
 }
 
 /// The identity of fp16 times what kernels make of `input`: each sum has one term, so that it is exact.
-pub fn shown(host: &Host, input: Input, k: usize) -> Vec<f16> {
+pub fn shown(host: &Host, input: InputDesc, k: usize) -> Vec<f16> {
     let data = (0..k * k).map(|at| if at / k == at % k { f16::ONE } else { f16::ZERO }).collect();
     let identity = quantize(find("fp16").expect("a format of the table"), HalfMatrix { n: k, k, data });
     let matrix = place(host.memory, "fp16", &*identity, f32::NAN);

@@ -2,7 +2,8 @@
 
 use half::f16;
 use quantbench::kernels::cuda::launch::padded_rows;
-use quantbench::kernels::cuda::matvec::{CHUNK_BYTES, Streamed};
+use quantbench::kernels::cuda::matvec::MatrixDesc;
+use quantbench::kernels::cuda::step_kernel::CHUNK_BYTES;
 use quantbench::quant::nf4::cuda::AbsmaxAt;
 use quantbench::quant::{self, FORMATS, FormatEntry, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Stored};
 
@@ -17,7 +18,7 @@ pub fn quantize(entry: &FormatEntry, weight: HalfMatrix) -> Box<dyn Stored> {
 }
 
 /// `stored` of format `name`; `threshold` is LLM.int8's.
-pub fn place(memory: &Memory, name: &str, stored: &dyn Stored, threshold: f32) -> Streamed {
+pub fn place(memory: &Memory, name: &str, stored: &dyn Stored, threshold: f32) -> MatrixDesc {
     let (n, k) = stored.shape();
     let parts = stored.parts();
     let part = |suffix: &str| parts.iter().find(|part| part.suffix == suffix).map(|part| &part.bytes[..]);
@@ -26,11 +27,11 @@ pub fn place(memory: &Memory, name: &str, stored: &dyn Stored, threshold: f32) -
     let rows =
         |row_bytes: usize| memory.hold::<u8>(&padded_rows(weight, row_bytes, row_bytes.next_multiple_of(CHUNK_BYTES)));
     if name == "int8" {
-        return quant::int8::cuda::streamed((n, k), rows(k), memory.hold(part("SCB")), threshold);
+        return quant::int8::cuda::desc((n, k), rows(k), memory.hold(part("SCB")), threshold);
     }
     if !name.starts_with("nf4") {
         let element_bytes = weight.len() / (n * k);
-        return quant::dense::cuda::streamed((n, k), element_bytes, rows(k * element_bytes));
+        return quant::dense::cuda::desc((n, k), element_bytes, rows(k * element_bytes));
     }
     let absmax = part("absmax");
     let absmax = match parts.iter().find(|part| part.suffix == "nested_offset") {
@@ -42,7 +43,7 @@ pub fn place(memory: &Memory, name: &str, stored: &dyn Stored, threshold: f32) -
         },
     };
     let chunks = quant::nf4::cuda::chunks(n, k, weight);
-    quant::nf4::cuda::streamed((n, k), memory.hold(&chunks), absmax, memory.hold(&quant::nf4::cuda::values()))
+    quant::nf4::cuda::desc((n, k), memory.hold(&chunks), absmax, memory.hold(&quant::nf4::cuda::values()))
 }
 
 pub fn widened(values: &[f16]) -> Vec<f32> {

@@ -19,7 +19,7 @@ pub struct Case {
     pub overflow: u64,
 }
 
-/// In the order that plain.cuh counts them in.
+/// In the order that source_values.cuh counts them in.
 pub const DTYPES: [Dtype; 3] = [Dtype::F16, Dtype::BF16, Dtype::F32];
 
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -24,22 +24,22 @@ pub fn int8_of_many_rows() {
         let x = activations(m, k, kind, &mut numbers);
         let memory = Memory::default();
         let host = Host { chip: CHIPS[1], memory: &memory };
-        let streamed = place(&memory, "int8", &*stored, FormatOptions::default().int8_threshold);
+        let desc = place(&memory, "int8", &*stored, FormatOptions::default().int8_threshold);
         let call = ManyRows {
             m,
             n,
             k,
-            stride: streamed.stride_bytes,
-            threshold: streamed.threshold,
-            weight: streamed.weight,
-            absmax: streamed.scales,
+            stride: desc.stride_bytes,
+            threshold: desc.threshold,
+            weight: desc.weight,
+            absmax: desc.scales,
             x: memory.hold(&x),
             y: memory.room::<f16>(m * n),
-            flags: memory.room::<u8>(flag_bytes(m, streamed.stride_bytes)),
+            flags: memory.room::<u8>(flag_bytes(m, desc.stride_bytes)),
             columns: memory.room::<i32>(k),
             count: memory.room::<i32>(1),
             total: memory.hold(&[BEFORE]),
-            codes: memory.room::<u8>(m * streamed.stride_bytes),
+            codes: memory.room::<u8>(m * desc.stride_bytes),
             row_absmax: memory.room::<f32>(m),
             products: memory.room::<i32>(m * n),
         };

@@ -5,10 +5,11 @@ use std::path::Path;
 use half::f16;
 use quantbench::events::Silent;
 use quantbench::kernels::cuda::arena::{Arena, Layout};
-use quantbench::kernels::cuda::launch::Rehearsal;
-use quantbench::kernels::cuda::matvec::Streamed;
-use quantbench::kernels::cuda::program::{Facts, tagged_float};
-use quantbench::lower::cuda::step::{Room, StepMemory, StepProgram, fused};
+use quantbench::kernels::cuda::launch::MemoryPlanner;
+use quantbench::kernels::cuda::matvec::MatrixDesc;
+use quantbench::kernels::cuda::program::tagged_float;
+use quantbench::kernels::cuda::step_kernel::DeviceProperties;
+use quantbench::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 use quantbench::lower::cuda::{
     self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, SessionAt, padded, padded_head, prefill,
 };
@@ -35,8 +36,8 @@ pub struct Session<'a> {
     pub buffers: StepMemory<u64>,
     /// Columns that prompts have examined for outliers.
     pub examined: OutlierColumns,
-    facts: Facts,
-    matrices: Vec<Streamed>,
+    properties: DeviceProperties,
+    matrices: Vec<MatrixDesc>,
     vectors: Vec<u64>,
     caches: Vec<CacheAt>,
     angles: Vec<u64>,
@@ -115,14 +116,14 @@ impl<'a> Session<'a> {
         };
         let mut loaded = Self {
             host,
-            facts: host.facts(multiprocessors),
+            properties: host.properties(multiprocessors),
             matrices: matrices.collect(),
             vectors: vectors.collect(),
             caches: caches.collect(),
             angles: model.ropes.iter().map(|rope| memory.hold(&lower::angles(rope, CAPACITY))).collect(),
             biases: biases.collect(),
             fused: Vec::new(),
-            buffers: StepMemory { buffers: Vec::new(), partials: 0, arrived: 0, best: 0, ended: 0 },
+            buffers: StepMemory { buffers: Vec::new(), partials: 0, arrived: 0, best: 0, counters: 0 },
             examined: OutlierColumns::default(),
             position: 0,
             encoded: 0,
@@ -134,7 +135,7 @@ impl<'a> Session<'a> {
         };
         loaded.fused = fused(&loaded).expect("a decoder");
         // Poison where nothing has to be zero.
-        loaded.buffers = StepMemory::of(&loaded, &loaded.fused).map(|room: &Room| match room.is_zeroed {
+        loaded.buffers = StepMemory::of(&loaded, &loaded.fused).map(|room: &Allocation| match room.is_zeroed {
             true => memory.hold(&vec![0u8; room.bytes]),
             false => memory.room::<u8>(room.bytes),
         });
@@ -171,11 +172,11 @@ impl<'a> Session<'a> {
         let memory = self.host.memory;
         let layout = Layout::of(|arena| {
             let region = arena.take::<u8>(input.bytes())?;
-            prefill::run(self, shape, &Rehearsal, arena, region).map(|_| ())
+            prefill::run(self, shape, &MemoryPlanner, arena, region).map(|_| ())
         });
-        let layout = layout.unwrap_or_else(|error| panic!("rehearsing {shape:?}: {error:#}"));
+        let layout = layout.unwrap_or_else(|error| panic!("planning {shape:?}: {error:#}"));
         let arena = Arena::at(memory.room::<u8>(layout.bytes()), &layout);
-        let region = arena.take::<u8>(input.bytes()).expect("as rehearsed");
+        let region = arena.take::<u8>(input.bytes()).expect("as planned");
         match input {
             CallInput::Tokens(values) => memory.write(region.address, values),
             CallInput::Patches(values) => memory.write(region.address, values),
@@ -185,7 +186,7 @@ impl<'a> Session<'a> {
         self.examined += done.examined;
         if shape.kind == CallKind::Prompt {
             let token = self.buffers.token_output(self, shape.rows).expect("an embedding");
-            let head = prefill::last_head(self, shape, done, token, self.buffers.ended).expect("a head");
+            let head = prefill::last_head(self, shape, done, token, self.buffers.counters).expect("a head");
             // SAFETY: every address in it is of the host's memory.
             unsafe { head.launch_on(self.host) }.unwrap_or_else(|error| panic!("chip {}: {error}", self.host.chip));
         }
@@ -240,11 +241,11 @@ impl Addresses for Session<'_> {
         &self.model
     }
 
-    fn facts(&self) -> Facts {
-        self.facts
+    fn properties(&self) -> DeviceProperties {
+        self.properties
     }
 
-    fn matrix(&self, id: MatrixId) -> Streamed {
+    fn matrix(&self, id: MatrixId) -> MatrixDesc {
         self.matrices[id.0]
     }
 

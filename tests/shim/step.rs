@@ -1,7 +1,7 @@
 //! Whole decode steps of tiny models, each one launch as the engine has it, against the reference runs in tests/golden, and each of
 //! their products against its format's reference.
 
-use quantbench::kernels::cuda::matvec::{Input, NORM_LAYER, NORM_RMS};
+use quantbench::kernels::cuda::matvec::{InputDesc, NORM_LAYER, NORM_RMS};
 use quantbench::lower::cuda::Addresses;
 use quantbench::plan::fuse::{FusedInput, FusedOp, FusedPart, Join, MatvecSpec};
 use quantbench::plan::{ActivationKind, BufferId, NormKind, VectorId};
@@ -196,20 +196,20 @@ fn residual(session: &Session, x: BufferId) -> Vec<f32> {
     values(&session.host.memory.read(session.buffers.buffers[x.0].expect("a residual"), width))
 }
 
-/// As the lowering tells a kernel.
-fn input(session: &Session, FusedInput { x, norm, scale }: FusedInput) -> Input {
+/// The input as the lowering describes it to a kernel.
+fn input(session: &Session, FusedInput { x, norm, scale }: FusedInput) -> InputDesc {
     let vector = |id: VectorId| session.vector(id);
     let x = session.buffers.buffers[x.0].expect("a buffer");
-    let plain = Input { x, scale, is_tagged: 1, ..Input::default() };
+    let plain = InputDesc { x, scale, is_tagged: 1, ..InputDesc::default() };
     let Some(norm) = norm else { return plain };
     let (kind, norm_bias) = match norm.kind {
         NormKind::Rms => (NORM_RMS, session.session().zeros),
         NormKind::Layer { bias } => (NORM_LAYER, vector(bias)),
     };
-    Input { norm_weight: vector(norm.weight), norm_bias, epsilon: norm.epsilon, norm: kind, ..plain }
+    InputDesc { norm_weight: vector(norm.weight), norm_bias, epsilon: norm.epsilon, norm: kind, ..plain }
 }
 
-/// `enum Activation` of job.cuh.
+/// `enum Activation` of instruction.cuh.
 fn number(kind: ActivationKind) -> i32 {
     match kind {
         ActivationKind::Silu => 1,

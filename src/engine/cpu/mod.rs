@@ -4,6 +4,7 @@
 mod alone;
 mod arena;
 mod attend;
+mod partials;
 mod run;
 mod schedule;
 
@@ -13,7 +14,7 @@ use anyhow::{Context, Result, bail};
 
 use self::alone::Mode;
 use self::arena::Arena;
-use self::attend::PartSums;
+use self::partials::PartSums;
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
@@ -23,7 +24,9 @@ use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::rope::Angles;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
-use crate::plan::{CacheSpec, EncoderInputKind, Head, Holds, Model, Op, Plan, RelativeBias, Rows, Slot, Storage};
+use crate::plan::{
+    CacheSpec, EncoderInputKind, Holds, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage,
+};
 use crate::quant::{CpuMatrix, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
 
@@ -125,13 +128,13 @@ pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
     setup.model.plans().try_for_each(|plan| lower(plan, |_| "").map(|_| ()))?;
     let pool = Pool::try_new(setup.threads).with_context(|| format!("starting {} threads", setup.threads))?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
-    let streamed = stream(setup, events, &finish)?;
-    let session = CpuSession::new(setup, isa, pool, streamed.matrices, streamed.vectors)?;
+    let tensors = stream(setup, events, &finish)?;
+    let session = CpuSession::new(setup, isa, pool, tensors.matrices, tensors.vectors)?;
     Ok(Loaded {
         session: Box::new(session),
-        load: streamed.elapsed,
-        quantize: streamed.quantize,
-        fp16_overflow: streamed.fp16_overflow,
+        load: tensors.elapsed,
+        quantize: tensors.quantize,
+        fp16_overflow: tensors.fp16_overflow,
         isa: isa.name().to_owned(),
     })
 }
@@ -149,6 +152,10 @@ impl CpuSession {
         let cache = |spec: &CacheSpec| {
             let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
             [spec.kv_heads * capacity * spec.head_dim; 2]
+        };
+        let angles = |rope: &Rope| {
+            let Rope { rotary_dim: _, inverse_frequencies } = rope;
+            Angles::new(inverse_frequencies, setup.capacity)
         };
         let bias = |bias: &RelativeBias| BiasTable::new(bias, matrices[bias.table.0].as_ref(), reach);
         let encoder = model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices));
@@ -359,7 +366,7 @@ impl Session for CpuSession {
 
 impl CpuSession {
     /// The head over all `rows` that the body left, some at a time.
-    fn score_rows(&mut self, head: Head, rows: usize, on_row: &mut dyn FnMut(usize, &[f32])) {
+    fn score_rows(&mut self, head: LmHead, rows: usize, on_row: &mut dyn FnMut(usize, &[f32])) {
         let Self { pool, weights, decoder, memory, .. } = self;
         let matrix = &weights.matrices[head.weight.0];
         let bias = head.bias.map(|bias| weights.vectors[bias.0].as_slice());

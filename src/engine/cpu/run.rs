@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::alone::{Mode, windows};
 use super::arena::SharedArena;
-use super::attend::SharedParts;
+use super::partials::SharedParts;
 use super::schedule::{Append, Attend, Step, must_meet};
 use super::{Memory, Program, Scratch, Weights};
 use crate::engine::OutlierColumns;

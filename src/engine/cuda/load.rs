@@ -1,4 +1,4 @@
-//! Loading onto the device: threads read pieces of matrices into pinned buffers, copies run in the background, and kernels
+//! Loading onto the device: threads read load_chunks of matrices into pinned buffers, copies run in the background, and kernels
 //! cast, quantize and lay out what has arrived. No matrix is whole anywhere but in the place where it stays.
 
 use std::ops::Range;
@@ -10,16 +10,16 @@ use anyhow::{Context, Error, Result};
 use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 
-use super::pieces::{Job, Peak, READERS, Reading, jobs, peak};
+use super::load_chunks::{LoadChunk, Peak, READERS, Reading, chunks, peak};
 use crate::engine::Setup;
-use crate::engine::load::{Shared, Streamed, begin, format_of};
+use crate::engine::load::{LoadedTensors, Shared, begin, format_of};
 use crate::engine::memory::is_out_of_memory;
 use crate::error::size;
 use crate::events::{Event, Listener};
 use crate::kernels::cuda::launch::address;
 use crate::kernels::cuda::staging::{Buffer, Staging};
 use crate::quant::CudaMatrix;
-use crate::quant::cuda::{CudaEncoder, Plain};
+use crate::quant::cuda::{CudaEncoder, SourceValues};
 use crate::weights::policy::Formats;
 use crate::weights::spec::MatrixSpec;
 
@@ -27,13 +27,13 @@ use crate::weights::spec::MatrixSpec;
 pub type Placed = (Box<dyn CudaMatrix>, Option<Vec<f32>>);
 
 /// Loads every tensor of `setup.model`.
-pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<Streamed<Placed>> {
+pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<LoadedTensors<Placed>> {
     let start = Instant::now();
     let cuda = device.as_cuda_device()?;
     let formats = Formats::new(setup.precision, setup.options)?;
     let threads = setup.threads.clamp(1, READERS);
     begin(setup, events);
-    let jobs = jobs(setup, &formats, &|matrix| is_bias(setup, matrix))?;
+    let chunks = chunks(setup, &formats, &|matrix| is_bias(setup, matrix))?;
     let loader = Loader {
         staging: Staging::new(cuda)?,
         overflow: cuda.alloc_zeros(1)?,
@@ -44,10 +44,10 @@ pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<S
         device,
         events,
     };
-    for job in &jobs {
-        loader.target(job.matrix()).jobs_left += 1;
+    for chunk in &chunks {
+        loader.target(chunk.matrix()).chunks_left += 1;
     }
-    let ran = loader.shared.run(threads, jobs.len(), &|index| loader.run(&jobs[index]));
+    let ran = loader.shared.run(threads, chunks.len(), &|index| loader.run(&chunks[index]));
     // Whatever happened, nothing may be under way when memory goes.
     let kernel_time = loader.staging.finish();
     ran.map_err(|error| explained(error, setup, &loader.formats))?;
@@ -58,7 +58,7 @@ pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<S
     let host_ns = loader.shared.quantize_ns.load(Ordering::Relaxed) / threads as u64;
     let fp16_overflow = overflow + loader.shared.overflow.load(Ordering::Relaxed);
     let placed = loader.targets.into_iter().map(|target| target.into_inner().ok().and_then(|target| target.placed));
-    Ok(Streamed {
+    Ok(LoadedTensors {
         matrices: placed.collect::<Option<_>>().context("a loading thread ended early")?,
         vectors,
         elapsed: start.elapsed(),
@@ -97,21 +97,21 @@ struct Loader<'a> {
 /// A matrix on its way.
 #[derive(Default)]
 struct Target {
-    /// From the first piece to the last.
+    /// From the first chunk to the last.
     encoder: Option<Box<dyn CudaEncoder>>,
-    jobs_left: usize,
+    chunks_left: usize,
     placed: Option<Placed>,
 }
 
 impl Loader<'_> {
-    fn run(&self, job: &Job) -> Result<()> {
-        let spec = &self.setup.model.matrices[job.matrix()];
-        let placed = match job {
-            Job::Whole { matrix } => Some(self.whole(*matrix, spec)?),
-            Job::Rows { matrix, rows, reading } => self.rows(*matrix, spec, rows.clone(), *reading)?,
+    fn run(&self, chunk: &LoadChunk) -> Result<()> {
+        let spec = &self.setup.model.matrices[chunk.matrix()];
+        let placed = match chunk {
+            LoadChunk::Whole { matrix } => Some(self.whole(*matrix, spec)?),
+            LoadChunk::Rows { matrix, rows, reading } => self.rows(*matrix, spec, rows.clone(), *reading)?,
         };
         if placed.is_some() {
-            self.target(job.matrix()).placed = placed;
+            self.target(chunk.matrix()).placed = placed;
             self.shared.progress(self.setup, spec, self.events);
         }
         Ok(())
@@ -127,15 +127,15 @@ impl Loader<'_> {
         Ok((on_device, learned))
     }
 
-    /// Reads a piece and sends it on its way. Returns the matrix with its last piece.
+    /// Reads a chunk and sends it on its way. Returns the matrix with its last chunk.
     fn rows(&self, matrix: usize, spec: &MatrixSpec, rows: Range<usize>, reading: Reading) -> Result<Option<Placed>> {
         let mut buffer = self.staging.take()?;
         self.read(spec, rows.clone(), reading, &mut buffer)?;
         let explain = || format!("placing `{}`", spec.name);
         let mut target = self.target(matrix);
         self.send(&mut target, spec, rows, reading, buffer).with_context(explain)?;
-        target.jobs_left -= 1;
-        let last = if target.jobs_left == 0 { target.encoder.take() } else { None };
+        target.chunks_left -= 1;
+        let last = if target.chunks_left == 0 { target.encoder.take() } else { None };
         // Others may have the target while this thread waits for the device.
         drop(target);
         last.map(|encoder| Ok((encoder.finish().with_context(explain)?, None))).transpose()
@@ -179,7 +179,7 @@ impl Loader<'_> {
         }
         let overflow = address(&self.overflow, self.device.as_cuda_device()?);
         // SAFETY: the copy has brought these rows when the stream comes to the launch, and `take` waits before the next one.
-        Ok(buffer.send(bytes, |values| unsafe { encoder.encode(rows, Plain { values, overflow, kind }) })?)
+        Ok(buffer.send(bytes, |values| unsafe { encoder.encode(rows, SourceValues { values, overflow, kind }) })?)
     }
 
     fn target(&self, matrix: usize) -> MutexGuard<'_, Target> {

@@ -1,35 +1,36 @@
-//! The CUDA engine: a decode step is one launch of fused jobs over fixed memory, with the token, the position and the
-//! next embedding on the device; a prompt goes through cuBLAS, one operation after the other, as a graph from its second time on.
+//! The CUDA engine. A decode step is one launch of the step kernel over fixed memory; token, position and next embedding stay on the
+//! device. A prompt goes through cuBLAS, one operation after the other, as a graph from its second time on.
 //!
 //! fp16 activations and cache, fp32 sums and residual stream.
 
 mod load;
-mod pieces;
+mod load_chunks;
 mod prefill_graphs;
-mod ring;
 mod step;
 mod times;
+mod token_ring;
 
 use anyhow::{Context, Result, bail};
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::f16;
 
-use self::prefill_graphs::{Call, Prompts};
-use self::ring::Ring;
+use self::prefill_graphs::{PrefillCall, PrefillGraphs};
 use self::step::Step;
 use self::times::StepTimes;
+use self::token_ring::TokenRing;
 use super::memory::{Pool, named};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::events::Listener;
-use crate::kernels::cuda::gemm::{WORKSPACE_BYTES, Workspace};
+use crate::kernels::cuda::cublas::{WORKSPACE_BYTES, Workspace};
 use crate::kernels::cuda::launch::address;
-use crate::kernels::cuda::matvec::{Epilogue, Puts, Streamed};
-use crate::kernels::cuda::program::{self, Facts};
+use crate::kernels::cuda::matvec::{Epilogue, MatrixDesc, OutputType};
+use crate::kernels::cuda::program;
+use crate::kernels::cuda::step_kernel::DeviceProperties;
 use crate::kernels::cuda::{open, probe};
 use crate::lower::cuda::{
-    self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, Done, SessionAt, padded, padded_floats,
-    padded_head,
+    self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallResult, CallShape, SessionAt, padded,
+    padded_floats, padded_head,
 };
 use crate::plan::{BiasId, CacheId, EncoderInputKind, Holds, MatrixId, Model, RelativeBias, Rope, RopeId, VectorId};
 use crate::quant::CudaMatrix;
@@ -38,7 +39,7 @@ use crate::quant::CudaMatrix;
 pub struct CudaSession {
     weights: Weights,
     step: Step,
-    prompts: Prompts,
+    prefill_graphs: PrefillGraphs,
     times: StepTimes,
     /// Tokens in the decoder's caches.
     position: usize,
@@ -51,12 +52,12 @@ pub struct CudaSession {
     examined: OutlierColumns,
 }
 
-/// What calls share: nothing here is allocated again after loading.
+/// Memory that calls share: nothing here is allocated again after loading.
 struct Weights {
     /// Before the device's other owners: it is taken from cuBLAS while that is there.
     _workspace: Workspace,
     device: CudaDevice,
-    facts: Facts,
+    properties: DeviceProperties,
     model: Model,
     matrices: Vec<Box<dyn CudaMatrix>>,
     vectors: Vec<CudaSlice<f32>>,
@@ -67,13 +68,13 @@ struct Weights {
     /// Token, position, step, rows of the encoder.
     state: CudaSlice<i32>,
     logits: CudaSlice<f32>,
-    /// Of the last picture, for rows of a prompt that stand for it: fp16 `[patches, width]`.
+    /// Features of the last picture, for rows of a prompt that stand for it: fp16 `[patches, width]`.
     features: Option<CudaSlice<f16>>,
-    /// As long as the widest norm: the bias of those that have none.
+    /// Zeros, as many as the widest norm has: the bias of norms that have none.
     zeros: CudaSlice<f32>,
     /// How many LLM.int8 has found.
     outlier_columns: CudaSlice<u64>,
-    ring: Ring,
+    token_ring: TokenRing,
     capacity: usize,
     encoder_capacity: usize,
 }
@@ -95,21 +96,21 @@ struct BiasTable {
 
 /// Loads `setup` onto device `ordinal`.
 pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Loaded> {
-    let facts = probe(ordinal)?;
+    let properties = probe(ordinal)?;
     let device = open(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?;
     // What no kernel computes is refused before any weight is read.
-    lower::check(setup.model, Facts::of(device.as_cuda_device()?)?)?;
-    let streamed = load::stream(setup, &device, events)?;
-    let (matrices, learned): (Vec<_>, Vec<_>) = streamed.matrices.into_iter().unzip();
-    let weights = Weights::new(setup, device.as_cuda_device()?.clone(), matrices, &learned, &streamed.vectors)?;
+    lower::check(setup.model, DeviceProperties::of(device.as_cuda_device()?)?)?;
+    let tensors = load::stream(setup, &device, events)?;
+    let (matrices, learned): (Vec<_>, Vec<_>) = tensors.matrices.into_iter().unzip();
+    let weights = Weights::new(setup, device.as_cuda_device()?.clone(), matrices, &learned, &tensors.vectors)?;
     let step = Step::new(&weights)?;
     weights.device.cuda_stream().synchronize()?;
-    let (major, minor) = facts.compute_capability;
+    let (major, minor) = properties.compute_capability;
     Ok(Loaded {
         session: Box::new(CudaSession {
             weights,
             step,
-            prompts: Prompts::default(),
+            prefill_graphs: PrefillGraphs::default(),
             times: StepTimes::default(),
             position: 0,
             encoded: 0,
@@ -117,9 +118,9 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
             as_graph: setup.cuda_graph,
             examined: OutlierColumns::default(),
         }),
-        load: streamed.elapsed,
-        quantize: streamed.quantize,
-        fp16_overflow: streamed.fp16_overflow,
+        load: tensors.elapsed,
+        quantize: tensors.quantize,
+        fp16_overflow: tensors.fp16_overflow,
         isa: format!("sm_{major}{minor}"),
     })
 }
@@ -166,8 +167,8 @@ impl Weights {
             logits: device.alloc_zeros(model.vocab)?,
             zeros: device.alloc_zeros(padded_floats(vectors.iter().map(Vec::len).max().unwrap_or(1)))?,
             outlier_columns: device.alloc_zeros(1)?,
-            ring: Ring::new(&device)?,
-            facts: Facts::of(&device)?,
+            token_ring: TokenRing::new(&device)?,
+            properties: DeviceProperties::of(&device)?,
             capacity: setup.capacity,
             encoder_capacity: setup.encoder_capacity,
             matrices,
@@ -195,12 +196,12 @@ impl Addresses for Weights {
         &self.model
     }
 
-    fn facts(&self) -> Facts {
-        self.facts
+    fn properties(&self) -> DeviceProperties {
+        self.properties
     }
 
-    fn matrix(&self, id: MatrixId) -> Streamed {
-        self.matrices[id.0].streamed()
+    fn matrix(&self, id: MatrixId) -> MatrixDesc {
+        self.matrices[id.0].desc()
     }
 
     fn vector(&self, id: VectorId) -> u64 {
@@ -230,8 +231,8 @@ impl Addresses for Weights {
             zeros: address(&self.zeros, device),
             features: self.features.as_ref().map_or(0, |features| address(features, device)),
             outlier_columns: address(&self.outlier_columns, device),
-            host: self.ring.address(),
-            host_slots: ring::SLOTS,
+            host: self.token_ring.address(),
+            host_slots: token_ring::SLOTS,
         }
     }
 }
@@ -247,7 +248,7 @@ impl CudaSession {
     }
 
     /// Runs the decoder over `tokens` and moves on behind them.
-    fn call(&mut self, kind: CallKind, tokens: &[u32]) -> Result<Done> {
+    fn call(&mut self, kind: CallKind, tokens: &[u32]) -> Result<CallResult> {
         self.check_call(tokens)?;
         let input = CallInput::tokens(&self.weights.model, tokens, self.encoded)?;
         self.weights.set_state(0, self.position, self.steps, self.encoded)?;
@@ -257,9 +258,9 @@ impl CudaSession {
         Ok(done)
     }
 
-    fn run(&mut self, shape: CallShape, input: &CallInput) -> Result<Done> {
-        let call = Call { weights: &self.weights, step: &self.step, shape };
-        let done = self.prompts.run(&call, input, self.as_graph)?;
+    fn run(&mut self, shape: CallShape, input: &CallInput) -> Result<CallResult> {
+        let call = PrefillCall { weights: &self.weights, step: &self.step, shape };
+        let done = self.prefill_graphs.run(&call, input, self.as_graph)?;
         self.examined += done.examined;
         Ok(done)
     }
@@ -301,7 +302,7 @@ impl Session for CudaSession {
         self.times.restart();
         self.call(CallKind::Prompt, tokens)?;
         self.steps += 1;
-        self.weights.ring.wait(self.steps, &self.weights.device)
+        self.weights.token_ring.wait(self.steps, &self.weights.device)
     }
 
     fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
@@ -316,18 +317,20 @@ impl Session for CudaSession {
             self.times.around(device, || step.run(device, as_graph))?;
             self.steps = first + queued as u32;
             self.examined += self.step.examined;
-            // All steps are queued at once, except that tokens are stamped as they come and the ring must not run over.
-            while let Some(token) = self.weights.ring.token(first + arrived as u32 + 1).filter(|_| arrived < queued) {
+            // All steps are queued at once; tokens are stamped as they arrive, and the ring buffer must not overflow.
+            while let Some(token) =
+                self.weights.token_ring.token(first + arrived as u32 + 1).filter(|_| arrived < queued)
+            {
                 on_token(token);
                 arrived += 1;
             }
-            if queued - arrived >= ring::SLOTS / 2 {
-                on_token(self.weights.ring.wait(first + arrived as u32 + 1, &self.weights.device)?);
+            if queued - arrived >= token_ring::SLOTS / 2 {
+                on_token(self.weights.token_ring.wait(first + arrived as u32 + 1, &self.weights.device)?);
                 arrived += 1;
             }
         }
         while arrived < n {
-            on_token(self.weights.ring.wait(first + arrived as u32 + 1, &self.weights.device)?);
+            on_token(self.weights.token_ring.wait(first + arrived as u32 + 1, &self.weights.device)?);
             arrived += 1;
         }
         self.position += n;
@@ -338,13 +341,13 @@ impl Session for CudaSession {
         let done = self.call(CallKind::Scored, tokens)?;
         let (weights, device) = (&self.weights, &self.weights.device);
         let head = weights.model.decoder.head().context("this plan has no head")?;
-        let (logits, ended) = (address(&weights.logits, device), self.step.ended(device));
+        let (logits, counters) = (address(&weights.logits, device), self.step.counters(device));
         for row in 0..tokens.len() {
             let x = lower::prefill::row_at(&weights.model, done, row)?;
-            let epilogue = Epilogue { puts: Puts::Floats, ..Epilogue::default() };
-            let planned = lower::head(weights, head, x, logits, epilogue, program::Head::default(), ended)?;
+            let epilogue = Epilogue { output_type: OutputType::Floats, ..Epilogue::default() };
+            let planned = lower::head(weights, head, x, logits, epilogue, program::TokenOutput::default(), counters)?;
             // SAFETY: x is a row of the call's; all else is the session's.
-            unsafe { planned.ready(device)?.launch(device) }?;
+            unsafe { planned.load(device)?.launch(device) }?;
             on_row(row, &device.clone_dtoh(&weights.logits)?);
         }
         Ok(())
@@ -381,8 +384,10 @@ impl Session for CudaSession {
             // Vectors are held in fp32.
             weights_resident_bytes: (resident + 2 * vectors) as u64,
             kv_cache_bytes: caches as u64,
-            scratch_bytes: (self.step.bytes() + self.prompts.bytes() + WORKSPACE_BYTES + 4 * self.weights.logits.len())
-                as u64,
+            scratch_bytes: (self.step.bytes()
+                + self.prefill_graphs.bytes()
+                + WORKSPACE_BYTES
+                + 4 * self.weights.logits.len()) as u64,
             weight_bytes_per_token: model.weight_bytes_per_token(&stored) as u64,
             kv_bytes_per_position: model.kv_bytes_per_position(size_of::<f16>()) as u64,
             cross_kv_bytes: (model.cross_bytes_per_position(size_of::<f16>()) * self.encoded) as u64,

@@ -1,5 +1,5 @@
-//! Calls of many rows as they repeat. The first of a shape is rehearsed, which tells what memory it needs, and runs one launch after
-//! the other; the second is captured as a graph, and all later ones are one launch of that. What they read lies where it lay before.
+//! Repeated calls of many rows. The first call of a shape is planned by a dry run, which gives its memory, and runs launch by launch. The
+//! second is captured as a graph, and later ones replay it: what they read is at the same addresses.
 
 use std::collections::VecDeque;
 
@@ -11,29 +11,29 @@ use super::Weights;
 use super::step::Step;
 use crate::engine::memory::named;
 use crate::kernels::cuda::arena::{Arena, Layout, Region};
-use crate::kernels::cuda::launch::{Rehearsal, address, upload};
-use crate::lower::cuda::{CallInput, CallKind, CallShape, Done, prefill};
+use crate::kernels::cuda::launch::{MemoryPlanner, address, upload};
+use crate::lower::cuda::{CallInput, CallKind, CallResult, CallShape, prefill};
 
 /// Shapes that are remembered: those of the last calls.
 const SHAPES: usize = 4;
 
 /// A call on a session's memory.
-pub struct Call<'a> {
+pub struct PrefillCall<'a> {
     pub weights: &'a Weights,
     pub step: &'a Step,
     pub shape: CallShape,
 }
 
-impl Call<'_> {
+impl PrefillCall<'_> {
     /// All of it, on the device.
-    fn queue(&self, device: &CudaDevice, arena: &Arena, input: Region) -> Result<Done> {
+    fn queue(&self, device: &CudaDevice, arena: &Arena, input: Region) -> Result<CallResult> {
         let done = prefill::run(self.weights, self.shape, device, arena, input)?;
         if self.shape.kind == CallKind::Prompt {
             let token = self.step.token_output(self.weights, self.shape.rows)?;
-            let ended = self.step.ended(device);
-            let head = prefill::last_head(self.weights, self.shape, done, token, ended)?;
+            let counters = self.step.counters(device);
+            let head = prefill::last_head(self.weights, self.shape, done, token, counters)?;
             // SAFETY: x holds rows of the call; all else is the session's.
-            unsafe { head.ready(device)?.launch(device) }?;
+            unsafe { head.load(device)?.launch(device) }?;
         }
         Ok(done)
     }
@@ -55,24 +55,24 @@ unsafe fn upload_input(input: &CallInput, to: u64, device: &CudaDevice) -> Resul
 
 /// The memory of calls, and the last shapes that they had.
 #[derive(Default)]
-pub struct Prompts {
+pub struct PrefillGraphs {
     memory: Option<CudaSlice<u8>>,
     /// The last call's first.
-    known: VecDeque<Known>,
+    known: VecDeque<KnownShape>,
 }
 
-struct Known {
+struct KnownShape {
     shape: CallShape,
     layout: Layout,
     has_returned: bool,
-    /// Of a call in this memory.
-    done: Option<Done>,
+    /// The result of a call in this memory.
+    done: Option<CallResult>,
     graph: Option<CudaGraph>,
 }
 
-impl Prompts {
+impl PrefillGraphs {
     /// Queues `call`, as a graph from the second time on if it may be one.
-    pub fn run(&mut self, call: &Call, input: &CallInput, as_graph: bool) -> Result<Done> {
+    pub fn run(&mut self, call: &PrefillCall, input: &CallInput, as_graph: bool) -> Result<CallResult> {
         let device = &call.weights.device;
         let base = self.prepare(call, input.bytes())?;
         let Some(known) = self.known.front_mut() else { anyhow::bail!("a call that was not prepared") };
@@ -108,18 +108,18 @@ impl Prompts {
 
     /// Makes the call's shape the first of those known, and memory for it, which begins at the address returned. That of a shape
     /// which came but once does not stay: a call may be far longer than those that are to repeat.
-    fn prepare(&mut self, call: &Call, input_bytes: usize) -> Result<u64> {
+    fn prepare(&mut self, call: &PrefillCall, input_bytes: usize) -> Result<u64> {
         let at = self.known.iter().position(|known| known.shape == call.shape);
         let mut known = match at.and_then(|at| self.known.remove(at)) {
-            Some(known) => Known { has_returned: true, ..known },
+            Some(known) => KnownShape { has_returned: true, ..known },
             None => {
                 let layout = Layout::of(|arena| {
-                    let rehearsed = arena.take::<u8>(input_bytes).map_err(anyhow::Error::from);
-                    rehearsed
-                        .and_then(|input| prefill::run(call.weights, call.shape, &Rehearsal, arena, input))
+                    let planned = arena.take::<u8>(input_bytes).map_err(anyhow::Error::from);
+                    planned
+                        .and_then(|input| prefill::run(call.weights, call.shape, &MemoryPlanner, arena, input))
                         .map(|_| ())
                 })?;
-                Known { shape: call.shape, layout, has_returned: false, done: None, graph: None }
+                KnownShape { shape: call.shape, layout, has_returned: false, done: None, graph: None }
             }
         };
         let others = self.known.iter().filter(|other| other.has_returned).map(|other| other.layout.bytes());

@@ -7,16 +7,16 @@ use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, sys};
 use super::Weights;
 use crate::engine::OutlierColumns;
 use crate::kernels::cuda::launch::address;
-use crate::kernels::cuda::program::{Head, Job, Ready};
-use crate::lower::cuda::step::{Room, StepMemory, StepProgram, fused};
+use crate::kernels::cuda::program::{Instruction, LoadedLaunch, TokenOutput};
+use crate::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 
 /// The launch of a step and the memory between its instructions.
 pub struct Step {
-    launch: Ready,
+    launch: LoadedLaunch,
     graph: Option<CudaGraph>,
     memory: StepMemory<CudaSlice<u8>>,
     /// Read by the launch.
-    instructions: CudaSlice<Job>,
+    instructions: CudaSlice<Instruction>,
     /// Columns that one step examines for outliers; the device counts those it finds.
     pub examined: OutlierColumns,
 }
@@ -26,21 +26,22 @@ impl Step {
         let device = &weights.device;
         let fused = fused(weights)?;
         // Zeros for all: partial results are written before they are read.
-        let memory = StepMemory::of(weights, &fused).try_map(|Room { bytes, .. }| device.alloc_zeros::<u8>(*bytes))?;
+        let memory =
+            StepMemory::of(weights, &fused).try_map(|Allocation { bytes, .. }| device.alloc_zeros::<u8>(*bytes))?;
         let program = StepProgram::new(weights, &fused, &addresses(&memory, device))?;
         let instructions = device.clone_htod(program.instructions())?;
-        let launch = program.plan(address(&instructions, device))?.ready(device)?;
+        let launch = program.plan(address(&instructions, device))?.load(device)?;
         Ok(Self { launch, graph: None, memory, instructions, examined: program.examined() })
     }
 
-    /// Where a call outside of a step puts the token that it finds, `advance` positions further on.
-    pub fn token_output(&self, weights: &Weights, advance: usize) -> Result<Head> {
+    /// The token output of a call outside of a step; the token stands `advance` positions further on.
+    pub fn token_output(&self, weights: &Weights, advance: usize) -> Result<TokenOutput> {
         addresses(&self.memory, &weights.device).token_output(weights, advance)
     }
 
     /// The counters that launches share.
-    pub fn ended(&self, device: &CudaDevice) -> u64 {
-        address(&self.memory.ended, device)
+    pub fn counters(&self, device: &CudaDevice) -> u64 {
+        address(&self.memory.counters, device)
     }
 
     pub fn bytes(&self) -> usize {

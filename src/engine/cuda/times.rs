@@ -41,7 +41,7 @@ impl StepTimes {
         Ok(())
     }
 
-    /// Of each step, once the device has done them all.
+    /// Nanoseconds of each step, once the device has done them all.
     pub fn ns(&self) -> Result<Vec<u64>> {
         let of_step = |&(begin, end): &(sys::CUevent, sys::CUevent)| -> Result<u64> {
             // SAFETY: both were recorded on one stream.

@@ -1,15 +1,15 @@
-//! One piece of memory for all buffers of a call. A call is rehearsed once, without a device: that tells how large each buffer is
-//! and from when to when it lives. Buffers whose lives meet lie apart, all others may share their bytes, and a call of the same
-//! shape finds each where it was before.
+//! One allocation for all buffers of a call. A dry run of the call, without a device, records the size and the lifetime of each buffer.
+//! Buffers whose lifetimes overlap get disjoint bytes, others may share theirs. A call of the same shape finds each buffer at the same
+//! offset.
 
 use std::cell::{Cell, RefCell};
 
 use candle_core::{Error, bail};
 
-/// What the device's own allocations begin at a multiple of.
+/// Alignment of the device's own allocations.
 const ALIGNMENT: usize = 256;
 
-/// Where the buffers of a call lie, in the order in which the call takes them.
+/// The offsets of a call's buffers, in the order in which the call takes them.
 #[derive(Debug, Default)]
 pub struct Layout {
     places: Vec<Place>,
@@ -22,7 +22,7 @@ struct Place {
     bytes: usize,
 }
 
-/// A buffer of a rehearsal, and when it is taken and given back: by a clock that ticks at each of these.
+/// A buffer of a dry run, and the times at which it is taken and given back, by a clock that ticks at each.
 #[derive(Debug, Clone, Copy)]
 struct Life {
     bytes: usize,
@@ -30,11 +30,11 @@ struct Life {
     end: usize,
 }
 
-/// What a call takes its buffers from.
+/// The allocation that a call takes its buffers from.
 pub struct Arena<'a> {
-    /// Where the memory begins on the device.
+    /// Address of the memory on the device.
     base: u64,
-    /// None in a rehearsal.
+    /// `None` in a dry run.
     layout: Option<&'a Layout>,
     lives: RefCell<Vec<Life>>,
     taken: Cell<usize>,
@@ -49,13 +49,13 @@ pub struct Region<'a> {
 }
 
 impl Layout {
-    /// Of what `rehearse` takes.
+    /// The layout of the buffers that `dry_run` takes.
     ///
     /// # Errors
-    /// That of `rehearse`.
-    pub fn of<E>(rehearse: impl FnOnce(&Arena) -> Result<(), E>) -> Result<Self, E> {
+    /// If `dry_run` fails.
+    pub fn of<E>(dry_run: impl FnOnce(&Arena) -> Result<(), E>) -> Result<Self, E> {
         let arena = Arena::new(0, None);
-        rehearse(&arena)?;
+        dry_run(&arena)?;
         Ok(Self::placed(&arena.lives.borrow()))
     }
 
@@ -67,9 +67,9 @@ impl Layout {
         let mut placed: Vec<usize> = Vec::with_capacity(lives.len());
         for number in order {
             let Life { bytes, begin, end } = lives[number];
-            let meets = |other: &usize| lives[*other].begin < end && begin < lives[*other].end;
+            let overlaps = |other: &usize| lives[*other].begin < end && begin < lives[*other].end;
             let mut beside: Vec<Place> =
-                placed.iter().filter(|other| meets(other)).map(|other| places[*other]).collect();
+                placed.iter().filter(|other| overlaps(other)).map(|other| places[*other]).collect();
             beside.sort_unstable_by_key(|place| place.offset);
             let mut offset = 0;
             for other in beside {
@@ -85,14 +85,14 @@ impl Layout {
         Self { places, bytes }
     }
 
-    /// Of the memory that such a call needs.
+    /// Bytes of memory that such a call needs.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 }
 
 impl<'a> Arena<'a> {
-    /// For a call like the rehearsed one, in [`Layout::bytes`] bytes at `base`.
+    /// For a call of the same shape as the dry run, in [`Layout::bytes`] bytes at `base`.
     pub fn at(base: u64, layout: &'a Layout) -> Self {
         Self::new(base, Some(layout))
     }
@@ -101,10 +101,10 @@ impl<'a> Arena<'a> {
         Self { base, layout, lives: RefCell::default(), taken: Cell::new(0), clock: Cell::new(0) }
     }
 
-    /// Room for `len` values, which holds whatever was there before. In a rehearsal its address means nothing.
+    /// Room for `len` values, which holds whatever was there before. In a dry run its address means nothing.
     ///
     /// # Errors
-    /// If the call takes what it has not rehearsed.
+    /// If the call takes other buffers than the dry run.
     pub fn take<T>(&self, len: usize) -> Result<Region<'_>, Error> {
         let bytes = (len * size_of::<T>()).next_multiple_of(ALIGNMENT);
         let number = self.taken.replace(self.taken.get() + 1);
@@ -115,7 +115,7 @@ impl<'a> Arena<'a> {
             }
             Some(layout) => match layout.places.get(number) {
                 Some(place) if place.bytes == bytes => self.base + place.offset as u64,
-                place => bail!("buffer {number} of a call has {bytes} bytes, rehearsed was {place:?}"),
+                place => bail!("buffer {number} of a call has {bytes} bytes, planned was {place:?}"),
             },
         };
         Ok(Region { address, number, arena: self })
@@ -183,7 +183,7 @@ mod tests {
         let run = || layers(&Arena::at(4096, &layout)).unwrap();
         assert_eq!(run(), run());
         let other = Arena::at(4096, &layout);
-        assert!(other.take::<u8>(1).is_err(), "another buffer than the rehearsed one");
+        assert!(other.take::<u8>(1).is_err(), "another buffer than the planned one");
     }
 
     #[test]

@@ -1,17 +1,17 @@
-//! Attention of one query: what a job of `attention.cuh` is told.
+//! Attention of one query: the operands of an attention instruction of `attention.cuh`.
 
 use candle_core::{Result, bail};
 
-use super::program::{Facts, WARPS};
+use super::step_kernel::{DeviceProperties, WARPS};
 
-/// Elements of a head whose units of 8 one warp holds.
+/// Elements of a head: one warp holds its units of 8.
 const MAX_D: usize = 256;
-/// Bytes of a unit's keys: enough to be worth the joining, few enough that a short context is split.
+/// Bytes of a unit's keys: enough to be worth the merge, few enough that a short context is split.
 const SPAN_BYTES: usize = 16 << 10;
 /// Spans are multiples of it.
 const SPAN_STEP: usize = 32;
 
-/// As `struct Attention` of job.cuh, which says what each is.
+/// As `struct Attention` of instruction.cuh, which describes each field.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct Attention {
@@ -37,28 +37,28 @@ pub struct Attention {
     pub capacity: i32,
     pub span: i32,
     pub splits: i32,
-    /// For [`super::program::Jobs`] to fill in.
-    pub of_job: [i32; 3],
+    /// Set by [`super::program::ProgramBuilder`].
+    pub written_by: [i32; 3],
 }
 
-/// How the positions of a head are split into units, which blocks take.
+/// The split of a head's positions into units, which blocks take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Split {
-    /// Positions of a unit, and units one behind the other.
+    /// Positions of a unit, and units of a head.
     pub span: usize,
     pub splits: usize,
 }
 
 impl Split {
     /// At most a unit for each multiprocessor at `capacity` positions where there are as many, none with too little to do.
-    pub fn new(capacity: usize, heads: usize, d_pad: usize, facts: Facts) -> Self {
+    pub fn new(capacity: usize, heads: usize, d_pad: usize, properties: DeviceProperties) -> Self {
         let least = SPAN_BYTES / (size_of::<half::f16>() * d_pad) / SPAN_STEP * SPAN_STEP;
-        let most_splits = (facts.multiprocessors / heads).max(1);
+        let most_splits = (properties.multiprocessors / heads).max(1);
         let span = capacity.div_ceil(most_splits).next_multiple_of(SPAN_STEP).max(least).max(SPAN_STEP);
         Self { span, splits: capacity.div_ceil(span) }
     }
 
-    /// fp32 values that units leave for each other.
+    /// fp32 values of all partial results.
     pub fn partials(self, heads: usize, d: usize) -> usize {
         heads * self.splits * (2 + d)
     }
@@ -72,17 +72,17 @@ impl Attention {
         }
     }
 
-    /// Blocks that have something to do where the cache is full.
+    /// Units where the cache is full: as many blocks have work.
     pub(super) fn units(&self) -> usize {
         (self.kv_heads * self.group * self.splits) as usize
     }
 
-    /// Keys and values of one of them.
+    /// Bytes of keys and values of a unit.
     pub(super) fn unit_bytes(&self) -> usize {
         2 * size_of::<half::f16>() * (self.span.min(self.capacity) * self.d_pad) as usize
     }
 
-    /// What `attend` lays out in its `room`.
+    /// Bytes of `room` in attention.cuh's `attend`.
     pub(super) fn shared_bytes(&self) -> usize {
         let d_pad = self.d_pad as usize;
         let (q, states) = (d_pad, WARPS * (2 + d_pad));

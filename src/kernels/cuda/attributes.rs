@@ -1,4 +1,4 @@
-//! What the driver says of a device beyond what every run needs.
+//! Attributes of a device that not every run needs.
 
 use candle_core::cuda_backend::cudarc::driver::{result, sys};
 
@@ -12,12 +12,12 @@ pub struct Attributes {
     pub memory_clock_khz: Option<i32>,
     pub bus_bits: Option<i32>,
     pub pool: Option<bool>,
-    /// Whether several processes may use it at once.
+    /// Several processes may use it at once.
     pub shared: Option<bool>,
 }
 
 impl Attributes {
-    /// What memory gives in a microsecond, by two transfers a clock.
+    /// Bytes that memory transfers in a microsecond, by two transfers a clock.
     pub fn bytes_per_us(&self) -> Option<usize> {
         let clock_khz = usize::try_from(self.memory_clock_khz?).ok()?;
         Some(2 * usize::try_from(self.bus_bits?).ok()? / 8 * clock_khz / 1000)
@@ -29,7 +29,7 @@ pub fn count() -> usize {
     result::device::get_count().ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
 }
 
-/// Of device `ordinal`; nothing is known of one that is not there.
+/// Attributes of device `ordinal`; all unknown where it does not exist.
 pub fn of(ordinal: usize) -> Attributes {
     let Some(device) = i32::try_from(ordinal).ok().and_then(|ordinal| result::device::get(ordinal).ok()) else {
         return Attributes::default();

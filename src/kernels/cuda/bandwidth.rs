@@ -5,8 +5,8 @@ use candle_core::{CudaDevice, Result};
 
 use super::launch::address;
 use super::memory::{driver_error, free_and_total_bytes};
-use super::program::Facts;
 use super::rows::Rows;
+use super::step_kernel::DeviceProperties;
 
 /// Far more than any last-level cache, and little of any device that a model fits on.
 const BYTES: usize = 2 << 30;
@@ -21,7 +21,7 @@ pub fn measure(device: &CudaDevice) -> Result<(f64, f64)> {
     let bytes = BYTES.min(usize::try_from(free_bytes / 4).unwrap_or(BYTES)) / 32 * 16;
     let from: CudaSlice<u8> = device.alloc_zeros(bytes)?;
     let mut to: CudaSlice<u8> = device.alloc_zeros(bytes)?;
-    let blocks = BLOCKS * Facts::of(device)?.multiprocessors;
+    let blocks = BLOCKS * DeviceProperties::of(device)?.multiprocessors;
     let (source, sink) = (address(&from, device), address(&to, device));
     let read_s = best_s(device, &mut || {
         // SAFETY: `from` holds this many words of 16 bytes, `to` at least one of 4.

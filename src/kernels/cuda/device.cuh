@@ -1,5 +1,5 @@
-// The device as kernels see it: every instruction that C++ does not name, and what each chip has for it. No other file
-// holds assembly, so that its twin in tests/shim/include runs the same kernels on a host.
+// The PTX that kernels use, by chip. No other file of kernels holds assembly, so that the twin of this file in tests/shim/include runs the
+// same kernels on a host.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 #include "kernels/cuda/warp.cuh"
 
-// Shared memory that is sized at launch, from a multiple of 32 on.
+// Dynamic shared memory, aligned to 32 bytes.
 #define DYNAMIC_SHARED(TYPE, NAME) extern __shared__ __align__(32) TYPE NAME[]
 
 // The largest over the warp, in every lane.
@@ -21,7 +21,7 @@ __device__ __forceinline__ uint32_t warp_largest(uint32_t value) {
 #endif
 }
 
-// Sixteen bytes that are read once: first to leave the caches. Volatile, so that it stays above a wait.
+// Loads 16 bytes that are read once (evict-first). Volatile, so that the load stays above a wait.
 __device__ __forceinline__ uint4 load_streaming(const void *at) {
     uint4 value;
     asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -30,10 +30,10 @@ __device__ __forceinline__ uint4 load_streaming(const void *at) {
     return value;
 }
 
-// Shared memory by its own short addresses: a pointer that was kept in memory would be loaded as if it could point anywhere.
+// A 32-bit address of shared memory: a generic pointer that was stored in memory would be loaded from as if it could point anywhere.
 __device__ __forceinline__ uint32_t shared_address(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
 
-// What stays as it is from a barrier on, at an address that is known only behind it: these loads may be moved freely.
+// Loads data that does not change after a barrier and whose address is known only behind it: the compiler may move these loads.
 __device__ __forceinline__ uint32_t load_shared(uint32_t at) {
     uint32_t value;
     asm("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at));
@@ -48,20 +48,20 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t at) {
     return value;
 }
 
-// Where word `index` lies: one instruction, which C++ makes three of behind a byte that was cut out.
+// The address of word `index` in one instruction; the compiler makes three of it where the index is an extracted byte.
 __device__ __forceinline__ uint32_t word_at(uint32_t base, uint32_t index) {
     uint32_t at;
     asm("mad.lo.u32 %0, %1, 4, %2;" : "=r"(at) : "r"(index), "r"(base));
     return at;
 }
 
-// The same, without a trace of how it was made: what is kept over a loop and not made anew in it.
-__device__ __forceinline__ int kept(int value) {
+// The same value, opaque to the compiler: it is kept over a loop and not recomputed in it.
+__device__ __forceinline__ int opaque(int value) {
     asm("" : "+r"(value));
     return value;
 }
 
-// What a copy has brought, behind the wait for it.
+// Loads data that an asynchronous copy has written, behind the wait for the copy.
 __device__ __forceinline__ uint4 load_copied_16(uint32_t at) {
     uint4 value;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -82,8 +82,8 @@ __device__ __forceinline__ uint32_t load_copied_byte(uint32_t at) {
     return value;
 }
 
-// Copies 16 bytes into shared memory, in the background where the chip can; each lane awaits its own. The rest of the cache
-// line is asked for as well. Where not `wanted`, zeros, without a look at `from`.
+// Copies 16 bytes into shared memory, asynchronously where the chip can; each lane waits for its own copies. The rest of the cache line is
+// prefetched. Writes zeros where not `wanted`, and does not read `from`.
 __device__ __forceinline__ void copy_streaming(uint32_t to, const void *from, int wanted) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("{.reg .pred p; setp.eq.u32 p, %2, 0; cp.async.cg.shared.global.L2::128B [%0], [%1], 16, p;}" ::"r"(to), "l"(from),
@@ -103,47 +103,46 @@ __device__ __forceinline__ void copy_word(uint32_t to, const void *from) {
 #endif
 }
 
-// Copies of many bytes by a unit of their own, from Hopper on: no thread waits for its turn, and a barrier in shared memory
-// counts what has arrived.
+// Bulk copies (TMA), from Hopper on: a barrier in shared memory counts the bytes that have arrived.
 #if __CUDA_ARCH__ >= 900
 constexpr bool HAS_BULK_COPIES = true;
 
-// A phase of the barrier ends with so many arrivals and all the bytes that were announced. Other threads see it behind the next
+// A phase of the barrier completes with so many arrivals and all expected bytes. The barrier is visible to other threads behind the next
 // barrier of the block.
-__device__ __forceinline__ void start_barrier(uint32_t barrier, int arrivals) {
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n fence.mbarrier_init.release.cluster;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Arrives, and announces bytes.
-__device__ __forceinline__ void announce(uint32_t barrier, int bytes) {
+// Arrives, and adds to the bytes that the phase expects.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// A multiple of 16 bytes, from and to multiples of 16.
+// Size and both addresses are multiples of 16 bytes.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
                  "r"(bytes), "r"(barrier)
                  : "memory");
 }
 
-__device__ __forceinline__ void arrive_at(uint32_t barrier) {
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Whether the running phase is another one. Phases are even and odd in turn, the first one even.
-__device__ __forceinline__ bool has_ended(uint32_t barrier, uint32_t is_odd) {
-    uint32_t ended;
+// Whether the phase of this parity has completed. The first phase is even.
+__device__ __forceinline__ bool mbarrier_has_completed(uint32_t barrier, uint32_t is_odd) {
+    uint32_t counters;
     asm volatile(
         "{.reg .pred p;\n"
         "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;}"
-        : "=r"(ended)
+        : "=r"(counters)
         : "r"(barrier), "r"(is_odd)
         : "memory");
-    return ended;
+    return counters;
 }
 
-__device__ __forceinline__ void await_phase(uint32_t barrier, uint32_t is_odd) {
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t is_odd) {
     asm volatile(
         "{.reg .pred p;\n"
         "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
@@ -153,21 +152,21 @@ __device__ __forceinline__ void await_phase(uint32_t barrier, uint32_t is_odd) {
 }
 #else
 constexpr bool HAS_BULK_COPIES = false;
-__device__ __forceinline__ void start_barrier(uint32_t, int) {}
-__device__ __forceinline__ void announce(uint32_t, int) {}
+__device__ __forceinline__ void mbarrier_init(uint32_t, int) {}
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t, int) {}
 __device__ __forceinline__ void copy_bulk(uint32_t, const void *, int, uint32_t) {}
-__device__ __forceinline__ void arrive_at(uint32_t) {}
-__device__ __forceinline__ bool has_ended(uint32_t, uint32_t) { return true; }
-__device__ __forceinline__ void await_phase(uint32_t, uint32_t) {}
+__device__ __forceinline__ void mbarrier_arrive(uint32_t) {}
+__device__ __forceinline__ bool mbarrier_has_completed(uint32_t, uint32_t) { return true; }
+__device__ __forceinline__ void mbarrier_wait(uint32_t, uint32_t) {}
 #endif
 
-// The first COUNT threads of a block meet.
+// A barrier of the first COUNT threads of a block.
 template <int COUNT>
-__device__ __forceinline__ void meet_first() {
+__device__ __forceinline__ void barrier_sync_first() {
     asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory");
 }
 
-// What threads of a block tell each other in shared memory, and what they wrote before.
+// Release and acquire between the threads of a block, in shared memory.
 __device__ __forceinline__ void store_release(int *at, int value) {
     asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(shared_address(at)), "r"(value) : "memory");
 }
@@ -178,36 +177,36 @@ __device__ __forceinline__ int load_acquire(const int *at) {
     return value;
 }
 
-// Ends a batch of copies, which may be empty.
-__device__ __forceinline__ void end_copies() {
+// Commits a group of copies, which may be empty.
+__device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// All batches but the last LEFT have arrived.
+// Waits for all groups but the last LEFT.
 template <int LEFT>
-__device__ __forceinline__ void await_copies() {
+__device__ __forceinline__ void wait_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 #endif
 }
 
-// Everything that this thread copies has arrived.
-__device__ __forceinline__ void await_all_copies() {
+// Waits for all copies of this thread.
+__device__ __forceinline__ void wait_all_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
-// Constant data, volatile so that it stays above a wait.
+// Loads constant data. Volatile, so that the load stays above a wait.
 __device__ __forceinline__ float load_float(const float *at) {
     float value;
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(at));
     return value;
 }
 
-// Asks for a cache line of constant data, for later.
+// Prefetches a cache line of constant data.
 __device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 
 __device__ __forceinline__ float2 load_two(const float2 *at) {
@@ -216,8 +215,8 @@ __device__ __forceinline__ float2 load_two(const float2 *at) {
     return value;
 }
 
-// What an earlier launch has written, past L1, of which it would take what is read again.
-__device__ __forceinline__ uint4 load_fresh(const void *at) {
+// Loads from L2 what an earlier launch has written. L1 may hold an older value.
+__device__ __forceinline__ uint4 load_l2(const void *at) {
     uint4 value;
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -226,32 +225,31 @@ __device__ __forceinline__ uint4 load_fresh(const void *at) {
     return value;
 }
 
-__device__ __forceinline__ int load_fresh(const int *at) {
+__device__ __forceinline__ int load_l2(const int *at) {
     int value;
     asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
     return value;
 }
 
-__device__ __forceinline__ __half load_fresh(const __half *at) {
+__device__ __forceinline__ __half load_l2(const __half *at) {
     unsigned short bits;
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(at) : "memory");
     return __ushort_as_half(bits);
 }
 
-// A word to the host, whole or not at all.
+// Stores a word to host memory, atomically.
 __device__ __forceinline__ void store_to_host(unsigned long long *at, unsigned long long value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
 
-// What blocks of one launch, all of which are on the device at once, tell each other: words of 4 or 8 bytes that are whole at every
-// look. Relaxed, from L2: nothing is told of other words.
-__device__ __forceinline__ uint32_t look(const uint32_t *at) {
+// Relaxed loads and stores between the blocks of a cooperative launch: words of 4 or 8 bytes, atomic, through L2. They order no other words.
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t *at) {
     uint32_t word;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
     return word;
 }
 // Two words of 8 bytes, or four of 4.
-__device__ __forceinline__ uint4 look(const uint4 *at) {
+__device__ __forceinline__ uint4 load_relaxed(const uint4 *at) {
     uint4 words;
     asm volatile("{.reg .b64 a, b;\n"
                  "ld.relaxed.gpu.global.v2.b64 {a, b}, [%4];\n"
@@ -262,10 +260,10 @@ __device__ __forceinline__ uint4 look(const uint4 *at) {
                  : "memory");
     return words;
 }
-__device__ __forceinline__ void tell(uint32_t *at, uint32_t word) {
+__device__ __forceinline__ void store_relaxed(uint32_t *at, uint32_t word) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
 }
-__device__ __forceinline__ void tell(uint2 *at, uint2 word) {
+__device__ __forceinline__ void store_relaxed(uint2 *at, uint2 word) {
     asm volatile("{.reg .b64 word;\n"
                  "mov.b64 word, {%1, %2};\n"
                  "st.relaxed.gpu.global.b64 [%0], word;}" ::"l"(at),
@@ -273,18 +271,18 @@ __device__ __forceinline__ void tell(uint2 *at, uint2 word) {
                  : "memory");
 }
 
-// Between two looks. The load itself takes long enough.
-__device__ __forceinline__ void pause() {}
+// Between two polls. The load itself takes long enough.
+__device__ __forceinline__ void backoff() {}
 
-// From here on all threads of the warps' group of four have COUNT registers.
+// Sets the registers of the threads of a warp group (four warps) to COUNT.
 template <int COUNT>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void release_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
 }
 template <int COUNT>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void acquire_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif

@@ -1,16 +1,19 @@
 //! Finding and opening a device, with an answer for every machine that has none.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 
 use anyhow::Result;
 use candle_core::cuda_backend::cudarc::cublas;
 use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
 use candle_core::{CudaDevice, Device};
 
+use super::cublas::multiply;
+use super::gemm::Gemm;
+use super::launch::{Fatbin, Grid, Launcher, launch};
 use super::{libraries, memory};
 use crate::error::BadInput;
 
-/// What records say about a device.
+/// A device as records describe it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceFacts {
     pub name: String,
@@ -39,11 +42,11 @@ pub fn probe(ordinal: usize) -> Result<DeviceFacts> {
     check_driver(version.and_then(|version| result::init().map(|()| version)))?;
     let count = result::device::get_count().unwrap_or(0);
     check_ordinal(ordinal, count)?;
-    let facts = read_facts(ordinal, version.unwrap_or(0)).map_err(|error| {
+    let properties = read_facts(ordinal, version.unwrap_or(0)).map_err(|error| {
         BadInput::new(format!("CUDA device {ordinal} does not answer: {}", name_of(error))).hint(GO_ON)
     })?;
-    check_capability(&facts)?;
-    Ok(facts)
+    check_capability(&properties)?;
+    Ok(properties)
 }
 
 /// Opens device `ordinal` with a stream of its own, fp32 sums in every cuBLAS product, and a pool that keeps freed memory.
@@ -108,14 +111,14 @@ fn check_ordinal(ordinal: usize, count: i32) -> Result<(), BadInput> {
     }
 }
 
-fn check_capability(facts: &DeviceFacts) -> Result<(), BadInput> {
-    if facts.compute_capability >= NEEDED_CAPABILITY {
+fn check_capability(properties: &DeviceFacts) -> Result<(), BadInput> {
+    if properties.compute_capability >= NEEDED_CAPABILITY {
         return Ok(());
     }
-    let ((major, minor), (needed_major, needed_minor)) = (facts.compute_capability, NEEDED_CAPABILITY);
+    let ((major, minor), (needed_major, needed_minor)) = (properties.compute_capability, NEEDED_CAPABILITY);
     let message = format!(
         "{} has compute capability {major}.{minor}; this build needs {needed_major}.{needed_minor} or newer",
-        facts.name
+        properties.name
     );
     Err(BadInput::new(message).hint(GO_ON))
 }
@@ -163,6 +166,25 @@ fn name_of(error: DriverError) -> String {
     name.map(|name| format!("{name} ({number})")).unwrap_or_else(|_| format!("error {number}"))
 }
 
+impl Launcher for CudaDevice {
+    unsafe fn launch(
+        &self,
+        fatbin: &'static Fatbin,
+        kernel: &'static str,
+        grid: Grid,
+        parameters: &mut [*mut c_void],
+    ) -> candle_core::Result<()> {
+        let kernel = fatbin.kernel(self, kernel)?;
+        // SAFETY: the caller's promise.
+        unsafe { launch(self, kernel, grid, parameters) }
+    }
+
+    unsafe fn multiply(&self, gemm: &Gemm) -> candle_core::Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { multiply(gemm, self) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,7 +196,7 @@ mod tests {
         }
     }
 
-    fn facts(compute_capability: (u32, u32)) -> DeviceFacts {
+    fn properties(compute_capability: (u32, u32)) -> DeviceFacts {
         let (name, cuda) = ("Chip".into(), "13.0".into());
         DeviceFacts { name, compute_capability, driver: None, cuda, total_bytes: 0 }
     }
@@ -189,7 +211,7 @@ mod tests {
             (check_ordinal(0, 0), "sees no GPU"),
             (check_ordinal(1, 1), "the only one is `cuda:0`"),
             (check_ordinal(4, 2), "`cuda:0` to `cuda:1`"),
-            (check_capability(&facts((7, 0))), "Chip has compute capability 7.0; this build needs 7.5"),
+            (check_capability(&properties((7, 0))), "Chip has compute capability 7.0; this build needs 7.5"),
         ];
         for (result, part) in refused {
             let said = text(result);
@@ -203,8 +225,8 @@ mod tests {
             check_driver(Ok(13000)),
             check_driver(Ok(13020)),
             check_ordinal(1, 2),
-            check_capability(&facts((7, 5))),
-            check_capability(&facts((12, 0))),
+            check_capability(&properties((7, 5))),
+            check_capability(&properties((12, 0))),
         ];
         assert!(accepted.into_iter().map(text).all(|said| said == "ok"));
     }

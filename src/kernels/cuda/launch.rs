@@ -84,7 +84,7 @@ impl Kernel {
     /// is more, and asks for the largest share of on-chip memory: a multiprocessor that must divide it anew drains first.
     pub fn allow_shared(&self, bytes: usize) -> Result<()> {
         use sys::CUfunction_attribute as attribute;
-        // The driver keeps the last number that it is told, and refuses every launch that wants more.
+        // The driver keeps the last limit that was set, and refuses every launch that needs more.
         static ALLOWED: Mutex<Vec<(Kernel, usize)>> = Mutex::new(Vec::new());
         let mut allowed = ALLOWED.lock().unwrap_or_else(PoisonError::into_inner);
         let known = allowed.iter_mut().find(|(kernel, _)| kernel == self);
@@ -140,7 +140,7 @@ impl Grid {
     }
 }
 
-/// What runs kernels: a device, or in tests a host that compiles the same sources.
+/// Runs kernels: a device, or in tests a host that compiles the same sources.
 pub trait Launcher {
     /// # Safety
     /// As [`launch`] says.
@@ -155,39 +155,20 @@ pub trait Launcher {
     /// A product that no kernel of ours makes.
     ///
     /// # Safety
-    /// As [`Gemm::run`] says.
+    /// The operands are matrices of these shapes where this runs, and stay so until its stream has come past this call.
     unsafe fn multiply(&self, gemm: &Gemm) -> Result<()>;
 }
 
-/// Runs nothing: for what a call takes, before it has memory.
-pub struct Rehearsal;
+/// Launches nothing: for planning the memory of a call before there is any.
+pub struct MemoryPlanner;
 
-impl Launcher for Rehearsal {
+impl Launcher for MemoryPlanner {
     unsafe fn launch(&self, _: &'static Fatbin, _: &'static str, _: Grid, _: &mut [*mut c_void]) -> Result<()> {
         Ok(())
     }
 
     unsafe fn multiply(&self, _: &Gemm) -> Result<()> {
         Ok(())
-    }
-}
-
-impl Launcher for CudaDevice {
-    unsafe fn launch(
-        &self,
-        fatbin: &'static Fatbin,
-        kernel: &'static str,
-        grid: Grid,
-        parameters: &mut [*mut c_void],
-    ) -> Result<()> {
-        let kernel = fatbin.kernel(self, kernel)?;
-        // SAFETY: the caller's promise.
-        unsafe { launch(self, kernel, grid, parameters) }
-    }
-
-    unsafe fn multiply(&self, gemm: &Gemm) -> Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe { gemm.run(self) }
     }
 }
 
@@ -235,7 +216,7 @@ pub unsafe fn launch(device: &CudaDevice, kernel: Kernel, grid: Grid, parameters
 /// CUDA's limit for the second dimension of a grid.
 pub const MAX_GRID_Y: u32 = 65535;
 
-/// Where `memory` begins on the device. All work is on one stream, so that the address stays good while the owner lives.
+/// The address of `memory` on the device. All work is on one stream, so that the address stays good while the owner lives.
 pub fn address<T, P: DevicePtr<T>>(memory: &P, device: &CudaDevice) -> u64 {
     memory.device_ptr(&device.cuda_stream()).0
 }

@@ -55,7 +55,7 @@ pub fn free_and_total_bytes(device: &CudaDevice) -> Result<(u64, u64)> {
     Ok((free as u64, total as u64))
 }
 
-/// Whether the error is an allocation that did not fit. The pool then holds all it could get: see [`release_unused`].
+/// Returns whether the error is an allocation that did not fit. The pool then holds all it could get: see [`release_unused`].
 pub fn is_out_of_memory(error: &Error) -> bool {
     match error {
         Error::Cuda(inner) => match inner.downcast_ref::<CudaError>() {

@@ -9,6 +9,7 @@ pub mod arena;
 pub mod attention;
 pub mod attributes;
 pub mod bandwidth;
+pub mod cublas;
 pub mod device;
 mod functions;
 pub mod gemm;
@@ -20,5 +21,6 @@ pub mod program;
 pub mod rows;
 pub mod shared_input;
 pub mod staging;
+pub mod step_kernel;
 
 pub use device::{open, probe};

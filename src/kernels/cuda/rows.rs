@@ -9,7 +9,7 @@ use crate::parameters;
 
 pub static KERNELS: Fatbin = Fatbin { name: "rows", image: include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")) };
 
-/// As in rows.cu, for scores and for activations.
+/// Threads of rows.cu, for scores and for activations.
 const THREADS: u32 = 256;
 const WIDE_THREADS: u32 = 1024;
 
@@ -54,7 +54,7 @@ impl Rows<'_> {
     /// fp32 `out[t] = scale · table[token_t]`; rows whose token is `image` take row `feature_of_row[t]` of `features`.
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn embed(
         self,
@@ -77,7 +77,7 @@ impl Rows<'_> {
     /// fp32 `x[t] += table[t]`
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     pub unsafe fn add_table(self, rows: usize, x: u64, table: Table) -> Result<()> {
         let (stride, width) = (dimension(table.stride)?, dimension(table.width)?);
         // SAFETY: as rows.cu declares them.
@@ -89,7 +89,7 @@ impl Rows<'_> {
     /// fp32 `x += addends`, the first of which may be all; fp16 `out = norm(x)`, a layer norm where there is a `bias`.
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn norm(
         self,
@@ -111,7 +111,7 @@ impl Rows<'_> {
     /// `y[t] += bias`, fp32 or fp16.
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     pub unsafe fn add_bias(self, rows: usize, width: usize, y: u64, is_float: bool, bias: u64) -> Result<()> {
         let (n, count, is_float) = (dimension(width)?, (rows * width) as i64, i32::from(is_float));
         // SAFETY: as rows.cu declares them.
@@ -123,7 +123,7 @@ impl Rows<'_> {
     /// fp32 `out = a + addends`, of which there is one at least.
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     pub unsafe fn add(self, rows: usize, width: usize, a: u64, [first, second]: [Addend; 2], out: u64) -> Result<()> {
         let (n, count) = (dimension(width)?, (rows * width) as i64);
         let parameters = parameters![a, first, second, out, n, count];
@@ -134,7 +134,7 @@ impl Rows<'_> {
     /// fp16 `out = act(gate + bias) · up`, the sum rounded to fp16; `bias`, fp32 `[width]`, and `up` may be 0.
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn activate(
         self,
@@ -156,7 +156,7 @@ impl Rows<'_> {
     /// on. `rotary` may be 0, `q` then too.
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn append(
         self,
@@ -182,7 +182,7 @@ impl Rows<'_> {
     /// fp16 `weights = softmax(scale · scores + bias)` over fp32 `[heads, rows, total]`.
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn softmax(
         self,
@@ -206,7 +206,7 @@ impl Rows<'_> {
     /// each head, so that it is for few rows.
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn attend(
         self,
@@ -235,7 +235,7 @@ impl Rows<'_> {
     /// fp16 to fp32.
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     pub unsafe fn widen(self, count: usize, from: u64, to: u64) -> Result<()> {
         let n = count as i64;
         // SAFETY: as rows.cu declares them.
@@ -245,7 +245,7 @@ impl Rows<'_> {
     /// Reads `words` of 16 bytes and writes one of 4 bytes now and then.
     ///
     /// # Safety
-    /// As [`Rows`] says.
+    /// See [`Rows`].
     pub unsafe fn read(self, blocks: usize, words: usize, from: u64, out: u64) -> Result<()> {
         let n = words as i64;
         // SAFETY: as rows.cu declares them.
@@ -253,7 +253,7 @@ impl Rows<'_> {
     }
 
     /// # Safety
-    /// As [`Launcher::launch`] says.
+    /// See [`Launcher::launch`].
     unsafe fn launch(self, kernel: &'static str, grid: Grid, parameters: &mut [*mut c_void]) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.on.launch(&KERNELS, kernel, grid, parameters) }

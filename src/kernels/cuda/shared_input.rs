@@ -16,7 +16,7 @@ pub struct SharedInput<'a> {
     pub outlier_columns: u64,
     pub arena: &'a Arena<'a>,
     made: OnceCell<Box<dyn Any>>,
-    /// Where that lies.
+    /// The memory of it.
     kept: RefCell<Vec<Region<'a>>>,
 }
 
@@ -33,7 +33,7 @@ impl<'a> SharedInput<'a> {
         Ok(address)
     }
 
-    /// What `make` gave to the first that asked; None where that was of another type.
+    /// The result of the first `make`; `None` where that was of another type.
     pub fn made<T: 'static>(&self, make: impl FnOnce() -> Result<T>) -> Result<Option<&T>> {
         if self.made.get().is_none() {
             let _ = self.made.set(Box::new(make()?));

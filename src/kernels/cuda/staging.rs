@@ -1,5 +1,5 @@
 //! The way of data onto a device: pinned buffers that threads fill, copied in the background on a stream of their own, and a
-//! slab of as many pieces from which kernels on the device's stream take what has arrived.
+//! slab of as many chunks from which kernels on the device's stream take what has arrived.
 //!
 //! ```text
 //! take ─► fill ─► send ─┬─ copies:   [copy to the slab]──┐
@@ -23,7 +23,7 @@ use super::memory::driver_error;
 pub const BUFFER_BYTES: usize = 4 << 20;
 /// Enough for a copy, a kernel and a dozen threads that fill.
 pub const BUFFERS: usize = 16;
-/// What staging takes at most, of the device's memory and of pinned memory each.
+/// Most bytes that staging takes, of the device's memory and of pinned memory each.
 pub const SLAB_BYTES: usize = BUFFERS * BUFFER_BYTES;
 
 /// Buffers come as they are needed; all go when this is dropped.

@@ -11,7 +11,7 @@ use crate::kernels::cuda::rows::{Bias, Heads, Rows};
 use crate::lower::score_tiles::{ScoreTile, ScoreTiles, is_one_kernel};
 
 /// One attention.
-pub struct Call {
+pub struct RowsAttention {
     pub rows: usize,
     pub heads: Heads,
     /// fp16 `[rows, h · d]`, rotated; so is `out`.
@@ -27,7 +27,7 @@ pub struct Call {
     pub bias: Option<BiasAt>,
 }
 
-impl Call {
+impl RowsAttention {
     /// # Safety
     /// `q` and `out` hold rows of all heads and the cache `keys` positions; all stay where `on` runs until its stream has come past
     /// this call.

@@ -38,7 +38,7 @@ impl CallInput {
     /// The input of a call over `tokens`, where the last encoder call had `encoded` rows.
     ///
     /// # Errors
-    /// Where more tokens stand for parts of a picture than it has.
+    /// If more tokens stand for parts of a picture than it has.
     pub fn tokens(model: &Model, tokens: &[u32], encoded: usize) -> Result<Self> {
         let image = match model.encoder.as_ref().map(|encoder| encoder.input) {
             Some(EncoderInputKind::Picture(picture)) => Some(picture.token),
@@ -66,8 +66,8 @@ impl CallInput {
 
 /// The result of a call.
 #[derive(Debug, Clone, Copy)]
-pub struct Done {
-    /// Where the rows lie that the head reads; 0 for an encoder.
+pub struct CallResult {
+    /// Address of the rows that the head reads; 0 for an encoder.
     pub x: u64,
     /// Columns that were examined for outliers; the device counts those it finds.
     pub examined: OutlierColumns,

@@ -6,18 +6,18 @@ use super::prefill;
 use super::step::{StepMemory, StepProgram, fused};
 use super::{Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, SessionAt, padded_head};
 use crate::kernels::cuda::arena::Layout;
-use crate::kernels::cuda::launch::Rehearsal;
-use crate::kernels::cuda::matvec::Streamed;
-use crate::kernels::cuda::program::Facts;
+use crate::kernels::cuda::launch::MemoryPlanner;
+use crate::kernels::cuda::matvec::MatrixDesc;
+use crate::kernels::cuda::step_kernel::DeviceProperties;
 use crate::plan::{BiasId, CacheId, MatrixId, Model, RopeId, VectorId};
 use crate::quant::dense;
 
 /// Lowers a decode step, a prompt and an encoder call of one row each.
 ///
 /// # Errors
-/// Where one of them holds an operation that the device has no code for.
-pub fn check(model: &Model, facts: Facts) -> Result<()> {
-    let on = Nowhere { model, facts };
+/// If one of them holds an operation that the device has no code for.
+pub fn check(model: &Model, properties: DeviceProperties) -> Result<()> {
+    let on = Nowhere { model, properties };
     let fused = fused(&on)?;
     // Every buffer has an address of its own, and none is 0.
     let mut next = 0;
@@ -32,7 +32,7 @@ pub fn check(model: &Model, facts: Facts) -> Result<()> {
         let input = CallInput::Tokens(vec![0; 2]);
         Layout::of(|arena| {
             let region = arena.take::<u8>(input.bytes())?;
-            prefill::run(&on, shape, &Rehearsal, arena, region).map(|_| ())
+            prefill::run(&on, shape, &MemoryPlanner, arena, region).map(|_| ())
         })?;
     }
     Ok(())
@@ -41,7 +41,7 @@ pub fn check(model: &Model, facts: Facts) -> Result<()> {
 /// A model that lies nowhere yet: all its matrices are fp16, every address is the same.
 struct Nowhere<'a> {
     model: &'a Model,
-    facts: Facts,
+    properties: DeviceProperties,
 }
 
 /// Aligned as memory is.
@@ -53,13 +53,13 @@ impl Addresses for Nowhere<'_> {
         self.model
     }
 
-    fn facts(&self) -> Facts {
-        self.facts
+    fn properties(&self) -> DeviceProperties {
+        self.properties
     }
 
-    fn matrix(&self, id: MatrixId) -> Streamed {
+    fn matrix(&self, id: MatrixId) -> MatrixDesc {
         let spec = &self.model.matrices[id.0];
-        dense::cuda::streamed((spec.n, spec.k), size_of::<half::f16>(), ADDRESS)
+        dense::cuda::desc((spec.n, spec.k), size_of::<half::f16>(), ADDRESS)
     }
 
     fn vector(&self, _: VectorId) -> u64 {

@@ -8,24 +8,25 @@ pub mod prefill;
 pub mod step;
 mod tables;
 
-pub use call::{CallInput, CallKind, CallShape, Done};
+pub use call::{CallInput, CallKind, CallResult, CallShape};
 pub use check::check;
 pub use tables::{angles, by_distance, padded, padded_floats};
 
 use candle_core::{Result, bail};
 
 use crate::kernels::cuda::launch::dimension;
-use crate::kernels::cuda::matvec::{self, Epilogue, Matvec, Mode, Product, Streamed};
-use crate::kernels::cuda::program::{self, Facts, Planned};
-use crate::plan::{ActivationKind, BiasId, CacheId, EmbedSpec, Head, MatrixId, Model, Op, RopeId, VectorId};
+use crate::kernels::cuda::matvec::{self, Epilogue, MatrixDesc, Mode, Product};
+use crate::kernels::cuda::program::{self, PlannedLaunch, ProgramBuilder};
+use crate::kernels::cuda::step_kernel::DeviceProperties;
+use crate::plan::{ActivationKind, BiasId, CacheId, EmbedSpec, LmHead, MatrixId, Model, Op, RopeId, VectorId};
 
 /// A loaded model in memory that kernels reach: on a device, or in tests on the host.
 pub trait Addresses {
     fn model(&self) -> &Model;
 
-    fn facts(&self) -> Facts;
+    fn properties(&self) -> DeviceProperties;
 
-    fn matrix(&self, id: MatrixId) -> Streamed;
+    fn matrix(&self, id: MatrixId) -> MatrixDesc;
 
     /// fp32, as [`padded`] has it.
     fn vector(&self, id: VectorId) -> u64;
@@ -75,7 +76,7 @@ pub struct SessionAt {
     pub host_slots: usize,
 }
 
-/// Where the state keeps the position, and the rows of the encoder.
+/// Offsets of the position and of the encoder's rows in the state.
 const POSITION_BYTES: u64 = 4;
 const ENCODED_BYTES: u64 = 12;
 
@@ -84,7 +85,7 @@ pub fn padded_head(d: usize) -> usize {
     d.next_multiple_of(8)
 }
 
-/// `enum Activation` of job.cuh.
+/// `enum Activation` of instruction.cuh.
 fn activation_number(kind: ActivationKind) -> i32 {
     match kind {
         ActivationKind::Silu => 1,
@@ -103,34 +104,34 @@ pub fn features_width(model: &Model) -> Option<usize> {
 /// that launches share.
 ///
 /// # Errors
-/// Where the matrix is too large for a kernel.
+/// If the matrix is too large for a kernel.
 pub fn head(
     on: &dyn Addresses,
-    head: Head,
+    head: LmHead,
     x: u64,
     out: u64,
     epilogue: Epilogue,
-    token: program::Head,
-    ended: u64,
-) -> Result<Planned> {
+    token: program::TokenOutput,
+    counters: u64,
+) -> Result<PlannedLaunch> {
     let bias = head.bias.map_or(0, |bias| on.vector(bias));
     let product = Product { matrix: on.matrix(head.weight), bias, out, activation: 0 };
-    let input = matvec::Input { x, scale: head.scale, ..matvec::Input::default() };
-    let mut planned = Matvec::plan(on.facts(), Mode::Apart, vec![input], &[product], epilogue)?;
-    planned.program.head = token;
-    planned.program.ended = ended;
+    let input = matvec::InputDesc { x, scale: head.scale, ..matvec::InputDesc::default() };
+    let mut planned = ProgramBuilder::single(on.properties(), Mode::Apart, vec![input], &[product], epilogue)?;
+    planned.program.token_output = token;
+    planned.program.counters = counters;
     Ok(planned)
 }
 
-/// Where a token is written and the next embedding is read, whoever finds the token: it stands `advance` positions further on.
+/// The destination of a token and of its embedding; the token stands `advance` positions further on.
 /// `best` and `embedding` are the step's.
-fn token_output(on: &dyn Addresses, best: u64, embedding: u64, advance: usize) -> Result<program::Head> {
+fn token_output(on: &dyn Addresses, best: u64, embedding: u64, advance: usize) -> Result<program::TokenOutput> {
     // A token that was generated stands for itself, never for a part of a picture.
     let Some(EmbedSpec { table, scale, image: _, out: _ }) = on.model().decoder.embedding() else {
         bail!("a decoder without an embedding")
     };
     let (table, session) = (on.matrix(table), on.session());
-    Ok(program::Head {
+    Ok(program::TokenOutput {
         best,
         state: session.state,
         host: session.host,

@@ -4,12 +4,12 @@
 use anyhow::{Context, Result, bail};
 use half::f16;
 
-use super::call::{CallKind, CallShape, Done};
+use super::call::{CallKind, CallResult, CallShape};
 use super::{Addresses, activation_number, attention};
 use crate::kernels::cuda::arena::{Arena, Region};
 use crate::kernels::cuda::launch::Launcher;
 use crate::kernels::cuda::matvec::Epilogue;
-use crate::kernels::cuda::program::{Head, Planned};
+use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
 use crate::kernels::cuda::rows::{Addend, Heads, Rows, Table};
 use crate::kernels::cuda::shared_input::SharedInput;
 use crate::plan::{
@@ -25,14 +25,14 @@ const EXECUTOR: &str = "the CUDA prefill";
 /// Launches a call, all but the head of its last row. Its input lies at `input`, as [`super::CallInput`] says.
 ///
 /// # Errors
-/// Where the plan holds an operation that no launch computes, by its name, or a launch fails.
+/// If the plan holds an operation that no launch computes, by its name, or a launch fails.
 pub fn run(
     on: &dyn Addresses,
     shape: CallShape,
     launcher: &dyn Launcher,
     arena: &Arena,
     input: Region,
-) -> Result<Done> {
+) -> Result<CallResult> {
     let model = on.model();
     let (plan, len, kept) = match shape.kind {
         CallKind::Encoder => {
@@ -52,19 +52,25 @@ pub fn run(
 /// The head of the last row, which finds the token of a prompt and puts it where `token` says.
 ///
 /// # Errors
-/// Where the decoder has no head.
-pub fn last_head(on: &dyn Addresses, shape: CallShape, done: Done, token: Head, ended: u64) -> Result<Planned> {
+/// If the decoder has no head.
+pub fn last_head(
+    on: &dyn Addresses,
+    shape: CallShape,
+    done: CallResult,
+    token: TokenOutput,
+    counters: u64,
+) -> Result<PlannedLaunch> {
     let head = on.model().decoder.head().context("this plan has no head")?;
     let x = row_at(on.model(), done, shape.rows - 1)?;
     let epilogue = Epilogue { logits: on.session().logits, ..Epilogue::default() };
-    Ok(super::head(on, head, x, 0, epilogue, token, ended)?)
+    Ok(super::head(on, head, x, 0, epilogue, token, counters)?)
 }
 
-/// Where the head finds a row of a decoder's call.
+/// The address of a row of a decoder's call, as the head reads it.
 ///
 /// # Errors
-/// Where the decoder has no head.
-pub fn row_at(model: &Model, done: Done, row: usize) -> Result<u64> {
+/// If the decoder has no head.
+pub fn row_at(model: &Model, done: CallResult, row: usize) -> Result<u64> {
     let head = model.decoder.head().context("this plan has no head")?;
     Ok(done.x + (row * size_of::<f16>() * model.matrices[head.weight.0].k) as u64)
 }
@@ -114,7 +120,7 @@ struct Prefill<'a> {
 
 impl<'a> Prefill<'a> {
     /// Runs the first `len` operations; `kept` outlives them.
-    fn run(mut self, len: usize, kept: Option<BufferId>) -> Result<Done> {
+    fn run(mut self, len: usize, kept: Option<BufferId>) -> Result<CallResult> {
         for (index, op) in self.plan.ops[..len].iter().enumerate() {
             self.step(index, op).with_context(|| format!("at {op:?}"))?;
             for (id, buffer) in self.buffers.iter_mut().enumerate() {
@@ -124,7 +130,7 @@ impl<'a> Prefill<'a> {
             }
         }
         let x = kept.map_or(Ok(0), |kept| self.read(kept))?;
-        Ok(Done { x, examined: self.examined })
+        Ok(CallResult { x, examined: self.examined })
     }
 
     fn buffer(&self, id: BufferId) -> Result<&Buffer<'a>> {
@@ -193,8 +199,8 @@ impl<'a> Prefill<'a> {
     }
 
     fn table(&self, id: MatrixId) -> Table {
-        let streamed = self.on.matrix(id);
-        Table { address: streamed.weight, stride: streamed.stride_bytes / size_of::<f16>(), width: streamed.k }
+        let desc = self.on.matrix(id);
+        Table { address: desc.weight, stride: desc.stride_bytes / size_of::<f16>(), width: desc.k }
     }
 
     /// Makes the buffer fp32, where it is not, and adds its bias.
@@ -291,7 +297,7 @@ impl<'a> Prefill<'a> {
             let bias = bias.map_or(0, |bias| self.vector(bias));
             self.buffers[out.0] = Some(Buffer { bias, ..y });
         }
-        // The first that looks for outliers finds them for all parts.
+        // The first matrix that has outlier columns finds them for all parts.
         let mut matrices = parts.iter().map(|part| self.on.matrix(part.weight));
         if let Some(matrix) = matrices.find(|matrix| !matrix.threshold.is_nan()) {
             self.examined += OutlierColumns { calls: 1, columns: 0, examined: matrix.k as u64 };
@@ -350,7 +356,7 @@ impl<'a> Prefill<'a> {
     ) -> Result<Buffer<'a>> {
         let holds = self.on.model().caches[cache.0].holds;
         let (q_at, out) = (self.read(q)?, self.half(q)?);
-        let call = attention::Call {
+        let call = attention::RowsAttention {
             rows: self.shape.rows,
             heads: self.heads(cache, Some(q)),
             q: q_at,

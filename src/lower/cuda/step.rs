@@ -5,8 +5,8 @@ use anyhow::{Context, Result};
 use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_floats, token_output};
 use crate::kernels::cuda::attention::{Attention, Split};
 use crate::kernels::cuda::launch::dimension;
-use crate::kernels::cuda::matvec::{Epilogue, Input, Mode, NORM_LAYER, NORM_RMS, Product, Puts};
-use crate::kernels::cuda::program::{COUNTERS, Head, Job, Jobs, Planned};
+use crate::kernels::cuda::matvec::{Epilogue, InputDesc, Mode, NORM_LAYER, NORM_RMS, OutputType, Product};
+use crate::kernels::cuda::program::{COUNTERS, Instruction, PlannedLaunch, ProgramBuilder, TokenOutput};
 use crate::plan::fuse::{FusedInput, FusedOp, FusedPart, Join, MatvecSpec, fuse};
 use crate::plan::{
     ActivationKind, AttentionSpec, BufferId, KeyValue, Mask, MatrixId, Norm, NormKind, VectorId, feature, refuse,
@@ -19,13 +19,13 @@ const EXECUTOR: &str = "the CUDA step";
 /// The fused operations of one step.
 ///
 /// # Errors
-/// Where the decoder's plan cannot be fused.
+/// If the decoder's plan cannot be fused.
 pub fn fused(on: &dyn Addresses) -> Result<Vec<FusedOp>> {
     let family_of = |id: MatrixId| on.matrix(id).family.name;
     Ok(fuse(&on.model().decoder, &family_of)?)
 }
 
-/// Everything that a step writes: as room that it needs, as memory, or as addresses.
+/// Everything that a step writes: as sizes, as memory, or as addresses.
 #[derive(Debug, Clone)]
 pub struct StepMemory<T> {
     /// By the plan's buffers, one row each: tagged fp32 where a residual lives, else tagged fp16. `None` where no instruction
@@ -38,23 +38,23 @@ pub struct StepMemory<T> {
     /// The LM head's largest logits, one for each block.
     pub best: T,
     /// [`COUNTERS`].
-    pub ended: T,
+    pub counters: T,
 }
 
 /// Bytes, and whether they have to be zero before the first step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Room {
+pub struct Allocation {
     pub bytes: usize,
     pub is_zeroed: bool,
 }
 
-impl StepMemory<Room> {
-    /// The room that these operations need.
+impl StepMemory<Allocation> {
+    /// The memory that these operations need.
     pub fn of(on: &dyn Addresses, fused: &[FusedOp]) -> Self {
         let model = on.model();
         let width = |id: BufferId| model.decoder.buffers[id.0].width;
-        // Tags of no step.
-        let zeros = |bytes: usize| Room { bytes, is_zeroed: true };
+        // No step has the tag 0.
+        let zeros = |bytes: usize| Allocation { bytes, is_zeroed: true };
         let mut buffers = vec![None; model.decoder.buffers.len()];
         let (mut partials, mut counters) = (1, 1);
         for op in fused {
@@ -79,10 +79,10 @@ impl StepMemory<Room> {
         }
         Self {
             buffers,
-            partials: Room { bytes: size_of::<f32>() * partials, is_zeroed: false },
+            partials: Allocation { bytes: size_of::<f32>() * partials, is_zeroed: false },
             arrived: zeros(size_of::<i32>() * counters),
-            best: zeros(size_of::<u64>() * on.facts().multiprocessors),
-            ended: zeros(size_of::<u32>() * COUNTERS),
+            best: zeros(size_of::<u64>() * on.properties().multiprocessors),
+            counters: zeros(size_of::<u32>() * COUNTERS),
         }
     }
 }
@@ -99,25 +99,25 @@ impl<T> StepMemory<T> {
             partials: make(&self.partials)?,
             arrived: make(&self.arrived)?,
             best: make(&self.best)?,
-            ended: make(&self.ended)?,
+            counters: make(&self.counters)?,
         })
     }
 
     /// As [`Self::try_map`], where nothing fails.
     pub fn map<U>(&self, mut make: impl FnMut(&T) -> U) -> StepMemory<U> {
-        let Self { buffers, partials, arrived, best, ended } = self;
+        let Self { buffers, partials, arrived, best, counters } = self;
         StepMemory {
             buffers: buffers.iter().map(|buffer| buffer.as_ref().map(&mut make)).collect(),
             partials: make(partials),
             arrived: make(arrived),
             best: make(best),
-            ended: make(ended),
+            counters: make(counters),
         }
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &T> {
-        let Self { buffers, partials, arrived, best, ended } = self;
-        buffers.iter().flatten().chain([partials, arrived, best, ended])
+        let Self { buffers, partials, arrived, best, counters } = self;
+        buffers.iter().flatten().chain([partials, arrived, best, counters])
     }
 }
 
@@ -131,56 +131,56 @@ impl StepMemory<u64> {
         self.buffers[id.0].unwrap_or(0)
     }
 
-    /// Where a call puts the token that it finds, `advance` positions further on.
+    /// The destination of the token that a call finds, `advance` positions further on.
     ///
     /// # Errors
-    /// Where the decoder has no embedding.
-    pub fn token_output(&self, on: &dyn Addresses, advance: usize) -> Result<Head> {
+    /// If the decoder has no embedding.
+    pub fn token_output(&self, on: &dyn Addresses, advance: usize) -> Result<TokenOutput> {
         let spec = on.model().decoder.embedding().context("a decoder without an embedding")?;
         Ok(token_output(on, self.best, self.at(spec.out)?, advance)?)
     }
 }
 
-/// A step's instructions, and what the launch is told beside them.
+/// A step's instructions, and the other parameters of its launch.
 pub struct StepProgram {
-    instructions: Jobs,
-    ended: u64,
-    token: Head,
+    instructions: ProgramBuilder,
+    counters: u64,
+    token: TokenOutput,
 }
 
 impl StepProgram {
     /// Lowers `fused`, whose memory lies at `memory`.
     ///
     /// # Errors
-    /// Where an instruction cannot compute an operation, by its name.
+    /// If no instruction computes an operation, by its name.
     pub fn new(on: &dyn Addresses, fused: &[FusedOp], memory: &StepMemory<u64>) -> Result<Self> {
-        let mut lowering = Lowering { on, memory, instructions: Jobs::new(on.facts()) };
+        let mut lowering = Lowering { on, memory, instructions: ProgramBuilder::new(on.properties()) };
         for op in fused {
             lowering.add(op).with_context(|| format!("at {op:?}"))?;
         }
-        Ok(Self { instructions: lowering.instructions, ended: memory.ended, token: memory.token_output(on, 1)? })
+        Ok(Self { instructions: lowering.instructions, counters: memory.counters, token: memory.token_output(on, 1)? })
     }
 
     /// For the launch to find them at one address.
-    pub fn instructions(&self) -> &[Job] {
+    pub fn instructions(&self) -> &[Instruction] {
         self.instructions.list()
     }
 
     /// The launch, which finds [`Self::instructions`] at `at`.
     ///
     /// # Errors
-    /// Where no kernel reads all matrices, or an instruction would overwrite what another one may not have read yet.
-    pub fn plan(&self, at: u64) -> Result<Planned> {
+    /// If no kernel reads all matrices, or an instruction would overwrite what another one may not have read yet.
+    pub fn plan(&self, at: u64) -> Result<PlannedLaunch> {
         let mut planned = self.instructions.plan(at)?;
-        planned.program.ended = self.ended;
-        planned.program.head = self.token;
+        planned.program.counters = self.counters;
+        planned.program.token_output = self.token;
         Ok(planned)
     }
 
     /// Columns that one step examines for outliers; the device counts those it finds.
     pub fn examined(&self) -> OutlierColumns {
         let mut examined = OutlierColumns::default();
-        for (rows, elements) in self.instructions().iter().map(Job::examines) {
+        for (rows, elements) in self.instructions().iter().map(Instruction::examines) {
             examined += OutlierColumns { calls: rows as u64, columns: 0, examined: elements as u64 };
         }
         examined
@@ -190,7 +190,7 @@ impl StepProgram {
 struct Lowering<'a> {
     on: &'a dyn Addresses,
     memory: &'a StepMemory<u64>,
-    instructions: Jobs,
+    instructions: ProgramBuilder,
 }
 
 impl Lowering<'_> {
@@ -253,8 +253,11 @@ impl Lowering<'_> {
 
     fn multiply(&mut self, MatvecSpec { inputs, parts, join }: &MatvecSpec) -> Result<()> {
         let session = self.on.session();
-        let plain =
-            Epilogue { outlier_columns: session.outlier_columns, puts: Puts::TaggedHalves, ..Epilogue::default() };
+        let plain = Epilogue {
+            outlier_columns: session.outlier_columns,
+            output_type: OutputType::TaggedHalves,
+            ..Epilogue::default()
+        };
         let (mode, products, epilogue) = match *join {
             Join::Apart => (Mode::Apart, self.products(parts, None, None), plain),
             Join::Gated { kind, out } => (Mode::Gated, self.products(parts, Some(kind), Some(out)), plain),
@@ -282,15 +285,15 @@ impl Lowering<'_> {
         parts.iter().map(product).collect()
     }
 
-    fn input(&self, &FusedInput { x, norm, scale }: &FusedInput) -> Result<Input> {
+    fn input(&self, &FusedInput { x, norm, scale }: &FusedInput) -> Result<InputDesc> {
         let vector = |id: VectorId| self.on.vector(id);
-        let plain = Input { x: self.memory.at(x)?, scale, is_tagged: 1, ..Input::default() };
+        let plain = InputDesc { x: self.memory.at(x)?, scale, is_tagged: 1, ..InputDesc::default() };
         let Some(Norm { kind, weight, epsilon }) = norm else { return Ok(plain) };
         let (norm, norm_bias) = match kind {
             NormKind::Rms => (NORM_RMS, self.on.session().zeros),
             NormKind::Layer { bias } => (NORM_LAYER, vector(bias)),
         };
-        Ok(Input { norm_weight: vector(weight), norm_bias, epsilon, norm, ..plain })
+        Ok(InputDesc { norm_weight: vector(weight), norm_bias, epsilon, norm, ..plain })
     }
 }
 
@@ -307,5 +310,5 @@ fn shape(on: &dyn Addresses, spec: &AttentionSpec) -> Shape {
     let (cache, at) = (model.caches[spec.cache.0], on.cache(spec.cache));
     let (kv_heads, d) = (cache.kv_heads, cache.head_dim);
     let heads = model.decoder.buffers[spec.q.0].width / d;
-    Shape { split: Split::new(at.capacity, heads, at.d_pad, on.facts()), kv_heads, heads, d }
+    Shape { split: Split::new(at.capacity, heads, at.d_pad, on.properties()), kv_heads, heads, d }
 }

@@ -4,9 +4,9 @@
 //
 // One thread makes one element of `to`. Bytes moved: each value once in its saved dtype, each element of `to` once.
 
-#include "kernels/cuda/plain.cuh"
+#include "kernels/cuda/source_values.cuh"
 
-extern "C" __global__ void cast_to_halves(const Plain from,      // [rows, k]
+extern "C" __global__ void cast_to_halves(const SourceValues from,      // [rows, k]
                                           unsigned short *to,    // [rows, stride]
                                           int k, int stride, int count) {
     int at = blockIdx.x * blockDim.x + threadIdx.x;
@@ -15,7 +15,7 @@ extern "C" __global__ void cast_to_halves(const Plain from,      // [rows, k]
     to[at] = column < k ? (unsigned short)counted_half_bits(from, (long long)row * k + column) : 0;
 }
 
-extern "C" __global__ void cast_to_floats(const Plain from,  // [rows, k]
+extern "C" __global__ void cast_to_floats(const SourceValues from,  // [rows, k]
                                           uint32_t *to,      // [rows, stride]
                                           int k, int stride, int count) {
     int at = blockIdx.x * blockDim.x + threadIdx.x;

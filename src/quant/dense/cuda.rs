@@ -9,10 +9,10 @@ use half::f16;
 use super::{DenseStored, Value};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Launcher, address, upload_rows};
-use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
-use crate::kernels::cuda::program::{Kind, StepKernel};
+use crate::kernels::cuda::matvec::{Family, MatrixDesc};
 use crate::kernels::cuda::rows::Rows;
 use crate::kernels::cuda::shared_input::SharedInput;
+use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepKernel, WeightDecoder};
 use crate::quant::cuda::download;
 use crate::quant::{CudaMatrix, Stored};
 
@@ -26,13 +26,13 @@ pub static STEP: StepKernel = StepKernel {
     fatbin: &KERNELS,
     name: "half_step",
     has_tables: false,
-    place_words: 0,
+    side_data_words: 0,
     partial_bytes: size_of::<f32>(),
     converted_eighths: 0,
 };
 static HALVES: Family = Family {
     name: "half",
-    kind: Kind::Half,
+    decoder: WeightDecoder::Half,
     chunk: CHUNK_BYTES / size_of::<f16>(),
     kernels: &[&STEP],
     product_is_float: false,
@@ -40,7 +40,7 @@ static HALVES: Family = Family {
 };
 static FLOATS: Family = Family {
     name: "float",
-    kind: Kind::Float,
+    decoder: WeightDecoder::Float,
     chunk: CHUNK_BYTES / size_of::<f32>(),
     kernels: &[&STEP],
     product_is_float: true,
@@ -69,8 +69,8 @@ fn stride_bytes(k: usize, element_bytes: usize) -> usize {
 }
 
 /// `[n, k]` values of 2 or 4 bytes, in rows padded to whole chunks.
-pub fn streamed((n, k): (usize, usize), element_bytes: usize, weight: u64) -> Streamed {
-    Streamed {
+pub fn desc((n, k): (usize, usize), element_bytes: usize, weight: u64) -> MatrixDesc {
+    MatrixDesc {
         family: if element_bytes == 4 { &FLOATS } else { &HALVES },
         n,
         k,
@@ -79,7 +79,7 @@ pub fn streamed((n, k): (usize, usize), element_bytes: usize, weight: u64) -> St
         scales: 0,
         nested: 0,
         offset: 0.0,
-        code: 0,
+        constants: 0,
         threshold: f32::NAN,
     }
 }
@@ -111,16 +111,16 @@ impl CudaMatrix for DenseOnDevice {
         Ok(vec![download(&self.weight, &self.device)?])
     }
 
-    fn streamed(&self) -> Streamed {
-        streamed((self.n, self.k), self.element_bytes, address(&self.weight, &self.device))
+    fn desc(&self) -> MatrixDesc {
+        desc((self.n, self.k), self.element_bytes, address(&self.weight, &self.device))
     }
 }
 
 /// Through cuBLAS; fp32 weights widen their activations.
 ///
 /// # Safety
-/// As [`Streamed::multiply_rows`].
-unsafe fn multiply_rows(matrix: &Streamed, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+/// As [`MatrixDesc::multiply_rows`].
+unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
     let SharedInput { at: x, m, arena, .. } = *x;
     let (k, is_float) = (matrix.k, matrix.family.product_is_float);
     let operand = |address, stride| Operand { address, stride, batch_stride: 0 };

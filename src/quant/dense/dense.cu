@@ -2,4 +2,4 @@
 
 #include "quant/step.cuh"
 
-STEP_KERNEL(half, Halves, SLOTS)
+STEP_KERNEL(half, HalfDecoder, STAGES)

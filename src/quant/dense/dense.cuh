@@ -4,11 +4,11 @@
 
 #include "kernels/cuda/matvec.cuh"
 
-// A decoder that needs nothing beside the weights.
-struct Nothing {
+// For decoders that need nothing beside the weights.
+struct NoSideData {
     static constexpr int WORDS = 0;
     static __device__ int row_of(int) { return 0; }
-    __device__ void set(const Part &, int, int, int) {}
+    __device__ void set(const MatrixPart &, int, int, int) {}
     __device__ void copy(uint32_t) {}
 };
 
@@ -17,10 +17,10 @@ struct Value {
     __device__ void add(const Value &other) { value += other.value; }
 };
 
-// What a decoder has that decodes nothing: no tables, one sum a row, and activations at a shared address.
-struct Undecoded {
+// The common part of decoders without tables: one sum a row, and activations at an address of shared memory.
+struct PlainDecoder {
     struct Shared {};
-    using Place = Nothing;
+    using SideData = NoSideData;
     static constexpr bool HAS_ROW_SCALES = false;
     static constexpr int WORDS_HELD = HAS_BULK_COPIES ? 3 : __CUDA_ARCH__ > 800 ? 1 : 2;
     using Partial = Value;
@@ -31,20 +31,20 @@ struct Undecoded {
     static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
 };
 
-struct Halves : Undecoded {
+struct HalfDecoder : PlainDecoder {
     static constexpr int CHUNK = 64, CONVERTED_EIGHTHS = 0;
     struct Sums {
         float of[4];
     };
     struct Row {
         uint32_t x;  // of this lane
-        __device__ void set(const Shared &, const Part &, const Activations &from, int, int, int lane, int chunk) {
+        __device__ void set(const Shared &, const MatrixPart &, const Activations &from, int, int, int lane, int chunk) {
             x = from.x + (lane / 4 % 2 * 4 + lane % 4) * 16 + chunk * 2 * CHUNK;
         }
     };
-    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &job, const __half *x, uint8_t *,
+    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *,
                                    float (&)[MAX_INPUTS * WARPS]) {
-        if (threadIdx.x < job.n_inputs) to[threadIdx.x].x = shared_address(x + threadIdx.x * job.inputs[0].padded);
+        if (threadIdx.x < matvec.n_inputs) to[threadIdx.x].x = shared_address(x + threadIdx.x * matvec.inputs[0].padded);
     }
 
     static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, uint32_t, Row &row, Sums &sums) {
@@ -56,23 +56,23 @@ struct Halves : Undecoded {
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = sums.of[0] + sums.of[3]; }
 };
 
-struct Floats : Undecoded {
+struct FloatDecoder : PlainDecoder {
     static constexpr int CHUNK = 32, CONVERTED_EIGHTHS = 8 * sizeof(float);
     struct Sums {
         float sum;
     };
     struct Row {
         uint32_t x;  // of this lane
-        __device__ void set(const Shared &, const Part &, const Activations &from, int, int, int lane, int chunk) {
+        __device__ void set(const Shared &, const MatrixPart &, const Activations &from, int, int, int lane, int chunk) {
             x = from.x + lane % 4 * 16 + chunk * 4 * CHUNK;
         }
     };
-    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &job, const __half *x, uint8_t *free_bytes,
+    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *free_bytes,
                                    float (&)[MAX_INPUTS * WARPS]) {
         float *floats = (float *)free_bytes;
-        const int all = job.inputs[0].padded + (job.n_inputs > 1 ? job.inputs[1].padded : 0);
+        const int all = matvec.inputs[0].padded + (matvec.n_inputs > 1 ? matvec.inputs[1].padded : 0);
         for (int at = threadIdx.x; at < all; at += THREADS) floats[at] = __half2float(x[at]);
-        if (threadIdx.x < job.n_inputs) to[threadIdx.x].x = shared_address(floats + threadIdx.x * job.inputs[0].padded);
+        if (threadIdx.x < matvec.n_inputs) to[threadIdx.x].x = shared_address(floats + threadIdx.x * matvec.inputs[0].padded);
     }
 
     static __device__ __forceinline__ float dot(const uint4 &w, const uint4 &x) {

@@ -8,9 +8,9 @@ use candle_core::{CudaDevice, Device, Result, bail};
 use super::Int8Stored;
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
-use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
-use crate::kernels::cuda::program::{Kind, StepKernel};
+use crate::kernels::cuda::matvec::{Family, MatrixDesc};
 use crate::kernels::cuda::shared_input::SharedInput;
+use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepKernel, WeightDecoder};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::download;
@@ -24,24 +24,24 @@ static STEP: StepKernel = StepKernel {
     fatbin: &KERNELS,
     name: "int8_step",
     has_tables: false,
-    place_words: 0,
+    side_data_words: 0,
     // An int32 sum and the outlier columns' fp32 one.
     partial_bytes: 8,
-    // A byte of code and a bit that tells outliers.
+    // A byte of code and a bit that marks outliers.
     converted_eighths: 9,
 };
 static BYTES: Family = Family {
     name: "int8",
-    kind: Kind::Own,
+    decoder: WeightDecoder::Format,
     chunk: CHUNK_BYTES,
     kernels: &[&STEP],
     product_is_float: false,
     multiply_rows,
 };
 
-/// Rows that one launch quantizes, whose blocks all look at all of them.
+/// Rows up to which one launch quantizes: each of its blocks examines all rows.
 const FEW_ROWS: usize = 16;
-/// A thread looks at 8 columns.
+/// A thread examines 8 columns.
 const FLAG_THREADS: u32 = 64;
 /// Parts of the rows in which outliers are looked for: enough to fill a device at a long prompt, few enough that a block does some
 /// work.
@@ -115,15 +115,15 @@ impl CudaMatrix for Int8OnDevice {
         Ok(vec![download(&self.codes, &self.device)?, download(&self.absmax, &self.device)?])
     }
 
-    fn streamed(&self) -> Streamed {
+    fn desc(&self) -> MatrixDesc {
         let at = |slice: &CudaSlice<f32>| address(slice, &self.device);
-        streamed((self.n, self.k), address(&self.codes, &self.device), at(&self.absmax), self.threshold)
+        desc((self.n, self.k), address(&self.codes, &self.device), at(&self.absmax), self.threshold)
     }
 }
 
 /// # Safety
-/// As [`Streamed::multiply_rows`].
-unsafe fn multiply_rows(matrix: &Streamed, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+/// As [`MatrixDesc::multiply_rows`].
+unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
     // Matrices that read the same rows have the same k and threshold.
     // SAFETY: the caller's promise for x.
     let Some(rows) = x.made(|| unsafe { quantize(matrix, on, x) })? else {
@@ -142,7 +142,7 @@ unsafe fn multiply_rows(matrix: &Streamed, on: &dyn Launcher, x: &SharedInput, y
     }
 }
 
-/// Where what LLM.int8 makes of rows of activations lies, for all matrices that read them.
+/// Addresses of quantized rows of activations, for all matrices that read them.
 struct QuantizedRows {
     flags: u64,
     columns: u64,
@@ -153,7 +153,7 @@ struct QuantizedRows {
 
 /// # Safety
 /// `x` holds rows of k, until the device's stream has come past this call.
-unsafe fn quantize(matrix: &Streamed, on: &dyn Launcher, x: &SharedInput) -> Result<QuantizedRows> {
+unsafe fn quantize(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput) -> Result<QuantizedRows> {
     let stride = matrix.stride_bytes;
     let rows = QuantizedRows {
         flags: x.keep::<u8>(flag_bytes(x.m, stride))?,
@@ -169,7 +169,7 @@ unsafe fn quantize(matrix: &Streamed, on: &dyn Launcher, x: &SharedInput) -> Res
 }
 
 /// The product of these rows, without a place for it yet.
-fn many_rows(matrix: &Streamed, x: &SharedInput, rows: &QuantizedRows) -> ManyRows {
+fn many_rows(matrix: &MatrixDesc, x: &SharedInput, rows: &QuantizedRows) -> ManyRows {
     let QuantizedRows { flags, columns, count, codes, row_absmax } = *rows;
     ManyRows {
         m: x.m,
@@ -197,8 +197,8 @@ pub fn flag_bytes(m: usize, stride: usize) -> usize {
 }
 
 /// `[n, k]` codes in rows padded to whole chunks, and each row's absmax.
-pub fn streamed((n, k): (usize, usize), weight: u64, absmax: u64, threshold: f32) -> Streamed {
-    Streamed {
+pub fn desc((n, k): (usize, usize), weight: u64, absmax: u64, threshold: f32) -> MatrixDesc {
+    MatrixDesc {
         family: &BYTES,
         n,
         k,
@@ -207,7 +207,7 @@ pub fn streamed((n, k): (usize, usize), weight: u64, absmax: u64, threshold: f32
         scales: absmax,
         nested: 0,
         offset: 0.0,
-        code: 0,
+        constants: 0,
         threshold: device_threshold(threshold),
     }
 }
@@ -230,7 +230,7 @@ pub struct ManyRows {
     pub x: u64,
     /// fp16 `[m, n]`.
     pub y: u64,
-    /// Of [`flag_bytes`]: a bit for a column that has an outlier, in each part of the rows.
+    /// [`flag_bytes`] bytes: a bit for each column that has an outlier, in each part of the rows.
     pub flags: u64,
     /// int32 `[k]`, of which the first `count` are outlier columns, ascending.
     pub columns: u64,

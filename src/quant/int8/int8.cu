@@ -106,8 +106,8 @@ __device__ __forceinline__ void quantize_row(const __half *x_row, const uint8_t 
         __align__(8) int8_t made[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const bool kept = column + i < k && !(flagged >> i & 1);
-            made[i] = kept ? __float2int_rn(__half2float(eight.values[i]) * scale) : 0;
+            const bool opaque = column + i < k && !(flagged >> i & 1);
+            made[i] = opaque ? __float2int_rn(__half2float(eight.values[i]) * scale) : 0;
         }
         *(uint2 *)(codes + column) = *(const uint2 *)made;
     }
@@ -227,22 +227,22 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
     for (int first_row = blockIdx.y * FINISH_ROWS; first_row < m; first_row += gridDim.y * FINISH_ROWS) {
         float sums[FINISH_ROWS / FINISH_STEP][FINISH_WIDTH] = {};
         for (int first = 0; first < outliers; first += FINISH_OUTLIERS) {
-            const int held = min(FINISH_OUTLIERS, outliers - first);
+            const int resident = min(FINISH_OUTLIERS, outliers - first);
             __syncthreads();
             for (int at = threadIdx.x; at < FINISH_OUTLIERS * FINISH_COLUMNS; at += FINISH_THREADS) {
-                const int outlier = at % FINISH_OUTLIERS, of_block = at / FINISH_OUTLIERS;
-                if (outlier >= held || first_column + of_block >= n) continue;
-                const int8_t code = weight[(long long)(first_column + of_block) * stride + columns[first + outlier]];
-                weights[outlier][of_block] = outlier_weight(code, weight_absmax[first_column + of_block]);
+                const int outlier = at % FINISH_OUTLIERS, rows_per_block = at / FINISH_OUTLIERS;
+                if (outlier >= resident || first_column + rows_per_block >= n) continue;
+                const int8_t code = weight[(long long)(first_column + rows_per_block) * stride + columns[first + outlier]];
+                weights[outlier][rows_per_block] = outlier_weight(code, weight_absmax[first_column + rows_per_block]);
             }
             for (int at = threadIdx.x; at < FINISH_OUTLIERS * FINISH_ROWS; at += FINISH_THREADS) {
                 const int outlier = at % FINISH_OUTLIERS, row = at / FINISH_OUTLIERS;
-                if (outlier >= held || first_row + row >= m) continue;
+                if (outlier >= resident || first_row + row >= m) continue;
                 values[row][outlier] = __half2float(x[(long long)(first_row + row) * k + columns[first + outlier]]);
             }
             __syncthreads();
 #pragma unroll 1
-            for (int outlier = 0; outlier < held; outlier++) {
+            for (int outlier = 0; outlier < resident; outlier++) {
                 const float4 of_columns = *(const float4 *)&weights[outlier][in_block];
 #pragma unroll
                 for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) {
@@ -277,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
 struct Bytes {
     static constexpr int CHUNK = 128, CONVERTED_EIGHTHS = 9;
     struct Shared {};
-    using Place = Nothing;
+    using SideData = NoSideData;
     static constexpr bool HAS_ROW_SCALES = true;
     static constexpr int WORDS_HELD = HAS_BULK_COPIES ? 2 : 1;
     struct Partial {
@@ -303,7 +303,7 @@ struct Bytes {
         // Read where an outlier asks for them: x lies this far behind twice the place of its codes.
         uint32_t x_behind;
         const float *scale;
-        __device__ void set(const Shared &, const Part &part, const Activations &from, int, int row, int lane, int chunk) {
+        __device__ void set(const Shared &, const MatrixPart &part, const Activations &from, int, int row, int lane, int chunk) {
             const uint32_t half = lane / 4 % 2 * 64;
             codes = from.codes + half + lane % 4 * 16 + chunk * CHUNK;
             outliers = from.outliers + chunk * 16 + lane % 4 * 4;
@@ -314,18 +314,18 @@ struct Bytes {
 
     // A thread takes eight elements at a time, and all inputs in one go; the first eight of each stay in its registers. Magnitudes of
     // halves order as their bits do.
-    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &job, const __half *x, uint8_t *free_bytes,
+    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *free_bytes,
                                    float (&room)[MAX_INPUTS * WARPS]) {
         const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-        const uint32_t threshold = first_outlier(job.threshold) * 0x10001u;
+        const uint32_t threshold = first_outlier(matvec.threshold) * 0x10001u;
         uint4 first[MAX_INPUTS] = {};
         uint32_t of_first[MAX_INPUTS] = {};
 #pragma unroll
         for (int i = 0; i < MAX_INPUTS; i++) {
-            if (i >= job.n_inputs) break;
-            const int padded = job.inputs[i].padded;
-            const uint4 *eights = (const uint4 *)(x + i * job.inputs[0].padded);
-            uint32_t *bits = (uint32_t *)(free_bytes + i * behind(job.inputs[0].padded) + padded);
+            if (i >= matvec.n_inputs) break;
+            const int padded = matvec.inputs[i].padded;
+            const uint4 *eights = (const uint4 *)(x + i * matvec.inputs[0].padded);
+            uint32_t *bits = (uint32_t *)(free_bytes + i * behind(matvec.inputs[0].padded) + padded);
             uint32_t largest = 0;
 #pragma unroll 1
             for (int at = threadIdx.x; at < padded / 8; at += THREADS) {
@@ -339,13 +339,13 @@ struct Bytes {
             largest = warp_largest(max(largest & 0xffff, largest >> 16));
             if (lane == 0) room[i * WARPS + warp] = __half2float(__ushort_as_half((unsigned short)largest));
         }
-        meet();
+        barrier_sync();
 #pragma unroll
         for (int i = 0; i < MAX_INPUTS; i++) {
-            if (i >= job.n_inputs) break;
-            const int padded = job.inputs[i].padded;
-            const uint4 *eights = (const uint4 *)(x + i * job.inputs[0].padded);
-            uint8_t *made = free_bytes + i * behind(job.inputs[0].padded);
+            if (i >= matvec.n_inputs) break;
+            const int padded = matvec.inputs[i].padded;
+            const uint4 *eights = (const uint4 *)(x + i * matvec.inputs[0].padded);
+            uint8_t *made = free_bytes + i * behind(matvec.inputs[0].padded);
             // Of floats that are not negative, as of their bits; NaN is the largest.
             const float largest = __uint_as_float(warp_largest(__float_as_uint(room[i * WARPS + lane % WARPS])));
             // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
@@ -359,7 +359,7 @@ struct Bytes {
                 if (!found) continue;
                 atomicOr((uint32_t *)(made + padded) + at / 16 * 4 + at / 2 % 4, found << (at / 8 % 2 * 16 + at % 2 * 8));
                 // Every block finds the same ones, and the last one always has rows.
-                if (job.outlier_columns && blockIdx.x == gridDim.x - 1) atomicAdd(job.outlier_columns, (unsigned long long)__popc(found));
+                if (matvec.outlier_columns && blockIdx.x == gridDim.x - 1) atomicAdd(matvec.outlier_columns, (unsigned long long)__popc(found));
             }
             if (threadIdx.x == 0) to[i] = {shared_address(eights), shared_address(made), shared_address(made + padded), largest};
         }
@@ -382,9 +382,9 @@ struct Bytes {
         if ((x | y | z | w) == 0) return 0;
         // NaN is no outlier.
         x &= ~at_least(eight.x, FIRST_NAN), y &= ~at_least(eight.y, FIRST_NAN), z &= ~at_least(eight.z, FIRST_NAN), w &= ~at_least(eight.w, FIRST_NAN);
-        auto kept = [](uint32_t pair, uint32_t outliers) { return pair & ~((outliers >> 15) * 0xffff); };
+        auto opaque = [](uint32_t pair, uint32_t outliers) { return pair & ~((outliers >> 15) * 0xffff); };
         auto two = [](uint32_t outliers) { return (outliers >> 15 & 1) | (outliers >> 30 & 2); };
-        eight = make_uint4(kept(eight.x, x), kept(eight.y, y), kept(eight.z, z), kept(eight.w, w));
+        eight = make_uint4(opaque(eight.x, x), opaque(eight.y, y), opaque(eight.z, z), opaque(eight.w, w));
         return two(x) | two(y) << 2 | two(z) << 4 | two(w) << 6;
     }
     static __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
@@ -425,4 +425,4 @@ struct Bytes {
     }
 };
 
-STEP_KERNEL(int8, Bytes, SLOTS)
+STEP_KERNEL(int8, Bytes, STAGES)

@@ -6,7 +6,7 @@
 // A block takes a row: its threads read it twice, once from memory and once from the caches, and write it as whole words,
 // with zero codes behind the last column. Bytes moved: each value once, each code once.
 
-#include "kernels/cuda/plain.cuh"
+#include "kernels/cuda/source_values.cuh"
 
 constexpr int ENCODE_THREADS = 256;
 // 1.5 * 2^23: a sum with it has the nearest integer in its low bits.
@@ -18,7 +18,7 @@ __device__ __forceinline__ uint32_t encode(float value, float scale) {
     return isnan(product) ? 0 : __float_as_uint(__fadd_rn(product, INTEGERS)) & 0xff;
 }
 
-extern "C" __global__ void __launch_bounds__(ENCODE_THREADS) int8_encode_rows(const Plain from,  // [rows, k]
+extern "C" __global__ void __launch_bounds__(ENCODE_THREADS) int8_encode_rows(const SourceValues from,  // [rows, k]
                                                                               uint32_t *codes,   // [rows, stride / 4]
                                                                               float *absmax,     // [rows]
                                                                               int k, int stride) {

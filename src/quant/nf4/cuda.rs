@@ -12,9 +12,9 @@ use super::nested::{self, NestedAbsmax};
 use super::{Absmax, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
-use crate::kernels::cuda::matvec::{CHUNK_BYTES, Family, Streamed};
-use crate::kernels::cuda::program::{Kind, StepKernel};
+use crate::kernels::cuda::matvec::{Family, MatrixDesc};
 use crate::kernels::cuda::shared_input::SharedInput;
+use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepKernel, WeightDecoder};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::download;
@@ -24,12 +24,12 @@ pub(super) use encode::{device_bytes, encoder};
 
 pub static KERNELS: Fatbin = Fatbin { name: "nf4", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4.fatbin")) };
 
-const fn step(name: &'static str, place_words: usize) -> StepKernel {
+const fn step(name: &'static str, side_data_words: usize) -> StepKernel {
     StepKernel {
         fatbin: &KERNELS,
         name,
         has_tables: true,
-        place_words,
+        side_data_words,
         partial_bytes: size_of::<f32>(),
         converted_eighths: 0,
     }
@@ -40,7 +40,14 @@ static NESTED_CROSSING_STEP: StepKernel = step("nf4_nested_crossing_step", 0);
 static PLAIN_CROSSING_STEP: StepKernel = step("nf4_plain_crossing_step", 0);
 
 const fn family(name: &'static str, kernels: &'static [&'static StepKernel]) -> Family {
-    Family { name, kind: Kind::Own, chunk: CHUNK_ELEMENTS, kernels, product_is_float: false, multiply_rows }
+    Family {
+        name,
+        decoder: WeightDecoder::Format,
+        chunk: CHUNK_ELEMENTS,
+        kernels,
+        product_is_float: false,
+        multiply_rows,
+    }
 }
 // The kernels for blocks that cross rows read the others too.
 static NESTED: Family = family("nf4_nested", &[&NESTED_STEP, &NESTED_CROSSING_STEP]);
@@ -79,7 +86,7 @@ fn stride_bytes(k: usize) -> usize {
     k.div_ceil(CHUNK_ELEMENTS) * CHUNK_BYTES
 }
 
-/// What codes stand for: the 16 values, then the 256 of absmax codes.
+/// Values of the 16 codes, then of the 256 absmax codes.
 pub fn values() -> Vec<f32> {
     CODES.iter().chain(&nested::VALUES[..]).copied().collect()
 }
@@ -117,12 +124,12 @@ pub enum AbsmaxAt {
 }
 
 /// `weight` lies as [`chunks`] says, `code` as [`values`].
-pub fn streamed((n, k): (usize, usize), weight: u64, absmax: AbsmaxAt, code: u64) -> Streamed {
+pub fn desc((n, k): (usize, usize), weight: u64, absmax: AbsmaxAt, code: u64) -> MatrixDesc {
     let (families, scales, nested, offset) = match absmax {
         AbsmaxAt::Plain(values) => ([&PLAIN, &PLAIN_CROSSING], values, 0, 0.0),
         AbsmaxAt::Nested { codes, nested, offset } => ([&NESTED, &NESTED_CROSSING], codes, nested, offset),
     };
-    Streamed {
+    MatrixDesc {
         family: families[usize::from(!k.is_multiple_of(BLOCK))],
         n,
         k,
@@ -131,7 +138,7 @@ pub fn streamed((n, k): (usize, usize), weight: u64, absmax: AbsmaxAt, code: u64
         scales,
         nested,
         offset,
-        code,
+        constants: code,
         threshold: f32::NAN,
     }
 }
@@ -139,8 +146,8 @@ pub fn streamed((n, k): (usize, usize), weight: u64, absmax: AbsmaxAt, code: u64
 /// Writes `rows` of the weight as fp16 `[rows, k]` to `out`, each value rounded once.
 ///
 /// # Safety
-/// `matrix` is one of [`streamed`]'s on what `on` runs on and has these rows, and `out` has the room.
-pub unsafe fn dequantize(on: &dyn Launcher, matrix: &Streamed, rows: Range<usize>, out: u64) -> Result<()> {
+/// `matrix` is one of [`desc`]'s on what `on` runs on and has these rows, and `out` has the room.
+pub unsafe fn dequantize(on: &dyn Launcher, matrix: &MatrixDesc, rows: Range<usize>, out: u64) -> Result<()> {
     let name = if matrix.nested == 0 { "nf4_dequantize_plain" } else { "nf4_dequantize_nested" };
     let (part, k, stride) = (matrix.part()?, dimension(matrix.k)?, dimension(matrix.stride_bytes)?);
     let (first, end) = (dimension(rows.start)?, dimension(rows.end)?);
@@ -148,7 +155,7 @@ pub unsafe fn dequantize(on: &dyn Launcher, matrix: &Streamed, rows: Range<usize
     let units = dimension(rows.len() * matrix.stride_bytes / UNIT_BYTES)? as usize;
     let grid = Grid::over(units, DEQUANTIZE_THREADS);
     // SAFETY: parameters as nf4.cu declares them, a thread for each unit; the caller vouches for the addresses.
-    unsafe { on.launch(&KERNELS, name, grid, parameters![part, matrix.code, out, k, stride, first, end]) }
+    unsafe { on.launch(&KERNELS, name, grid, parameters![part, matrix.constants, out, k, stride, first, end]) }
 }
 
 /// Rows of the weight that are fp16 at once, for m rows of activations: of few, a product is over sooner than its weights have gone
@@ -219,7 +226,7 @@ impl CudaMatrix for Nf4OnDevice {
         Ok(parts)
     }
 
-    fn streamed(&self) -> Streamed {
+    fn desc(&self) -> MatrixDesc {
         let at = |slice: &CudaSlice<f32>| address(slice, &self.device);
         let absmax = match &self.absmax {
             DeviceAbsmax::Plain(values) => AbsmaxAt::Plain(at(values)),
@@ -227,17 +234,17 @@ impl CudaMatrix for Nf4OnDevice {
                 AbsmaxAt::Nested { codes: address(codes, &self.device), nested: at(nested), offset: *offset }
             }
         };
-        streamed((self.n, self.k), address(&self.chunks, &self.device), absmax, at(&self.code))
+        desc((self.n, self.k), address(&self.chunks, &self.device), absmax, at(&self.code))
     }
 }
 
 /// Through fp16 weights, some rows of the matrix at a time.
 ///
 /// # Safety
-/// As [`Streamed::multiply_rows`].
-unsafe fn multiply_rows(matrix: &Streamed, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+/// As [`MatrixDesc::multiply_rows`].
+unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
     let SharedInput { at: x, m, arena, .. } = *x;
-    let &Streamed { n, k, .. } = matrix;
+    let &MatrixDesc { n, k, .. } = matrix;
     let step = tile_rows(m, n, k);
     let tile = arena.take::<f16>(step * k)?;
     let weight = tile.address;

@@ -24,7 +24,7 @@ struct NestedAbsmax {
     // Lanes 0 .. 15 copy codes, two words a row, since a row's four need not begin with a word; the others what they multiply,
     // of the first block and of the last one.
     static __device__ int row_of(int lane) { return lane % 16 / 2; }
-    static __device__ const uint32_t *base_of(const Part &part, int lane) {
+    static __device__ const uint32_t *base_of(const MatrixPart &part, int lane) {
         return (const uint32_t *)(lane < 16 ? part.scales : part.nested);
     }
     static __device__ int shift_of(int lane) { return lane < 16 ? 2 : 8; }
@@ -47,7 +47,7 @@ struct NestedAbsmax {
             return __fadd_rn(__fmul_rn(of_code, __uint_as_float(of_nested)), offset);
         }
     };
-    static __device__ float of_block(const Part &part, int block, const float *absmax_code) {
+    static __device__ float rows_per_block(const MatrixPart &part, int block, const float *absmax_code) {
         uint32_t code = ((const uint8_t *)part.scales)[block];
         return __fadd_rn(__fmul_rn(absmax_code[code], part.nested[block >> 8]), part.offset);
     }
@@ -55,7 +55,7 @@ struct NestedAbsmax {
 
 struct PlainAbsmax {
     static __device__ int row_of(int lane) { return lane / 4; }
-    static __device__ const uint32_t *base_of(const Part &part, int) { return (const uint32_t *)part.scales; }
+    static __device__ const uint32_t *base_of(const MatrixPart &part, int) { return (const uint32_t *)part.scales; }
     static __device__ int shift_of(int) { return 0; }
     static __device__ int offset_of(int lane) { return lane % 4; }
     struct Reader {
@@ -63,7 +63,7 @@ struct PlainAbsmax {
         __device__ void set(int, int row, int quarter) { at = row * 16 + quarter * 4; }
         __device__ float next(uint32_t words, uint32_t, float) { return __uint_as_float(load_copied(words + at)); }
     };
-    static __device__ float of_block(const Part &part, int block, const float *) { return ((const float *)part.scales)[block]; }
+    static __device__ float rows_per_block(const MatrixPart &part, int block, const float *) { return ((const float *)part.scales)[block]; }
 };
 
 // Chips whose memory feeds an SM more weights than 8 copies can look up have 32; on the others room counts for more, most of
@@ -84,12 +84,12 @@ struct Nibbles {
         float absmax_code[256];
     };
     // Blocks behind the row's last one are padding: their activations are zero, their absmax any.
-    struct Place {
+    struct SideData {
         static constexpr int WORDS = 1;
         const uint32_t *base;
         int block, last;
         static __device__ int row_of(int lane) { return Absmax::row_of(lane); }
-        __device__ void set(const Part &part, int k, int row, int chunk) {
+        __device__ void set(const MatrixPart &part, int k, int row, int chunk) {
             const int lane = threadIdx.x % LANES, blocks = k / BLOCK;
             base = Absmax::base_of(part, lane);
             block = row * blocks + 4 * chunk + Absmax::offset_of(lane);
@@ -114,21 +114,21 @@ struct Nibbles {
         float offset;
         typename Absmax::Reader absmax;
         int scaled;  // the block that this lane scales
-        __device__ void set(const Shared &, const Part &part, const Activations &from, int k, int row, int lane, int chunk) {
+        __device__ void set(const Shared &, const MatrixPart &part, const Activations &from, int k, int row, int lane, int chunk) {
             const uint32_t half = lane / 4 % 2, of_lane = from.x + half * CHUNK + lane % 4 * 32 + chunk * 2 * CHUNK;
             x = of_lane + 16 * half;
             pairs = from.pairs + lane % COPIES * 4;
             absmax_code = from.absmax_code;
             offset = part.offset;
             absmax.set(row * (k / BLOCK) + 4 * chunk, lane / 4, lane % 4);
-            scaled = kept(lane % 4);
+            scaled = opaque(lane % 4);
         }
     };
-    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &shared, const Matvec &job, const __half *x, uint8_t *,
+    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &shared, const Matvec &matvec, const __half *x, uint8_t *,
                                    float (&)[MAX_INPUTS * WARPS]) {
         const int i = threadIdx.x;
-        if (i < job.n_inputs)
-            to[i] = {shared_address(x + i * job.inputs[0].padded), shared_address(shared.pairs), shared_address(shared.absmax_code)};
+        if (i < matvec.n_inputs)
+            to[i] = {shared_address(x + i * matvec.inputs[0].padded), shared_address(shared.pairs), shared_address(shared.absmax_code)};
     }
     static constexpr bool HAS_ROW_SCALES = false;
     static constexpr int WORDS_HELD = 2;
@@ -177,17 +177,17 @@ struct CrossingNibbles {
     struct Shared {
         float code[16], absmax_code[256];
     };
-    using Place = Nothing;
+    using SideData = NoSideData;
     struct Activations {
         const __half *x;
     };
     struct Row {
         const Shared *shared;
         const __half *x;
-        const Part *part;
+        const MatrixPart *part;
         int k, column;
         long long first;
-        __device__ void set(const Shared &tables, const Part &of, const Activations &from, int columns, int row, int lane, int chunk) {
+        __device__ void set(const Shared &tables, const MatrixPart &of, const Activations &from, int columns, int row, int lane, int chunk) {
             shared = &tables;
             x = from.x;
             part = &of;
@@ -202,9 +202,9 @@ struct CrossingNibbles {
     struct Sums {
         float sum;
     };
-    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &job, const __half *x, uint8_t *,
+    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *,
                                    float (&)[MAX_INPUTS * WARPS]) {
-        if (threadIdx.x < job.n_inputs) to[threadIdx.x].x = x + threadIdx.x * job.inputs[0].padded;
+        if (threadIdx.x < matvec.n_inputs) to[threadIdx.x].x = x + threadIdx.x * matvec.inputs[0].padded;
     }
 
     static __device__ void prepare(Shared &shared, const float *code) {
@@ -219,7 +219,7 @@ struct CrossingNibbles {
         for (int at = 0; at < 8; at++) {
             int column = first_column + at;
             if (column >= row.k) break;
-            float absmax = Absmax::of_block(*row.part, (int)((row.first + column) / BLOCK), shared.absmax_code);
+            float absmax = Absmax::rows_per_block(*row.part, (int)((row.first + column) / BLOCK), shared.absmax_code);
             int nibble = word >> (at / 2 * 8 + (at % 2 ? 0 : 4)) & 15;
             float weight = __fmul_rn(shared.code[nibble], absmax);
             sum += weight * __half2float(row.x[column]);
@@ -239,15 +239,15 @@ struct CrossingNibbles {
     static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
 };
 
-STEP_KERNEL(nf4_nested, Nibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES)
-STEP_KERNEL(nf4_plain, Nibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES)
-STEP_KERNEL(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, SLOTS_BESIDE_TABLES)
-STEP_KERNEL(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, SLOTS_BESIDE_TABLES)
+STEP_KERNEL(nf4_nested, Nibbles<NestedAbsmax>, STAGES_BESIDE_TABLES)
+STEP_KERNEL(nf4_plain, Nibbles<PlainAbsmax>, STAGES_BESIDE_TABLES)
+STEP_KERNEL(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, STAGES_BESIDE_TABLES)
+STEP_KERNEL(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, STAGES_BESIDE_TABLES)
 
 // Rows first_row .. end_row of the weight as fp16 [end_row - first_row, k], each value rounded once. A thread decodes a unit: 16 elements of one
 // row, in one block unless blocks cross rows.
 template <class Absmax>
-__device__ __forceinline__ void dequantize(const uint8_t *packed, const Part &part, const float *code, __half *weight, int k,
+__device__ __forceinline__ void dequantize(const uint8_t *packed, const MatrixPart &part, const float *code, __half *weight, int k,
                                            int stride, int first_row, int end_row) {
     __shared__ float values[16], absmax_values[256];
     if (threadIdx.x < 16) values[threadIdx.x] = code[threadIdx.x];
@@ -263,11 +263,11 @@ __device__ __forceinline__ void dequantize(const uint8_t *packed, const Part &pa
     if (column >= k) return;
     const unsigned long long first = (unsigned long long)row * k;
     const int block = (int)((first + column) / BLOCK), left = BLOCK - (int)((first + column) % BLOCK);
-    float scale = Absmax::of_block(part, block, absmax_values);
+    float scale = Absmax::rows_per_block(part, block, absmax_values);
 #pragma unroll
     for (int at = 0; at < 16; at++) {
         // The next block begins, in this row.
-        if (at == left && column + at < k) scale = Absmax::of_block(part, block + 1, absmax_values);
+        if (at == left && column + at < k) scale = Absmax::rows_per_block(part, block + 1, absmax_values);
         int nibble = (at < 8 ? bytes.x : bytes.y) >> (at % 8 / 2 * 8 + (at % 2 ? 0 : 4)) & 15;
         decoded[at] = __float2half_rn(__fmul_rn(values[nibble], scale));
     }
@@ -283,11 +283,11 @@ __device__ __forceinline__ void dequantize(const uint8_t *packed, const Part &pa
 }
 
 extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_nested(
-    const __grid_constant__ Part part, const float *code, __half *weight, int k, int stride, int first_row, int end_row) {
+    const __grid_constant__ MatrixPart part, const float *code, __half *weight, int k, int stride, int first_row, int end_row) {
     dequantize<NestedAbsmax>(part.weight, part, code, weight, k, stride, first_row, end_row);
 }
 
 extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_plain(
-    const __grid_constant__ Part part, const float *code, __half *weight, int k, int stride, int first_row, int end_row) {
+    const __grid_constant__ MatrixPart part, const float *code, __half *weight, int k, int stride, int first_row, int end_row) {
     dequantize<PlainAbsmax>(part.weight, part, code, weight, k, stride, first_row, end_row);
 }

@@ -8,7 +8,7 @@
 // the units of 16 columns that rows are laid out in. What they are given begins with a block. Bytes moved: each value twice, the
 // second time from L2 mostly, each code once.
 
-#include "kernels/cuda/plain.cuh"
+#include "kernels/cuda/source_values.cuh"
 
 constexpr int BLOCK = 64, THRESHOLDS = 15;
 constexpr int ABSMAX_THREADS = 256, PER_THREAD = 4, SHARERS = BLOCK / PER_THREAD;
@@ -20,7 +20,7 @@ struct Thresholds {
 };
 
 // A block of threads takes 16 blocks of values, 16 neighbours each of them.
-extern "C" __global__ void __launch_bounds__(ABSMAX_THREADS) nf4_block_absmax(const Plain from,  // [count]
+extern "C" __global__ void __launch_bounds__(ABSMAX_THREADS) nf4_block_absmax(const SourceValues from,  // [count]
                                                                               float *absmax,     // [count / 64, rounded up]
                                                                               int count) {
     __shared__ uint32_t room[ABSMAX_THREADS];
@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(ABSMAX_THREADS) nf4_block_absmax(co
 }
 
 // A thread makes one unit of a padded row. Half a chunk, two blocks, has its units in the order that nf4.cu draws.
-extern "C" __global__ void nf4_encode_units(const Plain from,     // [rows, k] = [count]
+extern "C" __global__ void nf4_encode_units(const SourceValues from,     // [rows, k] = [count]
                                             const float *absmax,  // [count / 64, rounded up]
                                             uint2 *to,            // [rows, units]
                                             const Thresholds thresholds, int k, int units, int count, int threads) {

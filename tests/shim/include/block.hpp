@@ -63,7 +63,7 @@ struct Fiber {
     jmp_buf context;
     Machine *machine;
     const char *waits_at;  // null while it runs
-    bool has_ended;
+    bool mbarrier_has_completed;
     std::vector<Copy> copies;  // begun and not yet arrived
     int batch;
 };
@@ -92,7 +92,7 @@ struct Machine {
     const Launch *launch;
     void (*kernel)(void **);
     int running;  // a thread's index, or -1
-    int threads, made, live, at_barrier, meeting;
+    int threads, made, live, at_barrier, syncing;
     bool has_failed;
     bool has_progressed;         // in its turn: a thread has ended, or changed what others may poll
     std::vector<uint8_t> aside;  // its statics while another block runs
@@ -176,12 +176,12 @@ inline uint32_t lanes_of_warp(int threads, int warp) {
     return lanes >= WARP ? ALL : (1u << lanes) - 1;
 }
 
-// The first `count` threads of the block meet.
+// A barrier of the first `count` threads of the block.
 inline void barrier(int count) {
     Machine &m = *machine;
-    if (m.running >= count) fail("meets the first %d threads", count);
-    if (m.at_barrier > 0 && m.meeting != count) fail("meets %d threads, while others meet %d", count, m.meeting);
-    m.meeting = count;
+    if (m.running >= count) fail("syncs with the first %d threads", count);
+    if (m.at_barrier > 0 && m.syncing != count) fail("meets %d threads, while others barrier_sync %d", count, m.syncing);
+    m.syncing = count;
     if (++m.at_barrier < count) return wait_at("__syncthreads");
     m.at_barrier = 0;
     m.has_progressed = true;
@@ -193,7 +193,7 @@ inline void barrier(int count) {
 inline void give_way() {
     Machine &m = *machine;
     m.warps[m.running / WARP].paused |= 1u << m.running % WARP;
-    wait_at("pause");
+    wait_at("backoff");
 }
 
 // Writes what others may poll.
@@ -210,7 +210,7 @@ inline void run_threads(uint32_t high, uint32_t low) {
     for (;;) {
         change_to(fiber->context, fiber->machine->scheduler);
         fiber->machine->kernel(fiber->machine->launch->parameters);
-        fiber->has_ended = fiber->machine->has_progressed = true;
+        fiber->mbarrier_has_completed = fiber->machine->has_progressed = true;
         fiber->machine->live--;
     }
 }
@@ -285,15 +285,15 @@ inline void Machine::report_wait() {
     for (int index = 0; index < threads; index++) {
         if (!fibers[index].waits_at || (warps[index / WARP].paused >> index % WARP & 1) != is_at_pause) continue;
         int first = index / WARP * WARP;
-        uint32_t same = 0, has_ended = 0;
+        uint32_t same = 0, mbarrier_has_completed = 0;
         for (int lane = 0; lane < WARP && first + lane < threads; lane++) {
             const Fiber &other = fibers[first + lane];
             same |= (uint32_t)(other.waits_at == fibers[index].waits_at) << lane;
-            has_ended |= (uint32_t)other.has_ended << lane;
+            mbarrier_has_completed |= (uint32_t)other.mbarrier_has_completed << lane;
         }
         return write_message("warp %d waits for ever: lanes %08x at %s, lanes %08x have ended; %d of %d threads of the block "
                              "have ended, %d are at __syncthreads",
-                             index / WARP, same, fibers[index].waits_at, has_ended, ended, threads, at_barrier);
+                             index / WARP, same, fibers[index].waits_at, mbarrier_has_completed, ended, threads, at_barrier);
     }
 }
 
@@ -334,7 +334,7 @@ inline void Machine::begin(uint32_t x, uint32_t y) {
     for (int index = 0; index < threads; index++) {
         Fiber &fiber = fibers[index];
         fiber.waits_at = nullptr;
-        fiber.has_ended = false;
+        fiber.mbarrier_has_completed = false;
         fiber.copies.clear();
         fiber.batch = 0;
     }

@@ -55,7 +55,7 @@ inline void deliver(const Copy &copy) {
 
 inline void end_batch() { machine->fibers[machine->running].batch++; }
 
-inline void await_batches(int left) {
+inline void wait_batches(int left) {
     Fiber &fiber = machine->fibers[machine->running];
     auto copy = fiber.copies.begin();
     for (; copy != fiber.copies.end() && copy->batch < fiber.batch - left; copy++) deliver(*copy);
@@ -69,7 +69,7 @@ struct Barrier {
     uint8_t expected, is_odd;
 };
 
-inline void start_barrier(uint32_t barrier, int arrivals) {
+inline void mbarrier_init(uint32_t barrier, int arrivals) {
     *at_shared<Barrier>(barrier) = {0, (int16_t)arrivals, (uint8_t)arrivals, 0};
 }
 
@@ -92,15 +92,15 @@ inline void begin_bulk(uint32_t to, const void *from, uint32_t bytes, uint32_t b
 }
 
 // Whether the running phase is another one.
-inline bool has_ended(uint32_t barrier, uint32_t is_odd) { return at_shared<Barrier>(barrier)->is_odd != is_odd; }
+inline bool mbarrier_has_completed(uint32_t barrier, uint32_t is_odd) { return at_shared<Barrier>(barrier)->is_odd != is_odd; }
 
 // All lanes of a warp at once: what the barrier counts arrives now, and others have their turn until nothing is missing.
-inline void await_phase(uint32_t barrier, uint32_t is_odd) {
+inline void mbarrier_wait(uint32_t barrier, uint32_t is_odd) {
     struct Operand {
         uint32_t barrier;
     } own = {barrier};
     do {
-        together("await_phase", ALL, own, [](Operand **lanes) {
+        together("mbarrier_wait", ALL, own, [](Operand **lanes) {
             const uint32_t barrier = lanes[0]->barrier;
             std::vector<Due> &due = machine->due;
             auto is_other = [&](const Due &one) { return one.barrier != barrier; };
@@ -111,8 +111,8 @@ inline void await_phase(uint32_t barrier, uint32_t is_odd) {
             }
             due.erase(arrives, due.end());
         });
-        if (!has_ended(barrier, is_odd)) give_way();
-    } while (!has_ended(barrier, is_odd));
+        if (!mbarrier_has_completed(barrier, is_odd)) give_way();
+    } while (!mbarrier_has_completed(barrier, is_odd));
 }
 
 }  // namespace shim

@@ -8,7 +8,7 @@ use super::{DenseOnDevice, stride_bytes};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension};
 use crate::parameters;
 use crate::quant::CudaMatrix;
-use crate::quant::cuda::{CudaEncoder, DeviceBytes, Plain, PlainKind};
+use crate::quant::cuda::{CudaEncoder, DeviceBytes, SourceDtype, SourceValues};
 use crate::quant::dense::Value;
 
 pub static KERNELS: Fatbin = Fatbin { name: "cast", image: include_bytes!(concat!(env!("OUT_DIR"), "/cast.fatbin")) };
@@ -44,13 +44,13 @@ impl DenseOnDevice {
 
 /// The matrix itself: nothing more is needed.
 impl CudaEncoder for DenseOnDevice {
-    fn place(&self, rows: &Range<usize>, kind: PlainKind) -> Option<u64> {
-        let own = if self.element_bytes == size_of::<f32>() { PlainKind::Float } else { PlainKind::Half };
+    fn place(&self, rows: &Range<usize>, kind: SourceDtype) -> Option<u64> {
+        let own = if self.element_bytes == size_of::<f32>() { SourceDtype::F32 } else { SourceDtype::F16 };
         let is_same = kind == own && self.stride_bytes == self.k * self.element_bytes;
         is_same.then(|| self.row_address(rows.start))
     }
 
-    unsafe fn encode(&self, rows: Range<usize>, from: Plain) -> Result<()> {
+    unsafe fn encode(&self, rows: Range<usize>, from: SourceValues) -> Result<()> {
         assert!(rows.end <= self.n, "rows {rows:?} of {}", self.n);
         let to = self.row_address(rows.start);
         // SAFETY: the rows are the matrix's; the caller vouches for `from`.
@@ -68,7 +68,7 @@ impl CudaEncoder for DenseOnDevice {
 /// `from` and `to` are of this size on what `on` runs on, until it has come past this call.
 pub unsafe fn cast_rows(
     on: &dyn Launcher,
-    from: Plain,
+    from: SourceValues,
     (rows, k): (usize, usize),
     element_bytes: usize,
     to: u64,

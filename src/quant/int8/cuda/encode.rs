@@ -8,7 +8,7 @@ use super::{Int8OnDevice, device_threshold, stride};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension};
 use crate::parameters;
 use crate::quant::CudaMatrix;
-use crate::quant::cuda::{CudaEncoder, DeviceBytes, Plain, PlainKind};
+use crate::quant::cuda::{CudaEncoder, DeviceBytes, SourceDtype, SourceValues};
 use crate::quant::int8::check_columns;
 
 pub static KERNELS: Fatbin =
@@ -40,11 +40,11 @@ pub(in crate::quant::int8) fn encoder(
 
 /// The matrix itself: nothing more is needed.
 impl CudaEncoder for Int8OnDevice {
-    fn place(&self, _rows: &Range<usize>, _kind: PlainKind) -> Option<u64> {
+    fn place(&self, _rows: &Range<usize>, _kind: SourceDtype) -> Option<u64> {
         None
     }
 
-    unsafe fn encode(&self, rows: Range<usize>, from: Plain) -> Result<()> {
+    unsafe fn encode(&self, rows: Range<usize>, from: SourceValues) -> Result<()> {
         assert!(rows.end <= self.n, "rows {rows:?} of {}", self.n);
         let codes = address(&self.codes, &self.device) + (rows.start * self.stride) as u64;
         let absmax = address(&self.absmax, &self.device) + (rows.start * size_of::<f32>()) as u64;
@@ -63,7 +63,7 @@ impl CudaEncoder for Int8OnDevice {
 /// The addresses are of this size on what `on` runs on, until it has come past this call.
 pub unsafe fn encode_rows(
     on: &dyn Launcher,
-    from: Plain,
+    from: SourceValues,
     (rows, k): (usize, usize),
     codes: u64,
     absmax: u64,

@@ -11,7 +11,7 @@ use super::{DeviceAbsmax, Nf4OnDevice, UNIT_BYTES, stride_bytes, values};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension};
 use crate::parameters;
 use crate::quant::CudaMatrix;
-use crate::quant::cuda::{CudaEncoder, DeviceBytes, Plain, PlainKind};
+use crate::quant::cuda::{CudaEncoder, DeviceBytes, SourceDtype, SourceValues};
 use crate::quant::nf4::codes::THRESHOLDS;
 use crate::quant::nf4::nested::{self, NESTED_BLOCK, NestedAbsmax};
 use crate::quant::nf4::{Absmax, AbsmaxKind, BLOCK, CODES, stored_bytes};
@@ -65,11 +65,11 @@ struct Encoder {
 }
 
 impl CudaEncoder for Encoder {
-    fn place(&self, _rows: &Range<usize>, _kind: PlainKind) -> Option<u64> {
+    fn place(&self, _rows: &Range<usize>, _kind: SourceDtype) -> Option<u64> {
         None
     }
 
-    unsafe fn encode(&self, rows: Range<usize>, from: Plain) -> Result<()> {
+    unsafe fn encode(&self, rows: Range<usize>, from: SourceValues) -> Result<()> {
         let (first, end) = (rows.start * self.k, rows.end * self.k);
         assert!(rows.end <= self.n && first.is_multiple_of(BLOCK), "rows {rows:?} of {}", self.n);
         assert!(rows.end == self.n || end.is_multiple_of(BLOCK), "rows {rows:?} end within a block");
@@ -100,7 +100,7 @@ impl CudaEncoder for Encoder {
 /// The addresses are of this size on what `on` runs on, until it has come past this call.
 pub unsafe fn encode_rows(
     on: &dyn Launcher,
-    from: Plain,
+    from: SourceValues,
     (rows, k): (usize, usize),
     absmax: u64,
     chunks: u64,

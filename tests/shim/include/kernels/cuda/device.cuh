@@ -13,27 +13,27 @@ inline uint4 load_streaming(const void *at) { return *shim::at_global<uint4>(at)
 inline float load_float(const float *at) { return *shim::at_global<float>(at); }
 inline void prefetch(const void *) {}
 inline float2 load_two(const float2 *at) { return *shim::at_global<float2>(at); }
-inline uint4 load_fresh(const void *at) { return *shim::at_global<uint4>(at); }
-inline int load_fresh(const int *at) { return *shim::at_global<int>(at); }
-inline __half load_fresh(const __half *at) { return *shim::at_global<__half>(at); }
+inline uint4 load_l2(const void *at) { return *shim::at_global<uint4>(at); }
+inline int load_l2(const int *at) { return *shim::at_global<int>(at); }
+inline __half load_l2(const __half *at) { return *shim::at_global<__half>(at); }
 inline void store_to_host(unsigned long long *at, unsigned long long value) {
     *shim::at_global<unsigned long long>(at) = value;
 }
 
-// What blocks of one launch tell each other. The system's headers have another `pause`.
-#define pause shim::give_way
-inline uint32_t look(const uint32_t *at) { return *shim::at_global<const uint32_t>(at); }
-inline uint4 look(const uint4 *at) { return *shim::at_global<const uint4>(at); }
-inline void tell(uint32_t *at, uint32_t word) { shim::change(shim::at_global<uint32_t>(at), word); }
-inline void tell(uint2 *at, uint2 word) { shim::change(shim::at_global<uint2>(at), word); }
+// Relaxed loads and stores between the blocks of a launch. A poll that fails lets other fibers run.
+#define backoff shim::give_way
+inline uint32_t load_relaxed(const uint32_t *at) { return *shim::at_global<const uint32_t>(at); }
+inline uint4 load_relaxed(const uint4 *at) { return *shim::at_global<const uint4>(at); }
+inline void store_relaxed(uint32_t *at, uint32_t word) { shim::change(shim::at_global<uint32_t>(at), word); }
+inline void store_relaxed(uint2 *at, uint2 word) { shim::change(shim::at_global<uint2>(at), word); }
 
 template <int COUNT>
-void give_registers() {}
+void release_registers() {}
 template <int COUNT>
-void take_registers() {}
+void acquire_registers() {}
 
 template <int COUNT>
-void meet_first() {
+void barrier_sync_first() {
     shim::barrier(COUNT);
 }
 inline void store_release(int *at, int value) { shim::change(at, value); }
@@ -42,7 +42,7 @@ inline int load_acquire(const int *at) { return *at; }
 inline uint32_t shared_address(const void *at) { return shim::shared_address(at); }
 inline uint32_t load_shared(uint32_t at) { return *shim::at_shared<uint32_t>(at); }
 inline uint4 load_shared_16(uint32_t at) { return *shim::at_shared<uint4>(at); }
-inline int kept(int value) { return value; }
+inline int opaque(int value) { return value; }
 inline uint32_t word_at(uint32_t base, uint32_t index) { return base + 4 * index; }
 inline uint32_t load_copied(uint32_t at) { return *shim::at_shared<uint32_t>(at); }
 inline uint32_t load_copied_byte(uint32_t at) { return *shim::at_shared<uint8_t>(at); }
@@ -51,39 +51,39 @@ inline uint4 load_copied_16(uint32_t at) { return *shim::at_shared<uint4>(at); }
 #if __CUDA_ARCH__ >= 800
 inline void copy_streaming(uint32_t to, const void *from, int wanted) { shim::begin_copy<uint4>(to, wanted ? from : nullptr); }
 inline void copy_word(uint32_t to, const void *from) { shim::begin_copy<uint32_t>(to, from); }
-inline void end_copies() { shim::end_batch(); }
+inline void commit_copies() { shim::end_batch(); }
 template <int LEFT>
-void await_copies() {
-    shim::await_batches(LEFT);
+void wait_copies() {
+    shim::wait_batches(LEFT);
 }
-inline void await_all_copies() { shim::await_batches(-1); }
+inline void wait_all_copies() { shim::wait_batches(-1); }
 #else
 inline void copy_streaming(uint32_t to, const void *from, int wanted) {
     *shim::at_shared<uint4>(to) = wanted ? load_streaming(from) : uint4{};
 }
 inline void copy_word(uint32_t to, const void *from) { *shim::at_shared<uint32_t>(to) = *shim::at_global<uint32_t>(from); }
-inline void end_copies() {}
+inline void commit_copies() {}
 template <int LEFT>
-void await_copies() {}
-inline void await_all_copies() {}
+void wait_copies() {}
+inline void wait_all_copies() {}
 #endif
 
 #if __CUDA_ARCH__ >= 900
 constexpr bool HAS_BULK_COPIES = true;
-inline void start_barrier(uint32_t barrier, int arrivals) { shim::start_barrier(barrier, arrivals); }
-inline void announce(uint32_t barrier, int bytes) { shim::count(barrier, 1, -bytes); }
+inline void mbarrier_init(uint32_t barrier, int arrivals) { shim::mbarrier_init(barrier, arrivals); }
+inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) { shim::count(barrier, 1, -bytes); }
 inline void copy_bulk(uint32_t to, const void *from, int bytes, uint32_t barrier) { shim::begin_bulk(to, from, bytes, barrier); }
-inline void arrive_at(uint32_t barrier) { shim::count(barrier, 1, 0); }
-inline bool has_ended(uint32_t barrier, uint32_t is_odd) { return shim::has_ended(barrier, is_odd); }
-inline void await_phase(uint32_t barrier, uint32_t is_odd) { shim::await_phase(barrier, is_odd); }
+inline void mbarrier_arrive(uint32_t barrier) { shim::count(barrier, 1, 0); }
+inline bool mbarrier_has_completed(uint32_t barrier, uint32_t is_odd) { return shim::mbarrier_has_completed(barrier, is_odd); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t is_odd) { shim::mbarrier_wait(barrier, is_odd); }
 #else
 constexpr bool HAS_BULK_COPIES = false;
-inline void start_barrier(uint32_t, int) {}
-inline void announce(uint32_t, int) {}
+inline void mbarrier_init(uint32_t, int) {}
+inline void mbarrier_arrive_expect(uint32_t, int) {}
 inline void copy_bulk(uint32_t, const void *, int, uint32_t) {}
-inline void arrive_at(uint32_t) {}
-inline bool has_ended(uint32_t, uint32_t) { return true; }
-inline void await_phase(uint32_t, uint32_t) {}
+inline void mbarrier_arrive(uint32_t) {}
+inline bool mbarrier_has_completed(uint32_t, uint32_t) { return true; }
+inline void mbarrier_wait(uint32_t, uint32_t) {}
 #endif
 
 // mma.sync.m<ROWS>n8k<K>.row.col, with the fragments that the PTX manual gives to lane 4g + q, where a register holds E

@@ -1,4 +1,4 @@
-//! How matrices are cut into pieces on their way to the device, and the memory that loading takes there. Asks no device.
+//! How matrices are cut into load_chunks on their way to the device, and the memory that loading takes there. Asks no device.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use crate::engine::Setup;
 use crate::engine::load::format_of;
 use crate::kernels::cuda::staging::{BUFFER_BYTES, SLAB_BYTES};
-use crate::quant::cuda::{DeviceBytes, GRANULE, PlainKind};
+use crate::quant::cuda::{DeviceBytes, GRANULE, SourceDtype};
 use crate::weights::Source;
 use crate::weights::policy::Formats;
 use crate::weights::spec::MatrixSpec;
@@ -17,9 +17,9 @@ use crate::weights::spec::MatrixSpec;
 /// empties it, and some buffers have to be left to the copies.
 pub const READERS: usize = 12;
 
-/// A piece of work for a thread.
+/// A chunk of work for a thread.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Job {
+pub enum LoadChunk {
     /// A matrix that the host makes: one that is stored quantized, that the host reads as well, or whose rows no buffer holds.
     Whole {
         matrix: usize,
@@ -31,19 +31,19 @@ pub enum Job {
     },
 }
 
-impl Job {
+impl LoadChunk {
     pub fn matrix(&self) -> usize {
         match self {
-            Job::Whole { matrix } | Job::Rows { matrix, .. } => *matrix,
+            LoadChunk::Whole { matrix } | LoadChunk::Rows { matrix, .. } => *matrix,
         }
     }
 }
 
-/// How a source gives the values of a piece.
+/// How a source gives the values of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reading {
     /// As they are saved.
-    Raw(PlainKind),
+    Raw(SourceDtype),
     /// Cast to fp16.
     Halves,
     /// As fp32.
@@ -51,12 +51,12 @@ pub enum Reading {
 }
 
 impl Reading {
-    /// Of the matrix `spec`; `None` where its values are not plain.
+    /// The reading of the matrix `spec`; `None` where its values are not plain.
     fn of(source: &dyn Source, spec: &MatrixSpec, formats: &Formats) -> Result<Option<Self>> {
         Ok(match source.raw_dtype(&spec.name) {
-            Some(Dtype::F16) => Some(Reading::Raw(PlainKind::Half)),
-            Some(Dtype::BF16) => Some(Reading::Raw(PlainKind::Brain)),
-            Some(Dtype::F32) => Some(Reading::Raw(PlainKind::Float)),
+            Some(Dtype::F16) => Some(Reading::Raw(SourceDtype::F16)),
+            Some(Dtype::BF16) => Some(Reading::Raw(SourceDtype::Bf16)),
+            Some(Dtype::F32) => Some(Reading::Raw(SourceDtype::F32)),
             Some(other) => bail!("tensor `{}` is {other}; allowed are F16, BF16 and F32", spec.name),
             None if source.is_quantized() => None,
             None if formats.is_exact(spec.role) => Some(Reading::Floats),
@@ -64,39 +64,39 @@ impl Reading {
         })
     }
 
-    pub fn kind(self) -> PlainKind {
+    pub fn kind(self) -> SourceDtype {
         match self {
             Reading::Raw(kind) => kind,
-            Reading::Halves => PlainKind::Half,
-            Reading::Floats => PlainKind::Float,
+            Reading::Halves => SourceDtype::F16,
+            Reading::Floats => SourceDtype::F32,
         }
     }
 }
 
 /// The work of loading `setup`, matrix by matrix. `is_read_by_host` are the matrices that the host needs as well.
-pub fn jobs(setup: &Setup, formats: &Formats, is_read_by_host: &dyn Fn(usize) -> bool) -> Result<Vec<Job>> {
-    let mut jobs = Vec::new();
+pub fn chunks(setup: &Setup, formats: &Formats, is_read_by_host: &dyn Fn(usize) -> bool) -> Result<Vec<LoadChunk>> {
+    let mut chunks = Vec::new();
     for (matrix, spec) in setup.model.matrices.iter().enumerate() {
         let reading = match is_read_by_host(matrix) {
             true => None,
             false => Reading::of(setup.source, spec, formats)?,
         };
-        let cut = reading.and_then(|reading| Some((reading, rows_per_piece(spec.n, spec.k, reading.kind().bytes())?)));
+        let cut = reading.and_then(|reading| Some((reading, rows_per_chunk(spec.n, spec.k, reading.kind().bytes())?)));
         match cut {
-            None => jobs.push(Job::Whole { matrix }),
+            None => chunks.push(LoadChunk::Whole { matrix }),
             Some((reading, step)) => {
                 let starts = (0..spec.n).step_by(step);
                 let rows = starts.map(|start| start..spec.n.min(start + step));
-                jobs.extend(rows.map(|rows| Job::Rows { matrix, rows, reading }));
+                chunks.extend(rows.map(|rows| LoadChunk::Rows { matrix, rows, reading }));
             }
         }
     }
-    Ok(jobs)
+    Ok(chunks)
 }
 
-/// The most rows that a buffer holds of an `[n, k]` matrix so that every piece begins at a [`GRANULE`]; `None` where there are
+/// The most rows that a buffer holds of an `[n, k]` matrix so that every chunk begins at a [`GRANULE`]; `None` where there are
 /// none.
-fn rows_per_piece(n: usize, k: usize, value_bytes: usize) -> Option<usize> {
+fn rows_per_chunk(n: usize, k: usize, value_bytes: usize) -> Option<usize> {
     let fitting = BUFFER_BYTES / k.checked_mul(value_bytes).filter(|bytes| *bytes > 0)?;
     // GRANULE is a power of two, and so is the greatest common divisor.
     let granule_rows = GRANULE >> k.trailing_zeros().min(GRANULE.trailing_zeros());
@@ -111,7 +111,7 @@ fn rows_per_piece(n: usize, k: usize, value_bytes: usize) -> Option<usize> {
 pub struct Peak {
     /// Matrices, when all are there.
     pub resident: usize,
-    /// What loading takes beside what is there already: the slab, and what the open matrices need until they are finished.
+    /// Bytes beside the resident ones: the slab, and scratch of the open matrices until they are finished.
     pub beyond: usize,
 }
 
@@ -120,7 +120,7 @@ pub fn peak(matrices: &[MatrixSpec], source: &dyn Source, formats: &Formats) -> 
     let bytes: Vec<DeviceBytes> = matrices.iter().map(of).collect();
     let mut transient: Vec<usize> = bytes.iter().map(|bytes| bytes.transient).collect();
     transient.sort_unstable_by_key(|bytes| std::cmp::Reverse(*bytes));
-    // Pieces are handed out in order: a matrix is open while a thread has a piece of it, and one because more are to come.
+    // Pieces are handed out in order: a matrix is open while a thread has a chunk of it, and one because more are to come.
     let open = transient.iter().take(READERS + 1).sum::<usize>();
     Peak { resident: bytes.iter().map(|bytes| bytes.resident).sum(), beyond: SLAB_BYTES + open }
 }
@@ -134,7 +134,7 @@ mod tests {
     use crate::weights::builtin_models;
     use crate::weights::random::Random;
 
-    /// What loading may use beyond the model and its largest tensor.
+    /// Bytes that loading may use beyond the model and its largest tensor.
     const ALLOWED_BYTES: usize = 256_000_000;
 
     /// Every built-in shape at every precision.
@@ -176,12 +176,12 @@ mod tests {
                 encoder_capacity: 1,
                 cuda_graph: true,
             };
-            let jobs = jobs(&setup, formats, &|matrix| matrix == 3).unwrap();
+            let chunks = chunks(&setup, formats, &|matrix| matrix == 3).unwrap();
             let mut next = vec![0; model.matrices.len()];
-            for job in &jobs {
-                let (matrix, rows, bytes) = match job {
-                    Job::Whole { matrix } => (*matrix, 0..model.matrices[*matrix].n, 0),
-                    Job::Rows { matrix, rows, reading } => (*matrix, rows.clone(), reading.kind().bytes()),
+            for chunk in &chunks {
+                let (matrix, rows, bytes) = match chunk {
+                    LoadChunk::Whole { matrix } => (*matrix, 0..model.matrices[*matrix].n, 0),
+                    LoadChunk::Rows { matrix, rows, reading } => (*matrix, rows.clone(), reading.kind().bytes()),
                 };
                 let MatrixSpec { name, n, k, .. } = &model.matrices[matrix];
                 assert_eq!(bytes == 0, matrix == 3, "{name}: only what the host reads is made there");
@@ -212,7 +212,7 @@ mod tests {
             ((0, 64, 2), None),
             ((2, usize::MAX, 4), None),
         ] {
-            assert_eq!(rows_per_piece(n, k, bytes), rows, "[{n}, {k}] of {bytes} bytes a value");
+            assert_eq!(rows_per_chunk(n, k, bytes), rows, "[{n}, {k}] of {bytes} bytes a value");
         }
     }
 }

@@ -4,10 +4,10 @@
 
 #include "kernels/cuda/device.cuh"
 
-// As `PlainType` in Rust has it.
-enum PlainKind { PLAIN_HALF = 0, PLAIN_BRAIN = 1, PLAIN_FLOAT = 2 };
+// As `SourceDtype` of quant/cuda.rs.
+enum SourceDtype { SOURCE_F16 = 0, SOURCE_BF16 = 1, SOURCE_F32 = 2 };
 
-struct Plain {
+struct SourceValues {
     const void *values;
     // Counts finite values that became infinite in fp16.
     unsigned long long *overflow;
@@ -30,22 +30,22 @@ __device__ __forceinline__ uint32_t narrowed(uint32_t bits) {
 }
 
 // fp32 bits of value `at`, uncast.
-__device__ __forceinline__ uint32_t float_bits(const Plain &from, long long at) {
-    if (from.kind == PLAIN_FLOAT) return ((const uint32_t *)from.values)[at];
+__device__ __forceinline__ uint32_t float_bits(const SourceValues &from, long long at) {
+    if (from.kind == SOURCE_F32) return ((const uint32_t *)from.values)[at];
     uint32_t bits = ((const unsigned short *)from.values)[at];
-    return from.kind == PLAIN_BRAIN ? bits << 16 : widened(bits);
+    return from.kind == SOURCE_BF16 ? bits << 16 : widened(bits);
 }
 
 // fp16 bits of value `at`.
-__device__ __forceinline__ uint32_t half_bits(const Plain &from, long long at) {
-    if (from.kind == PLAIN_HALF) return ((const unsigned short *)from.values)[at];
+__device__ __forceinline__ uint32_t half_bits(const SourceValues &from, long long at) {
+    if (from.kind == SOURCE_F16) return ((const unsigned short *)from.values)[at];
     return narrowed(float_bits(from, at));
 }
 
 // As half_bits, for the one reading of a value that counts.
-__device__ __forceinline__ uint32_t counted_half_bits(const Plain &from, long long at) {
+__device__ __forceinline__ uint32_t counted_half_bits(const SourceValues &from, long long at) {
     uint32_t half = half_bits(from, at);
-    if (from.kind != PLAIN_HALF && (half & HALF_MAGNITUDE) == HALF_INFINITE && (float_bits(from, at) & MAGNITUDE) != INFINITE)
+    if (from.kind != SOURCE_F16 && (half & HALF_MAGNITUDE) == HALF_INFINITE && (float_bits(from, at) & MAGNITUDE) != INFINITE)
         atomicAdd(from.overflow, 1ull);
     return half;
 }

@@ -1,4 +1,4 @@
-//! Where tokens arrive: memory of the host that the device writes to.
+//! The ring buffer of tokens: host memory that the device writes to.
 
 use std::time::Duration;
 
@@ -6,21 +6,21 @@ use anyhow::{Context, Result, bail};
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
 
-/// Tokens that may be on their way. A power of two.
+/// Tokens in flight at most. A power of two.
 pub const SLOTS: usize = 4096;
 
-/// Looks at the slot between two questions to the driver.
-const LOOKS: usize = 1 << 14;
+/// Polls of a slot between two queries of the driver.
+const POLLS: usize = 1 << 14;
 
 /// Pinned memory that the device sees under the same address; slot `step % SLOTS` holds the step and its token in one word.
-pub struct Ring {
+pub struct TokenRing {
     slots: *mut u64,
 }
 
 // SAFETY: the memory belongs to the ring alone, and every access is a volatile read.
-unsafe impl Send for Ring {}
+unsafe impl Send for TokenRing {}
 
-impl Ring {
+impl TokenRing {
     pub fn new(device: &CudaDevice) -> Result<Self> {
         device.cuda_stream().context().bind_to_thread()?;
         let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP;
@@ -31,7 +31,7 @@ impl Ring {
         Ok(Self { slots })
     }
 
-    /// As the device sees it.
+    /// Its address on the device.
     pub fn address(&self) -> u64 {
         self.slots as u64
     }
@@ -46,7 +46,7 @@ impl Ring {
     /// Waits for the token of `step`, which was launched on the device's stream.
     pub fn wait(&self, step: u32, device: &CudaDevice) -> Result<u32> {
         loop {
-            for _ in 0..LOOKS {
+            for _ in 0..POLLS {
                 if let Some(token) = self.token(step) {
                     return Ok(token);
                 }
@@ -54,20 +54,20 @@ impl Ring {
             }
             let stream = device.cuda_stream();
             // SAFETY: the stream lives as long as the device.
-            match unsafe { sys::cuStreamQuery(stream.cu_stream()) } {
-                sys::cudaError_enum::CUDA_ERROR_NOT_READY => {}
-                sys::cudaError_enum::CUDA_SUCCESS => {
-                    // A store may still be on its way over the bus.
-                    std::thread::sleep(Duration::from_millis(1));
-                    return self.token(step).with_context(|| format!("the device ended step {step} without a token"));
-                }
-                error => bail!(DriverError(error)),
+            let status = unsafe { sys::cuStreamQuery(stream.cu_stream()) };
+            if status == sys::cudaError_enum::CUDA_SUCCESS {
+                // A store may still be in flight on the bus.
+                std::thread::sleep(Duration::from_millis(1));
+                return self.token(step).with_context(|| format!("the device ended step {step} without a token"));
+            }
+            if status != sys::cudaError_enum::CUDA_ERROR_NOT_READY {
+                bail!(DriverError(status));
             }
         }
     }
 }
 
-impl Drop for Ring {
+impl Drop for TokenRing {
     fn drop(&mut self) {
         // SAFETY: allocated by `malloc_host`, freed once. A failure leaves it to the end of the process.
         let _ = unsafe { result::free_host(self.slots.cast()) };
