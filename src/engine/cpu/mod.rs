@@ -154,8 +154,7 @@ impl CpuSession {
             [spec.kv_heads * capacity * spec.head_dim; 2]
         };
         let angles = |rope: &Rope| {
-            let Rope { rotary_dim: _, inverse_frequencies } = rope;
-            Angles::new(inverse_frequencies, setup.capacity)
+            Angles::new((0..setup.capacity).flat_map(|position| rope.turns(position)), rope.rotary_dim / 2)
         };
         let bias = |bias: &RelativeBias| BiasTable::new(bias, matrices[bias.table.0].as_ref(), reach);
         let encoder = model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices));
@@ -175,11 +174,7 @@ impl CpuSession {
             last_token: 0,
             outliers: OutlierColumns::default(),
             weights: Weights {
-                angles: model
-                    .ropes
-                    .iter()
-                    .map(|r| Angles::new((0..setup.capacity).flat_map(|position| r.turns(position)), r.rotary_dim / 2))
-                    .collect(),
+                angles: model.ropes.iter().map(angles).collect(),
                 biases: model.biases.iter().map(bias).collect(),
                 granule: matrices.iter().map(|m| m.row_granule()).max().unwrap_or(1),
                 capacity: setup.capacity,
