@@ -65,7 +65,8 @@ fn same_case(a: &Record, b: &Record) -> bool {
             || (a.command == b.command && a.timestamp == b.timestamp && a.file == b.file))
         && a.keep_fp16 == b.keep_fp16
         && a.environment.threads == b.environment.threads
-        && (!both_ran || a.environment.isa == b.environment.isa)
+        // Each engine has kernels of its own.
+        && (!both_ran || a.engine.name != b.engine.name || a.environment.isa == b.environment.isa)
         && (!both_ran || has_quality_alone(a) == has_quality_alone(b))
 }
 

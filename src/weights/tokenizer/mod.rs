@@ -14,6 +14,7 @@ use self::class::Class;
 use self::settings::Settings;
 pub(super) use self::settings::shortened;
 use super::safetensors::short;
+use super::sniff;
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
 
@@ -24,6 +25,9 @@ pub fn open(folder: &Path, config: &serde_json::Value, events: &dyn Listener) ->
     let path = folder.join("tokenizer.json");
     if !path.is_file() {
         return Ok(None);
+    }
+    if let Some(error) = sniff::not_itself(&path) {
+        return Err(error.into());
     }
     let settings = Settings::read(folder)?;
     let unusable = |error: String| {
