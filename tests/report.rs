@@ -154,6 +154,7 @@ fn full_record() -> Record {
     record.card_bytes = Some(1 << 30);
     record.bandwidth.bound = Some("memory".into());
     (record.bandwidth.theoretical_gb_s, record.bandwidth.device_share) = (Some(50.0), Some(0.9));
+    (record.bandwidth.memory_alone_share, record.bandwidth.arithmetic_alone_share) = (Some(0.9), Some(0.4));
     let memory = &mut record.memory;
     (memory.context_bytes, memory.device_process_bytes) = (Some(1), Some(2));
     (memory.prefill_peak_bytes, memory.decode_peak_bytes, memory.load_peak_bytes) = (Some(3), Some(4), Some(5));

@@ -142,6 +142,8 @@ COLUMNS = {
     ("speed-up", "x fp16"): ratio("median"),
     ("bytes ratio", "fp16 / this"): ratio("by_bytes"),
     ("of read bandwidth", "%"): percent(at("bandwidth", "mbu")),
+    ("memory alone", "% of step"): percent(at("bandwidth", "memory_alone_share")),
+    ("arithmetic alone", "% of step"): percent(at("bandwidth", "arithmetic_alone_share")),
     ("peak", "GiB"): one(at("memory", "peak_bytes", scale=GIB)),
     ("weights", "GiB"): one(at("memory", "weights_bytes", scale=GIB)),
     ("TTFT", "ms"): one(metric("ttft_ms")),
