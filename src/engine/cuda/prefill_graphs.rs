@@ -134,7 +134,7 @@ impl PrefillGraphs {
             self.memory = None;
             // SAFETY: a call writes what it takes before it reads it.
             let memory = unsafe { device.alloc::<u8>(bytes) };
-            let Shape { rows, position, .. } = call.shape;
+            let CallShape { rows, position, .. } = call.shape;
             let what = || format!("activations and attention scores of {rows} tokens behind {position}");
             self.memory = Some(named(memory, bytes, what)?);
         }
