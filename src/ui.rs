@@ -18,6 +18,11 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
+/// Whether stdout is a terminal: what it shows is read by a person at once.
+pub fn shows_people() -> bool {
+    io::stdout().is_terminal()
+}
+
 /// Writes a line about what happens to stderr.
 pub fn note(line: &str) {
     // Where stderr is closed there is nobody left to tell.

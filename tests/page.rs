@@ -7,8 +7,16 @@ use std::{env, fs};
 use quantbench::record::{Document, Status};
 use quantbench::report::{self, Options};
 
-const EXAMPLES: &[&str] =
-    &["three_precisions", "with_quality", "fp16_oom", "two_cases", "quality_alone", "one_new_token"];
+const EXAMPLES: &[&str] = &[
+    "three_precisions",
+    "with_quality",
+    "fp16_oom",
+    "two_cases",
+    "quality_alone",
+    "one_new_token",
+    "tainted",
+    "two_runs",
+];
 
 fn example(name: &str) -> Document {
     let path = format!("{}/tests/golden/records/{name}.json", env!("CARGO_MANIFEST_DIR"));
@@ -104,6 +112,40 @@ fn engines_of_one_run_are_told_apart() {
     // In the table, and in every chart and the numbers behind it.
     assert!(html.matches("fp16 by candle").count() > 7, "{}", html.matches("fp16 by candle").count());
     assert_eq!(html.matches("<article").count(), 1);
+}
+
+#[test]
+fn runs_of_one_model_are_told_apart() {
+    let html = page(&example("two_runs"));
+    assert_eq!((html.matches("<article").count(), html.matches("class=\"verdict\"").count()), (1, 2));
+    // In the table's rows and in the charts; no two names are the same.
+    for name in [
+        "nf4 · #1",
+        "nf4 · #2",
+        "#2 2026-01-02T00:00:00Z, fedcba9",
+        "<h3>Environment of #1 2026-01-01T00:00:00Z, 0123abc</h3>",
+    ] {
+        assert!(html.contains(name), "{name}");
+    }
+    assert!(html.contains("change<small>of decode</small>") && !html.contains("nf4 and nf4"), "{html}");
+}
+
+#[test]
+fn what_was_disturbed_is_marked() {
+    let html = page(&example("tainted"));
+    assert!(
+        html.contains("<th scope=\"row\">nf4*</th>") && html.contains("* something disturbed this measurement"),
+        "{html}"
+    );
+    assert!(html.contains("<code>--threads</code>") && !html.contains('`'), "{html}");
+    assert!(!page(&example("three_precisions")).contains("something disturbed"));
+}
+
+#[test]
+fn a_chart_of_quality_is_one_only_where_it_was_measured() {
+    let (with, without) = (page(&example("with_quality")), page(&example("three_precisions")));
+    assert!(with.contains("<h3>Speed, memory and quality: a larger point departs more from the reference</h3>"));
+    assert!(without.contains("<h3>Speed and memory</h3>") && !without.contains("Speed, memory and quality"));
 }
 
 #[test]

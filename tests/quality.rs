@@ -276,11 +276,17 @@ fn random_weights_have_no_quality() {
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2));
     assert!(error.contains("no quality can be measured: random weights predict nothing"), "{error}");
-    let args = "--weights random --quality --precision fp16 --max-new-tokens 2 --repeats 1 --warmup 0 --threads 1 \
-                --format json";
-    let record = &records(&quantbench(&model, args))[0];
-    assert!(record["quality"].is_null() && record["status"] == "ok");
-    assert!(record["warnings"].to_string().contains("no_quality: "), "{}", record["warnings"]);
+    // At once and not below a run; the same before it.
+    for args in ["--quality", "--quality --dry-run", "--quality-tokens 9"] {
+        let output =
+            quantbench(&model, &format!("--weights random {args} --precision fp16 --max-new-tokens 2 --threads 1"));
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), output.stdout.is_empty()), (Some(2), true), "{args}: {error}");
+        assert!(error.contains("no quality can be measured: random weights predict nothing"), "{args}: {error}");
+    }
+    let planned = quantbench(&model, "--quality --quality-tokens 9 --dry-run");
+    let text = String::from_utf8_lossy(&planned.stdout).into_owned();
+    assert!(text.contains("then the quality of each precision over at most 9 tokens of `sample`"), "{text}");
 }
 
 /// What the oracle's figures allow: nf4 1 % or 1e-4 (another order of sums); int8, which one part in a million of the input

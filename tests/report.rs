@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use quantbench::record::metrics::{self, METRICS};
-use quantbench::record::{Document, Record, SCHEMA_VERSION};
+use quantbench::record::{Document, Energy, Protocol, Record, SCHEMA_VERSION};
 use quantbench::report::{self, Options, WRITERS};
 use serde_json::Value;
 
@@ -134,6 +134,56 @@ fn csv_rows_have_as_many_fields_as_the_header() {
                 assert_eq!(row[column].parse().ok(), metric.value(record), "{name} {}", metric.key);
             }
         }
+    }
+}
+
+/// A record of which everything is known, so that a column without a value has none ever.
+fn full_record() -> Record {
+    let (_, document) = parsed().into_iter().find(|(name, _)| name == "with_quality").expect("an example");
+    let mut record = document.records[1].clone();
+    let samples = &mut record.samples;
+    samples.device_step_ns = samples.decode_step_ns.clone();
+    samples.synced_step_ns = samples.decode_step_ns.clone();
+    samples.energy_j = samples.end_to_end_ns.iter().map(|ns| *ns as f64 / 1e8).collect();
+    samples.energy_window_s = samples.end_to_end_ns.iter().map(|ns| *ns as f64 / 1e9).collect();
+    record.energy = Some(Energy { source: "nvml".into(), idle_watts: Some(1.0), refused: None });
+    record.reason = Some("why".into());
+    record.model.revision = Some("main".into());
+    record.keep_fp16 = vec!["lm_head".into()];
+    record.weights.seed = Some(1);
+    record.card_bytes = Some(1 << 30);
+    record.bandwidth.bound = Some("memory".into());
+    (record.bandwidth.theoretical_gb_s, record.bandwidth.device_share) = (Some(50.0), Some(0.9));
+    let memory = &mut record.memory;
+    (memory.context_bytes, memory.device_process_bytes) = (Some(1), Some(2));
+    (memory.prefill_peak_bytes, memory.decode_peak_bytes, memory.load_peak_bytes) = (Some(3), Some(4), Some(5));
+    let environment = &mut record.environment;
+    (environment.gpu, environment.driver, environment.cuda) = (Some("GPU".into()), Some("1".into()), Some("2".into()));
+    record.warnings = vec!["what: why".into()];
+    record.protocol = Protocol {
+        n_repeats: 6,
+        ended: "count".into(),
+        order: "interleaved".into(),
+        interval: "within-run".into(),
+        method: "quantbench".into(),
+        ..record.protocol
+    };
+    record.metrics = metrics::summaries(&record);
+    record
+}
+
+#[test]
+fn no_csv_column_is_always_empty() {
+    let document = Document { schema_version: SCHEMA_VERSION, records: vec![full_record()] };
+    let text = (report::find("csv").expect("a writer").write)(&document, &Options::default()).expect("write");
+    let rows = csv_rows(&text);
+    let empty: Vec<&String> =
+        rows[0].iter().zip(&rows[1]).filter(|(_, cell)| cell.is_empty()).map(|(name, _)| name).collect();
+    assert!(empty.is_empty(), "{empty:?}");
+    for name in
+        ["tainted", "n_repeats", "bound", "kl_mean_ci95_low", "perplexity_ratio_ci95_high", "card_bytes", "warnings"]
+    {
+        assert!(rows[0].iter().any(|column| column == name), "{name}");
     }
 }
 

@@ -13,7 +13,7 @@ use crate::report::{self, Options, WRITERS, Writer};
 /// What was typed for `quantbench report`.
 #[derive(Debug, Args)]
 pub struct ReportArgs {
-    /// Files of records (.json or .jsonl), in the order that the report shows them.
+    /// Files of records (.json or .jsonl); runs of the same work stand in one table, in the order of the files.
     #[arg(value_name = "RESULTS", required = true, value_hint = ValueHint::FilePath)]
     pub results: Vec<PathBuf>,
 
@@ -33,7 +33,7 @@ pub struct ReportArgs {
     #[arg(long, help_heading = "Output")]
     pub wide: bool,
 
-    /// GiB of a card's memory: the verdict says which precisions fit.
+    /// GiB of a card's memory, in place of what the records name: the verdict says which precisions fit.
     #[arg(long, value_name = "GIB", value_parser = gib, help_heading = "Output")]
     pub card: Option<u64>,
 }
@@ -59,7 +59,7 @@ impl ReportRequest {
         for path in &args.results {
             records.extend(report::read(path)?.records);
         }
-        let document = Document { schema_version: SCHEMA_VERSION, records };
+        let document = Document { schema_version: SCHEMA_VERSION, records: report::by_case(records) };
         Ok(Self {
             document,
             output,

@@ -28,7 +28,7 @@ pub struct Request {
     pub file: Option<(PathBuf, &'static Writer)>,
     pub options: report::Options,
     pub quiet: bool,
-    /// Nothing was asked for by name: the reader is new here, so the table ends with what comes next.
+    /// No model, precision, comparison or output was named: the reader is new here, so the table ends with what comes next.
     pub is_first_look: bool,
     /// A precision that does not fit is no failure.
     pub allow_oom: bool,
@@ -51,7 +51,7 @@ impl Request {
             ..case(&args.model, &args.precision, &args.prompt, &args.device, command)?
         };
         case.save_logits.as_deref().map(report::check_writable).transpose()?;
-        let (is_first_look, allow_oom) = (is_first_look(args, &case), args.method.allow_oom);
+        let (is_first_look, allow_oom) = (is_first_look(args), args.method.allow_oom);
         Ok(Self { is_first_look, allow_oom, ..Self::with(case, &args.output)? })
     }
 
@@ -156,9 +156,11 @@ fn text_file(path: &Path) -> Result<(String, String), BadInput> {
     Ok((name, text))
 }
 
-fn is_first_look(args: &RunArgs, case: &Case) -> bool {
-    let is_default = case.model.model_id == default_model_id(case.device);
-    is_default && args.precision.precision == ["all"] && args.output.format.is_none()
+fn is_first_look(args: &RunArgs) -> bool {
+    let OutputArgs { format, output, quiet, .. } = &args.output;
+    let asks_for_nothing = args.model.model_id.is_none() && args.precision.precision == ["all"];
+    let compares = args.against.baseline.is_some() || args.against.ab.is_some();
+    asks_for_nothing && !compares && !quiet && format.is_none() && output.is_none()
 }
 
 /// What is measured where no model is named.
@@ -401,6 +403,16 @@ mod tests {
         ] {
             let asked = request(line).ok().map(|request| (request.case.model.model_id, request.is_first_look));
             assert_eq!(asked, model_id.map(|id| (id.to_owned(), !line.contains("--model-id"))), "{line}");
+        }
+        for line in [
+            "--quiet",
+            "--format table",
+            "--output r.json",
+            "--model-id smollm2-135m",
+            "--precision nf4",
+            "--baseline b.json",
+        ] {
+            assert!(!request(line).unwrap().is_first_look, "{line}");
         }
         let is_built_in = |name: &str| weights::builtin_models().iter().any(|shape| shape.name == name);
         assert!(is_built_in(DEFAULT_MODEL_ID) && is_built_in(DEFAULT_CUDA_MODEL_ID));

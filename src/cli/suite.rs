@@ -50,12 +50,12 @@ pub struct SuiteArgs {
 /// What was typed for a merge.
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    /// Files of rows, as suites and `--format jsonl` write them.
-    #[arg(value_name = "FILE.jsonl", required = true, value_hint = ValueHint::FilePath)]
+    /// Files of rows (.jsonl or .json), as suites and runs write them.
+    #[arg(value_name = "FILES", required = true, value_hint = ValueHint::FilePath)]
     pub files: Vec<PathBuf>,
 
-    /// File to write, whole or not at all [default: stdout].
-    #[arg(short, long, value_name = "FILE.jsonl", value_hint = ValueHint::FilePath, help_heading = "Output")]
+    /// File to write, whole or not at all: a document where it ends in .json, else one row a line [default: stdout].
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
     pub output: Option<PathBuf>,
 }
 

@@ -12,7 +12,8 @@ use crate::{harness, report};
 /// Fails where the run itself would fail before it starts; whether it fits is said and no failure.
 pub fn dry_run(args: &RunArgs) -> Result<ExitCode> {
     let request = Request::new(args, report::shareable_command(std::env::args()))?;
-    let dry_run = harness::dry_run(&request.case, &Progress::new(request.quiet))?;
+    let mut dry_run = harness::dry_run(&request.case, &Progress::new(request.quiet))?;
+    dry_run.hold_to(request.options.card_bytes);
     let text = match request.stdout.name {
         "table" => dry_run.text(),
         "json" => dry_run.json()?,

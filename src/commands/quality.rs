@@ -6,7 +6,6 @@ use anyhow::Result;
 
 use super::run;
 use crate::cli::{QualityArgs, Request};
-use crate::record::{Document, SCHEMA_VERSION};
 use crate::ui::Progress;
 use crate::{harness, report};
 
@@ -14,5 +13,5 @@ use crate::{harness, report};
 pub fn quality(args: &QualityArgs) -> Result<ExitCode> {
     let request = Request::for_quality(args, report::shareable_command(std::env::args()))?;
     let records = harness::quality(&request.case, &Progress::new(request.quiet))?;
-    run::show(&request, &Document { schema_version: SCHEMA_VERSION, records })
+    run::show(&request, &run::document(&request, records))
 }

@@ -16,7 +16,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let request = Request::new(args, report::shareable_command(std::env::args()))?;
     let against = args.against.request()?;
     let events = Progress::new(request.quiet);
-    let document = |records| Document { schema_version: SCHEMA_VERSION, records };
+    let document = |records| self::document(&request, records);
     match against {
         None => show(&request, &document(harness::run(&request.case, &events)?)),
         Some((Against::Baseline(base), judgement)) => {
@@ -32,6 +32,12 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
             judge(&request, (&base, &new), &judgement, exit_code(&new.records, request.allow_oom))
         }
     }
+}
+
+/// What was measured, with the card that was asked about.
+pub fn document(request: &Request, mut records: Vec<Record>) -> Document {
+    records.iter_mut().for_each(|record| record.card_bytes = request.options.card_bytes);
+    Document { schema_version: SCHEMA_VERSION, records }
 }
 
 /// Compares and shows it; a regression beats what the run itself ended with.
@@ -70,7 +76,8 @@ fn write_file(request: &Request, document: &Document) -> Result<()> {
 
 fn print(request: &Request, document: &Document) -> Result<()> {
     let mut text = (request.stdout.write)(document, &request.options)?;
-    if request.is_first_look {
+    let is_sound = document.records.iter().all(|record| record.status == Status::Ok);
+    if request.is_first_look && is_sound && ui::shows_people() {
         text += &limits::block(&document.records, &request.case.model.model_id)?;
     }
     ui::print(&text)

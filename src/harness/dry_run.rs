@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::memory::ProcessMemory;
 use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT, Workload};
-use super::{Case, DeviceChoice, PromptChoice, Protocol, Row, checks, doctor, parent, worker};
+use super::{Case, DeviceChoice, PromptChoice, Protocol, Row, checks, doctor, parent, quality, worker};
 use crate::engine::{self, Engine};
 use crate::events::Listener;
 use crate::kernels::cpu::pool::default_threads;
@@ -25,6 +25,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     }
     let tokenizer_comes = files.iter().any(|file| file.name == "tokenizer.json" && !file.is_cached);
     let bound = bounded(case).filter(|_| tokenizer_comes);
+    case.quality.as_ref().map(|_| quality::check(&checkpoint, tokenizer_comes)).transpose()?;
     let workload = prompt::workload(bound.as_ref().unwrap_or(case), checkpoint.tokenizer.as_ref(), &model)?;
     // Whether the picture can be read.
     worker::pixels(&model, &checkpoint, &workload.task.encode)?;
@@ -47,6 +48,8 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
         n_prompt_is_a_bound: bound.is_some(),
         order: parent::order(device, &needs, free_bytes).name().to_owned(),
         repeats: repeats(&case.protocol),
+        quality: case.quality.as_ref().map(|choice| choice.describe()),
+        card_bytes: None,
         download_bytes: files.iter().filter(|file| !file.is_cached).filter_map(|file| file.bytes).sum(),
         files: files.into_iter().map(|f| File { name: f.name, bytes: f.bytes, is_cached: f.is_cached }).collect(),
         rows,
@@ -83,6 +86,7 @@ fn needs(
         kv_cache_bytes: worker::cache_bytes(model, workload) / if device == DeviceChoice::Cpu { 1 } else { 2 },
         scratch_bytes: activation_bytes(&model.decoder, n_prompt) + encoder,
         fits: None,
+        fits_card: None,
     };
     needs.fits = free_bytes.map(|free| needs.bytes() <= free);
     Ok(needs)

@@ -10,7 +10,7 @@ use super::memory::ProcessMemory;
 use super::process::{self, ProcessWorker};
 use super::prompt::{self, Workload};
 use super::protocol::{Failure, Finished, Job, LoadFacts, Sample, Share, Warmed};
-use super::quality::{Failed, Passage, Refusal};
+use super::quality::{Failed, Passage};
 use super::schedule::{self, Order, Outcome, Stage, Worker};
 use super::warnings::Warning;
 use super::watch::Watch;
@@ -62,7 +62,6 @@ pub fn quality(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     let device = checks::check(case)?;
     let (case, plan) = &Plan::open(case, device, events)?;
     let Some(passage) = plan.passage(case)? else { return Ok(Vec::new()) };
-    let passage = passage.map_err(BadInput::from)?;
     let mut records = assemble::unmeasured(&plan.facts_unmeasured(case), case);
     for Failed { at, failure } in passage.measure(case, (plan.share, &plan.opened.model), &mut records, events)? {
         assemble::fail(&mut records[at], &failure);
@@ -70,23 +69,18 @@ pub fn quality(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     Ok(records)
 }
 
-/// Quality beside speed: what stands in its way is a warning.
+/// Quality beside speed: where one precision fails at it, its speed stays.
 fn add_quality(
     plan: &Plan,
     case: &Case,
-    passage: Option<Result<Passage, Refusal>>,
+    passage: Option<Passage>,
     records: &mut [Record],
     events: &dyn Listener,
 ) -> Result<()> {
     let warn = |record: &mut Record, reason: String| record.warnings.push(Warning::NoQuality { reason }.to_string());
-    match passage {
-        None => {}
-        Some(Err(refusal)) => records.iter_mut().for_each(|record| warn(record, refusal.reason.clone())),
-        Some(Ok(passage)) => {
-            for Failed { at, failure } in passage.measure(case, (plan.share, &plan.opened.model), records, events)? {
-                warn(&mut records[at], failure.message().to_owned());
-            }
-        }
+    let Some(passage) = passage else { return Ok(()) };
+    for Failed { at, failure } in passage.measure(case, (plan.share, &plan.opened.model), records, events)? {
+        warn(&mut records[at], failure.message().to_owned());
     }
     Ok(())
 }
@@ -155,7 +149,8 @@ impl Plan {
     }
 
     /// The text that quality is asked for on, or why there is none.
-    fn passage(&self, case: &Case) -> Result<Option<Result<Passage, Refusal>>> {
+    /// Fails at once on a model whose quality cannot be measured, where it was asked for.
+    fn passage(&self, case: &Case) -> Result<Option<Passage>> {
         case.quality.as_ref().map(|choice| Passage::new(choice, &self.opened, &self.workload)).transpose()
     }
 

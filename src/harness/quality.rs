@@ -1,7 +1,7 @@
 //! What each precision of a case costs in quality, in worker processes of their own: nothing here touches what a run
 //! measures.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tempfile::TempDir;
 
 use super::measure::{Encode, Task};
@@ -21,8 +21,8 @@ use crate::quality::windows::{self, Window};
 use crate::quality::{CallPath, pass, rows, summary, text};
 use crate::quant::fp32;
 use crate::record::{self, Record};
-use crate::weights::SourceKind;
 use crate::weights::policy::Selection;
+use crate::weights::{Checkpoint, SourceKind};
 
 /// Tokens of the text where the user does not say.
 pub const DEFAULT_TOKENS: usize = 512;
@@ -49,15 +49,30 @@ pub struct QualityChoice {
     pub by_module: bool,
 }
 
-/// Why a model has no quality to measure.
-pub struct Refusal {
-    pub reason: String,
-    hint: &'static str,
+/// Fails with [`BadInput`] where the quality of a checkpoint cannot be measured. `tokenizer_comes` says that one is still to be downloaded.
+pub fn check(checkpoint: &Checkpoint, tokenizer_comes: bool) -> Result<(), BadInput> {
+    let refused =
+        |reason: String, hint: &str| Err(BadInput::new(format!("no quality can be measured: {reason}")).hint(hint));
+    if checkpoint.source_kind() == SourceKind::Random {
+        return refused("random weights predict nothing".to_owned(), "name a folder or a hub id with `--model-id`");
+    }
+    if let Some(quantized) = &checkpoint.quantized {
+        let reason =
+            format!("the weights were saved in `{}`, and what they were made from is not here", quantized.precision);
+        return refused(reason, "name the model that they were made from with `--model-id`");
+    }
+    if checkpoint.tokenizer.is_none() && !tokenizer_comes {
+        let reason = format!("`{}` has no tokenizer here, so a text cannot become tokens", checkpoint.id);
+        return refused(reason, "put tokenizer.json beside the weights");
+    }
+    Ok(())
 }
 
-impl From<Refusal> for BadInput {
-    fn from(refusal: Refusal) -> Self {
-        BadInput::new(format!("no quality can be measured: {}", refusal.reason)).hint(refusal.hint)
+impl QualityChoice {
+    /// For a dry run.
+    pub fn describe(&self) -> String {
+        let text = self.text.as_ref().map_or(text::SAMPLE_NAME, |(name, _)| name.as_str());
+        format!("at most {} tokens of `{text}`", self.n_tokens)
     }
 }
 
@@ -90,28 +105,11 @@ impl Measured {
 
 impl Passage {
     /// The ids of the text, cut to windows that the context and the bound of the reference's file allow. Fails where they
-    /// hold no token to score; a model without quality is told apart.
-    pub fn new(
-        choice: &QualityChoice,
-        opened: &Opened,
-        workload: &Workload,
-    ) -> Result<std::result::Result<Self, Refusal>> {
+    /// hold no token to score, and as [`check`] does.
+    pub fn new(choice: &QualityChoice, opened: &Opened, workload: &Workload) -> Result<Self> {
         let (model, checkpoint) = (&opened.model, &opened.checkpoint);
-        if opened.source.info().source == SourceKind::Random {
-            let reason = "random weights predict nothing".to_owned();
-            return Ok(Err(Refusal { reason, hint: "name a folder or a hub id with `--model-id`" }));
-        }
-        if let Some(quantized) = &checkpoint.quantized {
-            let reason = format!(
-                "the weights were saved in `{}`, and what they were made from is not here",
-                quantized.precision
-            );
-            return Ok(Err(Refusal { reason, hint: "name the model that they were made from with `--model-id`" }));
-        }
-        let Some(tokenizer) = &checkpoint.tokenizer else {
-            let reason = format!("`{}` has no tokenizer here, so a text cannot become tokens", checkpoint.id);
-            return Ok(Err(Refusal { reason, hint: "put tokenizer.json beside the weights" }));
-        };
+        check(checkpoint, false)?;
+        let tokenizer = checkpoint.tokenizer.as_ref().context("a tokenizer, which was checked for")?;
         let sample = || (text::SAMPLE_NAME.to_owned(), text::SAMPLE.to_owned());
         let (name, text) = choice.text.clone().unwrap_or_else(sample);
         let input = model.encoder.as_ref().map(|encoder| encoder.input);
@@ -138,7 +136,7 @@ impl Passage {
         let n_prompt = longest.min(GREEDY_TOKENS / 4);
         let greedy = Greedy { n_prompt, n_gen: (length - n_prompt).min(GREEDY_TOKENS) };
         let (encode, n_encoder) = (workload.task.encode.clone(), workload.n_encoder);
-        Ok(Ok(Self { name, encode, n_encoder, prefix, tokens, windows, greedy }))
+        Ok(Self { name, encode, n_encoder, prefix, tokens, windows, greedy })
     }
 
     /// Fills the `quality` of every record that is ok, precision by precision, and tells those that failed.

@@ -18,7 +18,9 @@ pub enum Warning {
         n: usize,
         min_repeats: usize,
     },
+    /// Of the metric that repeating watches.
     WideInterval {
+        metric: &'static str,
         rel_ci: f64,
         wanted: f64,
     },
@@ -169,9 +171,10 @@ impl fmt::Display for Warning {
             Warning::FewRepeats { n, min_repeats } => {
                 write!(f, "{n} repeats, fewer than {min_repeats}; give them more time with `--max-time`")
             }
-            Warning::WideInterval { rel_ci, wanted } => write!(
+            Warning::WideInterval { metric, rel_ci, wanted } => write!(
                 f,
-                "the 95 % interval is ± {:.1} % of the median, not the wanted {:.1} %; quiet the machine or raise `--max-time`",
+                "half the 95 % interval of {metric} is {:.1} % of its median, more than the wanted {:.1} % (`--rel-ci`); stop other \
+                 programs or raise `--max-time`",
                 100.0 * rel_ci,
                 100.0 * wanted
             ),
@@ -182,7 +185,7 @@ impl fmt::Display for Warning {
                 )
             }
             Warning::Outliers { n, of } => {
-                write!(f, "{n} of {of} repeats are far from the median; something else ran now and then")
+                write!(f, "latency_s of {n} of {of} repeats is far from its median; something else ran now and then")
             }
             Warning::CacheResident { step_bytes, cache_bytes, mbu } => {
                 let share = mbu.map(|mbu| format!(", {:.0} % of the read bandwidth", 100.0 * mbu)).unwrap_or_default();

@@ -142,10 +142,10 @@ pub static METRICS: &[Metric] = &[
     },
     stored("speedup_vs_fp16", "x", Higher, "decode_tps over that of fp16 in the same run", "ratio_to_fp16.median"),
     stored(
-        "speedup_by_bytes",
+        "bytes_ratio",
         "x",
         Higher,
-        "what the bytes of a decode step allow over fp16",
+        "bytes that a decode step reads at fp16 over those that it reads here",
         "ratio_to_fp16.by_bytes",
     ),
     stored("mbu", "share", Higher, "bytes a second that decoding reads over the read bandwidth", "bandwidth.mbu"),

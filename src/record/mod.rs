@@ -37,6 +37,9 @@ pub struct Record {
     #[serde(default)]
     pub tainted: bool,
     pub engine: Engine,
+    /// Last component of the file that it was read from, so that a report tells the runs of several files apart; never in JSON.
+    #[serde(skip)]
+    pub file: String,
     /// The command that made this record; paths keep their last component.
     #[serde(with = "unknown::text")]
     #[schemars(with = "Option<String>")]
@@ -86,6 +89,9 @@ pub struct Record {
     #[serde(default)]
     pub quality: Option<Quality>,
     pub environment: Environment,
+    /// Memory of the card that the user named with `--card`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub card_bytes: Option<u64>,
     pub warnings: Vec<String>,
 }
 
@@ -273,7 +279,7 @@ pub struct Ratio {
     pub ci95_high: Option<f64>,
     /// False where the two precisions did not run in turn.
     pub paired: bool,
-    /// What the bytes alone allow: bytes per token at fp16 over bytes per token here.
+    /// Bytes that a decode step reads at fp16 over those that it reads here.
     pub by_bytes: f64,
 }
 

@@ -16,6 +16,7 @@ impl Record {
             reason: None,
             tainted: false,
             engine,
+            file: nothing(),
             command: nothing(),
             timestamp: nothing(),
             model: ModelFacts { id: nothing(), revision: None, architecture: nothing(), parameters: 0 },
@@ -40,6 +41,7 @@ impl Record {
             self_check: None,
             quality: None,
             environment: Environment::default(),
+            card_bytes: None,
             warnings: Vec::new(),
         }
     }

@@ -1,6 +1,7 @@
 //! The columns of the readable tables, as data: a new one is a row of [`COLUMNS`].
 
-use super::case::{self, GIB};
+use super::case::{self, Case, GIB, OWN, Run};
+use super::compare;
 use super::grid::decimals;
 use crate::record::{Record, Status, Summary};
 
@@ -10,12 +11,10 @@ pub enum Cell {
     Unknown,
     Number(f64),
     Percent(f64),
-    /// A median and half its 95 % interval.
-    Interval(f64, f64),
+    /// A number and the two ends of its 95 % interval.
+    Interval(f64, f64, f64),
     /// The two ends of a 95 % interval.
     Between(f64, f64),
-    /// A speed-up and what the bytes alone allow.
-    Of(f64, f64),
     Word(&'static str),
 }
 
@@ -57,19 +56,22 @@ const DIVERGENCE_DECIMALS: usize = 5;
 /// From left to right, after the precision.
 pub static COLUMNS: &[Column] = &[
     narrow("decode", "tokens/s", |r| interval(r, "decode_tps")),
-    narrow("x fp16", "(bytes allow)", speed_up),
-    narrow("of limit", "%", percent_of_limit),
+    narrow("speed-up", "x fp16", speed_up),
+    narrow("bytes ratio", "fp16 / this", bytes_ratio),
+    narrow("of read bandwidth", "%", percent_of_bandwidth),
     known("bound by", "", bound),
     narrow("peak", "GiB", |r| gib(r.memory.peak_bytes)),
     narrow("weights", "GiB", |r| gib(r.memory.weights_bytes)),
     narrow("TTFT", "ms", |r| median(r, "ttft_ms")),
+    known("prefill", "tokens/s", |r| shown_by_nothing_else(r, "prefill_tps", "ttft_ms")),
+    known("output", "tokens/s", |r| shown_by_nothing_else(r, "output_tps", "decode_tps")),
     Column { decimals: Some(DIVERGENCE_DECIMALS), ..known("KL", "nats/token", kl) },
     known("throughput", "one cold run", |r| of_seed(r, "output_tps")),
     known("latency", "s, cold", |r| of_seed(r, "latency_s")),
     known("per token", "ms, cold", |r| of_seed(r, "latency_per_token_ms")),
     known("top-1", "%", |r| r.quality.as_ref().map_or(Cell::Unknown, |q| Cell::Percent(100.0 * q.top1_agreement))),
     known("perplexity", "x fp16", perplexity_ratio),
-    wide("x fp16", "95 % interval", speed_up_interval),
+    wide("speed-up", "95 % interval", speed_up_interval),
     wide("end to end", "ms/token", |r| median(r, "latency_per_token_ms")),
     wide("decode", "waiting/token", |r| median(r, "decode_synced_tps")),
     wide("energy", "J/token", |r| median(r, "joules_per_token")),
@@ -79,8 +81,8 @@ pub static COLUMNS: &[Column] = &[
     wide("ITL p95", "ms", |r| percentile(r, |s| s.p95)),
     wide("ITL p99", "ms", |r| percentile(r, |s| s.p99)),
     wide("load", "s", |r| median(r, "load_s")),
-    wide("prefill", "tokens/s", |r| median(r, "prefill_tps")),
-    wide("output", "tokens/s", |r| median(r, "output_tps")),
+    wide("prefill speed", "tokens/s", |r| unless_shown(r, "prefill_tps", "ttft_ms")),
+    wide("output speed", "tokens/s", |r| unless_shown(r, "output_tps", "decode_tps")),
     wide("outliers", "columns/call", |r| number(r.int8.as_ref().and_then(|int8| int8.outlier_columns_mean))),
     wide("cold run", "s", |r| number(r.samples.cold_ns.map(|ns| ns as f64 / 1e9))),
     wide("perplexity", "", |r| number(r.quality.as_ref().map(|q| q.perplexity))),
@@ -97,20 +99,31 @@ pub static COLUMNS: &[Column] = &[
 
 /// A case as texts.
 pub struct Sheet {
-    /// Name and unit, the precision first.
+    /// Name and unit, the precision first, then the run where there are several.
     pub headers: Vec<(&'static str, &'static str)>,
     pub rows: Vec<Row>,
+    /// What a reader must know of the columns, a sentence each without its full stop.
+    pub notes: Vec<String>,
 }
 
 pub struct Row {
+    /// With an asterisk where the machine disturbed the measurement.
     pub precision: String,
+    /// Where the case has several.
+    pub run: Option<String>,
     /// One text a column, or status and reason of a record that is not ok: its numbers would mislead.
     pub values: Result<Vec<String>, String>,
 }
 
+/// How a disturbed row is marked.
+const TAINTED: char = '*';
+
+/// Of the column that says what a later run changes.
+const CHANGE: (&str, &str) = ("change", "of decode");
+
 /// Lays out one case; `wide` takes in every column that some record has a value for.
-pub fn sheet(records: &[Record], wide: bool) -> Sheet {
-    let ok: Vec<_> = records.iter().filter(|record| record.status == Status::Ok).collect();
+pub fn sheet(case: &Case, wide: bool) -> Sheet {
+    let ok: Vec<_> = case.records.iter().filter(|record| record.status == Status::Ok).collect();
     let known = |column: &Column| ok.iter().any(|record| (column.cell)(record) != Cell::Unknown);
     let only_quality = !ok.is_empty() && ok.iter().all(|record| case::has_quality_alone(record));
     let shows = |column: &Column| match column.shown {
@@ -120,16 +133,65 @@ pub fn sheet(records: &[Record], wide: bool) -> Sheet {
     };
     let columns: Vec<_> = COLUMNS.iter().filter(|column| shows(column)).collect();
     let decimals: Vec<_> = columns.iter().map(|column| column_decimals(column, &ok)).collect();
+    let changes: Vec<Option<String>> = case.rows().map(|(run, record)| change(case, run, record)).collect();
+    let compares = changes.iter().any(Option::is_some);
 
-    let row = |record: &Record| Row {
-        precision: case::label(record, records),
+    let row = |((run, record), change): ((&Run, &Record), &Option<String>)| Row {
+        precision: case::label(record, case.records) + if record.tainted { "*" } else { "" },
+        run: (case.runs.len() > 1).then(|| run.label.clone()),
         values: match record.status {
-            Status::Ok => Ok(columns.iter().zip(&decimals).map(|(c, &d)| (c.cell)(record).text(d)).collect()),
+            Status::Ok => {
+                let values = columns.iter().zip(&decimals).map(|(c, &d)| (c.cell)(record).text(d));
+                let change = compares.then(|| change.clone().unwrap_or_else(|| "-".to_owned()));
+                Ok(values.chain(change).collect())
+            }
             _ => Err(case::status(record)),
         },
     };
-    let headers = std::iter::once(("precision", "")).chain(columns.iter().map(|c| (c.name, c.unit)));
-    Sheet { headers: headers.collect(), rows: records.iter().map(row).collect() }
+    let rows: Vec<Row> = case.rows().zip(&changes).map(row).collect();
+    let run = (case.runs.len() > 1).then_some(("run", ""));
+    let headers = std::iter::once(("precision", "")).chain(run).chain(columns.iter().map(|c| (c.name, c.unit)));
+    let headers: Vec<_> = headers.chain(compares.then_some(CHANGE)).collect();
+    let notes = notes(case, &rows, compares);
+    Sheet { headers, rows, notes }
+}
+
+fn notes(case: &Case, rows: &[Row], compares: bool) -> Vec<String> {
+    let values = || rows.iter().flat_map(|row| row.values.iter().flatten());
+    let ok = || case.records.iter().filter(|record| record.status == Status::Ok);
+    let ratios = || ok().filter_map(|record| record.ratio_to_fp16);
+    let mut notes = Vec::new();
+    if values().any(|value| value.contains('[')) {
+        notes.push("[low, high] is a 95 % interval".to_owned());
+    }
+    if ratios().any(|ratio| ratio.paired) {
+        notes.push(
+            "speed-ups are medians of paired repeats, so they need not equal the ratio of the medians shown".to_owned(),
+        );
+    }
+    if ratios().any(|ratio| !ratio.paired) {
+        notes.push("where precisions did not run in turn, a speed-up is the ratio of the medians".to_owned());
+    }
+    if compares {
+        notes.push(format!("change is that of the median against {}, of the same precision", case.runs[0].label));
+    }
+    if case.records.iter().any(|record| record.tainted) {
+        notes.push(format!("{TAINTED} something disturbed this measurement: the warnings say what"));
+    }
+    notes
+}
+
+/// What a later run of the case changes of the decode speed.
+fn change(case: &Case, run: &Run, record: &Record) -> Option<String> {
+    let first = &case.runs[0];
+    if std::ptr::eq(first.records, run.records) || record.status != Status::Ok {
+        return None;
+    }
+    let base = first.records.iter().find(|base| case::name(base) == case::name(record) && base.status == Status::Ok)?;
+    let change = compare::change(base, record, "decode_tps")?;
+    let percent = |ratio: f64| format!("{:+.1} %", 100.0 * (ratio - 1.0));
+    let interval = change.interval.map(|i| format!(" [{}, {}]", percent(i.low), percent(i.high)));
+    Some(percent(change.median) + &interval.unwrap_or_default())
 }
 
 /// The same for every row, so that the digits line up.
@@ -144,7 +206,7 @@ impl Cell {
     fn magnitude(&self) -> f64 {
         match *self {
             Cell::Unknown | Cell::Word(_) => 0.0,
-            Cell::Number(x) | Cell::Percent(x) | Cell::Interval(x, _) | Cell::Between(_, x) | Cell::Of(x, _) => x.abs(),
+            Cell::Number(x) | Cell::Percent(x) | Cell::Interval(x, ..) | Cell::Between(_, x) => x.abs(),
         }
     }
 
@@ -153,10 +215,9 @@ impl Cell {
             Cell::Unknown => "-".into(),
             Cell::Number(x) => format!("{x:.decimals$}"),
             Cell::Percent(x) => format!("{x:.1}"),
-            Cell::Interval(x, half) => format!("{x:.decimals$} ± {half:.decimals$}"),
-            Cell::Between(low, high) => format!("{low:.decimals$} to {high:.decimals$}"),
+            Cell::Interval(x, low, high) => format!("{x:.decimals$} [{low:.decimals$}, {high:.decimals$}]"),
+            Cell::Between(low, high) => format!("[{low:.decimals$}, {high:.decimals$}]"),
             Cell::Word(word) => word.into(),
-            Cell::Of(x, allowed) => format!("{x:.decimals$} (of {allowed:.decimals$})"),
         }
     }
 }
@@ -177,13 +238,23 @@ fn median(record: &Record, key: &str) -> Cell {
     number(summary(record, key).and_then(|s| s.median))
 }
 
-fn percent_of_limit(record: &Record) -> Cell {
+/// A speed that no other column of the narrow table tells: of a row from another tool, which times nothing else.
+fn shown_by_nothing_else(record: &Record, key: &str, teller: &str) -> Cell {
+    if median(record, teller) == Cell::Unknown { interval(record, key) } else { Cell::Unknown }
+}
+
+/// The others, in the wide table.
+fn unless_shown(record: &Record, key: &str, teller: &str) -> Cell {
+    if median(record, teller) == Cell::Unknown { Cell::Unknown } else { median(record, key) }
+}
+
+fn percent_of_bandwidth(record: &Record) -> Cell {
     record.bandwidth.mbu.filter(|mbu| mbu.is_finite()).map_or(Cell::Unknown, |mbu| Cell::Percent(100.0 * mbu))
 }
 
 fn interval(record: &Record, key: &str) -> Cell {
     match summary(record, key).map(|s| (s.median, s.ci95_low, s.ci95_high)) {
-        Some((Some(median), Some(low), Some(high))) => Cell::Interval(median, (high - low) / 2.0),
+        Some((Some(median), Some(low), Some(high))) => Cell::Interval(median, low, high),
         Some((median, ..)) => number(median),
         None => Cell::Unknown,
     }
@@ -209,7 +280,7 @@ fn of_seed(record: &Record, key: &str) -> Cell {
 fn kl(record: &Record) -> Cell {
     match &record.quality {
         Some(quality) => match quality.kl_mean_half_width {
-            Some(half) => Cell::Interval(quality.kl_mean, half),
+            Some(half) => Cell::Interval(quality.kl_mean, quality.kl_mean - half, quality.kl_mean + half),
             None => Cell::Number(quality.kl_mean),
         },
         None => Cell::Unknown,
@@ -220,7 +291,7 @@ fn kl(record: &Record) -> Cell {
 fn perplexity_ratio(record: &Record) -> Cell {
     let Some(quality) = record.quality.as_ref().filter(|_| record.precision != "fp16") else { return Cell::Unknown };
     match (quality.perplexity_ratio, quality.perplexity_ratio_ci95_low, quality.perplexity_ratio_ci95_high) {
-        (Some(ratio), Some(low), Some(high)) => Cell::Interval(ratio, (high - low) / 2.0),
+        (Some(ratio), Some(low), Some(high)) => Cell::Interval(ratio, low, high),
         (ratio, ..) => number(ratio),
     }
 }
@@ -229,13 +300,18 @@ fn percentile(record: &Record, pick: fn(&Summary) -> Option<f64>) -> Cell {
     number(summary(record, "itl_ms").and_then(pick))
 }
 
-/// fp16 is its own baseline: 1 of 1 as soon as it decoded.
 fn speed_up(record: &Record) -> Cell {
-    match &record.ratio_to_fp16 {
-        Some(ratio) => Cell::Of(ratio.median, ratio.by_bytes),
-        None if record.precision == "fp16" && median(record, "decode_tps") != Cell::Unknown => Cell::Of(1.0, 1.0),
-        None => Cell::Unknown,
-    }
+    record.ratio_to_fp16.map_or_else(|| baseline(record), |ratio| number(Some(ratio.median)))
+}
+
+fn bytes_ratio(record: &Record) -> Cell {
+    record.ratio_to_fp16.map_or_else(|| baseline(record), |ratio| number(Some(ratio.by_bytes)))
+}
+
+/// Our own fp16 is what others are compared with: 1 as soon as it decoded.
+fn baseline(record: &Record) -> Cell {
+    let is_baseline = record.precision == "fp16" && record.engine.name == OWN && record.samples.imported.is_empty();
+    if is_baseline && median(record, "decode_tps") != Cell::Unknown { Cell::Number(1.0) } else { Cell::Unknown }
 }
 
 fn speed_up_interval(record: &Record) -> Cell {

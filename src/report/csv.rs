@@ -4,13 +4,13 @@ use anyhow::Result;
 use serde_json::Value;
 
 use super::{Options, Writer};
-use crate::record::metrics::METRICS;
+use crate::record::metrics::{METRICS, Metric};
 use crate::record::{Document, Record};
 
 pub const WRITER: Writer = Writer {
     name: "csv",
     extensions: &["csv"],
-    doc: "one flat row per record: every metric with its interval, and the facts beside them",
+    doc: "one flat row per record: every metric with the interval that JSON has, warnings, and the facts beside them",
     write,
 };
 
@@ -18,6 +18,7 @@ pub const WRITER: Writer = Writer {
 const FACTS: &[(&str, &str)] = &[
     ("status", "/status"),
     ("reason", "/reason"),
+    ("tainted", "/tainted"),
     ("precision", "/precision"),
     ("model_id", "/model/id"),
     ("model_revision", "/model/revision"),
@@ -36,11 +37,18 @@ const FACTS: &[(&str, &str)] = &[
     ("n_depth", "/workload/n_depth"),
     ("n_image", "/workload/n_image"),
     ("batch_size", "/workload/batch_size"),
+    ("keep_fp16", "/keep_fp16"),
+    ("n_repeats", "/protocol/n_repeats"),
+    ("repeats_ended", "/protocol/ended"),
+    ("order", "/protocol/order"),
+    ("interval", "/protocol/interval"),
+    ("method", "/protocol/method"),
 ];
 
 /// Facts that follow the metrics.
 const CONTEXT: &[(&str, &str)] = &[
     ("speedup_paired", "/ratio_to_fp16/paired"),
+    ("bound", "/bandwidth/bound"),
     ("quality_path", "/quality/path"),
     ("quality_text", "/quality/text"),
     ("quality_tokens", "/quality/n_tokens"),
@@ -57,15 +65,35 @@ const CONTEXT: &[(&str, &str)] = &[
     ("engine_commit", "/engine/commit"),
     ("timestamp", "/timestamp"),
     ("command", "/command"),
+    ("card_bytes", "/card_bytes"),
     ("warnings", "/warnings"),
 ];
 
-/// A column: its name and the JSON pointer to its value.
-type Column = (String, String);
+/// A column: its name and how a record's JSON gives its text.
+struct Column {
+    name: String,
+    text: Text,
+}
+
+enum Text {
+    /// At a JSON pointer.
+    At(String),
+    /// A number less or plus its half width: the ends of an interval that JSON has as one number.
+    Around(String, String, f64),
+}
+
+/// A number, and half its interval.
+const HALF_WIDTHS: &[(&str, &str)] = &[("kl_mean", "/quality/kl_mean_half_width")];
+
+/// Metrics with one value a record, which no interval is made from.
+const ONE_VALUE: &[&str] = &["load_s"];
+
+/// Intervals that stand beside their number.
+const INTERVALS: &[&str] = &["perplexity_ratio"];
 
 fn write(document: &Document, _: &Options) -> Result<String> {
     let columns = columns();
-    let mut out = line(columns.iter().map(|(name, _)| name.clone()));
+    let mut out = line(columns.iter().map(|column| column.name.clone()));
     for record in &document.records {
         out += &row(record, &columns)?;
     }
@@ -74,28 +102,53 @@ fn write(document: &Document, _: &Options) -> Result<String> {
 
 fn row(record: &Record, columns: &[Column]) -> Result<String> {
     let record = serde_json::to_value(record)?;
-    Ok(line(columns.iter().map(|(_, pointer)| record.pointer(pointer).map(text).unwrap_or_default())))
+    Ok(line(columns.iter().map(|column| column.text(&record))))
+}
+
+impl Column {
+    fn at(name: impl Into<String>, pointer: impl Into<String>) -> Self {
+        Self { name: name.into(), text: Text::At(pointer.into()) }
+    }
+
+    fn text(&self, record: &Value) -> String {
+        let number = |pointer: &String| record.pointer(pointer).and_then(Value::as_f64);
+        match &self.text {
+            Text::At(pointer) => record.pointer(pointer).map(text).unwrap_or_default(),
+            Text::Around(middle, half, sign) => {
+                let end = number(middle).zip(number(half)).map(|(middle, half)| middle + sign * half);
+                end.map(|end| text(&end.into())).unwrap_or_default()
+            }
+        }
+    }
 }
 
 /// The same for every document, so that files can be joined.
 fn columns() -> Vec<Column> {
-    [facts(FACTS), metric_columns(), facts(CONTEXT)].concat()
+    facts(FACTS).chain(METRICS.iter().flat_map(metric_columns)).chain(facts(CONTEXT)).collect()
 }
 
-fn facts(list: &[(&str, &str)]) -> Vec<Column> {
-    list.iter().map(|(name, pointer)| (name.to_string(), pointer.to_string())).collect()
+fn facts(list: &'static [(&str, &str)]) -> impl Iterator<Item = Column> {
+    list.iter().map(|(name, pointer)| Column::at(*name, *pointer))
 }
 
-/// Every row of METRICS; a median is followed by the ends of its interval.
-fn metric_columns() -> Vec<Column> {
-    let columns = METRICS.iter().flat_map(|metric| {
-        let pointer = format!("/{}", metric.path.replace('.', "/"));
-        let interval = pointer.strip_suffix("median").map(|summary| {
-            ["ci95_low", "ci95_high"].map(|end| (format!("{}_{end}", metric.key), format!("{summary}{end}")))
-        });
-        std::iter::once((metric.key.to_owned(), pointer)).chain(interval.into_iter().flatten())
-    });
-    columns.collect()
+/// A number, followed by the ends of its interval where JSON has one.
+fn metric_columns(metric: &Metric) -> Vec<Column> {
+    let pointer = format!("/{}", metric.path.replace('.', "/"));
+    let name = |end: &str| format!("{}_{end}", metric.key);
+    let summary = pointer.strip_suffix("/median").filter(|_| !ONE_VALUE.contains(&metric.key));
+    let mut columns = vec![Column::at(metric.key, pointer.clone())];
+    let beside = INTERVALS.contains(&metric.key).then(|| format!("{pointer}_"));
+    if let Some(start) = summary.map(|summary| format!("{summary}/")).or(beside) {
+        columns.extend(["ci95_low", "ci95_high"].map(|end| Column::at(name(end), format!("{start}{end}"))));
+    }
+    if let Some((_, half)) = HALF_WIDTHS.iter().find(|(key, _)| *key == metric.key) {
+        let end = |end: &str, sign: f64| Column {
+            name: name(end),
+            text: Text::Around(pointer.clone(), half.to_string(), sign),
+        };
+        columns.extend([end("ci95_low", -1.0), end("ci95_high", 1.0)]);
+    }
+    columns
 }
 
 /// Empty for what is not defined; lists are joined by `; `.
@@ -140,7 +193,7 @@ mod tests {
 
     #[test]
     fn column_names_are_unique() {
-        let mut names: Vec<_> = columns().into_iter().map(|(name, _)| name).collect();
+        let mut names: Vec<_> = columns().into_iter().map(|column| column.name).collect();
         let n = names.len();
         names.sort();
         names.dedup();

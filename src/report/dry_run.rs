@@ -31,6 +31,10 @@ pub struct DryRun {
     /// Of the files that the cache lacks, as far as the hub tells.
     pub download_bytes: u64,
     pub rows: Vec<Row>,
+    /// What quality will be measured on, where it was asked for.
+    pub quality: Option<String>,
+    /// Memory of the card that the user named.
+    pub card_bytes: Option<u64>,
     /// Free memory of the machine, or all memory of the GPU; `None` where the system does not tell.
     pub free_bytes: Option<u64>,
 }
@@ -51,8 +55,10 @@ pub struct Row {
     pub kv_cache_bytes: u64,
     /// Activations of the longest call.
     pub scratch_bytes: u64,
-    /// `None` where the free memory is unknown.
+    /// Here; `None` where the free memory is unknown.
     pub fits: Option<bool>,
+    /// The card that the user named; `None` where none was.
+    pub fits_card: Option<bool>,
 }
 
 impl Row {
@@ -62,6 +68,12 @@ impl Row {
 }
 
 impl DryRun {
+    /// Says of each row whether it fits a card of so many bytes.
+    pub fn hold_to(&mut self, card_bytes: Option<u64>) {
+        self.card_bytes = card_bytes;
+        self.rows.iter_mut().for_each(|row| row.fits_card = card_bytes.map(|card_bytes| row.bytes() <= card_bytes));
+    }
+
     pub fn json(&self) -> serde_json::Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
@@ -77,7 +89,10 @@ impl DryRun {
             self.model, self.architecture, self.device
         );
         let lengths = format!("{}{bound}; workers {order}: {}", case::workload(&self.workload), self.repeats);
-        format!("{}\n{}\n\n{}\n{}", plain(&title), plain(&lengths), self.downloads(), self.fit())
+        let quality =
+            self.quality.as_ref().map(|text| plain(&format!("then the quality of each precision over {text}")) + "\n");
+        let head = format!("{}\n{}\n{}", plain(&title), plain(&lengths), quality.unwrap_or_default());
+        format!("{head}\n{}\n{}", self.downloads(), self.fit())
     }
 
     fn downloads(&self) -> String {
@@ -96,18 +111,26 @@ impl DryRun {
     }
 
     fn fit(&self) -> String {
-        let cells = |texts: [&str; 6]| Line::Cells(texts.map(str::to_owned).to_vec());
+        let card = self.card_bytes.map(|bytes| format!("{:.2} GiB", bytes as f64 / GIB));
+        let cells = |texts: [&str; 6], card: Option<&str>| {
+            Line::Cells(texts.into_iter().chain(card).map(str::to_owned).collect())
+        };
         let mut lines = vec![
-            cells(["precision", "weights", "cache", "activations", "together", "fits"]),
-            cells(["", "GiB", "GiB", "GiB", "GiB", ""]),
+            cells(
+                ["precision", "weights", "cache", "activations", "together", "fits"],
+                card.as_deref().map(|_| "fits a card"),
+            ),
+            cells(["", "GiB", "GiB", "GiB", "GiB", "here"], card.as_deref()),
         ];
         let gib = |bytes: u64| format!("{:.3}", bytes as f64 / GIB);
         lines.extend(self.rows.iter().map(|row| {
             let engine = if row.engine == case::OWN { String::new() } else { format!(" by {}", row.engine) };
-            let fits = row.fits.map_or("unknown", |fits| if fits { "yes" } else { "no" });
+            let word = |fits: bool| if fits { "yes" } else { "no" };
+            let fits = row.fits.map_or("unknown", word);
+            let fits_card = row.fits_card.map(|fits| word(fits).to_owned());
             let parts = [row.weights_bytes, row.kv_cache_bytes, row.scratch_bytes, row.bytes()];
             let first = std::iter::once(plain(&format!("{}{engine}", row.precision)));
-            Line::Cells(first.chain(parts.map(gib)).chain([fits.to_owned()]).collect())
+            Line::Cells(first.chain(parts.map(gib)).chain([fits.to_owned()]).chain(fits_card).collect())
         }));
         let free = match self.free_bytes {
             None => "the free memory is unknown".to_owned(),

@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 
-use super::columns::{self, Row};
-use super::{Options, Writer, case, modules, verdict};
-use crate::record::{Document, Record};
+use super::case::{self, Case};
+use super::columns::{self, Row, Sheet};
+use super::{Options, Writer, modules, verdict};
+use crate::record::Document;
 
 pub const WRITER: Writer = Writer {
     name: "markdown",
@@ -14,50 +15,56 @@ pub const WRITER: Writer = Writer {
 };
 
 fn write(document: &Document, options: &Options) -> Result<String> {
-    let blocks: Vec<_> = case::cases(document).map(|records| block(records, options)).collect();
+    let blocks: Vec<_> = case::cases(document).iter().map(|case| block(case, options)).collect();
     Ok(blocks.join("\n"))
 }
 
-fn block(records: &[Record], options: &Options) -> String {
-    let mut text = format!("## {}\n\n", escape(&case::title(records)));
-    text += &format!("{}\n\n{}", escape(&verdict::verdict(records, options.card_bytes)), rows(records, options.wide));
-    let modules = modules::tables(records);
+fn block(case: &Case, options: &Options) -> String {
+    let sheet = columns::sheet(case, options.wide);
+    let mut text = format!("## {}\n\n", escape(&case.title()));
+    for verdict in verdict::verdicts(case, options.card_bytes) {
+        text += &format!("{}\n\n", escape(&verdict.to_string()));
+    }
+    text += &rows(&sheet);
+    if !sheet.notes.is_empty() {
+        text += &format!("\n{}.\n", escape(&sheet.notes.join(". ")));
+    }
+    let modules = modules::tables(case);
     if !modules.is_empty() {
         text += &format!("\n{}", fenced(modules.trim_matches('\n')));
     }
-    let warnings = case::warnings(records);
+    let warnings = case::warnings(case);
     if !warnings.is_empty() {
         text += "\nWarnings:\n\n";
     }
     for warning in warnings {
         text += &format!("- {}\n", escape(&warning));
     }
-    let commands = case::commands(records);
+    let commands = case::commands(case.records);
     if !commands.is_empty() {
         text += &format!("\nTo repeat it:\n\n{}", fenced(&commands.join("\n")));
     }
     text
 }
 
-fn rows(records: &[Record], wide: bool) -> String {
-    let sheet = columns::sheet(records, wide);
+fn rows(sheet: &Sheet) -> String {
     let header = |&(name, unit): &(&str, &str)| match unit {
         "" => name.to_owned(),
-        remark if remark.starts_with('(') => format!("{name} {remark}"),
         unit => format!("{name}, {unit}"),
     };
     let marks = std::iter::once(":---").chain(std::iter::repeat("---:")).take(sheet.headers.len());
     let mut text = line(sheet.headers.iter().map(header)) + &line(marks.map(String::from));
-    for Row { precision, values } in &sheet.rows {
+    for Row { precision, run, values } in &sheet.rows {
+        let lead: Vec<String> = std::iter::once(precision).chain(run).cloned().collect();
         // A table has no spanning cells: a reason stands in the first column and the others stay empty.
         let values = match values {
             Ok(values) => values.clone(),
             Err(status) => {
-                let empty = std::iter::repeat_n(String::new(), sheet.headers.len().saturating_sub(2));
+                let empty = std::iter::repeat_n(String::new(), sheet.headers.len().saturating_sub(lead.len() + 1));
                 std::iter::once(status.clone()).chain(empty).collect()
             }
         };
-        text += &line(std::iter::once(precision.clone()).chain(values));
+        text += &line(lead.into_iter().chain(values));
     }
     text
 }

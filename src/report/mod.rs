@@ -24,7 +24,7 @@ mod read;
 mod table;
 mod verdict;
 
-pub use case::{label, status_word};
+pub use case::{by_case, label, status_word};
 pub use command::{private_words, quote, shareable_command};
 pub use file::{check_writable, write_file};
 pub use html::pictures;

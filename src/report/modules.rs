@@ -1,17 +1,17 @@
 //! The parts of a model by what quantizing them costs, below the table of a case.
 
-use super::case::plain;
+use super::case::{Case, plain};
 use super::grid::{self, Line};
 use crate::record::{ModuleQuality, Record};
 
 const MIB: f64 = (1u64 << 20) as f64;
 
 /// A table for each precision that was measured by module, empty where none was.
-pub fn tables(records: &[Record]) -> String {
-    records.iter().filter_map(table).collect()
+pub fn tables(case: &Case) -> String {
+    case.rows().filter_map(|(run, record)| table(&case.label(run, record), record)).collect()
 }
 
-fn table(record: &Record) -> Option<String> {
+fn table(label: &str, record: &Record) -> Option<String> {
     let quality = record.quality.as_ref().filter(|quality| !quality.modules.is_empty())?;
     let outliers = quality.modules.iter().any(|module| module.outlier_share.is_some());
     let head = |names: &[&str]| {
@@ -26,13 +26,13 @@ fn table(record: &Record) -> Option<String> {
         [] => "no layer stands out, so none is worth keeping in fp16".to_owned(),
         layers => format!("layers that stand out: --keep-fp16 {}", layers.join(",")),
     };
-    Some(plain_lines(&format!("\n{} by module\n\n{}\n{suggestion}\n", record.precision, grid::render(&lines))))
+    Some(plain_lines(&format!("\n{label} by module\n\n{}\n{suggestion}\n", grid::render(&lines))))
 }
 
 fn line(module: &ModuleQuality, outliers: bool) -> Line {
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let kl = match (module.kl_mean, module.kl_mean_half_width) {
-        (Some(kl), Some(half)) => Some(format!("{kl:.5} ± {half:.5}")),
+        (Some(kl), Some(half)) => Some(format!("{kl:.5} [{:.5}, {:.5}]", kl - half, kl + half)),
         (kl, _) => kl.map(|kl| format!("{kl:.5}")),
     };
     let percent =

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::BadInput;
+use crate::record::import::decode;
 use crate::record::{Document, Record, SCHEMA_VERSION};
 
 /// What a file holds beside its records; a record line has it too.
@@ -20,10 +21,12 @@ struct Versioned {
 pub fn read(path: &Path) -> Result<Document, BadInput> {
     let bad = |why: String| BadInput::new(format!("cannot read records from `{}`: {why}", path.display()));
     let bytes = fs::read(path).map_err(|error| bad(error.to_string()))?;
-    let text = String::from_utf8(bytes).map_err(|_| bad("it is not text in UTF-8".into()))?;
-    let records = records(&text).map_err(|why| {
+    let text = decode(bytes).map_err(bad)?;
+    let mut records = records(&text).map_err(|why| {
         bad(why).hint("name a file that `quantbench --output` wrote as .json or .jsonl; other tools' files go through `quantbench import`")
     })?;
+    let file = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    records.iter_mut().for_each(|record| record.file.clone_from(&file));
     match records.is_empty() {
         true => Err(bad("it holds no record".into())),
         false => Ok(Document { schema_version: SCHEMA_VERSION, records }),

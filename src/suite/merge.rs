@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde_json::{Value, json};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::row::{Line, Lines};
-use crate::record::{Record, Status};
+use crate::record::{Record, SCHEMA_VERSION, Status};
 
 /// All rows, each case once.
 #[derive(Debug)]
@@ -15,6 +16,19 @@ pub struct Merged {
     pub n_rows: usize,
     /// What the reader must know: rows left out, cases that are nowhere, machines that differ.
     pub notes: Vec<String>,
+}
+
+impl Merged {
+    /// The same rows as one document, whose version stands once.
+    pub fn document(&self) -> serde_json::Result<String> {
+        let row = |line: &str| {
+            let mut row: Value = serde_json::from_str(line)?;
+            row.as_object_mut().map(|row| row.remove("schema_version"));
+            Ok(row)
+        };
+        let records = self.text.lines().map(row).collect::<serde_json::Result<Vec<_>>>()?;
+        Ok(serde_json::to_string_pretty(&json!({"schema_version": SCHEMA_VERSION, "records": records}))? + "\n")
+    }
 }
 
 /// A case of one file, or a row that no suite wrote.

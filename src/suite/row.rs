@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::BadInput;
+use crate::record::import::decode;
 use crate::record::{Record, SCHEMA_VERSION};
 
 /// Which case of which suite a row belongs to: the key `suite` of a line.
@@ -61,6 +63,30 @@ pub fn write(facts: &Facts, records: &[Record]) -> serde_json::Result<String> {
     records.iter().map(|record| Ok(row(record)? + "\n")).collect()
 }
 
+/// The rows of a file of either kind: one a line, or a document as `--output FILE.json` writes it.
+pub fn read_rows(path: &Path) -> Result<Lines, BadInput> {
+    let bytes =
+        std::fs::read(path).map_err(|error| BadInput::new(format!("cannot read `{}`: {error}", path.display())))?;
+    let document = decode(bytes).ok().and_then(|text| serde_json::from_str::<Value>(&text).ok());
+    let Some(Value::Object(mut document)) = document.filter(|value| value.get("records").is_some()) else {
+        return read_lines(path);
+    };
+    let version = document.remove("schema_version").unwrap_or_default();
+    let records = document.remove("records").and_then(|records| records.as_array().cloned()).unwrap_or_default();
+    let row = |(at, mut record): (usize, Value)| {
+        // A record of a document leaves its version to it; a line has its own.
+        if let Some(facts) = record.as_object_mut() {
+            facts.insert("schema_version".to_owned(), version.clone());
+        }
+        line(&record.to_string()).map_err(|what| {
+            BadInput::new(format!("`{}` record {}: {what}", path.display(), at + 1))
+                .hint("merge files of the same version of quantbench")
+        })
+    };
+    let lines = records.into_iter().enumerate().map(row).collect::<Result<_, _>>()?;
+    Ok(Lines { path: path.to_owned(), lines, torn: false })
+}
+
 /// Reads a file of rows. Fails on a line that is no row of this version's; one that was cut at the end is left out.
 pub fn read_lines(path: &Path) -> Result<Lines, BadInput> {
     let bytes =
@@ -68,7 +94,7 @@ pub fn read_lines(path: &Path) -> Result<Lines, BadInput> {
     let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
     let bad = |line: usize, what: &str| {
         BadInput::new(format!("`{}` line {line}: {what}", path.display()))
-            .hint("a file of results holds one JSON object a line, as `quantbench suite` and `--format jsonl` write it")
+            .hint("a file of results is a document, or has one JSON object a line, as `quantbench suite` and `--output` write them")
     };
     let text = std::str::from_utf8(&bytes[..whole]).map_err(|_| bad(1, "the file is no text"))?;
     let mut lines = Vec::new();

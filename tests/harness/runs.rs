@@ -48,7 +48,7 @@ fn every_metric_is_exact() {
     // What only a machine with these sensors, a device or a second precision defines.
     let undefined = [
         "speedup_vs_fp16",
-        "speedup_by_bytes",
+        "bytes_ratio",
         "peak_bytes",
         "start_bytes",
         "end_bytes",

@@ -116,6 +116,7 @@ fn base(facts: &Facts, row: &Row, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> 
         reason: None,
         tainted: false,
         engine: engine_of(facts, row.engine),
+        file: String::new(),
         command: facts.command.clone(),
         timestamp: facts.timestamp.clone(),
         model: facts.model.clone(),
@@ -142,6 +143,7 @@ fn base(facts: &Facts, row: &Row, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> 
             .as_ref()
             .map(|c| record::SelfCheck { matrix: c.matrix.clone(), error_share: c.error_share }),
         environment: record::Environment { isa, ..facts.environment.clone() },
+        card_bytes: None,
         warnings: Vec::new(),
         quality: None,
     };

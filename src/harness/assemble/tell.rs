@@ -28,10 +28,10 @@ pub fn of_repeats(facts: &Facts, record: &Record, outcome: &Outcome) -> Vec<Warn
         warnings.push(Warning::FewLaunches { n: n_launches, min_launches: stats::MIN_LAUNCHES });
     }
     let times: Vec<f64> = outcome.samples.iter().map(|sample| sample.end_to_end_ns as f64).collect();
-    let decode = metrics::repeats(record, if record.workload.n_gen > 1 { "tpot_ms" } else { "ttft_ms" });
-    let width = stats::relative_half_width(&decode, &record.samples.launches);
+    let metric = if record.workload.n_gen > 1 { "tpot_ms" } else { "ttft_ms" };
+    let width = stats::relative_half_width(&metrics::repeats(record, metric), &record.samples.launches);
     if let Some(rel_ci) = width.filter(|width| *width > protocol.rel_ci) {
-        warnings.push(Warning::WideInterval { rel_ci, wanted: protocol.rel_ci });
+        warnings.push(Warning::WideInterval { metric, rel_ci, wanted: protocol.rel_ci });
     }
     let outliers = stats::outliers(&times).len();
     if outliers > 0 {

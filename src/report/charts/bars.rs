@@ -12,6 +12,8 @@ use crate::report::grid::decimals;
 
 const WIDTH: i32 = 340;
 const NUMBERS: i32 = 66;
+/// With the interval behind the number.
+const WIDE_NUMBERS: i32 = 140;
 const ROW: i32 = 34;
 const BAR: i32 = 18;
 
@@ -85,7 +87,8 @@ fn bars(kind: &Kind, bars: Vec<Bar>, limit: Option<f64>, precisions: &Precisions
     let ends = bars.iter().map(|bar| bar.interval.map_or(bar.value, |(_, high)| high.max(bar.value)));
     let largest = ends.chain(limit).fold(0.0, f64::max);
     let left = draw::names_width(bars.iter().map(|bar| bar.precision));
-    let scale = Scale { left, right: WIDTH - NUMBERS, largest };
+    let has_intervals = bars.iter().any(|bar| bar.interval.is_some());
+    let scale = Scale { left, right: WIDTH - if has_intervals { WIDE_NUMBERS } else { NUMBERS }, largest };
     let digits = decimals(bars.iter().map(|bar| bar.value).fold(0.0, f64::max));
     // A limit has its words above the bars.
     let top = if limit.is_some() { ROW - 8 } else { 2 };
@@ -98,11 +101,10 @@ fn bars(kind: &Kind, bars: Vec<Bar>, limit: Option<f64>, precisions: &Precisions
         limit.map_or(Ok(()), |limit| limit_line(area, limit, kind.unit, &scale, (top, height)))
     })?;
     let rows = bars.iter().map(|bar| vec![bar.precision.to_owned(), number(bar.value, digits), interval(bar, digits)]);
-    let has_intervals = bars.iter().any(|bar| bar.interval.is_some());
     let kept = if has_intervals { 3 } else { 2 };
     let mut rows: Vec<Vec<String>> = rows.map(|row| row.into_iter().take(kept).collect()).collect();
     rows.extend(limit.map(|limit| vec!["read bandwidth".to_owned(), number(limit, digits)]));
-    let said: Vec<String> = bars.iter().map(|bar| format!("{} {}", bar.precision, number(bar.value, digits))).collect();
+    let said: Vec<String> = bars.iter().map(|bar| format!("{} {}", bar.precision, shown(bar, digits))).collect();
     let headers = ["precision".to_owned(), kind.unit.to_owned(), "95 % interval".to_owned()];
     Ok(Some(Chart {
         name: kind.name,
@@ -140,7 +142,7 @@ fn row(area: &Area, bar: &Bar, scale: &Scale, top: i32, digits: usize, color: Co
         }
         end = end.max(scale.at(high));
     }
-    draw::label(area, &number(bar.value, digits), (end + 8, middle), HPos::Left, INK)
+    draw::label(area, &shown(bar, digits), (end + 8, middle), HPos::Left, INK)
 }
 
 fn limit_line(area: &Area, limit: f64, unit: &str, scale: &Scale, (top, bottom): (i32, i32)) -> Result<()> {
@@ -153,8 +155,16 @@ fn number(value: f64, digits: usize) -> String {
     format!("{value:.digits$}")
 }
 
+/// For example `36.8 [31.0, 41.2]`.
+fn shown(bar: &Bar, digits: usize) -> String {
+    match bar.interval {
+        Some(_) => format!("{} {}", number(bar.value, digits), interval(bar, digits)),
+        None => number(bar.value, digits),
+    }
+}
+
 fn interval(bar: &Bar, digits: usize) -> String {
-    bar.interval.map_or_else(|| "-".to_owned(), |(low, high)| format!("{low:.digits$} to {high:.digits$}"))
+    bar.interval.map_or_else(|| "-".to_owned(), |(low, high)| format!("[{low:.digits$}, {high:.digits$}]"))
 }
 
 /// The parts of a peak in the order that they are drawn, each a pair of name and bytes.
@@ -216,9 +226,9 @@ pub fn memory_parts(records: &[&Record], _: &Precisions) -> Result<Option<Chart>
     }))
 }
 
-/// Apart from one another in lightness too; the legend and the table name them.
+/// No precision's colours, and apart from one another in lightness too; the legend and the table name them.
 fn part_color(part: usize) -> Color {
-    draw::precision_color([2, 1, 3, 0][part.min(3)])
+    draw::part_color(part)
 }
 
 fn legend(area: &Area, names: &[&str]) -> Result<()> {

@@ -26,8 +26,11 @@ pub const MUTED: Color = RGBColor(0, 0, 2);
 pub const GRID: Color = RGBColor(0, 0, 3);
 pub const LIMIT: Color = RGBColor(0, 0, 4);
 
-/// Colours of precisions and of parts begin here.
+/// Colours of precisions begin here.
 const FIRST_SERIES: u8 = 16;
+
+/// Those of the parts of memory begin here, so that no part looks like a precision.
+const FIRST_PART: u8 = 32;
 
 /// The same light colours stand in `style.css`, with dark ones beside them. Each has a contrast of at least 3 to 1 to its ground.
 const TINTS: &[Tint] = &[
@@ -41,12 +44,23 @@ const TINTS: &[Tint] = &[
     tint(19, "--s3", "#00796b"),
     tint(20, "--s4", "#7b3fa0"),
     tint(21, "--s5", "#ad1457"),
+    tint(32, "--p0", "#3d4b94"),
+    tint(33, "--p1", "#8a7a1f"),
+    tint(34, "--p2", "#a8516e"),
+    tint(35, "--p3", "#75808b"),
 ];
+
+/// How many of them are precisions' and parts'.
+const N_SERIES: usize = 6;
+const N_PARTS: usize = 4;
 
 /// Precisions beyond the sixth share colours; every mark has its name beside it.
 pub fn precision_color(index: usize) -> Color {
-    let n = TINTS.len() - 4;
-    RGBColor(0, 0, FIRST_SERIES + (index % n) as u8)
+    RGBColor(0, 0, FIRST_SERIES + (index % N_SERIES) as u8)
+}
+
+pub fn part_color(index: usize) -> Color {
+    RGBColor(0, 0, FIRST_PART + (index % N_PARTS) as u8)
 }
 
 /// `svg` with custom properties of the page for colours.

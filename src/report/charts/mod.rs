@@ -12,7 +12,7 @@ pub use draw::escape;
 
 use anyhow::Result;
 
-use super::case;
+use super::case::{self, Case};
 use crate::record::{Record, Status};
 
 /// A picture with what it says in words and numbers.
@@ -51,24 +51,28 @@ impl Precisions {
     pub fn of(records: &[Record]) -> Self {
         let mut names: Vec<String> = Vec::new();
         for record in records {
-            if !names.contains(&record.precision) {
-                names.push(record.precision.clone());
+            let name = case::precision(record);
+            if !names.contains(&name) {
+                names.push(name);
             }
         }
         Self(names)
     }
 
     fn color(&self, precision: &str) -> draw::Color {
-        // Another engine's row of a precision has the precision's colour; its label names the engine.
-        let is_of = |name: &String| precision == name || precision.starts_with(&format!("{name} by "));
+        // Another engine's row of a precision, and another run's, has the precision's colour; its label names engine and run.
+        let is_of = |name: &String| {
+            precision == name || [" by ", " · "].iter().any(|mark| precision.starts_with(&format!("{name}{mark}")))
+        };
         draw::precision_color(self.0.iter().position(is_of).unwrap_or(0))
     }
 }
 
 /// All charts that the records of one case can fill. Records without a result are left out.
-pub fn charts(records: &[Record], precisions: &Precisions) -> Result<Vec<Chart>> {
-    let labelled = |record: &Record| Record { precision: case::label(record, records), ..record.clone() };
-    let ok: Vec<Record> = records.iter().filter(|record| record.status == Status::Ok).map(labelled).collect();
+pub fn charts(case: &Case, precisions: &Precisions) -> Result<Vec<Chart>> {
+    let ok = case.rows().filter(|(_, record)| record.status == Status::Ok);
+    let labelled = ok.map(|(run, record)| Record { precision: case.label(run, record), ..record.clone() });
+    let ok: Vec<Record> = labelled.collect();
     let ok: Vec<&Record> = ok.iter().collect();
     let drawn: Vec<Option<Chart>> = CHARTS.iter().map(|draw| draw(&ok, precisions)).collect::<Result<_>>()?;
     Ok(drawn.into_iter().flatten().collect())

@@ -13,6 +13,9 @@ use crate::report::grid::decimals;
 const WIDTH: u32 = 340;
 const HEIGHT: u32 = 270;
 
+/// Height of a line of text.
+const LINE: i32 = 14;
+
 /// A precision as a point.
 struct Point<'a> {
     precision: &'a str,
@@ -35,7 +38,7 @@ pub fn trade(records: &[&Record], precisions: &Precisions) -> Result<Option<Char
             .margin_top(10)
             .margin_right(14)
             .x_label_area_size(44)
-            .y_label_area_size(58)
+            .y_label_area_size(66)
             .build_cartesian_2d(0.0..gib * 1.2, 0.0..tps * 1.15)?;
         let (x_digits, y_digits) = (decimals(gib), decimals(tps).min(1));
         chart
@@ -52,15 +55,22 @@ pub fn trade(records: &[&Record], precisions: &Precisions) -> Result<Option<Char
             .y_desc("decode, tokens/s")
             .axis_desc_style(("sans-serif", draw::TEXT).into_font().color(&INK))
             .draw()?;
-        chart.draw_series(points.iter().map(|point| {
+        let radius = |point: &Point| {
             let share = point.kl.filter(|_| most_kl > 0.0).map_or(0.0, |kl| kl / most_kl);
-            let radius = (6.0 + 8.0 * share.sqrt()).round() as i32;
+            (6.0 + 8.0 * share.sqrt()).round() as i32
+        };
+        // Names stand towards the middle, where there is room.
+        let is_right = |point: &Point| point.gib > 0.6 * gib;
+        let anchors: Vec<(bool, i32)> =
+            points.iter().map(|point| (is_right(point), chart.backend_coord(&(point.gib, point.tps)).1)).collect();
+        let shifts = shifts(&anchors);
+        chart.draw_series(points.iter().zip(shifts).map(|(point, shift)| {
+            let radius = radius(point);
             let color = precisions.color(point.precision);
-            // Names stand towards the middle, where there is room.
-            let (at, side) = if point.gib > 0.6 * gib { (-radius - 6, HPos::Right) } else { (radius + 6, HPos::Left) };
+            let (at, side) = if is_right(point) { (-radius - 6, HPos::Right) } else { (radius + 6, HPos::Left) };
             EmptyElement::at((point.gib, point.tps))
                 + Circle::new((0, 0), radius, color.filled())
-                + Text::new(name(point), (at, 0), draw::text_style(INK, side))
+                + Text::new(name(point), (at, shift), draw::text_style(INK, side))
         }))?;
         Ok(())
     })?;
@@ -69,11 +79,16 @@ pub fn trade(records: &[&Record], precisions: &Precisions) -> Result<Option<Char
         let kl = point.kl.map_or_else(|| "-".to_owned(), |kl| format!("{kl:.5}"));
         vec![point.precision.to_owned(), format!("{:.y_digits$}", point.tps), format!("{:.x_digits$}", point.gib), kl]
     };
-    let quality =
-        if most_kl > 0.0 { "a larger point departs more from the reference" } else { "quality was not measured" };
+    let (title, quality) = match most_kl > 0.0 {
+        true => (
+            "Speed, memory and quality: a larger point departs more from the reference",
+            "a larger point departs more from the reference",
+        ),
+        false => ("Speed and memory", "quality was not measured"),
+    };
     Ok(Some(Chart {
         name: "trade",
-        title: "Speed, memory and quality".to_owned(),
+        title: title.to_owned(),
         description: format!(
             "Decode speed in tokens/s against peak memory in GiB for {}; the upper left is fast and small; {quality}.",
             points.iter().map(|point| point.precision).collect::<Vec<_>>().join(", ")
@@ -82,6 +97,21 @@ pub fn trade(records: &[&Record], precisions: &Precisions) -> Result<Option<Char
         rows: points.iter().map(row).collect(),
         svg,
     }))
+}
+
+/// By how many units each name moves down, so that no two on one side overprint: `anchors` has side and height of each.
+fn shifts(anchors: &[(bool, i32)]) -> Vec<i32> {
+    let mut order: Vec<usize> = (0..anchors.len()).collect();
+    order.sort_by_key(|&at| anchors[at]);
+    let mut shifts = vec![0; anchors.len()];
+    for pair in order.windows(2) {
+        let (above, below) = (pair[0], pair[1]);
+        if anchors[above].0 == anchors[below].0 {
+            let lowest = anchors[above].1 + shifts[above] + LINE;
+            shifts[below] = (lowest - anchors[below].1).max(0);
+        }
+    }
+    shifts
 }
 
 fn point(record: &Record) -> Option<Point<'_>> {
@@ -95,5 +125,16 @@ fn name(point: &Point) -> String {
     match point.kl {
         Some(kl) => format!("{} · KL {kl:.5}", point.precision),
         None => point.precision.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_do_not_overprint() {
+        assert_eq!(shifts(&[(true, 50), (true, 52), (false, 51), (true, 100)]), [0, 12, 0, 0]);
+        assert_eq!(shifts(&[(true, 50), (true, 50), (true, 50)]), [0, 14, 28]);
     }
 }

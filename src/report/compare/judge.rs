@@ -177,22 +177,12 @@ fn decide(
     new: Vec<Vec<f64>>,
     order: Order,
 ) -> Result<Found, Nothing> {
-    let medians = |runs: &[Vec<f64>]| runs.iter().filter_map(|run| stats::median(run)).collect::<Vec<_>>();
-    let (base_medians, new_medians) = (medians(&base), medians(&new));
-    let (Some(a), Some(b)) = (stats::median(&base_medians), stats::median(&new_medians)) else {
+    let samples = Samples::of(&base, &new);
+    let (Some(a), Some(b)) = (stats::median(&samples.base), stats::median(&samples.new)) else {
         return Err(Nothing(None));
     };
-    let estimate = if base_medians.len().min(new_medians.len()) >= RUNS_THAT_CARRY {
-        stats::unpaired_ratio(&new_medians, &base_medians)
-    } else {
-        let (base, new) = (base.concat(), new.concat());
-        let estimate = match order {
-            Order::Interleaved => stats::paired_ratio(&new, &base),
-            Order::Apart => stats::unpaired_ratio(&new, &base),
-        };
-        estimate.map(widened)
-    };
-    let Some(RatioEstimate { median, interval }) = estimate.filter(|e| e.median.is_finite()) else {
+    let estimate = samples.estimate(order).filter(|estimate| estimate.median.is_finite());
+    let Some(RatioEstimate { median, interval }) = estimate else {
         return Err(Nothing(None));
     };
     let change = |ratio: f64| match gate.limit {
@@ -209,6 +199,39 @@ fn decide(
         Some(interval) => (against(interval, limit, better), None),
     };
     Ok(Found { base: Some(a), new: Some(b), change: Some(change(median)), interval, verdict, reason })
+}
+
+/// What both sides are compared by: the medians of their runs where there are enough of them, else all repeats.
+struct Samples {
+    base: Vec<f64>,
+    new: Vec<f64>,
+    are_runs: bool,
+}
+
+impl Samples {
+    fn of(base: &[Vec<f64>], new: &[Vec<f64>]) -> Self {
+        let medians = |runs: &[Vec<f64>]| runs.iter().filter_map(|run| stats::median(run)).collect::<Vec<_>>();
+        let runs = Self { base: medians(base), new: medians(new), are_runs: true };
+        match runs.base.len().min(runs.new.len()) >= RUNS_THAT_CARRY {
+            true => runs,
+            false => Self { base: base.concat(), new: new.concat(), are_runs: false },
+        }
+    }
+
+    /// New over base.
+    fn estimate(&self, order: Order) -> Option<RatioEstimate> {
+        match order {
+            _ if self.are_runs => stats::unpaired_ratio(&self.new, &self.base),
+            Order::Interleaved => stats::paired_ratio(&self.new, &self.base).map(widened),
+            Order::Apart => stats::unpaired_ratio(&self.new, &self.base).map(widened),
+        }
+    }
+}
+
+/// Of a metric that is computed from repeats: the new record over the base, as a gate on runs that lie apart sees it.
+pub fn change(base: &Record, new: &Record, key: &str) -> Option<RatioEstimate> {
+    let runs = |record: &Record| by_launch(record, metrics::repeats(record, key));
+    Samples::of(&runs(base), &runs(new)).estimate(Order::Apart).filter(|estimate| estimate.median.is_finite())
 }
 
 fn widened(estimate: RatioEstimate) -> RatioEstimate {

@@ -9,6 +9,7 @@ mod pairs;
 mod text;
 
 pub use gate::{DEFAULT_GATES, Gate, Kind, gates};
+pub use judge::change;
 pub use text::{FORMATS, Format, find};
 
 use serde::Serialize;
@@ -124,7 +125,7 @@ pub fn compare(base: &Document, new: &Document, rules: &Rules) -> Result<Compari
         checks: in_order(&pairs, checks),
         empty_gates,
         not_compared,
-        notes: notes(&pairs, &differences),
+        notes: notes(&pairs, &differences).into_iter().chain(of_pairs(rules)).collect(),
     })
 }
 
@@ -186,6 +187,14 @@ fn notes(pairs: &[pairs::Pair], differences: &[String]) -> Vec<String> {
     notes
         .extend(pairs.iter().filter(differ).map(|pair| format!("the weights of {} differ", pairs::name(pair.base[0]))));
     notes
+}
+
+/// Why a change need not be what the two numbers beside it give.
+fn of_pairs(rules: &Rules) -> Option<String> {
+    let is_timed = rules.gates.iter().any(|gate| matches!(gate.kind(), Kind::Time | Kind::Ratio));
+    (rules.order == Order::Interleaved && is_timed).then(|| {
+        "changes are medians of paired repeats, so they need not equal the ratio of the medians shown".to_owned()
+    })
 }
 
 /// The precisions of a side whose runs something disturbed.

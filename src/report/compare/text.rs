@@ -26,7 +26,7 @@ pub fn find(name: &str) -> Option<&'static Format> {
     FORMATS.iter().find(|format| format.name == name)
 }
 
-const HEADERS: [&str; 7] = ["precision", "metric", "base", "new", "change (95 % interval)", "limit", "verdict"];
+const HEADERS: [&str; 7] = ["precision", "metric", "base", "new", "change [95 % interval]", "limit", "verdict"];
 
 fn json(comparison: &Comparison) -> Result<String> {
     Ok(serde_json::to_string_pretty(comparison)? + "\n")
@@ -156,7 +156,7 @@ fn verdict(check: &Check) -> String {
 fn change(check: &Check) -> Option<String> {
     let change = difference(check, check.change?);
     let interval = check.ci95_low.zip(check.ci95_high);
-    let interval = interval.map(|(low, high)| format!(" ({} to {})", difference(check, low), difference(check, high)));
+    let interval = interval.map(|(low, high)| format!(" [{}, {}]", difference(check, low), difference(check, high)));
     Some(change + &interval.unwrap_or_default())
 }
 

@@ -1,31 +1,34 @@
 //! One case of the page: what it is, what came out, the charts, and what a reader needs to judge and repeat it.
 
-use super::{Case, table, text};
-use crate::record::Record;
+use super::{Part, prose, table, text};
+use crate::record::{Record, Status};
+use crate::report::case::{self, Case};
 use crate::report::charts::Chart;
-use crate::report::{Options, case, verdict};
+use crate::report::{Options, columns, verdict};
 
-pub fn article(case: &Case, options: &Options) -> String {
-    let (number, records) = (case.number, case.records);
-    let (model, scope) = heading(records);
-    let charts: String = case.charts.iter().map(|chart| figure(number, chart)).collect();
+pub fn article(part: &Part, options: &Options) -> String {
+    let (number, case) = (part.number, &part.case);
+    let (model, scope) = heading(case);
+    let verdict =
+        |verdict: &verdict::Verdict| format!("<p class=\"verdict\">{}</p>\n", prose(&sentence(&verdict.to_string())));
+    let verdicts: String = verdict::verdicts(case, options.card_bytes).iter().map(verdict).collect();
+    let charts: String = part.charts.iter().map(|chart| figure(number, chart)).collect();
     let charts = if charts.is_empty() { charts } else { format!("<div class=\"charts\">\n{charts}</div>\n") };
     format!(
-        "<article id=\"case-{number}\">\n<h2>{}</h2>\n<p class=\"scope\">{}</p>\n<p class=\"verdict\">{}</p>\n{}{charts}\
+        "<article id=\"case-{number}\">\n<h2>{}</h2>\n<p class=\"scope\">{}</p>\n{verdicts}{}{charts}\
          <div class=\"more\">\n{}{}{}</div>\n</article>\n",
         text(&model),
-        text(&scope),
-        text(&sentence(&verdict::verdict(records, options.card_bytes))),
-        table(records),
-        section("Warnings", &warnings(records)),
-        section("Environment", &environment(records)),
-        section("To repeat it", &commands(records)),
+        prose(&scope),
+        table(&columns::sheet(case, false)),
+        section("Warnings", &warnings(case)),
+        environments(case),
+        section("To repeat it", &commands(case.records)),
     )
 }
 
 /// The model's name apart from where and how it ran.
-pub(super) fn heading(records: &[Record]) -> (String, String) {
-    let title = case::title(records);
+pub(super) fn heading(case: &Case) -> (String, String) {
+    let title = case.title();
     match title.split_once(" on ").or_else(|| title.split_once(": ")) {
         Some((model, rest)) => (model.to_owned(), rest.to_owned()),
         None => (title, String::new()),
@@ -58,8 +61,8 @@ fn section(title: &str, body: &str) -> String {
     if body.is_empty() { String::new() } else { format!("<section>\n<h3>{title}</h3>\n{body}</section>\n") }
 }
 
-fn warnings(records: &[Record]) -> String {
-    let items: String = case::warnings(records).iter().map(|warning| format!("<li>{}</li>\n", text(warning))).collect();
+fn warnings(case: &Case) -> String {
+    let items: String = case::warnings(case).iter().map(|warning| format!("<li>{}</li>\n", prose(warning))).collect();
     if items.is_empty() { items } else { format!("<ul>\n{items}</ul>\n") }
 }
 
@@ -71,9 +74,19 @@ fn commands(records: &[Record]) -> String {
     if commands.is_empty() { String::new() } else { format!("<pre><code>{}</code></pre>\n", commands.join("\n")) }
 }
 
-/// What is known, of the first record: the rows of a case ran on one machine.
+/// A section for each run.
+fn environments(case: &Case) -> String {
+    let title = |run: &case::Run| match case.names_run {
+        true => text(&format!("Environment of {}", run.label)),
+        false => "Environment".to_owned(),
+    };
+    case.runs.iter().map(|run| section(&title(run), &environment(run.records))).collect()
+}
+
+/// What is known, of the first record that ran: the rows of a run share a machine.
 fn environment(records: &[Record]) -> String {
-    let (first, environment) = (&records[0], &records[0].environment);
+    let first = records.iter().find(|record| record.status == Status::Ok).unwrap_or(&records[0]);
+    let environment = &first.environment;
     let optional = |value: &Option<String>| value.clone().unwrap_or_default();
     let weights = match first.weights.seed {
         Some(seed) => format!("{}, seed {seed}, {}", first.weights.source, first.weights.dtype),
@@ -94,7 +107,7 @@ fn environment(records: &[Record]) -> String {
         ("build", environment.build_profile.clone()),
         ("weights", weights.trim_matches([' ', ',']).to_owned()),
         ("revision", optional(&first.model.revision)),
-        ("repeats", repeats(first)),
+        ("repeats", repeats(records)),
         ("time", first.timestamp.clone()),
     ];
     let known = facts.iter().filter(|(_, value)| !value.trim().is_empty());
@@ -102,10 +115,19 @@ fn environment(records: &[Record]) -> String {
     format!("<dl>\n{items}</dl>\n")
 }
 
-fn repeats(record: &Record) -> String {
-    let protocol = &record.protocol;
-    match protocol.n_repeats {
-        0 => String::new(),
-        n => format!("{n} after {} of warm-up, {}", protocol.n_warmup, protocol.order.replace('_', " ")),
-    }
+/// How many, of each precision where they differ.
+fn repeats(records: &[Record]) -> String {
+    let ok: Vec<&Record> = records.iter().filter(|record| record.status == Status::Ok).collect();
+    let Some(first) = ok.first().filter(|record| record.protocol.n_repeats > 0) else { return String::new() };
+    let count = |record: &&Record| record.protocol.n_repeats;
+    let n = match ok.iter().all(|record| count(record) == count(first)) {
+        true => count(first).to_string(),
+        false => {
+            let each = ok.iter().map(|record| format!("{} of {}", count(record), case::label(record, records)));
+            each.collect::<Vec<_>>().join(", ")
+        }
+    };
+    let order = first.protocol.order.replace('_', " ");
+    let order = if order.is_empty() { order } else { format!(", {order}") };
+    format!("{n} after {} of warm-up{order}", first.protocol.n_warmup)
 }

@@ -4,9 +4,10 @@ mod article;
 
 use anyhow::Result;
 
+use super::case::{self, Case};
 use super::charts::{self, Chart, Precisions};
-use super::columns::{self, Row};
-use super::{Options, Writer, case};
+use super::columns::{Row, Sheet};
+use super::{Options, Writer};
 use crate::record::{Document, Record, Status};
 
 pub const WRITER: Writer = Writer {
@@ -19,36 +20,36 @@ pub const WRITER: Writer = Writer {
 const STYLE: &str = include_str!("style.css");
 
 /// A case with its charts, under the number that its ids and file names bear.
-struct Case<'a> {
+struct Part<'a> {
     number: usize,
-    records: &'a [Record],
+    case: Case<'a>,
     charts: Vec<Chart>,
 }
 
 fn write(document: &Document, options: &Options) -> Result<String> {
-    let cases = cases(document)?;
-    let articles: String = cases.iter().map(|case| article::article(case, options)).collect();
-    let title = title(&cases);
+    let parts = parts(document)?;
+    let articles: String = parts.iter().map(|part| article::article(part, options)).collect();
+    let title = title(&parts);
     Ok(format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <meta name=\"generator\" content=\"quantbench\">\n<title>{title}</title>\n\
          <link rel=\"icon\" href=\"data:,\">\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
          <header>\n<h1>{title}</h1>\n<p>{}</p>\n</header>\n<main>\n{}{articles}</main>\n{}</body>\n</html>\n",
-        subtitle(document, &cases),
-        overview(&cases),
+        subtitle(document, &parts),
+        overview(&parts),
         footer(),
     ))
 }
 
 /// Every chart of a document as a picture of its own: file name and SVG.
 pub fn pictures(document: &Document) -> Result<Vec<(String, String)>> {
-    let named = |case: &Case| {
-        let model = file_word(&case.records[0].model.id);
-        let name = |chart: &Chart| (format!("{:02}-{model}-{}.svg", case.number, chart.name), chart.file());
-        case.charts.iter().map(name).collect::<Vec<_>>()
+    let named = |part: &Part| {
+        let model = file_word(&part.case.records[0].model.id);
+        let name = |chart: &Chart| (format!("{:02}-{model}-{}.svg", part.number, chart.name), chart.file());
+        part.charts.iter().map(name).collect::<Vec<_>>()
     };
-    Ok(cases(document)?.iter().flat_map(named).collect())
+    Ok(parts(document)?.iter().flat_map(named).collect())
 }
 
 /// Letters, digits, dots and hyphens, so that a name is one on every file system.
@@ -56,15 +57,17 @@ fn file_word(text: &str) -> String {
     text.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect()
 }
 
-fn cases(document: &Document) -> Result<Vec<Case<'_>>> {
+fn parts(document: &Document) -> Result<Vec<Part<'_>>> {
     let precisions = Precisions::of(&document.records);
-    let case =
-        |(index, records)| Ok(Case { number: index + 1, records, charts: charts::charts(records, &precisions)? });
-    case::cases(document).enumerate().map(case).collect()
+    let part = |(index, case)| {
+        let charts = charts::charts(&case, &precisions)?;
+        Ok(Part { number: index + 1, case, charts })
+    };
+    case::cases(document).into_iter().enumerate().map(part).collect()
 }
 
-fn title(cases: &[Case]) -> String {
-    let mut models: Vec<&str> = cases.iter().map(|case| case.records[0].model.id.as_str()).collect();
+fn title(parts: &[Part]) -> String {
+    let mut models: Vec<&str> = parts.iter().map(|part| part.case.records[0].model.id.as_str()).collect();
     models.dedup();
     match models.as_slice() {
         [model] => format!("What each precision of {} costs and buys", text(model)),
@@ -72,7 +75,7 @@ fn title(cases: &[Case]) -> String {
     }
 }
 
-fn subtitle(document: &Document, cases: &[Case]) -> String {
+fn subtitle(document: &Document, cases: &[Part]) -> String {
     let Some(first) = document.records.first() else { return "No record.".to_owned() };
     let count = |n: usize, one: &str, many: &str| format!("{n} {}", if n == 1 { one } else { many });
     let day = first.timestamp.split('T').next().unwrap_or_default();
@@ -87,14 +90,14 @@ fn subtitle(document: &Document, cases: &[Case]) -> String {
 }
 
 /// All cases in one table, each a link to its place; none where there is only one.
-fn overview(cases: &[Case]) -> String {
-    if cases.len() < 2 {
+fn overview(parts: &[Part]) -> String {
+    if parts.len() < 2 {
         return String::new();
     }
-    let records = || cases.iter().flat_map(|case| case.records);
+    let records = || parts.iter().flat_map(|part| part.case.records);
     let is_known = |column: &&OverviewColumn| records().any(|record| column.3(record).is_some());
     let columns: Vec<&OverviewColumn> = OVERVIEW.iter().filter(is_known).collect();
-    let groups: String = cases.iter().map(|case| overview_group(case, &columns)).collect();
+    let groups: String = parts.iter().map(|part| overview_group(part, &columns)).collect();
     format!(
         "<nav aria-label=\"Cases\">\n<div class=\"scroll\"><table class=\"wide overview\">\n<thead><tr>\
          <th scope=\"col\">case</th><th scope=\"col\" class=\"name\">precision</th>{}</tr></thead>\n{groups}</table></div>\n</nav>\n",
@@ -113,12 +116,13 @@ const OVERVIEW: &[OverviewColumn] = &[
 ];
 
 /// A case stands once, beside all its precisions.
-fn overview_group(case: &Case, columns: &[&OverviewColumn]) -> String {
-    let (model, scope) = article::heading(case.records);
+fn overview_group(part: &Part, columns: &[&OverviewColumn]) -> String {
+    let case = &part.case;
+    let (model, scope) = article::heading(case);
     let head = format!(
         "<th scope=\"rowgroup\" rowspan=\"{}\"><a href=\"#case-{}\">{}</a><small>{}</small></th>",
         case.records.len(),
-        case.number,
+        part.number,
         text(&model),
         text(&scope)
     );
@@ -126,7 +130,7 @@ fn overview_group(case: &Case, columns: &[&OverviewColumn]) -> String {
         let shown = value(record).map_or_else(|| "-".into(), |x| format!("{x:.digits$}"));
         format!("<td>{shown}</td>")
     };
-    let row = |(index, record): (usize, &Record)| {
+    let row = |(index, (run, record)): (usize, (&case::Run, &Record))| {
         let cells: String = match record.status {
             Status::Ok => columns.iter().map(|column| cell(record, column)).collect(),
             _ => format!(
@@ -136,27 +140,36 @@ fn overview_group(case: &Case, columns: &[&OverviewColumn]) -> String {
             ),
         };
         let head = if index == 0 { head.as_str() } else { "" };
-        format!("<tr>{head}<td class=\"name\">{}</td>{cells}</tr>\n", text(&case::label(record, case.records)))
+        format!("<tr>{head}<td class=\"name\">{}</td>{cells}</tr>\n", text(&(case.label(run, record) + mark(record))))
     };
-    let rows: String = case.records.iter().enumerate().map(row).collect();
+    let rows: String = case.rows().enumerate().map(row).collect();
     format!("<tbody>\n{rows}</tbody>\n")
 }
 
-/// The rows of the readable table, with units under the names.
-fn table(records: &[Record]) -> String {
-    let sheet = columns::sheet(records, false);
+/// As the table of the case marks it, and explains below.
+fn mark(record: &Record) -> &'static str {
+    if record.tainted { "*" } else { "" }
+}
+
+/// The rows of the readable table, with units under the names and notes below.
+fn table(sheet: &Sheet) -> String {
     let head: String = sheet.headers.iter().map(|(name, unit)| head_cell(name, unit)).collect();
-    let width = sheet.headers.len() - 1;
     let row = |row: &Row| {
+        let run = row.run.as_ref().map(|run| format!("<td>{}</td>", text(run))).unwrap_or_default();
+        let width = sheet.headers.len() - 1 - usize::from(row.run.is_some());
         let cells = match &row.values {
             Ok(values) => values.iter().map(|value| format!("<td>{}</td>", text(value))).collect(),
             Err(status) => format!("<td class=\"reason\" colspan=\"{width}\">{}</td>", text(status)),
         };
-        format!("<tr><th scope=\"row\">{}</th>{cells}</tr>\n", text(&row.precision))
+        format!("<tr><th scope=\"row\">{}</th>{run}{cells}</tr>\n", text(&row.precision))
     };
     let rows: String = sheet.rows.iter().map(row).collect();
+    let notes = match sheet.notes.as_slice() {
+        [] => String::new(),
+        notes => format!("<p class=\"notes\">{}.</p>\n", text(&notes.join(". "))),
+    };
     format!(
-        "<div class=\"scroll\"><table class=\"wide\">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n"
+        "<div class=\"scroll\"><table class=\"wide\">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n{notes}"
     )
 }
 
@@ -167,12 +180,44 @@ fn head_cell(name: &str, unit: &str) -> String {
 
 fn footer() -> String {
     "<footer>Medians with 95 % intervals; GiB are 2<sup>30</sup> bytes, GB/s are 10<sup>9</sup> bytes a second. \
-     <q>bytes allow</q> is the speed-up if decoding only read its bytes; <q>of limit</q> is the share of the measured read \
-     bandwidth that it reaches.</footer>\n"
+     <q>bytes ratio</q> is what a decode step reads at fp16 over what it reads here; <q>of read bandwidth</q> is the share of the \
+     measured read bandwidth that decoding reaches.</footer>\n"
         .to_owned()
 }
 
 /// Any text from outside, as text: one line, no markup.
 fn text(text: &str) -> String {
     charts::escape(&case::plain(text))
+}
+
+/// The same with what stands in backticks as code.
+fn prose(text: &str) -> String {
+    let text = case::plain(text);
+    let parts: Vec<&str> = text.split('`').collect();
+    // An odd number of marks pairs none with the last.
+    let paired = parts.len() - usize::from(parts.len().is_multiple_of(2));
+    let part = |(at, part): (usize, &&str)| match at {
+        at if at >= paired => format!("`{}", charts::escape(part)),
+        at if at % 2 == 1 => format!("<code>{}</code>", charts::escape(part)),
+        _ => charts::escape(part),
+    };
+    parts.iter().enumerate().map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backticks_are_code() {
+        for (from, expected) in [
+            ("use `--a <b>` now", "use <code>--a &lt;b&gt;</code> now"),
+            ("`a` and `b`", "<code>a</code> and <code>b</code>"),
+            ("a ` b", "a ` b"),
+            ("`a` ` b", "<code>a</code> ` b"),
+            ("", ""),
+        ] {
+            assert_eq!(prose(from), expected, "{from}");
+        }
+    }
 }

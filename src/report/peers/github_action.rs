@@ -35,7 +35,8 @@ fn entry(record: &Record, metric: &Metric) -> Option<Value> {
     entry.insert("value".into(), json!(value));
     let interval = record.metrics.get(metric.key).and_then(|summary| summary.ci95_low.zip(summary.ci95_high));
     if let Some((low, high)) = interval {
-        entry.insert("range".into(), json!(format!("± {:.4}", (high - low) / 2.0)));
+        // The action shows it beside the value as it stands.
+        entry.insert("range".into(), json!(format!("[{low:.4}, {high:.4}]")));
     }
     entry.insert("extra".into(), json!(format!("{} on {}", record.engine.version, record.device.name)));
     Some(Value::Object(entry))

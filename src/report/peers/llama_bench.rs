@@ -6,6 +6,7 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use crate::record::import::llama_bench::OWN_KEY;
 use crate::record::{Document, Record, Status};
 use crate::report::{Options, Writer, case};
 use crate::stats;
@@ -73,5 +74,23 @@ fn test(record: &Record, (n_prompt, n_gen, n_depth): (u64, u64, u64), ns: &[u64]
         "stddev_ts": stats::stdev(&tokens_per_s).unwrap_or(0.0),
         "samples_ns": ns,
         "samples_ts": tokens_per_s,
+        // What llama-bench has no key for: its readers pass over it, and `quantbench import` gives the row back whole.
+        OWN_KEY: {
+            "engine": record.engine.name,
+            "version": record.engine.version,
+            "precision": record.precision,
+            "architecture": record.model.architecture,
+            "weights": record.weights.source,
+            "device_kind": record.device.kind,
+            "device_name": record.device.name,
+            "isa": record.environment.isa,
+            "n_image": workload_image(record, n_prompt),
+            "tainted": record.tainted,
+        },
     })
+}
+
+/// Image tokens among the tokens of a prompt test.
+fn workload_image(record: &Record, n_prompt: u64) -> u64 {
+    if n_prompt > 0 { record.workload.n_image } else { 0 }
 }
