@@ -53,17 +53,36 @@ fn files_of(folder: &Path, extensions: &[&str]) -> Vec<PathBuf> {
 }
 
 fn nvcc() -> Command {
-    let said = Command::new("nvcc").arg("--version").output().map(|output| output.stdout).unwrap_or_default();
-    let said = String::from_utf8_lossy(&said);
-    let major = said.split_once("release ").and_then(|(_, rest)| rest.split('.').next()?.parse::<u32>().ok());
-    if major.is_none_or(|major| major < 12) {
-        fail("feature `cuda` needs nvcc of CUDA 13.0 on PATH");
+    let said = Command::new("nvcc").arg("--version").output().ok();
+    let said = said.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    if let Some(refusal) = nvcc_refusal(said.as_deref()) {
+        fail(&refusal);
     }
     let mut nvcc = Command::new("nvcc");
     nvcc.args(["-fatbin", "-O3", "-std=c++17", "-Isrc", "-Werror", "all-warnings"]);
     nvcc.args(CHIPS.map(|chip| format!("-gencode=arch=compute_{chip},code=sm_{chip}")));
     nvcc.arg(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
     nvcc
+}
+
+/// The oldest CUDA whose nvcc is known to compile the kernels and whose libraries the binary is made for: major and minor version.
+const OLDEST_CUDA: (u32, u32) = (13, 0);
+
+/// Why an nvcc that says this of its version cannot be used; `said` is `None` where none can be started.
+pub fn nvcc_refusal(said: Option<&str>) -> Option<String> {
+    let (major, minor) = OLDEST_CUDA;
+    let needs = format!("feature `cuda` needs nvcc of CUDA {major}.{minor} or newer on PATH");
+    let Some(said) = said else { return Some(format!("{needs}; there is none")) };
+    let numbers = |release: &str| {
+        let end = release.find(|c: char| c != '.' && !c.is_ascii_digit()).unwrap_or(release.len());
+        let mut numbers = release[..end].split('.');
+        Some((numbers.next()?.parse::<u32>().ok()?, numbers.next()?.parse::<u32>().ok()?))
+    };
+    match said.split_once("release ").and_then(|(_, release)| numbers(release)) {
+        Some(found) if found >= OLDEST_CUDA => None,
+        Some((major, minor)) => Some(format!("{needs}; the one there is of CUDA {major}.{minor}")),
+        None => Some(format!("{needs}; the one there names no release")),
+    }
 }
 
 fn fail(message: &str) -> ! {
