@@ -13,6 +13,8 @@ pub mod fake;
 mod load;
 pub mod memory;
 pub mod reference;
+#[cfg(any(feature = "cuda", test))]
+mod score_tiles;
 
 use std::time::Duration;
 

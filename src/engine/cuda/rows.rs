@@ -8,15 +8,13 @@ use half::f16;
 use super::prompt::Shape;
 use super::{Weights, activation_number};
 use crate::engine::OutlierColumns;
+use crate::engine::score_tiles::{ScoreTile, ScoreTiles};
 use crate::kernels::cuda::arena::{Arena, Region};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Launcher, address};
 use crate::kernels::cuda::rows::{Addend, Bias, Heads, Rows, Table};
 use crate::plan::{BiasId, BufferId, CacheId, Holds, LinearPart, Mask, MatrixId, NormKind, Op, Plan};
 use crate::quant::cuda::RowsOf;
-
-/// Bytes of attention scores that a call may hold at once; one head at a time where a single one has more.
-const SCORE_BYTES: usize = 64 << 20;
 
 /// Rows whose attention is a launch of ours: cuBLAS takes several for each key/value head. More keys would not fit into shared memory.
 const FEW_ROWS: usize = 32;
@@ -351,7 +349,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Scores, softmax and values through cuBLAS, some heads at a time.
+    /// Scores, softmax and values through cuBLAS, some heads or some rows of a head at a time.
     fn attention(
         &mut self,
         q: BufferId,
@@ -394,22 +392,16 @@ impl<'a> Run<'a> {
             return Ok(out);
         }
         // Heads of one call to cuBLAS either share a key/value head or have one each.
-        let bytes_a_head = rows * total * (size_of::<f32>() + size_of::<f16>());
-        let at_once = match group {
-            1 => (SCORE_BYTES / bytes_a_head).clamp(1, heads.heads),
-            group => group,
-        };
+        let tiles = ScoreTiles::new(heads.heads, group, rows, total);
         // cuBLAS and the softmax write both before they are read.
-        let count = at_once * rows * total;
+        let count = tiles.heads * tiles.rows * total;
         let held = (self.arena.take::<f32>(count)?, self.arena.take::<f16>(count)?);
         let (scores, probabilities) = (held.0.address, held.1.address);
         let out_at = out.address;
         let width = self.width(q);
-        let mut first = 0;
-        while first < heads.heads {
-            let count = at_once.min(heads.heads - first);
+        for ScoreTile { first_head, heads: count, first_row, rows } in tiles.tiles(heads.heads, group, rows) {
             let shared = group > 1;
-            let cache_head = if shared { first / group } else { first };
+            let cache_head = first_head / group;
             let cache_at = |base: u64| base + (2 * cache_head * heads.capacity * heads.d_pad) as u64;
             let cache_operand = |base| Operand {
                 address: cache_at(base),
@@ -417,7 +409,7 @@ impl<'a> Run<'a> {
                 batch_stride: if shared { 0 } else { heads.capacity * heads.d_pad },
             };
             let rows_operand = |base: u64| Operand {
-                address: base + (2 * first * heads.d) as u64,
+                address: base + (2 * (first_row * width + first_head * heads.d)) as u64,
                 stride: width,
                 batch_stride: heads.d,
             };
@@ -446,14 +438,14 @@ impl<'a> Run<'a> {
                 from: Type::Half,
                 to: Type::Half,
             };
-            // SAFETY: scores and probabilities hold `at_once` heads; q and out hold all heads; the cache `total` positions.
+            let (shape, bias) = ((count, rows, total), bias_of(first_head));
+            // SAFETY: scores and probabilities hold a tile; q and out hold all heads of all rows; the cache `total` positions.
             unsafe {
                 self.on.multiply(&to_scores)?;
-                let shape = (count, rows, total);
-                self.kernels().softmax(shape, scores, probabilities, scale, is_causal, position, bias_of(first))?;
+                let position = position + first_row;
+                self.kernels().softmax(shape, scores, probabilities, scale, is_causal, position, bias)?;
                 self.on.multiply(&to_values)?;
             }
-            first += count;
         }
         Ok(out)
     }
