@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Result;
 
-use super::{EncoderInput, Footprint, OutlierColumns, Session};
+use super::{Alone, EncoderInput, Footprint, OutlierColumns, Session};
 
 /// Nanoseconds that only a [`FakeSession`] and tests move. Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -65,11 +65,17 @@ pub struct FakeSession {
     /// Tokens given since the last prefill.
     given: usize,
     position: usize,
+    alone: Option<Alone>,
 }
 
 impl FakeSession {
     pub fn new(time: FakeTime, runs: impl IntoIterator<Item = Run>) -> Self {
-        Self { time, runs: runs.into_iter().collect(), current: Run::default(), given: 0, position: 0 }
+        Self { time, runs: runs.into_iter().collect(), current: Run::default(), given: 0, position: 0, alone: None }
+    }
+
+    /// The same, which can tell what its steps take alone.
+    pub fn with_alone(self, alone: Option<Alone>) -> Self {
+        Self { alone, ..self }
     }
 
     fn token(&mut self) -> u32 {
@@ -153,5 +159,10 @@ impl Session for FakeSession {
 
     fn outlier_columns(&mut self) -> Result<OutlierColumns> {
         Ok(OutlierColumns::default())
+    }
+
+    fn alone(&mut self, position: usize) -> Result<Option<Alone>> {
+        self.position = position;
+        Ok(self.alone.clone())
     }
 }

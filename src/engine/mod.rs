@@ -69,6 +69,33 @@ pub trait Session {
 
     /// Zero for formats without outlier columns.
     fn outlier_columns(&mut self) -> Result<OutlierColumns>;
+
+    /// Decode steps at `position` beside what their arithmetic and their memory take alone. All else of the session stays as it is but
+    /// what the cache holds from `position` on. `None` where an engine cannot tell the two apart.
+    fn alone(&mut self, _position: usize) -> Result<Option<Alone>> {
+        Ok(None)
+    }
+}
+
+/// Nanoseconds of decode steps and of their parts alone, one of each a round.
+#[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub struct Alone {
+    /// The real step.
+    pub step_ns: Vec<u64>,
+    /// The same arithmetic on matrices that stay in the cache.
+    pub arithmetic_ns: Vec<u64>,
+    /// Reading what the step reads, without arithmetic.
+    pub memory_ns: Vec<u64>,
+}
+
+impl Alone {
+    /// The rounds of both.
+    pub fn and(mut self, later: Self) -> Self {
+        self.step_ns.extend(later.step_ns);
+        self.arithmetic_ns.extend(later.arithmetic_ns);
+        self.memory_ns.extend(later.memory_ns);
+        self
+    }
 }
 
 /// Whose code runs a model.

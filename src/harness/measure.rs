@@ -14,7 +14,10 @@ use super::memory::ProcessMemory;
 use super::protocol::{Finished, Sample, Warmed, WarmupEnd};
 use super::stopping::warm_up_ended;
 use crate::engine::memory::PoolUse;
-use crate::engine::{EncoderInput, Session};
+use crate::engine::{Alone, EncoderInput, Session};
+
+/// What a session's [`Session::alone`] takes at least, in decode steps: three rounds, each of which runs a step and its parts twice.
+const ALONE_STEPS: u64 = 18;
 
 /// What every repeat does.
 #[derive(Debug, Clone, PartialEq, Default, serde::Serialize, serde::Deserialize)]
@@ -281,12 +284,27 @@ impl<C: Clock> Bench<C> {
         Ok(self.session.as_mut())
     }
 
-    /// What is read once, after the last repeat, and the pass that keeps logits.
+    /// Decode steps in the middle of the run beside their parts alone: behind all that is timed and after memory was read, since it takes some.
+    /// Not where the rounds would take longer than the time that the user gives to one precision. What cannot be measured is not known; the
+    /// repeats count all the same.
+    fn alone(&mut self) -> Option<Alone> {
+        let mut steps_ns = self.stamps.step_ns();
+        steps_ns.sort_unstable();
+        let step_ns = *steps_ns.get(steps_ns.len() / 2)?;
+        if (ALONE_STEPS * step_ns) as f64 / 1e9 > self.task.max_time_s {
+            return None;
+        }
+        let middle = self.session.position().saturating_sub(steps_ns.len().div_ceil(2));
+        self.session.alone(middle).ok().flatten()
+    }
+
+    /// What is read once, after the last repeat, and the passes that are not timed.
     pub fn finish(&mut self, save_logits: Option<&Path>) -> Result<Finished> {
         self.end_phase("run")?;
         let end_bytes = self.memory.resident_bytes();
         let exact_peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
-        let outliers = self.session.outlier_columns()?;
+        let (outliers, footprint) = (self.session.outlier_columns()?, self.session.footprint());
+        let alone = self.alone();
         if let Some(path) = save_logits {
             self.session.rewind(self.task.depth.len());
             encode(self.session.as_mut(), &self.task, &self.pixels)?;
@@ -297,8 +315,9 @@ impl<C: Clock> Bench<C> {
             end_bytes,
             peak_bytes: exact_peak.or(self.seen_peak_bytes.max(end_bytes)),
             peak_is_exact: exact_peak.is_some(),
-            footprint: self.session.footprint(),
+            footprint,
             outliers,
+            alone,
             release_threshold_bytes: self.session.pool().map(|pool| pool.release_threshold_bytes()),
             pool: std::mem::take(&mut self.pool),
         })

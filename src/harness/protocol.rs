@@ -13,7 +13,7 @@ use super::scoring::{Scored, Scoring};
 use super::{Case, DeviceChoice, Row};
 use crate::engine::check::SelfCheck;
 use crate::engine::memory::{MeasuredBandwidth, PoolUse};
-use crate::engine::{Engine, Footprint, OutlierColumns};
+use crate::engine::{Alone, Engine, Footprint, OutlierColumns};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::Event;
 use crate::quant::FormatOptions;
@@ -168,6 +168,19 @@ pub struct Sample {
     pub load: Option<LoadSpan>,
 }
 
+impl Sample {
+    /// Generated in it, in the run that waited after every token as well.
+    pub fn n_tokens(&self) -> u64 {
+        let again = if self.synced_step_ns.is_empty() { 0 } else { self.synced_step_ns.len() + 1 };
+        (self.step_ns.len() + 1 + again) as u64
+    }
+
+    /// Of both runs, but for the prefill of the one that waited.
+    pub fn total_ns(&self) -> u64 {
+        self.end_to_end_ns + self.synced_step_ns.iter().sum::<u64>()
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Finished {
     pub end_bytes: Option<u64>,
@@ -181,16 +194,23 @@ pub struct Finished {
     pub pool: BTreeMap<String, PoolUse>,
     #[serde(default)]
     pub release_threshold_bytes: Option<u64>,
+    /// Decode steps beside their parts alone; `None` where the engine cannot tell, without a decode step, and where it would take too long.
+    #[serde(default)]
+    pub alone: Option<Alone>,
 }
 
 impl Finished {
-    /// Of two launches: the higher memory, and what does not differ.
+    /// Of two launches: the higher memory, the rounds of both, and what does not differ.
     pub fn highest(self, later: Finished) -> Self {
         Self {
             end_bytes: self.end_bytes.max(later.end_bytes),
             peak_bytes: self.peak_bytes.max(later.peak_bytes),
             peak_is_exact: self.peak_is_exact && later.peak_is_exact,
             pool: highest(self.pool, later.pool),
+            alone: match (self.alone, later.alone) {
+                (Some(first), Some(later)) => Some(first.and(later)),
+                (first, later) => first.or(later),
+            },
             ..later
         }
     }

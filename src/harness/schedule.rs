@@ -4,6 +4,7 @@
 use super::Protocol;
 use super::protocol::{Failure, Finished, LoadFacts, Sample, Warmed};
 use super::stopping::{RepeatsEnd, Tally, repeats_ended};
+use super::watch::energy::Window;
 use super::watch::{Watch, Watched};
 use crate::events::{Event, Listener, Unit};
 
@@ -39,6 +40,9 @@ impl Order {
 /// Samples of one precision that are discarded at most, and their repeats taken again.
 const MAX_DISCARDED: usize = 10;
 
+/// Repeats of a block for the energy counter at most: one of them takes longer than the 0.2 ms that fill a window of 2 s.
+const MAX_BLOCK: usize = 10_000;
+
 /// What one precision gave, up to where it failed.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Outcome {
@@ -48,6 +52,8 @@ pub struct Outcome {
     pub samples: Vec<Sample>,
     /// Of each sample.
     pub watched: Vec<Watched>,
+    /// Of an untimed block of repeats; empty without an energy counter, and where the samples are long enough for it.
+    pub energy: Vec<Window>,
     /// Samples that did not count because the device's clock was held down.
     pub n_discarded: usize,
     /// Samples of each launch, in order.
@@ -63,6 +69,7 @@ impl Outcome {
         self.launches.push(later.samples.len());
         self.samples.extend(later.samples);
         self.watched.extend(later.watched);
+        self.energy.extend(later.energy);
         self.n_discarded += later.n_discarded;
         self.failure = later.failure;
         self.ended = match (self.ended, later.ended) {
@@ -177,9 +184,43 @@ impl<'a> Lane<'a> {
         }
         Ok(())
     }
+
+    /// Untimed repeats back to back until they are long enough for the energy counter, where the counted ones are not. Less than twice as long
+    /// as it needs: no repeat of the block is as long as that.
+    fn measure_energy(&mut self, watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
+        let Some(needed_s) = watch.energy_window_s() else { return Ok(()) };
+        let is_long = |watched: &Watched| watched.window(0).is_some_and(|window| window.seconds >= needed_s);
+        if self.worker.is_none() || self.outcome.watched.iter().all(is_long) {
+            return Ok(());
+        }
+        let label = self.worker.as_ref().map_or("", |worker| worker.label());
+        events.on(Event::Begin { label: format!("energy {label}"), total: 1, unit: Unit::Runs });
+        let begin = watch.energy_mark();
+        let tokens = if begin.is_some() { self.block(needed_s, events)? } else { None };
+        let end = tokens.and_then(|_| watch.energy_mark());
+        events.on(Event::End);
+        if let (Some(begin), Some(tokens), Some(end)) = (begin, tokens, end) {
+            self.outcome.energy.push(Window::between(begin, end, tokens));
+        }
+        Ok(())
+    }
+
+    /// The tokens of repeats that take `needed_s` together; `None` where the worker ended.
+    fn block(&mut self, needed_s: f64, events: &dyn Listener) -> Result<Option<u64>, Failure> {
+        let (mut tokens, mut total_ns) = (0, 0);
+        for _ in 0..MAX_BLOCK {
+            let Some(sample) = self.ask(|worker| worker.repeat(events))? else { return Ok(None) };
+            tokens += sample.n_tokens();
+            total_ns += sample.total_ns();
+            if total_ns as f64 >= needed_s * 1e9 {
+                break;
+            }
+        }
+        Ok(Some(tokens))
+    }
 }
 
-/// Loads, warms up, repeats in rounds and finishes.
+/// Loads, warms up, repeats in rounds, measures energy one after the other, and finishes.
 fn together(
     lanes: &mut [Lane],
     protocol: &Protocol,
@@ -193,6 +234,9 @@ fn together(
         lane.outcome.warmed = lane.ask(|worker| phase(worker, events))?;
     }
     repeat(lanes, protocol, watch, events)?;
+    for lane in lanes.iter_mut() {
+        lane.measure_energy(watch, events)?;
+    }
     for lane in lanes.iter_mut() {
         lane.outcome.finished = lane.ask(|worker| worker.finish(events))?;
         lane.worker = None;

@@ -226,6 +226,9 @@ pub trait CpuMatrix: Send + Sync {
     /// Brings `x` `[m, k]` into the kernel's form. Called by one thread, before [`Self::multiply`] on all.
     fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared);
 
+    /// Hands out the memory that [`Self::multiply`] reads of `rows` for one token, piece by piece.
+    fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8]));
+
     /// Whether `prepare` looks for outlier columns.
     fn finds_outliers(&self) -> bool {
         false

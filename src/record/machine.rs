@@ -71,13 +71,17 @@ pub struct PoolPhase {
     pub reserved_high_bytes: u64,
 }
 
-/// Of the repeats, from a counter that grows with every joule.
+/// Of windows of back-to-back repeats, from a counter that grows with every joule.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Energy {
     /// `nvml`: the GPU alone; `rapl`: the processor packages, whoever used them.
     pub source: String,
     /// Mean power before any worker was started; joules per token are those above it.
     pub idle_watts: Option<f64>,
+    /// What a window of `samples.energy_j` is: a counted `repeat`, or a `block` of untimed ones behind them where one repeat is too short for
+    /// the counter.
+    #[serde(default)]
+    pub window: String,
     /// Why there are no joules per token.
     pub refused: Option<String>,
 }

@@ -112,7 +112,7 @@ pub static METRICS: &[Metric] = &[
         key: "joules_per_token",
         unit: "J",
         better: Lower,
-        doc: "energy of a repeat above that of the idle machine over its generated tokens, prefill included",
+        doc: "energy of back-to-back repeats above that of the idle machine over their generated tokens, prefill included",
         path: "metrics.joules_per_token.median",
         values: Some(joules_per_token),
     },
@@ -165,6 +165,20 @@ pub static METRICS: &[Metric] = &[
         Higher,
         "time of the decode steps by the device's own clock over that by the host's",
         "bandwidth.device_share",
+    ),
+    stored(
+        "memory_alone_share",
+        "share",
+        Lower,
+        "time to read what a decode step reads, without arithmetic, over the time of the step",
+        "bandwidth.memory_alone_share",
+    ),
+    stored(
+        "arithmetic_alone_share",
+        "share",
+        Lower,
+        "time of a decode step whose matrices stay in the cache over the time of the step",
+        "bandwidth.arithmetic_alone_share",
     ),
     stored(
         "weight_bytes_per_token",
@@ -287,16 +301,17 @@ const fn stored(
     Metric { key, unit, better, doc, path, values: None }
 }
 
-/// Of each repeat; empty where the counter's windows tell nothing.
+/// Of each window; empty where the counter's windows tell nothing.
 fn joules_per_token(record: &Record) -> Vec<Vec<f64>> {
     let usable = record.energy.as_ref().filter(|energy| energy.refused.is_none());
     let Some(idle_watts) = usable.and_then(|energy| energy.idle_watts) else { return Vec::new() };
     let samples = &record.samples;
-    // A run that waits after every token lies in the same window as its repeat.
+    // Records of earlier versions have a repeat in each window; a run that waits after every token lies in the same one.
     let n_runs = if samples.synced_step_ns.is_empty() { 1 } else { 2 };
-    let n_tokens = (n_runs * record.workload.n_gen) as f64;
-    let windows = samples.energy_j.iter().zip(&samples.energy_window_s);
-    windows.map(|(joules, seconds)| vec![(joules - idle_watts * seconds) / n_tokens]).collect()
+    let of_a_repeat = n_runs * record.workload.n_gen;
+    let tokens = samples.energy_tokens.iter().copied().chain(std::iter::repeat(of_a_repeat));
+    let windows = samples.energy_j.iter().zip(&samples.energy_window_s).zip(tokens);
+    windows.map(|((joules, seconds), tokens)| vec![(joules - idle_watts * seconds) / tokens as f64]).collect()
 }
 
 /// The times of one repeat.

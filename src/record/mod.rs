@@ -3,12 +3,14 @@
 //! Bytes are bytes, times say their unit in the name, an undefined number is `null`. [`metrics::METRICS`] lists the numbers
 //! that tables, gates and reports can name. `docs/record.schema.json` is generated from these types.
 
+mod bound;
 pub mod import;
 mod machine;
 pub mod metrics;
 mod quality;
 mod unknown;
 
+pub use bound::Bound;
 pub use machine::{Energy, Memory, Pool, PoolPhase, Range, Series};
 pub use quality::{ModuleQuality, Quality};
 
@@ -234,11 +236,23 @@ pub struct Samples {
     /// Every decode step of a run behind each repeat that waited for the device after every token; absent unless asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub synced_step_ns: Vec<Vec<u64>>,
-    /// What the energy counter moved by over each repeat, and how long that took.
+    /// Of rounds behind the repeats, on a CPU: real decode steps.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alone_step_ns: Vec<u64>,
+    /// Of the same rounds: the same arithmetic on matrices that stay in the cache.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alone_arithmetic_ns: Vec<u64>,
+    /// Of the same rounds: reading what the step reads, without arithmetic.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alone_memory_ns: Vec<u64>,
+    /// What the energy counter moved by over each of its windows, how long the window was, and the tokens that were generated in it. A window is
+    /// a counted repeat, or a block of untimed ones behind them (`energy.window`).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub energy_j: Vec<f64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub energy_window_s: Vec<f64>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub energy_tokens: Vec<u64>,
     /// Of a row from another tool: one value a repeat by METRICS key, where its times are not the ones above.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub imported: BTreeMap<String, Vec<f64>>,
@@ -317,7 +331,13 @@ pub struct Bandwidth {
     /// Time of the decode steps by the device's own clock over that by the host's.
     #[serde(default)]
     pub device_share: Option<f64>,
-    /// What takes the largest part of a decode step: `bandwidth-bound`, `launch-bound`, `compute-bound`; or `cache-resident`.
+    /// On a CPU: reading what a decode step reads, without arithmetic, over the real step. It overlaps with arithmetic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_alone_share: Option<f64>,
+    /// On a CPU: the same arithmetic on matrices that stay in the cache, over the real step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub arithmetic_alone_share: Option<f64>,
+    /// What holds decoding back, as far as that was measured: `memory`, `compute`, `mixed`, `host`, `cache-resident` or `not known`.
     #[serde(default)]
     pub bound: Option<String>,
 }

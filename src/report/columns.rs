@@ -2,7 +2,7 @@
 
 use super::case::{self, GIB};
 use super::grid::decimals;
-use crate::record::{Record, Status, Summary};
+use crate::record::{Bound, Record, Status, Summary};
 
 /// What one record shows in one column.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -69,6 +69,8 @@ pub static COLUMNS: &[Column] = &[
     known("per token", "ms, cold", |r| of_seed(r, "latency_per_token_ms")),
     known("top-1", "%", |r| r.quality.as_ref().map_or(Cell::Unknown, |q| Cell::Percent(100.0 * q.top1_agreement))),
     known("perplexity", "x fp16", perplexity_ratio),
+    wide("memory alone", "% of step", |r| share(r.bandwidth.memory_alone_share)),
+    wide("arithmetic alone", "% of step", |r| share(r.bandwidth.arithmetic_alone_share)),
     wide("x fp16", "95 % interval", speed_up_interval),
     wide("end to end", "ms/token", |r| median(r, "latency_per_token_ms")),
     wide("decode", "waiting/token", |r| median(r, "decode_synced_tps")),
@@ -178,7 +180,11 @@ fn median(record: &Record, key: &str) -> Cell {
 }
 
 fn percent_of_limit(record: &Record) -> Cell {
-    record.bandwidth.mbu.filter(|mbu| mbu.is_finite()).map_or(Cell::Unknown, |mbu| Cell::Percent(100.0 * mbu))
+    share(record.bandwidth.mbu)
+}
+
+fn share(value: Option<f64>) -> Cell {
+    value.filter(|share| share.is_finite()).map_or(Cell::Unknown, |share| Cell::Percent(100.0 * share))
 }
 
 fn interval(record: &Record, key: &str) -> Cell {
@@ -189,16 +195,10 @@ fn interval(record: &Record, key: &str) -> Cell {
     }
 }
 
-/// The label's first word, as the column's header goes on.
+/// What holds decoding back. Labels of earlier versions were guesses and are not shown.
 fn bound(record: &Record) -> Cell {
-    const WORDS: [(&str, &str); 4] = [
-        ("bandwidth-bound", "bandwidth"),
-        ("launch-bound", "launches"),
-        ("compute-bound", "compute"),
-        ("cache-resident", "cache"),
-    ];
-    let label = record.bandwidth.bound.as_deref().unwrap_or_default();
-    WORDS.iter().find(|(known, _)| *known == label).map_or(Cell::Unknown, |(_, word)| Cell::Word(word))
+    let bound = record.bandwidth.bound.as_deref().and_then(Bound::find);
+    bound.map_or(Cell::Unknown, |bound| Cell::Word(bound.name()))
 }
 
 /// Numbers that the seed's method gave, under the names that it had for them.

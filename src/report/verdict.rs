@@ -2,7 +2,7 @@
 //! which fits a card that was named. It claims no more than the intervals carry, and says what it is a claim about.
 
 use super::case::{self, GIB, plain, status_word};
-use crate::record::{Record, Status, Summary};
+use crate::record::{Bound, Record, Status, Summary};
 
 /// Of one case, never empty; the scope stands behind it in brackets. `card_bytes` is the memory that precisions shall fit.
 pub fn verdict(records: &[Record], card_bytes: Option<u64>) -> String {
@@ -68,16 +68,28 @@ fn fit(records: &[&Record], card_bytes: u64) -> String {
     format!("; into {:.2} GiB {}", card_bytes as f64 / GIB, parts.join(", "))
 }
 
-/// What holds the fastest back, where the record says it.
+/// What holds the fastest back, and the measurement that says so.
 fn why(record: &Record) -> String {
-    // Of what lies in the cache the share means little.
-    let share = record
-        .bandwidth
-        .mbu
-        .filter(|_| record.bandwidth.bound.as_deref() != Some("cache-resident"))
-        .map(|mbu| format!(" at {:.0} % of the read bandwidth", 100.0 * mbu));
-    let bound = record.bandwidth.bound.as_ref();
-    bound.map(|bound| format!(", {bound}{}", share.unwrap_or_default())).unwrap_or_default()
+    let bandwidth = &record.bandwidth;
+    let percent = |share: Option<f64>| share.map(|share| format!("{:.0} %", 100.0 * share));
+    let at = percent(bandwidth.mbu).map(|mbu| format!(" at {mbu} of the read bandwidth")).unwrap_or_default();
+    let alone = percent(bandwidth.memory_alone_share)
+        .zip(percent(bandwidth.arithmetic_alone_share))
+        .map(|(memory, arithmetic)| format!("reading alone takes {memory} of a step, arithmetic alone {arithmetic}"));
+    let because = |reason: Option<String>| reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+    match bandwidth.bound.as_deref().and_then(Bound::find) {
+        None => String::new(),
+        Some(Bound::Memory) => format!(", memory-bound{at}{}", because(alone)),
+        Some(Bound::Compute) => format!(", compute-bound{}", because(alone)),
+        Some(Bound::Mixed) => format!(", bound by no part alone{}", because(alone)),
+        // Of what lies in the cache the share of the bandwidth means little.
+        Some(Bound::CacheResident) => format!(", cache-resident{}", because(alone)),
+        Some(Bound::Host) => {
+            let works = percent(bandwidth.device_share).map(|share| format!("the device works {share} of a step"));
+            format!(", host-bound{}", because(works))
+        }
+        Some(Bound::NotKnown) => format!("{at}, what bounds it is not known"),
+    }
 }
 
 /// What each precision changes of the predictions, where it was measured. A perplexity that the interval cannot tell from
@@ -351,6 +363,43 @@ mod tests {
         ];
         for (int8, nf4, expected) in cases {
             assert_eq!(verdict(&records(*int8, *nf4), None), format!("{expected}{SCOPE}"));
+        }
+    }
+
+    #[test]
+    fn a_reason_comes_with_its_measurement() {
+        let mut records = records(Some((1.5, 1.7)), Some((1.9, 2.1)));
+        let cases: [(&str, Option<f64>, &str); 8] = [
+            (
+                "memory",
+                Some(0.99),
+                ", memory-bound at 62 % of the read bandwidth (reading alone takes 99 % of a step, arithmetic alone 30 %)",
+            ),
+            ("memory", None, ", memory-bound at 62 % of the read bandwidth"),
+            ("compute", Some(0.4), ", compute-bound (reading alone takes 40 % of a step, arithmetic alone 30 %)"),
+            (
+                "mixed",
+                Some(0.4),
+                ", bound by no part alone (reading alone takes 40 % of a step, arithmetic alone 30 %)",
+            ),
+            (
+                "cache-resident",
+                Some(0.4),
+                ", cache-resident (reading alone takes 40 % of a step, arithmetic alone 30 %)",
+            ),
+            ("host", None, ", host-bound (the device works 71 % of a step)"),
+            ("not known", None, " at 62 % of the read bandwidth, what bounds it is not known"),
+            // Of an earlier version, which had not measured it.
+            ("compute-bound", None, ""),
+        ];
+        for (bound, memory_alone_share, expected) in cases {
+            let bandwidth = &mut records[2].bandwidth;
+            bandwidth.bound = Some(bound.to_owned());
+            (bandwidth.mbu, bandwidth.device_share) = (Some(0.62), Some(0.71));
+            bandwidth.memory_alone_share = memory_alone_share;
+            bandwidth.arithmetic_alone_share = memory_alone_share.map(|_| 0.3);
+            let speed = "nf4 decodes fastest: 2.00× fp16 (95 % interval 1.90 to 2.10)";
+            assert_eq!(verdict(&records, None), format!("{speed}{expected}{SCOPE}"), "{bound}");
         }
     }
 

@@ -61,6 +61,8 @@ fn every_metric_is_exact() {
         "decode_synced_tps",
         "device_share",
         "joules_per_token",
+        "memory_alone_share",
+        "arithmetic_alone_share",
         "context_bytes",
         "device_process_bytes",
     ];

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use quantbench::engine::Engine;
 use quantbench::engine::fake::{FakeSession, FakeTime, Run};
+use quantbench::engine::{Alone, Engine};
 use quantbench::events::{Listener, Silent};
 use quantbench::harness::assemble::{Facts, records};
 use quantbench::harness::load::{CpuLoad, LoadSpan};
@@ -14,6 +14,7 @@ use quantbench::harness::measure::{Bench, Encode, Task, Wait};
 use quantbench::harness::memory::ProcessMemory;
 use quantbench::harness::protocol::{Failure, Finished, LoadFacts, Sample, Warmed};
 use quantbench::harness::schedule::{Order, Outcome, Stage, Worker};
+use quantbench::harness::watch::energy::Mark;
 use quantbench::harness::watch::{Blind, Watch, Watched};
 use quantbench::harness::{Asked, Case, DeviceChoice, PromptChoice, Protocol, schedule};
 use quantbench::quant::FormatOptions;
@@ -39,9 +40,14 @@ pub struct Local {
 
 impl Local {
     pub fn new(precision: &str, task: Task, runs: Vec<Run>, journal: &Journal) -> Self {
+        Self::telling(precision, task, runs, journal, None)
+    }
+
+    /// The same on a session that can tell what its steps take alone.
+    pub fn telling(precision: &str, task: Task, runs: Vec<Run>, journal: &Journal, alone: Option<Alone>) -> Self {
         let time = FakeTime::default();
         let nowhere = PathBuf::from("no such folder");
-        let session = Box::new(FakeSession::new(time.clone(), runs));
+        let session = Box::new(FakeSession::new(time.clone(), runs).with_alone(alone));
         let bench =
             Bench::new(session, time, ProcessMemory::below(&nowhere), CpuLoad::below(&nowhere), task, Vec::new());
         let loading = Ok(LoadFacts { load_s: 2.5, ..LoadFacts::default() });
@@ -230,6 +236,9 @@ pub fn measure(
 pub struct Scripted {
     pub script: VecDeque<Watched>,
     pub n_pauses: usize,
+    /// The shortest window of the energy counter, where there is one, and its marks.
+    pub energy_window_s: Option<f64>,
+    pub marks: VecDeque<Mark>,
     /// Who was watched, and beside whom.
     pub crews: Vec<(Option<u32>, Vec<u32>)>,
 }
@@ -245,6 +254,14 @@ impl Watch for Scripted {
 
     fn pause(&mut self) {
         self.n_pauses += 1;
+    }
+
+    fn energy_window_s(&self) -> Option<f64> {
+        self.energy_window_s
+    }
+
+    fn energy_mark(&mut self) -> Option<Mark> {
+        self.marks.pop_front()
     }
 }
 

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::Scratch;
+use super::alone::Mode;
 use super::run::Runner;
 use super::schedule::Attend;
 use crate::kernels::cpu::attention::{self, Partial};
@@ -73,7 +74,6 @@ impl Runner<'_> {
     fn attend_row(&self, attend: &Attend, head: usize, row: usize, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
         let seen = self.seen(attend, row);
-        let (keys, values) = self.keys_and_values(attend.cache, head, 0..seen);
         let width = self.width(attend.q) / spec.kv_heads;
         let columns = head * width..(head + 1) * width;
         let query = self.part(attend.q, row, columns.clone());
@@ -81,7 +81,10 @@ impl Runner<'_> {
         // One query head a key/value head wherever there is a bias (T5): its biases lie together.
         let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position + row, seen));
         let scratch = &mut self.scratch(worker).kernel;
-        attention::attend(self.weights.isa, query, keys, values, spec.head_dim, attend.scale, bias, out, scratch);
+        for (positions, keys, values) in self.windows(attend.cache, head, 0..seen, worker) {
+            let (isa, d, bias) = (self.weights.isa, spec.head_dim, bias.map(|bias| &bias[positions]));
+            attention::attend(isa, query, keys, values, d, attend.scale, bias, out, scratch);
+        }
     }
 
     /// Whether the worker with the most heads would read so much more than its part that sharing positions pays.
@@ -113,14 +116,15 @@ impl Runner<'_> {
                 continue;
             }
             let positions = first * POSITIONS..(end * POSITIONS).min(seen);
-            let (keys, values) = self.keys_and_values(attend.cache, head, positions.clone());
-            let context = attention::Context { keys, values, d, scale: attend.scale };
             let query = self.part(attend.q, 0, head * width..(head + 1) * width);
             // As in `attend_row`.
-            let bias =
-                attend.bias.map(|bias| &self.weights.biases[bias.0].of(head, self.call.position, seen)[positions]);
+            let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position, seen));
             let scratch = &mut self.scratch(worker).kernel;
-            attention::attend_part(self.weights.isa, query, &context, bias, out, partials, scratch);
+            for (positions, keys, values) in self.windows(attend.cache, head, positions, worker) {
+                let context = attention::Context { keys, values, d, scale: attend.scale };
+                let bias = bias.map(|bias| &bias[positions]);
+                attention::attend_part(self.weights.isa, query, &context, bias, out, partials, scratch);
+            }
         }
         worker.barrier();
         for head in worker.share(heads, 1) {
@@ -149,6 +153,30 @@ impl Runner<'_> {
             }
         }
         attention::finish(isa, out, sums, d);
+    }
+
+    /// Keys and values of a head at `positions`, in one piece. Where others stand in for them, those of as many positions as stay in the
+    /// cache, as often as it takes to attend over equally many; of a head that this worker appends to, and nobody else.
+    fn windows(
+        &self,
+        cache: CacheId,
+        head: usize,
+        positions: Range<usize>,
+        worker: &Worker,
+    ) -> impl Iterator<Item = (Range<usize>, &[f32], &[f32])> {
+        let spec = self.weights.model.caches[cache.0];
+        let (cache, head, start, most) = match self.call.mode {
+            Mode::StandingIn(stand_ins, ..) => {
+                let (cache, most) = stand_ins.of_cache(cache, spec.head_dim);
+                (cache, worker.share(spec.kv_heads, 1).start.min(spec.kv_heads - 1), 0, most)
+            }
+            Mode::Real | Mode::Keeping(..) => (cache, head, positions.start, usize::MAX),
+        };
+        (0..positions.len()).step_by(most).map(move |done| {
+            let len = most.min(positions.len() - done);
+            let (keys, values) = self.keys_and_values(cache, head, start..start + len);
+            (positions.start + done..positions.start + done + len, keys, values)
+        })
     }
 
     /// Keys and values of a head at `positions`.

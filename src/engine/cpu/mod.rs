@@ -1,6 +1,7 @@
 //! The CPU engine: a model's plans, lowered once, replayed for each call by a pool of workers that stay inside it from the
 //! first operation to the last. fp32 activations and cache; a decode step allocates nothing.
 
+mod alone;
 mod arena;
 mod attend;
 mod run;
@@ -10,12 +11,13 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail};
 
+use self::alone::Mode;
 use self::arena::Arena;
 use self::attend::PartSums;
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
-use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
+use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, patch_rows};
 use crate::events::Listener;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::rope::Angles;
@@ -178,7 +180,14 @@ impl CpuSession {
             bail!("a call of {n} tokens at position {} does not fit a cache of {capacity}", self.position);
         }
         self.weights.check_tokens(tokens)?;
-        Ok(Call { rows: tokens.len(), tokens, patches: &[], position: self.position, encoded: self.encoded })
+        Ok(Call {
+            rows: tokens.len(),
+            tokens,
+            patches: &[],
+            position: self.position,
+            encoded: self.encoded,
+            mode: Mode::Real,
+        })
     }
 
     /// Runs `tokens` through the decoder in one call and returns the next one.
@@ -200,7 +209,7 @@ impl CpuSession {
         }
         self.weights.check_tokens(tokens)?;
         let Some(encoder) = &mut self.encoder else { bail!("this model has no encoder") };
-        let call = Call { rows, tokens, patches, position: 0, encoded: rows };
+        let call = Call { rows, tokens, patches, position: 0, encoded: rows, mode: Mode::Real };
         let _pinned = self.pool.pin_caller();
         let steps = Arc::clone(&encoder.steps);
         encoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);
@@ -330,6 +339,10 @@ impl Session for CpuSession {
 
     fn outlier_columns(&mut self) -> Result<OutlierColumns> {
         Ok(self.outliers)
+    }
+
+    fn alone(&mut self, position: usize) -> Result<Option<Alone>> {
+        self.measure_alone(position).map(Some)
     }
 }
 

@@ -3,9 +3,10 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use super::alone::{Mode, windows};
 use super::arena::SharedArena;
 use super::attend::SharedParts;
-use super::schedule::{Step, must_meet};
+use super::schedule::{Attend, Step, must_meet};
 use super::{Memory, Program, Scratch, Weights};
 use crate::engine::OutlierColumns;
 use crate::kernels::cpu::pool::{Pool, Worker};
@@ -28,6 +29,7 @@ pub struct Call<'a> {
     pub position: usize,
     /// Rows in the encoder's caches once this call has appended.
     pub encoded: usize,
+    pub mode: Mode<'a>,
 }
 
 /// What a call leaves behind, apart from its buffers.
@@ -68,7 +70,7 @@ pub fn run(
             if index > 0 && must_meet(&steps[index - 1], step, single) {
                 worker.barrier();
             }
-            runner.step(step, worker);
+            runner.step(index, step, worker);
         }
     });
     Outcome {
@@ -104,7 +106,7 @@ pub(super) struct Runner<'a> {
 }
 
 impl Runner<'_> {
-    fn step(&self, step: &Step, worker: &Worker) {
+    fn step(&self, index: usize, step: &Step, worker: &Worker) {
         let first = worker.index() == 0;
         match step {
             Step::Embed { table, scale, image, out } => self.embed(*table, *scale, *image, *out, worker),
@@ -120,11 +122,14 @@ impl Runner<'_> {
             }
             Step::Patches { .. } | Step::Features { .. } | Step::LastRow { .. } => {}
             Step::Prepare { .. } | Step::Argmax { .. } => {}
-            Step::Linear { parts } => parts.iter().for_each(|part| self.linear(part, worker)),
+            Step::Linear { parts } => self.linears(index, parts, worker),
             Step::Activate { kind, gate, up, out } => self.activate(*kind, *gate, *up, *out, worker),
             Step::Add { a, b, out } => self.add(*a, *b, *out, worker),
             Step::Append { k, v, cache, rotate } => self.append(*k, *v, *cache, *rotate, worker),
-            Step::Attend(attend) => self.attend(attend, worker),
+            Step::Attend(attend) => {
+                self.attend(attend, worker);
+                self.keep_attended(index, attend, worker);
+            }
         }
     }
 
@@ -256,12 +261,53 @@ impl Runner<'_> {
         }
     }
 
-    fn linear(&self, part: &LinearPart, worker: &Worker) {
-        let matrix = &self.weights.matrices[part.weight.0];
-        let columns = worker.share(matrix.shape().0, self.weights.granule);
+    fn linears(&self, index: usize, parts: &[LinearPart], worker: &Worker) {
+        let mut before = 0;
+        for part in parts {
+            let columns = worker.share(self.width(part.out), self.weights.granule);
+            self.linear(part, columns.clone(), worker);
+            self.keep(index, before, part.out, columns);
+            before += self.width(part.out);
+        }
+    }
+
+    fn linear(&self, part: &LinearPart, columns: Range<usize>, worker: &Worker) {
         let bias = part.bias.map(|bias| self.weights.vectors[bias.0].as_slice());
         let y = &self.slots.region(self.storage.slot_of[part.out.0]);
-        matrix.multiply(self.prepared(), columns, bias, y, &mut self.scratch(worker).kernel);
+        let scratch = &mut self.scratch(worker).kernel;
+        let multiply = |matrix: MatrixId, rows: Range<usize>, scratch: &mut Vec<f32>| {
+            self.weights.matrices[matrix.0].multiply(self.prepared(), rows, bias, y, scratch);
+        };
+        match self.call.mode {
+            Mode::StandingIn(stand_ins, ..) => {
+                let stand_in = stand_ins.of_matrix(part.weight);
+                windows(columns, stand_in.rows).for_each(|rows| multiply(stand_in.matrix, rows, scratch));
+            }
+            Mode::Real | Mode::Keeping(..) => multiply(part.weight, columns, scratch),
+        }
+    }
+
+    /// Attention's output, whose heads are split as [`Step::Append`]'s.
+    fn keep_attended(&self, index: usize, attend: &Attend, worker: &Worker) {
+        let heads = self.weights.model.caches[attend.cache.0].kv_heads;
+        let (own, width) = (worker.share(heads, 1), self.width(attend.out) / heads);
+        self.keep(index, 0, attend.out, own.start * width..own.end * width);
+    }
+
+    /// Keeps a worker's `columns` of the step's output that has `before` elements before it, or puts back what was kept.
+    fn keep(&self, index: usize, before: usize, out: BufferId, columns: Range<usize>) {
+        let kept = |start: usize| start + before + columns.start..start + before + columns.end;
+        match self.call.mode {
+            Mode::Real => {}
+            Mode::Keeping(outputs, values) => {
+                // SAFETY: as `out`'s, these columns are this worker's alone in this step.
+                let values = unsafe { values.range_mut(kept(outputs.start(index))) };
+                values.copy_from_slice(self.part(out, 0, columns));
+            }
+            Mode::StandingIn(_, outputs, values) => {
+                self.part_mut(out, 0, columns.clone()).copy_from_slice(&values[kept(outputs.start(index))]);
+            }
+        }
     }
 
     fn activate(&self, kind: ActivationKind, gate: BufferId, up: Option<BufferId>, out: BufferId, worker: &Worker) {

@@ -1,8 +1,10 @@
-//! How close decoding comes to what the memory allows, and what holds it back.
+//! How close decoding comes to what the memory allows, and what holds it back as far as that was measured.
 
 use super::Facts;
+use crate::engine::Alone;
 use crate::harness::schedule::Outcome;
-use crate::record::{Bandwidth, Record};
+use crate::record::{Bandwidth, Bound, Record};
+use crate::stats;
 
 /// From the record's metrics, and the bytes that the session counted.
 pub fn bandwidth(facts: &Facts, record: &Record, outcome: &Outcome) -> Bandwidth {
@@ -15,8 +17,15 @@ pub fn bandwidth(facts: &Facts, record: &Record, outcome: &Outcome) -> Bandwidth
     let bytes = weight_bytes_per_token.zip(kv_bytes_per_token).map(|(weights, kv)| weights + kv);
     let achieved_gb_s = bytes.zip(decode_tps).map(|(bytes, tps)| bytes as f64 * tps / 1e9);
     let mbu = achieved_gb_s.zip(facts.read_gb_s).map(|(achieved, read)| achieved / read);
-    let device_share = device_share(record);
-    let cached = bytes.is_some_and(|bytes| is_cached(facts, bytes, mbu));
+    let alone = outcome.finished.as_ref().and_then(|finished| Shares::of(finished.alone.as_ref()?));
+    let seen = Seen {
+        is_own: record.engine.name == facts.engine.name,
+        is_cached: bytes.is_some_and(|bytes| is_cached(facts, bytes, mbu)),
+        on_cpu: facts.device.kind == "cpu",
+        mbu,
+        device_share: device_share(record),
+        alone,
+    };
     Bandwidth {
         weight_bytes_per_token,
         kv_bytes_per_token,
@@ -27,8 +36,10 @@ pub fn bandwidth(facts: &Facts, record: &Record, outcome: &Outcome) -> Bandwidth
         mbu,
         theoretical_gb_s: facts.theoretical_gb_s.as_ref().ok().copied(),
         theoretical_unknown: facts.theoretical_gb_s.as_ref().err().cloned(),
-        device_share,
-        bound: mbu.and_then(|mbu| bound(mbu, cached, waiting(&facts.device.kind, device_share))).map(str::to_owned),
+        device_share: seen.device_share,
+        memory_alone_share: alone.map(|alone| alone.memory),
+        arithmetic_alone_share: alone.map(|alone| alone.arithmetic),
+        bound: decode_tps.map(|_| bound(&seen).name().to_owned()),
     }
 }
 
@@ -49,24 +60,64 @@ fn device_share(record: &Record) -> Option<f64> {
     (device > 0.0 && host > 0.0).then(|| device / host)
 }
 
-/// Share of a step in which the device has nothing to do; on a CPU host and device are one.
-fn waiting(device_kind: &str, device_share: Option<f64>) -> Option<f64> {
-    match device_kind {
-        "cpu" => Some(0.0),
-        _ => device_share.map(|share| (1.0 - share).max(0.0)),
+/// A part of a step that takes this share of it alone explains it.
+const EXPLAINS: f64 = 0.85;
+
+/// Two parts of which both explain a step are told apart by this much of it: medians of few rounds differ by some hundredths.
+const DIFFERS: f64 = 0.05;
+
+/// A device that works for less of a step waits for the host.
+const DEVICE_WORKS: f64 = 0.9;
+
+/// What a step takes of memory alone and of arithmetic alone, over the real step. They overlap in a real step, so that they need not add up
+/// to 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Shares {
+    memory: f64,
+    arithmetic: f64,
+}
+
+impl Shares {
+    /// Of the medians.
+    fn of(alone: &Alone) -> Option<Self> {
+        let median = |ns: &[u64]| stats::median(&ns.iter().map(|&ns| ns as f64).collect::<Vec<_>>());
+        let step = median(&alone.step_ns).filter(|step| *step > 0.0)?;
+        Some(Self { memory: median(&alone.memory_ns)? / step, arithmetic: median(&alone.arithmetic_ns)? / step })
     }
 }
 
-/// A step has three parts: reading at full bandwidth, waiting for the host, and the rest. The largest gives the name. Where
-/// waiting is unknown, only a reading part of half the step or more is the largest for certain.
-fn bound(reading: f64, cached: bool, waiting: Option<f64>) -> Option<&'static str> {
-    let computing = waiting.map(|waiting| 1.0 - reading - waiting);
-    match (waiting, computing) {
-        _ if cached => Some("cache-resident"),
-        (Some(waiting), Some(computing)) if reading >= waiting && reading >= computing => Some("bandwidth-bound"),
-        (Some(waiting), Some(computing)) if waiting >= computing => Some("launch-bound"),
-        (Some(_), _) => Some("compute-bound"),
-        (None, _) => (reading >= 0.5).then_some("bandwidth-bound"),
+/// What was measured of a row that decoded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Seen {
+    /// Of our own engine. How another one reads and computes was not measured.
+    is_own: bool,
+    is_cached: bool,
+    on_cpu: bool,
+    mbu: Option<f64>,
+    device_share: Option<f64>,
+    alone: Option<Shares>,
+}
+
+/// The reason, where one was measured.
+fn bound(seen: &Seen) -> Bound {
+    match seen {
+        Seen { is_own: false, .. } => Bound::NotKnown,
+        Seen { is_cached: true, .. } => Bound::CacheResident,
+        Seen { on_cpu: true, alone, .. } => alone.map_or(Bound::NotKnown, bound_alone),
+        Seen { mbu: Some(mbu), .. } if *mbu >= EXPLAINS => Bound::Memory,
+        Seen { device_share: Some(share), .. } if *share < DEVICE_WORKS => Bound::Host,
+        _ => Bound::NotKnown,
+    }
+}
+
+/// By the part that explains the step. Where both do, by the larger if they are told apart; else it is mixed, as it is where neither does.
+fn bound_alone(Shares { memory, arithmetic }: Shares) -> Bound {
+    match (memory >= EXPLAINS, arithmetic >= EXPLAINS) {
+        (true, false) => Bound::Memory,
+        (false, true) => Bound::Compute,
+        (true, true) if memory >= arithmetic + DIFFERS => Bound::Memory,
+        (true, true) if arithmetic >= memory + DIFFERS => Bound::Compute,
+        _ => Bound::Mixed,
     }
 }
 
@@ -74,22 +125,60 @@ fn bound(reading: f64, cached: bool, waiting: Option<f64>) -> Option<&'static st
 mod tests {
     use super::*;
 
+    /// Our own engine on a CPU, of which nothing was measured.
+    const NOTHING: Seen =
+        Seen { is_own: true, is_cached: false, on_cpu: true, mbu: None, device_share: None, alone: None };
+
     #[test]
-    fn the_largest_part_of_a_step_names_it() {
-        for (reading, cached, kind, device_share, expected) in [
-            (0.9, false, "cpu", None, Some("bandwidth-bound")),
-            (0.5, false, "cpu", None, Some("bandwidth-bound")),
-            (0.4, false, "cpu", None, Some("compute-bound")),
-            (0.9, true, "cpu", None, Some("cache-resident")),
-            (0.8, false, "cuda", Some(0.98), Some("bandwidth-bound")),
-            (0.2, false, "cuda", Some(0.4), Some("launch-bound")),
-            (0.2, false, "cuda", Some(0.95), Some("compute-bound")),
-            (0.4, false, "cuda", Some(0.7), Some("bandwidth-bound")),
-            (0.6, false, "cuda", None, Some("bandwidth-bound")),
-            (0.4, false, "cuda", None, None),
+    fn on_a_cpu_the_part_that_explains_the_step_names_it() {
+        for (memory, arithmetic, expected) in [
+            (0.85, 0.3, Bound::Memory),
+            (0.99, 0.84, Bound::Memory),
+            (0.3, 0.85, Bound::Compute),
+            (0.84, 1.02, Bound::Compute),
+            // Neither.
+            (0.84, 0.84, Bound::Mixed),
+            (0.5, 0.3, Bound::Mixed),
+            // Both.
+            (0.97, 0.9, Bound::Memory),
+            (0.9, 0.97, Bound::Compute),
+            (0.94, 0.9, Bound::Mixed),
+            (0.9, 0.94, Bound::Mixed),
+            (0.9, 0.9, Bound::Mixed),
         ] {
-            let found = bound(reading, cached, waiting(kind, device_share));
-            assert_eq!(found, expected, "{reading} {cached} {kind} {device_share:?}");
+            let alone = Some(Shares { memory, arithmetic });
+            assert_eq!(bound(&Seen { alone, ..NOTHING }), expected, "{memory} {arithmetic}");
+            let cached = Seen { alone, is_cached: true, ..NOTHING };
+            assert_eq!(bound(&cached), Bound::CacheResident, "{memory} {arithmetic}");
+            assert_eq!(bound(&Seen { is_own: false, ..cached }), Bound::NotKnown, "{memory} {arithmetic}");
         }
+        // The bytes alone tell nothing.
+        assert_eq!(bound(&Seen { mbu: Some(0.95), ..NOTHING }), Bound::NotKnown);
+    }
+
+    #[test]
+    fn on_a_gpu_what_was_not_measured_is_not_known() {
+        for (mbu, device_share, expected) in [
+            (Some(0.85), None, Bound::Memory),
+            (Some(0.9), Some(0.5), Bound::Memory),
+            (Some(0.84), Some(0.899), Bound::Host),
+            (None, Some(0.4), Bound::Host),
+            (Some(0.84), Some(0.9), Bound::NotKnown),
+            (Some(0.18), Some(0.98), Bound::NotKnown),
+            (Some(0.6), None, Bound::NotKnown),
+            (None, None, Bound::NotKnown),
+        ] {
+            let seen = Seen { on_cpu: false, mbu, device_share, ..NOTHING };
+            assert_eq!(bound(&seen), expected, "{mbu:?} {device_share:?}");
+            assert_eq!(bound(&Seen { is_own: false, ..seen }), Bound::NotKnown);
+            assert_eq!(bound(&Seen { is_cached: true, ..seen }), Bound::CacheResident);
+        }
+    }
+
+    #[test]
+    fn shares_are_of_medians() {
+        let alone = Alone { step_ns: vec![100, 120, 90], arithmetic_ns: vec![50, 10, 60], memory_ns: vec![95, 96, 10] };
+        assert_eq!(Shares::of(&alone), Some(Shares { memory: 0.95, arithmetic: 0.5 }));
+        assert_eq!(Shares::of(&Alone::default()), None);
     }
 }

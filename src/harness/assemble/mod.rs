@@ -236,7 +236,8 @@ fn samples(outcome: &Outcome) -> Samples {
         true => Vec::new(),
         false => samples.iter().map(|sample| steps(sample).clone()).collect(),
     };
-    let windows = monitor::windows(outcome);
+    let windows = monitor::windows(outcome).unwrap_or_default();
+    let alone = outcome.finished.as_ref().and_then(|finished| finished.alone.clone()).unwrap_or_default();
     Samples {
         encode_ns,
         launches: if outcome.launches.len() > 1 {
@@ -246,8 +247,12 @@ fn samples(outcome: &Outcome) -> Samples {
         },
         device_step_ns: kept(|sample| &sample.device_step_ns),
         synced_step_ns: kept(|sample| &sample.synced_step_ns),
+        alone_step_ns: alone.step_ns,
+        alone_arithmetic_ns: alone.arithmetic_ns,
+        alone_memory_ns: alone.memory_ns,
         energy_j: windows.iter().map(|window| window.joules).collect(),
         energy_window_s: windows.iter().map(|window| window.seconds).collect(),
+        energy_tokens: windows.iter().map(|window| window.tokens).collect(),
         prefill_ns: samples.iter().map(|sample| sample.prefill_ns).collect(),
         decode_step_ns: samples.iter().map(|sample| sample.step_ns.clone()).collect(),
         end_to_end_ns: samples.iter().map(|sample| sample.end_to_end_ns).collect(),

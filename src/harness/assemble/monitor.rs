@@ -46,18 +46,22 @@ fn of_repeat(watched: &Watched) -> Series {
     Series { at_ms, values }
 }
 
-/// Of every repeat; empty where the counter did not answer in all of them.
-pub fn windows(outcome: &Outcome) -> Vec<Window> {
-    outcome.watched.iter().map(Watched::window).collect::<Option<_>>().unwrap_or_default()
+/// Those of the untimed block, or those of the counted repeats where these are long enough; `None` where the counter did not answer in all
+/// of them.
+pub fn windows(outcome: &Outcome) -> Option<Vec<Window>> {
+    if !outcome.energy.is_empty() {
+        return Some(outcome.energy.clone());
+    }
+    outcome.samples.iter().zip(&outcome.watched).map(|(sample, watched)| watched.window(sample.n_tokens())).collect()
 }
 
 /// Where a counter can be read and something was measured.
 pub fn energy(counter: Option<&Counter>, outcome: &Outcome) -> Option<Energy> {
     let counter = counter.filter(|_| !outcome.samples.is_empty())?;
-    let windows: Vec<_> = outcome.watched.iter().map(Watched::window).collect();
     Some(Energy {
         source: counter.name.to_owned(),
         idle_watts: counter.idle_watts,
-        refused: refusal(counter, &windows),
+        window: if outcome.energy.is_empty() { "repeat" } else { "block" }.to_owned(),
+        refused: refusal(counter, windows(outcome).as_deref()),
     })
 }

@@ -5,7 +5,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::energy::Counter;
+use super::energy::{Counter, Mark, shortest_window_s};
 use super::{GpuReading, Reading, Watch, Watched};
 use crate::harness::memory::ProcessMemory;
 use crate::kernels::nvml::Gpu;
@@ -26,11 +26,19 @@ const RAPL_PERIOD_S: f64 = 0.001;
 /// The idle window is this many periods of the counter, and at least half a second.
 const IDLE_PERIODS: f64 = 20.0;
 
+/// Between two looks for the counter's next update: what a mark can be late by.
+const MARK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Periods that a mark waits for an update at most.
+const MARK_PERIODS: f64 = 3.0;
+
 /// Watches this machine.
 pub struct MachineWatch {
     /// `None` while the thread has it.
     sensors: Option<Sensors>,
     running: Option<Running>,
+    /// What marks of the energy counter are timed from.
+    created: Instant,
 }
 
 struct Running {
@@ -49,7 +57,7 @@ struct Crew {
 
 impl MachineWatch {
     pub fn new(sensors: Sensors) -> Self {
-        Self { sensors: Some(sensors), running: None }
+        Self { sensors: Some(sensors), running: None, created: Instant::now() }
     }
 }
 
@@ -82,6 +90,15 @@ impl Watch for MachineWatch {
     fn pause(&mut self) {
         std::thread::sleep(PAUSE);
     }
+
+    fn energy_window_s(&self) -> Option<f64> {
+        self.sensors.as_ref()?.counter_period_s.map(shortest_window_s)
+    }
+
+    fn energy_mark(&mut self) -> Option<Mark> {
+        let created = self.created;
+        self.sensors.as_mut()?.mark(created)
+    }
 }
 
 /// Where things are read: below a root folder, `/` but in tests.
@@ -92,6 +109,8 @@ pub struct Sensors {
     throttle_count: PathBuf,
     rapl: Vec<Package>,
     gpu: Option<Gpu>,
+    /// Of the energy counter, once [`Self::counter`] has found one.
+    counter_period_s: Option<f64>,
 }
 
 impl Sensors {
@@ -109,6 +128,7 @@ impl Sensors {
                 .collect(),
             root,
             gpu,
+            counter_period_s: None,
         }
     }
 
@@ -120,6 +140,7 @@ impl Sensors {
             Some(_) => ("nvml", NVML_PERIOD_S),
             None => ("rapl", RAPL_PERIOD_S),
         };
+        self.counter_period_s = Some(period_s);
         let (before, began) = (self.energy_j()?, Instant::now());
         std::thread::sleep(Duration::from_secs_f64((IDLE_PERIODS * period_s).max(0.5)));
         let idle_watts = self.energy_j().map(|after| (after - before) / began.elapsed().as_secs_f64());
@@ -136,6 +157,19 @@ impl Sensors {
             gpu: self.gpu.as_ref().map(|gpu| gpu_reading(gpu, crew)),
             energy_j: self.energy_j(),
             at_ns: began.elapsed().as_nanos() as u64,
+        }
+    }
+
+    /// The energy counter at its next update. One that does not move for some periods is read as it is.
+    fn mark(&mut self, since: Instant) -> Option<Mark> {
+        let longest = Duration::from_secs_f64(MARK_PERIODS * self.counter_period_s?);
+        let (before, began) = (self.energy_j()?, Instant::now());
+        loop {
+            let joules = self.energy_j()?;
+            if joules != before || began.elapsed() > longest {
+                return Some(Mark { at_ns: since.elapsed().as_nanos() as u64, joules });
+            }
+            std::thread::sleep(MARK_INTERVAL);
         }
     }
 
@@ -278,6 +312,36 @@ mod tests {
             std::fs::write(root.path().join(package).join("energy_uj"), now).unwrap();
             assert_eq!(sensors.energy_j(), Some(joules));
         }
+    }
+
+    #[test]
+    fn a_mark_is_at_an_update_of_the_counter() {
+        let package = "sys/class/powercap/intel-rapl:0";
+        let root = root(&[
+            (&format!("{package}/energy_uj"), "1000000"),
+            (&format!("{package}/max_energy_range_uj"), "10000000"),
+        ]);
+        let mut watch = MachineWatch::new(Sensors::below(root.path(), None));
+        assert_eq!((watch.energy_window_s(), watch.energy_mark()), (None, None), "no counter was found yet");
+        let counter = watch.sensors.as_mut().unwrap().counter().unwrap();
+        assert_eq!(watch.energy_window_s(), Some(20.0 * counter.period_s));
+        // It stands still: read as it is.
+        let first = watch.energy_mark().unwrap();
+        std::fs::write(root.path().join(package).join("energy_uj"), "3500000").unwrap();
+        let second = watch.energy_mark().unwrap();
+        assert_eq!((first.joules, second.joules), (0.0, 2.5));
+        assert!(second.at_ns > first.at_ns);
+        // Another one comes while it waits.
+        let path = root.path().join(package).join("energy_uj");
+        watch.sensors.as_mut().unwrap().counter_period_s = Some(20.0);
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(30));
+            // Renamed into its place, as a counter is never seen half written.
+            std::fs::write(path.with_extension("new"), "4000000").unwrap();
+            std::fs::rename(path.with_extension("new"), &path).unwrap();
+        });
+        assert_eq!(watch.energy_mark().unwrap().joules, 3.0);
+        writer.join().unwrap();
     }
 
     #[test]

@@ -3,6 +3,8 @@
 pub mod energy;
 pub mod machine;
 
+use energy::{Mark, Window};
+
 /// A sample whose clock is below this share of the default is discarded.
 const SLOW_CLOCK: f64 = 0.75;
 
@@ -16,6 +18,16 @@ pub trait Watch {
 
     /// Lets the machine recover before a discarded repeat is taken again.
     fn pause(&mut self);
+
+    /// The shortest window that the energy counter can be trusted with; `None` without a counter.
+    fn energy_window_s(&self) -> Option<f64> {
+        None
+    }
+
+    /// Waits for the energy counter's next update, no longer than a few of them take, and reads it. Nothing else is read between two marks.
+    fn energy_mark(&mut self) -> Option<Mark> {
+        None
+    }
 }
 
 /// Sees nothing.
@@ -145,11 +157,10 @@ impl Watched {
         self.readings.iter().filter_map(|reading| reading.gpu.as_ref()?.process_bytes).max()
     }
 
-    /// What the energy counter says of the repeat.
-    pub fn window(&self) -> Option<energy::Window> {
-        let (first, last) = (self.readings.first()?, self.readings.last()?);
-        let seconds = last.at_ns.checked_sub(first.at_ns)? as f64 / 1e9;
-        Some(energy::Window { joules: last.energy_j? - first.energy_j?, seconds })
+    /// What the energy counter says of the repeat, which gave so many tokens.
+    pub fn window(&self, tokens: u64) -> Option<Window> {
+        let mark = |reading: &Reading| Some(Mark { at_ns: reading.at_ns, joules: reading.energy_j? });
+        Some(Window::between(mark(self.readings.first()?)?, mark(self.readings.last()?)?, tokens))
     }
 }
 

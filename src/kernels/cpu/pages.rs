@@ -67,16 +67,24 @@ pub fn prefer_huge_pages<T>(untouched: &mut [T]) {
     }
 }
 
-/// A type that bytes may be read as.
+/// The bytes of `values` as they lie in memory.
+pub fn bytes_of<T: PlainBits>(values: &[T]) -> &[u8] {
+    // SAFETY: plain values have no padding, so that all of their bytes are initialised.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// A type that bytes may be read as, and that may be read as bytes.
 ///
 /// # Safety
-/// Every bit pattern is a value, and the alignment is at most that of a cache line.
+/// Every bit pattern is a value, there is no padding, and the alignment is at most that of a cache line.
 pub unsafe trait PlainBits: Copy {}
 
 // SAFETY: every pair of bytes is an fp16 value.
 unsafe impl PlainBits for f16 {}
 // SAFETY: every four bytes are an fp32 value.
 unsafe impl PlainBits for f32 {}
+// SAFETY: every four bytes are an integer.
+unsafe impl PlainBits for i32 {}
 
 impl Deref for Pages {
     type Target = [u8];

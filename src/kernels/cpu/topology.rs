@@ -32,21 +32,47 @@ pub fn last_level_cache_bytes() -> Option<usize> {
     (bytes > 0).then_some(bytes)
 }
 
+/// Bytes of the second-level cache that a core has, its part where cores share one; none where the system does not tell.
+pub fn core_cache_bytes() -> Option<usize> {
+    let cpu = *affinity::allowed().first()?;
+    let (_, sharers, bytes) = caches(cpu).into_iter().find(|(level, ..)| *level == 2)?;
+    let mut cores: Vec<String> = cpus_of(&sharers).map(core_of).collect();
+    cores.sort_unstable();
+    cores.dedup();
+    Some(bytes / cores.len().max(1))
+}
+
+/// The CPUs of a list such as `0-3,8`.
+fn cpus_of(list: &str) -> impl Iterator<Item = usize> {
+    list.split(',')
+        .filter_map(|part| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            Some(first.trim().parse::<usize>().ok()?..=last.trim().parse().ok()?)
+        })
+        .flatten()
+}
+
 /// The CPUs that share the largest-numbered cache level with `cpu`, and its bytes.
 fn last_level_cache(cpu: usize) -> Option<(String, usize)> {
-    let mut last: Option<(u32, String, usize)> = None;
+    // Of several caches of the highest level the first.
+    let last = caches(cpu).into_iter().rev().max_by_key(|(level, ..)| *level);
+    last.map(|(_, sharers, bytes)| (sharers, bytes))
+}
+
+/// Level, sharers and bytes of the caches of `cpu` that hold data, as far as the system tells.
+fn caches(cpu: usize) -> Vec<(u32, String, usize)> {
+    let mut found = Vec::new();
     for index in 0..16 {
         let read = |name: &str| read_trimmed(&format!("/sys/devices/system/cpu/cpu{cpu}/cache/index{index}/{name}"));
         let Some(level) = read("level").and_then(|level| level.parse().ok()) else { break };
-        let (Some(sharers), Some(bytes)) = (read("shared_cpu_list"), read("size").and_then(|size| parse_size(&size)))
-        else {
-            continue;
-        };
-        if last.as_ref().is_none_or(|(highest, ..)| level > *highest) {
-            last = Some((level, sharers, bytes));
+        let size = read("size").and_then(|size| parse_size(&size));
+        if let (Some(sharers), Some(bytes)) = (read("shared_cpu_list"), size)
+            && read("type").is_none_or(|kind| kind != "Instruction")
+        {
+            found.push((level, sharers, bytes));
         }
     }
-    last.map(|(_, sharers, bytes)| (sharers, bytes))
+    found
 }
 
 /// `32768K`, `32M` or plain bytes.
@@ -168,6 +194,13 @@ mod tests {
         for text in ["", "K", "12X", "99999999999999999999K"] {
             assert_eq!(parse_size(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn lists_of_cpus_as_sysfs_writes_them() {
+        assert_eq!(cpus_of("0-3,8,10-11").collect::<Vec<_>>(), [0, 1, 2, 3, 8, 10, 11]);
+        assert_eq!(cpus_of("5").collect::<Vec<_>>(), [5]);
+        assert_eq!(cpus_of("").count(), 0);
     }
 
     #[test]

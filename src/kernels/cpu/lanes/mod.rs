@@ -43,6 +43,8 @@ pub(super) trait Lanes: Copy {
     fn max(self, other: Self) -> Self;
     /// `self` where it is less, else `other`: a NaN on either side gives `other`.
     fn min(self, other: Self) -> Self;
+    /// Of the bits of each lane.
+    fn xor(self, other: Self) -> Self;
     /// To the nearest integer, ties to even; |self| < 2^22.
     fn round(self) -> Self;
     /// `self · 2^n` for integral `n` in −252..=252; `self` in 0.5..2.

@@ -55,6 +55,10 @@ impl Lanes for Eight {
         self.with(other, |a, b| a + b)
     }
     #[inline(always)]
+    fn xor(self, other: Self) -> Self {
+        self.with(other, |a, b| f32::from_bits(a.to_bits() ^ b.to_bits()))
+    }
+    #[inline(always)]
     fn sub(self, other: Self) -> Self {
         self.with(other, |a, b| a - b)
     }

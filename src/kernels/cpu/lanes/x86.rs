@@ -78,6 +78,7 @@ impl Lanes for Ymm {
         mul(other) = _mm256_mul_ps;
         div(other) = _mm256_div_ps;
         max(other) = _mm256_max_ps;
+        xor(other) = _mm256_xor_ps;
         min(other) = _mm256_min_ps;
         mul_add(factor, addend) = _mm256_fmadd_ps;
     }
@@ -186,6 +187,7 @@ impl Lanes for Zmm {
         max(other) = _mm512_max_ps;
         min(other) = _mm512_min_ps;
         mul_add(factor, addend) = _mm512_fmadd_ps;
+        xor(other) = _mm512_xor_ps;
         scale_by_power_of_two(n) = _mm512_scalef_ps;
     }
 

@@ -223,6 +223,11 @@ impl<T: Value> CpuMatrix for DenseMatrix<T> {
         prepared.copy(x, m, self.k);
     }
 
+    fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
+        let row_bytes = self.k * size_of::<T>();
+        piece(&self.weights[rows.start * row_bytes..rows.end * row_bytes]);
+    }
+
     fn row_granule(&self) -> usize {
         STRIP_ROWS
     }

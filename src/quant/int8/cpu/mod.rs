@@ -11,7 +11,7 @@ mod avx512;
 use std::ops::Range;
 
 use super::{CODE_UNIT, Int8Stored, NAME, PRODUCT_UNIT};
-use crate::kernels::cpu::pages::Pages;
+use crate::kernels::cpu::pages::{Pages, bytes_of};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PanelSource, Start};
@@ -242,6 +242,14 @@ impl CpuMatrix for Int8Matrix {
         assert_eq!(x.len(), m * self.k, "activations of {m} tokens");
         (prepared.m, prepared.k) = (m, self.k);
         activations::prepare(x, self.padded_k(), self.threshold, self.isa, prepared);
+    }
+
+    fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
+        piece(self.strip_codes(strips(&rows)));
+        piece(bytes_of(&self.absmax[rows.clone()]));
+        if !self.excess.is_empty() {
+            piece(bytes_of(&self.excess[rows]));
+        }
     }
 
     fn finds_outliers(&self) -> bool {

@@ -1,8 +1,11 @@
 //! Absmax values as the kernels read them: with the rows of a strip side by side where rows are whole blocks.
 
+use std::ops::Range;
+
 use super::super::nested::{NESTED_BLOCK, NestedAbsmax, VALUES};
 use super::super::{Absmax, BLOCK};
 use super::BLOCK_GROUPS;
+use crate::kernels::cpu::pages::bytes_of;
 use crate::quant::cpu::STRIP_ROWS;
 
 /// One value for each row of a strip.
@@ -55,6 +58,11 @@ impl<T: Copy + Default> RowBlocks<T> {
         &self.values[strip * self.blocks..][..self.blocks]
     }
 
+    /// As [`Self::strip`], of several.
+    fn strips(&self, strips: Range<usize>) -> &[[T; STRIP_ROWS]] {
+        &self.values[strips.start * self.blocks..strips.end * self.blocks]
+    }
+
     fn resident_bytes(&self) -> usize {
         size_of_val(&self.values[..])
     }
@@ -93,6 +101,23 @@ impl PackedAbsmax {
                 codes.resident_bytes() + size_of_val(&absmax[..]) + size_of_val(offset)
             }
             PackedAbsmax::Crossing(stored) => stored.stored_bytes(),
+        }
+    }
+
+    /// Hands out the values of `strips`, which are the flattened matrix's `blocks`.
+    pub fn memory_of(&self, strips: Range<usize>, blocks: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
+        let nested = |blocks: &Range<usize>| blocks.start / NESTED_BLOCK..blocks.end.div_ceil(NESTED_BLOCK);
+        match self {
+            PackedAbsmax::Plain(values) => piece(bytes_of(values.strips(strips).as_flattened())),
+            PackedAbsmax::Nested { codes, absmax, .. } => {
+                piece(codes.strips(strips).as_flattened());
+                piece(bytes_of(&absmax[nested(&blocks)]));
+            }
+            PackedAbsmax::Crossing(Absmax::Plain(values)) => piece(bytes_of(&values[blocks])),
+            PackedAbsmax::Crossing(Absmax::Nested(NestedAbsmax { codes, absmax, .. })) => {
+                piece(&codes[blocks.clone()]);
+                piece(bytes_of(&absmax[nested(&blocks)]));
+            }
         }
     }
 

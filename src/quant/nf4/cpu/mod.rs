@@ -256,6 +256,14 @@ impl CpuMatrix for Nf4Matrix {
         prepared.copy(x, m, self.k);
     }
 
+    fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
+        let (strips, strip_bytes) = (strips(&rows), self.groups() * GROUP_BYTES);
+        piece(&self.codes[strips.start * strip_bytes..strips.end * strip_bytes]);
+        if !rows.is_empty() {
+            self.absmax.memory_of(strips, rows.start * self.k / BLOCK..(rows.end * self.k).div_ceil(BLOCK), piece);
+        }
+    }
+
     fn row_granule(&self) -> usize {
         STRIP_ROWS
     }

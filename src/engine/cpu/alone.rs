@@ -1,0 +1,455 @@
+//! What a decode step takes of arithmetic alone and of memory alone, measured beside real steps once all that counts is measured.
+//!
+//! *Arithmetic alone* is the real step, by the same kernels, threads and schedule, whose matrices stay in the cache: one matrix stands in for
+//! all of its format and shape, and of it each worker multiplies as many rows as its cache holds, again and again, until it has multiplied
+//! as many as the step asks for. Positions of the key/value cache are attended in the same way. The outputs of one real step are put in the
+//! place of the products, so that every operation, outlier columns included, sees the activations that the real step has.
+//!
+//! *Memory alone* is a pass that reads what the real step reads, each worker its own rows, by the widest loads and multiplies nothing.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::run::Call;
+use super::schedule::Step;
+use super::{CpuSession, Memory, Weights};
+use crate::engine::Alone;
+use crate::kernels::cpu::bandwidth::read_through;
+use crate::kernels::cpu::pages::bytes_of;
+use crate::kernels::cpu::pool::{Pool, Worker};
+use crate::kernels::cpu::shared::SharedSlice;
+use crate::kernels::cpu::topology::core_cache_bytes;
+use crate::plan::{CacheId, Holds, MatrixId, NormKind, Plan};
+
+/// Rounds of a real step, a reading pass and a step of arithmetic alone.
+const MIN_ROUNDS: usize = 3;
+const MAX_ROUNDS: usize = 25;
+/// No round starts later, once [`MIN_ROUNDS`] are done.
+const BUDGET: Duration = Duration::from_secs(1);
+
+/// What a core's own cache is taken for where the system does not tell: the smallest of a decade.
+const SMALLEST_CACHE_BYTES: usize = 256 << 10;
+
+/// Keys and values of a head that stay in the cache: a quarter of the smallest one.
+const POSITION_BYTES: usize = 64 << 10;
+/// What attention takes at once.
+const POSITIONS: usize = 64;
+
+/// Which weights a call multiplies by.
+#[derive(Clone, Copy)]
+pub(super) enum Mode<'a> {
+    /// Its own.
+    Real,
+    /// Its own, and what every product gives is kept.
+    Keeping(&'a Outputs, &'a SharedSlice<'a, f32>),
+    /// Those that stand in for them; what was kept takes the place of what they give.
+    StandingIn(&'a StandIns, &'a Outputs, &'a [f32]),
+}
+
+/// Where the outputs of a step's products and attentions are kept, one behind the other.
+pub(super) struct Outputs {
+    /// Of each step's first output.
+    starts: Vec<usize>,
+    len: usize,
+}
+
+impl Outputs {
+    fn new(steps: &[Step], plan: &Plan) -> Self {
+        let width = |step: &Step| match step {
+            Step::Linear { parts } => parts.iter().map(|part| plan.buffers[part.out.0].width).sum(),
+            Step::Attend(attend) => plan.buffers[attend.out.0].width,
+            _ => 0,
+        };
+        let mut len = 0;
+        let mut starts = Vec::with_capacity(steps.len());
+        for step in steps {
+            starts.push(len);
+            len += width(step);
+        }
+        Self { starts, len }
+    }
+
+    /// Where the outputs of step `index` are kept.
+    pub(super) fn start(&self, index: usize) -> usize {
+        self.starts[index]
+    }
+}
+
+/// Rows of a matrix that stand in for those of another.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct StandIn {
+    pub matrix: MatrixId,
+    /// That a worker multiplies before it begins again.
+    pub rows: usize,
+}
+
+/// What stays in the cache in a step of arithmetic alone.
+pub(super) struct StandIns {
+    /// For each matrix of the model; those that no linear of the decoder reads stand for themselves.
+    matrices: Vec<StandIn>,
+    /// The first cache of the same spec, for each.
+    caches: Vec<CacheId>,
+}
+
+impl StandIns {
+    /// `cache_bytes` are each worker's own.
+    fn new(weights: &Weights, steps: &[Step], cache_bytes: usize) -> Self {
+        let all = &weights.matrices;
+        let alike = |id: MatrixId| (all[id.0].format(), all[id.0].shape());
+        let mut firsts: Vec<MatrixId> = Vec::new();
+        for part in steps.iter().flat_map(parts) {
+            if !firsts.iter().any(|first| alike(*first) == alike(part.weight)) {
+                firsts.push(part.weight);
+            }
+        }
+        // Half of the cache, since activations and outputs need room as well.
+        let each_bytes = cache_bytes / 2 / firsts.len().max(1);
+        let stand_in = |id: MatrixId| {
+            let matrix = firsts.iter().copied().find(|first| alike(*first) == alike(id)).unwrap_or(id);
+            let row_bytes = all[matrix.0].resident_bytes().div_ceil(all[matrix.0].shape().0).max(1);
+            let rows = each_bytes / row_bytes / weights.granule * weights.granule;
+            StandIn { matrix, rows: rows.max(weights.granule) }
+        };
+        let specs = &weights.model.caches;
+        let first = |spec| CacheId(specs.iter().position(|other| other == spec).unwrap_or_default());
+        Self {
+            matrices: (0..all.len()).map(|i| stand_in(MatrixId(i))).collect(),
+            caches: specs.iter().map(first).collect(),
+        }
+    }
+
+    pub(super) fn of_matrix(&self, matrix: MatrixId) -> StandIn {
+        self.matrices[matrix.0]
+    }
+
+    /// The cache that stands in for another, and of how many positions of it.
+    pub(super) fn of_cache(&self, cache: CacheId, head_dim: usize) -> (CacheId, usize) {
+        let positions = POSITION_BYTES / (2 * head_dim * size_of::<f32>()) / POSITIONS * POSITIONS;
+        (self.caches[cache.0], positions.max(POSITIONS))
+    }
+}
+
+fn parts(step: &Step) -> &[crate::plan::LinearPart] {
+    match step {
+        Step::Linear { parts } => parts,
+        _ => &[],
+    }
+}
+
+/// `range` as windows that all begin where it does, of `most` at a time: as many in all.
+pub(super) fn windows(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let Range { start, end } = range;
+    (start..end).step_by(most).map(move |done| start..start + most.min(end - done))
+}
+
+impl CpuSession {
+    /// As [`crate::engine::Session::alone`] says.
+    pub(super) fn measure_alone(&mut self, position: usize) -> Result<Alone> {
+        self.measure_alone_within(position, core_cache_bytes().unwrap_or(SMALLEST_CACHE_BYTES))
+    }
+
+    fn measure_alone_within(&mut self, position: usize, cache_bytes: usize) -> Result<Alone> {
+        self.position = position;
+        let token = [self.last_token];
+        let call = self.decoder_call(&token)?;
+        let Self { pool, weights, decoder, memory, .. } = self;
+        let steps = decoder.steps.clone();
+        let (stand_ins, outputs) = (StandIns::new(weights, &steps, cache_bytes), Outputs::new(&steps, &decoder.plan));
+        // A worker that may allocate no more has measured what counts.
+        let mut kept = Vec::new();
+        kept.try_reserve_exact(outputs.len)?;
+        kept.resize(outputs.len, 0.0);
+        let mut step = |mode: Mode, memory: &mut Memory| {
+            let _pinned = pool.pin_caller();
+            decoder.run(&steps, weights, pool, memory, Call { mode, ..call });
+        };
+        step(Mode::Keeping(&outputs, &SharedSlice::new(&mut kept)), memory);
+        let (mut alone, began) = (Alone::default(), Instant::now());
+        while alone.step_ns.len() < MIN_ROUNDS || (alone.step_ns.len() < MAX_ROUNDS && began.elapsed() < BUDGET) {
+            alone.step_ns.push(second_ns(|| step(Mode::Real, memory)));
+            alone.memory_ns.push(second_ns(|| read(&steps, weights, pool, memory, call)));
+            alone.arithmetic_ns.push(second_ns(|| step(Mode::StandingIn(&stand_ins, &outputs, &kept), memory)));
+        }
+        Ok(alone)
+    }
+}
+
+/// Of the second of two runs: the first one finds in the caches what something else has left there.
+fn second_ns(mut run: impl FnMut()) -> u64 {
+    run();
+    let began = Instant::now();
+    run();
+    began.elapsed().as_nanos() as u64
+}
+
+/// Reads what a step of one row reads: the rows of its matrices as they are split over the workers, vectors, and the positions of its caches in
+/// equal parts.
+fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: Call) {
+    let _pinned = pool.pin_caller();
+    pool.run(&|worker: &Worker| {
+        let mut folded = 0;
+        let mut piece = |bytes: &[u8]| folded ^= read_through(weights.isa, bytes);
+        for step in steps {
+            match step {
+                Step::Linear { parts } => {
+                    for part in parts {
+                        let matrix = &weights.matrices[part.weight.0];
+                        let rows = worker.share(matrix.shape().0, weights.granule);
+                        matrix.memory_of(rows.clone(), &mut piece);
+                        part.bias.iter().for_each(|bias| piece(bytes_of(&weights.vectors[bias.0][rows.clone()])));
+                    }
+                }
+                Step::Norm { kind, weight, .. } if worker.index() == 0 => {
+                    piece(bytes_of(&weights.vectors[weight.0]));
+                    if let NormKind::Layer { bias } = kind {
+                        piece(bytes_of(&weights.vectors[bias.0]));
+                    }
+                }
+                Step::Attend(attend) => read_cache(attend.cache, weights, memory, call, worker, &mut piece),
+                _ => {}
+            }
+        }
+        std::hint::black_box(folded);
+    });
+}
+
+fn read_cache(
+    cache: CacheId,
+    weights: &Weights,
+    memory: &Memory,
+    call: Call,
+    worker: &Worker,
+    piece: &mut impl FnMut(&[u8]),
+) {
+    let spec = weights.model.caches[cache.0];
+    let (capacity, seen) = match spec.holds {
+        Holds::Decoder => (weights.capacity, call.position + 1),
+        Holds::Encoder => (weights.encoder_capacity, call.encoded),
+    };
+    let positions = worker.share(seen, 1);
+    for head in 0..spec.kv_heads {
+        let of_head = |position: usize| (head * capacity + position) * spec.head_dim;
+        for region in [2 * cache.0, 2 * cache.0 + 1] {
+            piece(bytes_of(&memory.caches.region(region)[of_head(positions.start)..of_head(positions.end)]));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::sync::{Arc, Mutex, PoisonError};
+
+    use super::*;
+    use crate::engine::load::stream;
+    use crate::engine::{Device, EncoderInput, Session, Setup};
+    use crate::events::Silent;
+    use crate::kernels::isa::Isa;
+    use crate::plan::Op;
+    use crate::quant::{CpuMatrix, FORMATS, FormatOptions, Prepared, Stored};
+    use crate::weights::{self, Request};
+
+    /// Products of an element by an element, and which rows of which matrix they were of.
+    #[derive(Debug, Default, Clone, PartialEq)]
+    struct Multiplied {
+        products: usize,
+        outputs: usize,
+        rows: HashSet<(usize, usize)>,
+        /// Bytes handed out for reading.
+        read: usize,
+    }
+
+    type Log = Arc<Mutex<Multiplied>>;
+
+    /// A matrix that counts what is done with it.
+    struct Counted {
+        id: usize,
+        inner: Box<dyn CpuMatrix>,
+        log: Log,
+    }
+
+    impl CpuMatrix for Counted {
+        fn format(&self) -> &'static str {
+            self.inner.format()
+        }
+        fn shape(&self) -> (usize, usize) {
+            self.inner.shape()
+        }
+        fn stored_bytes(&self) -> usize {
+            self.inner.stored_bytes()
+        }
+        fn resident_bytes(&self) -> usize {
+            self.inner.resident_bytes()
+        }
+        fn unpack(&self) -> Box<dyn Stored> {
+            self.inner.unpack()
+        }
+        fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+            self.inner.dequantize_rows(rows, out);
+        }
+        fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared) {
+            self.inner.prepare(x, m, prepared);
+        }
+        fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
+            let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+            self.inner.memory_of(rows, &mut |bytes| {
+                log.read += bytes.len();
+                piece(bytes);
+            });
+        }
+        fn finds_outliers(&self) -> bool {
+            self.inner.finds_outliers()
+        }
+        fn row_granule(&self) -> usize {
+            self.inner.row_granule()
+        }
+        fn multiply(
+            &self,
+            x: &Prepared,
+            rows: Range<usize>,
+            bias: Option<&[f32]>,
+            y: &SharedSlice<'_, f32>,
+            scratch: &mut Vec<f32>,
+        ) {
+            let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+            log.products += rows.len() * self.shape().1;
+            log.outputs += rows.len();
+            log.rows.extend(rows.clone().map(|row| (self.id, row)));
+            drop(log);
+            self.inner.multiply(x, rows, bias, y, scratch);
+        }
+    }
+
+    /// A session of a golden model behind three tokens and two steps.
+    fn session(model: &str, precision: &str, threads: usize) -> (CpuSession, Log) {
+        let request = Request::of(format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")));
+        let checkpoint = weights::open(&request, &Silent).unwrap();
+        let plan = crate::models::build(&checkpoint.config).unwrap();
+        let source = checkpoint.source(&plan.matrices, &plan.vectors).unwrap();
+        let setup = Setup {
+            model: &plan,
+            source: source.as_ref(),
+            precision,
+            options: FormatOptions::default(),
+            device: Device::Cpu,
+            threads,
+            capacity: 64,
+            encoder_capacity: 8,
+            cuda_graph: true,
+        };
+        let isa = Isa::detect();
+        let log = Log::default();
+        let streamed = stream(&setup, &Silent, &|_, stored: Box<dyn Stored>| Ok(stored.pack(isa))).unwrap();
+        let counted = |(id, inner)| Box::new(Counted { id, inner, log: log.clone() }) as Box<dyn CpuMatrix>;
+        let matrices = streamed.matrices.into_iter().enumerate().map(counted).collect();
+        let mut session = CpuSession::new(&setup, isa, Pool::new(threads), matrices, streamed.vectors);
+        if plan.encoder.is_some() {
+            session.encode(EncoderInput::Tokens(&[1, 2, 3, 4])).unwrap();
+        }
+        session.prefill(&[1, 2, 3]).unwrap();
+        session.decode(2, &mut |_| {}).unwrap();
+        (session, log)
+    }
+
+    fn taken(log: &Log) -> Multiplied {
+        std::mem::take(&mut *log.lock().unwrap())
+    }
+
+    /// The step in each mode: what it multiplied, the logits, and the outlier columns that it found.
+    fn compare(session: &mut CpuSession, log: &Log, cache_bytes: usize) -> [(Multiplied, Vec<f32>, usize); 2] {
+        let token = [session.last_token];
+        let call = session.decoder_call(&token).unwrap();
+        let steps = session.decoder.steps.clone();
+        let outputs = Outputs::new(&steps, &session.decoder.plan);
+        let stand_ins = StandIns::new(&session.weights, &steps, cache_bytes);
+        let mut kept = vec![0.0; outputs.len];
+        let mut run = |mode: Mode| {
+            taken(log);
+            let CpuSession { pool, weights, decoder, memory, .. } = &mut *session;
+            let outcome = decoder.run(&steps, weights, pool, memory, Call { mode, ..call });
+            (taken(log), session.logits().unwrap(), outcome.outliers.columns as usize)
+        };
+        let real = run(Mode::Keeping(&outputs, &SharedSlice::new(&mut kept)));
+        [real, run(Mode::StandingIn(&stand_ins, &outputs, &kept))]
+    }
+
+    #[test]
+    fn arithmetic_alone_multiplies_as_much_of_fewer_rows() {
+        for model in ["llama-tiny", "llama-odd", "phi-odd", "t5-tiny"] {
+            for (precision, threads) in FORMATS.iter().flat_map(|format| [(format.name, 1), (format.name, 2)]) {
+                let (mut session, log) = session(model, precision, threads);
+                let [real, alone] = compare(&mut session, &log, 0);
+                let what = format!("{model} {precision} on {threads}");
+                assert!(real.0.products > 0, "{what}");
+                assert_eq!((alone.0.products, alone.0.outputs), (real.0.products, real.0.outputs), "{what}");
+                assert_eq!((&alone.1, alone.2), (&real.1, real.2), "{what}: the activations are the real step's");
+                // Without a cache each worker keeps one granule of rows of every format and shape, where there are as many.
+                let shapes: HashSet<_> = session.weights.matrices.iter().map(|m| (m.format(), m.shape())).collect();
+                let most = shapes.len() * threads * session.weights.granule;
+                assert!(alone.0.rows.len() <= most, "{what}: {} rows stay, not {most}", alone.0.rows.len());
+                assert!(alone.0.rows.len() < real.0.rows.len(), "{what}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_cache_keeps_one_whole_matrix_of_each_shape() {
+        let (mut session, log) = session("llama-tiny", "nf4", 2);
+        let [real, alone] = compare(&mut session, &log, 1 << 30);
+        assert_eq!(alone.0.products, real.0.products);
+        let of: HashSet<_> = alone.0.rows.iter().map(|(id, _)| *id).collect();
+        let shapes: HashSet<_> = of.iter().map(|id| session.weights.matrices[*id].shape()).collect();
+        assert_eq!(of.len(), shapes.len(), "one of each");
+        let rows: usize = of.iter().map(|id| session.weights.matrices[*id].shape().0).sum();
+        assert_eq!(alone.0.rows.len(), rows, "and all of it");
+    }
+
+    #[test]
+    fn memory_alone_reads_the_bytes_of_every_product() {
+        for precision in FORMATS.iter().map(|format| format.name) {
+            let (session, log) = session("llama-tiny", precision, 2);
+            let token = [session.last_token];
+            let call = session.decoder_call(&token).unwrap();
+            taken(&log);
+            read(&session.decoder.steps, &session.weights, &session.pool, &session.memory, call);
+            let read = taken(&log);
+            assert_eq!(read.products, 0);
+            let multiplied = session.decoder.plan.ops.iter().flat_map(|op| match op {
+                Op::Linear { parts, .. } => parts.as_slice(),
+                _ => &[],
+            });
+            let matrices: Vec<_> = multiplied.map(|part| &session.weights.matrices[part.weight.0]).collect();
+            let stored: usize = matrices.iter().map(|matrix| matrix.stored_bytes()).sum();
+            // All that is stored but NF4's offset, up to what pads rows to strips and columns to groups; statistics at the seam of two
+            // workers' rows are read by both.
+            let resident: usize = matrices.iter().map(|matrix| matrix.resident_bytes()).sum();
+            let slack = 8 * matrices.len();
+            let range = stored.min(resident) - slack..=stored.max(resident) + slack;
+            assert!(range.contains(&read.read), "{precision}: {} bytes of {range:?}", read.read);
+        }
+    }
+
+    #[test]
+    fn a_long_context_is_attended_within_a_window() {
+        assert_eq!(windows(3..10, 3).collect::<Vec<_>>(), [3..6, 3..6, 3..4]);
+        assert!(windows(3..10, usize::MAX).eq(std::iter::once(3..10)));
+        assert_eq!(windows(3..3, 4).count(), 0);
+        let stand_ins = StandIns { matrices: Vec::new(), caches: vec![CacheId(0), CacheId(0)] };
+        assert_eq!(stand_ins.of_cache(CacheId(1), 64), (CacheId(0), 128));
+        assert_eq!(stand_ins.of_cache(CacheId(1), 256), (CacheId(0), 64));
+    }
+
+    #[test]
+    fn rounds_leave_the_session_where_it_was() {
+        let (mut session, _) = session("llama-tiny", "int8", 2);
+        let (position, outliers) = (session.position(), session.outliers);
+        let alone = session.measure_alone(position - 1).unwrap();
+        let rounds = alone.step_ns.len();
+        assert!((MIN_ROUNDS..=MAX_ROUNDS).contains(&rounds));
+        assert_eq!((alone.arithmetic_ns.len(), alone.memory_ns.len()), (rounds, rounds));
+        assert_eq!((session.position(), session.outliers), (position - 1, outliers));
+        assert!(session.measure_alone(64).is_err(), "the cache has no room behind its end");
+    }
+}
