@@ -19,7 +19,7 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
-/// As [`print`], for what nobody has elsewhere: where stdout takes nothing, stderr gets it.
+/// As [`print()`], for what nobody has elsewhere: where stdout takes nothing, stderr gets it.
 pub fn print_measured(text: &str) -> Result<()> {
     let printed = print(text);
     if printed.is_err() {

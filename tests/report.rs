@@ -146,7 +146,8 @@ fn full_record() -> Record {
     samples.synced_step_ns = samples.decode_step_ns.clone();
     samples.energy_j = samples.end_to_end_ns.iter().map(|ns| *ns as f64 / 1e8).collect();
     samples.energy_window_s = samples.end_to_end_ns.iter().map(|ns| *ns as f64 / 1e9).collect();
-    record.energy = Some(Energy { source: "nvml".into(), idle_watts: Some(1.0), refused: None, window: "repeats".into() });
+    record.energy =
+        Some(Energy { source: "nvml".into(), idle_watts: Some(1.0), refused: None, window: "repeats".into() });
     record.reason = Some("why".into());
     record.model.revision = Some("main".into());
     record.keep_fp16 = vec!["lm_head".into()];

@@ -23,7 +23,7 @@ const TOKEN_LETTERS: usize = 16;
 /// Folders that hold users' homes, on Linux, macOS and Windows.
 const HOMES: &[&str] = &["/home/", "/Users/", "\\Users\\", "/root/"];
 
-/// The command line of `args` (the program first), quoted for a shell. Of paths the last component stays, behind [`PLACEHOLDER`] where
+/// The command line of `args` (the program first), quoted for a shell. Of paths the last component stays, behind a placeholder where
 /// whoever repeats the command needs the file itself; hub ids stay, and prompts but for paths into a home; a hub token becomes
 /// `hf_***`.
 pub fn shareable_command(args: impl Iterator<Item = String>) -> String {

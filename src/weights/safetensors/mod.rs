@@ -81,7 +81,7 @@ impl Tensor {
 
 impl Safetensors {
     /// Reads the headers of a checkpoint. `etags` are the hub's, where it came from there. A tensor is read from the file that it
-    /// lies in, whatever the index says. Fails with [`BadInput`] on a file that is not whole, and on a tensor that two files hold with
+    /// lies in, whatever the index says. Fails with [`crate::error::BadInput`] on a file that is not whole, and on a tensor that two files hold with
     /// differing values where readers of the format do not agree which is meant.
     pub fn open(layout: &Layout, source: SourceKind, etags: Option<String>) -> Result<Self> {
         let mut files = Vec::new();
