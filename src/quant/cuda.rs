@@ -1,5 +1,4 @@
-//! A matrix on a CUDA device, and how it is made there. Products of whole tensors are for tests and tools; sessions launch by
-//! themselves.
+//! A matrix on a CUDA device, and its encoder. Products of whole tensors are for tests and tools; sessions launch kernels themselves.
 
 use std::ops::Range;
 
@@ -19,7 +18,7 @@ pub trait CudaMatrix: Send + Sync {
     /// `(n, k)`.
     fn shape(&self) -> (usize, usize);
 
-    /// Bytes of the format, without padding: what a token has to read.
+    /// Bytes of the format without padding: a token reads as many.
     fn stored_bytes(&self) -> usize;
 
     /// Bytes that this layout takes on the device.
@@ -28,7 +27,7 @@ pub trait CudaMatrix: Send + Sync {
     /// The memory that it owns, part by part, for tests and tools.
     fn download(&self) -> Result<Vec<Vec<u8>>>;
 
-    /// How the product with one row streams it.
+    /// The matrix as kernels read it.
     fn desc(&self) -> MatrixDesc;
 
     /// Returns whether products are fp32, as those of a matrix that is kept in fp32 are; fp16 otherwise.
@@ -37,7 +36,7 @@ pub trait CudaMatrix: Send + Sync {
     }
 }
 
-/// Dtypes that values come in, numbered as in source_values.cuh.
+/// Dtypes of saved values, numbered as in source_values.cuh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub enum SourceDtype {
@@ -56,7 +55,7 @@ impl SourceDtype {
     }
 }
 
-/// Values on a device as they were saved, as `struct SourceValues` of source_values.cuh.
+/// Saved values on a device, as `struct SourceValues` of source_values.cuh.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct SourceValues {
@@ -66,11 +65,11 @@ pub struct SourceValues {
     pub kind: SourceDtype,
 }
 
-/// Rows handed to a [`CudaEncoder`] begin at a multiple of so many values of the flattened matrix, and end at one or at its
-/// end: no format has blocks that this cuts.
+/// Rows for a [`CudaEncoder`] begin at a multiple of so many values of the flattened matrix, and end at one or at its end: blocks of every
+/// format are whole.
 pub const GRANULE: usize = super::nf4::BLOCK;
 
-/// Makes a matrix on the device of rows that come in any order, bit for bit what [`super::Format::quantize`] makes of them.
+/// Encodes a matrix on the device from rows in any order, bit for bit as [`super::Format::quantize`] does.
 pub trait CudaEncoder: Send + Sync {
     /// The address that `rows` may be copied to as they were saved; `None` where they have to be encoded.
     fn place(&self, rows: &Range<usize>, kind: SourceDtype) -> Option<u64>;
@@ -89,7 +88,7 @@ pub trait CudaEncoder: Send + Sync {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceBytes {
     pub resident: usize,
-    /// Beyond that while it is made.
+    /// Scratch beyond that while it is encoded.
     pub transient: usize,
 }
 

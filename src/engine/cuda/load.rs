@@ -1,5 +1,5 @@
-//! Loading onto the device: threads read load_chunks of matrices into pinned buffers, copies run in the background, and kernels
-//! cast, quantize and lay out what has arrived. No matrix is whole anywhere but in the place where it stays.
+//! Loads a model onto the device: threads read chunks of matrices into pinned buffers, asynchronous copies bring them to the device, and
+//! kernels cast, quantize and lay them out. A matrix is whole only in its final location.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -23,7 +23,7 @@ use crate::quant::cuda::{CudaEncoder, SourceValues};
 use crate::weights::policy::Formats;
 use crate::weights::spec::MatrixSpec;
 
-/// A matrix, and its values where the host reads them as well: it lays a bias out by distance, and drops it.
+/// A matrix, and its values where the host reads them too: it lays a bias out by distance, and drops it.
 pub type Placed = (Box<dyn CudaMatrix>, Option<Vec<f32>>);
 
 /// Loads every tensor of `setup.model`.
@@ -48,7 +48,7 @@ pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<L
         loader.target(chunk.matrix()).chunks_left += 1;
     }
     let ran = loader.shared.run(threads, chunks.len(), &|index| loader.run(&chunks[index]));
-    // Whatever happened, nothing may be under way when memory goes.
+    // Nothing may be in flight when memory is freed, even after an error.
     let kernel_time = loader.staging.finish();
     ran.map_err(|error| explained(error, setup, &loader.formats))?;
     let vectors = loader.shared.vectors(setup, &loader.formats)?;
@@ -67,7 +67,7 @@ pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<L
     })
 }
 
-/// Says what loading takes where the device had too little.
+/// Adds the memory that loading needs to an error for lack of it.
 fn explained(error: Error, setup: &Setup, formats: &Formats) -> Error {
     if !is_out_of_memory(&error) {
         return error;
@@ -81,7 +81,7 @@ fn is_bias(setup: &Setup, matrix: usize) -> bool {
     setup.model.biases.iter().any(|bias| bias.table.0 == matrix)
 }
 
-/// Dropped from top to bottom: the staging first, whose copies write what stands below it.
+/// Dropped from top to bottom: the staging first, whose copies write to the fields below it.
 struct Loader<'a> {
     staging: Staging,
     /// Finite values that became infinite in fp16, as the device counts them.
@@ -94,7 +94,7 @@ struct Loader<'a> {
     events: &'a dyn Listener,
 }
 
-/// A matrix on its way.
+/// A matrix that is being loaded.
 #[derive(Default)]
 struct Target {
     /// From the first chunk to the last.
@@ -117,7 +117,7 @@ impl Loader<'_> {
         Ok(())
     }
 
-    /// By way of the host's own quantizer.
+    /// Loads a matrix through the host's quantizer.
     fn whole(&self, matrix: usize, spec: &MatrixSpec) -> Result<Placed> {
         let _room = self.shared.room(spec, &self.formats);
         let (stored, begin) = self.shared.store(self.setup.source, spec, &self.formats)?;
@@ -127,7 +127,7 @@ impl Loader<'_> {
         Ok((on_device, learned))
     }
 
-    /// Reads a chunk and sends it on its way. Returns the matrix with its last chunk.
+    /// Reads a chunk and queues its copy. Returns the matrix with its last chunk.
     fn rows(&self, matrix: usize, spec: &MatrixSpec, rows: Range<usize>, reading: Reading) -> Result<Option<Placed>> {
         let mut buffer = self.staging.take()?;
         self.read(spec, rows.clone(), reading, &mut buffer)?;
@@ -136,7 +136,7 @@ impl Loader<'_> {
         self.send(&mut target, spec, rows, reading, buffer).with_context(explain)?;
         target.chunks_left -= 1;
         let last = if target.chunks_left == 0 { target.encoder.take() } else { None };
-        // Others may have the target while this thread waits for the device.
+        // Released before this thread waits for the device.
         drop(target);
         last.map(|encoder| Ok((encoder.finish().with_context(explain)?, None))).transpose()
     }

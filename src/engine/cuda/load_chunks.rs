@@ -1,4 +1,4 @@
-//! How matrices are cut into load_chunks on their way to the device, and the memory that loading takes there. Asks no device.
+//! Cuts matrices into chunks for loading, and computes the device memory that loading needs. Queries no device.
 
 use std::ops::Range;
 
@@ -17,10 +17,10 @@ use crate::weights::spec::MatrixSpec;
 /// empties it, and some buffers have to be left to the copies.
 pub const READERS: usize = 12;
 
-/// A chunk of work for a thread.
+/// A unit of work for a loading thread.
 #[derive(Debug, Clone, PartialEq)]
 pub enum LoadChunk {
-    /// A matrix that the host makes: one that is stored quantized, that the host reads as well, or whose rows no buffer holds.
+    /// A matrix that goes through the host's quantizer: one that is saved quantized, that the host reads too, or whose rows no buffer holds.
     Whole {
         matrix: usize,
     },
@@ -39,14 +39,14 @@ impl LoadChunk {
     }
 }
 
-/// How a source gives the values of a chunk.
+/// The form in which a source gives the values of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reading {
-    /// As they are saved.
+    /// In their saved dtype.
     Raw(SourceDtype),
     /// Cast to fp16.
     Halves,
-    /// As fp32.
+    /// Cast to fp32.
     Floats,
 }
 
@@ -73,7 +73,7 @@ impl Reading {
     }
 }
 
-/// The work of loading `setup`, matrix by matrix. `is_read_by_host` are the matrices that the host needs as well.
+/// The chunks of `setup`, matrix by matrix. `is_read_by_host` names the matrices that the host needs too.
 pub fn chunks(setup: &Setup, formats: &Formats, is_read_by_host: &dyn Fn(usize) -> bool) -> Result<Vec<LoadChunk>> {
     let mut chunks = Vec::new();
     for (matrix, spec) in setup.model.matrices.iter().enumerate() {
@@ -120,7 +120,7 @@ pub fn peak(matrices: &[MatrixSpec], source: &dyn Source, formats: &Formats) -> 
     let bytes: Vec<DeviceBytes> = matrices.iter().map(of).collect();
     let mut transient: Vec<usize> = bytes.iter().map(|bytes| bytes.transient).collect();
     transient.sort_unstable_by_key(|bytes| std::cmp::Reverse(*bytes));
-    // Pieces are handed out in order: a matrix is open while a thread has a chunk of it, and one because more are to come.
+    // Chunks are handed out in order: a matrix is open while a thread has a chunk of it, and one because more are to come.
     let open = transient.iter().take(READERS + 1).sum::<usize>();
     Peak { resident: bytes.iter().map(|bytes| bytes.resident).sum(), beyond: SLAB_BYTES + open }
 }

@@ -14,7 +14,7 @@ use crate::kernels::cuda::arena::{Arena, Layout, Region};
 use crate::kernels::cuda::launch::{MemoryPlanner, address, upload};
 use crate::lower::cuda::{CallInput, CallKind, CallResult, CallShape, prefill};
 
-/// Shapes that are remembered: those of the last calls.
+/// Shapes that are kept: those of the last calls.
 const SHAPES: usize = 4;
 
 /// A call on a session's memory.
@@ -25,7 +25,7 @@ pub struct PrefillCall<'a> {
 }
 
 impl PrefillCall<'_> {
-    /// All of it, on the device.
+    /// Queues all launches on the device.
     fn queue(&self, device: &CudaDevice, arena: &Arena, input: Region) -> Result<CallResult> {
         let done = prefill::run(self.weights, self.shape, device, arena, input)?;
         if self.shape.kind == CallKind::Prompt {
@@ -57,7 +57,7 @@ unsafe fn upload_input(input: &CallInput, to: u64, device: &CudaDevice) -> Resul
 #[derive(Default)]
 pub struct PrefillGraphs {
     memory: Option<CudaSlice<u8>>,
-    /// The last call's first.
+    /// The most recent first.
     known: VecDeque<KnownShape>,
 }
 
@@ -106,8 +106,8 @@ impl PrefillGraphs {
         self.memory.as_ref().map_or(0, CudaSlice::len)
     }
 
-    /// Makes the call's shape the first of those known, and memory for it, which begins at the address returned. That of a shape
-    /// which came but once does not stay: a call may be far longer than those that are to repeat.
+    /// Moves the call's shape to the front and makes sure of memory for it; returns its address. Memory of a shape that came only once is not
+    /// kept: such a call may be far longer than those that repeat.
     fn prepare(&mut self, call: &PrefillCall, input_bytes: usize) -> Result<u64> {
         let at = self.known.iter().position(|known| known.shape == call.shape);
         let mut known = match at.and_then(|at| self.known.remove(at)) {
@@ -130,7 +130,7 @@ impl PrefillGraphs {
             for known in self.known.iter_mut().chain([&mut known]) {
                 (known.done, known.graph) = (None, None);
             }
-            // Given back before there is more.
+            // Freed before the larger allocation.
             self.memory = None;
             // SAFETY: a call writes what it takes before it reads it.
             let memory = unsafe { device.alloc::<u8>(bytes) };

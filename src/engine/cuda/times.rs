@@ -1,13 +1,12 @@
-//! How long the device itself works on each step.
+//! Device time of each step.
 
 use anyhow::Result;
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::result::event;
 use candle_core::cuda_backend::cudarc::driver::sys;
 
-/// Two events for each step since the last prefill: the device notes the time when it reaches the step and when it leaves it, so
-/// that what it waits for the host in between belongs to neither. Events are made once and used again: a run after the
-/// first makes none.
+/// Two events around each step since the last prefill. Waits for the host between steps are not counted. Events are created once and
+/// reused.
 #[derive(Default)]
 pub struct StepTimes {
     events: Vec<(sys::CUevent, sys::CUevent)>,

@@ -3,7 +3,7 @@
 
 #include "kernels/cuda/device.cuh"
 
-// Of a block that owns a row of scores, or of activations.
+// Threads of a block that owns a row of scores, or of activations.
 constexpr int ROW_THREADS = 256, WIDE_THREADS = 1024;
 
 // The sum over the block, in every thread.
@@ -29,7 +29,7 @@ __device__ __forceinline__ float row_max(float value) {
     return warp_max(lane < THREADS / LANES ? room[lane] : -INFINITY);
 }
 
-// out[t] = scale * table[token_t]; `image` rows take the next row of the features instead. A block owns a row.
+// out[t] = scale * table[token_t]; rows of the token `image` take the next row of the features instead. A block owns a row.
 extern "C" __global__ void embed_rows(const int *tokens, const int *feature_of_row, const __half *table, const __half *features,
                                       float *out, float scale, int image, int stride, int width) {
     int row = blockIdx.x, token = tokens[row];
@@ -49,14 +49,14 @@ extern "C" __global__ void add_table_rows(float *x, const __half *table, int str
         x[(long long)blockIdx.x * width + at] += __half2float(table[(long long)blockIdx.x * stride + at]);
 }
 
-// A product that is added to a residual, whose bias has not been added yet.
+// A product whose bias and whose addition to the residual are deferred.
 struct Addend {
     const void *values;  // [t, n], or null for none
     const float *bias;   // [n], or null
     int is_float;        // values are fp32, else fp16
 };
 
-// A half and its bias, rounded as where it is added in memory.
+// A half plus its bias, rounded as add_bias_rows rounds it.
 __device__ __forceinline__ float biased(__half y, const float *bias, int column) {
     return bias ? __half2float(__float2half_rn(__half2float(y) + bias[column])) : __half2float(y);
 }
@@ -143,7 +143,7 @@ extern "C" __global__ void append_rows(__half *q, const __half *k, const __half 
         of[pair] = __float2half_rn(a * angle.x - b * angle.y);
         of[pair + half] = __float2half_rn(b * angle.x + a * angle.y);
     }
-    // What does not rotate.
+    // Elements that do not rotate.
     for (int at = threadIdx.x; q_bias && at < heads * (d - rotary); at += blockDim.x) {
         int column = at / (d - rotary) * d + rotary + at % (d - rotary);
         __half *of = q + (long long)row * heads * d + column;
@@ -166,7 +166,7 @@ extern "C" __global__ void append_rows(__half *q, const __half *k, const __half 
 }
 
 // Softmax over scores [heads, t, total] fp32 into fp16 weights of the same shape: scale, bias by distance, mask. A block owns
-// a (row, head). `first_head` is that of the block's head 0, for the bias.
+// a (row, head). `first_head` is the model's head of head 0 here, for the bias.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) softmax_rows(
     const float *scores, __half *weights, const float *bias, float scale, int is_causal, int total, int first_position,
     int reach, int first_head) {
@@ -223,7 +223,7 @@ extern "C" __global__ void widen_rows(const __half *from, float *to, long long c
     if (at < count) to[at] = __half2float(from[at]);
 }
 
-// Reads `count` 16-byte words and leaves almost nothing: what the device's memory can deliver.
+// Reads `count` 16-byte words and writes almost nothing: measures the read bandwidth.
 extern "C" __global__ void __launch_bounds__(512) read_all(const uint4 *from, uint32_t *out, long long count) {
     uint4 sum = make_uint4(0, 0, 0, 0);
     long long step = (long long)gridDim.x * blockDim.x, at = (long long)blockIdx.x * blockDim.x + threadIdx.x;

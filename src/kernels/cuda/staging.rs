@@ -1,5 +1,5 @@
-//! The way of data onto a device: pinned buffers that threads fill, copied in the background on a stream of their own, and a
-//! slab of as many chunks from which kernels on the device's stream take what has arrived.
+//! Staging of data for a device: threads fill pinned buffers, a stream of its own copies them to the chunks of a slab, and kernels on the
+//! device's stream read the chunks that have arrived.
 //!
 //! ```text
 //! take ─► fill ─► send ─┬─ copies:   [copy to the slab]──┐
@@ -67,7 +67,7 @@ impl Staging {
         })
     }
 
-    /// A buffer that the device has done with. Waits where all are under way.
+    /// A buffer that the device has finished with. Waits where all are in flight.
     pub fn take(&self) -> Result<Buffer<'_>> {
         self.copies.context().bind_to_thread().map_err(driver_error)?;
         let mut buffers = self.lock();
@@ -140,7 +140,7 @@ impl Staging {
 impl Drop for Staging {
     /// Nothing may read pinned memory that is gone, or write a slab that belongs to others.
     fn drop(&mut self) {
-        // A device that fails here fails the next call as well, which tells.
+        // A device that fails here fails the next call too, which reports it.
         let _ = self.drain();
     }
 }
@@ -196,7 +196,7 @@ impl Buffer<'_> {
     }
 
     /// # Safety
-    /// As for [`Self::place`].
+    /// See [`Self::place`].
     unsafe fn copy(&mut self, len: usize, to: u64) -> Result<()> {
         let copies = self.staging.copies.clone();
         copies.context().bind_to_thread().map_err(driver_error)?;

@@ -38,13 +38,13 @@ pub fn check(model: &Model, properties: DeviceProperties) -> Result<()> {
     Ok(())
 }
 
-/// A model that lies nowhere yet: all its matrices are fp16, every address is the same.
+/// A model without memory: all its matrices are fp16, and every address is the same.
 struct Nowhere<'a> {
     model: &'a Model,
     properties: DeviceProperties,
 }
 
-/// Aligned as memory is.
+/// Any aligned address.
 const ADDRESS: u64 = 1 << 20;
 const CAPACITY: usize = 1;
 

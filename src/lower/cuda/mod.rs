@@ -100,8 +100,8 @@ pub fn features_width(model: &Model) -> Option<usize> {
     if let Op::Features(spec) = plan.ops.last()? { Some(plan.buffers[spec.x.0].width) } else { None }
 }
 
-/// The head's matrix times one row of fp16 activations at `x`. The token goes to `token`, if one is wanted; `ended` are the counters
-/// that launches share.
+/// The head's matrix times one row of fp16 activations at `x`. The token goes to `token`, if one is wanted; `counters` are those that
+/// launches share.
 ///
 /// # Errors
 /// If the matrix is too large for a kernel.

@@ -158,7 +158,10 @@ impl StepProgram {
         for op in fused {
             lowering.add(op).with_context(|| format!("at {op:?}"))?;
         }
-        Ok(Self { instructions: lowering.instructions, counters: memory.counters, token: memory.token_output(on, 1)? })
+        // Without an LM head no token is found, and the last block writes none.
+        let finds_token = fused.iter().any(|op| matches!(op, FusedOp::Matvec(spec) if spec.join == Join::Argmax));
+        let token = if finds_token { memory.token_output(on, 1)? } else { TokenOutput::default() };
+        Ok(Self { instructions: lowering.instructions, counters: memory.counters, token })
     }
 
     /// For the launch to find them at one address.

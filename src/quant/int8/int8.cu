@@ -23,7 +23,7 @@ struct __align__(16) Eight {
     __half values[8];
 };
 
-// 8 neighbours of a row, zeros behind its end: one word where rows are made of such.
+// Loads 8 neighbours of a row, zeros behind its end: as one word where rows consist of whole words.
 __device__ __forceinline__ Eight eight_from(const __half *row, int column, int k) {
     Eight eight;
     if (k % 8 == 0) {
@@ -35,7 +35,7 @@ __device__ __forceinline__ Eight eight_from(const __half *row, int column, int k
     return eight;
 }
 
-// A bit for each of 8 columns that has an outlier in one of the rows first, first + step, ...
+// Flags of 8 columns: a bit is set where one of the rows first, first + step, ... has an outlier.
 __device__ __forceinline__ uint32_t outliers_among(const __half *x, int column, int first, int step, int m, int k, float threshold) {
     uint32_t flags = 0;
 #pragma unroll 4
@@ -47,9 +47,8 @@ __device__ __forceinline__ uint32_t outliers_among(const __half *x, int column, 
     return flags;
 }
 
-// The block lists the flagged columns in rising order, so that later sums have one order: each round takes 1024 times 16
-// columns, a thread 16 neighbours, whose flags `flagged_from` gives, and ranks the threads by sums over warps and over the 32
-// warps' counts.
+// Lists the flagged columns in ascending order, so that later sums have a fixed order. A round takes 1024 times 16 columns, a thread 16
+// neighbours, whose flags `flagged_from` returns. Prefix sums over a warp and over the 32 warps give each thread its index.
 template <class Flagged>
 __device__ __forceinline__ void list_outliers(Flagged flagged_from, int *columns, int *count, unsigned long long *total, int stride) {
     __shared__ int warp_counts[LIST_THREADS / LANES];
@@ -58,7 +57,7 @@ __device__ __forceinline__ void list_outliers(Flagged flagged_from, int *columns
     for (int first = 0; first < stride; first += LIST_THREADS * LISTED_AT_ONCE) {
         const int own = first + threadIdx.x * LISTED_AT_ONCE;
         uint32_t flagged = own < stride ? flagged_from(own) : 0;
-        // Up to this thread, within the warp.
+        // Prefix sum within the warp.
         int rank = __popc(flagged);
 #pragma unroll
         for (int distance = 1; distance < LANES; distance *= 2) {
@@ -78,7 +77,7 @@ __device__ __forceinline__ void list_outliers(Flagged flagged_from, int *columns
     if (total) *total += listed;
 }
 
-// The block encodes a row; a thread 8 neighbours at a time.
+// A block encodes a row; a thread takes 8 neighbours at a time.
 template <int THREADS>
 __device__ __forceinline__ void quantize_row(const __half *x_row, const uint8_t *flags, int8_t *codes, float *absmax, int k, int stride,
                                              float threshold) {
@@ -98,7 +97,7 @@ __device__ __forceinline__ void quantize_row(const __half *x_row, const uint8_t 
     __syncthreads();
     largest = warp_max(lane < THREADS / LANES ? of_warps[lane] : 0.0f);
     if (threadIdx.x == 0) *absmax = largest;
-    // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
+    // Two roundings, of the reciprocal and of the product, as on the CPU. A zero row stays zero.
     const float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
     for (int column = 8 * threadIdx.x; column < stride; column += 8 * THREADS) {
         const Eight eight = eight_from(x_row, column, k);
@@ -113,7 +112,7 @@ __device__ __forceinline__ void quantize_row(const __half *x_row, const uint8_t 
     }
 }
 
-// A thread looks at 8 columns of the gridDim.y-th part of the rows: a byte of flags, a bit for each column.
+// A thread examines 8 columns of one of gridDim.y parts of the rows and writes a byte of flags, a bit for each column.
 extern "C" __global__ void int8_outlier_flags(
     const __half *__restrict__ x,  // [m, k]
     uint8_t *__restrict__ flags,   // [gridDim.y, stride / 8]
@@ -123,7 +122,7 @@ extern "C" __global__ void int8_outlier_flags(
     flags[blockIdx.y * (stride / 8) + byte] = outliers_among(x, 8 * byte, blockIdx.y, gridDim.y, m, k, threshold);
 }
 
-// One block joins the flags of all parts, in the first one's place, and lists the columns.
+// One block merges the flags of all parts into the first part and lists the columns.
 extern "C" __global__ void __launch_bounds__(LIST_THREADS) int8_outlier_list(
     uint8_t *flags,                          // [parts, stride / 8]
     int *__restrict__ columns,               // [k], the first *count are written
@@ -151,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS) int8_quantize_row
                                    stride, threshold);
 }
 
-// All of it for so few rows that each block, which owns one, may look at all of them. Shared memory: flags [stride / 8].
+// Flags, list and codes in one launch, for few rows: a block owns one row and examines all of them. Shared memory: flags [stride / 8].
 extern "C" __global__ void __launch_bounds__(FEW_THREADS) int8_quantize_few(
     const __half *__restrict__ x,            // [m, k]
     int *__restrict__ columns,               // [k], the first *count are written
@@ -170,19 +169,19 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS) int8_quantize_few(
     list_outliers([&](int column) { return (uint32_t)flags_of_16[column / 16]; }, columns, count, total, stride);
 }
 
-// What one output is of its int8 sum and of its outlier columns' sum.
+// An output from its int8 sum and the sum of its outlier columns.
 __device__ __forceinline__ float join(int product, float row_absmax, float scale, float outlier) {
     float scaled = __fmul_rn(__fmul_rn(__int2float_rn(product), row_absmax), scale);
     __half regular = __float2half_rn(__fmul_rn(scaled, PER_127_SQUARED));
     return __half2float(__float2half_rn(__half2float(regular) + outlier));
 }
 
-// A weight of an outlier column.
+// A dequantized weight of an outlier column.
 __device__ __forceinline__ float outlier_weight(int code, float scale) {
     return __half2float(__float2half_rn(__fmul_rn(__fmul_rn((float)code, scale), PER_127)));
 }
 
-// The product where cuBLAS has none: a thread owns one sum.
+// The int8 product for shapes that cuBLAS does not support: a thread owns one sum.
 extern "C" __global__ void int8_products(
     const uint4 *__restrict__ codes,   // [m, stride / 16]
     const uint4 *__restrict__ weight,  // [n, stride / 16]
@@ -201,7 +200,7 @@ extern "C" __global__ void int8_products(
 }
 
 // Many rows, behind the int8 product: a block owns FINISH_COLUMNS outputs of FINISH_ROWS rows at a time, and a thread FINISH_WIDTH
-// neighbours of every FINISH_STEP-th row. Weights of outlier columns and what they multiply lie in shared memory, FINISH_OUTLIERS at once.
+// neighbours of every FINISH_STEP-th row. Shared memory holds weights and activations of FINISH_OUTLIERS outlier columns at a time.
 constexpr int FINISH_COLUMNS = 64, FINISH_ROWS = 32, FINISH_OUTLIERS = 32, FINISH_THREADS = 256, FINISH_WIDTH = 4;
 constexpr int FINISH_STEP = FINISH_THREADS / (FINISH_COLUMNS / FINISH_WIDTH);
 
@@ -215,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
     const __half *__restrict__ x,             // [m, k]
     __half *__restrict__ y,                   // [m, n]
     int m, int n, int k, int stride) {
-    // Rows of whole words, and of one bank more.
+    // Rows of whole words, padded by one bank.
     __shared__ __align__(16) float weights[FINISH_OUTLIERS][FINISH_COLUMNS + FINISH_WIDTH];
     __shared__ float values[FINISH_ROWS][FINISH_OUTLIERS + 1];
     constexpr int GROUPS = FINISH_COLUMNS / FINISH_WIDTH;
@@ -273,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
     }
 }
 
-// One row: the block quantizes x itself, and finds the outliers of each chunk, which are multiplied from the same bytes.
+// One row: every block quantizes x itself and finds the outliers of each chunk, which are multiplied from the same bytes.
 struct Bytes {
     static constexpr int CHUNK = 128, CONVERTED_EIGHTHS = 9;
     struct Shared {};
@@ -300,7 +299,7 @@ struct Bytes {
     };
     struct Row {
         uint32_t codes, outliers;
-        // Read where an outlier asks for them: x lies this far behind twice the place of its codes.
+        // Read for outliers only: the offset of x from twice the address of its codes.
         uint32_t x_behind;
         const float *scale;
         __device__ void set(const Shared &, const MatrixPart &part, const Activations &from, int, int row, int lane, int chunk) {
@@ -312,8 +311,8 @@ struct Bytes {
         }
     };
 
-    // A thread takes eight elements at a time, and all inputs in one go; the first eight of each stay in its registers. Magnitudes of
-    // halves order as their bits do.
+    // A thread takes eight elements at a time, and all inputs in one pass; the first eight of each stay in registers. Magnitudes of halves compare
+    // as their bits do.
     static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *free_bytes,
                                    float (&room)[MAX_INPUTS * WARPS]) {
         const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
@@ -346,9 +345,9 @@ struct Bytes {
             const int padded = matvec.inputs[i].padded;
             const uint4 *eights = (const uint4 *)(x + i * matvec.inputs[0].padded);
             uint8_t *made = free_bytes + i * behind(matvec.inputs[0].padded);
-            // Of floats that are not negative, as of their bits; NaN is the largest.
+            // Floats that are not negative compare as their bits do; NaN is the largest.
             const float largest = __uint_as_float(warp_largest(__float_as_uint(room[i * WARPS + lane % WARPS])));
-            // Two roundings, reciprocal and product, as the CPU rule has them. A zero row stays zero.
+            // Two roundings, of the reciprocal and of the product, as on the CPU. A zero row stays zero.
             const float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
 #pragma unroll 1
             for (int at = threadIdx.x; at < padded / 8; at += THREADS) {
@@ -358,7 +357,7 @@ struct Bytes {
                 ((uint2 *)made)[at] = make_uint2(codes_of(eight.x, eight.y, scale), codes_of(eight.z, eight.w, scale));
                 if (!found) continue;
                 atomicOr((uint32_t *)(made + padded) + at / 16 * 4 + at / 2 % 4, found << (at / 8 % 2 * 16 + at % 2 * 8));
-                // Every block finds the same ones, and the last one always has rows.
+                // Every block finds the same outliers; the last block always has rows and counts them.
                 if (matvec.outlier_columns && blockIdx.x == gridDim.x - 1) atomicAdd(matvec.outlier_columns, (unsigned long long)__popc(found));
             }
             if (threadIdx.x == 0) to[i] = {shared_address(eights), shared_address(made), shared_address(made + padded), largest};

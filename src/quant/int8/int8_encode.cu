@@ -12,7 +12,7 @@ constexpr int ENCODE_THREADS = 256;
 // 1.5 * 2^23: a sum with it has the nearest integer in its low bits.
 constexpr float INTEGERS = 12582912.0f;
 
-// A NaN is what a row without a finite scale gives: zeros, or an infinity.
+// A row without a finite scale, all zeros or with an infinity, gives NaN here.
 __device__ __forceinline__ uint32_t encode(float value, float scale) {
     float product = __fmul_rn(value, scale);
     return isnan(product) ? 0 : __float_as_uint(__fadd_rn(product, INTEGERS)) & 0xff;

@@ -10,27 +10,27 @@
 //   half     |u0 u4|u1 u5|u2 u6|u3 u7|
 //   lane q   |  0  |  1  |  2  |  3  |
 //
-// One row of x: a byte becomes a pair of halves by one look-up in shared memory, in a table that has a copy for each lane
-// of a bank so that no two lanes meet; tensor cores add a block in fp32; its absmax multiplies the sum, once. The 16 code
-// values are rounded to fp16, nothing else is. Where blocks cross rows (k not a multiple of 64) a plain loop does the same.
+// One row of x: one look-up in shared memory turns a byte into two fp16 values. The table has copies, so that lanes have no bank conflicts.
+// Tensor cores sum a block in fp32, and its absmax multiplies the sum once. Only the 16 code values are rounded to fp16. Where blocks cross
+// rows (k not a multiple of 64) a plain loop does the same.
 // Many rows: `dequantize`, then cuBLAS.
 
 #include "quant/step.cuh"
 
 constexpr int BLOCK = 64;
 
-// The absmax of the blocks of a step: what the lanes copy of it, a word each, and what a lane reads of that for its own block.
+// The absmax of a step's blocks: the words that lanes copy, and the part of them that a lane reads for its own block.
 struct NestedAbsmax {
-    // Lanes 0 .. 15 copy codes, two words a row, since a row's four need not begin with a word; the others what they multiply,
-    // of the first block and of the last one.
+    // Lanes 0 .. 15 copy absmax codes, two words a row, since a row's four codes may straddle words. The other lanes copy the nested absmax of the
+    // first block and of the last one.
     static __device__ int row_of(int lane) { return lane % 16 / 2; }
     static __device__ const uint32_t *base_of(const MatrixPart &part, int lane) {
         return (const uint32_t *)(lane < 16 ? part.scales : part.nested);
     }
     static __device__ int shift_of(int lane) { return lane < 16 ? 2 : 8; }
     static __device__ int offset_of(int lane) { return lane % 2 * (lane < 16 ? 4 : 3); }
-    // Where a lane reads them in the words of a step: the byte of its own block among its row's eight, and when that block multiplies
-    // what the row's last one does: the place of a step's first block among 256, in the topmost byte, is then above `limit`.
+    // A lane's reads from these words: the byte of its own block among its row's eight, and the nested absmax. That is the last block's where the
+    // index of the step's first block among 256, in the top byte of `place`, is above `limit`.
     struct Reader {
         uint32_t code, nested, place, limit;
         __device__ void set(int block, int row, int quarter) {
@@ -39,7 +39,7 @@ struct NestedAbsmax {
             place = (uint32_t)block << 24;
             limit = (uint32_t)(255 - quarter) << 24;
         }
-        // Of this step; goes on to the next one.
+        // The absmax of this step; moves on to the next step.
         __device__ float next(uint32_t words, uint32_t absmax_code, float offset) {
             float of_code = __uint_as_float(load_shared(word_at(absmax_code, load_copied_byte(words + code))));
             uint32_t of_nested = load_copied(words + nested + (place > limit ? 68 : 64));
@@ -66,8 +66,8 @@ struct PlainAbsmax {
     static __device__ float rows_per_block(const MatrixPart &part, int block, const float *) { return ((const float *)part.scales)[block]; }
 };
 
-// Chips whose memory feeds an SM more weights than 8 copies can look up have 32; on the others room counts for more, most of
-// all on Turing.
+// Copies of the table: 32 on chips whose memory feeds an SM more weights than 8 copies can look up; fewer on others, which need the shared
+// memory, Turing most of all.
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 900
 constexpr int COPY_BITS = 5;
 #elif __CUDA_ARCH__ >= 800
@@ -83,7 +83,7 @@ struct Nibbles {
         __align__(16) uint32_t pairs[256 * COPIES];  // filled by 16 bytes at a time
         float absmax_code[256];
     };
-    // Blocks behind the row's last one are padding: their activations are zero, their absmax any.
+    // Blocks behind the row's last one are padding: their activations are zero, their absmax is arbitrary.
     struct SideData {
         static constexpr int WORDS = 1;
         const uint32_t *base;
@@ -101,13 +101,13 @@ struct Nibbles {
             block += 4;
         }
     };
-    // Shared addresses, kept in memory: those of tables would be made anew in every step.
+    // Addresses of tables, stored in shared memory: the compiler would recompute them in every step.
     struct Activations {
         uint32_t x, pairs, absmax_code;
     };
     struct Row {
-        // Of this lane: its 16 elements of the low half's first block, eight here and eight at x ^ 16; or those of the high half, the
-        // other eight first, so that the two halves lie in different banks.
+        // Address of this lane's 16 elements of the low half's first block, eight here and eight at x ^ 16; for the high half the other eight
+        // come first, so that the two halves use different banks.
         uint32_t x;
         uint32_t pairs;  // the lane's copy
         uint32_t absmax_code;
@@ -147,7 +147,7 @@ struct Nibbles {
     }
 
     static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, uint32_t extra, Row &row, Sums &sums) {
-        // Byte `at` of a word as two halves.
+        // Decodes byte `at` of a word to two halves.
         auto pair = [&](uint32_t word, int at) {
             return load_shared(__byte_perm(word, 0, 0x4440 | at) * (4 * COPIES) + row.pairs);
         };
@@ -170,7 +170,7 @@ struct Nibbles {
     static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
 };
 
-// Blocks that cross rows: every element asks for its own absmax.
+// Blocks that cross rows: every element reads its own absmax.
 template <class Absmax>
 struct CrossingNibbles {
     static constexpr int CHUNK = 256, CONVERTED_EIGHTHS = 0;

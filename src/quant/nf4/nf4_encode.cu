@@ -5,8 +5,8 @@
 //                                                              and stores it
 //
 // Blocks run over the flattened matrix and may cross rows, so that two kernels share the work: one takes blocks, the other
-// the units of 16 columns that rows are laid out in. What they are given begins with a block. Bytes moved: each value twice, the
-// second time from L2 mostly, each code once.
+// the units of 16 columns of the row layout. Their input begins with a block. Bytes moved: each value twice, the second time mostly from
+// L2, each code once.
 
 #include "kernels/cuda/source_values.cuh"
 
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(ABSMAX_THREADS) nf4_block_absmax(co
     absmax[first / BLOCK] = count - first < BLOCK ? fmaxf(value, SMALLEST_ABSMAX) : value;
 }
 
-// A thread makes one unit of a padded row. Half a chunk, two blocks, has its units in the order that nf4.cu draws.
+// A thread encodes one unit of a padded row. The units of half a chunk, two blocks, are in the order that nf4.cu draws.
 extern "C" __global__ void nf4_encode_units(const SourceValues from,     // [rows, k] = [count]
                                             const float *absmax,  // [count / 64, rounded up]
                                             uint2 *to,            // [rows, units]
