@@ -140,16 +140,16 @@ mod tests {
             ("HTTPS_PROXY", "http://upper:1"),
             ("https_proxy", "http://me:secret@secure:3128"),
             ("ALL_PROXY", "socks5://any:1080"),
-            ("NO_PROXY", "localhost, .inside.example,10.0.0.1:8080"),
+            ("NO_PROXY", "localhost, .inside.example,ported.example:8080"),
         ]);
         assert_eq!(proxied(&set, "https://hub.example/a").as_deref(), Some("secure"));
         assert_eq!(proxied(&set, "http://hub.example/a").as_deref(), Some("any"));
         for address in
-            ["http://localhost:99", "https://a.inside.example", "https://INSIDE.example", "http://10.0.0.1:8080"]
+            ["http://localhost:99", "https://a.inside.example", "https://INSIDE.example", "http://ported.example:8080"]
         {
             assert_eq!(proxied(&set, address), None, "{address}");
         }
-        for address in ["http://10.0.0.1:81", "https://notinside.example", "https://localhost.example"] {
+        for address in ["http://ported.example:81", "https://notinside.example", "https://localhost.example"] {
             assert!(proxied(&set, address).is_some(), "{address}");
         }
         assert_eq!(proxied(&network(&[("HTTP_PROXY", "p:1"), ("no_proxy", "*")]), "http://hub.example"), None);

@@ -92,7 +92,7 @@ mod tests {
         let of = |text: &str| Origin::of(&parse(text).unwrap());
         assert_eq!(of("https://Hub.example/a"), of("https://hub.example:443/b"));
         for other in
-            ["http://hub.example", "https://hub.example:444", "https://hub.example.evil", "https://x.hub.example"]
+            ["http://hub.example", "https://hub.example:444", "https://hub.example.test", "https://x.hub.example"]
         {
             assert_ne!(of("https://hub.example"), of(other), "{other}");
         }
