@@ -161,6 +161,20 @@ mod tests {
         check(&[], None, None);
     }
 
+    /// Slurm's cgroup v2: the job and its step are limited, the task's own group is not.
+    #[test]
+    fn the_step_of_a_job_is_limited_though_its_task_is_not() {
+        let task = "system.slice/slurmstepd.scope/job_7/step_0/user/task_0";
+        let step = "system.slice/slurmstepd.scope/job_7/step_0/user";
+        let own = format!("0::/{task}\n");
+        let mut files = [group(step, "4194304000", "94304000"), group(task, "max", "94304000")].concat();
+        files.push(("proc/self/cgroup".to_owned(), own));
+        files.push(("proc/meminfo".to_owned(), "MemTotal: 64000000 kB\nMemAvailable: 48000000 kB\n".to_owned()));
+        let root = root(&borrowed(&files));
+        let memory = super::super::memory::ProcessMemory::below(root.path());
+        assert_eq!(memory.available_bytes(), Some(4_100_000_000));
+    }
+
     #[test]
     fn both_versions_and_their_mounts_are_read() {
         let one = |cgroup: &str, folder: &str, names: [&str; 2]| {

@@ -85,6 +85,11 @@ pub fn export(
     Ok(Exported { bytes, fp16_overflow: writer.fp16_overflow })
 }
 
+/// Whether there is a form in which bitsandbytes saves this precision.
+pub fn is_written(precision: &str) -> bool {
+    config::section(precision, FormatOptions::default().int8_threshold).is_some()
+}
+
 fn no_such_form(precision: &str) -> BadInput {
     BadInput::new(format!("bitsandbytes saves no `{precision}`: `export` writes int8, nf4 and nf4-nodq"))
         .hint("name one of them with `--precision`")
