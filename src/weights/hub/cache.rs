@@ -23,7 +23,7 @@ pub enum Lock {
 impl Cache {
     /// Of the repository `id` below the folder of all repositories.
     pub fn new(root: &Path, id: &str) -> Self {
-        let name = format!("models--{}", id.replace('/', "--"));
+        let name = hf_hub::Repo::model(id.to_owned()).folder_name();
         Self { repository: root.join(&name), locks: root.join(".locks").join(name) }
     }
 
