@@ -55,6 +55,9 @@ def verdict(checks, text, records, document):
     def speed(match):
         numbers(match, interval(state["speed"])(r()), state["speed"])
 
+    def alone(r):
+        return [*percent(at("bandwidth", "memory_alone_share"))(r), *percent(at("bandwidth", "arithmetic_alone_share"))(r)]
+
     def saved(match):
         numbers(match, [gib(fp16) - gib(r()), gib(fp16)], "peak memory")
 
@@ -72,6 +75,11 @@ def verdict(checks, text, records, document):
         (rf"too few repeats \({n}\)", lambda m: numbers(m, [metric("decode_tps", "n")(r())], "repeats")),
         (rf"{n} tokens/s{pair}", speed),
         (rf"at {n} % of the read bandwidth", lambda m: numbers(m, percent(at("bandwidth", "mbu"))(r()), "bandwidth")),
+        (
+            rf"reading alone takes {n} % of a step, arithmetic alone {n} %",
+            lambda m: numbers(m, alone(r()), "alone"),
+        ),
+        (rf"the device works {n} % of a step", lambda m: numbers(m, percent(at("bandwidth", "device_share"))(r()), "device")),
         (rf"saves {n} of {n} GiB peak memory", saved),
         (rf"takes {n} GiB more peak memory than fp16's {n}", taken),
         (rf"on {n} % of next tokens", lambda m: numbers(m, percent(quality("top1_agreement"))(r()), "top-1")),
