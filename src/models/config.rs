@@ -57,8 +57,9 @@ pub fn check_layers(key: &str, n: usize) -> Result<()> {
     Ok(())
 }
 
-/// Query heads that share key/value heads evenly.
-pub fn check_heads(heads: usize, kv_heads: usize) -> Result<()> {
+/// Heads of a size that fits, and query heads that share key/value heads evenly.
+pub fn check_heads(heads: usize, kv_heads: usize, head_dim: usize) -> Result<()> {
+    check_sizes(&[("head_dim", head_dim), ("num_attention_heads × head_dim", heads.saturating_mul(head_dim))])?;
     if !heads.is_multiple_of(kv_heads) {
         bail!("config.json says {heads} attention heads over {kv_heads} key/value heads; they must divide");
     }

@@ -82,11 +82,9 @@ impl Config {
             ("intermediate_size", self.intermediate_size),
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.num_key_value_heads),
-            ("head_dim", self.head_dim),
-            ("num_attention_heads × head_dim", self.num_attention_heads.saturating_mul(self.head_dim)),
         ])?;
         check_layers("num_hidden_layers", self.num_hidden_layers)?;
-        check_heads(self.num_attention_heads, self.num_key_value_heads)
+        check_heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
     }
 }
 

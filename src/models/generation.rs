@@ -5,9 +5,10 @@ use candle_core::Result;
 use serde_json::{Map, Value};
 
 use super::keys::{Keys, Report, shown};
-use super::rule::{self, Fate};
+use super::rule::Fate;
 use crate::error::without_backtrace;
 use crate::plan::Model;
+use crate::weights::json::is_empty;
 
 pub const FILE: &str = "generation_config.json";
 
@@ -100,7 +101,7 @@ pub const NOT_APPLIED: &[(&str, Option<f64>)] = &[
 ];
 
 fn is_off((_, off): &(&str, Option<f64>), value: &Value) -> bool {
-    rule::is_empty(value) || off.is_some_and(|off| value.as_f64() == Some(off))
+    is_empty(value) || off.is_some_and(|off| value.as_f64() == Some(off))
 }
 
 /// The setting that this key is, where `generate` applies it and greedy decoding does not.
@@ -152,7 +153,7 @@ fn fate(key: &str, value: &Value) -> Fate {
         _ if HARMLESS.contains(&key) => Fate::Harmless,
         Some(setting) if is_off(setting, value) => Fate::Off,
         Some(_) => Fate::NotApplied,
-        None if rule::is_empty(value) => Fate::Harmless,
+        None if is_empty(value) => Fate::Harmless,
         None => Fate::Unknown(shown(value)),
     }
 }

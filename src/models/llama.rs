@@ -58,8 +58,7 @@ impl Config {
             ("num_key_value_heads", kv_heads),
         ])?;
         let head_dim = keys.size("head_dim", hidden_size / heads)?;
-        check_sizes(&[("head_dim", head_dim), ("num_attention_heads × head_dim", heads.saturating_mul(head_dim))])?;
-        check_heads(heads, kv_heads)?;
+        check_heads(heads, kv_heads, head_dim)?;
         let num_hidden_layers = keys.size("num_hidden_layers", 32)?;
         check_layers("num_hidden_layers", num_hidden_layers)?;
         check_window(keys, max_position_embeddings)?;

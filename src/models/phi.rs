@@ -63,8 +63,7 @@ impl Config {
             None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
             None => bail!("config.json says hidden size {hidden_size} over {heads} heads; they must divide"),
         };
-        check_sizes(&[("head_dim", head_dim), ("num_attention_heads × head_dim", heads.saturating_mul(head_dim))])?;
-        check_heads(heads, kv_heads)?;
+        check_heads(heads, kv_heads, head_dim)?;
         let num_hidden_layers = keys.size("num_hidden_layers", 24)?;
         check_layers("num_hidden_layers", num_hidden_layers)?;
         check_window(keys, max_position_embeddings)?;

@@ -5,8 +5,9 @@ use candle_core::{Error, Result};
 use serde_json::Value;
 
 use super::keys::Keys;
-use super::rule::{Rule, is_empty};
+use super::rule::Rule;
 use crate::plan::Rope;
+use crate::weights::json::is_empty;
 
 /// transformers' base where a file has none.
 const DEFAULT_THETA: f64 = 10_000.0;

@@ -6,6 +6,8 @@
 
 use serde_json::Value;
 
+use crate::weights::json::is_empty;
+
 /// What became of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
@@ -88,17 +90,6 @@ impl Rule {
 
 fn all(value: &Value, is: impl Fn(&Value) -> bool) -> bool {
     value.as_array().is_some_and(|items| items.iter().all(is))
-}
-
-/// null, false, or of length 0.
-pub fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::String(text) => text.is_empty(),
-        Value::Array(items) => items.is_empty(),
-        Value::Object(keys) => keys.is_empty(),
-        Value::Bool(true) | Value::Number(_) => false,
-    }
 }
 
 /// What a config.json of any family may say without changing a token.

@@ -1,4 +1,4 @@
-//! JSON as Python's `json` module writes it: with `NaN`, `Infinity` and `-Infinity` for numbers.
+//! JSON as Python's `json` module writes it: with `NaN`, `Infinity` and `-Infinity` for numbers; and which values set nothing.
 
 use serde_json::{Error, Value};
 
@@ -11,6 +11,17 @@ pub fn parse(bytes: &[u8]) -> Result<Value, Error> {
         Some(text) => serde_json::from_str(&text),
         None => Err(error),
     })
+}
+
+/// Whether a setting of this value sets nothing: null, false, or of length 0.
+pub fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(keys) => keys.is_empty(),
+        Value::Bool(true) | Value::Number(_) => false,
+    }
 }
 
 /// `text` with Python's numbers as strings; `None` where it has none outside of strings.

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
+use super::json::is_empty;
 use super::open::read_json;
 use super::tokenizer::shortened;
 use crate::events::{Event, Listener};
@@ -77,13 +78,6 @@ pub fn tell_defaults(config: &Value, settings: Option<&Value>, events: &dyn List
 
 fn unapplied<'a>(file: &'a str, keys: &'a Map<String, Value>) -> impl Iterator<Item = String> + 'a {
     let is_known = |key: &str| COMPUTED.contains(&key) || HARMLESS.contains(&key) || key.starts_with('_');
-    let is_empty = |value: &Value| match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::String(text) => text.is_empty(),
-        Value::Array(values) => values.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        Value::Bool(true) | Value::Number(_) => false,
-    };
     let unknown = keys.iter().filter(move |(key, value)| !is_known(key) && !is_empty(value));
     unknown.map(move |(key, value)| format!("`{key}` of {file} is {}, which is not applied", shortened(value)))
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
+use super::super::json::is_empty;
 use super::super::open::read_json;
 use crate::error::BadInput;
 
@@ -112,13 +113,6 @@ impl Settings {
     /// Keys that nobody here knows, with a value that may mean something.
     pub fn unapplied(&self) -> impl Iterator<Item = String> {
         let is_known = |key: &str| COMPUTED.contains(&key) || HARMLESS.contains(&key);
-        let is_empty = |value: &Value| match value {
-            Value::Null | Value::Bool(false) => true,
-            Value::String(text) => text.is_empty(),
-            Value::Array(values) => values.is_empty(),
-            Value::Object(map) => map.is_empty(),
-            Value::Bool(true) | Value::Number(_) => false,
-        };
         // `image_token` and its kin name a special token each.
         let names_token = |key: &str, value: &Value| key.ends_with("_token") && value.is_string();
         self.config
