@@ -9,9 +9,7 @@ use serde_json::{Map, Value};
 
 use super::rope::RopeSettings;
 use super::rule::{Fate, Rule};
-
-/// Characters of a value that a message shows.
-const SHOWN_CHARS: usize = 60;
+use crate::weights::json::shown;
 
 /// Something that a reader of the result must know about the files of a model; `name` is what records call it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -184,15 +182,6 @@ impl<'a> Keys<'a> {
             self.report.push(self.file, format!("{}{key}", self.prefix), fate);
         }
         Ok(())
-    }
-}
-
-/// A value as messages show it.
-pub fn shown(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(SHOWN_CHARS) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
     }
 }
 

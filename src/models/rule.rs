@@ -6,7 +6,7 @@
 
 use serde_json::Value;
 
-use crate::weights::json::is_empty;
+use crate::weights::json::{is_empty, shown};
 
 /// What became of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,7 +84,7 @@ impl Rule {
         let is_harmless = self.harmless.iter().copied().flatten().any(|name| *name == key)
             || super::generation::knows(key)
             || is_empty(value);
-        Ok(if is_harmless { Fate::Harmless } else { Fate::Unknown(super::keys::shown(value)) })
+        Ok(if is_harmless { Fate::Harmless } else { Fate::Unknown(shown(value)) })
     }
 }
 

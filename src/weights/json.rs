@@ -1,9 +1,12 @@
-//! JSON as Python's `json` module writes it: with `NaN`, `Infinity` and `-Infinity` for numbers; and which values set nothing.
+//! JSON as Python's `json` module writes it: with `NaN`, `Infinity` and `-Infinity` for numbers; and how a value is shown and judged empty.
 
 use serde_json::{Error, Value};
 
 /// What only Python writes, longest first where one begins another.
 const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+
+/// Characters of a value that a message shows.
+const SHOWN_CHARS: usize = 60;
 
 /// Reads JSON; a number that is none becomes its text, which no key takes for a number. Fails with what is wrong with the rest.
 pub fn parse(bytes: &[u8]) -> Result<Value, Error> {
@@ -11,6 +14,15 @@ pub fn parse(bytes: &[u8]) -> Result<Value, Error> {
         Some(text) => serde_json::from_str(&text),
         None => Err(error),
     })
+}
+
+/// A value as messages show it.
+pub fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(SHOWN_CHARS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }
 
 /// Whether a setting of this value sets nothing: null, false, or of length 0.

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
-use super::super::json::is_empty;
+use super::super::json::{is_empty, shown};
 use super::super::open::read_json;
 use crate::error::BadInput;
 
@@ -126,11 +126,7 @@ impl Settings {
 
 /// A value as JSON, cut where it is long.
 pub fn shortened(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(60) {
-        Some((at, _)) => format!("`{}…`", &text[..at]),
-        None => format!("`{text}`"),
-    }
+    format!("`{}`", shown(value))
 }
 
 /// A token that a settings file declares wrongly.
