@@ -33,8 +33,8 @@ struct End<'a> {
     killed_for_memory: bool,
 }
 
-/// Why the process called `who` of this number died, which needed so many bytes where so many are free; 0 where that is unknown.
-pub fn cause_of_death(
+/// The failure that the process `who` of this number ended with, which needed so many bytes where so many are free; 0 where that is unknown.
+pub fn exit_reason(
     (who, pid): (&str, u32),
     status: io::Result<ExitStatus>,
     words: &[u8],
@@ -49,7 +49,7 @@ pub fn cause_of_death(
     let killed_for_memory = signal == Some(SIGKILL)
         && (ProcessMemory::default().oom_kills().grew_since(before.kills) || logged(pid, before.uptime_s));
     let (words, status) = (String::from_utf8_lossy(words), status.to_string());
-    death(End { who, signal, status: &status, words: &words, killed_for_memory }, sizes)
+    failure(End { who, signal, status: &status, words: &words, killed_for_memory }, sizes)
 }
 
 /// As every failure for want of memory is told: what went wrong, what is needed in all, and what is free.
@@ -77,7 +77,7 @@ pub fn has_sizes(message: &str) -> bool {
 const SIGKILL: i32 = 9;
 
 /// From the signal, the last words and the kernel's record. Rust aborts when an allocation fails and names the bytes; C++ throws.
-fn death(end: End, (needed_bytes, free_bytes): (u64, u64)) -> Failure {
+fn failure(end: End, (needed_bytes, free_bytes): (u64, u64)) -> Failure {
     let End { who, signal, status, words, killed_for_memory } = end;
     let oom = |cause: &str, wanted_bytes| {
         let message = out_of_memory(cause, needed_bytes, free_bytes);
@@ -231,11 +231,11 @@ mod tests {
     const SIZES: (u64, u64) = (3 << 30, 1 << 30);
 
     fn end(signal: Option<i32>, words: &str, killed_for_memory: bool) -> Failure {
-        death(End { who: "worker", signal, status: "exit status: 101", words, killed_for_memory }, SIZES)
+        failure(End { who: "worker", signal, status: "exit status: 101", words, killed_for_memory }, SIZES)
     }
 
     #[test]
-    fn only_the_allocator_the_driver_or_the_kernel_makes_a_death_an_oom() {
+    fn only_the_allocator_the_driver_or_the_kernel_makes_an_exit_an_oom() {
         let panic = "thread panicked: Cannot allocate memory (os error 12)";
         let driver = "called `unwrap()` on DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
         for (signal, words, by_kernel, cause, wanted_bytes) in [
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn every_other_death_is_an_error_that_names_the_signal() {
+    fn every_other_exit_is_an_error_that_names_the_signal() {
         let panic = "thread 'main' panicked at a.rs:1:2:\nno way\nstack backtrace:\n   0: main\n";
         for (signal, words, message) in [
             (Some(9), "", "the worker was killed by signal 9 (SIGKILL)"),
@@ -333,7 +333,7 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         child.kill().unwrap();
         let (pid, status) = (child.id(), child.wait());
-        let cause = cause_of_death(("worker", pid), status, b"", &before, SIZES);
+        let cause = exit_reason(("worker", pid), status, b"", &before, SIZES);
         assert!(matches!(&cause, Failure::Error { message } if message.contains("signal 9")), "{cause:?}");
     }
 }

@@ -141,8 +141,7 @@ impl Plan {
         Ok(Self { opened, share, workload, room, warnings: Vec::new() })
     }
 
-    /// The text that quality is asked for on, or why there is none.
-    /// Fails at once on a model whose quality cannot be measured, where it was asked for.
+    /// The text that quality is measured on, where it was asked for. Fails at once on a model whose quality cannot be measured.
     fn passage(&self, case: &Case) -> Result<Option<Passage>> {
         case.quality.as_ref().map(|choice| Passage::new(choice, &self.opened, &self.workload)).transpose()
     }

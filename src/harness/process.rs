@@ -6,7 +6,7 @@ use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::JoinHandle;
 
 use super::deadline::{Deadline, Watched};
-use super::death::{self, Before};
+use super::exit_reason::{self, Before};
 use super::memory::ProcessMemory;
 use super::protocol::{Ask, Failure, Finished, Job, LoadFacts, Reply, Sample, Warmed};
 use super::schedule::Worker;
@@ -20,7 +20,7 @@ use crate::kernels::nvml::Gpu;
 pub const SUBCOMMAND: &str = "worker";
 
 /// Bytes of a dead worker's last words that are kept.
-const LAST_WORDS_BYTES: usize = 64 << 10;
+const STDERR_TAIL_BYTES: usize = 64 << 10;
 
 /// Buffers from this size on go back to the system as soon as they are freed. glibc otherwise raises the bound while it loads
 /// and keeps memory that is not in use, which would count as resident.
@@ -43,7 +43,7 @@ struct Running {
     child: Watched,
     asks: ChildStdin,
     replies: BufReader<ChildStdout>,
-    last_words: Option<JoinHandle<Vec<u8>>>,
+    stderr_tail: Option<JoinHandle<Vec<u8>>>,
     /// Noted at each ask: what happened since then may be why it died.
     before: Before,
 }
@@ -65,7 +65,7 @@ impl ProcessWorker {
         running
             .send(ask)
             .and_then(|()| running.reply(events))
-            .unwrap_or_else(|_| Err(running.cause_of_death(needed_bytes, free_bytes(device))))
+            .unwrap_or_else(|_| Err(running.exit_reason(needed_bytes, free_bytes(device))))
             .map_err(|failure| with_sizes(failure, needed_bytes, || free_bytes(device)))
     }
 }
@@ -81,10 +81,10 @@ pub(super) fn free_bytes(device: DeviceChoice) -> Option<u64> {
 /// A worker that was refused memory knows neither what it needs in all nor what is free.
 fn with_sizes(failure: Failure, needed_bytes: u64, free: impl Fn() -> Option<u64>) -> Failure {
     match failure {
-        Failure::OutOfMemory { message, wanted_bytes, free_bytes: 0 } if !death::has_sizes(&message) => {
+        Failure::OutOfMemory { message, wanted_bytes, free_bytes: 0 } if !exit_reason::has_sizes(&message) => {
             let free_bytes = free().unwrap_or(0);
             let cause = message.strip_prefix("out of memory").map(|rest| rest.trim_start_matches([':', ' ']));
-            let message = death::out_of_memory(cause.unwrap_or(&message), needed_bytes, free_bytes);
+            let message = exit_reason::out_of_memory(cause.unwrap_or(&message), needed_bytes, free_bytes);
             Failure::OutOfMemory { message, wanted_bytes, free_bytes }
         }
         other => other,
@@ -95,7 +95,7 @@ fn with_sizes(failure: Failure, needed_bytes: u64, free: impl Fn() -> Option<u64
 pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredBandwidth, Failure> {
     let mut running = start(None, 1, deadline)?;
     let asked = running.send(&Ask::Bandwidth(ordinal)).and_then(|()| running.reply(&Silent));
-    match asked.unwrap_or_else(|_| Err(running.cause_of_death(0, free_bytes(DeviceChoice::Cuda(ordinal)))))? {
+    match asked.unwrap_or_else(|_| Err(running.exit_reason(0, free_bytes(DeviceChoice::Cuda(ordinal)))))? {
         Reply::Bandwidth(bandwidth) => Ok(bandwidth),
         other => unexpected(other),
     }
@@ -179,8 +179,8 @@ impl Running {
         let asks = child.stdin.take().ok_or_else(missing)?;
         let replies = BufReader::new(child.stdout.take().ok_or_else(missing)?);
         let stderr = child.stderr.take().ok_or_else(missing)?;
-        let last_words = Some(std::thread::spawn(move || last_words(stderr)));
-        Ok(Self { child: Watched::new(child, deadline), asks, replies, last_words, before: Before::now() })
+        let stderr_tail = Some(std::thread::spawn(move || stderr_tail(stderr)));
+        Ok(Self { child: Watched::new(child, deadline), asks, replies, stderr_tail, before: Before::now() })
     }
 
     fn send(&mut self, ask: &Ask) -> std::io::Result<()> {
@@ -208,14 +208,14 @@ impl Running {
     }
 
     /// `free_bytes` are those of the device, now that the worker is gone.
-    fn cause_of_death(&mut self, needed_bytes: u64, free_bytes: Option<u64>) -> Failure {
+    fn exit_reason(&mut self, needed_bytes: u64, free_bytes: Option<u64>) -> Failure {
         let status = self.child.wait();
         if let Some(deadline) = self.child.overran() {
             return Failure::Timeout { message: deadline.message() };
         }
-        let words = self.last_words.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
+        let words = self.stderr_tail.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
         let sizes = (needed_bytes, free_bytes.unwrap_or(0));
-        death::cause_of_death(("worker", self.child.id()), status, &words, &self.before, sizes)
+        exit_reason::exit_reason(("worker", self.child.id()), status, &words, &self.before, sizes)
     }
 }
 
@@ -228,11 +228,11 @@ impl Drop for Running {
 }
 
 /// Reads to the end and keeps the last part.
-pub fn last_words(mut stderr: ChildStderr) -> Vec<u8> {
+pub fn stderr_tail(mut stderr: ChildStderr) -> Vec<u8> {
     let (mut kept, mut buffer) = (Vec::new(), [0; 1024]);
     while let Ok(n @ 1..) = stderr.read(&mut buffer) {
         kept.extend_from_slice(&buffer[..n]);
-        let surplus = kept.len().saturating_sub(LAST_WORDS_BYTES);
+        let surplus = kept.len().saturating_sub(STDERR_TAIL_BYTES);
         kept.drain(..surplus);
     }
     kept

@@ -148,7 +148,7 @@ fn answer(ask: Ask, state: &mut Option<State>, events: &Replies) -> Result<Reply
 pub fn pixels(model: &Model, checkpoint: &Checkpoint, encode: &Encode) -> Result<Vec<f32>> {
     let Encode::Picture { image } = encode else { return Ok(Vec::new()) };
     let Some(EncoderInputKind::Picture(picture)) = model.encoder.as_ref().map(|encoder| encoder.input) else {
-        bail!("`{}` has no eyes to show a picture to", model.architecture)
+        bail!("`{}` has no image input", model.architecture)
     };
     let preprocessor = Preprocessor::new(checkpoint.preprocessor_config.as_ref(), picture.size)?;
     let pixels = match image {

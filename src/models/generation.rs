@@ -4,11 +4,11 @@
 use candle_core::Result;
 use serde_json::{Map, Value};
 
-use super::keys::{Keys, Report, shown};
+use super::keys::{Keys, Report};
 use super::rule::Fate;
 use crate::error::without_backtrace;
 use crate::plan::Model;
-use crate::weights::json::is_empty;
+use crate::weights::json::{is_empty, shown};
 
 pub const FILE: &str = "generation_config.json";
 
@@ -124,7 +124,7 @@ pub fn apply(object: &Map<String, Value>, model: &mut Model, report: &Report) ->
             let ids = ids.unwrap_or_default();
             if !named && !model.eos.is_empty() {
                 let message = format!(
-                    "{FILE} names no `eos_token_id`, so that none ends a text, as in transformers; config.json's {:?} is not read",
+                    "{FILE} names no `eos_token_id`, so no token ends the text, as in transformers; {:?} of config.json is not read",
                     model.eos
                 );
                 report.note("generation_setting_not_read", message);

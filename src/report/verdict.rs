@@ -92,7 +92,7 @@ fn why(record: &Record) -> String {
         None => String::new(),
         Some(Bound::Memory) => format!(", memory-bound{at}{}", because(alone)),
         Some(Bound::Compute) => format!(", compute-bound{}", because(alone)),
-        Some(Bound::Mixed) => format!(", bound by no part alone{}", because(alone)),
+        Some(Bound::Mixed) => format!(", bound by neither memory nor arithmetic alone{}", because(alone)),
         // Of what lies in the cache the share of the bandwidth means little.
         Some(Bound::CacheResident) => format!(", cache-resident{}", because(alone)),
         Some(Bound::Host) => {

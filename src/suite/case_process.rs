@@ -121,7 +121,7 @@ fn end_with_parent() {
 struct Process {
     child: Child,
     lines: Receiver<String>,
-    last_words: Option<JoinHandle<Vec<u8>>>,
+    stderr_tail: Option<JoinHandle<Vec<u8>>>,
     started: Instant,
     /// Noted anew when a phase ends: workers that the kernel kills meanwhile are not this process.
     before: Before,
@@ -139,8 +139,8 @@ impl Process {
         let started = Instant::now();
         let lines = lines(child.stdout.take().context("a pipe is missing")?);
         let stderr = child.stderr.take().context("a pipe is missing")?;
-        let last_words = Some(std::thread::spawn(move || harness::last_words(stderr)));
-        let mut process = Self { child, lines, last_words, started, before: Before::now() };
+        let stderr_tail = Some(std::thread::spawn(move || harness::stderr_tail(stderr)));
+        let mut process = Self { child, lines, stderr_tail, started, before: Before::now() };
         // The pipe stays open in the child's handle.
         let stdin = process.child.stdin.as_mut().context("a pipe is missing")?;
         stdin.write_all(format!("{}\n", serde_json::to_string(ask)?).as_bytes())?;
@@ -171,16 +171,16 @@ impl Process {
                     Err(_) => anyhow::bail!("the case wrote `{}` to its output", line.trim()),
                 },
                 Err(RecvTimeoutError::Timeout) => return Ok(Reply::Failed(timed_out(limits))),
-                Err(RecvTimeoutError::Disconnected) => return Ok(Reply::Failed(self.cause_of_death())),
+                Err(RecvTimeoutError::Disconnected) => return Ok(Reply::Failed(self.exit_reason())),
             }
         }
     }
 
-    fn cause_of_death(&mut self) -> Failure {
+    fn exit_reason(&mut self) -> Failure {
         let status = self.child.wait();
-        let words = self.last_words.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
+        let words = self.stderr_tail.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
         let who = ("process of the case", self.child.id());
-        harness::cause_of_death(who, status, &words, &self.before, (0, 0))
+        harness::exit_reason(who, status, &words, &self.before, (0, 0))
     }
 }
 

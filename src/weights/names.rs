@@ -22,7 +22,7 @@ const SPELLINGS: &[(&str, &[&str])] = &[
 /// Parts that wrappers put before every name: base models, classifiers, `torch.nn.DataParallel`, `torch.compile`.
 const WRAPPERS: &[&str] = &["model.", "transformer.", "module.", "_orig_mod."];
 
-/// A table of tokens and the head that may share its memory, as plans spell them.
+/// A token embedding and the head that may share its memory, as plans spell them.
 pub const TIED: &[(&str, &str)] = &[
     ("model.embed_tokens.weight", "lm_head.weight"),
     ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
@@ -46,7 +46,7 @@ pub fn spellings(name: &str) -> Vec<String> {
     all
 }
 
-/// Every name that the tensor `name` may bear in the files of a plan that asks for the names `asked`: a table of tokens may bear that
+/// Every name that the tensor `name` may bear in the files of a plan that asks for the names `asked`: a token embedding may bear that
 /// of its head, where the plan asks for no head.
 pub fn candidates(name: &str, asked: &HashSet<&str>) -> Vec<String> {
     let head = TIED.iter().find(|(table, head)| *table == name && !asked.contains(head)).map(|(_, head)| *head);

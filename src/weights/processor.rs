@@ -65,7 +65,7 @@ pub fn open(folder: &Path, config: &Value, events: &dyn Listener) -> Result<Opti
     Ok(settings.map(|(_, settings)| settings))
 }
 
-/// Tells that a model that sees has no settings for its pictures.
+/// Warns that a vision-language model has no image processor settings.
 pub fn tell_defaults(config: &Value, settings: Option<&Value>, events: &dyn Listener) {
     if config.get("vision_config").is_some() && settings.is_none() {
         let message =

@@ -27,7 +27,7 @@ pub fn settle(config: &mut Value, files: Option<&Safetensors>, events: &dyn List
     settle_quantization(config, files, &warn)
 }
 
-/// Of the table of tokens and the head, by the names that they have in the files.
+/// Of the token embedding and the head, by the names that they have in the files.
 struct Head {
     table: Option<String>,
     head: Option<String>,
@@ -54,7 +54,7 @@ impl Head {
     }
 }
 
-/// transformers 5 ties a head to the table of tokens only where the files do not hold another.
+/// transformers 5 ties a head to the token embedding only where the files do not hold another.
 fn settle_head(config: &mut Value, files: &Safetensors, warn: &dyn Fn(&str, String)) -> Result<()> {
     let model_type = config["model_type"].as_str().unwrap_or_default().to_owned();
     let explicit = config["tie_word_embeddings"].as_bool();
@@ -66,8 +66,8 @@ fn settle_head(config: &mut Value, files: &Safetensors, warn: &dyn Fn(&str, Stri
     let scales = config["scale_decoder_outputs"].as_bool();
     let own_is_told = !says_tied || (is_t5 && scales == Some(false));
     if let (true, false, Some(head)) = (is_own, own_is_told, &found.head) {
-        let message = "config.json says that the head is tied to the table of tokens, but the checkpoint holds \
-                       another: it is used, as transformers 5 does";
+        let message = "config.json says that the head is tied to the token embedding, but the checkpoint holds \
+                       a head of its own: that is used, as transformers 5 does";
         warn("own_head", format!("`{head}`: {message}"));
     }
     let tied = match (is_own, is_t5) {

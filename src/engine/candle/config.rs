@@ -190,7 +190,9 @@ impl Shapes<'_> {
         let (vocab_size, hidden_size) = self.matrix(&format!("{prefix}model.embed_tokens"))?;
         let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
         if self.matrix(&format!("{prefix}lm_head")).is_ok() {
-            return Err(self.refused("always ties the head to the table of tokens, and this checkpoint has another"));
+            return Err(
+                self.refused("always ties the head to the token embedding, and this checkpoint has a head of its own")
+            );
         }
         Ok(gemma::Config {
             attention_bias: self.has_bias(&format!("{layer}.self_attn")),

@@ -18,7 +18,7 @@ pub enum Family {
     Phi(phi::Model),
     Gemma(gemma::Model),
     T5(Box<Sides>),
-    PaliGemma { eyes: Arc<Eyes>, text: gemma::Model },
+    PaliGemma { vision: Arc<VisionTower>, text: gemma::Model },
 }
 
 /// T5's encoder and its decoder, each loaded as a model of its own: candle buckets distances as the encoder does in both
@@ -31,7 +31,7 @@ pub struct Sides {
 
 /// PaliGemma's vision, put together from candle's SigLIP here: candle's own composition gives every image feature length 1,
 /// which no transformers version does.
-pub struct Eyes {
+pub struct VisionTower {
     tower: siglip::VisionModel,
     projector: Linear,
     picture: Picture,
@@ -59,7 +59,7 @@ impl Family {
                 let projector = candle_nn::linear(vision.hidden_size, text.hidden_size, projector)?;
                 let scale = (text.hidden_size as f64).sqrt().recip();
                 let text = gemma::Model::new(false, text, tensors.pp("language_model"))?;
-                Family::PaliGemma { eyes: Arc::new(Eyes { tower, projector, picture: *picture, scale }), text }
+                Family::PaliGemma { vision: Arc::new(VisionTower { tower, projector, picture: *picture, scale }), text }
             }
         })
     }
@@ -71,10 +71,10 @@ impl Family {
                            empty cache only";
             return Err(BadInput::new(message).hint("drop `--depth`, or use `--engine quantbench`"));
         }
-        if let (Family::PaliGemma { eyes, .. }, 0) = (self, position) {
-            let Picture { token, .. } = eyes.picture;
+        if let (Family::PaliGemma { vision, .. }, 0) = (self, position) {
+            let Picture { token, .. } = vision.picture;
             let n_image = tokens.iter().take_while(|&&id| id == token).count();
-            if n_image != eyes.picture.patches() || tokens.len() == n_image {
+            if n_image != vision.picture.patches() || tokens.len() == n_image {
                 let message = "`--engine candle`: candle's PaliGemma reads the whole picture first and text behind it";
                 return Err(BadInput::new(message).hint("drop `--depth`, or use `--engine quantbench`"));
             }
@@ -88,10 +88,10 @@ impl Family {
             (Family::T5(sides), EncoderInput::Tokens(tokens)) => {
                 sides.encoder.forward(&Tensor::new(tokens, device)?.unsqueeze(0)?)
             }
-            (Family::PaliGemma { eyes, .. }, EncoderInput::Pixels(pixels)) => {
-                let size = eyes.picture.size;
+            (Family::PaliGemma { vision, .. }, EncoderInput::Pixels(pixels)) => {
+                let size = vision.picture.size;
                 let pixels = Tensor::from_slice(pixels, (1, 3, size, size), device)?.to_dtype(dtype)?;
-                eyes.projector.forward(&eyes.tower.forward(&pixels)?)? * eyes.scale
+                vision.projector.forward(&vision.tower.forward(&pixels)?)? * vision.scale
             }
             _ => bail!("this model has no encoder for what it was given"),
         }
@@ -104,8 +104,8 @@ impl Family {
             (Family::Phi(model), _) => model.forward(ids),
             (Family::Gemma(model), _) => model.forward(ids, position),
             (Family::T5(sides), Some(encoded)) => sides.decoder.decode(ids, encoded),
-            (Family::PaliGemma { eyes, text }, Some(features)) if position == 0 => {
-                let n_image = eyes.picture.patches();
+            (Family::PaliGemma { vision, text }, Some(features)) if position == 0 => {
+                let n_image = vision.picture.patches();
                 let words = text.embed_tokens().forward(&ids.narrow(1, n_image, ids.dim(1)? - n_image)?)?;
                 // Without a mask: picture and prompt are one prefix that sees all of itself.
                 text.forward_embeds(&Tensor::cat(&[features, &words], 1)?, None, 0)

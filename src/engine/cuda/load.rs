@@ -74,7 +74,7 @@ fn explained(error: Error, setup: &Setup, formats: &Formats) -> Error {
     }
     let Peak { resident, beyond } = peak(&setup.model.matrices, setup.source, formats);
     let (resident, beyond) = (size(resident as u64), size(beyond as u64));
-    error.context(format!("loading takes {resident} of the device that stay, and {beyond} on the way"))
+    error.context(format!("loading takes {resident} of device memory, and {beyond} more while tensors are converted"))
 }
 
 fn is_bias(setup: &Setup, matrix: usize) -> bool {

@@ -127,7 +127,7 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
     // Matrices that read the same rows have the same k and threshold.
     // SAFETY: the caller's promise for x.
     let Some(rows) = x.made(|| unsafe { quantize(matrix, on, x) })? else {
-        bail!("rows that another format has made something of")
+        bail!("activation rows were prepared for another format")
     };
     let products = x.arena.take::<i32>(x.m * matrix.n)?;
     let call = ManyRows { y, products: products.address, ..many_rows(matrix, x, rows) };

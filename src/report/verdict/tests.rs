@@ -119,7 +119,11 @@ fn a_reason_comes_with_its_measurement() {
         ),
         ("memory", None, ", memory-bound at 62 % of the read bandwidth"),
         ("compute", Some(0.4), ", compute-bound (reading alone takes 40 % of a step, arithmetic alone 30 %)"),
-        ("mixed", Some(0.4), ", bound by no part alone (reading alone takes 40 % of a step, arithmetic alone 30 %)"),
+        (
+            "mixed",
+            Some(0.4),
+            ", bound by neither memory nor arithmetic alone (reading alone takes 40 % of a step, arithmetic alone 30 %)",
+        ),
         ("cache-resident", Some(0.4), ", cache-resident (reading alone takes 40 % of a step, arithmetic alone 30 %)"),
         ("host", None, ", host-bound (the device works 71 % of a step)"),
         ("not known", None, " at 62 % of the read bandwidth, what bounds it is not known"),
