@@ -31,7 +31,7 @@ pub(super) fn write(document: &Document, output: &Output, options: &Options) -> 
 
 fn pictures(document: &Document, folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|error| BadInput::new(format!("`--svg {}`: {error}", folder.display())))?;
-    for (name, svg) in report::pictures(document)? {
+    for (name, svg) in report::pictures(document) {
         report::write_file(&folder.join(name), &svg)?;
     }
     Ok(())

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::case::{self, Case};
-use super::columns::{self, Row, Sheet};
+use super::columns::{self, Extent, Row, Sheet};
 use super::grid::{self, Line};
 use super::{Options, Writer, modules, verdict};
 use crate::record::Document;
@@ -21,7 +21,7 @@ fn write(document: &Document, options: &Options) -> Result<String> {
 }
 
 fn block(case: &Case, options: &Options) -> String {
-    let mut sheet = columns::sheet(case, options.wide);
+    let mut sheet = columns::sheet(case, Extent { wide: options.wide, changes: true });
     let notes = std::mem::take(&mut sheet.notes);
     let verdicts: String =
         verdict::verdicts(case, options.card_bytes).iter().map(|verdict| format!("{verdict}\n")).collect();
