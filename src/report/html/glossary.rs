@@ -51,10 +51,16 @@ pub fn meaning(name: &str) -> Option<&'static str> {
 pub fn link(name: &str) -> String {
     match meaning(name) {
         Some(meaning) => {
-            format!("<a class=\"term\" href=\"#{}\" title=\"{}\">{}</a>", id(name), line(meaning), line(name))
+            format!("<a class=\"term\" href=\"#{}\" title=\"{}\">{}</a>", id(name), line(meaning), words(name))
         }
         None => line(name),
     }
+}
+
+/// A head may break between its words, and not at a hyphen.
+fn words(name: &str) -> String {
+    let word = |word: &str| if word.contains('-') { format!("<span>{}</span>", line(word)) } else { line(word) };
+    name.split(' ').map(word).collect::<Vec<_>>().join(" ")
 }
 
 fn id(name: &str) -> String {
