@@ -8,15 +8,15 @@ use super::measurement_protocol::MeasurementProtocol;
 use crate::engine::Engine;
 use crate::quality::CallPath;
 use crate::quality::text::SAMPLE_NAME;
-use crate::quant::FormatOptions;
+use crate::quant::{self, FormatId, FormatOptions};
 use crate::weights::policy::Selection;
 
 /// One model on one device with one workload, at several precisions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Case {
     pub model: crate::weights::Request,
-    /// Canonical names, in the order of the command line.
-    pub precisions: Vec<String>,
+    /// In the order of the command line.
+    pub precisions: Vec<FormatId>,
     pub precision_selection: PrecisionSelection,
     /// In the order of the command line.
     pub engines: Vec<Engine>,
@@ -59,20 +59,19 @@ pub enum PrecisionSelection {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Variant {
     pub engine: Engine,
-    /// Canonical name.
-    pub precision: String,
+    pub precision: FormatId,
 }
 
 impl Variant {
     /// `precision` on quantbench's own engine.
-    pub fn own(precision: &str) -> Self {
-        Self { engine: Engine::Quantbench, precision: precision.to_owned() }
+    pub fn own(precision: FormatId) -> Self {
+        Self { engine: Engine::Quantbench, precision }
     }
 
     /// Name in labels and file names; quantbench's own engine is left out.
     pub fn label(&self) -> String {
         match self.engine {
-            Engine::Quantbench => self.precision.clone(),
+            Engine::Quantbench => self.precision.to_string(),
             other => format!("{}-{}", other.name(), self.precision),
         }
     }
@@ -82,8 +81,8 @@ impl Case {
     /// Each engine at each precision that it runs, in the order of the command line.
     pub fn variants(&self) -> Vec<Variant> {
         let of = |&engine: &Engine| {
-            let precisions = self.precisions.iter().filter(move |precision| engine.runs(precision));
-            precisions.map(move |precision| Variant { engine, precision: precision.clone() })
+            let precisions = self.precisions.iter().filter(move |precision| engine.runs(**precision));
+            precisions.map(move |&precision| Variant { engine, precision })
         };
         self.engines.iter().flat_map(of).collect()
     }
@@ -91,9 +90,8 @@ impl Case {
     /// Index of the variant that the others are compared with: fp16 on quantbench's own engine, else any fp16.
     pub fn baseline(&self) -> Option<usize> {
         let variants = self.variants();
-        let is_fp16 = |variant: &Variant| variant.precision == "fp16";
-        let own = variants.iter().position(|variant| is_fp16(variant) && variant.engine == Engine::Quantbench);
-        own.or_else(|| variants.iter().position(is_fp16))
+        let own = variants.iter().position(|variant| *variant == Variant::own(quant::BASELINE));
+        own.or_else(|| variants.iter().position(|variant| variant.precision == quant::BASELINE))
     }
 
     /// Matrices that every precision quantizes.
@@ -148,6 +146,7 @@ impl QualityChoice {
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use crate::quant::nf4;
 
     /// An ordinary case; tests vary what they are about.
     pub fn case() -> Case {
@@ -161,7 +160,7 @@ pub mod tests {
                 outlier_channels: 0,
                 strict_config: false,
             },
-            precisions: vec!["fp16".to_owned()],
+            precisions: vec![quant::BASELINE],
             precision_selection: PrecisionSelection::ByName,
             engines: vec![Engine::Quantbench],
             format_options: FormatOptions::default(),
@@ -183,12 +182,12 @@ pub mod tests {
 
     #[test]
     fn variants_are_each_engine_at_each_precision_that_it_runs() {
-        let precisions = ["nf4", "fp16"].map(str::to_owned).to_vec();
+        let precisions = vec![nf4::ID, quant::BASELINE];
         let case = Case { precisions, engines: vec![Engine::Candle, Engine::Quantbench], ..case() };
         let labels: Vec<String> = case.variants().iter().map(Variant::label).collect();
         assert_eq!(labels, ["candle-fp16", "nf4", "fp16"]);
         assert_eq!(case.baseline(), Some(2), "fp16 of the own engine");
         assert_eq!(Case { engines: vec![Engine::Candle], ..case.clone() }.baseline(), Some(0));
-        assert_eq!(Case { precisions: vec!["nf4".to_owned()], ..case }.baseline(), None);
+        assert_eq!(Case { precisions: vec![nf4::ID], ..case }.baseline(), None);
     }
 }

@@ -85,7 +85,7 @@ fn bounded(case: &Case) -> Option<Case> {
 fn row(variant: &Variant, needs: Needs, free_bytes: Option<u64>) -> dry_run::Row {
     dry_run::Row {
         engine: variant.engine.name().to_owned(),
-        precision: variant.precision.clone(),
+        precision: variant.precision.to_string(),
         weights_bytes: needs.weights_bytes,
         kv_cache_bytes: needs.kv_cache_bytes,
         scratch_bytes: needs.scratch_bytes,

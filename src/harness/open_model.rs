@@ -97,8 +97,9 @@ mod tests {
     use super::*;
     use crate::engine::needs::stored_bytes;
     use crate::events::Silent;
-    use crate::quant::FormatOptions;
+    use crate::quant::{FormatOptions, fp16, fp32, nf4};
     use crate::weights::WeightsChoice;
+    use crate::weights::policy::Formats;
 
     #[test]
     fn bytes_of_a_selection_are_known_before_it_runs() {
@@ -112,19 +113,19 @@ mod tests {
             strict_config: false,
         };
         let model = open(&request, &Silent).unwrap().model;
-        let options = FormatOptions::default();
-        let stored = |precision: &str| stored_bytes(&model, precision, options).unwrap();
-        let selected = |selection: Selection, precision: &str| {
+        let formats = |precision| Formats::new(precision, FormatOptions::default());
+        let stored = |precision| stored_bytes(&model, &formats(precision));
+        let selected = |selection: Selection, precision| {
             let mut model = model.clone();
             selection.apply(&mut model.matrices).unwrap();
-            stored_bytes(&model, precision, options).unwrap()
+            stored_bytes(&model, &formats(precision))
         };
-        assert_eq!(selected(Selection::Usual, "nf4"), stored("nf4"));
-        assert_eq!(selected(Selection::Only(Vec::new()), "nf4"), stored("fp16"));
-        let one = selected(Selection::Only(vec!["model.layers.0.mlp.down_proj.weight".to_owned()]), "nf4");
-        assert!(stored("nf4") < one && one < stored("fp16"));
+        assert_eq!(selected(Selection::Usual, nf4::ID), stored(nf4::ID));
+        assert_eq!(selected(Selection::Only(Vec::new()), nf4::ID), stored(fp16::ID));
+        let one = selected(Selection::Only(vec!["model.layers.0.mlp.down_proj.weight".to_owned()]), nf4::ID);
+        assert!(stored(nf4::ID) < one && one < stored(fp16::ID));
         // The reference holds matrices in fp32; vectors count 2 bytes a value wherever they are.
-        let matrices = |precision: &str| stored(precision) - model.vector_bytes() as u64;
-        assert_eq!(matrices("fp32"), 2 * matrices("fp16"));
+        let matrices = |precision| stored(precision) - model.vector_bytes() as u64;
+        assert_eq!(matrices(fp32::ID), 2 * matrices(fp16::ID));
     }
 }

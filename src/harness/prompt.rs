@@ -45,7 +45,7 @@ impl Workload {
             model: crate::weights::Request { offline: true, ..case.model.clone() },
             engine: variant.engine,
             cuda_graph: case.cuda_graph,
-            precision: variant.precision.clone(),
+            precision: variant.precision,
             format_options: case.format_options,
             encoder_capacity: self.n_encoder,
             device,

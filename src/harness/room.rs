@@ -13,6 +13,7 @@ use crate::kernels::nvml::Gpu;
 use crate::os::memory::ProcessMemory;
 use crate::plan::Model;
 use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
+use crate::weights::policy::Formats;
 
 /// What a worker holds of the host's memory beside its session: code, stacks, tables.
 const WORKER_BYTES: u64 = 64 << 20;
@@ -61,11 +62,11 @@ impl Room {
     }
 }
 
-/// What the worker of a row will hold.
+/// Memory that the worker of a variant will hold.
 pub fn needs(case: &Case, variant: &Variant, (model, workload): (&Model, &Workload), device: Device) -> Result<Needs> {
-    let holding =
-        Holding { engine: variant.engine, precision: &variant.precision, options: case.format_options, device };
-    needs::needs(model, holding, &lengths(workload))
+    let formats = Formats::new(variant.precision, case.format_options);
+    let holding = Holding { engine: variant.engine, formats: &formats, device };
+    Ok(needs::needs(model, holding, &lengths(workload)))
 }
 
 /// Free bytes of the memory that a worker's weights and cache are in. Asks the driver without a context, which would take some of it.

@@ -17,6 +17,7 @@ use crate::kernels::cpu::rlimit;
 use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
 use crate::protocol::{self, LoadReport, LoadRequest, WorkerReply, WorkerRequest};
+use crate::quant::fp16;
 use crate::weights::policy::Formats;
 use crate::weights::spec::Role;
 
@@ -71,11 +72,11 @@ fn load(request: LoadRequest, events: &dyn Listener) -> Result<(State, LoadRepor
     let mut opened = open(&request.model, &WithoutWarnings(events))?;
     opened.select(&request.selection)?;
     let pixels = pixels(&opened.model, &opened.checkpoint, &request.task.encode)?;
+    let formats = Formats::new(request.precision, request.format_options);
     let setup = Setup {
         model: &opened.model,
         source: opened.source.as_ref(),
-        precision: &request.precision,
-        options: request.format_options,
+        formats: &formats,
         device: request.device,
         threads: request.threads,
         capacity: request.capacity(),
@@ -100,7 +101,7 @@ fn load(request: LoadRequest, events: &dyn Listener) -> Result<(State, LoadRepor
         // Not our kernels.
         Engine::Candle => None,
     };
-    check_kernels(&request.precision, self_check.as_ref())?;
+    check_kernels(request.precision, self_check.as_ref())?;
     let report = LoadReport {
         protocol_version: protocol::VERSION,
         load_s: loaded.load.as_secs_f64(),
@@ -109,23 +110,22 @@ fn load(request: LoadRequest, events: &dyn Listener) -> Result<(State, LoadRepor
         isa: loaded.isa,
         load_peak_bytes,
         self_check,
-        weights_by_format: weights_by_format(&opened, &request)?,
+        weights_by_format: weights_by_format(&opened, &formats),
     };
     Ok((State { bench, request }, report))
 }
 
 /// Stored bytes of the weights by the format that holds them; vectors count as fp16.
-fn weights_by_format(opened: &Opened, request: &LoadRequest) -> Result<BTreeMap<String, u64>> {
-    let formats = Formats::new(&request.precision, request.format_options)?;
-    let mut bytes = BTreeMap::from([("fp16".to_owned(), opened.model.vector_bytes() as u64)]);
+fn weights_by_format(opened: &Opened, formats: &Formats) -> BTreeMap<String, u64> {
+    let mut bytes = BTreeMap::from([(fp16::ID.to_string(), opened.model.vector_bytes() as u64)]);
     for spec in &opened.model.matrices {
         // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
         let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
         let left_out = opened.source.is_quantized() && spec.role == Role::Projection && wide;
         let format = if left_out { formats.fp16() } else { formats.of(spec.role) };
-        *bytes.entry(format.name().to_owned()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
+        *bytes.entry(format.id().to_string()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
     }
-    Ok(bytes)
+    bytes
 }
 
 #[cfg(test)]

@@ -36,7 +36,7 @@ pub struct ProcessWorker {
 
 impl ProcessWorker {
     pub fn new(request: LoadRequest, needed_bytes: u64, deadline: Option<Deadline>) -> Self {
-        let label = Variant { engine: request.engine, precision: request.precision.clone() }.label();
+        let label = Variant { engine: request.engine, precision: request.precision }.label();
         Self { request, label, binary: None, needed_bytes, deadline, child: None }
     }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::task::Task;
 use crate::engine::check::SelfCheck;
 use crate::engine::{Device, Engine};
-use crate::quant::FormatOptions;
+use crate::quant::{FormatId, FormatOptions};
 use crate::weights::policy::Selection;
 
 /// All that one worker needs. The parent has checked it and turned the prompt into ids.
@@ -19,7 +19,7 @@ pub struct LoadRequest {
     pub protocol_version: u32,
     pub model: crate::weights::Request,
     pub engine: Engine,
-    pub precision: String,
+    pub precision: FormatId,
     pub format_options: FormatOptions,
     /// Rows that the encoder must hold; 0 without one.
     pub encoder_capacity: usize,

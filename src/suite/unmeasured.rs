@@ -17,9 +17,7 @@ pub fn records(case: &Case, failure: &Failure) -> Vec<Record> {
 
 /// Never empty: engines that run none of the precisions were asked for all of them.
 fn variants(case: &Case) -> Vec<Variant> {
-    let refused = |&engine: &Engine| {
-        case.precisions.iter().map(move |precision| Variant { engine, precision: precision.clone() })
-    };
+    let refused = |&engine: &Engine| case.precisions.iter().map(move |&precision| Variant { engine, precision });
     Some(case.variants())
         .filter(|variants| !variants.is_empty())
         .unwrap_or_else(|| case.engines.iter().flat_map(refused).collect())
@@ -47,11 +45,11 @@ fn record(case: &Case, variant: &Variant, failure: &Failure, timestamp: &str) ->
             ..nothing.model
         },
         weights: weights(case),
-        precision: variant.precision.clone(),
+        precision: variant.precision.to_string(),
         keep_fp16: case.keep_fp16.clone(),
         device,
         workload: workload(case),
-        dtypes: record::Dtypes { weights: variant.precision.clone(), ..nothing.dtypes },
+        dtypes: record::Dtypes { weights: variant.precision.to_string(), ..nothing.dtypes },
         environment: machine.environment(&isa, threads),
         ..nothing
     };

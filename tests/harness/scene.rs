@@ -17,7 +17,7 @@ use quantbench::harness::{Case, DeviceChoice, MeasurementProtocol, PrecisionSele
 use quantbench::os::cpu_usage::{CpuAccounts, CpuUsage};
 use quantbench::os::memory::ProcessMemory;
 use quantbench::protocol::{Encode, Failure, FinishReport, LoadReport, Sample, Task, Wait, WarmupReport};
-use quantbench::quant::FormatOptions;
+use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::record::metrics::find;
 use quantbench::record::{self, Record};
 use quantbench::weights::{Request, WeightsChoice};
@@ -129,7 +129,7 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
             outlier_channels: 0,
             strict_config: false,
         },
-        precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
+        precisions: precisions.iter().filter_map(|name| FormatId::named(name)).collect(),
         precision_selection: PrecisionSelection::ByName,
         engines: vec![Engine::Quantbench],
         format_options: FormatOptions::default(),

@@ -25,7 +25,7 @@ use crate::kernels::cpu::rope::Angles;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::plan::{
-    CacheSpec, EncoderInputKind, Holds, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage,
+    CacheScope, CacheSpec, EncoderInputKind, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage,
 };
 use crate::quant::{CpuMatrix, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
@@ -125,7 +125,7 @@ impl BiasTable {
 /// Loads `setup` for the kernels of `isa`.
 pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
     // What no kernel computes is refused before any weight is read.
-    setup.model.plans().try_for_each(|plan| lower(plan, |_| "").map(|_| ()))?;
+    setup.model.plans().try_for_each(|plan| lower(plan, |_| setup.formats.precision()).map(|_| ()))?;
     let pool = Pool::try_new(setup.threads).with_context(|| format!("starting {} threads", setup.threads))?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
     let tensors = stream(setup, events, &finish)?;
@@ -150,7 +150,7 @@ impl CpuSession {
         let model = setup.model.clone();
         let reach = setup.capacity.max(setup.encoder_capacity);
         let cache = |spec: &CacheSpec| {
-            let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
+            let capacity = if spec.scope == CacheScope::Decoder { setup.capacity } else { setup.encoder_capacity };
             [spec.kv_heads * capacity * spec.head_dim; 2]
         };
         let angles = |rope: &Rope| {

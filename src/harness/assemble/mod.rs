@@ -18,7 +18,7 @@ use super::warnings::Warning;
 use super::watch::energy::Counter;
 use crate::engine::{self, Engine};
 use crate::protocol::{Failure, Sample};
-use crate::quant::FormatOptions;
+use crate::quant::{FormatId, FormatOptions};
 use crate::record::{self, Bandwidth, Record, Samples, Status, metrics};
 use crate::stats;
 
@@ -114,7 +114,7 @@ fn instruction_set_of_all(variants: &[Variant], records: &mut [Record]) {
 
 /// One record for each precision of a case whose speed is not measured.
 pub fn unmeasured(context: &RunContext, case: &Case) -> Vec<Record> {
-    let record = |precision: &String| {
+    let record = |&precision: &FormatId| {
         let mut record = base(context, &Variant::own(precision), &Outcome::default(), &|_| None);
         let of_model = context.warnings.iter().filter(|warning| matches!(warning, Warning::Model { .. }));
         record.warnings = of_model.map(Warning::to_string).collect();
@@ -130,7 +130,6 @@ fn base(
     outcome: &Outcome,
     decode: &dyn Fn(&[u32]) -> Option<String>,
 ) -> Record {
-    let precision = variant.precision.as_str();
     let loaded = outcome.loaded.clone().unwrap_or_default();
     let n_gen = outcome.warmed.as_ref().map_or(context.workload.n_gen, |warmed| warmed.n_gen as u64);
     let token_ids = outcome.samples.first().map(|sample| sample.ids.clone()).unwrap_or_default();
@@ -146,9 +145,9 @@ fn base(
         timestamp: context.timestamp.clone(),
         model: context.model.clone(),
         weights: record::WeightFacts { fp16_overflow: loaded.fp16_overflow, ..context.weights.clone() },
-        precision: precision.to_owned(),
+        precision: variant.precision.to_string(),
         keep_fp16: context.keep_fp16.clone(),
-        int8: int8(context, precision, outcome),
+        int8: int8(context, variant.precision, outcome),
         device: context.device.clone(),
         workload: record::Workload { n_gen, ..context.workload },
         protocol: protocol(context, outcome),
@@ -199,9 +198,9 @@ pub fn fail(record: &mut Record, failure: &Failure) {
     }
 }
 
-fn int8(context: &RunContext, precision: &str, outcome: &Outcome) -> Option<record::Int8Facts> {
+fn int8(context: &RunContext, precision: FormatId, outcome: &Outcome) -> Option<record::Int8Facts> {
     let counts = outcome.finished.as_ref().map(|finished| finished.outliers).filter(|counts| counts.calls > 0);
-    (precision == "int8").then(|| record::Int8Facts {
+    precision.finds_outliers.then(|| record::Int8Facts {
         threshold: f64::from(context.format_options.int8_threshold),
         outlier_columns_mean: counts.map(|counts| counts.columns as f64 / counts.calls as f64),
     })
@@ -298,7 +297,7 @@ fn dtypes(context: &RunContext, variant: &Variant) -> record::Dtypes {
         Engine::Candle => engine::candle::runs_in_fp32(&context.model.architecture),
     };
     let computed = if fp32 { "fp32" } else { "fp16" }.to_owned();
-    let weights = if variant.engine == Engine::Candle { &computed } else { &variant.precision }.clone();
+    let weights = if variant.engine == Engine::Candle { computed.clone() } else { variant.precision.to_string() };
     record::Dtypes { weights, compute: computed.clone(), kv_cache: computed.clone(), logits: computed }
 }
 

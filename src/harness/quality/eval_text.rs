@@ -13,6 +13,7 @@ use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::{DeviceAssignment, Encode, Failure, Greedy, LoadRequest, LogitsFile, ScoreRequest, Task};
 use crate::quality::windows::{self, Window};
 use crate::quality::{CallPath, rows, text};
+use crate::quant::FormatId;
 use crate::weights::policy::Selection;
 use crate::weights::{Checkpoint, SourceKind};
 
@@ -103,7 +104,7 @@ impl EvalText {
     pub fn worker(
         &self,
         (case, model): (&Case, &Model),
-        precision: &str,
+        precision: FormatId,
         assignment: DeviceAssignment,
         selection: Selection,
     ) -> Result<ProcessWorker, Failure> {

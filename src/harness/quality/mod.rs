@@ -14,6 +14,7 @@ use super::case::Case;
 use crate::events::{Event, Listener, Unit};
 use crate::plan::Model;
 use crate::protocol::{DeviceAssignment, Failure};
+use crate::quant;
 use crate::record::{Record, Status};
 
 /// A precision whose quality could not be measured.
@@ -35,13 +36,13 @@ pub fn measure(
     let total = case.precisions.len() as u64;
     events.on(Event::Begin { label: "quality".to_owned(), total, unit: Unit::Runs });
     let mut outcomes = Vec::new();
-    for (at, precision) in case.precisions.iter().enumerate() {
+    for (at, &precision) in case.precisions.iter().enumerate() {
         let runs = records[at].status == Status::Ok;
         outcomes.push(runs.then(|| precision::score(&mut reference, precision, &case.selection())));
         events.on(Event::Progress { done: at as u64 + 1 });
     }
     events.on(Event::End);
-    let fp16 = case.precisions.iter().position(|name| name == "fp16");
+    let fp16 = case.precisions.iter().position(|precision| *precision == quant::BASELINE);
     let fp16 = fp16.and_then(|at| outcomes[at].as_ref()?.as_ref().ok()).map(|scores| scores.costs.as_slice());
     let mut failed = Vec::new();
     for ((record, outcome), at) in records.iter_mut().zip(&outcomes).zip(0..) {

@@ -6,6 +6,7 @@ use crate::harness::worker_process::ProcessWorker;
 use crate::protocol::{Failure, LogitsFile, ScoreReport};
 use crate::quality::cost::TokenCost;
 use crate::quality::{CallPath, pass, summary};
+use crate::quant::FormatId;
 use crate::record;
 use crate::weights::policy::Selection;
 
@@ -29,7 +30,7 @@ impl Scores {
 }
 
 /// Scores one precision, or one selection of the matrices at it.
-pub fn score(reference: &mut Reference, precision: &str, selection: &Selection) -> Result<Scores, Failure> {
+pub fn score(reference: &mut Reference, precision: FormatId, selection: &Selection) -> Result<Scores, Failure> {
     let (text, case, assignment) = (reference.text, reference.case, reference.assignment);
     let path = case.quality.as_ref().and_then(|choice| choice.path).unwrap_or(CallPath::usual(precision));
     let mut worker: Option<ProcessWorker> = None;
