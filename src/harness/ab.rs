@@ -4,10 +4,11 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::assemble::{self, RunContext};
+use super::assemble;
 use super::case::Case;
 use super::checks;
 use super::prepare::PreparedCase;
+use super::run_context::RunContext;
 use super::schedule::{self, Order, ScheduleContext, Worker};
 use super::watch::machine::MachineWatch;
 use super::worker_process::ProcessWorker;

@@ -6,10 +6,12 @@ use std::{env, fs};
 
 use serde::{Deserialize, Serialize};
 
-use super::assemble::SLOW_READ;
 use crate::engine::memory::MeasuredBandwidth;
 use crate::kernels::nvml::Gpu;
 use crate::report::write_file;
+
+/// Read bandwidth below this share of the theoretical one was disturbed, or the memory is not set up as it could be.
+pub const SLOW_READ: f64 = 0.85;
 
 /// The bandwidth of a device.
 #[derive(Debug, Clone, PartialEq)]

@@ -2,7 +2,6 @@
 
 use anyhow::Result;
 
-use super::assemble::RunContext;
 use super::bandwidth_cache::{BandwidthCache, DeviceBandwidth};
 use super::case::{Case, Variant};
 use super::checks::{self, Chosen};
@@ -11,6 +10,7 @@ use super::open_model::{self, Opened};
 use super::prompt::{self, Workload};
 use super::quality::EvalText;
 use super::room::{Room, TooLarge};
+use super::run_context::RunContext;
 use super::schedule::{self, Order, Outcome, ScheduleContext, Worker};
 use super::warnings::Warning;
 use super::watch::Watch;

@@ -3,11 +3,11 @@
 use quantbench::engine::Alone;
 use quantbench::engine::fake::Run;
 use quantbench::events::Silent;
-use quantbench::harness::assemble::{RunContext, records};
+use quantbench::harness::assemble::records;
 use quantbench::harness::schedule::{Order, Outcome, Worker};
 use quantbench::harness::watch::energy::{Counter, Mark, Window};
 use quantbench::harness::watch::{Reading, Watched};
-use quantbench::harness::{Case, MeasurementProtocol};
+use quantbench::harness::{Case, MeasurementProtocol, RunContext};
 use quantbench::record::{self, Document, Record, SCHEMA_VERSION};
 use quantbench::report;
 

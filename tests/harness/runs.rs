@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 
 use quantbench::engine::fake::Run;
 use quantbench::events::{Event, Listener, Silent};
-use quantbench::harness::assemble::{RunContext, records};
+use quantbench::harness::assemble::records;
 use quantbench::harness::schedule::{Order, Outcome, ScheduleContext, Worker};
 use quantbench::harness::warnings::Warning;
 use quantbench::harness::watch::Blind;
-use quantbench::harness::{Case, MeasurementProtocol, schedule};
+use quantbench::harness::{Case, MeasurementProtocol, RunContext, schedule};
 use quantbench::os::cpu_usage::CpuUsage;
 use quantbench::protocol::{Encode, Failure, LoadReport, Task, WarmupEnd};
 use quantbench::record::metrics::METRICS;

@@ -8,12 +8,14 @@ use std::rc::Rc;
 use quantbench::engine::fake::{FakeSession, FakeTime, Run};
 use quantbench::engine::{Alone, Engine};
 use quantbench::events::{Listener, Silent};
-use quantbench::harness::assemble::{RunContext, records};
+use quantbench::harness::assemble::records;
 use quantbench::harness::measure::Bench;
 use quantbench::harness::schedule::{Order, Outcome, ScheduleContext, Worker};
 use quantbench::harness::watch::energy::Mark;
 use quantbench::harness::watch::{Blind, Watch, Watched};
-use quantbench::harness::{Case, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice, schedule};
+use quantbench::harness::{
+    Case, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice, RunContext, schedule,
+};
 use quantbench::os::cpu_usage::{CpuAccounts, CpuUsage};
 use quantbench::os::memory::ProcessMemory;
 use quantbench::protocol::{Encode, Failure, FinishReport, LoadReport, Sample, Task, Wait, WarmupReport};

@@ -1,6 +1,8 @@
 //! The warnings of one record: what its repeats, the machine and its sizes tell.
 
-use super::{RunContext, limit};
+use super::limit;
+use crate::harness::bandwidth_cache::SLOW_READ;
+use crate::harness::run_context::RunContext;
 use crate::harness::schedule::Outcome;
 use crate::harness::stopping::RepeatsEnd;
 use crate::harness::warnings::Warning;
@@ -12,9 +14,6 @@ use crate::stats;
 
 /// Host times with and without a synchronisation for each token that differ by more than this are both told.
 const SYNC_DIFFERS: f64 = 0.03;
-
-/// Read bandwidth below this share of the theoretical one was disturbed, or the memory is not set up as it could be.
-pub const SLOW_READ: f64 = 0.85;
 
 /// What the repeats themselves tell.
 pub fn of_repeats(context: &RunContext, record: &Record, outcome: &Outcome) -> Vec<Warning> {

@@ -1,7 +1,7 @@
 //! How close decoding comes to what the memory allows, and what holds it back as far as that was measured.
 
-use super::RunContext;
 use crate::engine::Alone;
+use crate::harness::run_context::RunContext;
 use crate::harness::schedule::Outcome;
 use crate::record::{Bandwidth, Bound, Record};
 use crate::stats;

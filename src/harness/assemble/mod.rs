@@ -5,56 +5,19 @@ mod limit;
 mod memory;
 mod monitor;
 
-pub use diagnose::SLOW_READ;
-
 use std::collections::BTreeMap;
 
 use super::case::{Case, Variant};
 use super::environment::engine_info;
-use super::measurement_protocol::MeasurementProtocol;
+use super::run_context::RunContext;
 use super::schedule::{Order, Outcome};
 use super::validity::invalid_reason;
 use super::warnings::Warning;
-use super::watch::energy::Counter;
 use crate::engine::{self, Engine};
 use crate::protocol::{Failure, Sample};
-use crate::quant::{FormatId, FormatOptions};
+use crate::quant::FormatId;
 use crate::record::{self, Bandwidth, Record, Samples, Status, metrics};
 use crate::stats;
-
-/// What is the same for all precisions of a run.
-#[derive(Debug, Clone)]
-pub struct RunContext {
-    pub engine: record::Engine,
-    pub command: String,
-    pub timestamp: String,
-    pub model: record::ModelFacts,
-    /// `fp16_overflow` is each precision's own.
-    pub weights: record::WeightFacts,
-    pub device: record::DeviceFacts,
-    /// `n_gen` is what was asked.
-    pub workload: record::Workload,
-    /// Positions of the decoder's cache before the first decode step.
-    pub n_before: u64,
-    pub environment: record::Environment,
-    pub format_options: FormatOptions,
-    /// As in [`Case`].
-    pub keep_fp16: Vec<String>,
-    pub protocol: MeasurementProtocol,
-    pub order: Order,
-    pub resolve_s: f64,
-    pub read_gb_s: Option<f64>,
-    pub copy_gb_s: Option<f64>,
-    /// When both were measured, where that was in an earlier run.
-    pub bandwidth_since: Option<String>,
-    /// What the memory can give by its data sheet, or why that is unknown.
-    pub theoretical_gb_s: Result<f64, String>,
-    pub cache_bytes: Option<u64>,
-    /// Where energy is counted.
-    pub counter: Option<Counter>,
-    /// Of the machine and the run, for every record.
-    pub warnings: Vec<Warning>,
-}
 
 /// One record for each precision, in the order of `case`. `decode` turns ids into text where there is a tokenizer.
 pub fn records(
