@@ -395,7 +395,8 @@ const WITHOUT_CIRCLES: &[&str] = &["harness", "ipc", "protocol", "suite", "os"];
 
 /// Every path of `use` items, with groups taken apart: `use a::{b, c::d};` gives `a::b` and `a::c::d`. Tests are left out.
 fn used_paths(text: &str) -> Vec<String> {
-    let text = text.split("#[cfg(test)]\nmod ").next().unwrap_or(text);
+    let tests = ["\n#[cfg(test)]", "\n#[cfg(all(test"].iter().filter_map(|start| text.find(start)).min();
+    let text = &text[..tests.unwrap_or(text.len())];
     let code: String = text.lines().map(|line| format!("{}\n", code(line))).collect();
     let items = code.split(';').filter_map(|item| item.rsplit_once("use ").map(|(_, tree)| tree));
     items.flat_map(|tree| leaves("", tree.trim())).collect()
@@ -475,7 +476,7 @@ fn some_modules_have_no_circles() {
 
 #[test]
 fn use_trees_are_taken_apart() {
-    let text = "use super::{a, b::{c, d as e}};\npub use self::f::G;\n#[cfg(test)]\nmod tests { use super::h; }";
+    let text = "use super::{a, b::{c, d as e}};\npub use self::f::G;\n#[cfg(test)]\npub mod tests { use super::h; }";
     assert_eq!(used_paths(text), ["super::a", "super::b::c", "super::b::d", "self::f::G"]);
     let modules = ["x", "x::a", "x::b", "y"].map(str::to_owned);
     let resolved = |path: &str| resolve("x::a", path, &modules);
