@@ -29,6 +29,9 @@ pub struct Document {
     pub records: Vec<Record>,
 }
 
+/// The precision that the others are compared with.
+pub const BASELINE: &str = "fp16";
+
 /// One precision of one case.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Record {
@@ -95,6 +98,13 @@ pub struct Record {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub card_bytes: Option<u64>,
     pub warnings: Vec<String>,
+}
+
+impl Record {
+    /// Whether this is the precision that others are compared with, whoever's engine it is.
+    pub fn is_fp16(&self) -> bool {
+        self.precision == BASELINE
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
