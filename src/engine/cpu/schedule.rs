@@ -12,8 +12,8 @@ use crate::plan::{
     RopeId, feature, refuse,
 };
 
-/// As errors name it.
-const EXECUTOR: &str = "the CPU engine";
+/// The name in errors.
+pub const EXECUTOR: &str = "the CPU engine";
 
 /// One operation of the lowered plan.
 #[derive(Debug, Clone, PartialEq)]

@@ -172,6 +172,8 @@ mod tests {
                 options: FormatOptions::default(),
                 device: Device::Cuda(0),
                 threads: 1,
+                sequences: 1,
+                kv_format: Device::Cuda(0).kv_format(),
                 capacity: 1,
                 encoder_capacity: 1,
                 cuda_graph: true,
