@@ -6,8 +6,9 @@ use quantbench::engine::{self, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
 use quantbench::plan::{AttentionSpec, Model, Norm, NormKind, Op, QkNorm, Sinks, Softcap, VectorId, Window};
-use quantbench::quant::FormatOptions;
+use quantbench::quant::{FormatOptions, fp16};
 use quantbench::weights::builtin;
+use quantbench::weights::policy::Formats;
 use quantbench::weights::random::Random;
 
 fn shape(name: &str) -> Model {
@@ -74,8 +75,7 @@ fn refused_call<T>(
     let setup = Setup {
         model,
         source: &source,
-        precision: "fp16",
-        options: FormatOptions::default(),
+        formats: &Formats::new(fp16::ID, FormatOptions::default()),
         device: engine::Device::Cpu,
         threads: 1,
         sequences,

@@ -132,7 +132,7 @@ const CALLS: Supported = Supported { executor: schedule::EXECUTOR, kv_formats: &
 pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
     // What no kernel computes is refused before any weight is read.
     CALLS.check(setup.sequences, setup.kv_format)?;
-    setup.model.plans().try_for_each(|plan| lower(plan, |_| "").map(|_| ()))?;
+    setup.model.plans().try_for_each(|plan| lower(plan, |_| setup.formats.precision()).map(|_| ()))?;
     let pool = Pool::try_new(setup.threads).with_context(|| format!("starting {} threads", setup.threads))?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
     let tensors = stream(setup, events, &finish)?;
