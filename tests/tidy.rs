@@ -8,11 +8,11 @@ use quantbench::{models, quant, record, report, weights};
 /// A module imports nothing to its left.
 const LAYERS: &[&str] = &[
     "main", "commands", "cli", "ui", "suite", "harness", "ipc", "protocol", "quality", "engine", "lower", "models",
-    "plan", "weights", "quant", "kernels", "os", "error",
+    "plan", "call", "weights", "quant", "kernels", "os", "error",
 ];
 
 /// Every layer may import these; they import each other and `error`.
-const LEAVES: &[&str] = &["report", "record", "stats", "events"];
+const LEAVES: &[&str] = &["report", "record", "stats", "rng", "events"];
 
 const MAX_LINES: usize = 700;
 

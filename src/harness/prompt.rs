@@ -9,7 +9,7 @@ use crate::error::BadInput;
 use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::{self, DeviceAssignment, Encode, LoadRequest, Task, Wait};
 use crate::record;
-use crate::stats::SplitMix64;
+use crate::rng::SplitMix64;
 
 /// The prompt where none is given and there is a tokenizer.
 pub const DEFAULT_TEXT: &str = "Explain quantization in simple terms.";

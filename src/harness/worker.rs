@@ -73,12 +73,18 @@ fn load(request: LoadRequest, events: &dyn Listener) -> Result<(State, LoadRepor
     opened.select(&request.selection)?;
     let pixels = pixels(&opened.model, &opened.checkpoint, &request.task.encode)?;
     let formats = Formats::new(request.precision, request.format_options);
+    let kv_format = match request.engine {
+        Engine::Quantbench => request.device.kv_format(),
+        Engine::Candle => engine::candle::kv_format(opened.model.architecture),
+    };
     let setup = Setup {
         model: &opened.model,
         source: opened.source.as_ref(),
         formats: &formats,
         device: request.device,
         threads: request.threads,
+        sequences: 1,
+        kv_format,
         capacity: request.capacity(),
         encoder_capacity: request.encoder_capacity,
         cuda_graph: request.cuda_graph,
