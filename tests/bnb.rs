@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use quantbench::engine::{self, Device, EncoderInput, Engine, Session, Setup};
 use quantbench::error;
 use quantbench::events::Silent;
-use quantbench::harness::{self, Asked, Case, DeviceChoice, PromptChoice, Protocol};
+use quantbench::harness::{self, Case, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice};
 use quantbench::plan::Model;
-use quantbench::quant::FormatOptions;
-use quantbench::weights::policy::Selection;
+use quantbench::quant::{FormatId, FormatOptions, nf4};
+use quantbench::weights::policy::{Formats, Selection};
 use quantbench::weights::{self, Request};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -38,10 +38,11 @@ fn load_with(folder: &Path, precision: &str, selection: &Selection) -> (Model, B
     let setup = Setup {
         model: &model,
         source: source.as_ref(),
-        precision,
-        options: FormatOptions::default(),
+        formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: Device::Cpu,
         threads: 2,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
         capacity: 64,
         encoder_capacity: 16,
         cuda_graph: true,
@@ -74,11 +75,11 @@ fn a_saved_checkpoint_generates_what_the_model_does_when_it_is_quantized_at_load
     }
 }
 
-fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
+fn case(folder: &Path, precisions: &[&str], precision_selection: PrecisionSelection) -> Case {
     Case {
         model: request(folder),
-        precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
-        asked,
+        precisions: precisions.iter().filter_map(|name| FormatId::named(name)).collect(),
+        precision_selection,
         engines: vec![Engine::Quantbench],
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
@@ -89,7 +90,7 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
         n_gen: 4,
         n_depth: 0,
         stop_at_eos: false,
-        protocol: Protocol::default(),
+        protocol: MeasurementProtocol::default(),
         save_logits: None,
         keep_fp16: Vec::new(),
         quality: None,
@@ -101,7 +102,7 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
 fn another_precision_than_the_saved_one_is_refused_with_both_names() {
     let folder = golden("bnb", "llama-tiny-nf4");
     for precisions in [&["int8"][..], &["nf4-nodq"], &["nf4", "fp16"]] {
-        let error = harness::run(&case(&folder, precisions, Asked::ByName), &Silent).unwrap_err();
+        let error = harness::run(&case(&folder, precisions, PrecisionSelection::ByName), &Silent).unwrap_err();
         let other = precisions.iter().find(|name| **name != "nf4").unwrap();
         assert!(error.to_string().contains(&format!("`--precision {other}`")), "{error}");
         assert!(error.to_string().contains("saved in `nf4`"), "{error}");
@@ -169,7 +170,13 @@ fn try_load(folder: &Path) -> anyhow::Result<()> {
 fn export_to(model: &Path, precision: &str, output: &Path) -> anyhow::Result<weights::export::Exported> {
     let checkpoint = weights::open(&request(model), &Silent)?;
     let plan = quantbench::models::build(&checkpoint.config)?;
-    weights::export::export(&checkpoint, (&plan.matrices, &plan.vectors), precision, output, &Silent)
+    weights::export::export(
+        &checkpoint,
+        (&plan.matrices, &plan.vectors),
+        FormatId::named(precision).expect("a format"),
+        output,
+        &Silent,
+    )
 }
 
 #[test]
@@ -180,7 +187,7 @@ fn layers_that_are_kept_in_fp16_are_saved_plain_and_named_for_transformers() {
     let mut plan = quantbench::models::build(&checkpoint.config).unwrap();
     let kept = Selection::Without(vec!["down_proj".to_owned()]);
     harness::select(&mut plan, &checkpoint, &kept).unwrap();
-    weights::export::export(&checkpoint, (&plan.matrices, &plan.vectors), "nf4", &output, &Silent).unwrap();
+    weights::export::export(&checkpoint, (&plan.matrices, &plan.vectors), nf4::ID, &output, &Silent).unwrap();
 
     let config: Value = serde_json::from_slice(&fs::read(output.join("config.json")).unwrap()).unwrap();
     let names = [0, 1, 2].map(|layer| format!("model.layers.{layer}.mlp.down_proj"));

@@ -246,7 +246,10 @@ def chart(checks, figure, records, runs):
         # Four parts, each rounded to half of its fourth decimal, and the sum rounded too.
         allowed = Decimal("0.0002") + Decimal("0.5") * Decimal(10) ** -len(said.group(1).partition(".")[2])
         checks.equal(abs(Decimal(said.group(1)) - sum_) <= allowed and said.group(1) in texts, True, f"{kind}: {said.group(1)} for {label}")
-    marks_are_even(checks, kind, [text for text in texts if re.fullmatch(NUMBER, text)] if kind not in BARS else [])
+    # Marks of the upright axis end at it, those of the level one have their middle at theirs.
+    for anchor in ("end", "middle") if kind not in BARS else ():
+        of_axis = [text_of(text) for text in every(svg, "text") if text[1].get("text-anchor") == anchor]
+        marks_are_even(checks, kind, [text for text in of_axis if re.fullmatch(NUMBER, text)])
 
 
 def marks_are_even(checks, kind, marks):

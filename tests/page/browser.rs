@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::devtools::{self, Browser};
-use crate::{EXAMPLES, example, page, twelve_cases};
+use crate::{EXAMPLES, example, page, skips, twelve_cases};
 
 /// A browser with a folder for pages, or `None` with a printed reason.
 fn browser() -> Option<(Browser, TempDir)> {
     let Some(program) = devtools::find() else {
-        eprintln!("skipped: no headless browser in PATH; known are {}", devtools::BROWSERS.join(", "));
+        skips::skip(format!("no headless browser in PATH; known are {}", devtools::BROWSERS.join(", ")));
         return None;
     };
     Some((Browser::start(&program), tempfile::tempdir().expect("a folder")))

@@ -11,17 +11,17 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use bytemuck::cast_slice;
 
 use super::run::Call;
 use super::schedule::Step;
 use super::{CpuSession, Memory, Weights};
 use crate::engine::Alone;
 use crate::kernels::cpu::bandwidth::read_through;
-use crate::kernels::cpu::pages::bytes_of;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::topology::core_cache_bytes;
-use crate::plan::{CacheId, Holds, MatrixId, NormSpec, Plan};
+use crate::plan::{CacheId, CacheScope, MatrixId, NormSpec, Plan};
 
 /// Rounds of a real step, a reading pass and a step of arithmetic alone.
 const MIN_ROUNDS: usize = 3;
@@ -194,12 +194,12 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
                         let matrix = &weights.matrices[part.weight.0];
                         let rows = worker.share(matrix.shape().0, weights.granule);
                         matrix.memory_of(rows.clone(), &mut piece);
-                        part.bias.iter().for_each(|bias| piece(bytes_of(&weights.vectors[bias.0][rows.clone()])));
+                        part.bias.iter().for_each(|bias| piece(cast_slice(&weights.vectors[bias.0][rows.clone()])));
                     }
                 }
                 Step::Norm(NormSpec { norm, x: _, out: _ }) => {
                     let own = norm.vectors().filter(|_| worker.index() == 0);
-                    own.for_each(|vector| piece(bytes_of(&weights.vectors[vector.0])));
+                    own.for_each(|vector| piece(cast_slice(&weights.vectors[vector.0])));
                 }
                 Step::Attend(attend) => read_cache(attend.cache, weights, memory, call, worker, &mut piece),
                 Step::Embed(_) | Step::Patches(_) | Step::AddRows(_) | Step::Features(_) | Step::LastRow(_) => {}
@@ -219,15 +219,15 @@ fn read_cache(
     piece: &mut impl FnMut(&[u8]),
 ) {
     let spec = weights.model.caches[cache.0];
-    let (capacity, seen) = match spec.holds {
-        Holds::Decoder => (weights.capacity, call.position + 1),
-        Holds::Encoder => (weights.encoder_capacity, call.encoded),
+    let (capacity, seen) = match spec.scope {
+        CacheScope::Decoder => (weights.capacity, call.position() + 1),
+        CacheScope::Encoder => (weights.encoder_capacity, call.encoded),
     };
     let positions = worker.share(seen, 1);
     for head in 0..spec.kv_heads {
         let of_head = |position: usize| (head * capacity + position) * spec.head_dim;
         for region in [2 * cache.0, 2 * cache.0 + 1] {
-            piece(bytes_of(&memory.caches.region(region)[of_head(positions.start)..of_head(positions.end)]));
+            piece(cast_slice(&memory.caches.region(region)[of_head(positions.start)..of_head(positions.end)]));
         }
     }
 }
@@ -243,7 +243,8 @@ mod tests {
     use crate::events::Silent;
     use crate::kernels::isa::Isa;
     use crate::plan::Op;
-    use crate::quant::{CpuMatrix, FORMATS, FormatOptions, Prepared, Stored};
+    use crate::quant::{CpuMatrix, FORMATS, FormatId, FormatOptions, Prepared, Stored};
+    use crate::weights::policy::Formats;
     use crate::weights::{self, Request};
 
     /// Products of an element by an element, and which rows of which matrix they were of.
@@ -266,7 +267,7 @@ mod tests {
     }
 
     impl CpuMatrix for Counted {
-        fn format(&self) -> &'static str {
+        fn format(&self) -> FormatId {
             self.inner.format()
         }
         fn shape(&self) -> (usize, usize) {
@@ -326,10 +327,11 @@ mod tests {
         let setup = Setup {
             model: &plan,
             source: source.as_ref(),
-            precision,
-            options: FormatOptions::default(),
+            formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
             device: Device::Cpu,
             threads,
+            sequences: 1,
+            kv_format: Device::Cpu.kv_format(),
             capacity: 64,
             encoder_capacity: 8,
             cuda_graph: true,

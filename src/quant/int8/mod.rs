@@ -8,23 +8,31 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod saved;
 
 use candle_core::{Result, bail};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
 
-use super::{CpuMatrix, Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored, take_f32_part, take_part};
+use super::{
+    CpuMatrix, Format, FormatEntry, FormatId, FormatOptions, HalfMatrix, Part, Stored, take_f32_part, take_part,
+};
 use crate::kernels::isa::Isa;
 
-pub const ENTRY: FormatEntry = FormatEntry {
-    name: NAME,
-    aliases: &["8bit", "llm.int8"],
-    doc: "LLM.int8: 8-bit weights and activations, outlier columns in floating point",
-    new: |options: FormatOptions| Box::new(Int8 { threshold: options.int8_threshold }),
-};
+pub const ID: FormatId = FormatId::of(&ENTRY);
 
-const NAME: &str = "int8";
+static ENTRY: FormatEntry = FormatEntry {
+    aliases: &["8bit", "llm.int8"],
+    finds_outliers: true,
+    saved: Some(&saved::Int8Saved),
+    prefill_bytes,
+    ..FormatEntry::plain(
+        "int8",
+        "LLM.int8: 8-bit weights and activations, outlier columns in floating point",
+        |options: FormatOptions| Box::new(Int8 { threshold: options.int8_threshold }),
+    )
+};
 
 /// What a product of codes is worth under absmax 1, as bitsandbytes' CPU code has it: 1 / 127² with a digit missing, 1.8e-5
 /// too large. Its CUDA kernels have the correct 6.200012e-5, and so has the CUDA path here: the difference is enough to move
@@ -36,13 +44,18 @@ const CODE_UNIT: f32 = 0.007_874_016;
 /// More columns could overflow the int32 sum of products of up to 127².
 const MAX_COLUMNS: usize = (i32::MAX / (127 * 127)) as usize;
 
+/// Codes of the activations and int32 products.
+fn prefill_bytes(m: usize, (n, k): (usize, usize)) -> u64 {
+    (m as u64).saturating_mul((n * size_of::<i32>() + k) as u64)
+}
+
 struct Int8 {
     threshold: f32,
 }
 
 impl Format for Int8 {
-    fn name(&self) -> &'static str {
-        NAME
+    fn id(&self) -> FormatId {
+        ID
     }
 
     fn stored_bytes(&self, n: usize, k: usize) -> usize {

@@ -187,7 +187,7 @@ fn notes(series: &[Series]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stats::SplitMix64;
+    use crate::rng::SplitMix64;
 
     #[test]
     fn an_interval_comes_from_the_spread_of_the_runs() {

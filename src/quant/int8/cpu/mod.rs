@@ -10,13 +10,15 @@ mod avx512;
 
 use std::ops::Range;
 
-use super::{CODE_UNIT, Int8Stored, NAME, PRODUCT_UNIT};
-use crate::kernels::cpu::pages::{Pages, bytes_of};
+use bytemuck::cast_slice;
+
+use super::{CODE_UNIT, ID, Int8Stored, PRODUCT_UNIT};
+use crate::kernels::cpu::pages::Pages;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, checked, strips, write_strip};
-use crate::quant::{CpuMatrix, Prepared, Stored};
+use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
 
 pub use activations::encode_row;
 
@@ -206,8 +208,8 @@ impl PanelSource for OutlierColumns<'_> {
 }
 
 impl CpuMatrix for Int8Matrix {
-    fn format(&self) -> &'static str {
-        NAME
+    fn format(&self) -> FormatId {
+        ID
     }
 
     fn shape(&self) -> (usize, usize) {
@@ -246,9 +248,9 @@ impl CpuMatrix for Int8Matrix {
 
     fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
         piece(self.strip_codes(strips(&rows)));
-        piece(bytes_of(&self.absmax[rows.clone()]));
+        piece(cast_slice(&self.absmax[rows.clone()]));
         if !self.excess.is_empty() {
-            piece(bytes_of(&self.excess[rows]));
+            piece(cast_slice(&self.excess[rows]));
         }
     }
 
