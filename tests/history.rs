@@ -119,7 +119,10 @@ fn few_runs_prove_little() {
 fn numbers_that_decide_by_themselves_need_one_earlier_run() {
     let place = Place::new().with_runs(&[1.0]);
     let mut larger = run_of(2, 1.0);
-    larger.records.iter_mut().for_each(|record| record.memory.peak_bytes = record.memory.peak_bytes.map(|b| b + b / 10));
+    larger
+        .records
+        .iter_mut()
+        .for_each(|record| record.memory.peak_bytes = record.memory.peak_bytes.map(|b| b + b / 10));
     place.write("larger.json", &larger);
     let said = place.expect("history check larger.json --fail-on peak_bytes:+3%", 3);
     assert!(said.starts_with("regressed"), "{said}");
@@ -179,8 +182,10 @@ fn a_history_is_listed_and_reported() {
     place.expect("report quantbench-history -o trend.html", 0);
     let page = fs::read_to_string(place.path("trend.html")).expect("the page");
     assert!(page.contains("<h3>Decode speed over the runs, tokens/s</h3>") && page.contains("8 runs in order of time"));
-    let names: Vec<String> =
-        fs::read_dir(place.path("quantbench-history")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let names: Vec<String> = fs::read_dir(place.path("quantbench-history"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     assert_eq!(names.len(), 2, "{names:?}");
     assert!(names.contains(&".gitattributes".to_owned()), "{names:?}");
 }
@@ -196,7 +201,11 @@ fn outputs_and_refusals() {
         assert!(check[key].is_f64(), "{key} in {check}");
     }
     assert!(fs::read_to_string(place.path("check.md")).expect("the file").starts_with("### ✅ ok"));
-    assert!(place.expect("history add result.json", 0).contains("0 records added to `quantbench-history`, 2 were there already"));
+    assert!(
+        place
+            .expect("history add result.json", 0)
+            .contains("0 records added to `quantbench-history`, 2 were there already")
+    );
     fs::create_dir(place.path("empty")).expect("a folder");
     for (line, word) in [
         ("history check --dir absent", "cannot read records from `absent`"),

@@ -3,7 +3,7 @@ import re
 from decimal import Decimal
 from html.parser import HTMLParser
 
-from record import GIB, NUMBER, Rows, at, metric, name, quality
+from record import COLUMNS, GIB, NUMBER, Rows, at, metric, name, quality
 from tables import table, verdicts
 from words import masked, notes, title, warnings
 
@@ -100,7 +100,7 @@ def of_page(checks, text, document, changes):
 
 OVERVIEW = {
     ("decode", "tokens/s"): metric("decode_tps"),
-    ("speed-up", "x fp16"): lambda r: (r["ratio_to_fp16"] or {}).get("median"),
+    ("speed-up", "x fp16"): lambda r: COLUMNS["speed-up", "x fp16"](r)[0],
     ("peak", "GiB"): at("memory", "peak_bytes", scale=GIB),
     ("TTFT", "ms"): metric("ttft_ms"),
     ("prefill", "tokens/s"): metric("prefill_tps"),

@@ -317,6 +317,14 @@ fn speed_up(record: &Record) -> Cell {
     record.ratio_to_fp16.map_or_else(|| baseline(record), |ratio| number(Some(ratio.median)))
 }
 
+/// The same as a number; 1 for the baseline.
+pub fn speed_up_number(record: &Record) -> Option<f64> {
+    match speed_up(record) {
+        Cell::Number(ratio) => Some(ratio),
+        _ => None,
+    }
+}
+
 fn bytes_ratio(record: &Record) -> Cell {
     record.ratio_to_fp16.map_or_else(|| baseline(record), |ratio| number(Some(ratio.by_bytes)))
 }

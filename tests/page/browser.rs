@@ -243,7 +243,12 @@ fn pictures_of_the_page() {
     let pages: Vec<(String, PathBuf)> = match std::env::var("QUANTBENCH_PAGE") {
         Ok(page) => vec![("report".into(), fs::canonicalize(page).expect("the page"))],
         Err(_) => {
-            let own = [("several", several_cases()), ("runs", seven_runs()), ("long", long_names()), ("twelve", twelve_cases())];
+            let own = [
+                ("several", several_cases()),
+                ("runs", seven_runs()),
+                ("long", long_names()),
+                ("twelve", twelve_cases()),
+            ];
             let examples = EXAMPLES.iter().map(|name| (*name, example(name)));
             examples.chain(own).map(|(name, document)| (name.to_owned(), write(&folder, name, &document))).collect()
         }

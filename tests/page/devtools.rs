@@ -157,7 +157,10 @@ impl Browser {
         match text {
             "" => {
                 for kind in ["keyDown", "keyUp"] {
-                    self.call("Input.dispatchKeyEvent", json!({"type": kind, "key": "Delete", "windowsVirtualKeyCode": 46}));
+                    self.call(
+                        "Input.dispatchKeyEvent",
+                        json!({"type": kind, "key": "Delete", "windowsVirtualKeyCode": 46}),
+                    );
                 }
             }
             text => {

@@ -50,7 +50,8 @@ const VOID: &[&str] = &["meta", "link", "input", "rect", "line", "circle", "poly
 fn unbalanced(html: &str) -> Vec<String> {
     let (mut open, mut wrong) = (Vec::new(), Vec::new());
     // A script is no markup up to its end tag.
-    let html: String = html.split("<script").map(|part| part.split_once("</script>").map_or(part, |(_, rest)| rest)).collect();
+    let html: String =
+        html.split("<script").map(|part| part.split_once("</script>").map_or(part, |(_, rest)| rest)).collect();
     for tag in html.split('<').skip(1).filter_map(|rest| rest.split('>').next()) {
         let name =
             tag.trim_start_matches('/').split([' ', '\n']).next().unwrap_or_default().trim_end_matches('/').to_owned();
@@ -140,14 +141,18 @@ fn runs_of_one_model_are_told_apart() {
     ] {
         assert!(html.contains(name), "{name}");
     }
-    assert!(html.contains("title=\"#2 2026-01-02T00:00:00Z, fedcba9\">#2</td>") && !html.contains("nf4 and nf4"), "{html}");
+    assert!(
+        html.contains("title=\"#2 2026-01-02T00:00:00Z, fedcba9\">#2</td>") && !html.contains("nf4 and nf4"),
+        "{html}"
+    );
 }
 
 #[test]
 fn what_was_disturbed_is_marked() {
     let html = page(&example("tainted"));
     assert!(
-        html.contains("<th scope=\"row\">nf4<abbr class=\"badge\"") && html.contains("* something disturbed this measurement"),
+        html.contains("<th scope=\"row\">nf4<abbr class=\"badge\"")
+            && html.contains("* something disturbed this measurement"),
         "{html}"
     );
     let shown = html.split("<script").next().expect("the page before its script");
@@ -178,7 +183,10 @@ fn later_runs_show_what_they_changed() {
     assert_eq!(html.matches("<section class=\"changes\">").count(), 1, "{html}");
     let changes = html.split("<section class=\"changes\">").nth(1).and_then(|rest| rest.split("</section>").next());
     let changes = changes.expect("the changes");
-    assert!(changes.contains("<h3>#1 2026-01-01T00:00:00Z, 0123abc → #2 2026-01-02T00:00:00Z, fedcba9</h3>"), "{changes}");
+    assert!(
+        changes.contains("<h3>#1 2026-01-01T00:00:00Z, 0123abc → #2 2026-01-02T00:00:00Z, fedcba9</h3>"),
+        "{changes}"
+    );
     for word in ["decode<small>tokens/s</small>", "TTFT<small>ms</small>", "peak<small>GiB</small>", " %]</td>"] {
         assert!(changes.contains(word), "{word}: {changes}");
     }
@@ -205,7 +213,10 @@ fn texts_stand_side_by_side() {
         record.output.text = Some(text.into());
     }
     let html = page(&document);
-    assert!(html.contains("<h4>fp16</h4><p>A cat\nsat.</p>") && html.contains("<h4>int8</h4><p>A cat\nsat.</p>"), "{html}");
+    assert!(
+        html.contains("<h4>fp16</h4><p>A cat\nsat.</p>") && html.contains("<h4>int8</h4><p>A cat\nsat.</p>"),
+        "{html}"
+    );
     assert!(html.contains("<h4>nf4</h4><p>A c<mark>&lt;b&gt;ow&lt;/b&gt;</mark></p>"), "{html}");
     assert!(html.contains("Marked from where it departs from fp16."));
     document.records[2].output.text = document.records[0].output.text.clone();

@@ -32,6 +32,12 @@ impl Axis {
         Self { name: name.into(), low, high, step, decimals: decimals.unwrap_or(9) as usize }
     }
 
+    /// From the first to the `n`-th of things that are counted: no mark stands between two of them.
+    pub fn counting(name: impl Into<String>, n: usize) -> Self {
+        let axis = Self::new(name, (1.0, n as f64), 5);
+        Self { step: axis.step.max(1.0), decimals: 0, ..axis }
+    }
+
     /// From 0 to a mark at or above `high`.
     pub fn from_zero(name: impl Into<String>, high: f64, marks: usize) -> Self {
         let mut axis = Self::new(name, (0.0, high), marks);
@@ -127,7 +133,8 @@ mod tests {
         assert_eq!(marks(&Axis::from_zero("", 104.7, 5)), ["0", "50", "100", "150"]);
         assert_eq!(marks(&Axis::from_zero("", 0.27, 4)), ["0.0", "0.1", "0.2", "0.3"]);
         assert_eq!(marks(&Axis::new("", (19.2, 31.0), 5)), ["20", "25", "30"]);
-        assert_eq!(marks(&Axis::new("", (1.0, 8.0), 5)), ["2", "4", "6", "8"]);
+        assert_eq!(marks(&Axis::counting("", 8)), ["2", "4", "6", "8"]);
+        assert_eq!(marks(&Axis::counting("", 3)), ["1", "2", "3"]);
         assert_eq!(marks(&Axis::from_zero("", 0.3, 3)), ["0.0", "0.1", "0.2", "0.3"]);
     }
 

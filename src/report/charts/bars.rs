@@ -81,7 +81,12 @@ pub fn bandwidth(rows: &[Row]) -> Option<Chart> {
     let reading = "the line is the read bandwidth of the memory, measured in the same run";
     let read = rows.iter().filter_map(|row| row.record.bandwidth.read_gb_s).reduce(f64::max)?;
     let value = |row: &Row| Some((row.record.bandwidth.achieved_gb_s?, None));
-    bars(&kind("bandwidth", "Bandwidth of decoding", "GB/s", reading), rows, value, Some(read).filter(|x| x.is_finite()))
+    bars(
+        &kind("bandwidth", "Bandwidth of decoding", "GB/s", reading),
+        rows,
+        value,
+        Some(read).filter(|x| x.is_finite()),
+    )
 }
 
 fn of_metric(kind: &Kind, rows: &[Row], key: &str) -> Option<Chart> {

@@ -77,11 +77,32 @@ pub enum Anchor {
 type Point = (f64, f64);
 
 enum Item {
-    Rect { from: Point, to: Point, paint: Paint },
-    Line { points: Vec<Point>, width: f64, is_dashed: bool, paint: Paint },
-    Area { points: Vec<Point>, paint: Paint },
-    Circle { at: Point, radius: f64, paint: Paint },
-    Text { at: Point, anchor: Anchor, paint: Paint, text: String },
+    Rect {
+        from: Point,
+        to: Point,
+        paint: Paint,
+    },
+    Line {
+        points: Vec<Point>,
+        width: f64,
+        is_dashed: bool,
+        paint: Paint,
+    },
+    Area {
+        points: Vec<Point>,
+        paint: Paint,
+    },
+    Circle {
+        at: Point,
+        radius: f64,
+        paint: Paint,
+    },
+    Text {
+        at: Point,
+        anchor: Anchor,
+        paint: Paint,
+        text: String,
+    },
     /// What follows up to [`Item::Close`] shows these words when a pointer is over it.
     Open(String),
     Close,

@@ -31,11 +31,7 @@ pub fn latency_per_token(rows: &[Row]) -> Option<Chart> {
         description: format!("End-to-end time over generated tokens, in ms, of each repeat: {}.", said.join(", ")),
         headers: headers(&["precision", "repeats", "least, ms", "median, ms", "most, ms"]),
         rows,
-        drawing: drawn(
-            &curves,
-            Axis::new("repeat", (1.0, n as f64), 5),
-            Axis::from_zero("ms per token", most * 1.02, 4),
-        ),
+        drawing: drawn(&curves, Axis::counting("repeat", n), Axis::from_zero("ms per token", most * 1.02, 4)),
     })
 }
 

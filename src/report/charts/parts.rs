@@ -30,8 +30,7 @@ fn parts(record: &Record) -> Option<Vec<(&'static str, u64)>> {
 
 /// `other` is what the process holds beside: code, tables, buffers of the system.
 pub fn memory_parts(rows: &[Row]) -> Option<Chart> {
-    let stacks: Vec<(&Row, Vec<(&str, u64)>)> =
-        rows.iter().filter_map(|row| Some((row, parts(row.record)?))).collect();
+    let stacks: Vec<(&Row, Vec<(&str, u64)>)> = rows.iter().filter_map(|row| Some((row, parts(row.record)?))).collect();
     let names: Vec<&str> = stacks.first()?.1.iter().map(|(name, _)| *name).collect();
     // A row that is missing here would be missed.
     if stacks.len() < rows.len() {

@@ -41,7 +41,9 @@ pub fn speed_against_memory(rows: &[Row]) -> Option<Chart> {
     };
     let names = |at: &[usize]| at.iter().map(|&at| points[at].row.label.as_str()).collect::<Vec<_>>().join(", ");
     let note = match best.as_slice() {
-        [only] => format!("fast and small is the upper left; nothing is as fast or as small as {}", points[*only].row.label),
+        [only] => {
+            format!("fast and small is the upper left; nothing is as fast or as small as {}", points[*only].row.label)
+        }
         _ => "fast and small is the upper left; nothing is faster and smaller than the dashed Pareto line".to_owned(),
     };
     Some(Chart {

@@ -43,11 +43,7 @@ pub fn trend(case: &Case, precisions: &Precisions) -> Option<Chart> {
         ),
         headers: headers(&["run", "precision", "tokens/s", "95 % interval"]),
         rows: rows.collect(),
-        drawing: drawn(
-            &curves,
-            Axis::new("run", (1.0, runs.len() as f64), 5),
-            Axis::from_zero("decode, tokens/s", most * 1.02, 4),
-        ),
+        drawing: drawn(&curves, Axis::counting("run", runs.len()), Axis::from_zero("decode, tokens/s", most * 1.02, 4)),
     })
 }
 

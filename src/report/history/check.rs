@@ -102,7 +102,8 @@ impl<'a> Series<'a> {
             .partition(|record| pairs::same_series(record, new));
         same.sort_by(|a, b| a.timestamp.cmp(&b.timestamp));
         let count = |is_meant: fn(&Record) -> bool| same.iter().filter(|record| is_meant(record)).count();
-        let (n_failed, n_disturbed) = (count(|r| r.status != Status::Ok), count(|r| r.status == Status::Ok && r.tainted));
+        let (n_failed, n_disturbed) =
+            (count(|r| r.status != Status::Ok), count(|r| r.status == Status::Ok && r.tainted));
         same.retain(|record| record.status == Status::Ok && !record.tainted);
         let past = same.split_off(same.len().saturating_sub(n_last));
         Self { new, past, n_disturbed, n_failed, n_elsewhere: elsewhere.len() }

@@ -74,7 +74,8 @@ fn make(folder: &Path) -> Result<()> {
         return Ok(());
     }
     fs::create_dir_all(folder).map_err(|error| {
-        BadInput::new(format!("cannot make the folder `{}`: {error}", folder.display())).hint("name another with `--dir`")
+        BadInput::new(format!("cannot make the folder `{}`: {error}", folder.display()))
+            .hint("name another with `--dir`")
     })?;
     let (name, text) = ATTRIBUTES;
     write_file(&folder.join(name), text)
@@ -92,18 +93,13 @@ fn file_name(record: &Record) -> String {
 /// Without what one repeat has thousands of. One value a repeat stays, and every summary.
 fn slim(record: &Record) -> Record {
     let mut slim = record.clone();
-    for steps in [
-        &mut slim.samples.decode_step_ns,
-        &mut slim.samples.device_step_ns,
-        &mut slim.samples.synced_step_ns,
-    ] {
+    for steps in [&mut slim.samples.decode_step_ns, &mut slim.samples.device_step_ns, &mut slim.samples.synced_step_ns]
+    {
         steps.clear();
     }
-    for times in [
-        &mut slim.samples.alone_step_ns,
-        &mut slim.samples.alone_arithmetic_ns,
-        &mut slim.samples.alone_memory_ns,
-    ] {
+    for times in
+        [&mut slim.samples.alone_step_ns, &mut slim.samples.alone_arithmetic_ns, &mut slim.samples.alone_memory_ns]
+    {
         times.clear();
     }
     slim.series.clear();

@@ -38,7 +38,8 @@ pub fn changes(part: &Part) -> String {
 
 fn table(case: &Case, new: &Run) -> String {
     let base = &case.runs[0];
-    let pairs: Vec<(&Record, &Record)> = new.records.iter().filter_map(|new| Some((partner(base, new)?, new))).collect();
+    let pairs: Vec<(&Record, &Record)> =
+        new.records.iter().filter_map(|new| Some((partner(base, new)?, new))).collect();
     let rows: String = pairs.iter().map(|(base, new)| group(base, new)).collect();
     if rows.is_empty() {
         return rows;
@@ -122,8 +123,20 @@ impl Verdict {
         let is_higher = better == Better::Higher;
         match (low, high) {
             (0.0, 0.0) => Self::Same,
-            _ if low > 0.0 => if is_higher { Self::Better } else { Self::Worse },
-            _ if high < 0.0 => if is_higher { Self::Worse } else { Self::Better },
+            _ if low > 0.0 => {
+                if is_higher {
+                    Self::Better
+                } else {
+                    Self::Worse
+                }
+            }
+            _ if high < 0.0 => {
+                if is_higher {
+                    Self::Worse
+                } else {
+                    Self::Better
+                }
+            }
             _ => Self::NotShown,
         }
     }

@@ -4,18 +4,30 @@ use super::line;
 
 /// The head of a column, and what it means.
 const TERMS: &[(&str, &str)] = &[
-    ("precision", "how weights are stored and multiplied: fp16; int8 as LLM.int8 does; nf4, 4 bits a weight as bitsandbytes stores them"),
+    (
+        "precision",
+        "how weights are stored and multiplied: fp16; int8 as LLM.int8 does; nf4, 4 bits a weight as bitsandbytes stores them",
+    ),
     ("decode", "tokens after the first over the time from the first to the last"),
     ("speed-up", "decode speed over that of fp16: the median of repeats that ran in turn, where they did"),
-    ("bytes ratio", "bytes that a decode step reads at fp16 over those that it reads at this precision: the speed-up if reading were all"),
+    (
+        "bytes ratio",
+        "bytes that a decode step reads at fp16 over those that it reads at this precision: the speed-up if reading were all",
+    ),
     ("of read bandwidth", "bytes a second that decoding reads over the read bandwidth measured in the same run"),
-    ("bound by", "what holds decoding back, where it was measured: reading memory, arithmetic, both, the host, or nothing as all lies in the cache"),
+    (
+        "bound by",
+        "what holds decoding back, where it was measured: reading memory, arithmetic, both, the host, or nothing as all lies in the cache",
+    ),
     ("peak", "highest memory of the run: weights, KV cache, scratch and what the process holds beside"),
     ("weights", "weights in their stored formats"),
     ("TTFT", "time to first token: from the start of the prompt to the first token known on the host"),
     ("prefill", "tokens of the prompt over the time to the first token"),
     ("output", "generated tokens over the end-to-end time, the prompt included"),
-    ("KL", "Kullback-Leibler divergence of the predictions from the reference's, mean over the tokens of a text; 0 is equal"),
+    (
+        "KL",
+        "Kullback-Leibler divergence of the predictions from the reference's, mean over the tokens of a text; 0 is equal",
+    ),
     ("throughput", "generated tokens over the end-to-end time of one cold run"),
     ("latency", "end-to-end time of one cold run"),
     ("per token", "end-to-end time of one cold run over its generated tokens"),
@@ -38,7 +50,10 @@ const TERMS: &[(&str, &str)] = &[
     ("KL p50", "the divergence of the median token"),
     ("KL p99", "the divergence that 1 % of the tokens exceed"),
     ("logit error", "the largest difference of a logit from the reference's"),
-    ("change", "of a later run against the first, with the 95 % interval widened by what two starts of one build differ"),
+    (
+        "change",
+        "of a later run against the first, with the 95 % interval widened by what two starts of one build differ",
+    ),
     ("run", "what was measured together: one command at one time"),
 ];
 

@@ -4,6 +4,7 @@ use super::{Part, article, badge, glossary, line, small};
 use crate::record::{Record, Status};
 use crate::report::case::{self, GIB};
 use crate::report::charts::Precisions;
+use crate::report::columns;
 
 /// A column; the first click on its head brings the best to the top.
 struct Column {
@@ -39,7 +40,7 @@ const COLUMNS: &[Column] = &[
         unit: "x fp16",
         decimals: 2,
         higher_is_better: true,
-        value: |r| Some(r.ratio_to_fp16?.median),
+        value: columns::speed_up_number,
         interval: |r| r.ratio_to_fp16.and_then(|ratio| ratio.ci95_low.zip(ratio.ci95_high)),
     },
     Column {
@@ -166,7 +167,8 @@ fn rows(part: &Part, columns: &[&Column]) -> String {
 fn cell(column: &Column, record: &Record) -> String {
     let (name, digits) = (column.name, column.decimals);
     let Some(value) = (column.value)(record) else { return format!("<td data-k=\"{name}\">-</td>") };
-    let interval = (column.interval)(record).map(|(low, high)| format!("95 % interval [{low:.digits$}, {high:.digits$}]"));
+    let interval =
+        (column.interval)(record).map(|(low, high)| format!("95 % interval [{low:.digits$}, {high:.digits$}]"));
     let title = interval.map(|words| format!(" title=\"{words}\"")).unwrap_or_default();
     format!("<td data-k=\"{name}\" data-v=\"{value}\"{title}>{value:.digits$}</td>")
 }

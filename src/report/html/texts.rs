@@ -29,7 +29,9 @@ pub fn texts(case: &Case) -> String {
         (_, 0) => "<p class=\"notes\">All wrote the same.</p>\n".to_owned(),
         _ => format!("<p class=\"notes\">Marked from where it departs from {base}.</p>\n"),
     };
-    format!("<section class=\"written\">\n<h3>Generated text</h3>\n{note}<div class=\"texts\">\n{columns}</div>\n</section>\n")
+    format!(
+        "<section class=\"written\">\n<h3>Generated text</h3>\n{note}<div class=\"texts\">\n{columns}</div>\n</section>\n"
+    )
 }
 
 fn text_of(record: &Record) -> Option<&str> {
