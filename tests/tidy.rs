@@ -1,5 +1,8 @@
 //! Rules that a compiler does not check: layers, sizes, unsafe code, documents that follow the tables.
 
+#[path = "tidy/names.rs"]
+mod names;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +17,15 @@ const LAYERS: &[&str] = &[
 /// Every layer may import these; they import each other and `error`.
 const LEAVES: &[&str] = &["report", "record", "stats", "rng", "events"];
 
-const MAX_LINES: usize = 700;
+const MAX_LINES: usize = 500;
+
+/// Longer files, and why they are.
+const LONG: &[(&str, &str)] = &[
+    ("src/engine/reference.rs", "the oracle of every operation, to be read from top to bottom"),
+    ("tests/cli.rs", "one snapshot of exit code and streams after the other"),
+    ("tests/models.rs", "every executor against the same golden runs"),
+    ("tests/suite.rs", "one case of a suite's life after the other"),
+];
 
 /// Lines above an `unsafe` in which its `SAFETY` comment has to begin.
 const SAFETY_LINES: usize = 10;
@@ -162,13 +173,17 @@ fn the_layer_checker_sees_what_it_should() {
 
 #[test]
 fn files_are_short() {
-    let long = |file: &SourceFile| file.text.lines().count() > MAX_LINES;
-    let files = rust_files(&["src", "tests", "benches"]);
-    let kernels = files_ending(&["src"], &[".cu", ".cuh"]);
-    let problems = files.iter().chain(&kernels).filter(|file| long(file));
-    fail_on(
-        problems.map(|file| format!("{}: {} lines of {MAX_LINES}", file.path, file.text.lines().count())).collect(),
-    );
+    let files = rust_files(&["src", "tests", "benches"]).into_iter().chain(files_ending(&["src"], &[".cu", ".cuh"]));
+    let mut problems = Vec::new();
+    for SourceFile { path, text } in files {
+        let (lines, is_listed) = (text.lines().count(), LONG.iter().any(|(long, _)| *long == path));
+        match (lines > MAX_LINES, is_listed) {
+            (true, false) => problems.push(format!("{path}: {lines} lines of {MAX_LINES}")),
+            (false, true) => problems.push(format!("{path}: short enough to leave the list")),
+            _ => {}
+        }
+    }
+    fail_on(problems);
 }
 
 fn files_ending(folders: &[&str], ends: &[&str]) -> Vec<SourceFile> {

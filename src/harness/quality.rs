@@ -17,9 +17,9 @@ use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
 use crate::plan::{EncoderInputKind, Model};
 use crate::quality::cost::TokenCost;
-use crate::quality::windows::{self, Window};
+use crate::quality::windows::{self, TextWindow};
 use crate::quality::{CallPath, pass, rows, summary, text};
-use crate::quant::{self, FormatId, fp32};
+use crate::quant::{self, FormatId};
 use crate::record::{self, Record};
 use crate::weights::policy::Selection;
 use crate::weights::{Checkpoint, SourceKind};
@@ -31,7 +31,7 @@ pub const DEFAULT_TOKENS: usize = 512;
 const GREEDY_TOKENS: usize = 64;
 
 /// The reference's weights: the checkpoint's own values, which fp16 may not hold.
-const REFERENCE_PRECISION: FormatId = fp32::ID;
+const REFERENCE_PRECISION: FormatId = quant::EXACT;
 
 /// What records call it.
 const REFERENCE: &str = "the checkpoint's values in fp32 compute on the cpu";
@@ -83,7 +83,7 @@ pub struct Passage {
     n_encoder: usize,
     prefix: Vec<u32>,
     tokens: Vec<u32>,
-    windows: Vec<Window>,
+    windows: Vec<TextWindow>,
     greedy: Greedy,
 }
 
@@ -209,7 +209,7 @@ impl Passage {
     }
 
     fn scoring(&self, at: usize, path: CallPath, logits: LogitsFile) -> Scoring {
-        let Window { start, first, end } = self.windows[at];
+        let TextWindow { start, first, end } = self.windows[at];
         Scoring {
             prefix: self.prefix.clone(),
             tokens: self.tokens[start..end].to_vec(),

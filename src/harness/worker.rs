@@ -21,7 +21,7 @@ use crate::events::{Event, Listener, WithoutWarnings};
 use crate::kernels::cpu::rlimit;
 use crate::models;
 use crate::plan::{EncoderInputKind, Model};
-use crate::quant::fp16;
+use crate::quant;
 use crate::weights::policy::{Formats, Selection};
 use crate::weights::spec::Role;
 use crate::weights::{self, Checkpoint, Request, Source};
@@ -94,7 +94,7 @@ fn last_linear(model: &Model) -> &str {
 
 /// Stored bytes of the weights by the format that holds them; vectors count as fp16.
 fn weights_by_format(opened: &Opened, formats: &Formats) -> BTreeMap<String, u64> {
-    let mut bytes = BTreeMap::from([(fp16::ID.to_string(), opened.model.vector_bytes() as u64)]);
+    let mut bytes = BTreeMap::from([(quant::BASELINE.to_string(), opened.model.vector_bytes() as u64)]);
     for spec in &opened.model.matrices {
         // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
         let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
@@ -253,7 +253,7 @@ mod tests {
     use super::*;
     use crate::engine::needs::stored_bytes;
     use crate::events::Silent;
-    use crate::quant::{FormatOptions, fp32, nf4};
+    use crate::quant::{FormatOptions, fp16, fp32, nf4};
     use crate::weights::WeightsChoice;
 
     #[test]

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::alone::{Mode, windows};
+use super::alone::{StepMode, windows};
 use super::arena::SharedArena;
 use super::partials::SharedParts;
 use super::schedule::{Append, Attend, Step, must_meet};
@@ -30,7 +30,7 @@ pub struct Call<'a> {
     pub patches: &'a [f32],
     /// Rows in the encoder's caches once this call has appended.
     pub encoded: usize,
-    pub mode: Mode<'a>,
+    pub mode: StepMode<'a>,
 }
 
 impl Call<'_> {
@@ -284,11 +284,11 @@ impl Runner<'_> {
             self.weights.matrices[matrix.0].multiply(self.prepared(), rows, bias, y, scratch);
         };
         match self.call.mode {
-            Mode::StandingIn(stand_ins, ..) => {
+            StepMode::StandingIn(stand_ins, ..) => {
                 let stand_in = stand_ins.of_matrix(part.weight);
                 windows(columns, stand_in.rows).for_each(|rows| multiply(stand_in.matrix, rows, scratch));
             }
-            Mode::Real | Mode::Keeping(..) => multiply(part.weight, columns, scratch),
+            StepMode::Real | StepMode::Keeping(..) => multiply(part.weight, columns, scratch),
         }
     }
 
@@ -303,13 +303,13 @@ impl Runner<'_> {
     fn keep(&self, index: usize, before: usize, out: BufferId, columns: Range<usize>) {
         let kept = |start: usize| start + before + columns.start..start + before + columns.end;
         match self.call.mode {
-            Mode::Real => {}
-            Mode::Keeping(outputs, values) => {
+            StepMode::Real => {}
+            StepMode::Keeping(outputs, values) => {
                 // SAFETY: as `out`'s, these columns are this worker's alone in this step.
                 let values = unsafe { values.range_mut(kept(outputs.start(index))) };
                 values.copy_from_slice(self.part(out, 0, columns));
             }
-            Mode::StandingIn(_, outputs, values) => {
+            StepMode::StandingIn(_, outputs, values) => {
                 self.part_mut(out, 0, columns.clone()).copy_from_slice(&values[kept(outputs.start(index))]);
             }
         }

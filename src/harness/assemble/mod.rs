@@ -16,7 +16,7 @@ use super::warnings::Warning;
 use super::watch::energy::Counter;
 use super::{Case, Protocol, Row};
 use crate::engine::{self, Engine};
-use crate::quant::{FormatId, FormatOptions};
+use crate::quant::{self, FormatId, FormatOptions};
 use crate::record::{self, Bandwidth, Record, Samples, Status, metrics};
 use crate::stats;
 
@@ -289,7 +289,7 @@ fn dtypes(facts: &Facts, row: &Row) -> record::Dtypes {
         Engine::Quantbench => facts.device.kind == "cpu",
         Engine::Candle => engine::candle::runs_in_fp32(&facts.model.architecture),
     };
-    let computed = if fp32 { "fp32" } else { "fp16" }.to_owned();
+    let computed = if fp32 { quant::EXACT } else { quant::BASELINE }.to_string();
     let weights = if row.engine == Engine::Candle { computed.clone() } else { row.precision.to_string() };
     record::Dtypes { weights, compute: computed.clone(), kv_cache: computed.clone(), logits: computed }
 }
