@@ -158,7 +158,7 @@ impl Builder {
         let parts = layers.map(|layer| {
             let weight = self.matrix(&layer.path, layer.n, k, role);
             let bias = layer.bias.then(|| self.vector(layer.path.name("bias"), layer.n, VectorKind::Bias));
-            LinearPart { weight, bias, out: self.buffer(&layer.path.0, layer.n, rows) }
+            LinearPart { weight, rows: None, bias, out: self.buffer(&layer.path.0, layer.n, rows) }
         });
         let outs = std::array::from_fn(|i| parts[i].out);
         self.ops.push(Op::Linear(LinearSpec { x, parts: parts.into() }));
@@ -223,9 +223,9 @@ impl Builder {
         let vocab = self.matrices[weight.0].n;
         let bias = bias.map(|path| self.vector(path.name("bias"), vocab, VectorKind::Bias));
         let logits = self.buffer("logits", vocab, Rows::Last);
-        let parts = vec![LinearPart { weight, bias, out: logits }];
+        let parts = vec![LinearPart { weight, rows: None, bias, out: logits }];
         self.ops.push(Op::Linear(LinearSpec { x: last, parts }));
-        self.ops.push(Op::Argmax(ArgmaxSpec { logits }));
+        self.ops.push(Op::Argmax(ArgmaxSpec { logits, softcap: None }));
     }
 
     /// Ends the encoder's plan; what follows is the decoder's.
