@@ -5,7 +5,7 @@ use anyhow::Result;
 
 use super::{Device, Engine, candle};
 use crate::lower::score_tiles::{ScoreTiles, is_one_kernel};
-use crate::plan::{CacheSpec, Holds, LinearPart, Model, Op, Plan, Rows};
+use crate::plan::{CacheScope, CacheSpec, LinearPart, Model, Op, Plan, Rows};
 use crate::quant::{FormatOptions, int8};
 use crate::weights::policy::Formats;
 
@@ -113,7 +113,7 @@ fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
     let element_bytes = cache_element_bytes(model, holding);
     let head_granule = if matches!(holding.device, Device::Cuda(_)) { 8 } else { 1 };
     let of_cache = |cache: &CacheSpec| {
-        let capacity = if cache.holds == Holds::Decoder { lengths.capacity() } else { lengths.encoder };
+        let capacity = if cache.scope == CacheScope::Decoder { lengths.capacity() } else { lengths.encoder };
         product(&[2, cache.kv_heads, cache.head_dim.next_multiple_of(head_granule), capacity, element_bytes])
     };
     model.caches.iter().map(of_cache).fold(0, u64::saturating_add)
@@ -170,7 +170,7 @@ fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, precision: &str) -> u64 
 struct Attention {
     heads: usize,
     kv_heads: usize,
-    holds: Holds,
+    scope: CacheScope,
 }
 
 fn attentions<'a>(model: &'a Model, plan: &'a Plan) -> impl Iterator<Item = Attention> + 'a {
@@ -181,7 +181,7 @@ fn attention(model: &Model, plan: &Plan, op: &Op) -> Option<Attention> {
     let Op::Attention(attention) = op else { return None };
     let spec = model.caches[attention.cache.0];
     let heads = plan.buffers[attention.q.0].width / spec.head_dim;
-    Some(Attention { heads, kv_heads: spec.kv_heads, holds: spec.holds })
+    Some(Attention { heads, kv_heads: spec.kv_heads, scope: spec.scope })
 }
 
 /// A call of many rows on a GPU: buffers from the operation that writes them to the last that reads them, and what operations take
@@ -233,8 +233,8 @@ impl CudaCall<'_> {
 
     /// What an operation takes while it runs.
     fn beside(&self, op: &Op) -> u64 {
-        if let Some(Attention { heads, kv_heads, holds }) = attention(self.model, self.plan, op) {
-            let seen = if holds == Holds::Decoder { self.seen } else { self.encoded };
+        if let Some(Attention { heads, kv_heads, scope }) = attention(self.model, self.plan, op) {
+            let seen = if scope == CacheScope::Decoder { self.seen } else { self.encoded };
             if is_one_kernel(self.rows, seen) {
                 return 0;
             }

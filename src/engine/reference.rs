@@ -11,8 +11,8 @@ use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::events::Listener;
 use crate::plan::{
     ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, AttentionSpec, BiasId, BufferId,
-    CacheId, EmbedSpec, EncoderInputKind, FeaturesSpec, Holds, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask,
-    Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, RopeId, feature, refuse,
+    CacheId, CacheScope, EmbedSpec, EncoderInputKind, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec,
+    Mask, Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, RopeId, feature, refuse,
 };
 use crate::quant::Stored;
 use crate::weights::spec::MatrixSpec;
@@ -272,7 +272,7 @@ impl Reference {
             k = self.rotate(rope, &k, d)?;
         }
         let k = heads(&k, d)?;
-        let old = self.caches[cache.0].take().filter(|_| self.model.caches[cache.0].holds == Holds::Decoder);
+        let old = self.caches[cache.0].take().filter(|_| self.model.caches[cache.0].scope == CacheScope::Decoder);
         self.caches[cache.0] = Some(match old {
             Some((keys, values)) => (Tensor::cat(&[keys, k], 1)?, Tensor::cat(&[values, v], 1)?),
             None => (k, v),
@@ -405,7 +405,7 @@ impl Session for Reference {
     fn rewind(&mut self, position: usize) {
         assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
         let specs = self.model.caches.iter();
-        for (_, cache) in specs.zip(&mut self.caches).filter(|(spec, _)| spec.holds == Holds::Decoder) {
+        for (_, cache) in specs.zip(&mut self.caches).filter(|(spec, _)| spec.scope == CacheScope::Decoder) {
             *cache = match cache.take() {
                 Some((k, v)) if position > 0 => match (k.i((.., ..position)), v.i((.., ..position))) {
                     (Ok(k), Ok(v)) => Some((k, v)),

@@ -46,7 +46,7 @@ pub struct Builder {
 }
 
 /// Metadata of a model from config.json, beside its plan.
-pub struct Facts {
+pub struct ModelMetadata {
     pub architecture: &'static str,
     pub context: usize,
     pub vocab: usize,
@@ -80,8 +80,8 @@ impl Builder {
         BiasId(self.biases.len() - 1)
     }
 
-    pub fn cache(&mut self, kv_heads: usize, head_dim: usize, holds: Holds) -> CacheId {
-        self.caches.push(CacheSpec { kv_heads, head_dim, holds });
+    pub fn cache(&mut self, kv_heads: usize, head_dim: usize, scope: CacheScope) -> CacheId {
+        self.caches.push(CacheSpec { kv_heads, head_dim, scope });
         CacheId(self.caches.len() - 1)
     }
 
@@ -234,9 +234,9 @@ impl Builder {
         self.encoder = Some(Encoder { input, plan });
     }
 
-    pub fn finish(self, facts: Facts) -> Model {
+    pub fn finish(self, metadata: ModelMetadata) -> Model {
         Model {
-            architecture: facts.architecture,
+            architecture: metadata.architecture,
             matrices: self.matrices,
             vectors: self.vectors,
             caches: self.caches,
@@ -244,10 +244,10 @@ impl Builder {
             biases: self.biases,
             encoder: self.encoder,
             decoder: Plan { buffers: self.buffers, ops: self.ops },
-            context: facts.context,
-            vocab: facts.vocab,
-            eos: facts.eos,
-            decoder_start: facts.decoder_start,
+            context: metadata.context,
+            vocab: metadata.vocab,
+            eos: metadata.eos,
+            decoder_start: metadata.decoder_start,
         }
     }
 }

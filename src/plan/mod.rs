@@ -14,7 +14,7 @@ pub mod fuse;
 mod op;
 mod storage;
 
-pub use builder::{Builder, Facts, LinearLayer, Path};
+pub use builder::{Builder, LinearLayer, ModelMetadata, Path};
 pub use op::*;
 pub use storage::{Lifetime, Slot, Storage};
 
@@ -70,7 +70,7 @@ pub struct Buffer {
 pub struct CacheSpec {
     pub kv_heads: usize,
     pub head_dim: usize,
-    pub holds: Holds,
+    pub scope: CacheScope,
 }
 
 impl CacheSpec {
@@ -82,7 +82,7 @@ impl CacheSpec {
 
 /// The plan whose positions a cache holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Holds {
+pub enum CacheScope {
     /// The decoder's: it grows with every call.
     Decoder,
     /// The encoder's: written by one encoder call, kept for all decoder calls behind it.
@@ -365,17 +365,19 @@ impl Model {
 
     /// Bytes of the decoder's keys and values for one position, at `element_bytes` a value.
     pub fn kv_bytes_per_position(&self, element_bytes: usize) -> usize {
-        self.cache_bytes(Holds::Decoder, element_bytes)
+        self.cache_bytes(CacheScope::Decoder, element_bytes)
     }
 
     /// Bytes that each decode step reads of one encoder position, by cross-attention, at `element_bytes` a value.
     pub fn cross_bytes_per_position(&self, element_bytes: usize) -> usize {
         let read = self.decoder.ops.iter().filter_map(Op::reads_cache).map(|cache| self.caches[cache.0]);
-        read.filter(|cache| cache.holds == Holds::Encoder).map(|cache| cache.bytes_per_position(element_bytes)).sum()
+        read.filter(|cache| cache.scope == CacheScope::Encoder)
+            .map(|cache| cache.bytes_per_position(element_bytes))
+            .sum()
     }
 
-    fn cache_bytes(&self, holds: Holds, element_bytes: usize) -> usize {
-        let caches = self.caches.iter().filter(|cache| cache.holds == holds);
+    fn cache_bytes(&self, scope: CacheScope, element_bytes: usize) -> usize {
+        let caches = self.caches.iter().filter(|cache| cache.scope == scope);
         caches.map(|cache| cache.bytes_per_position(element_bytes)).sum()
     }
 }

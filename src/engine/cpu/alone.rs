@@ -21,7 +21,7 @@ use crate::kernels::cpu::pages::bytes_of;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::topology::core_cache_bytes;
-use crate::plan::{CacheId, Holds, MatrixId, NormSpec, Plan};
+use crate::plan::{CacheId, CacheScope, MatrixId, NormSpec, Plan};
 
 /// Rounds of a real step, a reading pass and a step of arithmetic alone.
 const MIN_ROUNDS: usize = 3;
@@ -219,9 +219,9 @@ fn read_cache(
     piece: &mut impl FnMut(&[u8]),
 ) {
     let spec = weights.model.caches[cache.0];
-    let (capacity, seen) = match spec.holds {
-        Holds::Decoder => (weights.capacity, call.position + 1),
-        Holds::Encoder => (weights.encoder_capacity, call.encoded),
+    let (capacity, seen) = match spec.scope {
+        CacheScope::Decoder => (weights.capacity, call.position + 1),
+        CacheScope::Encoder => (weights.encoder_capacity, call.encoded),
     };
     let positions = worker.share(seen, 1);
     for head in 0..spec.kv_heads {

@@ -9,7 +9,7 @@ use super::run::Runner;
 use super::schedule::Attend;
 use crate::kernels::cpu::attention::{self, Partial};
 use crate::kernels::cpu::pool::Worker;
-use crate::plan::{CacheId, Holds, Mask};
+use crate::plan::{CacheId, CacheScope, Mask};
 
 /// A prefill hands out attention in blocks of this many query rows of one key/value head.
 const QUERY_BLOCK: usize = 16;
@@ -191,7 +191,7 @@ impl Runner<'_> {
 
     /// Positions of the cache that a row sees.
     fn seen(&self, attend: &Attend, row: usize) -> usize {
-        if self.weights.model.caches[attend.cache.0].holds == Holds::Encoder {
+        if self.weights.model.caches[attend.cache.0].scope == CacheScope::Encoder {
             return self.call.encoded;
         }
         let full = match attend.mask {

@@ -25,7 +25,7 @@ use crate::kernels::cpu::rope::Angles;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::plan::{
-    CacheSpec, EncoderInputKind, Holds, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage,
+    CacheScope, CacheSpec, EncoderInputKind, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage,
 };
 use crate::quant::{CpuMatrix, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
@@ -150,7 +150,7 @@ impl CpuSession {
         let model = setup.model.clone();
         let reach = setup.capacity.max(setup.encoder_capacity);
         let cache = |spec: &CacheSpec| {
-            let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
+            let capacity = if spec.scope == CacheScope::Decoder { setup.capacity } else { setup.encoder_capacity };
             [spec.kv_heads * capacity * spec.head_dim; 2]
         };
         let angles = |rope: &Rope| {

@@ -13,8 +13,8 @@ use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::{self as kernels, activation, rope, vector};
 use crate::plan::{
-    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, CacheId, EmbedSpec, FeaturesSpec,
-    Holds, KeyValue, LastRowSpec, LinearPart, MatrixId, Norm, NormKind, NormSpec, PatchesSpec, Plan, Storage,
+    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, CacheId, CacheScope, EmbedSpec,
+    FeaturesSpec, KeyValue, LastRowSpec, LinearPart, MatrixId, Norm, NormKind, NormSpec, PatchesSpec, Plan, Storage,
 };
 use crate::quant::Prepared;
 
@@ -335,9 +335,9 @@ impl Runner<'_> {
 
     /// Positions that a cache can hold.
     pub(super) fn capacity(&self, cache: CacheId) -> usize {
-        match self.weights.model.caches[cache.0].holds {
-            Holds::Decoder => self.weights.capacity,
-            Holds::Encoder => self.weights.encoder_capacity,
+        match self.weights.model.caches[cache.0].scope {
+            CacheScope::Decoder => self.weights.capacity,
+            CacheScope::Encoder => self.weights.encoder_capacity,
         }
     }
 

@@ -32,7 +32,9 @@ use crate::lower::cuda::{
     self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallResult, CallShape, SessionAt, padded,
     padded_floats, padded_head,
 };
-use crate::plan::{BiasId, CacheId, EncoderInputKind, Holds, MatrixId, Model, RelativeBias, Rope, RopeId, VectorId};
+use crate::plan::{
+    BiasId, CacheId, CacheScope, EncoderInputKind, MatrixId, Model, RelativeBias, Rope, RopeId, VectorId,
+};
 use crate::quant::CudaMatrix;
 
 /// Weights, caches and the step of one loaded model.
@@ -135,7 +137,7 @@ impl Weights {
     ) -> Result<Self> {
         let model = setup.model.clone();
         let cache = |spec: &crate::plan::CacheSpec| -> Result<Cache> {
-            let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
+            let capacity = if spec.scope == CacheScope::Decoder { setup.capacity } else { setup.encoder_capacity };
             let d_pad = padded_head(spec.head_dim);
             let len = spec.kv_heads * capacity * d_pad;
             let half =

@@ -13,9 +13,9 @@ use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
 use crate::kernels::cuda::rows::{Addend, Heads, Rows, Table};
 use crate::kernels::cuda::shared_input::SharedInput;
 use crate::plan::{
-    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, AttentionSpec, BiasId, BufferId, CacheId, EmbedSpec,
-    FeaturesSpec, Holds, KeyValue, Lifetime, LinearPart, LinearSpec, Mask, MatrixId, Model, Norm, NormKind, NormSpec,
-    Op, PatchesSpec, Plan, RopeId, VectorId, feature, refuse,
+    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, AttentionSpec, BiasId, BufferId, CacheId, CacheScope, EmbedSpec,
+    FeaturesSpec, KeyValue, Lifetime, LinearPart, LinearSpec, Mask, MatrixId, Model, Norm, NormKind, NormSpec, Op,
+    PatchesSpec, Plan, RopeId, VectorId, feature, refuse,
 };
 use crate::quant::OutlierColumns;
 
@@ -354,7 +354,7 @@ impl<'a> Prefill<'a> {
         mask: Mask,
         bias: Option<BiasId>,
     ) -> Result<Buffer<'a>> {
-        let holds = self.on.model().caches[cache.0].holds;
+        let scope = self.on.model().caches[cache.0].scope;
         let (q_at, out) = (self.read(q)?, self.half(q)?);
         let call = attention::RowsAttention {
             rows: self.shape.rows,
@@ -362,9 +362,9 @@ impl<'a> Prefill<'a> {
             q: q_at,
             out: out.address,
             cache: self.on.cache(cache),
-            keys: match holds {
-                Holds::Decoder => self.shape.position + self.shape.rows,
-                Holds::Encoder => self.shape.encoded,
+            keys: match scope {
+                CacheScope::Decoder => self.shape.position + self.shape.rows,
+                CacheScope::Encoder => self.shape.encoded,
             },
             scale,
             is_causal: match mask {
@@ -373,7 +373,7 @@ impl<'a> Prefill<'a> {
                 Mask::Prefix => self.shape.position > 0,
             },
             // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
-            position: if holds == Holds::Decoder { self.shape.position } else { 0 },
+            position: if scope == CacheScope::Decoder { self.shape.position } else { 0 },
             bias: bias.map(|bias| self.on.bias(bias)),
         };
         // SAFETY: q and out hold rows of all heads, the cache as many keys.
@@ -421,9 +421,9 @@ impl<'a> Prefill<'a> {
     }
 
     fn first_position(&self, cache: CacheId) -> usize {
-        match self.on.model().caches[cache.0].holds {
-            Holds::Decoder => self.shape.position,
-            Holds::Encoder => 0,
+        match self.on.model().caches[cache.0].scope {
+            CacheScope::Decoder => self.shape.position,
+            CacheScope::Encoder => 0,
         }
     }
 
