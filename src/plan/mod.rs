@@ -14,7 +14,7 @@ pub mod fuse;
 mod op;
 mod storage;
 
-pub use builder::{Builder, LinearLayer, ModelMetadata, Path};
+pub use builder::{Builder, LinearLayer, Mixture, ModelMetadata, Path};
 pub use op::*;
 pub use storage::{Lifetime, Slot, Storage};
 
@@ -22,7 +22,7 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt::{Display, Formatter};
 
-pub use crate::weights::spec::{MatrixSpec, Role, VectorKind, VectorSpec};
+pub use crate::weights::spec::{Elsewhere, MatrixSpec, Role, TensorSlice, VectorKind, VectorSpec};
 
 /// A matrix of the model, an index into [`Model::matrices`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

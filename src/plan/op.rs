@@ -373,9 +373,17 @@ pub enum WeightRead {
     Rows(MatrixId),
     Vector(VectorId),
     /// One token reads `chosen` of `of` matrices like this one.
-    OneOf { matrix: MatrixId, chosen: usize, of: usize },
+    OneOf {
+        matrix: MatrixId,
+        chosen: usize,
+        of: usize,
+    },
     /// As [`Self::OneOf`], of a bias.
-    OneVectorOf { vector: VectorId, chosen: usize, of: usize },
+    OneVectorOf {
+        vector: VectorId,
+        chosen: usize,
+        of: usize,
+    },
 }
 
 impl Op {

@@ -11,7 +11,7 @@ use safetensors::Dtype;
 use super::bnb::{self, PreQuantized};
 use super::names::{candidates, spellings};
 use super::safetensors::{Safetensors, Tensor, listed};
-use super::spec::{MatrixSpec, Role, VectorSpec};
+use super::spec::{MatrixSpec, VectorSpec};
 use super::{Source, SourceInfo, unread};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
@@ -127,7 +127,7 @@ impl Bound {
     /// A record must not be called by a precision that holds none of its weights.
     fn check_quantized(&self, matrices: &[MatrixSpec], labels: &Labels, events: &dyn Listener) -> Result<()> {
         let Some(own) = &self.quantized else { return Ok(()) };
-        let linear = matrices.iter().filter(|spec| spec.role == Role::Projection);
+        let linear = matrices.iter().filter(|spec| spec.role.is_quantized());
         let (packed, plain): (Vec<_>, Vec<_>) = linear.partition(|spec| self.stored_precision(spec).is_some());
         if packed.is_empty() && !plain.is_empty() {
             return Err(BadInput::new(format!(
