@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use quantbench::engine::{self, Device, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
-use quantbench::quant::{FORMATS, FormatOptions};
+use quantbench::quant::{FORMATS, FormatId, FormatOptions};
+use quantbench::weights::policy::Formats;
 use quantbench::weights::{self, Request};
 
 struct Counting;
@@ -50,8 +51,7 @@ fn allocations_of_decoding(model: &str, precision: &str, isa: Isa) -> u64 {
     let setup = Setup {
         model: &plan,
         source: source.as_ref(),
-        precision,
-        options: FormatOptions::default(),
+        formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: Device::Cpu,
         threads: 2,
         capacity: 64,

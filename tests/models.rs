@@ -8,7 +8,8 @@ use quantbench::events::Silent;
 use quantbench::harness::picture::Preprocessor;
 use quantbench::kernels::isa::Isa;
 use quantbench::plan::{EncoderInputKind, Model};
-use quantbench::quant::FormatOptions;
+use quantbench::quant::{FormatId, FormatOptions};
+use quantbench::weights::policy::Formats;
 use quantbench::weights::{self, Request};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -78,8 +79,7 @@ fn load_as((model, precision): (&str, &str), executor: Executor, capacity: usize
     let setup = Setup {
         model: &plan,
         source: source.as_ref(),
-        precision,
-        options: FormatOptions::default(),
+        formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: if matches!(executor, Executor::Cuda) { Device::Cuda(0) } else { Device::Cpu },
         threads: 2,
         capacity,

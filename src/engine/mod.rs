@@ -25,9 +25,10 @@ use anyhow::Result;
 use crate::events::Listener;
 use crate::kernels::isa::Isa;
 use crate::plan::Model;
-use crate::quant::FormatOptions;
+use crate::quant::FormatId;
 pub use crate::quant::OutlierColumns;
 use crate::weights::Source;
+use crate::weights::policy::Formats;
 
 /// A loaded model with its key/value cache. Every call continues where the cache ends.
 pub trait Session {
@@ -131,7 +132,7 @@ impl Engine {
     }
 
     /// Whether it has anything to run at this precision.
-    pub fn runs(self, precision: &str) -> bool {
+    pub fn runs(self, precision: FormatId) -> bool {
         self == Engine::Quantbench || precision == candle::PRECISION
     }
 }
@@ -166,9 +167,8 @@ pub struct Footprint {
 pub struct Setup<'a> {
     pub model: &'a Model,
     pub source: &'a dyn Source,
-    /// A name of [`crate::quant::FORMATS`].
-    pub precision: &'a str,
-    pub options: FormatOptions,
+    /// The precision, and what it holds each role in.
+    pub formats: &'a Formats,
     pub device: Device,
     /// Workers of the CPU engine, at least 1.
     pub threads: usize,

@@ -59,6 +59,8 @@ impl ExpertsBlock {
     pub(super) fn build(&self, b: &mut Builder, block: &Path, x: BufferId, hidden: usize) -> BufferId {
         let path = block.at(self.module);
         let router = b.linear_as(Role::Router, x, path.at(self.router), self.experts, self.bias);
+        // transformers 5 calls every module of experts `mlp`.
+        b.also_named(router, &block.at("mlp").at(self.router));
         let n = self.intermediate;
         let part = |b: &mut Builder, expert, which, (n, k)| self.matrix(b, block, (expert, which), (n, k));
         let experts = (0..self.experts).map(|expert| Expert {

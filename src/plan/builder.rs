@@ -213,6 +213,16 @@ impl Builder {
         outs
     }
 
+    /// Another name that files may have for the matrix whose product is `out`.
+    pub fn also_named(&mut self, out: BufferId, path: &Path) {
+        let parts =
+            self.ops.iter().rev().filter_map(|op| if let Op::Linear(spec) = op { Some(&spec.parts) } else { None });
+        let weight = parts.flatten().find(|part| part.out == out).map(|part| part.weight.0);
+        if let Some(matrix) = weight.map(|weight| &mut self.matrices[weight]) {
+            matrix.others.push(Elsewhere { tensor: path.name("weight"), slice: None });
+        }
+    }
+
     /// A mixture of experts over `x`, whose router's linear layer gave `scores`.
     pub fn experts(&mut self, x: BufferId, scores: BufferId, mixture: Mixture) -> BufferId {
         let out = self.same("experts", x);

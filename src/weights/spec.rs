@@ -51,6 +51,17 @@ pub struct TensorSlice {
     pub transposed: bool,
 }
 
+impl TensorSlice {
+    /// The shape of a tensor whose part has the shape `part`: `[n, k]` of a matrix, `[len]` of a vector.
+    pub fn shape_around(&self, part: &[usize]) -> Vec<usize> {
+        match part {
+            [_, k] if self.transposed => vec![self.count, *k, self.rows],
+            [_, k] => vec![self.count, self.rows, *k],
+            _ => vec![self.count, self.rows],
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct MatrixSpec {
     /// As the checkpoint spells it, `….weight` included.

@@ -15,7 +15,7 @@ use quantbench::lower::cuda::{
 };
 use quantbench::plan::fuse::FusedOp;
 use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeId, VectorId};
-use quantbench::quant::{FormatOptions, HalfMatrix, OutlierColumns, Stored};
+use quantbench::quant::{FormatId, FormatOptions, HalfMatrix, OutlierColumns, Stored};
 use quantbench::weights::policy::Formats;
 use quantbench::weights::spec::VectorKind;
 use quantbench::weights::{self, Request};
@@ -71,7 +71,7 @@ impl<'a> Session<'a> {
             weights::open(&Request::of(folder(name).display().to_string()), &Silent).expect("a golden model");
         let model = quantbench::models::build(&checkpoint.config).expect("a golden model");
         let source = checkpoint.source(&model.matrices, &model.vectors).expect("a golden model");
-        let formats = Formats::new(precision, FormatOptions::default()).expect("a precision");
+        let formats = Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default());
         let (memory, read) = (host.memory, |name: &str, rows: usize, len: usize| {
             let mut data = vec![f16::ZERO; len];
             source.read_rows(name, 0..rows, &mut data).expect("a golden tensor");
@@ -83,7 +83,7 @@ impl<'a> Session<'a> {
         });
         let stored: Vec<Box<dyn Stored>> = stored.collect();
         let matrices = model.matrices.iter().zip(&stored).map(|(spec, stored)| {
-            place(memory, formats.of(spec.role).name(), &**stored, FormatOptions::default().int8_threshold)
+            place(memory, formats.of(spec.role).id().name, &**stored, FormatOptions::default().int8_threshold)
         });
         let vectors = model.vectors.iter().map(|spec| {
             let offset = if spec.kind == VectorKind::NormOffset { 1.0 } else { 0.0 };

@@ -23,12 +23,13 @@ use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::{Event, Listener};
 use crate::plan::Model;
+use crate::quant::{self, FormatId};
 
 /// Of candle-transformers, as Cargo.lock has it; a test compares them.
 pub const VERSION: &str = "0.11.1";
 
 /// The only precision that has a candle row: what candle holds besides are GGUF's formats.
-pub const PRECISION: &str = "fp16";
+pub const PRECISION: FormatId = quant::BASELINE;
 
 /// Whether candle-transformers computes what `model` needs. `config` is its config.json.
 pub fn check(model: &Model, config: &Value) -> Result<(), BadInput> {

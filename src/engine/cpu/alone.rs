@@ -243,7 +243,8 @@ mod tests {
     use crate::events::Silent;
     use crate::kernels::isa::Isa;
     use crate::plan::Op;
-    use crate::quant::{CpuMatrix, FORMATS, FormatOptions, Prepared, Stored};
+    use crate::quant::{CpuMatrix, FORMATS, FormatId, FormatOptions, Prepared, Stored};
+    use crate::weights::policy::Formats;
     use crate::weights::{self, Request};
 
     /// Products of an element by an element, and which rows of which matrix they were of.
@@ -266,7 +267,7 @@ mod tests {
     }
 
     impl CpuMatrix for Counted {
-        fn format(&self) -> &'static str {
+        fn format(&self) -> FormatId {
             self.inner.format()
         }
         fn shape(&self) -> (usize, usize) {
@@ -326,8 +327,7 @@ mod tests {
         let setup = Setup {
             model: &plan,
             source: source.as_ref(),
-            precision,
-            options: FormatOptions::default(),
+            formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
             device: Device::Cpu,
             threads,
             capacity: 64,

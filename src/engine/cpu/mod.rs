@@ -125,7 +125,7 @@ impl BiasTable {
 /// Loads `setup` for the kernels of `isa`.
 pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
     // What no kernel computes is refused before any weight is read.
-    setup.model.plans().try_for_each(|plan| lower(plan, |_| "").map(|_| ()))?;
+    setup.model.plans().try_for_each(|plan| lower(plan, |_| setup.formats.precision()).map(|_| ()))?;
     let pool = Pool::try_new(setup.threads).with_context(|| format!("starting {} threads", setup.threads))?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
     let tensors = stream(setup, events, &finish)?;
