@@ -45,6 +45,8 @@ impl Loaded {
             formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
             device: Device::Cpu,
             threads: quantbench::kernels::cpu::pool::default_threads(),
+            sequences: 1,
+            kv_format: Device::Cpu.kv_format(),
             capacity: patches(&plan).max(PROMPT_TOKENS) + PROMPT_TOKENS + STEPS,
             encoder_capacity: patches(&plan).max(PROMPT_TOKENS),
             cuda_graph: true,

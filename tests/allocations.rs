@@ -54,6 +54,8 @@ fn allocations_of_decoding(model: &str, precision: &str, isa: Isa) -> u64 {
         formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: Device::Cpu,
         threads: 2,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
         capacity: 64,
         encoder_capacity: 8,
         cuda_graph: true,

@@ -41,6 +41,8 @@ fn load_with(folder: &Path, precision: &str, selection: &Selection) -> (Model, B
         formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: Device::Cpu,
         threads: 2,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
         capacity: 64,
         encoder_capacity: 16,
         cuda_graph: true,

@@ -101,6 +101,8 @@ fn load(model: &Model, source: &dyn weights::Source, precision: &str, cuda_graph
         formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: engine::Device::Cuda(0),
         threads: 8,
+        sequences: 1,
+        kv_format: engine::Device::Cuda(0).kv_format(),
         capacity: 64,
         encoder_capacity: 8,
         cuda_graph,

@@ -36,7 +36,18 @@ fn open(name: &str) -> (Model, Box<dyn Source>) {
 fn session(model: &Model, source: &dyn Source, precision: &str) -> Box<dyn Session> {
     let formats = &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default());
     let (device, threads, capacity, encoder_capacity) = (Device::Cpu, 2, 64, 64);
-    let setup = Setup { model, source, formats, device, threads, capacity, encoder_capacity, cuda_graph: true };
+    let setup = Setup {
+        model,
+        source,
+        formats,
+        device,
+        threads,
+        capacity,
+        encoder_capacity,
+        cuda_graph: true,
+        sequences: 1,
+        kv_format: device.kv_format(),
+    };
     engine::load(&setup, &Silent).unwrap().session
 }
 

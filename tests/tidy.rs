@@ -7,8 +7,8 @@ use quantbench::{models, quant, record, report, weights};
 
 /// A module imports nothing to its left.
 const LAYERS: &[&str] = &[
-    "main", "commands", "cli", "ui", "suite", "harness", "quality", "engine", "lower", "models", "plan", "weights",
-    "quant", "kernels", "error",
+    "main", "commands", "cli", "ui", "suite", "harness", "quality", "engine", "lower", "models", "plan", "call",
+    "weights", "quant", "kernels", "error",
 ];
 
 /// Every layer may import these; they import each other and `error`.

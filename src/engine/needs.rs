@@ -2,6 +2,7 @@
 //! must know whether a model fits asks here.
 
 use super::{Device, Engine, candle};
+use crate::call::KvFormat;
 use crate::lower::score_tiles::{ScoreTiles, is_one_kernel};
 use crate::plan::{CacheScope, CacheSpec, LinearPart, Model, Op, Plan, Rows};
 use crate::quant::FormatId;
@@ -66,6 +67,16 @@ pub struct Holding<'a> {
     pub device: Device,
 }
 
+impl Holding<'_> {
+    /// The format of keys and values; candle has them as it has its activations.
+    fn kv_format(&self, model: &Model) -> KvFormat {
+        match self.engine {
+            Engine::Candle => candle::kv_format(model.architecture),
+            Engine::Quantbench => self.device.kv_format(),
+        }
+    }
+}
+
 /// What a session of `model` will hold.
 pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Needs {
     let is_cuda = matches!(holding.device, Device::Cuda(_));
@@ -73,7 +84,7 @@ pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Needs {
         weights_bytes: weights_bytes(model, holding),
         kv_cache_bytes: cache_bytes(model, holding, lengths),
         scratch_bytes: match (holding.engine, holding.device) {
-            (Engine::Candle, _) => candle_scratch_bytes(model, lengths, cache_element_bytes(model, holding)),
+            (Engine::Candle, _) => candle_scratch_bytes(model, lengths, holding.kv_format(model).bytes()),
             (Engine::Quantbench, Device::Cpu) => cpu_scratch_bytes(model, lengths),
             (Engine::Quantbench, Device::Cuda(_)) => cuda_scratch_bytes(model, lengths, holding.formats.precision()),
         },
@@ -94,24 +105,14 @@ fn weights_bytes(model: &Model, holding: Holding) -> u64 {
     }
 }
 
-/// Of one key or value: fp32 on the CPU and fp16 on a GPU; candle has them as it has its activations.
-fn cache_element_bytes(model: &Model, holding: Holding) -> usize {
-    match (holding.engine, holding.device) {
-        (Engine::Candle, _) => candle::dtype(model.architecture).size_in_bytes(),
-        (Engine::Quantbench, Device::Cpu) => size_of::<f32>(),
-        (Engine::Quantbench, Device::Cuda(_)) => size_of::<half::f16>(),
-    }
-}
-
 /// Keys and values of both sides. On a GPU a head's lie in whole words of 16 bytes.
 fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
-    let element_bytes = cache_element_bytes(model, holding);
     let head_granule = if matches!(holding.device, Device::Cuda(_)) { 8 } else { 1 };
-    let of_cache = |cache: &CacheSpec| {
+    let of_cache = |cache: CacheSpec| {
         let capacity = if cache.scope == CacheScope::Decoder { lengths.capacity() } else { lengths.encoder };
-        product(&[2, cache.kv_heads, cache.head_dim.next_multiple_of(head_granule), capacity, element_bytes])
+        product(&[2, cache.kv_heads, cache.head_dim.next_multiple_of(head_granule), capacity, cache.format.bytes()])
     };
-    model.caches.iter().map(of_cache).fold(0, u64::saturating_add)
+    model.cache_specs(holding.kv_format(model)).map(of_cache).fold(0, u64::saturating_add)
 }
 
 /// Regions of fp32 as the engine lays them out: each side's for its longest call.

@@ -7,6 +7,7 @@
 use anyhow::Result;
 
 use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, memory};
+use crate::call::Batch;
 use crate::plan::{Rope, RopeByLength};
 
 /// `loaded`, as it is where no length changes the rotation of keys that are in the cache.
@@ -18,7 +19,7 @@ pub fn wrapped(ropes: &[Rope], loaded: Loaded) -> Loaded {
     match original {
         Some(original) => {
             let inner = loaded.session;
-            let session = Recompute { inner, original, tokens: Vec::new(), next: 0, is_long: false };
+            let session = Recompute { inner, original, tokens: Vec::new(), next: Vec::new(), is_long: false };
             Loaded { session: Box::new(session), ..loaded }
         }
         None => loaded,
@@ -29,27 +30,40 @@ struct Recompute {
     inner: Box<dyn Session>,
     /// Longest sequence that the short frequencies hold for.
     original: usize,
-    /// Those in the cache.
-    tokens: Vec<u32>,
-    /// Chosen last.
-    next: u32,
+    /// Those in the cache, of each sequence.
+    tokens: Vec<Vec<u32>>,
+    /// Chosen last, of each sequence.
+    next: Vec<u32>,
     /// Whether keys in the cache have the rotation of long sequences.
     is_long: bool,
 }
 
+/// A call in the place of the one that was asked for.
+struct Instead {
+    batch: Batch,
+    tokens: Vec<u32>,
+    /// Rows of each sequence that were run before.
+    before: usize,
+}
+
 impl Recompute {
-    /// Takes `tokens` behind those in the cache. Returns what the next call must run, and how many rows of it were run before.
-    fn extend(&mut self, tokens: &[u32]) -> (Vec<u32>, usize) {
-        let before = self.tokens.len();
-        self.tokens.extend_from_slice(tokens);
-        let is_long = self.tokens.len() > self.original;
-        if is_long == self.is_long || before == 0 {
-            self.is_long = is_long;
-            return (tokens.to_vec(), 0);
+    /// Takes `tokens`, those of a sequence together, behind the ones in the cache, and tells what must be run.
+    fn extend(&mut self, batch: Batch, tokens: &[u32]) -> Instead {
+        let before = self.inner.position();
+        let each = batch.rows() / batch.sequences.max(1);
+        self.tokens.resize(batch.sequences, Vec::new());
+        for (known, new) in self.tokens.iter_mut().zip(tokens.chunks(each.max(1))) {
+            known.extend_from_slice(new);
         }
+        let is_long = before + each > self.original;
+        let is_same = is_long == self.is_long || before == 0;
         self.is_long = is_long;
+        if is_same {
+            return Instead { batch, tokens: tokens.to_vec(), before: 0 };
+        }
         self.inner.rewind(0);
-        (self.tokens.clone(), before)
+        let batch = Batch { positions: (0..before + each).into(), ..batch };
+        Instead { batch, tokens: self.tokens.concat(), before }
     }
 }
 
@@ -60,38 +74,41 @@ impl Session for Recompute {
 
     fn rewind(&mut self, position: usize) {
         self.inner.rewind(position);
-        self.tokens.truncate(position);
+        self.tokens.iter_mut().for_each(|tokens| tokens.truncate(position));
     }
 
     fn encode(&mut self, input: EncoderInput) -> Result<()> {
         self.inner.encode(input)
     }
 
-    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
-        let (call, _) = self.extend(tokens);
-        self.next = self.inner.prefill(&call)?;
-        Ok(self.next)
+    fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
+        let Instead { batch, tokens, before: _ } = self.extend(batch, tokens);
+        self.inner.prefill_batch(batch, &tokens, next)?;
+        self.next = next.to_vec();
+        Ok(())
     }
 
-    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+    fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
         let mut left = n;
         while left > 0 {
-            let position = self.tokens.len();
+            let position = self.inner.position();
             let steps = match self.is_long {
                 true => left,
                 false => left.min(self.original.saturating_sub(position)),
             };
             if steps == 0 {
-                let token = self.prefill(&[self.next])?;
-                on_token(token);
+                let mut next = self.next.clone();
+                let batch = Batch { sequences: next.len(), positions: (position..position + 1).into() };
+                self.prefill_batch(batch, &self.next.clone(), &mut next)?;
+                on_tokens(&next);
                 left -= 1;
                 continue;
             }
             let Self { inner, tokens, next, .. } = self;
-            inner.decode(steps, &mut |token| {
-                tokens.push(*next);
-                *next = token;
-                on_token(token);
+            inner.decode_batch(steps, &mut |chosen| {
+                tokens.iter_mut().zip(next.iter()).for_each(|(tokens, next)| tokens.push(*next));
+                next.copy_from_slice(chosen);
+                on_tokens(chosen);
             })?;
             left -= steps;
         }
@@ -99,8 +116,9 @@ impl Session for Recompute {
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
-        let (call, before) = self.extend(tokens);
-        self.inner.score(&call, &mut |row, logits| {
+        let position = self.inner.position();
+        let Instead { tokens, before, .. } = self.extend(Batch::one(position..position + tokens.len()), tokens);
+        self.inner.score(&tokens, &mut |row, logits| {
             if row >= before {
                 on_row(row - before, logits);
             }

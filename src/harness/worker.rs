@@ -162,7 +162,11 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
     let mut opened = open(&job.model, &WithoutWarnings(events))?;
     opened.select(&job.selection)?;
     let pixels = pixels(&opened.model, &opened.checkpoint, &job.task.encode)?;
-    let device = job.device.into();
+    let device: engine::Device = job.device.into();
+    let kv_format = match job.engine {
+        Engine::Quantbench => device.kv_format(),
+        Engine::Candle => engine::candle::kv_format(opened.model.architecture),
+    };
     let formats = Formats::new(job.precision, job.format_options);
     let setup = Setup {
         model: &opened.model,
@@ -170,6 +174,8 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         formats: &formats,
         device,
         threads: job.threads,
+        sequences: 1,
+        kv_format,
         capacity: job.capacity(),
         encoder_capacity: job.encoder_capacity,
         cuda_graph: job.cuda_graph,

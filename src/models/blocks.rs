@@ -390,7 +390,7 @@ impl DecoderSpec<'_> {
             None => None,
         };
         let sinks = spec.has_sinks.then(|| Sinks(b.parameter(&path.at("sinks"), heads)));
-        let cache = b.cache(kv_heads, head_dim, CacheScope::Decoder);
+        let cache = b.windowed_cache(kv_heads, head_dim, CacheScope::Decoder, spec.window);
         let out = b.attention_out(q);
         let AttentionBlock { scale, mask, rope, window, softcap, .. } = *spec;
         let append = Some(KeyValue { k, v });

@@ -35,7 +35,7 @@ pub struct LinearLayer {
 pub struct Builder {
     matrices: Vec<MatrixSpec>,
     vectors: Vec<VectorSpec>,
-    caches: Vec<CacheSpec>,
+    caches: Vec<CacheShape>,
     ropes: Vec<Rope>,
     biases: Vec<RelativeBias>,
     buffers: Vec<Buffer>,
@@ -109,7 +109,18 @@ impl Builder {
     }
 
     pub fn cache(&mut self, kv_heads: usize, head_dim: usize, scope: CacheScope) -> CacheId {
-        self.caches.push(CacheSpec { kv_heads, head_dim, scope });
+        self.windowed_cache(kv_heads, head_dim, scope, None)
+    }
+
+    /// A cache of which attention sees the positions of a window.
+    pub fn windowed_cache(
+        &mut self,
+        kv_heads: usize,
+        head_dim: usize,
+        scope: CacheScope,
+        window: Option<Window>,
+    ) -> CacheId {
+        self.caches.push(CacheShape { kv_heads, head_dim, scope, window: window.map(|Window(window)| window) });
         CacheId(self.caches.len() - 1)
     }
 
@@ -313,7 +324,7 @@ impl Builder {
     }
 
     pub fn finish(self, metadata: ModelMetadata) -> Model {
-        Model {
+        let mut model = Model {
             architecture: metadata.architecture,
             matrices: self.matrices,
             vectors: self.vectors,
@@ -326,6 +337,18 @@ impl Builder {
             vocab: metadata.vocab,
             eos: metadata.eos,
             decoder_start: metadata.decoder_start,
+        };
+        for cache in 0..model.caches.len() {
+            model.caches[cache].window = widest_window(&model, CacheId(cache));
         }
+        model
     }
+}
+
+/// The most positions that an attention over `cache` sees; `None` where one sees all.
+fn widest_window(model: &Model, cache: CacheId) -> Option<usize> {
+    let specs = model.plans().flat_map(|plan| &plan.ops);
+    let specs = specs.filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None });
+    let windows = specs.filter(|spec| spec.cache == cache).map(|spec| spec.window.map(|Window(window)| window));
+    windows.reduce(|widest, window| Some(widest?.max(window?))).flatten()
 }

@@ -81,6 +81,8 @@ fn load(model: &str, plan: &Model, precision: &str, executor: Executor) -> anyho
         formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: Device::Cpu,
         threads: 2,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
         capacity: 64,
         encoder_capacity: 0,
         cuda_graph: false,

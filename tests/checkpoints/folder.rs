@@ -228,6 +228,8 @@ impl Folder {
             formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
             device: Device::Cpu,
             threads: 2,
+            sequences: 1,
+            kv_format: Device::Cpu.kv_format(),
             capacity: 320,
             encoder_capacity: 256,
             cuda_graph: true,

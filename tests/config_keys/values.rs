@@ -33,6 +33,8 @@ fn check(case: &str, folder: &Folder, prompt: &[u32], (ids, logits): Expected) {
         formats: &Formats::new(fp16::ID, FormatOptions::default()),
         device: Device::Cpu,
         threads: 1,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
         capacity: prompt.len() + 8,
         encoder_capacity: prompt.len(),
         cuda_graph: false,

@@ -87,6 +87,8 @@ fn outliers_on_cpu(model: &str, ids: &[u32]) -> engine::OutlierColumns {
         formats: &Formats::new(int8::ID, FormatOptions::default()),
         device: Device::Cpu,
         threads: 1,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
         capacity: 64,
         encoder_capacity: 0,
         cuda_graph: false,

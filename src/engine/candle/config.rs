@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::feed::Rule;
 use crate::error::BadInput;
 use crate::models::{Files, RopeKind, RopeSettings};
-use crate::plan::{ActivationKind, CacheScope, CacheSpec, EncoderInputKind, Model, Op, Picture, Plan};
+use crate::plan::{ActivationKind, CacheScope, CacheShape, EncoderInputKind, Model, Op, Picture, Plan};
 
 /// What one of candle's model files is built from.
 pub enum Config {
@@ -91,8 +91,8 @@ impl Shapes<'_> {
     }
 
     /// The cache of one layer, and how many there are.
-    fn caches(&self, scope: CacheScope) -> Result<(CacheSpec, usize), BadInput> {
-        let caches: Vec<&CacheSpec> = self.model.caches.iter().filter(|cache| cache.scope == scope).collect();
+    fn caches(&self, scope: CacheScope) -> Result<(CacheShape, usize), BadInput> {
+        let caches: Vec<&CacheShape> = self.model.caches.iter().filter(|cache| cache.scope == scope).collect();
         let first = caches.first().ok_or_else(|| self.refused("needs at least one layer"))?;
         Ok((**first, caches.len()))
     }

@@ -220,7 +220,7 @@ fn read_cache(
 ) {
     let spec = weights.model.caches[cache.0];
     let (capacity, seen) = match spec.scope {
-        CacheScope::Decoder => (weights.capacity, call.position + 1),
+        CacheScope::Decoder => (weights.capacity, call.position() + 1),
         CacheScope::Encoder => (weights.encoder_capacity, call.encoded),
     };
     let positions = worker.share(seen, 1);
@@ -330,6 +330,8 @@ mod tests {
             formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
             device: Device::Cpu,
             threads,
+            sequences: 1,
+            kv_format: Device::Cpu.kv_format(),
             capacity: 64,
             encoder_capacity: 8,
             cuda_graph: true,

@@ -13,8 +13,8 @@ use crate::plan::{
 };
 use crate::quant::FormatId;
 
-/// As errors name it.
-const EXECUTOR: &str = "the CPU engine";
+/// The name in errors.
+pub const EXECUTOR: &str = "the CPU engine";
 
 /// One operation of the lowered plan.
 #[derive(Debug, Clone, PartialEq)]

@@ -171,6 +171,8 @@ mod tests {
                 formats,
                 device: Device::Cuda(0),
                 threads: 1,
+                sequences: 1,
+                kv_format: Device::Cuda(0).kv_format(),
                 capacity: 1,
                 encoder_capacity: 1,
                 cuda_graph: true,
