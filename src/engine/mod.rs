@@ -17,6 +17,7 @@ pub mod memory;
 pub mod needs;
 mod recompute;
 pub mod reference;
+mod routing;
 
 use std::time::Duration;
 

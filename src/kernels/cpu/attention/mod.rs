@@ -25,6 +25,8 @@ pub struct Context<'a> {
     pub softcap: Option<f32>,
     /// The most positions that a query sees: the last ones. `None` is all.
     pub window: Option<usize>,
+    /// A score of each query head of the group, which joins the softmax and weighs no value.
+    pub sinks: Option<&'a [f32]>,
 }
 
 /// What one query has of the softmax so far: `out` beside it is `Σ e^(score − max) · value`.
@@ -61,7 +63,14 @@ pub fn attend(
     out: &mut [f32],
     scratch: &mut Vec<f32>,
 ) {
-    attend_within(isa, q, &Context { keys, values, d, scale, softcap: None, window: None }, bias, out, scratch);
+    attend_within(
+        isa,
+        q,
+        &Context { keys, values, d, scale, softcap: None, window: None, sinks: None },
+        bias,
+        out,
+        scratch,
+    );
 }
 
 /// As [`attend`], with everything that a context can say.
@@ -82,6 +91,7 @@ pub fn attend_within(
         let bias = bias.map(|bias| &bias[turn * QUERIES * t..][..n * t]);
         let mut partials = [Partial::EMPTY; QUERIES];
         attend_part(isa, q, context, bias, out, &mut partials[..n], scratch);
+        add_sinks(&mut partials[..n], context.sinks, turn * QUERIES);
         finish(isa, out, &partials[..n], d);
     }
 }
@@ -147,6 +157,7 @@ fn attend_turn(
     let mut partials = [Partial::EMPTY; QUERIES];
     let partials = &mut partials[..n];
     on(isa, Attend { q, context: *context, first, group, bias: None, out: &mut *out, partials, scratch });
+    add_sinks(partials, context.sinks, 0);
     finish(isa, out, partials, d);
 }
 
@@ -168,6 +179,15 @@ pub fn merge(
         let (own, theirs) = ((partial.max - base).exp(), (other.max - base).exp());
         on(isa, Combine { out, factor: own, other: Some((other_out, theirs)) });
         *partial = Partial { max, sum: partial.sum * own + other.sum * theirs };
+    }
+}
+
+/// Adds the sinks' share to the sums. `first` is the number of the first query; the heads of a group come in turn.
+pub fn add_sinks(partials: &mut [Partial], sinks: Option<&[f32]>, first: usize) {
+    let Some(sinks) = sinks else { return };
+    for (partial, sink) in partials.iter_mut().zip(sinks.iter().cycle().skip(first % sinks.len().max(1))) {
+        // Infinite where the sink takes all.
+        partial.sum += (sink - partial.max).exp();
     }
 }
 
