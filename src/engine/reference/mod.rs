@@ -1,0 +1,408 @@
+//! The oracle: one operation at a time on candle tensors, on any device. It runs every operation of a plan.
+//!
+//! On the CPU everything is fp32 and a linear is its format's plain reference; on CUDA activations are fp16, sums and
+//! norms fp32, and a linear is the format's device kernel. Speed is no aim here.
+
+mod attention;
+mod experts;
+
+use anyhow::{Context, Result, bail};
+use candle_core::{D, DType, Device, IndexOp, Tensor};
+
+use super::load::{LoadedTensors, stream};
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
+use crate::call::{Batch, KvFormat, Supported};
+use crate::events::Listener;
+use crate::plan::{
+    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, BufferId, CacheScope, EmbedSpec,
+    EncoderInputKind, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, MatrixId, MatrixRows, Model, Norm,
+    NormKind, NormSpec, Op, PatchesSpec, Plan, Softcap, VectorId,
+};
+use crate::quant::Stored;
+use crate::weights::spec::MatrixSpec;
+
+/// A linear layer on candle tensors.
+pub trait Linear: Send + Sync {
+    /// `y = x · Wᵀ`: `x` is `[m, k]` in the session's compute dtype, `y` `[m, n]` in the same.
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor>;
+
+    /// Rows of the weight, `[tokens, k]` in its own dtype.
+    fn rows(&self, tokens: &[u32]) -> candle_core::Result<Tensor>;
+
+    fn stored_bytes(&self) -> usize;
+}
+
+/// The format's plain reference on the CPU.
+struct Oracle(Box<dyn Stored>);
+
+impl Linear for Oracle {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let (m, _) = x.dims2()?;
+        let (n, _) = self.0.shape();
+        let y = self.0.multiply(&x.flatten_all()?.to_vec1::<f32>()?, m);
+        Tensor::from_vec(y, (m, n), x.device())
+    }
+
+    fn rows(&self, tokens: &[u32]) -> candle_core::Result<Tensor> {
+        let (n, k) = self.0.shape();
+        let table = Tensor::from_vec(self.0.dequantize(), (n, k), &Device::Cpu)?;
+        table.index_select(&Tensor::new(tokens, &Device::Cpu)?, 0)
+    }
+
+    fn stored_bytes(&self) -> usize {
+        self.0.parts().iter().map(|part| part.bytes.len()).sum()
+    }
+}
+
+/// Runs a model's plan on candle tensors.
+pub struct Reference {
+    model: Model,
+    device: Device,
+    compute: DType,
+    matrices: Vec<Box<dyn Linear>>,
+    vectors: Vec<Tensor>,
+    /// Keys and values of each cache, `[g, t, d]`; empty before the first token.
+    caches: Vec<Option<(Tensor, Tensor)>>,
+    position: usize,
+    /// Rows of the last encoder call.
+    encoded: usize,
+    /// `[patches, hidden]`
+    features: Option<Tensor>,
+    /// What [`PatchesSpec`] reads: `[patches, channels · patch²]`.
+    patches: Option<Tensor>,
+    logits: Option<Tensor>,
+    last_token: u32,
+    kv_format: KvFormat,
+    calls: Supported,
+}
+
+/// The calls that the executor runs: its caches are in the compute dtype.
+fn calls(format: KvFormat) -> Supported {
+    let kv_formats: &'static [KvFormat] = match format {
+        KvFormat::Fp32 => &[KvFormat::Fp32],
+        KvFormat::Fp16 => &[KvFormat::Fp16],
+        KvFormat::Bf16 | KvFormat::Fp8 => &[],
+    };
+    Supported { executor: EXECUTOR, kv_formats }
+}
+
+/// The name in errors.
+const EXECUTOR: &str = "the reference executor";
+
+/// Loads the oracle on the CPU.
+pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
+    calls(KvFormat::Fp32).check(setup.sequences, setup.kv_format)?;
+    let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(Box::new(Oracle(stored)) as Box<dyn Linear>);
+    let tensors = stream(setup, events, &finish)?;
+    let loaded = Reference::loaded(setup, tensors, Device::Cpu, DType::F32, "candle".to_owned())?;
+    Ok(recompute::wrapped(&setup.model.ropes, loaded))
+}
+
+impl Reference {
+    /// A session from streamed linears.
+    pub fn loaded(
+        setup: &Setup,
+        tensors: LoadedTensors<Box<dyn Linear>>,
+        device: Device,
+        compute: DType,
+        isa: String,
+    ) -> Result<Loaded> {
+        let vectors = tensors.vectors.into_iter().map(|v| Tensor::new(v, &device)).collect::<Result<_, _>>()?;
+        let session = Self {
+            model: setup.model.clone(),
+            device,
+            compute,
+            matrices: tensors.matrices,
+            vectors,
+            caches: vec![None; setup.model.caches.len()],
+            position: 0,
+            encoded: 0,
+            features: None,
+            patches: None,
+            logits: None,
+            last_token: 0,
+            kv_format: setup.kv_format,
+            calls: calls(setup.kv_format),
+        };
+        Ok(Loaded {
+            session: Box::new(session),
+            load: tensors.elapsed,
+            quantize: tensors.quantize,
+            fp16_overflow: tensors.fp16_overflow,
+            isa,
+        })
+    }
+
+    /// Runs a call of `rows` rows through `plan`.
+    fn run(&mut self, plan: &Plan, tokens: &[u32]) -> Result<Buffers> {
+        let mut buffers = Buffers(vec![None; plan.buffers.len()]);
+        for op in &plan.ops {
+            self.step(op, tokens, &mut buffers).with_context(|| format!("reference executor at {op:?}"))?;
+        }
+        Ok(buffers)
+    }
+
+    fn decoder_call(&mut self, tokens: &[u32]) -> Result<u32> {
+        let plan = self.model.decoder.clone();
+        self.run(&plan, tokens)?;
+        self.position += tokens.len();
+        Ok(self.last_token)
+    }
+
+    fn step(&mut self, op: &Op, tokens: &[u32], buffers: &mut Buffers) -> candle_core::Result<()> {
+        match op {
+            Op::Embed(spec) => {
+                let EmbedSpec { table, scale, image, out } = *spec;
+                buffers.set(out, self.embed(tokens, table, scale, image)?);
+            }
+            Op::Patches(PatchesSpec { out }) => {
+                let patches = self.patches.as_ref().ok_or_else(|| missing("a picture"))?;
+                buffers.set(*out, patches.to_dtype(self.compute)?);
+            }
+            Op::AddRows(AddRowsSpec { x, table }) => {
+                let rows = buffers.get(*x)?;
+                let ids: Vec<u32> = (0..rows.dim(0)? as u32).collect();
+                let table = self.matrices[table.0].rows(&ids)?.to_dtype(self.compute)?;
+                buffers.set(*x, (rows + table)?);
+            }
+            Op::Features(FeaturesSpec { x }) => self.features = Some(buffers.get(*x)?),
+            Op::Norm(NormSpec { norm, x, out }) => buffers.set(*out, self.norm(*norm, &buffers.get(*x)?)?),
+            Op::Linear(LinearSpec { x, parts }) => {
+                let x = buffers.get(*x)?.contiguous()?;
+                for part in parts {
+                    buffers.set(part.out, self.linear(part, &x)?);
+                }
+            }
+            Op::Append(AppendSpec { kv: KeyValue { k, v }, cache }) => {
+                self.append(*cache, &buffers.get(*k)?, &buffers.get(*v)?)?;
+            }
+            Op::Attention(spec) => {
+                let out = self.attention(spec, buffers)?;
+                buffers.set(spec.out, out);
+            }
+            Op::Activation(ActivationSpec { kind, gate, up, out }) => {
+                let y = activate(*kind, &buffers.get(*gate)?)?;
+                let y = match up {
+                    Some(up) => (y * buffers.get(*up)?)?,
+                    None => y,
+                };
+                buffers.set(*out, y);
+            }
+            Op::Experts(spec) => {
+                let out = self.experts(spec, &buffers.get(spec.x)?, &buffers.get(spec.scores)?)?;
+                buffers.set(spec.out, out);
+            }
+            // An fp32 linear (T5's `wo`) makes the residual fp32 from there on, as in transformers.
+            Op::Add(AddSpec { a, b, out }) => {
+                let (a, b) = (buffers.get(*a)?, buffers.get(*b)?);
+                let dtype = if a.dtype() == b.dtype() { a.dtype() } else { DType::F32 };
+                buffers.set(*out, (a.to_dtype(dtype)? + b.to_dtype(dtype)?)?);
+            }
+            Op::LastRow(LastRowSpec { x, out, scale }) => {
+                let x = buffers.get(*x)?;
+                buffers.set(*out, (x.narrow(0, x.dim(0)? - 1, 1)? * *scale as f64)?);
+            }
+            Op::Argmax(ArgmaxSpec { logits, softcap }) => {
+                let logits = capped(buffers.get(*logits)?.to_dtype(DType::F32)?.flatten_all()?, *softcap)?;
+                self.last_token = first_largest(&logits.to_vec1::<f32>()?);
+                self.logits = Some(logits);
+            }
+        }
+        Ok(())
+    }
+
+    /// `y = x · W[rows]ᵀ + bias`
+    fn linear(&self, part: &LinearPart, x: &Tensor) -> candle_core::Result<Tensor> {
+        let LinearPart { weight, rows, bias, out: _ } = *part;
+        let y = self.matrices[weight.0].forward(x)?;
+        let y = match rows {
+            Some(MatrixRows { start, len }) => y.narrow(1, start, len)?,
+            None => y,
+        };
+        self.biased(y, bias)
+    }
+
+    fn biased(&self, y: Tensor, bias: Option<VectorId>) -> candle_core::Result<Tensor> {
+        match bias {
+            Some(bias) => y.broadcast_add(&self.vectors[bias.0].to_dtype(self.compute)?),
+            None => Ok(y),
+        }
+    }
+
+    fn embed(&self, tokens: &[u32], table: MatrixId, scale: f32, image: Option<u32>) -> candle_core::Result<Tensor> {
+        let rows = (self.matrices[table.0].rows(tokens)?.to_dtype(self.compute)? * scale as f64)?;
+        let n_image = tokens.iter().filter(|&&token| Some(token) == image).count();
+        if n_image == 0 {
+            return Ok(rows);
+        }
+        let features = self.features.as_ref().ok_or_else(|| missing("image features"))?;
+        let mut next = 0;
+        let picked = tokens.iter().enumerate().map(|(row, &token)| {
+            if Some(token) != image {
+                return rows.narrow(0, row, 1);
+            }
+            next += 1;
+            features.narrow(0, next - 1, 1)
+        });
+        Tensor::cat(&picked.collect::<candle_core::Result<Vec<_>>>()?, 0)
+    }
+
+    /// Row by row in fp32, back in the compute dtype.
+    fn norm(&self, Norm { kind, weight, epsilon }: Norm, x: &Tensor) -> candle_core::Result<Tensor> {
+        let x = x.to_dtype(DType::F32)?;
+        let centred = match kind {
+            NormKind::Rms => x,
+            NormKind::Layer { .. } => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+        };
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let normed =
+            centred.broadcast_div(&(variance + epsilon as f64)?.sqrt()?)?.broadcast_mul(&self.vectors[weight.0])?;
+        let normed = match kind {
+            NormKind::Rms => normed,
+            NormKind::Layer { bias } => normed.broadcast_add(&self.vectors[bias.0])?,
+        };
+        normed.to_dtype(self.compute)
+    }
+}
+
+/// The buffers of one call.
+struct Buffers(Vec<Option<Tensor>>);
+
+impl Buffers {
+    fn get(&self, id: BufferId) -> candle_core::Result<Tensor> {
+        self.0[id.0].clone().ok_or_else(|| missing("a buffer"))
+    }
+
+    fn set(&mut self, id: BufferId, value: Tensor) {
+        self.0[id.0] = Some(value);
+    }
+}
+
+fn missing(what: &str) -> candle_core::Error {
+    candle_core::Error::Msg(format!("{what} is read before it is written"))
+}
+
+fn activate(kind: ActivationKind, gate: &Tensor) -> candle_core::Result<Tensor> {
+    match kind {
+        ActivationKind::Silu => gate.silu(),
+        ActivationKind::GeluTanh => gate.gelu(),
+        ActivationKind::Relu => gate.relu(),
+    }
+}
+
+/// `cap · tanh(x / cap)`, where there is a cap.
+fn capped(x: Tensor, softcap: Option<Softcap>) -> candle_core::Result<Tensor> {
+    match softcap {
+        Some(Softcap(cap)) => (x / cap as f64)?.tanh()? * cap as f64,
+        None => Ok(x),
+    }
+}
+
+/// The lowest index among the largest values, as torch.argmax gives it on a CPU.
+fn first_largest(logits: &[f32]) -> u32 {
+    let better = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
+    (1..logits.len()).fold(0, better) as u32
+}
+
+impl Session for Reference {
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn rewind(&mut self, position: usize) {
+        assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
+        let specs = self.model.caches.iter();
+        for (_, cache) in specs.zip(&mut self.caches).filter(|(spec, _)| spec.scope == CacheScope::Decoder) {
+            *cache = match cache.take() {
+                Some((k, v)) if position > 0 => match (k.i((.., ..position)), v.i((.., ..position))) {
+                    (Ok(k), Ok(v)) => Some((k, v)),
+                    _ => None,
+                },
+                _ => None,
+            };
+        }
+        self.position = position;
+    }
+
+    fn encode(&mut self, input: EncoderInput) -> Result<()> {
+        let Some(encoder) = self.model.encoder.clone() else { bail!("this model has no encoder") };
+        match (encoder.input, input) {
+            (EncoderInputKind::Tokens, EncoderInput::Tokens(tokens)) => {
+                self.encoded = tokens.len();
+                self.run(&encoder.plan, tokens)?;
+            }
+            (EncoderInputKind::Picture(picture), EncoderInput::Pixels(pixels)) => {
+                let patches = picture.patch_rows(pixels)?;
+                let width = patches.len() / picture.patches();
+                self.encoded = picture.patches();
+                self.patches = Some(Tensor::from_vec(patches, (picture.patches(), width), &self.device)?);
+                self.run(&encoder.plan, &[])?;
+            }
+            _ => bail!("this model's encoder reads another kind of input"),
+        }
+        Ok(())
+    }
+
+    fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
+        if tokens.is_empty() {
+            bail!("a prefill needs at least one token");
+        }
+        self.calls.check_batch(batch, tokens.len(), self.position)?;
+        next.fill(self.decoder_call(tokens)?);
+        Ok(())
+    }
+
+    fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        let plan = self.model.decoder.clone();
+        let head = plan.head().context("this plan has no head")?;
+        let body = Plan { ops: plan.ops[..head.body_len].to_vec(), buffers: plan.buffers.clone() };
+        let x = (self.run(&body, tokens)?.get(head.x)? * head.scale as f64)?;
+        self.position += tokens.len();
+        for row in 0..tokens.len() {
+            let logits = self.matrices[head.weight.0].forward(&x.narrow(0, row, 1)?.contiguous()?)?;
+            let logits = self.biased(logits, head.bias)?.to_dtype(DType::F32)?.flatten_all()?;
+            on_row(row, &capped(logits, head.softcap)?.to_vec1::<f32>()?);
+        }
+        Ok(())
+    }
+
+    fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
+        for _ in 0..n {
+            let token = self.decoder_call(&[self.last_token])?;
+            on_tokens(&[token]);
+        }
+        Ok(())
+    }
+
+    fn logits(&mut self) -> Result<Vec<f32>> {
+        let logits = self.logits.as_ref().context("no token was run yet")?;
+        Ok(logits.to_vec1::<f32>()?)
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(self.device.synchronize()?)
+    }
+
+    fn pool(&self) -> Option<&dyn super::memory::MemoryPool> {
+        super::memory::of(&self.device)
+    }
+
+    fn footprint(&self) -> Footprint {
+        let stored: Vec<usize> = self.matrices.iter().map(|m| m.stored_bytes()).collect();
+        let caches = Footprint::of_caches(&self.model, self.kv_format, self.encoded);
+        let kv_per_position = caches.kv_bytes_per_position + caches.windowed_kv_bytes_per_position;
+        let weights_bytes = (stored.iter().sum::<usize>() + self.model.vector_bytes()) as u64;
+        Footprint {
+            weights_bytes,
+            weights_resident_bytes: weights_bytes,
+            kv_cache_bytes: kv_per_position * self.position as u64,
+            scratch_bytes: 0,
+            weight_bytes_per_token: self.model.weight_bytes_per_token(&stored) as u64,
+            ..caches
+        }
+    }
+
+    fn outlier_columns(&mut self) -> Result<OutlierColumns> {
+        Ok(OutlierColumns::default())
+    }
+}
