@@ -21,9 +21,10 @@ const WITHOUT_FORMATS: &[&str] = &[
 
 /// A file's code in front of its tests; nothing of a file of tests.
 fn production(file: &SourceFile) -> &str {
+    let tests = ["mod tests", "pub mod tests"].map(|module| file.text.find(&format!("#[cfg(test)]\n{module}")));
     match file.path.ends_with("tests.rs") {
         true => "",
-        false => file.text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default(),
+        false => &file.text[..tests.into_iter().flatten().min().unwrap_or(file.text.len())],
     }
 }
 
@@ -64,7 +65,6 @@ const SHARED: &[(&str, &str)] = &[
     ("DeviceFacts", "a device as it is found, and as records have it"),
     ("Engine", "an engine as it is asked for, and as records have it"),
     ("Pool", "threads of the CPU engine; in a record, as in its readers' tools, a device's memory"),
-    ("Protocol", "how repeats are taken, and as records have it"),
     ("SelfCheck", "a check of the kernels, and as records have it"),
     ("Workload", "the tokens of a case, and their counts as records have them"),
 ];
