@@ -15,7 +15,7 @@ use quantbench::events::Silent;
 use quantbench::models;
 use quantbench::plan::Model;
 use quantbench::quality::cost::{self, TokenCost};
-use quantbench::quality::pass::{self, Feed};
+use quantbench::quality::pass::{self, WindowInput};
 use quantbench::quality::summary::summarize;
 use quantbench::quality::{CallPath, text};
 use quantbench::quant::{FormatId, FormatOptions};
@@ -64,7 +64,7 @@ fn rows(session: &mut dyn Session, tokens: &[u32], path: CallPath) -> Vec<Vec<f3
         rows.push(logits.to_vec());
         Ok(())
     };
-    pass::run(session, Feed { prefix: &[], tokens, first: 1, path }, keep).unwrap();
+    pass::run(session, WindowInput { prefix: &[], tokens, first: 1, path }, keep).unwrap();
     rows
 }
 

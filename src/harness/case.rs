@@ -45,7 +45,7 @@ pub struct Case {
     pub command: String,
 }
 
-/// How the precisions of a case were chosen.
+/// The way in which the precisions of a case were chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum PrecisionSelection {
     /// By name: a model that was saved in another precision is refused.

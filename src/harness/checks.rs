@@ -1,4 +1,4 @@
-//! What is refused before anything long starts.
+//! Checks before anything long starts.
 
 use anyhow::Result;
 
@@ -82,8 +82,8 @@ pub fn device(choice: DeviceChoice) -> Result<Device, BadInput> {
     choose(choice, cfg!(feature = "cuda"), &doctor::gpu).map(|chosen| chosen.device)
 }
 
-/// As [`device`], for a build with CUDA or without, where `driver` says of a GPU's number why it cannot be used. Where no device was
-/// asked for and there is no GPU, the CPU does.
+/// Resolves a choice for a build with CUDA or without. `driver` gives the reason why the GPU of a number cannot be used. `auto`
+/// falls back to the CPU where there is no GPU.
 fn choose(
     choice: DeviceChoice,
     has_cuda: bool,

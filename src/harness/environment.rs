@@ -1,4 +1,4 @@
-//! What machine and build a record comes from, and what about them disturbs a measurement.
+//! Machine and build of a record, and what about them disturbs a measurement.
 
 use std::path::PathBuf;
 
@@ -53,7 +53,7 @@ impl Machine {
         format!("{name} {}", kernel.trim()).trim_end().to_owned()
     }
 
-    /// What is known before anything is measured.
+    /// Warnings that are known before anything is measured.
     pub fn warnings(&self) -> Vec<Warning> {
         let debug = (build_profile() == "debug").then_some(Warning::DebugBuild);
         [debug, self.slow_governor(), self.on_battery()].into_iter().flatten().collect()
@@ -90,12 +90,16 @@ impl Machine {
 }
 
 /// Name, version and commit of an engine, for records.
-pub fn engine_info(engine: Engine) -> record::Engine {
+pub fn engine_info(engine: Engine) -> record::EngineInfo {
     let commit = match engine {
         Engine::Quantbench => option_env!("QUANTBENCH_COMMIT").unwrap_or("unknown"),
         Engine::Candle => "release",
     };
-    record::Engine { name: engine.name().to_owned(), version: engine.version().to_owned(), commit: commit.to_owned() }
+    record::EngineInfo {
+        name: engine.name().to_owned(),
+        version: engine.version().to_owned(),
+        commit: commit.to_owned(),
+    }
 }
 
 /// More threads than CPUs that this process may use: its affinity, and the quota of its control group.

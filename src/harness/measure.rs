@@ -16,7 +16,7 @@ use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
 use crate::protocol::{Encode, FinishReport, Sample, Task, Wait, WarmupEnd, WarmupReport};
 
-/// What a session's [`Session::alone`] takes at least, in decode steps: three rounds, each of which runs a step and its parts twice.
+/// Least time of a session's [`Session::alone`], in decode steps: three rounds, each of which runs a step and its parts twice.
 const ALONE_STEPS: u64 = 18;
 
 /// A loaded session and what it is measured with.
@@ -32,7 +32,7 @@ pub struct Bench<C: Clock> {
     /// Highest resident set seen between repeats: the peak where the kernel's mark cannot be reset.
     seen_peak_bytes: Option<u64>,
     peak_is_exact: bool,
-    /// What the device's pool held at the end of each phase so far.
+    /// Use of the device's memory pool at the end of each phase so far.
     pool: BTreeMap<String, PoolUse>,
 }
 
@@ -40,9 +40,9 @@ pub struct Bench<C: Clock> {
 #[derive(Default)]
 struct Stamps {
     start_ns: u64,
-    /// When the encoder was done; the start where there is none.
+    /// Time at which the encoder was done; the start where there is none.
     encoded_ns: u64,
-    /// When each token was known on the host, the first token's first.
+    /// Time at which each token was known on the host, the first token included.
     token_ns: Vec<u64>,
     ids: Vec<u32>,
 }
@@ -255,7 +255,7 @@ impl<C: Clock> Bench<C> {
         self.session.alone(middle).ok().flatten()
     }
 
-    /// What is read once, after the last repeat, and the passes that are not timed.
+    /// Reads memory and outliers once after the last repeat, and runs the passes that are not timed.
     pub fn finish(&mut self, save_logits: Option<&Path>) -> Result<FinishReport> {
         self.end_phase("run")?;
         let end_bytes = self.memory.resident_bytes();

@@ -13,18 +13,18 @@ use crate::weights::spec::Role;
 use crate::weights::{self, Checkpoint, Request, Source};
 
 /// A model whose files were found and whose plan was built; no weights are in memory.
-pub struct Opened {
+pub struct OpenModel {
     pub checkpoint: Checkpoint,
     pub model: Model,
     pub source: Box<dyn Source>,
 }
 
 /// Finds a model's files, downloading what is missing, and checks that they hold what the architecture needs.
-pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
+pub fn open(request: &Request, events: &dyn Listener) -> Result<OpenModel> {
     let checkpoint = weights::open(request, events)?;
     let model = build(&checkpoint, request, events)?;
     let source = checkpoint.source_with(&model.matrices, &model.vectors, events)?;
-    Ok(Opened { checkpoint, model, source })
+    Ok(OpenModel { checkpoint, model, source })
 }
 
 /// Builds the plan of a model and warns of each setting of its files that is not computed. Fails on one that must be, and with
@@ -49,7 +49,7 @@ pub fn build(checkpoint: &Checkpoint, request: &Request, events: &dyn Listener) 
     Ok(built.model)
 }
 
-impl Opened {
+impl OpenModel {
     /// See [`select`].
     pub fn select(&mut self, selection: &Selection) -> Result<(), BadInput> {
         select(&mut self.model, &self.checkpoint, selection)

@@ -23,9 +23,9 @@ const DEFAULT_SYNTHETIC: usize = 8;
 /// Sets the depth's ids apart from the prompt's.
 const DEPTH_STREAM: u64 = 0xde97;
 
-/// What every repeat does and how records describe it.
+/// The work of every repeat and its description in records.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Workload {
+pub struct TokenizedWorkload {
     pub task: Task,
     /// Tokens of the prompt, wherever they go; image tokens are apart.
     pub n_prompt: usize,
@@ -34,7 +34,7 @@ pub struct Workload {
     pub n_encoder: usize,
 }
 
-impl Workload {
+impl TokenizedWorkload {
     /// The request to load one variant of a case for this workload.
     pub fn load_request(&self, case: &Case, variant: &Variant, assignment: DeviceAssignment) -> LoadRequest {
         let DeviceAssignment { device, threads } = assignment;
@@ -77,7 +77,7 @@ impl Workload {
 
 /// The workload of a case. Fails where the prompt is empty, needs a tokenizer that is not there, has ids beyond the
 /// vocabulary, or does not fit the context together with depth and generated tokens.
-pub fn workload(case: &Case, tokenizer: Option<&Tokenizer>, model: &Model) -> anyhow::Result<Workload> {
+pub fn workload(case: &Case, tokenizer: Option<&Tokenizer>, model: &Model) -> anyhow::Result<TokenizedWorkload> {
     let (seed, n_prompt) = (case.model.seed, n_synthetic(case, tokenizer));
     // A length is checked before its ids are made: what a user types may exceed the memory.
     check_lengths(case, n_prompt.unwrap_or(1), model)?;
@@ -118,7 +118,7 @@ fn n_synthetic(case: &Case, tokenizer: Option<&Tokenizer>) -> Option<usize> {
 }
 
 /// Hands the prompt to the side of the model that reads it.
-fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> Workload {
+fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> TokenizedWorkload {
     let (seed, n_prompt, n_image) = (case.model.seed, prompt.len(), n_image(model));
     let (encode, prompt) = match model.encoder.as_ref().map(|encoder| encoder.input) {
         None => (Encode::Nothing, prompt),
@@ -139,7 +139,7 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> Workload {
         max_time_s: case.protocol.of_one_launch().max_time_s,
         wait: wait(&case.protocol),
     };
-    Workload { task, n_prompt, n_image, n_encoder }
+    TokenizedWorkload { task, n_prompt, n_image, n_encoder }
 }
 
 fn wait(protocol: &MeasurementProtocol) -> Wait {
@@ -209,7 +209,7 @@ fn without_image_tokens(ids: Vec<u32>, model: &Model) -> Result<Vec<u32>, BadInp
     }
 }
 
-/// Whether the model has a row for every id. A tokenizer may have more tokens than the model that it lies beside.
+/// Checks that the model has a row for every id. A tokenizer may have more tokens than the model beside it.
 pub fn check_vocabulary(ids: &[u32], are_typed: bool, model: &Model) -> Result<(), BadInput> {
     let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab) else { return Ok(()) };
     let message = format!("prompt id {id} is outside the vocabulary of {} tokens", model.vocab);

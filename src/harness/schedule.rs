@@ -1,9 +1,9 @@
-//! Who runs when: workers load and warm up one after the other, then hand in repeats ABC BCA CAB, or, where they do not fit
+//! The order of work: workers load and warm up one after the other, then run repeats ABC BCA CAB. Where they do not fit
 //! together, each runs to its end before the next one starts. Several launches do all of this several times.
 
 use super::measurement_protocol::MeasurementProtocol;
-use super::stopping::{RepeatsEnd, Tally, repeats_ended};
-use super::watch::energy::Window;
+use super::stopping::{RepeatTally, RepeatsEnd, repeats_ended};
+use super::watch::energy::EnergyWindow;
 use super::watch::{Watch, Watched};
 use crate::events::{Event, Listener, Unit};
 use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
@@ -12,7 +12,7 @@ use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
 pub trait Worker {
     /// For progress.
     fn label(&self) -> &str;
-    /// Of the process, once it runs.
+    /// Number of the process, once it runs.
     fn pid(&self) -> Option<u32> {
         None
     }
@@ -23,16 +23,16 @@ pub trait Worker {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
+pub enum RunOrder {
     Interleaved,
     InTurn,
 }
 
-impl Order {
+impl RunOrder {
     pub fn name(self) -> &'static str {
         match self {
-            Order::Interleaved => "interleaved",
-            Order::InTurn => "in_turn",
+            RunOrder::Interleaved => "interleaved",
+            RunOrder::InTurn => "in_turn",
         }
     }
 }
@@ -43,17 +43,17 @@ const MAX_DISCARDED: usize = 10;
 /// Repeats of a block for the energy counter at most: one of them takes longer than the 0.2 ms that fill a window of 2 s.
 const MAX_BLOCK: usize = 10_000;
 
-/// What one precision gave, up to where it failed.
+/// Measurements of one variant, up to where it failed.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Outcome {
-    /// Of the first launch, as the warm-up.
+    /// Load and warm-up are those of the first launch.
     pub loaded: Option<LoadReport>,
     pub warmed: Option<WarmupReport>,
     pub samples: Vec<Sample>,
-    /// Of each sample.
+    /// Readings of the machine during each sample.
     pub watched: Vec<Watched>,
-    /// Of an untimed block of repeats; empty without an energy counter, and where the samples are long enough for it.
-    pub energy: Vec<Window>,
+    /// Energy of an untimed block of repeats; empty without an energy counter, and where the samples are long enough for it.
+    pub energy: Vec<EnergyWindow>,
     /// Samples that did not count because the device's clock was held down.
     pub n_discarded: usize,
     /// Samples of each launch, in order.
@@ -63,7 +63,7 @@ pub struct Outcome {
     pub failure: Option<Failure>,
     /// It did not fit beside the others, and ran when they had ended.
     pub alone: bool,
-    /// What its worker was estimated to hold; 0 where that is unknown.
+    /// Estimated memory of its worker; 0 where unknown.
     pub needed_bytes: u64,
 }
 
@@ -88,12 +88,12 @@ impl Outcome {
     }
 }
 
-/// Who makes the workers, and what watches them.
+/// All that a schedule runs with: a source of workers, the watch of the machine, and progress.
 pub struct ScheduleContext<'a, 'w> {
     /// A fresh worker for the precision of this index.
     pub start: &'a dyn Fn(usize) -> Box<dyn Worker + 'w>,
     pub n_workers: usize,
-    pub order: Order,
+    pub order: RunOrder,
     pub watch: &'a mut dyn Watch,
     pub events: &'a dyn Listener,
 }
@@ -125,11 +125,11 @@ fn launch(
     let slot = |at: usize| if runs[at] { WorkerSlot::new((context.start)(at)) } else { WorkerSlot::empty() };
     let mut slots: Vec<WorkerSlot> = (0..context.n_workers).map(slot).collect();
     match context.order {
-        Order::Interleaved => {
+        RunOrder::Interleaved => {
             together(&mut slots, &protocol, context.watch, context.events)?;
             again_alone(&mut slots, context, protocol)?;
         }
-        Order::InTurn => {
+        RunOrder::InTurn => {
             for at in 0..slots.len() {
                 together(&mut slots[at..=at], &protocol, context.watch, context.events)?;
                 // The others take as many repeats as the first that ran, so that counts are equal.
@@ -169,7 +169,7 @@ struct WorkerSlot<'a> {
     /// `None` once it ended: dropping it frees its memory.
     worker: Option<Box<dyn Worker + 'a>>,
     outcome: Outcome,
-    tally: Tally,
+    tally: RepeatTally,
     /// Others held memory when it last needed more.
     has_company: bool,
 }
@@ -180,7 +180,7 @@ impl<'a> WorkerSlot<'a> {
     }
 
     fn empty() -> Self {
-        Self { worker: None, outcome: Outcome::default(), tally: Tally::default(), has_company: false }
+        Self { worker: None, outcome: Outcome::default(), tally: RepeatTally::default(), has_company: false }
     }
 
     fn pid(&self) -> Option<u32> {
@@ -201,10 +201,10 @@ impl<'a> WorkerSlot<'a> {
         }
     }
 
-    /// One repeat that counts: one whose clock was held down is taken again after a pause. `worker_pids` are the processes of all.
-    fn repeat(&mut self, worker_pids: &[u32], watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
+    /// One repeat that counts: one whose clock was held down is taken again after a pause. `run_pids` are the processes of all.
+    fn repeat(&mut self, run_pids: &[u32], watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
         while self.worker.is_some() {
-            watch.begin(self.pid(), worker_pids);
+            watch.begin(self.pid(), run_pids);
             let sample = self.ask(|worker| worker.repeat(events));
             let watched = watch.end();
             let Some(sample) = sample? else { return Ok(()) };
@@ -235,7 +235,7 @@ impl<'a> WorkerSlot<'a> {
         let end = tokens.and_then(|_| watch.energy_mark());
         events.on(Event::End);
         if let (Some(begin), Some(tokens), Some(end)) = (begin, tokens, end) {
-            self.outcome.energy.push(Window::between(begin, end, tokens));
+            self.outcome.energy.push(EnergyWindow::between(begin, end, tokens));
         }
         Ok(())
     }
@@ -299,13 +299,14 @@ fn repeat(
     watch: &mut dyn Watch,
     events: &dyn Listener,
 ) -> Result<(), Failure> {
-    let worker_pids: Vec<u32> = slots.iter().filter_map(WorkerSlot::pid).collect();
+    let run_pids: Vec<u32> = slots.iter().filter_map(WorkerSlot::pid).collect();
     let n_running = slots.iter().filter(|slot| slot.worker.is_some()).count() as u64;
     let at_least = protocol.repeats.unwrap_or(protocol.min_repeats) as u64;
     events.on(Event::Begin { label: "measure".to_owned(), total: n_running * at_least, unit: Unit::Runs });
     let (mut done, mut round) = (0, 0);
     let ended = loop {
-        let running: Vec<&Tally> = slots.iter().filter(|slot| slot.worker.is_some()).map(|slot| &slot.tally).collect();
+        let running: Vec<&RepeatTally> =
+            slots.iter().filter(|slot| slot.worker.is_some()).map(|slot| &slot.tally).collect();
         if running.is_empty() {
             break None;
         }
@@ -315,7 +316,7 @@ fn repeat(
         let n_slots = slots.len();
         for at in 0..n_slots {
             let slot = &mut slots[(round + at) % n_slots];
-            slot.repeat(&worker_pids, watch, events)?;
+            slot.repeat(&run_pids, watch, events)?;
             done += u64::from(slot.worker.is_some());
             events.on(Event::Progress { done });
         }

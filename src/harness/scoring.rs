@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use crate::engine::Session;
 use crate::protocol::{Greedy, LogitsFile, ScoreReport, ScoreRequest};
 use crate::quality::cost::{self, TokenCost};
-use crate::quality::pass::{self, Feed};
+use crate::quality::pass::{self, WindowInput};
 use crate::quality::rows::{RowReader, RowWriter};
 
 /// Runs a window behind what the session's encoder holds. Fails where a logit is not finite.
@@ -18,8 +18,8 @@ pub fn score(session: &mut dyn Session, request: &ScoreRequest) -> Result<ScoreR
     Ok(ScoreReport { costs, greedy_ids: greedy(session, request)?, outliers })
 }
 
-fn feed(request: &ScoreRequest) -> Feed<'_> {
-    Feed { prefix: &request.prefix, tokens: &request.tokens, first: request.first, path: request.path }
+fn feed(request: &ScoreRequest) -> WindowInput<'_> {
+    WindowInput { prefix: &request.prefix, tokens: &request.tokens, first: request.first, path: request.path }
 }
 
 fn write(session: &mut dyn Session, request: &ScoreRequest, mut rows: RowWriter) -> Result<()> {

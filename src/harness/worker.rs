@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use super::clock::Monotonic;
 use super::measure::Bench;
-use super::open_model::{Opened, open, pixels};
+use super::open_model::{OpenModel, open, pixels};
 use super::scoring;
 use super::validity::check_kernels;
 use super::worker_process::SUBCOMMAND;
@@ -122,7 +122,7 @@ fn load(request: LoadRequest, events: &dyn Listener) -> Result<(State, LoadRepor
 }
 
 /// Stored bytes of the weights by the format that holds them; vectors count as fp16.
-fn weights_by_format(opened: &Opened, formats: &Formats) -> BTreeMap<String, u64> {
+fn weights_by_format(opened: &OpenModel, formats: &Formats) -> BTreeMap<String, u64> {
     let mut bytes = BTreeMap::from([(fp16::ID.to_string(), opened.model.vector_bytes() as u64)]);
     for spec in &opened.model.matrices {
         // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.

@@ -23,7 +23,7 @@ pub struct CpuReading {
     /// Over all processors, idle included.
     total: u64,
     busy: u64,
-    /// Of this process.
+    /// Ticks of this process.
     own: u64,
 }
 
@@ -93,8 +93,8 @@ impl CpuUsage {
         (wall_ticks >= 50.0).then(|| self.busy.saturating_sub(self.own) as f64 / wall_ticks)
     }
 
-    /// Whether others took from `threads` of ours: by needing more processors than were left, or, through the memory that
-    /// all share, by using over a quarter of the machine.
+    /// True where other processes took from `threads` of ours: by needing more processors than were left, or, through the
+    /// shared memory, by using over a quarter of the machine.
     pub fn disturbs(&self, threads: u64) -> bool {
         let n_cpus = self.n_cpus as f64;
         self.others_cpus().is_some_and(|others| {

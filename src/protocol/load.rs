@@ -28,7 +28,7 @@ pub struct LoadRequest {
     pub threads: usize,
     pub cuda_graph: bool,
     pub task: Task,
-    /// Which matrices are quantized.
+    /// The matrices that are quantized.
     pub selection: Selection,
     /// Most bytes that the worker may allocate.
     pub memory_limit_bytes: Option<u64>,
@@ -51,7 +51,7 @@ impl LoadRequest {
     }
 }
 
-/// How the weights came into memory.
+/// Time, kernels and sizes of a load.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LoadReport {

@@ -12,7 +12,7 @@ use crate::error::BadInput;
 use crate::record::Status;
 use crate::report;
 
-/// What to do with rows that are there already.
+/// Treatment of rows that the file has already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
     /// There must be none.

@@ -32,7 +32,7 @@ pub struct CaseEnd<'a> {
     pub planned: &'a Planned,
     pub statuses: Vec<RowStatus>,
     pub took_s: f64,
-    /// What the cases that are left will take, as far as one can tell.
+    /// Estimated time of the cases that are left.
     pub left_s: Option<f64>,
 }
 

@@ -1,4 +1,4 @@
-//! How close decoding comes to what the memory allows, and what holds it back as far as that was measured.
+//! Memory bandwidth that decoding reaches, and what limits decoding as far as that was measured.
 
 use crate::engine::Alone;
 use crate::harness::run_context::RunContext;
@@ -16,7 +16,7 @@ pub fn bandwidth(context: &RunContext, record: &Record, outcome: &Outcome) -> Ba
     let achieved_gb_s = bytes.zip(decode_tps).map(|(bytes, tps)| bytes as f64 * tps / 1e9);
     let mbu = achieved_gb_s.zip(context.read_gb_s).map(|(achieved, read)| achieved / read);
     let alone = outcome.finished.as_ref().and_then(|finished| Shares::of(finished.alone.as_ref()?));
-    let seen = Seen {
+    let seen = LimitInputs {
         is_own: record.engine.name == context.engine.name,
         is_cached: bytes.is_some_and(|bytes| is_cached(context, bytes, mbu)),
         on_cpu: context.device.kind == "cpu",
@@ -46,7 +46,7 @@ pub fn step_bytes(record: &Record) -> Option<u64> {
     Some(record.bandwidth.weight_bytes_per_token? + record.bandwidth.kv_bytes_per_token?)
 }
 
-/// Whether part of what a step reads never leaves the last-level cache.
+/// True where part of what a step reads never leaves the last-level cache.
 pub fn is_cached(context: &RunContext, step_bytes: u64, mbu: Option<f64>) -> bool {
     mbu.is_some_and(|mbu| mbu > 1.0) || step_bytes < 2 * context.cache_bytes.unwrap_or(0)
 }
@@ -67,8 +67,8 @@ const DIFFERS: f64 = 0.05;
 /// A device that works for less of a step waits for the host.
 const DEVICE_WORKS: f64 = 0.9;
 
-/// What a step takes of memory alone and of arithmetic alone, over the real step. They overlap in a real step, so that they need not add up
-/// to 1.
+/// Time of the memory reads alone and of the arithmetic alone, over the real step. They overlap in a real step, so that they
+/// need not add up to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Shares {
     memory: f64,
@@ -76,7 +76,7 @@ struct Shares {
 }
 
 impl Shares {
-    /// Of the medians.
+    /// Shares of the medians.
     fn of(alone: &Alone) -> Option<Self> {
         let median = |ns: &[u64]| stats::median(&ns.iter().map(|&ns| ns as f64).collect::<Vec<_>>());
         let step = median(&alone.step_ns).filter(|step| *step > 0.0)?;
@@ -84,10 +84,10 @@ impl Shares {
     }
 }
 
-/// What was measured of a row that decoded.
+/// Measurements of a variant that decoded.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Seen {
-    /// Of our own engine. How another one reads and computes was not measured.
+struct LimitInputs {
+    /// True for quantbench's own engine. How another one reads and computes was not measured.
     is_own: bool,
     is_cached: bool,
     on_cpu: bool,
@@ -97,13 +97,13 @@ struct Seen {
 }
 
 /// The reason, where one was measured.
-fn bound(seen: &Seen) -> Bound {
+fn bound(seen: &LimitInputs) -> Bound {
     match seen {
-        Seen { is_own: false, .. } => Bound::NotKnown,
-        Seen { is_cached: true, .. } => Bound::CacheResident,
-        Seen { on_cpu: true, alone, .. } => alone.map_or(Bound::NotKnown, bound_alone),
-        Seen { mbu: Some(mbu), .. } if *mbu >= EXPLAINS => Bound::Memory,
-        Seen { device_share: Some(share), .. } if *share < DEVICE_WORKS => Bound::Host,
+        LimitInputs { is_own: false, .. } => Bound::NotKnown,
+        LimitInputs { is_cached: true, .. } => Bound::CacheResident,
+        LimitInputs { on_cpu: true, alone, .. } => alone.map_or(Bound::NotKnown, bound_alone),
+        LimitInputs { mbu: Some(mbu), .. } if *mbu >= EXPLAINS => Bound::Memory,
+        LimitInputs { device_share: Some(share), .. } if *share < DEVICE_WORKS => Bound::Host,
         _ => Bound::NotKnown,
     }
 }
@@ -124,8 +124,8 @@ mod tests {
     use super::*;
 
     /// Our own engine on a CPU, of which nothing was measured.
-    const NOTHING: Seen =
-        Seen { is_own: true, is_cached: false, on_cpu: true, mbu: None, device_share: None, alone: None };
+    const NOTHING: LimitInputs =
+        LimitInputs { is_own: true, is_cached: false, on_cpu: true, mbu: None, device_share: None, alone: None };
 
     #[test]
     fn on_a_cpu_the_part_that_explains_the_step_names_it() {
@@ -145,13 +145,13 @@ mod tests {
             (0.9, 0.9, Bound::Mixed),
         ] {
             let alone = Some(Shares { memory, arithmetic });
-            assert_eq!(bound(&Seen { alone, ..NOTHING }), expected, "{memory} {arithmetic}");
-            let cached = Seen { alone, is_cached: true, ..NOTHING };
+            assert_eq!(bound(&LimitInputs { alone, ..NOTHING }), expected, "{memory} {arithmetic}");
+            let cached = LimitInputs { alone, is_cached: true, ..NOTHING };
             assert_eq!(bound(&cached), Bound::CacheResident, "{memory} {arithmetic}");
-            assert_eq!(bound(&Seen { is_own: false, ..cached }), Bound::NotKnown, "{memory} {arithmetic}");
+            assert_eq!(bound(&LimitInputs { is_own: false, ..cached }), Bound::NotKnown, "{memory} {arithmetic}");
         }
         // The bytes alone tell nothing.
-        assert_eq!(bound(&Seen { mbu: Some(0.95), ..NOTHING }), Bound::NotKnown);
+        assert_eq!(bound(&LimitInputs { mbu: Some(0.95), ..NOTHING }), Bound::NotKnown);
     }
 
     #[test]
@@ -166,10 +166,10 @@ mod tests {
             (Some(0.6), None, Bound::NotKnown),
             (None, None, Bound::NotKnown),
         ] {
-            let seen = Seen { on_cpu: false, mbu, device_share, ..NOTHING };
+            let seen = LimitInputs { on_cpu: false, mbu, device_share, ..NOTHING };
             assert_eq!(bound(&seen), expected, "{mbu:?} {device_share:?}");
-            assert_eq!(bound(&Seen { is_own: false, ..seen }), Bound::NotKnown);
-            assert_eq!(bound(&Seen { is_cached: true, ..seen }), Bound::CacheResident);
+            assert_eq!(bound(&LimitInputs { is_own: false, ..seen }), Bound::NotKnown);
+            assert_eq!(bound(&LimitInputs { is_cached: true, ..seen }), Bound::CacheResident);
         }
     }
 

@@ -1,4 +1,4 @@
-//! Where the memory of a precision went.
+//! Memory of a precision by use.
 
 use std::collections::BTreeMap;
 

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use super::case::{Case, Variant};
 use super::environment::engine_info;
 use super::run_context::RunContext;
-use super::schedule::{Order, Outcome};
+use super::schedule::{Outcome, RunOrder};
 use super::validity::invalid_reason;
 use super::warnings::Warning;
 use crate::engine::{self, Engine};
@@ -47,7 +47,7 @@ pub fn records(
         let alone = |index: usize| outcomes[index].alone;
         if let Some(baseline) = baseline.as_ref().filter(|_| fp16 != Some(at)) {
             let unpaired = alone(at) || fp16.is_some_and(alone);
-            compare(record, baseline, if unpaired { Order::InTurn } else { context.order }, &mut warnings);
+            compare(record, baseline, if unpaired { RunOrder::InTurn } else { context.order }, &mut warnings);
         }
         let who = [Some(at), fp16].into_iter().flatten().find(|&index| alone(index) && record.status == Status::Ok);
         warnings.extend(who.map(|index| Warning::RanAlone { label: variants[index].label() }));
@@ -144,7 +144,7 @@ fn base(
     record
 }
 
-fn engine_of(context: &RunContext, engine: Engine) -> record::Engine {
+fn engine_of(context: &RunContext, engine: Engine) -> record::EngineInfo {
     match engine {
         Engine::Quantbench => context.engine.clone(),
         other => engine_info(other),
@@ -176,7 +176,7 @@ fn protocol(context: &RunContext, outcome: &Outcome) -> record::Protocol {
         warmup_ended: warmed.map(|warmed| warmed.ended.to_string()).unwrap_or_default(),
         n_repeats: outcome.samples.len() as u64,
         ended: outcome.ended.map(|ended| ended.to_string()).unwrap_or_default(),
-        order: if outcome.alone { Order::InTurn } else { context.order }.name().to_owned(),
+        order: if outcome.alone { RunOrder::InTurn } else { context.order }.name().to_owned(),
         interval: if context.protocol.launches > 1 { "between-launches" } else { "within-run" }.to_owned(),
         method: context.protocol.method.name().to_owned(),
         n_discarded: outcome.n_discarded as u64,
@@ -265,7 +265,7 @@ fn dtypes(context: &RunContext, variant: &Variant) -> record::Dtypes {
 }
 
 /// Sets the ratio to fp16 where both ran, are valid and generated equally many tokens.
-fn compare(record: &mut Record, fp16: &Record, order: Order, warnings: &mut Vec<Warning>) {
+fn compare(record: &mut Record, fp16: &Record, order: RunOrder, warnings: &mut Vec<Warning>) {
     if record.status != Status::Ok || fp16.status != Status::Ok {
         return;
     }
@@ -275,7 +275,7 @@ fn compare(record: &mut Record, fp16: &Record, order: Order, warnings: &mut Vec<
         return;
     }
     let tps = |record: &Record| metrics::repeats(record, "decode_tps");
-    let paired = order == Order::Interleaved;
+    let paired = order == RunOrder::Interleaved;
     let estimate = if paired { stats::paired_ratio_launches } else { stats::unpaired_ratio_launches };
     let ratio = estimate(&tps(record), &tps(fp16), &record.samples.launches);
     let by_bytes = limit::step_bytes(fp16).zip(limit::step_bytes(record)).map(|(fp16, own)| fp16 as f64 / own as f64);

@@ -1,4 +1,4 @@
-//! What this machine has for measuring: facts, and for each that is missing or disturbs, what to do.
+//! Examines this machine's fitness for measuring: facts, and for each that is missing or disturbs, what to do.
 
 #[cfg(feature = "cuda")]
 mod gpus;
@@ -19,7 +19,7 @@ use crate::kernels::isa::Isa;
 use crate::os::memory::ProcessMemory;
 use crate::report::doctor::{Build, Cpu, DeviceFile, Examination, Finding, Gpu, GpuDevice, HostMemory, Permissions};
 
-/// What is below a mean load of half a CPU is the system itself.
+/// A mean load below half a CPU is the system itself.
 const BUSY_LOAD: f64 = 0.5;
 
 /// Looks at everything and measures the memory bandwidth. Nothing here can fail: what is not there is a finding.
@@ -52,7 +52,7 @@ pub fn examine() -> Examination {
     examination
 }
 
-/// Whether this build can use the GPU of this number. Fails with why it cannot. No context is made on it.
+/// Checks that this build can use the GPU of this number. Fails with the reason why it cannot. Creates no context.
 pub fn gpu(ordinal: usize) -> Result<(), BadInput> {
     gpus::check(ordinal)
 }
@@ -190,7 +190,7 @@ fn quotient<'a>(mut words: impl Iterator<Item = &'a str>) -> Option<f64> {
     Some(number()? / number()?)
 }
 
-/// What follows from the facts. `problem` is why no GPU can be used in a build that could.
+/// Findings that follow from the facts. `problem` is the reason why no GPU can be used in a build that could.
 fn findings(seen: &Examination, problem: Option<BadInput>) -> Vec<Finding> {
     let (cpu, memory, gpu) = (&seen.cpu, &seen.memory, &seen.gpu);
     let mut found = Vec::new();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::{Given, Tool, finished, number, numbers, text, unknown};
-use crate::record::{DeviceFacts, Engine, Record};
+use crate::record::{DeviceFacts, EngineInfo, Record};
 
 pub const TOOL: Tool = Tool {
     name: "llama-bench",
@@ -34,7 +34,8 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
     }
     let mut record = unknown("llama.cpp");
     let build = row.get("build_number").and_then(Value::as_u64).map(|build| format!("b{build}"));
-    record.engine = Engine { version: build.unwrap_or_default(), commit: text(row, "/build_commit"), ..record.engine };
+    record.engine =
+        EngineInfo { version: build.unwrap_or_default(), commit: text(row, "/build_commit"), ..record.engine };
     record.timestamp = text(row, "/test_time");
     let model_type = text(row, "/model_type");
     // A Markdown table names no file.
@@ -67,7 +68,7 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
     Ok(finished(record, given))
 }
 
-/// As a Markdown table shows it.
+/// Formats a mean as in a Markdown table.
 fn mean(row: &Value) -> String {
     let of = |key: &str| row.get(key).and_then(Value::as_f64);
     match (of("avg_ts"), of("stddev_ts")) {
@@ -76,7 +77,7 @@ fn mean(row: &Value) -> String {
     }
 }
 
-/// What our own writer put beside llama-bench's keys.
+/// Restores the keys that quantbench's own writer put beside llama-bench's.
 fn restore(record: &mut Record, own: &Value) {
     let known = |key: &str| Some(text(own, key)).filter(|text| !text.is_empty());
     let set = |field: &mut String, key: &str| *field = known(key).unwrap_or_default();
@@ -175,10 +176,10 @@ fn precision(model_type: &str) -> String {
     }
 }
 
-/// What computes nothing on a device of its own, by the names that llama.cpp's backends have.
+/// Backends that compute nothing on a device of their own, by llama.cpp's names.
 const HOST_BACKENDS: &[&str] = &["cpu", "blas", ""];
 
-/// What hands the work to another process, which runs it on a backend that the row does not name.
+/// Backend that hands the work to another process, which runs it on a backend that the row does not name.
 const REMOTE_BACKEND: &str = "rpc";
 
 /// Columns of builds before `backends`, each true or 1 where the build had it.

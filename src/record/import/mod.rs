@@ -12,16 +12,16 @@ pub use rows::decode;
 
 use serde_json::Value;
 
-use super::{Engine, Record, metrics};
+use super::{EngineInfo, Record, metrics};
 use crate::error::BadInput;
 
 /// A row of [`TOOLS`].
 pub struct Tool {
-    /// As `--from` takes it.
+    /// Spelling for `--from`.
     pub name: &'static str,
     /// One sentence for help and README.
     pub doc: &'static str,
-    /// Whether a JSON value looks like what the tool writes.
+    /// True where a JSON value looks like this tool's output.
     fits: fn(&Value) -> bool,
     read: fn(&Value, &Given) -> Result<Record, String>,
 }
@@ -29,7 +29,7 @@ pub struct Tool {
 /// Every tool whose files are read.
 pub static TOOLS: &[Tool] = &[llama_bench::TOOL, vllm::TOOL, optimum::TOOL];
 
-/// What the user says of rows whose file does not, or over what it does.
+/// The user's facts about rows, where their file lacks them or is overruled.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Given {
     pub model_id: Option<String>,
@@ -80,7 +80,7 @@ fn ranges(numbers: &[usize]) -> String {
     runs.collect::<Vec<_>>().join(", ")
 }
 
-/// What is often given and not read: words that tell it, what it is, and what to do.
+/// A file that is often given and not read: words that identify it, its description, and what to do.
 type Foreign = (&'static [&'static str], &'static str);
 
 const FOREIGN: &[Foreign] = &[
@@ -110,7 +110,7 @@ fn tool(value: &Value, from: Option<&str>) -> Result<&'static Tool, String> {
 
 /// A record that knows nothing but whose code ran.
 fn unknown(engine: &str) -> Record {
-    Record::unknown(Engine { name: engine.to_owned(), version: String::new(), commit: String::new() })
+    Record::unknown(EngineInfo { name: engine.to_owned(), version: String::new(), commit: String::new() })
 }
 
 /// Sets what the user said, and the metrics that follow.

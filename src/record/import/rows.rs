@@ -63,7 +63,7 @@ pub fn find(text: &str) -> Result<Found, String> {
     }))
 }
 
-/// How C and Python print numbers that are none, which JSON does not have.
+/// Non-finite numbers as C and Python print them, which JSON does not have.
 const NO_NUMBERS: &[&str] = &["NaN", "-NaN", "nan", "-nan", "Infinity", "-Infinity", "inf", "-inf"];
 
 /// `text` with `null` for each of [`NO_NUMBERS`] that stands where a value may: behind `:`, `,` or `[`, and before `,`, `}`, `]` or an end.
@@ -170,7 +170,7 @@ impl<'a> Scan<'a> {
         })
     }
 
-    /// Of what comes next, from 1.
+    /// Number of the next line, from 1.
     fn line(&self) -> usize {
         self.text[..self.at].matches('\n').count() + 1
     }
@@ -214,7 +214,7 @@ fn csv(text: &str) -> Found {
     found
 }
 
-/// Of a line of CSV, where a quoted field may hold the separator, and a quote twice.
+/// Splits a line of CSV, where a quoted field may hold the separator, and a quote twice.
 fn fields(line: &str, separator: char) -> Vec<String> {
     let (mut fields, mut field, mut quoted) = (Vec::new(), String::new(), false);
     let mut chars = line.trim_end_matches('\r').chars().peekable();
