@@ -77,7 +77,7 @@ impl FakeSession {
         Self { time, runs: runs.into_iter().collect(), current: Run::default(), given: 0, position: 0, alone: None }
     }
 
-    /// The same, which can tell what its steps take alone.
+    /// The same with times of the parts of its steps alone.
     pub fn with_alone(self, alone: Option<Alone>) -> Self {
         Self { alone, ..self }
     }

@@ -17,7 +17,7 @@ use crate::events::Listener;
 use crate::protocol::Failure;
 use crate::record::{self, Record};
 
-/// Measures every row of `case` with this build and with another one, repeat by repeat in turn: the records of the other
+/// Measures every variant of `case` with this build and with another one, repeat by repeat in turn: the records of the other
 /// build, then those of this one. Both speak the same worker protocol or the other's records say that they do not.
 pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<Record>, Vec<Record>)> {
     let chosen = checks::check(case)?;

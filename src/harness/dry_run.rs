@@ -28,7 +28,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let Surveyed { checkpoint, files } = weights::survey(&case.model, events)?;
     let mut model = open_model::build(&checkpoint, &case.model, events)?;
     if checkpoint.has_weights() {
-        // Whether the files hold what the model needs.
+        // Fails where the files lack a tensor of the model.
         checkpoint.source_with(&model.matrices, &model.vectors, events)?;
     }
     open_model::select(&mut model, &checkpoint, &case.selection())?;
@@ -41,7 +41,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let bound = bounded(case).filter(|_| tokenizer_comes);
     case.quality.as_ref().map(|_| quality::check(&checkpoint, tokenizer_comes)).transpose()?;
     let workload = prompt::workload(bound.as_ref().unwrap_or(case), checkpoint.tokenizer.as_ref(), &model)?;
-    // Whether the picture can be read.
+    // Fails on a picture that cannot be read.
     open_model::pixels(&model, &checkpoint, &workload.task.encode)?;
     let (room, free_bytes) = (MemoryBudget::new(case, (&model, &workload), device)?, free_bytes(device));
     let rows = case.variants().iter().zip(&room.needs).map(|(of, needs)| row(of, *needs, free_bytes)).collect();
@@ -70,8 +70,8 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     })
 }
 
-/// The case with so many synthetic ids as its text has bytes, and one for the beginning; `None` where its prompt is no text. A
-/// token stands for a byte at least.
+/// The case with as many synthetic ids as its text has bytes, and one for the beginning; `None` for a prompt that is no text. A
+/// token covers at least one byte.
 fn bounded(case: &Case) -> Option<Case> {
     let bytes = match &case.prompt {
         PromptChoice::Text(text) => text.len(),

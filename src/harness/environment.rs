@@ -7,7 +7,7 @@ use crate::engine::Engine;
 use crate::kernels::cpu::topology::usable_cpus;
 use crate::record::{self, Environment};
 
-/// Facts below a root folder: `/` but in tests.
+/// The machine below a root folder: `/` but in tests.
 #[derive(Debug, Clone)]
 pub struct Machine {
     root: PathBuf,
@@ -60,7 +60,7 @@ impl Machine {
     }
 
     /// `powersave` holds the lowest clock, but with the drivers that let the processor choose (intel_pstate,
-    /// amd-pstate-epp) it is the ordinary setting and the energy preference tells.
+    /// amd-pstate-epp) it is the ordinary setting and the energy preference decides.
     fn slow_governor(&self) -> Option<Warning> {
         let setting = |name: &str| self.text(&format!("sys/devices/system/cpu/cpu0/cpufreq/{name}"));
         let governor = setting("scaling_governor")?.trim().to_owned();
@@ -142,7 +142,7 @@ mod tests {
     use crate::os::testing::root;
 
     #[test]
-    fn threads_beyond_the_cpus_are_told() {
+    fn threads_beyond_the_cpus_are_warned_of() {
         let cpus = usable_cpus();
         assert_eq!(too_many_threads(cpus), None);
         let warning = too_many_threads(cpus + 1).expect("a warning");

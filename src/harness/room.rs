@@ -27,18 +27,18 @@ pub struct MemoryBudget {
     pub device: Device,
     /// Needs of each variant.
     pub needs: Vec<Needs>,
-    /// `None` where the system does not tell.
+    /// `None` where unknown.
     pub free_bytes: Option<u64>,
 }
 
 impl MemoryBudget {
-    /// Fails on a precision that is none.
+    /// Needs and free memory now.
     pub fn new(case: &Case, (model, workload): (&Model, &TokenizedWorkload), device: Device) -> Result<Self> {
         let of_variant = |variant: &Variant| needs(case, variant, (model, workload), device);
         let needs = case.variants().iter().map(of_variant).collect::<Result<_>>()?;
         let free_bytes = match device {
             Device::Cuda(_) => free_bytes(device),
-            // The limit of a process is not one of all workers together.
+            // The limit of a process is not one for all workers together.
             Device::Cpu => ProcessMemory::default().available_bytes(),
         };
         Ok(Self { device, needs, free_bytes })
@@ -87,7 +87,7 @@ pub fn lengths(workload: &TokenizedWorkload) -> Lengths {
     Lengths { depth: task.depth.len(), prompt: task.prompt.len(), gen_tokens: task.n_gen, encoder: workload.n_encoder }
 }
 
-/// Stands in for a worker that is not worth starting.
+/// A worker that is never started: it refuses every request with the sizes.
 pub struct TooLarge {
     pub label: String,
     pub needed_bytes: u64,

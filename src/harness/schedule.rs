@@ -8,9 +8,9 @@ use super::watch::{Watch, Watched};
 use crate::events::{Event, Listener, Unit};
 use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
 
-/// One precision, in a process of its own or, in tests, in this one.
+/// One variant, in a process of its own or, in tests, in this one.
 pub trait Worker {
-    /// For progress.
+    /// Name in progress.
     fn label(&self) -> &str;
     /// Number of the process, once it runs.
     fn pid(&self) -> Option<u32> {
@@ -37,10 +37,10 @@ impl RunOrder {
     }
 }
 
-/// Samples of one precision that are discarded at most, and their repeats taken again.
+/// Most samples of one variant that are discarded, each with its repeat taken again.
 const MAX_DISCARDED: usize = 10;
 
-/// Repeats of a block for the energy counter at most: one of them takes longer than the 0.2 ms that fill a window of 2 s.
+/// Most repeats of a block for the energy counter: each takes longer than the 0.2 ms at which so many fill a window of 2 s.
 const MAX_BLOCK: usize = 10_000;
 
 /// Measurements of one variant, up to where it failed.
@@ -61,14 +61,15 @@ pub struct Outcome {
     pub ended: Option<RepeatsEnd>,
     pub finished: Option<FinishReport>,
     pub failure: Option<Failure>,
-    /// It did not fit beside the others, and ran when they had ended.
+    /// The variant did not fit in memory beside the others, and ran after them.
     pub alone: bool,
     /// Estimated memory of its worker; 0 where unknown.
     pub needed_bytes: u64,
 }
 
 impl Outcome {
-    /// Adds what a later launch gave. Memory is the highest of all, and the first criterion that cut one short is told.
+    /// Adds what a later launch gave. Memory is the highest of all; of the criteria, the first that
+    /// cut a launch short is kept.
     fn add(&mut self, later: Outcome) {
         self.launches.push(later.samples.len());
         self.samples.extend(later.samples);
@@ -98,8 +99,8 @@ pub struct ScheduleContext<'a, 'w> {
     pub events: &'a dyn Listener,
 }
 
-/// Runs all precisions in as many launches as `protocol` says; outcomes come in their order. A worker that fails ends, and the
-/// others go on. Only input that no worker can use ends everything.
+/// Runs all variants in the launches of `protocol`; outcomes are in their order. A worker that fails ends, and the others continue.
+/// Fails only on input that no worker can use.
 pub fn measure(context: &mut ScheduleContext, protocol: &MeasurementProtocol) -> Result<Vec<Outcome>, Failure> {
     let mut outcomes = launch(context, protocol, &vec![true; context.n_workers])?;
     for outcome in &mut outcomes {
@@ -143,19 +144,19 @@ fn launch(
     Ok(slots.into_iter().map(|slot| slot.outcome).collect())
 }
 
-/// Runs again, one after the other, what found too little memory beside workers that have ended since: it may fit alone. What has
-/// samples from beside the others keeps none of them.
+/// Runs variants again, one after the other, that found too little memory beside workers that have ended since: they may fit alone.
+/// Their samples from beside the others are dropped.
 fn again_alone<'w>(
     slots: &mut [WorkerSlot<'w>],
     context: &mut ScheduleContext<'_, 'w>,
     mut protocol: MeasurementProtocol,
 ) -> Result<(), Failure> {
     let is_oom = |slot: &WorkerSlot| matches!(slot.outcome.failure, Some(Failure::OutOfMemory { .. }));
-    // As many repeats as the others took.
+    // The same number of repeats as the others.
     let finished = slots.iter().find(|slot| slot.outcome.finished.is_some());
     protocol.repeats = protocol.repeats.or(finished.map(|slot| slot.outcome.samples.len()));
     for at in 0..slots.len() {
-        if is_oom(&slots[at]) && slots[at].has_company {
+        if is_oom(&slots[at]) && slots[at].beside_others {
             slots[at] = WorkerSlot::new((context.start)(at));
             together(&mut slots[at..=at], &protocol, context.watch, context.events)?;
             slots[at].outcome.alone = true;
@@ -171,7 +172,7 @@ struct WorkerSlot<'a> {
     outcome: Outcome,
     tally: RepeatTally,
     /// Others held memory when it last needed more.
-    has_company: bool,
+    beside_others: bool,
 }
 
 impl<'a> WorkerSlot<'a> {
@@ -180,14 +181,14 @@ impl<'a> WorkerSlot<'a> {
     }
 
     fn empty() -> Self {
-        Self { worker: None, outcome: Outcome::default(), tally: RepeatTally::default(), has_company: false }
+        Self { worker: None, outcome: Outcome::default(), tally: RepeatTally::default(), beside_others: false }
     }
 
     fn pid(&self) -> Option<u32> {
         self.worker.as_ref()?.pid()
     }
 
-    /// Asks a worker that still runs. One that fails ends; bad input is handed on.
+    /// Asks a worker that still runs. One that fails ends; bad input is an error for all.
     fn ask<T>(&mut self, ask: impl FnOnce(&mut dyn Worker) -> Result<T, Failure>) -> Result<Option<T>, Failure> {
         let Some(worker) = self.worker.as_mut() else { return Ok(None) };
         match ask(worker.as_mut()) {
@@ -201,7 +202,7 @@ impl<'a> WorkerSlot<'a> {
         }
     }
 
-    /// One repeat that counts: one whose clock was held down is taken again after a pause. `run_pids` are the processes of all.
+    /// One counted repeat. A repeat whose clock was held down is repeated after a pause. `run_pids` are the processes of all workers.
     fn repeat(&mut self, run_pids: &[u32], watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
         while self.worker.is_some() {
             watch.begin(self.pid(), run_pids);
@@ -263,12 +264,12 @@ fn together(
     events: &dyn Listener,
 ) -> Result<(), Failure> {
     for at in 0..slots.len() {
-        slots[at].has_company = slots[..at].iter().any(|slot| slot.worker.is_some());
+        slots[at].beside_others = slots[..at].iter().any(|slot| slot.worker.is_some());
         slots[at].outcome.loaded = slots[at].ask(|worker| worker.load(events))?;
     }
     let n_loaded = slots.iter().filter(|slot| slot.worker.is_some()).count();
     for slot in slots.iter_mut().filter(|slot| slot.worker.is_some()) {
-        slot.has_company = n_loaded > 1;
+        slot.beside_others = n_loaded > 1;
     }
     for slot in slots.iter_mut() {
         slot.outcome.warmed = slot.ask(|worker| phase(worker, events))?;
@@ -291,8 +292,8 @@ fn phase(worker: &mut dyn Worker, events: &dyn Listener) -> Result<WarmupReport,
     warmed
 }
 
-/// Hands out rounds until a criterion holds for all that still run. Each round begins with another slot: between two rounds this
-/// process decides whether to go on, and whoever runs next finds its caches and cores colder than the others do.
+/// Runs one repeat per worker, round-robin, until a criterion holds for all that still run. Each round begins with another slot: between two rounds this
+/// process decides whether to continue, and the next worker finds its caches and cores colder than the others do.
 fn repeat(
     slots: &mut [WorkerSlot],
     protocol: &MeasurementProtocol,

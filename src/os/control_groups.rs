@@ -106,7 +106,7 @@ impl ControlGroups<'_> {
         Some(limit.saturating_sub(used.saturating_sub(dropped)))
     }
 
-    /// The number behind `name` at the beginning of a line.
+    /// The number after `name` at the beginning of a line.
     fn field(&self, file: &Path, name: &str) -> Option<u64> {
         self.read(file)?.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
     }

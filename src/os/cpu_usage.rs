@@ -1,4 +1,4 @@
-//! Processor time that others used while a repeat ran, from Linux' accounts in clock ticks.
+//! Processor time of this and other processes, from Linux' accounts in clock ticks.
 
 use std::path::{Path, PathBuf};
 
@@ -86,7 +86,7 @@ impl CpuUsage {
         })
     }
 
-    /// Processors that others kept busy on average. `None` for a span too short to tell: under half a second a tick of
+    /// Processors that others kept busy on average. `None` for a span that is too short: under half a second a tick of
     /// 10 ms, won or lost at each end, is over 2 % of a processor.
     pub fn others_cpus(&self) -> Option<f64> {
         let wall_ticks = self.total as f64 / self.n_cpus.max(1) as f64;
@@ -141,6 +141,6 @@ mod tests {
                 "{others} of {n_cpus}, {threads} ours"
             );
         }
-        assert_eq!(CpuUsage { n_cpus: 2, total: 20, busy: 20, own: 0 }.others_cpus(), None, "too short to tell");
+        assert_eq!(CpuUsage { n_cpus: 2, total: 20, busy: 20, own: 0 }.others_cpus(), None, "too short");
     }
 }

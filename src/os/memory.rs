@@ -55,7 +55,7 @@ impl ProcessMemory {
         self.field(&format!("proc/{}/status", self.process), "VmHWM:")
     }
 
-    /// Starts the peak anew; false where the kernel does not let us.
+    /// Resets the peak; false where the kernel does not allow it.
     pub fn reset_peak(&self) -> bool {
         std::fs::write(self.root.join("proc/self/clear_refs"), "5").is_ok()
     }

@@ -77,7 +77,7 @@ pub struct PoolPhase {
 /// Energy over windows of back-to-back repeats, from a counter that grows with every joule.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Energy {
-    /// `nvml`: the GPU alone; `rapl`: the processor packages, whoever used them.
+    /// `nvml`: the GPU alone; `rapl`: the processor packages, with all processes on them.
     pub source: String,
     /// Mean power before any worker was started; joules per token are those above it.
     pub idle_watts: Option<f64>,
@@ -103,6 +103,6 @@ pub struct Range {
 pub struct Series {
     /// Since the repeat began.
     pub at_ms: Vec<f64>,
-    /// By name, one value a reading; those of cores have their number behind a dot. `null` where one could not be read.
+    /// By name, one value a reading; those of cores have their number after a dot. `null` where one could not be read.
     pub values: BTreeMap<String, Vec<Option<f64>>>,
 }

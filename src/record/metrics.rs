@@ -1,7 +1,7 @@
 //! The numbers that tables, gates and reports can name: one row each.
 //!
 //! A row with a function is computed from a record's raw samples into [`Record::metrics`]; one without points at a number that
-//! lies elsewhere in the record.
+//! is elsewhere in the record.
 
 use std::collections::BTreeMap;
 
@@ -290,7 +290,7 @@ impl Metric {
     }
 }
 
-/// A row for a number that lies elsewhere in the record.
+/// A row for a number that is elsewhere in the record.
 const fn stored(
     key: &'static str,
     unit: &'static str,

@@ -40,11 +40,11 @@ pub struct Record {
     pub status: Status,
     /// Reason why the status is not `ok`.
     pub reason: Option<String>,
-    /// Something disturbed the measurement; `warnings` says what.
+    /// Something disturbed the measurement; `warnings` name it.
     #[serde(default)]
     pub tainted: bool,
     pub engine: EngineInfo,
-    /// Last component of the file that it was read from, so that a report tells the runs of several files apart; never in JSON.
+    /// Last component of the file that it was read from, so that a report distinguishes the runs of several files; never in JSON.
     #[serde(skip)]
     pub file: String,
     /// The command that made this record; paths keep their last component.
@@ -251,7 +251,7 @@ pub struct Samples {
     /// Every decode step by the device's own clock, where it has one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub device_step_ns: Vec<Vec<u64>>,
-    /// Every decode step of a run behind each repeat that waited for the device after every token; absent unless asked for.
+    /// Every decode step of a second run after each repeat, which waited for the device after every token; absent unless asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub synced_step_ns: Vec<Vec<u64>>,
     /// Real decode steps of rounds after the repeats, on a CPU.
@@ -282,7 +282,7 @@ pub struct Ratio {
     pub median: f64,
     pub ci95_low: Option<f64>,
     pub ci95_high: Option<f64>,
-    /// False where the two precisions did not run in turn.
+    /// False where the two precisions did not alternate.
     pub paired: bool,
     /// Bytes that a decode step reads at fp16 over those that it reads here.
     pub by_bytes: f64,

@@ -8,7 +8,7 @@ use super::{
 };
 
 impl Record {
-    /// Nothing is known but whose code ran.
+    /// A record that knows nothing but its engine.
     pub fn unknown(engine: EngineInfo) -> Self {
         let nothing = String::new;
         Self {

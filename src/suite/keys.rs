@@ -145,7 +145,7 @@ fn kind_of(toml: &DeValue) -> &'static str {
     }
 }
 
-/// Error for a key that nobody knows.
+/// Error for an unknown key.
 pub fn unknown(place: &KeyPosition, key: &str, known: &[&str]) -> BadInput {
     let error = place.bad(key, " is unknown here");
     match nearest(key, known.iter().copied()) {

@@ -19,7 +19,7 @@ pub struct Merged {
 }
 
 impl Merged {
-    /// The same rows as one document, whose version stands once.
+    /// The same rows as one document, with one version.
     pub fn document(&self) -> serde_json::Result<String> {
         let row = |line: &str| {
             let mut row: Value = serde_json::from_str(line)?;

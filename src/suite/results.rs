@@ -23,7 +23,7 @@ pub enum Resume {
     EndedWell,
 }
 
-/// An open file of results. No other process writes to it meanwhile.
+/// An open file of results. No other process writes to it at the same time.
 pub struct Results {
     path: PathBuf,
     file: File,

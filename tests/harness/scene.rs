@@ -138,6 +138,8 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         device: DeviceChoice::Cpu,
         threads: 2,
         cuda_graph: true,
+        sequences: 1,
+        kv_format: None,
         prompt: PromptChoice::Default,
         image: None,
         n_gen: N_GEN,

@@ -1,4 +1,4 @@
-//! The warnings of one record: what its repeats, the machine and its sizes tell.
+//! Diagnoses one record: warnings that follow from its repeats, the machine and its sizes.
 
 use super::limit;
 use crate::harness::bandwidth_cache::SLOW_READ;
@@ -12,7 +12,7 @@ use crate::protocol::WarmupEnd;
 use crate::record::{Record, metrics};
 use crate::stats;
 
-/// Host times with and without a synchronisation for each token that differ by more than this are both told.
+/// Host times with and without a synchronisation for each token that differ by more than this are both reported.
 const SYNC_DIFFERS: f64 = 0.03;
 
 /// Warnings that follow from the repeats themselves.

@@ -6,7 +6,7 @@ use crate::harness::schedule::Outcome;
 use crate::record::{Bandwidth, Bound, Record};
 use crate::stats;
 
-/// From the record's metrics, and the bytes that the session counted.
+/// The bandwidth of a record, from its metrics and the bytes that the session counted.
 pub fn bandwidth(context: &RunContext, record: &Record, outcome: &Outcome) -> Bandwidth {
     let footprint = outcome.finished.as_ref().map(|finished| finished.footprint);
     let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_step(context.n_before, record.workload.n_gen));
@@ -61,10 +61,10 @@ fn device_share(record: &Record) -> Option<f64> {
 /// A part of a step that takes this share of it alone explains it.
 const EXPLAINS: f64 = 0.85;
 
-/// Two parts of which both explain a step are told apart by this much of it: medians of few rounds differ by some hundredths.
+/// Two parts that both explain a step must differ by this share of it: medians of few rounds differ by some hundredths.
 const DIFFERS: f64 = 0.05;
 
-/// A device that works for less of a step waits for the host.
+/// A device that works for less than this share of a step waits for the host.
 const DEVICE_WORKS: f64 = 0.9;
 
 /// Time of the memory reads alone and of the arithmetic alone, over the real step. They overlap in a real step, so that they
@@ -96,7 +96,7 @@ struct LimitInputs {
     alone: Option<Shares>,
 }
 
-/// The reason, where one was measured.
+/// The limit, where one was measured.
 fn bound(seen: &LimitInputs) -> Bound {
     match seen {
         LimitInputs { is_own: false, .. } => Bound::NotKnown,
@@ -108,7 +108,8 @@ fn bound(seen: &LimitInputs) -> Bound {
     }
 }
 
-/// By the part that explains the step. Where both do, by the larger if they are told apart; else it is mixed, as it is where neither does.
+/// The limit by the part that explains the step. Where both do, the larger one if they differ enough; else it is mixed, as it is where
+/// neither does.
 fn bound_alone(Shares { memory, arithmetic }: Shares) -> Bound {
     match (memory >= EXPLAINS, arithmetic >= EXPLAINS) {
         (true, false) => Bound::Memory,
@@ -150,7 +151,7 @@ mod tests {
             assert_eq!(bound(&cached), Bound::CacheResident, "{memory} {arithmetic}");
             assert_eq!(bound(&LimitInputs { is_own: false, ..cached }), Bound::NotKnown, "{memory} {arithmetic}");
         }
-        // The bytes alone tell nothing.
+        // The bytes alone decide nothing.
         assert_eq!(bound(&LimitInputs { mbu: Some(0.95), ..NOTHING }), Bound::NotKnown);
     }
 

@@ -13,6 +13,7 @@ use super::run_context::RunContext;
 use super::schedule::{Outcome, RunOrder};
 use super::validity::invalid_reason;
 use super::warnings::Warning;
+use crate::call::KvFormat;
 use crate::engine::{self, Engine};
 use crate::protocol::{Failure, Sample};
 use crate::quant::FormatId;
@@ -62,7 +63,7 @@ pub fn records(
     records
 }
 
-/// Rows that failed before they could tell their instruction set ran on the same device as those that did.
+/// Fills in the instruction set of variants that failed before they reported it: all ran on one device.
 fn instruction_set_of_all(variants: &[Variant], records: &mut [Record]) {
     let own = |at: &usize| variants[*at].engine == Engine::Quantbench;
     let isas = (0..records.len()).filter(own).map(|at| records[at].environment.isa.clone());
@@ -86,7 +87,7 @@ pub fn unmeasured(context: &RunContext, case: &Case) -> Vec<Record> {
     case.precisions.iter().map(record).collect()
 }
 
-/// All that follows from the outcome alone.
+/// A record of everything that follows from the outcome alone.
 fn base(
     context: &RunContext,
     variant: &Variant,
@@ -117,7 +118,7 @@ fn base(
         phases: phases(context, outcome),
         samples: samples(outcome),
         metrics: BTreeMap::new(),
-        dtypes: dtypes(context, variant),
+        dtypes: dtypes(context, variant, loaded.kv_format),
         ratio_to_fp16: None,
         memory: memory::memory(outcome, &context.device.kind),
         bandwidth: Bandwidth::default(),
@@ -151,7 +152,7 @@ fn engine_of(context: &RunContext, engine: Engine) -> record::EngineInfo {
     }
 }
 
-/// Says in a record why there is no result.
+/// Writes the reason for a missing result into a record.
 pub fn fail(record: &mut Record, failure: &Failure) {
     record.status = failure.status();
     record.reason = Some(failure.message().to_owned());
@@ -254,14 +255,15 @@ fn samples(outcome: &Outcome) -> Samples {
 }
 
 /// candle computes in what its weights have.
-fn dtypes(context: &RunContext, variant: &Variant) -> record::Dtypes {
+fn dtypes(context: &RunContext, variant: &Variant, kv_format: Option<KvFormat>) -> record::Dtypes {
     let fp32 = match variant.engine {
         Engine::Quantbench => context.device.kind == "cpu",
         Engine::Candle => engine::candle::runs_in_fp32(&context.model.architecture),
     };
     let computed = if fp32 { "fp32" } else { "fp16" }.to_owned();
     let weights = if variant.engine == Engine::Candle { computed.clone() } else { variant.precision.to_string() };
-    record::Dtypes { weights, compute: computed.clone(), kv_cache: computed.clone(), logits: computed }
+    let kv_cache = kv_format.map_or(computed.clone(), |format| format.name().to_owned());
+    record::Dtypes { weights, compute: computed.clone(), kv_cache, logits: computed }
 }
 
 /// Sets the ratio to fp16 where both ran, are valid and generated equally many tokens.

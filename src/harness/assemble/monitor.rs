@@ -1,4 +1,4 @@
-//! From what was watched during the repeats to the record.
+//! The part of a record that comes from readings during the repeats.
 
 use std::collections::BTreeMap;
 

@@ -22,7 +22,7 @@ use crate::report::doctor::{Build, Cpu, DeviceFile, Examination, Finding, Gpu, G
 /// A mean load below half a CPU is the system itself.
 const BUSY_LOAD: f64 = 0.5;
 
-/// Looks at everything and measures the memory bandwidth. Nothing here can fail: what is not there is a finding.
+/// Examines everything and measures the memory bandwidth. Nothing here can fail: a missing part is a finding.
 pub fn examine() -> Examination {
     let system = System::default();
     let (threads, isa) = (default_threads(), Isa::detect());
@@ -195,15 +195,16 @@ fn findings(seen: &Examination, problem: Option<BadInput>) -> Vec<Finding> {
     let (cpu, memory, gpu) = (&seen.cpu, &seen.memory, &seen.gpu);
     let mut found = Vec::new();
     if cpu.isa == Isa::Portable.name() {
-        let what = "the kernels have no instruction set of this CPU and run as plain Rust, several times slower";
-        found.push(Finding::new(what, "an x86-64 CPU with AVX2, FMA and F16C runs the fast ones"));
+        let what =
+            "the kernels have no code for this CPU's instruction set and run as plain Rust, several times slower";
+        found.push(Finding::new(what, "use an x86-64 CPU with AVX2, FMA and F16C"));
     }
     if let Some(limit) = cpu.group_limit.filter(|&limit| limit < cpu.threads as f64 || limit.fract() > 0.0) {
-        let what = format!("the control group grants {limit:.2} CPUs: threads beyond them are put to sleep in between");
+        let what = format!("the control group grants {limit:.2} CPUs: threads beyond them are throttled");
         found.push(Finding::new(what, format!("grant whole CPUs, or use `--threads {}`", (limit as usize).max(1))));
     }
     if let Some(load) = cpu.load.filter(|&load| load > BUSY_LOAD) {
-        let what = format!("something else runs: the load was {load:.2} over the last minute");
+        let what = format!("other programs run: the load was {load:.2} over the last minute");
         found.push(Finding::new(
             what,
             "stop it, or leave it CPUs with `--threads`; runs it disturbs are marked tainted",
@@ -247,7 +248,7 @@ fn of_gpu(gpu: &Gpu, problem: Option<BadInput>) -> Vec<Finding> {
         found.push(Finding::new(format!("`{}` cannot be opened for reading and writing", file.path), advice));
     }
     if gpu.devices.iter().any(|device| device.shared == Some(false)) {
-        let what = "a GPU takes one process at a time, and each precision runs in a process of its own";
+        let what = "a GPU is in exclusive-process mode, and each precision runs in a process of its own";
         found.push(Finding::new(what, "as root: nvidia-smi --compute-mode=DEFAULT"));
     }
     found

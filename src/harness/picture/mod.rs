@@ -1,6 +1,6 @@
 //! Pictures: an image file, or a generated test picture, as the pixels that a vision tower reads.
 //!
-//! What happens to a picture, and in which order, is what transformers' `SiglipImageProcessor` does with a path: read
+//! The steps are those of transformers' `SiglipImageProcessor` for a path, in the same order: read
 //! with Pillow (13), turned upright as its Exif data says, converted to RGB, resized, rescaled, normalised. `resize`
 //! is Pillow's arithmetic.
 
@@ -130,7 +130,7 @@ enum PerChannel {
 }
 
 impl ProcessorConfig {
-    /// Other processors crop or pad: their pictures would be wrong here, and only the answers would tell.
+    /// Other processors crop or pad: their pictures would be wrong here, and only the answers would show it.
     fn check_processor(&self) -> Result<()> {
         match self.image_processor_type.as_deref() {
             Some(seen) if !seen.starts_with("SiglipImageProcessor") => {
@@ -266,7 +266,7 @@ fn upright(mut picture: DynamicImage, exif: Option<&[u8]>, xmp: Option<&[u8]>) -
     picture
 }
 
-/// The digit behind `tiff:Orientation="` or `tiff:Orientation>`.
+/// The digit after `tiff:Orientation="` or `tiff:Orientation>`.
 fn xmp_orientation(xmp: &[u8]) -> Option<Orientation> {
     let text = String::from_utf8_lossy(xmp);
     let rest = text

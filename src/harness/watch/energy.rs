@@ -1,10 +1,10 @@
-//! Joules per token from an energy counter, less what the idle machine takes.
+//! Joules per token from an energy counter, less the energy of the idle machine.
 //!
-//! One definition: what the counter moved by over a window of back-to-back repeats, less the idle power times the window's length, over the
+//! One definition: the counter's increase over a window of back-to-back repeats, less the idle power times the window's length, over the
 //! tokens that were generated in it. A counted repeat is a window where it is long enough for the counter. Where it is not, a block of
-//! untimed repeats behind the counted ones is one.
+//! untimed repeats after the counted ones is one.
 
-/// Fewer update periods of the counter in a window say nothing: an end of the window can be off by a whole one, so that 20 bound
+/// Fewest update periods of the counter in a window: an end of the window can be off by a whole one, so that 20 bound
 /// the error by 10 %.
 const MIN_PERIODS: f64 = 20.0;
 
@@ -13,7 +13,7 @@ const MIN_PERIODS: f64 = 20.0;
 pub struct Counter {
     /// Spelling in records: `nvml` or `rapl`.
     pub name: &'static str,
-    /// Between two updates, at most.
+    /// Longest time between two updates.
     pub period_s: f64,
     /// Mean power of the machine before any worker was started.
     pub idle_watts: Option<f64>,
@@ -33,12 +33,12 @@ pub struct Mark {
     pub joules: f64,
 }
 
-/// Some repeats on a counter.
+/// Energy of back-to-back repeats.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EnergyWindow {
     pub joules: f64,
     pub seconds: f64,
-    /// Generated in it.
+    /// Tokens generated in the window.
     pub tokens: u64,
 }
 

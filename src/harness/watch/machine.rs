@@ -10,14 +10,14 @@ use super::{GpuReading, MachineReading, Watch, Watched};
 use crate::kernels::nvml::Gpu;
 use crate::os::memory::ProcessMemory;
 
-/// Between two readings. One opens a handful of files of some 0.02 ms each, so that even with the clocks of 64 cores it takes about
+/// Time between two readings. One opens a handful of files of some 0.02 ms each, so that even with the clocks of 64 cores it takes about
 /// 1 % of one.
 pub const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Least time that an overheated device needs to recover.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// NVML's energy counter is said to move every 20 to 100 ms, by device.
+/// NVML's energy counter moves every 20 to 100 ms, by device.
 const NVML_PERIOD_S: f64 = 0.1;
 
 /// RAPL's counter moves every millisecond.
@@ -26,7 +26,7 @@ const RAPL_PERIOD_S: f64 = 0.001;
 /// The idle window is this many periods of the counter, and at least half a second.
 const IDLE_PERIODS: f64 = 20.0;
 
-/// Between two looks for the counter's next update: what a mark can be late by.
+/// Time between two polls for the counter's next update, and so the largest delay of a mark.
 const MARK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Periods that a mark waits for an update at most.

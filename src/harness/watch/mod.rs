@@ -13,7 +13,7 @@ pub trait Watch {
     /// A repeat of the process `worker` begins; `run_pids` are all processes of this run.
     fn begin(&mut self, worker: Option<u32>, run_pids: &[u32]);
 
-    /// The repeat ended: what was seen meanwhile.
+    /// The repeat ended: gives its readings.
     fn end(&mut self) -> Watched;
 
     /// Lets the machine recover before a discarded repeat is taken again.
@@ -30,7 +30,7 @@ pub trait Watch {
     }
 }
 
-/// Sees nothing.
+/// A watch without readings.
 pub struct NoWatch;
 
 impl Watch for NoWatch {
@@ -43,16 +43,16 @@ impl Watch for NoWatch {
     fn pause(&mut self) {}
 }
 
-/// One repeat: the first reading is from before it, the last from behind it.
+/// One repeat: the first reading is from before it, the last from after it.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Watched {
     pub readings: Vec<MachineReading>,
 }
 
-/// The machine at one moment. What cannot be read is `None` or empty.
+/// The machine at one moment. A quantity that cannot be read is `None` or empty.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct MachineReading {
-    /// Since watching began.
+    /// Time since watching began.
     pub at_ns: u64,
     /// Resident set of the worker.
     pub rss_bytes: Option<u64>,
@@ -94,7 +94,7 @@ pub struct Channel {
 }
 
 impl MachineReading {
-    /// Everything in it that is a level, for ranges and series.
+    /// All levels of the reading, for ranges and series.
     pub fn channels(&self) -> Vec<Channel> {
         let gpu = self.gpu.clone().unwrap_or_default();
         let single = [
@@ -115,7 +115,7 @@ impl MachineReading {
 }
 
 impl Watched {
-    /// Readings from within the repeat or just behind it: before it, the device may have been idle and its clocks low.
+    /// Readings from within the repeat or just after it: before it, the device may have been idle and its clocks low.
     fn under_load(&self) -> &[MachineReading] {
         self.readings.get(1..).unwrap_or_default()
     }
@@ -146,13 +146,13 @@ impl Watched {
         counts.last().zip(counts.first()).map_or(0, |(last, first)| last.saturating_sub(*first))
     }
 
-    /// The most processes of others on the GPU at once.
+    /// Most processes of others on the GPU at once.
     pub fn n_others(&self) -> u32 {
         let gpus = self.readings.iter().filter_map(|reading| reading.gpu.as_ref());
         gpus.map(|gpu| gpu.n_others).max().unwrap_or(0)
     }
 
-    /// The most that the worker held on the device.
+    /// Most memory of the worker on the device.
     pub fn process_bytes(&self) -> Option<u64> {
         self.readings.iter().filter_map(|reading| reading.gpu.as_ref()?.process_bytes).max()
     }

@@ -22,7 +22,7 @@ pub const TOOL: Tool = Tool {
     },
 };
 
-/// A row's key under which [`crate::report`] writes what llama-bench has no key for, so that a row of ours comes back whole.
+/// A row's key under which [`crate::report`] writes everything that llama-bench has no key for, so that such a row is read back whole.
 pub const OWN_KEY: &str = "quantbench";
 
 fn read(row: &Value, given: &Given) -> Result<Record, String> {
@@ -158,7 +158,7 @@ fn test(name: &str) -> Option<(u64, u64, u64)> {
     Some((n_prompt, n_gen, depth.strip_prefix('d')?.parse().ok()?))
 }
 
-/// From a type such as `qwen2 7B Q4_K - Medium`: the word that names a format, with the size behind it.
+/// From a type such as `qwen2 7B Q4_K - Medium`: the word that names a format, with the size after it.
 fn precision(model_type: &str) -> String {
     let is_format = |word: &&str| {
         let digits = ["Q", "IQ", "TQ", "MXFP"].iter().filter_map(|start| word.strip_prefix(start));

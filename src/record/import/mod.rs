@@ -1,6 +1,6 @@
 //! Rows that other tools measured, as records with their engine's name. What a tool does not say stays unknown.
 //!
-//! Where a tool's numbers are ours by definition they become raw samples, and the metrics follow. Where they are not, each repeat's value
+//! Numbers that a tool defines as quantbench does become raw samples, and the metrics follow. For others, each repeat's value
 //! stands under the key of the metric that it is, in [`Samples::imported`](super::Samples::imported).
 
 pub mod llama_bench;
@@ -48,7 +48,7 @@ pub struct Imported {
 }
 
 /// The records of a file's text: a JSON value, a list of them, or one a line, and llama-bench's CSV and Markdown; other lines before, between
-/// and behind the rows are passed over. `from` names the tool, which is found by content otherwise.
+/// and after the rows are skipped. `from` names the tool, which is found by content otherwise.
 pub fn import(text: &str, from: Option<&str>, given: &Given) -> Result<Imported, BadInput> {
     let found = rows::find(text).map_err(BadInput::new)?;
     if found.values.is_empty() {
@@ -108,12 +108,12 @@ fn tool(value: &Value, from: Option<&str>) -> Result<&'static Tool, String> {
     })
 }
 
-/// A record that knows nothing but whose code ran.
+/// A record that knows nothing but its engine.
 fn unknown(engine: &str) -> Record {
     Record::unknown(EngineInfo { name: engine.to_owned(), version: String::new(), commit: String::new() })
 }
 
-/// Sets what the user said, and the metrics that follow.
+/// Sets the user's facts, and the metrics that follow.
 fn finished(mut record: Record, given: &Given) -> Record {
     if let Some(id) = &given.model_id {
         record.model.id = id.clone();
@@ -126,7 +126,7 @@ fn finished(mut record: Record, given: &Given) -> Record {
     record
 }
 
-/// A hub id as it is; of a path its last component, so that a record does not say whose machine it was.
+/// A hub id as it is; the last component of a path, so that a record does not identify the machine.
 fn shareable(id: &str) -> String {
     let slash = ['/', '\\'];
     let is_hub_id = id.matches(slash).count() <= 1 && !id.starts_with(['/', '\\', '.', '~']) && !id.ends_with(".gguf");

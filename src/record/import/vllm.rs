@@ -30,7 +30,7 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
     Ok(finished(record, given))
 }
 
-/// Every option that says what the file does not, at once.
+/// All options for facts that the file lacks, in one error.
 fn missing(given: &Given) -> String {
     let options = [
         ("--model-id ID", given.model_id.is_none()),
