@@ -11,7 +11,7 @@ use crate::engine::Session;
 use crate::error::BadInput;
 
 /// Generates `n_gen` tokens after a prefill and writes the logits of all, fp32 `[n_gen, vocab]` as tensor
-/// `logits`. The file appears whole or not at all.
+/// `logits`. The file is written atomically.
 pub fn save(session: &mut dyn Session, n_gen: usize, path: &Path) -> Result<()> {
     let mut rows = session.logits()?;
     let vocab = rows.len();

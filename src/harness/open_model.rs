@@ -66,7 +66,7 @@ pub fn select(model: &mut Model, checkpoint: &Checkpoint, selection: &Selection)
     selection.apply(&mut model.matrices).map_err(|pattern| {
         let message = format!("`--keep-fp16 {pattern}` matches no linear layer of `{}`", checkpoint.id);
         BadInput::new(message).hint(format!(
-            "a pattern is a part of a name such as `{}`, from dot to dot; `*` stands for anything between dots",
+            "a pattern is one or more components of a name such as `{}`; `*` matches any text within one",
             last_linear(model)
         ))
     })

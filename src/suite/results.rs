@@ -69,7 +69,7 @@ impl Results {
         Ok(())
     }
 
-    /// Sorts what is there, and rewrites the file, whole or not at all, where something has to go.
+    /// Sorts what is there, and rewrites the file atomically where something has to go.
     fn recover(mut self, resume: Resume) -> Result<Self> {
         let found = read_lines(&self.path)?;
         for (case, (n_found, n_rows, is_ok)) in counts(&found.lines) {

@@ -1,4 +1,4 @@
-//! Rows that other tools measured, as records with their engine's name. What a tool does not say stays unknown.
+//! Rows that other tools measured, as records with their engine's name. Facts that a tool does not report stay unknown.
 //!
 //! Numbers that a tool defines as quantbench does become raw samples, and the metrics follow. For others, each repeat's value
 //! stands under the key of the metric that it is, in [`Samples::imported`](super::Samples::imported).

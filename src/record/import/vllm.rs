@@ -42,5 +42,5 @@ fn missing(given: &Given) -> String {
     ];
     let missing: Vec<String> =
         options.iter().filter(|(_, is_missing)| *is_missing).map(|(option, _)| format!("`{option}`")).collect();
-    format!("the file does not say what was run: give {}", missing.join(", "))
+    format!("the file lacks the workload: give {}", missing.join(", "))
 }
