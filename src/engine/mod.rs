@@ -15,7 +15,9 @@ pub mod fake;
 mod load;
 pub mod memory;
 pub mod needs;
+mod recompute;
 pub mod reference;
+mod routing;
 
 use std::time::Duration;
 

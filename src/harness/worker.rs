@@ -19,7 +19,6 @@ use crate::os::memory::ProcessMemory;
 use crate::protocol::{self, LoadReport, LoadRequest, WorkerReply, WorkerRequest};
 use crate::quant::fp16;
 use crate::weights::policy::Formats;
-use crate::weights::spec::Role;
 
 /// The hidden subcommand: answers the parent until it closes the pipe. Fails on input that no parent writes.
 pub fn worker_main() -> Result<()> {
@@ -129,7 +128,7 @@ fn weights_by_format(opened: &OpenModel, formats: &Formats) -> BTreeMap<String, 
     for spec in &opened.model.matrices {
         // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
         let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
-        let left_out = opened.source.is_quantized() && spec.role == Role::Projection && wide;
+        let left_out = opened.source.is_quantized() && spec.role.is_quantized() && wide;
         let format = if left_out { formats.fp16() } else { formats.of(spec.role) };
         *bytes.entry(format.id().to_string()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
     }
