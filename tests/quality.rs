@@ -305,10 +305,7 @@ fn random_weights_have_no_quality() {
     let output = quantbench(&model, "quality --weights random");
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2));
-    assert!(
-        error.contains("no quality can be measured: quality needs trained weights, and these are random"),
-        "{error}"
-    );
+    assert!(error.contains("no quality can be measured: it needs trained weights, and these are random"), "{error}");
     // At once and not below a run; the same before it.
     for args in ["--quality", "--quality --dry-run", "--quality-tokens 9"] {
         let output =
@@ -316,7 +313,7 @@ fn random_weights_have_no_quality() {
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!((output.status.code(), output.stdout.is_empty()), (Some(2), true), "{args}: {error}");
         assert!(
-            error.contains("no quality can be measured: quality needs trained weights, and these are random"),
+            error.contains("no quality can be measured: it needs trained weights, and these are random"),
             "{args}: {error}"
         );
     }

@@ -26,7 +26,7 @@ pub fn check(checkpoint: &Checkpoint, tokenizer_comes: bool) -> Result<(), BadIn
         |reason: String, hint: &str| Err(BadInput::new(format!("no quality can be measured: {reason}")).hint(hint));
     if checkpoint.source_kind() == SourceKind::Random {
         return refused(
-            "quality needs trained weights, and these are random".to_owned(),
+            "it needs trained weights, and these are random".to_owned(),
             "name a folder or a hub id with `--model-id`",
         );
     }
