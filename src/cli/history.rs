@@ -8,7 +8,7 @@ use clap::{Args, Subcommand, ValueHint};
 
 use super::compare::{Judgement, format, format_names, output_file};
 use crate::error::BadInput;
-use crate::report::compare::{self, DEFAULT_GATES, Format, Order};
+use crate::report::compare::{self, CompareFormat, DEFAULT_GATES, Order};
 use crate::report::history;
 
 /// What was typed for `quantbench history`.
@@ -88,10 +88,10 @@ pub struct FolderArgs {
 
 /// A check as it will happen.
 pub struct HistoryCheckRequest {
-    pub rules: history::Rules,
+    pub rules: history::CheckRules,
     pub judgement: Judgement,
-    pub stdout: &'static Format,
-    pub file: Option<(PathBuf, &'static Format)>,
+    pub stdout: &'static CompareFormat,
+    pub file: Option<(PathBuf, &'static CompareFormat)>,
 }
 
 impl HistoryCheckRequest {
@@ -100,7 +100,7 @@ impl HistoryCheckRequest {
         let gates = compare::gates(args.fail_on.as_deref().unwrap_or(DEFAULT_GATES))?;
         let rules = compare::Rules { gates: gates.clone(), allow_different_machine: false, order: Order::Apart };
         Ok(Self {
-            rules: history::Rules { gates, n_last: args.last },
+            rules: history::CheckRules { gates, n_last: args.last },
             judgement: Judgement { rules, is_named: args.fail_on.is_some(), strict: args.strict },
             stdout: format(args.format.as_deref().unwrap_or("table"))?,
             file: args.output.as_deref().map(output_file).transpose()?,
@@ -110,7 +110,7 @@ impl HistoryCheckRequest {
 
 impl ListArgs {
     /// The format that was asked for.
-    pub fn format(&self) -> Result<&'static history::Format, BadInput> {
+    pub fn format(&self) -> Result<&'static history::ListFormat, BadInput> {
         let name = self.format.as_deref().unwrap_or("table");
         history::find(name).ok_or_else(|| BadInput::new(format!("unknown format `{name}` of a list")))
     }

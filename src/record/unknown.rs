@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use super::{
-    Bandwidth, DeviceFacts, Dtypes, Engine, Environment, Memory, ModelFacts, Output, Protocol, Record, Samples, Status,
-    WeightFacts, Workload,
+    Bandwidth, DeviceFacts, Dtypes, EngineInfo, Environment, Memory, ModelFacts, Output, Protocol, Record, Samples,
+    Status, WeightFacts, Workload,
 };
 
 impl Record {
-    /// Nothing is known but whose code ran.
-    pub fn unknown(engine: Engine) -> Self {
+    /// A record that knows nothing but its engine.
+    pub fn unknown(engine: EngineInfo) -> Self {
         let nothing = String::new;
         Self {
             status: Status::Ok,
@@ -19,7 +19,7 @@ impl Record {
             file: nothing(),
             command: nothing(),
             timestamp: nothing(),
-            model: ModelFacts { id: nothing(), revision: None, architecture: nothing(), parameters: 0 },
+            model: ModelFacts { id: nothing(), revision: None, architecture: nothing(), parameters: 0, experts: None },
             weights: WeightFacts { source: nothing(), dtype: nothing(), seed: None, hash: nothing(), fp16_overflow: 0 },
             precision: nothing(),
             keep_fp16: Vec::new(),

@@ -1,7 +1,7 @@
 //! Horizontal bars, one for each row: the name to the left or above, the number with its interval to the right.
 
 use super::drawing::{Anchor, Drawing, Paint, fitted, text_width};
-use super::{Chart, Row, WIDTH};
+use super::{Chart, ChartRow, WIDTH};
 use crate::report::case::GIB;
 use crate::report::grid::decimals;
 
@@ -41,29 +41,29 @@ pub const PEAK_MEMORY: &str = "peak-memory";
 /// A number of a row and the ends of its 95 % interval.
 type Value = (f64, Option<(f64, f64)>);
 
-pub fn speed(rows: &[Row]) -> Option<Chart> {
+pub fn speed(rows: &[ChartRow]) -> Option<Chart> {
     of_metric(&kind("speed", "Decode speed", "tokens/s", HIGHER), rows, "decode_tps")
 }
 
-pub fn first_token(rows: &[Row]) -> Option<Chart> {
+pub fn first_token(rows: &[ChartRow]) -> Option<Chart> {
     of_metric(&kind("first-token", "Time to first token", "ms", LOWER), rows, "ttft_ms")
 }
 
-pub fn prompt_speed(rows: &[Row]) -> Option<Chart> {
+pub fn prompt_speed(rows: &[ChartRow]) -> Option<Chart> {
     of_metric(&kind("prompt-speed", "Prompt speed", "tokens/s", HIGHER), rows, "prefill_tps")
 }
 
-pub fn latency(rows: &[Row]) -> Option<Chart> {
+pub fn latency(rows: &[ChartRow]) -> Option<Chart> {
     of_metric(&kind("latency", "Latency, end to end", "s", LOWER), rows, "latency_s")
 }
 
-pub fn energy(rows: &[Row]) -> Option<Chart> {
+pub fn energy(rows: &[ChartRow]) -> Option<Chart> {
     of_metric(&kind("energy", "Energy", "J/token", LOWER), rows, "joules_per_token")
 }
 
-pub fn divergence(rows: &[Row]) -> Option<Chart> {
+pub fn divergence(rows: &[ChartRow]) -> Option<Chart> {
     let kind = Kind { decimals: Some(5), ..kind("divergence", "KL divergence", "nats/token", LOWER) };
-    let value = |row: &Row| {
+    let value = |row: &ChartRow| {
         let quality = row.record.quality.as_ref()?;
         let around = |half: f64| (quality.kl_mean - half, quality.kl_mean + half);
         Some((quality.kl_mean, quality.kl_mean_half_width.map(around)))
@@ -71,16 +71,16 @@ pub fn divergence(rows: &[Row]) -> Option<Chart> {
     bars(&kind, rows, value, None)
 }
 
-pub fn peak_memory(rows: &[Row]) -> Option<Chart> {
-    let value = |row: &Row| Some((row.record.memory.peak_bytes? as f64 / GIB, None));
+pub fn peak_memory(rows: &[ChartRow]) -> Option<Chart> {
+    let value = |row: &ChartRow| Some((row.record.memory.peak_bytes? as f64 / GIB, None));
     bars(&kind(PEAK_MEMORY, "Peak memory", "GiB", LOWER), rows, value, None)
 }
 
 /// Bytes that decoding reads a second, against what the memory gives.
-pub fn bandwidth(rows: &[Row]) -> Option<Chart> {
+pub fn bandwidth(rows: &[ChartRow]) -> Option<Chart> {
     let reading = "the line is the read bandwidth of the memory, measured in the same run";
     let read = rows.iter().filter_map(|row| row.record.bandwidth.read_gb_s).reduce(f64::max)?;
-    let value = |row: &Row| Some((row.record.bandwidth.achieved_gb_s?, None));
+    let value = |row: &ChartRow| Some((row.record.bandwidth.achieved_gb_s?, None));
     bars(
         &kind("bandwidth", "Bandwidth of decoding", "GB/s", reading),
         rows,
@@ -89,8 +89,8 @@ pub fn bandwidth(rows: &[Row]) -> Option<Chart> {
     )
 }
 
-fn of_metric(kind: &Kind, rows: &[Row], key: &str) -> Option<Chart> {
-    let value = |row: &Row| {
+fn of_metric(kind: &Kind, rows: &[ChartRow], key: &str) -> Option<Chart> {
+    let value = |row: &ChartRow| {
         let summary = row.record.metrics.get(key)?;
         Some((summary.median?, summary.ci95_low.zip(summary.ci95_high)))
     };
@@ -99,15 +99,20 @@ fn of_metric(kind: &Kind, rows: &[Row], key: &str) -> Option<Chart> {
 
 /// One bar.
 struct Bar<'a> {
-    row: &'a Row<'a>,
+    row: &'a ChartRow<'a>,
     value: f64,
     interval: Option<(f64, f64)>,
     /// The number with its interval.
     shown: String,
 }
 
-fn bars(kind: &Kind, rows: &[Row], value: impl Fn(&Row) -> Option<Value>, limit: Option<f64>) -> Option<Chart> {
-    let values: Vec<(&Row, Value)> = rows.iter().filter_map(|row| Some((row, value(row)?))).collect();
+fn bars(
+    kind: &Kind,
+    rows: &[ChartRow],
+    value: impl Fn(&ChartRow) -> Option<Value>,
+    limit: Option<f64>,
+) -> Option<Chart> {
+    let values: Vec<(&ChartRow, Value)> = rows.iter().filter_map(|row| Some((row, value(row)?))).collect();
     let values: Vec<_> = values.into_iter().filter(|(_, (value, _))| value.is_finite()).collect();
     let largest = values.iter().map(|(_, (value, _))| value.abs()).reduce(f64::max)?;
     let digits = kind.decimals.unwrap_or_else(|| decimals(largest));
@@ -145,7 +150,7 @@ fn drawn(kind: &Kind, bars: &[Bar], limit: Option<f64>) -> Drawing {
     let names: Vec<&str> = bars.iter().map(|bar| bar.row.label.as_str()).collect();
     let numbers = bars.iter().map(|bar| text_width(&bar.shown)).fold(0.0, f64::max);
     let ends = bars.iter().map(|bar| bar.interval.map_or(bar.value, |(_, high)| high.max(bar.value)));
-    let layout = Layout::new(&names, numbers + GAP, ends.chain(limit).fold(0.0, f64::max));
+    let layout = BarLayout::new(&names, numbers + GAP, ends.chain(limit).fold(0.0, f64::max));
     // A limit has its words above the bars.
     let top = if limit.is_some() { 26.0 } else { 2.0 };
     let mut drawing = Drawing::new(WIDTH, top + layout.row * bars.len() as f64);
@@ -179,7 +184,7 @@ fn drawn(kind: &Kind, bars: &[Bar], limit: Option<f64>) -> Drawing {
 }
 
 /// How rows of bars lie: from values to units of the picture.
-pub struct Layout {
+pub struct BarLayout {
     pub left: f64,
     right: f64,
     largest: f64,
@@ -187,7 +192,7 @@ pub struct Layout {
     names_above: bool,
 }
 
-impl Layout {
+impl BarLayout {
     /// For bars with these `names`, `behind` units of words behind the longest one, which is `largest` long.
     pub fn new(names: &[&str], behind: f64, largest: f64) -> Self {
         let beside = names.iter().map(|name| text_width(name)).fold(0.0, f64::max) + GAP;

@@ -2,7 +2,7 @@
 
 use super::axes::{Axis, Plot};
 use super::drawing::{Anchor, Drawing, Paint, fitted};
-use super::{Chart, Row, WIDTH, headers};
+use super::{Chart, ChartRow, WIDTH, headers};
 use crate::report::grid::decimals;
 use crate::stats;
 
@@ -20,7 +20,7 @@ const FOOT: f64 = 38.0;
 const SHOWN: f64 = 0.98;
 
 struct Steps<'a> {
-    row: &'a Row<'a>,
+    row: &'a ChartRow<'a>,
     /// Ascending.
     ms: Vec<f64>,
 }
@@ -31,7 +31,7 @@ impl Steps<'_> {
     }
 }
 
-pub fn step_latency(rows: &[Row]) -> Option<Chart> {
+pub fn step_latency(rows: &[ChartRow]) -> Option<Chart> {
     let all: Vec<Steps> = rows.iter().map(steps).filter(|steps| steps.ms.len() >= 2).collect();
     let most = all.iter().map(|steps| steps.quantile(SHOWN)).fold(0.0, f64::max) * 1.04;
     let least = all.iter().filter_map(|steps| steps.ms.first()).copied().fold(f64::INFINITY, f64::min) * 0.96;
@@ -87,7 +87,7 @@ fn drawn(all: &[Steps], (least, most): (f64, f64)) -> Drawing {
     drawing
 }
 
-fn steps<'a>(row: &'a Row<'a>) -> Steps<'a> {
+fn steps<'a>(row: &'a ChartRow<'a>) -> Steps<'a> {
     let mut ms: Vec<f64> = row.record.samples.decode_step_ns.iter().flatten().map(|&ns| ns as f64 / 1e6).collect();
     ms.sort_by(f64::total_cmp);
     Steps { row, ms }

@@ -35,7 +35,7 @@ pub struct Chart {
 }
 
 /// A record that ran, as charts name and paint it.
-pub struct Row<'a> {
+pub struct ChartRow<'a> {
     /// Unique within the case.
     pub label: String,
     paint: Paint,
@@ -45,7 +45,7 @@ pub struct Row<'a> {
 }
 
 /// A kind of chart; `None` where the records hold nothing for it.
-type Draw = fn(&[Row]) -> Option<Chart>;
+type Draw = fn(&[ChartRow]) -> Option<Chart>;
 
 /// Speed and its price first, what explains it behind.
 const CHARTS: &[Draw] = &[
@@ -97,14 +97,14 @@ impl Precisions {
 /// All charts that the records of one case can fill. Records without a result are left out.
 pub fn charts(case: &Case, precisions: &Precisions) -> Vec<Chart> {
     let shown = if case.runs.len() > MAX_RUNS { vec![case.newest_run()] } else { case.runs.iter().collect() };
-    let row = |(at, run, record)| Row {
+    let row = |(at, run, record)| ChartRow {
         label: if shown.len() > 1 { case.label(run, record) } else { case::label(record, case.records) },
         paint: precisions.paint(record),
         is_dashed: at > 0,
         record,
     };
     let records = shown.iter().enumerate().flat_map(|(at, run)| run.records.iter().map(move |r| (at, *run, r)));
-    let rows: Vec<Row> = records.filter(|(.., record)| record.status == Status::Ok).map(row).collect();
+    let rows: Vec<ChartRow> = records.filter(|(.., record)| record.status == Status::Ok).map(row).collect();
     let drawn = trend::trend(case, precisions).into_iter().chain(CHARTS.iter().filter_map(|draw| draw(&rows)));
     let mut charts: Vec<Chart> = drawn.collect();
     // What the parts of memory sum up to stands there already.

@@ -2,14 +2,14 @@
 
 use super::axes::Axis;
 use super::lines::{Curve, Point, drawn};
-use super::{Chart, Row, headers};
+use super::{Chart, ChartRow, headers};
 use crate::record::metrics;
 use crate::report::grid::decimals;
 use crate::stats;
 
-pub fn latency_per_token(rows: &[Row]) -> Option<Chart> {
-    let values = |row: &Row| metrics::repeats(row.record, "latency_per_token_ms");
-    let all: Vec<(&Row, Vec<f64>)> = rows.iter().map(|row| (row, values(row))).collect();
+pub fn latency_per_token(rows: &[ChartRow]) -> Option<Chart> {
+    let values = |row: &ChartRow| metrics::repeats(row.record, "latency_per_token_ms");
+    let all: Vec<(&ChartRow, Vec<f64>)> = rows.iter().map(|row| (row, values(row))).collect();
     let all: Vec<_> = all.into_iter().filter(|(_, ms)| ms.len() >= 2).collect();
     let n = all.iter().map(|(_, ms)| ms.len()).max()?;
     let most = all.iter().flat_map(|(_, ms)| ms).copied().fold(0.0, f64::max);
@@ -17,7 +17,7 @@ pub fn latency_per_token(rows: &[Row]) -> Option<Chart> {
         return None;
     }
     let digits = decimals(most);
-    let cells = |(row, ms): &(&Row, Vec<f64>)| {
+    let cells = |(row, ms): &(&ChartRow, Vec<f64>)| {
         let of = |q: f64| stats::percentile(ms, q).map_or_else(|| "-".to_owned(), |x| format!("{x:.digits$}"));
         vec![row.label.clone(), ms.len().to_string(), of(0.0), of(0.5), of(1.0)]
     };
@@ -35,7 +35,7 @@ pub fn latency_per_token(rows: &[Row]) -> Option<Chart> {
     })
 }
 
-fn curve(row: &Row, ms: &[f64], digits: usize) -> Curve {
+fn curve(row: &ChartRow, ms: &[f64], digits: usize) -> Curve {
     let point = |(at, &y): (usize, &f64)| Point {
         x: (at + 1) as f64,
         y,

@@ -1,8 +1,8 @@
 //! What the peak of memory consists of: a bar for each row, cut into parts.
 
-use super::bars::Layout;
+use super::bars::BarLayout;
 use super::drawing::{Anchor, Drawing, Paint, text_width};
-use super::{Chart, Row, WIDTH};
+use super::{Chart, ChartRow, WIDTH};
 use crate::record::Record;
 use crate::report::case::GIB;
 use crate::report::grid::decimals;
@@ -29,8 +29,9 @@ fn parts(record: &Record) -> Option<Vec<(&'static str, u64)>> {
 }
 
 /// `other` is what the process holds beside: code, tables, buffers of the system.
-pub fn memory_parts(rows: &[Row]) -> Option<Chart> {
-    let stacks: Vec<(&Row, Vec<(&str, u64)>)> = rows.iter().filter_map(|row| Some((row, parts(row.record)?))).collect();
+pub fn memory_parts(rows: &[ChartRow]) -> Option<Chart> {
+    let stacks: Vec<(&ChartRow, Vec<(&str, u64)>)> =
+        rows.iter().filter_map(|row| Some((row, parts(row.record)?))).collect();
     let names: Vec<&str> = stacks.first()?.1.iter().map(|(name, _)| *name).collect();
     // A row that is missing here would be missed.
     if stacks.len() < rows.len() {
@@ -53,12 +54,12 @@ pub fn memory_parts(rows: &[Row]) -> Option<Chart> {
     })
 }
 
-fn drawn(stacks: &[(&Row, Vec<(&str, u64)>)], names: &[&str], digits: usize) -> Drawing {
+fn drawn(stacks: &[(&ChartRow, Vec<(&str, u64)>)], names: &[&str], digits: usize) -> Drawing {
     let gib = |bytes: u64| bytes as f64 / GIB;
     let totals: Vec<f64> = stacks.iter().map(|(_, parts)| parts.iter().map(|(_, bytes)| gib(*bytes)).sum()).collect();
     let labels: Vec<&str> = stacks.iter().map(|(row, _)| row.label.as_str()).collect();
     let largest = totals.iter().copied().fold(0.0, f64::max);
-    let layout = Layout::new(&labels, text_width(&format!("{largest:.digits$}")) + GAP, largest);
+    let layout = BarLayout::new(&labels, text_width(&format!("{largest:.digits$}")) + GAP, largest);
     let mut drawing = Drawing::new(WIDTH, LEGEND + layout.height(stacks.len()));
     legend(&mut drawing, names);
     layout.draw_base(&mut drawing, LEGEND);

@@ -2,7 +2,7 @@
 
 use super::axes::{Axis, Plot};
 use super::drawing::{Anchor, Drawing, Paint, fitted, text_width};
-use super::{Chart, Row, WIDTH, headers};
+use super::{Chart, ChartRow, WIDTH, headers};
 use crate::report::case::GIB;
 use crate::report::grid::decimals;
 
@@ -16,13 +16,13 @@ const LINE: f64 = 14.0;
 const NAME: f64 = 150.0;
 
 struct Point<'a> {
-    row: &'a Row<'a>,
+    row: &'a ChartRow<'a>,
     tps: f64,
     gib: f64,
 }
 
 /// The upper left, fast and small, is where to be.
-pub fn speed_against_memory(rows: &[Row]) -> Option<Chart> {
+pub fn speed_against_memory(rows: &[ChartRow]) -> Option<Chart> {
     let points: Vec<Point> = rows.iter().filter_map(point).collect();
     if points.len() < 2 {
         return None;
@@ -142,7 +142,7 @@ fn labels(dots: &[(f64, f64)], widths: &[f64]) -> Vec<(f64, f64)> {
     labels
 }
 
-fn point<'a>(row: &'a Row<'a>) -> Option<Point<'a>> {
+fn point<'a>(row: &'a ChartRow<'a>) -> Option<Point<'a>> {
     let tps = row.record.metrics.get("decode_tps")?.median?;
     let bytes = row.record.memory.peak_bytes.or(row.record.memory.weights_bytes)?;
     tps.is_finite().then_some(Point { row, tps, gib: bytes as f64 / GIB })

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::axes::Axis;
 use super::lines::{Curve, Point, drawn};
-use super::{Chart, Row, headers};
+use super::{Chart, ChartRow, headers};
 use crate::record::Series;
 use crate::report::case::GIB;
 use crate::report::grid::decimals;
@@ -38,16 +38,16 @@ const CLOCKS: Kind = Kind {
     divisor: 1.0,
 };
 
-pub fn memory(rows: &[Row]) -> Option<Chart> {
+pub fn memory(rows: &[ChartRow]) -> Option<Chart> {
     over_time(&MEMORY, rows)
 }
 
-pub fn clocks(rows: &[Row]) -> Option<Chart> {
+pub fn clocks(rows: &[ChartRow]) -> Option<Chart> {
     over_time(&CLOCKS, rows)
 }
 
-fn over_time(kind: &Kind, rows: &[Row]) -> Option<Chart> {
-    let curve = |row: &Row| {
+fn over_time(kind: &Kind, rows: &[ChartRow]) -> Option<Chart> {
+    let curve = |row: &ChartRow| {
         let points = points(&row.record.series, kind);
         let points: Vec<Point> = points.into_iter().map(|(x, y)| Point::plain(x, y)).collect();
         let words = row.label.clone();

@@ -14,7 +14,7 @@ use crate::report::case;
 use crate::stats::{self, Interval};
 
 /// What is checked, and against how many earlier runs at most.
-pub struct Rules {
+pub struct CheckRules {
     pub gates: Vec<Gate>,
     pub n_last: usize,
 }
@@ -44,7 +44,7 @@ pub fn newest(records: Vec<Record>) -> (Vec<Record>, Vec<Record>) {
 }
 
 /// Each of `new` against its series in `past`. Fails with [`BadInput`] where there is nothing to check.
-pub fn check(past: &[Record], new: &[Record], rules: &Rules) -> Result<Comparison, BadInput> {
+pub fn check(past: &[Record], new: &[Record], rules: &CheckRules) -> Result<Comparison, BadInput> {
     let Some(first) = new.first() else { return Err(BadInput::new("the history holds no record to check")) };
     let series: Vec<Series> = new.iter().map(|record| Series::of(record, past, rules.n_last)).collect();
     let (mut checks, mut not_compared, mut empty_gates) = (Vec::new(), Vec::new(), Vec::new());

@@ -10,17 +10,18 @@ use crate::report::grid::{self, Line, decimals};
 use crate::stats;
 
 /// A row of [`FORMATS`].
-pub struct Format {
+pub struct ListFormat {
     /// As `--format` takes it.
     pub name: &'static str,
     pub write: fn(&[Record]) -> Result<String>,
 }
 
 /// The formats of a list, the default first.
-pub static FORMATS: &[Format] = &[Format { name: "table", write: table }, Format { name: "json", write: json }];
+pub static FORMATS: &[ListFormat] =
+    &[ListFormat { name: "table", write: table }, ListFormat { name: "json", write: json }];
 
 /// The format called `name`.
-pub fn find(name: &str) -> Option<&'static Format> {
+pub fn find(name: &str) -> Option<&'static ListFormat> {
     FORMATS.iter().find(|format| format.name == name)
 }
 

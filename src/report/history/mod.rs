@@ -6,8 +6,8 @@
 mod check;
 mod list;
 
-pub use check::{Rules, check, newest};
-pub use list::{FORMATS, Format, find};
+pub use check::{CheckRules, check, newest};
+pub use list::{FORMATS, ListFormat, find};
 
 use std::collections::BTreeMap;
 use std::fs;
