@@ -55,7 +55,7 @@ impl MethodArgs {
             return Err(BadInput::new("`--method seed` is one run that waits after every token")
                 .hint("drop `--launches` and `--sync-each-token`"));
         }
-        let plain = if self.method == MethodWord::Seed { MeasurementProtocol::of_seed() } else { plain };
+        let plain = if self.method == MethodWord::Seed { MeasurementProtocol::seed() } else { plain };
         Ok(MeasurementProtocol { launches, sync_each_token, measure_bandwidth, keep_series, ..plain })
     }
 }

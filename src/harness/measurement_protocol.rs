@@ -53,12 +53,12 @@ impl Method {
 
 impl MeasurementProtocol {
     /// One run without warm-up.
-    pub fn of_seed() -> Self {
+    pub fn seed() -> Self {
         Self { warmup: Some(0), repeats: Some(1), method: Method::Seed, ..Self::default() }
     }
 
     /// Protocol of one of the launches: an equal part of the times.
-    pub fn of_one_launch(&self) -> Self {
+    pub fn one_launch(&self) -> Self {
         let n = self.launches.max(1) as f64;
         Self { min_time_s: self.min_time_s / n, max_time_s: self.max_time_s / n, ..self.clone() }
     }
