@@ -1,14 +1,46 @@
 //! The only writer to the terminal: results on stdout, progress and errors on stderr.
 
 use std::io::{self, ErrorKind, IsTerminal, Write};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use anyhow::{Context, Result};
+use clap::ColorChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::error;
 use crate::events::{Event, Listener, Unit};
-use crate::report;
+use crate::report::{self, Terminal};
+
+/// What `--color` says.
+static COLOR: OnceLock<ColorChoice> = OnceLock::new();
+
+/// Decides about colour for the rest of the program.
+pub fn set_color(choice: ColorChoice) {
+    // The first one counts: there is one command line.
+    let _ = COLOR.set(choice);
+}
+
+/// Whether a stream is coloured: as `--color` says, else where it is a terminal that has colours and `NO_COLOR` is not set.
+fn is_coloured(is_terminal: bool) -> bool {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    match COLOR.get() {
+        Some(ColorChoice::Always) => true,
+        Some(ColorChoice::Never) => false,
+        Some(ColorChoice::Auto) | None => {
+            is_terminal && set("NO_COLOR").is_none() && set("TERM").is_none_or(|term| term != "dumb")
+        }
+    }
+}
+
+/// Columns and colour of stdout, for what people read there.
+pub fn terminal() -> Terminal {
+    let stdout = io::stdout();
+    let is_terminal = stdout.is_terminal();
+    let typed = || std::env::var("COLUMNS").ok()?.parse::<usize>().ok().filter(|columns| *columns > 0);
+    let seen = || terminal_size::terminal_size_of(&stdout).map(|(width, _)| usize::from(width.0));
+    let columns = if is_terminal { typed().or_else(seen) } else { None };
+    Terminal { columns, colour: is_coloured(is_terminal) }
+}
 
 /// Writes a result to stdout. A reader that closed its end has seen what it wanted: that is no error.
 pub fn print(text: &str) -> Result<()> {
@@ -43,7 +75,11 @@ pub fn note(line: &str) {
 pub fn print_error(error: &anyhow::Error) {
     // Where stderr is closed there is nobody left to tell.
     let words: Vec<String> = std::env::args().collect();
-    let _ = io::stderr().write_all(error_text(error, &words).as_bytes());
+    let mut text = error_text(error, &words);
+    if is_coloured(io::stderr().is_terminal()) {
+        text = with_coloured_labels(&text);
+    }
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 /// Writes to stderr what belongs beside a result that a program reads.
@@ -63,6 +99,16 @@ fn error_text(error: &anyhow::Error, words: &[String]) -> String {
         text += &format!("\nhint: {}\n", with_own_options(&hint, words));
     }
     text
+}
+
+/// `error:` in red and `hint:` in green.
+fn with_coloured_labels(text: &str) -> String {
+    let coloured = |line: &str| match (line.strip_prefix("error:"), line.strip_prefix("hint:")) {
+        (Some(rest), _) => format!("\x1b[1;31merror:\x1b[0m{rest}\n"),
+        (_, Some(rest)) => format!("\x1b[1;32mhint:\x1b[0m{rest}\n"),
+        _ => format!("{line}\n"),
+    };
+    text.lines().map(coloured).collect()
 }
 
 /// How a command in a hint begins and ends that measures another model's shape instead.
@@ -86,14 +132,14 @@ fn shape_command(id: &str, words: &[String]) -> Option<String> {
     while let Some(word) = rest.next() {
         let (option, has_value) = word.split_once('=').map_or((word.as_str(), false), |(option, _)| (option, true));
         // A commit is one of a repository.
-        if !["--model-id", "--weights", "--revision"].contains(&option) {
+        if !["--model-id", "--model", "-m", "--weights", "--revision"].contains(&option) {
             command.push(word.clone());
             continue;
         }
         if !has_value {
             rest.next();
         }
-        if option == "--model-id" {
+        if ["--model-id", "--model", "-m"].contains(&option) {
             names_model = true;
             command.extend(["--model-id".to_owned(), id.to_owned()]);
         }
@@ -198,6 +244,7 @@ mod tests {
                 "qb run --model-id=x/y --revision main -q --dry-run",
                 "qb run --model-id microsoft/phi-2 -q --dry-run --weights random",
             ),
+            ("qb -m x/y -p 8", "qb --model-id microsoft/phi-2 -p 8 --weights random"),
             ("qb suite s.toml", "quantbench --model-id microsoft/phi-2 --weights random"),
         ] {
             let words: Vec<String> = typed.split(' ').map(str::to_owned).collect();

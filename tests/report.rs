@@ -75,7 +75,8 @@ fn every_writer_writes_every_document_as_expected() {
                 continue;
             }
             let extension = writer.extensions.first().copied().unwrap_or(writer.name);
-            for (suffix, options) in [("", Options::default()), ("-wide", Options { wide: true, card_bytes: None })] {
+            for (suffix, options) in [("", Options::default()), ("-wide", Options { wide: true, ..Options::default() })]
+            {
                 let text = (writer.write)(&document, &options).expect("write");
                 assert!(text.ends_with('\n') || text.is_empty(), "{name} {}", writer.name);
                 if suffix.is_empty() || writer.name == "table" {
@@ -213,7 +214,9 @@ fn csv_rows(text: &str) -> Vec<Vec<String>> {
 fn no_output_holds_control_characters_or_private_words() {
     for (name, document) in parsed() {
         for writer in WRITERS {
-            let text = (writer.write)(&document, &Options { wide: true, card_bytes: Some(1 << 30) }).expect("write");
+            let text =
+                (writer.write)(&document, &Options { wide: true, card_bytes: Some(1 << 30), ..Options::default() })
+                    .expect("write");
             assert_eq!(report::private_words(&text, &[]), Vec::<String>::new(), "{name} {}", writer.name);
             let readable = matches!(writer.name, "table" | "markdown");
             assert!(!readable || text.chars().all(|c| c == '\n' || !c.is_control()), "{name} {}", writer.name);

@@ -23,7 +23,7 @@ pub struct ImportArgs {
     pub from: Option<String>,
 
     /// Model of all rows, where the files do not say or say it otherwise.
-    #[arg(long, value_name = "ID", help_heading = "Rows")]
+    #[arg(short, long, alias = "model", value_name = "ID", help_heading = "Rows")]
     pub model_id: Option<String>,
 
     /// Precision of all rows, likewise.

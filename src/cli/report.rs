@@ -33,6 +33,10 @@ pub struct ReportArgs {
     #[arg(long, help_heading = "Output")]
     pub wide: bool,
 
+    /// Show every warning in full [default: the worst five, grouped].
+    #[arg(long, help_heading = "Output")]
+    pub warnings: bool,
+
     /// GiB of a card's memory, in place of what the records name: the verdict says which precisions fit.
     #[arg(long, value_name = "GIB", value_parser = gib, help_heading = "Output")]
     pub card: Option<u64>,
@@ -64,7 +68,12 @@ impl ReportRequest {
             document,
             output,
             svg: args.svg.clone(),
-            options: Options { wide: args.wide, card_bytes: args.card },
+            options: Options {
+                wide: args.wide,
+                card_bytes: args.card,
+                all_warnings: args.warnings,
+                ..Options::default()
+            },
         })
     }
 }

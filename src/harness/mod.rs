@@ -36,7 +36,7 @@ pub use checks::device;
 pub use deadline::Deadline;
 pub use dry_run::dry_run;
 pub use exit_reason::{Before, exit_reason};
-pub use parent::{engine_facts, quality, run};
+pub use parent::{check, engine_facts, quality, run};
 pub use process::{SUBCOMMAND, stderr_tail};
 pub use prompt::DEFAULT_TEXT;
 pub use quality::{DEFAULT_TOKENS as DEFAULT_QUALITY_TOKENS, QualityChoice};

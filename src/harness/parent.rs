@@ -23,7 +23,7 @@ use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::needs::Needs;
 use crate::engine::{self, Engine};
 use crate::error::BadInput;
-use crate::events::{Collector, Event, Listener, Unit};
+use crate::events::{Collector, Event, Listener, Silent, Unit};
 use crate::kernels::cpu::bandwidth;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
@@ -51,6 +51,12 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     }
     add_quality(plan, case, passage, &mut records, events)?;
     Ok(records)
+}
+
+/// Fails where [`run`] would fail before anything is measured.
+pub fn check(case: &Case) -> Result<()> {
+    let chosen = checks::check(case)?;
+    Plan::open(case, chosen, &Silent).map(drop)
 }
 
 /// Measures the quality of every precision of `case` and no speed. Fails on input that cannot be used and on a model that

@@ -45,6 +45,18 @@ pub struct Options {
     pub wide: bool,
     /// Memory of a card that the verdict names what fits into.
     pub card_bytes: Option<u64>,
+    /// Each warning in full; else they are grouped, and the first few are shown.
+    pub all_warnings: bool,
+    /// Where people read a table.
+    pub terminal: Terminal,
+}
+
+/// What a table for people is fitted to. The default is a file: as wide as it comes, without colour.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Terminal {
+    /// Tables and texts are folded to so many; `None`: not at all.
+    pub columns: Option<usize>,
+    pub colour: bool,
 }
 
 /// A row of [`WRITERS`].
