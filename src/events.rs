@@ -8,12 +8,18 @@ use std::sync::Mutex;
 pub enum Event {
     /// A phase with a known amount of work began; `unit` is `"bytes"` or `"runs"`.
     Begin { label: String, total: u64, unit: Unit },
+    /// The work of the current phase is now expected to be this much.
+    Expect { total: u64 },
     /// So much of the current phase is done.
     Progress { done: u64 },
+    /// What is known so far, for people.
+    Status { text: String },
     /// The current phase ended.
     End,
     /// Something that the reader of the result must know; `name` is what records and filters call it.
     Warning { name: String, message: String },
+    /// What the reader may want to do otherwise; no record keeps it.
+    Hint { message: String },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -85,6 +85,7 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
         threads: 1,
         cuda_graph: true,
         prompt: PromptChoice::Default,
+        chat: false,
         image: None,
         n_gen: 4,
         n_depth: 0,

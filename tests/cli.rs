@@ -77,6 +77,7 @@ fn streams(output: &Output) -> String {
 /// Name of the snapshot, and the command line.
 const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("help", &["--help"]),
+    ("brief_help", &["-h"]),
     ("list_models", &["--list-models"]),
     ("unknown_precision", &["--precision", "fp16,imt8"]),
     ("unknown_option", &["--precison", "fp16"]),
@@ -106,8 +107,8 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("candle_quality", &["--engine", "candle", "--quality"]),
     ("unknown_engine", &["--engine", "cnadle"]),
     ("dry_run_as_csv", &["--dry-run", "--format", "csv"]),
-    ("seed_with_repeats", &["--method", "seed", "--repeats", "3"]),
-    ("seed_with_launches", &["--method", "seed", "--launches", "3"]),
+    ("cold_run_with_repeats", &["--method", "seed", "--repeats", "3"]),
+    ("cold_run_with_launches", &["--method", "single-cold-run", "--launches", "3"]),
     ("logits_in_absent_folder", &["--save-logits", "absent/logits.safetensors"]),
 ];
 
@@ -406,8 +407,7 @@ fn a_dry_run_says_what_would_run_and_whether_it_fits() {
     let output = place.run(&args);
     assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
     let text = String::from_utf8(output.stdout).unwrap();
-    for part in ["would run llama-tiny (llama", "3 prompt + 64 new tokens", "download nothing", "nf4 ", "GiB of memory"]
-    {
+    for part in ["would run llama-tiny (llama", "3 prompt + 64 new tokens", "no download", "nf4 ", "GiB of memory"] {
         assert!(text.contains(part), "no `{part}` in\n{text}");
     }
     let output = place.run(&[&args[..], &["--format", "json"]].concat());

@@ -49,7 +49,11 @@ fn options(command: clap::Command) -> clap::Command {
     command.after_help(MORE).mut_args(|arg| {
         let found = OPTIONS.iter().position(|(id, _)| *id == arg.get_id().as_str());
         match found {
-            Some(at) => arg.help(OPTIONS[at].1).help_heading(None).hide_default_value(true).display_order(at),
+            Some(at) => {
+                let takes_value = arg.get_action().takes_values();
+                let arg = arg.help(OPTIONS[at].1).help_heading(None).display_order(at);
+                if takes_value { arg.hide_default_value(true).hide_possible_values(true) } else { arg }
+            }
             None => arg.hide(true),
         }
     })

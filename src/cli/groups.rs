@@ -8,7 +8,6 @@ use clap::{Args, ValueEnum, ValueHint};
 use super::{DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, report, words};
 use crate::engine::{ENGINES, Engine};
 use crate::quant::{FORMATS, FormatOptions};
-use crate::report::WRITERS;
 use crate::weights;
 
 /// Which model, with which weights.
@@ -118,7 +117,7 @@ pub struct DeviceArgs {
 #[derive(Debug, Args)]
 pub struct OutputArgs {
     /// Format of stdout [default: table].
-    #[arg(long, value_name = "FORMAT", value_parser = writer_names(), help_heading = "Output")]
+    #[arg(long, value_name = "FORMAT", value_parser = report::writer_names(), help_heading = "Output")]
     pub format: Option<String>,
 
     /// File to write as well, in the format of its extension; give it again for another format.
@@ -128,6 +127,10 @@ pub struct OutputArgs {
     /// Show every column of the table.
     #[arg(long, help_heading = "Output")]
     pub wide: bool,
+
+    /// Show what each precision wrote below the table [default: where a prompt was given as text].
+    #[arg(long, help_heading = "Output")]
+    pub show_text: bool,
 
     /// Show every warning in full [default: the worst five, grouped].
     #[arg(long, help_heading = "Output")]
@@ -144,23 +147,34 @@ pub struct OutputArgs {
 
 /// The prompt, said in one way.
 #[derive(Debug, Args)]
-#[group(multiple = false)]
 pub struct PromptArgs {
     /// Text to continue [default: "Explain quantization in simple terms.", "caption en" for a picture; 8 synthetic ids
     /// without a tokenizer].
-    #[arg(long, value_name = "TEXT", help_heading = "Workload")]
+    #[arg(long, group = "prompt_source", value_name = "TEXT", help_heading = "Workload")]
     pub prompt: Option<String>,
 
+    /// Take the prompt as a message and write it as the model's chat template says.
+    #[arg(long, conflicts_with_all = ["prompt_tokens", "prompt_ids", "image"], help_heading = "Workload")]
+    pub chat: bool,
+
     /// File whose text to continue, to the last byte.
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
+    #[arg(long, group = "prompt_source", value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub prompt_file: Option<PathBuf>,
 
     /// Number of synthetic ids to continue; a list such as 8,512 makes a case of each.
-    #[arg(short, long, alias = "n-prompt", value_name = "N", value_delimiter = ',', help_heading = "Workload")]
+    #[arg(
+        short,
+        long,
+        group = "prompt_source",
+        alias = "n-prompt",
+        value_name = "N",
+        value_delimiter = ',',
+        help_heading = "Workload"
+    )]
     pub prompt_tokens: Vec<usize>,
 
     /// Exact token ids to continue, comma separated or as Python prints a list.
-    #[arg(long, value_name = "IDS", num_args = 1.., help_heading = "Workload")]
+    #[arg(long, group = "prompt_source", value_name = "IDS", num_args = 1.., help_heading = "Workload")]
     pub prompt_ids: Option<Vec<String>>,
 }
 
@@ -207,10 +221,6 @@ pub(super) fn engine_names() -> PossibleValuesParser {
 pub(super) fn engine_help() -> String {
     let version = Engine::Candle.version();
     format!("Whose code runs, comma separated: quantbench, candle (the fp16 models of candle-transformers {version})")
-}
-
-fn writer_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(WRITERS.iter().map(|writer| writer.name))
 }
 
 fn precision_words() -> Vec<&'static str> {

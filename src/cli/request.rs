@@ -42,6 +42,7 @@ impl Request {
         let wants_quality = args.quality || args.text.is_given();
         let case = Case {
             image: args.picture.image.clone(),
+            chat: args.prompt.chat,
             stop_at_eos: args.stop_at_eos,
             protocol: args.method.protocol(protocol(args)?)?,
             save_logits: args.save_logits.clone(),
@@ -52,7 +53,9 @@ impl Request {
         case.save_logits.as_deref().map(report::check_writable).transpose()?;
         let cases = of_each_length(&case, args)?;
         let (is_first_look, allow_oom) = (is_first_look(args), args.method.allow_oom);
-        Ok(Self { is_first_look, allow_oom, ..Self::with(cases, &args.output)? })
+        let mut request = Self { is_first_look, allow_oom, ..Self::with(cases, &args.output)? };
+        request.options.show_text |= args.prompt.prompt.is_some() || args.prompt.prompt_file.is_some();
+        Ok(request)
     }
 
     /// The same for `quantbench quality`: nothing is generated but a short text that shows where precisions part.
@@ -60,7 +63,8 @@ impl Request {
         let case = case(&args.model, &args.precision, &args.device, command)?;
         let (image, text) = (args.picture.image.clone(), quality(&args.text)?);
         let quality = Some(QualityChoice { by_module: args.by_module, ..text });
-        let of_prompt = |prompt| Case { prompt, image: image.clone(), quality: quality.clone(), ..case.clone() };
+        let chat = args.prompt.chat;
+        let of_prompt = |prompt| Case { prompt, chat, image: image.clone(), quality: quality.clone(), ..case.clone() };
         Self::with(prompts(&args.prompt)?.into_iter().map(of_prompt).collect(), &args.output)
     }
 
@@ -72,6 +76,7 @@ impl Request {
                 wide: output.wide,
                 card_bytes: output.card,
                 all_warnings: output.warnings,
+                show_text: output.show_text,
                 ..report::Options::default()
             },
             quiet: output.quiet,
@@ -115,6 +120,7 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
         cuda_graph: !device_args.no_cuda_graph,
         threads: device_args.threads.map(threads).transpose()?.unwrap_or(0),
         prompt: PromptChoice::Default,
+        chat: false,
         keep_fp16: precision.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect(),
         image: None,
         n_gen: 1,
@@ -377,9 +383,11 @@ mod tests {
         assert_eq!(lengths("-p 8,512 -n 64 -d 0,4096"), [(8, 64, 0), (8, 64, 4096), (512, 64, 0), (512, 64, 4096)]);
         assert_eq!(lengths("--n-prompt 8 --n-gen 2,3 --n-depth 1"), [(8, 2, 1), (8, 3, 1)]);
         assert_eq!(lengths("-n 2 -n 3 --prompt hi"), [(0, 2, 0), (0, 3, 0)]);
-        let short = request("-m phi-2 -r 4 -p 8").unwrap().cases.remove(0);
-        assert_eq!((short.model.model_id.as_str(), short.protocol.repeats), ("phi-2", Some(4)));
-        assert_eq!(request("--model phi-2 --runs 4 -p 8").unwrap().cases, [short]);
+        for line in ["-m phi-2 -r 4 -p 8", "--model phi-2 --runs 4 -p 8", "--model-id phi-2 --repetitions 4 -p 8"] {
+            let case = request(line).unwrap().cases.remove(0);
+            let seen = (case.model.model_id.as_str(), case.protocol.repeats, case.prompt);
+            assert_eq!(seen, ("phi-2", Some(4), PromptChoice::Synthetic(8)), "{line}");
+        }
     }
 
     #[test]
@@ -421,7 +429,7 @@ mod tests {
             ("--repeats 0", "at least 1"),
             ("--launches 0", "at least 1"),
             ("--method seed --repeats 3", "cannot be used with"),
-            ("--method seed --launches 3", "one run"),
+            ("--method single-cold-run --launches 3", "one run"),
             ("--method fair", "quantbench"),
             ("-p 8,0", "at least 1"),
             ("-n 8,x", "invalid"),

@@ -6,7 +6,7 @@ use super::checks::{self, Chosen};
 use super::environment::too_many_threads;
 use super::memory::ProcessMemory;
 use super::process::free_bytes;
-use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT};
+use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT, Words};
 use super::room::Room;
 use super::{Case, DeviceChoice, PromptChoice, Protocol, Row, parent, quality, worker};
 use crate::engine::needs::Needs;
@@ -38,7 +38,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let tokenizer_comes = files.iter().any(|file| file.name == "tokenizer.json" && !file.is_cached);
     let bound = bounded(case).filter(|_| tokenizer_comes);
     case.quality.as_ref().map(|_| quality::check(&checkpoint, tokenizer_comes)).transpose()?;
-    let workload = prompt::workload(bound.as_ref().unwrap_or(case), checkpoint.tokenizer.as_ref(), &model)?;
+    let workload = prompt::workload(bound.as_ref().unwrap_or(case), Words::of(&checkpoint), &model)?;
     // Whether the picture can be read.
     worker::pixels(&model, &checkpoint, &workload.task.encode)?;
     let (room, free_bytes) = (Room::new(case, (&model, &workload), device)?, free_bytes(device));

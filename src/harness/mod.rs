@@ -65,6 +65,8 @@ pub struct Case {
     /// A decode step on CUDA is one graph.
     pub cuda_graph: bool,
     pub prompt: PromptChoice,
+    /// The prompt is a message, written as the model's chat template says.
+    pub chat: bool,
     /// What a model that sees is shown; `None`: the generated test picture.
     pub image: Option<PathBuf>,
     /// Tokens generated, always exactly this many unless `stop_at_eos`.
@@ -271,6 +273,7 @@ mod tests {
             threads: 1,
             cuda_graph: true,
             prompt: PromptChoice::Default,
+            chat: false,
             image: None,
             n_gen: 4,
             n_depth: 0,

@@ -9,7 +9,7 @@ use super::kept::{Kept, Known};
 use super::measure::Encode;
 use super::memory::ProcessMemory;
 use super::process::{self, ProcessWorker};
-use super::prompt::{self, Workload};
+use super::prompt::{self, Words, Workload};
 use super::protocol::{Failure, Job, Share};
 use super::quality::{Failed, Passage};
 use super::room::{Room, TooLarge};
@@ -127,6 +127,9 @@ impl Plan {
         let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
         checks::check_engines(&case)?;
         let mut plan = Self::new(&case, chosen.device, opened)?;
+        if let Some(message) = Words::of(&plan.opened.checkpoint).hint(&case) {
+            events.on(Event::Hint { message: message.to_owned() });
+        }
         let collected = collector.warnings().into_iter();
         let of_model = collected.map(|(name, message)| Warning::Model { name, message });
         plan.warnings = chosen.warning.into_iter().chain(of_model).collect();
@@ -138,7 +141,7 @@ impl Plan {
         if case.engines.contains(&Engine::Candle) {
             engine::candle::check(&opened.model, &opened.checkpoint.config)?;
         }
-        let workload = prompt::workload(case, opened.checkpoint.tokenizer.as_ref(), &opened.model)?;
+        let workload = prompt::workload(case, Words::of(&opened.checkpoint), &opened.model)?;
         // Whether the picture can be read; the workers read it again.
         worker::pixels(&opened.model, &opened.checkpoint, &workload.task.encode)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };

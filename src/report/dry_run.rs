@@ -102,9 +102,9 @@ impl DryRun {
     fn downloads(&self) -> String {
         let missing: Vec<_> = self.files.iter().filter(|file| !file.is_cached).collect();
         match (self.weights.as_str(), missing.as_slice()) {
-            (_, []) if !self.files.is_empty() => "download nothing: the cache has all of it\n".to_owned(),
-            ("random", []) => "download nothing: the weights are made up\n".to_owned(),
-            (_, []) => "download nothing: the model is a folder\n".to_owned(),
+            (_, []) if !self.files.is_empty() => "no download: the cache has every file\n".to_owned(),
+            ("random", []) => "no download: random weights\n".to_owned(),
+            (_, []) => "no download: a local folder\n".to_owned(),
             (_, missing) => {
                 let line =
                     |file: &&File| Line::Cells(vec![format!("  {}", plain(&file.name)), mib(file.bytes), "MiB".into()]);

@@ -1,4 +1,4 @@
-//! Case after case: what ended before is skipped, what ends is written at once, and one that fails stops nobody.
+//! Case after case: what ended before is skipped, what ends is written at once, and the others run on where one fails.
 
 use std::collections::BTreeMap;
 use std::time::Instant;

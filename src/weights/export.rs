@@ -127,7 +127,7 @@ pub fn check_output(output: &Path) -> Result<PathBuf, BadInput> {
         return Err(unwritable(output, "this names no folder"));
     }
     match fs::read_dir(output).map(|mut files| files.next().is_none()) {
-        Ok(false) => return Err(unwritable(output, "it is there and not empty")),
+        Ok(false) => return Err(unwritable(output, "it already exists and is not empty")),
         Err(_) if output.exists() => return Err(unwritable(output, "it is there and no folder")),
         Ok(true) | Err(_) => {}
     }
@@ -140,7 +140,7 @@ pub fn check_output(output: &Path) -> Result<PathBuf, BadInput> {
 
 fn unwritable(output: &Path, why: &str) -> BadInput {
     BadInput::new(format!("cannot write `{}`: {why}", output.display()))
-        .hint("name a new folder in one that is there with `--output`")
+        .hint("name a new folder with `--output`; its parent folder must exist")
 }
 
 /// The model's own config.json with the section, keys sorted as transformers sorts them.

@@ -137,6 +137,7 @@ pub fn case(precisions: &[&str], protocol: Protocol) -> Case {
         threads: 2,
         cuda_graph: true,
         prompt: PromptChoice::Default,
+        chat: false,
         image: None,
         n_gen: N_GEN,
         n_depth: 2,

@@ -1,14 +1,16 @@
 //! The only writer to the terminal: results on stdout, progress and errors on stderr.
 
+mod progress;
+
+pub use progress::Progress;
+
 use std::io::{self, ErrorKind, IsTerminal, Write};
-use std::sync::{Mutex, OnceLock};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 use clap::ColorChoice;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::error;
-use crate::events::{Event, Listener, Unit};
 use crate::report::{self, Terminal};
 
 /// What `--color` says.
@@ -148,70 +150,6 @@ fn shape_command(id: &str, words: &[String]) -> Option<String> {
     names_model.then(|| command.iter().map(|word| report::quote(word)).collect::<Vec<_>>().join(" "))
 }
 
-/// Shows events as a progress bar on stderr; silent where stderr is no terminal.
-pub struct Progress {
-    shown: bool,
-    bar: Mutex<ProgressBar>,
-}
-
-impl Progress {
-    pub fn new(quiet: bool) -> Self {
-        Self { shown: !quiet && io::stderr().is_terminal(), bar: Mutex::new(ProgressBar::hidden()) }
-    }
-
-    /// A line above the bar.
-    fn warn(&self, line: &str) {
-        let bar = self.bar.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        bar.suspend(|| note(line));
-    }
-
-    fn begin(label: String, total: u64, unit: Unit) -> ProgressBar {
-        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(10));
-        bar.set_style(style(unit));
-        bar.set_message(label);
-        bar
-    }
-}
-
-impl Listener for Progress {
-    fn on(&self, event: Event) {
-        // One that no record keeps is shown at once, however quiet the run is.
-        if let Event::Warning { name, message } = event {
-            return self.warn(&format!("warning: {name}: {message}"));
-        }
-        if !self.shown {
-            return;
-        }
-        // A listener that panicked elsewhere leaves a bar that is still fit to draw.
-        let mut bar = self.bar.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        match event {
-            Event::Begin { label, total, unit } => {
-                bar.finish_and_clear();
-                *bar = Self::begin(label, total, unit);
-            }
-            Event::Progress { done } => bar.set_position(done),
-            Event::End => bar.finish_and_clear(),
-            Event::Warning { .. } => {}
-        }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.on(Event::End);
-    }
-}
-
-fn style(unit: Unit) -> ProgressStyle {
-    let template = match unit {
-        Unit::Bytes => "{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}",
-        Unit::Runs => "{msg} [{bar:30}] {pos}/{len}",
-    };
-    ProgressStyle::with_template(template)
-        .unwrap_or_else(|_| ProgressStyle::default_bar()) // The tests draw both templates.
-        .progress_chars("=> ")
-}
-
 #[cfg(test)]
 mod tests {
     use anyhow::Context;
@@ -251,23 +189,5 @@ mod tests {
             assert_eq!(with_own_options(hint, &words), format!("check the network, or: {command}"), "{typed}");
         }
         assert_eq!(with_own_options("look again", &["qb".to_owned()]), "look again");
-    }
-
-    #[test]
-    fn templates_are_valid() {
-        for unit in [Unit::Bytes, Unit::Runs] {
-            Progress::begin("load".into(), 1, unit).finish_and_clear();
-            assert!(!format!("{:?}", style(unit).get_tick_str(0)).is_empty());
-        }
-    }
-
-    #[test]
-    fn every_event_is_taken_at_any_time() {
-        let progress = Progress { shown: true, bar: Mutex::new(ProgressBar::hidden()) };
-        let begin = Event::Begin { label: "runs".into(), total: 0, unit: Unit::Runs };
-        let warning = Event::Warning { name: "hot".into(), message: "too hot".into() };
-        for event in [Event::End, Event::Progress { done: 3 }, begin.clone(), begin, warning, Event::End, Event::End] {
-            progress.on(event);
-        }
     }
 }
