@@ -9,7 +9,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use quantbench::engine::{self, Device, EncoderInput, Session, Setup};
 use quantbench::events::Silent;
 use quantbench::plan::{EncoderInputKind, Model};
-use quantbench::quant::{FORMATS, FormatOptions};
+use quantbench::quant::{FORMATS, FormatId, FormatOptions};
 use quantbench::weights::builtin::builtin_models;
 use quantbench::weights::policy::Formats;
 use quantbench::weights::spec::MatrixSpec;
@@ -42,10 +42,11 @@ impl Loaded {
         let setup = Setup {
             model: &plan,
             source: source.as_ref(),
-            precision,
-            options: FormatOptions::default(),
+            formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
             device: Device::Cpu,
             threads: quantbench::kernels::cpu::pool::default_threads(),
+            sequences: 1,
+            kv_format: Device::Cpu.kv_format(),
             capacity: patches(&plan).max(PROMPT_TOKENS) + PROMPT_TOKENS + STEPS,
             encoder_capacity: patches(&plan).max(PROMPT_TOKENS),
             cuda_graph: true,
@@ -107,7 +108,7 @@ fn patches(plan: &Model) -> usize {
 /// Bytes of weights that a step reads.
 fn weight_bytes(config: &serde_json::Value, precision: &str) -> u64 {
     let plan = quantbench::models::build(config).expect("a built-in shape");
-    let formats = Formats::new(precision, FormatOptions::default()).expect("a format of the table");
+    let formats = Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default());
     let bytes = |spec: &MatrixSpec| formats.of(spec.role).stored_bytes(spec.n, spec.k);
     let stored: Vec<usize> = plan.matrices.iter().map(bytes).collect();
     plan.weight_bytes_per_token(&stored) as u64

@@ -25,6 +25,9 @@ pub mod lower;
 
 pub mod models;
 pub mod plan;
+
+pub mod call;
+
 pub mod weights;
 
 pub mod quant;

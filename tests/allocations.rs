@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use quantbench::engine::{self, Device, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
-use quantbench::quant::{FORMATS, FormatOptions};
+use quantbench::quant::{FORMATS, FormatId, FormatOptions};
+use quantbench::weights::policy::Formats;
 use quantbench::weights::{self, Request};
 
 struct Counting;
@@ -50,10 +51,11 @@ fn allocations_of_decoding(model: &str, precision: &str, isa: Isa) -> u64 {
     let setup = Setup {
         model: &plan,
         source: source.as_ref(),
-        precision,
-        options: FormatOptions::default(),
+        formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: Device::Cpu,
         threads: 2,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
         capacity: 64,
         encoder_capacity: 8,
         cuda_graph: true,

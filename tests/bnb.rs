@@ -8,8 +8,8 @@ use quantbench::error;
 use quantbench::events::Silent;
 use quantbench::harness::{self, Asked, Case, DeviceChoice, PromptChoice, Protocol};
 use quantbench::plan::Model;
-use quantbench::quant::FormatOptions;
-use quantbench::weights::policy::Selection;
+use quantbench::quant::{FormatId, FormatOptions, nf4};
+use quantbench::weights::policy::{Formats, Selection};
 use quantbench::weights::{self, Request};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -38,10 +38,11 @@ fn load_with(folder: &Path, precision: &str, selection: &Selection) -> (Model, B
     let setup = Setup {
         model: &model,
         source: source.as_ref(),
-        precision,
-        options: FormatOptions::default(),
+        formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: Device::Cpu,
         threads: 2,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
         capacity: 64,
         encoder_capacity: 16,
         cuda_graph: true,
@@ -77,7 +78,7 @@ fn a_saved_checkpoint_generates_what_the_model_does_when_it_is_quantized_at_load
 fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
     Case {
         model: request(folder),
-        precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
+        precisions: precisions.iter().filter_map(|name| FormatId::named(name)).collect(),
         asked,
         engines: vec![Engine::Quantbench],
         format_options: FormatOptions::default(),
@@ -170,7 +171,13 @@ fn try_load(folder: &Path) -> anyhow::Result<()> {
 fn export_to(model: &Path, precision: &str, output: &Path) -> anyhow::Result<weights::export::Exported> {
     let checkpoint = weights::open(&request(model), &Silent)?;
     let plan = quantbench::models::build(&checkpoint.config)?;
-    weights::export::export(&checkpoint, (&plan.matrices, &plan.vectors), precision, output, &Silent)
+    weights::export::export(
+        &checkpoint,
+        (&plan.matrices, &plan.vectors),
+        FormatId::named(precision).expect("a format"),
+        output,
+        &Silent,
+    )
 }
 
 #[test]
@@ -181,7 +188,7 @@ fn layers_that_are_kept_in_fp16_are_saved_plain_and_named_for_transformers() {
     let mut plan = quantbench::models::build(&checkpoint.config).unwrap();
     let kept = Selection::Without(vec!["down_proj".to_owned()]);
     harness::select(&mut plan, &checkpoint, &kept).unwrap();
-    weights::export::export(&checkpoint, (&plan.matrices, &plan.vectors), "nf4", &output, &Silent).unwrap();
+    weights::export::export(&checkpoint, (&plan.matrices, &plan.vectors), nf4::ID, &output, &Silent).unwrap();
 
     let config: Value = serde_json::from_slice(&fs::read(output.join("config.json")).unwrap()).unwrap();
     let names = [0, 1, 2].map(|layer| format!("model.layers.{layer}.mlp.down_proj"));

@@ -60,8 +60,7 @@ fn int8_without_a_threshold_has_no_outlier_columns() {
     let Some((device, _turn)) = gpu() else { return };
     let (n, k, m) = (33, 130, 3);
     let mut numbers = Numbers(7);
-    let format =
-        (quantbench::quant::find("int8").expect("int8 is a format").new)(FormatOptions { int8_threshold: 0.0 });
+    let format = (quantbench::quant::int8::ID.new)(FormatOptions { int8_threshold: 0.0 });
     let stored = format.quantize(weight(n, k, Kind::Gaussian, &mut numbers)).expect("quantize");
     let x = activations(m, k, Kind::Outliers, &mut numbers);
     let y = stored

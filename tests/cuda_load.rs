@@ -17,8 +17,9 @@ use quantbench::kernels::cuda::launch::address;
 use quantbench::kernels::cuda::memory;
 use quantbench::plan::Model;
 use quantbench::quant::cuda::{GRANULE, SourceDtype, SourceValues};
-use quantbench::quant::fp32::{self, Fp32Stored};
-use quantbench::quant::{CudaMatrix, FORMATS, Format, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Stored};
+use quantbench::quant::fp32::Fp32Stored;
+use quantbench::quant::{CudaMatrix, FORMATS, Format, FormatId, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Stored};
+use quantbench::weights::policy::Formats;
 use quantbench::weights::{self, Request};
 
 /// What loading may use beyond the model and its largest tensor.
@@ -46,7 +47,7 @@ fn what_the_device_makes_is_what_the_host_makes() {
                     assert_eq!(at, None, "{what}: part {part}, {step} rows at a time, first difference");
                     assert_eq!(made.len(), expected.len(), "{what}: part {part}");
                 }
-                let counted = if entry.name == fp32::ENTRY.name { 0 } else { case.overflow };
+                let counted = if entry.is_exact { 0 } else { case.overflow };
                 assert_eq!(overflow, counted, "{what}: values that overflowed");
             }
         }
@@ -57,7 +58,7 @@ fn what_the_device_makes_is_what_the_host_makes() {
 /// By the host alone.
 fn stored(format: &dyn Format, case: &Case) -> Box<dyn Stored> {
     let Case { n, k, halves, floats, .. } = case;
-    match format.name() == fp32::ENTRY.name {
+    match format.id().is_exact {
         true => Box::new(Fp32Stored::new(*n, *k, floats.clone()).expect("fp32")),
         false => format.quantize(HalfMatrix { n: *n, k: *k, data: halves.clone() }).expect("quantize"),
     }
@@ -97,10 +98,11 @@ fn load(model: &Model, source: &dyn weights::Source, precision: &str, cuda_graph
     let setup = Setup {
         model,
         source,
-        precision,
-        options: FormatOptions::default(),
+        formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: engine::Device::Cuda(0),
         threads: 8,
+        sequences: 1,
+        kv_format: engine::Device::Cuda(0).kv_format(),
         capacity: 64,
         encoder_capacity: 8,
         cuda_graph,

@@ -9,7 +9,7 @@ use quantbench::kernels::cpu::shared::SharedSlice;
 use quantbench::kernels::isa::Isa;
 use quantbench::quant::nf4::{BLOCK, CODES};
 use quantbench::quant::{
-    CpuMatrix, FORMATS, Format, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Part, Prepared, Stored, find,
+    CpuMatrix, FORMATS, Format, FormatId, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Part, Prepared, Stored, int8,
 };
 use safetensors::SafeTensors;
 
@@ -57,7 +57,7 @@ impl Golden {
 }
 
 fn format(name: &str) -> Box<dyn Format> {
-    (find(name).expect("a format of the table").new)(FormatOptions::default())
+    (FormatId::named(name).expect("a format of the table").new)(FormatOptions::default())
 }
 
 fn part(stored: &dyn Stored, suffix: &str) -> Part {
@@ -308,7 +308,7 @@ fn packed_matrices_give_back_their_bytes_and_values() {
             for isa in Isa::available() {
                 let what = format!("{} {} [{n}, {k}]", entry.name, isa.name());
                 let matrix = format.quantize(weight(n, k)).unwrap().pack(isa);
-                assert_eq!((matrix.format(), matrix.shape()), (entry.name, (n, k)));
+                assert_eq!((matrix.format(), matrix.shape()), (*entry, (n, k)));
                 assert_eq!(matrix.stored_bytes(), format.stored_bytes(n, k), "{what}");
                 assert!(matrix.resident_bytes() >= matrix.stored_bytes(), "{what}");
                 for (part, unpacked) in parts.iter().zip(matrix.unpack().parts()) {
@@ -331,7 +331,7 @@ fn int8_corners() {
     // 6.0 counts as an outlier, and so does what fp16 rounds up to it; a threshold of 0 turns outliers off.
     for (value, threshold, columns) in [(6.0, 6.0, 1), (5.999, 6.0, 1), (5.99, 6.0, 0), (-6.0, 6.0, 1), (99.0, 0.0, 0)]
     {
-        let int8 = (find("int8").unwrap().new)(FormatOptions { int8_threshold: threshold });
+        let int8 = (int8::ID.new)(FormatOptions { int8_threshold: threshold });
         let k = 96;
         let mut x = activations(1, k, 0);
         x[17] = value;
@@ -385,9 +385,9 @@ fn empty_and_mismatched_weights_are_errors() {
 fn words_name_one_format() {
     for entry in FORMATS {
         for word in entry.aliases.iter().chain([&entry.name]) {
-            assert_eq!(find(word).map(|found| found.name), Some(entry.name));
+            assert_eq!(FormatId::parse(word), Some(*entry));
         }
-        assert_eq!((entry.new)(FormatOptions::default()).name(), entry.name);
+        assert_eq!((entry.new)(FormatOptions::default()).id(), *entry);
     }
 }
 

@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
+use quantbench::call::KvFormat;
 use quantbench::engine::{self, Device, EncoderInput, Session, Setup};
 use quantbench::events::Silent;
 use quantbench::harness::picture::Preprocessor;
 use quantbench::kernels::isa::Isa;
 use quantbench::plan::{EncoderInputKind, Model};
-use quantbench::quant::FormatOptions;
+use quantbench::quant::{FormatId, FormatOptions};
+use quantbench::weights::policy::Formats;
 use quantbench::weights::{self, Request};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -75,13 +77,15 @@ fn load_as((model, precision): (&str, &str), executor: Executor, capacity: usize
     let checkpoint = weights::open(&request, &Silent).unwrap();
     let plan = quantbench::models::build(&checkpoint.config).unwrap();
     let source = checkpoint.source(&plan.matrices, &plan.vectors).unwrap();
+    let device = if matches!(executor, Executor::Cuda) { Device::Cuda(0) } else { Device::Cpu };
     let setup = Setup {
         model: &plan,
         source: source.as_ref(),
-        precision,
-        options: FormatOptions::default(),
-        device: if matches!(executor, Executor::Cuda) { Device::Cuda(0) } else { Device::Cpu },
+        formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
+        device,
         threads: 2,
+        sequences: 1,
+        kv_format: if matches!(executor, Executor::Candle(DType::F16)) { KvFormat::Fp16 } else { device.kv_format() },
         capacity,
         encoder_capacity: 256,
         cuda_graph,

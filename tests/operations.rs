@@ -1,11 +1,14 @@
 //! Operations say what they cost, and executors refuse those that they have no code for, by name.
 
+use candle_core::DType;
+use quantbench::call::{Batch, KvFormat};
 use quantbench::engine::{self, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
 use quantbench::plan::{AttentionSpec, Model, Norm, NormKind, Op, QkNorm, Sinks, Softcap, VectorId, Window};
-use quantbench::quant::FormatOptions;
+use quantbench::quant::{FormatOptions, fp16};
 use quantbench::weights::builtin;
+use quantbench::weights::policy::Formats;
 use quantbench::weights::random::Random;
 
 fn shape(name: &str) -> Model {
@@ -56,16 +59,27 @@ fn the_cuda_lowering_refuses_by_name_what_it_cannot_run() {
     }
 }
 
-/// What `load` says of a model that it must not run; nothing is read before.
+/// The message by which `load` refuses a model; nothing is read before.
 fn refusal<T>(model: &Model, load: &dyn Fn(&Setup) -> anyhow::Result<T>) -> String {
+    refused_call(model, 1, engine::Device::Cpu.kv_format(), load)
+}
+
+/// The message by which `load` refuses a number of sequences, or a format of keys and values.
+fn refused_call<T>(
+    model: &Model,
+    sequences: usize,
+    kv_format: KvFormat,
+    load: &dyn Fn(&Setup) -> anyhow::Result<T>,
+) -> String {
     let source = Random::new(0, 0, &model.matrices, &model.vectors);
     let setup = Setup {
         model,
         source: &source,
-        precision: "fp16",
-        options: FormatOptions::default(),
+        formats: &Formats::new(fp16::ID, FormatOptions::default()),
         device: engine::Device::Cpu,
         threads: 1,
+        sequences,
+        kv_format,
         capacity: 4,
         encoder_capacity: 0,
         cuda_graph: false,
@@ -85,6 +99,34 @@ fn executors_refuse_by_name_what_they_cannot_run() {
 }
 
 #[test]
+fn executors_refuse_by_name_batches_and_caches_that_they_cannot_run() {
+    let model = shape("smollm2-135m");
+    let config = builtin::by_name("smollm2-135m").expect("a built-in shape").config();
+    type Load<'a> = &'a dyn Fn(&Setup) -> anyhow::Result<engine::Loaded>;
+    let executors: [(&str, &str, Load); 3] = [
+        ("the reference executor", "fp32", &|setup| engine::reference::load(setup, &Silent)),
+        ("the CPU engine", "fp32", &|setup| engine::cpu::load(setup, Isa::detect(), &Silent)),
+        ("candle's engine", "fp16", &|setup| engine::candle::load(setup, &config, DType::F16, &Silent)),
+    ];
+    for (name, format, load) in executors {
+        for sequences in [0, 2] {
+            let expected = format!("{name} cannot run a batch of {sequences} sequences; it runs 1");
+            assert_eq!(refused_call(&model, sequences, KvFormat::Fp32, load), expected);
+        }
+        let expected = format!("{name} cannot run a cache in fp8; it runs {format}");
+        assert_eq!(refused_call(&model, 1, KvFormat::Fp8, load), expected);
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn the_cuda_engine_refuses_by_name_batches_and_caches_that_it_cannot_run() {
+    let refusal = |sequences, format| quantbench::lower::cuda::CALLS.check(sequences, format).unwrap_err().to_string();
+    assert_eq!(refusal(2, KvFormat::Fp16), "the CUDA engine cannot run a batch of 2 sequences; it runs 1");
+    assert_eq!(refusal(1, KvFormat::Fp32), "the CUDA engine cannot run a cache in fp32; it runs fp16");
+}
+
+#[test]
 fn a_decode_step_computes_two_operations_a_weight_and_four_a_key_element() {
     for name in ["llama-3.2-1b", "phi-2", "flan-t5-base"] {
         let model = shape(name);
@@ -92,7 +134,7 @@ fn a_decode_step_computes_two_operations_a_weight_and_four_a_key_element() {
             model.decoder.ops.iter().filter_map(|op| if let Op::Linear(spec) = op { Some(spec) } else { None });
         let weights = linears.flat_map(|spec| &spec.parts).map(|part| &model.matrices[part.weight.0]);
         let products = 2 * weights.map(|matrix| matrix.n * matrix.k).sum::<usize>();
-        let elements = |keys: usize| (model.decoder.flops(&model, 1, keys) - products) / keys;
+        let elements = |keys: usize| (model.decoder.flops(&model, Batch::step(keys - 1)) - products) / keys;
         let attentions =
             model.decoder.ops.iter().filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None });
         let widths: usize = attentions.map(|spec| model.decoder.buffers[spec.q.0].width).sum();
@@ -101,17 +143,25 @@ fn a_decode_step_computes_two_operations_a_weight_and_four_a_key_element() {
     // 1.236e9 parameters, all in matrices but for the norms; the tied table is the head.
     let llama = shape("llama-3.2-1b");
     let vectors: usize = llama.vectors.iter().map(|vector| vector.len).sum();
-    assert_eq!(llama.decoder.flops(&llama, 1, 0), 2 * (llama.parameters() - vectors));
-    // The head reads the last row alone.
+    // One key for each of 16 layers of 32 heads of 64.
+    let one_key = 4 * 16 * 2048;
+    assert_eq!(llama.decoder.flops(&llama, Batch::step(0)), 2 * (llama.parameters() - vectors) + one_key);
+    // The head reads the last row of a sequence alone.
     let head = 2 * 128_256 * 2048;
-    assert_eq!(llama.decoder.flops(&llama, 7, 0) - head, 7 * (llama.decoder.flops(&llama, 1, 0) - head));
+    let (call, step) = (llama.decoder.flops(&llama, Batch::one(0..7)), llama.decoder.flops(&llama, Batch::step(6)));
+    assert_eq!(call - head, 7 * (step - head));
+    // Sequences share nothing that is computed.
+    let batch = Batch { sequences: 3, ..Batch::one(0..7) };
+    assert_eq!(llama.decoder.flops(&llama, batch), 3 * call);
 }
 
 #[test]
 fn a_window_bounds_the_keys_that_are_computed() {
     let (model, _) = unusual_models().remove(0);
     let plain = shape("smollm2-135m");
-    let saved = |keys| plain.decoder.flops(&plain, 1, keys) - model.decoder.flops(&model, 1, keys);
+    let saved = |keys: usize| {
+        plain.decoder.flops(&plain, Batch::step(keys - 1)) - model.decoder.flops(&model, Batch::step(keys - 1))
+    };
     // One attention of 9 heads of 64.
     assert_eq!([saved(128), saved(129), saved(1128)], [0, 4 * 576, 4 * 576 * 1000]);
 }

@@ -16,7 +16,8 @@ use quantbench::quality::cost::{self, TokenCost};
 use quantbench::quality::pass::{self, Feed};
 use quantbench::quality::summary::summarize;
 use quantbench::quality::{CallPath, text};
-use quantbench::quant::FormatOptions;
+use quantbench::quant::{FormatId, FormatOptions};
+use quantbench::weights::policy::Formats;
 use quantbench::weights::{self, Request, Source, SourceInfo};
 use serde_json::Value;
 
@@ -33,10 +34,20 @@ fn open(name: &str) -> (Model, Box<dyn Source>) {
 }
 
 fn session(model: &Model, source: &dyn Source, precision: &str) -> Box<dyn Session> {
-    let options = FormatOptions::default();
+    let formats = &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default());
     let (device, threads, capacity, encoder_capacity) = (Device::Cpu, 2, 64, 64);
-    let setup =
-        Setup { model, source, precision, options, device, threads, capacity, encoder_capacity, cuda_graph: true };
+    let setup = Setup {
+        model,
+        source,
+        formats,
+        device,
+        threads,
+        capacity,
+        encoder_capacity,
+        cuda_graph: true,
+        sequences: 1,
+        kv_format: device.kv_format(),
+    };
     engine::load(&setup, &Silent).unwrap().session
 }
 

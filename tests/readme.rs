@@ -128,5 +128,8 @@ fn the_commands_of_the_readme_run() {
 fn words_are_a_shells() {
     assert_eq!(words("quantbench -m x --prompt \"a b\" # c"), ["quantbench", "-m", "x", "--prompt", "a b"]);
     assert_eq!(words("quantbench report 'it is' > out | less"), ["quantbench", "report", "it is"]);
-    assert_eq!(words("quantbench --fail-on decode_tps:-5%,x#y ''"), ["quantbench", "--fail-on", "decode_tps:-5%,x#y", ""]);
+    assert_eq!(
+        words("quantbench --fail-on decode_tps:-5%,x#y ''"),
+        ["quantbench", "--fail-on", "decode_tps:-5%,x#y", ""]
+    );
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Args, ValueHint};
 
 use super::words::{Takes, unknown_precision};
-use crate::quant;
+use crate::quant::FormatId;
 use crate::weights::policy::Selection;
 use crate::weights::{self, export};
 
@@ -50,8 +50,7 @@ pub struct ExportArgs {
 #[derive(Debug)]
 pub struct ExportRequest {
     pub model: weights::Request,
-    /// A name of [`quant::FORMATS`].
-    pub precision: &'static str,
+    pub precision: FormatId,
     pub selection: Selection,
     pub output: PathBuf,
 }
@@ -60,7 +59,7 @@ impl ExportRequest {
     /// Fails with [`crate::error::BadInput`] on an unknown precision and on an output that cannot be made.
     pub fn new(args: &ExportArgs) -> Result<Self> {
         let word = args.precision.trim().to_lowercase();
-        let entry = quant::find(&word).ok_or_else(|| unknown_precision(&word, Takes::One))?;
+        let precision = FormatId::parse(&word).ok_or_else(|| unknown_precision(&word, Takes::One))?;
         export::check_output(&args.output)?;
         let model = weights::Request {
             revision: args.revision.clone(),
@@ -70,6 +69,6 @@ impl ExportRequest {
         };
         let patterns: Vec<String> = args.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect();
         let selection = if patterns.is_empty() { Selection::Usual } else { Selection::Without(patterns) };
-        Ok(Self { model, precision: entry.name, selection, output: args.output.clone() })
+        Ok(Self { model, precision, selection, output: args.output.clone() })
     }
 }

@@ -15,7 +15,7 @@ use crate::engine::{ENGINES, Engine};
 use crate::error::BadInput;
 use crate::harness::{self, Asked, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PromptChoice, Protocol, QualityChoice};
 use crate::quality::CallPath;
-use crate::quant::{self, FORMATS, FormatEntry, FormatOptions};
+use crate::quant::{FORMATS, FormatId, FormatOptions};
 use crate::report::{self, Writer};
 use crate::weights::{self, WeightsChoice};
 
@@ -206,22 +206,22 @@ fn model(args: &ModelArgs, device: DeviceChoice) -> weights::Request {
     }
 }
 
-/// Canonical names in the order asked, each once. `all` is every precision that is not a variant of another.
-fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<String>, BadInput> {
-    let mut names: Vec<String> = Vec::new();
+/// In the order asked, each once. `all` is every precision that is not a variant of another.
+fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<FormatId>, BadInput> {
+    let mut precisions: Vec<FormatId> = Vec::new();
     for word in words {
-        let entries: Vec<&FormatEntry> = match word.trim().to_lowercase().as_str() {
-            "all" => FORMATS.iter().filter(|entry| !is_variant(entry)).collect(),
-            word => vec![quant::find(word).ok_or_else(|| unknown_precision(word, Takes::Many))?],
+        let formats: Vec<FormatId> = match word.trim().to_lowercase().as_str() {
+            "all" => FORMATS.iter().copied().filter(|format| !format.is_variant).collect(),
+            word => vec![FormatId::parse(word).ok_or_else(|| unknown_precision(word, Takes::Many))?],
         };
-        for entry in entries {
-            let name = if no_double_quant { without_double_quant(entry) } else { entry }.name;
-            if !names.iter().any(|seen| seen == name) {
-                names.push(name.to_owned());
+        for format in formats {
+            let format = format.without_double_quant.filter(|_| no_double_quant).unwrap_or(format);
+            if !precisions.contains(&format) {
+                precisions.push(format);
             }
         }
     }
-    Ok(names)
+    Ok(precisions)
 }
 
 /// `--no-double-quant` names a precision too.
@@ -230,15 +230,6 @@ fn asked(words: &[String], no_double_quant: bool) -> Asked {
         [word] if word.trim().eq_ignore_ascii_case("all") && !no_double_quant => Asked::All,
         _ => Asked::ByName,
     }
-}
-
-/// A variant's name is that of the plain format and what differs: `nf4-nodq`.
-fn is_variant(entry: &FormatEntry) -> bool {
-    entry.name.contains('-')
-}
-
-fn without_double_quant(entry: &'static FormatEntry) -> &'static FormatEntry {
-    quant::find(&format!("{}-nodq", entry.name)).unwrap_or(entry)
 }
 
 fn device(word: &str) -> Result<DeviceChoice, BadInput> {
@@ -344,7 +335,9 @@ mod tests {
             ("--no-double-quant", "fp16 int8 nf4-nodq"),
             ("--precision 4bit --no-double-quant", "nf4-nodq"),
         ] {
-            assert_eq!(request(line).unwrap().cases[0].precisions.join(" "), names, "{line}");
+            let case = &request(line).unwrap().cases[0];
+            let seen: Vec<String> = case.precisions.iter().map(FormatId::to_string).collect();
+            assert_eq!(seen.join(" "), names, "{line}");
         }
     }
 
@@ -353,7 +346,7 @@ mod tests {
         for entry in FORMATS {
             for word in std::iter::once(&entry.name).chain(entry.aliases) {
                 let case = &request(&format!("--precision {word}")).unwrap().cases[0];
-                assert_eq!(case.precisions, [entry.name], "{word}");
+                assert_eq!(case.precisions, [*entry], "{word}");
             }
         }
     }

@@ -159,7 +159,7 @@ pub enum Takes {
 
 /// The error for a precision that is none, with what was probably meant.
 pub fn unknown_precision(word: &str, takes: Takes) -> BadInput {
-    let formats = FORMATS.iter().filter(|entry| takes == Takes::Many || is_written(entry.name));
+    let formats = FORMATS.iter().filter(|entry| takes == Takes::Many || is_written(**entry));
     let names = formats.flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
     let names: Vec<&str> = names.chain((takes == Takes::Many).then_some("all")).collect();
     let error = BadInput::new(format!("unknown precision `{word}`: known are {}", names.join(", ")));

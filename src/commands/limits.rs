@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use crate::plan::Model;
-use crate::quant::FormatOptions;
+use crate::quant::{FormatId, FormatOptions};
 use crate::record::Record;
 use crate::report::{self, ModelBytes, PrecisionBytes};
 use crate::weights;
@@ -21,7 +21,7 @@ pub fn block(records: &[Record], measured: &str) -> Result<String> {
     let Some(read_gb_s) = records.iter().filter_map(|record| record.bandwidth.read_gb_s).reduce(f64::max) else {
         return Ok(String::new());
     };
-    let precisions: Vec<&str> = records.iter().map(|record| record.precision.as_str()).collect();
+    let precisions: Vec<FormatId> = records.iter().filter_map(|record| FormatId::named(&record.precision)).collect();
     // The smallest one is no model whose limit anyone asks for.
     let shown = |name: &str| name != measured && name != cli::DEFAULT_MODEL_ID;
     let others = weights::builtin_models().iter().filter(|shape| shown(shape.name));
@@ -29,7 +29,7 @@ pub fn block(records: &[Record], measured: &str) -> Result<String> {
         .map(|shape| {
             let model =
                 models::build(&shape.config()).with_context(|| format!("the built-in shape `{}`", shape.name))?;
-            bytes_of(shape.name, &model, &precisions)
+            Ok(bytes_of(shape.name, &model, &precisions))
         })
         .collect::<Result<_>>()?;
     let next = NEXT_MODEL_IDS.iter().find(|name| **name != measured).unwrap_or(&NEXT_MODEL_IDS[0]);
@@ -42,23 +42,24 @@ fn program() -> String {
     typed.unwrap_or_else(|| "quantbench".into())
 }
 
-fn bytes_of(name: &str, model: &Model, precisions: &[&str]) -> Result<ModelBytes> {
-    let precision_bytes = |&precision: &&str| {
-        let formats = Formats::new(precision, FormatOptions::default())?;
+fn bytes_of(name: &str, model: &Model, precisions: &[FormatId]) -> ModelBytes {
+    let precision_bytes = |&precision: &FormatId| {
+        let formats = Formats::new(precision, FormatOptions::default());
         let matrix_bytes: Vec<usize> =
             model.matrices.iter().map(|spec| formats.of(spec.role).stored_bytes(spec.n, spec.k)).collect();
-        Ok(PrecisionBytes {
-            precision: precision.to_owned(),
+        PrecisionBytes {
+            precision: precision.to_string(),
             bytes_per_token: model.weight_bytes_per_token(&matrix_bytes) as u64,
             weights_bytes: (matrix_bytes.iter().sum::<usize>() + model.vector_bytes()) as u64,
-        })
+        }
     };
-    Ok(ModelBytes { name: name.to_owned(), precisions: precisions.iter().map(precision_bytes).collect::<Result<_>>()? })
+    ModelBytes { name: name.to_owned(), precisions: precisions.iter().map(precision_bytes).collect() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::{fp16, int8, nf4};
 
     /// Linear and head parameters of phi-2 are 2,516,582,400 and 131,072,000: what a step reads, and the bits of each format
     /// (int8: a byte and 4 bytes a row; nf4: half a byte, a byte for 64, 4 bytes for 16,384 weights), give these ratios.
@@ -67,7 +68,7 @@ mod tests {
         let phi =
             weights::builtin_models().iter().find(|shape| shape.name.contains("phi-2")).expect("a built-in shape");
         let model = models::build(&phi.config()).unwrap();
-        let bytes = bytes_of(phi.name, &model, &["fp16", "int8", "nf4"]).unwrap();
+        let bytes = bytes_of(phi.name, &model, &[fp16::ID, int8::ID, nf4::ID]);
         let read = |index: usize| bytes.precisions[index].bytes_per_token as f64;
         for (index, ratio) in [(1, 1.90), (2, 3.39)] {
             assert!((read(0) / read(index) - ratio).abs() < 0.02, "{}", read(0) / read(index));

@@ -1,5 +1,6 @@
 //! A session on a scripted clock: the harness's arithmetic is tested to the last digit without timing anything.
 
+use crate::call::{Batch, KvFormat, Supported};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +22,9 @@ impl FakeTime {
         self.0.fetch_add(ns, Ordering::Relaxed);
     }
 }
+
+/// Any cache of one sequence.
+const CALLS: Supported = Supported { executor: "the fake", kv_formats: &[KvFormat::Fp32, KvFormat::Fp16] };
 
 /// What one call sequence prefill + decode takes and gives.
 #[derive(Debug, Clone, PartialEq)]
@@ -104,7 +108,8 @@ impl Session for FakeSession {
         Ok(())
     }
 
-    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+    fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
+        CALLS.check_batch(batch, tokens.len(), self.position)?;
         if let Some(run) = self.runs.pop_front() {
             self.current = run;
         }
@@ -114,7 +119,8 @@ impl Session for FakeSession {
         self.given = 0;
         self.position += tokens.len();
         self.time.advance(self.current.prefill_ns);
-        Ok(self.token())
+        next.fill(self.token());
+        Ok(())
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
@@ -123,11 +129,11 @@ impl Session for FakeSession {
         Ok(())
     }
 
-    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+    fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
         for _ in 0..n {
             self.time.advance(held(&self.current.step_ns, self.given - 1));
             self.position += 1;
-            on_token(self.token());
+            on_tokens(&[self.token()]);
         }
         Ok(())
     }
@@ -153,7 +159,7 @@ impl Session for FakeSession {
             scratch_bytes: 60,
             weight_bytes_per_token: 900,
             kv_bytes_per_position: 10,
-            cross_kv_bytes: 0,
+            ..Footprint::default()
         }
     }
 

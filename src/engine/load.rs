@@ -39,15 +39,15 @@ pub fn stream<T: Send>(
     finish: &(dyn Fn(&MatrixSpec, Box<dyn Stored>) -> candle_core::Result<T> + Sync),
 ) -> Result<LoadedTensors<T>> {
     let start = Instant::now();
-    let formats = Formats::new(setup.precision, setup.options)?;
+    let formats = setup.formats;
     let specs = &setup.model.matrices;
     begin(setup, events);
     let shared = Shared { budget: Budget::default(), ..Shared::default() };
     let slots: Vec<Mutex<Option<T>>> = specs.iter().map(|_| Mutex::new(None)).collect();
     let load_one = |index: usize| -> Result<()> {
         let spec = &specs[index];
-        let _room = shared.room(spec, &formats);
-        let (stored, begin) = shared.store(setup.source, spec, &formats)?;
+        let _room = shared.room(spec, formats);
+        let (stored, begin) = shared.store(setup.source, spec, formats)?;
         let finished = finish(spec, stored).with_context(|| format!("placing `{}`", spec.name))?;
         shared.quantize_ns.fetch_add(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
         *slots[index].lock().expect("a loader that panics ends the load") = Some(finished);
@@ -55,7 +55,7 @@ pub fn stream<T: Send>(
         Ok(())
     };
     shared.run(setup.threads, specs.len(), &load_one)?;
-    let vectors = shared.vectors(setup, &formats)?;
+    let vectors = shared.vectors(setup)?;
     events.on(Event::End);
 
     let matrices = slots.into_iter().map(|slot| slot.into_inner().ok().flatten());
@@ -70,14 +70,17 @@ pub fn stream<T: Send>(
 
 /// One matrix in the form that [`stream`] hands to its `finish`.
 pub fn one(setup: &Setup, spec: &MatrixSpec) -> Result<Box<dyn Stored>> {
-    let formats = Formats::new(setup.precision, setup.options)?;
-    Ok(Shared::default().store(setup.source, spec, &formats)?.0)
+    Ok(Shared::default().store(setup.source, spec, setup.formats)?.0)
 }
 
 /// Tells how much there is to load.
 pub fn begin(setup: &Setup, events: &dyn Listener) {
     let total = setup.model.matrices.iter().map(|spec| setup.source.stored_bytes(&spec.name)).sum();
-    events.on(Event::Begin { label: format!("load + quantize {}", setup.precision), total, unit: Unit::Bytes });
+    events.on(Event::Begin {
+        label: format!("load + quantize {}", setup.formats.precision()),
+        total,
+        unit: Unit::Bytes,
+    });
 }
 
 /// The format that holds a matrix which the source has in plain values.
@@ -168,8 +171,8 @@ impl Shared {
     }
 
     /// The model's vectors.
-    pub fn vectors(&self, setup: &Setup, formats: &Formats) -> Result<Vec<Vec<f32>>> {
-        let exact = formats.has_exact_vectors();
+    pub fn vectors(&self, setup: &Setup) -> Result<Vec<Vec<f32>>> {
+        let exact = setup.formats.has_exact_vectors();
         let read = |spec| if exact { exact_vector(setup.source, spec) } else { self.read_vector(setup.source, spec) };
         setup.model.vectors.iter().map(read).collect()
     }

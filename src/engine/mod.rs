@@ -21,16 +21,19 @@ use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::call::{Batch, CacheScope, KvFormat};
 use crate::events::Listener;
 use crate::kernels::isa::Isa;
 use crate::plan::Model;
-use crate::quant::FormatOptions;
+use crate::quant::FormatId;
 pub use crate::quant::OutlierColumns;
 use crate::weights::Source;
+use crate::weights::policy::Formats;
 
-/// A loaded model with its key/value cache. Every call continues where the cache ends.
+/// A loaded model with its key/value cache, of as many sequences as it was loaded for. Every call continues where the cache
+/// ends; the sequences are equally long.
 pub trait Session {
-    /// Tokens that the cache holds.
+    /// Tokens that the cache holds of each sequence.
     fn position(&self) -> usize;
 
     /// Forgets all that the cache holds from `position` on. `position` ≤ [`Self::position`].
@@ -39,18 +42,32 @@ pub trait Session {
     /// Runs the encoder, where the model has one, over a prompt or a picture; the decoder calls behind it read the result.
     fn encode(&mut self, input: EncoderInput) -> Result<()>;
 
-    /// Runs `tokens` (at least one) in one call and returns the greedy next token, once the host can read it.
-    fn prefill(&mut self, tokens: &[u32]) -> Result<u32>;
+    /// Runs `tokens` (at least one a sequence, one for each row of `batch`) in one call and writes the greedy next token of each
+    /// sequence to `next`, once the host can read them.
+    fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()>;
 
-    /// `n` further greedy steps after [`Self::prefill`] or an earlier `decode`; each feeds the token before it.
-    /// `on_token` is called once a step, as soon as the host can read its token. End-of-sequence tokens are not special.
-    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()>;
+    /// [`Self::prefill_batch`] of one sequence: its next token.
+    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+        let mut next = [0];
+        let position = self.position();
+        self.prefill_batch(Batch::one(position..position + tokens.len()), tokens, &mut next)?;
+        Ok(next[0])
+    }
 
-    /// Runs `tokens` in one call as [`Self::prefill`] does and hands out the logits of every row in turn, fp32 `[vocab]`: what
+    /// `n` further greedy steps after a prefill or an earlier decode; each feeds the tokens before it. `on_tokens` is called
+    /// once a step with a token for each sequence, as soon as the host can read them. End-of-sequence tokens are not special.
+    fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()>;
+
+    /// [`Self::decode_batch`] of one sequence.
+    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+        self.decode_batch(n, &mut |tokens| tokens.iter().for_each(|token| on_token(*token)))
+    }
+
+    /// Runs `tokens` of one sequence in one call as [`Self::prefill`] does and hands out the logits of every row in turn, fp32 `[vocab]`: what
     /// the model expected after each token. The caller's memory stays free of `[rows, vocab]`.
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()>;
 
-    /// Logits from which the last token was chosen, fp32 `[vocab]`.
+    /// Logits from which the last tokens were chosen, fp32 `[sequences, vocab]`.
     fn logits(&mut self) -> Result<Vec<f32>>;
 
     /// Waits until the device has done all that was asked.
@@ -130,7 +147,7 @@ impl Engine {
     }
 
     /// Whether it has anything to run at this precision.
-    pub fn runs(self, precision: &str) -> bool {
+    pub fn runs(self, precision: FormatId) -> bool {
         self == Engine::Quantbench || precision == candle::PRECISION
     }
 }
@@ -155,23 +172,61 @@ pub struct Footprint {
     pub scratch_bytes: u64,
     /// Bytes of weights that one decode step reads.
     pub weight_bytes_per_token: u64,
-    /// Bytes of keys and values for one position.
+    /// Bytes of keys and values for one position, in caches that every step reads whole.
     pub kv_bytes_per_position: u64,
+    /// The same in caches of which a step reads the last `kv_window` positions alone.
+    #[serde(default)]
+    pub windowed_kv_bytes_per_position: u64,
+    /// The sliding window of a model that has one.
+    #[serde(default)]
+    pub kv_window: u64,
     /// Bytes of the encoder's keys and values that every decode step reads, whatever its position.
     pub cross_kv_bytes: u64,
+}
+
+impl Footprint {
+    /// The bytes of keys and values that a step of `model` reads, where its encoder holds `encoded` rows; all else is 0.
+    fn of_caches(model: &Model, format: KvFormat, encoded: usize) -> Self {
+        let decoder = || model.cache_specs(format).filter(|cache| cache.scope == CacheScope::Decoder);
+        let bytes = |is_windowed: bool| {
+            let caches = decoder().filter(|cache| cache.window.is_some() == is_windowed);
+            caches.map(|cache| cache.bytes_per_position() as u64).sum()
+        };
+        Self {
+            kv_bytes_per_position: bytes(false),
+            windowed_kv_bytes_per_position: bytes(true),
+            // No family has windows of two sizes.
+            kv_window: decoder().filter_map(|cache| cache.window).max().unwrap_or(0) as u64,
+            cross_kv_bytes: (model.cross_bytes_per_position(format) * encoded) as u64,
+            ..Self::default()
+        }
+    }
+
+    /// Mean bytes of keys and values that the decode steps of `n_gen` tokens read, behind `before` tokens: the first token is the
+    /// prompt's, and step `i` sees `i` further positions.
+    pub fn kv_bytes_per_step(&self, before: u64, n_gen: u64) -> u64 {
+        let whole = self.kv_bytes_per_position * (2 * before + n_gen) / 2;
+        let steps = n_gen.saturating_sub(1).max(1);
+        let growing = self.kv_window.saturating_sub(before).min(steps);
+        let positions = growing * before + growing * (growing + 1) / 2 + (steps - growing) * self.kv_window;
+        whole + self.windowed_kv_bytes_per_position * positions / steps + self.cross_kv_bytes
+    }
 }
 
 /// What to load a session from.
 pub struct Setup<'a> {
     pub model: &'a Model,
     pub source: &'a dyn Source,
-    /// A name of [`crate::quant::FORMATS`].
-    pub precision: &'a str,
-    pub options: FormatOptions,
+    /// The precision, and what it holds each role in.
+    pub formats: &'a Formats,
     pub device: Device,
     /// Workers of the CPU engine, at least 1.
     pub threads: usize,
-    /// Tokens that the decoder's key/value cache must hold: depth + prompt + generated.
+    /// Sequences that a call runs at once.
+    pub sequences: usize,
+    /// How keys and values are held: [`Device::kv_format`] where nothing else is asked.
+    pub kv_format: KvFormat,
+    /// Tokens of a sequence that the decoder's key/value cache must hold: depth + prompt + generated.
     pub capacity: usize,
     /// Tokens or patches that the encoder must hold; 0 without one.
     pub encoder_capacity: usize,
@@ -184,6 +239,16 @@ pub struct Setup<'a> {
 pub enum Device {
     Cpu,
     Cuda(usize),
+}
+
+impl Device {
+    /// What our own engines hold keys and values in.
+    pub fn kv_format(self) -> KvFormat {
+        match self {
+            Device::Cpu => KvFormat::Fp32,
+            Device::Cuda(_) => KvFormat::Fp16,
+        }
+    }
 }
 
 /// A session and how it came to be.
@@ -204,5 +269,24 @@ pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
     match setup.device {
         Device::Cpu => cpu::load(setup, Isa::detect(), events),
         Device::Cuda(ordinal) => cuda::load(setup, ordinal, events),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A step reads no more of a windowed cache than the window, whatever the depth.
+    #[test]
+    fn bytes_of_a_step_are_the_mean_over_the_run() {
+        let plain = Footprint { kv_bytes_per_position: 10, cross_kv_bytes: 7, ..Footprint::default() };
+        assert_eq!(plain.kv_bytes_per_step(100, 5), 10 * (100 + 101 + 102 + 103 + 104) / 5 + 5 + 7);
+        let windowed = Footprint { windowed_kv_bytes_per_position: 12, kv_window: 102, ..Footprint::default() };
+        // Steps behind 100 tokens see 101, 102, then 102 twice more.
+        assert_eq!(windowed.kv_bytes_per_step(100, 5), 12 * (101 + 3 * 102) / 4);
+        assert_eq!(windowed.kv_bytes_per_step(5000, 64), 12 * 102);
+        assert_eq!(windowed.kv_bytes_per_step(10, 5), 12 * (11 + 12 + 13 + 14) / 4);
+        let both = Footprint { kv_bytes_per_position: 10, ..windowed };
+        assert_eq!(both.kv_bytes_per_step(5000, 64), 10 * 5032 + 12 * 102);
     }
 }

@@ -1,12 +1,11 @@
 //! How much memory a session will hold, from its model and lengths alone: no weights are read and no device is asked. Whoever
 //! must know whether a model fits asks here.
 
-use anyhow::Result;
-
 use super::{Device, Engine, candle};
+use crate::call::KvFormat;
 use crate::lower::score_tiles::{ScoreTiles, is_one_kernel};
-use crate::plan::{CacheSpec, Holds, LinearPart, Model, Op, Plan, Rows};
-use crate::quant::{FormatOptions, int8};
+use crate::plan::{CacheScope, CacheSpec, LinearPart, Model, Op, Plan, Rows};
+use crate::quant::FormatId;
 use crate::weights::policy::Formats;
 
 /// What a process takes of a GPU beside its own allocations: the driver's context, the kernels and cuBLAS. An H200 with driver 580
@@ -61,62 +60,59 @@ impl Lengths {
 }
 
 /// How the rows of a model are held: whose code, at which precision, where.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Holding<'a> {
     pub engine: Engine,
-    /// A name of [`crate::quant::FORMATS`].
-    pub precision: &'a str,
-    pub options: FormatOptions,
+    pub formats: &'a Formats,
     pub device: Device,
 }
 
-/// What a session of `model` will hold. Fails on an unknown precision.
-pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Result<Needs> {
-    let is_cuda = matches!(holding.device, Device::Cuda(_));
-    Ok(Needs {
-        weights_bytes: weights_bytes(model, holding)?,
-        kv_cache_bytes: cache_bytes(model, holding, lengths),
-        scratch_bytes: match (holding.engine, holding.device) {
-            (Engine::Candle, _) => candle_scratch_bytes(model, lengths, cache_element_bytes(model, holding)),
-            (Engine::Quantbench, Device::Cpu) => cpu_scratch_bytes(model, lengths),
-            (Engine::Quantbench, Device::Cuda(_)) => cuda_scratch_bytes(model, lengths, holding.precision),
-        },
-        context_bytes: if is_cuda { CONTEXT_BYTES } else { 0 },
-    })
-}
-
-/// Bytes of all weights at a precision, as stored; vectors count as fp16.
-pub fn stored_bytes(model: &Model, precision: &str, options: FormatOptions) -> Result<u64> {
-    let formats = Formats::new(precision, options)?;
-    let matrices = model.matrices.iter().map(|spec| formats.of(spec.role).stored_bytes(spec.n, spec.k) as u64);
-    Ok(matrices.sum::<u64>() + model.vector_bytes() as u64)
-}
-
-fn weights_bytes(model: &Model, holding: Holding) -> Result<u64> {
-    match holding.engine {
-        Engine::Quantbench => stored_bytes(model, holding.precision, holding.options),
-        Engine::Candle => Ok(model.parameters() as u64 * candle::dtype(model.architecture).size_in_bytes() as u64),
+impl Holding<'_> {
+    /// The format of keys and values; candle has them as it has its activations.
+    fn kv_format(&self, model: &Model) -> KvFormat {
+        match self.engine {
+            Engine::Candle => candle::kv_format(model.architecture),
+            Engine::Quantbench => self.device.kv_format(),
+        }
     }
 }
 
-/// Of one key or value: fp32 on the CPU and fp16 on a GPU; candle has them as it has its activations.
-fn cache_element_bytes(model: &Model, holding: Holding) -> usize {
-    match (holding.engine, holding.device) {
-        (Engine::Candle, _) => candle::dtype(model.architecture).size_in_bytes(),
-        (Engine::Quantbench, Device::Cpu) => size_of::<f32>(),
-        (Engine::Quantbench, Device::Cuda(_)) => size_of::<half::f16>(),
+/// What a session of `model` will hold.
+pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Needs {
+    let is_cuda = matches!(holding.device, Device::Cuda(_));
+    Needs {
+        weights_bytes: weights_bytes(model, holding),
+        kv_cache_bytes: cache_bytes(model, holding, lengths),
+        scratch_bytes: match (holding.engine, holding.device) {
+            (Engine::Candle, _) => candle_scratch_bytes(model, lengths, holding.kv_format(model).bytes()),
+            (Engine::Quantbench, Device::Cpu) => cpu_scratch_bytes(model, lengths),
+            (Engine::Quantbench, Device::Cuda(_)) => cuda_scratch_bytes(model, lengths, holding.formats.precision()),
+        },
+        context_bytes: if is_cuda { CONTEXT_BYTES } else { 0 },
+    }
+}
+
+/// Bytes of all weights at a precision, as stored; vectors count as fp16.
+pub fn stored_bytes(model: &Model, formats: &Formats) -> u64 {
+    let matrices = model.matrices.iter().map(|spec| formats.of(spec.role).stored_bytes(spec.n, spec.k) as u64);
+    matrices.sum::<u64>() + model.vector_bytes() as u64
+}
+
+fn weights_bytes(model: &Model, holding: Holding) -> u64 {
+    match holding.engine {
+        Engine::Quantbench => stored_bytes(model, holding.formats),
+        Engine::Candle => model.parameters() as u64 * candle::dtype(model.architecture).size_in_bytes() as u64,
     }
 }
 
 /// Keys and values of both sides. On a GPU a head's lie in whole words of 16 bytes.
 fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
-    let element_bytes = cache_element_bytes(model, holding);
     let head_granule = if matches!(holding.device, Device::Cuda(_)) { 8 } else { 1 };
-    let of_cache = |cache: &CacheSpec| {
-        let capacity = if cache.holds == Holds::Decoder { lengths.capacity() } else { lengths.encoder };
-        product(&[2, cache.kv_heads, cache.head_dim.next_multiple_of(head_granule), capacity, element_bytes])
+    let of_cache = |cache: CacheSpec| {
+        let capacity = if cache.scope == CacheScope::Decoder { lengths.capacity() } else { lengths.encoder };
+        product(&[2, cache.kv_heads, cache.head_dim.next_multiple_of(head_granule), capacity, cache.format.bytes()])
     };
-    model.caches.iter().map(of_cache).fold(0, u64::saturating_add)
+    model.cache_specs(holding.kv_format(model)).map(of_cache).fold(0, u64::saturating_add)
 }
 
 /// Regions of fp32 as the engine lays them out: each side's for its longest call.
@@ -151,7 +147,7 @@ fn candle_scratch_bytes(model: &Model, lengths: &Lengths, element_bytes: usize) 
 }
 
 /// The memory of the longest prompt, which is one for all calls, and the tables that last.
-fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, precision: &str) -> u64 {
+fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, precision: FormatId) -> u64 {
     let bytes = |plan: &Plan, rows: usize, seen: usize| {
         CudaCall { model, plan, rows, seen, encoded: lengths.encoder, precision }.bytes()
     };
@@ -170,7 +166,7 @@ fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, precision: &str) -> u64 
 struct Attention {
     heads: usize,
     kv_heads: usize,
-    holds: Holds,
+    scope: CacheScope,
 }
 
 fn attentions<'a>(model: &'a Model, plan: &'a Plan) -> impl Iterator<Item = Attention> + 'a {
@@ -181,7 +177,7 @@ fn attention(model: &Model, plan: &Plan, op: &Op) -> Option<Attention> {
     let Op::Attention(attention) = op else { return None };
     let spec = model.caches[attention.cache.0];
     let heads = plan.buffers[attention.q.0].width / spec.head_dim;
-    Some(Attention { heads, kv_heads: spec.kv_heads, holds: spec.holds })
+    Some(Attention { heads, kv_heads: spec.kv_heads, scope: spec.scope })
 }
 
 /// A call of many rows on a GPU: buffers from the operation that writes them to the last that reads them, and what operations take
@@ -194,7 +190,7 @@ struct CudaCall<'a> {
     seen: usize,
     /// Rows of the encoder's caches.
     encoded: usize,
-    precision: &'a str,
+    precision: FormatId,
 }
 
 impl CudaCall<'_> {
@@ -233,15 +229,15 @@ impl CudaCall<'_> {
 
     /// What an operation takes while it runs.
     fn beside(&self, op: &Op) -> u64 {
-        if let Some(Attention { heads, kv_heads, holds }) = attention(self.model, self.plan, op) {
-            let seen = if holds == Holds::Decoder { self.seen } else { self.encoded };
+        if let Some(Attention { heads, kv_heads, scope }) = attention(self.model, self.plan, op) {
+            let seen = if scope == CacheScope::Decoder { self.seen } else { self.encoded };
             if is_one_kernel(self.rows, seen) {
                 return 0;
             }
             return ScoreTiles::new(heads, heads / kv_heads.max(1), self.rows, seen).bytes(seen);
         }
         let Op::Linear(spec) = op else { return 0 };
-        if self.precision != int8::ENTRY.name {
+        if !self.precision.finds_outliers {
             return 0;
         }
         // LLM.int8 makes codes of the activations, and products in 32 bits.
@@ -261,6 +257,7 @@ fn product(factors: &[usize]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::{FormatOptions, fp16, nf4};
     use crate::weights::builtin_models;
 
     fn model(name: &str) -> Model {
@@ -268,9 +265,9 @@ mod tests {
         crate::models::build(&shape.config()).unwrap()
     }
 
-    fn of(name: &str, precision: &str, device: Device, lengths: Lengths) -> Needs {
-        let holding = Holding { engine: Engine::Quantbench, precision, options: FormatOptions::default(), device };
-        needs(&model(name), holding, &lengths).unwrap()
+    fn of(name: &str, precision: FormatId, device: Device, lengths: Lengths) -> Needs {
+        let formats = Formats::new(precision, FormatOptions::default());
+        needs(&model(name), Holding { engine: Engine::Quantbench, formats: &formats, device }, &lengths)
     }
 
     /// llama-3.2-1b has 16 layers of 8 key/value heads of 64: 2 · 16 · 8 · 64 values a position.
@@ -278,17 +275,13 @@ mod tests {
     fn a_cache_counts_at_the_dtype_that_it_has() {
         let lengths = Lengths { depth: 1000, prompt: 8, gen_tokens: 16, encoder: 0 };
         let values = 2 * 16 * 8 * 64 * 1024;
-        assert_eq!(of("llama-3.2-1b", "fp16", Device::Cpu, lengths).kv_cache_bytes, 4 * values);
-        assert_eq!(of("llama-3.2-1b", "fp16", Device::Cuda(0), lengths).kv_cache_bytes, 2 * values);
+        assert_eq!(of("llama-3.2-1b", fp16::ID, Device::Cpu, lengths).kv_cache_bytes, 4 * values);
+        assert_eq!(of("llama-3.2-1b", fp16::ID, Device::Cuda(0), lengths).kv_cache_bytes, 2 * values);
         // Heads of 20 values lie in 24 on a GPU.
         let mut odd = model("llama-3.2-1b");
         odd.caches.iter_mut().for_each(|cache| cache.head_dim = 20);
-        let cuda = Holding {
-            engine: Engine::Quantbench,
-            precision: "fp16",
-            options: FormatOptions::default(),
-            device: Device::Cuda(0),
-        };
+        let formats = Formats::new(fp16::ID, FormatOptions::default());
+        let cuda = Holding { engine: Engine::Quantbench, formats: &formats, device: Device::Cuda(0) };
         assert_eq!(cache_bytes(&odd, cuda, &lengths), 2 * 16 * 8 * 24 * 1024 * 2);
     }
 
@@ -296,7 +289,7 @@ mod tests {
     #[test]
     fn the_scores_of_a_long_prompt_are_counted() {
         let lengths = Lengths { depth: 120_000, prompt: 8, gen_tokens: 64, encoder: 0 };
-        let needs = of("llama-3.2-1b", "fp16", Device::Cuda(0), lengths);
+        let needs = of("llama-3.2-1b", fp16::ID, Device::Cuda(0), lengths);
         let scores = ScoreTiles::new(32, 4, 120_000, 120_000).bytes(120_000);
         assert!(scores > 63 << 20 && scores <= 64 << 20, "{scores}");
         // One row of each residual (fp32) and the widest pair of activations (fp16) are held beside them.
@@ -308,7 +301,7 @@ mod tests {
         // fp16 keys and values of 16 layers, 8 heads of 64.
         assert_eq!(needs.kv_cache_bytes, 2 * 2 * 16 * 8 * 64 * 120_072);
         let short =
-            of("llama-3.2-1b", "fp16", Device::Cuda(0), Lengths { depth: 0, prompt: 8, gen_tokens: 64, encoder: 0 });
+            of("llama-3.2-1b", fp16::ID, Device::Cuda(0), Lengths { depth: 0, prompt: 8, gen_tokens: 64, encoder: 0 });
         assert!(short.scratch_bytes < 64 << 20, "{short:?}");
     }
 
@@ -318,7 +311,7 @@ mod tests {
         for shape in builtin_models() {
             for entry in crate::quant::FORMATS {
                 for device in [Device::Cpu, Device::Cuda(0)] {
-                    let needs = of(shape.name, entry.name, device, lengths);
+                    let needs = of(shape.name, *entry, device, lengths);
                     assert!(
                         needs.weights_bytes > 0 && needs.kv_cache_bytes > 0 && needs.scratch_bytes > 0,
                         "{needs:?}"
@@ -332,6 +325,6 @@ mod tests {
     #[test]
     fn lengths_beyond_any_memory_are_no_overflow() {
         let lengths = Lengths { depth: usize::MAX / 2, prompt: usize::MAX / 2, gen_tokens: 9, encoder: 0 };
-        assert_eq!(of("phi-2", "nf4", Device::Cuda(0), lengths).bytes(), u64::MAX);
+        assert_eq!(of("phi-2", nf4::ID, Device::Cuda(0), lengths).bytes(), u64::MAX);
     }
 }

@@ -8,11 +8,12 @@ use candle_core::{D, DType, Device, IndexOp, Tensor};
 
 use super::load::{LoadedTensors, stream};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
+use crate::call::{Batch, KvFormat, Supported};
 use crate::events::Listener;
 use crate::plan::{
     ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, AttentionSpec, BiasId, BufferId,
-    CacheId, EmbedSpec, EncoderInputKind, FeaturesSpec, Holds, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask,
-    Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, RopeId, feature, refuse,
+    CacheId, CacheScope, EmbedSpec, EncoderInputKind, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec,
+    Mask, Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, RopeId, feature, refuse,
 };
 use crate::quant::Stored;
 use crate::weights::spec::MatrixSpec;
@@ -68,10 +69,26 @@ pub struct Reference {
     patches: Option<Tensor>,
     logits: Option<Tensor>,
     last_token: u32,
+    kv_format: KvFormat,
+    calls: Supported,
 }
+
+/// The calls that the executor runs: its caches are in the compute dtype.
+fn calls(format: KvFormat) -> Supported {
+    let kv_formats: &'static [KvFormat] = match format {
+        KvFormat::Fp32 => &[KvFormat::Fp32],
+        KvFormat::Fp16 => &[KvFormat::Fp16],
+        KvFormat::Bf16 | KvFormat::Fp8 => &[],
+    };
+    Supported { executor: EXECUTOR, kv_formats }
+}
+
+/// The name in errors.
+const EXECUTOR: &str = "the reference executor";
 
 /// Loads the oracle on the CPU.
 pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
+    calls(KvFormat::Fp32).check(setup.sequences, setup.kv_format)?;
     setup.model.plans().flat_map(|plan| &plan.ops).try_for_each(check)?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(Box::new(Oracle(stored)) as Box<dyn Linear>);
     let tensors = stream(setup, events, &finish)?;
@@ -101,6 +118,8 @@ impl Reference {
             patches: None,
             logits: None,
             last_token: 0,
+            kv_format: setup.kv_format,
+            calls: calls(setup.kv_format),
         };
         Ok(Loaded {
             session: Box::new(session),
@@ -272,7 +291,7 @@ impl Reference {
             k = self.rotate(rope, &k, d)?;
         }
         let k = heads(&k, d)?;
-        let old = self.caches[cache.0].take().filter(|_| self.model.caches[cache.0].holds == Holds::Decoder);
+        let old = self.caches[cache.0].take().filter(|_| self.model.caches[cache.0].scope == CacheScope::Decoder);
         self.caches[cache.0] = Some(match old {
             Some((keys, values)) => (Tensor::cat(&[keys, k], 1)?, Tensor::cat(&[values, v], 1)?),
             None => (k, v),
@@ -357,7 +376,7 @@ impl Attend {
     fn lower(spec: &AttentionSpec) -> candle_core::Result<Self> {
         let AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
         let features = [feature(window), feature(softcap), feature(qk_norm), feature(sinks)];
-        refuse("the reference executor", "an attention", &features)?;
+        refuse(EXECUTOR, "an attention", &features)?;
         let (q, append, cache, out) = (*q, *append, *cache, *out);
         Ok(Self { q, append, cache, out, scale: *scale, mask: *mask, rope: *rope, bias: *bias })
     }
@@ -405,7 +424,7 @@ impl Session for Reference {
     fn rewind(&mut self, position: usize) {
         assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
         let specs = self.model.caches.iter();
-        for (_, cache) in specs.zip(&mut self.caches).filter(|(spec, _)| spec.holds == Holds::Decoder) {
+        for (_, cache) in specs.zip(&mut self.caches).filter(|(spec, _)| spec.scope == CacheScope::Decoder) {
             *cache = match cache.take() {
                 Some((k, v)) if position > 0 => match (k.i((.., ..position)), v.i((.., ..position))) {
                     (Ok(k), Ok(v)) => Some((k, v)),
@@ -436,11 +455,13 @@ impl Session for Reference {
         Ok(())
     }
 
-    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+    fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
         if tokens.is_empty() {
             bail!("a prefill needs at least one token");
         }
-        self.decoder_call(tokens)
+        self.calls.check_batch(batch, tokens.len(), self.position)?;
+        next.fill(self.decoder_call(tokens)?);
+        Ok(())
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
@@ -459,10 +480,10 @@ impl Session for Reference {
         Ok(())
     }
 
-    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+    fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
         for _ in 0..n {
             let token = self.decoder_call(&[self.last_token])?;
-            on_token(token);
+            on_tokens(&[token]);
         }
         Ok(())
     }
@@ -482,16 +503,16 @@ impl Session for Reference {
 
     fn footprint(&self) -> Footprint {
         let stored: Vec<usize> = self.matrices.iter().map(|m| m.stored_bytes()).collect();
-        let kv_per_position = self.model.kv_bytes_per_position(self.compute.size_in_bytes());
+        let caches = Footprint::of_caches(&self.model, self.kv_format, self.encoded);
+        let kv_per_position = caches.kv_bytes_per_position + caches.windowed_kv_bytes_per_position;
         let weights_bytes = (stored.iter().sum::<usize>() + self.model.vector_bytes()) as u64;
         Footprint {
             weights_bytes,
             weights_resident_bytes: weights_bytes,
-            kv_cache_bytes: (kv_per_position * self.position) as u64,
+            kv_cache_bytes: kv_per_position * self.position as u64,
             scratch_bytes: 0,
             weight_bytes_per_token: self.model.weight_bytes_per_token(&stored) as u64,
-            kv_bytes_per_position: kv_per_position as u64,
-            cross_kv_bytes: (self.model.cross_bytes_per_position(self.compute.size_in_bytes()) * self.encoded) as u64,
+            ..caches
         }
     }
 

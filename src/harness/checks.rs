@@ -6,7 +6,7 @@ use super::warnings::Warning;
 use super::{Asked, Case, DeviceChoice, doctor, logits};
 use crate::engine::Engine;
 use crate::error::BadInput;
-use crate::quant::{self, FormatOptions};
+use crate::quant::{self, FormatId, FormatOptions};
 use crate::weights::bnb::PreQuantized;
 
 /// The checks that need no model; what is wrong is said before anything is downloaded.
@@ -22,14 +22,11 @@ pub fn check(case: &Case) -> Result<Chosen> {
 }
 
 fn check_precisions(case: &Case) -> Result<(), BadInput> {
-    let known = || quant::FORMATS.iter().map(|entry| format!("`{}`", entry.name)).collect::<Vec<_>>().join(", ");
-    if case.precisions.is_empty() {
-        return Err(BadInput::new("no precision is asked for").hint(format!("known are {}", known())));
+    if !case.precisions.is_empty() {
+        return Ok(());
     }
-    match case.precisions.iter().find(|name| quant::find(name).is_none()) {
-        Some(name) => Err(BadInput::new(format!("unknown precision `{name}`")).hint(format!("known are {}", known()))),
-        None => Ok(()),
-    }
+    let known: Vec<String> = quant::FORMATS.iter().map(|format| format!("`{format}`")).collect();
+    Err(BadInput::new("no precision is asked for").hint(format!("known are {}", known.join(", "))))
 }
 
 /// candle-transformers runs one precision: where quantized ones are asked for by name, our own engine must be there for them.
@@ -37,9 +34,9 @@ pub fn check_engines(case: &Case) -> Result<(), BadInput> {
     if !case.engines.contains(&Engine::Candle) {
         return Ok(());
     }
-    let runs = |precision: &&String| case.engines.iter().any(|engine| engine.runs(precision));
+    let runs = |precision: &FormatId| case.engines.iter().any(|engine| engine.runs(*precision));
     let lost = case.precisions.iter().find(|precision| !runs(precision)).filter(|_| case.asked == Asked::ByName);
-    let none = case.precisions.first().filter(|_| !case.precisions.iter().any(|p| Engine::Candle.runs(p)));
+    let none = case.precisions.first().filter(|_| !case.precisions.iter().any(|p| Engine::Candle.runs(*p)));
     match lost.or(none) {
         None => Ok(()),
         Some(precision) => Err(BadInput::new(format!(
@@ -52,7 +49,7 @@ pub fn check_engines(case: &Case) -> Result<(), BadInput> {
 /// The case as a model that was saved quantized allows it: in the precision that it has.
 pub fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Case, BadInput> {
     let Some(own) = quantized else { return Ok(case.clone()) };
-    let others = || case.precisions.iter().find(|name| *name != own.precision);
+    let others = || case.precisions.iter().find(|precision| **precision != own.precision);
     if let Some(other) = others().filter(|_| case.asked == Asked::ByName) {
         return Err(BadInput::new(format!(
             "`--precision {other}` is not possible: the weights of `{}` were saved in `{}`",
@@ -60,7 +57,7 @@ pub fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result
         ))
         .hint(format!("drop `--precision` to measure `{}`, or name the model that it was made from", own.precision)));
     }
-    let mut case = Case { precisions: vec![own.precision.to_owned()], ..case.clone() };
+    let mut case = Case { precisions: vec![own.precision], ..case.clone() };
     if case.format_options == FormatOptions::default() {
         case.format_options.int8_threshold = own.int8_threshold;
     }

@@ -83,7 +83,7 @@ fn bounded(case: &Case) -> Option<Case> {
 fn row(row: &Row, needs: Needs, free_bytes: Option<u64>) -> dry_run::Row {
     dry_run::Row {
         engine: row.engine.name().to_owned(),
-        precision: row.precision.clone(),
+        precision: row.precision.to_string(),
         weights_bytes: needs.weights_bytes,
         kv_cache_bytes: needs.kv_cache_bytes,
         scratch_bytes: needs.scratch_bytes,

@@ -46,15 +46,15 @@ pub use worker::{build, select, worker_main};
 use std::path::PathBuf;
 
 use crate::engine::Engine;
-use crate::quant::FormatOptions;
+use crate::quant::{self, FormatId, FormatOptions};
 use crate::weights::policy::Selection;
 
 /// A case: one model on one device with one workload, at several precisions.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Case {
     pub model: crate::weights::Request,
-    /// Canonical names, in the order asked.
-    pub precisions: Vec<String>,
+    /// In the order asked.
+    pub precisions: Vec<FormatId>,
     pub asked: Asked,
     /// Whose code runs, in the order asked.
     pub engines: Vec<Engine>,
@@ -99,20 +99,19 @@ pub enum Asked {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Row {
     pub engine: Engine,
-    /// Canonical name.
-    pub precision: String,
+    pub precision: FormatId,
 }
 
 impl Row {
     /// Of our own engine.
-    pub fn own(precision: &str) -> Self {
-        Self { engine: Engine::Quantbench, precision: precision.to_owned() }
+    pub fn own(precision: FormatId) -> Self {
+        Self { engine: Engine::Quantbench, precision }
     }
 
     /// In labels and file names; our own engine goes without saying.
     pub fn label(&self) -> String {
         match self.engine {
-            Engine::Quantbench => self.precision.clone(),
+            Engine::Quantbench => self.precision.to_string(),
             other => format!("{}-{}", other.name(), self.precision),
         }
     }
@@ -122,8 +121,8 @@ impl Case {
     /// Each engine at each precision that it runs, in the order asked.
     pub fn rows(&self) -> Vec<Row> {
         let of = |&engine: &Engine| {
-            let precisions = self.precisions.iter().filter(move |precision| engine.runs(precision));
-            precisions.map(move |precision| Row { engine, precision: precision.clone() })
+            let precisions = self.precisions.iter().filter(move |precision| engine.runs(**precision));
+            precisions.map(move |&precision| Row { engine, precision })
         };
         self.engines.iter().flat_map(of).collect()
     }
@@ -131,8 +130,8 @@ impl Case {
     /// What the others are compared with: our own fp16, else any fp16.
     pub fn baseline(&self) -> Option<usize> {
         let rows = self.rows();
-        let own = rows.iter().position(|row| row.precision == "fp16" && row.engine == Engine::Quantbench);
-        own.or_else(|| rows.iter().position(|row| row.precision == "fp16"))
+        let own = rows.iter().position(|row| *row == Row::own(quant::BASELINE));
+        own.or_else(|| rows.iter().position(|row| row.precision == quant::BASELINE))
     }
 
     /// Which matrices every precision quantizes.
@@ -265,7 +264,7 @@ mod tests {
                 outlier_channels: 0,
                 strict_config: false,
             },
-            precisions: vec!["fp16".to_owned()],
+            precisions: vec![quant::BASELINE],
             asked: Asked::ByName,
             engines: vec![Engine::Quantbench],
             format_options: FormatOptions::default(),

@@ -6,7 +6,7 @@ use crate::events::{Event, Listener, Unit};
 use crate::plan::Model;
 use crate::quality::modules::{Group, LayerCost, groups, sensitive};
 use crate::quality::summary::summarize;
-use crate::quant::FormatOptions;
+use crate::quant::{self, FormatId, FormatOptions};
 use crate::record::{self, Quality, Record};
 use crate::weights::policy::{Formats, Selection};
 
@@ -17,13 +17,16 @@ pub fn measure(reference: &mut Reference, records: &mut [Record], events: &dyn L
     let mut groups = groups(&model.matrices);
     // Rows of a quantized table can be read by the CPU alone.
     groups.retain(|group| reference.share.device == DeviceChoice::Cpu || group.name != "embeddings");
-    for record in records.iter_mut().filter(|record| record.precision != "fp16") {
-        let precision = record.precision.clone();
+    for record in records {
+        let Some(precision) = FormatId::named(&record.precision).filter(|precision| *precision != quant::BASELINE)
+        else {
+            continue;
+        };
         let Some(quality) = &mut record.quality else { continue };
         let (label, total) = (format!("quality of {precision} by module"), groups.len() as u64);
         events.on(Event::Begin { label, total, unit: Unit::Runs });
         for (group, done) in groups.iter().zip(1..) {
-            quality.modules.push(cost(reference, model, &precision, group));
+            quality.modules.push(cost(reference, model, precision, group));
             events.on(Event::Progress { done });
         }
         events.on(Event::End);
@@ -31,7 +34,7 @@ pub fn measure(reference: &mut Reference, records: &mut [Record], events: &dyn L
     }
 }
 
-fn cost(reference: &mut Reference, model: &Model, precision: &str, group: &Group) -> record::ModuleQuality {
+fn cost(reference: &mut Reference, model: &Model, precision: FormatId, group: &Group) -> record::ModuleQuality {
     let passage = reference.passage;
     let measured = passage.of_precision(reference, precision, &Selection::Only(group.matrices.clone())).ok();
     let found = measured.as_ref().and_then(|measured| summarize(&measured.costs));
@@ -46,8 +49,8 @@ fn cost(reference: &mut Reference, model: &Model, precision: &str, group: &Group
 }
 
 /// Bytes of the group in fp16 over those at the precision.
-fn saved_bytes(model: &Model, precision: &str, options: FormatOptions, group: &Group) -> u64 {
-    let Ok(formats) = Formats::new(precision, options) else { return 0 };
+fn saved_bytes(model: &Model, precision: FormatId, options: FormatOptions, group: &Group) -> u64 {
+    let formats = Formats::new(precision, options);
     let saved = model.matrices.iter().filter(|spec| group.matrices.contains(&spec.name)).map(|spec| {
         let bytes = |format: &dyn crate::quant::Format| format.stored_bytes(spec.n, spec.k);
         bytes(formats.fp16()).saturating_sub(bytes(formats.asked())) as u64

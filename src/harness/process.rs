@@ -50,7 +50,7 @@ struct Running {
 
 impl ProcessWorker {
     pub fn new(job: Job, needed_bytes: u64, deadline: Option<Deadline>) -> Self {
-        let label = Row { engine: job.engine, precision: job.precision.clone() }.label();
+        let label = Row { engine: job.engine, precision: job.precision }.label();
         Self { job, label, binary: None, needed_bytes, deadline, running: None }
     }
 

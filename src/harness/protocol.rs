@@ -16,7 +16,7 @@ use crate::engine::memory::{MeasuredBandwidth, PoolUse};
 use crate::engine::{Alone, Engine, Footprint, OutlierColumns};
 use crate::error::{BadInput, OutOfMemory, Refused};
 use crate::events::Event;
-use crate::quant::FormatOptions;
+use crate::quant::{FormatId, FormatOptions};
 use crate::record::Status;
 use crate::weights::policy::Selection;
 
@@ -25,7 +25,7 @@ use crate::weights::policy::Selection;
 pub struct Job {
     pub model: crate::weights::Request,
     pub engine: Engine,
-    pub precision: String,
+    pub precision: FormatId,
     pub format_options: FormatOptions,
     /// Rows that the encoder must hold; 0 without one.
     pub encoder_capacity: usize,
@@ -62,7 +62,7 @@ impl Job {
             model: crate::weights::Request { offline: true, ..case.model.clone() },
             engine: row.engine,
             cuda_graph: case.cuda_graph,
-            precision: row.precision.clone(),
+            precision: row.precision,
             format_options: case.format_options,
             encoder_capacity,
             device,

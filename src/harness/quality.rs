@@ -19,7 +19,7 @@ use crate::plan::{EncoderInputKind, Model};
 use crate::quality::cost::TokenCost;
 use crate::quality::windows::{self, Window};
 use crate::quality::{CallPath, pass, rows, summary, text};
-use crate::quant::fp32;
+use crate::quant::{self, FormatId, fp32};
 use crate::record::{self, Record};
 use crate::weights::policy::Selection;
 use crate::weights::{Checkpoint, SourceKind};
@@ -31,7 +31,7 @@ pub const DEFAULT_TOKENS: usize = 512;
 const GREEDY_TOKENS: usize = 64;
 
 /// The reference's weights: the checkpoint's own values, which fp16 may not hold.
-const REFERENCE_PRECISION: &str = fp32::ENTRY.name;
+const REFERENCE_PRECISION: FormatId = fp32::ID;
 
 /// What records call it.
 const REFERENCE: &str = "the checkpoint's values in fp32 compute on the cpu";
@@ -153,14 +153,17 @@ impl Passage {
         let total = case.precisions.len() as u64;
         events.on(Event::Begin { label: "quality".to_owned(), total, unit: Unit::Runs });
         let mut outcomes = Vec::new();
-        for (at, precision) in case.precisions.iter().enumerate() {
+        for (at, precision) in case.precisions.iter().copied().enumerate() {
             let runs = records[at].status == record::Status::Ok;
             outcomes.push(runs.then(|| self.of_precision(&mut reference, precision, &case.selection())));
             events.on(Event::Progress { done: at as u64 + 1 });
         }
         events.on(Event::End);
-        let fp16 =
-            case.precisions.iter().position(|name| name == "fp16").and_then(|at| outcomes[at].as_ref()?.as_ref().ok());
+        let fp16 = case
+            .precisions
+            .iter()
+            .position(|precision| *precision == quant::BASELINE)
+            .and_then(|at| outcomes[at].as_ref()?.as_ref().ok());
         let fp16 = fp16.map(|measured| measured.costs.as_slice());
         let mut failed = Vec::new();
         for ((record, outcome), at) in records.iter_mut().zip(&outcomes).zip(0..) {
@@ -180,7 +183,7 @@ impl Passage {
     pub fn of_precision(
         &self,
         reference: &mut Reference,
-        precision: &str,
+        precision: FormatId,
         selection: &Selection,
     ) -> Result<Measured, Failure> {
         let path = reference.case.quality.as_ref().and_then(|choice| choice.path).unwrap_or(CallPath::usual(precision));
@@ -221,7 +224,7 @@ impl Passage {
     fn worker(
         &self,
         (case, model): (&Case, &Model),
-        precision: &str,
+        precision: FormatId,
         share: Share,
         selection: Selection,
     ) -> Result<ProcessWorker, Failure> {

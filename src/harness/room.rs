@@ -12,6 +12,7 @@ use crate::engine::needs::{self, Holding, Lengths, Needs};
 use crate::error::OutOfMemory;
 use crate::events::Listener;
 use crate::plan::Model;
+use crate::weights::policy::Formats;
 
 /// What a worker holds of the host's memory beside its session: code, stacks, tables.
 const WORKER_BYTES: u64 = 64 << 20;
@@ -62,9 +63,9 @@ impl Room {
 
 /// What the worker of a row will hold.
 pub fn needs(case: &Case, row: &Row, (model, workload): (&Model, &Workload), device: DeviceChoice) -> Result<Needs> {
-    let holding =
-        Holding { engine: row.engine, precision: &row.precision, options: case.format_options, device: device.into() };
-    needs::needs(model, holding, &lengths(workload))
+    let formats = Formats::new(row.precision, case.format_options);
+    let holding = Holding { engine: row.engine, formats: &formats, device: device.into() };
+    Ok(needs::needs(model, holding, &lengths(workload)))
 }
 
 pub fn lengths(workload: &Workload) -> Lengths {

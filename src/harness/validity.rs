@@ -2,12 +2,13 @@
 
 use super::protocol::{Sample, Wrong};
 use crate::engine::check::SelfCheck;
+use crate::quant::FormatId;
 
 /// A text this short may repeat one token by chance or by sense.
 const COLLAPSE_FROM: usize = 8;
 
 /// Fails with [`Wrong`] where the kernels of a precision do not multiply as its reference does.
-pub fn check_kernels(precision: &str, found: Option<&SelfCheck>) -> Result<(), Wrong> {
+pub fn check_kernels(precision: FormatId, found: Option<&SelfCheck>) -> Result<(), Wrong> {
     let Some(found) = found.filter(|found| !found.passes()) else { return Ok(()) };
     let matrix = &found.matrix;
     Err(Wrong(match found.error_share {
@@ -43,6 +44,7 @@ fn collapsed(sample: &Sample) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::nf4;
 
     fn sample(ids: &[u32], finite_logits: bool) -> Sample {
         Sample { ids: ids.to_vec(), finite_logits, ..Sample::default() }
@@ -52,9 +54,9 @@ mod tests {
     fn kernels_that_differ_from_their_reference_are_wrong() {
         let said = |error_share| {
             let found = SelfCheck { matrix: "q".to_owned(), error_share };
-            check_kernels("nf4", Some(&found)).err().map(|wrong| wrong.0).unwrap_or_default()
+            check_kernels(nf4::ID, Some(&found)).err().map(|wrong| wrong.0).unwrap_or_default()
         };
-        assert_eq!((said(Some(0.9)), check_kernels("nf4", None).is_ok()), (String::new(), true));
+        assert_eq!((said(Some(0.9)), check_kernels(nf4::ID, None).is_ok()), (String::new(), true));
         let start = "the kernels of nf4 are wrong on this machine: on `q` they ";
         assert_eq!(said(Some(12.34)), format!("{start}differ from the reference by 12.3 times what rounding explains"));
         assert_eq!(said(None), format!("{start}give no number"));

@@ -21,6 +21,7 @@ use crate::events::{Event, Listener, WithoutWarnings};
 use crate::kernels::cpu::rlimit;
 use crate::models;
 use crate::plan::{EncoderInputKind, Model};
+use crate::quant::fp16;
 use crate::weights::policy::{Formats, Selection};
 use crate::weights::spec::Role;
 use crate::weights::{self, Checkpoint, Request, Source};
@@ -92,17 +93,16 @@ fn last_linear(model: &Model) -> &str {
 }
 
 /// Stored bytes of the weights by the format that holds them; vectors count as fp16.
-fn weights_by_format(opened: &Opened, job: &Job) -> Result<BTreeMap<String, u64>> {
-    let formats = Formats::new(&job.precision, job.format_options)?;
-    let mut bytes = BTreeMap::from([("fp16".to_owned(), opened.model.vector_bytes() as u64)]);
+fn weights_by_format(opened: &Opened, formats: &Formats) -> BTreeMap<String, u64> {
+    let mut bytes = BTreeMap::from([(fp16::ID.to_string(), opened.model.vector_bytes() as u64)]);
     for spec in &opened.model.matrices {
         // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
         let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
         let left_out = opened.source.is_quantized() && spec.role == Role::Projection && wide;
         let format = if left_out { formats.fp16() } else { formats.of(spec.role) };
-        *bytes.entry(format.name().to_owned()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
+        *bytes.entry(format.id().to_string()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
     }
-    Ok(bytes)
+    bytes
 }
 
 /// The hidden subcommand: answers the parent until it closes the pipe. Nothing else may write to standard output. Fails on
@@ -163,14 +163,20 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
     let mut opened = open(&job.model, &WithoutWarnings(events))?;
     opened.select(&job.selection)?;
     let pixels = pixels(&opened.model, &opened.checkpoint, &job.task.encode)?;
-    let device = job.device.into();
+    let device: engine::Device = job.device.into();
+    let kv_format = match job.engine {
+        Engine::Quantbench => device.kv_format(),
+        Engine::Candle => engine::candle::kv_format(opened.model.architecture),
+    };
+    let formats = Formats::new(job.precision, job.format_options);
     let setup = Setup {
         model: &opened.model,
         source: opened.source.as_ref(),
-        precision: &job.precision,
-        options: job.format_options,
+        formats: &formats,
         device,
         threads: job.threads,
+        sequences: 1,
+        kv_format,
         capacity: job.capacity(),
         encoder_capacity: job.encoder_capacity,
         cuda_graph: job.cuda_graph,
@@ -192,7 +198,7 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         // Not our kernels.
         Engine::Candle => None,
     };
-    validity::check_kernels(&job.precision, self_check.as_ref())?;
+    validity::check_kernels(job.precision, self_check.as_ref())?;
     let facts = LoadFacts {
         load_s: loaded.load.as_secs_f64(),
         quantize_s: loaded.quantize.as_secs_f64(),
@@ -200,7 +206,7 @@ fn load(job: Job, events: &dyn Listener) -> Result<(State, LoadFacts)> {
         isa: loaded.isa,
         load_peak_bytes,
         self_check,
-        weights_by_format: weights_by_format(&opened, &job)?,
+        weights_by_format: weights_by_format(&opened, &formats),
     };
     Ok((State { bench, job }, facts))
 }
@@ -247,7 +253,7 @@ mod tests {
     use super::*;
     use crate::engine::needs::stored_bytes;
     use crate::events::Silent;
-    use crate::quant::FormatOptions;
+    use crate::quant::{FormatOptions, fp32, nf4};
     use crate::weights::WeightsChoice;
 
     #[test]
@@ -262,19 +268,19 @@ mod tests {
             strict_config: false,
         };
         let model = open(&request, &Silent).unwrap().model;
-        let options = FormatOptions::default();
-        let stored = |precision: &str| stored_bytes(&model, precision, options).unwrap();
-        let selected = |selection: Selection, precision: &str| {
+        let formats = |precision| Formats::new(precision, FormatOptions::default());
+        let stored = |precision| stored_bytes(&model, &formats(precision));
+        let selected = |selection: Selection, precision| {
             let mut model = model.clone();
             selection.apply(&mut model.matrices).unwrap();
-            stored_bytes(&model, precision, options).unwrap()
+            stored_bytes(&model, &formats(precision))
         };
-        assert_eq!(selected(Selection::Usual, "nf4"), stored("nf4"));
-        assert_eq!(selected(Selection::Only(Vec::new()), "nf4"), stored("fp16"));
-        let one = selected(Selection::Only(vec!["model.layers.0.mlp.down_proj.weight".to_owned()]), "nf4");
-        assert!(stored("nf4") < one && one < stored("fp16"));
+        assert_eq!(selected(Selection::Usual, nf4::ID), stored(nf4::ID));
+        assert_eq!(selected(Selection::Only(Vec::new()), nf4::ID), stored(fp16::ID));
+        let one = selected(Selection::Only(vec!["model.layers.0.mlp.down_proj.weight".to_owned()]), nf4::ID);
+        assert!(stored(nf4::ID) < one && one < stored(fp16::ID));
         // The reference holds matrices in fp32; vectors count 2 bytes a value wherever they are.
-        let matrices = |precision: &str| stored(precision) - model.vector_bytes() as u64;
-        assert_eq!(matrices("fp32"), 2 * matrices("fp16"));
+        let matrices = |precision| stored(precision) - model.vector_bytes() as u64;
+        assert_eq!(matrices(fp32::ID), 2 * matrices(fp16::ID));
     }
 }

@@ -7,7 +7,9 @@ use super::config::{activation, activation_named, check_heads, check_layers, che
 use super::keys::Keys;
 use super::rope::{RopeSettings, Rotary};
 use super::rule::{HARMLESS, Off, REFUSED, REFUSED_IN_DECODERS, Rule};
-use crate::plan::{ActivationKind, BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
+use crate::plan::{
+    ActivationKind, BufferId, Builder, CacheScope, LinearLayer, Mask, Model, ModelMetadata, Path, Role, RopeId,
+};
 
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "gemma", doc: "Gemma 1: decoder-only, tied head, (1 + w) norms", build };
@@ -107,7 +109,7 @@ fn build(keys: &Keys) -> Result<Model> {
     let config = Config::read(keys, Use::Alone)?;
     let mut b = Builder::new();
     decoder(&mut b, &Path::root(), &config, Mask::Causal, None);
-    Ok(b.finish(Facts {
+    Ok(b.finish(ModelMetadata {
         architecture: ARCHITECTURE.model_type,
         context: config.rope.context(),
         vocab: config.vocab_size,
@@ -144,7 +146,7 @@ fn attention(b: &mut Builder, path: &Path, config: &Config, rope: RopeId, mask: 
     let layer = |name: &str, heads: usize| LinearLayer { path: path.at(name), n: heads * d, bias };
     let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
     let [q, k, v] = b.linears(x, [layer("q_proj", heads), layer("k_proj", kv_heads), layer("v_proj", kv_heads)]);
-    let cache = b.cache(kv_heads, d, Holds::Decoder);
+    let cache = b.cache(kv_heads, d, CacheScope::Decoder);
     b.rope_append(q, k, v, cache, rope);
     let h = b.attention(q, cache, 1.0 / (d as f32).sqrt(), mask, None);
     b.linear(h, path.at("o_proj"), config.hidden_size, bias)

@@ -7,7 +7,9 @@ use super::config::{activation, check_heads, check_layers, check_sizes, check_wi
 use super::keys::Keys;
 use super::rope::{RopeSettings, Rotary};
 use super::rule::{HARMLESS, Off, REFUSED, REFUSED_IN_DECODERS, Rule};
-use crate::plan::{ActivationKind, BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
+use crate::plan::{
+    ActivationKind, BufferId, Builder, CacheScope, LinearLayer, Mask, Model, ModelMetadata, Path, Role, RopeId,
+};
 
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "llama", doc: "Llama 2, 3.x, SmolLM2: decoder-only, grouped-query attention", build };
@@ -100,7 +102,7 @@ fn build(keys: &Keys) -> Result<Model> {
         false => b.matrix(&Path::root().at("lm_head"), config.vocab_size, config.hidden_size, Role::Head),
     };
     b.head(x, 1.0, head, None);
-    Ok(b.finish(Facts {
+    Ok(b.finish(ModelMetadata {
         architecture: ARCHITECTURE.model_type,
         context: config.rope.context(),
         vocab: config.vocab_size,
@@ -127,7 +129,7 @@ fn attention(b: &mut Builder, path: &Path, config: &Config, rope: RopeId, x: Buf
         bias: config.attention_bias,
     };
     let [q, k, v] = b.linears(x, [layer("q_proj", heads), layer("k_proj", kv_heads), layer("v_proj", kv_heads)]);
-    let cache = b.cache(*kv_heads, *head_dim, Holds::Decoder);
+    let cache = b.cache(*kv_heads, *head_dim, CacheScope::Decoder);
     b.rope_append(q, k, v, cache, rope);
     let scale = 1.0 / (*head_dim as f32).sqrt();
     let h = b.attention(q, cache, scale, Mask::Causal, None);

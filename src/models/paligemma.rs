@@ -10,7 +10,7 @@ use super::gemma::Use;
 use super::keys::Keys;
 use super::rule::{HARMLESS, Off, REFUSED, Rule};
 use super::{Architecture, gemma, siglip};
-use crate::plan::{Builder, EncoderInputKind, Facts, Mask, Model, Path, Picture};
+use crate::plan::{Builder, EncoderInputKind, Mask, Model, ModelMetadata, Path, Picture};
 
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "paligemma", doc: "PaliGemma: picture and text to text, SigLIP and Gemma", build };
@@ -100,7 +100,7 @@ fn build(keys: &Keys) -> Result<Model> {
     b.end_encoder(EncoderInputKind::Picture(picture));
 
     gemma::decoder(&mut b, &Path::root().at("language_model"), &text, Mask::Prefix, Some(picture.token));
-    Ok(b.finish(Facts {
+    Ok(b.finish(ModelMetadata {
         architecture: ARCHITECTURE.model_type,
         context: text.rope.context(),
         vocab: text.vocab_size,

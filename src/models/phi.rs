@@ -8,7 +8,9 @@ use super::config::{activation, check_heads, check_layers, check_sizes, check_wi
 use super::keys::Keys;
 use super::rope::{RopeSettings, Rotary};
 use super::rule::{HARMLESS, Off, REFUSED, REFUSED_IN_DECODERS, Rule};
-use crate::plan::{ActivationKind, BufferId, Builder, Facts, Holds, LinearLayer, Mask, Model, Path, Role, RopeId};
+use crate::plan::{
+    ActivationKind, BufferId, Builder, CacheScope, LinearLayer, Mask, Model, ModelMetadata, Path, Role, RopeId,
+};
 
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "phi", doc: "Phi-1, Phi-1.5, Phi-2: decoder-only, parallel blocks, biases", build };
@@ -104,7 +106,7 @@ fn build(keys: &Keys) -> Result<Model> {
         false => b.matrix(&lm_head, config.vocab_size, config.hidden_size, Role::Head),
     };
     b.head(x, 1.0, head, Some(&lm_head));
-    Ok(b.finish(Facts {
+    Ok(b.finish(ModelMetadata {
         architecture: ARCHITECTURE.model_type,
         context: config.rope.context(),
         vocab: config.vocab_size,
@@ -126,7 +128,7 @@ fn attention(b: &mut Builder, path: &Path, config: &Config, rope: RopeId, x: Buf
     let Config { heads, kv_heads, head_dim, .. } = *config;
     let layer = |name: &str, heads: usize| LinearLayer { path: path.at(name), n: heads * head_dim, bias: true };
     let [q, k, v] = b.linears(x, [layer("q_proj", heads), layer("k_proj", kv_heads), layer("v_proj", kv_heads)]);
-    let cache = b.cache(kv_heads, head_dim, Holds::Decoder);
+    let cache = b.cache(kv_heads, head_dim, CacheScope::Decoder);
     b.rope_append(q, k, v, cache, rope);
     let h = b.attention(q, cache, 1.0 / (head_dim as f32).sqrt(), Mask::Causal, None);
     b.linear(h, path.at("dense"), config.hidden_size, true)

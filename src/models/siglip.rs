@@ -5,7 +5,7 @@ use candle_core::{Result, bail};
 use super::config::{activation, check_layers, check_sizes};
 use super::keys::Keys;
 use super::rule::{HARMLESS, REFUSED, Rule};
-use crate::plan::{ActivationKind, BufferId, Builder, CacheId, Holds, LinearLayer, Mask, Path, Picture, Role};
+use crate::plan::{ActivationKind, BufferId, Builder, CacheId, CacheScope, LinearLayer, Mask, Path, Picture, Role};
 
 /// PaliGemma reads the rows of the last norm, not the pooling head, and projects them with a matrix of its own.
 const RULE: Rule = Rule {
@@ -76,7 +76,7 @@ pub fn tower(b: &mut Builder, path: &Path, config: &Config, picture: Picture) ->
     b.add_rows(x, positions);
     // The layers of one call use it one after the other.
     let heads = config.num_attention_heads;
-    let cache = b.cache(heads, config.hidden_size / heads, Holds::Encoder);
+    let cache = b.cache(heads, config.hidden_size / heads, CacheScope::Encoder);
     for layer in 0..config.num_hidden_layers {
         block(b, &path.at("encoder").at("layers").at(layer), config, cache, x);
     }

@@ -9,8 +9,8 @@ use super::config::{activation_named, check_layers, check_sizes, check_window};
 use super::keys::Keys;
 use super::rule::{HARMLESS, Off, REFUSED, Rule};
 use crate::plan::{
-    ActivationKind, BiasId, BufferId, Builder, CacheId, EncoderInputKind, Facts, Holds, LinearLayer, Mask, MatrixId,
-    Model, Path, RelativeBias, Role,
+    ActivationKind, BiasId, BufferId, Builder, CacheId, CacheScope, EncoderInputKind, LinearLayer, Mask, MatrixId,
+    Model, ModelMetadata, Path, RelativeBias, Role,
 };
 
 pub const ARCHITECTURE: Architecture =
@@ -140,7 +140,7 @@ fn build(keys: &Keys) -> Result<Model> {
     let cross = encoder(&mut b, &stack, shared);
     decoder(&mut b, &stack, shared, &cross);
     let config = stack.config;
-    Ok(b.finish(Facts {
+    Ok(b.finish(ModelMetadata {
         architecture: ARCHITECTURE.model_type,
         context: LONGEST,
         vocab: config.vocab_size,
@@ -155,7 +155,7 @@ fn encoder(b: &mut Builder, stack: &Stack, shared: MatrixId) -> Vec<CacheId> {
     let path = Path::root().at("encoder");
     let bias = stack.relative_bias(b, &path, true);
     // The layers of one call use it one after the other.
-    let cache = b.cache(config.num_heads, config.d_kv, Holds::Encoder);
+    let cache = b.cache(config.num_heads, config.d_kv, CacheScope::Encoder);
     let x = b.embed(shared);
     for layer in 0..config.num_layers {
         let path = path.at("block").at(layer).at("layer");
@@ -175,7 +175,7 @@ fn decoder(b: &mut Builder, stack: &Stack, shared: MatrixId, cross: &[CacheId]) 
     let x = b.embed(shared);
     for (layer, &cross) in cross.iter().enumerate() {
         let path = path.at("block").at(layer).at("layer");
-        let cache = b.cache(config.num_heads, config.d_kv, Holds::Decoder);
+        let cache = b.cache(config.num_heads, config.d_kv, CacheScope::Decoder);
         stack.self_attention(b, &path.at(0), x, cache, Mask::Causal, bias);
         stack.cross_attention(b, &path.at(1), x, cross);
         stack.feed_forward(b, &path.at(2), x);
@@ -217,7 +217,7 @@ impl Stack {
     fn cross_keys_and_values(&self, b: &mut Builder, layer: usize, encoded: BufferId) -> CacheId {
         let path = Path::root().at("decoder.block").at(layer).at("layer.1.EncDecAttention");
         let [k, v] = b.linears(encoded, ["k", "v"].map(|name| self.projection(path.at(name))));
-        let cache = b.cache(self.config.num_heads, self.config.d_kv, Holds::Encoder);
+        let cache = b.cache(self.config.num_heads, self.config.d_kv, CacheScope::Encoder);
         b.append(k, v, cache);
         cache
     }

@@ -35,7 +35,7 @@ pub struct LinearLayer {
 pub struct Builder {
     matrices: Vec<MatrixSpec>,
     vectors: Vec<VectorSpec>,
-    caches: Vec<CacheSpec>,
+    caches: Vec<CacheShape>,
     ropes: Vec<Rope>,
     biases: Vec<RelativeBias>,
     buffers: Vec<Buffer>,
@@ -46,7 +46,7 @@ pub struct Builder {
 }
 
 /// Metadata of a model from config.json, beside its plan.
-pub struct Facts {
+pub struct ModelMetadata {
     pub architecture: &'static str,
     pub context: usize,
     pub vocab: usize,
@@ -80,8 +80,8 @@ impl Builder {
         BiasId(self.biases.len() - 1)
     }
 
-    pub fn cache(&mut self, kv_heads: usize, head_dim: usize, holds: Holds) -> CacheId {
-        self.caches.push(CacheSpec { kv_heads, head_dim, holds });
+    pub fn cache(&mut self, kv_heads: usize, head_dim: usize, scope: CacheScope) -> CacheId {
+        self.caches.push(CacheShape { kv_heads, head_dim, scope, window: None });
         CacheId(self.caches.len() - 1)
     }
 
@@ -234,9 +234,9 @@ impl Builder {
         self.encoder = Some(Encoder { input, plan });
     }
 
-    pub fn finish(self, facts: Facts) -> Model {
-        Model {
-            architecture: facts.architecture,
+    pub fn finish(self, metadata: ModelMetadata) -> Model {
+        let mut model = Model {
+            architecture: metadata.architecture,
             matrices: self.matrices,
             vectors: self.vectors,
             caches: self.caches,
@@ -244,10 +244,22 @@ impl Builder {
             biases: self.biases,
             encoder: self.encoder,
             decoder: Plan { buffers: self.buffers, ops: self.ops },
-            context: facts.context,
-            vocab: facts.vocab,
-            eos: facts.eos,
-            decoder_start: facts.decoder_start,
+            context: metadata.context,
+            vocab: metadata.vocab,
+            eos: metadata.eos,
+            decoder_start: metadata.decoder_start,
+        };
+        for cache in 0..model.caches.len() {
+            model.caches[cache].window = widest_window(&model, CacheId(cache));
         }
+        model
     }
+}
+
+/// The most positions that an attention over `cache` sees; `None` where one sees all.
+fn widest_window(model: &Model, cache: CacheId) -> Option<usize> {
+    let specs = model.plans().flat_map(|plan| &plan.ops);
+    let specs = specs.filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None });
+    let windows = specs.filter(|spec| spec.cache == cache).map(|spec| spec.window.map(|Window(window)| window));
+    windows.reduce(|widest, window| Some(widest?.max(window?))).flatten()
 }

@@ -14,12 +14,13 @@ pub mod fuse;
 mod op;
 mod storage;
 
-pub use builder::{Builder, Facts, LinearLayer, Path};
+pub use builder::{Builder, LinearLayer, ModelMetadata, Path};
 pub use op::*;
 pub use storage::{Lifetime, Slot, Storage};
 
 use std::collections::HashSet;
 
+pub use crate::call::{Batch, CacheScope, CacheShape, CacheSpec, KvFormat};
 pub use crate::weights::spec::{MatrixSpec, Role, VectorKind, VectorSpec};
 
 /// A matrix of the model, an index into [`Model::matrices`].
@@ -61,30 +62,6 @@ pub struct Buffer {
     /// fp32 or fp16 elements a row.
     pub width: usize,
     pub rows: Rows,
-}
-
-/// Keys and values of one layer, `[g, capacity, d]` each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CacheSpec {
-    pub kv_heads: usize,
-    pub head_dim: usize,
-    pub holds: Holds,
-}
-
-impl CacheSpec {
-    /// Bytes of keys and values at `element_bytes` a value.
-    pub fn bytes_per_position(self, element_bytes: usize) -> usize {
-        2 * self.kv_heads * self.head_dim * element_bytes
-    }
-}
-
-/// The plan whose positions a cache holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Holds {
-    /// The decoder's: it grows with every call.
-    Decoder,
-    /// The encoder's: written by one encoder call, kept for all decoder calls behind it.
-    Encoder,
 }
 
 /// T5's bias by distance (Raffel et al. 2020, section 2.1): a learned value per head and bucket of key − query distance.
@@ -176,17 +153,17 @@ impl Plan {
         self.ops.iter().find_map(|op| if let Op::Embed(spec) = op { Some(*spec) } else { None })
     }
 
-    /// Rows of a buffer in a call of `rows` rows.
-    pub fn rows(&self, buffer: BufferId, rows: usize) -> usize {
+    /// Rows of a buffer in a call of `batch`.
+    pub fn rows(&self, buffer: BufferId, batch: Batch) -> usize {
         match self.buffers[buffer.0].rows {
-            Rows::Tokens => rows,
-            Rows::Last => 1,
+            Rows::Tokens => batch.rows(),
+            Rows::Last => batch.sequences,
         }
     }
 
-    /// Floating-point operations of the matrix products in a call of `rows` rows whose attention sees `keys` positions.
-    pub fn flops(&self, model: &Model, rows: usize, keys: usize) -> usize {
-        self.ops.iter().map(|op| op.flops(model, self, rows, keys)).sum()
+    /// Floating-point operations of the matrix products in a call of `batch`.
+    pub fn flops(&self, model: &Model, batch: Batch) -> usize {
+        self.ops.iter().map(|op| op.flops(model, self, batch)).sum()
     }
 }
 
@@ -197,7 +174,7 @@ pub struct Model {
     pub architecture: &'static str,
     pub matrices: Vec<MatrixSpec>,
     pub vectors: Vec<VectorSpec>,
-    pub caches: Vec<CacheSpec>,
+    pub caches: Vec<CacheShape>,
     pub ropes: Vec<Rope>,
     pub biases: Vec<RelativeBias>,
     /// Runs once before the decoder.
@@ -297,19 +274,22 @@ impl Model {
         self.vectors.iter().map(|v| 2 * v.len).sum()
     }
 
-    /// Bytes of the decoder's keys and values for one position, at `element_bytes` a value.
-    pub fn kv_bytes_per_position(&self, element_bytes: usize) -> usize {
-        self.cache_bytes(Holds::Decoder, element_bytes)
+    /// The caches as a session holds them in `format`.
+    pub fn cache_specs(&self, format: KvFormat) -> impl Iterator<Item = CacheSpec> {
+        self.caches.iter().map(move |cache| cache.held_in(format))
     }
 
-    /// Bytes that each decode step reads of one encoder position, by cross-attention, at `element_bytes` a value.
-    pub fn cross_bytes_per_position(&self, element_bytes: usize) -> usize {
-        let read = self.decoder.ops.iter().filter_map(Op::reads_cache).map(|cache| self.caches[cache.0]);
-        read.filter(|cache| cache.holds == Holds::Encoder).map(|cache| cache.bytes_per_position(element_bytes)).sum()
+    /// Bytes of the keys and values of the decoder's own positions that a decode step reads of one sequence, which holds
+    /// `positions` with it.
+    pub fn kv_bytes_read(&self, format: KvFormat, positions: usize) -> usize {
+        let caches = self.cache_specs(format).filter(|cache| cache.scope == CacheScope::Decoder);
+        caches.map(|cache| cache.bytes_read(positions)).sum()
     }
 
-    fn cache_bytes(&self, holds: Holds, element_bytes: usize) -> usize {
-        let caches = self.caches.iter().filter(|cache| cache.holds == holds);
-        caches.map(|cache| cache.bytes_per_position(element_bytes)).sum()
+    /// Bytes that each decode step reads of one encoder position, by cross-attention.
+    pub fn cross_bytes_per_position(&self, format: KvFormat) -> usize {
+        let read =
+            self.decoder.ops.iter().filter_map(Op::reads_cache).map(|cache| self.caches[cache.0].held_in(format));
+        read.filter(|cache| cache.scope == CacheScope::Encoder).map(CacheSpec::bytes_per_position).sum()
     }
 }

@@ -8,7 +8,7 @@ use std::fmt::{Display, Formatter};
 
 use candle_core::{Result, bail};
 
-use super::{BiasId, BufferId, CacheId, MatrixId, Model, Plan, RopeId, VectorId};
+use super::{Batch, BiasId, BufferId, CacheId, MatrixId, Model, Plan, RopeId, VectorId};
 
 /// One operation. Buffers that an operation reads were written before it in the same call.
 #[derive(Debug, Clone, PartialEq)]
@@ -342,9 +342,9 @@ impl Op {
         }
     }
 
-    /// Floating-point operations of matrix products, a product and a sum being two, in a call of `rows` rows whose attention
-    /// sees `keys` positions. Element-wise work, which reads more than it computes, counts as none.
-    pub fn flops(&self, model: &Model, plan: &Plan, rows: usize, keys: usize) -> usize {
+    /// Floating-point operations of matrix products, a product and a sum being two, in a call of `batch` whose rows all see
+    /// what the last one sees. Element-wise work, which reads more than it computes, counts as none.
+    pub fn flops(&self, model: &Model, plan: &Plan, batch: Batch) -> usize {
         match self {
             Op::Linear(spec) => {
                 let elements: usize = spec
@@ -353,10 +353,12 @@ impl Op {
                     .map(|part| &model.matrices[part.weight.0])
                     .map(|matrix| matrix.n * matrix.k)
                     .sum();
-                2 * plan.rows(spec.x, rows) * elements
+                2 * plan.rows(spec.x, batch) * elements
             }
             // Scores and the sum of values.
-            Op::Attention(spec) => 4 * plan.rows(spec.q, rows) * plan.buffers[spec.q.0].width * spec.keys(keys),
+            Op::Attention(spec) => {
+                4 * plan.rows(spec.q, batch) * plan.buffers[spec.q.0].width * spec.keys(batch.keys())
+            }
             Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Norm(_) | Op::Append(_) => 0,
             Op::Activation(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => 0,
         }

@@ -12,6 +12,8 @@ pub mod summary;
 pub mod text;
 pub mod windows;
 
+use crate::quant::FormatId;
+
 /// How a text goes through a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -31,9 +33,9 @@ impl CallPath {
         }
     }
 
-    /// What a precision is measured by unless the user says otherwise. LLM.int8 picks its outlier columns for each call, so
-    /// that a long prefill is another computation than the decoding it stands for.
-    pub fn usual(precision: &str) -> Self {
-        if precision == "int8" { CallPath::Decode } else { CallPath::Prefill }
+    /// What a precision is measured by unless the user says otherwise. Where outlier columns are picked for each call, a long
+    /// prefill is another computation than the decoding it stands for.
+    pub fn usual(precision: FormatId) -> Self {
+        if precision.finds_outliers { CallPath::Decode } else { CallPath::Prefill }
     }
 }

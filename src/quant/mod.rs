@@ -12,11 +12,13 @@ pub mod cuda;
 pub mod dense;
 pub mod fp16;
 pub mod fp32;
+mod id;
 pub mod int8;
 pub mod nf4;
 
 #[cfg(feature = "cuda")]
 pub use cuda::CudaMatrix;
+pub use id::{FormatEntry, FormatId};
 
 use std::ops::Range;
 
@@ -93,31 +95,18 @@ impl std::ops::AddAssign for OutlierColumns {
     }
 }
 
-/// A row of [`FORMATS`].
-pub struct FormatEntry {
-    /// Canonical name, as records have it: one name per arithmetic.
-    pub name: &'static str,
-    /// Other words a user may type for it.
-    pub aliases: &'static [&'static str],
-    /// One sentence for help and README.
-    pub doc: &'static str,
-    pub new: fn(FormatOptions) -> Box<dyn Format>,
-}
-
 /// Every precision that can be asked for, in the order tables show them.
-pub static FORMATS: &[FormatEntry] = &[fp16::ENTRY, int8::ENTRY, nf4::ENTRY, nf4::ENTRY_NO_DOUBLE_QUANT];
+pub static FORMATS: &[FormatId] = &[fp16::ID, int8::ID, nf4::ID, nf4::NO_DOUBLE_QUANT];
 
 /// Formats that no user asks for: what some layers are held in at every precision.
-pub static INTERNAL_FORMATS: &[FormatEntry] = &[fp32::ENTRY];
+pub static INTERNAL_FORMATS: &[FormatId] = &[fp32::ID];
 
-/// The entry whose name or alias is `word`.
-pub fn find(word: &str) -> Option<&'static FormatEntry> {
-    FORMATS.iter().find(|entry| entry.name == word || entry.aliases.contains(&word))
-}
+/// What the others are compared with: the weights without quantization.
+pub const BASELINE: FormatId = fp16::ID;
 
 /// Quantizes matrices into one storage format.
 pub trait Format: Send + Sync {
-    fn name(&self) -> &'static str;
+    fn id(&self) -> FormatId;
 
     /// Bytes that an `[n, k]` matrix takes in storage: codes and statistics, no padding.
     fn stored_bytes(&self, n: usize, k: usize) -> usize;
@@ -222,8 +211,8 @@ impl Prepared {
 
 /// A matrix in the layout that a CPU kernel streams. The stored bytes stay recoverable bit for bit.
 pub trait CpuMatrix: Send + Sync {
-    /// Name of the format whose arithmetic this is; matrices of one name and k share a [`Prepared`].
-    fn format(&self) -> &'static str;
+    /// The format whose arithmetic this is; matrices of one format and k share a [`Prepared`].
+    fn format(&self) -> FormatId;
 
     /// `(n, k)`.
     fn shape(&self) -> (usize, usize);

@@ -17,8 +17,7 @@ pub fn records(case: &Case, failure: &Failure) -> Vec<Record> {
 
 /// Never empty: engines that run none of the precisions were asked for all of them.
 fn rows(case: &Case) -> Vec<Row> {
-    let refused =
-        |&engine: &Engine| case.precisions.iter().map(move |precision| Row { engine, precision: precision.clone() });
+    let refused = |&engine: &Engine| case.precisions.iter().map(move |&precision| Row { engine, precision });
     Some(case.rows()).filter(|rows| !rows.is_empty()).unwrap_or_else(|| case.engines.iter().flat_map(refused).collect())
 }
 
@@ -46,11 +45,11 @@ fn record(case: &Case, row: &Row, failure: &Failure, timestamp: &str) -> Record 
             ..nothing.model
         },
         weights: weights(case),
-        precision: row.precision.clone(),
+        precision: row.precision.to_string(),
         keep_fp16: case.keep_fp16.clone(),
         device,
         workload: workload(case),
-        dtypes: record::Dtypes { weights: row.precision.clone(), ..nothing.dtypes },
+        dtypes: record::Dtypes { weights: row.precision.to_string(), ..nothing.dtypes },
         environment: machine.environment(&isa, threads),
         ..nothing
     };

@@ -186,7 +186,9 @@ impl Phase {
 
 fn style(unit: Unit, total: u64) -> ProgressStyle {
     let template = match unit {
-        Unit::Bytes => "{msg} [{bar:20}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}, {eta} left{prefix}",
+        Unit::Bytes => {
+            "{msg} [{bar:20}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}, {eta} left{prefix}"
+        }
         Unit::Runs if total > 1 => "{msg} [{bar:20}] {pos}/{len}, {eta} left{prefix}",
         // One thing is done or not.
         Unit::Runs => "{msg} {spinner} {elapsed}{prefix}",
@@ -247,7 +249,19 @@ mod tests {
             let begin = Event::Begin { label: "runs".into(), total: 0, unit: Unit::Runs };
             let warning = Event::Warning { name: "hot".into(), message: "too hot".into() };
             let (expect, status) = (Event::Expect { total: 2 }, Event::Status { text: "x".into() });
-            for event in [Event::End, expect.clone(), status.clone(), Event::Progress { done: 3 }, begin.clone(), begin, expect, status, warning, Event::End, Event::End] {
+            for event in [
+                Event::End,
+                expect.clone(),
+                status.clone(),
+                Event::Progress { done: 3 },
+                begin.clone(),
+                begin,
+                expect,
+                status,
+                warning,
+                Event::End,
+                Event::End,
+            ] {
                 progress.on(event);
             }
         }

@@ -15,7 +15,7 @@ use super::spec::{MatrixSpec, Role, VectorSpec};
 use super::{Source, SourceInfo, unread};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
-use crate::quant::Part;
+use crate::quant::{FormatId, Part};
 
 /// A source that reads checkpoint files.
 pub struct Bound {
@@ -90,7 +90,7 @@ impl Bound {
     }
 
     /// The precision that a matrix is stored in, `None` where its values are plain.
-    fn stored_precision(&self, spec: &MatrixSpec) -> Option<&'static str> {
+    fn stored_precision(&self, spec: &MatrixSpec) -> Option<FormatId> {
         let is_packed = matches!(self.get(&spec.name)?.dtype, Dtype::U8 | Dtype::I8);
         let quantized = self.quantized.as_ref().filter(|_| is_packed && bnb::may_be_quantized(spec.role))?;
         Some(quantized.precision)

@@ -16,7 +16,7 @@ use super::spec::{MatrixSpec, Role, VectorSpec};
 use super::{Checkpoint, Source};
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
-use crate::quant::{FormatOptions, HalfMatrix};
+use crate::quant::{FormatId, FormatOptions, HalfMatrix};
 
 /// Files that belong to a model besides its weights and config.json; those that are there are copied.
 const COPIED: &[&str] = &[
@@ -55,7 +55,7 @@ pub struct Exported {
 pub fn export(
     checkpoint: &Checkpoint,
     (matrices, vectors): (&[MatrixSpec], &[VectorSpec]),
-    precision: &str,
+    precision: FormatId,
     output: &Path,
     events: &dyn Listener,
 ) -> Result<Exported> {
@@ -74,7 +74,7 @@ pub fn export(
     fs::create_dir(&folder)?;
     let spool = Spool::new(temporary.path())?;
     let mut writer =
-        Writer { source: source.as_ref(), formats: Formats::new(precision, options)?, spool, fp16_overflow: 0 };
+        Writer { source: source.as_ref(), formats: Formats::new(precision, options), spool, fp16_overflow: 0 };
     writer.all(matrices, vectors, precision, events)?;
     let bytes = writer.spool.finish(&folder.join(SINGLE)).with_context(|| format!("writing `{SINGLE}`"))?;
     fs::write(folder.join("config.json"), config_json(&checkpoint.config, section)).context("writing `config.json`")?;
@@ -86,11 +86,11 @@ pub fn export(
 }
 
 /// Whether there is a form in which bitsandbytes saves this precision.
-pub fn is_written(precision: &str) -> bool {
+pub fn is_written(precision: FormatId) -> bool {
     config::section(precision, FormatOptions::default().int8_threshold).is_some()
 }
 
-fn no_such_form(precision: &str) -> BadInput {
+fn no_such_form(precision: FormatId) -> BadInput {
     BadInput::new(format!("bitsandbytes saves no `{precision}`: `export` writes int8, nf4 and nf4-nodq"))
         .hint("name one of them with `--precision`")
 }
@@ -182,7 +182,7 @@ impl Writer<'_> {
         &mut self,
         matrices: &[MatrixSpec],
         vectors: &[VectorSpec],
-        precision: &str,
+        precision: FormatId,
         events: &dyn Listener,
     ) -> Result<()> {
         let total = matrices.iter().map(|spec| self.source.stored_bytes(&spec.name)).sum();

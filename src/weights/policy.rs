@@ -1,43 +1,41 @@
 //! Which format holds a matrix: what transformers converts by default, and what it leaves alone.
 
-use anyhow::{Result, anyhow};
-
 use super::spec::{MatrixSpec, Role};
-use crate::quant::{self, Format, FormatOptions, fp16, fp32};
+use crate::quant::{Format, FormatId, FormatOptions, fp16, fp32};
 
 /// The formats that hold a model at one precision.
 pub struct Formats {
+    precision: FormatId,
     asked: Box<dyn Format>,
-    /// Of what no precision quantizes; fp32 at that precision.
+    /// Of what no precision quantizes; the precision itself where it is exact.
     fp16: Box<dyn Format>,
     fp32: Box<dyn Format>,
 }
 
 impl Formats {
-    /// Fails where `precision` is neither a name of [`quant::FORMATS`] nor `fp32`, which holds every value of the checkpoint
-    /// as it is: the reference that precisions are compared with.
-    pub fn new(precision: &str, options: FormatOptions) -> Result<Self> {
-        let exact = precision == fp32::ENTRY.name;
-        let found = if exact { Some(&fp32::ENTRY) } else { quant::find(precision) };
-        let asked = found.ok_or_else(|| anyhow!("no format is named `{precision}`"))?;
-        let unquantized = if exact { &fp32::ENTRY } else { &fp16::ENTRY };
-        let make = |entry: &quant::FormatEntry| (entry.new)(options);
-        Ok(Self { asked: make(asked), fp16: make(unquantized), fp32: make(&fp32::ENTRY) })
+    pub fn new(precision: FormatId, options: FormatOptions) -> Self {
+        let unquantized = if precision.is_exact { precision } else { fp16::ID };
+        let make = |format: FormatId| (format.new)(options);
+        Self { precision, asked: make(precision), fp16: make(unquantized), fp32: make(fp32::ID) }
     }
 
-    /// The precision itself.
+    pub fn precision(&self) -> FormatId {
+        self.precision
+    }
+
+    /// The precision's own format.
     pub fn asked(&self) -> &dyn Format {
         self.asked.as_ref()
     }
 
-    /// Whether matrices of this role keep the checkpoint's own values.
+    /// Returns whether matrices of this role keep the checkpoint's own values.
     pub fn is_exact(&self, role: Role) -> bool {
-        self.of(role).name() == fp32::ENTRY.name
+        self.of(role).id().is_exact
     }
 
-    /// Whether norm weights and biases do.
+    /// Returns whether norm weights and biases do.
     pub fn has_exact_vectors(&self) -> bool {
-        self.asked.name() == fp32::ENTRY.name
+        self.precision.is_exact
     }
 
     pub fn fp16(&self) -> &dyn Format {

@@ -10,6 +10,7 @@ use super::names::{TIED, spellings};
 use super::safetensors::{Safetensors, Tensor, listed};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
+use crate::quant::FormatId;
 
 /// Architectures whose configs mean a tied head where they do not say.
 const TIED_BY_DEFAULT: &[&str] = &["gemma", "paligemma", "t5"];
@@ -118,11 +119,11 @@ fn settle_quantization(
     match kinds.as_slice() {
         // A weight that nothing belongs to: the check of its model names what is missing.
         [] => {}
-        [one] if *one == said.precision => {}
-        [one @ ("nf4" | "nf4-nodq")] if said.precision.starts_with("nf4") => {
+        [one] if *one == said.precision.name => {}
+        [one @ ("nf4" | "nf4-nodq")] if said.precision.name.starts_with("nf4") => {
             let message = format!("config.json says `{}`, the weights are held in `{one}`", said.precision);
             warn("quantization_config_disagrees", message);
-            said.precision = one;
+            said.precision = FormatId::named(one).unwrap_or(said.precision);
         }
         several => {
             let several: Vec<String> = several.iter().map(|kind| format!("`{kind}`")).collect();

@@ -12,7 +12,8 @@ use quantbench::events::{Event, Listener, Silent};
 use quantbench::harness::picture::Preprocessor;
 use quantbench::kernels::isa::Isa;
 use quantbench::plan::{EncoderInputKind, Model};
-use quantbench::quant::FormatOptions;
+use quantbench::quant::{FormatId, FormatOptions};
+use quantbench::weights::policy::Formats;
 use quantbench::weights::{self, Request};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
@@ -224,10 +225,11 @@ impl Folder {
         let setup = Setup {
             model: &model,
             source: source.as_ref(),
-            precision,
-            options: FormatOptions::default(),
+            formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
             device: Device::Cpu,
             threads: 2,
+            sequences: 1,
+            kv_format: Device::Cpu.kv_format(),
             capacity: 320,
             encoder_capacity: 256,
             cuda_graph: true,

@@ -1,5 +1,6 @@
 //! Whether a head has weights of its own is told by the file.
 
+use quantbench::quant::nf4;
 use quantbench::weights::{self, export};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -123,7 +124,7 @@ fn an_export_holds_the_head_and_a_config_json_that_says_so() {
     let checkpoint = weights::open(&folder.request(), &quantbench::events::Silent).unwrap();
     let model = quantbench::models::build(&checkpoint.config).unwrap();
     let specs = (model.matrices.as_slice(), model.vectors.as_slice());
-    export::export(&checkpoint, specs, "nf4", &output, &quantbench::events::Silent).unwrap();
+    export::export(&checkpoint, specs, nf4::ID, &output, &quantbench::events::Silent).unwrap();
     let bytes = std::fs::read(output.join("model.safetensors")).unwrap();
     let exported = SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(exported.tensor(HEAD).unwrap().data(), folder.tensors[HEAD].bytes);

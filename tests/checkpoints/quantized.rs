@@ -1,6 +1,7 @@
 //! A record is called by what its weights are held in, and not by what config.json says.
 
 use quantbench::events::Silent;
+use quantbench::quant::int8;
 use quantbench::weights;
 use serde_json::{Value, json};
 
@@ -36,7 +37,7 @@ fn what_is_exported_of_plain_weights_says_what_it_holds() {
     let folder = Folder::of("llama-tiny").set("quantization_config", section("llama-tiny-nf4")).write();
     let checkpoint = weights::open(&folder.request(), &Silent).unwrap();
     let model = quantbench::models::build(&checkpoint.config).unwrap();
-    weights::export::export(&checkpoint, (&model.matrices, &model.vectors), "int8", &output, &Silent).unwrap();
+    weights::export::export(&checkpoint, (&model.matrices, &model.vectors), int8::ID, &output, &Silent).unwrap();
     let config: Value = serde_json::from_slice(&std::fs::read(output.join("config.json")).unwrap()).unwrap();
     assert_eq!(config["quantization_config"]["load_in_8bit"], json!(true));
 }
@@ -67,7 +68,7 @@ fn nf4_is_called_as_it_is_held() {
     {
         let folder = Folder::of_kind("bnb", name).set("quantization_config", section(says)).write();
         let checkpoint = weights::open(&folder.request(), &Silent).unwrap();
-        assert_eq!(checkpoint.quantized.unwrap().precision, held);
+        assert_eq!(checkpoint.quantized.unwrap().precision.name, held);
         let (run, plain) = (folder.run(held), Folder::of_kind("bnb", name).run(held));
         assert_eq!(run.warns(&["quantization_config_disagrees"]).logits, plain.logits);
     }

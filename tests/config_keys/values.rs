@@ -4,7 +4,8 @@ use quantbench::engine::{self, Device, EncoderInput, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
 use quantbench::plan::EncoderInputKind;
-use quantbench::quant::FormatOptions;
+use quantbench::quant::{FormatOptions, fp16};
+use quantbench::weights::policy::Formats;
 use serde_json::{Value, json};
 
 use crate::{Folder, Object, set};
@@ -29,10 +30,11 @@ fn check(case: &str, folder: &Folder, prompt: &[u32], (ids, logits): Expected) {
     let setup = Setup {
         model: &model,
         source: source.as_ref(),
-        precision: "fp16",
-        options: FormatOptions::default(),
+        formats: &Formats::new(fp16::ID, FormatOptions::default()),
         device: Device::Cpu,
         threads: 1,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
         capacity: prompt.len() + 8,
         encoder_capacity: prompt.len(),
         cuda_graph: false,

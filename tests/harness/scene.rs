@@ -17,7 +17,7 @@ use quantbench::harness::schedule::{Order, Outcome, Stage, Worker};
 use quantbench::harness::watch::energy::Mark;
 use quantbench::harness::watch::{Blind, Watch, Watched};
 use quantbench::harness::{Asked, Case, DeviceChoice, PromptChoice, Protocol, schedule};
-use quantbench::quant::FormatOptions;
+use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::record::metrics::find;
 use quantbench::record::{self, Record};
 use quantbench::weights::{Request, WeightsChoice};
@@ -129,7 +129,7 @@ pub fn case(precisions: &[&str], protocol: Protocol) -> Case {
             outlier_channels: 0,
             strict_config: false,
         },
-        precisions: precisions.iter().map(|&name| name.to_owned()).collect(),
+        precisions: precisions.iter().filter_map(|name| FormatId::named(name)).collect(),
         asked: Asked::ByName,
         engines: vec![Engine::Quantbench],
         format_options: FormatOptions::default(),

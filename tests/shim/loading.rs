@@ -6,7 +6,7 @@ use candle_core::Result;
 use quantbench::kernels::cuda::launch::padded_rows;
 use quantbench::kernels::cuda::step_kernel::CHUNK_BYTES;
 use quantbench::quant::cuda::{GRANULE, SourceDtype, SourceValues};
-use quantbench::quant::{FormatOptions, HalfMatrix, Part, dense, find, int8, nf4};
+use quantbench::quant::{FormatId, FormatOptions, HalfMatrix, Part, dense, int8, nf4};
 
 use super::host::{CHIPS, Host};
 use super::memory::Memory;
@@ -79,7 +79,7 @@ fn nf4_rows(case: &Case, step: usize) {
 
 /// The weight and its scales, as the host makes them.
 fn parts(format: &str, case: &Case) -> [Vec<u8>; 2] {
-    let entry = find(format).expect("a format of the table");
+    let entry = FormatId::named(format).expect("a format of the table");
     let weight = HalfMatrix { n: case.n, k: case.k, data: case.halves.clone() };
     let stored = (entry.new)(FormatOptions::default()).quantize(weight).expect("quantize");
     let bytes: Vec<Vec<u8>> = stored.parts().into_iter().map(|Part { bytes, .. }| bytes).collect();

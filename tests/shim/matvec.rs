@@ -3,7 +3,7 @@
 use half::f16;
 use quantbench::kernels::cuda::matvec::{Epilogue, InputDesc, Mode, OutputType, Product};
 use quantbench::kernels::cuda::program::{COUNTERS, PlannedLaunch, ProgramBuilder, tagged_float};
-use quantbench::quant::{FormatEntry, FormatOptions, Stored, find};
+use quantbench::quant::{FormatId, FormatOptions, Stored, int8};
 
 use super::host::{CHIPS, Host};
 use super::memory::Memory;
@@ -168,9 +168,8 @@ pub fn outliers_and_nan() {
     let mut numbers = Numbers(7);
     let (n, k) = (33, 300);
     for chip in CHIPS {
-        let int8 = find("int8").expect("a format of the table");
         let stored =
-            (int8.new)(FormatOptions { int8_threshold: 0.0 }).quantize(weight(n, k, Kind::Gaussian, &mut numbers));
+            (int8::ID.new)(FormatOptions { int8_threshold: 0.0 }).quantize(weight(n, k, Kind::Gaussian, &mut numbers));
         let stored = stored.expect("quantize");
         let x = activations(1, k, Kind::Outliers, &mut numbers);
         let y = Single { name: "int8", stored: &*stored, row: &x, threshold: 0.0 }.run(chip, 7);
@@ -249,7 +248,7 @@ struct Part {
 /// A launch's memory and its parts' format.
 struct Scene<'a> {
     memory: &'a Memory,
-    entry: &'a FormatEntry,
+    entry: FormatId,
     numbers: &'a mut Numbers,
 }
 
@@ -294,7 +293,7 @@ pub fn products_between_norm_and_residual() {
 }
 
 /// Query, key and value, or a layer's four inner products: matrices of their own over one input.
-fn apart(entry: &FormatEntry, chip: u32, multiprocessors: usize, (norm, k): (Norm, usize), numbers: &mut Numbers) {
+fn apart(entry: FormatId, chip: u32, multiprocessors: usize, (norm, k): (Norm, usize), numbers: &mut Numbers) {
     let memory = Memory::default();
     let host = Host { chip, memory: &memory };
     let (input, x) = norms::input(&host, norm, k, 1.0, numbers);
@@ -315,7 +314,7 @@ fn apart(entry: &FormatEntry, chip: u32, multiprocessors: usize, (norm, k): (Nor
 }
 
 fn gated(
-    entry: &FormatEntry,
+    entry: FormatId,
     chip: u32,
     multiprocessors: usize,
     (norm, k): (Norm, usize),
@@ -337,7 +336,7 @@ fn gated(
 }
 
 /// One or two products that are added to the residual stream, each over an input of its own.
-fn joined(entry: &FormatEntry, chip: u32, multiprocessors: usize, numbers: &mut Numbers) {
+fn joined(entry: FormatId, chip: u32, multiprocessors: usize, numbers: &mut Numbers) {
     for widths in [&[200][..], &[128, 320], &[330, 70]] {
         let memory = Memory::default();
         let host = Host { chip, memory: &memory };

@@ -3,7 +3,7 @@
 use half::f16;
 use quantbench::kernels::cuda::matvec::{Epilogue, InputDesc, Mode, NORM_LAYER, NORM_RMS, Product};
 use quantbench::kernels::cuda::program::tagged_float;
-use quantbench::quant::{HalfMatrix, find};
+use quantbench::quant::{HalfMatrix, fp16};
 
 use super::host::{CHIPS, Host};
 use super::matvec::launch;
@@ -95,7 +95,7 @@ pub fn normed(x: &[f32], weight: &[f32], bias: &[f32], mean: f64) -> Vec<(f64, f
 /// The identity of fp16 times what kernels make of `input`: each sum has one term, so that it is exact.
 pub fn shown(host: &Host, input: InputDesc, k: usize) -> Vec<f16> {
     let data = (0..k * k).map(|at| if at / k == at % k { f16::ONE } else { f16::ZERO }).collect();
-    let identity = quantize(find("fp16").expect("a format of the table"), HalfMatrix { n: k, k, data });
+    let identity = quantize(fp16::ID, HalfMatrix { n: k, k, data });
     let matrix = place(host.memory, "fp16", &*identity, f32::NAN);
     let out = host.memory.room::<f16>(k);
     let product = Product { matrix, bias: 0, out, activation: 0 };

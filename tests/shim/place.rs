@@ -5,15 +5,15 @@ use quantbench::kernels::cuda::launch::padded_rows;
 use quantbench::kernels::cuda::matvec::MatrixDesc;
 use quantbench::kernels::cuda::step_kernel::CHUNK_BYTES;
 use quantbench::quant::nf4::cuda::AbsmaxAt;
-use quantbench::quant::{self, FORMATS, FormatEntry, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Stored};
+use quantbench::quant::{self, FORMATS, FormatId, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Stored};
 
 use super::memory::Memory;
 
-pub fn formats() -> impl Iterator<Item = &'static FormatEntry> + Clone {
-    FORMATS.iter().chain(INTERNAL_FORMATS)
+pub fn formats() -> impl Iterator<Item = FormatId> + Clone {
+    FORMATS.iter().chain(INTERNAL_FORMATS).copied()
 }
 
-pub fn quantize(entry: &FormatEntry, weight: HalfMatrix) -> Box<dyn Stored> {
+pub fn quantize(entry: FormatId, weight: HalfMatrix) -> Box<dyn Stored> {
     (entry.new)(FormatOptions::default()).quantize(weight).expect("quantize")
 }
 

@@ -6,7 +6,8 @@ use quantbench::events::Silent;
 use quantbench::harness::picture::Preprocessor;
 use quantbench::kernels::isa::Isa;
 use quantbench::plan::EncoderInputKind;
-use quantbench::quant::FormatOptions;
+use quantbench::quant::{FormatOptions, int8};
+use quantbench::weights::policy::Formats;
 use quantbench::weights::{self, Request};
 
 use super::host::{CHIPS, Host};
@@ -83,10 +84,11 @@ fn outliers_on_cpu(model: &str, ids: &[u32]) -> engine::OutlierColumns {
     let setup = Setup {
         model: &plan,
         source: source.as_ref(),
-        precision: "int8",
-        options: FormatOptions::default(),
+        formats: &Formats::new(int8::ID, FormatOptions::default()),
         device: Device::Cpu,
         threads: 1,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
         capacity: 64,
         encoder_capacity: 0,
         cuda_graph: false,

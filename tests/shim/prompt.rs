@@ -2,7 +2,7 @@
 
 use half::f16;
 use quantbench::quant::int8::cuda::{ManyRows, flag_bytes};
-use quantbench::quant::{FormatOptions, find, nf4};
+use quantbench::quant::{FormatOptions, int8, nf4};
 
 use super::host::{CHIPS, Host};
 use super::memory::Memory;
@@ -16,10 +16,9 @@ const BEFORE: u64 = 5;
 
 pub fn int8_of_many_rows() {
     let mut numbers = Numbers(0x188);
-    let int8 = find("int8").expect("a format of the table");
     let shapes = SHAPES.into_iter().filter(|(n, k)| n * k <= 66 * 2560);
     for (turn, ((n, k), kind)) in shapes.flat_map(|shape| KINDS.map(|kind| (shape, kind))).enumerate() {
-        let stored = quantize(int8, weight(n, k, kind, &mut numbers));
+        let stored = quantize(int8::ID, weight(n, k, kind, &mut numbers));
         let m = ROWS[(turn + turn / 4) % if n * k > 10_000 { 3 } else { ROWS.len() }];
         let x = activations(m, k, kind, &mut numbers);
         let memory = Memory::default();

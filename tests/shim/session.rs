@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use half::f16;
+use quantbench::call::Batch;
 use quantbench::events::Silent;
 use quantbench::kernels::cuda::arena::{Arena, Layout};
 use quantbench::kernels::cuda::launch::MemoryPlanner;
@@ -15,7 +16,7 @@ use quantbench::lower::cuda::{
 };
 use quantbench::plan::fuse::FusedOp;
 use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeId, VectorId};
-use quantbench::quant::{FormatOptions, HalfMatrix, OutlierColumns, Stored};
+use quantbench::quant::{FormatId, FormatOptions, HalfMatrix, OutlierColumns, Stored};
 use quantbench::weights::policy::Formats;
 use quantbench::weights::spec::VectorKind;
 use quantbench::weights::{self, Request};
@@ -71,7 +72,7 @@ impl<'a> Session<'a> {
             weights::open(&Request::of(folder(name).display().to_string()), &Silent).expect("a golden model");
         let model = quantbench::models::build(&checkpoint.config).expect("a golden model");
         let source = checkpoint.source(&model.matrices, &model.vectors).expect("a golden model");
-        let formats = Formats::new(precision, FormatOptions::default()).expect("a precision");
+        let formats = Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default());
         let (memory, read) = (host.memory, |name: &str, rows: usize, len: usize| {
             let mut data = vec![f16::ZERO; len];
             source.read_rows(name, 0..rows, &mut data).expect("a golden tensor");
@@ -83,7 +84,7 @@ impl<'a> Session<'a> {
         });
         let stored: Vec<Box<dyn Stored>> = stored.collect();
         let matrices = model.matrices.iter().zip(&stored).map(|(spec, stored)| {
-            place(memory, formats.of(spec.role).name(), &**stored, FormatOptions::default().int8_threshold)
+            place(memory, formats.of(spec.role).id().name, &**stored, FormatOptions::default().int8_threshold)
         });
         let vectors = model.vectors.iter().map(|spec| {
             let offset = if spec.kind == VectorKind::NormOffset { 1.0 } else { 0.0 };
@@ -153,7 +154,7 @@ impl<'a> Session<'a> {
                 (picture.patches(), CallInput::Patches(rows.into_iter().map(f16::from_f32).collect()))
             }
         };
-        self.call(CallShape { kind: CallKind::Encoder, rows, position: 0, encoded: rows }, &input);
+        self.call(CallShape { kind: CallKind::Encoder, batch: Batch::one(0..rows), encoded: rows }, &input);
         self.encoded = rows;
     }
 
@@ -163,7 +164,7 @@ impl<'a> Session<'a> {
         let state = [0, self.position as i32, self.steps as i32, self.encoded as i32];
         self.host.memory.write(self.session.state, &state);
         let (rows, position, encoded) = (tokens.len(), self.position, self.encoded);
-        self.call(CallShape { kind: CallKind::Prompt, rows, position, encoded }, &input);
+        self.call(CallShape { kind: CallKind::Prompt, batch: Batch::one(position..position + rows), encoded }, &input);
         self.position += rows;
         self.steps += 1;
     }
@@ -185,7 +186,7 @@ impl<'a> Session<'a> {
         let done = done.unwrap_or_else(|error| panic!("chip {}, {shape:?}: {error:#}", self.host.chip));
         self.examined += done.examined;
         if shape.kind == CallKind::Prompt {
-            let token = self.buffers.token_output(self, shape.rows).expect("an embedding");
+            let token = self.buffers.token_output(self, shape.rows()).expect("an embedding");
             let head = prefill::last_head(self, shape, done, token, self.buffers.counters).expect("a head");
             // SAFETY: every address in it is of the host's memory.
             unsafe { head.launch_on(self.host) }.unwrap_or_else(|error| panic!("chip {}: {error}", self.host.chip));

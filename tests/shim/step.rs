@@ -142,7 +142,7 @@ impl Products {
             let FusedPart { weight, bias, out: _, activation: _ } = *part;
             let matrix = &session.model.matrices[weight.0];
             let x = widened(&shown(session.host, input(session, inputs[at.min(inputs.len() - 1)]), matrix.k));
-            let name = session.formats.of(matrix.role).name();
+            let name = session.formats.of(matrix.role).id().name;
             let threshold = FormatOptions::default().int8_threshold;
             let expected = expected(name, &*session.stored[weight.0], &x, threshold);
             (

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::feed::Rule;
 use crate::error::BadInput;
 use crate::models::{Files, RopeKind, RopeSettings};
-use crate::plan::{ActivationKind, CacheSpec, EncoderInputKind, Holds, Model, Op, Picture, Plan};
+use crate::plan::{ActivationKind, CacheScope, CacheShape, EncoderInputKind, Model, Op, Picture, Plan};
 
 /// What one of candle's model files is built from.
 pub enum Config {
@@ -91,8 +91,8 @@ impl Shapes<'_> {
     }
 
     /// The cache of one layer, and how many there are.
-    fn caches(&self, holds: Holds) -> Result<(CacheSpec, usize), BadInput> {
-        let caches: Vec<&CacheSpec> = self.model.caches.iter().filter(|cache| cache.holds == holds).collect();
+    fn caches(&self, scope: CacheScope) -> Result<(CacheShape, usize), BadInput> {
+        let caches: Vec<&CacheShape> = self.model.caches.iter().filter(|cache| cache.scope == scope).collect();
         let first = caches.first().ok_or_else(|| self.refused("needs at least one layer"))?;
         Ok((**first, caches.len()))
     }
@@ -117,7 +117,7 @@ impl Shapes<'_> {
 
     fn llama(&self) -> Result<llama::Config, BadInput> {
         let (vocab_size, hidden_size) = self.matrix("model.embed_tokens")?;
-        let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
+        let (cache, num_hidden_layers) = self.caches(CacheScope::Decoder)?;
         let num_attention_heads = self.matrix("model.layers.0.self_attn.q_proj")?.0 / cache.head_dim;
         if num_attention_heads * cache.head_dim != hidden_size {
             return Err(self.refused("has heads that share the hidden size evenly"));
@@ -160,7 +160,7 @@ impl Shapes<'_> {
     /// candle keeps the fields of this config to itself, but reads them from JSON.
     fn phi(&self) -> Result<phi::Config, BadInput> {
         let (vocab_size, hidden_size) = self.matrix("model.embed_tokens")?;
-        let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
+        let (cache, num_hidden_layers) = self.caches(CacheScope::Decoder)?;
         if self.matrix("model.layers.0.self_attn.q_proj")?.0 != hidden_size {
             return Err(self.refused("has heads that share the hidden size evenly"));
         }
@@ -188,7 +188,7 @@ impl Shapes<'_> {
     fn gemma(&self, prefix: &str) -> Result<gemma::Config, BadInput> {
         let layer = format!("{prefix}model.layers.0");
         let (vocab_size, hidden_size) = self.matrix(&format!("{prefix}model.embed_tokens"))?;
-        let (cache, num_hidden_layers) = self.caches(Holds::Decoder)?;
+        let (cache, num_hidden_layers) = self.caches(CacheScope::Decoder)?;
         if self.matrix(&format!("{prefix}lm_head")).is_ok() {
             return Err(
                 self.refused("always ties the head to the token embedding, and this checkpoint has a head of its own")
@@ -213,7 +213,7 @@ impl Shapes<'_> {
 
     fn t5(&self) -> Result<Config, BadInput> {
         let (vocab_size, d_model) = self.matrix("shared")?;
-        let (cache, n_decoder) = self.caches(Holds::Decoder)?;
+        let (cache, n_decoder) = self.caches(CacheScope::Decoder)?;
         let buckets = self.matrix(&format!("{T5_DECODER}.SelfAttention.relative_attention_bias"))?.0;
         let feed_forward = "decoder.block.0.layer.2.DenseReluDense";
         let gated = self.matrix(&format!("{feed_forward}.wi_0")).ok();
@@ -255,7 +255,7 @@ impl Shapes<'_> {
             hidden_size,
             intermediate_size,
             num_hidden_layers: self.count(&layers, ".self_attn.q_proj.weight"),
-            num_attention_heads: self.caches(Holds::Encoder)?.0.kv_heads,
+            num_attention_heads: self.caches(CacheScope::Encoder)?.0.kv_heads,
             num_channels: 3,
             image_size: picture.size,
             patch_size: picture.patch,

@@ -20,15 +20,17 @@ use self::config::Config;
 use self::family::Family;
 use self::feed::Feed;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
+use crate::call::{Batch, KvFormat, Supported};
 use crate::error::{BadInput, OutOfMemory};
 use crate::events::{Event, Listener};
 use crate::plan::Model;
+use crate::quant::{self, FormatId};
 
 /// Of candle-transformers, as Cargo.lock has it; a test compares them.
 pub const VERSION: &str = "0.11.1";
 
 /// The only precision that has a candle row: what candle holds besides are GGUF's formats.
-pub const PRECISION: &str = "fp16";
+pub const PRECISION: FormatId = quant::BASELINE;
 
 /// Whether candle-transformers computes what `model` needs. `config` is its config.json.
 pub fn check(model: &Model, config: &Value) -> Result<(), BadInput> {
@@ -46,9 +48,21 @@ pub fn dtype(architecture: &str) -> DType {
     if runs_in_fp32(architecture) { DType::F32 } else { DType::F16 }
 }
 
+/// The format of its keys and values.
+pub fn kv_format(architecture: &str) -> KvFormat {
+    if runs_in_fp32(architecture) { KvFormat::Fp32 } else { KvFormat::Fp16 }
+}
+
+/// The calls that candle's models run in `dtype`, which is that of their caches too.
+fn calls(dtype: DType) -> Supported {
+    let kv_formats: &[KvFormat] = if dtype == DType::F32 { &[KvFormat::Fp32] } else { &[KvFormat::Fp16] };
+    Supported { executor: "candle's engine", kv_formats }
+}
+
 /// Loads candle's model of `setup.model` in `dtype`. Fails with [`BadInput`] on what candle-transformers does not compute.
 pub fn load(setup: &Setup, config: &Value, dtype: DType, events: &dyn Listener) -> Result<Loaded> {
     let start = Instant::now();
+    calls(dtype).check(setup.sequences, setup.kv_format)?;
     let config = Config::new(setup.model, config)?;
     let device = match setup.device {
         super::Device::Cpu => Device::Cpu,
@@ -93,9 +107,7 @@ fn footprint(setup: &Setup, dtype: DType, weights_bytes: u64) -> Footprint {
         weights_bytes,
         weights_resident_bytes: weights_bytes,
         weight_bytes_per_token: setup.model.weight_bytes_per_token(&matrix_bytes) as u64,
-        kv_bytes_per_position: setup.model.kv_bytes_per_position(element_bytes) as u64,
-        cross_kv_bytes: (setup.model.cross_bytes_per_position(element_bytes) * setup.encoder_capacity) as u64,
-        ..Footprint::default()
+        ..Footprint::of_caches(setup.model, setup.kv_format, setup.encoder_capacity)
     }
 }
 
@@ -178,25 +190,27 @@ impl Session for CandleSession {
         Ok(())
     }
 
-    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+    fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
         if tokens.is_empty() {
             bail!("a call needs at least one token");
         }
+        calls(self.dtype).check_batch(batch, tokens.len(), self.position())?;
         let is_marked = self.mark.as_ref().is_some_and(|(at, _)| *at == self.computed);
         if self.computed > 0 && self.computed == self.history.len() && !is_marked {
             self.mark = self.now.clone().map(|family| (self.computed, family));
         }
         self.call(tokens)?;
-        self.token()
+        next.fill(self.token()?);
+        Ok(())
     }
 
-    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+    fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
         for _ in 0..n {
             let ids = self.next.clone().context("decode needs a prefill before it")?;
             let token = self.token()?;
             self.forward(&[token], &ids)?;
             self.history.push(token);
-            on_token(self.token()?);
+            on_tokens(&[self.token()?]);
         }
         Ok(())
     }
@@ -220,7 +234,9 @@ impl Session for CandleSession {
     }
 
     fn footprint(&self) -> Footprint {
-        Footprint { kv_cache_bytes: self.footprint.kv_bytes_per_position * self.most as u64, ..self.footprint }
+        let Footprint { kv_bytes_per_position, windowed_kv_bytes_per_position, .. } = self.footprint;
+        let per_position = kv_bytes_per_position + windowed_kv_bytes_per_position;
+        Footprint { kv_cache_bytes: per_position * self.most as u64, ..self.footprint }
     }
 
     fn outlier_columns(&mut self) -> Result<OutlierColumns> {

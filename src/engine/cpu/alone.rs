@@ -21,7 +21,7 @@ use crate::kernels::cpu::pages::bytes_of;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::topology::core_cache_bytes;
-use crate::plan::{CacheId, Holds, MatrixId, NormSpec, Plan};
+use crate::plan::{CacheId, CacheScope, MatrixId, NormSpec, Plan};
 
 /// Rounds of a real step, a reading pass and a step of arithmetic alone.
 const MIN_ROUNDS: usize = 3;
@@ -219,9 +219,9 @@ fn read_cache(
     piece: &mut impl FnMut(&[u8]),
 ) {
     let spec = weights.model.caches[cache.0];
-    let (capacity, seen) = match spec.holds {
-        Holds::Decoder => (weights.capacity, call.position + 1),
-        Holds::Encoder => (weights.encoder_capacity, call.encoded),
+    let (capacity, seen) = match spec.scope {
+        CacheScope::Decoder => (weights.capacity, call.position() + 1),
+        CacheScope::Encoder => (weights.encoder_capacity, call.encoded),
     };
     let positions = worker.share(seen, 1);
     for head in 0..spec.kv_heads {
@@ -243,7 +243,8 @@ mod tests {
     use crate::events::Silent;
     use crate::kernels::isa::Isa;
     use crate::plan::Op;
-    use crate::quant::{CpuMatrix, FORMATS, FormatOptions, Prepared, Stored};
+    use crate::quant::{CpuMatrix, FORMATS, FormatId, FormatOptions, Prepared, Stored};
+    use crate::weights::policy::Formats;
     use crate::weights::{self, Request};
 
     /// Products of an element by an element, and which rows of which matrix they were of.
@@ -266,7 +267,7 @@ mod tests {
     }
 
     impl CpuMatrix for Counted {
-        fn format(&self) -> &'static str {
+        fn format(&self) -> FormatId {
             self.inner.format()
         }
         fn shape(&self) -> (usize, usize) {
@@ -326,10 +327,11 @@ mod tests {
         let setup = Setup {
             model: &plan,
             source: source.as_ref(),
-            precision,
-            options: FormatOptions::default(),
+            formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
             device: Device::Cpu,
             threads,
+            sequences: 1,
+            kv_format: Device::Cpu.kv_format(),
             capacity: 64,
             encoder_capacity: 8,
             cuda_graph: true,

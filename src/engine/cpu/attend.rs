@@ -9,7 +9,7 @@ use super::run::Runner;
 use super::schedule::Attend;
 use crate::kernels::cpu::attention::{self, Partial};
 use crate::kernels::cpu::pool::Worker;
-use crate::plan::{CacheId, Holds, Mask};
+use crate::plan::{CacheId, CacheScope, Mask};
 
 /// A prefill hands out attention in blocks of this many query rows of one key/value head.
 const QUERY_BLOCK: usize = 16;
@@ -78,7 +78,7 @@ impl Runner<'_> {
         let query = self.part(attend.q, row, columns.clone());
         let out = self.part_mut(attend.out, row, columns);
         // One query head a key/value head wherever there is a bias (T5): its biases lie together.
-        let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position + row, seen));
+        let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position() + row, seen));
         let scratch = &mut self.scratch(worker).kernel;
         for (positions, keys, values) in self.windows(attend.cache, head, 0..seen, worker) {
             let (isa, d, bias) = (self.weights.isa, spec.head_dim, bias.map(|bias| &bias[positions]));
@@ -117,7 +117,7 @@ impl Runner<'_> {
             let positions = first * POSITIONS..(end * POSITIONS).min(seen);
             let query = self.part(attend.q, 0, head * width..(head + 1) * width);
             // As in `attend_row`.
-            let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position, seen));
+            let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position(), seen));
             let scratch = &mut self.scratch(worker).kernel;
             for (positions, keys, values) in self.windows(attend.cache, head, positions, worker) {
                 let context = attention::Context { keys, values, d, scale: attend.scale };
@@ -191,14 +191,14 @@ impl Runner<'_> {
 
     /// Positions of the cache that a row sees.
     fn seen(&self, attend: &Attend, row: usize) -> usize {
-        if self.weights.model.caches[attend.cache.0].holds == Holds::Encoder {
+        if self.weights.model.caches[attend.cache.0].scope == CacheScope::Encoder {
             return self.call.encoded;
         }
         let full = match attend.mask {
             Mask::Causal => false,
             Mask::Full => true,
-            Mask::Prefix => self.call.position == 0,
+            Mask::Prefix => self.call.position() == 0,
         };
-        self.call.position + if full { self.call.rows } else { row + 1 }
+        self.call.position() + if full { self.call.batch.rows() } else { row + 1 }
     }
 }

@@ -19,13 +19,14 @@ use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
 use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
+use crate::call::{Batch, KvFormat, Supported};
 use crate::events::Listener;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::rope::Angles;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::plan::{
-    CacheSpec, EncoderInputKind, Holds, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage,
+    CacheScope, CacheShape, EncoderInputKind, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage,
 };
 use crate::quant::{CpuMatrix, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
@@ -122,10 +123,16 @@ impl BiasTable {
     }
 }
 
+const KV_FORMAT: KvFormat = KvFormat::Fp32;
+
+/// The calls that the engine runs.
+const CALLS: Supported = Supported { executor: schedule::EXECUTOR, kv_formats: &[KV_FORMAT] };
+
 /// Loads `setup` for the kernels of `isa`.
 pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
     // What no kernel computes is refused before any weight is read.
-    setup.model.plans().try_for_each(|plan| lower(plan, |_| "").map(|_| ()))?;
+    CALLS.check(setup.sequences, setup.kv_format)?;
+    setup.model.plans().try_for_each(|plan| lower(plan, |_| setup.formats.precision()).map(|_| ()))?;
     let pool = Pool::try_new(setup.threads).with_context(|| format!("starting {} threads", setup.threads))?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
     let tensors = stream(setup, events, &finish)?;
@@ -149,8 +156,8 @@ impl CpuSession {
     ) -> Result<Self> {
         let model = setup.model.clone();
         let reach = setup.capacity.max(setup.encoder_capacity);
-        let cache = |spec: &CacheSpec| {
-            let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
+        let cache = |spec: &CacheShape| {
+            let capacity = if spec.scope == CacheScope::Decoder { setup.capacity } else { setup.encoder_capacity };
             [spec.kv_heads * capacity * spec.head_dim; 2]
         };
         let angles = |rope: &Rope| {
@@ -196,10 +203,9 @@ impl CpuSession {
         }
         self.weights.check_tokens(tokens)?;
         Ok(Call {
-            rows: tokens.len(),
+            batch: Batch::one(self.position..end),
             tokens,
             patches: &[],
-            position: self.position,
             encoded: self.encoded,
             mode: Mode::Real,
         })
@@ -224,7 +230,7 @@ impl CpuSession {
         }
         self.weights.check_tokens(tokens)?;
         let Some(encoder) = &mut self.encoder else { bail!("this model has no encoder") };
-        let call = Call { rows, tokens, patches, position: 0, encoded: rows, mode: Mode::Real };
+        let call = Call { batch: Batch::one(0..rows), tokens, patches, encoded: rows, mode: Mode::Real };
         let _pinned = self.pool.pin_caller();
         let steps = Arc::clone(&encoder.steps);
         encoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);
@@ -256,10 +262,10 @@ impl Program {
 
     /// Replays `steps`, which are this program's from the first on.
     fn run(&mut self, steps: &[Step], weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
-        if self.rows < call.rows {
-            let rows = |slot: &Slot| if slot.rows == Rows::Tokens { call.rows } else { 1 };
+        if self.rows < call.batch.rows() {
+            let rows = |slot: &Slot| if slot.rows == Rows::Tokens { call.batch.rows() } else { call.batch.sequences };
             self.slots = Arena::new(self.storage.slots.iter().map(|slot| rows(slot) * slot.width));
-            self.rows = call.rows;
+            self.rows = call.batch.rows();
         }
         run::run(self, steps, weights, pool, memory, call)
     }
@@ -296,14 +302,16 @@ impl Session for CpuSession {
         }
     }
 
-    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
-        self.step(tokens)
+    fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
+        CALLS.check_batch(batch, tokens.len(), self.position)?;
+        next.fill(self.step(tokens)?);
+        Ok(())
     }
 
-    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+    fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
         for _ in 0..n {
             let token = self.step(&[self.last_token])?;
-            on_token(token);
+            on_tokens(&[token]);
         }
         Ok(())
     }
@@ -345,8 +353,7 @@ impl Session for CpuSession {
             kv_cache_bytes: 4 * cache_floats as u64,
             scratch_bytes: self.scratch_bytes() as u64,
             weight_bytes_per_token: model.weight_bytes_per_token(&stored) as u64,
-            kv_bytes_per_position: model.kv_bytes_per_position(4) as u64,
-            cross_kv_bytes: (model.cross_bytes_per_position(4) * self.encoded) as u64,
+            ..Footprint::of_caches(model, KV_FORMAT, self.encoded)
         }
     }
 

@@ -8,32 +8,39 @@ use super::arena::SharedArena;
 use super::partials::SharedParts;
 use super::schedule::{Append, Attend, Step, must_meet};
 use super::{Memory, Program, Scratch, Weights};
+use crate::call::Batch;
 use crate::engine::OutlierColumns;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::{self as kernels, activation, rope, vector};
 use crate::plan::{
-    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, CacheId, EmbedSpec, FeaturesSpec,
-    Holds, KeyValue, LastRowSpec, LinearPart, MatrixId, Norm, NormKind, NormSpec, PatchesSpec, Plan, Storage,
+    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, CacheId, CacheScope, EmbedSpec,
+    FeaturesSpec, KeyValue, LastRowSpec, LinearPart, MatrixId, Norm, NormKind, NormSpec, PatchesSpec, Plan, Storage,
 };
 use crate::quant::Prepared;
 
-/// What a call is about.
+/// The rows of a call and their inputs.
 #[derive(Clone, Copy)]
 pub struct Call<'a> {
-    pub rows: usize,
+    /// Its positions begin behind the tokens in the decoder's caches; at 0 for an encoder.
+    pub batch: Batch,
     /// One per row; none for a picture.
     pub tokens: &'a [u32],
     /// Patches of a picture, `[rows, channels · patch²]`.
     pub patches: &'a [f32],
-    /// Tokens in the decoder's caches before this call; 0 for an encoder.
-    pub position: usize,
     /// Rows in the encoder's caches once this call has appended.
     pub encoded: usize,
     pub mode: Mode<'a>,
 }
 
-/// What a call leaves behind, apart from its buffers.
+impl Call<'_> {
+    /// The position of the first row.
+    pub fn position(&self) -> usize {
+        self.batch.positions.start
+    }
+}
+
+/// The results of a call, apart from its buffers.
 pub struct Outcome {
     pub token: u32,
     /// Linear groups that looked for outlier columns, and the columns they found.
@@ -65,7 +72,7 @@ pub fn run(
         outlier_calls: AtomicU64::new(0),
         examined_columns: AtomicU64::new(0),
     };
-    let single = call.rows == 1;
+    let single = call.batch.rows() == 1;
     pool.run(&|worker: &Worker| {
         for (index, step) in steps.iter().enumerate() {
             if index > 0 && must_meet(&steps[index - 1], step, single) {
@@ -139,7 +146,7 @@ impl Runner<'_> {
 
     /// Rows of this call.
     pub(super) fn rows(&self, buffer: BufferId) -> usize {
-        self.plan.rows(buffer, self.call.rows)
+        self.plan.rows(buffer, self.call.batch)
     }
 
     /// `columns` of a row, for reading.
@@ -335,9 +342,9 @@ impl Runner<'_> {
 
     /// Positions that a cache can hold.
     pub(super) fn capacity(&self, cache: CacheId) -> usize {
-        match self.weights.model.caches[cache.0].holds {
-            Holds::Decoder => self.weights.capacity,
-            Holds::Encoder => self.weights.encoder_capacity,
+        match self.weights.model.caches[cache.0].scope {
+            CacheScope::Decoder => self.weights.capacity,
+            CacheScope::Encoder => self.weights.encoder_capacity,
         }
     }
 
@@ -350,7 +357,7 @@ impl Runner<'_> {
         for head in worker.share(spec.kv_heads, 1) {
             let columns = head * d..(head + 1) * d;
             for row in 0..self.rows(k) {
-                let position = self.call.position + row;
+                let position = self.call.position() + row;
                 let key = self.part_mut(k, row, columns.clone());
                 if let Some((rope, q)) = rotate {
                     let (cos, sin) = self.weights.angles[rope.0].at(position);

@@ -11,9 +11,10 @@ use crate::plan::{
     FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask, MatrixId, NormSpec, Op, PatchesSpec, Plan,
     RopeId, feature, refuse,
 };
+use crate::quant::FormatId;
 
-/// As errors name it.
-const EXECUTOR: &str = "the CPU engine";
+/// The name in errors.
+pub const EXECUTOR: &str = "the CPU engine";
 
 /// One operation of the lowered plan.
 #[derive(Debug, Clone, PartialEq)]
@@ -104,7 +105,7 @@ pub fn must_meet(before: &Step, after: &Step, single: bool) -> bool {
 ///
 /// # Errors
 /// Where the plan holds an operation that no step computes, by name.
-pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> &'static str) -> Result<Vec<Step>> {
+pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> FormatId) -> Result<Vec<Step>> {
     let mut steps = Vec::new();
     for op in &plan.ops {
         match op {
@@ -143,12 +144,7 @@ fn lower_attention(spec: &AttentionSpec, steps: &mut Vec<Step>) -> Result<()> {
     Ok(())
 }
 
-fn lower_linear(
-    x: BufferId,
-    mut parts: Vec<LinearPart>,
-    form: &impl Fn(MatrixId) -> &'static str,
-    steps: &mut Vec<Step>,
-) {
+fn lower_linear(x: BufferId, mut parts: Vec<LinearPart>, form: &impl Fn(MatrixId) -> FormatId, steps: &mut Vec<Step>) {
     while let Some(first) = parts.first() {
         let matrix = first.weight;
         let (same, rest) = parts.into_iter().partition(|part| form(part.weight) == form(matrix));

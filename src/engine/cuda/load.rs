@@ -20,7 +20,6 @@ use crate::kernels::cuda::launch::address;
 use crate::kernels::cuda::staging::{Buffer, Staging};
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::{CudaEncoder, SourceValues};
-use crate::weights::policy::Formats;
 use crate::weights::spec::MatrixSpec;
 
 /// A matrix, and its values where the host reads them too: it lays a bias out by distance, and drops it.
@@ -30,17 +29,15 @@ pub type Placed = (Box<dyn CudaMatrix>, Option<Vec<f32>>);
 pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<LoadedTensors<Placed>> {
     let start = Instant::now();
     let cuda = device.as_cuda_device()?;
-    let formats = Formats::new(setup.precision, setup.options)?;
     let threads = setup.threads.clamp(1, READERS);
     begin(setup, events);
-    let chunks = chunks(setup, &formats, &|matrix| is_bias(setup, matrix))?;
+    let chunks = chunks(setup, &|matrix| is_bias(setup, matrix))?;
     let loader = Loader {
         staging: Staging::new(cuda)?,
         overflow: cuda.alloc_zeros(1)?,
         targets: setup.model.matrices.iter().map(|_| Mutex::default()).collect(),
         shared: Shared::default(),
         setup,
-        formats,
         device,
         events,
     };
@@ -50,8 +47,8 @@ pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<L
     let ran = loader.shared.run(threads, chunks.len(), &|index| loader.run(&chunks[index]));
     // Nothing may be in flight when memory is freed, even after an error.
     let kernel_time = loader.staging.finish();
-    ran.map_err(|error| explained(error, setup, &loader.formats))?;
-    let vectors = loader.shared.vectors(setup, &loader.formats)?;
+    ran.map_err(|error| explained(error, setup))?;
+    let vectors = loader.shared.vectors(setup)?;
     events.on(Event::End);
 
     let overflow: u64 = cuda.clone_dtoh(&loader.overflow)?.iter().sum();
@@ -68,11 +65,11 @@ pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<L
 }
 
 /// Adds the memory that loading needs to an error for lack of it.
-fn explained(error: Error, setup: &Setup, formats: &Formats) -> Error {
+fn explained(error: Error, setup: &Setup) -> Error {
     if !is_out_of_memory(&error) {
         return error;
     }
-    let Peak { resident, beyond } = peak(&setup.model.matrices, setup.source, formats);
+    let Peak { resident, beyond } = peak(&setup.model.matrices, setup.source, setup.formats);
     let (resident, beyond) = (size(resident as u64), size(beyond as u64));
     error.context(format!("loading takes {resident} of device memory, and {beyond} more while tensors are converted"))
 }
@@ -89,7 +86,6 @@ struct Loader<'a> {
     targets: Vec<Mutex<Target>>,
     shared: Shared,
     setup: &'a Setup<'a>,
-    formats: Formats,
     device: &'a Device,
     events: &'a dyn Listener,
 }
@@ -119,8 +115,8 @@ impl Loader<'_> {
 
     /// Loads a matrix through the host's quantizer.
     fn whole(&self, matrix: usize, spec: &MatrixSpec) -> Result<Placed> {
-        let _room = self.shared.room(spec, &self.formats);
-        let (stored, begin) = self.shared.store(self.setup.source, spec, &self.formats)?;
+        let _room = self.shared.room(spec, self.setup.formats);
+        let (stored, begin) = self.shared.store(self.setup.source, spec, self.setup.formats)?;
         let learned = is_bias(self.setup, matrix).then(|| stored.dequantize());
         let on_device = stored.upload(self.device).with_context(|| format!("placing `{}`", spec.name))?;
         self.shared.quantize_ns.fetch_add(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
@@ -165,7 +161,7 @@ impl Loader<'_> {
         let encoder = match &mut target.encoder {
             Some(encoder) => encoder,
             none => {
-                let format = format_of(self.setup.source, spec, &self.formats);
+                let format = format_of(self.setup.source, spec, self.setup.formats);
                 let encoder = format.encoder(spec.n, spec.k, self.device)?;
                 self.staging.admit_allocations()?;
                 none.insert(encoder)

@@ -74,12 +74,12 @@ impl Reading {
 }
 
 /// The chunks of `setup`, matrix by matrix. `is_read_by_host` names the matrices that the host needs too.
-pub fn chunks(setup: &Setup, formats: &Formats, is_read_by_host: &dyn Fn(usize) -> bool) -> Result<Vec<LoadChunk>> {
+pub fn chunks(setup: &Setup, is_read_by_host: &dyn Fn(usize) -> bool) -> Result<Vec<LoadChunk>> {
     let mut chunks = Vec::new();
     for (matrix, spec) in setup.model.matrices.iter().enumerate() {
         let reading = match is_read_by_host(matrix) {
             true => None,
-            false => Reading::of(setup.source, spec, formats)?,
+            false => Reading::of(setup.source, spec, setup.formats)?,
         };
         let cut = reading.and_then(|reading| Some((reading, rows_per_chunk(spec.n, spec.k, reading.kind().bytes())?)));
         match cut {
@@ -130,7 +130,7 @@ mod tests {
     use super::*;
     use crate::engine::Device;
     use crate::plan::Model;
-    use crate::quant::{FORMATS, FormatOptions, fp32};
+    use crate::quant::{FORMATS, FormatOptions, INTERNAL_FORMATS};
     use crate::weights::builtin_models;
     use crate::weights::random::Random;
 
@@ -138,20 +138,20 @@ mod tests {
     const ALLOWED_BYTES: usize = 256_000_000;
 
     /// Every built-in shape at every precision.
-    fn for_each(check: &dyn Fn(&Model, &Random, &str, &Formats)) {
+    fn for_each(check: &dyn Fn(&Model, &Random, &Formats)) {
         for shape in builtin_models() {
             let model = crate::models::build(&shape.config()).unwrap();
             let source = Random::new(0, 0, &model.matrices, &model.vectors);
-            for precision in FORMATS.iter().map(|entry| entry.name).chain([fp32::ENTRY.name]) {
-                let formats = Formats::new(precision, FormatOptions::default()).unwrap();
-                check(&model, &source, precision, &formats);
+            for precision in FORMATS.iter().chain(INTERNAL_FORMATS) {
+                check(&model, &source, &Formats::new(*precision, FormatOptions::default()));
             }
         }
     }
 
     #[test]
     fn loading_takes_little_beyond_what_stays() {
-        for_each(&|model, source, precision, formats| {
+        for_each(&|model, source, formats| {
+            let precision = formats.precision();
             let Peak { resident, beyond } = peak(&model.matrices, source, formats);
             let stored: usize =
                 model.matrices.iter().map(|spec| format_of(source, spec, formats).stored_bytes(spec.n, spec.k)).sum();
@@ -164,19 +164,20 @@ mod tests {
 
     #[test]
     fn pieces_are_all_of_a_matrix_in_whole_blocks_that_a_buffer_holds() {
-        for_each(&|model, source, precision, formats| {
+        for_each(&|model, source, formats| {
             let setup = Setup {
                 model,
                 source,
-                precision,
-                options: FormatOptions::default(),
+                formats,
                 device: Device::Cuda(0),
                 threads: 1,
+                sequences: 1,
+                kv_format: Device::Cuda(0).kv_format(),
                 capacity: 1,
                 encoder_capacity: 1,
                 cuda_graph: true,
             };
-            let chunks = chunks(&setup, formats, &|matrix| matrix == 3).unwrap();
+            let chunks = chunks(&setup, &|matrix| matrix == 3).unwrap();
             let mut next = vec![0; model.matrices.len()];
             for chunk in &chunks {
                 let (matrix, rows, bytes) = match chunk {

@@ -21,6 +21,7 @@ use self::times::StepTimes;
 use self::token_ring::TokenRing;
 use super::memory::{Pool, named};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
+use crate::call::{Batch, KvFormat};
 use crate::events::Listener;
 use crate::kernels::cuda::cublas::{WORKSPACE_BYTES, Workspace};
 use crate::kernels::cuda::launch::address;
@@ -32,7 +33,9 @@ use crate::lower::cuda::{
     self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallResult, CallShape, SessionAt, padded,
     padded_floats, padded_head,
 };
-use crate::plan::{BiasId, CacheId, EncoderInputKind, Holds, MatrixId, Model, RelativeBias, Rope, RopeId, VectorId};
+use crate::plan::{
+    BiasId, CacheId, CacheScope, CacheShape, EncoderInputKind, MatrixId, Model, RelativeBias, Rope, RopeId, VectorId,
+};
 use crate::quant::CudaMatrix;
 
 /// Weights, caches and the step of one loaded model.
@@ -96,6 +99,7 @@ struct BiasTable {
 
 /// Loads `setup` onto device `ordinal`.
 pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Loaded> {
+    lower::CALLS.check(setup.sequences, setup.kv_format)?;
     let properties = probe(ordinal)?;
     let device = open(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?;
     // What no kernel computes is refused before any weight is read.
@@ -134,8 +138,8 @@ impl Weights {
         vectors: &[Vec<f32>],
     ) -> Result<Self> {
         let model = setup.model.clone();
-        let cache = |spec: &crate::plan::CacheSpec| -> Result<Cache> {
-            let capacity = if spec.holds == Holds::Decoder { setup.capacity } else { setup.encoder_capacity };
+        let cache = |spec: &CacheShape| -> Result<Cache> {
+            let capacity = if spec.scope == CacheScope::Decoder { setup.capacity } else { setup.encoder_capacity };
             let d_pad = padded_head(spec.head_dim);
             let len = spec.kv_heads * capacity * d_pad;
             let half =
@@ -252,7 +256,8 @@ impl CudaSession {
         self.check_call(tokens)?;
         let input = CallInput::tokens(&self.weights.model, tokens, self.encoded)?;
         self.weights.set_state(0, self.position, self.steps, self.encoded)?;
-        let shape = CallShape { kind, rows: tokens.len(), position: self.position, encoded: self.encoded };
+        let batch = Batch::one(self.position..self.position + tokens.len());
+        let shape = CallShape { kind, batch, encoded: self.encoded };
         let done = self.run(shape, &input)?;
         self.position += tokens.len();
         Ok(done)
@@ -293,19 +298,21 @@ impl Session for CudaSession {
         if rows == 0 || rows > capacity {
             bail!("an encoder call of {rows} rows does not fit a cache of {capacity}");
         }
-        self.run(CallShape { kind: CallKind::Encoder, rows, position: 0, encoded: rows }, &input)?;
+        self.run(CallShape { kind: CallKind::Encoder, batch: Batch::one(0..rows), encoded: rows }, &input)?;
         self.encoded = rows;
         Ok(())
     }
 
-    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+    fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
+        lower::CALLS.check_batch(batch, tokens.len(), self.position)?;
         self.times.restart();
         self.call(CallKind::Prompt, tokens)?;
         self.steps += 1;
-        self.weights.token_ring.wait(self.steps, &self.weights.device)
+        next.fill(self.weights.token_ring.wait(self.steps, &self.weights.device)?);
+        Ok(())
     }
 
-    fn decode(&mut self, n: usize, on_token: &mut dyn FnMut(u32)) -> Result<()> {
+    fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
         if self.position + n > self.weights.capacity {
             let capacity = self.weights.capacity;
             bail!("{n} steps at position {} do not fit a cache of {capacity}", self.position);
@@ -321,16 +328,16 @@ impl Session for CudaSession {
             while let Some(token) =
                 self.weights.token_ring.token(first + arrived as u32 + 1).filter(|_| arrived < queued)
             {
-                on_token(token);
+                on_tokens(&[token]);
                 arrived += 1;
             }
             if queued - arrived >= token_ring::SLOTS / 2 {
-                on_token(self.weights.token_ring.wait(first + arrived as u32 + 1, &self.weights.device)?);
+                on_tokens(&[self.weights.token_ring.wait(first + arrived as u32 + 1, &self.weights.device)?]);
                 arrived += 1;
             }
         }
         while arrived < n {
-            on_token(self.weights.token_ring.wait(first + arrived as u32 + 1, &self.weights.device)?);
+            on_tokens(&[self.weights.token_ring.wait(first + arrived as u32 + 1, &self.weights.device)?]);
             arrived += 1;
         }
         self.position += n;
@@ -389,8 +396,7 @@ impl Session for CudaSession {
                 + WORKSPACE_BYTES
                 + 4 * self.weights.logits.len()) as u64,
             weight_bytes_per_token: model.weight_bytes_per_token(&stored) as u64,
-            kv_bytes_per_position: model.kv_bytes_per_position(size_of::<f16>()) as u64,
-            cross_kv_bytes: (model.cross_bytes_per_position(size_of::<f16>()) * self.encoded) as u64,
+            ..Footprint::of_caches(model, KvFormat::Fp16, self.encoded)
         }
     }
 

@@ -29,7 +29,7 @@ impl PrefillCall<'_> {
     fn queue(&self, device: &CudaDevice, arena: &Arena, input: Region) -> Result<CallResult> {
         let done = prefill::run(self.weights, self.shape, device, arena, input)?;
         if self.shape.kind == CallKind::Prompt {
-            let token = self.step.token_output(self.weights, self.shape.rows)?;
+            let token = self.step.token_output(self.weights, self.shape.rows())?;
             let counters = self.step.counters(device);
             let head = prefill::last_head(self.weights, self.shape, done, token, counters)?;
             // SAFETY: x holds rows of the call; all else is the session's.
@@ -134,7 +134,7 @@ impl PrefillGraphs {
             self.memory = None;
             // SAFETY: a call writes what it takes before it reads it.
             let memory = unsafe { device.alloc::<u8>(bytes) };
-            let CallShape { rows, position, .. } = call.shape;
+            let (rows, position) = (call.shape.rows(), call.shape.position());
             let what = || format!("activations and attention scores of {rows} tokens behind {position}");
             self.memory = Some(named(memory, bytes, what)?);
         }

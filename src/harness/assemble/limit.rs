@@ -9,9 +9,7 @@ use crate::stats;
 /// From the record's metrics, and the bytes that the session counted.
 pub fn bandwidth(facts: &Facts, record: &Record, outcome: &Outcome) -> Bandwidth {
     let footprint = outcome.finished.as_ref().map(|finished| finished.footprint);
-    // Step i of n_gen − 1 reads i positions after the prompt: n_gen / 2 on average.
-    let doubled_depth = 2 * facts.n_before + record.workload.n_gen;
-    let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_position * doubled_depth / 2 + f.cross_kv_bytes);
+    let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_step(facts.n_before, record.workload.n_gen));
     let weight_bytes_per_token = footprint.map(|footprint| footprint.weight_bytes_per_token);
     let decode_tps = record.metrics.get("decode_tps").and_then(|summary| summary.median);
     let bytes = weight_bytes_per_token.zip(kv_bytes_per_token).map(|(weights, kv)| weights + kv);

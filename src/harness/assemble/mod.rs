@@ -16,7 +16,7 @@ use super::warnings::Warning;
 use super::watch::energy::Counter;
 use super::{Case, Protocol, Row};
 use crate::engine::{self, Engine};
-use crate::quant::FormatOptions;
+use crate::quant::{FormatId, FormatOptions};
 use crate::record::{self, Bandwidth, Record, Samples, Status, metrics};
 use crate::stats;
 
@@ -112,7 +112,7 @@ fn instruction_set_of_all(rows: &[Row], records: &mut [Record]) {
 
 /// One record for each precision of a case whose speed is not measured.
 pub fn unmeasured(facts: &Facts, case: &Case) -> Vec<Record> {
-    let record = |precision: &String| {
+    let record = |&precision: &FormatId| {
         let mut record = base(facts, &Row::own(precision), &Outcome::default(), &|_| None);
         let of_model = facts.warnings.iter().filter(|warning| matches!(warning, Warning::Model { .. }));
         record.warnings = of_model.map(Warning::to_string).collect();
@@ -123,7 +123,6 @@ pub fn unmeasured(facts: &Facts, case: &Case) -> Vec<Record> {
 
 /// All that follows from the outcome alone.
 fn base(facts: &Facts, row: &Row, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> Option<String>) -> Record {
-    let precision = row.precision.as_str();
     let loaded = outcome.loaded.clone().unwrap_or_default();
     let n_gen = outcome.warmed.as_ref().map_or(facts.workload.n_gen, |warmed| warmed.n_gen as u64);
     let token_ids = outcome.samples.first().map(|sample| sample.ids.clone()).unwrap_or_default();
@@ -139,9 +138,9 @@ fn base(facts: &Facts, row: &Row, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> 
         timestamp: facts.timestamp.clone(),
         model: facts.model.clone(),
         weights: record::WeightFacts { fp16_overflow: loaded.fp16_overflow, ..facts.weights.clone() },
-        precision: precision.to_owned(),
+        precision: row.precision.to_string(),
         keep_fp16: facts.keep_fp16.clone(),
-        int8: int8(facts, precision, outcome),
+        int8: int8(facts, row.precision, outcome),
         device: facts.device.clone(),
         workload: record::Workload { n_gen, ..facts.workload },
         protocol: protocol(facts, outcome),
@@ -192,9 +191,9 @@ pub fn fail(record: &mut Record, failure: &Failure) {
     }
 }
 
-fn int8(facts: &Facts, precision: &str, outcome: &Outcome) -> Option<record::Int8Facts> {
+fn int8(facts: &Facts, precision: FormatId, outcome: &Outcome) -> Option<record::Int8Facts> {
     let counts = outcome.finished.as_ref().map(|finished| finished.outliers).filter(|counts| counts.calls > 0);
-    (precision == "int8").then(|| record::Int8Facts {
+    precision.finds_outliers.then(|| record::Int8Facts {
         threshold: f64::from(facts.format_options.int8_threshold),
         outlier_columns_mean: counts.map(|counts| counts.columns as f64 / counts.calls as f64),
     })
@@ -291,7 +290,7 @@ fn dtypes(facts: &Facts, row: &Row) -> record::Dtypes {
         Engine::Candle => engine::candle::runs_in_fp32(&facts.model.architecture),
     };
     let computed = if fp32 { "fp32" } else { "fp16" }.to_owned();
-    let weights = if row.engine == Engine::Candle { &computed } else { &row.precision }.clone();
+    let weights = if row.engine == Engine::Candle { computed.clone() } else { row.precision.to_string() };
     record::Dtypes { weights, compute: computed.clone(), kv_cache: computed.clone(), logits: computed }
 }
 

@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use half::f16;
 
+use crate::call::Batch;
 use crate::plan::{EncoderInputKind, Model};
 use crate::quant::OutlierColumns;
 
@@ -10,11 +11,21 @@ use crate::quant::OutlierColumns;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CallShape {
     pub kind: CallKind,
-    pub rows: usize,
-    /// Tokens before it in the decoder's caches; 0 for an encoder.
-    pub position: usize,
+    /// Its positions begin behind the tokens in the decoder's caches; at 0 for an encoder.
+    pub batch: Batch,
     /// Rows of the last encoder call, or of this one.
     pub encoded: usize,
+}
+
+impl CallShape {
+    pub fn rows(self) -> usize {
+        self.batch.rows()
+    }
+
+    /// The position of the first row.
+    pub fn position(self) -> usize {
+        self.batch.positions.start
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

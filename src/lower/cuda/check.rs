@@ -5,6 +5,7 @@ use anyhow::Result;
 use super::prefill;
 use super::step::{StepMemory, StepProgram, fused};
 use super::{Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, SessionAt, padded_head};
+use crate::call::Batch;
 use crate::kernels::cuda::arena::Layout;
 use crate::kernels::cuda::launch::MemoryPlanner;
 use crate::kernels::cuda::matvec::MatrixDesc;
@@ -28,7 +29,7 @@ pub fn check(model: &Model, properties: DeviceProperties) -> Result<()> {
     StepProgram::new(&on, &fused, &memory)?;
     let kinds = model.encoder.iter().map(|_| CallKind::Encoder).chain([CallKind::Prompt]);
     for kind in kinds {
-        let shape = CallShape { kind, rows: 1, position: 0, encoded: 1 };
+        let shape = CallShape { kind, batch: Batch::step(0), encoded: 1 };
         let input = CallInput::Tokens(vec![0; 2]);
         Layout::of(|arena| {
             let region = arena.take::<u8>(input.bytes())?;

@@ -14,11 +14,15 @@ pub use tables::{angles, by_distance, padded, padded_floats};
 
 use candle_core::{Result, bail};
 
+use crate::call::{KvFormat, Supported};
 use crate::kernels::cuda::launch::dimension;
 use crate::kernels::cuda::matvec::{self, Epilogue, MatrixDesc, Mode, Product};
 use crate::kernels::cuda::program::{self, PlannedLaunch, ProgramBuilder};
 use crate::kernels::cuda::step_kernel::DeviceProperties;
 use crate::plan::{ActivationKind, BiasId, CacheId, EmbedSpec, LmHead, MatrixId, Model, Op, RopeId, VectorId};
+
+/// The calls that the device runs.
+pub const CALLS: Supported = Supported { executor: "the CUDA engine", kv_formats: &[KvFormat::Fp16] };
 
 /// A loaded model in memory that kernels reach: on a device, or in tests on the host.
 pub trait Addresses {

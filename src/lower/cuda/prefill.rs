@@ -13,9 +13,9 @@ use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
 use crate::kernels::cuda::rows::{Addend, Heads, Rows, Table};
 use crate::kernels::cuda::shared_input::SharedInput;
 use crate::plan::{
-    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, AttentionSpec, BiasId, BufferId, CacheId, EmbedSpec,
-    FeaturesSpec, Holds, KeyValue, Lifetime, LinearPart, LinearSpec, Mask, MatrixId, Model, Norm, NormKind, NormSpec,
-    Op, PatchesSpec, Plan, RopeId, VectorId, feature, refuse,
+    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, AttentionSpec, BiasId, BufferId, CacheId, CacheScope, EmbedSpec,
+    FeaturesSpec, KeyValue, Lifetime, LinearPart, LinearSpec, Mask, MatrixId, Model, Norm, NormKind, NormSpec, Op,
+    PatchesSpec, Plan, RopeId, VectorId, feature, refuse,
 };
 use crate::quant::OutlierColumns;
 
@@ -61,7 +61,7 @@ pub fn last_head(
     counters: u64,
 ) -> Result<PlannedLaunch> {
     let head = on.model().decoder.head().context("this plan has no head")?;
-    let x = row_at(on.model(), done, shape.rows - 1)?;
+    let x = row_at(on.model(), done, shape.rows() - 1)?;
     let epilogue = Epilogue { logits: on.session().logits, ..Epilogue::default() };
     Ok(super::head(on, head, x, 0, epilogue, token, counters)?)
 }
@@ -147,7 +147,7 @@ impl<'a> Prefill<'a> {
 
     /// The buffer's address, with all deferred additions made.
     fn read(&mut self, id: BufferId) -> Result<u64> {
-        let (rows, width, kernels) = (self.shape.rows, self.width(id), self.kernels());
+        let (rows, width, kernels) = (self.shape.rows(), self.width(id), self.kernels());
         let buffer = self.buffer_mut(id)?;
         let (at, is_float) = (buffer.address, buffer.is_float);
         let (bias, waiting) = (std::mem::take(&mut buffer.bias), std::mem::take(&mut buffer.addends));
@@ -184,13 +184,13 @@ impl<'a> Prefill<'a> {
         {
             return Ok(Buffer::new(features, false, None));
         }
-        let region = self.arena.take::<f16>(self.shape.rows * self.width(id))?;
+        let region = self.arena.take::<f16>(self.shape.rows() * self.width(id))?;
         Ok(Buffer::new(region.address, false, Some(region)))
     }
 
     /// As [`Self::half`], fp32.
     fn float(&self, id: BufferId) -> Result<Buffer<'a>> {
-        let region = self.arena.take::<f32>(self.shape.rows * self.width(id))?;
+        let region = self.arena.take::<f32>(self.shape.rows() * self.width(id))?;
         Ok(Buffer::new(region.address, true, Some(region)))
     }
 
@@ -213,14 +213,14 @@ impl<'a> Prefill<'a> {
         if !is_float {
             let wide = self.float(id)?;
             // SAFETY: both hold rows · width values.
-            unsafe { self.kernels().widen(self.shape.rows * self.width(id), from, wide.address) }?;
+            unsafe { self.kernels().widen(self.shape.rows() * self.width(id), from, wide.address) }?;
             self.buffers[id.0] = Some(wide);
         }
         Ok(())
     }
 
     fn step(&mut self, index: usize, op: &Op) -> Result<()> {
-        let (rows, kernels) = (self.shape.rows, self.kernels());
+        let (rows, kernels) = (self.shape.rows(), self.kernels());
         match op {
             Op::Embed(spec) => self.embed(*spec)?,
             Op::Patches(PatchesSpec { out }) => {
@@ -251,7 +251,7 @@ impl<'a> Prefill<'a> {
     }
 
     fn embed(&mut self, EmbedSpec { table, scale, image, out }: EmbedSpec) -> Result<()> {
-        let rows = self.shape.rows;
+        let rows = self.shape.rows();
         let input = self.input.take().context("a call has one input")?;
         let y = self.float(out)?;
         let features = self.on.session().features;
@@ -270,7 +270,7 @@ impl<'a> Prefill<'a> {
             NormKind::Rms => 0,
             NormKind::Layer { bias } => self.vector(bias),
         };
-        let (rows, kernels) = (self.shape.rows, self.kernels());
+        let (rows, kernels) = (self.shape.rows(), self.kernels());
         let (width, weight) = (self.width(x), self.vector(weight));
         let x = self.buffer_mut(x)?;
         let (x, deferred) = (x.address, std::mem::take(&mut x.addends));
@@ -285,7 +285,7 @@ impl<'a> Prefill<'a> {
             bail!("a matrix reads fp16 activations");
         }
         let outlier_columns = self.on.session().outlier_columns;
-        let x = SharedInput::new(self.read(*x)?, self.shape.rows, outlier_columns, self.arena);
+        let x = SharedInput::new(self.read(*x)?, self.shape.rows(), outlier_columns, self.arena);
         for &LinearPart { weight, bias, out } in parts {
             let matrix = self.on.matrix(weight);
             let y = match matrix.family.product_is_float {
@@ -319,7 +319,7 @@ impl<'a> Prefill<'a> {
         };
         let (q, q_bias) = rotate.map_or(Ok((0, 0)), |(_, q)| self.product(q))?;
         let ((k, k_bias), (v, v_bias)) = (self.product(k)?, self.product(v)?);
-        let (rows, position, at) = (self.shape.rows, self.first_position(cache), self.on.cache(cache));
+        let (rows, position, at) = (self.shape.rows(), self.first_position(cache), self.on.cache(cache));
         let (memory, biases) = ([at.keys, at.values], [q_bias, k_bias, v_bias]);
         // SAFETY: q, k and v hold `rows` rows of their heads; the caller checked that the cache has room.
         unsafe { self.kernels().append(rows, position, heads, [q, k, v], biases, memory, angles, rotary) }?;
@@ -354,26 +354,26 @@ impl<'a> Prefill<'a> {
         mask: Mask,
         bias: Option<BiasId>,
     ) -> Result<Buffer<'a>> {
-        let holds = self.on.model().caches[cache.0].holds;
+        let scope = self.on.model().caches[cache.0].scope;
         let (q_at, out) = (self.read(q)?, self.half(q)?);
         let call = attention::RowsAttention {
-            rows: self.shape.rows,
+            rows: self.shape.rows(),
             heads: self.heads(cache, Some(q)),
             q: q_at,
             out: out.address,
             cache: self.on.cache(cache),
-            keys: match holds {
-                Holds::Decoder => self.shape.position + self.shape.rows,
-                Holds::Encoder => self.shape.encoded,
+            keys: match scope {
+                CacheScope::Decoder => self.shape.position() + self.shape.rows(),
+                CacheScope::Encoder => self.shape.encoded,
             },
             scale,
             is_causal: match mask {
                 Mask::Causal => true,
                 Mask::Full => false,
-                Mask::Prefix => self.shape.position > 0,
+                Mask::Prefix => self.shape.position() > 0,
             },
             // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
-            position: if holds == Holds::Decoder { self.shape.position } else { 0 },
+            position: if scope == CacheScope::Decoder { self.shape.position() } else { 0 },
             bias: bias.map(|bias| self.on.bias(bias)),
         };
         // SAFETY: q and out hold rows of all heads, the cache as many keys.
@@ -383,7 +383,7 @@ impl<'a> Prefill<'a> {
 
     fn activate(&mut self, index: usize, ActivationSpec { kind, gate, up, out }: ActivationSpec) -> Result<()> {
         let up = up.map_or(Ok(0), |up| self.read(up))?;
-        let ((from, bias), width, rows) = (self.product(gate)?, self.width(out), self.shape.rows);
+        let ((from, bias), width, rows) = (self.product(gate)?, self.width(out), self.shape.rows());
         // In its place, if nobody reads it again.
         let is_last = self.lives[gate.0].last_op() == index && self.width(gate) == width;
         let y = match self.buffers[gate.0].take_if(|_| is_last) {
@@ -413,7 +413,7 @@ impl<'a> Prefill<'a> {
         let to = if a == out { None } else { Some(self.float(out)?) };
         let at = to.as_ref().map_or(from, |to| to.address);
         // SAFETY: all hold rows · width values; each thread reads what it writes.
-        unsafe { self.kernels().add(self.shape.rows, self.width(a), from, [b, Addend::default()], at) }?;
+        unsafe { self.kernels().add(self.shape.rows(), self.width(a), from, [b, Addend::default()], at) }?;
         if to.is_some() {
             self.buffers[out.0] = to;
         }
@@ -421,9 +421,9 @@ impl<'a> Prefill<'a> {
     }
 
     fn first_position(&self, cache: CacheId) -> usize {
-        match self.on.model().caches[cache.0].holds {
-            Holds::Decoder => self.shape.position,
-            Holds::Encoder => 0,
+        match self.on.model().caches[cache.0].scope {
+            CacheScope::Decoder => self.shape.position(),
+            CacheScope::Encoder => 0,
         }
     }
 

@@ -7,7 +7,7 @@ pub mod cuda;
 use candle_core::{Result, bail};
 use safetensors::Dtype;
 
-use super::{CpuMatrix, Part, Stored, take_part};
+use super::{CpuMatrix, FormatId, Part, Stored, take_part};
 use crate::kernels::isa::Isa;
 
 pub use cpu::Value;
@@ -39,10 +39,9 @@ impl<T: Value> DenseStored<T> {
     }
 }
 
-/// What makes a value type a format.
-pub trait Name {
-    /// The format's name.
-    const NAME: &'static str;
+/// A value type that is a format.
+pub trait DenseFormat {
+    const ID: FormatId;
     const DTYPE: Dtype;
 }
 

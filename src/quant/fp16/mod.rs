@@ -4,18 +4,18 @@ use candle_core::Result;
 use half::f16;
 use safetensors::Dtype;
 
-use super::dense::{DenseStored, Name};
-use super::{Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored};
+use super::dense::{DenseFormat, DenseStored};
+use super::{Format, FormatEntry, FormatId, FormatOptions, HalfMatrix, Part, Stored};
 
-pub const ENTRY: FormatEntry = FormatEntry {
-    name: f16::NAME,
+pub const ID: FormatId = FormatId::of(&ENTRY);
+
+static ENTRY: FormatEntry = FormatEntry {
     aliases: &["f16", "half"],
-    doc: "16-bit floating point, no quantization",
-    new: |_: FormatOptions| Box::new(Fp16),
+    ..FormatEntry::plain("fp16", "16-bit floating point, no quantization", |_: FormatOptions| Box::new(Fp16))
 };
 
-impl Name for f16 {
-    const NAME: &'static str = "fp16";
+impl DenseFormat for f16 {
+    const ID: FormatId = ID;
     const DTYPE: Dtype = Dtype::F16;
 }
 
@@ -25,8 +25,8 @@ pub type Fp16Stored = DenseStored<f16>;
 struct Fp16;
 
 impl Format for Fp16 {
-    fn name(&self) -> &'static str {
-        f16::NAME
+    fn id(&self) -> FormatId {
+        ID
     }
 
     fn stored_bytes(&self, n: usize, k: usize) -> usize {

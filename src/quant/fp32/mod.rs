@@ -5,18 +5,20 @@ use candle_core::Result;
 use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
 
-use super::dense::{DenseStored, Name};
-use super::{Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored};
+use super::dense::{DenseFormat, DenseStored};
+use super::{Format, FormatEntry, FormatId, FormatOptions, HalfMatrix, Part, Stored};
 
-pub const ENTRY: FormatEntry = FormatEntry {
-    name: f32::NAME,
-    aliases: &[],
-    doc: "32-bit floating point, for layers that no precision may touch",
-    new: |_: FormatOptions| Box::new(Fp32),
+pub const ID: FormatId = FormatId::of(&ENTRY);
+
+static ENTRY: FormatEntry = FormatEntry {
+    is_exact: true,
+    ..FormatEntry::plain("fp32", "32-bit floating point, for layers that no precision may touch", |_: FormatOptions| {
+        Box::new(Fp32)
+    })
 };
 
-impl Name for f32 {
-    const NAME: &'static str = "fp32";
+impl DenseFormat for f32 {
+    const ID: FormatId = ID;
     const DTYPE: Dtype = Dtype::F32;
 }
 
@@ -26,8 +28,8 @@ pub type Fp32Stored = DenseStored<f32>;
 struct Fp32;
 
 impl Format for Fp32 {
-    fn name(&self) -> &'static str {
-        f32::NAME
+    fn id(&self) -> FormatId {
+        ID
     }
 
     fn stored_bytes(&self, n: usize, k: usize) -> usize {

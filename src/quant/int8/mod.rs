@@ -14,17 +14,22 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
 
-use super::{CpuMatrix, Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored, take_f32_part, take_part};
+use super::{
+    CpuMatrix, Format, FormatEntry, FormatId, FormatOptions, HalfMatrix, Part, Stored, take_f32_part, take_part,
+};
 use crate::kernels::isa::Isa;
 
-pub const ENTRY: FormatEntry = FormatEntry {
-    name: NAME,
-    aliases: &["8bit", "llm.int8"],
-    doc: "LLM.int8: 8-bit weights and activations, outlier columns in floating point",
-    new: |options: FormatOptions| Box::new(Int8 { threshold: options.int8_threshold }),
-};
+pub const ID: FormatId = FormatId::of(&ENTRY);
 
-const NAME: &str = "int8";
+static ENTRY: FormatEntry = FormatEntry {
+    aliases: &["8bit", "llm.int8"],
+    finds_outliers: true,
+    ..FormatEntry::plain(
+        "int8",
+        "LLM.int8: 8-bit weights and activations, outlier columns in floating point",
+        |options: FormatOptions| Box::new(Int8 { threshold: options.int8_threshold }),
+    )
+};
 
 /// What a product of codes is worth under absmax 1, as bitsandbytes' CPU code has it: 1 / 127² with a digit missing, 1.8e-5
 /// too large. Its CUDA kernels have the correct 6.200012e-5, and so has the CUDA path here: the difference is enough to move
@@ -41,8 +46,8 @@ struct Int8 {
 }
 
 impl Format for Int8 {
-    fn name(&self) -> &'static str {
-        NAME
+    fn id(&self) -> FormatId {
+        ID
     }
 
     fn stored_bytes(&self, n: usize, k: usize) -> usize {

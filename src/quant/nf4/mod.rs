@@ -14,27 +14,32 @@ use half::f16;
 use safetensors::Dtype;
 
 use self::nested::NestedAbsmax;
-use super::{CpuMatrix, Format, FormatEntry, FormatOptions, HalfMatrix, Part, Stored, take_f32_part, take_part};
+use super::{
+    CpuMatrix, Format, FormatEntry, FormatId, FormatOptions, HalfMatrix, Part, Stored, take_f32_part, take_part,
+};
 use crate::kernels::isa::Isa;
 
 pub use codes::{BLOCK, CODES};
 
-pub const ENTRY: FormatEntry = FormatEntry {
-    name: NAME,
+pub const ID: FormatId = FormatId::of(&ENTRY);
+pub const NO_DOUBLE_QUANT: FormatId = FormatId::of(&ENTRY_NO_DOUBLE_QUANT);
+
+static ENTRY: FormatEntry = FormatEntry {
     aliases: &["4bit"],
-    doc: "4-bit NormalFloat in blocks of 64, absmax double-quantized: bitsandbytes' NF4 (QLoRA)",
-    new: |_: FormatOptions| Box::new(Nf4 { absmax: AbsmaxKind::Nested }),
+    without_double_quant: Some(NO_DOUBLE_QUANT),
+    ..FormatEntry::plain(
+        "nf4",
+        "4-bit NormalFloat in blocks of 64, absmax double-quantized: bitsandbytes' NF4 (QLoRA)",
+        |_: FormatOptions| Box::new(Nf4 { absmax: AbsmaxKind::Nested }),
+    )
 };
 
-pub const ENTRY_NO_DOUBLE_QUANT: FormatEntry = FormatEntry {
-    name: NAME_NO_DOUBLE_QUANT,
-    aliases: &[],
-    doc: "NF4 with fp32 absmax, without double quantization",
-    new: |_: FormatOptions| Box::new(Nf4 { absmax: AbsmaxKind::Plain }),
+static ENTRY_NO_DOUBLE_QUANT: FormatEntry = FormatEntry {
+    is_variant: true,
+    ..FormatEntry::plain("nf4-nodq", "NF4 with fp32 absmax, without double quantization", |_: FormatOptions| {
+        Box::new(Nf4 { absmax: AbsmaxKind::Plain })
+    })
 };
-
-const NAME: &str = "nf4";
-const NAME_NO_DOUBLE_QUANT: &str = "nf4-nodq";
 
 /// How blocks' absmax values are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,16 +48,22 @@ enum AbsmaxKind {
     Nested,
 }
 
+impl AbsmaxKind {
+    fn format(self) -> FormatId {
+        match self {
+            AbsmaxKind::Plain => NO_DOUBLE_QUANT,
+            AbsmaxKind::Nested => ID,
+        }
+    }
+}
+
 struct Nf4 {
     absmax: AbsmaxKind,
 }
 
 impl Format for Nf4 {
-    fn name(&self) -> &'static str {
-        match self.absmax {
-            AbsmaxKind::Plain => NAME_NO_DOUBLE_QUANT,
-            AbsmaxKind::Nested => NAME,
-        }
+    fn id(&self) -> FormatId {
+        self.absmax.format()
     }
 
     fn stored_bytes(&self, n: usize, k: usize) -> usize {

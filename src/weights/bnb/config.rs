@@ -5,12 +5,12 @@ use serde_json::{Value, json};
 
 use super::held::SECTIONS;
 use crate::error::BadInput;
+use crate::quant::{FormatId, int8, nf4};
 
 /// What config.json says about weights that were quantized before they were saved.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PreQuantized {
-    /// A name of [`crate::quant::FORMATS`].
-    pub precision: &'static str,
+    pub precision: FormatId,
     /// LLM.int8's threshold.
     pub int8_threshold: f32,
     /// Modules that were left alone on purpose: parts of their names.
@@ -33,7 +33,7 @@ impl PreQuantized {
         let skipped: Vec<String> = skipped.filter_map(Value::as_str).map(str::to_owned).collect();
         let of = |precision| Ok(Some(Self { precision, int8_threshold: threshold as f32, skipped: skipped.clone() }));
         match (int8, four_bit) {
-            (true, false) => return of("int8"),
+            (true, false) => return of(int8::ID),
             (false, true) => {}
             _ => {
                 return Err(
@@ -50,7 +50,7 @@ impl PreQuantized {
         if storage != "uint8" {
             return Err(unknown("bnb_4bit_quant_storage", storage, "uint8").into());
         }
-        of(if flag("bnb_4bit_use_double_quant") { "nf4" } else { "nf4-nodq" })
+        of(if flag("bnb_4bit_use_double_quant") { nf4::ID } else { nf4::NO_DOUBLE_QUANT })
     }
 
     /// The method that config.json names, `None` where it tells of no quantization.
@@ -108,8 +108,8 @@ fn unknown(key: &str, seen: &str, allowed: &str) -> BadInput {
 }
 
 /// The section that transformers writes beside weights of this precision; `None` where it has none.
-pub fn section(precision: &str, int8_threshold: f32) -> Option<Value> {
-    let (four_bit, double_quant) = match precision {
+pub fn section(precision: FormatId, int8_threshold: f32) -> Option<Value> {
+    let (four_bit, double_quant) = match precision.name {
         "int8" => (false, false),
         "nf4" => (true, true),
         "nf4-nodq" => (true, false),
@@ -143,9 +143,9 @@ mod tests {
     fn sections_come_back_as_their_precision() {
         let mut sections = 0;
         for entry in FORMATS {
-            let Some(section) = section(entry.name, 6.0) else { continue };
+            let Some(section) = section(*entry, 6.0) else { continue };
             let found = PreQuantized::of(&json!({ "quantization_config": section })).unwrap();
-            assert_eq!(found, Some(PreQuantized { precision: entry.name, int8_threshold: 6.0, skipped: Vec::new() }));
+            assert_eq!(found, Some(PreQuantized { precision: *entry, int8_threshold: 6.0, skipped: Vec::new() }));
             sections += 1;
         }
         assert_eq!(sections, 3);

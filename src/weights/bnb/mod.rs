@@ -13,7 +13,7 @@ use safetensors::Dtype;
 use self::state::QuantState;
 use super::spec::{MatrixSpec, Role};
 use crate::error::BadInput;
-use crate::quant::{Part, nf4};
+use crate::quant::{FormatId, Part, nf4};
 
 pub use config::PreQuantized;
 
@@ -47,7 +47,7 @@ pub fn may_be_quantized(role: Role) -> bool {
 }
 
 /// Fails with [`BadInput`] unless all tensors of a matrix that is stored quantized are there, in the shapes of `spec`.
-pub fn check(spec: &MatrixSpec, precision: &str, tensors: &dyn Lookup) -> Result<()> {
+pub fn check(spec: &MatrixSpec, precision: FormatId, tensors: &dyn Lookup) -> Result<()> {
     for Wanted { name, dtype, len } in wanted(spec, precision) {
         let found = tensors.shape_of(&name);
         let fits = found
@@ -73,12 +73,12 @@ struct Wanted {
     len: Option<usize>,
 }
 
-fn wanted(spec: &MatrixSpec, precision: &str) -> Vec<Wanted> {
+fn wanted(spec: &MatrixSpec, precision: FormatId) -> Vec<Wanted> {
     let values = spec.n * spec.k;
     let blocks = values.div_ceil(nf4::BLOCK);
     let one = |suffix: &str, dtype, len: usize| Wanted { name: name_of(&spec.name, suffix), dtype, len: Some(len) };
     let text = Wanted { name: name_of(&spec.name, QUANT_STATE), dtype: Dtype::U8, len: None };
-    match precision {
+    match precision.name {
         "int8" => vec![one("", Dtype::I8, values), one("SCB", Dtype::F32, spec.n)],
         "nf4-nodq" => vec![
             one("", Dtype::U8, values.div_ceil(2)),

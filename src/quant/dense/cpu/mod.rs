@@ -13,16 +13,16 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::{DenseStored, Name};
+use super::{DenseFormat, DenseStored};
 use crate::kernels::cpu::pages::{Pages, PlainBits};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, checked, strips, write_strip};
-use crate::quant::{CpuMatrix, Prepared, Stored};
+use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
 
 /// A floating-point type that matrices are made of.
-pub trait Value: Name + PlainBits + Send + Sync + std::fmt::Debug + PartialEq + 'static {
+pub trait Value: DenseFormat + PlainBits + Send + Sync + std::fmt::Debug + PartialEq + 'static {
     fn little_endian(self) -> impl Iterator<Item = u8>;
 
     /// From as many bytes as a value has.
@@ -193,8 +193,8 @@ impl<T: Value> PanelSource for DenseMatrix<T> {
 }
 
 impl<T: Value> CpuMatrix for DenseMatrix<T> {
-    fn format(&self) -> &'static str {
-        T::NAME
+    fn format(&self) -> FormatId {
+        T::ID
     }
 
     fn shape(&self) -> (usize, usize) {

@@ -10,13 +10,13 @@ mod avx512;
 
 use std::ops::Range;
 
-use super::{CODE_UNIT, Int8Stored, NAME, PRODUCT_UNIT};
+use super::{CODE_UNIT, ID, Int8Stored, PRODUCT_UNIT};
 use crate::kernels::cpu::pages::{Pages, bytes_of};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, checked, strips, write_strip};
-use crate::quant::{CpuMatrix, Prepared, Stored};
+use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
 
 pub use activations::encode_row;
 
@@ -206,8 +206,8 @@ impl PanelSource for OutlierColumns<'_> {
 }
 
 impl CpuMatrix for Int8Matrix {
-    fn format(&self) -> &'static str {
-        NAME
+    fn format(&self) -> FormatId {
+        ID
     }
 
     fn shape(&self) -> (usize, usize) {

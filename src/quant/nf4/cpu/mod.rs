@@ -15,13 +15,13 @@ use half::slice::HalfFloatSliceExt;
 
 use self::absmax::{Lanes, NestedStrip, PackedAbsmax, PlainStrip, RowBlocks, StripAbsmax};
 use super::codes::{encode_block, encode_short_block};
-use super::{AbsmaxKind, BLOCK, CODES, NAME, NAME_NO_DOUBLE_QUANT, Nf4Stored};
+use super::{AbsmaxKind, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cpu::pages::{Pages, prefer_huge_pages};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PANEL_COLUMNS, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, StripSums, checked, grown, strips, write_strip};
-use crate::quant::{CpuMatrix, Prepared, Stored};
+use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
 
 /// Codes of one row in a lane of 32 bits. Their nibbles keep the stored order: column `j` of the eight is at bit
 /// `4 · (j ^ 1)`.
@@ -218,11 +218,8 @@ impl PanelSource for Nf4Matrix {
 }
 
 impl CpuMatrix for Nf4Matrix {
-    fn format(&self) -> &'static str {
-        match self.kind {
-            AbsmaxKind::Plain => NAME_NO_DOUBLE_QUANT,
-            AbsmaxKind::Nested => NAME,
-        }
+    fn format(&self) -> FormatId {
+        self.kind.format()
     }
 
     fn shape(&self) -> (usize, usize) {
