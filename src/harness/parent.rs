@@ -24,7 +24,7 @@ use crate::engine::needs::Needs;
 use crate::engine::{self, Engine};
 use crate::error::BadInput;
 use crate::events::{Collector, Event, Listener, Silent, Unit};
-use crate::kernels::cpu::bandwidth;
+use crate::kernels::cpu::bandwidth::WorkingSet;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
@@ -266,9 +266,10 @@ impl Plan {
     fn cpu_bandwidth(&self, events: &dyn Listener) -> MeasuredBandwidth {
         let (isa, pool) = (Isa::detect(), Pool::new(self.share.threads));
         let _pinned = pool.pin_caller();
-        let read_gb_s = bandwidth::read_gb_s(isa, &pool).ok();
+        let Ok(mut memory) = WorkingSet::new(&pool) else { return MeasuredBandwidth::default() };
+        let read_gb_s = Some(memory.read_gb_s(isa, &pool));
         events.on(Event::Progress { done: 1 });
-        MeasuredBandwidth { read_gb_s, copy_gb_s: bandwidth::copy_gb_s(isa, &pool).ok() }
+        MeasuredBandwidth { read_gb_s, copy_gb_s: Some(memory.copy_gb_s(isa, &pool)) }
     }
 
     fn outcomes(

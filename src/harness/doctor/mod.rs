@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use super::environment::Machine;
 use super::memory::ProcessMemory;
 use crate::error::BadInput;
-use crate::kernels::cpu::bandwidth;
+use crate::kernels::cpu::bandwidth::WorkingSet;
 use crate::kernels::cpu::libraries::can_open;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
@@ -40,8 +40,10 @@ pub fn examine() -> Examination {
     };
     let pool = Pool::new(threads);
     let _pinned = pool.pin_caller();
-    examination.memory.read_gb_s = bandwidth::read_gb_s(isa, &pool).ok();
-    examination.memory.copy_gb_s = bandwidth::copy_gb_s(isa, &pool).ok();
+    if let Ok(mut memory) = WorkingSet::new(&pool) {
+        examination.memory.read_gb_s = Some(memory.read_gb_s(isa, &pool));
+        examination.memory.copy_gb_s = Some(memory.copy_gb_s(isa, &pool));
+    }
     examination.findings = findings(&examination, problem);
     // `name: what; advice`
     examination.findings.extend(system.machine.warnings().iter().map(|warning| {
