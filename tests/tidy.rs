@@ -12,7 +12,7 @@ const LAYERS: &[&str] = &[
 ];
 
 /// Every layer may import these; they import each other and `error`.
-const LEAVES: &[&str] = &["report", "record", "stats", "events"];
+const LEAVES: &[&str] = &["report", "record", "stats", "rng", "events"];
 
 const MAX_LINES: usize = 700;
 

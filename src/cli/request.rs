@@ -316,7 +316,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::cli::Cli;
+    use crate::cli::{Cli, Command};
 
     fn request(line: &str) -> Result<Request> {
         let words = std::iter::once("quantbench").chain(line.split_whitespace());
@@ -360,7 +360,22 @@ mod tests {
         assert_eq!(request("--prompt hi").unwrap().cases[0].prompt, PromptChoice::Text("hi".into()));
         assert_eq!(request("").unwrap().cases[0].prompt, PromptChoice::Default);
         assert_eq!(request("--device cpu").unwrap().cases[0].device, DeviceChoice::Cpu);
-        assert_eq!(request("run --threads 3").is_ok(), request("--threads 3").is_ok());
+    }
+
+    #[test]
+    fn run_may_be_left_out() {
+        let Ok(Cli { command: Some(Command::Run(args)), .. }) =
+            Cli::try_parse_from(["quantbench", "run", "--threads", "3", "--precision", "nf4"])
+        else {
+            panic!("`run` is a command");
+        };
+        let typed = Request::new(&args, "a command".to_owned()).unwrap().cases;
+        let left_out = Request::new(
+            &Cli::try_parse_from(["quantbench", "--threads", "3", "--precision", "nf4"]).unwrap().run,
+            "a command".to_owned(),
+        );
+        assert_eq!((typed[0].threads, typed[0].precisions.len()), (3, 1));
+        assert_eq!(typed, left_out.unwrap().cases);
     }
 
     #[test]

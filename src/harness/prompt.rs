@@ -6,7 +6,7 @@ use super::measure::{Encode, Task, Wait};
 use super::{Case, Method, PromptChoice, Protocol};
 use crate::error::BadInput;
 use crate::plan::{EncoderInputKind, Model};
-use crate::stats::SplitMix64;
+use crate::rng::SplitMix64;
 use crate::weights::Checkpoint;
 use crate::weights::tokenizer::{ChatTemplate, Message};
 

@@ -243,27 +243,37 @@ mod tests {
     }
 
     #[test]
-    fn every_event_is_taken_at_any_time() {
-        for shown in [Shown::Nothing, Shown::Lines, Shown::Bar] {
-            let progress = Progress::of(shown);
-            let begin = Event::Begin { label: "runs".into(), total: 0, unit: Unit::Runs };
-            let warning = Event::Warning { name: "hot".into(), message: "too hot".into() };
-            let (expect, status) = (Event::Expect { total: 2 }, Event::Status { text: "x".into() });
-            for event in [
-                Event::End,
-                expect.clone(),
-                status.clone(),
-                Event::Progress { done: 3 },
-                begin.clone(),
-                begin,
-                expect,
-                status,
-                warning,
-                Event::End,
-                Event::End,
-            ] {
-                progress.on(event);
-            }
-        }
+    fn events_move_the_phase_in_whatever_order_they_come() {
+        let progress = Progress::of(Shown::Lines);
+        let seen = || {
+            let phase = locked(&progress.phase);
+            (phase.label.clone(), phase.done, phase.total)
+        };
+        let begin = |total| progress.on(Event::Begin { label: "runs".into(), total, unit: Unit::Runs });
+        // Before anything has begun.
+        progress.on(Event::End);
+        progress.on(Event::Progress { done: 3 });
+        begin(8);
+        assert_eq!(seen(), ("runs".to_owned(), 0, 8));
+        progress.on(Event::Progress { done: 5 });
+        progress.on(Event::Expect { total: 12 });
+        progress.on(Event::Status { text: "fp16 71.7 tokens/s".into() });
+        progress.on(Event::Warning { name: "hot".into(), message: "too hot".into() });
+        assert_eq!(
+            (seen(), locked(&progress.phase).status.as_str()),
+            (("runs".to_owned(), 5, 12), "fp16 71.7 tokens/s")
+        );
+        begin(0);
+        assert_eq!((seen(), locked(&progress.phase).status.as_str()), (("runs".to_owned(), 0, 0), ""));
+        progress.on(Event::End);
+        progress.on(Event::End);
+        assert_eq!(seen().0, "", "no line between phases");
+    }
+
+    #[test]
+    fn a_quiet_run_has_neither_bar_nor_lines() {
+        let progress = Progress::of(Shown::Nothing);
+        progress.on(Event::Begin { label: "runs".into(), total: 8, unit: Unit::Runs });
+        assert!(progress.lines.is_none() && locked(&progress.phase).bar.length().is_none());
     }
 }

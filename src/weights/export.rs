@@ -85,13 +85,9 @@ pub fn export(
     Ok(Exported { bytes, fp16_overflow: writer.fp16_overflow })
 }
 
-/// Whether there is a form in which bitsandbytes saves this precision.
-pub fn is_written(precision: FormatId) -> bool {
-    config::section(precision, FormatOptions::default().int8_threshold).is_some()
-}
-
 fn no_such_form(precision: FormatId) -> BadInput {
-    BadInput::new(format!("bitsandbytes saves no `{precision}`: `export` writes int8, nf4 and nf4-nodq"))
+    let written: Vec<&str> = bnb::forms().map(|(format, _)| format.name).collect();
+    BadInput::new(format!("bitsandbytes saves no `{precision}`: `export` writes {}", written.join(", ")))
         .hint("name one of them with `--precision`")
 }
 
@@ -210,7 +206,8 @@ impl Writer<'_> {
                 self.fp16_overflow += self.source.read_rows(name, 0..n, &mut data)?;
                 let stored = self.formats.asked().quantize(HalfMatrix { n, k, data });
                 let stored = stored.with_context(|| format!("quantizing `{name}`"))?;
-                bnb::tensors(name, (n, k), stored.parts())?.into_iter().try_for_each(|tensor| self.spool.put(tensor))
+                let tensors = bnb::tensors(name, (n, k), self.formats.precision(), stored.parts())?;
+                tensors.into_iter().try_for_each(|tensor| self.spool.put(tensor))
             }
         }
     }

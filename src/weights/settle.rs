@@ -115,18 +115,18 @@ fn settle_quantization(
         return Ok(None);
     }
     let Some(mut said) = PreQuantized::of(config)? else { return Ok(None) };
-    let kinds = held.precisions();
-    match kinds.as_slice() {
+    let names = held.names();
+    match held.only() {
         // A weight that nothing belongs to: the check of its model names what is missing.
-        [] => {}
-        [one] if *one == said.precision.name => {}
-        [one @ ("nf4" | "nf4-nodq")] if said.precision.name.starts_with("nf4") => {
+        _ if names.is_empty() => {}
+        Some(one) if one == said.precision => {}
+        Some(one) if has_same_codes(one, said.precision) => {
             let message = format!("config.json says `{}`, the weights are held in `{one}`", said.precision);
             warn("quantization_config_disagrees", message);
-            said.precision = FormatId::named(one).unwrap_or(said.precision);
+            said.precision = one;
         }
-        several => {
-            let several: Vec<String> = several.iter().map(|kind| format!("`{kind}`")).collect();
+        _ => {
+            let several: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
             return Err(BadInput::new(format!(
                 "config.json's quantization_config says `{}`, but the checkpoint holds weights in {}",
                 said.precision,
@@ -137,4 +137,9 @@ fn settle_quantization(
         }
     }
     Ok(Some(said))
+}
+
+/// Whether both formats differ in double quantization at most.
+fn has_same_codes(a: FormatId, b: FormatId) -> bool {
+    a.saved.zip(b.saved).is_some_and(|(a, b)| a.config().quant_type() == b.config().quant_type())
 }

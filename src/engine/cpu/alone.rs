@@ -11,13 +11,13 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use bytemuck::cast_slice;
 
 use super::run::Call;
 use super::schedule::Step;
 use super::{CpuSession, Memory, Weights};
 use crate::engine::Alone;
 use crate::kernels::cpu::bandwidth::read_through;
-use crate::kernels::cpu::pages::bytes_of;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::topology::core_cache_bytes;
@@ -194,12 +194,12 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
                         let matrix = &weights.matrices[part.weight.0];
                         let rows = worker.share(matrix.shape().0, weights.granule);
                         matrix.memory_of(rows.clone(), &mut piece);
-                        part.bias.iter().for_each(|bias| piece(bytes_of(&weights.vectors[bias.0][rows.clone()])));
+                        part.bias.iter().for_each(|bias| piece(cast_slice(&weights.vectors[bias.0][rows.clone()])));
                     }
                 }
                 Step::Norm(NormSpec { norm, x: _, out: _ }) => {
                     let own = norm.vectors().filter(|_| worker.index() == 0);
-                    own.for_each(|vector| piece(bytes_of(&weights.vectors[vector.0])));
+                    own.for_each(|vector| piece(cast_slice(&weights.vectors[vector.0])));
                 }
                 Step::Attend(attend) => read_cache(attend.cache, weights, memory, call, worker, &mut piece),
                 Step::Embed(_) | Step::Patches(_) | Step::AddRows(_) | Step::Features(_) | Step::LastRow(_) => {}
@@ -227,7 +227,7 @@ fn read_cache(
     for head in 0..spec.kv_heads {
         let of_head = |position: usize| (head * capacity + position) * spec.head_dim;
         for region in [2 * cache.0, 2 * cache.0 + 1] {
-            piece(bytes_of(&memory.caches.region(region)[of_head(positions.start)..of_head(positions.end)]));
+            piece(cast_slice(&memory.caches.region(region)[of_head(positions.start)..of_head(positions.end)]));
         }
     }
 }
