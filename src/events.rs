@@ -20,6 +20,8 @@ pub enum Event {
     Warning { name: String, message: String },
     /// What the reader may want to do otherwise; no record keeps it.
     Hint { message: String },
+    /// What happens next, for people; no record keeps it.
+    Note { message: String },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

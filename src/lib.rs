@@ -17,6 +17,9 @@ pub mod suite;
 
 pub mod harness;
 
+pub mod ipc;
+pub mod protocol;
+
 pub mod quality;
 
 pub mod engine;
@@ -33,6 +36,8 @@ pub mod weights;
 pub mod quant;
 
 pub mod kernels;
+
+pub mod os;
 
 pub mod error;
 

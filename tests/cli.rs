@@ -320,7 +320,7 @@ fn ways_to_measure_reach_the_record() {
     );
 
     let seed = run("--method seed");
-    assert_eq!((&seed["protocol"]["method"], &seed["protocol"]["n_repeats"]), (&"seed".into(), &1.into()));
+    assert_eq!((&seed["protocol"]["method"], &seed["protocol"]["n_repeats"]), (&"single-cold-run".into(), &1.into()));
     assert_eq!((&seed["protocol"]["n_warmup"], &seed["samples"]["cold_ns"]), (&0.into(), &Value::Null));
     assert!(seed["series"].is_null() && seed["samples"]["launches"].is_null());
 }

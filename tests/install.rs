@@ -114,7 +114,10 @@ fn the_tarball_is_a_prefix() {
     let prefix = folder.path().join("prefix");
     fs::create_dir(&prefix).unwrap();
     let mut tar = Command::new("tar");
-    tar.arg("xzf").arg(folder.path().join("quantbench-0-test.tar.gz")).args(["--strip-components=1", "-C"]).arg(&prefix);
+    tar.arg("xzf")
+        .arg(folder.path().join("quantbench-0-test.tar.gz"))
+        .args(["--strip-components=1", "-C"])
+        .arg(&prefix);
     expect(&tar.output().unwrap(), 0);
     let version = Command::new(prefix.join("bin/quantbench")).arg("--version").env_clear().output().unwrap();
     expect(&version, 0);
@@ -133,7 +136,8 @@ fn the_tarball_is_a_prefix() {
 #[test]
 fn the_stages_of_the_dockerfile_are_there() {
     let text = fs::read_to_string(root().join("Dockerfile")).unwrap();
-    let stages: Vec<&str> = text.lines().filter_map(|line| Some(line.strip_prefix("FROM ")?.split_once(" AS ")?.1)).collect();
+    let stages: Vec<&str> =
+        text.lines().filter_map(|line| Some(line.strip_prefix("FROM ")?.split_once(" AS ")?.1)).collect();
     assert_eq!(stages, ["build", "build-cuda", "cuda", "cpu"]);
     for line in text.lines().filter(|line| line.starts_with("COPY --from=")) {
         let from = line["COPY --from=".len()..].split(' ').next().unwrap();

@@ -11,9 +11,12 @@ use super::{
     DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, QualityArgs,
     RunArgs, TextArgs, WeightsWord,
 };
-use crate::engine::{ENGINES, Engine};
+use crate::engine::{Device, ENGINES, Engine};
 use crate::error::BadInput;
-use crate::harness::{self, Asked, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PromptChoice, Protocol, QualityChoice};
+use crate::harness::{
+    self, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice,
+    QualityChoice,
+};
 use crate::quality::CallPath;
 use crate::quant::{FORMATS, FormatId, FormatOptions};
 use crate::report::{self, Writer};
@@ -89,11 +92,16 @@ impl Request {
 
 /// `case` with each combination of the lengths, the prompt's outermost. Fails where their logits would go to one file.
 fn of_each_length(case: &Case, args: &RunArgs) -> Result<Vec<Case>, BadInput> {
-    let n_gens = positives("--max-new-tokens", &args.max_new_tokens)?;
+    let n_gens = match args.max_new_tokens.as_slice() {
+        [] => vec![harness::DEFAULT_N_GEN],
+        asked => positives("--max-new-tokens", asked)?,
+    };
+    let may_shorten = args.max_new_tokens.is_empty();
     let mut cases = Vec::new();
     for prompt in prompts(&args.prompt)? {
         for &n_gen in &n_gens {
-            let of_depth = |&n_depth: &usize| Case { prompt: prompt.clone(), n_gen, n_depth, ..case.clone() };
+            let of_depth =
+                |&n_depth: &usize| Case { prompt: prompt.clone(), n_gen, n_depth, may_shorten, ..case.clone() };
             cases.extend(args.depth.iter().map(of_depth));
         }
     }
@@ -114,19 +122,20 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
         model: model(model_args, device),
         precisions: precisions(&precision.precision, precision.no_double_quant)?,
         engines: vec![Engine::Quantbench],
-        asked: asked(&precision.precision, precision.no_double_quant),
+        precision_selection: precision_selection(&precision.precision, precision.no_double_quant),
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device,
         cuda_graph: !device_args.no_cuda_graph,
         threads: device_args.threads.map(threads).transpose()?.unwrap_or(0),
         prompt: PromptChoice::Default,
         chat: false,
+        may_shorten: false,
         keep_fp16: precision.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect(),
         image: None,
         n_gen: 1,
         n_depth: 0,
         stop_at_eos: false,
-        protocol: Protocol::default(),
+        protocol: MeasurementProtocol::default(),
         save_logits: None,
         quality: None,
         command,
@@ -186,8 +195,8 @@ fn is_first_look(args: &RunArgs) -> bool {
 fn default_model_id(device: DeviceChoice) -> &'static str {
     // A device that cannot be had is an error elsewhere.
     match harness::device(device) {
-        Ok(DeviceChoice::Cuda(_)) => DEFAULT_CUDA_MODEL_ID,
-        Ok(DeviceChoice::Cpu | DeviceChoice::Auto) | Err(_) => DEFAULT_MODEL_ID,
+        Ok(Device::Cuda(_)) => DEFAULT_CUDA_MODEL_ID,
+        Ok(Device::Cpu) | Err(_) => DEFAULT_MODEL_ID,
     }
 }
 
@@ -225,10 +234,10 @@ fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<FormatId>, 
 }
 
 /// `--no-double-quant` names a precision too.
-fn asked(words: &[String], no_double_quant: bool) -> Asked {
+fn precision_selection(words: &[String], no_double_quant: bool) -> PrecisionSelection {
     match words {
-        [word] if word.trim().eq_ignore_ascii_case("all") && !no_double_quant => Asked::All,
-        _ => Asked::ByName,
+        [word] if word.trim().eq_ignore_ascii_case("all") && !no_double_quant => PrecisionSelection::All,
+        _ => PrecisionSelection::ByName,
     }
 }
 
@@ -252,14 +261,14 @@ fn device(word: &str) -> Result<DeviceChoice, BadInput> {
     }
 }
 
-fn protocol(args: &RunArgs) -> Result<Protocol, BadInput> {
-    let protocol = Protocol {
+fn protocol(args: &RunArgs) -> Result<MeasurementProtocol, BadInput> {
+    let protocol = MeasurementProtocol {
         warmup: args.warmup,
         repeats: args.repeats.map(|n| positive("--repeats", n)).transpose()?,
         min_time_s: not_negative("--min-time", args.min_time)?,
         max_time_s: not_negative("--max-time", args.max_time)?,
         rel_ci: not_negative("--rel-ci", args.rel_ci)?,
-        ..Protocol::default()
+        ..MeasurementProtocol::default()
     };
     if protocol.min_time_s > protocol.max_time_s {
         let (min, max) = (protocol.min_time_s, protocol.max_time_s);

@@ -10,7 +10,7 @@ use super::{Cli, Command, Request, RunArgs};
 use crate::error::BadInput;
 use crate::harness::Case;
 use crate::report;
-use crate::suite::{Key, Kind, Planned, Shard, Task};
+use crate::suite::{Key, Kind, Planned, Shard, SuiteCase};
 
 /// What was typed for a suite.
 #[derive(Debug, Args)]
@@ -100,7 +100,7 @@ pub fn suite_keys() -> Vec<Key> {
 }
 
 /// A planned case through the same door as `quantbench run`. Fails on what that would refuse, and names the file's line.
-pub fn suite_task(planned: Planned) -> Result<Task> {
+pub fn suite_task(planned: Planned) -> Result<SuiteCase> {
     let command = planned.command();
     let refused = |message: &str| BadInput::new(planned.complain(message));
     let cli = Cli::try_parse_from(&command).map_err(|error| refused(&complaint(&error)))?;
@@ -116,7 +116,8 @@ pub fn suite_task(planned: Planned) -> Result<Task> {
         }
     })?;
     match <[Case; 1]>::try_from(request.cases) {
-        Ok([case]) => Ok(Task { planned, case }),
+        // The same work on every machine, so that its records can be merged.
+        Ok([case]) => Ok(SuiteCase { planned, case: Case { may_shorten: false, ..case } }),
         Err(_) => Err(refused("a list of lengths makes several cases").hint("put the lengths into `[matrix]`").into()),
     }
 }

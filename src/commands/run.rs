@@ -10,6 +10,7 @@ use super::{compare, limits};
 use crate::cli::{Against, Judgement, Request, RunArgs};
 use crate::error::BadInput;
 use crate::harness::Case;
+use crate::os::interrupt;
 use crate::record::{Document, Record, SCHEMA_VERSION, Status};
 use crate::report::compare::Comparison;
 use crate::report::{Options, Writer};
@@ -20,6 +21,7 @@ use crate::{harness, report};
 pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let request = Request::new(args, report::shareable_command(std::env::args()))?;
     let against = args.against.request()?;
+    ui::end_on_interrupt();
     let events = Progress::new(request.quiet);
     let document = |records| self::document(&request, records);
     match against {
@@ -53,7 +55,7 @@ pub fn each<T>(cases: &[Case], measure: impl Fn(&Case) -> Result<T>) -> Result<V
         harness::check(case)?;
     }
     let mut measured = Vec::new();
-    for case in cases {
+    for case in cases.iter().take_while(|_| !interrupt::is_requested()) {
         match measure(case) {
             Ok(result) => measured.push(result),
             Err(error) if measured.is_empty() => return Err(error),
@@ -115,7 +117,23 @@ pub fn show(request: &Request, document: &Document) -> Result<ExitCode> {
 fn show_parts(request: &Request, in_file: &Document, on_stdout: &Document) -> Result<ExitCode> {
     both(write_files(request, in_file), print(request, on_stdout))?;
     logits_were_saved(&in_file.records)?;
+    if interrupt::is_requested() {
+        ui::note(&interrupted(&on_stdout.records, request.cases.len()));
+        return Ok(ExitCode::from(ui::INTERRUPTED));
+    }
     Ok(exit_code(&on_stdout.records, request.allow_oom))
+}
+
+/// What is there of a run that the user ended: `interrupted: 4 repeats of each precision are kept`.
+fn interrupted(records: &[Record], n_cases: usize) -> String {
+    let counts: Vec<usize> = records.iter().map(|record| record.samples.end_to_end_ns.len()).collect();
+    let (least, most) = (counts.iter().min().copied().unwrap_or(0), counts.iter().max().copied().unwrap_or(0));
+    let of_cases = if n_cases > 1 { ", of the cases above" } else { "" };
+    match (least, most) {
+        (_, 0) => "interrupted before anything was measured".to_owned(),
+        (least, most) if least == most => format!("interrupted: {least} repeats of each precision are kept{of_cases}"),
+        (least, most) => format!("interrupted: {least} to {most} repeats of each precision are kept{of_cases}"),
+    }
 }
 
 /// Writes every file. Fails, saying where a file is now, if it could not be written where it was asked for.

@@ -235,7 +235,7 @@ pub struct Setup<'a> {
 }
 
 /// A device that exists.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Device {
     Cpu,
     Cuda(usize),

@@ -2,12 +2,14 @@
 //!
 //! Both come from the model's size and the machine's make alone, so that the same command does the same work every time: nothing is measured.
 
-use super::measurement_protocol::MeasurementProtocol;
+use super::case::Case;
+use super::measurement_protocol::{MeasurementProtocol, Method};
+use super::prompt::Workload;
+use super::room::Room;
+use super::stopping::MIN_SPREAD_REPEATS;
 use crate::engine::Device;
 use crate::engine::needs::Needs;
-
-/// Repeats that a run without a count of its own makes at least, however long they take: fewer have no spread.
-pub const ALWAYS_REPEATS: usize = 3;
+use crate::plan::Model;
 
 /// Lengths that are tried where nobody says how many tokens to generate, longest first. The last one has seven steps of decoding.
 const LENGTHS: [usize; 4] = [64, 32, 16, 8];
@@ -50,7 +52,18 @@ pub struct Work<'a> {
     pub threads: usize,
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
+    pub fn new(room: &'a Room, model: &Model, workload: &Workload, threads: usize) -> Self {
+        Self {
+            needs: &room.needs,
+            parameters: model.parameters() as u64,
+            n_prompt: workload.n_prompt + workload.n_image,
+            n_depth: workload.task.depth.len(),
+            device: room.device,
+            threads,
+        }
+    }
+
     /// Seconds of one run of `n_gen` tokens, of each row.
     fn run_s(&self, n_gen: usize) -> Vec<f64> {
         let threads = self.threads.max(1) as f64;
@@ -80,7 +93,7 @@ impl Work<'_> {
         let quickest_s = runs.iter().copied().fold(f64::INFINITY, f64::min);
         let within = |seconds: f64, run_s: f64| (seconds / run_s).ceil() as usize;
         let adaptive = protocol.min_repeats.max(within(protocol.min_time_s, quickest_s));
-        let capped = adaptive.min(within(protocol.max_time_s, slowest_s)).max(ALWAYS_REPEATS);
+        let capped = adaptive.min(within(protocol.max_time_s, slowest_s)).max(MIN_SPREAD_REPEATS);
         let repeats = protocol.repeats.unwrap_or(capped * protocol.launches.max(1));
         let others = protocol.warmup.map_or(OTHER_RUNS, |warmup| warmup + 1) * protocol.launches.max(1);
         let runs_s = (repeats + others) as f64 * runs.iter().sum::<f64>();
@@ -101,6 +114,28 @@ impl Work<'_> {
         };
         (load_s + depth_s) * protocol.launches.max(1) as f64
     }
+}
+
+/// The tokens that a case generates: what was asked for, or as many as let every precision have its repeats soon.
+pub fn n_gen(case: &Case, work: &Work) -> usize {
+    let is_free = case.may_shorten && case.protocol.repeats.is_none() && case.protocol.method == Method::Quantbench;
+    if is_free { work.affordable_n_gen(case.n_gen, &case.protocol) } else { case.n_gen }
+}
+
+/// The tokens that nobody has to ask for.
+pub const DEFAULT_N_GEN: usize = 64;
+
+/// `phi-2 at nf4: 8 + 32 tokens (not 64, so that there are several repeats: \`-n 64\`), about 40 s`.
+pub fn announcement(case: &Case, work: &Work, model_id: &str) -> String {
+    let labels: Vec<String> = case.variants().iter().map(|variant| variant.label()).collect();
+    let shorter = match case.may_shorten && case.n_gen < DEFAULT_N_GEN {
+        true => {
+            format!(" (not {DEFAULT_N_GEN}, so that there are several repeats soon; `-n {DEFAULT_N_GEN}` asks for all)")
+        }
+        false => String::new(),
+    };
+    let lengths = format!("{} prompt + {} new tokens{shorter}", work.n_prompt, case.n_gen);
+    format!("{model_id} at {}: {lengths}, {}", labels.join(", "), about(work.seconds(case.n_gen, &case.protocol)))
 }
 
 /// `about 50 s`, `about 3 minutes`, `about 2.5 hours`: no more digits than are known.

@@ -26,6 +26,10 @@ pub struct DryRun {
     pub order: String,
     /// When the repeats of one precision end.
     pub repeats: String,
+    /// The run may take half or twice as long, without downloads and quality.
+    pub seconds: Option<f64>,
+    /// The same in words.
+    pub takes: String,
     /// Files of the hub; empty for what needs none.
     pub files: Vec<File>,
     /// Of the files that the cache lacks, as far as the hub tells.
@@ -93,9 +97,15 @@ impl DryRun {
             self.model, self.architecture, self.device
         );
         let lengths = format!("{}{bound}; workers {order}: {}", case::workload(&self.workload), self.repeats);
+        let takes = format!("{lengths}\nit takes {}", self.takes);
         let quality =
             self.quality.as_ref().map(|text| plain(&format!("then the quality of each precision over {text}")) + "\n");
-        let head = format!("{}\n{}\n{}", plain(&title), plain(&lengths), quality.unwrap_or_default());
+        let head = format!(
+            "{}\n{}\n{}",
+            plain(&title),
+            takes.lines().map(plain).collect::<Vec<_>>().join("\n"),
+            quality.unwrap_or_default()
+        );
         format!("{head}\n{}\n{}", self.downloads(), self.fit())
     }
 

@@ -9,8 +9,11 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 use clap::ColorChoice;
+use signal_hook::consts::SIGINT;
+use signal_hook::iterator::Signals;
 
 use crate::error;
+use crate::os::interrupt;
 use crate::report::{self, Terminal};
 
 /// What `--color` says.
@@ -61,6 +64,24 @@ pub fn print_measured(text: &str) -> Result<()> {
     }
     printed
 }
+
+/// Lets the first Ctrl-C end the run behind the repeat that runs, and the second one at once.
+pub fn end_on_interrupt() {
+    // Where signals cannot be caught, the first one ends the program.
+    let Ok(mut signals) = Signals::new([SIGINT]) else { return };
+    std::thread::spawn(move || {
+        for (at, _) in signals.forever().enumerate() {
+            if at > 0 {
+                std::process::exit(INTERRUPTED.into());
+            }
+            interrupt::request();
+            note("stopping behind this run: what was measured is kept; Ctrl-C again ends at once");
+        }
+    });
+}
+
+/// The exit code of a run that the user ended, as shells have it.
+pub const INTERRUPTED: u8 = 130;
 
 /// Whether stdout is a terminal: what it shows is read by a person at once.
 pub fn shows_people() -> bool {

@@ -100,8 +100,9 @@ impl Listener for Progress {
         match event {
             // One that no record keeps is shown at once, however quiet the run is.
             Event::Warning { name, message } => self.say(&format!("warning: {name}: {message}")),
-            Event::Hint { .. } if self.shown == Shown::Nothing => {}
+            Event::Hint { .. } | Event::Note { .. } if self.shown == Shown::Nothing => {}
             Event::Hint { message } => self.say(&format!("hint: {message}")),
+            Event::Note { message } => self.say(&message),
             Event::Begin { label, total, unit } => locked(&self.phase).begin(label, total, unit, self.shown),
             Event::Expect { total } => locked(&self.phase).expect(total),
             Event::Progress { done } => locked(&self.phase).progress(done),

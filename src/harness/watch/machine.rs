@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::energy::{Counter, Mark, shortest_window_s};
 use super::{GpuReading, Reading, Watch, Watched};
-use crate::harness::memory::ProcessMemory;
 use crate::kernels::nvml::Gpu;
+use crate::os::interrupt;
+use crate::os::memory::ProcessMemory;
 
 /// Between two readings. One opens a handful of files of some 0.02 ms each, so that even with the clocks of 64 cores it takes about
 /// 1 % of one.
@@ -62,6 +63,10 @@ impl MachineWatch {
 }
 
 impl Watch for MachineWatch {
+    fn is_interrupted(&self) -> bool {
+        interrupt::is_requested()
+    }
+
     fn begin(&mut self, worker: Option<u32>, crew: &[u32]) {
         let Some(mut sensors) = self.sensors.take() else { return };
         let (stop, stopped) = channel::<()>();
@@ -265,7 +270,7 @@ fn number(path: impl AsRef<Path>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::harness::memory::tests::root;
+    use crate::os::testing::root;
 
     #[test]
     fn what_the_machine_shows_is_read() {
