@@ -26,7 +26,14 @@ const OPTIONS: &[(&str, &str)] = &[
 ];
 
 /// Commands that `-h` shows.
-const COMMANDS: &[&str] = &["quality", "suite", "compare", "report", "export", "doctor"];
+const COMMANDS: &[(&str, &str)] = &[
+    ("quality", "Measure quality without speed"),
+    ("suite", "Run many models, precisions and lengths from a TOML file"),
+    ("compare", "Compare two results and fail on a regression"),
+    ("report", "Turn results into a page with charts or another format"),
+    ("export", "Write a quantized checkpoint for transformers"),
+    ("doctor", "Show what this machine has for measuring"),
+];
 
 /// Behind the options.
 const MORE: &str = "\
@@ -37,12 +44,15 @@ Examples:
 
 /// The same commands and options as [`Cli`], with most of them out of sight.
 pub fn command() -> clap::Command {
-    let brief = Cli::command().mut_subcommands(|command| match command.get_name() {
-        "run" => options(command),
-        name if COMMANDS.contains(&name) => command,
-        _ => command.hide(true),
+    let brief = Cli::command().mut_subcommands(|command| {
+        let shown = COMMANDS.iter().find(|(name, _)| *name == command.get_name());
+        match (command.get_name(), shown) {
+            ("run", _) => options(command).hide(true),
+            (_, Some((_, about))) => command.about(*about),
+            _ => command.hide(true),
+        }
     });
-    options(brief).mut_subcommand("run", |command| command.hide(true))
+    options(brief).disable_help_subcommand(true)
 }
 
 fn options(command: clap::Command) -> clap::Command {

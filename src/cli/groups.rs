@@ -45,7 +45,10 @@ pub struct ModelArgs {
 }
 
 fn model_help() -> String {
-    format!("Hub id, local folder or built-in shape [default: {DEFAULT_MODEL_ID}; {DEFAULT_CUDA_MODEL_ID} on a GPU]")
+    format!(
+        "Hub id, local folder or built-in model [default: {DEFAULT_MODEL_ID}; {DEFAULT_CUDA_MODEL_ID} on a GPU and beside a CPU cache that \
+         would hold the small one]"
+    )
 }
 
 /// Which precisions, and how they are set.

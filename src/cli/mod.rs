@@ -36,9 +36,10 @@ use self::groups::{engine_help, engine_names};
 use crate::engine::Engine;
 use crate::harness::MeasurementProtocol;
 
-/// The built-in shape that a run without `--model-id` measures on the CPU.
+/// The built-in model that a run without `--model-id` measures on a CPU.
 pub const DEFAULT_MODEL_ID: &str = "smollm2-135m";
-/// And on a GPU, where a step of the smaller one is over sooner than it can be launched: it would show launches, not precisions.
+/// And on a GPU, where a step of the smaller one is over sooner than it can be launched: it would show launches, not precisions. On a CPU with
+/// a large cache the smaller one would show the cache.
 pub const DEFAULT_CUDA_MODEL_ID: &str = "llama-3.2-1b";
 
 /// Version, commit, features and target of this build, on one line.

@@ -17,6 +17,7 @@ use crate::harness::{
     self, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice,
     QualityChoice,
 };
+use crate::kernels::cpu::topology::{available_memory_bytes, last_level_cache_bytes};
 use crate::quality::CallPath;
 use crate::quant::{FORMATS, FormatId, FormatOptions};
 use crate::report::{self, Writer};
@@ -196,8 +197,21 @@ fn default_model_id(device: DeviceChoice) -> &'static str {
     // A device that cannot be had is an error elsewhere.
     match harness::device(device) {
         Ok(Device::Cuda(_)) => DEFAULT_CUDA_MODEL_ID,
-        Ok(Device::Cpu) | Err(_) => DEFAULT_MODEL_ID,
+        Ok(Device::Cpu) | Err(_) => default_cpu_model_id(last_level_cache_bytes(), available_memory_bytes()),
     }
+}
+
+/// Caches from this size on hold more than half of what a decode step of the small model reads at 4 bits, which is 107 MB.
+const LARGE_CACHE_BYTES: usize = 50 << 20;
+
+/// Three workers of the larger model hold 5 GiB, and one of them loads.
+const ROOM_BYTES: usize = 8 << 30;
+
+/// The small model, but where much of it would never leave the cache and the larger one fits.
+fn default_cpu_model_id(cache_bytes: Option<usize>, free_bytes: Option<usize>) -> &'static str {
+    let has_large_cache = cache_bytes.is_some_and(|bytes| bytes > LARGE_CACHE_BYTES);
+    let has_room = free_bytes.is_some_and(|bytes| bytes >= ROOM_BYTES);
+    if has_large_cache && has_room { DEFAULT_CUDA_MODEL_ID } else { DEFAULT_MODEL_ID }
 }
 
 fn model(args: &ModelArgs, device: DeviceChoice) -> weights::Request {
@@ -411,7 +425,7 @@ mod tests {
     fn the_default_model_on_cuda_is_larger() {
         let on_cuda = |model_id: &'static str| Some(model_id).filter(|_| cfg!(feature = "cuda"));
         for (line, model_id) in [
-            ("--device cpu", Some(DEFAULT_MODEL_ID)),
+            ("--device cpu", Some(default_cpu_model_id(last_level_cache_bytes(), available_memory_bytes()))),
             ("--device cpu --model-id phi-2", Some("phi-2")),
             ("--device cuda:1", on_cuda(DEFAULT_CUDA_MODEL_ID)),
             ("--device cuda --model-id phi-2", on_cuda("phi-2")),
@@ -432,6 +446,20 @@ mod tests {
         }
         let is_built_in = |name: &str| weights::builtin_models().iter().any(|shape| shape.name == name);
         assert!(is_built_in(DEFAULT_MODEL_ID) && is_built_in(DEFAULT_CUDA_MODEL_ID));
+    }
+
+    #[test]
+    fn the_default_model_on_a_cpu_does_not_stay_in_its_cache() {
+        let mib = |n: usize| Some(n << 20);
+        for (cache, free, expected) in [
+            (mib(8), mib(64 << 10), DEFAULT_MODEL_ID),
+            (mib(300), mib(64 << 10), DEFAULT_CUDA_MODEL_ID),
+            (mib(300), mib(4 << 10), DEFAULT_MODEL_ID),
+            (None, mib(64 << 10), DEFAULT_MODEL_ID),
+            (mib(300), None, DEFAULT_MODEL_ID),
+        ] {
+            assert_eq!(default_cpu_model_id(cache, free), expected, "{cache:?} {free:?}");
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Everything of a case before the first worker starts: checks, the opened model, the prompt's ids, memory and bandwidth.
 
+use std::sync::{Mutex, PoisonError};
+
 use anyhow::Result;
 
 use super::bandwidth_cache::{BandwidthCache, DeviceBandwidth};
@@ -40,6 +42,9 @@ pub enum BandwidthSource {
     Measurement,
 }
 
+/// What this process measured, and with how many threads.
+static CPU_BANDWIDTH: Mutex<Option<(usize, MeasuredBandwidth)>> = Mutex::new(None);
+
 /// A checked case and its opened model.
 pub struct PreparedCase {
     opened: Opened,
@@ -62,7 +67,6 @@ impl PreparedCase {
         if let Some(message) = Words::of(&prepared.opened.checkpoint).hint(&case) {
             events.on(Event::Hint { message: message.to_owned() });
         }
-        events.on(Event::Note { message: prepared.announcement(&case) });
         let collected = collector.warnings().into_iter();
         let of_model = collected.map(|(name, message)| Warning::Model { name, message });
         prepared.warnings = chosen.warning.into_iter().chain(of_model).collect();
@@ -110,6 +114,7 @@ impl PreparedCase {
 
     /// What all records of the run share. Measures the memory's bandwidth, or takes it from the cache.
     pub fn context(&self, case: &Case, events: &dyn Listener) -> Result<RunContext> {
+        events.on(Event::Note { message: self.announcement(case) });
         let mut context = self.unmeasured_context(case);
         if context.order == Order::InTurn {
             let (needed_bytes, free_bytes) = (self.room.together_bytes(), self.room.free_bytes.unwrap_or(0));
@@ -204,7 +209,7 @@ impl PreparedCase {
                 // The precisions can do without it, and fail on their own where the device does.
                 measured => Ok(measured.unwrap_or_default()),
             },
-            Device::Cpu => Ok(self.cpu_bandwidth(events)),
+            Device::Cpu => Ok(self.cpu_bandwidth(source, events)),
         };
         events.on(Event::End);
         let measured = measured?;
@@ -216,7 +221,23 @@ impl PreparedCase {
 
     /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers. `None` where the
     /// memory for it cannot be had.
-    fn cpu_bandwidth(&self, events: &dyn Listener) -> MeasuredBandwidth {
+    ///
+    /// Several cases of one run share what the first one measured.
+    fn cpu_bandwidth(&self, source: BandwidthSource, events: &dyn Listener) -> MeasuredBandwidth {
+        let mut known = CPU_BANDWIDTH.lock().unwrap_or_else(PoisonError::into_inner);
+        match *known {
+            Some((threads, measured)) if source == BandwidthSource::Cache && threads == self.assignment.threads => {
+                measured
+            }
+            _ => {
+                let measured = self.measure_cpu_bandwidth(events);
+                *known = Some((self.assignment.threads, measured));
+                measured
+            }
+        }
+    }
+
+    fn measure_cpu_bandwidth(&self, events: &dyn Listener) -> MeasuredBandwidth {
         let (isa, pool) = (Isa::detect(), Pool::new(self.assignment.threads));
         let _pinned = pool.pin_caller();
         let Ok(mut memory) = WorkingSet::new(&pool) else { return MeasuredBandwidth::default() };

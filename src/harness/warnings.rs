@@ -208,16 +208,13 @@ impl fmt::Display for Warning {
             }
             Warning::WideInterval { metric, rel_ci, wanted } => write!(
                 f,
-                "half the 95 % interval of {metric} is {:.1} % of its median, more than the wanted {:.1} % (`--rel-ci`); stop other \
-                 programs or raise `--max-time`",
+                "half the 95 % interval of {metric} is {:.1} % of its median, target {:.1} % (`--rel-ci`); stop other programs or raise \
+                 `--max-time`",
                 100.0 * rel_ci,
                 100.0 * wanted
             ),
             Warning::WarmupNotFlat { n } => {
-                write!(
-                    f,
-                    "the warm-up ended after {n} runs without two in a row within 5 %; set its length with `--warmup`"
-                )
+                write!(f, "warm-up did not stabilise within 5 % after {n} runs; set its length with `--warmup N`")
             }
             Warning::Outliers { n, of } => {
                 write!(f, "latency_s of {n} of {of} repeats is far from its median; something else ran now and then")
@@ -285,8 +282,8 @@ impl fmt::Display for Warning {
             }
             Warning::SlowRead { read_gb_s, theoretical_gb_s } => write!(
                 f,
-                "the memory was read at {read_gb_s:.1} GB/s, {:.0} % of the {theoretical_gb_s:.1} GB/s that it can give; quiet \
-                 the machine and measure again",
+                "the memory was read at {read_gb_s:.1} GB/s, {:.0} % of the {theoretical_gb_s:.1} GB/s that it can give; stop \
+                 other programs and measure again",
                 100.0 * read_gb_s / theoretical_gb_s
             ),
             Warning::NoGpu { problem } => {

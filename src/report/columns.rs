@@ -178,7 +178,9 @@ fn notes(case: &Case, rows: &[Row], compares: bool) -> Vec<String> {
         notes.push(format!("change is that of the median against {}, of the same precision", case.runs[0].label));
     }
     if case.records.iter().any(|record| record.tainted) {
-        notes.push(format!("{TAINTED} something disturbed this measurement: the warnings say what"));
+        notes.push(format!(
+            "{TAINTED} other programs or the state of the machine affected this measurement: see the warnings"
+        ));
     }
     notes
 }

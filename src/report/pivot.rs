@@ -26,7 +26,8 @@ pub fn table(cases: &[Case], terminal: &Terminal) -> Option<String> {
     let has_runs = cases.iter().any(|case| case.runs.len() > 1);
     let head = |record: &Record, run: &str| {
         let (model, device) = (plain(&record.model.id), plain(&record.device.name));
-        let parts = [(models, model), (devices, device), (true, lengths(record)), (has_runs, run.to_owned())];
+        let parts =
+            [(models, model), (devices, device), (true, case::lengths(&record.workload)), (has_runs, run.to_owned())];
         parts.into_iter().filter(|(shown, _)| *shown).map(|(_, text)| text).collect::<Vec<_>>().join(", ")
     };
     let header = std::iter::once("decode tokens/s".to_owned()).chain(names.iter().cloned()).collect();
@@ -42,14 +43,6 @@ pub fn table(cases: &[Case], terminal: &Terminal) -> Option<String> {
     let blocks = grid::fold(&lines, terminal.columns, 1).into_iter();
     let text = blocks.map(|block| block.into_iter().map(painted).collect::<String>()).collect::<Vec<_>>().join("\n");
     Some(text)
-}
-
-/// `8+64` tokens, and `@4096` behind so many in the cache.
-fn lengths(record: &Record) -> String {
-    let workload = &record.workload;
-    let image = if workload.n_image > 0 { format!("{}+", workload.n_image) } else { String::new() };
-    let depth = if workload.n_depth > 0 { format!(" @{}", workload.n_depth) } else { String::new() };
-    format!("{image}{}+{}{depth}", workload.n_prompt, workload.n_gen)
 }
 
 fn differs(cases: &[Case], of: fn(&Record) -> String) -> bool {

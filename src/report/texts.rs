@@ -118,7 +118,7 @@ mod tests {
         let at = |columns| side_by_side(&cases[0], &Terminal { columns, colour: false });
         let wide = at(Some(90));
         let lines: Vec<&str> = wide.lines().collect();
-        assert_eq!(lines[1], "fp16                          int8, from token 3 not as       nf4, as fp16");
+        assert_eq!(lines[1], "fp16                          int8, from token 3 not as     nf4, as fp16");
         assert_eq!(lines[2], "                              fp16");
         assert_eq!(lines[3], "Paris, the capital of         Paris, a city.[31m            Paris, the capital of");
         assert!(wide.lines().all(|line| line.chars().count() <= 90 && !line.contains('\x1b')), "{wide}");

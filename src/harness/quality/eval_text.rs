@@ -25,7 +25,10 @@ pub fn check(checkpoint: &Checkpoint, tokenizer_comes: bool) -> Result<(), BadIn
     let refused =
         |reason: String, hint: &str| Err(BadInput::new(format!("no quality can be measured: {reason}")).hint(hint));
     if checkpoint.source_kind() == SourceKind::Random {
-        return refused("random weights predict nothing".to_owned(), "name a folder or a hub id with `--model-id`");
+        return refused(
+            "quality needs trained weights, and these are random".to_owned(),
+            "name a folder or a hub id with `--model-id`",
+        );
     }
     if let Some(quantized) = &checkpoint.quantized {
         let reason =

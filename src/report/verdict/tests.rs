@@ -3,7 +3,7 @@
 use super::*;
 use crate::record::{Document, Ratio, Summary};
 
-const SCOPE: &str = " (quantbench, this machine, batch 1, these lengths, random weights)";
+const SCOPE: &str = " (batch 1, 8+64 tokens, random weights)";
 
 type Interval = Option<(f64, f64)>;
 
@@ -259,7 +259,7 @@ fn rows_of_another_tool_name_it() {
         (r[0].engine.name, r[0].weights.source) = ("llama.cpp".into(), "local".into());
         (r[0].bandwidth.mbu, r[0].workload.batch_size) = (None, 4);
     });
-    let scope = " (llama.cpp, its machine, batch 4, these lengths, these weights)";
+    let scope = " (llama.cpp, batch 4, 8+64 tokens)";
     assert_eq!(theirs, format!("nf4 decodes 40.0 tokens/s [39.6, 40.4]{scope}"));
 }
 

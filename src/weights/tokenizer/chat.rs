@@ -94,8 +94,12 @@ impl ChatTemplate {
         let variables = context! {
             messages => Value::from(Serde(messages)), add_generation_prompt => true, tools => (), documents => (), ..tokens
         };
-        let mut output = Bounded { text: Vec::new(), most };
-        template.render_captured_to(variables, &mut output).map_err(bad)?;
+        let mut output = Bounded { text: Vec::new(), most, is_exceeded: false };
+        let rendered = template.render_captured_to(variables, &mut output).map(drop);
+        if output.is_exceeded {
+            return Err(bad(Error::new(ErrorKind::InvalidOperation, format!("it writes more than {most} bytes"))));
+        }
+        rendered.map_err(bad)?;
         String::from_utf8(output.text)
             .map_err(|_| BadInput::new("the model's chat template wrote text that is not UTF-8"))
     }
@@ -210,12 +214,14 @@ fn without_generation_tags(source: &str) -> String {
 struct Bounded {
     text: Vec<u8>,
     most: usize,
+    is_exceeded: bool,
 }
 
 impl Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.text.len() + bytes.len() > self.most {
-            return Err(io::Error::other(format!("it writes more than {} bytes", self.most)));
+            self.is_exceeded = true;
+            return Err(io::Error::other("too much"));
         }
         self.text.extend_from_slice(bytes);
         Ok(bytes.len())
