@@ -15,7 +15,9 @@ pub mod fake;
 mod load;
 pub mod memory;
 pub mod needs;
+mod recompute;
 pub mod reference;
+mod routing;
 
 use std::time::Duration;
 
@@ -80,7 +82,7 @@ pub trait Session {
     }
 
     /// The device's memory pool; `None` on the CPU, whose memory the process accounts for.
-    fn pool(&self) -> Option<&dyn memory::Pool> {
+    fn pool(&self) -> Option<&dyn memory::MemoryPool> {
         None
     }
 

@@ -118,7 +118,20 @@ fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
 fn cpu_scratch_bytes(model: &Model, lengths: &Lengths) -> u64 {
     let longest = lengths.calls().map(|(rows, _)| rows).into_iter().max().unwrap_or(0);
     let encoder = model.encoder.as_ref().map_or(0, |encoder| slot_bytes(&encoder.plan, lengths.encoder));
-    slot_bytes(&model.decoder, longest).saturating_add(encoder)
+    slot_bytes(&model.decoder, longest).saturating_add(encoder).saturating_add(mixture_bytes(model, longest))
+}
+
+/// What the CPU engine holds of a mixture of experts in a call of `rows` rows; all layers use the same memory.
+fn mixture_bytes(model: &Model, rows: usize) -> u64 {
+    let of_op = |op: &Op| {
+        let Op::Experts(spec) = op else { return 0 };
+        let Some(down) = spec.experts.first().map(|expert| &model.matrices[expert.down.weight.0]) else { return 0 };
+        // Of each choice what the expert reads, gate, up and their product, and of each row the product of a down and what is
+        // brought together.
+        let choices = product(&[size_of::<f32>(), rows, spec.top_k, 3 * down.k + down.n]);
+        choices.saturating_add(product(&[size_of::<f32>(), 2, rows, down.n]))
+    };
+    model.decoder.ops.iter().map(of_op).max().unwrap_or(0)
 }
 
 /// Buffers of a call of `rows` rows in fp32, those that never live at once in one place.
@@ -219,7 +232,7 @@ impl CudaCall<'_> {
                 Op::Norm(spec) => vec![spec.x],
                 Op::Add(spec) => vec![spec.a, spec.out],
                 Op::Patches(_) | Op::Features(_) | Op::Linear(_) | Op::Append(_) | Op::Attention(_) => Vec::new(),
-                Op::Activation(_) | Op::LastRow(_) | Op::Argmax(_) => Vec::new(),
+                Op::Activation(_) | Op::Experts(_) | Op::LastRow(_) | Op::Argmax(_) => Vec::new(),
             };
             residuals.into_iter().for_each(|buffer| element_bytes[buffer.0] = size_of::<f32>());
         }

@@ -9,7 +9,6 @@ use crate::models;
 use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::Encode;
 use crate::weights::policy::Selection;
-use crate::weights::spec::Role;
 use crate::weights::{self, Checkpoint, Request, Source};
 
 /// A model whose files were found and whose plan was built; no weights are in memory.
@@ -74,7 +73,7 @@ pub fn select(model: &mut Model, checkpoint: &Checkpoint, selection: &Selection)
 
 /// The name of a linear layer, to show how they are spelled.
 fn last_linear(model: &Model) -> &str {
-    let linear = model.matrices.iter().rev().find(|spec| spec.role == Role::Projection);
+    let linear = model.matrices.iter().rev().find(|spec| spec.role.is_quantized());
     linear.map_or("model.layers.0.mlp.down_proj", |spec| spec.name.trim_end_matches(".weight"))
 }
 

@@ -283,6 +283,11 @@ impl PreparedCase {
             revision: self.opened.checkpoint.revision.clone(),
             architecture: self.opened.model.architecture.to_owned(),
             parameters: self.opened.model.parameters() as u64,
+            experts: self
+                .opened
+                .model
+                .experts()
+                .map(|(per_token, total)| record::ExpertFacts { total: total as u64, per_token: per_token as u64 }),
         }
     }
 

@@ -18,9 +18,8 @@ use crate::kernels::cpu::rlimit;
 use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
 use crate::protocol::{self, LoadReport, LoadRequest, WorkerReply, WorkerRequest};
-use crate::quant::fp16;
+use crate::quant;
 use crate::weights::policy::Formats;
-use crate::weights::spec::Role;
 
 /// The hidden subcommand: answers the parent until it closes the pipe. Fails on input that no parent writes.
 pub fn worker_main() -> Result<()> {
@@ -126,11 +125,11 @@ fn load(request: LoadRequest, events: &dyn Listener) -> Result<(State, LoadRepor
 
 /// Stored bytes of the weights by the format that holds them; vectors count as fp16.
 fn weights_by_format(opened: &Opened, formats: &Formats) -> BTreeMap<String, u64> {
-    let mut bytes = BTreeMap::from([(fp16::ID.to_string(), opened.model.vector_bytes() as u64)]);
+    let mut bytes = BTreeMap::from([(quant::BASELINE.to_string(), opened.model.vector_bytes() as u64)]);
     for spec in &opened.model.matrices {
         // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
         let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
-        let left_out = opened.source.is_quantized() && spec.role == Role::Projection && wide;
+        let left_out = opened.source.is_quantized() && spec.role.is_quantized() && wide;
         let format = if left_out { formats.fp16() } else { formats.of(spec.role) };
         *bytes.entry(format.id().to_string()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
     }

@@ -146,6 +146,18 @@ pub struct ModelFacts {
     #[serde(with = "unknown::count")]
     #[schemars(with = "Option<u64>")]
     pub parameters: u64,
+    /// Of a mixture of experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<ExpertFacts>,
+}
+
+/// Experts of each layer that has a mixture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ExpertFacts {
+    /// Experts that there are.
+    pub total: u64,
+    /// Experts that a token is sent through: those whose bytes count as read.
+    pub per_token: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -59,6 +59,7 @@ pub fn export(
     output: &Path,
     events: &dyn Listener,
 ) -> Result<Exported> {
+    check_experts(checkpoint, matrices)?;
     let options = FormatOptions::default();
     let mut section = config::section(precision, options.int8_threshold).ok_or_else(|| no_such_form(precision))?;
     if let Some(names) = left_alone(checkpoint, matrices)? {
@@ -85,6 +86,22 @@ pub fn export(
     Ok(Exported { bytes, fp16_overflow: writer.fp16_overflow })
 }
 
+/// transformers 5 has experts in 3-D parameters, which bitsandbytes does not convert.
+fn check_experts(checkpoint: &Checkpoint, matrices: &[MatrixSpec]) -> Result<(), BadInput> {
+    if checkpoint.config["model_type"] == "gpt_oss" {
+        let message = "`export` writes no gpt-oss: transformers has its experts in 3-D tensors alone";
+        return Err(BadInput::new(message).hint("measure it as it is; its experts are quantized as it loads"));
+    }
+    match matrices.iter().find(|spec| matches!(spec.role, Role::Expert | Role::Router)) {
+        Some(spec) => Err(BadInput::new(format!(
+            "transformers 5 loads no quantized experts and no quantized router, such as `{}`",
+            spec.name
+        ))
+        .hint("`--keep-fp16 experts,router` leaves them in fp16, as transformers does")),
+        None => Ok(()),
+    }
+}
+
 fn no_such_form(precision: FormatId) -> BadInput {
     let written: Vec<&str> = bnb::forms().map(|(format, _)| format.name).collect();
     BadInput::new(format!("bitsandbytes saves no `{precision}`: `export` writes {}", written.join(", ")))
@@ -94,7 +111,8 @@ fn no_such_form(precision: FormatId) -> BadInput {
 /// The layers that transformers must not convert, where there are any besides those that it leaves alone by itself. A list takes the
 /// place of its own, which has the head.
 fn left_alone(checkpoint: &Checkpoint, matrices: &[MatrixSpec]) -> Result<Option<Vec<String>>, BadInput> {
-    let kept = matrices.iter().filter(|spec| spec.role == Role::Kept);
+    // Experts and routers are left alone without being named.
+    let kept = matrices.iter().filter(|spec| spec.role == Role::Kept && spec.others.is_empty());
     let kept: Vec<String> = kept.map(|spec| spec.name.trim_end_matches(".weight").to_owned()).collect();
     if kept.is_empty() {
         return Ok(None);
@@ -197,11 +215,11 @@ impl Writer<'_> {
     }
 
     fn matrix(&mut self, spec: &MatrixSpec) -> Result<()> {
-        let &MatrixSpec { ref name, n, k, role } = spec;
+        let &MatrixSpec { ref name, n, k, role, others: _ } = spec;
         match role {
             Role::Embedding | Role::Head | Role::Patches | Role::Kept => self.half(name, n, k),
             Role::HighPrecision => self.full(name, n, k),
-            Role::Projection => {
+            Role::Projection | Role::Expert | Role::Router => {
                 let mut data = vec![f16::ZERO; n * k];
                 self.fp16_overflow += self.source.read_rows(name, 0..n, &mut data)?;
                 let stored = self.formats.asked().quantize(HalfMatrix { n, k, data });

@@ -13,7 +13,7 @@ use crate::events::{Event, Listener};
 use crate::quant::FormatId;
 
 /// Architectures whose configs mean a tied head where they do not say.
-const TIED_BY_DEFAULT: &[&str] = &["gemma", "paligemma", "t5"];
+const TIED_BY_DEFAULT: &[&str] = &["gemma", "gemma2", "gemma3", "gemma3_text", "mt5", "paligemma", "smollm3", "t5"];
 
 /// Warns of what config.json and `files` disagree on, makes `config` say what the files hold, and gives what they are quantized into.
 /// `files` are `None` where they cannot be read, or not yet. Fails with [`BadInput`] on a quantization that is not read here, and on
@@ -62,7 +62,7 @@ fn settle_head(config: &mut Value, files: &Safetensors, warn: &dyn Fn(&str, Stri
     let says_tied = explicit.unwrap_or(TIED_BY_DEFAULT.contains(&model_type.as_str()));
     let found = Head::of(files);
     let is_own = found.is_own(files)?;
-    let is_t5 = model_type == "t5";
+    let is_t5 = matches!(model_type.as_str(), "t5" | "mt5");
     // transformers 5 saves every T5 as tied, and says apart whether it scales what a tied head reads.
     let scales = config["scale_decoder_outputs"].as_bool();
     let own_is_told = !says_tied || (is_t5 && scales == Some(false));
@@ -85,7 +85,7 @@ fn settle_head(config: &mut Value, files: &Safetensors, warn: &dyn Fn(&str, Stri
     };
     if tied != says_tied {
         config["tie_word_embeddings"] = json!(tied);
-        if is_t5 && scales.is_none() {
+        if model_type == "t5" && scales.is_none() {
             config["scale_decoder_outputs"] = json!(says_tied);
         }
     }

@@ -166,7 +166,13 @@ pub fn facts(case: &Case) -> RunContext {
         engine: record::Engine { name: "quantbench".to_owned(), version: "0".to_owned(), commit: "c".to_owned() },
         command: case.command.clone(),
         timestamp: "2026-01-01T00:00:00Z".to_owned(),
-        model: record::ModelFacts { id: name, revision: None, architecture: "llama".to_owned(), parameters: 9 },
+        model: record::ModelFacts {
+            id: name,
+            revision: None,
+            architecture: "llama".to_owned(),
+            parameters: 9,
+            experts: None,
+        },
         weights,
         device: record::DeviceFacts { kind: "cpu".to_owned(), name: "some CPU".to_owned() },
         workload: record::Workload {

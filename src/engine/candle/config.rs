@@ -6,7 +6,7 @@ use candle_nn::Activation;
 use candle_transformers::models::{gemma, llama, phi, siglip, t5};
 use serde_json::{Value, json};
 
-use super::feed::Rule;
+use super::feed::WeightRule;
 use crate::error::BadInput;
 use crate::models::{Files, RopeKind, RopeSettings};
 use crate::plan::{ActivationKind, CacheScope, CacheShape, EncoderInputKind, Model, Op, Picture, Plan};
@@ -37,17 +37,17 @@ impl Config {
     }
 
     /// The tensors that are not the checkpoint's of the same name.
-    pub fn rules(&self, model: &Model) -> HashMap<String, Rule> {
+    pub fn rules(&self, model: &Model) -> HashMap<String, WeightRule> {
         let mut rules = HashMap::new();
         let Some(head) = model.decoder.head() else { return rules };
         let name = &model.matrices[head.weight.0].name;
         if name != HEAD {
-            rules.insert(HEAD.to_owned(), Rule::SameAs(name.clone()));
+            rules.insert(HEAD.to_owned(), WeightRule::SameAs(name.clone()));
         }
         if let Config::T5 { .. } = self {
             // candle scales a tied head's input by √d where transformers divides; the norm before it carries the right factor.
-            rules.insert("decoder.final_layer_norm.weight".to_owned(), Rule::Scaled(head.scale));
-            rules.insert(format!("{T5_DECODER}.SelfAttention.relative_attention_bias.weight"), Rule::Padded);
+            rules.insert("decoder.final_layer_norm.weight".to_owned(), WeightRule::Scaled(head.scale));
+            rules.insert(format!("{T5_DECODER}.SelfAttention.relative_attention_bias.weight"), WeightRule::Padded);
         }
         rules
     }
@@ -106,7 +106,7 @@ impl Shapes<'_> {
     /// The base where nothing is scaled within the context.
     fn plain_rope(&self) -> Result<f64, BadInput> {
         match self.rope()? {
-            (theta, RopeKind::Default | RopeKind::Dynamic) => Ok(theta),
+            (theta, RopeKind::Default) => Ok(theta),
             (_, kind) => Err(self.no_such_rope(kind)),
         }
     }
@@ -127,7 +127,7 @@ impl Shapes<'_> {
         }
         let (theta, kind) = self.rope()?;
         let rope_scaling = match kind {
-            RopeKind::Default | RopeKind::Dynamic => None,
+            RopeKind::Default => None,
             RopeKind::Llama3 { factor, low_freq_factor, high_freq_factor, original } => Some(llama::Llama3RopeConfig {
                 factor: *factor as f32,
                 low_freq_factor: *low_freq_factor as f32,
@@ -135,7 +135,11 @@ impl Shapes<'_> {
                 original_max_position_embeddings: *original as usize,
                 rope_type: llama::Llama3RopeType::Llama3,
             }),
-            RopeKind::Linear { .. } | RopeKind::Yarn(_) | RopeKind::LongRope { .. } | RopeKind::Proportional { .. } => {
+            RopeKind::Linear { .. }
+            | RopeKind::Dynamic { .. }
+            | RopeKind::Yarn(_)
+            | RopeKind::LongRope { .. }
+            | RopeKind::Proportional { .. } => {
                 return Err(self.no_such_rope(kind));
             }
         };

@@ -13,15 +13,16 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use bytemuck::cast_slice;
 
+use super::experts;
 use super::run::Call;
-use super::schedule::Step;
+use super::schedule::{Attend, Step, product_rows};
 use super::{CpuSession, Memory, Weights};
 use crate::engine::Alone;
 use crate::kernels::cpu::bandwidth::read_through;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::topology::core_cache_bytes;
-use crate::plan::{CacheId, CacheScope, MatrixId, NormSpec, Plan};
+use crate::plan::{CacheId, CacheScope, ExpertMatrix, MatrixId, NormSpec, Plan};
 
 /// Rounds of a real step, a reading pass and a step of arithmetic alone.
 const MIN_ROUNDS: usize = 3;
@@ -39,7 +40,7 @@ const POSITIONS: usize = 64;
 
 /// Which weights a call multiplies by.
 #[derive(Clone, Copy)]
-pub(super) enum Mode<'a> {
+pub(super) enum StepMode<'a> {
     /// Its own.
     Real,
     /// Its own, and what every product gives is kept.
@@ -58,8 +59,12 @@ pub(super) struct Outputs {
 impl Outputs {
     fn new(steps: &[Step], plan: &Plan) -> Self {
         let width = |step: &Step| -> usize {
-            let attended = if let Step::Attend(attend) = step { plan.buffers[attend.out.0].width } else { 0 };
-            attended + parts(step).iter().map(|part| plan.buffers[part.out.0].width).sum::<usize>()
+            let attended = match step {
+                Step::Attend(attend) => plan.buffers[attend.out.0].width,
+                Step::ExpertsOut(spec) => plan.buffers[spec.out.0].width,
+                _ => 0,
+            };
+            attended + parts(step).iter().map(|part| product_rows(part, plan)).sum::<usize>()
         };
         let mut len = 0;
         let mut starts = Vec::with_capacity(steps.len());
@@ -98,9 +103,9 @@ impl StandIns {
         let all = &weights.matrices;
         let alike = |id: MatrixId| (all[id.0].format(), all[id.0].shape());
         let mut firsts: Vec<MatrixId> = Vec::new();
-        for part in steps.iter().flat_map(parts) {
-            if !firsts.iter().any(|first| alike(*first) == alike(part.weight)) {
-                firsts.push(part.weight);
+        for weight in steps.iter().flat_map(multiplied) {
+            if !firsts.iter().any(|first| alike(*first) == alike(weight)) {
+                firsts.push(weight);
             }
         }
         // Half of the cache, since activations and outputs need room as well.
@@ -127,6 +132,14 @@ impl StandIns {
     pub(super) fn of_cache(&self, cache: CacheId, head_dim: usize) -> (CacheId, usize) {
         let positions = POSITION_BYTES / (2 * head_dim * size_of::<f32>()) / POSITIONS * POSITIONS;
         (self.caches[cache.0], positions.max(POSITIONS))
+    }
+}
+
+/// Matrices that a step multiplies by, or may choose.
+fn multiplied(step: &Step) -> Vec<MatrixId> {
+    match step {
+        Step::Route(spec) => experts::matrices(spec).collect(),
+        step => parts(step).iter().map(|part| part.weight).collect(),
     }
 }
 
@@ -157,16 +170,16 @@ impl CpuSession {
         let mut kept = Vec::new();
         kept.try_reserve_exact(outputs.len)?;
         kept.resize(outputs.len, 0.0);
-        let mut step = |mode: Mode, memory: &mut Memory| {
+        let mut step = |mode: StepMode, memory: &mut Memory| {
             let _pinned = pool.pin_caller();
             decoder.run(&steps, weights, pool, memory, Call { mode, ..call });
         };
-        step(Mode::Keeping(&outputs, &SharedSlice::new(&mut kept)), memory);
+        step(StepMode::Keeping(&outputs, &SharedSlice::new(&mut kept)), memory);
         let (mut alone, began) = (Alone::default(), Instant::now());
         while alone.step_ns.len() < MIN_ROUNDS || (alone.step_ns.len() < MAX_ROUNDS && began.elapsed() < BUDGET) {
-            alone.step_ns.push(second_ns(|| step(Mode::Real, memory)));
+            alone.step_ns.push(second_ns(|| step(StepMode::Real, memory)));
             alone.memory_ns.push(second_ns(|| read(&steps, weights, pool, memory, call)));
-            alone.arithmetic_ns.push(second_ns(|| step(Mode::StandingIn(&stand_ins, &outputs, &kept), memory)));
+            alone.arithmetic_ns.push(second_ns(|| step(StepMode::StandingIn(&stand_ins, &outputs, &kept), memory)));
         }
         Ok(alone)
     }
@@ -201,9 +214,23 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
                     let own = norm.vectors().filter(|_| worker.index() == 0);
                     own.for_each(|vector| piece(cast_slice(&weights.vectors[vector.0])));
                 }
-                Step::Attend(attend) => read_cache(attend.cache, weights, memory, call, worker, &mut piece),
+                Step::Attend(attend) => read_cache(attend, weights, memory, call, worker, &mut piece),
+                // As many as a token chooses; which ones makes no difference to the bytes.
+                Step::Route(spec) => {
+                    for expert in spec.experts.iter().take(spec.top_k) {
+                        for ExpertMatrix { weight, bias } in expert.matrices() {
+                            let matrix = &weights.matrices[weight.0];
+                            let rows = worker.share(matrix.shape().0, weights.granule);
+                            matrix.memory_of(rows.clone(), &mut piece);
+                            bias.iter()
+                                .for_each(|bias| piece(bytemuck::cast_slice(&weights.vectors[bias.0][rows.clone()])));
+                        }
+                    }
+                }
+                Step::ExpertsIn(_) | Step::ExpertsBetween(_) | Step::ExpertsOut(_) => {}
                 Step::Embed(_) | Step::Patches(_) | Step::AddRows(_) | Step::Features(_) | Step::LastRow(_) => {}
                 Step::Prepare { .. } | Step::Activate(_) | Step::Add(_) | Step::Append(_) | Step::Argmax(_) => {}
+                Step::NormInPlace { .. } | Step::Cap { .. } => {}
             }
         }
         std::hint::black_box(folded);
@@ -211,19 +238,22 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
 }
 
 fn read_cache(
-    cache: CacheId,
+    attend: &Attend,
     weights: &Weights,
     memory: &Memory,
     call: Call,
     worker: &Worker,
     piece: &mut impl FnMut(&[u8]),
 ) {
+    let cache = attend.cache;
     let spec = weights.model.caches[cache.0];
     let (capacity, seen) = match spec.scope {
         CacheScope::Decoder => (weights.capacity, call.position() + 1),
         CacheScope::Encoder => (weights.encoder_capacity, call.encoded),
     };
-    let positions = worker.share(seen, 1);
+    let hidden = attend.window.map_or(0, |window| seen.saturating_sub(window));
+    let positions = worker.share(seen - hidden, 1);
+    let positions = hidden + positions.start..hidden + positions.end;
     for head in 0..spec.kv_heads {
         let of_head = |position: usize| (head * capacity + position) * spec.head_dim;
         for region in [2 * cache.0, 2 * cache.0 + 1] {
@@ -362,14 +392,14 @@ mod tests {
         let outputs = Outputs::new(&steps, &session.decoder.plan);
         let stand_ins = StandIns::new(&session.weights, &steps, cache_bytes);
         let mut kept = vec![0.0; outputs.len];
-        let mut run = |mode: Mode| {
+        let mut run = |mode: StepMode| {
             taken(log);
             let CpuSession { pool, weights, decoder, memory, .. } = &mut *session;
             let outcome = decoder.run(&steps, weights, pool, memory, Call { mode, ..call });
             (taken(log), session.logits().unwrap(), outcome.outliers.columns as usize)
         };
-        let real = run(Mode::Keeping(&outputs, &SharedSlice::new(&mut kept)));
-        [real, run(Mode::StandingIn(&stand_ins, &outputs, &kept))]
+        let real = run(StepMode::Keeping(&outputs, &SharedSlice::new(&mut kept)));
+        [real, run(StepMode::StandingIn(&stand_ins, &outputs, &kept))]
     }
 
     #[test]

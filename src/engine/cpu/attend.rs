@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::Scratch;
-use super::alone::Mode;
+use super::alone::StepMode;
 use super::run::Runner;
 use super::schedule::Attend;
 use crate::kernels::cpu::attention::{self, Partial};
@@ -57,13 +57,14 @@ impl Runner<'_> {
         for (row, query) in rows.clone().zip(queries.chunks_exact_mut(width)) {
             query.copy_from_slice(self.part(attend.q, row, columns.clone()));
         }
-        let (first, last) = (self.seen(attend, rows.start), self.seen(attend, rows.end - 1));
-        let (keys, values) = self.keys_and_values(attend.cache, head, 0..last);
+        let (first, last) = (self.visible(attend, rows.start), self.visible(attend, rows.end - 1));
+        let (keys, values) = self.keys_and_values(attend.cache, head, first.start..last.end);
+        let context = self.context(attend, head, keys, values);
         if first == last {
-            attention::attend(self.weights.isa, queries, keys, values, d, attend.scale, None, outs, kernel);
+            attention::attend_within(self.weights.isa, queries, &context, None, outs, kernel);
         } else {
-            let context = attention::Context { keys, values, d, scale: attend.scale };
-            attention::attend_rows(self.weights.isa, queries, width / d, &context, first, outs, kernel);
+            let seen = first.end - first.start;
+            attention::attend_rows(self.weights.isa, queries, width / d, &context, seen, outs, kernel);
         }
         for (row, out) in rows.zip(outs.chunks_exact(width)) {
             self.part_mut(attend.out, row, columns.clone()).copy_from_slice(out);
@@ -72,24 +73,26 @@ impl Runner<'_> {
 
     fn attend_row(&self, attend: &Attend, head: usize, row: usize, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
-        let seen = self.seen(attend, row);
+        let visible = self.visible(attend, row);
         let width = self.width(attend.q) / spec.kv_heads;
         let columns = head * width..(head + 1) * width;
         let query = self.part(attend.q, row, columns.clone());
         let out = self.part_mut(attend.out, row, columns);
         // One query head a key/value head wherever there is a bias (T5): its biases lie together.
-        let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position() + row, seen));
+        let bias =
+            attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position() + row, visible.end));
         let scratch = &mut self.scratch(worker).kernel;
-        for (positions, keys, values) in self.windows(attend.cache, head, 0..seen, worker) {
-            let (isa, d, bias) = (self.weights.isa, spec.head_dim, bias.map(|bias| &bias[positions]));
-            attention::attend(isa, query, keys, values, d, attend.scale, bias, out, scratch);
+        for (positions, keys, values) in self.windows(attend.cache, head, visible.clone(), worker) {
+            let context = self.context(attend, head, keys, values);
+            let bias = bias.map(|bias| &bias[positions]);
+            attention::attend_within(self.weights.isa, query, &context, bias, out, scratch);
         }
     }
 
     /// Whether the worker with the most heads would read so much more than its part that sharing positions pays.
     fn splits_positions(&self, attend: &Attend, workers: usize) -> bool {
         let spec = self.weights.model.caches[attend.cache.0];
-        let head_bytes = self.seen(attend, 0) * 2 * spec.head_dim * size_of::<f32>();
+        let head_bytes = self.visible(attend, 0).len() * 2 * spec.head_dim * size_of::<f32>();
         let most = spec.kv_heads.div_ceil(workers) * head_bytes;
         most - spec.kv_heads * head_bytes / workers >= SPARED_BYTES
     }
@@ -99,8 +102,8 @@ impl Runner<'_> {
     fn attend_positions(&self, attend: &Attend, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
         let (heads, d) = (spec.kv_heads, spec.head_dim);
-        let (width, seen) = (self.width(attend.q) / heads, self.seen(attend, 0));
-        let tiles = seen.div_ceil(POSITIONS);
+        let (width, visible) = (self.width(attend.q) / heads, self.visible(attend, 0));
+        let tiles = visible.len().div_ceil(POSITIONS);
         // Heads were appended by one worker each.
         worker.barrier();
         // SAFETY: a worker's own region, until the barrier below.
@@ -114,13 +117,13 @@ impl Runner<'_> {
             if first == end {
                 continue;
             }
-            let positions = first * POSITIONS..(end * POSITIONS).min(seen);
+            let positions = visible.start + first * POSITIONS..(visible.start + end * POSITIONS).min(visible.end);
             let query = self.part(attend.q, 0, head * width..(head + 1) * width);
             // As in `attend_row`.
-            let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position(), seen));
+            let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position(), visible.end));
             let scratch = &mut self.scratch(worker).kernel;
             for (positions, keys, values) in self.windows(attend.cache, head, positions, worker) {
-                let context = attention::Context { keys, values, d, scale: attend.scale };
+                let context = self.context(attend, head, keys, values);
                 let bias = bias.map(|bias| &bias[positions]);
                 attention::attend_part(self.weights.isa, query, &context, bias, out, partials, scratch);
             }
@@ -151,7 +154,35 @@ impl Runner<'_> {
                 attention::merge(isa, out, sums, &outs[columns.clone()], partials, d);
             }
         }
+        let group = queries.len();
+        attention::add_sinks(sums, self.sinks(attend, columns.start / d..columns.start / d + group), 0);
         attention::finish(isa, out, sums, d);
+    }
+
+    /// Keys and values of a key/value head, and what attention makes of them.
+    fn context<'a>(
+        &'a self,
+        attend: &Attend,
+        head: usize,
+        keys: &'a [f32],
+        values: &'a [f32],
+    ) -> attention::Context<'a> {
+        let spec = self.weights.model.caches[attend.cache.0];
+        let group = self.width(attend.q) / spec.kv_heads / spec.head_dim;
+        attention::Context {
+            keys,
+            values,
+            d: spec.head_dim,
+            scale: attend.scale,
+            softcap: attend.softcap,
+            window: attend.window,
+            sinks: self.sinks(attend, head * group..(head + 1) * group),
+        }
+    }
+
+    /// The sinks of some query heads.
+    fn sinks(&self, attend: &Attend, heads: Range<usize>) -> Option<&[f32]> {
+        attend.sinks.map(|vector| &self.weights.vectors[vector.0][heads])
     }
 
     /// Keys and values of a head at `positions`, in one piece. Where others stand in for them, those of as many positions as stay in the
@@ -165,11 +196,11 @@ impl Runner<'_> {
     ) -> impl Iterator<Item = (Range<usize>, &[f32], &[f32])> {
         let spec = self.weights.model.caches[cache.0];
         let (cache, head, start, most) = match self.call.mode {
-            Mode::StandingIn(stand_ins, ..) => {
+            StepMode::StandingIn(stand_ins, ..) => {
                 let (cache, most) = stand_ins.of_cache(cache, spec.head_dim);
                 (cache, worker.share(spec.kv_heads, 1).start.min(spec.kv_heads - 1), 0, most)
             }
-            Mode::Real | Mode::Keeping(..) => (cache, head, positions.start, usize::MAX),
+            StepMode::Real | StepMode::Keeping(..) => (cache, head, positions.start, usize::MAX),
         };
         (0..positions.len()).step_by(most).map(move |done| {
             let len = most.min(positions.len() - done);
@@ -190,6 +221,12 @@ impl Runner<'_> {
     }
 
     /// Positions of the cache that a row sees.
+    fn visible(&self, attend: &Attend, row: usize) -> Range<usize> {
+        let end = self.seen(attend, row);
+        attend.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// Positions of the cache up to the last one that a row sees.
     fn seen(&self, attend: &Attend, row: usize) -> usize {
         if self.weights.model.caches[attend.cache.0].scope == CacheScope::Encoder {
             return self.call.encoded;

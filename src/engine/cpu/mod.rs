@@ -4,6 +4,7 @@
 mod alone;
 mod arena;
 mod attend;
+mod experts;
 mod partials;
 mod run;
 mod schedule;
@@ -12,21 +13,23 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail};
 
-use self::alone::Mode;
+use self::alone::StepMode;
 use self::arena::Arena;
+use self::experts::Mixtures;
 use self::partials::PartSums;
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
-use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
+use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
 use crate::call::{Batch, KvFormat, Supported};
 use crate::events::Listener;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::rope::Angles;
 use crate::kernels::cpu::shared::SharedSlice;
+use crate::kernels::cpu::vector;
 use crate::kernels::isa::Isa;
 use crate::plan::{
-    CacheScope, CacheShape, EncoderInputKind, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage,
+    CacheScope, CacheShape, EncoderInputKind, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Softcap, Storage,
 };
 use crate::quant::{CpuMatrix, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
@@ -86,6 +89,7 @@ struct Memory {
     /// One per worker.
     scratch: Vec<Scratch>,
     parts: PartSums,
+    mixtures: Mixtures,
 }
 
 /// What a worker keeps from call to call, only ever grown.
@@ -137,13 +141,14 @@ pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
     let tensors = stream(setup, events, &finish)?;
     let session = CpuSession::new(setup, isa, pool, tensors.matrices, tensors.vectors)?;
-    Ok(Loaded {
+    let loaded = Loaded {
         session: Box::new(session),
         load: tensors.elapsed,
         quantize: tensors.quantize,
         fp16_overflow: tensors.fp16_overflow,
         isa: isa.name().to_owned(),
-    })
+    };
+    Ok(recompute::wrapped(&setup.model.ropes, loaded))
 }
 
 impl CpuSession {
@@ -175,6 +180,7 @@ impl CpuSession {
                 prepared: Prepared::default(),
                 scratch: (0..setup.threads).map(|_| Scratch::default()).collect(),
                 parts: PartSums::new(&model, setup.threads),
+                mixtures: Mixtures::default(),
             },
             position: 0,
             encoded: 0,
@@ -194,6 +200,19 @@ impl CpuSession {
         })
     }
 
+    /// Angles of the next `rows` positions, where they depend on the length that the sequence will have.
+    fn turn_angles(&mut self, rows: usize) {
+        let Self { weights: Weights { model, angles, capacity, .. }, position, .. } = self;
+        let end = *position + rows;
+        if end > *capacity {
+            return;
+        }
+        for (rope, angles) in model.ropes.iter().zip(angles).filter(|(rope, _)| rope.by_length.is_some()) {
+            let frequencies = rope.frequencies(end);
+            angles.set(*position, (*position..end).flat_map(|position| rope.turns_by(&frequencies, position)));
+        }
+    }
+
     /// Checks that `tokens` fit behind the cache and tells the decoder's call.
     fn decoder_call<'a>(&self, tokens: &'a [u32]) -> Result<Call<'a>> {
         let end = self.position + tokens.len();
@@ -207,12 +226,13 @@ impl CpuSession {
             tokens,
             patches: &[],
             encoded: self.encoded,
-            mode: Mode::Real,
+            mode: StepMode::Real,
         })
     }
 
     /// Runs `tokens` through the decoder in one call and returns the next one.
     fn step(&mut self, tokens: &[u32]) -> Result<u32> {
+        self.turn_angles(tokens.len());
         let call = self.decoder_call(tokens)?;
         let _pinned = self.pool.pin_caller();
         let steps = Arc::clone(&self.decoder.steps);
@@ -230,7 +250,7 @@ impl CpuSession {
         }
         self.weights.check_tokens(tokens)?;
         let Some(encoder) = &mut self.encoder else { bail!("this model has no encoder") };
-        let call = Call { batch: Batch::one(0..rows), tokens, patches, encoded: rows, mode: Mode::Real };
+        let call = Call { batch: Batch::one(0..rows), tokens, patches, encoded: rows, mode: StepMode::Real };
         let _pinned = self.pool.pin_caller();
         let steps = Arc::clone(&encoder.steps);
         encoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);
@@ -317,6 +337,7 @@ impl Session for CpuSession {
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        self.turn_angles(tokens.len());
         let call = self.decoder_call(tokens)?;
         let Some(head) = self.decoder.plan.head() else { bail!("this plan has no head") };
         let steps = Arc::clone(&self.decoder.steps);
@@ -373,6 +394,7 @@ impl CpuSession {
         let matrix = &weights.matrices[head.weight.0];
         let bias = head.bias.map(|bias| weights.vectors[bias.0].as_slice());
         let (n, k) = matrix.shape();
+        let softcap = head.softcap;
         let mut x = decoder.slots.region(decoder.storage.slot_of[head.x.0])[..rows * k].to_vec();
         x.iter_mut().for_each(|value| *value *= head.scale);
         let mut logits = vec![0.0; SCORED_ROWS.min(rows) * n];
@@ -385,6 +407,9 @@ impl CpuSession {
                 let mut scratch = scratch[worker.index()].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 matrix.multiply(&memory.prepared, worker.share(n, weights.granule), bias, &y, &mut scratch);
             });
+            if let Some(Softcap(cap)) = softcap {
+                vector::cap(weights.isa, &mut logits[..x.len() / k * n], cap);
+            }
             logits
                 .chunks_exact(n)
                 .take(x.len() / k)
@@ -394,12 +419,12 @@ impl CpuSession {
     }
 
     fn scratch_bytes(&self) -> usize {
-        let Memory { features, prepared, scratch, parts, .. } = &self.memory;
+        let Memory { features, prepared, scratch, parts, mixtures, caches: _ } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
         let buffers = programs.map(|program| program.slots.len()).sum::<usize>()
             + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity()).sum::<usize>();
         let floats =
             buffers + parts.floats() + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
-        4 * floats + prepared.i8s.capacity()
+        4 * floats + prepared.i8s.capacity() + mixtures.bytes()
     }
 }

@@ -3,10 +3,11 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::alone::{Mode, windows};
+use super::alone::{StepMode, windows};
 use super::arena::SharedArena;
+use super::experts::SharedMixtures;
 use super::partials::SharedParts;
-use super::schedule::{Append, Attend, Step, must_meet};
+use super::schedule::{Append, Attend, Step, must_meet, product_rows};
 use super::{Memory, Program, Scratch, Weights};
 use crate::call::Batch;
 use crate::engine::OutlierColumns;
@@ -14,8 +15,9 @@ use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::{self as kernels, activation, rope, vector};
 use crate::plan::{
-    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, CacheId, CacheScope, EmbedSpec,
-    FeaturesSpec, KeyValue, LastRowSpec, LinearPart, MatrixId, Norm, NormKind, NormSpec, PatchesSpec, Plan, Storage,
+    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, CacheId, CacheScope, Columns,
+    EmbedSpec, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, MatrixId, Norm, NormKind, NormSpec, PatchesSpec, Plan,
+    Storage, VectorId,
 };
 use crate::quant::Prepared;
 
@@ -30,7 +32,7 @@ pub struct Call<'a> {
     pub patches: &'a [f32],
     /// Rows in the encoder's caches once this call has appended.
     pub encoded: usize,
-    pub mode: Mode<'a>,
+    pub mode: StepMode<'a>,
 }
 
 impl Call<'_> {
@@ -56,6 +58,7 @@ pub fn run(
     memory: &mut Memory,
     call: Call,
 ) -> Outcome {
+    memory.mixtures.grow(steps, weights, call.batch.rows());
     let runner = Runner {
         weights,
         plan: &program.plan,
@@ -67,6 +70,7 @@ pub fn run(
         prepared: SharedSlice::new(std::slice::from_mut(&mut memory.prepared)),
         scratch: SharedSlice::new(&mut memory.scratch),
         parts: memory.parts.share(),
+        mixtures: memory.mixtures.share(),
         token: AtomicU32::new(0),
         outlier_columns: AtomicU64::new(0),
         outlier_calls: AtomicU64::new(0),
@@ -107,6 +111,7 @@ pub(super) struct Runner<'a> {
     /// One element per worker.
     scratch: SharedSlice<'a, Scratch>,
     pub(super) parts: SharedParts<'a>,
+    pub(super) mixtures: SharedMixtures<'a>,
     token: AtomicU32,
     outlier_columns: AtomicU64,
     outlier_calls: AtomicU64,
@@ -120,15 +125,27 @@ impl Runner<'_> {
             Step::Embed(spec) => self.embed(*spec, worker),
             Step::AddRows(spec) => self.add_rows(*spec, worker),
             Step::Norm(spec) => self.norm(*spec, worker),
+            Step::NormInPlace { norm, x } => self.norm_in_place(*norm, *x, worker),
             Step::Patches(PatchesSpec { out }) if first => self.whole_mut(*out).copy_from_slice(self.call.patches),
             Step::Features(FeaturesSpec { x }) if first => self.keep_features(*x),
             Step::LastRow(spec) if first => self.last_row(*spec),
             Step::Prepare { x, matrix } if first => self.prepare(*x, *matrix),
-            Step::Argmax(ArgmaxSpec { logits }) if first => {
+            Step::Route(spec) if first => self.route(spec),
+            Step::Argmax(ArgmaxSpec { logits, softcap: _ }) if first => {
                 let token = vector::argmax(self.weights.isa, self.part(*logits, 0, 0..self.width(*logits)));
                 self.token.store(token as u32, Ordering::Relaxed);
             }
-            Step::Patches(_) | Step::Features(_) | Step::LastRow(_) | Step::Prepare { .. } | Step::Argmax(_) => {}
+            Step::Patches(_) | Step::Features(_) | Step::LastRow(_) | Step::Prepare { .. } => {}
+            Step::Route(_) | Step::Argmax(_) => {}
+            Step::ExpertsIn(spec) => self.experts_in(spec, worker),
+            Step::ExpertsBetween(spec) => self.experts_between(spec, worker),
+            Step::ExpertsOut(spec) => self.experts_out(index, spec, worker),
+            Step::Cap { x, cap } => {
+                let columns = worker.share(self.width(*x), self.weights.granule);
+                (0..self.rows(*x)).for_each(|row| {
+                    vector::cap(self.weights.isa, self.part_mut(*x, row, columns.clone()), *cap);
+                });
+            }
             Step::Linear { parts } => self.linears(index, parts, worker),
             Step::Activate(spec) => self.activate(*spec, worker),
             Step::Add(spec) => self.add(*spec, worker),
@@ -149,9 +166,15 @@ impl Runner<'_> {
         self.plan.rows(buffer, self.call.batch)
     }
 
+    /// Where a row of a buffer begins in the slots.
+    fn start(&self, buffer: BufferId, row: usize) -> usize {
+        let Columns { start, stride } = self.storage.columns[buffer.0];
+        self.slots.start(self.storage.slot_of[buffer.0]) + row * stride + start
+    }
+
     /// `columns` of a row, for reading.
     pub(super) fn part(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &[f32] {
-        let start = self.slots.start(self.storage.slot_of[buffer.0]) + row * self.width(buffer);
+        let start = self.start(buffer, row);
         // SAFETY: a step reads what earlier steps wrote; `must_meet` put a barrier where the split changed, and
         // `Plan::storage` gives no two buffers that live at once the same slot.
         unsafe { self.slots.floats.range(start + columns.start..start + columns.end) }
@@ -160,7 +183,7 @@ impl Runner<'_> {
     /// `columns` of a row, for writing by the one worker whose share they are.
     #[allow(clippy::mut_from_ref)]
     pub(super) fn part_mut(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &mut [f32] {
-        let start = self.slots.start(self.storage.slot_of[buffer.0]) + row * self.width(buffer);
+        let start = self.start(buffer, row);
         // SAFETY: the split of the step gives these columns of this row to one worker, and no other buffer that is read
         // in the step shares the slot.
         unsafe { self.slots.floats.range_mut(start + columns.start..start + columns.end) }
@@ -246,6 +269,26 @@ impl Runner<'_> {
         }
     }
 
+    fn norm_in_place(&self, norm: Norm, x: BufferId, worker: &Worker) {
+        for row in self.own_rows(x, worker) {
+            self.normalise(norm, self.row_mut(x, row), worker);
+        }
+    }
+
+    /// `x = norm(x)`
+    fn normalise(&self, Norm { kind, weight, epsilon }: Norm, x: &mut [f32], worker: &Worker) {
+        let Weights { isa, vectors, .. } = self.weights;
+        let own = &mut self.scratch(worker).gathered;
+        own.clear();
+        own.extend_from_slice(x);
+        match kind {
+            NormKind::Rms => kernels::norm::rms(*isa, own, &vectors[weight.0], epsilon, x),
+            NormKind::Layer { bias } => {
+                kernels::norm::layer(*isa, own, &vectors[weight.0], &vectors[bias.0], epsilon, x);
+            }
+        }
+    }
+
     fn last_row(&self, LastRowSpec { x, out, scale }: LastRowSpec) {
         let last = self.part(x, self.rows(x) - 1, 0..self.width(x));
         for (out, value) in self.row_mut(out, 0).iter_mut().zip(last) {
@@ -254,11 +297,16 @@ impl Runner<'_> {
     }
 
     fn prepare(&self, x: BufferId, matrix: MatrixId) {
-        let matrix = &self.weights.matrices[matrix.0];
         // SAFETY: only worker 0 prepares, and the linears that read the last preparation lie behind a barrier.
         let prepared = unsafe { &mut self.prepared.range_mut(0..1)[0] };
+        self.prepare_into(matrix, self.whole(x), self.rows(x), prepared);
+    }
+
+    /// Brings `rows` rows of `x` into the form that the kernel of `matrix` reads, and counts outlier columns.
+    pub(super) fn prepare_into(&self, matrix: MatrixId, x: &[f32], rows: usize, prepared: &mut Prepared) {
+        let matrix = &self.weights.matrices[matrix.0];
         prepared.outlier_columns.clear();
-        matrix.prepare(self.whole(x), self.rows(x), prepared);
+        matrix.prepare(x, rows, prepared);
         if matrix.finds_outliers() {
             self.outlier_calls.fetch_add(1, Ordering::Relaxed);
             self.examined_columns.fetch_add(matrix.shape().1 as u64, Ordering::Relaxed);
@@ -269,26 +317,40 @@ impl Runner<'_> {
     fn linears(&self, index: usize, parts: &[LinearPart], worker: &Worker) {
         let mut before = 0;
         for part in parts {
-            let columns = worker.share(self.width(part.out), self.weights.granule);
+            let n = product_rows(part, self.plan);
+            let columns = worker.share(n, self.weights.granule);
             self.linear(part, columns.clone(), worker);
             self.keep(index, before, part.out, columns);
-            before += self.width(part.out);
+            before += n;
         }
     }
 
     fn linear(&self, part: &LinearPart, columns: Range<usize>, worker: &Worker) {
-        let bias = part.bias.map(|bias| self.weights.vectors[bias.0].as_slice());
         let y = &self.slots.region(self.storage.slot_of[part.out.0]);
         let scratch = &mut self.scratch(worker).kernel;
-        let multiply = |matrix: MatrixId, rows: Range<usize>, scratch: &mut Vec<f32>| {
-            self.weights.matrices[matrix.0].multiply(self.prepared(), rows, bias, y, scratch);
-        };
+        self.multiply(part.weight, self.prepared(), columns, part.bias, y, scratch);
+    }
+
+    /// `rows` of a matrix times what was prepared, or of the one that stands in for it.
+    pub(super) fn multiply(
+        &self,
+        weight: MatrixId,
+        x: &Prepared,
+        rows: Range<usize>,
+        bias: Option<VectorId>,
+        y: &SharedSlice<f32>,
+        scratch: &mut Vec<f32>,
+    ) {
+        let bias = bias.map(|bias| self.weights.vectors[bias.0].as_slice());
         match self.call.mode {
-            Mode::StandingIn(stand_ins, ..) => {
-                let stand_in = stand_ins.of_matrix(part.weight);
-                windows(columns, stand_in.rows).for_each(|rows| multiply(stand_in.matrix, rows, scratch));
+            StepMode::StandingIn(stand_ins, ..) => {
+                let stand_in = stand_ins.of_matrix(weight);
+                let matrix = &self.weights.matrices[stand_in.matrix.0];
+                windows(rows, stand_in.rows).for_each(|rows| matrix.multiply(x, rows, bias, y, scratch));
             }
-            Mode::Real | Mode::Keeping(..) => multiply(part.weight, columns, scratch),
+            StepMode::Real | StepMode::Keeping(..) => {
+                self.weights.matrices[weight.0].multiply(x, rows, bias, y, scratch)
+            }
         }
     }
 
@@ -300,16 +362,16 @@ impl Runner<'_> {
     }
 
     /// Keeps a worker's `columns` of the step's output that has `before` elements before it, or puts back what was kept.
-    fn keep(&self, index: usize, before: usize, out: BufferId, columns: Range<usize>) {
+    pub(super) fn keep(&self, index: usize, before: usize, out: BufferId, columns: Range<usize>) {
         let kept = |start: usize| start + before + columns.start..start + before + columns.end;
         match self.call.mode {
-            Mode::Real => {}
-            Mode::Keeping(outputs, values) => {
+            StepMode::Real => {}
+            StepMode::Keeping(outputs, values) => {
                 // SAFETY: as `out`'s, these columns are this worker's alone in this step.
                 let values = unsafe { values.range_mut(kept(outputs.start(index))) };
                 values.copy_from_slice(self.part(out, 0, columns));
             }
-            Mode::StandingIn(_, outputs, values) => {
+            StepMode::StandingIn(_, outputs, values) => {
                 self.part_mut(out, 0, columns.clone()).copy_from_slice(&values[kept(outputs.start(index))]);
             }
         }
@@ -350,7 +412,7 @@ impl Runner<'_> {
 
     /// Each worker takes whole key/value heads with the query heads that read them.
     fn append(&self, append: Append, worker: &Worker) {
-        let Append { kv: KeyValue { k, v }, cache, rotate } = append;
+        let Append { kv: KeyValue { k, v }, cache, q, rope, norms } = append;
         let spec = self.weights.model.caches[cache.0];
         let d = spec.head_dim;
         let (keys, values) = (self.caches.region(2 * cache.0), self.caches.region(2 * cache.0 + 1));
@@ -359,13 +421,21 @@ impl Runner<'_> {
             for row in 0..self.rows(k) {
                 let position = self.call.position() + row;
                 let key = self.part_mut(k, row, columns.clone());
-                if let Some((rope, q)) = rotate {
-                    let (cos, sin) = self.weights.angles[rope.0].at(position);
+                let turned = |head: &mut [f32], norm: Option<Norm>| {
+                    if let Some(norm) = norm {
+                        self.normalise(norm, head, worker);
+                    }
+                    if let Some(rope) = rope {
+                        let (cos, sin) = self.weights.angles[rope.0].at(position);
+                        rope::rotate(head, cos, sin);
+                    }
+                };
+                if let Some(q) = q.filter(|_| rope.is_some() || norms.is_some()) {
                     let group = self.width(q) / spec.kv_heads;
                     let queries = self.part_mut(q, row, head * group..(head + 1) * group);
-                    queries.chunks_exact_mut(d).for_each(|query| rope::rotate(query, cos, sin));
-                    rope::rotate(key, cos, sin);
+                    queries.chunks_exact_mut(d).for_each(|query| turned(query, norms.map(|[of_q, _]| of_q)));
                 }
+                turned(key, norms.map(|[_, of_k]| of_k));
                 let at = (head * self.capacity(cache) + position) * d;
                 // SAFETY: this head's positions are this worker's alone in this step.
                 unsafe { keys.range_mut(at..at + d) }.copy_from_slice(key);

@@ -4,12 +4,14 @@
 //! linear is split over its output rows, and an element-wise operation behind it keeps that split, so that every worker
 //! goes on with the elements it has just computed. Only where the split changes do the workers meet.
 
+use std::sync::Arc;
+
 use candle_core::Result;
 
 use crate::plan::{
     ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, AttentionSpec, BiasId, BufferId, CacheId, EmbedSpec,
-    FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask, MatrixId, NormSpec, Op, PatchesSpec, Plan,
-    RopeId, feature, refuse,
+    ExpertsSpec, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask, MatrixId, MatrixRows, Norm,
+    NormSpec, Op, PatchesSpec, Plan, QkNorm, QkNormOver, RopeId, Sinks, Softcap, VectorId, Window, feature, refuse,
 };
 use crate::quant::FormatId;
 
@@ -35,19 +37,40 @@ pub enum Step {
         parts: Vec<LinearPart>,
     },
     Activate(ActivationSpec),
+    /// Chooses the experts of each row and prepares what they read.
+    Route(Arc<ExpertsSpec>),
+    /// Multiplies by the gates and ups of the chosen experts.
+    ExpertsIn(Arc<ExpertsSpec>),
+    /// Prepares what their downs read.
+    ExpertsBetween(Arc<ExpertsSpec>),
+    /// Multiplies by their downs, and adds up.
+    ExpertsOut(Arc<ExpertsSpec>),
     Add(AddSpec),
+    /// A norm of each row in place.
+    NormInPlace {
+        norm: Norm,
+        x: BufferId,
+    },
+    /// `cap · tanh(x / cap)` in place.
+    Cap {
+        x: BufferId,
+        cap: f32,
+    },
     Append(Append),
     Attend(Attend),
     Argmax(ArgmaxSpec),
 }
 
-/// Rotates the queries and the keys where there is a rope, and writes keys and values to the cache.
+/// Normalises and rotates queries and keys, where there is a norm and a rope, and writes keys and values to the cache.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Append {
     pub kv: KeyValue,
     pub cache: CacheId,
-    /// The queries that it rotates with the keys.
-    pub rotate: Option<(RopeId, BufferId)>,
+    /// The queries that take the same way as the keys.
+    pub q: Option<BufferId>,
+    pub rope: Option<RopeId>,
+    /// Norms of each head of queries and keys.
+    pub norms: Option<[Norm; 2]>,
 }
 
 /// Attention over one cache.
@@ -59,6 +82,9 @@ pub struct Attend {
     pub scale: f32,
     pub mask: Mask,
     pub bias: Option<BiasId>,
+    pub window: Option<usize>,
+    pub softcap: Option<f32>,
+    pub sinks: Option<VectorId>,
 }
 
 /// How a step is split over the workers.
@@ -70,6 +96,12 @@ pub enum Split {
     Rows,
     /// By elements of a row, the same for every buffer of one width.
     Elements,
+    /// By rows of a matrix whose products go to several buffers.
+    FusedElements,
+    /// By rows of the experts' gates and ups.
+    ExpertElements,
+    /// By chosen experts.
+    Experts,
     /// By key/value heads, with all that belongs to a head on one worker.
     Heads,
 }
@@ -79,10 +111,14 @@ impl Step {
     pub fn split(&self, single: bool) -> Split {
         match self {
             Step::Prepare { .. } | Step::Argmax(_) | Step::LastRow(_) => Split::One,
-            Step::Patches(_) | Step::Features(_) => Split::One,
-            Step::Embed(_) | Step::Norm(_) | Step::AddRows(_) if single => Split::One,
-            Step::Embed(_) | Step::Norm(_) | Step::AddRows(_) => Split::Rows,
-            Step::Linear { .. } | Step::Activate(_) | Step::Add(_) => Split::Elements,
+            Step::Patches(_) | Step::Features(_) | Step::Route(_) => Split::One,
+            Step::Embed(_) | Step::Norm(_) | Step::NormInPlace { .. } | Step::AddRows(_) if single => Split::One,
+            Step::Embed(_) | Step::Norm(_) | Step::NormInPlace { .. } | Step::AddRows(_) => Split::Rows,
+            Step::Linear { parts } if parts.iter().any(|part| part.rows.is_some()) => Split::FusedElements,
+            Step::Linear { .. } | Step::Activate(_) | Step::Add(_) | Step::Cap { .. } => Split::Elements,
+            Step::ExpertsIn(_) => Split::ExpertElements,
+            Step::ExpertsBetween(_) => Split::Experts,
+            Step::ExpertsOut(_) => Split::Elements,
             Step::Append(_) | Step::Attend(_) => Split::Heads,
         }
     }
@@ -114,15 +150,28 @@ pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> FormatId) -> Result<Vec<Ste
             Op::AddRows(spec) => steps.push(Step::AddRows(*spec)),
             Op::Features(spec) => steps.push(Step::Features(*spec)),
             Op::Norm(spec) => steps.push(Step::Norm(*spec)),
-            Op::Linear(LinearSpec { x, parts }) => lower_linear(*x, parts.clone(), &form, &mut steps),
+            Op::Linear(LinearSpec { x, parts }) => lower_linear(*x, whole(parts), &form, &mut steps),
             Op::Append(AppendSpec { kv, cache }) => {
-                steps.push(Step::Append(Append { kv: *kv, cache: *cache, rotate: None }));
+                let (q, rope, norms) = (None, None, None);
+                steps.push(Step::Append(Append { kv: *kv, cache: *cache, q, rope, norms }));
             }
             Op::Attention(spec) => lower_attention(spec, &mut steps)?,
             Op::Activation(spec) => steps.push(Step::Activate(*spec)),
+            Op::Experts(spec) => {
+                let spec = Arc::new(spec.clone());
+                steps.push(Step::Route(spec.clone()));
+                steps.push(Step::ExpertsIn(spec.clone()));
+                steps.push(Step::ExpertsBetween(spec.clone()));
+                steps.push(Step::ExpertsOut(spec));
+            }
             Op::Add(spec) => steps.push(Step::Add(*spec)),
             Op::LastRow(spec) => steps.push(Step::LastRow(*spec)),
-            Op::Argmax(spec) => steps.push(Step::Argmax(*spec)),
+            Op::Argmax(spec) => {
+                if let Some(Softcap(cap)) = spec.softcap {
+                    steps.push(Step::Cap { x: spec.logits, cap });
+                }
+                steps.push(Step::Argmax(*spec));
+            }
         }
     }
     Ok(steps)
@@ -130,18 +179,58 @@ pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> FormatId) -> Result<Vec<Ste
 
 fn lower_attention(spec: &AttentionSpec, steps: &mut Vec<Step>) -> Result<()> {
     let AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
-    let features = [feature(window), feature(softcap), feature(qk_norm), feature(sinks)];
-    refuse(EXECUTOR, "an attention", &features)?;
     let (q, cache) = (*q, *cache);
-    match (append, rope) {
-        (Some(kv), rope) => {
-            steps.push(Step::Append(Append { kv: *kv, cache, rotate: rope.map(|rope| (rope, q)) }));
+    match (append, rope, qk_norm) {
+        (Some(kv), rope, norm) => {
+            let mut norms = None;
+            match norm {
+                Some(QkNorm { q: of_q, k: of_k, over: QkNormOver::Head }) => norms = Some([*of_q, *of_k]),
+                Some(QkNorm { q: of_q, k: of_k, over: QkNormOver::Projection }) => {
+                    steps.push(Step::NormInPlace { norm: *of_q, x: q });
+                    steps.push(Step::NormInPlace { norm: *of_k, x: kv.k });
+                }
+                None => {}
+            }
+            steps.push(Step::Append(Append { kv: *kv, cache, q: Some(q), rope: *rope, norms }));
         }
-        (None, Some(_)) => refuse(EXECUTOR, "an attention", &[Some(&"a rope and no keys to append")])?,
-        (None, None) => {}
+        (None, Some(_), _) => refuse(EXECUTOR, "an attention", &[Some(&"a rope and no keys to append")])?,
+        (None, None, norm) => refuse(EXECUTOR, "an attention without keys to append", &[feature(norm)])?,
     }
-    steps.push(Step::Attend(Attend { q, cache, out: *out, scale: *scale, mask: *mask, bias: *bias }));
+    steps.push(Step::Attend(Attend {
+        q,
+        cache,
+        out: *out,
+        scale: *scale,
+        mask: *mask,
+        bias: *bias,
+        window: window.map(|Window(window)| window),
+        softcap: softcap.map(|Softcap(cap)| cap),
+        sinks: sinks.map(|Sinks(vector)| vector),
+    }));
     Ok(())
+}
+
+/// Parts of fused matrices as one product each, whose rows go to the slot that all of their buffers lie in.
+fn whole(parts: &[LinearPart]) -> Vec<LinearPart> {
+    let mut products: Vec<LinearPart> = Vec::new();
+    for part in parts {
+        let Some(MatrixRows { start, len }) = part.rows else {
+            products.push(*part);
+            continue;
+        };
+        match products.iter_mut().find(|product| product.rows.is_some() && product.weight == part.weight) {
+            Some(LinearPart { rows: Some(rows), .. }) => rows.len = rows.len.max(start + len),
+            Some(_) | None => {
+                products.push(LinearPart { rows: Some(MatrixRows { start: 0, len: start + len }), ..*part });
+            }
+        }
+    }
+    products
+}
+
+/// Rows that a product of the lowered plan has.
+pub fn product_rows(part: &LinearPart, plan: &Plan) -> usize {
+    part.rows.map_or(plan.buffers[part.out.0].width, |rows| rows.len)
 }
 
 fn lower_linear(x: BufferId, mut parts: Vec<LinearPart>, form: &impl Fn(MatrixId) -> FormatId, steps: &mut Vec<Step>) {

@@ -2,7 +2,7 @@
 //!
 //! Each is `out = act(gate)`, times `up` where the block is gated; `out` is as long as `gate` and apart from it.
 
-use super::lanes::{Kernel, Lanes, exp, on};
+use super::lanes::{Lanes, LanesKernel, exp, on};
 use crate::kernels::isa::Isa;
 
 /// `x / (1 + e^(−x))`, within 4e-7 · |x · σ(x)| (below x = −88.72 the result is 0, which is off by 3e-37 at most).
@@ -19,6 +19,42 @@ pub fn gelu_tanh(isa: Isa, gate: &[f32], up: Option<&[f32]>, out: &mut [f32]) {
 /// `max(x, 0)`, exact; NaN stays NaN.
 pub fn relu(isa: Isa, gate: &[f32], up: Option<&[f32]>, out: &mut [f32]) {
     apply::<Relu>(isa, gate, up, out);
+}
+
+/// gpt-oss: `(up + 1) · g · σ(α g)`, where `g = min(gate, limit)` and `up` is clamped to `±limit`; within 6e-7 of `|up + 1| · |g|`.
+pub fn clamped_swiglu(isa: Isa, gate: &[f32], up: &[f32], limit: f32, alpha: f32, out: &mut [f32]) {
+    assert!(gate.len() == out.len() && up.len() == out.len());
+    on(isa, ClampedSwiglu { gate, up, limit, alpha, out });
+}
+
+struct ClampedSwiglu<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    limit: f32,
+    alpha: f32,
+    out: &'a mut [f32],
+}
+
+impl LanesKernel for ClampedSwiglu<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (limit, alpha) = (L::splat(self.limit), L::splat(self.alpha));
+        let lowest = L::splat(-self.limit);
+        let at = |gate: L, up: L| {
+            // A NaN stays one: the clamped value comes last where both compare false.
+            let gate = limit.min(gate);
+            let up = lowest.max(limit.min(up));
+            logistic_product(gate, gate.mul(alpha)).mul(up.add(L::splat(1.0)))
+        };
+        let mut gate = self.gate.chunks_exact(L::WIDTH);
+        let mut up = self.up.chunks_exact(L::WIDTH);
+        let mut out = self.out.chunks_exact_mut(L::WIDTH);
+        for ((gate, up), out) in (&mut gate).zip(&mut up).zip(&mut out) {
+            at(L::load(gate), L::load(up)).store(out);
+        }
+        at(L::load_head(gate.remainder()), L::load_head(up.remainder())).store_head(out.into_remainder());
+    }
 }
 
 trait Curve {
@@ -78,7 +114,7 @@ struct Plain<'a, C> {
     out: &'a mut [f32],
 }
 
-impl<C: Curve> Kernel for Plain<'_, C> {
+impl<C: Curve> LanesKernel for Plain<'_, C> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {
@@ -98,7 +134,7 @@ struct Gated<'a, C> {
     out: &'a mut [f32],
 }
 
-impl<C: Curve> Kernel for Gated<'_, C> {
+impl<C: Curve> LanesKernel for Gated<'_, C> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {
@@ -117,6 +153,25 @@ impl<C: Curve> Kernel for Gated<'_, C> {
 mod tests {
     use super::*;
     use crate::kernels::cpu::test_data::random;
+
+    #[test]
+    fn clamped_swiglu_is_within_its_stated_error() {
+        let (limit, alpha) = (1.5f32, 1.702f32);
+        for isa in Isa::available() {
+            for len in [1, 7, 16, 67] {
+                let gate: Vec<f32> = random(len, 5).iter().map(|x| 3.0 * x).collect();
+                let up: Vec<f32> = random(len, 6).iter().map(|x| 3.0 * x).collect();
+                let mut out = vec![f32::NAN; len];
+                clamped_swiglu(isa, &gate, &up, limit, alpha, &mut out);
+                for ((gate, up), out) in gate.iter().zip(&up).zip(&out) {
+                    let (g, u) = (gate.min(limit) as f64, up.clamp(-limit, limit) as f64);
+                    let expected = (u + 1.0) * g / (1.0 + (-(alpha as f64) * g).exp());
+                    let allowed = 6e-7 * ((u + 1.0) * g).abs();
+                    assert!((*out as f64 - expected).abs() <= allowed, "{}: {gate} {up}: {out}", isa.name());
+                }
+            }
+        }
+    }
 
     type Activation = fn(Isa, &[f32], Option<&[f32]>, &mut [f32]);
     /// Name, function, f64 reference, and the error stated above for `x` and the exact result.

@@ -37,7 +37,7 @@ pub trait Lookup {
 
 /// Whether a matrix of this role may be stored quantized. Tables of rows may not, and transformers leaves them alone.
 pub fn may_be_quantized(role: Role) -> bool {
-    matches!(role, Role::Projection | Role::HighPrecision)
+    role.is_quantized() || role == Role::HighPrecision
 }
 
 /// Every format that bitsandbytes saves, with its form.
