@@ -13,7 +13,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde::Serialize;
 use serde_json::Value as Json;
 
-use super::settings::Settings;
+use super::settings::TokenizerSettings;
 use crate::error::BadInput;
 use crate::weights::open::read_json;
 
@@ -65,7 +65,7 @@ impl ChatTemplate {
 
     /// The template of a folder, `None` where it has none. Fails with [`BadInput`] on one that cannot be read.
     pub fn read(folder: &Path) -> Result<Option<Self>> {
-        let settings = Settings::read(folder)?;
+        let settings = TokenizerSettings::read(folder)?;
         let Some(source) = source(folder, settings.config.get("chat_template"))? else { return Ok(None) };
         let mut config = settings.config;
         if let Some(Json::Object(map)) = read_json(&folder.join("special_tokens_map.json"))? {
