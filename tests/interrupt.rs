@@ -61,7 +61,9 @@ fn a_run_keeps_what_it_measured() {
         let n = record["samples"]["end_to_end_ns"].as_array().unwrap().len();
         match record["status"].as_str().unwrap() {
             "ok" => assert!(n > 0 && record["protocol"]["ended"] == "interrupted", "{record}"),
-            _ => assert!(record["reason"].as_str().unwrap().contains("interrupted before its first repeat"), "{record}"),
+            _ => {
+                assert!(record["reason"].as_str().unwrap().contains("interrupted before its first repeat"), "{record}")
+            }
         }
     }
     assert!(said.contains("interrupted"), "{said}");

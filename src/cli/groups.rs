@@ -73,10 +73,10 @@ pub struct PrecisionArgs {
     pub keep_fp16: Vec<String>,
 }
 
-/// The picture of a vision model.
+/// Picture of a vision-language model.
 #[derive(Debug, Args)]
 pub struct PictureArgs {
-    /// Picture (PNG, JPEG or WebP) for a vision model [default: a generated test picture].
+    /// Picture (PNG, JPEG or WebP) for a vision-language model [default: a generated test picture].
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub image: Option<PathBuf>,
 }

@@ -6,6 +6,7 @@ mod brief;
 mod compare;
 mod export;
 mod groups;
+mod history;
 mod import;
 mod method;
 mod prompt;
@@ -20,6 +21,7 @@ pub use groups::{
     DeviceArgs, ModelArgs, OutputArgs, PathWord, PictureArgs, PlainFormat, PrecisionArgs, PromptArgs, TextArgs,
     WeightsWord,
 };
+pub use history::{AddArgs, HistoryArgs, HistoryCheckArgs, HistoryCheckRequest, HistoryCommand, ListArgs};
 pub use import::{ImportArgs, ImportRequest};
 pub use method::MethodArgs;
 pub use report::{Output, ReportArgs, ReportRequest};
@@ -93,6 +95,8 @@ pub enum Command {
     Merge(MergeArgs),
     /// Compare two files of records and fail on a proven regression.
     Compare(CompareArgs),
+    /// Keep runs in a folder and test the newest against those before it.
+    History(HistoryArgs),
     /// Read rows that llama-bench, vLLM or optimum-benchmark measured.
     Import(ImportArgs),
     /// Turn files of records into a page with charts, or into another format.
@@ -253,7 +257,20 @@ pub struct ManArgs {
 
 /// Of the commands that people type.
 fn command_names() -> Vec<&'static str> {
-    vec!["run", "quality", "suite", "merge", "compare", "import", "report", "export", "doctor", "completions", "man"]
+    vec![
+        "run",
+        "quality",
+        "suite",
+        "merge",
+        "compare",
+        "import",
+        "report",
+        "history",
+        "export",
+        "doctor",
+        "completions",
+        "man",
+    ]
 }
 
 /// What was typed for `quantbench doctor`.

@@ -127,6 +127,8 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device,
         cuda_graph: !device_args.no_cuda_graph,
+        sequences: 1,
+        kv_format: None,
         threads: device_args.threads.map(threads).transpose()?.unwrap_or(0),
         prompt: PromptChoice::Default,
         chat: false,
@@ -214,8 +216,8 @@ fn default_cpu_model_id(cache_bytes: Option<usize>, free_bytes: Option<usize>) -
     if has_large_cache && has_room { DEFAULT_CUDA_MODEL_ID } else { DEFAULT_MODEL_ID }
 }
 
-fn model(args: &ModelArgs, device: DeviceChoice) -> weights::Request {
-    weights::Request {
+fn model(args: &ModelArgs, device: DeviceChoice) -> weights::ModelRequest {
+    weights::ModelRequest {
         model_id: args.model_id.clone().unwrap_or_else(|| default_model_id(device).to_owned()),
         revision: args.revision.clone(),
         offline: args.offline,

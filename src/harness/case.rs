@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::measurement_protocol::MeasurementProtocol;
+use crate::call::KvFormat;
 use crate::engine::Engine;
 use crate::quality::CallPath;
 use crate::quality::text::SAMPLE_NAME;
@@ -14,7 +15,7 @@ use crate::weights::policy::Selection;
 /// One model on one device with one workload, at several precisions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Case {
-    pub model: crate::weights::Request,
+    pub model: crate::weights::ModelRequest,
     /// In the order of the command line.
     pub precisions: Vec<FormatId>,
     pub precision_selection: PrecisionSelection,
@@ -26,6 +27,10 @@ pub struct Case {
     pub threads: usize,
     /// A decode step on CUDA is one graph.
     pub cuda_graph: bool,
+    /// Sequences that a call runs at once.
+    pub sequences: usize,
+    /// Format of the key/value cache; `None`: the engine's own.
+    pub kv_format: Option<KvFormat>,
     pub prompt: PromptChoice,
     /// The prompt is a message, written as the model's chat template says.
     pub chat: bool,
@@ -49,7 +54,7 @@ pub struct Case {
     pub command: String,
 }
 
-/// How the precisions of a case were chosen.
+/// The way in which the precisions of a case were chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum PrecisionSelection {
     /// By name: a model that was saved in another precision is refused.
@@ -155,7 +160,7 @@ pub mod tests {
     /// An ordinary case; tests vary what they are about.
     pub fn case() -> Case {
         Case {
-            model: crate::weights::Request {
+            model: crate::weights::ModelRequest {
                 model_id: "tiny".to_owned(),
                 revision: None,
                 offline: true,
@@ -171,6 +176,8 @@ pub mod tests {
             device: DeviceChoice::Cpu,
             threads: 1,
             cuda_graph: true,
+            sequences: 1,
+            kv_format: None,
             prompt: PromptChoice::Default,
             chat: false,
             may_shorten: false,

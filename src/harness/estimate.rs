@@ -4,8 +4,8 @@
 
 use super::case::Case;
 use super::measurement_protocol::{MeasurementProtocol, Method};
-use super::prompt::Workload;
-use super::room::Room;
+use super::prompt::TokenizedWorkload;
+use super::room::MemoryBudget;
 use super::stopping::MIN_SPREAD_REPEATS;
 use crate::engine::Device;
 use crate::engine::needs::Needs;
@@ -53,7 +53,7 @@ pub struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    pub fn new(room: &'a Room, model: &Model, workload: &Workload, threads: usize) -> Self {
+    pub fn new(room: &'a MemoryBudget, model: &Model, workload: &TokenizedWorkload, threads: usize) -> Self {
         Self {
             needs: &room.needs,
             parameters: model.parameters() as u64,

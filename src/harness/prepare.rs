@@ -9,12 +9,12 @@ use super::case::{Case, Variant};
 use super::checks::{self, Chosen};
 use super::environment::{self, Machine};
 use super::estimate::{self, Work};
-use super::open_model::{self, Opened};
-use super::prompt::{self, Words, Workload};
+use super::open_model::{self, OpenModel};
+use super::prompt::{self, TokenizedWorkload, Words};
 use super::quality::EvalText;
-use super::room::{Room, TooLarge};
+use super::room::{MemoryBudget, TooLarge};
 use super::run_context::RunContext;
-use super::schedule::{self, Order, Outcome, ScheduleContext, Worker};
+use super::schedule::{self, RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
 use super::warnings::Warning;
 use super::watch::Watch;
 use super::watch::machine::Sensors;
@@ -47,10 +47,10 @@ static CPU_BANDWIDTH: Mutex<Option<(usize, MeasuredBandwidth)>> = Mutex::new(Non
 
 /// A checked case and its opened model.
 pub struct PreparedCase {
-    opened: Opened,
+    opened: OpenModel,
     pub assignment: DeviceAssignment,
-    pub workload: Workload,
-    pub room: Room,
+    pub workload: TokenizedWorkload,
+    pub room: MemoryBudget,
     /// Warnings of the device's choice and of the model's files.
     warnings: Vec<Warning>,
 }
@@ -74,7 +74,7 @@ impl PreparedCase {
     }
 
     /// The checks that need the model but no weights in memory, and the case with as many tokens as it affords.
-    fn new(case: &Case, device: Device, opened: Opened) -> Result<(Case, Self)> {
+    fn new(case: &Case, device: Device, opened: OpenModel) -> Result<(Case, Self)> {
         if case.engines.contains(&Engine::Candle) {
             engine::candle::check(&opened.model, &opened.checkpoint.config)?;
         }
@@ -83,12 +83,12 @@ impl PreparedCase {
         open_model::pixels(&opened.model, &opened.checkpoint, &workload.task.encode)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
         let assignment = DeviceAssignment { device, threads };
-        let room = Room::new(case, (&opened.model, &workload), device)?;
+        let room = MemoryBudget::new(case, (&opened.model, &workload), device)?;
         let case =
             Case { n_gen: estimate::n_gen(case, &Work::new(&room, &opened.model, &workload, threads)), ..case.clone() };
         // A shorter workload needs less of everything.
         let workload = prompt::workload(&case, Words::of(&opened.checkpoint), &opened.model)?;
-        let room = Room::new(&case, (&opened.model, &workload), device)?;
+        let room = MemoryBudget::new(&case, (&opened.model, &workload), device)?;
         Ok((case, Self { opened, assignment, workload, room, warnings: Vec::new() }))
     }
 
@@ -112,11 +112,11 @@ impl PreparedCase {
         self.opened.checkpoint.tokenizer.as_ref()?.decode(ids, true).ok()
     }
 
-    /// What all records of the run share. Measures the memory's bandwidth, or takes it from the cache.
+    /// Properties that all records of the run share. Measures the memory's bandwidth, or takes it from the cache.
     pub fn context(&self, case: &Case, events: &dyn Listener) -> Result<RunContext> {
         events.on(Event::Note { message: self.announcement(case) });
         let mut context = self.unmeasured_context(case);
-        if context.order == Order::InTurn {
+        if context.order == RunOrder::InTurn {
             let (needed_bytes, free_bytes) = (self.room.together_bytes(), self.room.free_bytes.unwrap_or(0));
             context.warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
         }
@@ -158,7 +158,7 @@ impl PreparedCase {
         sensors
     }
 
-    /// What all records share, as far as it is known without measuring the machine.
+    /// Properties that all records share, as far as they are known without measuring the machine.
     pub fn unmeasured_context(&self, case: &Case) -> RunContext {
         let (machine, order) = (Machine::default(), self.room.order());
         let is_cpu = self.assignment.device == Device::Cpu;
@@ -249,10 +249,10 @@ impl PreparedCase {
     pub fn outcomes(
         &self,
         case: &Case,
-        order: Order,
+        order: RunOrder,
         watch: &mut dyn Watch,
         events: &dyn Listener,
-    ) -> Result<Vec<Outcome>> {
+    ) -> Result<Vec<VariantOutcome>> {
         let variants = case.variants();
         let start = |at: usize| self.worker(case, &variants[at], self.room.needs[at]);
         let mut schedule_context = ScheduleContext { start: &start, n_workers: variants.len(), order, watch, events };
@@ -265,7 +265,7 @@ impl PreparedCase {
 
     /// A worker process; a stand-in that refuses where the variant alone exceeds the free memory of the host. A GPU refuses by
     /// itself.
-    pub fn worker(&self, case: &Case, variant: &Variant, needs: Needs) -> Box<dyn Worker> {
+    pub fn worker(&self, case: &Case, variant: &Variant, needs: Needs) -> Box<dyn WorkerHandle> {
         let needed_bytes = needs.bytes();
         let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
         let room_bytes = room_bytes.into_iter().flatten().min();

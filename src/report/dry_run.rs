@@ -32,14 +32,14 @@ pub struct DryRun {
     pub takes: String,
     /// Files of the hub; empty for what needs none.
     pub files: Vec<File>,
-    /// Of the files that the cache lacks, as far as the hub tells.
+    /// Bytes of the files that the cache lacks, as far as the hub reports them.
     pub download_bytes: u64,
     pub rows: Vec<Row>,
     /// What quality will be measured on, where it was asked for.
     pub quality: Option<String>,
     /// Memory of the card that the user named.
     pub card_bytes: Option<u64>,
-    /// Of the machine or the GPU, whoever uses the rest; `None` where the system does not tell.
+    /// All memory of the machine or the GPU, used or not; `None` where unknown.
     pub free_bytes: Option<u64>,
     pub total_bytes: Option<u64>,
 }

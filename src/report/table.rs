@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::case::{self, Case};
-use super::columns::{self, Row, Sheet};
+use super::columns::{self, Extent, Row, Sheet};
 use super::grid::{self, Line, wrap};
 use super::{Options, Terminal, Writer, modules, pivot, texts, verdict, warnings};
 use crate::record::Document;
@@ -24,7 +24,7 @@ fn write(document: &Document, options: &Options) -> Result<String> {
 
 fn block(case: &Case, options: &Options) -> String {
     let terminal = &options.terminal;
-    let mut sheet = columns::sheet(case, options.wide);
+    let mut sheet = columns::sheet(case, Extent { wide: options.wide, changes: true });
     let notes = std::mem::take(&mut sheet.notes);
     let verdicts = verdict::verdicts(case, options.card_bytes);
     let verdicts: String =

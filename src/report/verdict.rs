@@ -1,4 +1,4 @@
-//! One sentence a run from the data: which precision decodes fastest, by how much and why, what these runs cannot tell, what memory it
+//! One sentence a run from the data: which precision decodes fastest, by how much and why, what these runs leave open, what memory it
 //! saves, what quality it costs, and which fits a card that was named. It claims no more than the intervals carry, and says what it is a
 //! claim about.
 
@@ -70,7 +70,7 @@ fn beside(others: &[&Record]) -> String {
     }))
 }
 
-/// What the claims hold for, and no further.
+/// What the claims hold for, and no further: the title has the machine.
 fn scope(record: &Record) -> String {
     let weights = if record.weights.source == "random" { ", random weights" } else { "" };
     // Rows from another tool may come from anywhere.

@@ -90,13 +90,13 @@ pub fn shows_people() -> bool {
 
 /// Writes a line about what happens to stderr.
 pub fn note(line: &str) {
-    // Where stderr is closed there is nobody left to tell.
+    // A closed stderr leaves nowhere to report the error.
     let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Writes an error, what caused it, and what to do about it to stderr.
 pub fn print_error(error: &anyhow::Error) {
-    // Where stderr is closed there is nobody left to tell.
+    // A closed stderr leaves nowhere to report the error.
     let words: Vec<String> = std::env::args().collect();
     let mut text = error_text(error, &words);
     if is_coloured(io::stderr().is_terminal()) {
@@ -107,7 +107,7 @@ pub fn print_error(error: &anyhow::Error) {
 
 /// Writes to stderr what belongs beside a result that a program reads.
 pub fn print_aside(text: &str) {
-    // Where stderr is closed there is nobody left to tell.
+    // A closed stderr leaves nowhere to report the error.
     let _ = io::stderr().write_all(text.as_bytes());
 }
 

@@ -62,6 +62,14 @@ impl Gate {
         }
     }
 
+    /// Where it is on a number.
+    pub fn metric(&self) -> Option<&'static Metric> {
+        match self.key {
+            Key::Metric(metric) => Some(metric),
+            Key::WeightsHash | Key::TokenIds => None,
+        }
+    }
+
     /// As records and tables spell it.
     pub fn name(&self) -> &'static str {
         match self.key {
