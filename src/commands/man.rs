@@ -32,7 +32,12 @@ struct Page {
 fn pages() -> Result<Vec<Page>> {
     let mut root = Cli::command().disable_help_subcommand(true);
     root.build();
-    let commands: Vec<Command> = root.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
+    let shown = |command: &Command| -> Vec<Command> {
+        let of_people = |command: &&Command| !command.is_hide_set() && command.get_name() != "help";
+        command.get_subcommands().filter(of_people).cloned().collect()
+    };
+    let with_parts = |command: Command| [vec![command.clone()], shown(&command)].concat();
+    let commands: Vec<Command> = shown(&root).into_iter().flat_map(with_parts).collect();
     // Building names them as they are typed: `quantbench compare`, whose page is `quantbench-compare`.
     std::iter::once(root).chain(commands).map(page).collect()
 }
@@ -76,7 +81,7 @@ mod tests {
         let pages = pages().unwrap();
         let names: Vec<&str> = pages.iter().map(|page| page.name.as_str()).collect();
         // roff has `quantbench\-compare(1)`.
-        let named = pages[0].roff.replace('\\', "");
+        let named = pages.iter().map(|page| page.roff.as_str()).collect::<String>().replace('\\', "");
         let named: Vec<&str> = named.split_whitespace().filter_map(|word| word.strip_suffix("(1)")).collect();
         assert!(named.len() >= 10, "{named:?}");
         assert!(named.iter().all(|name| names.contains(name)), "{named:?} of {names:?}");
