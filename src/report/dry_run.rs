@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::case::{self, GIB, plain};
-use super::grid::{self, Line};
+use super::grid::{self, GridLine};
 use crate::record::Workload;
 
 #[derive(Debug, Clone, Serialize)]
@@ -106,8 +106,9 @@ impl DryRun {
             ("random", []) => "download nothing: the weights are made up\n".to_owned(),
             (_, []) => "download nothing: the model is a folder\n".to_owned(),
             (_, missing) => {
-                let line =
-                    |file: &&File| Line::Cells(vec![format!("  {}", plain(&file.name)), mib(file.bytes), "MiB".into()]);
+                let line = |file: &&File| {
+                    GridLine::Cells(vec![format!("  {}", plain(&file.name)), mib(file.bytes), "MiB".into()])
+                };
                 let lines: Vec<_> = missing.iter().map(line).collect();
                 format!("download {} MiB:\n{}", mib(Some(self.download_bytes)), grid::render(&lines))
             }
@@ -119,7 +120,7 @@ impl DryRun {
         let card = self.card_bytes.map(|bytes| format!("{:.2} GiB", bytes as f64 / GIB));
         let columns = |texts: [&str; 7], card: Option<&str>| {
             let shown = texts.into_iter().enumerate().filter(|(at, _)| on_gpu || *at != CONTEXT_COLUMN);
-            Line::Cells(shown.map(|(_, text)| text).chain(card).map(str::to_owned).collect())
+            GridLine::Cells(shown.map(|(_, text)| text).chain(card).map(str::to_owned).collect())
         };
         let mut lines = vec![
             columns(

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::case::{self, Case};
 use super::columns::{self, Row, Sheet};
-use super::grid::{self, Line};
+use super::grid::{self, GridLine};
 use super::{Options, Writer, modules, verdict};
 use crate::record::Document;
 
@@ -37,14 +37,14 @@ fn paragraph(start: &str, lines: &[String]) -> String {
     if lines.is_empty() { lines } else { format!("\n{lines}") }
 }
 
-fn lines(sheet: Sheet) -> Vec<Line> {
+fn lines(sheet: Sheet) -> Vec<GridLine> {
     let (names, units): (Vec<_>, Vec<_>) = sheet.headers.iter().map(|(n, u)| (n.to_string(), u.to_string())).unzip();
     let row = |row: Row| match row.values {
-        Ok(values) => Line::Cells(std::iter::once(row.precision).chain(row.run).chain(values).collect()),
+        Ok(values) => GridLine::Cells(std::iter::once(row.precision).chain(row.run).chain(values).collect()),
         Err(status) => {
             let run = row.run.map(|run| format!("{run}: ")).unwrap_or_default();
-            Line::Span(row.precision, format!("{run}{status}"))
+            GridLine::Span(row.precision, format!("{run}{status}"))
         }
     };
-    [Line::Cells(names), Line::Cells(units)].into_iter().chain(sheet.rows.into_iter().map(row)).collect()
+    [GridLine::Cells(names), GridLine::Cells(units)].into_iter().chain(sheet.rows.into_iter().map(row)).collect()
 }

@@ -1,6 +1,6 @@
 //! One gate on one pair: what is proven, and what is not.
 
-use super::gate::{Gate, Key, Kind, Limit};
+use super::gate::{Gate, GateKey, GateKind, Limit};
 use super::pairs::Pair;
 use super::{Order, Verdict};
 use crate::record::metrics::{self, Better, Metric};
@@ -55,11 +55,11 @@ pub fn judge(gate: &Gate, sides: &Sides) -> Result<Found, Nothing> {
         return Ok(Found::of(Verdict::Regressed, format!("it gives no result any more ({reason})")));
     }
     match (gate.kind(), gate.key) {
-        (Kind::Ratio, _) => ratio(gate, sides),
-        (Kind::Time, Key::Metric(metric)) => time(gate, metric, sides),
-        (_, Key::Metric(metric)) => number(gate, metric, sides.pair.base[0], sides.pair.new[0]),
-        (_, Key::WeightsHash) => hash(sides.pair.base[0], sides.pair.new[0]),
-        (_, Key::TokenIds) => token_ids(sides.pair.base[0], sides.pair.new[0]),
+        (GateKind::Ratio, _) => ratio(gate, sides),
+        (GateKind::Time, GateKey::Metric(metric)) => time(gate, metric, sides),
+        (_, GateKey::Metric(metric)) => number(gate, metric, sides.pair.base[0], sides.pair.new[0]),
+        (_, GateKey::WeightsHash) => hash(sides.pair.base[0], sides.pair.new[0]),
+        (_, GateKey::TokenIds) => token_ids(sides.pair.base[0], sides.pair.new[0]),
     }
 }
 

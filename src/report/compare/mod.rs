@@ -8,7 +8,7 @@ mod judge;
 mod pairs;
 mod text;
 
-pub use gate::{DEFAULT_GATES, Gate, Kind, gates};
+pub use gate::{DEFAULT_GATES, Gate, GateKind, gates};
 pub use judge::change;
 pub use text::{CompareFormat, FORMATS, find};
 
@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::error::BadInput;
 use crate::record::{Document, EngineInfo, Record, SCHEMA_VERSION};
-use gate::{Key, Limit};
+use gate::{GateKey, Limit};
 use judge::{Nothing, Sides};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -75,7 +75,7 @@ pub struct Check {
     pub engine: String,
     pub workload: String,
     pub gate: String,
-    pub kind: Kind,
+    pub kind: GateKind,
     pub metric: &'static str,
     pub unit: &'static str,
     pub base: Option<f64>,
@@ -163,7 +163,7 @@ fn check(gate: &Gate, record: &Record, found: judge::Found) -> Check {
         kind: gate.kind(),
         metric: gate.name(),
         unit: match gate.key {
-            Key::Metric(metric) => metric.unit,
+            GateKey::Metric(metric) => metric.unit,
             _ => "",
         },
         base: found.base,
@@ -191,7 +191,7 @@ fn notes(pairs: &[pairs::Pair], differences: &[String]) -> Vec<String> {
 
 /// Why a change need not be what the two numbers beside it give.
 fn of_pairs(rules: &Rules) -> Option<String> {
-    let is_timed = rules.gates.iter().any(|gate| matches!(gate.kind(), Kind::Time | Kind::Ratio));
+    let is_timed = rules.gates.iter().any(|gate| matches!(gate.kind(), GateKind::Time | GateKind::Ratio));
     (rules.order == Order::Interleaved && is_timed).then(|| {
         "changes are medians of paired repeats, so they need not equal the ratio of the medians shown".to_owned()
     })

@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 
-use super::{Check, Comparison, Kind, Verdict};
+use super::{Check, Comparison, GateKind, Verdict};
 use crate::report::case::{self, GIB, plain};
-use crate::report::grid::{self, Line};
+use crate::report::grid::{self, GridLine};
 use crate::report::markdown;
 
 /// A row of [`FORMATS`].
@@ -39,11 +39,12 @@ fn table(comparison: &Comparison) -> Result<String> {
     let width = precisions.chain([HEADERS[0].len()]).max().unwrap_or(0);
     let joined = |cells: Vec<String>| {
         let first = format!("{:width$}  {}", cells[0], cells[1]);
-        Line::Cells(std::iter::once(first).chain(cells.into_iter().skip(2)).collect())
+        GridLine::Cells(std::iter::once(first).chain(cells.into_iter().skip(2)).collect())
     };
     for checks in cases(comparison) {
         let header = joined(HEADERS.map(String::from).to_vec());
-        let lines: Vec<Line> = std::iter::once(header).chain(checks.iter().map(|check| joined(cells(check)))).collect();
+        let lines: Vec<GridLine> =
+            std::iter::once(header).chain(checks.iter().map(|check| joined(cells(check)))).collect();
         text += &format!("\n{}\n\n{}", case_title(&checks[0]), grid::render(&lines));
     }
     let remarks = remarks(comparison);
@@ -164,7 +165,7 @@ fn change(check: &Check) -> Option<String> {
 fn difference(check: &Check, x: f64) -> String {
     match check.limit_is_relative {
         // The smallest change that the exact gates and memory show is well below a tenth.
-        true if check.kind == Kind::Exact && x != 0.0 => format!("{:+.3} %", 100.0 * x),
+        true if check.kind == GateKind::Exact && x != 0.0 => format!("{:+.3} %", 100.0 * x),
         true => format!("{:+.1} %", 100.0 * x),
         false if check.unit == "bytes" => format!("{:+.2}", x / GIB),
         false => format!("{x:+.4}"),
@@ -181,7 +182,7 @@ fn shown(check: &Check, x: f64) -> f64 {
 }
 
 fn in_gib(check: &Check) -> bool {
-    check.unit == "bytes" && check.kind != Kind::Exact
+    check.unit == "bytes" && check.kind != GateKind::Exact
 }
 
 fn remarks(comparison: &Comparison) -> Vec<String> {
