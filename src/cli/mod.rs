@@ -5,6 +5,7 @@
 mod compare;
 mod export;
 mod groups;
+mod history;
 mod import;
 mod method;
 mod report;
@@ -18,6 +19,7 @@ pub use groups::{
     DeviceArgs, ModelArgs, OutputArgs, PathWord, PictureArgs, PlainFormat, PrecisionArgs, PromptArgs, TextArgs,
     WeightsWord,
 };
+pub use history::{AddArgs, HistoryArgs, HistoryCheckArgs, HistoryCheckRequest, HistoryCommand, ListArgs};
 pub use import::{ImportArgs, ImportRequest};
 pub use method::MethodArgs;
 pub use report::{Output, ReportArgs, ReportRequest};
@@ -79,6 +81,8 @@ pub enum Command {
     Merge(MergeArgs),
     /// Compare two files of records and fail on a proven regression.
     Compare(CompareArgs),
+    /// Keep runs in a folder and test the newest against those before it.
+    History(HistoryArgs),
     /// Read rows that llama-bench, vLLM or optimum-benchmark measured.
     Import(ImportArgs),
     /// Turn files of records into a page with charts, or into another format.

@@ -4,6 +4,7 @@ mod compare;
 mod doctor;
 mod dry_run;
 mod export;
+mod history;
 mod import;
 mod limits;
 mod list_models;
@@ -31,6 +32,7 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
         Some(Command::Merge(args)) => merge::merge(args),
         Some(Command::Compare(args)) => compare::compare(args),
         Some(Command::Import(args)) => import::import(args),
+        Some(Command::History(args)) => history::history(args),
         Some(Command::Report(args)) => report::report(args),
         Some(Command::Export(args)) => export::export(args),
         Some(Command::Doctor(args)) => doctor::doctor(args),

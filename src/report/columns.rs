@@ -50,7 +50,7 @@ const fn known(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell
     Column { name, unit, shown: Shown::Known, decimals: None, cell }
 }
 
-/// A tenth of the divergence below which fp16 is told from fp32 no more.
+/// A tenth of the divergence below which fp16 cannot be distinguished from fp32.
 const DIVERGENCE_DECIMALS: usize = 5;
 
 /// From left to right, after the precision.
@@ -113,34 +113,47 @@ pub struct Row {
     pub precision: String,
     /// Where the case has several.
     pub run: Option<String>,
+    /// The same where the label stands elsewhere: `#2`.
+    pub short_run: String,
     /// One text a column, or status and reason of a record that is not ok: its numbers would mislead.
     pub values: Result<Vec<String>, String>,
 }
 
 /// How a disturbed row is marked.
-const TAINTED: char = '*';
+pub const TAINTED: &str = "*";
 
 /// Of the column that says what a later run changes.
 const CHANGE: (&str, &str) = ("change", "of decode");
 
-/// Lays out one case; `wide` takes in every column that some record has a value for.
-pub fn sheet(case: &Case, wide: bool) -> Sheet {
+/// What a sheet shows beside the usual columns.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent {
+    /// Every column that some record has a value for.
+    pub wide: bool,
+    /// What later runs change; a page has a table of its own for it.
+    pub changes: bool,
+}
+
+/// Lays out one case.
+pub fn sheet(case: &Case, extent: Extent) -> Sheet {
     let ok: Vec<_> = case.records.iter().filter(|record| record.status == Status::Ok).collect();
     let known = |column: &Column| ok.iter().any(|record| (column.cell)(record) != Cell::Unknown);
     let only_quality = !ok.is_empty() && ok.iter().all(|record| case::has_quality_alone(record));
     let shows = |column: &Column| match column.shown {
         Shown::Always => !only_quality || known(column),
         Shown::Known => known(column),
-        Shown::Wide => wide && known(column),
+        Shown::Wide => extent.wide && known(column),
     };
     let columns: Vec<_> = COLUMNS.iter().filter(|column| shows(column)).collect();
     let decimals: Vec<_> = columns.iter().map(|column| column_decimals(column, &ok)).collect();
-    let changes: Vec<Option<String>> = case.rows().map(|(run, record)| change(case, run, record)).collect();
+    let change = |(run, record)| if extent.changes { change(case, run, record) } else { None };
+    let changes: Vec<Option<String>> = case.rows().map(change).collect();
     let compares = changes.iter().any(Option::is_some);
 
     let row = |((run, record), change): ((&Run, &Record), &Option<String>)| Row {
-        precision: case::label(record, case.records) + if record.tainted { "*" } else { "" },
+        precision: case::label(record, case.records) + if record.tainted { TAINTED } else { "" },
         run: (case.runs.len() > 1).then(|| run.label.clone()),
+        short_run: run.short.clone(),
         values: match record.status {
             Status::Ok => {
                 let values = columns.iter().zip(&decimals).map(|(c, &d)| (c.cell)(record).text(d));
@@ -240,7 +253,7 @@ fn median(record: &Record, key: &str) -> Cell {
     number(summary(record, key).and_then(|s| s.median))
 }
 
-/// A speed that no other column of the narrow table tells: of a row from another tool, which times nothing else.
+/// A speed that no other column of the narrow table shows: of a row from another tool, which times nothing else.
 fn shown_by_nothing_else(record: &Record, key: &str, teller: &str) -> Cell {
     if median(record, teller) == Cell::Unknown { interval(record, key) } else { Cell::Unknown }
 }
@@ -302,6 +315,14 @@ fn percentile(record: &Record, pick: fn(&Summary) -> Option<f64>) -> Cell {
 
 fn speed_up(record: &Record) -> Cell {
     record.ratio_to_fp16.map_or_else(|| baseline(record), |ratio| number(Some(ratio.median)))
+}
+
+/// The same as a number; 1 for the baseline.
+pub fn speed_up_number(record: &Record) -> Option<f64> {
+    match speed_up(record) {
+        Cell::Number(ratio) => Some(ratio),
+        _ => None,
+    }
 }
 
 fn bytes_ratio(record: &Record) -> Cell {

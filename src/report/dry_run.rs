@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::case::{self, GIB, plain};
-use super::grid::{self, GridLine};
+use super::grid::{self, Line};
 use crate::record::Workload;
 
 #[derive(Debug, Clone, Serialize)]
@@ -28,14 +28,14 @@ pub struct DryRun {
     pub repeats: String,
     /// Files of the hub; empty for what needs none.
     pub files: Vec<File>,
-    /// Of the files that the cache lacks, as far as the hub tells.
+    /// Bytes of the files that the cache lacks, as far as the hub reports them.
     pub download_bytes: u64,
     pub rows: Vec<Row>,
     /// What quality will be measured on, where it was asked for.
     pub quality: Option<String>,
     /// Memory of the card that the user named.
     pub card_bytes: Option<u64>,
-    /// Of the machine or the GPU, whoever uses the rest; `None` where the system does not tell.
+    /// All memory of the machine or the GPU, used or not; `None` where unknown.
     pub free_bytes: Option<u64>,
     pub total_bytes: Option<u64>,
 }
@@ -103,12 +103,11 @@ impl DryRun {
         let missing: Vec<_> = self.files.iter().filter(|file| !file.is_cached).collect();
         match (self.weights.as_str(), missing.as_slice()) {
             (_, []) if !self.files.is_empty() => "download nothing: the cache has all of it\n".to_owned(),
-            ("random", []) => "download nothing: the weights are made up\n".to_owned(),
+            ("random", []) => "no download: random weights\n".to_owned(),
             (_, []) => "download nothing: the model is a folder\n".to_owned(),
             (_, missing) => {
-                let line = |file: &&File| {
-                    GridLine::Cells(vec![format!("  {}", plain(&file.name)), mib(file.bytes), "MiB".into()])
-                };
+                let line =
+                    |file: &&File| Line::Cells(vec![format!("  {}", plain(&file.name)), mib(file.bytes), "MiB".into()]);
                 let lines: Vec<_> = missing.iter().map(line).collect();
                 format!("download {} MiB:\n{}", mib(Some(self.download_bytes)), grid::render(&lines))
             }
@@ -120,7 +119,7 @@ impl DryRun {
         let card = self.card_bytes.map(|bytes| format!("{:.2} GiB", bytes as f64 / GIB));
         let columns = |texts: [&str; 7], card: Option<&str>| {
             let shown = texts.into_iter().enumerate().filter(|(at, _)| on_gpu || *at != CONTEXT_COLUMN);
-            GridLine::Cells(shown.map(|(_, text)| text).chain(card).map(str::to_owned).collect())
+            Line::Cells(shown.map(|(_, text)| text).chain(card).map(str::to_owned).collect())
         };
         let mut lines = vec![
             columns(

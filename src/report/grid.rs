@@ -1,7 +1,7 @@
 //! Aligned text: the first column to the left, numbers to the right, two spaces between columns.
 
 /// A line of a grid.
-pub enum GridLine {
+pub enum Line {
     /// One text a column.
     Cells(Vec<String>),
     /// The first column, then one text over all others, such as a reason.
@@ -9,13 +9,13 @@ pub enum GridLine {
 }
 
 /// Lines of text that end in a newline each, without trailing blanks.
-pub fn render(lines: &[GridLine]) -> String {
+pub fn render(lines: &[Line]) -> String {
     let widths = widths(lines);
     let first = widths.first().copied().unwrap_or(0);
     let mut out = String::new();
     for line in lines {
         let text = match line {
-            GridLine::Cells(cells) => cells
+            Line::Cells(cells) => cells
                 .iter()
                 .zip(&widths)
                 .enumerate()
@@ -24,7 +24,7 @@ pub fn render(lines: &[GridLine]) -> String {
                     _ => format!("  {cell:>width$}"),
                 })
                 .collect(),
-            GridLine::Span(head, text) => format!("{head:<first$}  {text}"),
+            Line::Span(head, text) => format!("{head:<first$}  {text}"),
         };
         out += text.trim_end();
         out.push('\n');
@@ -33,12 +33,12 @@ pub fn render(lines: &[GridLine]) -> String {
 }
 
 /// In characters: what tables hold is one cell wide each, `±` and `×` included.
-fn widths(lines: &[GridLine]) -> Vec<usize> {
+fn widths(lines: &[Line]) -> Vec<usize> {
     let mut widths: Vec<usize> = Vec::new();
     for line in lines {
         let cells = match line {
-            GridLine::Cells(cells) => cells.as_slice(),
-            GridLine::Span(head, _) => std::slice::from_ref(head),
+            Line::Cells(cells) => cells.as_slice(),
+            Line::Span(head, _) => std::slice::from_ref(head),
         };
         widths.resize(widths.len().max(cells.len()), 0);
         for (width, cell) in widths.iter_mut().zip(cells) {
@@ -64,12 +64,9 @@ mod tests {
 
     #[test]
     fn numbers_align_right_and_reasons_span() {
-        let cells = |row: [&str; 3]| GridLine::Cells(row.map(String::from).to_vec());
-        let lines = [
-            cells(["name", "a", "long"]),
-            cells(["x", "1 ± 2", "-"]),
-            GridLine::Span("longer name".into(), "oom".into()),
-        ];
+        let cells = |row: [&str; 3]| Line::Cells(row.map(String::from).to_vec());
+        let lines =
+            [cells(["name", "a", "long"]), cells(["x", "1 ± 2", "-"]), Line::Span("longer name".into(), "oom".into())];
         assert_eq!(render(&lines), "name             a  long\nx            1 ± 2     -\nlonger name  oom\n");
     }
 

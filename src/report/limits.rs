@@ -1,7 +1,7 @@
 //! What a measured bandwidth allows for models that were not run.
 
 use super::case::{GIB, plain};
-use super::grid::{self, GridLine};
+use super::grid::{self, Line};
 
 /// A model by name, and the bytes of each precision.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,12 +26,12 @@ pub fn limits(read_gb_s: f64, models: &[ModelBytes], next_command: &str) -> Stri
     let names = precisions.iter().flat_map(|p| pair(&plain(p), ""));
     let units = precisions.iter().flat_map(|_| pair("tokens/s", "GiB"));
     let header = |first: &str, cells: &mut dyn Iterator<Item = String>| {
-        GridLine::Cells(std::iter::once(first.to_owned()).chain(cells).collect())
+        Line::Cells(std::iter::once(first.to_owned()).chain(cells).collect())
     };
     let mut lines = vec![header("limit", &mut names.into_iter()), header("not measured", &mut units.into_iter())];
     lines.extend(models.iter().map(|model| {
         let cells = precisions.iter().flat_map(|precision| cells(model, precision, read_gb_s));
-        GridLine::Cells(std::iter::once(plain(&model.name)).chain(cells).collect())
+        Line::Cells(std::iter::once(plain(&model.name)).chain(cells).collect())
     }));
     format!(
         "What {read_gb_s:.1} GB/s of read bandwidth allows at batch 1 \

@@ -1,7 +1,7 @@
 //! The parts of a model by what quantizing them costs, below the table of a case.
 
 use super::case::{Case, plain};
-use super::grid::{self, GridLine};
+use super::grid::{self, Line};
 use crate::record::{ModuleQuality, Record};
 
 const MIB: f64 = (1u64 << 20) as f64;
@@ -15,7 +15,7 @@ fn table(label: &str, record: &Record) -> Option<String> {
     let quality = record.quality.as_ref().filter(|quality| !quality.modules.is_empty())?;
     let outliers = quality.modules.iter().any(|module| module.outlier_share.is_some());
     let head = |names: &[&str]| {
-        GridLine::Cells(names[..names.len() - usize::from(!outliers)].iter().map(|n| n.to_string()).collect())
+        Line::Cells(names[..names.len() - usize::from(!outliers)].iter().map(|n| n.to_string()).collect())
     };
     let mut lines = vec![
         head(&["only this quantized", "KL", "top-1", "saves", "outliers"]),
@@ -29,7 +29,7 @@ fn table(label: &str, record: &Record) -> Option<String> {
     Some(plain_lines(&format!("\n{label} by module\n\n{}\n{suggestion}\n", grid::render(&lines))))
 }
 
-fn line(module: &ModuleQuality, outliers: bool) -> GridLine {
+fn line(module: &ModuleQuality, outliers: bool) -> Line {
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let kl = match (module.kl_mean, module.kl_mean_half_width) {
         (Some(kl), Some(half)) => Some(format!("{kl:.5} [{:.5}, {:.5}]", kl - half, kl + half)),
@@ -46,7 +46,7 @@ fn line(module: &ModuleQuality, outliers: bool) -> GridLine {
     if outliers {
         cells.push(percent(module.outlier_share, 2));
     }
-    GridLine::Cells(cells)
+    Line::Cells(cells)
 }
 
 /// Each line on its own: what stands between them is ours.

@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use super::case::{self, Case};
-use super::columns::{self, Row, Sheet};
-use super::grid::{self, GridLine};
+use super::columns::{self, Extent, Row, Sheet};
+use super::grid::{self, Line};
 use super::{Options, Writer, modules, verdict};
 use crate::record::Document;
 
@@ -21,7 +21,7 @@ fn write(document: &Document, options: &Options) -> Result<String> {
 }
 
 fn block(case: &Case, options: &Options) -> String {
-    let mut sheet = columns::sheet(case, options.wide);
+    let mut sheet = columns::sheet(case, Extent { wide: options.wide, changes: true });
     let notes = std::mem::take(&mut sheet.notes);
     let verdicts: String =
         verdict::verdicts(case, options.card_bytes).iter().map(|verdict| format!("{verdict}\n")).collect();
@@ -37,14 +37,14 @@ fn paragraph(start: &str, lines: &[String]) -> String {
     if lines.is_empty() { lines } else { format!("\n{lines}") }
 }
 
-fn lines(sheet: Sheet) -> Vec<GridLine> {
+fn lines(sheet: Sheet) -> Vec<Line> {
     let (names, units): (Vec<_>, Vec<_>) = sheet.headers.iter().map(|(n, u)| (n.to_string(), u.to_string())).unzip();
     let row = |row: Row| match row.values {
-        Ok(values) => GridLine::Cells(std::iter::once(row.precision).chain(row.run).chain(values).collect()),
+        Ok(values) => Line::Cells(std::iter::once(row.precision).chain(row.run).chain(values).collect()),
         Err(status) => {
             let run = row.run.map(|run| format!("{run}: ")).unwrap_or_default();
-            GridLine::Span(row.precision, format!("{run}{status}"))
+            Line::Span(row.precision, format!("{run}{status}"))
         }
     };
-    [GridLine::Cells(names), GridLine::Cells(units)].into_iter().chain(sheet.rows.into_iter().map(row)).collect()
+    [Line::Cells(names), Line::Cells(units)].into_iter().chain(sheet.rows.into_iter().map(row)).collect()
 }

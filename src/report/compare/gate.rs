@@ -14,12 +14,12 @@ const WITHOUT_INTERVAL: &[&str] = &["mbu", "achieved_gb_s", "read_gb_s", "copy_g
 pub struct Gate {
     /// As it was typed.
     pub text: String,
-    pub key: GateKey,
+    pub key: Key,
     pub limit: Limit,
 }
 
 #[derive(Clone, Copy)]
-pub enum GateKey {
+pub enum Key {
     Metric(&'static Metric),
     /// Hash of the weights.
     WeightsHash,
@@ -41,7 +41,7 @@ pub enum Limit {
 /// What a gate's decision rests on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum GateKind {
+pub enum Kind {
     /// The same or not: nothing about it is measured.
     Exact,
     /// A number that hardly varies from run to run; it decides by itself.
@@ -53,21 +53,29 @@ pub enum GateKind {
 }
 
 impl Gate {
-    pub fn kind(&self) -> GateKind {
+    pub fn kind(&self) -> Kind {
         match self.key {
-            _ if self.limit == Limit::Exact => GateKind::Exact,
-            GateKey::Metric(metric) if metric.key == "speedup_vs_fp16" => GateKind::Ratio,
-            GateKey::Metric(metric) if metric.values.is_some() => GateKind::Time,
-            _ => GateKind::Tight,
+            _ if self.limit == Limit::Exact => Kind::Exact,
+            Key::Metric(metric) if metric.key == "speedup_vs_fp16" => Kind::Ratio,
+            Key::Metric(metric) if metric.values.is_some() => Kind::Time,
+            _ => Kind::Tight,
+        }
+    }
+
+    /// Where it is on a number.
+    pub fn metric(&self) -> Option<&'static Metric> {
+        match self.key {
+            Key::Metric(metric) => Some(metric),
+            Key::WeightsHash | Key::TokenIds => None,
         }
     }
 
     /// As records and tables spell it.
     pub fn name(&self) -> &'static str {
         match self.key {
-            GateKey::Metric(metric) => metric.key,
-            GateKey::WeightsHash => "weights.hash",
-            GateKey::TokenIds => "token_ids",
+            Key::Metric(metric) => metric.key,
+            Key::WeightsHash => "weights.hash",
+            Key::TokenIds => "token_ids",
         }
     }
 }
@@ -89,17 +97,17 @@ fn gate(text: &str) -> Result<Gate, BadInput> {
     Ok(Gate { text: text.to_owned(), key, limit })
 }
 
-fn key(name: &str) -> Result<GateKey, BadInput> {
+fn key(name: &str) -> Result<Key, BadInput> {
     match name {
-        "weights.hash" | "weights_hash" => return Ok(GateKey::WeightsHash),
-        "token_ids" => return Ok(GateKey::TokenIds),
+        "weights.hash" | "weights_hash" => return Ok(Key::WeightsHash),
+        "token_ids" => return Ok(Key::TokenIds),
         _ => {}
     }
     if let Some(metric) = metrics::find(name) {
         return match WITHOUT_INTERVAL.contains(&name) {
             true => Err(BadInput::new(format!("no gate on `{name}`: it has no interval of its own"))
                 .hint("gate on `decode_tps`, which it follows from")),
-            false => Ok(GateKey::Metric(metric)),
+            false => Ok(Key::Metric(metric)),
         };
     }
     let error = BadInput::new(format!("unknown metric `{name}` in a gate"));
@@ -150,9 +158,9 @@ fn limit(gate: &str, text: &str) -> Result<Limit, BadInput> {
     }
 }
 
-fn check(text: &str, key: GateKey, limit: Limit) -> Result<(), BadInput> {
+fn check(text: &str, key: Key, limit: Limit) -> Result<(), BadInput> {
     let metric = match (key, limit) {
-        (GateKey::Metric(metric), _) => metric,
+        (Key::Metric(metric), _) => metric,
         (_, Limit::Exact) => return Ok(()),
         _ => return Err(BadInput::new(format!("gate `{text}`: this is the same or not and takes no limit"))),
     };
@@ -201,15 +209,15 @@ mod tests {
             gates("decode_tps:-5%, peak_bytes:+3% ,kl_mean:+0.002,weights_bytes,weights.hash,token_ids").unwrap();
         let seen: Vec<_> = read.iter().map(|gate| (gate.name(), gate.kind(), gate.limit)).collect();
         let expected = [
-            ("decode_tps", GateKind::Time, Limit::Relative(-0.05)),
-            ("peak_bytes", GateKind::Tight, Limit::Relative(0.03)),
-            ("kl_mean", GateKind::Tight, Limit::Absolute(0.002)),
-            ("weights_bytes", GateKind::Exact, Limit::Exact),
-            ("weights.hash", GateKind::Exact, Limit::Exact),
-            ("token_ids", GateKind::Exact, Limit::Exact),
+            ("decode_tps", Kind::Time, Limit::Relative(-0.05)),
+            ("peak_bytes", Kind::Tight, Limit::Relative(0.03)),
+            ("kl_mean", Kind::Tight, Limit::Absolute(0.002)),
+            ("weights_bytes", Kind::Exact, Limit::Exact),
+            ("weights.hash", Kind::Exact, Limit::Exact),
+            ("token_ids", Kind::Exact, Limit::Exact),
         ];
         assert_eq!(seen, expected);
-        assert_eq!(gates("speedup_vs_fp16:-5%").unwrap()[0].kind(), GateKind::Ratio);
+        assert_eq!(gates("speedup_vs_fp16:-5%").unwrap()[0].kind(), Kind::Ratio);
         assert_eq!(gates(DEFAULT_GATES).unwrap().len(), 2);
     }
 

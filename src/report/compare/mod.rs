@@ -1,14 +1,14 @@
-//! Two documents side by side: what got worse beyond a limit, what did not, and what these runs cannot tell.
+//! Compares two documents: what got worse beyond a limit, what did not, and what these runs leave open.
 //!
 //! A gate on something timed decides on an interval: `regressed` where all of it lies beyond the limit, `ok` where all of it lies
 //! within, `can't tell` otherwise.
 
 mod gate;
-mod judge;
-mod pairs;
+pub(super) mod judge;
+pub(super) mod pairs;
 mod text;
 
-pub use gate::{DEFAULT_GATES, Gate, GateKind, gates};
+pub use gate::{DEFAULT_GATES, Gate, Kind, gates};
 pub use judge::change;
 pub use text::{CompareFormat, FORMATS, find};
 
@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::error::BadInput;
 use crate::record::{Document, EngineInfo, Record, SCHEMA_VERSION};
-use gate::{GateKey, Limit};
+use gate::{Key, Limit};
 use judge::{Nothing, Sides};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -64,6 +64,9 @@ pub struct Comparison {
 pub struct Side {
     pub engine: EngineInfo,
     pub timestamp: String,
+    /// How many runs it is made of where that is more than one file: those of a history, of which this is the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_runs: Option<usize>,
 }
 
 /// One gate at one precision of one case.
@@ -75,7 +78,7 @@ pub struct Check {
     pub engine: String,
     pub workload: String,
     pub gate: String,
-    pub kind: GateKind,
+    pub kind: Kind,
     pub metric: &'static str,
     pub unit: &'static str,
     pub base: Option<f64>,
@@ -144,11 +147,11 @@ fn in_order(pairs: &[pairs::Pair], checks: Vec<Check>) -> Vec<Check> {
     checks
 }
 
-fn side(record: &Record) -> Side {
-    Side { engine: record.engine.clone(), timestamp: record.timestamp.clone() }
+pub(super) fn side(record: &Record) -> Side {
+    Side { engine: record.engine.clone(), timestamp: record.timestamp.clone(), n_runs: None }
 }
 
-fn check(gate: &Gate, record: &Record, found: judge::Found) -> Check {
+pub(super) fn check(gate: &Gate, record: &Record, found: judge::Found) -> Check {
     let (limit, limit_is_relative) = match gate.limit {
         Limit::Exact => (None, true),
         Limit::Relative(limit) => (Some(limit), true),
@@ -163,7 +166,7 @@ fn check(gate: &Gate, record: &Record, found: judge::Found) -> Check {
         kind: gate.kind(),
         metric: gate.name(),
         unit: match gate.key {
-            GateKey::Metric(metric) => metric.unit,
+            Key::Metric(metric) => metric.unit,
             _ => "",
         },
         base: found.base,
@@ -191,7 +194,7 @@ fn notes(pairs: &[pairs::Pair], differences: &[String]) -> Vec<String> {
 
 /// Why a change need not be what the two numbers beside it give.
 fn of_pairs(rules: &Rules) -> Option<String> {
-    let is_timed = rules.gates.iter().any(|gate| matches!(gate.kind(), GateKind::Time | GateKind::Ratio));
+    let is_timed = rules.gates.iter().any(|gate| matches!(gate.kind(), Kind::Time | Kind::Ratio));
     (rules.order == Order::Interleaved && is_timed).then(|| {
         "changes are medians of paired repeats, so they need not equal the ratio of the medians shown".to_owned()
     })

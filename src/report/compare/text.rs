@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 
-use super::{Check, Comparison, GateKind, Verdict};
+use super::{Check, Comparison, Kind, Verdict};
 use crate::report::case::{self, GIB, plain};
-use crate::report::grid::{self, GridLine};
+use crate::report::grid::{self, Line};
 use crate::report::markdown;
 
 /// A row of [`FORMATS`].
@@ -39,12 +39,11 @@ fn table(comparison: &Comparison) -> Result<String> {
     let width = precisions.chain([HEADERS[0].len()]).max().unwrap_or(0);
     let joined = |cells: Vec<String>| {
         let first = format!("{:width$}  {}", cells[0], cells[1]);
-        GridLine::Cells(std::iter::once(first).chain(cells.into_iter().skip(2)).collect())
+        Line::Cells(std::iter::once(first).chain(cells.into_iter().skip(2)).collect())
     };
     for checks in cases(comparison) {
         let header = joined(HEADERS.map(String::from).to_vec());
-        let lines: Vec<GridLine> =
-            std::iter::once(header).chain(checks.iter().map(|check| joined(cells(check)))).collect();
+        let lines: Vec<Line> = std::iter::once(header).chain(checks.iter().map(|check| joined(cells(check)))).collect();
         text += &format!("\n{}\n\n{}", case_title(&checks[0]), grid::render(&lines));
     }
     let remarks = remarks(comparison);
@@ -101,7 +100,8 @@ fn sides(comparison: &Comparison) -> String {
     let side = |side: &super::Side| {
         let words = [&side.engine.name, &side.engine.version, &side.engine.commit, &side.timestamp];
         let known: Vec<_> = words.iter().filter(|word| !word.is_empty()).map(|word| plain(word)).collect();
-        known.join(" ")
+        let runs = side.n_runs.map(|n| format!("the last {n} runs, to ")).unwrap_or_default();
+        runs + &known.join(" ")
     };
     format!("base: {}; new: {}", side(&comparison.base), side(&comparison.new))
 }
@@ -165,7 +165,7 @@ fn change(check: &Check) -> Option<String> {
 fn difference(check: &Check, x: f64) -> String {
     match check.limit_is_relative {
         // The smallest change that the exact gates and memory show is well below a tenth.
-        true if check.kind == GateKind::Exact && x != 0.0 => format!("{:+.3} %", 100.0 * x),
+        true if check.kind == Kind::Exact && x != 0.0 => format!("{:+.3} %", 100.0 * x),
         true => format!("{:+.1} %", 100.0 * x),
         false if check.unit == "bytes" => format!("{:+.2}", x / GIB),
         false => format!("{x:+.4}"),
@@ -182,7 +182,7 @@ fn shown(check: &Check, x: f64) -> f64 {
 }
 
 fn in_gib(check: &Check) -> bool {
-    check.unit == "bytes" && check.kind != GateKind::Exact
+    check.unit == "bytes" && check.kind != Kind::Exact
 }
 
 fn remarks(comparison: &Comparison) -> Vec<String> {

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::record::{Document, Record, Status};
 use crate::report::case::{self, GIB, plain, status};
-use crate::report::grid::{self, GridLine};
+use crate::report::grid::{self, Line};
 use crate::report::{Options, Writer, csv};
 
 pub const WRITER: Writer = Writer {
@@ -63,13 +63,13 @@ fn write_table(document: &Document, _: &Options) -> Result<String> {
     // A grid aligns its first column to the left only: model and precision share it.
     let first = |model: &str, precision: &str| format!("{model:<width$}  {precision}");
     let head = |first: String, pick: fn(&Column) -> &'static str| {
-        GridLine::Cells(std::iter::once(first).chain(COLUMNS.iter().map(|column| pick(column).to_owned())).collect())
+        Line::Cells(std::iter::once(first).chain(COLUMNS.iter().map(|column| pick(column).to_owned())).collect())
     };
     let row = |record: &Record| {
         let name = first(&plain(&record.model.id), &case::name(record));
         match record.status {
-            Status::Ok => GridLine::Cells(std::iter::once(name).chain(cells(record, "-")).collect()),
-            _ => GridLine::Span(name, status(record)),
+            Status::Ok => Line::Cells(std::iter::once(name).chain(cells(record, "-")).collect()),
+            _ => Line::Span(name, status(record)),
         }
     };
     let heads = [head(first("model", "precision"), |column| column.1), head(String::new(), |column| column.2)];
