@@ -1,4 +1,4 @@
-//! The five model files of candle-transformers that run here, called alike.
+//! The model files of candle-transformers that run here, called alike.
 
 use std::sync::Arc;
 
@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Module, Result, Tensor, bail};
 use candle_nn::{Linear, VarBuilder};
 use candle_transformers::models::{gemma, llama, phi, siglip, t5};
 
+use super::causal::{self, Causal};
 use super::config::Config;
 use crate::engine::EncoderInput;
 use crate::error::BadInput;
@@ -17,6 +18,7 @@ pub enum Family {
     Llama { model: Arc<llama::Llama>, cache: llama::Cache },
     Phi(phi::Model),
     Gemma(gemma::Model),
+    Causal(Box<dyn Causal>),
     T5(Box<Sides>),
     PaliGemma { vision: Arc<VisionTower>, text: gemma::Model },
 }
@@ -49,6 +51,7 @@ impl Family {
             },
             Config::Phi(config) => Family::Phi(phi::Model::new(config, tensors)?),
             Config::Gemma(config) => Family::Gemma(gemma::Model::new(false, config, tensors)?),
+            Config::Causal { architecture, config } => Family::Causal(causal::load(architecture, config, tensors)?),
             Config::T5 { encoder, decoder } => Family::T5(Box::new(Sides {
                 encoder: t5::T5EncoderModel::load(tensors.clone(), encoder)?,
                 decoder: t5::T5ForConditionalGeneration::load(tensors, decoder)?,
@@ -103,6 +106,7 @@ impl Family {
             (Family::Llama { model, cache }, _) => model.forward(ids, position, cache),
             (Family::Phi(model), _) => model.forward(ids),
             (Family::Gemma(model), _) => model.forward(ids, position),
+            (Family::Causal(model), _) => model.forward(ids, position),
             (Family::T5(sides), Some(encoded)) => sides.decoder.decode(ids, encoded),
             (Family::PaliGemma { vision, text }, Some(features)) if position == 0 => {
                 let n_image = vision.picture.patches();
