@@ -85,6 +85,8 @@ fn case(folder: &Path, precisions: &[&str], precision_selection: PrecisionSelect
         device: DeviceChoice::Cpu,
         threads: 1,
         cuda_graph: true,
+        sequences: 1,
+        kv_format: None,
         prompt: PromptChoice::Default,
         image: None,
         n_gen: 4,

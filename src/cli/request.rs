@@ -97,6 +97,8 @@ fn case(
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device,
         cuda_graph: !device_args.no_cuda_graph,
+        sequences: 1,
+        kv_format: None,
         threads: device_args.threads.map(threads).transpose()?.unwrap_or(0),
         prompt: prompt(prompt_args)?,
         keep_fp16: precision.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect(),

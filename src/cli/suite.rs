@@ -9,7 +9,7 @@ use clap::{ArgAction, Args, Parser, ValueHint};
 use super::{Cli, Command, Request, RunArgs};
 use crate::error::BadInput;
 use crate::report;
-use crate::suite::{Key, Kind, Planned, Shard, SuiteCase};
+use crate::suite::{Planned, Shard, SuiteCase, SuiteKey, ValueKind};
 
 /// What was typed for a suite.
 #[derive(Debug, Args)]
@@ -79,17 +79,17 @@ const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits"];
 const LISTS: &[&str] = &["prompt-ids"];
 
 /// The keys of a suite file: the options of `quantbench run`.
-pub fn suite_keys() -> Vec<Key> {
+pub fn suite_keys() -> Vec<SuiteKey> {
     let command = RunArgs::augment_args(clap::Command::new("run"));
     let is_key = |arg: &&clap::Arg| arg.get_help_heading().is_some_and(|heading| HEADINGS.contains(&heading));
     let key = |arg: &clap::Arg| {
         let long = arg.get_long().filter(|long| !NOT_IN_SUITES.contains(long))?;
         let kind = match arg.get_action() {
-            ArgAction::SetTrue => Kind::Switch,
-            _ if arg.get_value_delimiter().is_some() || LISTS.contains(&long) => Kind::List,
-            _ => Kind::One,
+            ArgAction::SetTrue => ValueKind::Switch,
+            _ if arg.get_value_delimiter().is_some() || LISTS.contains(&long) => ValueKind::List,
+            _ => ValueKind::One,
         };
-        Some(Key { name: long.replace('-', "_"), kind })
+        Some(SuiteKey { name: long.replace('-', "_"), kind })
     };
     command.get_arguments().filter(is_key).filter_map(key).collect()
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::measurement_protocol::MeasurementProtocol;
+use crate::call::KvFormat;
 use crate::engine::Engine;
 use crate::quality::CallPath;
 use crate::quality::text::SAMPLE_NAME;
@@ -26,6 +27,10 @@ pub struct Case {
     pub threads: usize,
     /// A decode step on CUDA is one graph.
     pub cuda_graph: bool,
+    /// Sequences that a call runs at once.
+    pub sequences: usize,
+    /// Format of the key/value cache; `None`: the engine's own.
+    pub kv_format: Option<KvFormat>,
     pub prompt: PromptChoice,
     /// Picture for a vision-language model; `None`: the generated test picture.
     pub image: Option<PathBuf>,
@@ -45,7 +50,7 @@ pub struct Case {
     pub command: String,
 }
 
-/// How the precisions of a case were chosen.
+/// The way in which the precisions of a case were chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum PrecisionSelection {
     /// By name: a model that was saved in another precision is refused.
@@ -167,6 +172,8 @@ pub mod tests {
             device: DeviceChoice::Cpu,
             threads: 1,
             cuda_graph: true,
+            sequences: 1,
+            kv_format: None,
             prompt: PromptChoice::Default,
             image: None,
             n_gen: 4,

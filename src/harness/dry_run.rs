@@ -1,4 +1,4 @@
-//! What a run would do, download and need, from the plan and the hub's answers: no weights are read and nothing is measured.
+//! Plans a run without measuring: variants, downloads and memory, from the plan and the hub's answers. No weights are read.
 
 use anyhow::Result;
 
@@ -9,7 +9,7 @@ use super::measurement_protocol::MeasurementProtocol;
 use super::open_model;
 use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT};
 use super::quality;
-use super::room::{Room, free_bytes};
+use super::room::{MemoryBudget, free_bytes};
 use crate::engine::needs::Needs;
 use crate::engine::{self, Device, Engine};
 use crate::events::Listener;
@@ -28,7 +28,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let Surveyed { checkpoint, files } = weights::survey(&case.model, events)?;
     let mut model = open_model::build(&checkpoint, &case.model, events)?;
     if checkpoint.has_weights() {
-        // Whether the files hold what the model needs.
+        // Fails where the files lack a tensor of the model.
         checkpoint.source_with(&model.matrices, &model.vectors, events)?;
     }
     open_model::select(&mut model, &checkpoint, &case.selection())?;
@@ -41,9 +41,9 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let bound = bounded(case).filter(|_| tokenizer_comes);
     case.quality.as_ref().map(|_| quality::check(&checkpoint, tokenizer_comes)).transpose()?;
     let workload = prompt::workload(bound.as_ref().unwrap_or(case), checkpoint.tokenizer.as_ref(), &model)?;
-    // Whether the picture can be read.
+    // Fails on a picture that cannot be read.
     open_model::pixels(&model, &checkpoint, &workload.task.encode)?;
-    let (room, free_bytes) = (Room::new(case, (&model, &workload), device)?, free_bytes(device));
+    let (room, free_bytes) = (MemoryBudget::new(case, (&model, &workload), device)?, free_bytes(device));
     let rows = case.variants().iter().zip(&room.needs).map(|(of, needs)| row(of, *needs, free_bytes)).collect();
     Ok(DryRun {
         model: checkpoint.id.clone(),
@@ -70,8 +70,8 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     })
 }
 
-/// The case with so many synthetic ids as its text has bytes, and one for the beginning; `None` where its prompt is no text. A
-/// token stands for a byte at least.
+/// The case with as many synthetic ids as its text has bytes, and one for the beginning; `None` for a prompt that is no text. A
+/// token covers at least one byte.
 fn bounded(case: &Case) -> Option<Case> {
     let bytes = match &case.prompt {
         PromptChoice::Text(text) => text.len(),
@@ -81,7 +81,7 @@ fn bounded(case: &Case) -> Option<Case> {
     Some(Case { prompt: PromptChoice::Synthetic(bytes + 1), ..case.clone() })
 }
 
-/// What one worker holds, and whether that is free.
+/// Memory that one worker holds, and whether that is free.
 fn row(variant: &Variant, needs: Needs, free_bytes: Option<u64>) -> dry_run::Row {
     dry_run::Row {
         engine: variant.engine.name().to_owned(),

@@ -1,4 +1,4 @@
-//! The untimed pass that keeps every step's logits.
+//! The untimed pass that saves every step's logits.
 
 use std::io::Write;
 use std::path::Path;
@@ -10,8 +10,8 @@ use safetensors::tensor::TensorView;
 use crate::engine::Session;
 use crate::error::BadInput;
 
-/// Generates on behind a prefill to `n_gen` tokens and writes the logits of all, fp32 `[n_gen, vocab]` as tensor
-/// `logits`. The file appears whole or not at all.
+/// Generates `n_gen` tokens after a prefill and writes the logits of all, fp32 `[n_gen, vocab]` as tensor
+/// `logits`. The file is written atomically.
 pub fn save(session: &mut dyn Session, n_gen: usize, path: &Path) -> Result<()> {
     let mut rows = session.logits()?;
     let vocab = rows.len();
@@ -91,7 +91,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn a_full_disk_is_told_without_a_path() {
+    fn a_full_disk_is_reported_without_a_path() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("l.safetensors");
         std::os::unix::fs::symlink("/dev/full", &path).unwrap();

@@ -1,10 +1,10 @@
-//! How often a case is measured, and for how long.
+//! The protocol of a measurement: number and length of its runs.
 
 use serde::{Deserialize, Serialize};
 
 use crate::ipc::Deadline;
 
-/// How often a case is measured, and for how long.
+/// Number of runs, their time limits and their method.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MeasurementProtocol {
     /// Warm-up runs at full shape and length; `None`: until the last two agree within 5 %, at most 5.

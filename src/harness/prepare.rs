@@ -6,12 +6,12 @@ use super::bandwidth_cache::{BandwidthCache, DeviceBandwidth};
 use super::case::{Case, Variant};
 use super::checks::{self, Chosen};
 use super::environment::{self, Machine};
-use super::open_model::{self, Opened};
-use super::prompt::{self, Workload};
+use super::open_model::{self, OpenModel};
+use super::prompt::{self, TokenizedWorkload};
 use super::quality::EvalText;
-use super::room::{Room, TooLarge};
+use super::room::{MemoryBudget, TooLarge};
 use super::run_context::RunContext;
-use super::schedule::{self, Order, Outcome, ScheduleContext, Worker};
+use super::schedule::{self, Outcome, RunOrder, ScheduleContext, Worker};
 use super::warnings::Warning;
 use super::watch::Watch;
 use super::watch::machine::Sensors;
@@ -41,10 +41,10 @@ pub enum BandwidthSource {
 
 /// A checked case and its opened model.
 pub struct PreparedCase {
-    opened: Opened,
+    opened: OpenModel,
     pub assignment: DeviceAssignment,
-    pub workload: Workload,
-    pub room: Room,
+    pub workload: TokenizedWorkload,
+    pub room: MemoryBudget,
     /// Warnings of the device's choice and of the model's files.
     warnings: Vec<Warning>,
 }
@@ -65,7 +65,7 @@ impl PreparedCase {
     }
 
     /// The checks that need the model but no weights in memory.
-    fn new(case: &Case, device: Device, opened: Opened) -> Result<Self> {
+    fn new(case: &Case, device: Device, opened: OpenModel) -> Result<Self> {
         if case.engines.contains(&Engine::Candle) {
             engine::candle::check(&opened.model, &opened.checkpoint.config)?;
         }
@@ -74,7 +74,7 @@ impl PreparedCase {
         open_model::pixels(&opened.model, &opened.checkpoint, &workload.task.encode)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
         let assignment = DeviceAssignment { device, threads };
-        let room = Room::new(case, (&opened.model, &workload), device)?;
+        let room = MemoryBudget::new(case, (&opened.model, &workload), device)?;
         Ok(Self { opened, assignment, workload, room, warnings: Vec::new() })
     }
 
@@ -92,10 +92,10 @@ impl PreparedCase {
         self.opened.checkpoint.tokenizer.as_ref()?.decode(ids, true).ok()
     }
 
-    /// What all records of the run share. Measures the memory's bandwidth, or takes it from the cache.
+    /// Properties that all records of the run share. Measures the memory's bandwidth, or takes it from the cache.
     pub fn context(&self, case: &Case, events: &dyn Listener) -> Result<RunContext> {
         let mut context = self.unmeasured_context(case);
-        if context.order == Order::InTurn {
+        if context.order == RunOrder::InTurn {
             let (needed_bytes, free_bytes) = (self.room.together_bytes(), self.room.free_bytes.unwrap_or(0));
             context.warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
         }
@@ -137,7 +137,7 @@ impl PreparedCase {
         sensors
     }
 
-    /// What all records share, as far as it is known without measuring the machine.
+    /// Properties that all records share, as far as they are known without measuring the machine.
     pub fn unmeasured_context(&self, case: &Case) -> RunContext {
         let (machine, order) = (Machine::default(), self.room.order());
         let is_cpu = self.assignment.device == Device::Cpu;
@@ -211,7 +211,7 @@ impl PreparedCase {
     pub fn outcomes(
         &self,
         case: &Case,
-        order: Order,
+        order: RunOrder,
         watch: &mut dyn Watch,
         events: &dyn Listener,
     ) -> Result<Vec<Outcome>> {

@@ -1,4 +1,4 @@
-//! From what the user asked for to the exact ids that every precision gets.
+//! The prompt as the exact ids that every precision gets.
 
 use tokenizers::Tokenizer;
 
@@ -14,19 +14,21 @@ use crate::rng::SplitMix64;
 /// The prompt where none is given and there is a tokenizer.
 pub const DEFAULT_TEXT: &str = "Explain quantization in simple terms.";
 
-/// The prompt of a model that sees.
+/// The prompt of a vision-language model.
 pub const DEFAULT_PICTURE_TEXT: &str = "caption en";
 
 /// Length of the prompt where none is given and there is no tokenizer.
 const DEFAULT_SYNTHETIC: usize = 8;
 
-/// Sets the depth's ids apart from the prompt's.
+/// Stream of the random ids of the depth, other than the prompt's.
 const DEPTH_STREAM: u64 = 0xde97;
 
-/// What every repeat does and how records describe it.
+/// The work of every repeat and its description in records.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Workload {
+pub struct TokenizedWorkload {
     pub task: Task,
+    /// Sequences that a call runs at once.
+    pub sequences: usize,
     /// Tokens of the prompt, wherever they go; image tokens are apart.
     pub n_prompt: usize,
     pub n_image: usize,
@@ -34,7 +36,7 @@ pub struct Workload {
     pub n_encoder: usize,
 }
 
-impl Workload {
+impl TokenizedWorkload {
     /// The request to load one variant of a case for this workload.
     pub fn load_request(&self, case: &Case, variant: &Variant, assignment: DeviceAssignment) -> LoadRequest {
         let DeviceAssignment { device, threads } = assignment;
@@ -45,6 +47,8 @@ impl Workload {
             model: crate::weights::Request { offline: true, ..case.model.clone() },
             engine: variant.engine,
             cuda_graph: case.cuda_graph,
+            sequences: case.sequences,
+            kv_format: case.kv_format,
             precision: variant.precision,
             format_options: case.format_options,
             encoder_capacity: self.n_encoder,
@@ -59,7 +63,7 @@ impl Workload {
 
     /// The workload for records.
     pub fn recorded(&self) -> record::Workload {
-        let Self { task, n_prompt, n_image, .. } = self;
+        let Self { task, sequences, n_prompt, n_image, .. } = self;
         record::Workload {
             n_prompt: *n_prompt as u64,
             n_gen: task.n_gen as u64,
@@ -70,22 +74,22 @@ impl Workload {
                 Encode::Picture { image: Some(_) } => Some(record::ImageSource::File),
                 Encode::Nothing | Encode::Tokens(_) => None,
             },
-            batch_size: 1,
+            batch_size: *sequences as u64,
         }
     }
 }
 
 /// The workload of a case. Fails where the prompt is empty, needs a tokenizer that is not there, has ids beyond the
 /// vocabulary, or does not fit the context together with depth and generated tokens.
-pub fn workload(case: &Case, tokenizer: Option<&Tokenizer>, model: &Model) -> anyhow::Result<Workload> {
+pub fn workload(case: &Case, tokenizer: Option<&Tokenizer>, model: &Model) -> anyhow::Result<TokenizedWorkload> {
     let (seed, n_prompt) = (case.model.seed, n_synthetic(case, tokenizer));
     // A length is checked before its ids are made: what a user types may exceed the memory.
     check_lengths(case, n_prompt.unwrap_or(1), model)?;
     let n_image = n_image(model);
     if let Some(image) = case.image.as_ref().filter(|_| n_image == 0) {
         let (image, architecture) = (image.display(), model.architecture);
-        return Err(BadInput::new(format!("`--image {image}`: `{architecture}` models read text alone"))
-            .hint("drop `--image`, or name a model that sees, such as `--model-id paligemma-3b-pt-224`")
+        return Err(BadInput::new(format!("`--image {image}`: `{architecture}` models read text only"))
+            .hint("drop `--image`, or name a vision-language model, such as `--model-id paligemma-3b-pt-224`")
             .into());
     }
     let text = match &case.prompt {
@@ -97,7 +101,7 @@ pub fn workload(case: &Case, tokenizer: Option<&Tokenizer>, model: &Model) -> an
     let prompt = match (&case.prompt, n_prompt, text.zip(tokenizer)) {
         (PromptChoice::Ids(ids), ..) => ids.clone(),
         (_, Some(n), _) => synthetic(n, model.vocab, seed),
-        // As PaliGemma's processor writes it behind the image tokens.
+        // PaliGemma's processor writes it so after the image tokens.
         (_, None, Some((text, tokenizer))) if n_image > 0 => encode(tokenizer, &format!("<bos>{text}\n"), false)?,
         (_, None, Some((text, tokenizer))) => encode(tokenizer, text, true)?,
         (_, None, None) => return Err(no_tokenizer(case).into()),
@@ -117,8 +121,8 @@ fn n_synthetic(case: &Case, tokenizer: Option<&Tokenizer>) -> Option<usize> {
     }
 }
 
-/// Hands the prompt to the side of the model that reads it.
-fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> Workload {
+/// Gives the prompt to the side of the model that reads it.
+fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> TokenizedWorkload {
     let (seed, n_prompt, n_image) = (case.model.seed, prompt.len(), n_image(model));
     let (encode, prompt) = match model.encoder.as_ref().map(|encoder| encoder.input) {
         None => (Encode::Nothing, prompt),
@@ -139,7 +143,7 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> Workload {
         max_time_s: case.protocol.of_one_launch().max_time_s,
         wait: wait(&case.protocol),
     };
-    Workload { task, n_prompt, n_image, n_encoder }
+    TokenizedWorkload { task, sequences: case.sequences, n_prompt, n_image, n_encoder }
 }
 
 fn wait(protocol: &MeasurementProtocol) -> Wait {
@@ -168,7 +172,7 @@ fn check_lengths(case: &Case, n_prompt: usize, model: &Model) -> Result<(), BadI
     }
     if n_depth > 0 && model.encoder.is_some() {
         return Err(BadInput::new(format!(
-            "`--depth {n_depth}` means nothing for `{}`: its prompt starts with the encoder's",
+            "`--depth {n_depth}` is not possible for `{}`: its prompt starts with the encoder's",
             model.architecture
         ))
         .hint("drop `--depth`, or lengthen the prompt with `--prompt-tokens`"));
@@ -209,7 +213,7 @@ fn without_image_tokens(ids: Vec<u32>, model: &Model) -> Result<Vec<u32>, BadInp
     }
 }
 
-/// Whether the model has a row for every id. A tokenizer may have more tokens than the model that it lies beside.
+/// Checks that the model has a row for every id. A tokenizer may have more tokens than the model beside it.
 pub fn check_vocabulary(ids: &[u32], are_typed: bool, model: &Model) -> Result<(), BadInput> {
     let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab) else { return Ok(()) };
     let message = format!("prompt id {id} is outside the vocabulary of {} tokens", model.vocab);
@@ -334,7 +338,7 @@ mod tests {
         let picture = EncoderInputKind::Picture(Picture { size: 4, patch: 2, token: 9 });
         let blind = Case { image: Some("cat.png".into()), ..case(PromptChoice::Default, 4, 0) };
         for (case, model, expected) in [
-            (blind, model(), "`--image cat.png`: `llama` models read text alone"),
+            (blind, model(), "`--image cat.png`: `llama` models read text only"),
             (
                 case(PromptChoice::Ids(vec![9, 9, 7]), 4, 0),
                 with_encoder(picture, None),

@@ -5,10 +5,10 @@ use anyhow::{Context, Result};
 use crate::engine::Session;
 use crate::protocol::{Greedy, LogitsFile, ScoreReport, ScoreRequest};
 use crate::quality::cost::{self, TokenCost};
-use crate::quality::pass::{self, Feed};
+use crate::quality::pass::{self, WindowInput};
 use crate::quality::rows::{RowReader, RowWriter};
 
-/// Runs a window behind what the session's encoder holds. Fails where a logit is not finite.
+/// Runs a window with the input that the session's encoder holds. Fails where a logit is not finite.
 pub fn score(session: &mut dyn Session, request: &ScoreRequest) -> Result<ScoreReport> {
     let costs = match &request.logits {
         LogitsFile::Write(path) => write(session, request, RowWriter::create(path)?).map(|()| Vec::new())?,
@@ -18,8 +18,8 @@ pub fn score(session: &mut dyn Session, request: &ScoreRequest) -> Result<ScoreR
     Ok(ScoreReport { costs, greedy_ids: greedy(session, request)?, outliers })
 }
 
-fn feed(request: &ScoreRequest) -> Feed<'_> {
-    Feed { prefix: &request.prefix, tokens: &request.tokens, first: request.first, path: request.path }
+fn feed(request: &ScoreRequest) -> WindowInput<'_> {
+    WindowInput { prefix: &request.prefix, tokens: &request.tokens, first: request.first, path: request.path }
 }
 
 fn write(session: &mut dyn Session, request: &ScoreRequest, mut rows: RowWriter) -> Result<()> {
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_precision_is_held_against_the_reference_token_by_token() {
+    fn a_precision_is_compared_with_the_reference_token_by_token() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows");
         let reference = score(&mut session(&[0.0, 0.5]), &request(LogitsFile::Write(path.clone()))).unwrap();

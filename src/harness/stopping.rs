@@ -1,4 +1,4 @@
-//! When warm-up and repeats end, as functions of what was measured so far.
+//! Ends of warm-up and repeats, as functions of what was measured so far.
 
 use super::measurement_protocol::MeasurementProtocol;
 use crate::protocol::WarmupEnd;
@@ -10,7 +10,7 @@ const WARMUP_AGREES: f64 = 0.05;
 /// Adaptive warm-up runs at most.
 const WARMUP_CAP: usize = 5;
 
-/// Whether the warm-up is over after `runs_ns`; `count` is the user's own number of runs.
+/// Criterion that ends the warm-up after `runs_ns`, if one does; `count` is the user's own number of runs.
 pub fn warm_up_ended(runs_ns: &[u64], count: Option<usize>, elapsed_s: f64, max_time_s: f64) -> Option<WarmupEnd> {
     if let Some(count) = count {
         return (runs_ns.len() >= count).then_some(WarmupEnd::Count);
@@ -29,7 +29,7 @@ pub fn warm_up_ended(runs_ns: &[u64], count: Option<usize>, elapsed_s: f64, max_
 /// are kept.
 const REPEATS_CAP: usize = 500;
 
-/// What ended the repeats.
+/// The criterion that ended the repeats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RepeatsEnd {
     /// The interval of the median is narrow enough, with enough repeats and time.
@@ -55,8 +55,8 @@ impl std::fmt::Display for RepeatsEnd {
 
 /// One precision's counted repeats so far.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Tally {
-    /// What the interval is taken of, one value a repeat: the decode time, or the prefill time of a run of one token.
+pub struct RepeatTally {
+    /// Values that the interval is computed from, one a repeat: the decode time, or the prefill time of a run of one token.
     pub values: Vec<f64>,
     /// Measured decode time (prefill where there is no decode).
     pub decode_ns: u64,
@@ -64,7 +64,7 @@ pub struct Tally {
     pub total_ns: u64,
 }
 
-impl Tally {
+impl RepeatTally {
     pub fn add(&mut self, prefill_ns: u64, end_to_end_ns: u64) {
         let decode_ns = end_to_end_ns.saturating_sub(prefill_ns);
         let value_ns = if decode_ns == 0 { prefill_ns } else { decode_ns };
@@ -74,14 +74,14 @@ impl Tally {
     }
 }
 
-/// Whether the repeats of all precisions that still run are over; they always have equal counts. A count that the user
-/// gave is kept at any cost; otherwise `max_time_s` beats the minimum of repeats, but never the first one.
-pub fn repeats_ended(tallies: &[&Tally], protocol: &MeasurementProtocol) -> Option<RepeatsEnd> {
+/// Criterion that ends the repeats of all variants that still run, if one does; they always have equal counts. A count that the
+/// user gave is kept at any cost. Otherwise `max_time_s` beats the minimum of repeats, but never the first one.
+pub fn repeats_ended(tallies: &[&RepeatTally], protocol: &MeasurementProtocol) -> Option<RepeatsEnd> {
     let n = tallies.iter().map(|tally| tally.values.len()).min()?;
     if let Some(count) = protocol.repeats {
         return (n >= count).then_some(RepeatsEnd::Count);
     }
-    let enough = |tally: &Tally| {
+    let enough = |tally: &RepeatTally| {
         n >= protocol.min_repeats
             && tally.decode_ns as f64 / 1e9 >= protocol.min_time_s
             && stats::relative_half_width(&tally.values, &[]).is_some_and(|width| width <= protocol.rel_ci)
@@ -94,8 +94,8 @@ pub fn repeats_ended(tallies: &[&Tally], protocol: &MeasurementProtocol) -> Opti
     if n >= REPEATS_CAP {
         return Some(RepeatsEnd::Cap);
     }
-    let with_one_more_s = |tally: &Tally| tally.total_ns as f64 / 1e9 * (n + 1) as f64 / n as f64;
-    let exceeds = |tally: &Tally| n > 0 && with_one_more_s(tally) > protocol.max_time_s;
+    let with_one_more_s = |tally: &RepeatTally| tally.total_ns as f64 / 1e9 * (n + 1) as f64 / n as f64;
+    let exceeds = |tally: &RepeatTally| n > 0 && with_one_more_s(tally) > protocol.max_time_s;
     tallies.iter().any(|tally| exceeds(tally)).then_some(RepeatsEnd::MaxTime)
 }
 
@@ -123,8 +123,8 @@ mod tests {
 
     const PREFILL_NS: u64 = 10_000_000;
 
-    fn tally(n: usize, decode_s: impl Fn(usize) -> f64) -> Tally {
-        let mut tally = Tally::default();
+    fn tally(n: usize, decode_s: impl Fn(usize) -> f64) -> RepeatTally {
+        let mut tally = RepeatTally::default();
         for i in 0..n {
             tally.add(PREFILL_NS, PREFILL_NS + (decode_s(i) * 1e9) as u64);
         }

@@ -14,7 +14,7 @@ mod shard;
 mod unmeasured;
 
 pub use case_process::{SUBCOMMAND, case_main};
-pub use keys::{Key, Kind};
+pub use keys::{SuiteKey, ValueKind};
 pub use merge::{Merged, merge};
 pub use plan::{Limits, Planned, read};
 pub use results::{Results, Resume};

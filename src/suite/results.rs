@@ -12,7 +12,7 @@ use crate::error::BadInput;
 use crate::record::Status;
 use crate::report;
 
-/// What to do with rows that are there already.
+/// Treatment of rows that the file has already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
     /// There must be none.
@@ -23,7 +23,7 @@ pub enum Resume {
     EndedWell,
 }
 
-/// An open file of results. No other process writes to it meanwhile.
+/// An open file of results. No other process writes to it at the same time.
 pub struct Results {
     path: PathBuf,
     file: File,
@@ -69,7 +69,7 @@ impl Results {
         Ok(())
     }
 
-    /// Sorts what is there, and rewrites the file, whole or not at all, where something has to go.
+    /// Sorts what is there, and rewrites the file atomically where something has to go.
     fn recover(mut self, resume: Resume) -> Result<Self> {
         let found = read_lines(&self.path)?;
         for (case, (n_found, n_rows, is_ok)) in counts(&found.lines) {

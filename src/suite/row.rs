@@ -9,7 +9,7 @@ use crate::error::BadInput;
 use crate::record::import::decode;
 use crate::record::{Record, SCHEMA_VERSION};
 
-/// Which case of which suite a row belongs to: the key `suite` of a line.
+/// The case and the suite of a row: the key `suite` of a line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CaseInfo {
     /// Name of the suite.
@@ -26,7 +26,7 @@ pub struct CaseInfo {
 /// A line of a file.
 #[derive(Debug, Clone)]
 pub struct Line {
-    /// As it stands there, without its end.
+    /// The line as in the file, without its end.
     pub text: String,
     /// `None` for a row that no suite wrote.
     pub suite: Option<CaseInfo>,
@@ -43,7 +43,7 @@ pub struct Lines {
 }
 
 #[derive(Serialize)]
-struct Row<'a> {
+struct RowLine<'a> {
     schema_version: u32,
     suite: &'a CaseInfo,
     #[serde(flatten)]
@@ -51,7 +51,7 @@ struct Row<'a> {
 }
 
 #[derive(Deserialize)]
-struct Head {
+struct LineHeader {
     schema_version: Option<u32>,
     suite: Option<CaseInfo>,
 }
@@ -59,7 +59,7 @@ struct Head {
 /// One line for each record of a case, each with its end. `info.n_rows` is set here.
 pub fn write(info: &CaseInfo, records: &[Record]) -> serde_json::Result<String> {
     let suite = &CaseInfo { n_rows: records.len(), ..info.clone() };
-    let row = |record| serde_json::to_string(&Row { schema_version: SCHEMA_VERSION, suite, record });
+    let row = |record| serde_json::to_string(&RowLine { schema_version: SCHEMA_VERSION, suite, record });
     records.iter().map(|record| Ok(row(record)? + "\n")).collect()
 }
 
@@ -110,7 +110,7 @@ pub fn read_lines(path: &Path) -> Result<Lines, BadInput> {
 
 /// Fails with what is wrong.
 fn line(text: &str) -> Result<Line, String> {
-    let head: Head = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let head: LineHeader = serde_json::from_str(text).map_err(|error| error.to_string())?;
     match head.schema_version {
         Some(SCHEMA_VERSION) => {}
         Some(other) => {

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use quantbench::engine::fake::Run;
 use quantbench::events::{Event, Listener, Silent};
 use quantbench::harness::assemble::records;
-use quantbench::harness::schedule::{Order, Outcome, ScheduleContext, Worker};
+use quantbench::harness::schedule::{Outcome, RunOrder, ScheduleContext, Worker};
 use quantbench::harness::warnings::Warning;
-use quantbench::harness::watch::Blind;
+use quantbench::harness::watch::NoWatch;
 use quantbench::harness::{Case, MeasurementProtocol, RunContext, schedule};
 use quantbench::os::cpu_usage::CpuUsage;
 use quantbench::protocol::{Encode, Failure, LoadReport, Task, WarmupEnd};
@@ -105,7 +105,7 @@ fn one_token_has_no_decode_metrics() {
     let case = Case { n_gen: 1, ..case(&["fp16"], counted(2)) };
     let local = Local::new("fp16", single, vec![filling(), run_ms(50, &[10])], &Journal::default());
     let outcomes =
-        measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent).unwrap();
+        measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, RunOrder::Interleaved, &Silent).unwrap();
     let facts = RunContext { workload: record::Workload { n_gen: 1, ..facts(&case).workload }, ..facts(&case) };
     let record = &records(&facts, &case, &outcomes, &|_| None)[0];
     for key in ["decode_tps", "tpot_ms", "itl_ms", "mbu", "achieved_gb_s"] {
@@ -139,7 +139,7 @@ fn a_text_that_may_end_has_its_length_found_untimed() {
 fn precisions_take_turns() {
     let journal = Journal::default();
     let scripts = [("fp16", vec![]), ("int8", vec![]), ("nf4", vec![])];
-    outcomes(&counted(4), Order::Interleaved, &scripts, &journal);
+    outcomes(&counted(4), RunOrder::Interleaved, &scripts, &journal);
     let said = |what: &str, order: [&str; 3]| order.map(|name| format!("{what} {name}"));
     let [a, b, c] = ["fp16", "int8", "nf4"];
     let rounds = [[a, b, c], [b, c, a], [c, a, b], [a, b, c]].map(|order| said("repeat", order));
@@ -153,7 +153,7 @@ fn in_turn_all_take_as_many_repeats_as_the_first() {
     let journal = Journal::default();
     // 0.6 s of decode a repeat and no noise: 6 repeats are 3.6 s, enough in number, time and width.
     let scripts = [("fp16", vec![run_ms(50, &[200])]), ("nf4", vec![run_ms(50, &[20])])];
-    let outcomes = outcomes(&MeasurementProtocol::default(), Order::InTurn, &scripts, &journal);
+    let outcomes = outcomes(&MeasurementProtocol::default(), RunOrder::InTurn, &scripts, &journal);
     assert_eq!(outcomes.iter().map(|outcome| outcome.samples.len()).collect::<Vec<_>>(), [6, 6]);
     assert_eq!(journal.borrow()[8..11], ["finish fp16", "load nf4", "warm nf4"]);
 }
@@ -204,18 +204,18 @@ fn out_of_memory_is_a_record_and_bad_input_an_error() {
         let local = |name| Local::new(name, task(), vec![filling(), run_ms(1, &[1])], &Journal::default());
         vec![Box::new(Local { loading: Err(failure.clone()), ..local("fp16") }), Box::new(local("nf4"))]
     };
-    let outcomes = measure(workers(&full), &case.protocol, Order::Interleaved, &Silent).unwrap();
+    let outcomes = measure(workers(&full), &case.protocol, RunOrder::Interleaved, &Silent).unwrap();
     let oom = records(&facts(&case), &case, &outcomes, &|_| None);
     assert_eq!((oom[0].status, oom[0].reason.as_deref()), (Status::Oom, Some("no room")));
     assert_eq!((oom[0].memory.wanted_bytes, oom[0].memory.free_bytes), (Some(70), None));
     assert_eq!(oom[1].status, Status::Ok);
     let wrong = Failure::Invalid { message: "wrong kernels".to_owned() };
-    let invalid = measure(workers(&wrong), &case.protocol, Order::Interleaved, &Silent).unwrap();
+    let invalid = measure(workers(&wrong), &case.protocol, RunOrder::Interleaved, &Silent).unwrap();
     let invalid = records(&facts(&case), &case, &invalid, &|_| None);
     assert_eq!((invalid[0].status, invalid[0].reason.as_deref()), (Status::Invalid, Some("wrong kernels")));
     assert_eq!(invalid[1].status, Status::Ok);
     let bad = Failure::BadInput { message: "no such file".to_owned(), hint: Some("look again".to_owned()) };
-    assert_eq!(measure(workers(&bad), &case.protocol, Order::Interleaved, &Silent), Err(bad));
+    assert_eq!(measure(workers(&bad), &case.protocol, RunOrder::Interleaved, &Silent), Err(bad));
 }
 
 #[test]
@@ -257,8 +257,12 @@ fn repeats_raise_their_warnings() {
 fn facts_and_outcomes_raise_their_warnings() {
     let case = case(&["fp16", "nf4"], counted(2));
     let script = vec![run_ms(50, &[10])];
-    let clean =
-        outcomes(&case.protocol, Order::Interleaved, &[("fp16", script.clone()), ("nf4", script)], &Journal::default());
+    let clean = outcomes(
+        &case.protocol,
+        RunOrder::Interleaved,
+        &[("fp16", script.clone()), ("nf4", script)],
+        &Journal::default(),
+    );
     let names = |facts: &RunContext, outcomes: &[Outcome]| -> Vec<String> {
         let record = records(facts, &case, outcomes, &|_| None).remove(1);
         assert_eq!(record.tainted, record.warnings.iter().any(|text| text.starts_with("busy_cpus")));
@@ -292,7 +296,7 @@ fn facts_and_outcomes_raise_their_warnings() {
     assert_eq!(names(&RunContext { theoretical_gb_s: Ok(1e-3 / 0.851), ..facts.clone() }, &clean), [""; 0]);
     assert_eq!(names(&RunContext { theoretical_gb_s: Ok(1e-3 / 0.849), ..facts.clone() }, &clean), ["slow_read"]);
     let unpaired = Warning::UnpairedRatios { needed_bytes: 9, free_bytes: 5 };
-    let in_turn = RunContext { order: Order::InTurn, warnings: vec![unpaired], ..facts };
+    let in_turn = RunContext { order: RunOrder::InTurn, warnings: vec![unpaired], ..facts };
     assert_eq!(names(&in_turn, &clean), ["unpaired_ratios"]);
 }
 
@@ -309,7 +313,7 @@ fn progress_counts_repeats_of_all_precisions() {
     let local = |name| -> Box<dyn Worker> {
         Box::new(Local::new(name, task(), vec![filling(), run_ms(1, &[1])], &Journal::default()))
     };
-    measure(vec![local("fp16"), local("nf4")], &counted(2), Order::Interleaved, &heard).unwrap();
+    measure(vec![local("fp16"), local("nf4")], &counted(2), RunOrder::Interleaved, &heard).unwrap();
     let events = heard.0.into_inner().unwrap();
     let done: Vec<u64> = events
         .iter()
@@ -337,8 +341,8 @@ fn what_does_not_fit_beside_the_others_runs_alone_behind_them() {
             Box::new(if refused { Local { loading: Err(full.clone()), ..local } } else { local })
         };
         let case = case(&["fp16", "int8", "nf4"], counted(4));
-        let (n_workers, order) = (3, Order::Interleaved);
-        let mut stage = ScheduleContext { start: &start, n_workers, order, watch: &mut Blind, events: &Silent };
+        let (n_workers, order) = (3, RunOrder::Interleaved);
+        let mut stage = ScheduleContext { start: &start, n_workers, order, watch: &mut NoWatch, events: &Silent };
         let outcomes = schedule::measure(&mut stage, &case.protocol).unwrap();
         records(&facts(&case), &case, &outcomes, &|_| None)
     };
@@ -372,8 +376,13 @@ fn what_had_all_the_memory_does_not_run_again() {
         let local = Local::new(["fp16", "nf4"][at], task(), vec![filling(), run_ms(50, &[10])], &Journal::default());
         Box::new(if at == 0 { Local { loading: Err(full.clone()), ..local } } else { local })
     };
-    let mut stage =
-        ScheduleContext { start: &start, n_workers: 2, order: Order::Interleaved, watch: &mut Blind, events: &Silent };
+    let mut stage = ScheduleContext {
+        start: &start,
+        n_workers: 2,
+        order: RunOrder::Interleaved,
+        watch: &mut NoWatch,
+        events: &Silent,
+    };
     let outcomes = schedule::measure(&mut stage, &counted(2)).unwrap();
     assert_eq!(*starts.borrow(), [1, 1]);
     assert!(outcomes[0].failure.is_some() && outcomes[1].finished.is_some());

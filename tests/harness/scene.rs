@@ -10,9 +10,9 @@ use quantbench::engine::{Alone, Engine};
 use quantbench::events::{Listener, Silent};
 use quantbench::harness::assemble::records;
 use quantbench::harness::measure::Bench;
-use quantbench::harness::schedule::{Order, Outcome, ScheduleContext, Worker};
+use quantbench::harness::schedule::{Outcome, RunOrder, ScheduleContext, Worker};
 use quantbench::harness::watch::energy::Mark;
-use quantbench::harness::watch::{Blind, Watch, Watched};
+use quantbench::harness::watch::{NoWatch, Watch, Watched};
 use quantbench::harness::{
     Case, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice, RunContext, schedule,
 };
@@ -138,6 +138,8 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         device: DeviceChoice::Cpu,
         threads: 2,
         cuda_graph: true,
+        sequences: 1,
+        kv_format: None,
         prompt: PromptChoice::Default,
         image: None,
         n_gen: N_GEN,
@@ -161,7 +163,7 @@ pub fn facts(case: &Case) -> RunContext {
         fp16_overflow: 0,
     };
     RunContext {
-        engine: record::Engine { name: "quantbench".to_owned(), version: "0".to_owned(), commit: "c".to_owned() },
+        engine: record::EngineInfo { name: "quantbench".to_owned(), version: "0".to_owned(), commit: "c".to_owned() },
         command: case.command.clone(),
         timestamp: "2026-01-01T00:00:00Z".to_owned(),
         model: record::ModelFacts {
@@ -186,7 +188,7 @@ pub fn facts(case: &Case) -> RunContext {
         keep_fp16: Vec::new(),
         format_options: case.format_options,
         protocol: case.protocol.clone(),
-        order: Order::Interleaved,
+        order: RunOrder::Interleaved,
         resolve_s: 0.5,
         read_gb_s: Some(1e-3),
         copy_gb_s: Some(5e-4),
@@ -202,22 +204,22 @@ pub fn facts(case: &Case) -> RunContext {
 pub fn measured(protocol: MeasurementProtocol, scripts: &[(&str, Vec<Run>)]) -> Vec<Record> {
     let names: Vec<&str> = scripts.iter().map(|(name, _)| *name).collect();
     let case = case(&names, protocol);
-    let outcomes = outcomes(&case.protocol, Order::Interleaved, scripts, &Journal::default());
+    let outcomes = outcomes(&case.protocol, RunOrder::Interleaved, scripts, &Journal::default());
     records(&facts(&case), &case, &outcomes, &|_| None)
 }
 
 pub fn outcomes(
     protocol: &MeasurementProtocol,
-    order: Order,
+    order: RunOrder,
     scripts: &[(&str, Vec<Run>)],
     journal: &Journal,
 ) -> Vec<Outcome> {
-    watched_outcomes(protocol, order, scripts, journal, &mut Blind)
+    watched_outcomes(protocol, order, scripts, journal, &mut NoWatch)
 }
 
 pub fn watched_outcomes(
     protocol: &MeasurementProtocol,
-    order: Order,
+    order: RunOrder,
     scripts: &[(&str, Vec<Run>)],
     journal: &Journal,
     watch: &mut dyn Watch,
@@ -235,13 +237,13 @@ pub fn watched_outcomes(
 pub fn measure(
     workers: Vec<Box<dyn Worker>>,
     protocol: &MeasurementProtocol,
-    order: Order,
+    order: RunOrder,
     events: &dyn Listener,
 ) -> Result<Vec<Outcome>, Failure> {
     let n_workers = workers.len();
     let ready = RefCell::new(workers.into_iter().map(Some).collect::<Vec<_>>());
     let start = |at: usize| ready.borrow_mut()[at].take().expect("one launch");
-    let mut stage = ScheduleContext { start: &start, n_workers, order, watch: &mut Blind, events };
+    let mut stage = ScheduleContext { start: &start, n_workers, order, watch: &mut NoWatch, events };
     schedule::measure(&mut stage, protocol)
 }
 
@@ -258,8 +260,8 @@ pub struct Scripted {
 }
 
 impl Watch for Scripted {
-    fn begin(&mut self, worker: Option<u32>, crew: &[u32]) {
-        self.crews.push((worker, crew.to_vec()));
+    fn begin(&mut self, worker: Option<u32>, run_pids: &[u32]) {
+        self.crews.push((worker, run_pids.to_vec()));
     }
 
     fn end(&mut self) -> Watched {

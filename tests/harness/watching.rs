@@ -6,9 +6,9 @@ use quantbench::engine::fake::Run;
 use quantbench::engine::memory::PoolUse;
 use quantbench::events::Silent;
 use quantbench::harness::assemble::records;
-use quantbench::harness::schedule::{Order, Outcome, Worker};
+use quantbench::harness::schedule::{Outcome, RunOrder, Worker};
 use quantbench::harness::watch::energy::Counter;
-use quantbench::harness::watch::{GpuReading, Reading, Watched};
+use quantbench::harness::watch::{GpuReading, MachineReading, Watched};
 use quantbench::harness::{Case, MeasurementProtocol, Method, RunContext};
 use quantbench::protocol::Failure;
 use quantbench::protocol::{Task, Wait};
@@ -19,7 +19,7 @@ use super::scene::*;
 fn gpu(change: impl Fn(&mut GpuReading)) -> Watched {
     let mut gpu = GpuReading { sm_mhz: Some(1980), default_sm_mhz: Some(1980), ..GpuReading::default() };
     change(&mut gpu);
-    let reading = |at_ns| Reading { at_ns, gpu: Some(gpu.clone()), ..Reading::default() };
+    let reading = |at_ns| MachineReading { at_ns, gpu: Some(gpu.clone()), ..MachineReading::default() };
     Watched { readings: vec![reading(0), reading(100), reading(200)] }
 }
 
@@ -32,7 +32,7 @@ fn watched(repeats: usize, script: Vec<Watched>) -> (Record, Outcome, Scripted) 
     let case = case(&["fp16"], counted(repeats));
     let mut watch = Scripted { script: script.into(), ..Scripted::default() };
     let scripts = [("fp16", vec![run_ms(50, &[10])])];
-    let outcomes = watched_outcomes(&case.protocol, Order::Interleaved, &scripts, &Journal::default(), &mut watch);
+    let outcomes = watched_outcomes(&case.protocol, RunOrder::Interleaved, &scripts, &Journal::default(), &mut watch);
     let record = records(&facts(&case), &case, &outcomes, &|_| None).remove(0);
     (record, outcomes.into_iter().next().unwrap(), watch)
 }
@@ -49,7 +49,7 @@ fn a_sample_at_a_low_clock_is_taken_again_after_a_pause() {
         ..Scripted::default()
     };
     let scripts = [("fp16", vec![run_ms(50, &[10])]), ("nf4", vec![run_ms(50, &[10])])];
-    let outcomes = watched_outcomes(&counted(2), Order::Interleaved, &scripts, &journal, &mut watch);
+    let outcomes = watched_outcomes(&counted(2), RunOrder::Interleaved, &scripts, &journal, &mut watch);
     let repeats: Vec<String> = journal.borrow().iter().filter(|what| what.starts_with("repeat")).cloned().collect();
     let of = |name: &str| format!("repeat {name}");
     assert_eq!(repeats, [of("fp16"), of("nf4"), of("nf4"), of("nf4"), of("nf4"), of("fp16")]);
@@ -74,7 +74,9 @@ fn every_cause_has_its_warning_with_advice() {
     let throttled = gpu(|gpu| gpu.throttled_by = vec!["power cap", "temperature"]);
     let shared = gpu(|gpu| gpu.n_others = 2);
     let hot = |counts: [u64; 2]| Watched {
-        readings: counts.map(|count| Reading { cpu_throttle_count: Some(count), ..Reading::default() }).to_vec(),
+        readings: counts
+            .map(|count| MachineReading { cpu_throttle_count: Some(count), ..MachineReading::default() })
+            .to_vec(),
     };
     let causes = [
         (vec![gpu(|_| {}), hot([5, 5])], "", ""),
@@ -92,7 +94,7 @@ fn every_cause_has_its_warning_with_advice() {
 
 /// A repeat over which the counter moved.
 fn energy(joules: f64, seconds: f64) -> Watched {
-    let reading = |at_ns, energy_j| Reading { at_ns, energy_j: Some(energy_j), ..Reading::default() };
+    let reading = |at_ns, energy_j| MachineReading { at_ns, energy_j: Some(energy_j), ..MachineReading::default() };
     Watched { readings: vec![reading(7, 1000.0), reading(7 + (seconds * 1e9) as u64, 1000.0 + joules)] }
 }
 
@@ -140,11 +142,11 @@ fn windows_that_are_too_short_give_no_joules() {
 
 #[test]
 fn ranges_are_always_kept_and_series_on_request() {
-    let reading = |ms: u64, mhz: [u32; 2], celsius| Reading {
+    let reading = |ms: u64, mhz: [u32; 2], celsius| MachineReading {
         at_ns: ms * 1_000_000,
         core_mhz: mhz.to_vec(),
         cpu_celsius: celsius,
-        ..Reading::default()
+        ..MachineReading::default()
     };
     let script = Watched { readings: vec![reading(5, [2000, 3000], None), reading(15, [2500, 2600], Some(61.5))] };
     let (record, outcome, _) = watched(1, vec![script]);
@@ -171,7 +173,7 @@ fn the_watch_knows_the_worker_and_its_crew() {
         let local = Local::new("fp16", task(), vec![filling(), run_ms(1, &[1])], &Journal::default());
         Box::new(Local { pid: Some(70 + at as u32), ..local })
     };
-    let order = Order::Interleaved;
+    let order = RunOrder::Interleaved;
     let mut stage = quantbench::harness::schedule::ScheduleContext {
         start: &start,
         n_workers: 2,
@@ -188,7 +190,7 @@ fn launches_start_every_worker_anew_and_keep_their_repeats_apart() {
     let journal = Journal::default();
     let protocol = MeasurementProtocol { launches: 3, ..counted(2) };
     let scripts = [("fp16", vec![run_ms(50, &[20])]), ("nf4", vec![run_ms(50, &[10])])];
-    let outcomes = outcomes(&protocol, Order::Interleaved, &scripts, &journal);
+    let outcomes = outcomes(&protocol, RunOrder::Interleaved, &scripts, &journal);
     let said = |what: &str, order: [&str; 2]| order.map(|name| format!("{what} {name}"));
     let (ab, ba) = (["fp16", "nf4"], ["nf4", "fp16"]);
     let one = [said("load", ab), said("warm", ab), said("repeat", ab), said("repeat", ba), said("finish", ab)].concat();
@@ -211,7 +213,8 @@ fn the_interval_of_launches_spans_them() {
     let mut outcome = Outcome::default();
     for start in 0..6u64 {
         let steps = [10 + start; 3];
-        let one = outcomes(&counted(4), Order::Interleaved, &[("fp16", vec![run_ms(50, &steps)])], &Journal::default());
+        let one =
+            outcomes(&counted(4), RunOrder::Interleaved, &[("fp16", vec![run_ms(50, &steps)])], &Journal::default());
         outcome.samples.extend(one[0].samples.clone());
         outcome.launches.push(4);
     }
@@ -229,7 +232,7 @@ fn launches_share_the_times_and_a_failure_ends_its_precision() {
     let bad = Run { failure: Some("it broke".to_owned()), ..run_ms(50, &[10]) };
     let scripts = [("fp16", vec![run_ms(50, &[10])]), ("nf4", vec![bad])];
     let protocol = MeasurementProtocol { launches: 2, ..counted(1) };
-    let outcomes = outcomes(&protocol, Order::Interleaved, &scripts, &journal);
+    let outcomes = outcomes(&protocol, RunOrder::Interleaved, &scripts, &journal);
     assert!(matches!(&outcomes[1].failure, Some(Failure::Error { message }) if message == "it broke"));
     assert_eq!((outcomes[0].launches.as_slice(), outcomes[1].launches.as_slice()), (&[1, 1][..], &[0][..]));
     assert_eq!(journal.borrow().iter().filter(|what| *what == "load nf4").count(), 1);
@@ -244,7 +247,7 @@ fn slow_to_wait() -> Run {
 fn of_task(task: Task, protocol: MeasurementProtocol, run: Run) -> Record {
     let case = case(&["fp16"], protocol);
     let local = Local::new("fp16", task, vec![filling(), run], &Journal::default());
-    let outcomes = measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent);
+    let outcomes = measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, RunOrder::Interleaved, &Silent);
     records(&facts(&case), &case, &outcomes.unwrap(), &|_| None).remove(0)
 }
 

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::Scratch;
-use super::alone::Mode;
+use super::alone::StepMode;
 use super::run::Runner;
 use super::schedule::Attend;
 use crate::kernels::cpu::attention::{self, Partial};
@@ -196,11 +196,11 @@ impl Runner<'_> {
     ) -> impl Iterator<Item = (Range<usize>, &[f32], &[f32])> {
         let spec = self.weights.model.caches[cache.0];
         let (cache, head, start, most) = match self.call.mode {
-            Mode::StandingIn(stand_ins, ..) => {
+            StepMode::StandingIn(stand_ins, ..) => {
                 let (cache, most) = stand_ins.of_cache(cache, spec.head_dim);
                 (cache, worker.share(spec.kv_heads, 1).start.min(spec.kv_heads - 1), 0, most)
             }
-            Mode::Real | Mode::Keeping(..) => (cache, head, positions.start, usize::MAX),
+            StepMode::Real | StepMode::Keeping(..) => (cache, head, positions.start, usize::MAX),
         };
         (0..positions.len()).step_by(most).map(move |done| {
             let len = most.min(positions.len() - done);

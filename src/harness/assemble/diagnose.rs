@@ -1,4 +1,4 @@
-//! The warnings of one record: what its repeats, the machine and its sizes tell.
+//! Diagnoses one record: warnings that follow from its repeats, the machine and its sizes.
 
 use super::limit;
 use crate::harness::bandwidth_cache::SLOW_READ;
@@ -12,10 +12,10 @@ use crate::protocol::WarmupEnd;
 use crate::record::{Record, metrics};
 use crate::stats;
 
-/// Host times with and without a synchronisation for each token that differ by more than this are both told.
+/// Host times with and without a synchronisation for each token that differ by more than this are both reported.
 const SYNC_DIFFERS: f64 = 0.03;
 
-/// What the repeats themselves tell.
+/// Warnings that follow from the repeats themselves.
 pub fn of_repeats(context: &RunContext, record: &Record, outcome: &Outcome) -> Vec<Warning> {
     let mut warnings = Vec::new();
     let (n, protocol) = (outcome.samples.len(), &context.protocol);
@@ -66,7 +66,7 @@ fn sync_differs(record: &Record) -> Option<Warning> {
     differs.then_some(Warning::SyncDiffers { tps, synced_tps })
 }
 
-/// What was seen of the machine during the repeats.
+/// Warnings that follow from readings of the machine during the repeats.
 pub fn of_machine(outcome: &Outcome) -> Vec<Warning> {
     let watched = &outcome.watched;
     let mut warnings = Vec::new();
@@ -96,7 +96,7 @@ pub fn of_machine(outcome: &Outcome) -> Vec<Warning> {
     warnings
 }
 
-/// What sizes and bandwidth tell.
+/// Warnings that follow from sizes and bandwidth.
 pub fn of_memory(context: &RunContext, record: &Record, outcome: &Outcome) -> Vec<Warning> {
     let mut warnings = Vec::new();
     let mbu = record.bandwidth.mbu;

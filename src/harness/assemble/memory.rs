@@ -1,4 +1,4 @@
-//! Where the memory of a precision went.
+//! Memory of a precision by use.
 
 use std::collections::BTreeMap;
 
@@ -7,8 +7,8 @@ use crate::harness::schedule::Outcome;
 use crate::harness::watch::Watched;
 use crate::record::{Memory, Pool, PoolPhase};
 
-/// On the CPU the worker's resident set; on CUDA the pool's own counters, undefined where the session has no pool to ask. What
-/// did not fit is told where the failure is.
+/// On the CPU the worker's resident set; on CUDA the pool's own counters, undefined where the session has no pool. Sizes of a
+/// model that did not fit are with its failure.
 pub fn memory(outcome: &Outcome, device_kind: &str) -> Memory {
     let (loaded, warmed, finished) = (outcome.loaded.as_ref(), outcome.warmed.as_ref(), outcome.finished.as_ref());
     let footprint = finished.map(|finished| finished.footprint);

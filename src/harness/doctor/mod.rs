@@ -1,4 +1,4 @@
-//! What this machine has for measuring: facts, and for each that is missing or disturbs, what to do.
+//! Examines this machine's fitness for measuring: facts, and for each that is missing or disturbs, what to do.
 
 #[cfg(feature = "cuda")]
 mod gpus;
@@ -19,10 +19,10 @@ use crate::kernels::isa::Isa;
 use crate::os::memory::ProcessMemory;
 use crate::report::doctor::{Build, Cpu, DeviceFile, Examination, Finding, Gpu, GpuDevice, HostMemory, Permissions};
 
-/// What is below a mean load of half a CPU is the system itself.
+/// A mean load below half a CPU is the system itself.
 const BUSY_LOAD: f64 = 0.5;
 
-/// Looks at everything and measures the memory bandwidth. Nothing here can fail: what is not there is a finding.
+/// Examines everything and measures the memory bandwidth. Nothing here can fail: a missing part is a finding.
 pub fn examine() -> Examination {
     let system = System::default();
     let (threads, isa) = (default_threads(), Isa::detect());
@@ -52,7 +52,7 @@ pub fn examine() -> Examination {
     examination
 }
 
-/// Whether this build can use the GPU of this number. Fails with why it cannot. No context is made on it.
+/// Checks that this build can use the GPU of this number. Fails with the reason why it cannot. Creates no context.
 pub fn gpu(ordinal: usize) -> Result<(), BadInput> {
     gpus::check(ordinal)
 }
@@ -190,20 +190,21 @@ fn quotient<'a>(mut words: impl Iterator<Item = &'a str>) -> Option<f64> {
     Some(number()? / number()?)
 }
 
-/// What follows from the facts. `problem` is why no GPU can be used in a build that could.
+/// Findings that follow from the facts. `problem` is the reason why no GPU can be used in a build that could.
 fn findings(seen: &Examination, problem: Option<BadInput>) -> Vec<Finding> {
     let (cpu, memory, gpu) = (&seen.cpu, &seen.memory, &seen.gpu);
     let mut found = Vec::new();
     if cpu.isa == Isa::Portable.name() {
-        let what = "the kernels have no instruction set of this CPU and run as plain Rust, several times slower";
-        found.push(Finding::new(what, "an x86-64 CPU with AVX2, FMA and F16C runs the fast ones"));
+        let what =
+            "the kernels have no code for this CPU's instruction set and run as plain Rust, several times slower";
+        found.push(Finding::new(what, "use an x86-64 CPU with AVX2, FMA and F16C"));
     }
     if let Some(limit) = cpu.group_limit.filter(|&limit| limit < cpu.threads as f64 || limit.fract() > 0.0) {
-        let what = format!("the control group grants {limit:.2} CPUs: threads beyond them are put to sleep in between");
+        let what = format!("the control group grants {limit:.2} CPUs: threads beyond them are throttled");
         found.push(Finding::new(what, format!("grant whole CPUs, or use `--threads {}`", (limit as usize).max(1))));
     }
     if let Some(load) = cpu.load.filter(|&load| load > BUSY_LOAD) {
-        let what = format!("something else runs: the load was {load:.2} over the last minute");
+        let what = format!("other programs run: the load was {load:.2} over the last minute");
         found.push(Finding::new(
             what,
             "stop it, or leave it CPUs with `--threads`; runs it disturbs are marked tainted",
@@ -247,7 +248,7 @@ fn of_gpu(gpu: &Gpu, problem: Option<BadInput>) -> Vec<Finding> {
         found.push(Finding::new(format!("`{}` cannot be opened for reading and writing", file.path), advice));
     }
     if gpu.devices.iter().any(|device| device.shared == Some(false)) {
-        let what = "a GPU takes one process at a time, and each precision runs in a process of its own";
+        let what = "a GPU is in exclusive-process mode, and each precision runs in a process of its own";
         found.push(Finding::new(what, "as root: nvidia-smi --compute-mode=DEFAULT"));
     }
     found

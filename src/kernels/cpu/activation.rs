@@ -2,7 +2,7 @@
 //!
 //! Each is `out = act(gate)`, times `up` where the block is gated; `out` is as long as `gate` and apart from it.
 
-use super::lanes::{Kernel, Lanes, exp, on};
+use super::lanes::{Lanes, LanesKernel, exp, on};
 use crate::kernels::isa::Isa;
 
 /// `x / (1 + e^(−x))`, within 4e-7 · |x · σ(x)| (below x = −88.72 the result is 0, which is off by 3e-37 at most).
@@ -35,7 +35,7 @@ struct ClampedSwiglu<'a> {
     out: &'a mut [f32],
 }
 
-impl Kernel for ClampedSwiglu<'_> {
+impl LanesKernel for ClampedSwiglu<'_> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {
@@ -114,7 +114,7 @@ struct Plain<'a, C> {
     out: &'a mut [f32],
 }
 
-impl<C: Curve> Kernel for Plain<'_, C> {
+impl<C: Curve> LanesKernel for Plain<'_, C> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {
@@ -134,7 +134,7 @@ struct Gated<'a, C> {
     out: &'a mut [f32],
 }
 
-impl<C: Curve> Kernel for Gated<'_, C> {
+impl<C: Curve> LanesKernel for Gated<'_, C> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {

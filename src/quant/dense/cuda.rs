@@ -6,7 +6,7 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result};
 use half::f16;
 
-use super::{DenseStored, Value};
+use super::{DenseStored, DenseValue};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Launcher, address, upload_rows};
 use crate::kernels::cuda::matvec::{Family, MatrixDesc};
@@ -48,7 +48,7 @@ static FLOATS: Family = Family {
 };
 
 /// Uploads row-major values in their own dtype.
-pub(super) fn upload<T: Value>(stored: &DenseStored<T>, device: &Device) -> Result<Box<dyn CudaMatrix>> {
+pub(super) fn upload<T: DenseValue>(stored: &DenseStored<T>, device: &Device) -> Result<Box<dyn CudaMatrix>> {
     let device = device.as_cuda_device()?;
     let bytes = stored.parts().swap_remove(0).bytes;
     let row_bytes = stored.k * size_of::<T>();

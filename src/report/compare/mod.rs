@@ -10,12 +10,12 @@ mod text;
 
 pub use gate::{DEFAULT_GATES, Gate, Kind, gates};
 pub use judge::change;
-pub use text::{FORMATS, Format, find};
+pub use text::{CompareFormat, FORMATS, find};
 
 use serde::Serialize;
 
 use crate::error::BadInput;
-use crate::record::{Document, Engine, Record, SCHEMA_VERSION};
+use crate::record::{Document, EngineInfo, Record, SCHEMA_VERSION};
 use gate::{Key, Limit};
 use judge::{Nothing, Sides};
 
@@ -62,7 +62,7 @@ pub struct Comparison {
 /// Where one side comes from.
 #[derive(Debug, Serialize)]
 pub struct Side {
-    pub engine: Engine,
+    pub engine: EngineInfo,
     pub timestamp: String,
 }
 
