@@ -96,6 +96,7 @@ impl DecoderConfig {
             max_positions: self.max_positions,
             theta: DEFAULT_THETA,
             original: None,
+            knows_su: false,
         }
     }
 

@@ -80,6 +80,8 @@ pub struct RopeBasis {
     pub theta: f64,
     /// Positions before scaling, where a file does not say; `None` are those of the config.
     pub original: Option<usize>,
+    /// Whether older files call LongRoPE `su`.
+    pub knows_su: bool,
 }
 
 /// How much of each head rotates.
@@ -124,14 +126,17 @@ impl RopeSettings {
 
     /// Of one section, where there is one, of the file that `keys` are the top of; `basis` has the base of sections without one.
     pub fn of(keys: &Keys, chosen: Option<&Keys>, basis: RopeBasis) -> Result<Self> {
-        let RopeBasis { head_dim, rotary, max_positions, theta, original } = basis;
+        let RopeBasis { head_dim, rotary, max_positions, theta, original, knows_su } = basis;
         let inner = chosen.map(|rope| optional_positive(rope, "rope_theta")).transpose()?.flatten();
         let theta = inner.unwrap_or(theta);
         let partial_at = chosen.filter(|rope| rope.has("partial_rotary_factor")).unwrap_or(keys);
         keys.value("partial_rotary_factor");
         let partial = partial_at.optional_number("partial_rotary_factor")?;
         let outer_original = keys.optional_size("original_max_position_embeddings")?;
-        let kind_name = chosen.map_or(Ok("default"), kind_name)?;
+        let kind_name = match chosen.map_or(Ok("default"), kind_name)? {
+            "su" if knows_su => "longrope",
+            name => name,
+        };
         let rotary_dim = match (rotary, kind_name) {
             // transformers rotates all of a head by the frequencies of a part of it: it ends with an error there.
             (Rotary::Whole, kind)
@@ -323,8 +328,7 @@ impl Reader<'_, '_> {
                 original: self.original(rope)? as f64,
             },
             "yarn" => RopeKind::Yarn(self.yarn(rope)?),
-            // "su" is what Phi-3 called it first.
-            "longrope" | "su" => self.longrope(rope)?,
+            "longrope" => self.longrope(rope)?,
             "proportional" => RopeKind::Proportional {
                 factor: optional_positive(rope, "factor")?.unwrap_or(1.0),
                 rotated: match self.part {
