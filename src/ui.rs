@@ -35,20 +35,20 @@ pub fn shows_people() -> bool {
 
 /// Writes a line about what happens to stderr.
 pub fn note(line: &str) {
-    // Where stderr is closed there is nobody left to tell.
+    // A closed stderr leaves nowhere to report the error.
     let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Writes an error, what caused it, and what to do about it to stderr.
 pub fn print_error(error: &anyhow::Error) {
-    // Where stderr is closed there is nobody left to tell.
+    // A closed stderr leaves nowhere to report the error.
     let words: Vec<String> = std::env::args().collect();
     let _ = io::stderr().write_all(error_text(error, &words).as_bytes());
 }
 
 /// Writes to stderr what belongs beside a result that a program reads.
 pub fn print_aside(text: &str) {
-    // Where stderr is closed there is nobody left to tell.
+    // A closed stderr leaves nowhere to report the error.
     let _ = io::stderr().write_all(text.as_bytes());
 }
 

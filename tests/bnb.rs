@@ -10,7 +10,7 @@ use quantbench::harness::{self, Case, DeviceChoice, MeasurementProtocol, Precisi
 use quantbench::plan::Model;
 use quantbench::quant::{FormatId, FormatOptions, nf4};
 use quantbench::weights::policy::{Formats, Selection};
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -22,8 +22,8 @@ fn golden(kind: &str, name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(kind).join(name)
 }
 
-fn request(folder: &Path) -> Request {
-    Request::of(folder.display().to_string())
+fn request(folder: &Path) -> ModelRequest {
+    ModelRequest::of(folder.display().to_string())
 }
 
 fn load(folder: &Path, precision: &str) -> (Model, Box<dyn Session>) {

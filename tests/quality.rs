@@ -20,7 +20,7 @@ use quantbench::quality::summary::summarize;
 use quantbench::quality::{CallPath, text};
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::weights::policy::Formats;
-use quantbench::weights::{self, Request, Source, SourceInfo};
+use quantbench::weights::{self, ModelRequest, Source, SourceInfo};
 use serde_json::Value;
 
 fn golden(path: &str) -> PathBuf {
@@ -28,7 +28,7 @@ fn golden(path: &str) -> PathBuf {
 }
 
 fn open(name: &str) -> (Model, Box<dyn Source>) {
-    let request = Request::of(golden(&format!("models/{name}")).to_string_lossy().into_owned());
+    let request = ModelRequest::of(golden(&format!("models/{name}")).to_string_lossy().into_owned());
     let checkpoint = weights::open(&request, &Silent).unwrap();
     let model = models::build(&checkpoint.config).unwrap();
     let source = checkpoint.source(&model.matrices, &model.vectors).unwrap();

@@ -37,7 +37,7 @@ pub struct ExportArgs {
     #[arg(long, value_name = "PATTERNS", value_delimiter = ',', help_heading = "Precision")]
     pub keep_fp16: Vec<String>,
 
-    /// Folder to make, whole or not at all.
+    /// Folder to make, written atomically.
     #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Output")]
     pub output: PathBuf,
 
@@ -49,7 +49,7 @@ pub struct ExportArgs {
 /// An export as it will happen.
 #[derive(Debug)]
 pub struct ExportRequest {
-    pub model: weights::Request,
+    pub model: weights::ModelRequest,
     pub precision: FormatId,
     pub selection: Selection,
     pub output: PathBuf,
@@ -61,11 +61,11 @@ impl ExportRequest {
         let word = args.precision.trim().to_lowercase();
         let precision = FormatId::parse(&word).ok_or_else(|| unknown_precision(&word, Takes::One))?;
         export::check_output(&args.output)?;
-        let model = weights::Request {
+        let model = weights::ModelRequest {
             revision: args.revision.clone(),
             offline: args.offline,
             strict_config: args.strict_config,
-            ..weights::Request::of(&args.model_id)
+            ..weights::ModelRequest::of(&args.model_id)
         };
         let patterns: Vec<String> = args.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect();
         let selection = if patterns.is_empty() { Selection::Usual } else { Selection::Without(patterns) };

@@ -67,10 +67,10 @@ pub struct PrecisionArgs {
     pub keep_fp16: Vec<String>,
 }
 
-/// What a model that sees is shown.
+/// Picture of a vision-language model.
 #[derive(Debug, Args)]
 pub struct PictureArgs {
-    /// Picture (PNG, JPEG or WebP) for a model that sees [default: a generated test picture].
+    /// Picture (PNG, JPEG or WebP) for a vision-language model [default: a generated test picture].
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub image: Option<PathBuf>,
 }
@@ -114,7 +114,7 @@ pub struct OutputArgs {
     #[arg(long, value_name = "FORMAT", value_parser = writer_names(), help_heading = "Output")]
     pub format: Option<String>,
 
-    /// File to write as well, in the format of its extension, whole or not at all.
+    /// File to write as well, in the format of its extension, written atomically.
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
     pub output: Option<PathBuf>,
 
@@ -202,7 +202,7 @@ fn writer_names() -> PossibleValuesParser {
     PossibleValuesParser::new(WRITERS.iter().map(|writer| writer.name))
 }
 
-/// Takes any word, so that [`Request`] can name the nearest one, and tells completions the known ones.
+/// Takes any word, so that [`Request`] can name the nearest one, and gives completions the known ones.
 #[derive(Clone)]
 struct PrecisionWord;
 

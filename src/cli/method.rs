@@ -14,7 +14,7 @@ pub struct MethodArgs {
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Protocol")]
     pub launches: usize,
 
-    /// Time each repeat once more with a wait for the device after every token; both speeds are told where they differ.
+    /// Time each repeat once more with a wait for the device after every token; both speeds are reported where they differ.
     #[arg(long, help_heading = "Protocol")]
     pub sync_each_token: bool,
 

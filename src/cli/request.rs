@@ -178,8 +178,8 @@ fn default_model_id(device: DeviceChoice) -> &'static str {
     }
 }
 
-fn model(args: &ModelArgs, device: DeviceChoice) -> weights::Request {
-    weights::Request {
+fn model(args: &ModelArgs, device: DeviceChoice) -> weights::ModelRequest {
+    weights::ModelRequest {
         model_id: args.model_id.clone().unwrap_or_else(|| default_model_id(device).to_owned()),
         revision: args.revision.clone(),
         offline: args.offline,

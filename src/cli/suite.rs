@@ -54,7 +54,7 @@ pub struct MergeArgs {
     #[arg(value_name = "FILES", required = true, value_hint = ValueHint::FilePath)]
     pub files: Vec<PathBuf>,
 
-    /// File to write, whole or not at all: a document where it ends in .json, else one row a line [default: stdout].
+    /// File to write atomically: a document where it ends in .json, else one row a line [default: stdout].
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
     pub output: Option<PathBuf>,
 }

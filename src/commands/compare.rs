@@ -23,7 +23,7 @@ pub fn compare(args: &CompareArgs) -> Result<ExitCode> {
     exit_code(&comparison, &request.judgement)
 }
 
-/// 3 for a proven regression, and under `--strict` for what these runs cannot tell. A named gate that compared nothing is an
+/// 3 for a proven regression, and under `--strict` for what these runs leave open. A named gate that compared nothing is an
 /// error, since it would never fail.
 pub fn exit_code(comparison: &Comparison, judgement: &Judgement) -> Result<ExitCode> {
     let empty = &comparison.empty_gates;

@@ -21,7 +21,7 @@ pub fn report(args: &ReportArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// To a file, whole or not at all, or to stdout.
+/// Writes to a file, atomically, or to stdout.
 pub(super) fn write(document: &Document, output: &Output, options: &Options) -> Result<()> {
     match output {
         Output::File(path, writer) => report::write_file(path, &(writer.write)(document, options)?),

@@ -50,7 +50,7 @@ fn regressed_or((run, judged): (ExitCode, ExitCode)) -> ExitCode {
     if judged == ExitCode::SUCCESS { run } else { judged }
 }
 
-/// Two results that do not need each other. The first error of two is told at once.
+/// Two results that do not need each other. The first error of two is reported at once.
 fn both<A, B>(first: Result<A>, second: Result<B>) -> Result<(A, B)> {
     match (first, second) {
         (Ok(first), Ok(second)) => Ok((first, second)),

@@ -28,7 +28,7 @@ const CALLS: Supported = Supported { executor: "the fake", kv_formats: &[KvForma
 
 /// Times and results of one sequence of calls: prefill and decode.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Run {
+pub struct FakeRun {
     pub prefill_ns: u64,
     /// Time of the encoder call before it, if there is one.
     pub encode_ns: u64,
@@ -46,7 +46,7 @@ pub struct Run {
     pub device_step_ns: Vec<u64>,
 }
 
-impl Default for Run {
+impl Default for FakeRun {
     fn default() -> Self {
         Self {
             prefill_ns: 1000,
@@ -64,8 +64,8 @@ impl Default for Run {
 /// Plays its runs in order, one for each prefill; the last one repeats.
 pub struct FakeSession {
     time: FakeTime,
-    runs: VecDeque<Run>,
-    current: Run,
+    runs: VecDeque<FakeRun>,
+    current: FakeRun,
     /// Tokens given since the last prefill.
     given: usize,
     position: usize,
@@ -73,8 +73,8 @@ pub struct FakeSession {
 }
 
 impl FakeSession {
-    pub fn new(time: FakeTime, runs: impl IntoIterator<Item = Run>) -> Self {
-        Self { time, runs: runs.into_iter().collect(), current: Run::default(), given: 0, position: 0, alone: None }
+    pub fn new(time: FakeTime, runs: impl IntoIterator<Item = FakeRun>) -> Self {
+        Self { time, runs: runs.into_iter().collect(), current: FakeRun::default(), given: 0, position: 0, alone: None }
     }
 
     /// The same with times of the parts of its steps alone.

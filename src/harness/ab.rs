@@ -9,7 +9,7 @@ use super::case::Case;
 use super::checks;
 use super::prepare::PreparedCase;
 use super::run_context::RunContext;
-use super::schedule::{self, RunOrder, ScheduleContext, Worker};
+use super::schedule::{self, RunOrder, ScheduleContext, WorkerHandle};
 use super::watch::machine::MachineWatch;
 use super::worker_process::ProcessWorker;
 use crate::error::BadInput;
@@ -37,7 +37,7 @@ pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<R
                 let request = prepared.workload.load_request(case, variant, prepared.assignment);
                 let worker =
                     ProcessWorker::new(request, needs.bytes(), case.protocol.deadline).of_binary(other.to_owned());
-                Box::new(worker) as Box<dyn Worker>
+                Box::new(worker) as Box<dyn WorkerHandle>
             }
             _ => prepared.worker(case, variant, needs),
         }

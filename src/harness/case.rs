@@ -15,7 +15,7 @@ use crate::weights::policy::Selection;
 /// One model on one device with one workload, at several precisions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Case {
-    pub model: crate::weights::Request,
+    pub model: crate::weights::ModelRequest,
     /// In the order of the command line.
     pub precisions: Vec<FormatId>,
     pub precision_selection: PrecisionSelection,
@@ -156,7 +156,7 @@ pub mod tests {
     /// An ordinary case; tests vary what they are about.
     pub fn case() -> Case {
         Case {
-            model: crate::weights::Request {
+            model: crate::weights::ModelRequest {
                 model_id: "tiny".to_owned(),
                 revision: None,
                 offline: true,

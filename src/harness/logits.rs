@@ -73,13 +73,13 @@ pub fn path_of(path: &Path, precision: &str, n_precisions: usize) -> std::path::
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::fake::{FakeSession, FakeTime, Run};
+    use crate::engine::fake::{FakeRun, FakeSession, FakeTime};
 
     #[test]
     fn logits_are_one_row_a_token() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("l.safetensors");
-        let run = Run { logits: vec![0.5, -1.0, 2.0], ..Run::default() };
+        let run = FakeRun { logits: vec![0.5, -1.0, 2.0], ..FakeRun::default() };
         let mut session = FakeSession::new(FakeTime::default(), [run]);
         session.prefill(&[1, 2]).unwrap();
         save(&mut session, 4, &path).unwrap();
@@ -95,7 +95,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("l.safetensors");
         std::os::unix::fs::symlink("/dev/full", &path).unwrap();
-        let mut session = FakeSession::new(FakeTime::default(), [Run { logits: vec![0.5], ..Run::default() }]);
+        let mut session = FakeSession::new(FakeTime::default(), [FakeRun { logits: vec![0.5], ..FakeRun::default() }]);
         session.prefill(&[1]).unwrap();
         let error = format!("{:#}", save(&mut session, 2, &path).unwrap_err());
         assert!(error.starts_with("the logits could not be written to `l.safetensors`: No space left"), "{error}");

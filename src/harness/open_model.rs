@@ -9,7 +9,7 @@ use crate::models;
 use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::Encode;
 use crate::weights::policy::Selection;
-use crate::weights::{self, Checkpoint, Request, Source};
+use crate::weights::{self, Checkpoint, ModelRequest, Source};
 
 /// A model whose files were found and whose plan was built; no weights are in memory.
 pub struct OpenModel {
@@ -19,7 +19,7 @@ pub struct OpenModel {
 }
 
 /// Finds a model's files, downloading what is missing, and checks that they hold what the architecture needs.
-pub fn open(request: &Request, events: &dyn Listener) -> Result<OpenModel> {
+pub fn open(request: &ModelRequest, events: &dyn Listener) -> Result<OpenModel> {
     let checkpoint = weights::open(request, events)?;
     let model = build(&checkpoint, request, events)?;
     let source = checkpoint.source_with(&model.matrices, &model.vectors, events)?;
@@ -28,7 +28,7 @@ pub fn open(request: &Request, events: &dyn Listener) -> Result<OpenModel> {
 
 /// Builds the plan of a model and warns of each setting of its files that is not computed. Fails on one that must be, and with
 /// `--strict-config` on any.
-pub fn build(checkpoint: &Checkpoint, request: &Request, events: &dyn Listener) -> Result<Model, BadInput> {
+pub fn build(checkpoint: &Checkpoint, request: &ModelRequest, events: &dyn Listener) -> Result<Model, BadInput> {
     let files = models::Files { config: &checkpoint.config, generation: checkpoint.generation_config.as_ref() };
     let built = models::read(&files).map_err(|error| {
         let model_id = &request.model_id;
@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn bytes_of_a_selection_are_known_before_it_runs() {
-        let request = Request {
+        let request = ModelRequest {
             model_id: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/models/llama-tiny").to_owned(),
             revision: None,
             offline: true,

@@ -11,7 +11,7 @@ use super::prompt::{self, TokenizedWorkload};
 use super::quality::EvalText;
 use super::room::{MemoryBudget, TooLarge};
 use super::run_context::RunContext;
-use super::schedule::{self, Outcome, RunOrder, ScheduleContext, Worker};
+use super::schedule::{self, RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
 use super::warnings::Warning;
 use super::watch::Watch;
 use super::watch::machine::Sensors;
@@ -214,7 +214,7 @@ impl PreparedCase {
         order: RunOrder,
         watch: &mut dyn Watch,
         events: &dyn Listener,
-    ) -> Result<Vec<Outcome>> {
+    ) -> Result<Vec<VariantOutcome>> {
         let variants = case.variants();
         let start = |at: usize| self.worker(case, &variants[at], self.room.needs[at]);
         let mut schedule_context = ScheduleContext { start: &start, n_workers: variants.len(), order, watch, events };
@@ -227,7 +227,7 @@ impl PreparedCase {
 
     /// A worker process; a stand-in that refuses where the variant alone exceeds the free memory of the host. A GPU refuses by
     /// itself.
-    pub fn worker(&self, case: &Case, variant: &Variant, needs: Needs) -> Box<dyn Worker> {
+    pub fn worker(&self, case: &Case, variant: &Variant, needs: Needs) -> Box<dyn WorkerHandle> {
         let needed_bytes = needs.bytes();
         let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
         let room_bytes = room_bytes.into_iter().flatten().min();

@@ -44,7 +44,7 @@ impl TokenizedWorkload {
         LoadRequest {
             protocol_version: protocol::VERSION,
             // The parent has fetched whatever was missing.
-            model: crate::weights::Request { offline: true, ..case.model.clone() },
+            model: crate::weights::ModelRequest { offline: true, ..case.model.clone() },
             engine: variant.engine,
             cuda_graph: case.cuda_graph,
             sequences: case.sequences,

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::case::{Case, Variant};
 use super::prompt::TokenizedWorkload;
-use super::schedule::{RunOrder, Worker};
+use super::schedule::{RunOrder, WorkerHandle};
 use crate::engine::Device;
 use crate::engine::needs::{self, Holding, Lengths, Needs};
 use crate::error::OutOfMemory;
@@ -102,7 +102,7 @@ impl TooLarge {
     }
 }
 
-impl Worker for TooLarge {
+impl WorkerHandle for TooLarge {
     fn label(&self) -> &str {
         &self.label
     }

@@ -9,7 +9,7 @@ use crate::events::{Event, Listener, Unit};
 use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
 
 /// One variant, in a process of its own or, in tests, in this one.
-pub trait Worker {
+pub trait WorkerHandle {
     /// Name in progress.
     fn label(&self) -> &str;
     /// Number of the process, once it runs.
@@ -45,7 +45,7 @@ const MAX_BLOCK: usize = 10_000;
 
 /// Measurements of one variant, up to where it failed.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Outcome {
+pub struct VariantOutcome {
     /// Load and warm-up are those of the first launch.
     pub loaded: Option<LoadReport>,
     pub warmed: Option<WarmupReport>,
@@ -67,10 +67,10 @@ pub struct Outcome {
     pub needed_bytes: u64,
 }
 
-impl Outcome {
+impl VariantOutcome {
     /// Adds what a later launch gave. Memory is the highest of all; of the criteria, the first that
     /// cut a launch short is kept.
-    fn add(&mut self, later: Outcome) {
+    fn add(&mut self, later: VariantOutcome) {
         self.launches.push(later.samples.len());
         self.samples.extend(later.samples);
         self.watched.extend(later.watched);
@@ -92,7 +92,7 @@ impl Outcome {
 /// All that a schedule runs with: a source of workers, the watch of the machine, and progress.
 pub struct ScheduleContext<'a, 'w> {
     /// A fresh worker for the precision of this index.
-    pub start: &'a dyn Fn(usize) -> Box<dyn Worker + 'w>,
+    pub start: &'a dyn Fn(usize) -> Box<dyn WorkerHandle + 'w>,
     pub n_workers: usize,
     pub order: RunOrder,
     pub watch: &'a mut dyn Watch,
@@ -101,7 +101,7 @@ pub struct ScheduleContext<'a, 'w> {
 
 /// Runs all variants in the launches of `protocol`; outcomes are in their order. A worker that fails ends, and the others continue.
 /// Fails only on input that no worker can use.
-pub fn measure(context: &mut ScheduleContext, protocol: &MeasurementProtocol) -> Result<Vec<Outcome>, Failure> {
+pub fn measure(context: &mut ScheduleContext, protocol: &MeasurementProtocol) -> Result<Vec<VariantOutcome>, Failure> {
     let mut outcomes = launch(context, protocol, &vec![true; context.n_workers])?;
     for outcome in &mut outcomes {
         outcome.launches.push(outcome.samples.len());
@@ -121,7 +121,7 @@ fn launch(
     context: &mut ScheduleContext,
     protocol: &MeasurementProtocol,
     runs: &[bool],
-) -> Result<Vec<Outcome>, Failure> {
+) -> Result<Vec<VariantOutcome>, Failure> {
     let mut protocol = protocol.of_one_launch();
     let slot = |at: usize| if runs[at] { WorkerSlot::new((context.start)(at)) } else { WorkerSlot::empty() };
     let mut slots: Vec<WorkerSlot> = (0..context.n_workers).map(slot).collect();
@@ -168,20 +168,20 @@ fn again_alone<'w>(
 /// A worker that still runs, and what it gave.
 struct WorkerSlot<'a> {
     /// `None` once it ended: dropping it frees its memory.
-    worker: Option<Box<dyn Worker + 'a>>,
-    outcome: Outcome,
+    worker: Option<Box<dyn WorkerHandle + 'a>>,
+    outcome: VariantOutcome,
     tally: RepeatTally,
     /// Others held memory when it last needed more.
     beside_others: bool,
 }
 
 impl<'a> WorkerSlot<'a> {
-    fn new(worker: Box<dyn Worker + 'a>) -> Self {
+    fn new(worker: Box<dyn WorkerHandle + 'a>) -> Self {
         Self { worker: Some(worker), ..Self::empty() }
     }
 
     fn empty() -> Self {
-        Self { worker: None, outcome: Outcome::default(), tally: RepeatTally::default(), beside_others: false }
+        Self { worker: None, outcome: VariantOutcome::default(), tally: RepeatTally::default(), beside_others: false }
     }
 
     fn pid(&self) -> Option<u32> {
@@ -189,7 +189,7 @@ impl<'a> WorkerSlot<'a> {
     }
 
     /// Asks a worker that still runs. One that fails ends; bad input is an error for all.
-    fn ask<T>(&mut self, ask: impl FnOnce(&mut dyn Worker) -> Result<T, Failure>) -> Result<Option<T>, Failure> {
+    fn ask<T>(&mut self, ask: impl FnOnce(&mut dyn WorkerHandle) -> Result<T, Failure>) -> Result<Option<T>, Failure> {
         let Some(worker) = self.worker.as_mut() else { return Ok(None) };
         match ask(worker.as_mut()) {
             Ok(answer) => Ok(Some(answer)),
@@ -285,7 +285,7 @@ fn together(
     Ok(())
 }
 
-fn phase(worker: &mut dyn Worker, events: &dyn Listener) -> Result<WarmupReport, Failure> {
+fn phase(worker: &mut dyn WorkerHandle, events: &dyn Listener) -> Result<WarmupReport, Failure> {
     events.on(Event::Begin { label: format!("warm up {}", worker.label()), total: 1, unit: Unit::Runs });
     let warmed = worker.warm_up(events);
     events.on(Event::End);

@@ -61,7 +61,7 @@ fn greedy(session: &mut dyn Session, request: &ScoreRequest) -> Result<Vec<u32>>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::fake::{FakeSession, FakeTime, Run};
+    use crate::engine::fake::{FakeRun, FakeSession, FakeTime};
     use crate::quality::CallPath;
 
     fn request(logits: LogitsFile) -> ScoreRequest {
@@ -76,7 +76,7 @@ mod tests {
     }
 
     fn session(logits: &[f32]) -> FakeSession {
-        FakeSession::new(FakeTime::default(), [Run { logits: logits.to_vec(), ..Run::default() }])
+        FakeSession::new(FakeTime::default(), [FakeRun { logits: logits.to_vec(), ..FakeRun::default() }])
     }
 
     #[test]

@@ -75,6 +75,6 @@ mod tests {
         assert_eq!(check(&same, Some(&varied)), "the text is one repeated token, id 3, where fp16's is not");
         assert_eq!(check(&same, Some(&same)), "", "fp16 collapses as well");
         assert_eq!(check(&same, None), "", "random weights, or no fp16 to compare with");
-        assert_eq!(invalid_reason(&[sample(&[3; 7], true)], 7, Some(&varied)), None, "too short to tell");
+        assert_eq!(invalid_reason(&[sample(&[3; 7], true)], 7, Some(&varied)), None, "too short");
     }
 }

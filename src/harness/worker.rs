@@ -156,7 +156,7 @@ mod tests {
         let workload = TokenizedWorkload { task, sequences, n_prompt, n_image, n_encoder };
         let assignment = DeviceAssignment { device: Device::Cpu, threads: 1 };
         let variant = Variant::own(quant::BASELINE);
-        let model = crate::weights::Request { model_id, weights: WeightsChoice::Auto, ..plain.model.clone() };
+        let model = crate::weights::ModelRequest { model_id, weights: WeightsChoice::Auto, ..plain.model.clone() };
         workload.load_request(&Case { model, ..plain }, &variant, assignment)
     }
 

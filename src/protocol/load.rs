@@ -18,7 +18,7 @@ pub struct LoadRequest {
     /// [`super::VERSION`] of the parent; a parent older than this field speaks version 1.
     #[serde(default = "first_version")]
     pub protocol_version: u32,
-    pub model: crate::weights::Request,
+    pub model: crate::weights::ModelRequest,
     pub engine: Engine,
     pub precision: FormatId,
     pub format_options: FormatOptions,

@@ -82,10 +82,10 @@ pub fn departure(reference: &[u32], measured: &[u32]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::fake::{FakeSession, FakeTime, Run};
+    use crate::engine::fake::{FakeRun, FakeSession, FakeTime};
 
     fn rows(feed: WindowInput) -> Result<Vec<usize>> {
-        let mut session = FakeSession::new(FakeTime::default(), [Run::default()]);
+        let mut session = FakeSession::new(FakeTime::default(), [FakeRun::default()]);
         let mut seen = Vec::new();
         run(&mut session, feed, &mut |token, _| {
             seen.push(token);
@@ -113,7 +113,7 @@ mod tests {
     #[test]
     fn a_row_that_cannot_be_used_ends_the_window() {
         for path in [CallPath::Prefill, CallPath::Decode] {
-            let mut session = FakeSession::new(FakeTime::default(), [Run::default()]);
+            let mut session = FakeSession::new(FakeTime::default(), [FakeRun::default()]);
             let mut calls = 0;
             let feed = WindowInput { prefix: &[], tokens: &[1, 2, 3], first: 1, path };
             let outcome = run(&mut session, feed, &mut |_, _| {

@@ -9,7 +9,7 @@ pub struct Case<'a> {
     pub records: &'a [Record],
     /// In the order of the records; never empty.
     pub runs: Vec<Run<'a>>,
-    /// Whether a reader must be told which run this is, although there is only one: another case has the same title, or there are several
+    /// True where the run must be named although there is only one: another case has the same title, or there are several
     /// files.
     pub names_run: bool,
 }
@@ -17,7 +17,7 @@ pub struct Case<'a> {
 /// What was measured together: no precision stands in it twice.
 pub struct Run<'a> {
     pub records: &'a [Record],
-    /// File and time, and what else tells it from the others of the case.
+    /// File and time, and whatever else distinguishes it from the others of the case.
     pub label: String,
     /// A word for charts: the file where that is enough, or a number such as `#2`.
     pub short: String,
@@ -92,7 +92,7 @@ fn same_run(a: &Record, b: &Record) -> bool {
     a.file == b.file && same_time && (a.engine == b.engine || a.engine.name != b.engine.name)
 }
 
-/// What may tell two runs apart beside file and time.
+/// Facts that may distinguish two runs beside file and time.
 type Fact = fn(&Record) -> String;
 
 const FACTS: &[Fact] = &[

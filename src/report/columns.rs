@@ -50,7 +50,7 @@ const fn known(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell
     Column { name, unit, shown: Shown::Known, decimals: None, cell }
 }
 
-/// A tenth of the divergence below which fp16 is told from fp32 no more.
+/// A tenth of the divergence below which fp16 cannot be distinguished from fp32.
 const DIVERGENCE_DECIMALS: usize = 5;
 
 /// From left to right, after the precision.
@@ -240,7 +240,7 @@ fn median(record: &Record, key: &str) -> Cell {
     number(summary(record, key).and_then(|s| s.median))
 }
 
-/// A speed that no other column of the narrow table tells: of a row from another tool, which times nothing else.
+/// A speed that no other column of the narrow table shows: of a row from another tool, which times nothing else.
 fn shown_by_nothing_else(record: &Record, key: &str, teller: &str) -> Cell {
     if median(record, teller) == Cell::Unknown { interval(record, key) } else { Cell::Unknown }
 }

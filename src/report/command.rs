@@ -11,7 +11,7 @@ const MODEL_FLAGS: &[&str] = &["--model-id"];
 /// Flags whose value is a file that must be there: without its folder it is a placeholder.
 const INPUT_FLAGS: &[&str] = &["--prompt-file", "--image", "--quality-text", "--baseline", "--ab"];
 
-/// What stands for the folders of a path that is not told.
+/// Placeholder for the folders of a path, which are not shown.
 const PLACEHOLDER: &str = "PATH/TO/";
 
 /// How tokens of the hub begin.

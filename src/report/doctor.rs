@@ -87,7 +87,7 @@ pub struct DeviceFile {
     pub usable: bool,
 }
 
-/// A device as the driver tells.
+/// A device as the driver describes it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct GpuDevice {
     pub name: String,

@@ -28,14 +28,14 @@ pub struct DryRun {
     pub repeats: String,
     /// Files of the hub; empty for what needs none.
     pub files: Vec<File>,
-    /// Of the files that the cache lacks, as far as the hub tells.
+    /// Bytes of the files that the cache lacks, as far as the hub reports them.
     pub download_bytes: u64,
     pub rows: Vec<Row>,
     /// What quality will be measured on, where it was asked for.
     pub quality: Option<String>,
     /// Memory of the card that the user named.
     pub card_bytes: Option<u64>,
-    /// Of the machine or the GPU, whoever uses the rest; `None` where the system does not tell.
+    /// All memory of the machine or the GPU, used or not; `None` where unknown.
     pub free_bytes: Option<u64>,
     pub total_bytes: Option<u64>,
 }
@@ -103,7 +103,7 @@ impl DryRun {
         let missing: Vec<_> = self.files.iter().filter(|file| !file.is_cached).collect();
         match (self.weights.as_str(), missing.as_slice()) {
             (_, []) if !self.files.is_empty() => "download nothing: the cache has all of it\n".to_owned(),
-            ("random", []) => "download nothing: the weights are made up\n".to_owned(),
+            ("random", []) => "no download: random weights\n".to_owned(),
             (_, []) => "download nothing: the model is a folder\n".to_owned(),
             (_, missing) => {
                 let line =

@@ -1,4 +1,4 @@
-//! One sentence a run from the data: which precision decodes fastest, by how much and why, what these runs cannot tell, what memory it
+//! One sentence a run from the data: which precision decodes fastest, by how much and why, what these runs leave open, what memory it
 //! saves, what quality it costs, and which fits a card that was named. It claims no more than the intervals carry, and says what it is a
 //! claim about.
 

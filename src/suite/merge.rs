@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Value, json};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::row::{Line, Lines};
+use super::row::{ResultLine, ResultLines};
 use crate::record::{Record, SCHEMA_VERSION, Status};
 
 /// All rows, each case once.
@@ -39,12 +39,12 @@ struct CaseRows {
     /// Rows of one case in two files have one key.
     key: String,
     is_whole: bool,
-    lines: Vec<Line>,
+    lines: Vec<ResultLine>,
 }
 
 /// Joins files. Where two hold the same case, the one that is whole and has more rows that are ok stays, then the first: rows
 /// of one case are never mixed, because their ratios belong together.
-pub fn merge(files: &[Lines]) -> Merged {
+pub fn merge(files: &[ResultLines]) -> Merged {
     let mut notes: Vec<String> = files.iter().filter(|file| file.torn).map(torn).collect();
     let mut best: BTreeMap<String, CaseRows> = BTreeMap::new();
     let mut n_dropped = 0;
@@ -71,18 +71,18 @@ pub fn merge(files: &[Lines]) -> Merged {
     groups.sort_by_key(|group| (group.order, group.file));
     notes.extend(missing(&groups));
     notes.extend(differences(files, &groups));
-    let lines: Vec<&Line> = groups.iter().flat_map(|group| &group.lines).collect();
+    let lines: Vec<&ResultLine> = groups.iter().flat_map(|group| &group.lines).collect();
     let text = lines.iter().map(|line| format!("{}\n", line.text)).collect();
     Merged { text, n_rows: lines.len(), notes }
 }
 
-fn torn(file: &Lines) -> String {
+fn torn(file: &ResultLines) -> String {
     format!("the last line of `{}` was cut while it was written and is left out; `--resume` runs its case", {
         file.path.display()
     })
 }
 
-fn groups(files: &[Lines]) -> Vec<CaseRows> {
+fn groups(files: &[ResultLines]) -> Vec<CaseRows> {
     let mut suites: Vec<String> = Vec::new();
     let mut groups: Vec<CaseRows> = Vec::new();
     for (file, lines) in files.iter().enumerate() {
@@ -147,7 +147,7 @@ const FACTS: &[MachineFact] = &[
 ];
 
 /// Facts that differ between files for one engine on one kind of device.
-fn differences(files: &[Lines], groups: &[CaseRows]) -> Vec<String> {
+fn differences(files: &[ResultLines], groups: &[CaseRows]) -> Vec<String> {
     let records = || groups.iter().flat_map(|group| group.lines.iter().map(move |line| (group.file, &line.record)));
     let measured = || records().filter(|(_, record)| record.status == Status::Ok);
     let kinds: BTreeSet<(&str, &str)> =

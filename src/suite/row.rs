@@ -25,7 +25,7 @@ pub struct CaseInfo {
 
 /// A line of a file.
 #[derive(Debug, Clone)]
-pub struct Line {
+pub struct ResultLine {
     /// The line as in the file, without its end.
     pub text: String,
     /// `None` for a row that no suite wrote.
@@ -35,9 +35,9 @@ pub struct Line {
 
 /// A file of rows.
 #[derive(Debug, Clone)]
-pub struct Lines {
+pub struct ResultLines {
     pub path: PathBuf,
-    pub lines: Vec<Line>,
+    pub lines: Vec<ResultLine>,
     /// The last line was cut in the middle of a write.
     pub torn: bool,
 }
@@ -64,7 +64,7 @@ pub fn write(info: &CaseInfo, records: &[Record]) -> serde_json::Result<String> 
 }
 
 /// The rows of a file of either kind: one a line, or a document as `--output FILE.json` writes it.
-pub fn read_rows(path: &Path) -> Result<Lines, BadInput> {
+pub fn read_rows(path: &Path) -> Result<ResultLines, BadInput> {
     let bytes =
         std::fs::read(path).map_err(|error| BadInput::new(format!("cannot read `{}`: {error}", path.display())))?;
     let document = decode(bytes).ok().and_then(|text| serde_json::from_str::<Value>(&text).ok());
@@ -84,11 +84,11 @@ pub fn read_rows(path: &Path) -> Result<Lines, BadInput> {
         })
     };
     let lines = records.into_iter().enumerate().map(row).collect::<Result<_, _>>()?;
-    Ok(Lines { path: path.to_owned(), lines, torn: false })
+    Ok(ResultLines { path: path.to_owned(), lines, torn: false })
 }
 
 /// Reads a file of rows. Fails on a line that is no row of this version's; one that was cut at the end is left out.
-pub fn read_lines(path: &Path) -> Result<Lines, BadInput> {
+pub fn read_lines(path: &Path) -> Result<ResultLines, BadInput> {
     let bytes =
         std::fs::read(path).map_err(|error| BadInput::new(format!("cannot read `{}`: {error}", path.display())))?;
     let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
@@ -105,11 +105,11 @@ pub fn read_lines(path: &Path) -> Result<Lines, BadInput> {
     let last = line(rest).ok();
     let torn = whole < bytes.len() && last.is_none();
     lines.extend(last);
-    Ok(Lines { path: path.to_owned(), lines, torn })
+    Ok(ResultLines { path: path.to_owned(), lines, torn })
 }
 
 /// Fails with what is wrong.
-fn line(text: &str) -> Result<Line, String> {
+fn line(text: &str) -> Result<ResultLine, String> {
     let head: LineHeader = serde_json::from_str(text).map_err(|error| error.to_string())?;
     match head.schema_version {
         Some(SCHEMA_VERSION) => {}
@@ -119,5 +119,5 @@ fn line(text: &str) -> Result<Line, String> {
         None => return Err("there is no `schema_version`".to_owned()),
     }
     let record = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    Ok(Line { text: text.to_owned(), suite: head.suite, record })
+    Ok(ResultLine { text: text.to_owned(), suite: head.suite, record })
 }

@@ -16,7 +16,7 @@ use quantbench::kernels::isa::Isa;
 use quantbench::plan::Model;
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::weights::policy::{Formats, Selection};
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -66,7 +66,7 @@ fn models() -> Vec<String> {
 
 fn checkpoint(model: &str) -> weights::Checkpoint {
     let folder = root().join("models").join(model);
-    weights::open(&Request::of(folder.display().to_string()), &Silent).unwrap()
+    weights::open(&ModelRequest::of(folder.display().to_string()), &Silent).unwrap()
 }
 
 /// The plan of a folder's config.json.

@@ -5,12 +5,12 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use quantbench::engine::fake::{FakeSession, FakeTime, Run};
+use quantbench::engine::fake::{FakeRun, FakeSession, FakeTime};
 use quantbench::engine::{Alone, Engine};
 use quantbench::events::{Listener, Silent};
 use quantbench::harness::assemble::records;
 use quantbench::harness::measure::Bench;
-use quantbench::harness::schedule::{Outcome, RunOrder, ScheduleContext, Worker};
+use quantbench::harness::schedule::{RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
 use quantbench::harness::watch::energy::Mark;
 use quantbench::harness::watch::{NoWatch, Watch, Watched};
 use quantbench::harness::{
@@ -22,7 +22,7 @@ use quantbench::protocol::{Encode, Failure, FinishReport, LoadReport, Sample, Ta
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::record::metrics::find;
 use quantbench::record::{self, Record};
-use quantbench::weights::{Request, WeightsChoice};
+use quantbench::weights::{ModelRequest, WeightsChoice};
 
 pub const N_GEN: usize = 4;
 pub const N_PROMPT: usize = 8;
@@ -41,12 +41,12 @@ pub struct Local {
 }
 
 impl Local {
-    pub fn new(precision: &str, task: Task, runs: Vec<Run>, journal: &Journal) -> Self {
+    pub fn new(precision: &str, task: Task, runs: Vec<FakeRun>, journal: &Journal) -> Self {
         Self::telling(precision, task, runs, journal, None)
     }
 
     /// The same on a session that can tell what its steps take alone.
-    pub fn telling(precision: &str, task: Task, runs: Vec<Run>, journal: &Journal, alone: Option<Alone>) -> Self {
+    pub fn telling(precision: &str, task: Task, runs: Vec<FakeRun>, journal: &Journal, alone: Option<Alone>) -> Self {
         let time = FakeTime::default();
         let nowhere = PathBuf::from("no such folder");
         let session = Box::new(FakeSession::new(time.clone(), runs).with_alone(alone));
@@ -61,7 +61,7 @@ impl Local {
     }
 }
 
-impl Worker for Local {
+impl WorkerHandle for Local {
     fn label(&self) -> &str {
         &self.precision
     }
@@ -106,14 +106,14 @@ pub fn task() -> Task {
 }
 
 /// The run that fills the cache to the depth, which no sample may show.
-pub fn filling() -> Run {
-    Run { prefill_ns: 999_999_999_999, ..Run::default() }
+pub fn filling() -> FakeRun {
+    FakeRun { prefill_ns: 999_999_999_999, ..FakeRun::default() }
 }
 
 /// A run in milliseconds.
-pub fn run_ms(prefill: u64, steps: &[u64]) -> Run {
+pub fn run_ms(prefill: u64, steps: &[u64]) -> FakeRun {
     let step_ns = steps.iter().map(|ms| ms * 1_000_000).collect();
-    Run { prefill_ns: prefill * 1_000_000, step_ns, ..Run::default() }
+    FakeRun { prefill_ns: prefill * 1_000_000, step_ns, ..FakeRun::default() }
 }
 
 pub fn counted(repeats: usize) -> MeasurementProtocol {
@@ -122,7 +122,7 @@ pub fn counted(repeats: usize) -> MeasurementProtocol {
 
 pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
     Case {
-        model: Request {
+        model: ModelRequest {
             model_id: "tiny".to_owned(),
             revision: None,
             offline: true,
@@ -201,7 +201,7 @@ pub fn facts(case: &Case) -> RunContext {
 }
 
 /// Runs each precision's script and makes the records.
-pub fn measured(protocol: MeasurementProtocol, scripts: &[(&str, Vec<Run>)]) -> Vec<Record> {
+pub fn measured(protocol: MeasurementProtocol, scripts: &[(&str, Vec<FakeRun>)]) -> Vec<Record> {
     let names: Vec<&str> = scripts.iter().map(|(name, _)| *name).collect();
     let case = case(&names, protocol);
     let outcomes = outcomes(&case.protocol, RunOrder::Interleaved, scripts, &Journal::default());
@@ -211,20 +211,20 @@ pub fn measured(protocol: MeasurementProtocol, scripts: &[(&str, Vec<Run>)]) -> 
 pub fn outcomes(
     protocol: &MeasurementProtocol,
     order: RunOrder,
-    scripts: &[(&str, Vec<Run>)],
+    scripts: &[(&str, Vec<FakeRun>)],
     journal: &Journal,
-) -> Vec<Outcome> {
+) -> Vec<VariantOutcome> {
     watched_outcomes(protocol, order, scripts, journal, &mut NoWatch)
 }
 
 pub fn watched_outcomes(
     protocol: &MeasurementProtocol,
     order: RunOrder,
-    scripts: &[(&str, Vec<Run>)],
+    scripts: &[(&str, Vec<FakeRun>)],
     journal: &Journal,
     watch: &mut dyn Watch,
-) -> Vec<Outcome> {
-    let worker = |at: usize| -> Box<dyn Worker> {
+) -> Vec<VariantOutcome> {
+    let worker = |at: usize| -> Box<dyn WorkerHandle> {
         let (name, runs) = &scripts[at];
         let runs = [vec![filling()], runs.clone()].concat();
         Box::new(Local::new(name, task(), runs, journal))
@@ -235,11 +235,11 @@ pub fn watched_outcomes(
 
 /// Runs workers that were made already, in one launch.
 pub fn measure(
-    workers: Vec<Box<dyn Worker>>,
+    workers: Vec<Box<dyn WorkerHandle>>,
     protocol: &MeasurementProtocol,
     order: RunOrder,
     events: &dyn Listener,
-) -> Result<Vec<Outcome>, Failure> {
+) -> Result<Vec<VariantOutcome>, Failure> {
     let n_workers = workers.len();
     let ready = RefCell::new(workers.into_iter().map(Some).collect::<Vec<_>>());
     let start = |at: usize| ready.borrow_mut()[at].take().expect("one launch");

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use quantbench::engine::fake::Run;
+use quantbench::engine::fake::FakeRun;
 use quantbench::engine::memory::PoolUse;
 use quantbench::events::Silent;
 use quantbench::harness::assemble::records;
-use quantbench::harness::schedule::{Outcome, RunOrder, Worker};
+use quantbench::harness::schedule::{RunOrder, VariantOutcome, WorkerHandle};
 use quantbench::harness::watch::energy::Counter;
 use quantbench::harness::watch::{GpuReading, MachineReading, Watched};
 use quantbench::harness::{Case, MeasurementProtocol, Method, RunContext};
@@ -28,7 +28,7 @@ fn clock(mhz: u32) -> Watched {
 }
 
 /// fp16's record of `counted` repeats under a scripted watch, and the watch.
-fn watched(repeats: usize, script: Vec<Watched>) -> (Record, Outcome, Scripted) {
+fn watched(repeats: usize, script: Vec<Watched>) -> (Record, VariantOutcome, Scripted) {
     let case = case(&["fp16"], counted(repeats));
     let mut watch = Scripted { script: script.into(), ..Scripted::default() };
     let scripts = [("fp16", vec![run_ms(50, &[10])])];
@@ -98,7 +98,7 @@ fn energy(joules: f64, seconds: f64) -> Watched {
     Watched { readings: vec![reading(7, 1000.0), reading(7 + (seconds * 1e9) as u64, 1000.0 + joules)] }
 }
 
-fn energetic(script: Vec<Watched>, change: impl Fn(&mut Outcome)) -> Record {
+fn energetic(script: Vec<Watched>, change: impl Fn(&mut VariantOutcome)) -> Record {
     let (_, mut outcome, _) = watched(script.len(), script.clone());
     change(&mut outcome);
     let case = case(&["fp16"], counted(script.len()));
@@ -169,7 +169,7 @@ fn ranges_are_always_kept_and_series_on_request() {
 #[test]
 fn the_watch_knows_the_worker_and_its_crew() {
     let mut watch = Scripted::default();
-    let start = |at: usize| -> Box<dyn Worker> {
+    let start = |at: usize| -> Box<dyn WorkerHandle> {
         let local = Local::new("fp16", task(), vec![filling(), run_ms(1, &[1])], &Journal::default());
         Box::new(Local { pid: Some(70 + at as u32), ..local })
     };
@@ -210,7 +210,7 @@ fn launches_start_every_worker_anew_and_keep_their_repeats_apart() {
 fn the_interval_of_launches_spans_them() {
     // Six starts; each is flat in itself, and they differ by up to 5 ms a step.
     let case = case(&["fp16"], MeasurementProtocol { launches: 6, ..counted(4) });
-    let mut outcome = Outcome::default();
+    let mut outcome = VariantOutcome::default();
     for start in 0..6u64 {
         let steps = [10 + start; 3];
         let one =
@@ -229,7 +229,7 @@ fn launches_share_the_times_and_a_failure_ends_its_precision() {
     let one = protocol.of_one_launch();
     assert_eq!((one.min_time_s, one.max_time_s, one.min_repeats), (0.75, 5.0, 6));
     let journal = Journal::default();
-    let bad = Run { failure: Some("it broke".to_owned()), ..run_ms(50, &[10]) };
+    let bad = FakeRun { failure: Some("it broke".to_owned()), ..run_ms(50, &[10]) };
     let scripts = [("fp16", vec![run_ms(50, &[10])]), ("nf4", vec![bad])];
     let protocol = MeasurementProtocol { launches: 2, ..counted(1) };
     let outcomes = outcomes(&protocol, RunOrder::Interleaved, &scripts, &journal);
@@ -239,15 +239,16 @@ fn launches_share_the_times_and_a_failure_ends_its_precision() {
 }
 
 /// A run whose device is asked after every token at a cost of 5 ms.
-fn slow_to_wait() -> Run {
+fn slow_to_wait() -> FakeRun {
     let device_step_ns = vec![8_000_000, 16_000_000, 24_000_000];
-    Run { synchronize_ns: 5_000_000, device_step_ns, ..run_ms(50, &[10, 20, 30]) }
+    FakeRun { synchronize_ns: 5_000_000, device_step_ns, ..run_ms(50, &[10, 20, 30]) }
 }
 
-fn of_task(task: Task, protocol: MeasurementProtocol, run: Run) -> Record {
+fn of_task(task: Task, protocol: MeasurementProtocol, run: FakeRun) -> Record {
     let case = case(&["fp16"], protocol);
     let local = Local::new("fp16", task, vec![filling(), run], &Journal::default());
-    let outcomes = measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, RunOrder::Interleaved, &Silent);
+    let outcomes =
+        measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent);
     records(&facts(&case), &case, &outcomes.unwrap(), &|_| None).remove(0)
 }
 
@@ -262,7 +263,7 @@ fn waiting_after_each_token_is_timed_beside_the_repeat() {
     assert_eq!(names(&record), ["sync_differs"]);
     assert!(record.warnings[0].contains("50.0 tokens/s, and 40.0 where"), "{}", record.warnings[0]);
     assert_eq!((record.tainted, record.samples.end_to_end_ns[0]), (false, 110_000_000));
-    let cheap = Run { synchronize_ns: 500_000, ..slow_to_wait() };
+    let cheap = FakeRun { synchronize_ns: 500_000, ..slow_to_wait() };
     let record = of_task(Task { wait: Wait::BothWays, ..super::scene::task() }, counted(2), cheap);
     assert_eq!(names(&record), [""; 0], "2.4 % are not told");
 }

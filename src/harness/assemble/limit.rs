@@ -2,12 +2,12 @@
 
 use crate::engine::Alone;
 use crate::harness::run_context::RunContext;
-use crate::harness::schedule::Outcome;
+use crate::harness::schedule::VariantOutcome;
 use crate::record::{Bandwidth, Bound, Record};
 use crate::stats;
 
 /// The bandwidth of a record, from its metrics and the bytes that the session counted.
-pub fn bandwidth(context: &RunContext, record: &Record, outcome: &Outcome) -> Bandwidth {
+pub fn bandwidth(context: &RunContext, record: &Record, outcome: &VariantOutcome) -> Bandwidth {
     let footprint = outcome.finished.as_ref().map(|finished| finished.footprint);
     let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_step(context.n_before, record.workload.n_gen));
     let weight_bytes_per_token = footprint.map(|footprint| footprint.weight_bytes_per_token);

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use super::case::{Case, Variant};
 use super::environment::engine_info;
 use super::run_context::RunContext;
-use super::schedule::{Outcome, RunOrder};
+use super::schedule::{RunOrder, VariantOutcome};
 use super::validity::invalid_reason;
 use super::warnings::Warning;
 use crate::call::KvFormat;
@@ -24,7 +24,7 @@ use crate::stats;
 pub fn records(
     context: &RunContext,
     case: &Case,
-    outcomes: &[Outcome],
+    outcomes: &[VariantOutcome],
     decode: &dyn Fn(&[u32]) -> Option<String>,
 ) -> Vec<Record> {
     let variants = case.variants();
@@ -79,7 +79,7 @@ fn instruction_set_of_all(variants: &[Variant], records: &mut [Record]) {
 /// One record for each precision of a case whose speed is not measured.
 pub fn unmeasured(context: &RunContext, case: &Case) -> Vec<Record> {
     let record = |&precision: &FormatId| {
-        let mut record = base(context, &Variant::own(precision), &Outcome::default(), &|_| None);
+        let mut record = base(context, &Variant::own(precision), &VariantOutcome::default(), &|_| None);
         let of_model = context.warnings.iter().filter(|warning| matches!(warning, Warning::Model { .. }));
         record.warnings = of_model.map(Warning::to_string).collect();
         record
@@ -91,7 +91,7 @@ pub fn unmeasured(context: &RunContext, case: &Case) -> Vec<Record> {
 fn base(
     context: &RunContext,
     variant: &Variant,
-    outcome: &Outcome,
+    outcome: &VariantOutcome,
     decode: &dyn Fn(&[u32]) -> Option<String>,
 ) -> Record {
     let loaded = outcome.loaded.clone().unwrap_or_default();
@@ -162,7 +162,7 @@ pub fn fail(record: &mut Record, failure: &Failure) {
     }
 }
 
-fn int8(context: &RunContext, precision: FormatId, outcome: &Outcome) -> Option<record::Int8Facts> {
+fn int8(context: &RunContext, precision: FormatId, outcome: &VariantOutcome) -> Option<record::Int8Facts> {
     let counts = outcome.finished.as_ref().map(|finished| finished.outliers).filter(|counts| counts.calls > 0);
     precision.finds_outliers.then(|| record::Int8Facts {
         threshold: f64::from(context.format_options.int8_threshold),
@@ -170,7 +170,7 @@ fn int8(context: &RunContext, precision: FormatId, outcome: &Outcome) -> Option<
     })
 }
 
-fn protocol(context: &RunContext, outcome: &Outcome) -> record::Protocol {
+fn protocol(context: &RunContext, outcome: &VariantOutcome) -> record::Protocol {
     let warmed = outcome.warmed.as_ref();
     record::Protocol {
         n_warmup: warmed.map_or(0, |warmed| warmed.runs_ns.len() as u64),
@@ -184,7 +184,7 @@ fn protocol(context: &RunContext, outcome: &Outcome) -> record::Protocol {
     }
 }
 
-fn phases(context: &RunContext, outcome: &Outcome) -> BTreeMap<String, f64> {
+fn phases(context: &RunContext, outcome: &VariantOutcome) -> BTreeMap<String, f64> {
     let mut phases = BTreeMap::from([("resolve".to_owned(), context.resolve_s)]);
     if let Some(loaded) = &outcome.loaded {
         phases.insert("load".to_owned(), loaded.load_s);
@@ -219,7 +219,7 @@ fn of_a_repeat(context: &RunContext, samples: &[Sample]) -> Vec<(String, f64)> {
     parts.into_iter().filter_map(|(name, part)| Some((name.to_owned(), seconds(part)?))).collect()
 }
 
-fn samples(outcome: &Outcome) -> Samples {
+fn samples(outcome: &VariantOutcome) -> Samples {
     let runs_ns = outcome.warmed.as_ref().map(|warmed| warmed.runs_ns.clone()).unwrap_or_default();
     let samples = &outcome.samples;
     let encodes = samples.iter().any(|sample| sample.encode_ns > 0);

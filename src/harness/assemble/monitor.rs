@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use crate::harness::schedule::Outcome;
+use crate::harness::schedule::VariantOutcome;
 use crate::harness::watch::energy::{Counter, EnergyWindow, refusal};
 use crate::harness::watch::{MachineReading, Watched};
 use crate::record::{Energy, Range, Series};
 use crate::stats;
 
 /// Every quantity over all readings of all repeats; cores count alike.
-pub fn ranges(outcome: &Outcome) -> BTreeMap<String, Range> {
+pub fn ranges(outcome: &VariantOutcome) -> BTreeMap<String, Range> {
     let readings = outcome.watched.iter().flat_map(|watched| &watched.readings);
     let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     for channel in readings.flat_map(MachineReading::channels) {
@@ -25,7 +25,7 @@ pub fn ranges(outcome: &Outcome) -> BTreeMap<String, Range> {
 }
 
 /// All readings, one entry a repeat.
-pub fn series(outcome: &Outcome) -> Vec<Series> {
+pub fn series(outcome: &VariantOutcome) -> Vec<Series> {
     outcome.watched.iter().map(of_repeat).collect()
 }
 
@@ -48,7 +48,7 @@ fn of_repeat(watched: &Watched) -> Series {
 
 /// Those of the untimed block, or those of the counted repeats where these are long enough; `None` where the counter did not answer in all
 /// of them.
-pub fn windows(outcome: &Outcome) -> Option<Vec<EnergyWindow>> {
+pub fn windows(outcome: &VariantOutcome) -> Option<Vec<EnergyWindow>> {
     if !outcome.energy.is_empty() {
         return Some(outcome.energy.clone());
     }
@@ -56,7 +56,7 @@ pub fn windows(outcome: &Outcome) -> Option<Vec<EnergyWindow>> {
 }
 
 /// Source and windows of the energy; `None` without a counter, and where nothing was measured.
-pub fn energy(counter: Option<&Counter>, outcome: &Outcome) -> Option<Energy> {
+pub fn energy(counter: Option<&Counter>, outcome: &VariantOutcome) -> Option<Energy> {
     let counter = counter.filter(|_| !outcome.samples.is_empty())?;
     Some(Energy {
         source: counter.name.to_owned(),

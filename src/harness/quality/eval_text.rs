@@ -7,7 +7,7 @@ use crate::harness::case::{Case, QualityChoice, Variant};
 use crate::harness::open_model::OpenModel;
 use crate::harness::prompt::{self, TokenizedWorkload};
 use crate::harness::room;
-use crate::harness::schedule::Worker;
+use crate::harness::schedule::WorkerHandle;
 use crate::harness::worker_process::ProcessWorker;
 use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::{DeviceAssignment, Encode, Failure, Greedy, LoadRequest, LogitsFile, ScoreRequest, Task};

@@ -186,7 +186,7 @@ fn gpu_reading(gpu: &Gpu, run_pids: &RunProcesses) -> GpuReading {
     let processes = gpu.processes().unwrap_or_default();
     let of_crew = |pid: u32| run_pids.all.contains(&pid);
     let bytes_of = |pid: u32| processes.iter().find(|process| process.pid == pid).and_then(|process| process.bytes);
-    // In a container the driver may number processes as the host does; then only their count tells.
+    // In a container the driver may number processes as the host does; then only their count is known.
     let numbered_alike = processes.iter().any(|process| of_crew(process.pid));
     let n_others = match numbered_alike {
         true => processes.iter().filter(|process| !of_crew(process.pid)).count(),

@@ -1,4 +1,4 @@
-//! Two documents side by side: what got worse beyond a limit, what did not, and what these runs cannot tell.
+//! Compares two documents: what got worse beyond a limit, what did not, and what these runs leave open.
 //!
 //! A gate on something timed decides on an interval: `regressed` where all of it lies beyond the limit, `ok` where all of it lies
 //! within, `can't tell` otherwise.

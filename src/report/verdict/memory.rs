@@ -43,7 +43,7 @@ pub fn least_memory(records: &[&Record]) -> String {
     }
 }
 
-/// Peak memory of each record below fp16's; differences that two decimals of a GiB do not show are not told.
+/// Peak memory of each record below fp16's; differences that two decimals of a GiB do not show are left out.
 pub fn saving(fp16: &Record, records: &[&Record]) -> String {
     let one = |record: &&Record| {
         let (peak, of) = (record.memory.peak_bytes? as f64 / GIB, fp16.memory.peak_bytes? as f64 / GIB);
