@@ -2,7 +2,9 @@
 
 mod blocks;
 mod config;
+mod decoder;
 mod experts;
+mod frequencies;
 mod gemma;
 mod gemma2;
 mod gemma3;
