@@ -10,7 +10,7 @@ use crate::report::compare::{self, Comparison, Verdict};
 use crate::{report, ui};
 
 /// A regression that is proven.
-const REGRESSED: u8 = 3;
+pub(super) const REGRESSED: u8 = 3;
 
 /// Reads, compares, reports; 3 where something regressed.
 pub fn compare(args: &CompareArgs) -> Result<ExitCode> {

@@ -138,6 +138,12 @@ impl Case<'_> {
         title(self.records)
     }
 
+    /// By time, and of equal ones the last.
+    pub fn newest_run(&self) -> &Run<'_> {
+        // RFC 3339 in UTC sorts as text; a case has a run.
+        self.runs.iter().max_by_key(|run| run.records[0].timestamp.as_str()).unwrap_or(&self.runs[0])
+    }
+
     /// Each record with its run.
     pub fn rows(&self) -> impl Iterator<Item = (&Run<'_>, &Record)> {
         self.runs.iter().flat_map(|run| run.records.iter().map(move |record| (run, record)))
@@ -231,6 +237,13 @@ pub fn workload(workload: &Workload) -> String {
     format!("{image}{} prompt + {} new {tokens}{depth}{batch}", workload.n_prompt, workload.n_gen)
 }
 
+/// `8+64` tokens of prompt and new ones, and `@4096` behind so many in the KV cache; tokens of a picture come first.
+pub fn lengths(workload: &Workload) -> String {
+    let image = if workload.n_image > 0 { format!("{}+", workload.n_image) } else { String::new() };
+    let depth = if workload.n_depth > 0 { format!(" @{}", workload.n_depth) } else { String::new() };
+    format!("{image}{}+{}{depth}", workload.n_prompt, workload.n_gen)
+}
+
 /// Each warning once, after the precisions that it holds for.
 pub fn warnings(case: &Case) -> Vec<String> {
     let mut seen: Vec<(&str, Vec<String>)> = Vec::new();
@@ -246,6 +259,11 @@ pub fn warnings(case: &Case) -> Vec<String> {
     }
     let line = |(message, labels): (&str, Vec<String>)| plain(&format!("{}: {message}", labels.join(", ")));
     seen.into_iter().map(line).collect()
+}
+
+/// Of a time in RFC 3339.
+pub fn day(timestamp: &str) -> &str {
+    timestamp.split('T').next().unwrap_or_default()
 }
 
 /// The commands that made the records of a case, each once.

@@ -4,12 +4,15 @@
 //! every model of it is run instead.
 
 mod contrasts;
+#[path = "../coverage/mod.rs"]
+mod coverage;
 mod lengths;
 mod packed;
 
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
+use coverage::in_turn;
 use quantbench::engine::{self, Device, Session, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
@@ -168,9 +171,9 @@ fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
 
 #[test]
 fn fp16_logits_and_ids_equal_the_reference() {
-    for model in models() {
+    for (turn, model) in models().into_iter().enumerate() {
         let (golden, plan) = (Golden::open(&model, "golden"), plan(&model));
-        for executor in executors() {
+        for executor in in_turn(&executors(), turn) {
             let mut session = load(&model, &plan, "fp16", executor).unwrap();
             for (i, (prompt, expected_ids)) in golden.prompts().iter().enumerate() {
                 let (ids, logits) = generate(session.as_mut(), prompt);
@@ -226,12 +229,12 @@ fn nf4_variants(model: &str, golden: &Golden) -> Vec<(Selection, &'static str)> 
 
 #[test]
 fn nf4_logits_and_ids_equal_the_reference() {
-    for model in models() {
+    for (turn, model) in models().into_iter().enumerate() {
         let (reference, golden) = (Golden::open(&model, "golden"), Golden::open(&model, "quant_golden"));
         for (selection, variant) in nf4_variants(&model, &golden) {
             let mut plan = plan(&model);
             selection.apply(&mut plan.matrices).unwrap();
-            for executor in executors() {
+            for executor in in_turn(&executors(), turn + 1) {
                 let mut session = load(&model, &plan, "nf4", executor).unwrap();
                 for (i, (prompt, _)) in reference.prompts().iter().enumerate() {
                     let case = format!("{model} {variant} {executor:?} prompt {i}");
@@ -252,13 +255,13 @@ fn nf4_logits_and_ids_equal_the_reference() {
 
 #[test]
 fn int8_logits_equal_the_reference_where_they_are_stable_and_its_cost_elsewhere() {
-    for model in models() {
+    for (turn, model) in models().into_iter().enumerate() {
         let (reference, golden) = (Golden::open(&model, "golden"), Golden::open(&model, "quant_golden"));
         let mut plan = plan(&model);
         if plan.experts().is_some() {
             Selection::Without(EXPERTS_KEPT.map(str::to_owned).to_vec()).apply(&mut plan.matrices).unwrap();
         }
-        for executor in executors() {
+        for executor in in_turn(&executors(), turn + 2) {
             let mut session = load(&model, &plan, "int8", executor).unwrap();
             for (i, (prompt, continuation)) in reference.prompts().iter().enumerate() {
                 let case = format!("{model} int8 {executor:?} prompt {i}");
