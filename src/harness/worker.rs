@@ -1,6 +1,7 @@
 //! The worker process: loads a model and measures it as the parent asks.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
@@ -25,6 +26,8 @@ pub fn worker_main() -> Result<()> {
     // The kernel should end a worker, not the parent, when memory runs out. Raising one's own score needs no right; where it
     // fails nothing is lost.
     let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
+    // Ctrl-C reaches all processes of a terminal; the parent decides what it means, and a worker ends with its parent.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::default());
     let mut state = None;
     ipc::serve(SUBCOMMAND, |request, events| answer(request, &mut state, events))
 }
@@ -129,7 +132,7 @@ fn weights_by_format(opened: &OpenModel, formats: &Formats) -> BTreeMap<String, 
         // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
         let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
         let left_out = opened.source.is_quantized() && spec.role.is_quantized() && wide;
-        let format = if left_out { formats.fp16() } else { formats.of(spec.role) };
+        let format = if left_out { formats.unquantized() } else { formats.of(spec.role) };
         *bytes.entry(format.id().to_string()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
     }
     bytes

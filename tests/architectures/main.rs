@@ -4,11 +4,15 @@
 //! every model of it is run instead.
 
 mod contrasts;
+#[path = "../coverage/mod.rs"]
+mod coverage;
 mod lengths;
 mod packed;
 
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
+use coverage::in_turn;
 use quantbench::engine::{self, Device, Session, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
@@ -37,6 +41,8 @@ const EXPERTS_KEPT: [&str; 2] = ["experts", "router"];
 enum Executor {
     Reference,
     Cpu(Isa),
+    /// candle-transformers' own models, in fp32.
+    Candle,
 }
 
 fn executors() -> Vec<Executor> {
@@ -90,6 +96,7 @@ fn load(model: &str, plan: &Model, precision: &str, executor: Executor) -> anyho
     let loaded = match executor {
         Executor::Reference => engine::reference::load(&setup, &Silent)?,
         Executor::Cpu(isa) => engine::cpu::load(&setup, isa, &Silent)?,
+        Executor::Candle => engine::candle::load(&setup, &checkpoint.config, DType::F32, &Silent)?,
     };
     Ok(loaded.session)
 }
@@ -164,9 +171,9 @@ fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
 
 #[test]
 fn fp16_logits_and_ids_equal_the_reference() {
-    for model in models() {
+    for (turn, model) in models().into_iter().enumerate() {
         let (golden, plan) = (Golden::open(&model, "golden"), plan(&model));
-        for executor in executors() {
+        for executor in in_turn(&executors(), turn) {
             let mut session = load(&model, &plan, "fp16", executor).unwrap();
             for (i, (prompt, expected_ids)) in golden.prompts().iter().enumerate() {
                 let (ids, logits) = generate(session.as_mut(), prompt);
@@ -175,6 +182,37 @@ fn fp16_logits_and_ids_equal_the_reference() {
                 assert_eq!(&ids, expected_ids, "{model} {executor:?} prompt {i}");
             }
         }
+    }
+}
+
+/// candle's own models, given the same tensors; those that it computes otherwise are refused with the reason.
+#[test]
+fn candle_logits_and_ids_equal_the_reference_or_it_refuses() {
+    let mut ran = Vec::new();
+    for model in models() {
+        let (golden, plan) = (Golden::open(&model, "golden"), plan(&model));
+        let mut session = match load(&model, &plan, "fp16", Executor::Candle) {
+            Ok(session) => session,
+            Err(error) => {
+                let error = error.to_string();
+                assert!(
+                    error.starts_with("`--engine candle` cannot run this model: candle-transformers' `"),
+                    "{error}"
+                );
+                println!("{model}: {error}");
+                continue;
+            }
+        };
+        for (i, (prompt, expected_ids)) in golden.prompts().iter().enumerate() {
+            let (ids, logits) = generate(session.as_mut(), prompt);
+            let difference = worst(&logits, &golden.steps(&format!("p{i}.step_logits")));
+            assert!(difference <= FP32_LOGIT_TOLERANCE, "{model} candle prompt {i}: {difference}");
+            assert_eq!(&ids, expected_ids, "{model} candle prompt {i}");
+        }
+        ran.push(model);
+    }
+    for model in ["qwen2-odd", "qwen3-odd", "olmo2-odd", "mixtral-odd"] {
+        assert!(ran.iter().any(|ran| ran == model), "{model} was refused");
     }
 }
 
@@ -191,12 +229,12 @@ fn nf4_variants(model: &str, golden: &Golden) -> Vec<(Selection, &'static str)> 
 
 #[test]
 fn nf4_logits_and_ids_equal_the_reference() {
-    for model in models() {
+    for (turn, model) in models().into_iter().enumerate() {
         let (reference, golden) = (Golden::open(&model, "golden"), Golden::open(&model, "quant_golden"));
         for (selection, variant) in nf4_variants(&model, &golden) {
             let mut plan = plan(&model);
             selection.apply(&mut plan.matrices).unwrap();
-            for executor in executors() {
+            for executor in in_turn(&executors(), turn + 1) {
                 let mut session = load(&model, &plan, "nf4", executor).unwrap();
                 for (i, (prompt, _)) in reference.prompts().iter().enumerate() {
                     let case = format!("{model} {variant} {executor:?} prompt {i}");
@@ -217,13 +255,13 @@ fn nf4_logits_and_ids_equal_the_reference() {
 
 #[test]
 fn int8_logits_equal_the_reference_where_they_are_stable_and_its_cost_elsewhere() {
-    for model in models() {
+    for (turn, model) in models().into_iter().enumerate() {
         let (reference, golden) = (Golden::open(&model, "golden"), Golden::open(&model, "quant_golden"));
         let mut plan = plan(&model);
         if plan.experts().is_some() {
             Selection::Without(EXPERTS_KEPT.map(str::to_owned).to_vec()).apply(&mut plan.matrices).unwrap();
         }
-        for executor in executors() {
+        for executor in in_turn(&executors(), turn + 2) {
             let mut session = load(&model, &plan, "int8", executor).unwrap();
             for (i, (prompt, continuation)) in reference.prompts().iter().enumerate() {
                 let case = format!("{model} int8 {executor:?} prompt {i}");

@@ -68,7 +68,7 @@ const SHARED: &[(&str, &str)] = &[
 ];
 
 /// Names that still mean several things. None may join; one that means one thing again leaves.
-const AMBIGUOUS: &[&str] = &["Attend", "Buffer", "Case", "Gpu", "Output", "Row", "Rows", "Split", "Step"];
+const AMBIGUOUS: &[&str] = &["Attend", "Buffer", "Case", "Output", "Row", "Rows", "Split", "Step"];
 
 /// Types that code outside of their file can name, by name.
 fn visible_types(files: &[SourceFile]) -> BTreeMap<&str, Vec<&str>> {

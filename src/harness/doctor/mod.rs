@@ -11,13 +11,15 @@ use std::path::PathBuf;
 
 use super::environment::Machine;
 use crate::error::BadInput;
-use crate::kernels::cpu::bandwidth;
+use crate::kernels::cpu::bandwidth::WorkingSet;
 use crate::kernels::cpu::libraries::can_open;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
 use crate::os::memory::ProcessMemory;
-use crate::report::doctor::{Build, Cpu, DeviceFile, Examination, Finding, Gpu, GpuDevice, HostMemory, Permissions};
+use crate::report::doctor::{
+    Build, Cpu, DeviceFile, Examination, Finding, GpuDevice, GpuSection, HostMemory, Permissions,
+};
 
 /// A mean load below half a CPU is the system itself.
 const BUSY_LOAD: f64 = 0.5;
@@ -40,8 +42,10 @@ pub fn examine() -> Examination {
     };
     let pool = Pool::new(threads);
     let _pinned = pool.pin_caller();
-    examination.memory.read_gb_s = bandwidth::read_gb_s(isa, &pool).ok();
-    examination.memory.copy_gb_s = bandwidth::copy_gb_s(isa, &pool).ok();
+    if let Ok(mut memory) = WorkingSet::new(&pool) {
+        examination.memory.read_gb_s = Some(memory.read_gb_s(isa, &pool));
+        examination.memory.copy_gb_s = Some(memory.copy_gb_s(isa, &pool));
+    }
     examination.findings = findings(&examination, problem);
     // `name: what; advice`
     examination.findings.extend(system.machine.warnings().iter().map(|warning| {
@@ -136,10 +140,10 @@ impl System {
         }
     }
 
-    fn gpu(&self, devices: Vec<GpuDevice>) -> Gpu {
+    fn gpu(&self, devices: Vec<GpuDevice>) -> GpuSection {
         let is_release = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
         let version = self.text("proc/driver/nvidia/version").unwrap_or_default();
-        Gpu {
+        GpuSection {
             in_build: cfg!(feature = "cuda"),
             driver: version.split_whitespace().find(is_release).map(str::to_owned),
             libcuda: can_open(c"libcuda.so.1"),
@@ -224,11 +228,11 @@ fn findings(seen: &Examination, problem: Option<BadInput>) -> Vec<Finding> {
         let what = "the processor counts energy, but not for this user";
         found.push(Finding::new(what, "as root: chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj"));
     }
-    found.extend(of_gpu(gpu, problem));
+    found.extend(gpu_findings(gpu, problem));
     found
 }
 
-fn of_gpu(gpu: &Gpu, problem: Option<BadInput>) -> Vec<Finding> {
+fn gpu_findings(gpu: &GpuSection, problem: Option<BadInput>) -> Vec<Finding> {
     let mut found = Vec::new();
     let has_driver = gpu.driver.is_some();
     if has_driver && !gpu.in_build {
@@ -284,7 +288,8 @@ mod tests {
 
     #[test]
     fn each_lack_is_a_finding_with_advice() {
-        let driver = || Gpu { driver: Some("580.1".to_owned()), nvml: true, in_build: true, ..Gpu::default() };
+        let driver =
+            || GpuSection { driver: Some("580.1".to_owned()), nvml: true, in_build: true, ..GpuSection::default() };
         let device = GpuDevice { shared: Some(false), ..GpuDevice::default() };
         let file = DeviceFile { path: "/dev/nvidia0".to_owned(), usable: false };
         let quiet = || Examination {
@@ -293,7 +298,7 @@ mod tests {
             ..Examination::default()
         };
         let with_cpu = |cpu: Cpu| Examination { cpu: Cpu { threads: 2, ..cpu }, ..quiet() };
-        let with_gpu = |gpu: Gpu| Examination { gpu, ..quiet() };
+        let with_gpu = |gpu: GpuSection| Examination { gpu, ..quiet() };
         let memory = HostMemory { huge_pages: Some("never".to_owned()), ..HostMemory::default() };
         let cases = [
             (with_cpu(Cpu { isa: "portable".to_owned(), ..Cpu::default() }), "plain Rust"),
@@ -301,10 +306,10 @@ mod tests {
             (with_cpu(Cpu { load: Some(1.2), ..Cpu::default() }), "1.20"),
             (Examination { memory, ..quiet() }, "madvise"),
             (Examination { permissions: Permissions::default(), ..quiet() }, "clear_refs"),
-            (with_gpu(Gpu { in_build: false, ..driver() }), "--features cuda"),
-            (with_gpu(Gpu { nvml: false, ..driver() }), "nvidia-utils"),
-            (with_gpu(Gpu { device_files: vec![file], ..driver() }), "/dev/nvidia0"),
-            (with_gpu(Gpu { devices: vec![device], ..driver() }), "compute-mode"),
+            (with_gpu(GpuSection { in_build: false, ..driver() }), "--features cuda"),
+            (with_gpu(GpuSection { nvml: false, ..driver() }), "nvidia-utils"),
+            (with_gpu(GpuSection { device_files: vec![file], ..driver() }), "/dev/nvidia0"),
+            (with_gpu(GpuSection { devices: vec![device], ..driver() }), "compute-mode"),
         ];
         assert_eq!(findings(&quiet(), None), []);
         for (seen, part) in cases {

@@ -53,7 +53,7 @@ fn saved_bytes(model: &Model, precision: FormatId, options: FormatOptions, group
     let formats = Formats::new(precision, options);
     let saved = model.matrices.iter().filter(|spec| group.matrices.contains(&spec.name)).map(|spec| {
         let bytes = |format: &dyn crate::quant::Format| format.stored_bytes(spec.n, spec.k);
-        bytes(formats.fp16()).saturating_sub(bytes(formats.asked())) as u64
+        bytes(formats.unquantized()).saturating_sub(bytes(formats.asked())) as u64
     });
     saved.sum()
 }

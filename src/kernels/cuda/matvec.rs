@@ -52,7 +52,7 @@ pub type MultiplyRows = unsafe fn(&MatrixDesc, &dyn Launcher, &SharedInput, u64)
 
 impl PartialEq for Family {
     fn eq(&self, other: &Self) -> bool {
-        self.name == other.name
+        std::ptr::eq(self, other)
     }
 }
 
@@ -307,6 +307,22 @@ impl Matvec {
     /// Elements of all inputs' chunks.
     pub(super) fn padded(&self) -> usize {
         self.inputs().iter().map(|input| input.padded as usize).sum()
+    }
+
+    /// Rows and columns of its matrices.
+    pub(super) fn label(&self) -> String {
+        let is_joined = self.mode == Mode::Joined as i32;
+        let parts = self.parts.iter().filter(|part| part.first_row != NO_ROW).enumerate();
+        let shapes = parts.map(|(at, part)| format!("{} x {}", part.n, self.inputs[if is_joined { at } else { 0 }].k));
+        let shapes = shapes.collect::<Vec<_>>().join(" + ");
+        let what = if self.logits != 0 {
+            "head "
+        } else if self.mode == Mode::Gated as i32 {
+            "gated "
+        } else {
+            ""
+        };
+        format!("{what}{shapes}")
     }
 
     /// Rows that it examines for outlier columns, and their elements.
