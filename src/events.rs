@@ -8,12 +8,20 @@ use std::sync::Mutex;
 pub enum Event {
     /// A phase with a known amount of work began.
     Begin { label: String, total: u64, unit: Unit },
+    /// The work of the current phase is now expected to be this much.
+    Expect { total: u64 },
     /// Work of the current phase that is done so far.
     Progress { done: u64 },
+    /// What is known so far, for people.
+    Status { text: String },
     /// The current phase ended.
     End,
     /// A warning about the result; `name` is its spelling in records and filters.
     Warning { name: String, message: String },
+    /// What the reader may want to do otherwise; no record keeps it.
+    Hint { message: String },
+    /// What happens next, for people; no record keeps it.
+    Note { message: String },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -88,6 +88,8 @@ fn case(folder: &Path, precisions: &[&str], precision_selection: PrecisionSelect
         sequences: 1,
         kv_format: None,
         prompt: PromptChoice::Default,
+        chat: false,
+        may_shorten: false,
         image: None,
         n_gen: 4,
         n_depth: 0,

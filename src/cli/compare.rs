@@ -126,7 +126,7 @@ impl AgainstArgs {
         let typed = typed.into_iter().chain([("--allow-different-machine", gate.allow_different_machine)]);
         match typed.into_iter().find(|(_, is_typed)| *is_typed) {
             None => Ok(None),
-            Some((option, _)) => Err(BadInput::new(format!("`{option}` compares with nothing"))
+            Some((option, _)) => Err(BadInput::new(format!("`{option}` needs `--baseline` or `--ab`"))
                 .hint("add `--baseline FILE` or `--ab BINARY`, or use `quantbench compare BASE NEW`")
                 .into()),
         }

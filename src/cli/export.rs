@@ -14,7 +14,7 @@ use crate::weights::{self, export};
 #[derive(Debug, Args)]
 pub struct ExportArgs {
     /// Hub id or local folder.
-    #[arg(long, value_name = "ID|DIR", help_heading = "Model")]
+    #[arg(short, long, alias = "model", value_name = "ID|DIR", value_hint = ValueHint::DirPath, help_heading = "Model")]
     pub model_id: String,
 
     /// Branch, tag or commit on the hub [default: main].
@@ -33,7 +33,7 @@ pub struct ExportArgs {
     #[arg(long, value_name = "NAME", help_heading = "Precision")]
     pub precision: String,
 
-    /// Linear layers to keep in fp16, comma separated: parts of names, from dot to dot, `*` within dots.
+    /// Linear layers to keep in fp16, comma separated: name components; `*` matches one.
     #[arg(long, value_name = "PATTERNS", value_delimiter = ',', help_heading = "Precision")]
     pub keep_fp16: Vec<String>,
 

@@ -8,6 +8,7 @@ use clap::{ArgAction, Args, Parser, ValueHint};
 
 use super::{Cli, Command, Request, RunArgs};
 use crate::error::BadInput;
+use crate::harness::Case;
 use crate::report;
 use crate::suite::{Planned, Shard, SuiteCase, SuiteKey, ValueKind};
 
@@ -22,7 +23,7 @@ pub struct SuiteArgs {
     #[arg(long, requires = "output", help_heading = "Suite")]
     pub resume: bool,
 
-    /// With --resume, run cases with a row that is not ok again.
+    /// With --resume, run cases with a record that is not ok again.
     #[arg(long, requires = "resume", help_heading = "Suite")]
     pub retry_failed: bool,
 
@@ -34,11 +35,11 @@ pub struct SuiteArgs {
     #[arg(long, value_name = "I/N", help_heading = "Suite")]
     pub shard: Option<String>,
 
-    /// List the cases and end.
+    /// List the cases and exit.
     #[arg(long, help_heading = "Suite")]
     pub dry_run: bool,
 
-    /// File that gets the rows of each case as it ends [default: stdout].
+    /// File that gets the records of each case as it ends [default: stdout].
     #[arg(short, long, value_name = "FILE.jsonl", value_hint = ValueHint::FilePath, help_heading = "Output")]
     pub output: Option<PathBuf>,
 
@@ -50,11 +51,11 @@ pub struct SuiteArgs {
 /// What was typed for a merge.
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    /// Files of rows (.jsonl or .json), as suites and runs write them.
+    /// Files of records (.jsonl or .json), as suites and runs write them.
     #[arg(value_name = "FILES", required = true, value_hint = ValueHint::FilePath)]
     pub files: Vec<PathBuf>,
 
-    /// File to write atomically: a document where it ends in .json, else one row a line [default: stdout].
+    /// File to write atomically: a document where it ends in .json, else one record a line [default: stdout].
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
     pub output: Option<PathBuf>,
 }
@@ -75,6 +76,9 @@ const HEADINGS: &[&str] = &["Model", "Precision", "Workload", "Quality", "Device
 /// Options under these headings that are about one run alone.
 const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits"];
 
+/// Options whose list makes cases: that is what a suite's matrix is for.
+const AXES: &[&str] = &["prompt-tokens", "max-new-tokens", "depth"];
+
 /// Options that read a list from one text.
 const LISTS: &[&str] = &["prompt-ids"];
 
@@ -86,6 +90,7 @@ pub fn suite_keys() -> Vec<SuiteKey> {
         let long = arg.get_long().filter(|long| !NOT_IN_SUITES.contains(long))?;
         let kind = match arg.get_action() {
             ArgAction::SetTrue => ValueKind::Switch,
+            _ if AXES.contains(&long) => ValueKind::One,
             _ if arg.get_value_delimiter().is_some() || LISTS.contains(&long) => ValueKind::List,
             _ => ValueKind::One,
         };
@@ -110,7 +115,11 @@ pub fn suite_task(planned: Planned) -> Result<SuiteCase> {
             None => bad,
         }
     })?;
-    Ok(SuiteCase { planned, case: request.case })
+    match <[Case; 1]>::try_from(request.cases) {
+        // The same work on every machine, so that its records can be merged.
+        Ok([case]) => Ok(SuiteCase { planned, case: Case { may_shorten: false, ..case } }),
+        Err(_) => Err(refused("a list of lengths makes several cases").hint("put the lengths into `[matrix]`").into()),
+    }
 }
 
 /// What the parser says, without its advice about help.

@@ -25,7 +25,9 @@ pub fn report(args: &ReportArgs) -> Result<ExitCode> {
 pub(super) fn write(document: &Document, output: &Output, options: &Options) -> Result<()> {
     match output {
         Output::File(path, writer) => report::write_file(path, &(writer.write)(document, options)?),
-        Output::Stdout(writer) => ui::print(&(writer.write)(document, options)?),
+        Output::Stdout(writer) => {
+            ui::print(&(writer.write)(document, &Options { terminal: ui::terminal(), ..*options })?)
+        }
     }
 }
 

@@ -32,10 +32,14 @@ pub struct Case {
     /// Format of the key/value cache; `None`: the engine's own.
     pub kv_format: Option<KvFormat>,
     pub prompt: PromptChoice,
+    /// The prompt is a message, written as the model's chat template says.
+    pub chat: bool,
     /// Picture for a vision-language model; `None`: the generated test picture.
     pub image: Option<PathBuf>,
     /// Tokens generated, always exactly this many unless `stop_at_eos`.
     pub n_gen: usize,
+    /// Nobody asked for this many: fewer are generated where each takes long, so that there are several repeats.
+    pub may_shorten: bool,
     /// Synthetic tokens prefilled untimed before the prompt.
     pub n_depth: usize,
     pub stop_at_eos: bool,
@@ -175,6 +179,8 @@ pub mod tests {
             sequences: 1,
             kv_format: None,
             prompt: PromptChoice::Default,
+            chat: false,
+            may_shorten: false,
             image: None,
             n_gen: 4,
             n_depth: 0,

@@ -2,11 +2,12 @@
 //! together, each runs to its end before the next one starts. Several launches do all of this several times.
 
 use super::measurement_protocol::MeasurementProtocol;
-use super::stopping::{RepeatTally, RepeatsEnd, repeats_ended};
+use super::stopping::{RepeatTally, RepeatsEnd, repeats_ended, repeats_left};
 use super::watch::energy::EnergyWindow;
 use super::watch::{Watch, Watched};
 use crate::events::{Event, Listener, Unit};
 use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
+use crate::stats;
 
 /// One variant, in a process of its own or, in tests, in this one.
 pub trait WorkerHandle {
@@ -42,6 +43,9 @@ const MAX_DISCARDED: usize = 10;
 
 /// Most repeats of a block for the energy counter: each takes longer than the 0.2 ms at which so many fill a window of 2 s.
 const MAX_BLOCK: usize = 10_000;
+
+/// Why a precision has no repeats where the user ended the run.
+const INTERRUPTED: &str = "interrupted before its first repeat";
 
 /// Measurements of one variant, up to where it failed.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -107,6 +111,9 @@ pub fn measure(context: &mut ScheduleContext, protocol: &MeasurementProtocol) ->
         outcome.launches.push(outcome.samples.len());
     }
     for _ in 1..protocol.launches {
+        if context.watch.is_interrupted() {
+            break;
+        }
         let runs: Vec<bool> = outcomes.iter().map(|outcome| outcome.failure.is_none()).collect();
         let later = launch(context, protocol, &runs)?;
         for (outcome, later) in outcomes.iter_mut().zip(later).filter(|(outcome, _)| outcome.failure.is_none()) {
@@ -202,6 +209,14 @@ impl<'a> WorkerSlot<'a> {
         }
     }
 
+    /// Ends a worker that has measured nothing yet, where the user wants no more.
+    fn end_if(&mut self, is_interrupted: bool) {
+        if is_interrupted && self.worker.is_some() && self.outcome.samples.is_empty() {
+            self.worker = None;
+            self.outcome.failure = Some(Failure::Error { message: INTERRUPTED.to_owned() });
+        }
+    }
+
     /// One counted repeat. A repeat whose clock was held down is repeated after a pause. `run_pids` are the processes of all workers.
     fn repeat(&mut self, run_pids: &[u32], watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
         while self.worker.is_some() {
@@ -264,6 +279,7 @@ fn together(
     events: &dyn Listener,
 ) -> Result<(), Failure> {
     for at in 0..slots.len() {
+        slots[at].end_if(watch.is_interrupted());
         slots[at].beside_others = slots[..at].iter().any(|slot| slot.worker.is_some());
         slots[at].outcome.loaded = slots[at].ask(|worker| worker.load(events))?;
     }
@@ -272,10 +288,12 @@ fn together(
         slot.beside_others = n_loaded > 1;
     }
     for slot in slots.iter_mut() {
+        slot.end_if(watch.is_interrupted());
         slot.outcome.warmed = slot.ask(|worker| phase(worker, events))?;
     }
     repeat(slots, protocol, watch, events)?;
-    for slot in slots.iter_mut() {
+    let wants_energy = !watch.is_interrupted();
+    for slot in slots.iter_mut().filter(|_| wants_energy) {
         slot.measure_energy(watch, events)?;
     }
     for slot in slots.iter_mut() {
@@ -302,10 +320,11 @@ fn repeat(
 ) -> Result<(), Failure> {
     let run_pids: Vec<u32> = slots.iter().filter_map(WorkerSlot::pid).collect();
     let n_running = slots.iter().filter(|slot| slot.worker.is_some()).count() as u64;
-    let at_least = protocol.repeats.unwrap_or(protocol.min_repeats) as u64;
-    events.on(Event::Begin { label: "measure".to_owned(), total: n_running * at_least, unit: Unit::Runs });
+    let total = n_running * repeats_left(&[&RepeatTally::default()], protocol) as u64;
+    events.on(Event::Begin { label: "measure".to_owned(), total, unit: Unit::Runs });
     let (mut done, mut round) = (0, 0);
     let ended = loop {
+        slots.iter_mut().for_each(|slot| slot.end_if(watch.is_interrupted()));
         let running: Vec<&RepeatTally> =
             slots.iter().filter(|slot| slot.worker.is_some()).map(|slot| &slot.tally).collect();
         if running.is_empty() {
@@ -313,6 +332,14 @@ fn repeat(
         }
         if let Some(ended) = repeats_ended(&running, protocol) {
             break Some(ended);
+        }
+        if watch.is_interrupted() {
+            break Some(RepeatsEnd::Interrupted);
+        }
+        if round > 0 {
+            let left = repeats_left(&running, protocol).max(1) * running.len();
+            events.on(Event::Expect { total: done + left as u64 });
+            events.on(Event::Status { text: so_far(slots) });
         }
         let n_slots = slots.len();
         for at in 0..n_slots {
@@ -328,4 +355,21 @@ fn repeat(
         slot.outcome.ended = ended;
     }
     Ok(())
+}
+
+/// The decode speed of each precision as it looks now: `fp16 71.7, nf4 214 tokens/s`.
+fn so_far(slots: &[WorkerSlot]) -> String {
+    let speed = |slot: &WorkerSlot| {
+        let label = slot.worker.as_ref()?.label().to_owned();
+        let tps = |sample: &Sample| {
+            let ns: u64 = sample.step_ns.iter().sum();
+            (ns > 0).then(|| sample.step_ns.len() as f64 * 1e9 / ns as f64)
+        };
+        let speeds: Vec<f64> = slot.outcome.samples.iter().filter_map(tps).collect();
+        let median = stats::median(&speeds)?;
+        let decimals = if median < 100.0 { 1 } else { 0 };
+        Some(format!("{label} {median:.decimals$}"))
+    };
+    let speeds: Vec<String> = slots.iter().filter_map(speed).collect();
+    if speeds.is_empty() { String::new() } else { format!("{} tokens/s", speeds.join(", ")) }
 }

@@ -1,6 +1,7 @@
 //! The worker process: loads a model and measures it as the parent asks.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
@@ -25,6 +26,8 @@ pub fn worker_main() -> Result<()> {
     // The kernel should end a worker, not the parent, when memory runs out. Raising one's own score needs no right; where it
     // fails nothing is lost.
     let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
+    // Ctrl-C reaches all processes of a terminal; the parent decides what it means, and a worker ends with its parent.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::default());
     let mut state = None;
     ipc::serve(SUBCOMMAND, |request, events| answer(request, &mut state, events))
 }

@@ -232,12 +232,19 @@ pub struct Protocol {
     pub order: String,
     /// Span of the intervals: `within-run`, one start of the worker, or `between-launches`.
     pub interval: String,
-    /// `quantbench`, or `seed`: one run without a warm-up, its prefill included.
+    /// `quantbench`, or `single-cold-run` (`seed` in earlier records): one run without a warm-up, its prefill included.
     #[serde(default)]
     pub method: String,
     /// Repeats that were taken again because the GPU's clock was held down.
     #[serde(default)]
     pub n_discarded: u64,
+}
+
+impl Protocol {
+    /// One run without a warm-up, its prefill included. Earlier records say `seed`.
+    pub fn is_cold_run(&self) -> bool {
+        matches!(self.method.as_str(), "single-cold-run" | "seed")
+    }
 }
 
 /// Raw nanoseconds, one entry per counted repeat.

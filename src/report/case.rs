@@ -237,6 +237,13 @@ pub fn workload(workload: &Workload) -> String {
     format!("{image}{} prompt + {} new {tokens}{depth}{batch}", workload.n_prompt, workload.n_gen)
 }
 
+/// `8+64` tokens of prompt and new ones, and `@4096` behind so many in the KV cache; tokens of a picture come first.
+pub fn lengths(workload: &Workload) -> String {
+    let image = if workload.n_image > 0 { format!("{}+", workload.n_image) } else { String::new() };
+    let depth = if workload.n_depth > 0 { format!(" @{}", workload.n_depth) } else { String::new() };
+    format!("{image}{}+{}{depth}", workload.n_prompt, workload.n_gen)
+}
+
 /// Each warning once, after the precisions that it holds for.
 pub fn warnings(case: &Case) -> Vec<String> {
     let mut seen: Vec<(&str, Vec<String>)> = Vec::new();

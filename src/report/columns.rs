@@ -66,9 +66,9 @@ pub static COLUMNS: &[Column] = &[
     known("prefill", "tokens/s", |r| shown_by_nothing_else(r, "prefill_tps", "ttft_ms")),
     known("output", "tokens/s", |r| shown_by_nothing_else(r, "output_tps", "decode_tps")),
     Column { decimals: Some(DIVERGENCE_DECIMALS), ..known("KL", "nats/token", kl) },
-    known("throughput", "one cold run", |r| of_seed(r, "output_tps")),
-    known("latency", "s, cold", |r| of_seed(r, "latency_s")),
-    known("per token", "ms, cold", |r| of_seed(r, "latency_per_token_ms")),
+    known("throughput", "one cold run", |r| of_cold_run(r, "output_tps")),
+    known("latency", "s, cold", |r| of_cold_run(r, "latency_s")),
+    known("per token", "ms, cold", |r| of_cold_run(r, "latency_per_token_ms")),
     known("top-1", "%", |r| r.quality.as_ref().map_or(Cell::Unknown, |q| Cell::Percent(100.0 * q.top1_agreement))),
     known("perplexity", "x fp16", perplexity_ratio),
     wide("memory alone", "% of step", |r| share(r.bandwidth.memory_alone_share)),
@@ -191,7 +191,9 @@ fn notes(case: &Case, rows: &[Row], compares: bool) -> Vec<String> {
         notes.push(format!("change is that of the median against {}, of the same precision", case.runs[0].label));
     }
     if case.records.iter().any(|record| record.tainted) {
-        notes.push(format!("{TAINTED} something disturbed this measurement: the warnings say what"));
+        notes.push(format!(
+            "{TAINTED} other programs or the state of the machine affected this measurement: see the warnings"
+        ));
     }
     notes
 }
@@ -285,9 +287,9 @@ fn bound(record: &Record) -> Cell {
     bound.map_or(Cell::Unknown, |bound| Cell::Word(bound.name()))
 }
 
-/// Numbers that the seed's method gave, under the names that it had for them.
-fn of_seed(record: &Record, key: &str) -> Cell {
-    if record.protocol.method == "seed" { median(record, key) } else { Cell::Unknown }
+/// Numbers of a single cold run, under the names that scripts which time one have for them.
+fn of_cold_run(record: &Record, key: &str) -> Cell {
+    if record.protocol.is_cold_run() { median(record, key) } else { Cell::Unknown }
 }
 
 fn kl(record: &Record) -> Cell {

@@ -72,12 +72,10 @@ fn beside(others: &[&Record]) -> String {
 
 /// What the claims hold for, and no further: the title has the machine.
 fn scope(record: &Record) -> String {
-    let workload = &record.workload;
-    let random = if record.weights.source == "random" { ", random weights" } else { "" };
+    let weights = if record.weights.source == "random" { ", random weights" } else { "" };
     // Rows from another tool may come from anywhere.
     let engine = if record.engine.name == case::OWN { String::new() } else { format!("{}, ", record.engine.name) };
-    let prompt = workload.n_image + workload.n_prompt;
-    format!("{engine}batch {}, {prompt}+{} tokens{random}", workload.batch_size, workload.n_gen)
+    format!("{engine}batch {}, {} tokens{weights}", record.workload.batch_size, case::lengths(&record.workload))
 }
 
 /// What holds the fastest back, and the measurement that says so.

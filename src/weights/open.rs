@@ -15,6 +15,7 @@ use super::hub::{self, HubConfig, Need, RemoteFile};
 use super::random::Random;
 use super::safetensors::{self, Safetensors};
 use super::spec::{MatrixSpec, VectorSpec};
+use super::tokenizer::ChatTemplate;
 use super::{ModelRequest, Source, SourceKind, WeightsChoice, foreign, json, processor, settle, sniff, tokenizer};
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Silent};
@@ -33,6 +34,8 @@ pub struct Checkpoint {
     /// The image processor's settings, of whichever file has them.
     pub preprocessor_config: Option<Value>,
     pub tokenizer: Option<Tokenizer>,
+    /// How a message is written for this model, where its files say it; why that cannot be read, where it cannot.
+    pub chat_template: Result<Option<ChatTemplate>, String>,
     /// What the weights were quantized into before they were saved; `None` where they were not, or are random.
     pub quantized: Option<PreQuantized>,
     /// Time to find and download what was missing.
@@ -216,16 +219,18 @@ impl Place {
         }
         if id.starts_with(['.', '/', '~']) || id.matches('/').count() > 1 || id.ends_with('/') {
             return Err(BadInput::new(format!("no such folder: `{id}`"))
-                .hint("a hub id has the form `owner/name`; `--list-models` shows the built-in shapes")
+                .hint("a hub id has the form `owner/name`; `--list-models` shows the built-in models")
                 .into());
         }
         match hub::is_repository_id(id) {
             true => Ok(Place::Hub(id.to_owned())),
             false => Err(BadInput::new(format!(
-                "`{id}` was not found as a folder, a built-in shape or a hub id of the form `owner/name`{}",
-                builtin::nearest(id).map(|name| format!("; nearest shape is `{name}`")).unwrap_or_default()
+                "`{id}` not found as a folder, built-in model or hub id (`owner/name`){}",
+                builtin::nearest(id)
+                    .map(|name| format!("; the nearest built-in model is `{name}`"))
+                    .unwrap_or_default()
             ))
-            .hint("`--list-models` shows the built-in shapes")
+            .hint("`--list-models` shows the built-in models")
             .into()),
         }
     }
@@ -252,6 +257,7 @@ fn from_shape(shape: &BuiltIn, id: &str) -> Checkpoint {
         notes: Vec::new(),
         preprocessor_config: None,
         tokenizer: None,
+        chat_template: Ok(None),
         quantized: None,
         resolve_s: 0.0,
         weights: Weights::Random { seed: 0, outlier_channels: 0 },
@@ -306,6 +312,7 @@ fn from_folder(
         notes,
         preprocessor_config,
         tokenizer,
+        chat_template: ChatTemplate::read(folder).map_err(|error| format!("{error:#}")),
         quantized: None,
         resolve_s: 0.0,
         weights: Weights::Files { folder: folder.to_owned(), source, files: None },

@@ -141,6 +141,8 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         sequences: 1,
         kv_format: None,
         prompt: PromptChoice::Default,
+        chat: false,
+        may_shorten: false,
         image: None,
         n_gen: N_GEN,
         n_depth: 2,

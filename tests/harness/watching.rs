@@ -270,11 +270,14 @@ fn waiting_after_each_token_is_timed_beside_the_repeat() {
 
 #[test]
 fn the_seeds_method_is_one_cold_run_that_waits() {
-    let protocol = MeasurementProtocol::of_seed();
+    let protocol = MeasurementProtocol::single_cold_run();
     assert_eq!((protocol.warmup, protocol.repeats), (Some(0), Some(1)));
     let record = of_task(Task { wait: Wait::EachToken, ..task() }, protocol, slow_to_wait());
-    assert_eq!((record.protocol.method.as_str(), record.protocol.n_repeats, record.protocol.n_warmup), ("seed", 1, 0));
-    assert_eq!(Method::Seed.name(), "seed");
+    assert_eq!(
+        (record.protocol.method.as_str(), record.protocol.n_repeats, record.protocol.n_warmup),
+        ("single-cold-run", 1, 0)
+    );
+    assert_eq!(Method::SingleColdRun.name(), "single-cold-run");
     // 50 ms of prefill and three steps with 5 ms of waiting each, behind which the stamps are.
     assert_eq!((metric(&record, "latency_s"), metric(&record, "output_tps")), (Some(0.125), Some(32.0)));
     assert_eq!((record.samples.cold_ns, record.status), (None, Status::Ok));

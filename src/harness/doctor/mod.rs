@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use super::environment::Machine;
 use crate::error::BadInput;
-use crate::kernels::cpu::bandwidth;
+use crate::kernels::cpu::bandwidth::WorkingSet;
 use crate::kernels::cpu::libraries::can_open;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
@@ -42,8 +42,10 @@ pub fn examine() -> Examination {
     };
     let pool = Pool::new(threads);
     let _pinned = pool.pin_caller();
-    examination.memory.read_gb_s = bandwidth::read_gb_s(isa, &pool).ok();
-    examination.memory.copy_gb_s = bandwidth::copy_gb_s(isa, &pool).ok();
+    if let Ok(mut memory) = WorkingSet::new(&pool) {
+        examination.memory.read_gb_s = Some(memory.read_gb_s(isa, &pool));
+        examination.memory.copy_gb_s = Some(memory.copy_gb_s(isa, &pool));
+    }
     examination.findings = findings(&examination, problem);
     // `name: what; advice`
     examination.findings.extend(system.machine.warnings().iter().map(|warning| {

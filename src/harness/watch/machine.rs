@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::energy::{Counter, Mark, shortest_window_s};
 use super::{GpuReading, MachineReading, Watch, Watched};
 use crate::kernels::nvml::Gpu;
+use crate::os::interrupt;
 use crate::os::memory::ProcessMemory;
 
 /// Time between two readings. One opens a handful of files of some 0.02 ms each, so that even with the clocks of 64 cores it takes about
@@ -62,6 +63,10 @@ impl MachineWatch {
 }
 
 impl Watch for MachineWatch {
+    fn is_interrupted(&self) -> bool {
+        interrupt::is_requested()
+    }
+
     fn begin(&mut self, worker: Option<u32>, run_pids: &[u32]) {
         let Some(mut sensors) = self.sensors.take() else { return };
         let (stop, stopped) = channel::<()>();

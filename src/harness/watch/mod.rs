@@ -19,6 +19,11 @@ pub trait Watch {
     /// Lets the machine recover before a discarded repeat is taken again.
     fn pause(&mut self);
 
+    /// Whether the user asked for the end: no further repeat starts.
+    fn is_interrupted(&self) -> bool {
+        false
+    }
+
     /// The shortest window that the energy counter can be trusted with; `None` without a counter.
     fn energy_window_s(&self) -> Option<f64> {
         None

@@ -112,8 +112,8 @@ fn key(name: &str) -> Result<Key, BadInput> {
     }
     let error = BadInput::new(format!("unknown metric `{name}` in a gate"));
     Err(match meant(name) {
-        Some(meant) => error.hint(format!("the nearest is `{meant}`; README.md lists all")),
-        None => error.hint("README.md lists all metrics"),
+        Some(meant) => error.hint(format!("the nearest is `{meant}`; docs/metrics.md lists all")),
+        None => error.hint("docs/metrics.md lists all metrics"),
     })
 }
 

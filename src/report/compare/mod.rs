@@ -204,5 +204,5 @@ fn of_pairs(rules: &Rules) -> Option<String> {
 fn disturbed<'a>(side: &str, runs: impl Iterator<Item = &'a Vec<&'a Record>>) -> Option<String> {
     let tainted = runs.filter(|records| records.iter().any(|record| record.tainted));
     let names: Vec<&str> = tainted.map(|records| records[0].precision.as_str()).collect();
-    (!names.is_empty()).then(|| format!("{side} was disturbed at {}; its warnings say how", names.join(", ")))
+    (!names.is_empty()).then(|| format!("{side} was noisy at {}: see its warnings", names.join(", ")))
 }

@@ -13,7 +13,7 @@ fn one(record: &Record) -> Option<String> {
     let quality = record.quality.as_ref()?;
     let agreement = 100.0 * quality.top1_agreement;
     let perplexity = if record.is_fp16() { String::new() } else { perplexity(record) };
-    Some(format!("{} agrees with the reference on {agreement:.1} % of next tokens{perplexity}", record.precision))
+    Some(format!("{} agrees with the fp32 reference on {agreement:.1} % of next tokens{perplexity}", record.precision))
 }
 
 /// A perplexity whose interval includes fp16's is marked so.
