@@ -68,7 +68,21 @@ impl Reference {
 
     /// `q` is `[t, h · d]`, rotated; softmax in fp32.
     fn attend(&self, q: &Tensor, attend: &AttentionSpec) -> Result<Tensor> {
-        let AttentionSpec { cache, scale, softcap, sinks, .. } = *attend;
+        // The caller has appended, normed and rotated; `bias` takes the rest.
+        let &AttentionSpec {
+            q: _,
+            append: _,
+            rope: _,
+            qk_norm: _,
+            mask: _,
+            bias: _,
+            window: _,
+            out: _,
+            cache,
+            scale,
+            softcap,
+            sinks,
+        } = attend;
         let spec = self.model.caches[cache.0];
         let (keys, values) = self.caches[cache.0].as_ref().ok_or_else(|| missing("keys and values"))?;
         let (t, width) = q.dims2()?;
