@@ -60,7 +60,7 @@ const ISSUED_PER_CLOCK: f64 = 128.0;
 const SHARE: f64 = 0.5;
 /// NF4's with double quantization on Hopper, whose memory gives the most bytes in a clock: 2.59 instructions a weight are 51 % of the
 /// slots, as few as were found (docs/engine.md).
-const NF4_NESTED_SHARE_ON_HOPPER: f64 = 0.51;
+const NF4_NESTED_SHARE_ON_HOPPER: f64 = 0.512;
 
 /// A step of a streaming loop: a warp's kilobyte of weights. Hopper takes two at a time.
 struct Step {

@@ -11,7 +11,7 @@ use crate::protocol::{self, DeviceAssignment, Encode, LoadRequest, Task, Wait};
 use crate::record;
 use crate::rng::SplitMix64;
 use crate::weights::Checkpoint;
-use crate::weights::tokenizer::{ChatTemplate, Message};
+use crate::weights::tokenizer::{ChatMessage, ChatTemplate};
 
 /// The prompt where none is given and there is a tokenizer.
 pub const DEFAULT_TEXT: &str = "Explain quantization in simple terms.";
@@ -107,7 +107,7 @@ impl<'a> Words<'a> {
             let message = format!("`--chat`: `{}` has no chat template{why}", case.model.model_id);
             return Err(BadInput::new(message).hint("drop `--chat`, or name a model that was trained for chats"));
         };
-        template.render(&[Message { role: "user", content: text }])
+        template.render(&[ChatMessage { role: "user", content: text }])
     }
 
     /// What whoever gave a text should know of the model's template, if anything.

@@ -15,7 +15,7 @@ use crate::plan::{
     Picture, Plan,
 };
 
-/// What one of candle's model files is built from.
+/// The config of one of candle's model files.
 pub enum Config {
     Llama(llama::Config),
     Phi(phi::Config),
@@ -282,7 +282,7 @@ impl Shapes<'_> {
         mixture.experts.first().map_or(0, |expert| self.model.matrices[expert.gate.weight.0].n)
     }
 
-    /// Of the model below `prefix`, which is empty or ends with a dot.
+    /// The config of the model below `prefix`, which is empty or ends with a dot.
     fn gemma(&self, prefix: &str) -> Result<gemma::Config, BadInput> {
         let layer = format!("{prefix}model.layers.0");
         let (vocab_size, hidden_size) = self.matrix(&format!("{prefix}model.embed_tokens"))?;

@@ -52,7 +52,7 @@ pub struct CpuSession {
     outliers: OutlierColumns,
 }
 
-/// What calls only read.
+/// Memory that calls only read.
 struct Weights {
     model: Model,
     isa: Isa,
@@ -78,7 +78,7 @@ struct Program {
     rows: usize,
 }
 
-/// What calls write, beside a program's buffers.
+/// Memory that calls write, beside a program's buffers.
 struct Memory {
     /// Keys and values of each cache, `[g, capacity, d]` each, so that a head's positions lie together: the regions
     /// `2 · i` and `2 · i + 1`.
@@ -92,7 +92,7 @@ struct Memory {
     mixtures: Mixtures,
 }
 
-/// What a worker keeps from call to call, only ever grown.
+/// Memory that a worker keeps from call to call, only ever grown.
 #[derive(Default)]
 struct Scratch {
     kernel: Vec<f32>,
