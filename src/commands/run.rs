@@ -146,7 +146,11 @@ fn write_files(request: &Request, document: &Document) -> Result<()> {
             BadInput::new(format!("{error:#}")).hint(hint).into()
         })
     };
-    request.files.iter().map(write).fold(Ok(()), |all, one| both(all, one).map(drop))
+    let mut all = Ok(());
+    for one in request.files.iter().map(write) {
+        all = both(all, one).map(drop);
+    }
+    all
 }
 
 /// Writes `text` into the folder for temporary files, where it stays; `None` where that cannot be done either.
