@@ -92,7 +92,7 @@ fn run(folder: &Path, words: &[String]) -> Output {
 }
 
 fn measures_nothing(words: &[String]) -> bool {
-    let others = ["compare", "report", "import", "export", "doctor", "suite", "man", "completions"];
+    let others = ["compare", "history", "report", "import", "export", "doctor", "suite", "man", "completions"];
     words.get(1).is_some_and(|word| others.contains(&word.as_str()) || word == "-h" || word == "--help")
 }
 
@@ -119,7 +119,9 @@ fn the_commands_of_the_readme_run() {
         n += 1;
     }
     assert!(n >= 12, "{n} commands");
-    for file in ["result.json", "result.html", "report.html", "theirs.json", "my-model-nf4/model.safetensors"] {
+    for file in
+        ["result.json", "result.html", "report.html", "trend.html", "theirs.json", "my-model-nf4/model.safetensors"]
+    {
         assert!(place.path().join(file).is_file(), "no `{file}`");
     }
 }
