@@ -28,11 +28,11 @@ fn open(folder: &Path) -> anyhow::Result<Checkpoint> {
 }
 
 fn matrix(name: &str, n: usize, k: usize) -> MatrixSpec {
-    MatrixSpec { name: name.to_owned(), n, k, role: Role::Projection }
+    MatrixSpec { name: name.to_owned(), n, k, role: Role::Projection, others: Vec::new() }
 }
 
 fn vector(name: &str, len: usize, kind: VectorKind) -> VectorSpec {
-    VectorSpec { name: name.to_owned(), len, kind }
+    VectorSpec { name: name.to_owned(), len, kind, others: Vec::new() }
 }
 
 fn values(source: &dyn Source, name: &str, n: usize, k: usize) -> (Vec<f16>, usize) {

@@ -15,7 +15,7 @@ use crate::quant::fp32::Fp32Stored;
 use crate::quant::{Format, HalfMatrix, Stored};
 use crate::weights::Source;
 use crate::weights::policy::Formats;
-use crate::weights::spec::{MatrixSpec, Role, VectorKind, VectorSpec};
+use crate::weights::spec::{MatrixSpec, VectorKind, VectorSpec};
 
 /// fp16 bytes that may be on their way from the source to their final form at once. A larger tensor travels alone.
 /// Together with what quantizing adds, this stays inside the 256 MB that loading may use beyond the final size.
@@ -86,7 +86,7 @@ pub fn begin(setup: &Setup, events: &dyn Listener) {
 /// The format that holds a matrix which the source has in plain values.
 pub fn format_of<'a>(source: &dyn Source, spec: &MatrixSpec, formats: &'a Formats) -> &'a dyn Format {
     // What a quantized checkpoint holds in plain values was left out on purpose.
-    let left_out = source.is_quantized() && spec.role == Role::Projection;
+    let left_out = source.is_quantized() && spec.role.is_quantized();
     if left_out { formats.fp16() } else { formats.of(spec.role) }
 }
 

@@ -15,6 +15,7 @@ pub mod fake;
 mod load;
 pub mod memory;
 pub mod needs;
+mod recompute;
 pub mod reference;
 
 use std::time::Duration;

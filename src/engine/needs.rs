@@ -220,7 +220,7 @@ impl CudaCall<'_> {
                 Op::Norm(spec) => vec![spec.x],
                 Op::Add(spec) => vec![spec.a, spec.out],
                 Op::Patches(_) | Op::Features(_) | Op::Linear(_) | Op::Append(_) | Op::Attention(_) => Vec::new(),
-                Op::Activation(_) | Op::LastRow(_) | Op::Argmax(_) => Vec::new(),
+                Op::Activation(_) | Op::Experts(_) | Op::LastRow(_) | Op::Argmax(_) => Vec::new(),
             };
             residuals.into_iter().for_each(|buffer| element_bytes[buffer.0] = size_of::<f32>());
         }

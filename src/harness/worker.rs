@@ -23,7 +23,6 @@ use crate::models;
 use crate::plan::{EncoderInputKind, Model};
 use crate::quant::fp16;
 use crate::weights::policy::{Formats, Selection};
-use crate::weights::spec::Role;
 use crate::weights::{self, Checkpoint, Request, Source};
 
 /// A model whose files were found and whose plan was built; no weights are in memory.
@@ -88,7 +87,7 @@ pub fn select(model: &mut Model, checkpoint: &Checkpoint, selection: &Selection)
 
 /// The name of a linear layer, to show how they are spelled.
 fn last_linear(model: &Model) -> &str {
-    let linear = model.matrices.iter().rev().find(|spec| spec.role == Role::Projection);
+    let linear = model.matrices.iter().rev().find(|spec| spec.role.is_quantized());
     linear.map_or("model.layers.0.mlp.down_proj", |spec| spec.name.trim_end_matches(".weight"))
 }
 
@@ -98,7 +97,7 @@ fn weights_by_format(opened: &Opened, formats: &Formats) -> BTreeMap<String, u64
     for spec in &opened.model.matrices {
         // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
         let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
-        let left_out = opened.source.is_quantized() && spec.role == Role::Projection && wide;
+        let left_out = opened.source.is_quantized() && spec.role.is_quantized() && wide;
         let format = if left_out { formats.fp16() } else { formats.of(spec.role) };
         *bytes.entry(format.id().to_string()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
     }

@@ -3,21 +3,17 @@
 use candle_core::Result;
 
 use super::Architecture;
-use super::config::{activation, activation_named, check_heads, check_layers, check_sizes, check_window};
+use super::blocks::{AttentionBlock, BlockSpec, DecoderConfig, DecoderSpec, Defaults, NormPlace, NormStyle};
+use super::config::{activation, activation_named, check_window};
 use super::keys::Keys;
-use super::rope::{RopeSettings, Rotary};
-use super::rule::{HARMLESS, Off, REFUSED, REFUSED_IN_DECODERS, Rule};
-use crate::plan::{
-    ActivationKind, BufferId, Builder, CacheScope, LinearLayer, Mask, Model, ModelMetadata, Path, Role, RopeId,
-};
+use super::rope::RopeSettings;
+use super::rule::{HARMLESS, REFUSED, REFUSED_IN_DECODERS, Rule};
+use crate::plan::{ActivationKind, Builder, Mask, Model, Path, VectorKind};
 
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "gemma", doc: "Gemma 1: decoder-only, tied head, (1 + w) norms", build };
 
-const RULE: Rule = Rule {
-    harmless: &[HARMLESS, &["num_image_tokens"]],
-    refused: &[REFUSED, REFUSED_IN_DECODERS, &[("qk_layernorm", Off::Empty)]],
-};
+pub const RULE: Rule = Rule { harmless: &[HARMLESS, &["num_image_tokens"]], refused: &[REFUSED, REFUSED_IN_DECODERS] };
 
 /// Who reads the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,65 +24,42 @@ pub enum Use {
     BehindPicture,
 }
 
-/// A checked config, with GemmaConfig's defaults where a file leaves a key out.
+const DEFAULTS: Defaults = Defaults {
+    vocab_size: 256_000,
+    hidden_size: 3072,
+    intermediate_size: 24_576,
+    layers: 28,
+    heads: 16,
+    kv_heads: Some(16),
+    head_dim: Some(256),
+    max_positions: 8192,
+    epsilon: ("rms_norm_eps", 1e-6),
+    activation: ("hidden_act", "gelu_pytorch_tanh"),
+    tied: true,
+};
+
+/// A checked config.
 pub struct Config {
-    pub vocab_size: usize,
-    pub hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: usize,
-    head_dim: usize,
-    rms_norm_eps: f32,
-    activation: ActivationKind,
+    pub decoder: DecoderConfig,
     attention_bias: bool,
-    pub tie_word_embeddings: bool,
-    pub eos: Option<Vec<u32>>,
     pub rope: RopeSettings,
 }
 
 impl Config {
     pub fn read(keys: &Keys, used: Use) -> Result<Self> {
-        let max_position_embeddings = keys.size("max_position_embeddings", 8192)?;
-        let (num_attention_heads, head_dim) = (keys.size("num_attention_heads", 16)?, keys.size("head_dim", 256)?);
-        let config = Self {
-            vocab_size: keys.size("vocab_size", 256_000)?,
-            hidden_size: keys.size("hidden_size", 3072)?,
-            intermediate_size: keys.size("intermediate_size", 24_576)?,
-            num_hidden_layers: keys.size("num_hidden_layers", 28)?,
-            num_attention_heads,
-            num_key_value_heads: keys.size("num_key_value_heads", 16)?,
-            head_dim,
-            rms_norm_eps: keys.number("rms_norm_eps", 1e-6)? as f32,
-            activation: hidden_activation(keys)?,
-            attention_bias: keys.flag("attention_bias", false)?,
-            tie_word_embeddings: keys.flag("tie_word_embeddings", true)?,
-            eos: keys.token_ids("eos_token_id")?,
-            rope: RopeSettings::read(keys, head_dim, Rotary::Whole, max_position_embeddings)?,
-        };
-        config.check()?;
-        check_window(keys, max_position_embeddings)?;
+        let decoder = DecoderConfig::read_with(keys, &DEFAULTS, hidden_activation(keys)?)?;
+        let attention_bias = keys.flag("attention_bias", false)?;
+        let rope = RopeSettings::read(keys, decoder.rope_basis())?;
+        check_window(keys, decoder.max_positions)?;
         let sees_all = keys.optional_flag("use_bidirectional_attention")?;
         if sees_all.is_some_and(|sees_all| sees_all != (used == Use::BehindPicture)) {
             return Err(keys.refused("use_bidirectional_attention", "this mask of the prompt is not computed here"));
         }
-        if keys.optional_number("query_pre_attn_scalar")?.is_some_and(|scalar| scalar != head_dim as f64) {
+        if keys.optional_number("query_pre_attn_scalar")?.is_some_and(|scalar| scalar != decoder.head_dim as f64) {
             return Err(keys.refused("query_pre_attn_scalar", "Gemma 1 scales attention by its `head_dim`"));
         }
         keys.finish(&RULE)?;
-        Ok(config)
-    }
-
-    fn check(&self) -> Result<()> {
-        check_sizes(&[
-            ("vocab_size", self.vocab_size),
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.num_key_value_heads),
-        ])?;
-        check_layers("num_hidden_layers", self.num_hidden_layers)?;
-        check_heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
+        Ok(Self { decoder, attention_bias, rope })
     }
 }
 
@@ -108,53 +81,41 @@ fn hidden_activation(keys: &Keys) -> Result<ActivationKind> {
 fn build(keys: &Keys) -> Result<Model> {
     let config = Config::read(keys, Use::Alone)?;
     let mut b = Builder::new();
-    decoder(&mut b, &Path::root(), &config, Mask::Causal, None);
-    Ok(b.finish(ModelMetadata {
-        architecture: ARCHITECTURE.model_type,
-        context: config.rope.context(),
-        vocab: config.vocab_size,
-        eos: config.eos.clone().unwrap_or_default(),
-        decoder_start: None,
-    }))
+    decoder(&mut b, &Path::root(), &config, Mask::Causal, None)?;
+    Ok(b.finish(config.decoder.metadata(ARCHITECTURE.model_type, config.rope.context())))
 }
 
 /// The whole decoder under `path`; `image` is the token whose rows are image features.
-pub fn decoder(b: &mut Builder, path: &Path, config: &Config, mask: Mask, image: Option<u32>) {
-    let model = path.at("model");
-    let table = b.matrix(&model.at("embed_tokens"), config.vocab_size, config.hidden_size, Role::Embedding);
-    let rope = b.rope(config.rope.rope());
-    let x = b.embed_scaled(table, (config.hidden_size as f32).sqrt(), image);
-    for layer in 0..config.num_hidden_layers {
-        let path = model.at("layers").at(layer);
-        let h = b.rms_norm_offset(&path.at("input_layernorm"), config.rms_norm_eps, x);
-        let h = attention(b, &path.at("self_attn"), config, rope, mask, h);
-        b.add_to(x, h);
-        let h = b.rms_norm_offset(&path.at("post_attention_layernorm"), config.rms_norm_eps, x);
-        let h = feed_forward(b, &path.at("mlp"), config, h);
-        b.add_to(x, h);
+pub fn decoder(b: &mut Builder, path: &Path, config: &Config, mask: Mask, image: Option<u32>) -> Result<()> {
+    let Config { decoder: config, attention_bias: bias, rope } = config;
+    let rope = b.rope(rope.rope());
+    let attention = AttentionBlock { mask, qkv_bias: *bias, output_bias: *bias, ..config.attention(Some(rope)) };
+    around(config, image).build(b, path, |_| BlockSpec {
+        place: NormPlace::Before,
+        attention,
+        feed_forward: config.gated(),
+    })
+}
+
+/// What every Gemma has around its blocks: `(1 + w)` norms and scaled embeddings.
+pub fn around(config: &DecoderConfig, image: Option<u32>) -> DecoderSpec<'_> {
+    DecoderSpec {
+        norm: NormStyle::Rms { kind: VectorKind::NormOffset, epsilon: config.epsilon },
+        embedding_scale: (config.hidden_size as f32).sqrt(),
+        image,
+        ..config.decoder()
     }
-    let x = b.rms_norm_offset(&model.at("norm"), config.rms_norm_eps, x);
-    let head = match config.tie_word_embeddings {
-        true => table,
-        false => b.matrix(&path.at("lm_head"), config.vocab_size, config.hidden_size, Role::Head),
-    };
-    b.head(x, 1.0, head, None);
 }
 
-fn attention(b: &mut Builder, path: &Path, config: &Config, rope: RopeId, mask: Mask, x: BufferId) -> BufferId {
-    let (d, bias) = (config.head_dim, config.attention_bias);
-    let layer = |name: &str, heads: usize| LinearLayer { path: path.at(name), n: heads * d, bias };
-    let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-    let [q, k, v] = b.linears(x, [layer("q_proj", heads), layer("k_proj", kv_heads), layer("v_proj", kv_heads)]);
-    let cache = b.cache(kv_heads, d, CacheScope::Decoder);
-    b.rope_append(q, k, v, cache, rope);
-    let h = b.attention(q, cache, 1.0 / (d as f32).sqrt(), mask, None);
-    b.linear(h, path.at("o_proj"), config.hidden_size, bias)
-}
-
-fn feed_forward(b: &mut Builder, path: &Path, config: &Config, x: BufferId) -> BufferId {
-    let layer = |name: &str| LinearLayer { path: path.at(name), n: config.intermediate_size, bias: false };
-    let [gate, up] = b.linears(x, [layer("gate_proj"), layer("up_proj")]);
-    let h = b.activate(config.activation, gate, Some(up));
-    b.linear(h, path.at("down_proj"), config.hidden_size, false)
+/// The scale of scores from Gemma 2 on: `query_pre_attn_scalar^-0.5`, whatever the size of a head. Refuses other masks than the
+/// causal one.
+pub fn attention_scale(keys: &Keys) -> Result<f32> {
+    let scalar = keys.number("query_pre_attn_scalar", 256.0)?;
+    if scalar <= 0.0 {
+        return Err(keys.wrong("query_pre_attn_scalar", "a number above 0"));
+    }
+    if keys.flag("use_bidirectional_attention", false)? {
+        return Err(keys.refused("use_bidirectional_attention", "a text that sees what follows is not computed here"));
+    }
+    Ok(scalar.powf(-0.5) as f32)
 }

@@ -136,6 +136,35 @@ impl<'a> Keys<'a> {
         self.read(key, "a list of numbers", |value| value.as_array()?.iter().map(Value::as_f64).collect())
     }
 
+    /// A number above 0 that `null` takes away; `default` where the key is absent.
+    pub fn number_or_null(&self, key: &'static str, default: Option<f64>) -> Result<Option<f64>> {
+        let number = match self.raw(key) {
+            None => default,
+            Some(_) => self.optional_number(key)?,
+        };
+        match number {
+            Some(number) if number <= 0.0 => Err(self.wrong(key, "a number above 0, or null")),
+            number => Ok(number),
+        }
+    }
+
+    /// A size that `null` takes away; `default` where the key is absent.
+    pub fn size_or_null(&self, key: &'static str, default: Option<usize>) -> Result<Option<usize>> {
+        match self.raw(key) {
+            None => Ok(default),
+            Some(_) => self.optional_size(key),
+        }
+    }
+
+    pub fn words(&self, key: &'static str) -> Result<Option<Vec<&'a str>>> {
+        self.read(key, "a list of texts", |value| value.as_array()?.iter().map(Value::as_str).collect())
+    }
+
+    pub fn sizes(&self, key: &'static str) -> Result<Option<Vec<usize>>> {
+        let size = |value: &Value| value.as_u64().and_then(|value| usize::try_from(value).ok());
+        self.read(key, "a list of whole numbers", |value| value.as_array()?.iter().map(size).collect())
+    }
+
     /// One token id or several. An id below 0 means "none" in some conversions, and matches no token.
     pub fn token_ids(&self, key: &'static str) -> Result<Option<Vec<u32>>> {
         let id = |value: &Value| -> Option<Option<u32>> {

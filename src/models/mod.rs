@@ -1,15 +1,28 @@
 //! Model architectures: each file reads a `config.json` and builds a plan. A model never names a precision.
 
+mod blocks;
 mod config;
+mod experts;
 mod gemma;
+mod gemma2;
+mod gemma3;
 mod generation;
+mod gpt_oss;
 mod keys;
 mod llama;
+mod mistral;
+mod mixtral;
+mod olmo2;
 mod paligemma;
 mod phi;
+mod phi3;
+mod qwen2;
+mod qwen3;
+mod qwen3_moe;
 mod rope;
 mod rule;
 mod siglip;
+mod smollm3;
 mod t5;
 
 use candle_core::{Result, bail};
@@ -32,8 +45,25 @@ pub struct Architecture {
 }
 
 /// Every architecture that can be run.
-pub static ARCHITECTURES: &[Architecture] =
-    &[llama::ARCHITECTURE, phi::ARCHITECTURE, t5::ARCHITECTURE, gemma::ARCHITECTURE, paligemma::ARCHITECTURE];
+pub static ARCHITECTURES: &[Architecture] = &[
+    llama::ARCHITECTURE,
+    qwen2::ARCHITECTURE,
+    qwen3::ARCHITECTURE,
+    qwen3_moe::ARCHITECTURE,
+    mistral::ARCHITECTURE,
+    mixtral::ARCHITECTURE,
+    gemma::ARCHITECTURE,
+    gemma2::ARCHITECTURE,
+    gemma3::ARCHITECTURE,
+    gemma3::NESTED,
+    phi::ARCHITECTURE,
+    phi3::ARCHITECTURE,
+    olmo2::ARCHITECTURE,
+    smollm3::ARCHITECTURE,
+    gpt_oss::ARCHITECTURE,
+    t5::ARCHITECTURE,
+    paligemma::ARCHITECTURE,
+];
 
 /// The files that say what a model is.
 pub struct Files<'a> {

@@ -35,11 +35,13 @@ impl Config {
         let vision = siglip::Config::read(&part(keys, "vision_config", "siglip_vision_model", &VISION)?)?;
         let image_token = keys.size_by("image_token_index", "image_token_id", 256_000)?;
         let image_token = match u32::try_from(image_token) {
-            Ok(token) if image_token < text.vocab_size => token,
-            _ => bail!("config.json says image token {image_token} of a vocabulary of {}", text.vocab_size),
+            Ok(token) if image_token < text.decoder.vocab_size => token,
+            _ => bail!("config.json says image token {image_token} of a vocabulary of {}", text.decoder.vocab_size),
         };
-        if keys.optional_size("projection_dim")?.is_some_and(|width| width != text.hidden_size) {
-            return Err(keys.wrong("projection_dim", &format!("`text_config.hidden_size`, {}", text.hidden_size)));
+        if keys.optional_size("projection_dim")?.is_some_and(|width| width != text.decoder.hidden_size) {
+            return Err(
+                keys.wrong("projection_dim", &format!("`text_config.hidden_size`, {}", text.decoder.hidden_size))
+            );
         }
         if !text.rope.holds_from_one() {
             bail!(
@@ -48,7 +50,7 @@ impl Config {
             );
         }
         // The outer word decides.
-        text.tie_word_embeddings = keys.flag("tie_word_embeddings", true)?;
+        text.decoder.tied = keys.flag("tie_word_embeddings", true)?;
         let eos = keys.token_ids("eos_token_id")?;
         keys.finish(&RULE)?;
         Ok(Self { image_token, text, vision, eos })
@@ -95,16 +97,16 @@ fn build(keys: &Keys) -> Result<Model> {
 
     let x = siglip::tower(&mut b, &Path::root().at("vision_tower"), &vision, picture);
     let projector = Path::root().at("multi_modal_projector").at("linear");
-    let x = b.linear(x, projector, text.hidden_size, true);
+    let x = b.linear(x, projector, text.decoder.hidden_size, true);
     b.features(x);
     b.end_encoder(EncoderInputKind::Picture(picture));
 
-    gemma::decoder(&mut b, &Path::root().at("language_model"), &text, Mask::Prefix, Some(picture.token));
+    gemma::decoder(&mut b, &Path::root().at("language_model"), &text, Mask::Prefix, Some(picture.token))?;
     Ok(b.finish(ModelMetadata {
         architecture: ARCHITECTURE.model_type,
         context: text.rope.context(),
-        vocab: text.vocab_size,
-        eos: eos.or(text.eos).unwrap_or_default(),
+        vocab: text.decoder.vocab_size,
+        eos: eos.or(text.decoder.eos).unwrap_or_default(),
         decoder_start: None,
     }))
 }

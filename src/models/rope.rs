@@ -6,11 +6,11 @@ use serde_json::Value;
 
 use super::keys::Keys;
 use super::rule::Rule;
-use crate::plan::Rope;
+use crate::plan::{Rope, RopeByLength};
 use crate::weights::json::is_empty;
 
-/// transformers' base where a file has none.
-const DEFAULT_THETA: f64 = 10_000.0;
+/// transformers' base where a file has none, for most families.
+pub const DEFAULT_THETA: f64 = 10_000.0;
 
 /// Keys of a rope section that change nothing where they are not asked for: text has one position where a picture has three.
 const RULE: Rule = Rule { harmless: &[&["finetuned", "mrope_interleaved", "mrope_section"]], refused: &[] };
@@ -34,8 +34,10 @@ pub enum RopeKind {
     Linear {
         factor: f64,
     },
-    /// As `Default` within `max_position_embeddings`.
-    Dynamic,
+    /// As `Default` within `max_position_embeddings`; beyond, the base grows with the length.
+    Dynamic {
+        factor: f64,
+    },
     Llama3 {
         factor: f64,
         low_freq_factor: f64,
@@ -45,6 +47,7 @@ pub enum RopeKind {
     Yarn(Yarn),
     LongRope {
         short_factor: Vec<f64>,
+        long_factor: Vec<f64>,
         original: usize,
         attention_factor: f64,
     },
@@ -66,6 +69,19 @@ pub struct Yarn {
     attention_factor: f64,
 }
 
+/// What a family's rotary settings stand on.
+#[derive(Debug, Clone, Copy)]
+pub struct RopeBasis {
+    pub head_dim: usize,
+    pub rotary: Rotary,
+    /// `max_position_embeddings`
+    pub max_positions: usize,
+    /// Where a file has none.
+    pub theta: f64,
+    /// Positions before scaling, where a file does not say; `None` are those of the config.
+    pub original: Option<usize>,
+}
+
 /// How much of each head rotates.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Rotary {
@@ -81,7 +97,7 @@ impl RopeKind {
         match self {
             RopeKind::Default => "default",
             RopeKind::Linear { .. } => "linear",
-            RopeKind::Dynamic => "dynamic",
+            RopeKind::Dynamic { .. } => "dynamic",
             RopeKind::Llama3 { .. } => "llama3",
             RopeKind::Yarn(_) => "yarn",
             RopeKind::LongRope { .. } => "longrope",
@@ -92,20 +108,29 @@ impl RopeKind {
 
 impl RopeSettings {
     /// Fails on a scaling that is not computed here, on one whose keys are missing or mistyped, and on two kinds at once.
-    pub fn read(keys: &Keys, head_dim: usize, rotary: Rotary, max_positions: usize) -> Result<Self> {
+    pub fn read(keys: &Keys, basis: RopeBasis) -> Result<Self> {
         let (scaling, parameters) = (section(keys, "rope_scaling")?, section(keys, "rope_parameters")?);
         // `rope_scaling` takes the place of `rope_parameters` as a whole, its theta included.
-        let chosen = scaling.as_ref().or(parameters.as_ref());
+        let theta = optional_positive(keys, "rope_theta")?.unwrap_or(basis.theta);
+        let settings = Self::of(keys, scaling.as_ref().or(parameters.as_ref()), RopeBasis { theta, ..basis })?;
+        if let (Some(scaling), Some(parameters)) = (&scaling, &parameters) {
+            let part = if let Rotary::Part(part) = basis.rotary { part } else { 1.0 };
+            let at = if scaling.has("partial_rotary_factor") { scaling } else { keys };
+            let partial = at.optional_number("partial_rotary_factor")?;
+            tell_of_both(keys, parameters, settings.theta, partial.unwrap_or(part))?;
+        }
+        Ok(settings)
+    }
+
+    /// Of one section, where there is one, of the file that `keys` are the top of; `basis` has the base of sections without one.
+    pub fn of(keys: &Keys, chosen: Option<&Keys>, basis: RopeBasis) -> Result<Self> {
+        let RopeBasis { head_dim, rotary, max_positions, theta, original } = basis;
         let inner = chosen.map(|rope| optional_positive(rope, "rope_theta")).transpose()?.flatten();
-        let theta = inner.or(optional_positive(keys, "rope_theta")?).unwrap_or(DEFAULT_THETA);
+        let theta = inner.unwrap_or(theta);
         let partial_at = chosen.filter(|rope| rope.has("partial_rotary_factor")).unwrap_or(keys);
         keys.value("partial_rotary_factor");
         let partial = partial_at.optional_number("partial_rotary_factor")?;
         let outer_original = keys.optional_size("original_max_position_embeddings")?;
-        if let (Some(_), Some(parameters)) = (&scaling, &parameters) {
-            let part = if let Rotary::Part(part) = rotary { part } else { 1.0 };
-            tell_of_both(keys, parameters, theta, partial.unwrap_or(part))?;
-        }
         let kind_name = chosen.map_or(Ok("default"), kind_name)?;
         let rotary_dim = match (rotary, kind_name) {
             // transformers rotates all of a head by the frequencies of a part of it: it ends with an error there.
@@ -129,8 +154,15 @@ impl RopeSettings {
             );
             return Err(Error::Msg(message));
         }
-        let reader =
-            Reader { rope: chosen, outer_original, max_positions, rotary_dim, part: partial.unwrap_or(1.0), theta };
+        let reader = Reader {
+            rope: chosen,
+            outer_original,
+            original,
+            max_positions,
+            rotary_dim,
+            part: partial.unwrap_or(1.0),
+            theta,
+        };
         let kind = reader.kind(kind_name)?;
         if let (RopeKind::Proportional { .. }, true) = (&kind, rotary_dim != head_dim) {
             return Err(partial_at.refused("partial_rotary_factor", "`proportional` means frequencies of a whole head"));
@@ -143,17 +175,22 @@ impl RopeSettings {
         Ok(settings)
     }
 
-    /// Positions for which [`Self::rope`] is right.
+    /// The same for other layers: unscaled, with a base of their own.
+    pub fn plain(&self, theta: f64) -> Self {
+        Self { theta, kind: RopeKind::Default, ..*self }
+    }
+
+    /// Positions that the model is made for. A dynamic scaling stretches those of the config by its factor.
     pub fn context(&self) -> usize {
         match &self.kind {
-            RopeKind::LongRope { original, .. } => self.max_positions.min(*original),
+            RopeKind::Dynamic { factor } => (self.max_positions as f64 * factor.max(1.0)) as usize,
             _ => self.max_positions,
         }
     }
 
     /// Whether a whole context may begin with position 1: a last position of its own would change other frequencies.
     pub fn holds_from_one(&self) -> bool {
-        !matches!(self.kind, RopeKind::Dynamic | RopeKind::LongRope { .. })
+        !matches!(self.kind, RopeKind::Dynamic { .. } | RopeKind::LongRope { .. })
     }
 
     /// In fp32, operation by operation as transformers computes it.
@@ -161,8 +198,11 @@ impl RopeSettings {
         let dim = self.rotary_dim;
         let power = |i: usize, of: usize| (self.theta as f32).powf((2 * i) as f32 / of as f32);
         let plain = (0..dim / 2).map(|i| 1.0 / power(i, dim));
+        let stretched = |factors: &[f64]| {
+            factors.iter().enumerate().map(|(i, factor)| 1.0 / (*factor as f32 * power(i, dim))).collect::<Vec<f32>>()
+        };
         let (inverse_frequencies, attention_factor): (Vec<f32>, f64) = match &self.kind {
-            RopeKind::Default | RopeKind::Dynamic => (plain.collect(), 1.0),
+            RopeKind::Default | RopeKind::Dynamic { .. } => (plain.collect(), 1.0),
             RopeKind::Linear { factor } => (plain.map(|f| f / *factor as f32).collect(), 1.0),
             RopeKind::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
                 let [factor, low, high, original] =
@@ -174,19 +214,37 @@ impl RopeSettings {
                 let frequency = |i| yarn.frequency(power(i, dim), i, low, high);
                 ((0..dim / 2).map(frequency).collect(), yarn.attention_factor)
             }
-            RopeKind::LongRope { short_factor, attention_factor, .. } => {
-                let stretched =
-                    short_factor.iter().enumerate().map(|(i, factor)| 1.0 / (*factor as f32 * power(i, dim)));
-                (stretched.collect(), *attention_factor)
-            }
+            RopeKind::LongRope { short_factor, attention_factor, .. } => (stretched(short_factor), *attention_factor),
             RopeKind::Proportional { factor, rotated } => {
                 let rotated = (rotated * self.head_dim as f64 / 2.0) as usize;
                 let frequency = |i| if i < rotated { 1.0 / power(i, self.head_dim) / *factor as f32 } else { 0.0 };
                 ((0..dim / 2).map(frequency).collect(), 1.0)
             }
         };
-        Rope { rotary_dim: dim, inverse_frequencies, attention_factor: attention_factor as f32 }
+        let by_length = match &self.kind {
+            RopeKind::Dynamic { factor } => {
+                Some(RopeByLength::DynamicNtk { original: self.max_positions, theta: self.theta, factor: *factor })
+            }
+            RopeKind::LongRope { long_factor, original, .. } if *original < self.max_positions => {
+                Some(RopeByLength::Switch { original: *original, inverse_frequencies: stretched(long_factor) })
+            }
+            _ => None,
+        };
+        Rope { rotary_dim: dim, inverse_frequencies, attention_factor: attention_factor as f32, by_length }
     }
+}
+
+/// The section of each type of layer under `rope_parameters`, where a file has these.
+pub fn by_layer_type<'a>(keys: &Keys<'a>, layer_types: [&'static str; 2]) -> Result<Option<[Option<Keys<'a>>; 2]>> {
+    let parameters = keys.raw("rope_parameters").and_then(Value::as_object);
+    if !parameters.is_some_and(|all| layer_types.iter().any(|layer_type| all.contains_key(*layer_type))) {
+        return Ok(None);
+    }
+    let Some(section) = keys.section("rope_parameters")? else { return Ok(None) };
+    let [first, second] = layer_types;
+    let sections = [section.section(first)?, section.section(second)?];
+    section.finish(&RULE)?;
+    Ok(Some(sections))
 }
 
 /// A rope section that says something.
@@ -239,6 +297,8 @@ fn kind_name<'a>(rope: &Keys<'a>) -> Result<&'a str> {
 struct Reader<'k, 'a> {
     rope: Option<&'k Keys<'a>>,
     outer_original: Option<usize>,
+    /// The family's default.
+    original: Option<usize>,
     max_positions: usize,
     rotary_dim: usize,
     part: f64,
@@ -251,10 +311,11 @@ impl Reader<'_, '_> {
         Ok(match name {
             "default" => RopeKind::Default,
             "linear" => RopeKind::Linear { factor: positive(rope, "factor")? },
-            "dynamic" => {
-                positive(rope, "factor")?;
-                RopeKind::Dynamic
+            // The base grows by a power of dim / (dim − 2).
+            "dynamic" if self.rotary_dim <= 2 => {
+                return Err(rope.refused("rope_type", "heads of two elements have one frequency, which cannot grow"));
             }
+            "dynamic" => RopeKind::Dynamic { factor: positive(rope, "factor")? },
             "llama3" => RopeKind::Llama3 {
                 factor: positive(rope, "factor")?,
                 low_freq_factor: positive(rope, "low_freq_factor")?,
@@ -262,7 +323,8 @@ impl Reader<'_, '_> {
                 original: self.original(rope)? as f64,
             },
             "yarn" => RopeKind::Yarn(self.yarn(rope)?),
-            "longrope" => self.longrope(rope)?,
+            // "su" is what Phi-3 called it first.
+            "longrope" | "su" => self.longrope(rope)?,
             "proportional" => RopeKind::Proportional {
                 factor: optional_positive(rope, "factor")?.unwrap_or(1.0),
                 rotated: match self.part {
@@ -283,7 +345,7 @@ impl Reader<'_, '_> {
     /// Positions before scaling; the model's own key goes before the scaling's.
     fn original(&self, rope: &Keys) -> Result<usize> {
         let inner = rope.optional_size("original_max_position_embeddings")?;
-        match self.outer_original.or(inner).unwrap_or(self.max_positions) {
+        match self.outer_original.or(inner).or(self.original).unwrap_or(self.max_positions) {
             0 => Err(rope.wrong("original_max_position_embeddings", "a number above 0")),
             original => Ok(original),
         }
@@ -331,7 +393,7 @@ impl Reader<'_, '_> {
         })
     }
 
-    /// Within the original context, where the short factors hold whatever follows.
+    /// Short factors within the original context, long ones beyond.
     fn longrope(&self, rope: &Keys) -> Result<RopeKind> {
         let original = self.original(rope)?;
         let factors = |key| match rope.numbers(key)? {
@@ -340,21 +402,14 @@ impl Reader<'_, '_> {
             }
             _ => Err(rope.wrong(key, &format!("a list of {} numbers above 0", self.rotary_dim / 2))),
         };
-        let (short_factor, _long_factor) = (factors("short_factor")?, factors("long_factor")?);
+        let (short_factor, long_factor) = (factors("short_factor")?, factors("long_factor")?);
         let factor = self.factor_or_ratio(rope, original)?;
         let attention_factor = match optional_positive(rope, "attention_factor")? {
             Some(given) => given,
             None if factor <= 1.0 || original < 2 => 1.0,
             None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
         };
-        if original < self.max_positions {
-            let message = format!(
-                "config.json's `longrope` has other frequencies beyond {original} positions, which are not computed here: the context is \
-                 cut to that"
-            );
-            rope.report.note("context_cut", message);
-        }
-        Ok(RopeKind::LongRope { short_factor, original, attention_factor })
+        Ok(RopeKind::LongRope { short_factor, long_factor, original, attention_factor })
     }
 }
 

@@ -196,7 +196,9 @@ pub const REFUSED_IN_DECODERS: &[(&str, Off)] = &[
     ("num_local_experts", Off::Empty),
     ("position_embedding_type", Off::Words(&["absolute", "rope", "rotary"])),
     ("q_lora_rank", Off::Empty),
+    ("qk_layernorm", Off::Empty),
     ("qk_norm", Off::Empty),
+    ("query_pre_attn_scalar", Off::Empty),
     ("residual_multiplier", Off::Number(1.0)),
     ("rope_interleave", Off::Empty),
     ("rope_interleaved", Off::Empty),
@@ -204,16 +206,20 @@ pub const REFUSED_IN_DECODERS: &[(&str, Off)] = &[
     ("scale_depth", Off::Empty),
     ("scale_emb", Off::Number(1.0)),
     ("sliding_window_pattern", Off::Empty),
+    ("use_bidirectional_attention", Off::Empty),
     ("use_parallel_residual", Off::Empty),
     ("use_qk_norm", Off::Empty),
 ];
+
+/// The rule of a decoder that has no lists of its own.
+pub const DECODER: Rule = Rule { harmless: &[HARMLESS], refused: &[REFUSED, REFUSED_IN_DECODERS] };
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
 
-    const RULE: Rule = Rule { harmless: &[HARMLESS], refused: &[REFUSED, REFUSED_IN_DECODERS] };
+    const RULE: Rule = DECODER;
 
     #[test]
     fn a_key_is_harmless_off_refused_or_told() {

@@ -18,7 +18,7 @@ impl Path {
         }
     }
 
-    fn name(&self, leaf: &str) -> String {
+    pub fn name(&self, leaf: &str) -> String {
         self.at(leaf).0
     }
 }
@@ -45,6 +45,14 @@ pub struct Builder {
     encoder: Option<Encoder>,
 }
 
+/// Experts and how a token chooses among them.
+pub struct Mixture {
+    pub experts: Vec<Expert>,
+    pub top_k: usize,
+    pub weighting: ExpertWeighting,
+    pub activation: GatedActivation,
+}
+
 /// Metadata of a model from config.json, beside its plan.
 pub struct ModelMetadata {
     pub architecture: &'static str,
@@ -61,13 +69,33 @@ impl Builder {
 
     /// The matrix `{path}.weight`, `[n, k]`.
     pub fn matrix(&mut self, path: &Path, n: usize, k: usize, role: Role) -> MatrixId {
-        self.matrices.push(MatrixSpec { name: path.name("weight"), n, k, role });
+        self.packed_matrix(MatrixSpec { name: path.name("weight"), n, k, role, others: Vec::new() })
+    }
+
+    /// A matrix that files may hold under other names too.
+    pub fn packed_matrix(&mut self, spec: MatrixSpec) -> MatrixId {
+        self.matrices.push(spec);
         MatrixId(self.matrices.len() - 1)
     }
 
     fn vector(&mut self, name: String, len: usize, kind: VectorKind) -> VectorId {
-        self.vectors.push(VectorSpec { name, len, kind });
+        self.packed_vector(VectorSpec { name, len, kind, others: Vec::new() })
+    }
+
+    /// A vector that files may hold under other names too.
+    pub fn packed_vector(&mut self, spec: VectorSpec) -> VectorId {
+        self.vectors.push(spec);
         VectorId(self.vectors.len() - 1)
+    }
+
+    /// The vector `path` itself, without a `weight` behind it.
+    pub fn parameter(&mut self, path: &Path, len: usize) -> VectorId {
+        self.vector(path.0.clone(), len, VectorKind::Bias)
+    }
+
+    /// The weight of an RMS norm over `len` elements; `kind` says what the checkpoint holds of it.
+    pub fn rms_weight(&mut self, path: &Path, len: usize, kind: VectorKind, epsilon: f32) -> Norm {
+        Norm { kind: NormKind::Rms, weight: self.vector(path.name("weight"), len, kind), epsilon }
     }
 
     pub fn rope(&mut self, rope: Rope) -> RopeId {
@@ -81,7 +109,18 @@ impl Builder {
     }
 
     pub fn cache(&mut self, kv_heads: usize, head_dim: usize, scope: CacheScope) -> CacheId {
-        self.caches.push(CacheShape { kv_heads, head_dim, scope, window: None });
+        self.windowed_cache(kv_heads, head_dim, scope, None)
+    }
+
+    /// A cache of which attention sees the positions of a window.
+    pub fn windowed_cache(
+        &mut self,
+        kv_heads: usize,
+        head_dim: usize,
+        scope: CacheScope,
+        window: Option<Window>,
+    ) -> CacheId {
+        self.caches.push(CacheShape { kv_heads, head_dim, scope, window: window.map(|Window(window)| window) });
         CacheId(self.caches.len() - 1)
     }
 
@@ -90,7 +129,7 @@ impl Builder {
         BufferId(self.buffers.len() - 1)
     }
 
-    fn width(&self, buffer: BufferId) -> usize {
+    pub fn width(&self, buffer: BufferId) -> usize {
         self.buffers[buffer.0].width
     }
 
@@ -158,11 +197,49 @@ impl Builder {
         let parts = layers.map(|layer| {
             let weight = self.matrix(&layer.path, layer.n, k, role);
             let bias = layer.bias.then(|| self.vector(layer.path.name("bias"), layer.n, VectorKind::Bias));
-            LinearPart { weight, bias, out: self.buffer(&layer.path.0, layer.n, rows) }
+            LinearPart { weight, rows: None, bias, out: self.buffer(&layer.path.0, layer.n, rows) }
         });
         let outs = std::array::from_fn(|i| parts[i].out);
         self.ops.push(Op::Linear(LinearSpec { x, parts: parts.into() }));
         outs
+    }
+
+    /// Linear layers that the checkpoint holds as one matrix, `sizes` rows of each.
+    pub fn fused_linears<const N: usize>(&mut self, x: BufferId, path: &Path, sizes: [usize; N]) -> [BufferId; N] {
+        let (k, rows) = (self.width(x), self.buffers[x.0].rows);
+        let weight = self.matrix(path, sizes.iter().sum(), k, Role::Projection);
+        let mut start = 0;
+        let parts = sizes.map(|len| {
+            let part = LinearPart {
+                weight,
+                rows: Some(MatrixRows { start, len }),
+                bias: None,
+                out: self.buffer(&path.0, len, rows),
+            };
+            start += len;
+            part
+        });
+        let outs = std::array::from_fn(|i| parts[i].out);
+        self.ops.push(Op::Linear(LinearSpec { x, parts: parts.into() }));
+        outs
+    }
+
+    /// Another name that files may have for the matrix whose product is `out`.
+    pub fn also_named(&mut self, out: BufferId, path: &Path) {
+        let parts =
+            self.ops.iter().rev().filter_map(|op| if let Op::Linear(spec) = op { Some(&spec.parts) } else { None });
+        let weight = parts.flatten().find(|part| part.out == out).map(|part| part.weight.0);
+        if let Some(matrix) = weight.map(|weight| &mut self.matrices[weight]) {
+            matrix.others.push(Elsewhere { tensor: path.name("weight"), slice: None });
+        }
+    }
+
+    /// A mixture of experts over `x`, whose router's linear layer gave `scores`.
+    pub fn experts(&mut self, x: BufferId, scores: BufferId, mixture: Mixture) -> BufferId {
+        let out = self.same("experts", x);
+        let Mixture { experts, top_k, weighting, activation } = mixture;
+        self.ops.push(Op::Experts(ExpertsSpec { x, scores, experts, top_k, weighting, activation, out }));
+        out
     }
 
     pub fn linear(&mut self, x: BufferId, path: Path, n: usize, bias: bool) -> BufferId {
@@ -218,14 +295,26 @@ impl Builder {
 
     /// The head over the last token times `scale`, and the next token from it. `bias` names a head that has one.
     pub fn head(&mut self, x: BufferId, scale: f32, weight: MatrixId, bias: Option<&Path>) {
+        self.capped_head(x, scale, weight, bias, None);
+    }
+
+    /// As [`Self::head`], whose logits are capped.
+    pub fn capped_head(
+        &mut self,
+        x: BufferId,
+        scale: f32,
+        weight: MatrixId,
+        bias: Option<&Path>,
+        softcap: Option<Softcap>,
+    ) {
         let last = self.buffer("last", self.width(x), Rows::Last);
         self.ops.push(Op::LastRow(LastRowSpec { x, out: last, scale }));
         let vocab = self.matrices[weight.0].n;
         let bias = bias.map(|path| self.vector(path.name("bias"), vocab, VectorKind::Bias));
         let logits = self.buffer("logits", vocab, Rows::Last);
-        let parts = vec![LinearPart { weight, bias, out: logits }];
+        let parts = vec![LinearPart { weight, rows: None, bias, out: logits }];
         self.ops.push(Op::Linear(LinearSpec { x: last, parts }));
-        self.ops.push(Op::Argmax(ArgmaxSpec { logits }));
+        self.ops.push(Op::Argmax(ArgmaxSpec { logits, softcap }));
     }
 
     /// Ends the encoder's plan; what follows is the decoder's.

@@ -9,7 +9,7 @@ use candle_core::{Result, bail};
 
 use super::{
     ActivationKind, ActivationSpec, AddSpec, ArgmaxSpec, AttentionSpec, BufferId, EmbedSpec, LastRowSpec, LinearPart,
-    LinearSpec, MatrixId, Norm, NormSpec, Op, Plan, VectorId,
+    LinearSpec, MatrixId, Norm, NormSpec, Op, Plan, VectorId, feature, refuse,
 };
 
 /// Matrices that one operation may hold.
@@ -136,18 +136,24 @@ impl Fusion<'_> {
                 self.views[out.0] = Some(FusedInput { scale: input.scale * scale, ..input });
             }
             Op::Linear(LinearSpec { x, parts }) => {
-                let part =
-                    |&LinearPart { weight, bias, out }: &LinearPart| FusedPart { weight, bias, out, activation: None };
-                let (inputs, parts) = (vec![self.input(*x)], parts.iter().map(part).collect());
+                let part = |&LinearPart { weight, rows, bias, out }: &LinearPart| {
+                    refuse("a decode step", "a linear", &[feature(&rows)])?;
+                    Ok(FusedPart { weight, bias, out, activation: None })
+                };
+                let (inputs, parts) = (vec![self.input(*x)], parts.iter().map(part).collect::<Result<_>>()?);
                 self.fused.push(FusedOp::Matvec(MatvecSpec { inputs, parts, join: Join::Apart }));
             }
             Op::Attention(spec) => self.fused.push(FusedOp::Attention(*spec)),
             Op::Activation(spec) => self.activate(*spec)?,
             Op::Add(AddSpec { a, b, out }) if a == out => self.add(*a, *b)?,
-            Op::Argmax(ArgmaxSpec { logits }) => match self.producer(*logits) {
-                Some(spec) if is_plain_product(spec) => spec.join = Join::Argmax,
-                Some(_) | None => bail!("the logits come from no single matrix"),
-            },
+            Op::Argmax(ArgmaxSpec { logits, softcap }) => {
+                refuse("a decode step", "a choice of the token", &[feature(softcap)])?;
+                match self.producer(*logits) {
+                    Some(spec) if is_plain_product(spec) => spec.join = Join::Argmax,
+                    Some(_) | None => bail!("the logits come from no single matrix"),
+                }
+            }
+            Op::Experts(spec) => bail!("a decode step cannot run {spec}"),
             Op::Add(_) | Op::Append(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) => {
                 bail!("a decode step cannot hold {op:?}")
             }

@@ -14,14 +14,16 @@ pub mod fuse;
 mod op;
 mod storage;
 
-pub use builder::{Builder, LinearLayer, ModelMetadata, Path};
+pub use builder::{Builder, LinearLayer, Mixture, ModelMetadata, Path};
 pub use op::*;
 pub use storage::{Lifetime, Slot, Storage};
 
+use std::borrow::Cow;
 use std::collections::HashSet;
+use std::fmt::{Display, Formatter};
 
 pub use crate::call::{Batch, CacheScope, CacheShape, CacheSpec, KvFormat};
-pub use crate::weights::spec::{MatrixSpec, Role, VectorKind, VectorSpec};
+pub use crate::weights::spec::{Elsewhere, MatrixSpec, Role, TensorSlice, VectorKind, VectorSpec};
 
 /// A matrix of the model, an index into [`Model::matrices`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -102,13 +104,63 @@ pub struct Rope {
     pub inverse_frequencies: Vec<f32>,
     /// What cosines and sines are multiplied by: 1, but for scalings that sharpen attention.
     pub attention_factor: f32,
+    /// How frequencies depend on the length of the sequence; `None` where they do not.
+    pub by_length: Option<RopeByLength>,
+}
+
+/// Frequencies of sequences that outgrow a length. A call's length is the number of positions in the cache once it has appended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeByLength {
+    /// LongRoPE (Ding et al. 2024): other frequencies for all positions of a sequence longer than `original`. A cache whose keys
+    /// have the other rotation is computed anew.
+    Switch { original: usize, inverse_frequencies: Vec<f32> },
+    /// Dynamic NTK: beyond `original` positions the base grows with the length. Keys keep the rotation of the call that appended
+    /// them.
+    DynamicNtk { original: usize, theta: f64, factor: f64 },
+}
+
+impl Display for RopeByLength {
+    fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
+        match self {
+            RopeByLength::Switch { original, .. } => write!(f, "other rotary frequencies beyond {original} positions"),
+            RopeByLength::DynamicNtk { original, .. } => {
+                write!(f, "rotary frequencies that change with each position beyond {original}")
+            }
+        }
+    }
 }
 
 impl Rope {
-    /// Cosine and sine of each pair at a position, `rotary_dim / 2` of each. The angle is the fp32 product of position and
-    /// frequency, as transformers computes it: a more exact angle would drift from the reference at large positions.
+    /// The frequencies of a call after which the sequence has `length` positions.
+    pub fn frequencies(&self, length: usize) -> Cow<'_, [f32]> {
+        match &self.by_length {
+            Some(RopeByLength::Switch { original, inverse_frequencies }) if length > *original => {
+                Cow::Borrowed(inverse_frequencies)
+            }
+            Some(RopeByLength::DynamicNtk { original, theta, factor }) if length > *original => {
+                // In fp64 up to the base, in fp32 from there, as transformers computes it.
+                let dim = self.rotary_dim as f64;
+                let stretch = factor * length as f64 / *original as f64 - (factor - 1.0);
+                let base = theta * stretch.powf(dim / (dim - 2.0));
+                let frequency = |i: usize| 1.0 / (base as f32).powf((2 * i) as f32 / self.rotary_dim as f32);
+                Cow::Owned((0..self.rotary_dim / 2).map(frequency).collect())
+            }
+            Some(RopeByLength::Switch { .. } | RopeByLength::DynamicNtk { .. }) | None => {
+                Cow::Borrowed(&self.inverse_frequencies)
+            }
+        }
+    }
+
+    /// Cosine and sine of each pair at a position, `rotary_dim / 2` of each, where no length changes the frequencies. The angle is
+    /// the fp32 product of position and frequency, as transformers computes it: a more exact angle would drift from the reference
+    /// at large positions.
     pub fn turns(&self, position: usize) -> impl Iterator<Item = (f32, f32)> + '_ {
-        let angles = self.inverse_frequencies.iter().map(move |frequency| position as f32 * frequency);
+        self.turns_by(&self.inverse_frequencies, position)
+    }
+
+    /// As [`Self::turns`], by [`Self::frequencies`] of the call.
+    pub fn turns_by<'a>(&'a self, frequencies: &'a [f32], position: usize) -> impl Iterator<Item = (f32, f32)> + 'a {
+        let angles = frequencies.iter().map(move |frequency| position as f32 * frequency);
         angles.map(|angle| (angle.cos() * self.attention_factor, angle.sin() * self.attention_factor))
     }
 }
@@ -128,6 +180,7 @@ pub struct LmHead {
     pub scale: f32,
     pub weight: MatrixId,
     pub bias: Option<VectorId>,
+    pub softcap: Option<Softcap>,
     /// Operations before the head.
     pub body_len: usize,
 }
@@ -135,7 +188,7 @@ pub struct LmHead {
 impl Plan {
     /// The head of a decoder's plan, which ends with the last row, its logits and the token.
     pub fn head(&self) -> Option<LmHead> {
-        let [Op::LastRow(last), Op::Linear(linear), Op::Argmax(_)] = self.ops.last_chunk()? else {
+        let [Op::LastRow(last), Op::Linear(linear), Op::Argmax(argmax)] = self.ops.last_chunk()? else {
             return None;
         };
         let part = linear.parts.first()?;
@@ -144,6 +197,7 @@ impl Plan {
             scale: last.scale,
             weight: part.weight,
             bias: part.bias,
+            softcap: argmax.softcap,
             body_len: self.ops.len() - 3,
         })
     }
@@ -256,17 +310,29 @@ impl Model {
     }
 
     /// Bytes that one decode step must read of the weights: every matrix of the decoder's linears once, one row of an
-    /// embedding, every vector that the decoder uses. `matrix_bytes[i]` is what the stored form of `matrices[i]` takes;
-    /// vectors count 2 bytes a value, as fp16 checkpoints hold them.
+    /// embedding, every vector that the decoder uses, and of experts those that a token chooses, at their mean size.
+    /// `matrix_bytes[i]` is what the stored form of `matrices[i]` takes; vectors count 2 bytes a value, as fp16 checkpoints hold
+    /// them.
     pub fn weight_bytes_per_token(&self, matrix_bytes: &[usize]) -> usize {
         let mut read = HashSet::new();
+        // Whole numbers as long as a sum is below 2^53; shares of experts are rounded once, at the end.
         let bytes = |weight| match weight {
-            WeightRead::Matrix(id) if !read.insert(id) => 0,
-            WeightRead::Matrix(id) => matrix_bytes[id.0],
-            WeightRead::Rows(id) => matrix_bytes[id.0] / self.matrices[id.0].n,
-            WeightRead::Vector(id) => 2 * self.vectors[id.0].len,
+            WeightRead::Matrix(id) if !read.insert(id) => 0.0,
+            WeightRead::Matrix(id) => matrix_bytes[id.0] as f64,
+            WeightRead::Rows(id) => (matrix_bytes[id.0] / self.matrices[id.0].n) as f64,
+            WeightRead::Vector(id) => (2 * self.vectors[id.0].len) as f64,
+            WeightRead::OneOf { matrix, chosen, of } => (matrix_bytes[matrix.0] * chosen) as f64 / of as f64,
+            WeightRead::OneVectorOf { vector, chosen, of } => {
+                (2 * self.vectors[vector.0].len * chosen) as f64 / of as f64
+            }
         };
-        self.decoder.ops.iter().flat_map(Op::weights).map(bytes).sum()
+        self.decoder.ops.iter().flat_map(Op::weights).map(bytes).sum::<f64>().round() as usize
+    }
+
+    /// Experts that a token is sent through and experts that there are, of the first layer that has some.
+    pub fn experts(&self) -> Option<(usize, usize)> {
+        let counts = |op: &Op| if let Op::Experts(spec) = op { Some((spec.top_k, spec.experts.len())) } else { None };
+        self.decoder.ops.iter().find_map(counts)
     }
 
     /// Norm weights and biases at 2 bytes a value.

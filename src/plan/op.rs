@@ -5,6 +5,7 @@
 //! ([`refuse`]).
 
 use std::fmt::{Display, Formatter};
+use std::ops::Range;
 
 use candle_core::{Result, bail};
 
@@ -22,6 +23,7 @@ pub enum Op {
     Append(AppendSpec),
     Attention(AttentionSpec),
     Activation(ActivationSpec),
+    Experts(ExpertsSpec),
     Add(AddSpec),
     LastRow(LastRowSpec),
     Argmax(ArgmaxSpec),
@@ -97,12 +99,34 @@ pub struct LinearSpec {
     pub parts: Vec<LinearPart>,
 }
 
-/// One matrix of a linear group.
+/// One matrix of a linear group, or some of its rows.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LinearPart {
     pub weight: MatrixId,
+    /// Only these rows of the weight are multiplied; the bias and `out` have as many elements.
+    pub rows: Option<MatrixRows>,
     pub bias: Option<VectorId>,
     pub out: BufferId,
+}
+
+/// Rows of a matrix that holds several linear layers (Phi-3's `qkv_proj`). The whole matrix is quantized before it is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MatrixRows {
+    pub start: usize,
+    pub len: usize,
+}
+
+impl LinearPart {
+    /// The rows that are multiplied.
+    pub fn row_range(&self, model: &Model) -> Range<usize> {
+        self.rows.map_or(0..model.matrices[self.weight.0].n, |MatrixRows { start, len }| start..start + len)
+    }
+}
+
+impl Display for MatrixRows {
+    fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
+        write!(f, "rows {}..{} of a fused matrix", self.start, self.start + self.len)
+    }
 }
 
 /// Appends keys and values to a cache that other plans' attention reads, as they are.
@@ -165,11 +189,21 @@ pub struct Window(pub usize);
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Softcap(pub f32);
 
-/// Norms over the elements of each head, before the rotation.
+/// Norms of queries and keys, before the rotation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct QkNorm {
     pub q: Norm,
     pub k: Norm,
+    pub over: QkNormOver,
+}
+
+/// The elements that one norm of queries or keys spans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNormOver {
+    /// Each head by itself; the weight has `d` elements.
+    Head,
+    /// All heads of a token at once; the weight has `h · d` or `g · d` elements.
+    Projection,
 }
 
 /// A learned score of each head that joins the softmax and weighs no value, `[h]`.
@@ -190,7 +224,10 @@ impl Display for Softcap {
 
 impl Display for QkNorm {
     fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
-        f.write_str("norms of queries and keys")
+        f.write_str(match self.over {
+            QkNormOver::Head => "norms of queries and keys",
+            QkNormOver::Projection => "norms over all heads of queries and keys",
+        })
     }
 }
 
@@ -237,6 +274,73 @@ pub enum ActivationKind {
     Relu,
 }
 
+/// Mixture of experts: each token goes through the `top_k` experts with the largest scores, the lowest index where several tie.
+///
+/// ```text
+/// out[t] = Σ weight_e · (act(x[t] · gate_eᵀ + b, x[t] · up_eᵀ + b) · down_eᵀ + b)       e in top_k(scores[t])
+/// ```
+///
+/// Rows that chose the same expert are one call of its matrices: LLM.int8 finds outlier columns over these rows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpertsSpec {
+    pub x: BufferId,
+    /// The router's logits, one for each expert.
+    pub scores: BufferId,
+    pub experts: Vec<Expert>,
+    pub top_k: usize,
+    pub weighting: ExpertWeighting,
+    pub activation: GatedActivation,
+    pub out: BufferId,
+}
+
+/// The matrices of one expert.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Expert {
+    pub gate: ExpertMatrix,
+    pub up: ExpertMatrix,
+    pub down: ExpertMatrix,
+}
+
+/// One matrix of an expert and its bias.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ExpertMatrix {
+    pub weight: MatrixId,
+    pub bias: Option<VectorId>,
+}
+
+/// Weights of the chosen experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExpertWeighting {
+    /// Softmax over the chosen scores: their weights sum to 1.
+    Chosen,
+    /// Softmax over the scores of all experts.
+    All,
+}
+
+/// Activation of a gate and what it gates.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum GatedActivation {
+    /// `act(gate) · up`
+    Plain(ActivationKind),
+    /// gpt-oss: `(up + 1) · g · σ(1.702 g)` with `g = min(gate, limit)` and `up` clamped to `±limit`.
+    ClampedSwiglu { limit: f32 },
+}
+
+/// The factor of gpt-oss inside its sigmoid.
+pub const CLAMPED_SWIGLU_ALPHA: f32 = 1.702;
+
+impl Expert {
+    pub fn matrices(&self) -> [ExpertMatrix; 3] {
+        [self.gate, self.up, self.down]
+    }
+}
+
+impl Display for ExpertsSpec {
+    fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
+        write!(f, "a mixture of {} experts, {} for each token", self.experts.len(), self.top_k)
+    }
+}
+
 /// `out = a + b`; `out` may be `a`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AddSpec {
@@ -257,6 +361,8 @@ pub struct LastRowSpec {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ArgmaxSpec {
     pub logits: BufferId,
+    /// `cap · tanh(logit / cap)` takes the place of each logit first, also of those that a session gives back.
+    pub softcap: Option<Softcap>,
 }
 
 /// Weights that an operation reads once, however many rows the call has.
@@ -266,6 +372,18 @@ pub enum WeightRead {
     /// One row of the matrix for each row of the call.
     Rows(MatrixId),
     Vector(VectorId),
+    /// One token reads `chosen` of `of` matrices like this one.
+    OneOf {
+        matrix: MatrixId,
+        chosen: usize,
+        of: usize,
+    },
+    /// As [`Self::OneOf`], of a bias.
+    OneVectorOf {
+        vector: VectorId,
+        chosen: usize,
+        of: usize,
+    },
 }
 
 impl Op {
@@ -282,6 +400,7 @@ impl Op {
                 spec.append.iter().flat_map(|kv| [kv.k, kv.v]).chain(std::iter::once(spec.q)).collect()
             }
             Op::Activation(spec) => std::iter::once(spec.gate).chain(spec.up).collect(),
+            Op::Experts(spec) => vec![spec.x, spec.scores],
             Op::Add(spec) => vec![spec.a, spec.b],
             Op::LastRow(spec) => vec![spec.x],
             Op::Argmax(spec) => vec![spec.logits],
@@ -293,7 +412,7 @@ impl Op {
         match self {
             Op::Attention(spec) => spec.append.iter().flat_map(|kv| [kv.k, kv.v]).collect(),
             Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Norm(_) | Op::Linear(_) => vec![],
-            Op::Append(_) | Op::Activation(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => vec![],
+            Op::Append(_) | Op::Activation(_) | Op::Experts(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => vec![],
         }
     }
 
@@ -305,8 +424,12 @@ impl Op {
             Op::AddRows(spec) => vec![spec.x],
             Op::Norm(spec) => vec![spec.out],
             Op::Linear(spec) => spec.parts.iter().map(|part| part.out).collect(),
-            Op::Attention(spec) => spec.rope.map(|_| spec.q).into_iter().chain(std::iter::once(spec.out)).collect(),
+            Op::Attention(spec) => {
+                let changes_q = spec.rope.is_some() || spec.qk_norm.is_some();
+                changes_q.then_some(spec.q).into_iter().chain(std::iter::once(spec.out)).collect()
+            }
             Op::Activation(spec) => vec![spec.out],
+            Op::Experts(spec) => vec![spec.out],
             Op::Add(spec) => vec![spec.out],
             Op::LastRow(spec) => vec![spec.out],
             Op::Features(_) | Op::Append(_) | Op::Argmax(_) => vec![],
@@ -328,6 +451,7 @@ impl Op {
                 let norms = spec.qk_norm.iter().flat_map(|norm| norm.q.vectors().chain(norm.k.vectors()));
                 norms.chain(spec.sinks.map(|Sinks(vector)| vector)).map(WeightRead::Vector).collect()
             }
+            Op::Experts(spec) => spec.weights(),
             Op::Patches(_) | Op::Features(_) | Op::Append(_) | Op::Activation(_) => vec![],
             Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => vec![],
         }
@@ -338,7 +462,8 @@ impl Op {
         match self {
             Op::Attention(spec) => Some(spec.cache),
             Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Norm(_) | Op::Linear(_) => None,
-            Op::Append(_) | Op::Activation(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => None,
+            Op::Append(_) | Op::Activation(_) | Op::Experts(_) | Op::Add(_) => None,
+            Op::LastRow(_) | Op::Argmax(_) => None,
         }
     }
 
@@ -347,14 +472,10 @@ impl Op {
     pub fn flops(&self, model: &Model, plan: &Plan, batch: Batch) -> usize {
         match self {
             Op::Linear(spec) => {
-                let elements: usize = spec
-                    .parts
-                    .iter()
-                    .map(|part| &model.matrices[part.weight.0])
-                    .map(|matrix| matrix.n * matrix.k)
-                    .sum();
-                2 * plan.rows(spec.x, batch) * elements
+                let elements = |part: &LinearPart| part.row_range(model).len() * model.matrices[part.weight.0].k;
+                2 * plan.rows(spec.x, batch) * spec.parts.iter().map(elements).sum::<usize>()
             }
+            Op::Experts(spec) => 2 * plan.rows(spec.x, batch) * spec.active_elements(model),
             // Scores and the sum of values.
             Op::Attention(spec) => {
                 4 * plan.rows(spec.q, batch) * plan.buffers[spec.q.0].width * spec.keys(batch.keys())
@@ -362,6 +483,25 @@ impl Op {
             Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Norm(_) | Op::Append(_) => 0,
             Op::Activation(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => 0,
         }
+    }
+}
+
+impl ExpertsSpec {
+    /// Each matrix and bias of the experts, of which a token reads `top_k / experts`.
+    fn weights(&self) -> Vec<WeightRead> {
+        let (chosen, of) = (self.top_k, self.experts.len());
+        let matrices = self.experts.iter().flat_map(Expert::matrices);
+        let reads = matrices.flat_map(|ExpertMatrix { weight: matrix, bias }| {
+            let bias = bias.map(|vector| WeightRead::OneVectorOf { vector, chosen, of });
+            bias.into_iter().chain([WeightRead::OneOf { matrix, chosen, of }])
+        });
+        reads.collect()
+    }
+
+    /// Elements of the matrices that one token is multiplied with.
+    fn active_elements(&self, model: &Model) -> usize {
+        let matrices = self.experts.iter().flat_map(Expert::matrices).map(|part| &model.matrices[part.weight.0]);
+        matrices.map(|matrix| matrix.n * matrix.k).sum::<usize>() * self.top_k / self.experts.len().max(1)
     }
 }
 

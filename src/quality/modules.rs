@@ -1,4 +1,4 @@
-//! A model in parts that may differ in how much quantizing them costs: attention, mlp, head, embeddings and each layer.
+//! A model in parts that may differ in how much quantizing them costs: attention, experts, router, mlp, head, embeddings and each layer.
 
 use crate::weights::spec::{MatrixSpec, Role};
 
@@ -14,8 +14,10 @@ pub struct Group {
 /// All groups that have a matrix, from large to small. Linear layers that stay fp16 at every precision are in none.
 pub fn groups(matrices: &[MatrixSpec]) -> Vec<Group> {
     let mut groups = Vec::new();
-    let parts: [(&str, fn(&MatrixSpec) -> bool); 4] = [
+    let parts: [(&str, fn(&MatrixSpec) -> bool); 6] = [
         ("attention", |spec| spec.role == Role::Projection && is_attention(&spec.name)),
+        ("experts", |spec| spec.role == Role::Expert),
+        ("router", |spec| spec.role == Role::Router),
         ("mlp", |spec| spec.role == Role::Projection && !is_attention(&spec.name)),
         ("head", |spec| spec.role == Role::Head),
         // Also where a tied head shares the table.
@@ -25,7 +27,7 @@ pub fn groups(matrices: &[MatrixSpec]) -> Vec<Group> {
         let named = matrices.iter().filter(|spec| belongs(spec)).map(|spec| spec.name.clone());
         groups.push(Group { name: name.to_owned(), matrices: named.collect(), is_layer: false });
     }
-    for spec in matrices.iter().filter(|spec| spec.role == Role::Projection) {
+    for spec in matrices.iter().filter(|spec| spec.role.is_quantized()) {
         let Some(layer) = layer(&spec.name) else { continue };
         match groups.iter_mut().find(|group| group.is_layer && group.name == layer) {
             Some(group) => group.matrices.push(spec.name.clone()),
@@ -82,7 +84,8 @@ mod tests {
             ("model.layers.1.self_attn.dense.weight", Role::Projection),
             ("decoder.block.1.layer.1.EncDecAttention.q.weight", Role::Projection),
         ];
-        let spec = |&(name, role): &(&str, Role)| MatrixSpec { name: name.to_owned(), n: 1, k: 1, role };
+        let spec =
+            |&(name, role): &(&str, Role)| MatrixSpec { name: name.to_owned(), n: 1, k: 1, role, others: Vec::new() };
         let groups = groups(&names.iter().map(spec).collect::<Vec<_>>());
         let found: Vec<_> = groups.iter().map(|group| (group.name.as_str(), group.matrices.len())).collect();
         let expected = [

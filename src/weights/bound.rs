@@ -11,7 +11,7 @@ use safetensors::Dtype;
 use super::bnb::{self, PreQuantized};
 use super::names::{candidates, spellings};
 use super::safetensors::{Safetensors, Tensor, listed};
-use super::spec::{MatrixSpec, Role, VectorSpec};
+use super::spec::{Elsewhere, MatrixSpec, TensorSlice, VectorSpec};
 use super::{Source, SourceInfo, unread};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
@@ -20,10 +20,18 @@ use crate::quant::{FormatId, Part};
 /// A source that reads checkpoint files.
 pub struct Bound {
     files: Arc<Safetensors>,
-    /// Name in the plan → name in the files.
-    names: HashMap<String, String>,
+    /// Name in the plan → place in the files.
+    names: HashMap<String, Located>,
     /// What linear layers were quantized into before they were saved.
     quantized: Option<PreQuantized>,
+}
+
+/// Where the files hold a tensor of the plan.
+pub struct Located {
+    /// Name of the tensor.
+    pub tensor: String,
+    /// The part of it, and the number of its values; `None` is the whole.
+    pub slice: Option<(TensorSlice, usize)>,
 }
 
 /// What messages call a checkpoint and its model.
@@ -42,13 +50,23 @@ impl Bound {
         labels: &Labels,
         events: &dyn Listener,
     ) -> Result<Self> {
-        let matrix_names = matrices.iter().map(|spec| spec.name.as_str());
-        let wanted: Vec<&str> = matrix_names.chain(vectors.iter().map(|spec| spec.name.as_str())).collect();
-        let asked: HashSet<&str> = wanted.iter().copied().collect();
+        let wanted_matrices = matrices.iter().map(|spec| (spec.name.as_str(), &spec.others, spec.n * spec.k));
+        let wanted_vectors = vectors.iter().map(|spec| (spec.name.as_str(), &spec.others, spec.len));
+        let wanted: Vec<(&str, &Vec<Elsewhere>, usize)> = wanted_matrices.chain(wanted_vectors).collect();
+        let asked: HashSet<&str> = wanted.iter().map(|(name, ..)| *name).collect();
         let mut names = HashMap::new();
         let mut absent = Vec::new();
-        for &name in &wanted {
-            match candidates(name, &asked).into_iter().find(|candidate| files.get(candidate).is_some()) {
+        let is_there = |candidate: &String| files.get(candidate).is_some();
+        for &(name, others, len) in &wanted {
+            let whole = candidates(name, &asked).into_iter().find(is_there);
+            let whole = whole.map(|tensor| Located { tensor, slice: None });
+            let found = whole.or_else(|| {
+                others.iter().find_map(|Elsewhere { tensor, slice }| {
+                    let tensor = spellings(tensor).into_iter().find(is_there)?;
+                    Some(Located { tensor, slice: slice.map(|slice| (slice, len)) })
+                })
+            });
+            match found {
                 Some(found) => drop(names.insert(name.to_owned(), found)),
                 None => absent.push(name),
             }
@@ -67,7 +85,12 @@ impl Bound {
 
     /// The name in the files; a name that is none of the plan's stands for itself.
     fn name_of<'a>(&'a self, name: &'a str) -> &'a str {
-        self.names.get(name).map_or(name, String::as_str)
+        self.names.get(name).map_or(name, |located| located.tensor.as_str())
+    }
+
+    /// The part that the tensor of this name is of one of the files.
+    fn slice_of(&self, name: &str) -> Option<&(TensorSlice, usize)> {
+        self.names.get(name)?.slice.as_ref()
     }
 
     fn get(&self, name: &str) -> Option<&Tensor> {
@@ -91,12 +114,14 @@ impl Bound {
 
     /// The precision that a matrix is stored in, `None` where its values are plain.
     fn stored_precision(&self, spec: &MatrixSpec) -> Option<FormatId> {
-        let is_packed = matches!(self.get(&spec.name)?.dtype, Dtype::U8 | Dtype::I8);
+        let is_whole = self.slice_of(&spec.name).is_none();
+        let is_packed = is_whole && matches!(self.get(&spec.name)?.dtype, Dtype::U8 | Dtype::I8);
         let quantized = self.quantized.as_ref().filter(|_| is_packed && bnb::may_be_quantized(spec.role))?;
         Some(quantized.precision)
     }
 
     fn check_tensor(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let slice = self.slice_of(name).map(|(slice, _)| slice.shape_around(shape));
         let name = self.name_of(name);
         let Some(tensor) = self.files.get(name) else { anyhow::bail!("no tensor is named `{name}`") };
         let file = self.files.file_of(tensor);
@@ -110,14 +135,16 @@ impl Bound {
         }
         let (rows, columns) = tensor.matrix();
         let fits = match shape {
+            _ if slice.is_some() => slice.as_ref() == Some(&tensor.shape),
             [len] => tensor.shape.iter().product::<usize>() == *len && tensor.shape.len() <= 1,
             _ => tensor.shape.len() > 1 && shape == [rows, columns],
         };
         match fits {
             true => Ok(()),
             false => Err(BadInput::new(format!(
-                "tensor `{name}` in `{file}` has shape {:?}, the model of config.json needs {shape:?}",
-                tensor.shape
+                "tensor `{name}` in `{file}` has shape {:?}, the model of config.json needs {:?}",
+                tensor.shape,
+                slice.as_deref().unwrap_or(shape)
             ))
             .hint("check that config.json and the weights belong together")
             .into()),
@@ -127,7 +154,7 @@ impl Bound {
     /// A record must not be called by a precision that holds none of its weights.
     fn check_quantized(&self, matrices: &[MatrixSpec], labels: &Labels, events: &dyn Listener) -> Result<()> {
         let Some(own) = &self.quantized else { return Ok(()) };
-        let linear = matrices.iter().filter(|spec| spec.role == Role::Projection);
+        let linear = matrices.iter().filter(|spec| spec.role.is_quantized());
         let (packed, plain): (Vec<_>, Vec<_>) = linear.partition(|spec| self.stored_precision(spec).is_some());
         if packed.is_empty() && !plain.is_empty() {
             return Err(BadInput::new(format!(
@@ -203,7 +230,7 @@ impl Source for Bound {
     }
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.get(name).map(|tensor| tensor.shape.clone())
+        self.get(name).filter(|_| self.slice_of(name).is_none()).map(|tensor| tensor.shape.clone())
     }
 
     fn names(&self) -> Vec<String> {
@@ -211,15 +238,22 @@ impl Source for Bound {
     }
 
     fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f16]) -> Result<usize> {
-        self.files.read_rows(self.name_of(name), rows, out)
+        match self.slice_of(name) {
+            Some((slice, _)) => self.files.read_slice(self.name_of(name), slice, rows, out),
+            None => self.files.read_rows(self.name_of(name), rows, out),
+        }
     }
 
     fn read_rows_f32(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        self.files.read_rows_f32(self.name_of(name), rows, out)
+        match self.slice_of(name) {
+            Some((slice, _)) => self.files.read_slice_f32(self.name_of(name), slice, rows, out),
+            None => self.files.read_rows_f32(self.name_of(name), rows, out),
+        }
     }
 
     fn raw_dtype(&self, name: &str) -> Option<Dtype> {
-        self.get(name).filter(|tensor| tensor.is_plain()).map(|tensor| tensor.dtype)
+        let is_whole = self.slice_of(name).is_none();
+        self.get(name).filter(|tensor| is_whole && tensor.is_plain()).map(|tensor| tensor.dtype)
     }
 
     fn read_raw(&self, name: &str, rows: Range<usize>, out: &mut [u8]) -> Result<()> {
@@ -235,6 +269,13 @@ impl Source for Bound {
     }
 
     fn stored_bytes(&self, name: &str) -> u64 {
-        self.get(name).map_or(0, |tensor| tensor.bytes)
+        let bytes = self.get(name).map_or(0, |tensor| tensor.bytes);
+        match (self.slice_of(name), self.get(name)) {
+            (Some((_, len)), Some(tensor)) => {
+                let all: usize = tensor.shape.iter().product();
+                bytes * *len as u64 / all.max(1) as u64
+            }
+            _ => bytes,
+        }
     }
 }

@@ -201,11 +201,11 @@ impl Writer<'_> {
     }
 
     fn matrix(&mut self, spec: &MatrixSpec) -> Result<()> {
-        let &MatrixSpec { ref name, n, k, role } = spec;
+        let &MatrixSpec { ref name, n, k, role, others: _ } = spec;
         match role {
             Role::Embedding | Role::Head | Role::Patches | Role::Kept => self.half(name, n, k),
             Role::HighPrecision => self.full(name, n, k),
-            Role::Projection => {
+            Role::Projection | Role::Expert | Role::Router => {
                 let mut data = vec![f16::ZERO; n * k];
                 self.fp16_overflow += self.source.read_rows(name, 0..n, &mut data)?;
                 let stored = self.formats.asked().quantize(HalfMatrix { n, k, data });

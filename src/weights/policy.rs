@@ -1,5 +1,7 @@
 //! Which format holds a matrix: what transformers converts by default, and what it leaves alone.
 
+use std::collections::HashSet;
+
 use super::spec::{MatrixSpec, Role};
 use crate::quant::{Format, FormatId, FormatOptions, fp16, fp32};
 
@@ -46,7 +48,7 @@ impl Formats {
     /// stays fp32 when the model's dtype is fp16.
     pub fn of(&self, role: Role) -> &dyn Format {
         match role {
-            Role::Projection => self.asked.as_ref(),
+            Role::Projection | Role::Expert | Role::Router => self.asked.as_ref(),
             Role::Head | Role::Embedding | Role::Patches | Role::Kept => self.fp16.as_ref(),
             Role::HighPrecision => self.fp32.as_ref(),
         }
@@ -71,28 +73,27 @@ impl Selection {
         match self {
             Selection::Usual => {}
             Selection::Without(patterns) => {
-                let linear = |spec: &&MatrixSpec| matches!(spec.role, Role::Projection | Role::Kept);
+                // What roles they had: a matrix that one pattern keeps is still found by another.
+                let roles: Vec<Role> = matrices.iter().map(|spec| spec.role).collect();
                 for pattern in patterns {
-                    let named: Vec<String> = matrices
-                        .iter()
-                        .filter(linear)
-                        .map(|spec| spec.name.clone())
-                        .filter(|n| matches(pattern, n))
-                        .collect();
-                    if named.is_empty() {
+                    let mut found = false;
+                    for (spec, role) in matrices.iter_mut().zip(&roles) {
+                        let linear = role.is_quantized() || *role == Role::Kept;
+                        if linear && (named_by_role(pattern, *role) || matches(pattern, &spec.name)) {
+                            (spec.role, found) = (Role::Kept, true);
+                        }
+                    }
+                    if !found {
                         return Err(pattern);
                     }
-                    matrices
-                        .iter_mut()
-                        .filter(|spec| named.contains(&spec.name))
-                        .for_each(|spec| spec.role = Role::Kept);
                 }
             }
             Selection::Only(names) => {
+                let names: HashSet<&str> = names.iter().map(String::as_str).collect();
                 for spec in matrices {
-                    match names.contains(&spec.name) {
+                    match names.contains(spec.name.as_str()) {
                         true => spec.role = Role::Projection,
-                        false if spec.role == Role::Projection => spec.role = Role::Kept,
+                        false if spec.role.is_quantized() => spec.role = Role::Kept,
                         false => {}
                     }
                 }
@@ -100,6 +101,11 @@ impl Selection {
         }
         Ok(())
     }
+}
+
+/// The words for parts of a mixture, whatever a family calls their tensors.
+fn named_by_role(pattern: &str, role: Role) -> bool {
+    matches!((pattern, role), ("experts", Role::Expert) | ("router", Role::Router))
 }
 
 /// Whether the dotted components of `pattern` stand in `name` one behind the other; `*` in a component stands for anything
@@ -139,7 +145,7 @@ mod tests {
 
     #[test]
     fn a_selection_changes_roles() {
-        let spec = |name: &str, role| MatrixSpec { name: name.to_owned(), n: 1, k: 1, role };
+        let spec = |name: &str, role| MatrixSpec { name: name.to_owned(), n: 1, k: 1, role, others: Vec::new() };
         let model = || {
             vec![
                 spec("embed", Role::Embedding),
@@ -156,6 +162,11 @@ mod tests {
         assert_eq!(roles(&Selection::Without(vec!["a".into()])), Some(vec![embedding, kept, projection]));
         assert_eq!(roles(&Selection::Without(vec!["a.q".into(), "q".into()])), Some(vec![embedding, kept, kept]));
         assert_eq!(roles(&Selection::Without(vec!["embed".into()])), None, "no linear layer");
+        assert_eq!(roles(&Selection::Without(vec!["experts".into()])), None, "no mixture");
+        let mut mixture = vec![spec("a.gate.weight", Role::Router), spec("a.e.0.w1.weight", Role::Expert)];
+        let selection = Selection::Without(vec!["router".into(), "experts".into()]);
+        selection.apply(&mut mixture).unwrap();
+        assert_eq!([mixture[0].role, mixture[1].role], [kept; 2]);
         assert_eq!(roles(&Selection::Only(vec!["embed".into()])), Some(vec![projection, kept, kept]));
     }
 }

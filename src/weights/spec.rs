@@ -5,6 +5,10 @@
 pub enum Role {
     /// A linear layer inside a block: quantized.
     Projection,
+    /// A matrix of one expert of a mixture: quantized by itself.
+    Expert,
+    /// The linear layer that chooses among experts: quantized.
+    Router,
     /// A linear layer that the user keeps in fp16.
     Kept,
     /// The output head: kept in fp16.
@@ -17,6 +21,47 @@ pub enum Role {
     HighPrecision,
 }
 
+impl Role {
+    /// Whether a precision quantizes it by default.
+    pub fn is_quantized(self) -> bool {
+        matches!(self, Role::Projection | Role::Expert | Role::Router)
+    }
+}
+
+/// Another place where files may hold a matrix or a vector.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Elsewhere {
+    /// Name of the tensor.
+    pub tensor: String,
+    /// The part of it; `None` is the whole.
+    pub slice: Option<TensorSlice>,
+}
+
+/// One matrix of a 3-D tensor, or one vector of a 2-D one: what transformers 5 packs experts into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorSlice {
+    /// Of the first dimension, `0..count`.
+    pub index: usize,
+    pub count: usize,
+    /// Row `r` is row `start + r · step` of the `rows` that the tensor has.
+    pub start: usize,
+    pub step: usize,
+    pub rows: usize,
+    /// Rows lie along the last dimension: `[count, k, rows]` and not `[count, rows, k]`.
+    pub transposed: bool,
+}
+
+impl TensorSlice {
+    /// The shape of a tensor whose part has the shape `part`: `[n, k]` of a matrix, `[len]` of a vector.
+    pub fn shape_around(&self, part: &[usize]) -> Vec<usize> {
+        match part {
+            [_, k] if self.transposed => vec![self.count, *k, self.rows],
+            [_, k] => vec![self.count, self.rows, *k],
+            _ => vec![self.count, self.rows],
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct MatrixSpec {
     /// As the checkpoint spells it, `….weight` included.
@@ -24,6 +69,8 @@ pub struct MatrixSpec {
     pub n: usize,
     pub k: usize,
     pub role: Role,
+    /// Where files without a tensor `name` hold it.
+    pub others: Vec<Elsewhere>,
 }
 
 /// A norm weight or a bias.
@@ -32,6 +79,8 @@ pub struct VectorSpec {
     pub name: String,
     pub len: usize,
     pub kind: VectorKind,
+    /// Where files without a tensor `name` hold it.
+    pub others: Vec<Elsewhere>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use anyhow::Result;
 
 use super::bnb;
+use super::bound::Located;
 use super::names::candidates;
 use super::safetensors::{Safetensors, listed};
 
@@ -17,11 +18,14 @@ const UNUSED_T5: &str = "decoder.block.0.layer.1.EncDecAttention.relative_attent
 
 /// What to tell of the tensors that a model does not read, which takes `names`: name in the plan → name in the files. `None` where
 /// there are none, or none that matter. Fails on an I/O error.
-pub fn unread(files: &Safetensors, names: &HashMap<String, String>, model_type: &str) -> Result<Option<String>> {
+pub fn unread(files: &Safetensors, names: &HashMap<String, Located>, model_type: &str) -> Result<Option<String>> {
     let asked: HashSet<&str> = names.keys().map(String::as_str).collect();
-    let mut known: HashSet<String> = names.values().cloned().collect();
-    known.extend(names.values().flat_map(|in_file| bnb::companions(in_file)));
-    for (name, in_file) in names {
+    let mut known: HashSet<String> = names.values().map(|located| located.tensor.clone()).collect();
+    known.extend(names.values().flat_map(|located| bnb::companions(&located.tensor)));
+    for (name, Located { tensor: in_file, slice }) in names {
+        if slice.is_some() {
+            continue;
+        }
         for other in candidates(name, &asked) {
             // Tensors that share memory are saved twice by some tools.
             let is_there = !known.contains(&other) && files.get(&other).is_some();

@@ -106,7 +106,7 @@ impl Shapes<'_> {
     /// The base where nothing is scaled within the context.
     fn plain_rope(&self) -> Result<f64, BadInput> {
         match self.rope()? {
-            (theta, RopeKind::Default | RopeKind::Dynamic) => Ok(theta),
+            (theta, RopeKind::Default) => Ok(theta),
             (_, kind) => Err(self.no_such_rope(kind)),
         }
     }
@@ -127,7 +127,7 @@ impl Shapes<'_> {
         }
         let (theta, kind) = self.rope()?;
         let rope_scaling = match kind {
-            RopeKind::Default | RopeKind::Dynamic => None,
+            RopeKind::Default => None,
             RopeKind::Llama3 { factor, low_freq_factor, high_freq_factor, original } => Some(llama::Llama3RopeConfig {
                 factor: *factor as f32,
                 low_freq_factor: *low_freq_factor as f32,
@@ -135,7 +135,11 @@ impl Shapes<'_> {
                 original_max_position_embeddings: *original as usize,
                 rope_type: llama::Llama3RopeType::Llama3,
             }),
-            RopeKind::Linear { .. } | RopeKind::Yarn(_) | RopeKind::LongRope { .. } | RopeKind::Proportional { .. } => {
+            RopeKind::Linear { .. }
+            | RopeKind::Dynamic { .. }
+            | RopeKind::Yarn(_)
+            | RopeKind::LongRope { .. }
+            | RopeKind::Proportional { .. } => {
                 return Err(self.no_such_rope(kind));
             }
         };

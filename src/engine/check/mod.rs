@@ -14,7 +14,7 @@ use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::{Prepared, Stored};
 use crate::stats::SplitMix64;
-use crate::weights::spec::{MatrixSpec, Role};
+use crate::weights::spec::MatrixSpec;
 
 /// Rows of the products: a decode step's, and enough for the kernels of a prefill.
 const ROWS: [usize; 2] = [1, 9];
@@ -45,7 +45,7 @@ impl SelfCheck {
 /// to check. Fails where the matrix cannot be
 /// read or multiplied at all.
 pub fn self_check(setup: &Setup) -> Result<Option<SelfCheck>> {
-    let fits = |spec: &&MatrixSpec| spec.role == Role::Projection && spec.n * spec.k <= MAX_ELEMENTS;
+    let fits = |spec: &&MatrixSpec| spec.role.is_quantized() && spec.n * spec.k <= MAX_ELEMENTS;
     let linears = setup.model.matrices.iter().filter(fits);
     let Some(spec) = linears.min_by_key(|spec| spec.n * spec.k) else { return Ok(None) };
     let stored = load::one(setup, spec)?;

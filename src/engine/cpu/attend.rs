@@ -62,7 +62,7 @@ impl Runner<'_> {
         if first == last {
             attention::attend(self.weights.isa, queries, keys, values, d, attend.scale, None, outs, kernel);
         } else {
-            let context = attention::Context { keys, values, d, scale: attend.scale };
+            let context = attention::Context { keys, values, d, scale: attend.scale, softcap: None, window: None };
             attention::attend_rows(self.weights.isa, queries, width / d, &context, first, outs, kernel);
         }
         for (row, out) in rows.zip(outs.chunks_exact(width)) {
@@ -120,7 +120,7 @@ impl Runner<'_> {
             let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position(), seen));
             let scratch = &mut self.scratch(worker).kernel;
             for (positions, keys, values) in self.windows(attend.cache, head, positions, worker) {
-                let context = attention::Context { keys, values, d, scale: attend.scale };
+                let context = attention::Context { keys, values, d, scale: attend.scale, softcap: None, window: None };
                 let bias = bias.map(|bias| &bias[positions]);
                 attention::attend_part(self.weights.isa, query, &context, bias, out, partials, scratch);
             }

@@ -124,7 +124,7 @@ impl Runner<'_> {
             Step::Features(FeaturesSpec { x }) if first => self.keep_features(*x),
             Step::LastRow(spec) if first => self.last_row(*spec),
             Step::Prepare { x, matrix } if first => self.prepare(*x, *matrix),
-            Step::Argmax(ArgmaxSpec { logits }) if first => {
+            Step::Argmax(ArgmaxSpec { logits, softcap: _ }) if first => {
                 let token = vector::argmax(self.weights.isa, self.part(*logits, 0, 0..self.width(*logits)));
                 self.token.store(token as u32, Ordering::Relaxed);
             }

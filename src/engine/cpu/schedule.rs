@@ -114,15 +114,22 @@ pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> FormatId) -> Result<Vec<Ste
             Op::AddRows(spec) => steps.push(Step::AddRows(*spec)),
             Op::Features(spec) => steps.push(Step::Features(*spec)),
             Op::Norm(spec) => steps.push(Step::Norm(*spec)),
-            Op::Linear(LinearSpec { x, parts }) => lower_linear(*x, parts.clone(), &form, &mut steps),
+            Op::Linear(LinearSpec { x, parts }) => {
+                parts.iter().try_for_each(|part| refuse(EXECUTOR, "a linear", &[feature(&part.rows)]))?;
+                lower_linear(*x, parts.clone(), &form, &mut steps);
+            }
             Op::Append(AppendSpec { kv, cache }) => {
                 steps.push(Step::Append(Append { kv: *kv, cache: *cache, rotate: None }));
             }
             Op::Attention(spec) => lower_attention(spec, &mut steps)?,
             Op::Activation(spec) => steps.push(Step::Activate(*spec)),
+            Op::Experts(spec) => refuse(EXECUTOR, "an operation", &[Some(spec)])?,
             Op::Add(spec) => steps.push(Step::Add(*spec)),
             Op::LastRow(spec) => steps.push(Step::LastRow(*spec)),
-            Op::Argmax(spec) => steps.push(Step::Argmax(*spec)),
+            Op::Argmax(spec) => {
+                refuse(EXECUTOR, "a choice of the token", &[feature(&spec.softcap)])?;
+                steps.push(Step::Argmax(*spec));
+            }
         }
     }
     Ok(steps)

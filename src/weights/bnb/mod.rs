@@ -43,7 +43,7 @@ pub trait Lookup {
 
 /// Whether a matrix of this role may be stored quantized. Tables of rows may not, and transformers leaves them alone.
 pub fn may_be_quantized(role: Role) -> bool {
-    matches!(role, Role::Projection | Role::HighPrecision)
+    role.is_quantized() || role == Role::HighPrecision
 }
 
 /// Fails with [`BadInput`] unless all tensors of a matrix that is stored quantized are there, in the shapes of `spec`.

@@ -4,6 +4,7 @@
 mod header;
 mod layout;
 mod place;
+mod slice;
 
 pub use layout::{Layout, layout, read_index, shards};
 pub use place::listed;
@@ -222,14 +223,26 @@ impl Safetensors {
         tensor: &Tensor,
         rows: Range<usize>,
         out: &mut [T],
-        mut cast: impl FnMut(&[u8], &mut [T]),
+        cast: impl FnMut(&[u8], &mut [T]),
     ) -> Result<()> {
         let (n, k) = tensor.matrix();
         ensure!(rows.start <= rows.end && rows.end <= n, "rows {rows:?} of `{name}`, which has {n}");
         ensure!(out.len() == rows.len() * k, "{} values asked of {} in `{name}`", out.len(), rows.len() * k);
+        self.read_values(name, tensor, rows.start * k, out, cast)
+    }
+
+    /// Hands the bytes of as many values as `out` has to `cast`, piece by piece. They begin with value `first` of the tensor.
+    fn read_values<T>(
+        &self,
+        name: &str,
+        tensor: &Tensor,
+        first: usize,
+        out: &mut [T],
+        mut cast: impl FnMut(&[u8], &mut [T]),
+    ) -> Result<()> {
         let size = if tensor.dtype == Dtype::F32 { 4 } else { 2 };
         let shard = &self.files[tensor.shard];
-        let mut offset = tensor.offset + (rows.start * k * size) as u64;
+        let mut offset = tensor.offset + (first * size) as u64;
         let mut buffer = vec![0; READ_BYTES.min(out.len() * size)];
         for out in out.chunks_mut(READ_BYTES / size) {
             let bytes = &mut buffer[..out.len() * size];

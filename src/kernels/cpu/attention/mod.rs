@@ -21,6 +21,10 @@ pub struct Context<'a> {
     /// Elements of a head, ≥ 1.
     pub d: usize,
     pub scale: f32,
+    /// `cap · tanh(score / cap)` takes the place of each scaled score.
+    pub softcap: Option<f32>,
+    /// The most positions that a query sees: the last ones. `None` is all.
+    pub window: Option<usize>,
 }
 
 /// What one query has of the softmax so far: `out` beside it is `Σ e^(score − max) · value`.
@@ -57,7 +61,19 @@ pub fn attend(
     out: &mut [f32],
     scratch: &mut Vec<f32>,
 ) {
-    let context = Context { keys, values, d, scale };
+    attend_within(isa, q, &Context { keys, values, d, scale, softcap: None, window: None }, bias, out, scratch);
+}
+
+/// As [`attend`], with everything that a context can say.
+pub fn attend_within(
+    isa: Isa,
+    q: &[f32],
+    context: &Context,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+    scratch: &mut Vec<f32>,
+) {
+    let d = context.d;
     let (_, t) = context.shape(q, out);
     assert!(bias.is_none_or(|bias| bias.len() == q.len() / d * t), "bias is [group, t]");
     let turns = q.chunks(QUERIES * d).zip(out.chunks_mut(QUERIES * d)).enumerate();
@@ -65,7 +81,7 @@ pub fn attend(
         let n = q.len() / d;
         let bias = bias.map(|bias| &bias[turn * QUERIES * t..][..n * t]);
         let mut partials = [Partial::EMPTY; QUERIES];
-        attend_part(isa, q, &context, bias, out, &mut partials[..n], scratch);
+        attend_part(isa, q, context, bias, out, &mut partials[..n], scratch);
         finish(isa, out, &partials[..n], d);
     }
 }
@@ -125,8 +141,8 @@ fn attend_turn(
     if n > QUERIES {
         // One row of a very wide group.
         let seen = first * d;
-        let (keys, values) = (&context.keys[..seen], &context.values[..seen]);
-        return attend(isa, q, keys, values, d, context.scale, None, out, scratch);
+        let context = Context { keys: &context.keys[..seen], values: &context.values[..seen], ..*context };
+        return attend_within(isa, q, &context, None, out, scratch);
     }
     let mut partials = [Partial::EMPTY; QUERIES];
     let partials = &mut partials[..n];

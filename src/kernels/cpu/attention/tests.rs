@@ -51,7 +51,14 @@ fn attend_matches_f64() {
             for (group, t) in [(1, 1), (1, 200), (3, 5), (4, 64), (2, 65), (9, 131), (17, 70), (40, 67)] {
                 let (q, bias) = (random(group * d, 1), random(group * t, 4));
                 let (keys, values) = (random(t * d, 2), random(t * d, 3));
-                let context = Context { keys: &keys, values: &values, d, scale: 1.0 / (d as f32).sqrt() };
+                let context = Context {
+                    keys: &keys,
+                    values: &values,
+                    d,
+                    scale: 1.0 / (d as f32).sqrt(),
+                    softcap: None,
+                    window: None,
+                };
                 for bias in [None, Some(&bias[..])] {
                     let mut out = vec![f32::NAN; group * d];
                     attend(isa, &q, &keys, &values, d, context.scale, bias, &mut out, &mut scratch);
@@ -71,7 +78,7 @@ fn rows_see_what_stands_before_them() {
             for (rows, group, past) in [(1, 1, 0), (5, 1, 0), (70, 1, 3), (33, 3, 100), (9, 4, 63), (3, 35, 2)] {
                 let t = past + rows + 2;
                 let (q, keys, values) = (random(rows * group * d, 1), random(t * d, 2), random(t * d, 3));
-                let context = Context { keys: &keys, values: &values, d, scale: 0.3 };
+                let context = Context { keys: &keys, values: &values, d, scale: 0.3, softcap: None, window: None };
                 let mut out = vec![f32::NAN; q.len()];
                 attend_rows(isa, &q, group, &context, past + 1, &mut out, &mut scratch);
                 let name = format!("{} d {d} rows {rows} group {group} past {past}", isa.name());
@@ -86,7 +93,7 @@ fn parts_merge_to_the_whole() {
     let mut scratch = Vec::new();
     let (d, group, t) = (24, 5, 150);
     let (q, keys, values) = (random(group * d, 1), random(t * d, 2), random(t * d, 3));
-    let context = Context { keys: &keys, values: &values, d, scale: 0.5 };
+    let context = Context { keys: &keys, values: &values, d, scale: 0.5, softcap: None, window: None };
     for isa in Isa::available() {
         for cuts in [vec![0, 150], vec![0, 1, 150], vec![0, 0, 64, 149, 150], vec![0, 90, 150, 150]] {
             let (mut out, mut partials) = (vec![0.0; group * d], vec![Partial::EMPTY; group]);

@@ -1,5 +1,7 @@
 //! The inner loops of attention: queries two at a time against tiles of positions that stay in the nearest cache.
 
+use std::ops::Range;
+
 use super::{Context, Partial, finite_base};
 use crate::kernels::cpu::lanes::{Kernel, Lanes, exp};
 
@@ -9,7 +11,7 @@ const TILE: usize = 64;
 /// From so many queries on, transposing a tile of keys costs less than adding up across vectors for each score.
 const TRANSPOSE_FROM: usize = 16;
 
-/// Fills `out` and `partials` for all queries: query `i` sees the first `first + i / group` positions.
+/// Fills `out` and `partials` for all queries: query `i` sees the last `window` of the first `first + i / group` positions.
 pub(super) struct Attend<'a> {
     pub q: &'a [f32],
     pub context: Context<'a>,
@@ -44,7 +46,7 @@ impl Kernel for Attend<'_> {
             packed.resize(d * TILE, 0.0);
         }
         let t = if n == 0 { 0 } else { self.seen(n - 1) };
-        for start in (0..t).step_by(TILE) {
+        for start in (self.hidden(0) / TILE * TILE..t).step_by(TILE) {
             let len = TILE.min(t - start);
             let keys = &self.context.keys[start * d..(start + len) * d];
             let values = &self.context.values[start * d..(start + len) * d];
@@ -71,6 +73,11 @@ impl Attend<'_> {
         self.first + query / self.group
     }
 
+    /// Positions before the window of a query.
+    fn hidden(&self, query: usize) -> usize {
+        self.context.window.map_or(0, |window| self.seen(query).saturating_sub(window))
+    }
+
     /// Takes a tile into the softmax of the queries `i..i + H`.
     #[inline(always)]
     fn absorb<L: Lanes, const H: usize>(&mut self, i: usize, tile: &Tile) {
@@ -85,9 +92,12 @@ impl Attend<'_> {
         let t = self.context.keys.len() / d;
         for (h, scores) in scores.iter_mut().enumerate() {
             let seen = len.min(self.seen(i + h) - tile.start);
+            let hidden = self.hidden(i + h).saturating_sub(tile.start).min(seen);
             let bias = self.bias.map(|bias| &bias[(i + h) * t + tile.start..][..seen]);
             let out = &mut self.out[(i + h) * d..][..d];
-            soften::<L>(scores, seen, self.context.scale, bias, &mut self.partials[i + h], out);
+            let visible = hidden..seen;
+            let Context { scale, softcap, .. } = self.context;
+            soften::<L>(scores, visible, (scale, softcap), bias, &mut self.partials[i + h], out);
         }
         multiply_add::<L, H>(scores.as_flattened(), TILE, len, tile.values, d, &mut self.out[i * d..(i + H) * d]);
     }
@@ -137,23 +147,29 @@ fn dots<L: Lanes, const H: usize>(q: &[f32], d: usize, keys: &[f32], scores: &mu
     }
 }
 
-/// Turns the dot products of one query into weights `e^(score − max)` (0 from `seen` on), and rescales what the query has
-/// so far where the maximum grew.
+/// Turns the dot products of one query into weights `e^(score − max)` (0 outside of `visible`), and rescales what the query
+/// has so far where the maximum grew.
 #[inline(always)]
 fn soften<L: Lanes>(
     scores: &mut [f32; TILE],
-    seen: usize,
-    scale: f32,
+    visible: Range<usize>,
+    (mut scale, softcap): (f32, Option<f32>),
     bias: Option<&[f32]>,
     partial: &mut Partial,
     out: &mut [f32],
 ) {
+    let Range { start: hidden, end: seen } = visible;
     let padded = seen.next_multiple_of(L::WIDTH);
+    if let Some(cap) = softcap {
+        cap_scores::<L>(&mut scores[..padded], scale / cap, cap);
+        scale = 1.0;
+    }
     if let Some(bias) = bias {
         for (score, bias) in scores.iter_mut().zip(bias) {
             *score = *score * scale + bias;
         }
     }
+    scores[..hidden].fill(f32::NEG_INFINITY);
     scores[seen..padded].fill(f32::NEG_INFINITY);
     let scale = L::splat(if bias.is_some() { 1.0 } else { scale });
     let mut greatest = L::splat(partial.max);
@@ -164,6 +180,7 @@ fn soften<L: Lanes>(
         score.store(chunk);
     }
     // Not the scaled padding: a negative scale would make it +∞.
+    scores[..hidden].fill(f32::NEG_INFINITY);
     scores[seen..padded].fill(f32::NEG_INFINITY);
     let max = greatest.greatest();
     let base = L::splat(finite_base(max));
@@ -180,6 +197,17 @@ fn soften<L: Lanes>(
         *partial = Partial { max, sum: partial.sum * factor };
     }
     partial.sum += sum.sum();
+}
+
+/// `cap · tanh(factor · score)` in place of each score, within 2e-7 · cap.
+#[inline(always)]
+fn cap_scores<L: Lanes>(scores: &mut [f32], factor: f32, cap: f32) {
+    for chunk in scores.chunks_exact_mut(L::WIDTH) {
+        // tanh(u) = 1 − 2 / (1 + e^(2u)), which is −1 and 1 at the ends.
+        let e = exp(L::load(chunk).mul(L::splat(2.0 * factor)));
+        let tanh = L::splat(1.0).sub(L::splat(2.0).div(e.add(L::splat(1.0))));
+        tanh.mul(L::splat(cap)).store(chunk);
+    }
 }
 
 /// `out[h][c] += Σ_r a[h][r] · b[r][c]` for H rows: `a` with `stride`, of which `r` < `rows` count; `b` `[rows, columns]`;

@@ -1,19 +1,22 @@
-//! The oracle: one operation at a time on candle tensors, on any device.
+//! The oracle: one operation at a time on candle tensors, on any device. It runs every operation of a plan.
 //!
 //! On the CPU everything is fp32 and a linear is its format's plain reference; on CUDA activations are fp16, sums and
 //! norms fp32, and a linear is the format's device kernel. Speed is no aim here.
+
+mod attention;
+mod experts;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 
 use super::load::{LoadedTensors, stream};
-use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
 use crate::call::{Batch, KvFormat, Supported};
 use crate::events::Listener;
 use crate::plan::{
-    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, AttentionSpec, BiasId, BufferId,
-    CacheId, CacheScope, EmbedSpec, EncoderInputKind, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec,
-    Mask, Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, RopeId, feature, refuse,
+    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, BufferId, CacheScope, EmbedSpec,
+    EncoderInputKind, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, MatrixId, MatrixRows, Model, Norm,
+    NormKind, NormSpec, Op, PatchesSpec, Plan, Softcap, VectorId,
 };
 use crate::quant::Stored;
 use crate::weights::spec::MatrixSpec;
@@ -89,10 +92,10 @@ const EXECUTOR: &str = "the reference executor";
 /// Loads the oracle on the CPU.
 pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
     calls(KvFormat::Fp32).check(setup.sequences, setup.kv_format)?;
-    setup.model.plans().flat_map(|plan| &plan.ops).try_for_each(check)?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(Box::new(Oracle(stored)) as Box<dyn Linear>);
     let tensors = stream(setup, events, &finish)?;
-    Reference::loaded(setup, tensors, Device::Cpu, DType::F32, "candle".to_owned())
+    let loaded = Reference::loaded(setup, tensors, Device::Cpu, DType::F32, "candle".to_owned())?;
+    Ok(recompute::wrapped(&setup.model.ropes, loaded))
 }
 
 impl Reference {
@@ -166,39 +169,28 @@ impl Reference {
             Op::Norm(NormSpec { norm, x, out }) => buffers.set(*out, self.norm(*norm, &buffers.get(*x)?)?),
             Op::Linear(LinearSpec { x, parts }) => {
                 let x = buffers.get(*x)?.contiguous()?;
-                for &LinearPart { weight, bias, out } in parts {
-                    let y = self.matrices[weight.0].forward(&x)?;
-                    let y = match bias {
-                        Some(bias) => y.broadcast_add(&self.vectors[bias.0].to_dtype(self.compute)?)?,
-                        None => y,
-                    };
-                    buffers.set(out, y);
+                for part in parts {
+                    buffers.set(part.out, self.linear(part, &x)?);
                 }
             }
-            Op::Append(AppendSpec { kv, cache }) => self.append(*kv, *cache, None, buffers)?,
+            Op::Append(AppendSpec { kv: KeyValue { k, v }, cache }) => {
+                self.append(*cache, &buffers.get(*k)?, &buffers.get(*v)?)?;
+            }
             Op::Attention(spec) => {
-                let attend = Attend::lower(spec)?;
-                if let Some(kv) = attend.append {
-                    self.append(kv, attend.cache, attend.rope, buffers)?;
-                }
-                let mut q = buffers.get(attend.q)?;
-                if let Some(rope) = attend.rope {
-                    q = self.rotate(rope, &q, self.model.caches[attend.cache.0].head_dim)?;
-                }
-                buffers.set(attend.out, self.attend(&q, &attend)?);
+                let out = self.attention(spec, buffers)?;
+                buffers.set(spec.out, out);
             }
             Op::Activation(ActivationSpec { kind, gate, up, out }) => {
-                let gate = buffers.get(*gate)?;
-                let y = match kind {
-                    ActivationKind::Silu => gate.silu()?,
-                    ActivationKind::GeluTanh => gate.gelu()?,
-                    ActivationKind::Relu => gate.relu()?,
-                };
+                let y = activate(*kind, &buffers.get(*gate)?)?;
                 let y = match up {
                     Some(up) => (y * buffers.get(*up)?)?,
                     None => y,
                 };
                 buffers.set(*out, y);
+            }
+            Op::Experts(spec) => {
+                let out = self.experts(spec, &buffers.get(spec.x)?, &buffers.get(spec.scores)?)?;
+                buffers.set(spec.out, out);
             }
             // An fp32 linear (T5's `wo`) makes the residual fp32 from there on, as in transformers.
             Op::Add(AddSpec { a, b, out }) => {
@@ -210,8 +202,8 @@ impl Reference {
                 let x = buffers.get(*x)?;
                 buffers.set(*out, (x.narrow(0, x.dim(0)? - 1, 1)? * *scale as f64)?);
             }
-            Op::Argmax(ArgmaxSpec { logits }) => {
-                let logits = buffers.get(*logits)?.to_dtype(DType::F32)?.flatten_all()?;
+            Op::Argmax(ArgmaxSpec { logits, softcap }) => {
+                let logits = capped(buffers.get(*logits)?.to_dtype(DType::F32)?.flatten_all()?, *softcap)?;
                 self.last_token = first_largest(&logits.to_vec1::<f32>()?);
                 self.logits = Some(logits);
             }
@@ -219,13 +211,25 @@ impl Reference {
         Ok(())
     }
 
-    fn embed(
-        &self,
-        tokens: &[u32],
-        table: crate::plan::MatrixId,
-        scale: f32,
-        image: Option<u32>,
-    ) -> candle_core::Result<Tensor> {
+    /// `y = x · W[rows]ᵀ + bias`
+    fn linear(&self, part: &LinearPart, x: &Tensor) -> candle_core::Result<Tensor> {
+        let LinearPart { weight, rows, bias, out: _ } = *part;
+        let y = self.matrices[weight.0].forward(x)?;
+        let y = match rows {
+            Some(MatrixRows { start, len }) => y.narrow(1, start, len)?,
+            None => y,
+        };
+        self.biased(y, bias)
+    }
+
+    fn biased(&self, y: Tensor, bias: Option<VectorId>) -> candle_core::Result<Tensor> {
+        match bias {
+            Some(bias) => y.broadcast_add(&self.vectors[bias.0].to_dtype(self.compute)?),
+            None => Ok(y),
+        }
+    }
+
+    fn embed(&self, tokens: &[u32], table: MatrixId, scale: f32, image: Option<u32>) -> candle_core::Result<Tensor> {
         let rows = (self.matrices[table.0].rows(tokens)?.to_dtype(self.compute)? * scale as f64)?;
         let n_image = tokens.iter().filter(|&&token| Some(token) == image).count();
         if n_image == 0 {
@@ -259,132 +263,6 @@ impl Reference {
         };
         normed.to_dtype(self.compute)
     }
-
-    /// `x` is `[t, heads · d]`; each head's first `rotary_dim` elements turn by position.
-    fn rotate(&self, rope: RopeId, x: &Tensor, d: usize) -> candle_core::Result<Tensor> {
-        let rope = &self.model.ropes[rope.0];
-        let (t, width) = x.dims2()?;
-        let half = rope.rotary_dim / 2;
-        let turns = (self.position..self.position + t).flat_map(|position| rope.turns(position));
-        let (cos, sin): (Vec<f32>, Vec<f32>) = turns.unzip();
-        let cos = Tensor::from_vec(cos, (t, 1, half), &self.device)?;
-        let sin = Tensor::from_vec(sin, (t, 1, half), &self.device)?;
-        let x = x.reshape((t, width / d, d))?.to_dtype(DType::F32)?;
-        let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
-        let turned_a = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-        let turned_b = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-        let rest = x.narrow(2, 2 * half, d - 2 * half)?;
-        Tensor::cat(&[turned_a, turned_b, rest], 2)?.reshape((t, width))?.to_dtype(self.compute)
-    }
-
-    /// The encoder's caches hold one call, the decoder's grow.
-    fn append(
-        &mut self,
-        KeyValue { k, v }: KeyValue,
-        cache: CacheId,
-        rope: Option<RopeId>,
-        buffers: &Buffers,
-    ) -> candle_core::Result<()> {
-        let d = self.model.caches[cache.0].head_dim;
-        let (mut k, v) = (buffers.get(k)?, heads(&buffers.get(v)?, d)?);
-        if let Some(rope) = rope {
-            k = self.rotate(rope, &k, d)?;
-        }
-        let k = heads(&k, d)?;
-        let old = self.caches[cache.0].take().filter(|_| self.model.caches[cache.0].scope == CacheScope::Decoder);
-        self.caches[cache.0] = Some(match old {
-            Some((keys, values)) => (Tensor::cat(&[keys, k], 1)?, Tensor::cat(&[values, v], 1)?),
-            None => (k, v),
-        });
-        Ok(())
-    }
-
-    /// `q` is `[t, h · d]`, rotated; softmax in fp32.
-    fn attend(&self, q: &Tensor, attend: &Attend) -> candle_core::Result<Tensor> {
-        let (cache, scale, mask, bias) = (attend.cache, attend.scale, attend.mask, attend.bias);
-        let spec = self.model.caches[cache.0];
-        let (keys, values) = self.caches[cache.0].as_ref().ok_or_else(|| missing("keys and values"))?;
-        let (t, width) = q.dims2()?;
-        let (g, d, total) = (spec.kv_heads, spec.head_dim, keys.dim(1)?);
-        let group = width / d / g;
-        // [t, g · group, d] → [g, group · t, d]: the heads of a group read the same keys.
-        let q = q.reshape((t, g, group, d))?.permute((1, 2, 0, 3))?.reshape((g, group * t, d))?;
-        let (q, keys, values) = (q.to_dtype(DType::F32)?, keys.to_dtype(DType::F32)?, values.to_dtype(DType::F32)?);
-        let scores = (q.matmul(&keys.transpose(1, 2)?.contiguous()?)? * scale as f64)?;
-        let bias = self.bias(g * group, t, total, mask, bias)?;
-        let bias = Tensor::from_vec(bias, (g, group * t, total), &self.device)?;
-        let scores = (scores + bias)?;
-        let weights = (scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?).exp()?;
-        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-        let out = weights.matmul(&values.contiguous()?)?.reshape((g, group, t, d))?;
-        out.permute((2, 0, 1, 3))?.reshape((t, width))?.to_dtype(self.compute)
-    }
-
-    /// What is added to the scores, `[h, t, total]`: the relative bias, and −∞ where the mask hides a key.
-    fn bias(
-        &self,
-        h: usize,
-        t: usize,
-        total: usize,
-        mask: Mask,
-        bias: Option<BiasId>,
-    ) -> candle_core::Result<Vec<f32>> {
-        let causal = match mask {
-            Mask::Causal => true,
-            Mask::Full => false,
-            Mask::Prefix => self.position > 0,
-        };
-        let table = match bias {
-            Some(bias) => {
-                let bias = &self.model.biases[bias.0];
-                let buckets = self.model.matrices[bias.table.0].n;
-                let ids: Vec<u32> = (0..buckets as u32).collect();
-                let rows = self.matrices[bias.table.0].rows(&ids)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-                Some((bias, rows))
-            }
-            None => None,
-        };
-        let mut out = Vec::with_capacity(h * t * total);
-        for head in 0..h {
-            for row in 0..t {
-                // Below 0 where a long prompt attends to a short encoding.
-                let query = (total + row) as i64 - t as i64;
-                out.extend((0..total as i64).map(|key| match &table {
-                    _ if causal && key > query => f32::NEG_INFINITY,
-                    Some((bias, rows)) => rows[bias.bucket(key - query, rows.len())][head],
-                    None => 0.0,
-                }));
-            }
-        }
-        Ok(out)
-    }
-}
-
-/// An attention that this executor can run.
-struct Attend {
-    q: BufferId,
-    append: Option<KeyValue>,
-    cache: CacheId,
-    out: BufferId,
-    scale: f32,
-    mask: Mask,
-    rope: Option<RopeId>,
-    bias: Option<BiasId>,
-}
-
-impl Attend {
-    fn lower(spec: &AttentionSpec) -> candle_core::Result<Self> {
-        let AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
-        let features = [feature(window), feature(softcap), feature(qk_norm), feature(sinks)];
-        refuse(EXECUTOR, "an attention", &features)?;
-        let (q, append, cache, out) = (*q, *append, *cache, *out);
-        Ok(Self { q, append, cache, out, scale: *scale, mask: *mask, rope: *rope, bias: *bias })
-    }
-}
-
-/// Refuses by name what this executor cannot run, before any weight is read.
-fn check(op: &Op) -> candle_core::Result<()> {
-    if let Op::Attention(spec) = op { Attend::lower(spec).map(|_| ()) } else { Ok(()) }
 }
 
 /// The buffers of one call.
@@ -404,10 +282,20 @@ fn missing(what: &str) -> candle_core::Error {
     candle_core::Error::Msg(format!("{what} is read before it is written"))
 }
 
-/// `[t, heads · d]` → `[heads, t, d]`
-fn heads(x: &Tensor, d: usize) -> candle_core::Result<Tensor> {
-    let (t, width) = x.dims2()?;
-    x.reshape((t, width / d, d))?.transpose(0, 1)?.contiguous()
+fn activate(kind: ActivationKind, gate: &Tensor) -> candle_core::Result<Tensor> {
+    match kind {
+        ActivationKind::Silu => gate.silu(),
+        ActivationKind::GeluTanh => gate.gelu(),
+        ActivationKind::Relu => gate.relu(),
+    }
+}
+
+/// `cap · tanh(x / cap)`, where there is a cap.
+fn capped(x: Tensor, softcap: Option<Softcap>) -> candle_core::Result<Tensor> {
+    match softcap {
+        Some(Softcap(cap)) => (x / cap as f64)?.tanh()? * cap as f64,
+        None => Ok(x),
+    }
 }
 
 /// The lowest index among the largest values, as torch.argmax gives it on a CPU.
@@ -471,11 +359,9 @@ impl Session for Reference {
         let x = (self.run(&body, tokens)?.get(head.x)? * head.scale as f64)?;
         self.position += tokens.len();
         for row in 0..tokens.len() {
-            let mut logits = self.matrices[head.weight.0].forward(&x.narrow(0, row, 1)?.contiguous()?)?;
-            if let Some(bias) = head.bias {
-                logits = logits.broadcast_add(&self.vectors[bias.0].to_dtype(self.compute)?)?;
-            }
-            on_row(row, &logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
+            let logits = self.matrices[head.weight.0].forward(&x.narrow(0, row, 1)?.contiguous()?)?;
+            let logits = self.biased(logits, head.bias)?.to_dtype(DType::F32)?.flatten_all()?;
+            on_row(row, &capped(logits, head.softcap)?.to_vec1::<f32>()?);
         }
         Ok(())
     }
