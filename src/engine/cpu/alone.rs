@@ -21,7 +21,7 @@ use crate::kernels::cpu::pages::bytes_of;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::topology::core_cache_bytes;
-use crate::plan::{CacheId, CacheScope, MatrixId, NormSpec, Plan};
+use crate::plan::{CacheId, CacheScope, Expert, ExpertsSpec, LinearPart, MatrixId, NormSpec, Plan};
 
 /// Rounds of a real step, a reading pass and a step of arithmetic alone.
 const MIN_ROUNDS: usize = 3;
@@ -58,8 +58,10 @@ pub(super) struct Outputs {
 impl Outputs {
     fn new(steps: &[Step], plan: &Plan) -> Self {
         let width = |step: &Step| -> usize {
-            let attended = if let Step::Attend(attend) = step { plan.buffers[attend.out.0].width } else { 0 };
-            attended + parts(step).iter().map(|part| plan.buffers[part.out.0].width).sum::<usize>()
+            let attended = if let Step::Attend(attend) = step { Some(attend.out) } else { None };
+            let whole = if let Step::Experts(spec) = step { Some(spec.out) } else { attended };
+            whole.map_or(0, |out| plan.buffers[out.0].width)
+                + parts(step).iter().map(|part| plan.buffers[part.out.0].width).sum::<usize>()
         };
         let mut len = 0;
         let mut starts = Vec::with_capacity(steps.len());
@@ -98,9 +100,9 @@ impl StandIns {
         let all = &weights.matrices;
         let alike = |id: MatrixId| (all[id.0].format(), all[id.0].shape());
         let mut firsts: Vec<MatrixId> = Vec::new();
-        for part in steps.iter().flat_map(parts) {
-            if !firsts.iter().any(|first| alike(*first) == alike(part.weight)) {
-                firsts.push(part.weight);
+        for weight in steps.iter().flat_map(|step| matrices(step, 0)) {
+            if !firsts.iter().any(|first| alike(*first) == alike(weight)) {
+                firsts.push(weight);
             }
         }
         // Half of the cache, since activations and outputs need room as well.
@@ -130,8 +132,25 @@ impl StandIns {
     }
 }
 
-fn parts(step: &Step) -> &[crate::plan::LinearPart] {
-    if let Step::Linear { parts } = step { parts } else { &[] }
+fn parts(step: &Step) -> &[LinearPart] {
+    if let Step::Linear { parts } | Step::Fused { parts, .. } = step { parts } else { &[] }
+}
+
+/// The matrices that step `index` multiplies. Those of experts are of as many as a row chooses, others at each step.
+fn matrices(step: &Step, index: usize) -> Vec<MatrixId> {
+    if let Step::Fused { weight, .. } = step {
+        return vec![*weight];
+    }
+    if let Step::Experts(spec) = step {
+        return read_experts(spec, index).flat_map(|expert| expert.matrices().map(|part| part.weight)).collect();
+    }
+    parts(step).iter().map(|part| part.weight).collect()
+}
+
+/// Experts that stand for those which step `index` chooses.
+fn read_experts(spec: &ExpertsSpec, index: usize) -> impl Iterator<Item = &Expert> {
+    let n = spec.experts.len();
+    (0..spec.top_k.min(n)).map(move |nth| &spec.experts[(index * spec.top_k + nth) % n])
 }
 
 /// `range` as windows that all begin where it does, of `most` at a time: as many in all.
@@ -187,8 +206,13 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
     pool.run(&|worker: &Worker| {
         let mut folded = 0;
         let mut piece = |bytes: &[u8]| folded ^= read_through(weights.isa, bytes);
-        for step in steps {
+        for (index, step) in steps.iter().enumerate() {
             match step {
+                Step::Fused { .. } | Step::Experts(_) => {
+                    for matrix in matrices(step, index).into_iter().map(|id| &weights.matrices[id.0]) {
+                        matrix.memory_of(worker.share(matrix.shape().0, weights.granule), &mut piece);
+                    }
+                }
                 Step::Linear { parts } => {
                     for part in parts {
                         let matrix = &weights.matrices[part.weight.0];
@@ -203,7 +227,8 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
                 }
                 Step::Attend(attend) => read_cache(attend.cache, weights, memory, call, worker, &mut piece),
                 Step::Embed(_) | Step::Patches(_) | Step::AddRows(_) | Step::Features(_) | Step::LastRow(_) => {}
-                Step::Prepare { .. } | Step::Activate(_) | Step::Add(_) | Step::Append(_) | Step::Argmax(_) => {}
+                Step::Prepare { .. } | Step::Activate(_) | Step::Add(_) | Step::Append(_) => {}
+                Step::CapLogits { .. } | Step::Argmax(_) => {}
             }
         }
         std::hint::black_box(folded);
@@ -219,9 +244,10 @@ fn read_cache(
     piece: &mut impl FnMut(&[u8]),
 ) {
     let spec = weights.model.caches[cache.0];
-    let (capacity, seen) = match spec.scope {
-        CacheScope::Decoder => (weights.capacity, call.position() + 1),
-        CacheScope::Encoder => (weights.encoder_capacity, call.encoded),
+    let capacity = weights.positions(cache);
+    let seen = match spec.scope {
+        CacheScope::Decoder => (call.position() + 1).min(capacity),
+        CacheScope::Encoder => call.encoded,
     };
     let positions = worker.share(seen, 1);
     for head in 0..spec.kv_heads {

@@ -4,29 +4,49 @@
 use std::ops::Range;
 
 use super::Scratch;
+use super::Weights;
 use super::alone::Mode;
-use super::run::Runner;
+use super::arena::SharedArena;
+use super::buffers::Buffers;
+use super::partials::SharedParts;
+use super::run::Call;
 use super::schedule::Attend;
-use crate::kernels::cpu::attention::{self, Partial};
+use crate::kernels::cpu::attention::{self, Context, Partial};
 use crate::kernels::cpu::pool::Worker;
-use crate::plan::{CacheId, CacheScope, Mask};
+use crate::kernels::cpu::shared::SharedSlice;
+use crate::plan::{CacheId, CacheScope, Mask, Sinks, Softcap, Window};
 
 /// A prefill hands out attention in blocks of this many query rows of one key/value head.
 const QUERY_BLOCK: usize = 16;
 
+/// The same where the keys of a block are brought together first: a window of 512 then costs 1/9 more to copy than to read.
+const GATHERED_QUERY_BLOCK: usize = 64;
+
 /// Positions are handed out in multiples of this, which is what attention takes at once.
 const POSITIONS: usize = 64;
 
-/// Bytes of keys and values that a worker must be spared to read before positions are split. Splitting costs two more meetings,
+/// Bytes of keys and values that a worker must be spared to read before positions are split. Splitting costs two more barriers,
 /// each 1 to 3 µs, in which a core reads about as much.
 const SPARED_BYTES: usize = 128 << 10;
 
-impl Runner<'_> {
+/// The parts of a call that attention touches.
+pub(super) struct Attention<'a> {
+    pub weights: &'a Weights,
+    pub call: Call<'a>,
+    pub buffers: &'a Buffers<'a>,
+    /// Keys and values of each cache.
+    pub caches: &'a SharedArena<'a>,
+    pub parts: &'a SharedParts<'a>,
+    /// One element per worker.
+    pub scratch: &'a SharedSlice<'a, Scratch>,
+}
+
+impl Attention<'_> {
     /// One row: by key/value heads, as they were appended, or by positions where heads would leave workers idle for long.
     /// Several: by heads and blocks of rows, dealt out in turn since later rows see more.
-    pub(super) fn attend(&self, attend: &Attend, worker: &Worker) {
+    pub fn attend(&self, attend: &Attend, worker: &Worker) {
         let heads = self.weights.model.caches[attend.cache.0].kv_heads;
-        let rows = self.rows(attend.q);
+        let rows = self.buffers.rows(attend.q);
         if rows == 1 {
             if self.splits_positions(attend, worker.count()) {
                 return self.attend_positions(attend, worker);
@@ -34,62 +54,127 @@ impl Runner<'_> {
             worker.share(heads, 1).for_each(|head| self.attend_row(attend, head, 0, worker));
             return;
         }
-        let blocks = rows.div_ceil(QUERY_BLOCK);
+        let is_ring = self.reads_ring_of_several(attend.cache);
+        let block_rows = if is_ring { GATHERED_QUERY_BLOCK } else { QUERY_BLOCK };
+        let blocks = rows.div_ceil(block_rows);
         for item in (worker.index()..heads * blocks).step_by(worker.count()) {
             let (block, head) = (item / heads, item % heads);
-            let rows = block * QUERY_BLOCK..rows.min((block + 1) * QUERY_BLOCK);
+            let rows = block * block_rows..rows.min((block + 1) * block_rows);
             match attend.bias {
                 Some(_) => rows.for_each(|row| self.attend_row(attend, head, row, worker)),
                 None => self.attend_block(attend, head, rows, worker),
             }
         }
+        if let (true, Some(kv)) = (is_ring, attend.kv) {
+            // All have read what the ring held before.
+            worker.barrier();
+            self.store(kv, attend.cache, worker);
+        }
+    }
+
+    #[allow(clippy::mut_from_ref)]
+    pub fn scratch(&self, worker: &Worker) -> &mut Scratch {
+        // SAFETY: each worker takes the element of its own index.
+        unsafe { &mut self.scratch.range_mut(worker.index()..worker.index() + 1)[0] }
     }
 
     /// Rows of one head together, so that keys and values are read once for the block.
     fn attend_block(&self, attend: &Attend, head: usize, rows: Range<usize>, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
-        let d = spec.head_dim;
-        let width = self.width(attend.q) / spec.kv_heads;
+        let (isa, d) = (self.weights.isa, spec.head_dim);
+        let width = self.buffers.width(attend.q) / spec.kv_heads;
         let columns = head * width..(head + 1) * width;
-        let Scratch { kernel, gathered } = self.scratch(worker);
+        let Scratch { kernel, gathered, window } = self.scratch(worker);
         gathered.resize(2 * rows.len() * width, 0.0);
         let (queries, outs) = gathered.split_at_mut(rows.len() * width);
         for (row, query) in rows.clone().zip(queries.chunks_exact_mut(width)) {
-            query.copy_from_slice(self.part(attend.q, row, columns.clone()));
+            query.copy_from_slice(self.buffers.part(attend.q, row, columns.clone()));
         }
         let (first, last) = (self.seen(attend, rows.start), self.seen(attend, rows.end - 1));
-        let (keys, values) = self.keys_and_values(attend.cache, head, 0..last);
+        // The first position that any row of the block sees.
+        let start = attend.window.map_or(0, |Window(window)| first.saturating_sub(window));
+        let (keys, values) = match self.reads_ring_of_several(attend.cache) {
+            true => self.gather(attend, head, start..last, window),
+            false => self.keys_and_values(attend.cache, head, start..last),
+        };
+        let context = self.context(attend, head, (keys, values));
         if first == last {
-            attention::attend(self.weights.isa, queries, keys, values, d, attend.scale, None, outs, kernel);
+            attention::attend_within(isa, queries, &context, None, outs, kernel);
         } else {
-            let context = attention::Context { keys, values, d, scale: attend.scale, softcap: None, window: None };
-            attention::attend_rows(self.weights.isa, queries, width / d, &context, first, outs, kernel);
+            attention::attend_rows(isa, queries, width / d, &context, first - start, outs, kernel);
         }
         for (row, out) in rows.zip(outs.chunks_exact(width)) {
-            self.part_mut(attend.out, row, columns.clone()).copy_from_slice(out);
+            self.buffers.part_mut(attend.out, row, columns.clone()).copy_from_slice(out);
         }
+    }
+
+    /// Keys and values of a head at `positions`, the older ones from the ring and the call's own from their buffers.
+    fn gather<'w>(
+        &self,
+        attend: &Attend,
+        head: usize,
+        positions: Range<usize>,
+        window: &'w mut Vec<f32>,
+    ) -> (&'w [f32], &'w [f32]) {
+        let d = self.weights.model.caches[attend.cache.0].head_dim;
+        let columns = head * d..(head + 1) * d;
+        window.resize(2 * positions.len() * d, 0.0);
+        let (keys, values) = window.split_at_mut(positions.len() * d);
+        let targets = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
+        for (position, (key, value)) in positions.zip(targets) {
+            let (from_key, from_value) = match (position.checked_sub(self.call.position()), attend.kv) {
+                (Some(row), Some(kv)) => {
+                    (self.buffers.part(kv.k, row, columns.clone()), self.buffers.part(kv.v, row, columns.clone()))
+                }
+                _ => {
+                    let slot = self.weights.slot(attend.cache, position);
+                    self.keys_and_values(attend.cache, head, slot..slot + 1)
+                }
+            };
+            key.copy_from_slice(from_key);
+            value.copy_from_slice(from_value);
+        }
+        (keys, values)
     }
 
     fn attend_row(&self, attend: &Attend, head: usize, row: usize, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
-        let seen = self.seen(attend, row);
-        let width = self.width(attend.q) / spec.kv_heads;
+        let (isa, seen) = (self.weights.isa, self.seen(attend, row));
+        let width = self.buffers.width(attend.q) / spec.kv_heads;
         let columns = head * width..(head + 1) * width;
-        let query = self.part(attend.q, row, columns.clone());
-        let out = self.part_mut(attend.out, row, columns);
+        let query = self.buffers.part(attend.q, row, columns.clone());
+        let out = self.buffers.part_mut(attend.out, row, columns);
         // One query head a key/value head wherever there is a bias (T5): its biases lie together.
         let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position() + row, seen));
         let scratch = &mut self.scratch(worker).kernel;
-        for (positions, keys, values) in self.windows(attend.cache, head, 0..seen, worker) {
-            let (isa, d, bias) = (self.weights.isa, spec.head_dim, bias.map(|bias| &bias[positions]));
-            attention::attend(isa, query, keys, values, d, attend.scale, bias, out, scratch);
+        for (positions, keys, values) in self.pieces(attend.cache, head, self.held(attend, seen), worker) {
+            let context = Context { window: None, ..self.context(attend, head, (keys, values)) };
+            attention::attend_within(isa, query, &context, bias.map(|bias| &bias[positions]), out, scratch);
+        }
+    }
+
+    fn context<'k>(&self, attend: &Attend, head: usize, (keys, values): (&'k [f32], &'k [f32])) -> Context<'k>
+    where
+        Self: 'k,
+    {
+        let spec = self.weights.model.caches[attend.cache.0];
+        let group = self.buffers.width(attend.q) / spec.kv_heads / spec.head_dim;
+        let sinks = attend.sinks.map(|Sinks(vector)| &self.weights.vectors[vector.0][head * group..(head + 1) * group]);
+        Context {
+            keys,
+            values,
+            d: spec.head_dim,
+            scale: attend.scale,
+            softcap: attend.softcap.map(|Softcap(cap)| cap),
+            window: attend.window.map(|Window(window)| window),
+            sinks,
         }
     }
 
     /// Whether the worker with the most heads would read so much more than its part that sharing positions pays.
     fn splits_positions(&self, attend: &Attend, workers: usize) -> bool {
         let spec = self.weights.model.caches[attend.cache.0];
-        let head_bytes = self.seen(attend, 0) * 2 * spec.head_dim * size_of::<f32>();
+        let head_bytes = self.held(attend, self.seen(attend, 0)).len() * 2 * spec.head_dim * size_of::<f32>();
         let most = spec.kv_heads.div_ceil(workers) * head_bytes;
         most - spec.kv_heads * head_bytes / workers >= SPARED_BYTES
     }
@@ -99,8 +184,9 @@ impl Runner<'_> {
     fn attend_positions(&self, attend: &Attend, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
         let (heads, d) = (spec.kv_heads, spec.head_dim);
-        let (width, seen) = (self.width(attend.q) / heads, self.seen(attend, 0));
-        let tiles = seen.div_ceil(POSITIONS);
+        let (width, seen) = (self.buffers.width(attend.q) / heads, self.seen(attend, 0));
+        let held = self.held(attend, seen);
+        let tiles = held.len().div_ceil(POSITIONS);
         // Heads were appended by one worker each.
         worker.barrier();
         // SAFETY: a worker's own region, until the barrier below.
@@ -114,13 +200,13 @@ impl Runner<'_> {
             if first == end {
                 continue;
             }
-            let positions = first * POSITIONS..(end * POSITIONS).min(seen);
-            let query = self.part(attend.q, 0, head * width..(head + 1) * width);
+            let positions = held.start + first * POSITIONS..(held.start + end * POSITIONS).min(held.end);
+            let query = self.buffers.part(attend.q, 0, head * width..(head + 1) * width);
             // As in `attend_row`.
             let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position(), seen));
             let scratch = &mut self.scratch(worker).kernel;
-            for (positions, keys, values) in self.windows(attend.cache, head, positions, worker) {
-                let context = attention::Context { keys, values, d, scale: attend.scale, softcap: None, window: None };
+            for (positions, keys, values) in self.pieces(attend.cache, head, positions, worker) {
+                let context = Context { window: None, ..self.context(attend, head, (keys, values)) };
                 let bias = bias.map(|bias| &bias[positions]);
                 attention::attend_part(self.weights.isa, query, &context, bias, out, partials, scratch);
             }
@@ -134,10 +220,10 @@ impl Runner<'_> {
     /// The output of one head from all workers' parts.
     fn merge_parts(&self, attend: &Attend, head: usize, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
-        let (isa, d, all) = (self.weights.isa, spec.head_dim, self.width(attend.q));
+        let (isa, d, all) = (self.weights.isa, spec.head_dim, self.buffers.width(attend.q));
         let columns = head * all / spec.kv_heads..(head + 1) * all / spec.kv_heads;
         let queries = columns.start / d..columns.end / d;
-        let out = self.part_mut(attend.out, 0, columns.clone());
+        let out = self.buffers.part_mut(attend.out, 0, columns.clone());
         out.fill(0.0);
         // SAFETY: a worker's own region.
         let sums = unsafe { self.parts.sums_mut(worker.index(), queries.len()) };
@@ -151,12 +237,13 @@ impl Runner<'_> {
                 attention::merge(isa, out, sums, &outs[columns.clone()], partials, d);
             }
         }
-        attention::finish(isa, out, sums, d);
+        let sinks = attend.sinks.map(|Sinks(vector)| &self.weights.vectors[vector.0][queries.clone()]);
+        attention::finish(isa, out, sums, sinks, d);
     }
 
     /// Keys and values of a head at `positions`, in one piece. Where others stand in for them, those of as many positions as stay in the
     /// cache, as often as it takes to attend over equally many; of a head that this worker appends to, and nobody else.
-    fn windows(
+    fn pieces(
         &self,
         cache: CacheId,
         head: usize,
@@ -178,18 +265,18 @@ impl Runner<'_> {
         })
     }
 
-    /// Keys and values of a head at `positions`.
-    fn keys_and_values(&self, cache: CacheId, head: usize, positions: Range<usize>) -> (&[f32], &[f32]) {
+    /// Keys and values of a head in the slots `slots` of its cache.
+    fn keys_and_values(&self, cache: CacheId, head: usize, slots: Range<usize>) -> (&[f32], &[f32]) {
         let d = self.weights.model.caches[cache.0].head_dim;
-        let at = head * self.capacity(cache) * d;
+        let at = head * self.weights.positions(cache) * d;
         let [keys, values] = [2 * cache.0, 2 * cache.0 + 1].map(|region| self.caches.start(region) + at);
-        let of = |start: usize| start + positions.start * d..start + positions.end * d;
+        let of = |start: usize| start + slots.start * d..start + slots.end * d;
         let floats = &self.caches.floats;
         // SAFETY: appended by this worker, or by others before a barrier; nothing appends while a step attends.
         unsafe { (floats.range(of(keys)), floats.range(of(values))) }
     }
 
-    /// Positions of the cache that a row sees.
+    /// Positions from the first on up to the last that a row sees.
     fn seen(&self, attend: &Attend, row: usize) -> usize {
         if self.weights.model.caches[attend.cache.0].scope == CacheScope::Encoder {
             return self.call.encoded;
@@ -200,5 +287,15 @@ impl Runner<'_> {
             Mask::Prefix => self.call.position() == 0,
         };
         self.call.position() + if full { self.call.batch.rows() } else { row + 1 }
+    }
+
+    /// The slots of the cache that a single row reads, which sees `seen` positions but for its window.
+    fn held(&self, attend: &Attend, seen: usize) -> Range<usize> {
+        match attend.window {
+            // The order of a ring's slots does not matter to a row that sees all of them.
+            _ if self.weights.is_ring(attend.cache) => 0..seen.min(self.weights.positions(attend.cache)),
+            Some(Window(window)) => seen.saturating_sub(window)..seen,
+            None => 0..seen,
+        }
     }
 }

@@ -2,9 +2,14 @@
 //! first operation to the last. fp32 activations and cache; a decode step allocates nothing.
 
 mod alone;
+mod append;
 mod arena;
 mod attend;
+mod buffers;
+mod experts;
 mod partials;
+mod rings;
+mod rotation;
 mod run;
 mod schedule;
 
@@ -14,19 +19,24 @@ use anyhow::{Context, Result, bail};
 
 use self::alone::Mode;
 use self::arena::Arena;
+use self::experts::ExpertMemory;
 use self::partials::PartSums;
+use self::rings::Rings;
+use self::rotation::Rotation;
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
+use super::recompute;
 use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::call::{Batch, KvFormat, Supported};
 use crate::events::Listener;
 use crate::kernels::cpu::pool::{Pool, Worker};
-use crate::kernels::cpu::rope::Angles;
 use crate::kernels::cpu::shared::SharedSlice;
+use crate::kernels::cpu::{activation, norm};
 use crate::kernels::isa::Isa;
 use crate::plan::{
-    CacheScope, CacheShape, EncoderInputKind, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage,
+    CacheId, CacheScope, CacheShape, EncoderInputKind, LmHead, Model, Norm, NormKind, Op, Plan, RelativeBias, Rope,
+    Rows, Slot, Softcap, Storage, Window,
 };
 use crate::quant::{CpuMatrix, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
@@ -47,6 +57,7 @@ pub struct CpuSession {
     encoded: usize,
     last_token: u32,
     outliers: OutlierColumns,
+    rings: Rings,
 }
 
 /// What calls only read.
@@ -55,7 +66,7 @@ struct Weights {
     isa: Isa,
     matrices: Vec<Box<dyn CpuMatrix>>,
     vectors: Vec<Vec<f32>>,
-    angles: Vec<Angles>,
+    rotations: Vec<Rotation>,
     biases: Vec<BiasTable>,
     /// Positions that the decoder's and the encoder's caches can hold.
     capacity: usize,
@@ -69,8 +80,10 @@ struct Program {
     plan: Arc<Plan>,
     steps: Arc<[Step]>,
     storage: Arc<Storage>,
-    /// A region per slot of the storage, `rows · width` elements.
+    /// A region per slot of the storage, `rows · width` elements, and one for products with a fused matrix.
     slots: Arena,
+    /// Rows of the largest fused matrix; 0 without one.
+    fused_width: usize,
     /// Rows that the slots can hold: those of the longest call.
     rows: usize,
 }
@@ -86,6 +99,7 @@ struct Memory {
     /// One per worker.
     scratch: Vec<Scratch>,
     parts: PartSums,
+    experts: ExpertMemory,
 }
 
 /// What a worker keeps from call to call, only ever grown.
@@ -94,6 +108,8 @@ struct Scratch {
     kernel: Vec<f32>,
     /// Queries and outputs of one head, brought together.
     gathered: Vec<f32>,
+    /// Keys and values of one head over a window.
+    window: Vec<f32>,
 }
 
 /// A relative bias laid out by distance: `[h, 2 · reach + 1]`, distance 0 in the middle, so that the biases of one query
@@ -128,22 +144,44 @@ const KV_FORMAT: KvFormat = KvFormat::Fp32;
 /// The calls that the engine runs.
 const CALLS: Supported = Supported { executor: schedule::EXECUTOR, kv_formats: &[KV_FORMAT] };
 
+/// Refuses attention over a cache that drops positions which the attention sees.
+fn check_windows(model: &Model) -> Result<()> {
+    for spec in model
+        .plans()
+        .flat_map(|plan| &plan.ops)
+        .filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None })
+    {
+        let held = model.caches[spec.cache.0].window;
+        if held.is_some() && held != spec.window.map(|Window(window)| window) {
+            let seen = spec.window.map_or("all positions".to_owned(), |window| window.to_string());
+            bail!(
+                "{} cannot run an attention with {seen} over a cache of {} positions",
+                schedule::EXECUTOR,
+                held.unwrap_or(0)
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Loads `setup` for the kernels of `isa`.
 pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
     // What no kernel computes is refused before any weight is read.
     CALLS.check(setup.sequences, setup.kv_format)?;
     setup.model.plans().try_for_each(|plan| lower(plan, |_| setup.formats.precision()).map(|_| ()))?;
+    check_windows(setup.model)?;
     let pool = Pool::try_new(setup.threads).with_context(|| format!("starting {} threads", setup.threads))?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
     let tensors = stream(setup, events, &finish)?;
     let session = CpuSession::new(setup, isa, pool, tensors.matrices, tensors.vectors)?;
-    Ok(Loaded {
+    let loaded = Loaded {
         session: Box::new(session),
         load: tensors.elapsed,
         quantize: tensors.quantize,
         fp16_overflow: tensors.fp16_overflow,
         isa: isa.name().to_owned(),
-    })
+    };
+    Ok(recompute::wrapped(&setup.model.ropes, loaded))
 }
 
 impl CpuSession {
@@ -157,12 +195,10 @@ impl CpuSession {
         let model = setup.model.clone();
         let reach = setup.capacity.max(setup.encoder_capacity);
         let cache = |spec: &CacheShape| {
-            let capacity = if spec.scope == CacheScope::Decoder { setup.capacity } else { setup.encoder_capacity };
-            [spec.kv_heads * capacity * spec.head_dim; 2]
+            let positions = positions(spec, setup.capacity, setup.encoder_capacity);
+            [spec.kv_heads * positions * spec.head_dim; 2]
         };
-        let angles = |rope: &Rope| {
-            Angles::new((0..setup.capacity).flat_map(|position| rope.turns(position)), rope.rotary_dim / 2)
-        };
+        let rotation = |rope: &Rope| Rotation::new(rope, setup.capacity);
         let bias = |bias: &RelativeBias| BiasTable::new(bias, matrices[bias.table.0].as_ref(), reach);
         let encoder = model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices));
         Ok(Self {
@@ -175,13 +211,15 @@ impl CpuSession {
                 prepared: Prepared::default(),
                 scratch: (0..setup.threads).map(|_| Scratch::default()).collect(),
                 parts: PartSums::new(&model, setup.threads),
+                experts: ExpertMemory::default(),
             },
             position: 0,
             encoded: 0,
             last_token: 0,
             outliers: OutlierColumns::default(),
+            rings: Rings::new(&model, setup.capacity),
             weights: Weights {
-                angles: model.ropes.iter().map(angles).collect(),
+                rotations: model.ropes.iter().map(rotation).collect(),
                 biases: model.biases.iter().map(bias).collect(),
                 granule: matrices.iter().map(|m| m.row_granule()).max().unwrap_or(1),
                 capacity: setup.capacity,
@@ -213,14 +251,29 @@ impl CpuSession {
 
     /// Runs `tokens` through the decoder in one call and returns the next one.
     fn step(&mut self, tokens: &[u32]) -> Result<u32> {
+        let steps = Arc::clone(&self.decoder.steps);
+        self.last_token = self.call(tokens, &steps)?;
+        Ok(self.last_token)
+    }
+
+    /// Runs `tokens` through the first operations of the decoder, which are `steps`.
+    fn call(&mut self, tokens: &[u32], steps: &[Step]) -> Result<u32> {
         let call = self.decoder_call(tokens)?;
         let _pinned = self.pool.pin_caller();
-        let steps = Arc::clone(&self.decoder.steps);
-        let outcome = self.decoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);
-        self.last_token = outcome.token;
+        if let Some(before) = self.rings.restart(self.position) {
+            let again = Call { batch: Batch::one(0..before.len()), tokens: &before, ..call };
+            self.run(again, steps);
+        }
+        let outcome = self.run(call, steps);
+        self.rings.extend(self.position, tokens);
         self.position += tokens.len();
         self.outliers += outcome.outliers;
-        Ok(self.last_token)
+        Ok(outcome.token)
+    }
+
+    fn run(&mut self, call: Call, steps: &[Step]) -> Outcome {
+        self.weights.rotations.iter_mut().for_each(|rotation| rotation.begin(call.batch));
+        self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, call)
     }
 
     fn encoder_call(&mut self, tokens: &[u32], patches: &[f32], rows: usize) -> Result<()> {
@@ -239,7 +292,46 @@ impl CpuSession {
     }
 }
 
+/// Positions that a cache holds: no more than its window.
+fn positions(shape: &CacheShape, capacity: usize, encoder_capacity: usize) -> usize {
+    match shape.scope {
+        CacheScope::Decoder => shape.window.map_or(capacity, |window| window.min(capacity)),
+        CacheScope::Encoder => encoder_capacity,
+    }
+}
+
+/// Rows of the largest matrix that a plan multiplies whole for several of its parts; 0 without one.
+fn fused_width(plan: &Plan, matrices: &[Box<dyn CpuMatrix>]) -> usize {
+    let parts = plan.ops.iter().filter_map(|op| if let Op::Linear(spec) = op { Some(&spec.parts) } else { None });
+    let fused = parts.flatten().filter(|part| part.rows.is_some());
+    fused.map(|part| matrices[part.weight.0].shape().0).max().unwrap_or(0)
+}
+
 impl Weights {
+    /// Positions that a cache can hold.
+    fn positions(&self, cache: CacheId) -> usize {
+        positions(&self.model.caches[cache.0], self.capacity, self.encoder_capacity)
+    }
+
+    /// Whether a cache holds a window of the positions, in turn.
+    fn is_ring(&self, cache: CacheId) -> bool {
+        self.model.caches[cache.0].window.is_some() && self.positions(cache) < self.capacity
+    }
+
+    /// Where a position lies in a cache.
+    fn slot(&self, cache: CacheId, position: usize) -> usize {
+        if self.is_ring(cache) { position % self.positions(cache) } else { position }
+    }
+
+    fn normalise(&self, Norm { kind, weight, epsilon }: Norm, x: &[f32], out: &mut [f32]) {
+        let Self { isa, vectors, .. } = self;
+        let weight = &vectors[weight.0];
+        match kind {
+            NormKind::Rms => norm::rms(*isa, x, weight, epsilon, out),
+            NormKind::Layer { bias } => norm::layer(*isa, x, weight, &vectors[bias.0], epsilon, out),
+        }
+    }
+
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         match tokens.iter().find(|&&token| token as usize >= self.model.vocab) {
             Some(token) => bail!("token {token} is outside the vocabulary of {}", self.model.vocab),
@@ -254,6 +346,7 @@ impl Program {
         Ok(Self {
             steps: lower(plan, |matrix| matrices[matrix.0].format())?.into(),
             slots: Arena::default(),
+            fused_width: fused_width(plan, matrices),
             rows: 0,
             storage: Arc::new(storage),
             plan: Arc::new(plan.clone()),
@@ -264,8 +357,10 @@ impl Program {
     fn run(&mut self, steps: &[Step], weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
         if self.rows < call.batch.rows() {
             let rows = |slot: &Slot| if slot.rows == Rows::Tokens { call.batch.rows() } else { call.batch.sequences };
-            self.slots = Arena::new(self.storage.slots.iter().map(|slot| rows(slot) * slot.width));
+            let slots = self.storage.slots.iter().map(|slot| rows(slot) * slot.width);
+            self.slots = Arena::new(slots.chain([self.fused_width * call.batch.rows()]));
             self.rows = call.batch.rows();
+            memory.experts.grow(&weights.model, self.rows);
         }
         run::run(self, steps, weights, pool, memory, call)
     }
@@ -285,6 +380,9 @@ impl Session for CpuSession {
 
     fn rewind(&mut self, position: usize) {
         assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
+        if position < self.position {
+            self.rings.rewind(position, &mut self.memory.caches);
+        }
         self.position = position;
     }
 
@@ -304,6 +402,9 @@ impl Session for CpuSession {
 
     fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
         CALLS.check_batch(batch, tokens.len(), self.position)?;
+        if !self.rings.is_stale {
+            self.rings.save(self.position, &self.memory.caches);
+        }
         next.fill(self.step(tokens)?);
         Ok(())
     }
@@ -317,13 +418,10 @@ impl Session for CpuSession {
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
-        let call = self.decoder_call(tokens)?;
         let Some(head) = self.decoder.plan.head() else { bail!("this plan has no head") };
         let steps = Arc::clone(&self.decoder.steps);
         let body = steps.iter().position(|step| matches!(step, Step::LastRow(_))).unwrap_or(steps.len());
-        let outcome = self.decoder.run(&steps[..body], &self.weights, &self.pool, &mut self.memory, call);
-        self.outliers += outcome.outliers;
-        self.position += tokens.len();
+        self.call(tokens, &steps[..body])?;
         self.score_rows(head, tokens.len(), on_row);
         Ok(())
     }
@@ -385,6 +483,9 @@ impl CpuSession {
                 let mut scratch = scratch[worker.index()].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 matrix.multiply(&memory.prepared, worker.share(n, weights.granule), bias, &y, &mut scratch);
             });
+            if let Some(Softcap(cap)) = head.softcap {
+                activation::softcap(weights.isa, &mut logits[..x.len() / k * n], cap);
+            }
             logits
                 .chunks_exact(n)
                 .take(x.len() / k)
@@ -394,12 +495,12 @@ impl CpuSession {
     }
 
     fn scratch_bytes(&self) -> usize {
-        let Memory { features, prepared, scratch, parts, .. } = &self.memory;
+        let Memory { features, prepared, scratch, parts, experts, .. } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
         let buffers = programs.map(|program| program.slots.len()).sum::<usize>()
-            + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity()).sum::<usize>();
+            + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity() + s.window.capacity()).sum::<usize>();
         let floats =
             buffers + parts.floats() + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
-        4 * floats + prepared.i8s.capacity()
+        4 * floats + prepared.i8s.capacity() + experts.bytes() + self.rings.bytes()
     }
 }

@@ -4,12 +4,14 @@
 //! linear is split over its output rows, and an element-wise operation behind it keeps that split, so that every worker
 //! goes on with the elements it has just computed. Only where the split changes do the workers meet.
 
+use std::fmt::Display;
+
 use candle_core::Result;
 
 use crate::plan::{
     ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, AttentionSpec, BiasId, BufferId, CacheId, EmbedSpec,
-    FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask, MatrixId, NormSpec, Op, PatchesSpec, Plan,
-    RopeId, feature, refuse,
+    ExpertsSpec, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask, MatrixId, NormSpec, Op,
+    PatchesSpec, Plan, QkNorm, QkNormOver, RopeId, Sinks, Softcap, Window, refuse,
 };
 use crate::quant::FormatId;
 
@@ -34,20 +36,38 @@ pub enum Step {
     Linear {
         parts: Vec<LinearPart>,
     },
+    /// Multiplies what was prepared last with one whole matrix, whose rows are those of several parts.
+    Fused {
+        weight: MatrixId,
+        parts: Vec<LinearPart>,
+    },
+    Experts(ExpertsSpec),
     Activate(ActivationSpec),
     Add(AddSpec),
     Append(Append),
     Attend(Attend),
+    /// `cap · tanh(logit / cap)` in place of each logit.
+    CapLogits {
+        logits: BufferId,
+        cap: Softcap,
+    },
     Argmax(ArgmaxSpec),
 }
 
-/// Rotates the queries and the keys where there is a rope, and writes keys and values to the cache.
+/// Turns queries and keys, and writes keys and values to the cache.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Append {
     pub kv: KeyValue,
     pub cache: CacheId,
-    /// The queries that it rotates with the keys.
-    pub rotate: Option<(RopeId, BufferId)>,
+    pub turn: Option<Turn>,
+}
+
+/// Norms over each head and a rotation, of keys and the queries beside them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Turn {
+    pub q: BufferId,
+    pub norms: Option<QkNorm>,
+    pub rope: Option<RopeId>,
 }
 
 /// Attention over one cache.
@@ -59,6 +79,11 @@ pub struct Attend {
     pub scale: f32,
     pub mask: Mask,
     pub bias: Option<BiasId>,
+    pub window: Option<Window>,
+    pub softcap: Option<Softcap>,
+    pub sinks: Option<Sinks>,
+    /// The call's own keys and values, as they were appended.
+    pub kv: Option<KeyValue>,
 }
 
 /// How a step is split over the workers.
@@ -82,20 +107,23 @@ impl Step {
             Step::Patches(_) | Step::Features(_) => Split::One,
             Step::Embed(_) | Step::Norm(_) | Step::AddRows(_) if single => Split::One,
             Step::Embed(_) | Step::Norm(_) | Step::AddRows(_) => Split::Rows,
-            Step::Linear { .. } | Step::Activate(_) | Step::Add(_) => Split::Elements,
+            Step::Linear { .. } | Step::Fused { .. } | Step::Experts(_) => Split::Elements,
+            Step::Activate(_) | Step::Add(_) | Step::CapLogits { .. } => Split::Elements,
             Step::Append(_) | Step::Attend(_) => Split::Heads,
         }
     }
 }
 
-/// Whether workers must meet between two steps. Elements stay with their worker from a linear to what follows it, but a
+/// Whether a barrier stands between two steps. Elements stay with their worker from a linear to what follows it, but a
 /// linear itself reads what all have prepared; heads stay from append to attention while the call has one row, and with
 /// several rows attention reads what others appended.
-pub fn must_meet(before: &Step, after: &Step, single: bool) -> bool {
+pub fn needs_barrier(before: &Step, after: &Step, single: bool) -> bool {
     let (first, second) = (before.split(single), after.split(single));
     match (first, second) {
         (Split::Heads, Split::Heads) => !single,
-        (Split::Elements, Split::Elements) => matches!(after, Step::Linear { .. }),
+        (Split::Elements, Split::Elements) => {
+            matches!(after, Step::Linear { .. } | Step::Fused { .. } | Step::Experts(_))
+        }
         _ => first != second,
     }
 }
@@ -114,20 +142,18 @@ pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> FormatId) -> Result<Vec<Ste
             Op::AddRows(spec) => steps.push(Step::AddRows(*spec)),
             Op::Features(spec) => steps.push(Step::Features(*spec)),
             Op::Norm(spec) => steps.push(Step::Norm(*spec)),
-            Op::Linear(LinearSpec { x, parts }) => {
-                parts.iter().try_for_each(|part| refuse(EXECUTOR, "a linear", &[feature(&part.rows)]))?;
-                lower_linear(*x, parts.clone(), &form, &mut steps);
-            }
+            Op::Linear(LinearSpec { x, parts }) => lower_linear(*x, parts.clone(), &form, &mut steps),
             Op::Append(AppendSpec { kv, cache }) => {
-                steps.push(Step::Append(Append { kv: *kv, cache: *cache, rotate: None }));
+                steps.push(Step::Append(Append { kv: *kv, cache: *cache, turn: None }));
             }
             Op::Attention(spec) => lower_attention(spec, &mut steps)?,
             Op::Activation(spec) => steps.push(Step::Activate(*spec)),
-            Op::Experts(spec) => refuse(EXECUTOR, "an operation", &[Some(spec)])?,
+            Op::Experts(spec) => lower_experts(spec, &form, &mut steps)?,
             Op::Add(spec) => steps.push(Step::Add(*spec)),
             Op::LastRow(spec) => steps.push(Step::LastRow(*spec)),
             Op::Argmax(spec) => {
-                refuse(EXECUTOR, "a choice of the token", &[feature(&spec.softcap)])?;
+                let ArgmaxSpec { logits, softcap } = *spec;
+                steps.extend(softcap.map(|cap| Step::CapLogits { logits, cap }));
                 steps.push(Step::Argmax(*spec));
             }
         }
@@ -136,27 +162,62 @@ pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> FormatId) -> Result<Vec<Ste
 }
 
 fn lower_attention(spec: &AttentionSpec, steps: &mut Vec<Step>) -> Result<()> {
-    let AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
-    let features = [feature(window), feature(softcap), feature(qk_norm), feature(sinks)];
-    refuse(EXECUTOR, "an attention", &features)?;
-    let (q, cache) = (*q, *cache);
-    match (append, rope) {
-        (Some(kv), rope) => {
-            steps.push(Step::Append(Append { kv: *kv, cache, rotate: rope.map(|rope| (rope, q)) }));
+    let AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = *spec;
+    match append {
+        Some(kv) => {
+            let norms = lower_qk_norm(q, kv.k, qk_norm, steps);
+            let turn = (norms.is_some() || rope.is_some()).then_some(Turn { q, norms, rope });
+            steps.push(Step::Append(Append { kv, cache, turn }));
         }
-        (None, Some(_)) => refuse(EXECUTOR, "an attention", &[Some(&"a rope and no keys to append")])?,
-        (None, None) => {}
+        None => {
+            let rope = rope.map(|_| &"a rope and no keys to append" as &dyn Display);
+            let norms = qk_norm.map(|_| &"norms and no keys to append" as &dyn Display);
+            refuse(EXECUTOR, "an attention", &[rope, norms])?;
+        }
     }
-    steps.push(Step::Attend(Attend { q, cache, out: *out, scale: *scale, mask: *mask, bias: *bias }));
+    let kv = append;
+    steps.push(Step::Attend(Attend { q, cache, out, scale, mask, bias, window, softcap, sinks, kv }));
     Ok(())
+}
+
+/// Norms over all heads are steps of their own; returns those over each head.
+fn lower_qk_norm(q: BufferId, k: BufferId, norm: Option<QkNorm>, steps: &mut Vec<Step>) -> Option<QkNorm> {
+    let norms = norm?;
+    match norms.over {
+        QkNormOver::Head => Some(norms),
+        QkNormOver::Projection => {
+            steps.push(Step::Norm(NormSpec { norm: norms.q, x: q, out: q }));
+            steps.push(Step::Norm(NormSpec { norm: norms.k, x: k, out: k }));
+            None
+        }
+    }
 }
 
 fn lower_linear(x: BufferId, mut parts: Vec<LinearPart>, form: &impl Fn(MatrixId) -> FormatId, steps: &mut Vec<Step>) {
     while let Some(first) = parts.first() {
         let matrix = first.weight;
-        let (same, rest) = parts.into_iter().partition(|part| form(part.weight) == form(matrix));
+        let (same, rest): (Vec<_>, Vec<_>) = parts.into_iter().partition(|part| form(part.weight) == form(matrix));
         steps.push(Step::Prepare { x, matrix });
-        steps.push(Step::Linear { parts: same });
+        let (mut fused, whole): (Vec<LinearPart>, Vec<_>) = same.into_iter().partition(|part| part.rows.is_some());
+        if !whole.is_empty() {
+            steps.push(Step::Linear { parts: whole });
+        }
+        while let Some(weight) = fused.first().map(|part| part.weight) {
+            let (same, others) = fused.into_iter().partition(|part| part.weight == weight);
+            steps.push(Step::Fused { weight, parts: same });
+            fused = others;
+        }
         parts = rest;
     }
+}
+
+/// All experts of a layer share what is prepared of its activations.
+fn lower_experts(spec: &ExpertsSpec, form: &impl Fn(MatrixId) -> FormatId, steps: &mut Vec<Step>) -> Result<()> {
+    let inputs = spec.experts.iter().flat_map(|expert| [form(expert.gate.weight), form(expert.up.weight)]);
+    let first = spec.experts.first().map(|expert| form(expert.gate.weight));
+    if inputs.into_iter().any(|format| Some(format) != first) {
+        refuse(EXECUTOR, "a mixture of experts", &[Some(&"gates and ups in several formats")])?;
+    }
+    steps.push(Step::Experts(spec.clone()));
+    Ok(())
 }

@@ -21,6 +21,33 @@ pub fn relu(isa: Isa, gate: &[f32], up: Option<&[f32]>, out: &mut [f32]) {
     apply::<Relu>(isa, gate, up, out);
 }
 
+/// `cap · tanh(x / cap)` in place, within 3e-7 · cap.
+pub fn softcap(isa: Isa, x: &mut [f32], cap: f32) {
+    on(isa, Cap { x, cap });
+}
+
+struct Cap<'a> {
+    x: &'a mut [f32],
+    cap: f32,
+}
+
+impl Kernel for Cap<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (cap, twice) = (L::splat(self.cap), L::splat(2.0 / self.cap));
+        // tanh(u) = 1 − 2 / (1 + e^(2u)), which is −1 and 1 at the ends.
+        let one = L::splat(1.0);
+        let at = |x: L| one.sub(L::splat(2.0).div(exp(x.mul(twice)).add(one))).mul(cap);
+        let mut chunks = self.x.chunks_exact_mut(L::WIDTH);
+        for chunk in &mut chunks {
+            at(L::load(chunk)).store(chunk);
+        }
+        let tail = chunks.into_remainder();
+        at(L::load_head(tail)).store_head(tail);
+    }
+}
+
 trait Curve {
     fn at<L: Lanes>(x: L) -> L;
 }
@@ -146,6 +173,19 @@ mod tests {
                     let error = (*y as f64 - expected).abs();
                     assert!(error <= allowed(*x as f64, expected), "{} {name}({x}) = {y}: {error:e}", isa.name());
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_cap_bounds_what_grows() {
+        let x: Vec<f32> = (-4000..4001).map(|i| i as f32 / 20.0).chain([-1e9, 1e9, 0.0]).collect();
+        for (isa, cap) in Isa::available().into_iter().flat_map(|isa| [(isa, 4.0f32), (isa, 30.0)]) {
+            let mut y = x.clone();
+            softcap(isa, &mut y, cap);
+            for (x, y) in x.iter().zip(y) {
+                let expected = cap as f64 * (*x as f64 / cap as f64).tanh();
+                assert!((y as f64 - expected).abs() <= 3e-7 * cap as f64, "{} {x} {cap}: {y}", isa.name());
             }
         }
     }

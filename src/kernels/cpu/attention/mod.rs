@@ -25,6 +25,8 @@ pub struct Context<'a> {
     pub softcap: Option<f32>,
     /// The most positions that a query sees: the last ones. `None` is all.
     pub window: Option<usize>,
+    /// A score of each query head of a row that joins its softmax and weighs no value.
+    pub sinks: Option<&'a [f32]>,
 }
 
 /// What one query has of the softmax so far: `out` beside it is `Σ e^(score − max) · value`.
@@ -61,7 +63,14 @@ pub fn attend(
     out: &mut [f32],
     scratch: &mut Vec<f32>,
 ) {
-    attend_within(isa, q, &Context { keys, values, d, scale, softcap: None, window: None }, bias, out, scratch);
+    attend_within(
+        isa,
+        q,
+        &Context { keys, values, d, scale, softcap: None, window: None, sinks: None },
+        bias,
+        out,
+        scratch,
+    );
 }
 
 /// As [`attend`], with everything that a context can say.
@@ -82,7 +91,8 @@ pub fn attend_within(
         let bias = bias.map(|bias| &bias[turn * QUERIES * t..][..n * t]);
         let mut partials = [Partial::EMPTY; QUERIES];
         attend_part(isa, q, context, bias, out, &mut partials[..n], scratch);
-        finish(isa, out, &partials[..n], d);
+        let sinks = context.sinks.map(|sinks| &sinks[turn * QUERIES..][..n]);
+        finish(isa, out, &partials[..n], sinks, d);
     }
 }
 
@@ -147,7 +157,7 @@ fn attend_turn(
     let mut partials = [Partial::EMPTY; QUERIES];
     let partials = &mut partials[..n];
     on(isa, Attend { q, context: *context, first, group, bias: None, out: &mut *out, partials, scratch });
-    finish(isa, out, partials, d);
+    finish(isa, out, partials, context.sinks, d);
 }
 
 /// Adds the part `other` of further positions to `out` and `partials`, all as [`attend_part`] left them.
@@ -171,16 +181,28 @@ pub fn merge(
     }
 }
 
-/// Divides by the sums, which makes `out` the attention's result.
-pub fn finish(isa: Isa, out: &mut [f32], partials: &[Partial], d: usize) {
+/// Divides by the sums, which makes `out` the attention's result. `sinks` are scores that join the softmax of each query and weigh
+/// no value; they begin again with every row of queries.
+pub fn finish(isa: Isa, out: &mut [f32], partials: &[Partial], sinks: Option<&[f32]>, d: usize) {
     assert_eq!(out.len(), partials.len() * d);
-    for (out, partial) in out.chunks_exact_mut(d).zip(partials) {
-        if partial.sum == 0.0 {
+    for (query, (out, partial)) in out.chunks_exact_mut(d).zip(partials).enumerate() {
+        let (own, sum) = match sinks {
+            Some(sinks) => with_sink(partial, sinks[query % sinks.len()]),
+            None => (1.0, partial.sum),
+        };
+        if sum == 0.0 {
             out.fill(0.0);
         } else {
-            on(isa, Combine { out, factor: 1.0 / partial.sum, other: None });
+            on(isa, Combine { out, factor: own / sum, other: None });
         }
     }
+}
+
+/// The factor of what a query has so far, and its sum, once a score of `sink` has joined.
+fn with_sink(partial: &Partial, sink: f32) -> (f32, f32) {
+    let base = finite_base(if sink > partial.max { sink } else { partial.max });
+    let own = (partial.max - base).exp();
+    (own, partial.sum * own + (sink - base).exp())
 }
 
 /// What to subtract from scores: their maximum, or 0 where all are −∞, as −∞ − (−∞) is NaN.

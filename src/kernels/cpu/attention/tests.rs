@@ -58,6 +58,7 @@ fn attend_matches_f64() {
                     scale: 1.0 / (d as f32).sqrt(),
                     softcap: None,
                     window: None,
+                    sinks: None,
                 };
                 for bias in [None, Some(&bias[..])] {
                     let mut out = vec![f32::NAN; group * d];
@@ -78,7 +79,8 @@ fn rows_see_what_stands_before_them() {
             for (rows, group, past) in [(1, 1, 0), (5, 1, 0), (70, 1, 3), (33, 3, 100), (9, 4, 63), (3, 35, 2)] {
                 let t = past + rows + 2;
                 let (q, keys, values) = (random(rows * group * d, 1), random(t * d, 2), random(t * d, 3));
-                let context = Context { keys: &keys, values: &values, d, scale: 0.3, softcap: None, window: None };
+                let context =
+                    Context { keys: &keys, values: &values, d, scale: 0.3, softcap: None, window: None, sinks: None };
                 let mut out = vec![f32::NAN; q.len()];
                 attend_rows(isa, &q, group, &context, past + 1, &mut out, &mut scratch);
                 let name = format!("{} d {d} rows {rows} group {group} past {past}", isa.name());
@@ -93,7 +95,7 @@ fn parts_merge_to_the_whole() {
     let mut scratch = Vec::new();
     let (d, group, t) = (24, 5, 150);
     let (q, keys, values) = (random(group * d, 1), random(t * d, 2), random(t * d, 3));
-    let context = Context { keys: &keys, values: &values, d, scale: 0.5, softcap: None, window: None };
+    let context = Context { keys: &keys, values: &values, d, scale: 0.5, softcap: None, window: None, sinks: None };
     for isa in Isa::available() {
         for cuts in [vec![0, 150], vec![0, 1, 150], vec![0, 0, 64, 149, 150], vec![0, 90, 150, 150]] {
             let (mut out, mut partials) = (vec![0.0; group * d], vec![Partial::EMPTY; group]);
@@ -104,7 +106,7 @@ fn parts_merge_to_the_whole() {
                 attend_part(isa, &q, &part, None, &mut part_out, &mut part_partials, &mut scratch);
                 merge(isa, &mut out, &mut partials, &part_out, &part_partials, d);
             }
-            finish(isa, &mut out, &partials, d);
+            finish(isa, &mut out, &partials, None, d);
             check(&out, reference(&q, &context, None, |_| t), &format!("{} {cuts:?}", isa.name()));
         }
     }

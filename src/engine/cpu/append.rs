@@ -1,0 +1,81 @@
+//! Keys and values on their way to a cache: norms and rotation in place, then the copy. A cache with a sliding window is a
+//! ring: position `p` lies in slot `p mod positions`.
+
+use super::attend::Attention;
+use super::schedule::Append;
+use crate::kernels::cpu::pool::Worker;
+use crate::kernels::cpu::rope;
+use crate::plan::{CacheId, KeyValue, Norm};
+
+impl Attention<'_> {
+    /// Each worker takes whole key/value heads with the query heads that read them.
+    pub fn append(&self, append: Append, worker: &Worker) {
+        let Append { kv, cache, turn } = append;
+        if turn.is_some() {
+            self.turn(append, worker);
+        }
+        // Rows of a longer call still read what the ring holds: `attend` stores behind them.
+        if !self.reads_ring_of_several(cache) {
+            self.store(kv, cache, worker);
+        }
+    }
+
+    /// Whether rows of the call read keys that the call's own would overwrite.
+    pub fn reads_ring_of_several(&self, cache: CacheId) -> bool {
+        self.weights.is_ring(cache) && self.call.batch.rows() > 1
+    }
+
+    /// Normalises and rotates keys and the queries that read them, in place.
+    fn turn(&self, Append { kv: KeyValue { k, .. }, cache, turn }: Append, worker: &Worker) {
+        let Some(turn) = turn else { return };
+        let spec = self.weights.model.caches[cache.0];
+        let (d, group) = (spec.head_dim, self.buffers.width(turn.q) / spec.kv_heads);
+        let norms = turn.norms.map_or((None, None), |norms| (Some(norms.q), Some(norms.k)));
+        for head in worker.share(spec.kv_heads, 1) {
+            for row in 0..self.buffers.rows(k) {
+                let key = self.buffers.part_mut(k, row, head * d..(head + 1) * d);
+                let queries = self.buffers.part_mut(turn.q, row, head * group..(head + 1) * group);
+                let angles = turn
+                    .rope
+                    .map(|rope| self.weights.rotations[rope.0].at(self.call.batch, self.call.position() + row));
+                let turn = |x: &mut [f32], norm: Option<Norm>| {
+                    if let Some(norm) = norm {
+                        self.normalise(x, norm, worker);
+                    }
+                    if let Some((cos, sin)) = angles {
+                        rope::rotate(x, cos, sin);
+                    }
+                };
+                queries.chunks_exact_mut(d).for_each(|query| turn(query, norms.0));
+                turn(key, norms.1);
+            }
+        }
+    }
+
+    fn normalise(&self, x: &mut [f32], norm: Norm, worker: &Worker) {
+        let gathered = &mut self.scratch(worker).gathered;
+        gathered.clear();
+        gathered.extend_from_slice(x);
+        self.weights.normalise(norm, gathered, x);
+    }
+
+    /// Copies the last rows that the cache has room for; all of them but in a ring.
+    pub fn store(&self, KeyValue { k, v }: KeyValue, cache: CacheId, worker: &Worker) {
+        let spec = self.weights.model.caches[cache.0];
+        let (d, capacity) = (spec.head_dim, self.weights.positions(cache));
+        let (keys, values) = (self.caches.region(2 * cache.0), self.caches.region(2 * cache.0 + 1));
+        let rows = self.buffers.rows(k);
+        let first = if self.weights.is_ring(cache) { rows.saturating_sub(capacity) } else { 0 };
+        for head in worker.share(spec.kv_heads, 1) {
+            let columns = head * d..(head + 1) * d;
+            for row in first..rows {
+                let slot = self.weights.slot(cache, self.call.position() + row);
+                let at = (head * capacity + slot) * d;
+                // SAFETY: this head's positions are this worker's alone in this step.
+                unsafe { keys.range_mut(at..at + d) }.copy_from_slice(self.buffers.part(k, row, columns.clone()));
+                // SAFETY: as above.
+                unsafe { values.range_mut(at..at + d) }.copy_from_slice(self.buffers.part(v, row, columns.clone()));
+            }
+        }
+    }
+}
