@@ -94,11 +94,19 @@ fn refused_call<T>(
 }
 
 #[test]
-fn executors_refuse_by_name_what_they_cannot_run() {
-    for (model, feature) in unusual_models() {
-        let cpu = refusal(&model, &|setup| engine::cpu::load(setup, Isa::detect(), &Silent));
-        assert_eq!(cpu, format!("the CPU engine cannot run an attention with {feature}"));
-    }
+fn the_cpu_engine_refuses_by_name_what_it_cannot_run() {
+    let cpu = |model: &Model| refusal(model, &|setup| engine::cpu::load(setup, Isa::detect(), &Silent));
+    let mut dropping = shape("smollm2-135m");
+    dropping.caches[0].window = Some(128);
+    assert_eq!(cpu(&dropping), "the CPU engine cannot run an attention over all positions of a cache that holds 128");
+    let (mut narrow, _) = unusual_models().remove(0);
+    narrow.caches[0].window = Some(256);
+    assert_eq!(cpu(&narrow), "the CPU engine cannot run an attention over 128 positions of a cache that holds 256");
+    let mut without_keys = shape("smollm2-135m");
+    let specs = without_keys.decoder.ops.iter_mut();
+    let mut specs = specs.filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None });
+    specs.next().expect("an attention").append = None;
+    assert_eq!(cpu(&without_keys), "the CPU engine cannot run an attention with a rope and no keys to append");
 }
 
 #[test]

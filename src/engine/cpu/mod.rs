@@ -144,21 +144,15 @@ const KV_FORMAT: KvFormat = KvFormat::Fp32;
 /// The calls that the engine runs.
 const CALLS: Supported = Supported { executor: schedule::EXECUTOR, kv_formats: &[KV_FORMAT] };
 
-/// Refuses attention over a cache that drops positions which the attention sees.
+/// Refuses attention over a cache that holds other positions than the attention sees.
 fn check_windows(model: &Model) -> Result<()> {
-    for spec in model
-        .plans()
-        .flat_map(|plan| &plan.ops)
-        .filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None })
-    {
-        let held = model.caches[spec.cache.0].window;
-        if held.is_some() && held != spec.window.map(|Window(window)| window) {
-            let seen = spec.window.map_or("all positions".to_owned(), |window| window.to_string());
-            bail!(
-                "{} cannot run an attention with {seen} over a cache of {} positions",
-                schedule::EXECUTOR,
-                held.unwrap_or(0)
-            );
+    let specs = model.plans().flat_map(|plan| &plan.ops);
+    for spec in specs.filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None }) {
+        let seen = spec.window.map(|Window(window)| window);
+        if let Some(held) = model.caches[spec.cache.0].window.filter(|held| seen != Some(*held)) {
+            let seen = seen.map_or("all".to_owned(), |seen| seen.to_string());
+            let attention = format!("an attention over {seen} positions of a cache that holds {held}");
+            bail!("{} cannot run {attention}", schedule::EXECUTOR);
         }
     }
     Ok(())

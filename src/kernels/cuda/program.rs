@@ -5,6 +5,7 @@ use candle_core::{CudaDevice, Result, bail};
 
 use super::attention::Attention;
 use super::launch::{Grid, Kernel, Launcher, dimension, launch};
+use super::norm_add::NormAdd;
 use super::matvec::{Epilogue, Family, InputDesc, Matvec, Mode, Product};
 use super::step_kernel::{DeviceProperties, StepKernel, WARPS, WeightDecoder};
 use crate::parameters;
@@ -24,6 +25,7 @@ pub enum Instruction {
     Float(Matvec),
     Format(Matvec),
     Attention(Attention),
+    NormAdd(NormAdd),
 }
 
 // SAFETY: laid out as the kernels' struct, and made of numbers and of addresses that are the caller's promise at each launch.
@@ -77,6 +79,8 @@ impl Instruction {
             Self::Float(matvec) => (matvec, 8 * size_of::<f32>()),
             Self::Format(matvec) => (matvec, kernel.converted_eighths),
             Self::Attention(attention) => return attention.shared_bytes(),
+            // A float a warp.
+            Self::NormAdd(_) => return WARPS * size_of::<f32>(),
         };
         let x_eighths = 8 * size_of::<half::f16>() + converted_eighths;
         matvec.partials() * kernel.partial_bytes + matvec.padded() * x_eighths / 8
@@ -90,7 +94,7 @@ impl Instruction {
     fn matvec(&self) -> Option<&Matvec> {
         match self {
             Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => Some(matvec),
-            Self::Attention(_) => None,
+            Self::Attention(_) | Self::NormAdd(_) => None,
         }
     }
 
@@ -100,6 +104,7 @@ impl Instruction {
             && match self {
                 Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.writes(address),
                 Self::Attention(attention) => attention.out == address,
+                Self::NormAdd(norm_add) => norm_add.x == address,
             }
     }
 
@@ -114,6 +119,8 @@ impl Instruction {
                 let addresses = [attention.q, attention.k, attention.v].into_iter();
                 addresses.zip(attention.written_by).map(|(address, writer)| of(address, writer)).collect()
             }
+            // Of x a thread reads what it alone writes.
+            Self::NormAdd(norm_add) => vec![of(norm_add.y, norm_add.written_by[0])],
         }
     }
 
@@ -130,7 +137,7 @@ impl Instruction {
             Self::Half(_) => Some(WeightDecoder::Half),
             Self::Float(_) => Some(WeightDecoder::Float),
             Self::Format(_) => Some(WeightDecoder::Format),
-            Self::Attention(_) => None,
+            Self::Attention(_) | Self::NormAdd(_) => None,
         }
     }
 }
@@ -204,6 +211,11 @@ impl ProgramBuilder {
         self.push(Instruction::Attention(attention))
     }
 
+    /// Adds a normalised product to a residual.
+    pub fn add_norm(&mut self, norm_add: NormAdd) -> Result<()> {
+        self.push(Instruction::NormAdd(norm_add))
+    }
+
     /// The last instruction that writes to `address`.
     fn writer(&self, address: u64) -> i32 {
         self.list.iter().rposition(|instruction| instruction.writes(address)).map_or(NONE, |at| at as i32)
@@ -219,6 +231,7 @@ impl ProgramBuilder {
             Instruction::Attention(attention) => {
                 attention.written_by = [attention.q, attention.k, attention.v].map(writer)
             }
+            Instruction::NormAdd(norm_add) => norm_add.written_by = [norm_add.y, norm_add.x].map(writer),
         }
         self.list.push(instruction);
         Ok(())
@@ -244,7 +257,7 @@ impl ProgramBuilder {
         for (writer, instruction) in self.list.iter().enumerate() {
             // A unit of attention has a part of what it reads, and all that this was made of.
             let reads_part = |reader: usize| {
-                instruction.matvec().is_none() && reads[writer].iter().any(|(_, of)| *of == Some(reader))
+                matches!(instruction, Instruction::Attention(_)) && reads[writer].iter().any(|(_, of)| *of == Some(reader))
             };
             let is_overwritten =
                 |reader: &usize| reads[*reader].iter().any(|(address, _)| instruction.writes(*address));
@@ -365,6 +378,7 @@ mod tests {
         kernels: &[],
         product_is_float: false,
         multiply_rows: |_, _, _, _| Ok(()),
+        rows: |_, _| None,
     };
 
     fn multiply(program: &mut ProgramBuilder, x: u64, is_tagged: i32, out: u64) -> Result<()> {

@@ -37,6 +37,7 @@ static HALVES: Family = Family {
     kernels: &[&STEP],
     product_is_float: false,
     multiply_rows,
+    rows: |matrix, rows| Some(matrix.weights_of_rows(&rows)),
 };
 static FLOATS: Family = Family {
     name: "float",
@@ -45,6 +46,7 @@ static FLOATS: Family = Family {
     kernels: &[&STEP],
     product_is_float: true,
     multiply_rows,
+    rows: |matrix, rows| Some(matrix.weights_of_rows(&rows)),
 };
 
 /// Uploads row-major values in their own dtype.
