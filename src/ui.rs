@@ -215,12 +215,30 @@ mod tests {
     }
 
     #[test]
-    fn every_event_is_taken_at_any_time() {
+    fn events_move_the_bar_in_whatever_order_they_come() {
         let progress = Progress { shown: true, bar: Mutex::new(ProgressBar::hidden()) };
-        let begin = Event::Begin { label: "runs".into(), total: 0, unit: Unit::Runs };
-        let warning = Event::Warning { name: "hot".into(), message: "too hot".into() };
-        for event in [Event::End, Event::Progress { done: 3 }, begin.clone(), begin, warning, Event::End, Event::End] {
-            progress.on(event);
-        }
+        let bar = || progress.bar.lock().unwrap().clone();
+        let begin = |total| progress.on(Event::Begin { label: "runs".into(), total, unit: Unit::Runs });
+        // Before anything has begun.
+        progress.on(Event::End);
+        progress.on(Event::Progress { done: 3 });
+        begin(8);
+        let first = bar();
+        assert_eq!((first.message().as_str(), first.length(), first.position()), ("runs", Some(8), 0));
+        progress.on(Event::Progress { done: 5 });
+        progress.on(Event::Warning { name: "hot".into(), message: "too hot".into() });
+        assert_eq!((first.position(), first.is_finished()), (5, false));
+        begin(0);
+        assert_eq!((first.is_finished(), bar().length(), bar().position()), (true, Some(0), 0));
+        progress.on(Event::End);
+        progress.on(Event::End);
+        assert!(bar().is_finished());
+    }
+
+    #[test]
+    fn a_quiet_run_has_no_bar() {
+        let progress = Progress { shown: false, bar: Mutex::new(ProgressBar::hidden()) };
+        progress.on(Event::Begin { label: "runs".into(), total: 8, unit: Unit::Runs });
+        assert_eq!(progress.bar.lock().unwrap().length(), None);
     }
 }

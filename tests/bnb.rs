@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use quantbench::engine::{self, Device, EncoderInput, Engine, Session, Setup};
 use quantbench::error;
 use quantbench::events::Silent;
-use quantbench::harness::{self, Asked, Case, DeviceChoice, PromptChoice, Protocol};
+use quantbench::harness::{self, Case, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice};
 use quantbench::plan::Model;
 use quantbench::quant::{FormatId, FormatOptions, nf4};
 use quantbench::weights::policy::{Formats, Selection};
@@ -75,11 +75,11 @@ fn a_saved_checkpoint_generates_what_the_model_does_when_it_is_quantized_at_load
     }
 }
 
-fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
+fn case(folder: &Path, precisions: &[&str], precision_selection: PrecisionSelection) -> Case {
     Case {
         model: request(folder),
         precisions: precisions.iter().filter_map(|name| FormatId::named(name)).collect(),
-        asked,
+        precision_selection,
         engines: vec![Engine::Quantbench],
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
@@ -90,7 +90,7 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
         n_gen: 4,
         n_depth: 0,
         stop_at_eos: false,
-        protocol: Protocol::default(),
+        protocol: MeasurementProtocol::default(),
         save_logits: None,
         keep_fp16: Vec::new(),
         quality: None,
@@ -102,7 +102,7 @@ fn case(folder: &Path, precisions: &[&str], asked: Asked) -> Case {
 fn another_precision_than_the_saved_one_is_refused_with_both_names() {
     let folder = golden("bnb", "llama-tiny-nf4");
     for precisions in [&["int8"][..], &["nf4-nodq"], &["nf4", "fp16"]] {
-        let error = harness::run(&case(&folder, precisions, Asked::ByName), &Silent).unwrap_err();
+        let error = harness::run(&case(&folder, precisions, PrecisionSelection::ByName), &Silent).unwrap_err();
         let other = precisions.iter().find(|name| **name != "nf4").unwrap();
         assert!(error.to_string().contains(&format!("`--precision {other}`")), "{error}");
         assert!(error.to_string().contains("saved in `nf4`"), "{error}");

@@ -4,6 +4,7 @@
 mod gpu;
 #[path = "shim/products.rs"]
 mod products;
+mod skips;
 
 use candle_core::{Device, Tensor};
 use gpu::gpu;

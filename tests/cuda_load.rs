@@ -5,6 +5,7 @@
 mod gpu;
 #[path = "shim/plain.rs"]
 mod plain;
+mod skips;
 
 use std::path::Path;
 

@@ -281,7 +281,9 @@ fn kernels_equal_the_oracles() {
                     let parts = row_parts(&*matrix);
                     let y = multiply(&*matrix, &x, m, Some(&bias), &parts);
                     assert_close(&what, &y, &expected, |i| {
-                        roundings as f64 * 2f64.powi(-23) * sums[i] + 2f64.powi(-22) * (expected[i].abs() + 1.0)
+                        // The sum that the bias joins is at most |y| + |bias|.
+                        let bias = f64::from(bias[i % n].abs());
+                        roundings as f64 * 2f64.powi(-23) * sums[i] + 2f64.powi(-22) * (expected[i].abs() + bias)
                     });
                     assert_eq!(
                         y,

@@ -1,5 +1,8 @@
 //! Tiny models against the reference runs in tests/golden: every executor, every instruction set, every precision.
 
+#[cfg(feature = "cuda")]
+mod skips;
+
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
@@ -244,10 +247,31 @@ fn int8_logits_equal_the_reference_where_they_are_stable_and_its_cost_elsewhere(
                     (0..N_GEN).map(|s| kl_divergence(&fp32[s * vocab..(s + 1) * vocab], &logits[s])).collect();
                 let mean = kl.iter().sum::<f64>() / kl.len() as f64;
                 let known = facts["forced_mean_kl"].as_f64().unwrap();
-                assert!(mean <= 2.0 * known && mean >= known / 2.0, "{case}: mean KL {mean}, reference {known}");
+                let factor = int8_kl_factor(fp32.chunks_exact(vocab));
+                let is_near = mean <= factor * known && mean >= known / factor;
+                assert!(is_near, "{case}: mean KL {mean}, reference {known}, within {factor:.2} times");
             }
         }
     }
+}
+
+/// How far the mean divergences of two int8 runs may lie apart as a factor, where activations that cross a rounding boundary make the
+/// errors of their logits independent. An error e of all logits, each of variance v, diverges by half its variance under p,
+/// Σ p (e − ē)² / 2: v / 2 · (1 − Σ p²) on average, with a standard deviation of v / 2 · √(2 Σ p² (1 − 2 p + Σ p²)). Means over the
+/// steps of a run spread by the root of the sum of the squares over the sum; two runs spread √2 times that, and three of these are
+/// allowed, as a power of e since divergences are positive.
+fn int8_kl_factor<'a>(steps: impl Iterator<Item = &'a [f32]>) -> f64 {
+    let (mut mean, mut variance) = (0.0, 0.0);
+    for logits in steps {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let powers: Vec<f64> = logits.iter().map(|x| f64::from(x - largest).exp()).collect();
+        let sum: f64 = powers.iter().sum();
+        let p: Vec<f64> = powers.iter().map(|power| power / sum).collect();
+        let squares: f64 = p.iter().map(|p| p * p).sum();
+        mean += 1.0 - squares;
+        variance += 2.0 * p.iter().map(|p| p * p * (1.0 - 2.0 * p + squares)).sum::<f64>();
+    }
+    (3.0 * 2f64.sqrt() * variance.sqrt() / mean).exp()
 }
 
 /// `Σ p · ln(p / q)` over softmaxes of the logits, in nats.
@@ -375,7 +399,9 @@ fn a_rewound_candle_session_repeats_itself() {
     }
 }
 
-/// fp16 compute moves logits by up to 0.04 and KL by 4e-5 on these models (tests/golden/README.md).
+/// fp16 compute rounds what a layer passes on about 12 times, each by a relative 2⁻¹² · √(4/3) on average (uniform in ±2⁻¹¹): over 3
+/// layers 1.7e-3 of the hidden state, 4.2e-3 of logits that deviate by 2.5. The largest of 10⁵ such errors is 4.4 times that, 0.02; norms
+/// with a few large channels double it, as measured (0.04, tests/golden/README.md). Allowed are 12 deviations of that.
 const FP16_LOGIT_TOLERANCE: f32 = 0.1;
 
 /// Fed the reference's own tokens, so that a close call between two of them does not part the runs.
@@ -400,7 +426,9 @@ fn cuda_logits_stay_near_the_reference() {
                 if precision == "int8" {
                     let mean = steps.map(|(expected, seen)| kl_divergence(expected, seen)).sum::<f64>() / N_GEN as f64;
                     let known = quantized["forced_mean_kl"].as_f64().unwrap();
-                    assert!(mean <= 2.0 * known && mean >= known / 2.0, "{case}: mean KL {mean}, reference {known}");
+                    let factor = int8_kl_factor(expected.chunks_exact(expected.len() / N_GEN));
+                    let is_near = mean <= factor * known && mean >= known / factor;
+                    assert!(is_near, "{case}: mean KL {mean}, reference {known}, within {factor:.2} times");
                     continue;
                 }
                 let worst = steps.map(|(expected, seen)| largest_difference(seen, expected)).fold(0.0, f32::max);
@@ -413,10 +441,11 @@ fn cuda_logits_stay_near_the_reference() {
 
 /// The device, for one test at a time: what another thread queues there would end a capture. Prints why there is none.
 #[cfg(feature = "cuda")]
+#[track_caller]
 fn device() -> Option<std::sync::MutexGuard<'static, ()>> {
     static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
     if let Err(error) = quantbench::kernels::cuda::probe(0) {
-        println!("skipped: {error}");
+        skips::skip(error);
         return None;
     }
     Some(ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner))

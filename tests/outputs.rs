@@ -1,5 +1,7 @@
 //! Outputs against each other: every number of every format by `scripts/outputs`, several files in one report, files that come back.
 
+mod skips;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -44,9 +46,10 @@ fn read(folder: &TempDir, name: &str) -> Value {
 }
 
 /// Runs the script on a file; skipped without Python.
+#[track_caller]
 fn compare_outputs(file: &Path) {
     if Command::new("python3").arg("--version").output().is_err() {
-        return eprintln!("skipped: no python3 in PATH");
+        return skips::skip("no python3 in PATH");
     }
     let script = root().join("scripts/outputs");
     let words = [script.to_str().expect("UTF-8"), file.to_str().expect("UTF-8"), PROGRAM];
@@ -89,7 +92,7 @@ fn no_two_outputs_of_a_run_disagree() {
 #[test]
 fn a_wrong_number_is_found() {
     if Command::new("python3").arg("--version").output().is_err() {
-        return eprintln!("skipped: no python3 in PATH");
+        return skips::skip("no python3 in PATH");
     }
     let folder = tempfile::tempdir().expect("a folder");
     let path = write(&folder, "r.json", &example("with_quality"));

@@ -1,5 +1,7 @@
 //! The HTML report: whole in itself, small, readable without colour or sight, and without an error in a browser.
 
+mod skips;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
@@ -227,7 +229,7 @@ fn open(browser: &Path, file: &Path, width: u32, picture: &Path) -> String {
 #[test]
 fn a_browser_shows_it_without_an_error() {
     let Some(browser) = browser() else {
-        return eprintln!("skipped: no headless browser in PATH; known are {}", BROWSERS.join(", "));
+        return skips::skip(format!("no headless browser in PATH; known are {}", BROWSERS.join(", ")));
     };
     let folder = tempfile::tempdir().expect("a folder");
     for (name, document) in [("one", example("with_quality")), ("twelve", twelve_cases())] {

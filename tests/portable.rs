@@ -2,6 +2,8 @@
 //! a toolkit or among Python's packages without `LD_LIBRARY_PATH`. Needs no GPU.
 #![cfg(feature = "cuda")]
 
+mod skips;
+
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -40,7 +42,8 @@ struct Toolkit {
 }
 
 impl Toolkit {
-    /// `None`, with the reason printed, where it is not whole.
+    /// `None` where it is not whole: the test is skipped.
+    #[track_caller]
     fn of_build() -> Option<Self> {
         let home = std::env::var_os("CUDA_HOME").map(PathBuf::from).unwrap_or_else(|| "/usr/local/cuda".into());
         let folders = ["lib64", "lib"].map(|folder| home.join(folder));
@@ -50,7 +53,7 @@ impl Toolkit {
         match (found, driver.into_iter().find(|file| file.exists())) {
             (Some(libraries), Some(driver)) => Some(Self { libraries: libraries.clone(), driver }),
             _ => {
-                println!("skipped: CUDA_HOME names no toolkit with its libraries and a stub of the driver");
+                skips::skip("CUDA_HOME names no toolkit with its libraries and a stub of the driver");
                 None
             }
         }
@@ -68,11 +71,12 @@ impl Toolkit {
 }
 
 /// Whether the system's loader finds any of the libraries by itself, so that no environment hides them.
+#[track_caller]
 fn is_hidden(folder: &TempDir) -> bool {
     let seen = found_in(&[("HOME", folder.path())]);
     let is_hidden = seen.iter().all(|place| place == "missing");
     if !is_hidden {
-        println!("skipped: this machine finds CUDA libraries by itself: {seen:?}");
+        skips::skip(format!("this machine finds CUDA libraries by itself: {seen:?}"));
     }
     is_hidden
 }

@@ -2,6 +2,7 @@
 
 #[path = "suite/machines.rs"]
 mod machines;
+mod skips;
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -7,12 +7,12 @@ use quantbench::{models, quant, record, report, weights};
 
 /// A module imports nothing to its left.
 const LAYERS: &[&str] = &[
-    "main", "commands", "cli", "ui", "suite", "harness", "quality", "engine", "lower", "models", "plan", "call",
-    "weights", "quant", "kernels", "error",
+    "main", "commands", "cli", "ui", "suite", "harness", "ipc", "protocol", "quality", "engine", "lower", "models",
+    "plan", "call", "weights", "quant", "kernels", "os", "error",
 ];
 
 /// Every layer may import these; they import each other and `error`.
-const LEAVES: &[&str] = &["report", "record", "stats", "events"];
+const LEAVES: &[&str] = &["report", "record", "stats", "rng", "events"];
 
 const MAX_LINES: usize = 700;
 
@@ -388,4 +388,100 @@ fn text_names_no_machine() {
 fn the_host_finder_reads_urls() {
     let text = "see https://arxiv.org/abs/1, http://127.0.0.1:{port}/x, http://hub.example/a and `scheme://name`.";
     assert_eq!(hosts(text), ["arxiv.org", "127.0.0.1"]);
+}
+
+/// Modules whose files import each other without a circle, and never their own façade.
+const WITHOUT_CIRCLES: &[&str] = &["harness", "ipc", "protocol", "suite", "os"];
+
+/// Every path of `use` items, with groups taken apart: `use a::{b, c::d};` gives `a::b` and `a::c::d`. Tests are left out.
+fn used_paths(text: &str) -> Vec<String> {
+    let tests = ["\n#[cfg(test)]", "\n#[cfg(all(test"].iter().filter_map(|start| text.find(start)).min();
+    let text = &text[..tests.unwrap_or(text.len())];
+    let code: String = text.lines().map(|line| format!("{}\n", code(line))).collect();
+    let items = code.split(';').filter_map(|item| item.rsplit_once("use ").map(|(_, tree)| tree));
+    items.flat_map(|tree| leaves("", tree.trim())).collect()
+}
+
+fn leaves(prefix: &str, tree: &str) -> Vec<String> {
+    let Some((head, inside)) = tree.split_once('{') else {
+        return vec![format!("{prefix}{}", tree.split(" as ").next().unwrap_or(tree).trim())];
+    };
+    let inside = inside.trim_end().trim_end_matches('}');
+    let (mut depth, mut start, mut members) = (0, 0, Vec::new());
+    for (at, c) in inside.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                members.push(&inside[start..at]);
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    members.push(&inside[start..]);
+    let members = members.iter().map(|member| member.trim()).filter(|member| !member.is_empty());
+    members.flat_map(|member| leaves(&format!("{prefix}{head}"), member)).collect()
+}
+
+/// `harness/watch/mod.rs` is `harness::watch`.
+fn module_of(path: &str) -> String {
+    let path = path.trim_start_matches("src/").trim_end_matches(".rs").trim_end_matches("/mod");
+    path.replace('/', "::")
+}
+
+/// The module of `modules` that a path in the module `from` means; the longest one that is a prefix of it.
+fn resolve(from: &str, path: &str, modules: &[String]) -> Option<String> {
+    let (mut base, mut rest): (Vec<&str>, Vec<&str>) = (from.split("::").collect(), path.split("::").collect());
+    match rest.first() {
+        Some(&"crate") => base.clear(),
+        Some(&("super" | "self")) => {}
+        _ => return None,
+    }
+    while matches!(rest.first(), Some(&("super" | "self" | "crate"))) {
+        if rest.remove(0) == "super" {
+            base.pop();
+        }
+    }
+    let full = [base, rest].concat();
+    (1..=full.len()).rev().map(|n| full[..n].join("::")).find(|module| modules.contains(module))
+}
+
+#[test]
+fn some_modules_have_no_circles() {
+    let files = rust_files(&["src"]);
+    let modules: Vec<String> = files.iter().map(|file| module_of(&file.path)).collect();
+    let inside = |name: &str, module: &str| module == name || module.starts_with(&format!("{name}::"));
+    let mut problems = Vec::new();
+    for name in WITHOUT_CIRCLES {
+        // Façades only declare and re-export, so that an import of one is a circle with everything in it.
+        let mut edges: Vec<(String, Vec<String>)> = Vec::new();
+        for (file, from) in files.iter().zip(&modules).filter(|(_, module)| inside(name, module)) {
+            let to: Vec<String> =
+                used_paths(&file.text).iter().filter_map(|path| resolve(from, path, &modules)).collect();
+            if to.iter().any(|to| to == name && from != name) {
+                problems.push(format!("{}: imports the façade `{name}` of its own folder", file.path));
+            }
+            edges.push((from.clone(), to.into_iter().filter(|to| inside(name, to) && to != from).collect()));
+        }
+        // Modules whose imports are all gone go, until none is left; what stays is in a circle or above one.
+        while let Some(at) = edges.iter().position(|(_, to)| to.is_empty()) {
+            let (gone, _) = edges.remove(at);
+            edges.iter_mut().for_each(|(_, to)| to.retain(|to| *to != gone));
+        }
+        problems.extend(edges.iter().map(|(from, to)| format!("a circle: {from} imports {}", to.join(", "))));
+    }
+    fail_on(problems);
+}
+
+#[test]
+fn use_trees_are_taken_apart() {
+    let text = "use super::{a, b::{c, d as e}};\npub use self::f::G;\n#[cfg(test)]\npub mod tests { use super::h; }";
+    assert_eq!(used_paths(text), ["super::a", "super::b::c", "super::b::d", "self::f::G"]);
+    let modules = ["x", "x::a", "x::b", "y"].map(str::to_owned);
+    let resolved = |path: &str| resolve("x::a", path, &modules);
+    assert_eq!(resolved("super::b::C").as_deref(), Some("x::b"));
+    assert_eq!(resolved("super::Case").as_deref(), Some("x"));
+    assert_eq!(resolved("crate::y::z").as_deref(), Some("y"));
+    assert_eq!(resolved("std::fs"), None);
 }

@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 
 use super::request::positive;
 use crate::error::BadInput;
-use crate::harness::Protocol;
+use crate::harness::MeasurementProtocol;
 
 /// Rarer choices of the protocol.
 #[derive(Debug, Args)]
@@ -48,14 +48,14 @@ pub enum MethodWord {
 
 impl MethodArgs {
     /// Adds these choices to the counts and times of `plain`.
-    pub(super) fn protocol(&self, plain: Protocol) -> Result<Protocol, BadInput> {
+    pub(super) fn protocol(&self, plain: MeasurementProtocol) -> Result<MeasurementProtocol, BadInput> {
         let launches = positive("--launches", self.launches)?;
         let Self { sync_each_token, measure_bandwidth, keep_series, .. } = *self;
         if self.method == MethodWord::Seed && (launches > 1 || sync_each_token) {
             return Err(BadInput::new("`--method seed` is one run that waits after every token")
                 .hint("drop `--launches` and `--sync-each-token`"));
         }
-        let plain = if self.method == MethodWord::Seed { Protocol::of_seed() } else { plain };
-        Ok(Protocol { launches, sync_each_token, measure_bandwidth, keep_series, ..plain })
+        let plain = if self.method == MethodWord::Seed { MeasurementProtocol::of_seed() } else { plain };
+        Ok(MeasurementProtocol { launches, sync_each_token, measure_bandwidth, keep_series, ..plain })
     }
 }

@@ -32,7 +32,7 @@ use clap::{Args, Parser, Subcommand, ValueHint};
 
 use self::groups::{engine_help, engine_names};
 use crate::engine::Engine;
-use crate::harness::Protocol;
+use crate::harness::MeasurementProtocol;
 
 /// The built-in shape that a run without `--model-id` measures on the CPU.
 pub const DEFAULT_MODEL_ID: &str = "smollm2-135m";
@@ -162,15 +162,15 @@ pub struct RunArgs {
     pub repeats: Option<usize>,
 
     /// Seconds that repeating lasts at least, per precision.
-    #[arg(long, value_name = "S", default_value_t = Protocol::default().min_time_s, help_heading = "Protocol")]
+    #[arg(long, value_name = "S", default_value_t = MeasurementProtocol::default().min_time_s, help_heading = "Protocol")]
     pub min_time: f64,
 
     /// Seconds after which no further repeat starts, per precision.
-    #[arg(long, value_name = "S", default_value_t = Protocol::default().max_time_s, help_heading = "Protocol")]
+    #[arg(long, value_name = "S", default_value_t = MeasurementProtocol::default().max_time_s, help_heading = "Protocol")]
     pub max_time: f64,
 
     /// Half width of the 95 % interval over the median at which repeating ends.
-    #[arg(long, value_name = "X", default_value_t = Protocol::default().rel_ci, help_heading = "Protocol")]
+    #[arg(long, value_name = "X", default_value_t = MeasurementProtocol::default().rel_ci, help_heading = "Protocol")]
     pub rel_ci: f64,
 
     #[command(flatten)]

@@ -12,9 +12,12 @@ use super::{
     DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, PromptArgs,
     QualityArgs, RunArgs, TextArgs, WeightsWord,
 };
-use crate::engine::{ENGINES, Engine};
+use crate::engine::{Device, ENGINES, Engine};
 use crate::error::BadInput;
-use crate::harness::{self, Asked, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PromptChoice, Protocol, QualityChoice};
+use crate::harness::{
+    self, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice,
+    QualityChoice,
+};
 use crate::quality::CallPath;
 use crate::quant::{FORMATS, FormatId, FormatOptions};
 use crate::report::{self, Writer};
@@ -90,7 +93,7 @@ fn case(
         model: model(model_args, device),
         precisions: precisions(&precision.precision, precision.no_double_quant)?,
         engines: vec![Engine::Quantbench],
-        asked: asked(&precision.precision, precision.no_double_quant),
+        precision_selection: precision_selection(&precision.precision, precision.no_double_quant),
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device,
         cuda_graph: !device_args.no_cuda_graph,
@@ -101,7 +104,7 @@ fn case(
         n_gen: 1,
         n_depth: 0,
         stop_at_eos: false,
-        protocol: Protocol::default(),
+        protocol: MeasurementProtocol::default(),
         save_logits: None,
         quality: None,
         command,
@@ -168,8 +171,8 @@ fn is_first_look(args: &RunArgs) -> bool {
 fn default_model_id(device: DeviceChoice) -> &'static str {
     // A device that cannot be had is an error elsewhere.
     match harness::device(device) {
-        Ok(DeviceChoice::Cuda(_)) => DEFAULT_CUDA_MODEL_ID,
-        Ok(DeviceChoice::Cpu | DeviceChoice::Auto) | Err(_) => DEFAULT_MODEL_ID,
+        Ok(Device::Cuda(_)) => DEFAULT_CUDA_MODEL_ID,
+        Ok(Device::Cpu) | Err(_) => DEFAULT_MODEL_ID,
     }
 }
 
@@ -207,10 +210,10 @@ fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<FormatId>, 
 }
 
 /// `--no-double-quant` names a precision too.
-fn asked(words: &[String], no_double_quant: bool) -> Asked {
+fn precision_selection(words: &[String], no_double_quant: bool) -> PrecisionSelection {
     match words {
-        [word] if word.trim().eq_ignore_ascii_case("all") && !no_double_quant => Asked::All,
-        _ => Asked::ByName,
+        [word] if word.trim().eq_ignore_ascii_case("all") && !no_double_quant => PrecisionSelection::All,
+        _ => PrecisionSelection::ByName,
     }
 }
 
@@ -276,14 +279,14 @@ fn text_prompt(option: &str, text: String) -> Result<PromptChoice, BadInput> {
     Ok(PromptChoice::Text(text))
 }
 
-fn protocol(args: &RunArgs) -> Result<Protocol, BadInput> {
-    let protocol = Protocol {
+fn protocol(args: &RunArgs) -> Result<MeasurementProtocol, BadInput> {
+    let protocol = MeasurementProtocol {
         warmup: args.warmup,
         repeats: args.repeats.map(|n| positive("--repeats", n)).transpose()?,
         min_time_s: not_negative("--min-time", args.min_time)?,
         max_time_s: not_negative("--max-time", args.max_time)?,
         rel_ci: not_negative("--rel-ci", args.rel_ci)?,
-        ..Protocol::default()
+        ..MeasurementProtocol::default()
     };
     if protocol.min_time_s > protocol.max_time_s {
         let (min, max) = (protocol.min_time_s, protocol.max_time_s);
@@ -336,7 +339,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::cli::Cli;
+    use crate::cli::{Cli, Command};
 
     fn request(line: &str) -> Result<Request> {
         let words = std::iter::once("quantbench").chain(line.split_whitespace());
@@ -382,7 +385,22 @@ mod tests {
         assert_eq!(request("--prompt hi").unwrap().case.prompt, PromptChoice::Text("hi".into()));
         assert_eq!(request("").unwrap().case.prompt, PromptChoice::Default);
         assert_eq!(request("--device cpu").unwrap().case.device, DeviceChoice::Cpu);
-        assert_eq!(request("run --threads 3").is_ok(), request("--threads 3").is_ok());
+    }
+
+    #[test]
+    fn run_may_be_left_out() {
+        let Ok(Cli { command: Some(Command::Run(args)), .. }) =
+            Cli::try_parse_from(["quantbench", "run", "--threads", "3", "--precision", "nf4"])
+        else {
+            panic!("`run` is a command");
+        };
+        let typed = Request::new(&args, "a command".to_owned()).unwrap().case;
+        let left_out = Request::new(
+            &Cli::try_parse_from(["quantbench", "--threads", "3", "--precision", "nf4"]).unwrap().run,
+            "a command".to_owned(),
+        );
+        assert_eq!((typed.threads, typed.precisions.len()), (3, 1));
+        assert_eq!(typed, left_out.unwrap().case);
     }
 
     #[test]

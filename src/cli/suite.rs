@@ -9,7 +9,7 @@ use clap::{ArgAction, Args, Parser, ValueHint};
 use super::{Cli, Command, Request, RunArgs};
 use crate::error::BadInput;
 use crate::report;
-use crate::suite::{Key, Kind, Planned, Shard, Task};
+use crate::suite::{Key, Kind, Planned, Shard, SuiteCase};
 
 /// What was typed for a suite.
 #[derive(Debug, Args)]
@@ -95,7 +95,7 @@ pub fn suite_keys() -> Vec<Key> {
 }
 
 /// A planned case through the same door as `quantbench run`. Fails on what that would refuse, and names the file's line.
-pub fn suite_task(planned: Planned) -> Result<Task> {
+pub fn suite_task(planned: Planned) -> Result<SuiteCase> {
     let command = planned.command();
     let refused = |message: &str| BadInput::new(planned.complain(message));
     let cli = Cli::try_parse_from(&command).map_err(|error| refused(&complaint(&error)))?;
@@ -110,7 +110,7 @@ pub fn suite_task(planned: Planned) -> Result<Task> {
             None => bad,
         }
     })?;
-    Ok(Task { planned, case: request.case })
+    Ok(SuiteCase { planned, case: request.case })
 }
 
 /// What the parser says, without its advice about help.

@@ -8,7 +8,6 @@ use clap::CommandFactory;
 use super::Cli;
 use crate::error::{BadInput, nearest};
 use crate::quant::FORMATS;
-use crate::weights::export::is_written;
 
 /// The words of a command line, the program first, with each value that begins with a dash joined to its option: `--prompt '- hello'`
 /// becomes `--prompt=- hello`. A word that is itself an option stays apart, so that an option without its value is noticed.
@@ -125,7 +124,7 @@ pub enum Takes {
 
 /// The error for a precision that is none, with what was probably meant.
 pub fn unknown_precision(word: &str, takes: Takes) -> BadInput {
-    let formats = FORMATS.iter().filter(|entry| takes == Takes::Many || is_written(**entry));
+    let formats = FORMATS.iter().filter(|entry| takes == Takes::Many || entry.saved.is_some());
     let names = formats.flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
     let names: Vec<&str> = names.chain((takes == Takes::Many).then_some("all")).collect();
     let error = BadInput::new(format!("unknown precision `{word}`: known are {}", names.join(", ")));

@@ -9,15 +9,15 @@ use anyhow::Result;
 use crate::cli::{SuiteArgs, suite_keys, suite_task};
 use crate::record::{Document, SCHEMA_VERSION};
 use crate::report;
-use crate::suite::{self, CaseEnd, OnFailure, Results, Resume, Shard, Task, Watcher};
+use crate::suite::{self, CaseEnd, OnFailure, Results, Resume, Shard, SuiteCase, Watcher};
 use crate::ui::{self, Progress};
 
 /// Runs the cases of this shard, or lists them; 1 if any precision of any case failed or is invalid.
 pub fn suite(args: &SuiteArgs) -> Result<ExitCode> {
     let shard = args.shard()?;
     let planned = suite::read(&args.file, &suite_keys())?;
-    let tasks = planned.into_iter().map(suite_task).collect::<Result<Vec<Task>>>()?;
-    let tasks: Vec<Task> = tasks.into_iter().filter(|task| shard.has(task.planned.index)).collect();
+    let tasks = planned.into_iter().map(suite_task).collect::<Result<Vec<SuiteCase>>>()?;
+    let tasks: Vec<SuiteCase> = tasks.into_iter().filter(|task| shard.has(task.planned.index)).collect();
     if shard != Shard::WHOLE && !args.quiet {
         ui::note(&format!("part {} of {}: {} cases", shard.index, shard.count, tasks.len()));
     }
@@ -28,8 +28,8 @@ pub fn suite(args: &SuiteArgs) -> Result<ExitCode> {
     }
 }
 
-fn list(tasks: &[Task]) -> Result<ExitCode> {
-    let line = |task: &Task| {
+fn list(tasks: &[SuiteCase]) -> Result<ExitCode> {
+    let line = |task: &SuiteCase| {
         let planned = &task.planned;
         let command: Vec<String> = planned.command().iter().map(|word| report::quote(word)).collect();
         format!("{}/{} {} {}\n", planned.index, planned.n_cases, planned.hash, command.join(" "))
@@ -39,7 +39,7 @@ fn list(tasks: &[Task]) -> Result<ExitCode> {
 }
 
 /// Rows to a file as cases end, then the table of all that it holds.
-fn to_file(args: &SuiteArgs, path: &Path, tasks: &[Task]) -> Result<ExitCode> {
+fn to_file(args: &SuiteArgs, path: &Path, tasks: &[SuiteCase]) -> Result<ExitCode> {
     let resume = match (args.resume, args.retry_failed) {
         (false, _) => Resume::No,
         (true, false) => Resume::Ended,
@@ -66,14 +66,14 @@ fn to_file(args: &SuiteArgs, path: &Path, tasks: &[Task]) -> Result<ExitCode> {
 }
 
 /// Rows to stdout as cases end.
-fn to_stdout(args: &SuiteArgs, tasks: &[Task]) -> Result<ExitCode> {
+fn to_stdout(args: &SuiteArgs, tasks: &[SuiteCase]) -> Result<ExitCode> {
     let all_ok = run(args, tasks, &BTreeMap::new(), &mut ui::print_measured)?;
     Ok(exit_code(all_ok))
 }
 
 fn run(
     args: &SuiteArgs,
-    tasks: &[Task],
+    tasks: &[SuiteCase],
     ended: &BTreeMap<String, bool>,
     append: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<bool> {

@@ -17,6 +17,7 @@ pub mod memory;
 pub mod needs;
 mod recompute;
 pub mod reference;
+mod routing;
 
 use std::time::Duration;
 
@@ -236,7 +237,7 @@ pub struct Setup<'a> {
 }
 
 /// A device that exists.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Device {
     Cpu,
     Cuda(usize),

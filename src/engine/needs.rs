@@ -5,7 +5,6 @@ use super::{Device, Engine, candle};
 use crate::call::KvFormat;
 use crate::lower::score_tiles::{ScoreTiles, is_one_kernel};
 use crate::plan::{CacheScope, CacheSpec, LinearPart, Model, Op, Plan, Rows};
-use crate::quant::FormatId;
 use crate::weights::policy::Formats;
 
 /// What a process takes of a GPU beside its own allocations: the driver's context, the kernels and cuBLAS. An H200 with driver 580
@@ -86,7 +85,7 @@ pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Needs {
         scratch_bytes: match (holding.engine, holding.device) {
             (Engine::Candle, _) => candle_scratch_bytes(model, lengths, holding.kv_format(model).bytes()),
             (Engine::Quantbench, Device::Cpu) => cpu_scratch_bytes(model, lengths),
-            (Engine::Quantbench, Device::Cuda(_)) => cuda_scratch_bytes(model, lengths, holding.formats.precision()),
+            (Engine::Quantbench, Device::Cuda(_)) => cuda_scratch_bytes(model, lengths, holding.formats),
         },
         context_bytes: if is_cuda { CONTEXT_BYTES } else { 0 },
     }
@@ -121,7 +120,20 @@ fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
 fn cpu_scratch_bytes(model: &Model, lengths: &Lengths) -> u64 {
     let longest = lengths.calls().map(|(rows, _)| rows).into_iter().max().unwrap_or(0);
     let encoder = model.encoder.as_ref().map_or(0, |encoder| slot_bytes(&encoder.plan, lengths.encoder));
-    slot_bytes(&model.decoder, longest).saturating_add(encoder)
+    slot_bytes(&model.decoder, longest).saturating_add(encoder).saturating_add(mixture_bytes(model, longest))
+}
+
+/// What the CPU engine holds of a mixture of experts in a call of `rows` rows; all layers use the same memory.
+fn mixture_bytes(model: &Model, rows: usize) -> u64 {
+    let of_op = |op: &Op| {
+        let Op::Experts(spec) = op else { return 0 };
+        let Some(down) = spec.experts.first().map(|expert| &model.matrices[expert.down.weight.0]) else { return 0 };
+        // Of each choice what the expert reads, gate, up and their product, and of each row the product of a down and what is
+        // brought together.
+        let choices = product(&[size_of::<f32>(), rows, spec.top_k, 3 * down.k + down.n]);
+        choices.saturating_add(product(&[size_of::<f32>(), 2, rows, down.n]))
+    };
+    model.decoder.ops.iter().map(of_op).max().unwrap_or(0)
 }
 
 /// Buffers of a call of `rows` rows in fp32, those that never live at once in one place.
@@ -149,9 +161,9 @@ fn candle_scratch_bytes(model: &Model, lengths: &Lengths, element_bytes: usize) 
 }
 
 /// The memory of the longest prompt, which is one for all calls, and the tables that last.
-fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, precision: FormatId) -> u64 {
+fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, formats: &Formats) -> u64 {
     let bytes = |plan: &Plan, rows: usize, seen: usize| {
-        CudaCall { model, plan, rows, seen, encoded: lengths.encoder, precision }.bytes()
+        CudaCall { model, plan, rows, seen, encoded: lengths.encoder, formats }.bytes()
     };
     let decoder = lengths.calls().map(|(rows, seen)| bytes(&model.decoder, rows, seen));
     let encoder = model.encoder.as_ref().map(|encoder| bytes(&encoder.plan, lengths.encoder, lengths.encoder));
@@ -192,7 +204,7 @@ struct CudaCall<'a> {
     seen: usize,
     /// Rows of the encoder's caches.
     encoded: usize,
-    precision: FormatId,
+    formats: &'a Formats,
 }
 
 impl CudaCall<'_> {
@@ -239,13 +251,9 @@ impl CudaCall<'_> {
             return ScoreTiles::new(heads, heads / kv_heads.max(1), self.rows, seen).bytes(seen);
         }
         let Op::Linear(spec) = op else { return 0 };
-        if !self.precision.finds_outliers {
-            return 0;
-        }
-        // LLM.int8 makes codes of the activations, and products in 32 bits.
         let of_part = |part: &LinearPart| {
             let matrix = &self.model.matrices[part.weight.0];
-            product(&[self.rows, matrix.n, size_of::<i32>()]).saturating_add(product(&[self.rows, matrix.k]))
+            (self.formats.of(matrix.role).id().prefill_bytes)(self.rows, (matrix.n, matrix.k))
         };
         spec.parts.iter().map(of_part).max().unwrap_or(0)
     }
@@ -259,7 +267,7 @@ fn product(factors: &[usize]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::{FormatOptions, fp16, nf4};
+    use crate::quant::{FormatId, FormatOptions, fp16, int8, nf4};
     use crate::weights::builtin_models;
 
     fn model(name: &str) -> Model {
@@ -319,6 +327,17 @@ mod tests {
         let short =
             of("llama-3.2-1b", fp16::ID, Device::Cuda(0), Lengths { depth: 0, prompt: 8, gen_tokens: 64, encoder: 0 });
         assert!(short.scratch_bytes < 64 << 20, "{short:?}");
+    }
+
+    /// The widest product of llama-3.2-1b is [8192, 2048]: int8 makes 8192 sums and 2048 codes a row, nf4 the whole matrix in fp16 for
+    /// more than 32 rows. Its products of two parts are of one matrix at a time.
+    #[test]
+    fn what_a_product_takes_beside_its_operands_is_counted() {
+        let lengths = Lengths { depth: 0, prompt: 256, gen_tokens: 64, encoder: 0 };
+        let scratch = |precision| of("llama-3.2-1b", precision, Device::Cuda(0), lengths).scratch_bytes;
+        let plain = scratch(fp16::ID);
+        assert_eq!(scratch(int8::ID) - plain, 256 * (4 * 8192 + 2048));
+        assert_eq!(scratch(nf4::ID) - plain, 2 * 8192 * 2048);
     }
 
     #[test]

@@ -4,15 +4,17 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::assemble::{self, Facts};
-use super::parent::{Plan, into_error};
-use super::process::ProcessWorker;
-use super::protocol::Job;
-use super::schedule::{self, Order, Stage, Worker};
+use super::assemble;
+use super::case::Case;
+use super::checks;
+use super::prepare::PreparedCase;
+use super::run_context::RunContext;
+use super::schedule::{self, Order, ScheduleContext, Worker};
 use super::watch::machine::MachineWatch;
-use super::{Case, checks};
+use super::worker_process::ProcessWorker;
 use crate::error::BadInput;
 use crate::events::Listener;
+use crate::protocol::Failure;
 use crate::record::{self, Record};
 
 /// Measures every row of `case` with this build and with another one, repeat by repeat in turn: the records of the other
@@ -20,31 +22,33 @@ use crate::record::{self, Record};
 pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<Record>, Vec<Record>)> {
     let chosen = checks::check(case)?;
     let engine = engine_of(other)?;
-    let (case, plan) = &Plan::open(case, chosen, events)?;
-    let mut facts = plan.facts(case, events)?;
-    let mut watch = MachineWatch::new(plan.sensors(&mut facts));
-    let mut of_other = Facts { engine, ..facts.clone() };
-    // How the other was built is not known.
+    let (case, prepared) = &PreparedCase::open(case, chosen, events)?;
+    let mut context = prepared.context(case, events)?;
+    let mut watch = MachineWatch::new(prepared.sensors(&mut context));
+    let mut of_other = RunContext { engine, ..context.clone() };
+    // The other build does not report its profile and features.
     of_other.environment.build_profile.clear();
     of_other.environment.features.clear();
-    let rows = case.rows();
+    let variants = case.variants();
     let start = |at: usize| {
-        let (row, need) = (&rows[at / 2], plan.room.needs[at / 2]);
+        let (variant, needs) = (&variants[at / 2], prepared.room.needs[at / 2]);
         match at % 2 {
             0 => {
-                let job = Job::new(case, row, plan.share, &plan.workload);
-                let worker = ProcessWorker::new(job, need.bytes(), case.protocol.deadline).of_binary(other.to_owned());
+                let request = prepared.workload.load_request(case, variant, prepared.assignment);
+                let worker =
+                    ProcessWorker::new(request, needs.bytes(), case.protocol.deadline).of_binary(other.to_owned());
                 Box::new(worker) as Box<dyn Worker>
             }
-            _ => plan.worker(case, row, need),
+            _ => prepared.worker(case, variant, needs),
         }
     };
-    let (n_workers, order) = (2 * rows.len(), Order::Interleaved);
-    let mut stage = Stage { start: &start, n_workers, order, watch: &mut watch, events };
-    let outcomes = schedule::measure(&mut stage, &case.protocol).map_err(into_error)?;
+    let (n_workers, order) = (2 * variants.len(), Order::Interleaved);
+    let mut schedule_context = ScheduleContext { start: &start, n_workers, order, watch: &mut watch, events };
+    let outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(Failure::into_error)?;
     let of_side = |side: usize| outcomes.iter().skip(side).step_by(2).cloned().collect::<Vec<_>>();
-    let records = |facts: &Facts, side: usize| assemble::records(facts, case, &of_side(side), &|ids| plan.text(ids));
-    Ok((records(&of_other, 0), records(&facts, 1)))
+    let records =
+        |context: &RunContext, side: usize| assemble::records(context, case, &of_side(side), &|ids| prepared.text(ids));
+    Ok((records(&of_other, 0), records(&context, 1)))
 }
 
 /// Version and commit as the other build's `--version` gives them.

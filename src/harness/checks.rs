@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 
+use super::case::{Case, DeviceChoice, PrecisionSelection};
 use super::warnings::Warning;
-use super::{Asked, Case, DeviceChoice, doctor, logits};
-use crate::engine::Engine;
+use super::{doctor, logits};
+use crate::engine::{Device, Engine};
 use crate::error::BadInput;
 use crate::quant::{self, FormatId, FormatOptions};
 use crate::weights::bnb::PreQuantized;
@@ -14,9 +15,10 @@ pub fn check(case: &Case) -> Result<Chosen> {
     check_precisions(case)?;
     check_engines(case)?;
     let chosen = choose(case.device, cfg!(feature = "cuda"), &doctor::gpu)?;
-    let rows = case.rows();
-    for (row, path) in rows.iter().flat_map(|row| case.save_logits.iter().map(move |path| (row, path))) {
-        logits::check_writable(&logits::path_of(path, &row.label(), rows.len()))?;
+    let variants = case.variants();
+    for (variant, path) in variants.iter().flat_map(|variant| case.save_logits.iter().map(move |path| (variant, path)))
+    {
+        logits::check_writable(&logits::path_of(path, &variant.label(), variants.len()))?;
     }
     Ok(chosen)
 }
@@ -35,7 +37,11 @@ pub fn check_engines(case: &Case) -> Result<(), BadInput> {
         return Ok(());
     }
     let runs = |precision: &FormatId| case.engines.iter().any(|engine| engine.runs(*precision));
-    let lost = case.precisions.iter().find(|precision| !runs(precision)).filter(|_| case.asked == Asked::ByName);
+    let lost = case
+        .precisions
+        .iter()
+        .find(|precision| !runs(precision))
+        .filter(|_| case.precision_selection == PrecisionSelection::ByName);
     let none = case.precisions.first().filter(|_| !case.precisions.iter().any(|p| Engine::Candle.runs(*p)));
     match lost.or(none) {
         None => Ok(()),
@@ -50,7 +56,7 @@ pub fn check_engines(case: &Case) -> Result<(), BadInput> {
 pub fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Case, BadInput> {
     let Some(own) = quantized else { return Ok(case.clone()) };
     let others = || case.precisions.iter().find(|precision| **precision != own.precision);
-    if let Some(other) = others().filter(|_| case.asked == Asked::ByName) {
+    if let Some(other) = others().filter(|_| case.precision_selection == PrecisionSelection::ByName) {
         return Err(BadInput::new(format!(
             "`--precision {other}` is not possible: the weights of `{}` were saved in `{}`",
             case.model.model_id, own.precision
@@ -67,12 +73,12 @@ pub fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result
 /// The device of a case, and what a reader must know about the choice.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chosen {
-    pub device: DeviceChoice,
+    pub device: Device,
     pub warning: Option<Warning>,
 }
 
 /// The device that a choice means here. The parent creates no CUDA context, which would take memory from the workers.
-pub fn device(choice: DeviceChoice) -> Result<DeviceChoice, BadInput> {
+pub fn device(choice: DeviceChoice) -> Result<Device, BadInput> {
     choose(choice, cfg!(feature = "cuda"), &doctor::gpu).map(|chosen| chosen.device)
 }
 
@@ -86,17 +92,17 @@ fn choose(
     let of = |device| Chosen { device, warning: None };
     match choice {
         DeviceChoice::Auto if has_cuda => Ok(match driver(0) {
-            Ok(()) => of(DeviceChoice::Cuda(0)),
+            Ok(()) => of(Device::Cuda(0)),
             Err(problem) => {
                 let warning = Some(Warning::NoGpu { problem: problem.to_string() });
-                Chosen { device: DeviceChoice::Cpu, warning }
+                Chosen { device: Device::Cpu, warning }
             }
         }),
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(of(DeviceChoice::Cpu)),
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(of(Device::Cpu)),
         DeviceChoice::Cuda(_) if !has_cuda => Err(BadInput::new("this build of quantbench has no CUDA support")
             .hint("use `--device cpu`, or build with `--features cuda` (scripts/cuda-toolkit.sh gets the toolkit)")),
         // Its worker says what is wrong with it.
-        DeviceChoice::Cuda(_) => Ok(of(choice)),
+        DeviceChoice::Cuda(ordinal) => Ok(of(Device::Cuda(ordinal))),
     }
 }
 
@@ -113,14 +119,15 @@ mod tests {
             Ok((chosen.device, chosen.warning.map(|warning| warning.to_string())))
         };
         let (cpu, cuda) = (DeviceChoice::Cpu, DeviceChoice::Cuda(0));
+        let (on_cpu, on_cuda) = (Device::Cpu, Device::Cuda(0));
         let said = "no_gpu: the NVIDIA driver sees no GPU, so the CPU was measured; `--device cuda` fails instead";
         for (choice, has_cuda, sees, expected) in [
-            (DeviceChoice::Auto, true, true, Ok((cuda, None))),
-            (DeviceChoice::Auto, true, false, Ok((cpu, Some(said.to_owned())))),
-            (DeviceChoice::Auto, false, false, Ok((cpu, None))),
-            (cpu, true, false, Ok((cpu, None))),
-            (cuda, true, true, Ok((cuda, None))),
-            (cuda, true, false, Ok((cuda, None))),
+            (DeviceChoice::Auto, true, true, Ok((on_cuda, None))),
+            (DeviceChoice::Auto, true, false, Ok((on_cpu, Some(said.to_owned())))),
+            (DeviceChoice::Auto, false, false, Ok((on_cpu, None))),
+            (cpu, true, false, Ok((on_cpu, None))),
+            (cuda, true, true, Ok((on_cuda, None))),
+            (cuda, true, false, Ok((on_cuda, None))),
             (cuda, false, true, Err("this build of quantbench has no CUDA support".to_owned())),
         ] {
             let driver: &dyn Fn(usize) -> Result<(), BadInput> = if sees { &fine } else { &none };

@@ -2,18 +2,20 @@
 
 use anyhow::Result;
 
+use super::case::{Case, PromptChoice, Variant};
 use super::checks::{self, Chosen};
 use super::environment::too_many_threads;
-use super::memory::ProcessMemory;
-use super::process::free_bytes;
+use super::measurement_protocol::MeasurementProtocol;
+use super::open_model;
 use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT};
-use super::room::Room;
-use super::{Case, DeviceChoice, PromptChoice, Protocol, Row, parent, quality, worker};
+use super::quality;
+use super::room::{Room, free_bytes};
 use crate::engine::needs::Needs;
-use crate::engine::{self, Engine};
+use crate::engine::{self, Device, Engine};
 use crate::events::Listener;
 use crate::kernels::cpu::pool::default_threads;
 use crate::kernels::nvml::Gpu;
+use crate::os::memory::ProcessMemory;
 use crate::report::dry_run::{self, DryRun, File};
 use crate::weights::{self, Surveyed};
 
@@ -21,15 +23,15 @@ use crate::weights::{self, Surveyed};
 pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let Chosen { device, warning } = checks::check(case)?;
     let threads = if case.threads == 0 { default_threads() } else { case.threads };
-    let too_many = too_many_threads(threads).filter(|_| device == DeviceChoice::Cpu);
+    let too_many = too_many_threads(threads).filter(|_| device == Device::Cpu);
     warning.into_iter().chain(too_many).for_each(|warning| events.on(warning.event()));
     let Surveyed { checkpoint, files } = weights::survey(&case.model, events)?;
-    let mut model = worker::build(&checkpoint, &case.model, events)?;
+    let mut model = open_model::build(&checkpoint, &case.model, events)?;
     if checkpoint.has_weights() {
         // Whether the files hold what the model needs.
         checkpoint.source_with(&model.matrices, &model.vectors, events)?;
     }
-    worker::select(&mut model, &checkpoint, &case.selection())?;
+    open_model::select(&mut model, &checkpoint, &case.selection())?;
     let case = &checks::in_own_precision(case, checkpoint.quantized.as_ref())?;
     checks::check_engines(case)?;
     if case.engines.contains(&Engine::Candle) {
@@ -40,9 +42,9 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     case.quality.as_ref().map(|_| quality::check(&checkpoint, tokenizer_comes)).transpose()?;
     let workload = prompt::workload(bound.as_ref().unwrap_or(case), checkpoint.tokenizer.as_ref(), &model)?;
     // Whether the picture can be read.
-    worker::pixels(&model, &checkpoint, &workload.task.encode)?;
+    open_model::pixels(&model, &checkpoint, &workload.task.encode)?;
     let (room, free_bytes) = (Room::new(case, (&model, &workload), device)?, free_bytes(device));
-    let rows = case.rows().iter().zip(&room.needs).map(|(of, needs)| row(of, *needs, free_bytes)).collect();
+    let rows = case.variants().iter().zip(&room.needs).map(|(of, needs)| row(of, *needs, free_bytes)).collect();
     Ok(DryRun {
         model: checkpoint.id.clone(),
         revision: checkpoint.revision.clone(),
@@ -50,11 +52,11 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
         parameters: model.parameters() as u64,
         weights: checkpoint.source_kind().name().to_owned(),
         device: match device {
-            DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
-            DeviceChoice::Cpu | DeviceChoice::Auto => "cpu".to_owned(),
+            Device::Cuda(ordinal) => format!("cuda:{ordinal}"),
+            Device::Cpu => "cpu".to_owned(),
         },
         threads,
-        workload: parent::workload_facts(&workload),
+        workload: workload.recorded(),
         n_prompt_is_a_bound: bound.is_some(),
         order: room.order().name().to_owned(),
         repeats: repeats(&case.protocol),
@@ -80,10 +82,10 @@ fn bounded(case: &Case) -> Option<Case> {
 }
 
 /// What one worker holds, and whether that is free.
-fn row(row: &Row, needs: Needs, free_bytes: Option<u64>) -> dry_run::Row {
+fn row(variant: &Variant, needs: Needs, free_bytes: Option<u64>) -> dry_run::Row {
     dry_run::Row {
-        engine: row.engine.name().to_owned(),
-        precision: row.precision.to_string(),
+        engine: variant.engine.name().to_owned(),
+        precision: variant.precision.to_string(),
         weights_bytes: needs.weights_bytes,
         kv_cache_bytes: needs.kv_cache_bytes,
         scratch_bytes: needs.scratch_bytes,
@@ -94,14 +96,14 @@ fn row(row: &Row, needs: Needs, free_bytes: Option<u64>) -> dry_run::Row {
 }
 
 /// All memory of the device: the machine's, or the GPU's.
-fn total_bytes(device: DeviceChoice) -> Option<u64> {
+fn total_bytes(device: Device) -> Option<u64> {
     match device {
-        DeviceChoice::Cuda(ordinal) => Gpu::open(ordinal)?.memory_bytes().map(|(_, total)| total),
-        DeviceChoice::Cpu | DeviceChoice::Auto => ProcessMemory::default().total_bytes(),
+        Device::Cuda(ordinal) => Gpu::open(ordinal)?.memory_bytes().map(|(_, total)| total),
+        Device::Cpu => ProcessMemory::default().total_bytes(),
     }
 }
 
-fn repeats(protocol: &Protocol) -> String {
+fn repeats(protocol: &MeasurementProtocol) -> String {
     match protocol.repeats {
         Some(n) => format!("{n} repeats of each precision"),
         None => format!(

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use super::warnings::Warning;
+use crate::engine::Engine;
 use crate::kernels::cpu::topology::usable_cpus;
-use crate::record::Environment;
+use crate::record::{self, Environment};
 
 /// Facts below a root folder: `/` but in tests.
 #[derive(Debug, Clone)]
@@ -88,6 +89,15 @@ impl Machine {
     }
 }
 
+/// Name, version and commit of an engine, for records.
+pub fn engine_info(engine: Engine) -> record::Engine {
+    let commit = match engine {
+        Engine::Quantbench => option_env!("QUANTBENCH_COMMIT").unwrap_or("unknown"),
+        Engine::Candle => "release",
+    };
+    record::Engine { name: engine.name().to_owned(), version: engine.version().to_owned(), commit: commit.to_owned() }
+}
+
 /// More threads than CPUs that this process may use: its affinity, and the quota of its control group.
 pub fn too_many_threads(threads: usize) -> Option<Warning> {
     let cpus = usable_cpus();
@@ -124,8 +134,8 @@ pub fn timestamp() -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::tests::root;
     use super::*;
+    use crate::os::testing::root;
 
     #[test]
     fn threads_beyond_the_cpus_are_told() {

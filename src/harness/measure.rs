@@ -3,71 +3,28 @@
 //! Inside the timed region there are only the session's calls and the stamps: nothing is allocated, checked or sent.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 
 use super::clock::Clock;
-use super::load::CpuLoad;
 use super::logits;
-use super::memory::ProcessMemory;
-use super::protocol::{Finished, Sample, Warmed, WarmupEnd};
 use super::stopping::warm_up_ended;
 use crate::engine::memory::PoolUse;
 use crate::engine::{Alone, EncoderInput, Session};
+use crate::os::cpu_usage::CpuAccounts;
+use crate::os::memory::ProcessMemory;
+use crate::protocol::{Encode, FinishReport, Sample, Task, Wait, WarmupEnd, WarmupReport};
 
 /// What a session's [`Session::alone`] takes at least, in decode steps: three rounds, each of which runs a step and its parts twice.
 const ALONE_STEPS: u64 = 18;
-
-/// What every repeat does.
-#[derive(Debug, Clone, PartialEq, Default, serde::Serialize, serde::Deserialize)]
-pub struct Task {
-    /// Ids in the cache before the prompt, prefilled untimed.
-    pub depth: Vec<u32>,
-    pub encode: Encode,
-    /// What the decoder starts from: the prompt after its image tokens, or an encoder-decoder model's start token. At least one.
-    pub prompt: Vec<u32>,
-    /// At least one.
-    pub n_gen: usize,
-    /// Tokens at which generation ends; empty: always exactly `n_gen`.
-    pub stop_at: Vec<u32>,
-    /// Warm-up runs; `None`: until the last two agree.
-    pub warmup: Option<usize>,
-    /// Warm-up starts no further run after this long.
-    pub max_time_s: f64,
-    pub wait: Wait,
-}
-
-/// When a run waits for the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-pub enum Wait {
-    /// Once, at its end; a token counts as soon as the host can read it.
-    #[default]
-    AtEnd,
-    /// The same, and each repeat is followed by a run that waits after every token.
-    BothWays,
-    /// After every token, as the seed did.
-    EachToken,
-}
-
-/// What the encoder reads in each repeat, inside the timed prefill.
-#[derive(Debug, Clone, PartialEq, Default, serde::Serialize, serde::Deserialize)]
-pub enum Encode {
-    #[default]
-    Nothing,
-    Tokens(Vec<u32>),
-    /// The picture in this file; `None`: the generated test picture.
-    Picture {
-        image: Option<PathBuf>,
-    },
-}
 
 /// A loaded session and what it is measured with.
 pub struct Bench<C: Clock> {
     session: Box<dyn Session>,
     clock: C,
     memory: ProcessMemory,
-    load: CpuLoad,
+    load: CpuAccounts,
     task: Task,
     /// The picture that is encoded; empty without one.
     pixels: Vec<f32>,
@@ -118,7 +75,7 @@ impl<C: Clock> Bench<C> {
         session: Box<dyn Session>,
         clock: C,
         memory: ProcessMemory,
-        load: CpuLoad,
+        load: CpuAccounts,
         task: Task,
         pixels: Vec<f32>,
     ) -> Self {
@@ -134,7 +91,7 @@ impl<C: Clock> Bench<C> {
 
     /// Fills the cache to the depth, finds where the text ends if it may end early, and runs at full shape and length until
     /// flat. Afterwards `peak` starts anew.
-    pub fn warm_up(&mut self) -> Result<Warmed> {
+    pub fn warm_up(&mut self) -> Result<WarmupReport> {
         if let Some(pool) = self.session.pool() {
             // What loading alone needed.
             pool.release_unused()?;
@@ -166,7 +123,7 @@ impl<C: Clock> Bench<C> {
         self.seen_peak_bytes = start_bytes;
         self.end_phase("start")?;
         let n_gen = self.task.n_gen;
-        Ok(Warmed {
+        Ok(WarmupReport {
             runs_ns,
             ended,
             duration_s,
@@ -299,14 +256,14 @@ impl<C: Clock> Bench<C> {
     }
 
     /// What is read once, after the last repeat, and the passes that are not timed.
-    pub fn finish(&mut self, save_logits: Option<&Path>) -> Result<Finished> {
+    pub fn finish(&mut self, save_logits: Option<&Path>) -> Result<FinishReport> {
         self.end_phase("run")?;
         let end_bytes = self.memory.resident_bytes();
         let exact_peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
         let (outliers, footprint) = (self.session.outlier_columns()?, self.session.footprint());
         let alone = self.alone();
         let saved = save_logits.map_or(Ok(()), |path| self.save_logits(path));
-        Ok(Finished {
+        Ok(FinishReport {
             end_bytes,
             peak_bytes: exact_peak.or(self.seen_peak_bytes.max(end_bytes)),
             peak_is_exact: exact_peak.is_some(),
@@ -336,15 +293,4 @@ fn encode(session: &mut dyn Session, task: &Task, pixels: &[f32]) -> Result<()> 
         Encode::Picture { .. } => session.encode(EncoderInput::Pixels(pixels))?,
     }
     session.synchronize()
-}
-
-impl std::fmt::Display for WarmupEnd {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            WarmupEnd::Agreed => "agreed",
-            WarmupEnd::Count => "count",
-            WarmupEnd::Cap => "cap",
-            WarmupEnd::MaxTime => "max_time",
-        })
-    }
 }

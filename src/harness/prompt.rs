@@ -2,11 +2,14 @@
 
 use tokenizers::Tokenizer;
 
-use super::measure::{Encode, Task, Wait};
-use super::{Case, Method, PromptChoice, Protocol};
+use super::case::{Case, PromptChoice, Variant};
+use super::logits;
+use super::measurement_protocol::{MeasurementProtocol, Method};
 use crate::error::BadInput;
 use crate::plan::{EncoderInputKind, Model};
-use crate::stats::SplitMix64;
+use crate::protocol::{self, DeviceAssignment, Encode, LoadRequest, Task, Wait};
+use crate::record;
+use crate::rng::SplitMix64;
 
 /// The prompt where none is given and there is a tokenizer.
 pub const DEFAULT_TEXT: &str = "Explain quantization in simple terms.";
@@ -29,6 +32,47 @@ pub struct Workload {
     pub n_image: usize,
     /// Rows of the encoder.
     pub n_encoder: usize,
+}
+
+impl Workload {
+    /// The request to load one variant of a case for this workload.
+    pub fn load_request(&self, case: &Case, variant: &Variant, assignment: DeviceAssignment) -> LoadRequest {
+        let DeviceAssignment { device, threads } = assignment;
+        let save_logits = case.save_logits.as_ref();
+        LoadRequest {
+            protocol_version: protocol::VERSION,
+            // The parent has fetched whatever was missing.
+            model: crate::weights::Request { offline: true, ..case.model.clone() },
+            engine: variant.engine,
+            cuda_graph: case.cuda_graph,
+            precision: variant.precision,
+            format_options: case.format_options,
+            encoder_capacity: self.n_encoder,
+            device,
+            threads,
+            task: self.task.clone(),
+            selection: case.selection(),
+            memory_limit_bytes: case.protocol.memory_limit_bytes,
+            save_logits: save_logits.map(|path| logits::path_of(path, &variant.label(), case.variants().len())),
+        }
+    }
+
+    /// The workload for records.
+    pub fn recorded(&self) -> record::Workload {
+        let Self { task, n_prompt, n_image, .. } = self;
+        record::Workload {
+            n_prompt: *n_prompt as u64,
+            n_gen: task.n_gen as u64,
+            n_depth: task.depth.len() as u64,
+            n_image: *n_image as u64,
+            image: match &task.encode {
+                Encode::Picture { image: None } => Some(record::ImageSource::Generated),
+                Encode::Picture { image: Some(_) } => Some(record::ImageSource::File),
+                Encode::Nothing | Encode::Tokens(_) => None,
+            },
+            batch_size: 1,
+        }
+    }
 }
 
 /// The workload of a case. Fails where the prompt is empty, needs a tokenizer that is not there, has ids beyond the
@@ -98,7 +142,7 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> Workload {
     Workload { task, n_prompt, n_image, n_encoder }
 }
 
-fn wait(protocol: &Protocol) -> Wait {
+fn wait(protocol: &MeasurementProtocol) -> Wait {
     match protocol.method {
         Method::Seed => Wait::EachToken,
         Method::Quantbench if protocol.sync_each_token => Wait::BothWays,
@@ -231,7 +275,7 @@ mod tests {
     }
 
     fn case(prompt: PromptChoice, n_gen: usize, n_depth: usize) -> Case {
-        Case { prompt, n_gen, n_depth, ..super::super::tests::case() }
+        Case { prompt, n_gen, n_depth, ..super::super::case::tests::case() }
     }
 
     #[test]

@@ -2,16 +2,17 @@
 
 use anyhow::Result;
 
-use super::memory::ProcessMemory;
-use super::process;
+use super::case::{Case, Variant};
 use super::prompt::Workload;
-use super::protocol::{Failure, Finished, LoadFacts, Sample, Warmed};
 use super::schedule::{Order, Worker};
-use super::{Case, DeviceChoice, Row};
+use crate::engine::Device;
 use crate::engine::needs::{self, Holding, Lengths, Needs};
 use crate::error::OutOfMemory;
 use crate::events::Listener;
+use crate::kernels::nvml::Gpu;
+use crate::os::memory::ProcessMemory;
 use crate::plan::Model;
+use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
 use crate::weights::policy::Formats;
 
 /// What a worker holds of the host's memory beside its session: code, stacks, tables.
@@ -23,7 +24,7 @@ const LOADING_BYTES: u64 = 256 << 20;
 /// What the rows of a case need of a device, and what is free there.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Room {
-    pub device: DeviceChoice,
+    pub device: Device,
     /// Of each row.
     pub needs: Vec<Needs>,
     /// `None` where the system does not tell.
@@ -32,13 +33,13 @@ pub struct Room {
 
 impl Room {
     /// Fails on a precision that is none.
-    pub fn new(case: &Case, (model, workload): (&Model, &Workload), device: DeviceChoice) -> Result<Self> {
-        let of_row = |row: &Row| needs(case, row, (model, workload), device);
-        let needs = case.rows().iter().map(of_row).collect::<Result<_>>()?;
+    pub fn new(case: &Case, (model, workload): (&Model, &Workload), device: Device) -> Result<Self> {
+        let of_variant = |variant: &Variant| needs(case, variant, (model, workload), device);
+        let needs = case.variants().iter().map(of_variant).collect::<Result<_>>()?;
         let free_bytes = match device {
-            DeviceChoice::Cuda(_) => process::free_bytes(device),
+            Device::Cuda(_) => free_bytes(device),
             // The limit of a process is not one of all workers together.
-            DeviceChoice::Cpu | DeviceChoice::Auto => ProcessMemory::default().available_bytes(),
+            Device::Cpu => ProcessMemory::default().available_bytes(),
         };
         Ok(Self { device, needs, free_bytes })
     }
@@ -53,19 +54,27 @@ impl Room {
     pub fn together_bytes(&self) -> u64 {
         let own_bytes = match self.device {
             // A context is part of the needs.
-            DeviceChoice::Cuda(_) => 0,
-            DeviceChoice::Cpu | DeviceChoice::Auto => WORKER_BYTES,
+            Device::Cuda(_) => 0,
+            Device::Cpu => WORKER_BYTES,
         };
         let workers = self.needs.iter().map(|needs| needs.bytes().saturating_add(own_bytes));
         workers.fold(LOADING_BYTES, u64::saturating_add)
     }
 }
 
-/// What the worker of a row will hold.
-pub fn needs(case: &Case, row: &Row, (model, workload): (&Model, &Workload), device: DeviceChoice) -> Result<Needs> {
-    let formats = Formats::new(row.precision, case.format_options);
-    let holding = Holding { engine: row.engine, formats: &formats, device: device.into() };
+/// Memory that the worker of a variant will hold.
+pub fn needs(case: &Case, variant: &Variant, (model, workload): (&Model, &Workload), device: Device) -> Result<Needs> {
+    let formats = Formats::new(variant.precision, case.format_options);
+    let holding = Holding { engine: variant.engine, formats: &formats, device };
     Ok(needs::needs(model, holding, &lengths(workload)))
+}
+
+/// Free bytes of the memory that a worker's weights and cache are in. Asks the driver without a context, which would take some of it.
+pub fn free_bytes(device: Device) -> Option<u64> {
+    match device {
+        Device::Cuda(ordinal) => Gpu::open(ordinal)?.free_bytes(),
+        Device::Cpu => ProcessMemory::default().room_bytes(),
+    }
 }
 
 pub fn lengths(workload: &Workload) -> Lengths {
@@ -93,11 +102,11 @@ impl Worker for TooLarge {
         &self.label
     }
 
-    fn load(&mut self, _events: &dyn Listener) -> Result<LoadFacts, Failure> {
+    fn load(&mut self, _events: &dyn Listener) -> Result<LoadReport, Failure> {
         self.refuse()
     }
 
-    fn warm_up(&mut self, _events: &dyn Listener) -> Result<Warmed, Failure> {
+    fn warm_up(&mut self, _events: &dyn Listener) -> Result<WarmupReport, Failure> {
         self.refuse()
     }
 
@@ -105,7 +114,7 @@ impl Worker for TooLarge {
         self.refuse()
     }
 
-    fn finish(&mut self, _events: &dyn Listener) -> Result<Finished, Failure> {
+    fn finish(&mut self, _events: &dyn Listener) -> Result<FinishReport, Failure> {
         self.refuse()
     }
 }
@@ -116,8 +125,8 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
 
-    fn check(device: DeviceChoice, weights: &[u64], free_bytes: Option<u64>, order: Order) {
-        let context_bytes = if device == DeviceChoice::Cpu { 0 } else { needs::CONTEXT_BYTES };
+    fn check(device: Device, weights: &[u64], free_bytes: Option<u64>, order: Order) {
+        let context_bytes = if device == Device::Cpu { 0 } else { needs::CONTEXT_BYTES };
         let needs = weights.iter().map(|&weights_bytes| Needs { weights_bytes, context_bytes, ..Needs::default() });
         let room = Room { device, needs: needs.collect(), free_bytes };
         assert_eq!(room.order(), order, "{room:?}");
@@ -126,7 +135,7 @@ mod tests {
     #[test]
     fn workers_load_together_only_where_they_fit_together() {
         use Order::{InTurn, Interleaved};
-        for device in [DeviceChoice::Cpu, DeviceChoice::Cuda(0)] {
+        for device in [Device::Cpu, Device::Cuda(0)] {
             check(device, &[2 * GIB, GIB], Some(100 * GIB), Interleaved);
             check(device, &[2 * GIB, GIB], Some(3 * GIB), InTurn);
             check(device, &[200 * GIB], Some(GIB), Interleaved);
@@ -135,8 +144,8 @@ mod tests {
         }
         // A card with 4.8 GiB free: int8 of 2.87 GiB and nf4 of 1.75 GiB would fit without their contexts.
         let sizes = [2_870 * GIB / 1000, 1_750 * GIB / 1000];
-        check(DeviceChoice::Cuda(0), &sizes, Some(4_800 * GIB / 1000), InTurn);
-        check(DeviceChoice::Cpu, &sizes, Some(5_200 * GIB / 1000), Interleaved);
+        check(Device::Cuda(0), &sizes, Some(4_800 * GIB / 1000), InTurn);
+        check(Device::Cpu, &sizes, Some(5_200 * GIB / 1000), Interleaved);
     }
 
     #[test]

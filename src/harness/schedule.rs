@@ -1,12 +1,12 @@
 //! Who runs when: workers load and warm up one after the other, then hand in repeats ABC BCA CAB, or, where they do not fit
 //! together, each runs to its end before the next one starts. Several launches do all of this several times.
 
-use super::Protocol;
-use super::protocol::{Failure, Finished, LoadFacts, Sample, Warmed};
+use super::measurement_protocol::MeasurementProtocol;
 use super::stopping::{RepeatsEnd, Tally, repeats_ended};
 use super::watch::energy::Window;
 use super::watch::{Watch, Watched};
 use crate::events::{Event, Listener, Unit};
+use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
 
 /// One precision, in a process of its own or, in tests, in this one.
 pub trait Worker {
@@ -16,10 +16,10 @@ pub trait Worker {
     fn pid(&self) -> Option<u32> {
         None
     }
-    fn load(&mut self, events: &dyn Listener) -> Result<LoadFacts, Failure>;
-    fn warm_up(&mut self, events: &dyn Listener) -> Result<Warmed, Failure>;
+    fn load(&mut self, events: &dyn Listener) -> Result<LoadReport, Failure>;
+    fn warm_up(&mut self, events: &dyn Listener) -> Result<WarmupReport, Failure>;
     fn repeat(&mut self, events: &dyn Listener) -> Result<Sample, Failure>;
-    fn finish(&mut self, events: &dyn Listener) -> Result<Finished, Failure>;
+    fn finish(&mut self, events: &dyn Listener) -> Result<FinishReport, Failure>;
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,8 +47,8 @@ const MAX_BLOCK: usize = 10_000;
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Outcome {
     /// Of the first launch, as the warm-up.
-    pub loaded: Option<LoadFacts>,
-    pub warmed: Option<Warmed>,
+    pub loaded: Option<LoadReport>,
+    pub warmed: Option<WarmupReport>,
     pub samples: Vec<Sample>,
     /// Of each sample.
     pub watched: Vec<Watched>,
@@ -59,7 +59,7 @@ pub struct Outcome {
     /// Samples of each launch, in order.
     pub launches: Vec<usize>,
     pub ended: Option<RepeatsEnd>,
-    pub finished: Option<Finished>,
+    pub finished: Option<FinishReport>,
     pub failure: Option<Failure>,
     /// It did not fit beside the others, and ran when they had ended.
     pub alone: bool,
@@ -89,7 +89,7 @@ impl Outcome {
 }
 
 /// Who makes the workers, and what watches them.
-pub struct Stage<'a, 'w> {
+pub struct ScheduleContext<'a, 'w> {
     /// A fresh worker for the precision of this index.
     pub start: &'a dyn Fn(usize) -> Box<dyn Worker + 'w>,
     pub n_workers: usize,
@@ -100,14 +100,14 @@ pub struct Stage<'a, 'w> {
 
 /// Runs all precisions in as many launches as `protocol` says; outcomes come in their order. A worker that fails ends, and the
 /// others go on. Only input that no worker can use ends everything.
-pub fn measure(stage: &mut Stage, protocol: &Protocol) -> Result<Vec<Outcome>, Failure> {
-    let mut outcomes = launch(stage, protocol, &vec![true; stage.n_workers])?;
+pub fn measure(context: &mut ScheduleContext, protocol: &MeasurementProtocol) -> Result<Vec<Outcome>, Failure> {
+    let mut outcomes = launch(context, protocol, &vec![true; context.n_workers])?;
     for outcome in &mut outcomes {
         outcome.launches.push(outcome.samples.len());
     }
     for _ in 1..protocol.launches {
         let runs: Vec<bool> = outcomes.iter().map(|outcome| outcome.failure.is_none()).collect();
-        let later = launch(stage, protocol, &runs)?;
+        let later = launch(context, protocol, &runs)?;
         for (outcome, later) in outcomes.iter_mut().zip(later).filter(|(outcome, _)| outcome.failure.is_none()) {
             outcome.add(later);
         }
@@ -116,48 +116,56 @@ pub fn measure(stage: &mut Stage, protocol: &Protocol) -> Result<Vec<Outcome>, F
 }
 
 /// One start of every worker that `runs`.
-fn launch(stage: &mut Stage, protocol: &Protocol, runs: &[bool]) -> Result<Vec<Outcome>, Failure> {
+fn launch(
+    context: &mut ScheduleContext,
+    protocol: &MeasurementProtocol,
+    runs: &[bool],
+) -> Result<Vec<Outcome>, Failure> {
     let mut protocol = protocol.of_one_launch();
-    let lane = |at: usize| if runs[at] { Lane::new((stage.start)(at)) } else { Lane::empty() };
-    let mut lanes: Vec<Lane> = (0..stage.n_workers).map(lane).collect();
-    match stage.order {
+    let slot = |at: usize| if runs[at] { WorkerSlot::new((context.start)(at)) } else { WorkerSlot::empty() };
+    let mut slots: Vec<WorkerSlot> = (0..context.n_workers).map(slot).collect();
+    match context.order {
         Order::Interleaved => {
-            together(&mut lanes, &protocol, stage.watch, stage.events)?;
-            again_alone(&mut lanes, stage, protocol)?;
+            together(&mut slots, &protocol, context.watch, context.events)?;
+            again_alone(&mut slots, context, protocol)?;
         }
         Order::InTurn => {
-            for at in 0..lanes.len() {
-                together(&mut lanes[at..=at], &protocol, stage.watch, stage.events)?;
+            for at in 0..slots.len() {
+                together(&mut slots[at..=at], &protocol, context.watch, context.events)?;
                 // The others take as many repeats as the first that ran, so that counts are equal.
-                let n = lanes[at].outcome.samples.len();
-                if protocol.repeats.is_none() && lanes[at].outcome.finished.is_some() {
+                let n = slots[at].outcome.samples.len();
+                if protocol.repeats.is_none() && slots[at].outcome.finished.is_some() {
                     protocol.repeats = Some(n);
                 }
             }
         }
     }
-    Ok(lanes.into_iter().map(|lane| lane.outcome).collect())
+    Ok(slots.into_iter().map(|slot| slot.outcome).collect())
 }
 
 /// Runs again, one after the other, what found too little memory beside workers that have ended since: it may fit alone. What has
 /// samples from beside the others keeps none of them.
-fn again_alone<'w>(lanes: &mut [Lane<'w>], stage: &mut Stage<'_, 'w>, mut protocol: Protocol) -> Result<(), Failure> {
-    let is_oom = |lane: &Lane| matches!(lane.outcome.failure, Some(Failure::OutOfMemory { .. }));
+fn again_alone<'w>(
+    slots: &mut [WorkerSlot<'w>],
+    context: &mut ScheduleContext<'_, 'w>,
+    mut protocol: MeasurementProtocol,
+) -> Result<(), Failure> {
+    let is_oom = |slot: &WorkerSlot| matches!(slot.outcome.failure, Some(Failure::OutOfMemory { .. }));
     // As many repeats as the others took.
-    let finished = lanes.iter().find(|lane| lane.outcome.finished.is_some());
-    protocol.repeats = protocol.repeats.or(finished.map(|lane| lane.outcome.samples.len()));
-    for at in 0..lanes.len() {
-        if is_oom(&lanes[at]) && lanes[at].has_company {
-            lanes[at] = Lane::new((stage.start)(at));
-            together(&mut lanes[at..=at], &protocol, stage.watch, stage.events)?;
-            lanes[at].outcome.alone = true;
+    let finished = slots.iter().find(|slot| slot.outcome.finished.is_some());
+    protocol.repeats = protocol.repeats.or(finished.map(|slot| slot.outcome.samples.len()));
+    for at in 0..slots.len() {
+        if is_oom(&slots[at]) && slots[at].has_company {
+            slots[at] = WorkerSlot::new((context.start)(at));
+            together(&mut slots[at..=at], &protocol, context.watch, context.events)?;
+            slots[at].outcome.alone = true;
         }
     }
     Ok(())
 }
 
 /// A worker that still runs, and what it gave.
-struct Lane<'a> {
+struct WorkerSlot<'a> {
     /// `None` once it ended: dropping it frees its memory.
     worker: Option<Box<dyn Worker + 'a>>,
     outcome: Outcome,
@@ -166,7 +174,7 @@ struct Lane<'a> {
     has_company: bool,
 }
 
-impl<'a> Lane<'a> {
+impl<'a> WorkerSlot<'a> {
     fn new(worker: Box<dyn Worker + 'a>) -> Self {
         Self { worker: Some(worker), ..Self::empty() }
     }
@@ -193,10 +201,10 @@ impl<'a> Lane<'a> {
         }
     }
 
-    /// One repeat that counts: one whose clock was held down is taken again after a pause. `crew` are the processes of all.
-    fn repeat(&mut self, crew: &[u32], watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
+    /// One repeat that counts: one whose clock was held down is taken again after a pause. `worker_pids` are the processes of all.
+    fn repeat(&mut self, worker_pids: &[u32], watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
         while self.worker.is_some() {
-            watch.begin(self.pid(), crew);
+            watch.begin(self.pid(), worker_pids);
             let sample = self.ask(|worker| worker.repeat(events));
             let watched = watch.end();
             let Some(sample) = sample? else { return Ok(()) };
@@ -249,73 +257,73 @@ impl<'a> Lane<'a> {
 
 /// Loads, warms up, repeats in rounds, measures energy one after the other, and finishes.
 fn together(
-    lanes: &mut [Lane],
-    protocol: &Protocol,
+    slots: &mut [WorkerSlot],
+    protocol: &MeasurementProtocol,
     watch: &mut dyn Watch,
     events: &dyn Listener,
 ) -> Result<(), Failure> {
-    for at in 0..lanes.len() {
-        lanes[at].has_company = lanes[..at].iter().any(|lane| lane.worker.is_some());
-        lanes[at].outcome.loaded = lanes[at].ask(|worker| worker.load(events))?;
+    for at in 0..slots.len() {
+        slots[at].has_company = slots[..at].iter().any(|slot| slot.worker.is_some());
+        slots[at].outcome.loaded = slots[at].ask(|worker| worker.load(events))?;
     }
-    let n_loaded = lanes.iter().filter(|lane| lane.worker.is_some()).count();
-    for lane in lanes.iter_mut().filter(|lane| lane.worker.is_some()) {
-        lane.has_company = n_loaded > 1;
+    let n_loaded = slots.iter().filter(|slot| slot.worker.is_some()).count();
+    for slot in slots.iter_mut().filter(|slot| slot.worker.is_some()) {
+        slot.has_company = n_loaded > 1;
     }
-    for lane in lanes.iter_mut() {
-        lane.outcome.warmed = lane.ask(|worker| phase(worker, events))?;
+    for slot in slots.iter_mut() {
+        slot.outcome.warmed = slot.ask(|worker| phase(worker, events))?;
     }
-    repeat(lanes, protocol, watch, events)?;
-    for lane in lanes.iter_mut() {
-        lane.measure_energy(watch, events)?;
+    repeat(slots, protocol, watch, events)?;
+    for slot in slots.iter_mut() {
+        slot.measure_energy(watch, events)?;
     }
-    for lane in lanes.iter_mut() {
-        lane.outcome.finished = lane.ask(|worker| worker.finish(events))?;
-        lane.worker = None;
+    for slot in slots.iter_mut() {
+        slot.outcome.finished = slot.ask(|worker| worker.finish(events))?;
+        slot.worker = None;
     }
     Ok(())
 }
 
-fn phase(worker: &mut dyn Worker, events: &dyn Listener) -> Result<Warmed, Failure> {
+fn phase(worker: &mut dyn Worker, events: &dyn Listener) -> Result<WarmupReport, Failure> {
     events.on(Event::Begin { label: format!("warm up {}", worker.label()), total: 1, unit: Unit::Runs });
     let warmed = worker.warm_up(events);
     events.on(Event::End);
     warmed
 }
 
-/// Hands out rounds until a criterion holds for all that still run. Each round begins with another lane: between two rounds this
+/// Hands out rounds until a criterion holds for all that still run. Each round begins with another slot: between two rounds this
 /// process decides whether to go on, and whoever runs next finds its caches and cores colder than the others do.
 fn repeat(
-    lanes: &mut [Lane],
-    protocol: &Protocol,
+    slots: &mut [WorkerSlot],
+    protocol: &MeasurementProtocol,
     watch: &mut dyn Watch,
     events: &dyn Listener,
 ) -> Result<(), Failure> {
-    let crew: Vec<u32> = lanes.iter().filter_map(Lane::pid).collect();
-    let n_running = lanes.iter().filter(|lane| lane.worker.is_some()).count() as u64;
+    let worker_pids: Vec<u32> = slots.iter().filter_map(WorkerSlot::pid).collect();
+    let n_running = slots.iter().filter(|slot| slot.worker.is_some()).count() as u64;
     let at_least = protocol.repeats.unwrap_or(protocol.min_repeats) as u64;
     events.on(Event::Begin { label: "measure".to_owned(), total: n_running * at_least, unit: Unit::Runs });
     let (mut done, mut round) = (0, 0);
     let ended = loop {
-        let running: Vec<&Tally> = lanes.iter().filter(|lane| lane.worker.is_some()).map(|lane| &lane.tally).collect();
+        let running: Vec<&Tally> = slots.iter().filter(|slot| slot.worker.is_some()).map(|slot| &slot.tally).collect();
         if running.is_empty() {
             break None;
         }
         if let Some(ended) = repeats_ended(&running, protocol) {
             break Some(ended);
         }
-        let n_lanes = lanes.len();
-        for at in 0..n_lanes {
-            let lane = &mut lanes[(round + at) % n_lanes];
-            lane.repeat(&crew, watch, events)?;
-            done += u64::from(lane.worker.is_some());
+        let n_slots = slots.len();
+        for at in 0..n_slots {
+            let slot = &mut slots[(round + at) % n_slots];
+            slot.repeat(&worker_pids, watch, events)?;
+            done += u64::from(slot.worker.is_some());
             events.on(Event::Progress { done });
         }
         round += 1;
     };
     events.on(Event::End);
-    for lane in lanes.iter_mut().filter(|lane| lane.worker.is_some()) {
-        lane.outcome.ended = ended;
+    for slot in slots.iter_mut().filter(|slot| slot.worker.is_some()) {
+        slot.outcome.ended = ended;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! When warm-up and repeats end, as functions of what was measured so far.
 
-use super::Protocol;
-use super::protocol::WarmupEnd;
+use super::measurement_protocol::MeasurementProtocol;
+use crate::protocol::WarmupEnd;
 use crate::stats;
 
 /// Two warm-up runs that differ by no more than this are flat.
@@ -76,7 +76,7 @@ impl Tally {
 
 /// Whether the repeats of all precisions that still run are over; they always have equal counts. A count that the user
 /// gave is kept at any cost; otherwise `max_time_s` beats the minimum of repeats, but never the first one.
-pub fn repeats_ended(tallies: &[&Tally], protocol: &Protocol) -> Option<RepeatsEnd> {
+pub fn repeats_ended(tallies: &[&Tally], protocol: &MeasurementProtocol) -> Option<RepeatsEnd> {
     let n = tallies.iter().map(|tally| tally.values.len()).min()?;
     if let Some(count) = protocol.repeats {
         return (n >= count).then_some(RepeatsEnd::Count);
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn repeats_end_by_one_named_criterion() {
-        let protocol = Protocol::default();
+        let protocol = MeasurementProtocol::default();
         let noisy = |i: usize| 0.5 + 0.1 * (i % 3) as f64;
         let cases = [
             ("nothing yet", tally(0, |_| 0.5), None),
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn the_users_count_is_kept() {
-        let protocol = Protocol { repeats: Some(3), ..Protocol::default() };
+        let protocol = MeasurementProtocol { repeats: Some(3), ..MeasurementProtocol::default() };
         assert_eq!(repeats_ended(&[&tally(2, |_| 60.0)], &protocol), None);
         assert_eq!(repeats_ended(&[&tally(3, |_| 60.0)], &protocol), Some(RepeatsEnd::Count));
     }

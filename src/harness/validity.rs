@@ -1,17 +1,17 @@
 //! Whether a result can be right at all. Garbage is fast, too.
 
-use super::protocol::{Sample, Wrong};
 use crate::engine::check::SelfCheck;
+use crate::protocol::{InvalidResult, Sample};
 use crate::quant::FormatId;
 
 /// A text this short may repeat one token by chance or by sense.
 const COLLAPSE_FROM: usize = 8;
 
-/// Fails with [`Wrong`] where the kernels of a precision do not multiply as its reference does.
-pub fn check_kernels(precision: FormatId, found: Option<&SelfCheck>) -> Result<(), Wrong> {
+/// Fails with [`InvalidResult`] where the kernels of a precision do not multiply as its reference does.
+pub fn check_kernels(precision: FormatId, found: Option<&SelfCheck>) -> Result<(), InvalidResult> {
     let Some(found) = found.filter(|found| !found.passes()) else { return Ok(()) };
     let matrix = &found.matrix;
-    Err(Wrong(match found.error_share {
+    Err(InvalidResult(match found.error_share {
         Some(share) => format!(
             "the kernels of {precision} are wrong on this machine: on `{matrix}` they differ from the reference by {share:.1} \
              times what rounding explains"

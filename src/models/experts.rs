@@ -39,8 +39,8 @@ pub enum Packing {
 
 impl ExpertsBlock {
     /// # Errors
-    /// If there are no experts, or a token needs more than there are.
-    pub fn check(&self) -> Result<()> {
+    /// If there are no experts, too many in `layers`, or a token needs more than there are.
+    pub fn check(&self, layers: usize) -> Result<()> {
         check_sizes(&[
             ("number of experts", self.experts),
             ("num_experts_per_tok", self.top_k),
@@ -49,8 +49,8 @@ impl ExpertsBlock {
         if self.top_k > self.experts {
             bail!("config.json says `num_experts_per_tok` {} of {} experts", self.top_k, self.experts);
         }
-        if self.experts > MOST_EXPERTS {
-            bail!("config.json says {} experts; it must be at most {MOST_EXPERTS}", self.experts);
+        if self.experts.saturating_mul(layers) > MOST_EXPERTS {
+            bail!("config.json says {} experts in {layers} layers; it must be at most {MOST_EXPERTS}", self.experts);
         }
         Ok(())
     }
@@ -100,5 +100,5 @@ impl ExpertsBlock {
     }
 }
 
-/// Beyond any model's.
-const MOST_EXPERTS: usize = 1 << 12;
+/// Of all layers; beyond any model's.
+const MOST_EXPERTS: usize = 1 << 17;

@@ -58,7 +58,7 @@ fn build(keys: &Keys) -> Result<Model> {
         matrices: ["gate_proj", "up_proj", "down_proj"],
         packing: Packing::InterleavedColumns,
     };
-    experts.check()?;
+    experts.check(config.layers)?;
     let window = keys.size_or_null("sliding_window", Some(128))?;
     let windows = config.windows(keys, window, |layer| window.is_some() && layer.is_multiple_of(2))?;
     let rope = RopeSettings::read(keys, RopeBasis { theta: THETA, ..config.rope_basis() })?;

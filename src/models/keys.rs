@@ -33,6 +33,8 @@ pub struct Report {
     pub walked: RefCell<Vec<Walked>>,
     pub notes: RefCell<Vec<Note>>,
     pub rope: RefCell<Option<RopeSettings>>,
+    /// A key that would be refused is told as one that nobody knows, so that all of them are found.
+    pub is_probe: bool,
 }
 
 impl Report {
@@ -206,7 +208,11 @@ impl<'a> Keys<'a> {
         for (key, value) in self.object {
             let fate = match asked.contains(key.as_str()) {
                 true => Fate::Computed,
-                false => rule.fate(key, value).map_err(|must| self.refused(key, &must))?,
+                false => match rule.fate(key, value) {
+                    Ok(fate) => fate,
+                    Err(_) if self.report.is_probe => Fate::Unknown(shown(value)),
+                    Err(must) => return Err(self.refused(key, &must)),
+                },
             };
             self.report.push(self.file, format!("{}{key}", self.prefix), fate);
         }

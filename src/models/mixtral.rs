@@ -49,7 +49,7 @@ fn build(keys: &Keys) -> Result<Model> {
         matrices: ["w1", "w3", "w2"],
         packing: Packing::RowsInTurn,
     };
-    experts.check()?;
+    experts.check(config.layers)?;
     let rope = RopeSettings::read(keys, RopeBasis { theta: THETA, ..config.rope_basis() })?;
     keys.finish(&RULE)?;
 

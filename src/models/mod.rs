@@ -62,6 +62,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     smollm3::ARCHITECTURE,
     gpt_oss::ARCHITECTURE,
     t5::ARCHITECTURE,
+    t5::MT5,
     paligemma::ARCHITECTURE,
 ];
 
@@ -136,6 +137,45 @@ fn architecture(config: &Value) -> Result<&'static Architecture> {
     };
     match ARCHITECTURES.iter().find(|architecture| architecture.model_type == model_type) {
         Some(architecture) => Ok(architecture),
-        None => bail!("config.json says `model_type` `{model_type}`; known are {}", known()),
+        None => {
+            bail!(
+                "config.json says `model_type` `{model_type}`; {}; known are {}",
+                nearest(model_type, config),
+                known()
+            )
+        }
     }
+}
+
+/// Says which known family is nearest to one that is not, and what of this config that family does not compute. Names that begin
+/// alike count most, then how few keys are left over.
+fn nearest(model_type: &str, config: &Value) -> String {
+    let common = |name: &str| match name.chars().zip(model_type.chars()).take_while(|(a, b)| a == b).count() {
+        // Fewer letters are chance.
+        0..=2 => 0,
+        common => common,
+    };
+    let rank = |(family, left_over): &(&Architecture, std::result::Result<Vec<String>, String>)| {
+        let (fails, count) = (left_over.is_err(), left_over.as_ref().map_or(0, Vec::len));
+        (std::cmp::Reverse(common(family.model_type)), fails, count)
+    };
+    let probed = ARCHITECTURES.iter().map(|family| (family, left_over(family, config)));
+    let Some((family, left_over)) = probed.min_by_key(rank) else { return String::new() };
+    let name = family.model_type;
+    match left_over {
+        Err(error) => format!("nearest is `{name}`, which cannot be built from it ({error})"),
+        Ok(keys) if keys.is_empty() => format!("nearest is `{name}`, which computes all of its keys"),
+        Ok(keys) => format!("nearest is `{name}`, which does not compute {}", keys.join(", ")),
+    }
+}
+
+/// Keys of a config that a family does not compute, or why it cannot be built from it at all.
+fn left_over(family: &Architecture, config: &Value) -> std::result::Result<Vec<String>, String> {
+    let nothing = Map::new();
+    let report = Report { is_probe: true, ..Report::default() };
+    let built = (family.build)(&Keys::new(config.as_object().unwrap_or(&nothing), "config.json", &report));
+    built.map_err(|error| crate::error::without_backtrace(&error.to_string()).to_owned())?;
+    let walked = report.walked.borrow();
+    let unread = walked.iter().filter(|key| matches!(key.fate, Fate::Unknown(_)));
+    Ok(unread.map(|key| format!("`{}`", key.key)).collect())
 }

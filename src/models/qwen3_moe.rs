@@ -77,7 +77,7 @@ fn sparse_layers(keys: &Keys, config: &DecoderConfig, experts: &ExpertsBlock) ->
     let is_sparse = |layer: usize| experts.experts > 0 && !dense.contains(&layer) && (layer + 1).is_multiple_of(step);
     let is_sparse: Vec<bool> = (0..config.layers).map(is_sparse).collect();
     if is_sparse.contains(&true) {
-        experts.check()?;
+        experts.check(config.layers)?;
     }
     Ok(is_sparse)
 }

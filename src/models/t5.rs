@@ -13,8 +13,15 @@ use crate::plan::{
     Model, ModelMetadata, Path, RelativeBias, Role,
 };
 
-pub const ARCHITECTURE: Architecture =
-    Architecture { model_type: "t5", doc: "T5, Flan-T5: encoder-decoder, relative position bias", build };
+pub const ARCHITECTURE: Architecture = Architecture {
+    model_type: "t5",
+    doc: "T5, Flan-T5, Flan-UL2, MADLAD: encoder-decoder, relative position bias",
+    build,
+};
+
+/// The same code; its head is its own, and reads no scaled output.
+pub const MT5: Architecture =
+    Architecture { model_type: "mt5", doc: "mT5: T5 with a head of its own", build: build_mt5 };
 
 /// `n_positions` is what it was trained on: positions are relative, so that any length works.
 const RULE: Rule =
@@ -23,7 +30,39 @@ const RULE: Rule =
 /// Longer than any text that fits a machine: a length that a user types is checked before its ids are made.
 const LONGEST: usize = 1 << 20;
 
-/// A checked config, with T5Config's defaults where a file leaves a key out.
+/// What T5Config and MT5Config have where a file leaves a key out.
+struct Variant {
+    model_type: &'static str,
+    vocab_size: usize,
+    d_ff: usize,
+    num_layers: usize,
+    num_heads: usize,
+    feed_forward_proj: &'static str,
+    /// A tied head reads a scaled output.
+    scales_tied: bool,
+}
+
+const T5: Variant = Variant {
+    model_type: "t5",
+    vocab_size: 32_128,
+    d_ff: 2048,
+    num_layers: 6,
+    num_heads: 8,
+    feed_forward_proj: "relu",
+    scales_tied: true,
+};
+
+const OF_MT5: Variant = Variant {
+    model_type: "mt5",
+    vocab_size: 250_112,
+    d_ff: 1024,
+    num_layers: 8,
+    num_heads: 6,
+    feed_forward_proj: "gated-gelu",
+    scales_tied: false,
+};
+
+/// A checked config.
 struct Config {
     vocab_size: usize,
     d_model: usize,
@@ -45,28 +84,28 @@ struct Config {
 }
 
 impl Config {
-    fn read(keys: &Keys) -> Result<Self> {
-        let num_layers = keys.size_by("num_layers", "num_hidden_layers", 6)?;
+    fn read(keys: &Keys, variant: &Variant) -> Result<Self> {
+        let num_layers = keys.size_by("num_layers", "num_hidden_layers", variant.num_layers)?;
         let is_tied = keys.flag("tie_word_embeddings", true)?;
         let start = match keys.token_ids("decoder_start_token_id")? {
             Some(ids) => Some(ids),
             None => keys.token_ids("pad_token_id")?,
         };
         let config = Self {
-            vocab_size: keys.size("vocab_size", 32_128)?,
+            vocab_size: keys.size("vocab_size", variant.vocab_size)?,
             d_model: keys.size_by("d_model", "hidden_size", 512)?,
             d_kv: keys.size_by("d_kv", "head_dim", 64)?,
-            d_ff: keys.size("d_ff", 2048)?,
-            num_heads: keys.size_by("num_heads", "num_attention_heads", 8)?,
+            d_ff: keys.size("d_ff", variant.d_ff)?,
+            num_heads: keys.size_by("num_heads", "num_attention_heads", variant.num_heads)?,
             num_layers,
             num_decoder_layers: keys.size("num_decoder_layers", num_layers)?,
             relative_attention_num_buckets: keys.size("relative_attention_num_buckets", 32)?,
             relative_attention_max_distance: keys.size("relative_attention_max_distance", 128)?,
             layer_norm_epsilon: keys.number("layer_norm_epsilon", 1e-6)? as f32,
-            feed_forward: FeedForward::read(keys)?,
+            feed_forward: FeedForward::read(keys, variant.feed_forward_proj)?,
             is_tied,
             // transformers 5 saves every T5 as tied, and says here whether the head reads a scaled output.
-            scales_output: keys.flag("scale_decoder_outputs", is_tied)?,
+            scales_output: keys.flag("scale_decoder_outputs", is_tied && variant.scales_tied)?,
             eos: keys.token_ids("eos_token_id")?.unwrap_or_default(),
             decoder_start: start.and_then(|ids| ids.first().copied()).unwrap_or(0),
         };
@@ -107,8 +146,8 @@ struct FeedForward {
 
 impl FeedForward {
     /// `feed_forward_proj`, of which transformers saves both halves again; these are what it computes.
-    fn read(keys: &Keys) -> Result<Self> {
-        let name = keys.word("feed_forward_proj", "relu")?;
+    fn read(keys: &Keys, default: &'static str) -> Result<Self> {
+        let name = keys.word("feed_forward_proj", default)?;
         let (gated, activation) = match name.strip_prefix("gated-") {
             // The original name of the tanh approximation.
             Some("gelu") => (true, "gelu_new"),
@@ -134,14 +173,22 @@ struct Stack {
 }
 
 fn build(keys: &Keys) -> Result<Model> {
-    let stack = Stack { config: Config::read(keys)? };
+    build_as(keys, &T5)
+}
+
+fn build_mt5(keys: &Keys) -> Result<Model> {
+    build_as(keys, &OF_MT5)
+}
+
+fn build_as(keys: &Keys, variant: &Variant) -> Result<Model> {
+    let stack = Stack { config: Config::read(keys, variant)? };
     let mut b = Builder::new();
     let shared = b.matrix(&Path::root().at("shared"), stack.config.vocab_size, stack.config.d_model, Role::Embedding);
     let cross = encoder(&mut b, &stack, shared);
     decoder(&mut b, &stack, shared, &cross);
     let config = stack.config;
     Ok(b.finish(ModelMetadata {
-        architecture: ARCHITECTURE.model_type,
+        architecture: variant.model_type,
         context: LONGEST,
         vocab: config.vocab_size,
         eos: config.eos,

@@ -151,8 +151,12 @@ impl Fusion<'_> {
                 self.views[out.0] = Some(FusedInput { scale: input.scale * scale, ..input });
             }
             Op::Linear(LinearSpec { x, parts }) => {
-                let part = |&LinearPart { weight, rows, bias, out }: &LinearPart| {
-                    FusedPart { weight, rows, bias, out, activation: None }
+                let part = |&LinearPart { weight, rows, bias, out }: &LinearPart| FusedPart {
+                    weight,
+                    rows,
+                    bias,
+                    out,
+                    activation: None,
                 };
                 let (inputs, parts) = (vec![self.input(*x)], parts.iter().map(part).collect());
                 self.fused.push(FusedOp::Matvec(MatvecSpec { inputs, parts, join: Join::Apart }));

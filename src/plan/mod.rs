@@ -16,7 +16,7 @@ mod storage;
 
 pub use builder::{Builder, LinearLayer, Mixture, ModelMetadata, Path};
 pub use op::*;
-pub use storage::{Lifetime, Slot, Storage};
+pub use storage::{Columns, Lifetime, Slot, Storage};
 
 use std::borrow::Cow;
 use std::collections::HashSet;

@@ -1,7 +1,7 @@
 //! Which buffers may share memory: a buffer lives from the first operation that writes it to the last that reads it, and
 //! buffers whose lives do not meet take the same slot.
 
-use super::{Plan, Rows};
+use super::{LinearSpec, Op, Plan, Rows};
 
 /// Memory for the buffers of a plan.
 #[derive(Debug, Clone, PartialEq)]
@@ -9,6 +9,16 @@ pub struct Storage {
     /// Slot of each buffer.
     pub slot_of: Vec<usize>,
     pub slots: Vec<Slot>,
+    /// Where each buffer lies in a row of its slot.
+    pub columns: Vec<Columns>,
+}
+
+/// Columns of a slot that a buffer takes: all of them, or those that its part of a fused matrix gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Columns {
+    pub start: usize,
+    /// Elements from one row of the buffer to the next.
+    pub stride: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,16 +59,41 @@ impl Plan {
         lives
     }
 
+    /// Buffers that lie side by side, since one matrix gives them all, and each other buffer by itself.
+    fn groups(&self) -> Vec<Vec<(usize, Columns)>> {
+        let mut groups: Vec<Vec<(usize, Columns)>> = Vec::new();
+        let mut grouped = vec![false; self.buffers.len()];
+        for op in &self.ops {
+            let Op::Linear(LinearSpec { x: _, parts }) = op else { continue };
+            let fused = parts.iter().filter_map(|part| part.rows.map(|rows| (part, rows)));
+            let stride = fused.clone().map(|(_, rows)| rows.start + rows.len).max().unwrap_or(0);
+            let group: Vec<_> = fused.map(|(part, rows)| (part.out.0, Columns { start: rows.start, stride })).collect();
+            group.iter().for_each(|(buffer, _)| grouped[*buffer] = true);
+            groups.extend((!group.is_empty()).then_some(group));
+        }
+        let alone = (0..self.buffers.len()).filter(|buffer| !grouped[*buffer]);
+        groups.extend(alone.map(|buffer| vec![(buffer, Columns { start: 0, stride: self.buffers[buffer].width })]));
+        groups
+    }
+
     /// Assigns slots first come, first served; the logits keep theirs to the end, since the session reads them later.
     pub fn storage(&self) -> Storage {
         let lives = self.lifetimes();
-        let mut order: Vec<usize> = (0..self.buffers.len()).collect();
-        order.sort_by_key(|&buffer| lives[buffer].first);
+        let life = |group: &[(usize, Columns)]| {
+            let lives = group.iter().map(|(buffer, _)| lives[*buffer]);
+            lives.fold(Lifetime::NEVER, |all, one| Lifetime {
+                first: all.first.min(one.first),
+                last: all.last.max(one.last),
+            })
+        };
+        let mut groups = self.groups();
+        groups.sort_by_key(|group| (life(group).first, group[0].0));
         let mut slots: Vec<(Slot, usize)> = Vec::new();
         let mut slot_of = vec![0; self.buffers.len()];
-        for buffer in order {
-            let Lifetime { first, last } = lives[buffer];
-            let (width, rows) = (self.buffers[buffer].width, self.buffers[buffer].rows);
+        let mut columns = vec![Columns { start: 0, stride: 0 }; self.buffers.len()];
+        for group in groups {
+            let Lifetime { first, last } = life(&group);
+            let (width, rows) = (group[0].1.stride, self.buffers[group[0].0].rows);
             let free = slots.iter().position(|(slot, busy_to)| slot.rows == rows && *busy_to < first);
             let index = free.unwrap_or_else(|| {
                 slots.push((Slot { width, rows }, last));
@@ -67,8 +102,10 @@ impl Plan {
             let (slot, busy_to) = &mut slots[index];
             slot.width = slot.width.max(width);
             *busy_to = last;
-            slot_of[buffer] = index;
+            for (buffer, of_buffer) in group {
+                (slot_of[buffer], columns[buffer]) = (index, of_buffer);
+            }
         }
-        Storage { slot_of, slots: slots.into_iter().map(|(slot, _)| slot).collect() }
+        Storage { slot_of, slots: slots.into_iter().map(|(slot, _)| slot).collect(), columns }
     }
 }

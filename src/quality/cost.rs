@@ -79,7 +79,7 @@ impl Distribution {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stats::SplitMix64;
+    use crate::rng::SplitMix64;
 
     #[test]
     fn a_row_against_itself_costs_nothing() {

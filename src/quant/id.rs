@@ -7,6 +7,7 @@ use std::ops::Deref;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::saved::SavedForm;
 use super::{FORMATS, Format, FormatOptions, INTERNAL_FORMATS};
 
 /// A row of [`FORMATS`]: what a format is called, and how the rest of the program treats it.
@@ -27,6 +28,10 @@ pub struct FormatEntry {
     /// Looks for outlier columns among the activations of each call. So its numbers depend on which tokens share a call, and
     /// records count the columns.
     pub finds_outliers: bool,
+    /// The form in which bitsandbytes saves its matrices; `None` where it has none.
+    pub saved: Option<&'static dyn SavedForm>,
+    /// Bytes that the product of m rows of activations with an `[n, k]` matrix takes on a GPU beside both and the result.
+    pub prefill_bytes: fn(usize, (usize, usize)) -> u64,
 }
 
 impl FormatEntry {
@@ -41,6 +46,8 @@ impl FormatEntry {
             without_double_quant: None,
             is_exact: false,
             finds_outliers: false,
+            saved: None,
+            prefill_bytes: |_, _| 0,
         }
     }
 }
@@ -135,5 +142,6 @@ mod tests {
         assert_eq!(FormatId::parse("half"), Some(fp16::ID));
         assert_eq!(FormatId::parse(fp32::ID.name), None);
         assert_eq!(FormatId::parse("all"), None);
+        assert_eq!(crate::record::BASELINE, crate::quant::BASELINE.name);
     }
 }

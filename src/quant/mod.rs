@@ -15,6 +15,7 @@ pub mod fp32;
 mod id;
 pub mod int8;
 pub mod nf4;
+pub mod saved;
 
 #[cfg(feature = "cuda")]
 pub use cuda::CudaMatrix;

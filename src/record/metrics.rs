@@ -258,7 +258,7 @@ pub fn summaries(record: &Record) -> BTreeMap<String, Summary> {
         .iter()
         .filter_map(|metric| {
             let values = metric.groups(record)?;
-            Some((metric.key.to_owned(), stats::summarize_launches(metric.unit, &values, &record.samples.launches)))
+            Some((metric.key.to_owned(), Summary::of(metric.unit, &values, &record.samples.launches)))
         })
         .collect()
 }

@@ -8,11 +8,13 @@ pub mod import;
 mod machine;
 pub mod metrics;
 mod quality;
+mod summary;
 mod unknown;
 
 pub use bound::Bound;
 pub use machine::{Energy, Memory, Pool, PoolPhase, Range, Series};
 pub use quality::{ModuleQuality, Quality};
+pub use summary::Summary;
 
 use std::collections::BTreeMap;
 
@@ -28,6 +30,9 @@ pub struct Document {
     pub schema_version: u32,
     pub records: Vec<Record>,
 }
+
+/// The precision that the others are compared with.
+pub const BASELINE: &str = "fp16";
 
 /// One precision of one case.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -97,6 +102,13 @@ pub struct Record {
     pub warnings: Vec<String>,
 }
 
+impl Record {
+    /// Whether this is the precision that others are compared with, whoever's engine it is.
+    pub fn is_fp16(&self) -> bool {
+        self.precision == BASELINE
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
@@ -134,6 +146,18 @@ pub struct ModelFacts {
     #[serde(with = "unknown::count")]
     #[schemars(with = "Option<u64>")]
     pub parameters: u64,
+    /// Of a mixture of experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<ExpertFacts>,
+}
+
+/// Experts of each layer that has a mixture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ExpertFacts {
+    /// Experts that there are.
+    pub total: u64,
+    /// Experts that a token is sent through: those whose bytes count as read.
+    pub per_token: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -262,27 +286,6 @@ pub struct Samples {
     /// Of a row from another tool: one value a repeat by METRICS key, where its times are not the ones above.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub imported: BTreeMap<String, Vec<f64>>,
-}
-
-/// Statistics of one metric over the counted repeats.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Summary {
-    pub unit: String,
-    pub median: Option<f64>,
-    pub min: Option<f64>,
-    pub max: Option<f64>,
-    pub mean: Option<f64>,
-    /// Sample standard deviation, n − 1.
-    pub stdev: Option<f64>,
-    pub n: u64,
-    /// 95 % interval of the median.
-    pub ci95_low: Option<f64>,
-    pub ci95_high: Option<f64>,
-    /// Only where the count carries them.
-    pub p50: Option<f64>,
-    pub p90: Option<f64>,
-    pub p95: Option<f64>,
-    pub p99: Option<f64>,
 }
 
 /// A ratio of paired repeats.

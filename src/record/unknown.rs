@@ -19,7 +19,7 @@ impl Record {
             file: nothing(),
             command: nothing(),
             timestamp: nothing(),
-            model: ModelFacts { id: nothing(), revision: None, architecture: nothing(), parameters: 0 },
+            model: ModelFacts { id: nothing(), revision: None, architecture: nothing(), parameters: 0, experts: None },
             weights: WeightFacts { source: nothing(), dtype: nothing(), seed: None, hash: nothing(), fp16_overflow: 0 },
             precision: nothing(),
             keep_fp16: Vec::new(),

@@ -289,7 +289,7 @@ fn kl(record: &Record) -> Cell {
 
 /// fp16 is its own baseline.
 fn perplexity_ratio(record: &Record) -> Cell {
-    let Some(quality) = record.quality.as_ref().filter(|_| record.precision != "fp16") else { return Cell::Unknown };
+    let Some(quality) = record.quality.as_ref().filter(|_| !record.is_fp16()) else { return Cell::Unknown };
     match (quality.perplexity_ratio, quality.perplexity_ratio_ci95_low, quality.perplexity_ratio_ci95_high) {
         (Some(ratio), Some(low), Some(high)) => Cell::Interval(ratio, low, high),
         (ratio, ..) => number(ratio),
@@ -310,7 +310,7 @@ fn bytes_ratio(record: &Record) -> Cell {
 
 /// Our own fp16 is what others are compared with: 1 as soon as it decoded.
 fn baseline(record: &Record) -> Cell {
-    let is_baseline = record.precision == "fp16" && record.engine.name == OWN && record.samples.imported.is_empty();
+    let is_baseline = record.is_fp16() && record.engine.name == OWN && record.samples.imported.is_empty();
     if is_baseline && median(record, "decode_tps") != Cell::Unknown { Cell::Number(1.0) } else { Cell::Unknown }
 }
 

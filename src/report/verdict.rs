@@ -116,7 +116,7 @@ fn missing(records: &[&Record], ok: &[&Record]) -> String {
     let failed = records.iter().filter(|record| record.status != Status::Ok);
     let failed =
         failed.map(|record| format!("{} gave no result ({})", case::precision(record), status_word(record.status)));
-    let has_fp16 = records.iter().any(|record| record.precision == "fp16");
+    let has_fp16 = records.iter().any(|record| record.is_fp16());
     let is_ours = records.iter().all(|record| record.engine.name == case::OWN);
     let absent = (!has_fp16 && is_ours && records.len() > 1).then(|| "fp16 was not run".to_owned());
     list(failed.chain(absent))

@@ -88,24 +88,24 @@ fn groups(files: &[Lines]) -> Vec<Group> {
     for (file, lines) in files.iter().enumerate() {
         let mut of_file: BTreeMap<String, usize> = BTreeMap::new();
         for (row, line) in lines.lines.iter().enumerate() {
-            let Some(facts) = &line.suite else {
+            let Some(info) = &line.suite else {
                 // After the suites, in the order of the files.
                 let (key, order) = (format!("row {:016x}", xxh3_64(line.text.as_bytes())), (usize::MAX, row));
                 groups.push(Group { file, order, key, is_whole: true, lines: vec![line.clone()] });
                 continue;
             };
-            let suite = suites.iter().position(|name| *name == facts.name).unwrap_or_else(|| {
-                suites.push(facts.name.clone());
+            let suite = suites.iter().position(|name| *name == info.name).unwrap_or_else(|| {
+                suites.push(info.name.clone());
                 suites.len() - 1
             });
-            let key = format!("{} {}", facts.name, facts.case);
+            let key = format!("{} {}", info.name, info.case);
             let at = *of_file.entry(key.clone()).or_insert_with(|| {
-                let order = (suite, facts.index);
+                let order = (suite, info.index);
                 groups.push(Group { file, order, key, is_whole: false, lines: Vec::new() });
                 groups.len() - 1
             });
             groups[at].lines.push(line.clone());
-            groups[at].is_whole = groups[at].lines.len() >= facts.n_rows;
+            groups[at].is_whole = groups[at].lines.len() >= info.n_rows;
         }
     }
     groups
@@ -114,11 +114,11 @@ fn groups(files: &[Lines]) -> Vec<Group> {
 /// Cases of a suite of which no file has all rows.
 fn missing(groups: &[Group]) -> Vec<String> {
     let mut suites: BTreeMap<&str, (usize, BTreeSet<usize>)> = BTreeMap::new();
-    for (group, facts) in groups.iter().filter_map(|group| Some((group, group.lines.first()?.suite.as_ref()?))) {
-        let suite = suites.entry(&facts.name).or_default();
-        suite.0 = suite.0.max(facts.n_cases);
+    for (group, info) in groups.iter().filter_map(|group| Some((group, group.lines.first()?.suite.as_ref()?))) {
+        let suite = suites.entry(&info.name).or_default();
+        suite.0 = suite.0.max(info.n_cases);
         if group.is_whole {
-            suite.1.insert(facts.index);
+            suite.1.insert(info.index);
         }
     }
     let note = |(name, (n_cases, found)): (&str, (usize, BTreeSet<usize>))| {

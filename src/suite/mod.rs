@@ -18,6 +18,6 @@ pub use keys::{Key, Kind};
 pub use merge::{Merged, merge};
 pub use plan::{Limits, Planned, read};
 pub use results::{Results, Resume};
-pub use row::{Facts, Line, Lines, read_lines, read_rows};
-pub use run::{CaseEnd, OnFailure, Task, Watcher, run};
+pub use row::{CaseInfo, Line, Lines, read_lines, read_rows};
+pub use run::{CaseEnd, OnFailure, SuiteCase, Watcher, run};
 pub use shard::Shard;

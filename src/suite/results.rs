@@ -77,7 +77,7 @@ impl Results {
                 self.ended.insert(case.to_owned(), is_ok);
             }
         }
-        let stays = |line: &&Line| line.suite.as_ref().is_none_or(|facts| self.ended.contains_key(&facts.case));
+        let stays = |line: &&Line| line.suite.as_ref().is_none_or(|info| self.ended.contains_key(&info.case));
         let text: String = found.lines.iter().filter(stays).map(|line| format!("{}\n", line.text)).collect();
         self.recovered = found.torn;
         if std::fs::read(&self.path).with_context(|| format!("reading `{}`", self.path.display()))? != text.as_bytes() {
@@ -106,9 +106,9 @@ fn open(path: &Path) -> Result<File> {
 /// By case: rows found, rows that it has, and whether those found are ok.
 fn counts(lines: &[Line]) -> BTreeMap<&str, (usize, usize, bool)> {
     let mut counts = BTreeMap::new();
-    for (facts, record) in lines.iter().filter_map(|line| Some((line.suite.as_ref()?, &line.record))) {
-        let (n_found, n_rows, is_ok) = counts.entry(facts.case.as_str()).or_insert((0, 0, true));
-        (*n_found, *n_rows) = (*n_found + 1, facts.n_rows);
+    for (info, record) in lines.iter().filter_map(|line| Some((line.suite.as_ref()?, &line.record))) {
+        let (n_found, n_rows, is_ok) = counts.entry(info.case.as_str()).or_insert((0, 0, true));
+        (*n_found, *n_rows) = (*n_found + 1, info.n_rows);
         *is_ok &= record.status == Status::Ok;
     }
     counts

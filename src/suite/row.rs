@@ -11,7 +11,7 @@ use crate::record::{Record, SCHEMA_VERSION};
 
 /// Which case of which suite a row belongs to: the key `suite` of a line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Facts {
+pub struct CaseInfo {
     /// Name of the suite.
     pub name: String,
     /// Content hash of the case.
@@ -29,7 +29,7 @@ pub struct Line {
     /// As it stands there, without its end.
     pub text: String,
     /// `None` for a row that no suite wrote.
-    pub suite: Option<Facts>,
+    pub suite: Option<CaseInfo>,
     pub record: Record,
 }
 
@@ -45,7 +45,7 @@ pub struct Lines {
 #[derive(Serialize)]
 struct Row<'a> {
     schema_version: u32,
-    suite: &'a Facts,
+    suite: &'a CaseInfo,
     #[serde(flatten)]
     record: &'a Record,
 }
@@ -53,12 +53,12 @@ struct Row<'a> {
 #[derive(Deserialize)]
 struct Head {
     schema_version: Option<u32>,
-    suite: Option<Facts>,
+    suite: Option<CaseInfo>,
 }
 
-/// One line for each record of a case, each with its end. `facts.n_rows` is set here.
-pub fn write(facts: &Facts, records: &[Record]) -> serde_json::Result<String> {
-    let suite = &Facts { n_rows: records.len(), ..facts.clone() };
+/// One line for each record of a case, each with its end. `info.n_rows` is set here.
+pub fn write(info: &CaseInfo, records: &[Record]) -> serde_json::Result<String> {
+    let suite = &CaseInfo { n_rows: records.len(), ..info.clone() };
     let row = |record| serde_json::to_string(&Row { schema_version: SCHEMA_VERSION, suite, record });
     records.iter().map(|record| Ok(row(record)? + "\n")).collect()
 }
@@ -75,8 +75,8 @@ pub fn read_rows(path: &Path) -> Result<Lines, BadInput> {
     let records = document.remove("records").and_then(|records| records.as_array().cloned()).unwrap_or_default();
     let row = |(at, mut record): (usize, Value)| {
         // A record of a document leaves its version to it; a line has its own.
-        if let Some(facts) = record.as_object_mut() {
-            facts.insert("schema_version".to_owned(), version.clone());
+        if let Some(info) = record.as_object_mut() {
+            info.insert("schema_version".to_owned(), version.clone());
         }
         line(&record.to_string()).map_err(|what| {
             BadInput::new(format!("`{}` record {}: {what}", path.display(), at + 1))

@@ -5,17 +5,17 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use super::case_process::{self, Outcome};
+use super::case_process::{self, RowStatus};
 use super::eta;
 use super::plan::Planned;
-use super::row::Facts;
+use super::row::CaseInfo;
 use crate::events::{Event, Listener};
 use crate::harness::Case;
 use crate::record::Status;
 
 /// A case that was planned, as the harness takes it.
 #[derive(Debug, Clone)]
-pub struct Task {
+pub struct SuiteCase {
     pub planned: Planned,
     pub case: Case,
 }
@@ -30,7 +30,7 @@ pub enum OnFailure {
 #[derive(Debug)]
 pub struct CaseEnd<'a> {
     pub planned: &'a Planned,
-    pub outcomes: Vec<Outcome>,
+    pub statuses: Vec<RowStatus>,
     pub took_s: f64,
     /// What the cases that are left will take, as far as one can tell.
     pub left_s: Option<f64>,
@@ -44,17 +44,17 @@ pub trait Watcher {
 impl CaseEnd<'_> {
     /// One line, for example `2/12 phi-2 on cpu: fp16 ok, int8 oom; 41 s, about 7 min left`.
     pub fn line(&self) -> String {
-        let outcomes: Vec<String> = self.outcomes.iter().map(Outcome::text).collect();
+        let statuses: Vec<String> = self.statuses.iter().map(RowStatus::text).collect();
         let left = match self.left_s {
             Some(left_s) if left_s > 0.0 => format!(", about {} left", eta::duration(left_s)),
             _ => String::new(),
         };
         let Planned { index, n_cases, label, .. } = self.planned;
-        format!("{index}/{n_cases} {label}: {}; {}{left}", outcomes.join(", "), eta::duration(self.took_s))
+        format!("{index}/{n_cases} {label}: {}; {}{left}", statuses.join(", "), eta::duration(self.took_s))
     }
 }
 
-impl Outcome {
+impl RowStatus {
     fn text(&self) -> String {
         let status = crate::report::status_word(self.status);
         match &self.reason {
@@ -67,13 +67,13 @@ impl Outcome {
 /// Runs the tasks that are not in `ended` (by hash, whether all is well); `append` takes the rows of each as it ends. Returns whether every row is ok, the
 /// earlier ones included. Fails only where rows cannot be written.
 pub fn run(
-    tasks: &[Task],
+    tasks: &[SuiteCase],
     ended: &BTreeMap<String, bool>,
     append: &mut dyn FnMut(&str) -> Result<()>,
     on_failure: OnFailure,
     (watcher, events): (&dyn Watcher, &dyn Listener),
 ) -> Result<bool> {
-    let (before, open): (Vec<&Task>, Vec<&Task>) =
+    let (before, open): (Vec<&SuiteCase>, Vec<&SuiteCase>) =
         tasks.iter().partition(|task| ended.contains_key(&task.planned.hash));
     let mut all_ok = before.iter().all(|task| ended[&task.planned.hash]);
     let start = Instant::now();
@@ -82,13 +82,13 @@ pub fn run(
         let left_s = eta::left_s(start.elapsed().as_secs_f64(), n_ended, n_left);
         let began = Instant::now();
         let labelled = Labelled { label: label(&task.planned, left_s), events };
-        let rows = case_process::measure(&task.case, &facts(&task.planned), task.planned.limits, &labelled)?;
+        let rows = case_process::measure(&task.case, &info(&task.planned), task.planned.limits, &labelled)?;
         append(&rows.text)?;
-        let ok = rows.outcomes.iter().all(|outcome| outcome.status == Status::Ok);
+        let ok = rows.statuses.iter().all(|row| row.status == Status::Ok);
         all_ok &= ok;
         watcher.on_case(&CaseEnd {
             planned: &task.planned,
-            outcomes: rows.outcomes,
+            statuses: rows.statuses,
             took_s: began.elapsed().as_secs_f64(),
             left_s: eta::left_s(start.elapsed().as_secs_f64(), n_ended + 1, n_left - 1),
         });
@@ -99,9 +99,9 @@ pub fn run(
     Ok(all_ok)
 }
 
-fn facts(planned: &Planned) -> Facts {
+fn info(planned: &Planned) -> CaseInfo {
     let Planned { suite, hash, index, n_cases, .. } = planned;
-    Facts { name: suite.clone(), case: hash.clone(), index: *index, n_cases: *n_cases, n_rows: 0 }
+    CaseInfo { name: suite.clone(), case: hash.clone(), index: *index, n_cases: *n_cases, n_rows: 0 }
 }
 
 fn label(planned: &Planned, left_s: Option<f64>) -> String {

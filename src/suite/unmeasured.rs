@@ -1,41 +1,41 @@
 //! The rows of a case that gave none: all that was asked, and why there is nothing else.
 
-use crate::engine::Engine;
+use crate::engine::{Device, Engine};
 use crate::harness::assemble;
-use crate::harness::protocol::Failure;
-use crate::harness::{self, Case, DeviceChoice, PromptChoice, Row};
+use crate::harness::{self, Case, DeviceChoice, PromptChoice, Variant};
 use crate::kernels::isa::Isa;
 use crate::kernels::nvml::Gpu;
+use crate::protocol::Failure;
 use crate::record::{self, Record};
 use crate::weights::WeightsChoice;
 
 /// One record for each engine at each precision asked for, as one run would have made them.
 pub fn records(case: &Case, failure: &Failure) -> Vec<Record> {
     let timestamp = harness::environment::timestamp();
-    rows(case).iter().map(|row| record(case, row, failure, &timestamp)).collect()
+    variants(case).iter().map(|variant| record(case, variant, failure, &timestamp)).collect()
 }
 
 /// Never empty: engines that run none of the precisions were asked for all of them.
-fn rows(case: &Case) -> Vec<Row> {
-    let refused = |&engine: &Engine| case.precisions.iter().map(move |&precision| Row { engine, precision });
-    Some(case.rows()).filter(|rows| !rows.is_empty()).unwrap_or_else(|| case.engines.iter().flat_map(refused).collect())
+fn variants(case: &Case) -> Vec<Variant> {
+    let refused = |&engine: &Engine| case.precisions.iter().map(move |&precision| Variant { engine, precision });
+    Some(case.variants())
+        .filter(|variants| !variants.is_empty())
+        .unwrap_or_else(|| case.engines.iter().flat_map(refused).collect())
 }
 
-fn record(case: &Case, row: &Row, failure: &Failure, timestamp: &str) -> Record {
+fn record(case: &Case, variant: &Variant, failure: &Failure, timestamp: &str) -> Record {
     let (machine, cpu) = (harness::environment::Machine::default(), "cpu".to_owned());
-    let (device, isa) = match harness::device(case.device).unwrap_or(case.device) {
-        DeviceChoice::Cuda(ordinal) => {
+    let (device, isa) = match harness::device(case.device).unwrap_or(as_typed(case.device)) {
+        Device::Cuda(ordinal) => {
             let (gpu, number) = (Gpu::open(ordinal), format!("cuda:{ordinal}"));
             let name = gpu.as_ref().and_then(Gpu::name).map_or(number.clone(), |name| format!("{name} ({number})"));
             let isa = gpu.as_ref().and_then(Gpu::isa).unwrap_or_default();
             (record::DeviceFacts { kind: "cuda".to_owned(), name }, isa)
         }
-        DeviceChoice::Cpu | DeviceChoice::Auto => {
-            (record::DeviceFacts { kind: cpu, name: machine.cpu_name() }, Isa::detect().name().to_owned())
-        }
+        Device::Cpu => (record::DeviceFacts { kind: cpu, name: machine.cpu_name() }, Isa::detect().name().to_owned()),
     };
     let threads = if case.threads == 0 { crate::kernels::cpu::pool::default_threads() } else { case.threads };
-    let nothing = Record::unknown(harness::engine_facts(row.engine));
+    let nothing = Record::unknown(harness::engine_info(variant.engine));
     let mut record = Record {
         command: case.command.clone(),
         timestamp: timestamp.to_owned(),
@@ -45,17 +45,25 @@ fn record(case: &Case, row: &Row, failure: &Failure, timestamp: &str) -> Record 
             ..nothing.model
         },
         weights: weights(case),
-        precision: row.precision.to_string(),
+        precision: variant.precision.to_string(),
         keep_fp16: case.keep_fp16.clone(),
         device,
         workload: workload(case),
-        dtypes: record::Dtypes { weights: row.precision.to_string(), ..nothing.dtypes },
+        dtypes: record::Dtypes { weights: variant.precision.to_string(), ..nothing.dtypes },
         environment: machine.environment(&isa, threads),
         ..nothing
     };
     assemble::fail(&mut record, failure);
     record.reason = Some(shareable_reason(case, failure.message()));
     record
+}
+
+/// The device of a choice that cannot be had here.
+fn as_typed(choice: DeviceChoice) -> Device {
+    match choice {
+        DeviceChoice::Cuda(ordinal) => Device::Cuda(ordinal),
+        DeviceChoice::Cpu | DeviceChoice::Auto => Device::Cpu,
+    }
 }
 
 /// A folder keeps its last component: rows hold no path.

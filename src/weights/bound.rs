@@ -265,7 +265,8 @@ impl Source for Bound {
     }
 
     fn parts(&self, spec: &MatrixSpec) -> Option<Result<Vec<Part>>> {
-        self.stored_precision(spec).map(|_| bnb::parts(&self.renamed(spec), self.files.as_ref()))
+        let precision = self.stored_precision(spec)?;
+        Some(bnb::parts(&self.renamed(spec), precision, self.files.as_ref()))
     }
 
     fn stored_bytes(&self, name: &str) -> u64 {

@@ -45,6 +45,58 @@ static BUILT_IN: &[BuiltIn] = &[
         hub_id: "google/paligemma-3b-pt-224",
         config: include_str!("../../configs/models/paligemma-3b-pt-224.json"),
     },
+    BuiltIn {
+        name: "qwen3-0.6b",
+        hub_id: "Qwen/Qwen3-0.6B",
+        config: include_str!("../../configs/models/qwen3-0.6b.json"),
+    },
+    BuiltIn { name: "qwen3-4b", hub_id: "Qwen/Qwen3-4B", config: include_str!("../../configs/models/qwen3-4b.json") },
+    BuiltIn { name: "qwen3-8b", hub_id: "Qwen/Qwen3-8B", config: include_str!("../../configs/models/qwen3-8b.json") },
+    BuiltIn {
+        name: "qwen3-30b-a3b",
+        hub_id: "Qwen/Qwen3-30B-A3B",
+        config: include_str!("../../configs/models/qwen3-30b-a3b.json"),
+    },
+    BuiltIn {
+        name: "llama-3.1-8b",
+        hub_id: "meta-llama/Llama-3.1-8B",
+        config: include_str!("../../configs/models/llama-3.1-8b.json"),
+    },
+    BuiltIn {
+        name: "mistral-7b",
+        hub_id: "mistralai/Mistral-7B-v0.3",
+        config: include_str!("../../configs/models/mistral-7b.json"),
+    },
+    BuiltIn {
+        name: "mixtral-8x7b",
+        hub_id: "mistralai/Mixtral-8x7B-v0.1",
+        config: include_str!("../../configs/models/mixtral-8x7b.json"),
+    },
+    BuiltIn {
+        name: "gemma-3-1b",
+        hub_id: "google/gemma-3-1b-pt",
+        config: include_str!("../../configs/models/gemma-3-1b.json"),
+    },
+    BuiltIn {
+        name: "gemma-3-4b",
+        hub_id: "google/gemma-3-4b-pt",
+        config: include_str!("../../configs/models/gemma-3-4b.json"),
+    },
+    BuiltIn {
+        name: "phi-4-mini",
+        hub_id: "microsoft/Phi-4-mini-instruct",
+        config: include_str!("../../configs/models/phi-4-mini.json"),
+    },
+    BuiltIn {
+        name: "smollm3-3b",
+        hub_id: "HuggingFaceTB/SmolLM3-3B",
+        config: include_str!("../../configs/models/smollm3-3b.json"),
+    },
+    BuiltIn {
+        name: "olmo-2-1b",
+        hub_id: "allenai/OLMo-2-0425-1B",
+        config: include_str!("../../configs/models/olmo-2-1b.json"),
+    },
 ];
 
 /// The shape with this short name.

@@ -59,6 +59,7 @@ pub fn export(
     output: &Path,
     events: &dyn Listener,
 ) -> Result<Exported> {
+    check_experts(checkpoint, matrices)?;
     let options = FormatOptions::default();
     let mut section = config::section(precision, options.int8_threshold).ok_or_else(|| no_such_form(precision))?;
     if let Some(names) = left_alone(checkpoint, matrices)? {
@@ -85,20 +86,33 @@ pub fn export(
     Ok(Exported { bytes, fp16_overflow: writer.fp16_overflow })
 }
 
-/// Whether there is a form in which bitsandbytes saves this precision.
-pub fn is_written(precision: FormatId) -> bool {
-    config::section(precision, FormatOptions::default().int8_threshold).is_some()
+/// transformers 5 has experts in 3-D parameters, which bitsandbytes does not convert.
+fn check_experts(checkpoint: &Checkpoint, matrices: &[MatrixSpec]) -> Result<(), BadInput> {
+    if checkpoint.config["model_type"] == "gpt_oss" {
+        let message = "`export` writes no gpt-oss: transformers has its experts in 3-D tensors alone";
+        return Err(BadInput::new(message).hint("measure it as it is; its experts are quantized as it loads"));
+    }
+    match matrices.iter().find(|spec| matches!(spec.role, Role::Expert | Role::Router)) {
+        Some(spec) => Err(BadInput::new(format!(
+            "transformers 5 loads no quantized experts and no quantized router, such as `{}`",
+            spec.name
+        ))
+        .hint("`--keep-fp16 experts,router` leaves them in fp16, as transformers does")),
+        None => Ok(()),
+    }
 }
 
 fn no_such_form(precision: FormatId) -> BadInput {
-    BadInput::new(format!("bitsandbytes saves no `{precision}`: `export` writes int8, nf4 and nf4-nodq"))
+    let written: Vec<&str> = bnb::forms().map(|(format, _)| format.name).collect();
+    BadInput::new(format!("bitsandbytes saves no `{precision}`: `export` writes {}", written.join(", ")))
         .hint("name one of them with `--precision`")
 }
 
 /// The layers that transformers must not convert, where there are any besides those that it leaves alone by itself. A list takes the
 /// place of its own, which has the head.
 fn left_alone(checkpoint: &Checkpoint, matrices: &[MatrixSpec]) -> Result<Option<Vec<String>>, BadInput> {
-    let kept = matrices.iter().filter(|spec| spec.role == Role::Kept);
+    // Experts and routers are left alone without being named.
+    let kept = matrices.iter().filter(|spec| spec.role == Role::Kept && spec.others.is_empty());
     let kept: Vec<String> = kept.map(|spec| spec.name.trim_end_matches(".weight").to_owned()).collect();
     if kept.is_empty() {
         return Ok(None);
@@ -210,7 +224,8 @@ impl Writer<'_> {
                 self.fp16_overflow += self.source.read_rows(name, 0..n, &mut data)?;
                 let stored = self.formats.asked().quantize(HalfMatrix { n, k, data });
                 let stored = stored.with_context(|| format!("quantizing `{name}`"))?;
-                bnb::tensors(name, (n, k), stored.parts())?.into_iter().try_for_each(|tensor| self.spool.put(tensor))
+                let tensors = bnb::tensors(name, (n, k), self.formats.precision(), stored.parts())?;
+                tensors.into_iter().try_for_each(|tensor| self.spool.put(tensor))
             }
         }
     }

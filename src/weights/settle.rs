@@ -13,7 +13,7 @@ use crate::events::{Event, Listener};
 use crate::quant::FormatId;
 
 /// Architectures whose configs mean a tied head where they do not say.
-const TIED_BY_DEFAULT: &[&str] = &["gemma", "paligemma", "t5"];
+const TIED_BY_DEFAULT: &[&str] = &["gemma", "gemma2", "gemma3", "gemma3_text", "mt5", "paligemma", "smollm3", "t5"];
 
 /// Warns of what config.json and `files` disagree on, makes `config` say what the files hold, and gives what they are quantized into.
 /// `files` are `None` where they cannot be read, or not yet. Fails with [`BadInput`] on a quantization that is not read here, and on
@@ -62,7 +62,7 @@ fn settle_head(config: &mut Value, files: &Safetensors, warn: &dyn Fn(&str, Stri
     let says_tied = explicit.unwrap_or(TIED_BY_DEFAULT.contains(&model_type.as_str()));
     let found = Head::of(files);
     let is_own = found.is_own(files)?;
-    let is_t5 = model_type == "t5";
+    let is_t5 = matches!(model_type.as_str(), "t5" | "mt5");
     // transformers 5 saves every T5 as tied, and says apart whether it scales what a tied head reads.
     let scales = config["scale_decoder_outputs"].as_bool();
     let own_is_told = !says_tied || (is_t5 && scales == Some(false));
@@ -85,7 +85,7 @@ fn settle_head(config: &mut Value, files: &Safetensors, warn: &dyn Fn(&str, Stri
     };
     if tied != says_tied {
         config["tie_word_embeddings"] = json!(tied);
-        if is_t5 && scales.is_none() {
+        if model_type == "t5" && scales.is_none() {
             config["scale_decoder_outputs"] = json!(says_tied);
         }
     }
@@ -115,18 +115,18 @@ fn settle_quantization(
         return Ok(None);
     }
     let Some(mut said) = PreQuantized::of(config)? else { return Ok(None) };
-    let kinds = held.precisions();
-    match kinds.as_slice() {
+    let names = held.names();
+    match held.only() {
         // A weight that nothing belongs to: the check of its model names what is missing.
-        [] => {}
-        [one] if *one == said.precision.name => {}
-        [one @ ("nf4" | "nf4-nodq")] if said.precision.name.starts_with("nf4") => {
+        _ if names.is_empty() => {}
+        Some(one) if one == said.precision => {}
+        Some(one) if has_same_codes(one, said.precision) => {
             let message = format!("config.json says `{}`, the weights are held in `{one}`", said.precision);
             warn("quantization_config_disagrees", message);
-            said.precision = FormatId::named(one).unwrap_or(said.precision);
+            said.precision = one;
         }
-        several => {
-            let several: Vec<String> = several.iter().map(|kind| format!("`{kind}`")).collect();
+        _ => {
+            let several: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
             return Err(BadInput::new(format!(
                 "config.json's quantization_config says `{}`, but the checkpoint holds weights in {}",
                 said.precision,
@@ -137,4 +137,9 @@ fn settle_quantization(
         }
     }
     Ok(Some(said))
+}
+
+/// Whether both formats differ in double quantization at most.
+fn has_same_codes(a: FormatId, b: FormatId) -> bool {
+    a.saved.zip(b.saved).is_some_and(|(a, b)| a.config().quant_type() == b.config().quant_type())
 }

@@ -198,5 +198,6 @@ fn a_model_without_one_of_its_features_misses_the_reference() {
             seen.insert(what);
         }
     }
-    assert!(seen.len() >= 25, "{seen:?}");
+    // Every kind of feature is in some model.
+    assert!(seen.len() >= 24, "{seen:?}");
 }

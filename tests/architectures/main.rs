@@ -237,7 +237,11 @@ fn int8_logits_equal_the_reference_where_they_are_stable_and_its_cost_elsewhere(
                 let fp32 = reference.steps(&format!("p{i}.step_logits"));
                 let kl: f64 = fp32.iter().zip(&logits).map(|(p, q)| kl_divergence(p, q)).sum();
                 let (mean, known) = (kl / N_GEN as f64, facts["forced_mean_kl"].as_f64().unwrap());
-                assert!(mean <= 2.0 * known && mean >= known / 2.0, "{case}: mean KL {mean}, reference {known}");
+                // The known one is of one pass over prompt and continuation, which rotates by its own length: where frequencies depend
+                // on that, it counts the other rotation as well, and is no lower bound.
+                let by_length = plan.ropes.iter().any(|rope| rope.by_length.is_some());
+                let is_near = mean <= 2.0 * known && (by_length || mean >= known / 2.0);
+                assert!(is_near, "{case}: mean KL {mean}, reference {known}");
             }
         }
     }

@@ -1,6 +1,7 @@
 //! What config.json and generation_config.json say is computed, harmless, refused or told. Right values by transformers 5.24 (fp16
 //! weights, fp32 compute, eager attention), run on the golden models with one change each.
 
+mod families;
 mod refused;
 mod values;
 mod walk;

@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use crate::{Folder, set};
 
 /// Objects whose keys are walked by themselves.
-const SECTIONS: &[&str] = &["text_config", "vision_config", "rope_scaling", "rope_parameters"];
+const SECTIONS: &[&str] =
+    &["text_config", "vision_config", "rope_scaling", "rope_parameters", "full_attention", "sliding_attention"];
 
 fn n_keys(config: &Value) -> usize {
     let keys = config.as_object().into_iter().flatten();
@@ -28,7 +29,7 @@ fn every_key_of_the_golden_and_built_in_configs_is_in_a_list() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let read = |path: &Path| fs::read(path).ok().map(|bytes| json::parse(&bytes).unwrap());
     let mut configs: Vec<(String, Value, Option<Value>)> = Vec::new();
-    for folder in ["tests/golden/models", "tests/golden/bnb"] {
+    for folder in ["tests/golden/models", "tests/golden/bnb", "tests/golden/architectures/models"] {
         for entry in fs::read_dir(root.join(folder)).unwrap() {
             let path = entry.unwrap().path();
             let config = read(&path.join("config.json")).unwrap();
@@ -41,7 +42,7 @@ fn every_key_of_the_golden_and_built_in_configs_is_in_a_list() {
     }
     configs.extend(builtin_models().iter().map(|shape| (shape.name.to_owned(), shape.config(), None)));
     configs.sort_by(|a, b| a.0.cmp(&b.0));
-    assert_eq!(configs.len(), 9 + 9 + 5);
+    assert_eq!(configs.len(), 9 + 9 + 17 + 17);
     let mut total = [0; 3];
     for (name, config, generation) in &configs {
         let built = models::read(&Files { config, generation: generation.as_ref() }).unwrap();

@@ -3,11 +3,11 @@
 use quantbench::engine::Alone;
 use quantbench::engine::fake::Run;
 use quantbench::events::Silent;
-use quantbench::harness::assemble::{Facts, records};
+use quantbench::harness::assemble::records;
 use quantbench::harness::schedule::{Order, Outcome, Worker};
 use quantbench::harness::watch::energy::{Counter, Mark, Window};
 use quantbench::harness::watch::{Reading, Watched};
-use quantbench::harness::{Case, Protocol};
+use quantbench::harness::{Case, MeasurementProtocol, RunContext};
 use quantbench::record::{self, Document, Record, SCHEMA_VERSION};
 use quantbench::report;
 
@@ -20,7 +20,7 @@ fn alone(memory: f64, arithmetic: f64) -> Option<Alone> {
 }
 
 /// fp16's record of two repeats: 1020 bytes a step at 50 steps a second are 5 % of 1 MB/s.
-fn decoded(alone: Option<Alone>, device_step_ns: Vec<u64>, change: impl Fn(&mut Facts)) -> Record {
+fn decoded(alone: Option<Alone>, device_step_ns: Vec<u64>, change: impl Fn(&mut RunContext)) -> Record {
     let case = case(&["fp16"], counted(2));
     let run = Run { device_step_ns, ..run_ms(50, &[20]) };
     let local = Local::telling("fp16", task(), vec![filling(), run], &Journal::default(), alone);
@@ -34,7 +34,7 @@ fn bound(record: &Record) -> &str {
     record.bandwidth.bound.as_deref().unwrap_or("none")
 }
 
-fn on_cuda(facts: &mut Facts) {
+fn on_cuda(facts: &mut RunContext) {
     facts.device = record::DeviceFacts { kind: "cuda".to_owned(), name: "cuda:0".to_owned() };
 }
 
@@ -93,7 +93,7 @@ fn of_another_engine_nothing_is_known() {
     let local = Local::telling("fp16", task(), vec![filling(), run_ms(50, &[20])], &Journal::default(), None);
     let outcomes = measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent);
     // As much as the memory gives, and within the cache.
-    let facts = Facts { read_gb_s: Some(5.2e-5), cache_bytes: Some(1000), ..facts(&case) };
+    let facts = RunContext { read_gb_s: Some(5.2e-5), cache_bytes: Some(1000), ..facts(&case) };
     let record = records(&facts, &case, &outcomes.unwrap(), &|_| None).remove(0);
     assert_eq!((record.engine.name.as_str(), bound(&record)), ("candle", "not known"));
 }
@@ -101,19 +101,19 @@ fn of_another_engine_nothing_is_known() {
 #[test]
 fn what_does_not_decode_has_no_reason() {
     let case = Case { n_gen: 1, ..case(&["fp16"], counted(2)) };
-    let single = quantbench::harness::measure::Task { n_gen: 1, ..task() };
+    let single = quantbench::protocol::Task { n_gen: 1, ..task() };
     let local = Local::telling("fp16", single, vec![filling(), run_ms(50, &[])], &Journal::default(), alone(0.9, 0.1));
     let outcomes =
         measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent).unwrap();
     assert_eq!(outcomes[0].finished.as_ref().unwrap().alone, None, "there is no step to run beside");
-    let facts = Facts { workload: record::Workload { n_gen: 1, ..facts(&case).workload }, ..facts(&case) };
+    let facts = RunContext { workload: record::Workload { n_gen: 1, ..facts(&case).workload }, ..facts(&case) };
     assert_eq!(records(&facts, &case, &outcomes, &|_| None)[0].bandwidth.bound, None);
 }
 
 #[test]
 fn rounds_are_left_out_where_they_would_take_too_long() {
     let of = |step_ms, max_time_s| {
-        let task = quantbench::harness::measure::Task { max_time_s, ..task() };
+        let task = quantbench::protocol::Task { max_time_s, ..task() };
         let runs = vec![filling(), run_ms(50, &[step_ms])];
         let local = Local::telling("fp16", task, runs, &Journal::default(), alone(0.9, 0.1));
         let outcomes = measure(vec![Box::new(local) as Box<dyn Worker>], &counted(1), Order::Interleaved, &Silent);
@@ -127,15 +127,20 @@ fn rounds_are_left_out_where_they_would_take_too_long() {
 
 #[test]
 fn rounds_of_all_launches_count() {
-    let case = case(&["fp16"], Protocol { launches: 2, ..counted(1) });
+    let case = case(&["fp16"], MeasurementProtocol { launches: 2, ..counted(1) });
     let start = |_: usize| -> Box<dyn Worker> {
         let runs = vec![filling(), run_ms(50, &[20])];
         Box::new(Local::telling("fp16", task(), runs, &Journal::default(), alone(0.9, 0.1)))
     };
     let mut watch = Scripted::default();
     let (order, events) = (Order::Interleaved, &Silent);
-    let mut stage =
-        quantbench::harness::schedule::Stage { start: &start, n_workers: 1, order, watch: &mut watch, events };
+    let mut stage = quantbench::harness::schedule::ScheduleContext {
+        start: &start,
+        n_workers: 1,
+        order,
+        watch: &mut watch,
+        events,
+    };
     let outcomes = quantbench::harness::schedule::measure(&mut stage, &case.protocol).unwrap();
     assert_eq!(records(&facts(&case), &case, &outcomes, &|_| None)[0].samples.alone_memory_ns.len(), 6);
 }
@@ -156,7 +161,7 @@ fn short_repeat() -> Run {
 
 fn of_counter(case: &Case, outcomes: &[Outcome]) -> Vec<Record> {
     let counter = Counter { name: "nvml", period_s: 0.1, idle_watts: Some(50.0) };
-    records(&Facts { counter: Some(counter), ..facts(case) }, case, outcomes, &|_| None)
+    records(&RunContext { counter: Some(counter), ..facts(case) }, case, outcomes, &|_| None)
 }
 
 #[test]
@@ -210,7 +215,7 @@ fn repeats_long_enough_for_the_counter_are_its_windows() {
 
 #[test]
 fn one_asked_repeat_is_enough_and_each_launch_has_a_block() {
-    let case = case(&["fp16"], Protocol { launches: 2, ..counted(1) });
+    let case = case(&["fp16"], MeasurementProtocol { launches: 2, ..counted(1) });
     let mut watch = counting(&[(290.0, 2.6), (450.0, 2.6)]);
     let scripts = [("fp16", vec![short_repeat()])];
     let outcomes = watched_outcomes(&case.protocol, Order::InTurn, &scripts, &Journal::default(), &mut watch);

@@ -5,14 +5,13 @@ use std::collections::BTreeMap;
 
 use quantbench::engine::fake::Run;
 use quantbench::events::{Event, Listener, Silent};
-use quantbench::harness::assemble::{Facts, records};
-use quantbench::harness::load::LoadSpan;
-use quantbench::harness::measure::{Encode, Task};
-use quantbench::harness::protocol::{Failure, LoadFacts, WarmupEnd};
-use quantbench::harness::schedule::{Order, Outcome, Stage, Worker};
+use quantbench::harness::assemble::records;
+use quantbench::harness::schedule::{Order, Outcome, ScheduleContext, Worker};
 use quantbench::harness::warnings::Warning;
 use quantbench::harness::watch::Blind;
-use quantbench::harness::{Case, Protocol, schedule};
+use quantbench::harness::{Case, MeasurementProtocol, RunContext, schedule};
+use quantbench::os::cpu_usage::CpuUsage;
+use quantbench::protocol::{Encode, Failure, LoadReport, Task, WarmupEnd};
 use quantbench::record::metrics::METRICS;
 use quantbench::record::{self, Record, Status};
 
@@ -107,7 +106,7 @@ fn one_token_has_no_decode_metrics() {
     let local = Local::new("fp16", single, vec![filling(), run_ms(50, &[10])], &Journal::default());
     let outcomes =
         measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent).unwrap();
-    let facts = Facts { workload: record::Workload { n_gen: 1, ..facts(&case).workload }, ..facts(&case) };
+    let facts = RunContext { workload: record::Workload { n_gen: 1, ..facts(&case).workload }, ..facts(&case) };
     let record = &records(&facts, &case, &outcomes, &|_| None)[0];
     for key in ["decode_tps", "tpot_ms", "itl_ms", "mbu", "achieved_gb_s"] {
         assert_eq!(metric(record, key), None, "{key}");
@@ -154,7 +153,7 @@ fn in_turn_all_take_as_many_repeats_as_the_first() {
     let journal = Journal::default();
     // 0.6 s of decode a repeat and no noise: 6 repeats are 3.6 s, enough in number, time and width.
     let scripts = [("fp16", vec![run_ms(50, &[200])]), ("nf4", vec![run_ms(50, &[20])])];
-    let outcomes = outcomes(&Protocol::default(), Order::InTurn, &scripts, &journal);
+    let outcomes = outcomes(&MeasurementProtocol::default(), Order::InTurn, &scripts, &journal);
     assert_eq!(outcomes.iter().map(|outcome| outcome.samples.len()).collect::<Vec<_>>(), [6, 6]);
     assert_eq!(journal.borrow()[8..11], ["finish fp16", "load nf4", "warm nf4"]);
 }
@@ -163,7 +162,7 @@ fn in_turn_all_take_as_many_repeats_as_the_first() {
 fn interleaved_repeats_go_on_until_all_are_narrow_with_equal_counts() {
     // fp16 satisfies every criterion at 6 repeats; nf4 takes 20 to measure 3 s.
     let scripts = [("fp16", vec![run_ms(50, &[200])]), ("nf4", vec![run_ms(50, &[50])])];
-    let records = measured(Protocol::default(), &scripts);
+    let records = measured(MeasurementProtocol::default(), &scripts);
     for record in &records {
         assert_eq!((record.protocol.n_repeats, record.protocol.ended.as_str()), (20, "rel_ci"));
     }
@@ -230,7 +229,7 @@ fn garbage_is_invalid_and_has_no_ratio() {
 }
 
 /// Names of the warnings of one precision's script.
-fn warned(protocol: Protocol, runs: Vec<Run>) -> Vec<String> {
+fn warned(protocol: MeasurementProtocol, runs: Vec<Run>) -> Vec<String> {
     let names =
         |record: &Record| record.warnings.iter().map(|text| text.split(':').next().unwrap().to_owned()).collect();
     names(&measured(protocol, &[("fp16", runs)])[0])
@@ -238,10 +237,10 @@ fn warned(protocol: Protocol, runs: Vec<Run>) -> Vec<String> {
 
 #[test]
 fn repeats_raise_their_warnings() {
-    let short = Protocol { max_time_s: 1.0, ..Protocol::default() };
+    let short = MeasurementProtocol { max_time_s: 1.0, ..MeasurementProtocol::default() };
     let tokens = Run { tokens: vec![9], ..run_ms(50, &[10]) };
     let noisy = |i: u64| run_ms(50, &[10 + i % 3]);
-    let cases: [(&str, Protocol, Vec<Run>); 5] = [
+    let cases: [(&str, MeasurementProtocol, Vec<Run>); 5] = [
         ("", counted(8), vec![run_ms(50, &[10])]),
         ("few_repeats", short, vec![run_ms(300, &[10])]),
         ("tokens_differ", counted(2), vec![run_ms(50, &[10]), tokens]),
@@ -260,7 +259,7 @@ fn facts_and_outcomes_raise_their_warnings() {
     let script = vec![run_ms(50, &[10])];
     let clean =
         outcomes(&case.protocol, Order::Interleaved, &[("fp16", script.clone()), ("nf4", script)], &Journal::default());
-    let names = |facts: &Facts, outcomes: &[Outcome]| -> Vec<String> {
+    let names = |facts: &RunContext, outcomes: &[Outcome]| -> Vec<String> {
         let record = records(facts, &case, outcomes, &|_| None).remove(1);
         assert_eq!(record.tainted, record.warnings.iter().any(|text| text.starts_with("busy_cpus")));
         record.warnings.iter().map(|text| text.split(':').next().unwrap().to_owned()).collect()
@@ -272,7 +271,7 @@ fn facts_and_outcomes_raise_their_warnings() {
     };
     let facts = facts(&case);
     assert_eq!(names(&facts, &clean), [""; 0]);
-    let busy = LoadSpan { n_cpus: 2, total: 400, busy: 400, own: 200 };
+    let busy = CpuUsage { n_cpus: 2, total: 400, busy: 400, own: 200 };
     let cap = |outcome: &mut Outcome| outcome.warmed.as_mut().unwrap().ended = WarmupEnd::Cap;
     let ended = |outcome: &mut Outcome| {
         outcome.warmed.as_mut().unwrap().n_gen = 3;
@@ -286,14 +285,14 @@ fn facts_and_outcomes_raise_their_warnings() {
     assert_eq!(names(&facts, &changed(&inexact)), ["peak_not_exact"]);
     assert_eq!(names(&facts, &changed(&overflow)), ["fp16_overflow"]);
     // A step of 1020 bytes within twice the cache, and one that seems faster than the memory.
-    assert_eq!(names(&Facts { cache_bytes: Some(511), ..facts.clone() }, &clean), ["cache-resident"]);
-    let cached = Facts { read_gb_s: Some(1e-6), theoretical_gb_s: Err("unknown".to_owned()), ..facts.clone() };
+    assert_eq!(names(&RunContext { cache_bytes: Some(511), ..facts.clone() }, &clean), ["cache-resident"]);
+    let cached = RunContext { read_gb_s: Some(1e-6), theoretical_gb_s: Err("unknown".to_owned()), ..facts.clone() };
     assert_eq!(names(&cached, &clean), ["cache-resident"]);
     // 85 % of what the memory can give are enough.
-    assert_eq!(names(&Facts { theoretical_gb_s: Ok(1e-3 / 0.851), ..facts.clone() }, &clean), [""; 0]);
-    assert_eq!(names(&Facts { theoretical_gb_s: Ok(1e-3 / 0.849), ..facts.clone() }, &clean), ["slow_read"]);
+    assert_eq!(names(&RunContext { theoretical_gb_s: Ok(1e-3 / 0.851), ..facts.clone() }, &clean), [""; 0]);
+    assert_eq!(names(&RunContext { theoretical_gb_s: Ok(1e-3 / 0.849), ..facts.clone() }, &clean), ["slow_read"]);
     let unpaired = Warning::UnpairedRatios { needed_bytes: 9, free_bytes: 5 };
-    let in_turn = Facts { order: Order::InTurn, warnings: vec![unpaired], ..facts };
+    let in_turn = RunContext { order: Order::InTurn, warnings: vec![unpaired], ..facts };
     assert_eq!(names(&in_turn, &clean), ["unpaired_ratios"]);
 }
 
@@ -339,7 +338,7 @@ fn what_does_not_fit_beside_the_others_runs_alone_behind_them() {
         };
         let case = case(&["fp16", "int8", "nf4"], counted(4));
         let (n_workers, order) = (3, Order::Interleaved);
-        let mut stage = Stage { start: &start, n_workers, order, watch: &mut Blind, events: &Silent };
+        let mut stage = ScheduleContext { start: &start, n_workers, order, watch: &mut Blind, events: &Silent };
         let outcomes = schedule::measure(&mut stage, &case.protocol).unwrap();
         records(&facts(&case), &case, &outcomes, &|_| None)
     };
@@ -374,7 +373,7 @@ fn what_had_all_the_memory_does_not_run_again() {
         Box::new(if at == 0 { Local { loading: Err(full.clone()), ..local } } else { local })
     };
     let mut stage =
-        Stage { start: &start, n_workers: 2, order: Order::Interleaved, watch: &mut Blind, events: &Silent };
+        ScheduleContext { start: &start, n_workers: 2, order: Order::Interleaved, watch: &mut Blind, events: &Silent };
     let outcomes = schedule::measure(&mut stage, &counted(2)).unwrap();
     assert_eq!(*starts.borrow(), [1, 1]);
     assert!(outcomes[0].failure.is_some() && outcomes[1].finished.is_some());
@@ -395,7 +394,7 @@ fn what_failed_and_what_is_needed_are_two_numbers() {
 fn a_row_that_failed_has_the_instruction_set_of_its_device() {
     let full = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 70, free_bytes: 5 };
     let failed = Outcome { failure: Some(full), ..Outcome::default() };
-    let loaded = LoadFacts { isa: "sm_90".to_owned(), ..LoadFacts::default() };
+    let loaded = LoadReport { isa: "sm_90".to_owned(), ..LoadReport::default() };
     let ran = Outcome { loaded: Some(loaded), ..Outcome::default() };
     let case = case(&["fp16", "nf4"], counted(1));
     let mut facts = facts(&case);

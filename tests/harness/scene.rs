@@ -8,15 +8,17 @@ use std::rc::Rc;
 use quantbench::engine::fake::{FakeSession, FakeTime, Run};
 use quantbench::engine::{Alone, Engine};
 use quantbench::events::{Listener, Silent};
-use quantbench::harness::assemble::{Facts, records};
-use quantbench::harness::load::{CpuLoad, LoadSpan};
-use quantbench::harness::measure::{Bench, Encode, Task, Wait};
-use quantbench::harness::memory::ProcessMemory;
-use quantbench::harness::protocol::{Failure, Finished, LoadFacts, Sample, Warmed};
-use quantbench::harness::schedule::{Order, Outcome, Stage, Worker};
+use quantbench::harness::assemble::records;
+use quantbench::harness::measure::Bench;
+use quantbench::harness::schedule::{Order, Outcome, ScheduleContext, Worker};
 use quantbench::harness::watch::energy::Mark;
 use quantbench::harness::watch::{Blind, Watch, Watched};
-use quantbench::harness::{Asked, Case, DeviceChoice, PromptChoice, Protocol, schedule};
+use quantbench::harness::{
+    Case, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice, RunContext, schedule,
+};
+use quantbench::os::cpu_usage::{CpuAccounts, CpuUsage};
+use quantbench::os::memory::ProcessMemory;
+use quantbench::protocol::{Encode, Failure, FinishReport, LoadReport, Sample, Task, Wait, WarmupReport};
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::record::metrics::find;
 use quantbench::record::{self, Record};
@@ -33,8 +35,8 @@ pub struct Local {
     pub precision: String,
     pub bench: Bench<FakeTime>,
     pub journal: Journal,
-    pub loading: Result<LoadFacts, Failure>,
-    pub load: Option<LoadSpan>,
+    pub loading: Result<LoadReport, Failure>,
+    pub load: Option<CpuUsage>,
     pub pid: Option<u32>,
 }
 
@@ -49,8 +51,8 @@ impl Local {
         let nowhere = PathBuf::from("no such folder");
         let session = Box::new(FakeSession::new(time.clone(), runs).with_alone(alone));
         let bench =
-            Bench::new(session, time, ProcessMemory::below(&nowhere), CpuLoad::below(&nowhere), task, Vec::new());
-        let loading = Ok(LoadFacts { load_s: 2.5, ..LoadFacts::default() });
+            Bench::new(session, time, ProcessMemory::below(&nowhere), CpuAccounts::below(&nowhere), task, Vec::new());
+        let loading = Ok(LoadReport { load_s: 2.5, ..LoadReport::default() });
         Self { precision: precision.to_owned(), bench, journal: journal.clone(), loading, load: None, pid: None }
     }
 
@@ -68,12 +70,12 @@ impl Worker for Local {
         self.pid
     }
 
-    fn load(&mut self, _events: &dyn Listener) -> Result<LoadFacts, Failure> {
+    fn load(&mut self, _events: &dyn Listener) -> Result<LoadReport, Failure> {
         self.note("load");
         self.loading.clone()
     }
 
-    fn warm_up(&mut self, _events: &dyn Listener) -> Result<Warmed, Failure> {
+    fn warm_up(&mut self, _events: &dyn Listener) -> Result<WarmupReport, Failure> {
         self.note("warm");
         self.bench.warm_up().map_err(|error| Failure::of(&error))
     }
@@ -84,7 +86,7 @@ impl Worker for Local {
         Ok(Sample { load: self.load, ..sample })
     }
 
-    fn finish(&mut self, _events: &dyn Listener) -> Result<Finished, Failure> {
+    fn finish(&mut self, _events: &dyn Listener) -> Result<FinishReport, Failure> {
         self.note("finish");
         self.bench.finish(None).map_err(|error| Failure::of(&error))
     }
@@ -114,11 +116,11 @@ pub fn run_ms(prefill: u64, steps: &[u64]) -> Run {
     Run { prefill_ns: prefill * 1_000_000, step_ns, ..Run::default() }
 }
 
-pub fn counted(repeats: usize) -> Protocol {
-    Protocol { repeats: Some(repeats), ..Protocol::default() }
+pub fn counted(repeats: usize) -> MeasurementProtocol {
+    MeasurementProtocol { repeats: Some(repeats), ..MeasurementProtocol::default() }
 }
 
-pub fn case(precisions: &[&str], protocol: Protocol) -> Case {
+pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
     Case {
         model: Request {
             model_id: "tiny".to_owned(),
@@ -130,7 +132,7 @@ pub fn case(precisions: &[&str], protocol: Protocol) -> Case {
             strict_config: false,
         },
         precisions: precisions.iter().filter_map(|name| FormatId::named(name)).collect(),
-        asked: Asked::ByName,
+        precision_selection: PrecisionSelection::ByName,
         engines: vec![Engine::Quantbench],
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
@@ -149,7 +151,7 @@ pub fn case(precisions: &[&str], protocol: Protocol) -> Case {
     }
 }
 
-pub fn facts(case: &Case) -> Facts {
+pub fn facts(case: &Case) -> RunContext {
     let (name, n_gen) = ("tiny".to_owned(), N_GEN as u64);
     let weights = record::WeightFacts {
         source: "local".to_owned(),
@@ -158,11 +160,17 @@ pub fn facts(case: &Case) -> Facts {
         hash: "xxh3:0".to_owned(),
         fp16_overflow: 0,
     };
-    Facts {
+    RunContext {
         engine: record::Engine { name: "quantbench".to_owned(), version: "0".to_owned(), commit: "c".to_owned() },
         command: case.command.clone(),
         timestamp: "2026-01-01T00:00:00Z".to_owned(),
-        model: record::ModelFacts { id: name, revision: None, architecture: "llama".to_owned(), parameters: 9 },
+        model: record::ModelFacts {
+            id: name,
+            revision: None,
+            architecture: "llama".to_owned(),
+            parameters: 9,
+            experts: None,
+        },
         weights,
         device: record::DeviceFacts { kind: "cpu".to_owned(), name: "some CPU".to_owned() },
         workload: record::Workload {
@@ -191,19 +199,24 @@ pub fn facts(case: &Case) -> Facts {
 }
 
 /// Runs each precision's script and makes the records.
-pub fn measured(protocol: Protocol, scripts: &[(&str, Vec<Run>)]) -> Vec<Record> {
+pub fn measured(protocol: MeasurementProtocol, scripts: &[(&str, Vec<Run>)]) -> Vec<Record> {
     let names: Vec<&str> = scripts.iter().map(|(name, _)| *name).collect();
     let case = case(&names, protocol);
     let outcomes = outcomes(&case.protocol, Order::Interleaved, scripts, &Journal::default());
     records(&facts(&case), &case, &outcomes, &|_| None)
 }
 
-pub fn outcomes(protocol: &Protocol, order: Order, scripts: &[(&str, Vec<Run>)], journal: &Journal) -> Vec<Outcome> {
+pub fn outcomes(
+    protocol: &MeasurementProtocol,
+    order: Order,
+    scripts: &[(&str, Vec<Run>)],
+    journal: &Journal,
+) -> Vec<Outcome> {
     watched_outcomes(protocol, order, scripts, journal, &mut Blind)
 }
 
 pub fn watched_outcomes(
-    protocol: &Protocol,
+    protocol: &MeasurementProtocol,
     order: Order,
     scripts: &[(&str, Vec<Run>)],
     journal: &Journal,
@@ -214,21 +227,21 @@ pub fn watched_outcomes(
         let runs = [vec![filling()], runs.clone()].concat();
         Box::new(Local::new(name, task(), runs, journal))
     };
-    let mut stage = Stage { start: &worker, n_workers: scripts.len(), order, watch, events: &Silent };
+    let mut stage = ScheduleContext { start: &worker, n_workers: scripts.len(), order, watch, events: &Silent };
     schedule::measure(&mut stage, protocol).unwrap()
 }
 
 /// Runs workers that were made already, in one launch.
 pub fn measure(
     workers: Vec<Box<dyn Worker>>,
-    protocol: &Protocol,
+    protocol: &MeasurementProtocol,
     order: Order,
     events: &dyn Listener,
 ) -> Result<Vec<Outcome>, Failure> {
     let n_workers = workers.len();
     let ready = RefCell::new(workers.into_iter().map(Some).collect::<Vec<_>>());
     let start = |at: usize| ready.borrow_mut()[at].take().expect("one launch");
-    let mut stage = Stage { start: &start, n_workers, order, watch: &mut Blind, events };
+    let mut stage = ScheduleContext { start: &start, n_workers, order, watch: &mut Blind, events };
     schedule::measure(&mut stage, protocol)
 }
 

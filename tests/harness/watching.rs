@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use quantbench::engine::fake::Run;
 use quantbench::engine::memory::PoolUse;
 use quantbench::events::Silent;
-use quantbench::harness::assemble::{Facts, records};
-use quantbench::harness::measure::{Task, Wait};
-use quantbench::harness::protocol::Failure;
+use quantbench::harness::assemble::records;
 use quantbench::harness::schedule::{Order, Outcome, Worker};
 use quantbench::harness::watch::energy::Counter;
 use quantbench::harness::watch::{GpuReading, Reading, Watched};
-use quantbench::harness::{Case, Method, Protocol};
+use quantbench::harness::{Case, MeasurementProtocol, Method, RunContext};
+use quantbench::protocol::Failure;
+use quantbench::protocol::{Task, Wait};
 use quantbench::record::{self, Record, Status};
 
 use super::scene::*;
@@ -101,7 +101,7 @@ fn energetic(script: Vec<Watched>, change: impl Fn(&mut Outcome)) -> Record {
     change(&mut outcome);
     let case = case(&["fp16"], counted(script.len()));
     let counter = Counter { name: "nvml", period_s: 0.1, idle_watts: Some(50.0) };
-    let facts = Facts { counter: Some(counter), ..facts(&case) };
+    let facts = RunContext { counter: Some(counter), ..facts(&case) };
     records(&facts, &case, &[outcome], &|_| None).remove(0)
 }
 
@@ -152,7 +152,7 @@ fn ranges_are_always_kept_and_series_on_request() {
     assert_eq!((record.monitor["cpu_mhz"], record.monitor["cpu_temperature_c"].n), (expected, 1));
     assert!(record.series.is_empty());
 
-    let case = case(&["fp16"], Protocol { keep_series: true, ..counted(1) });
+    let case = case(&["fp16"], MeasurementProtocol { keep_series: true, ..counted(1) });
     let record = records(&facts(&case), &case, &[outcome], &|_| None).remove(0);
     let series = &record.series[0];
     assert_eq!(series.at_ms, [0.0, 10.0]);
@@ -172,8 +172,13 @@ fn the_watch_knows_the_worker_and_its_crew() {
         Box::new(Local { pid: Some(70 + at as u32), ..local })
     };
     let order = Order::Interleaved;
-    let mut stage =
-        quantbench::harness::schedule::Stage { start: &start, n_workers: 2, order, watch: &mut watch, events: &Silent };
+    let mut stage = quantbench::harness::schedule::ScheduleContext {
+        start: &start,
+        n_workers: 2,
+        order,
+        watch: &mut watch,
+        events: &Silent,
+    };
     quantbench::harness::schedule::measure(&mut stage, &counted(1)).unwrap();
     assert_eq!(watch.crews, [(Some(70), vec![70, 71]), (Some(71), vec![70, 71])]);
 }
@@ -181,7 +186,7 @@ fn the_watch_knows_the_worker_and_its_crew() {
 #[test]
 fn launches_start_every_worker_anew_and_keep_their_repeats_apart() {
     let journal = Journal::default();
-    let protocol = Protocol { launches: 3, ..counted(2) };
+    let protocol = MeasurementProtocol { launches: 3, ..counted(2) };
     let scripts = [("fp16", vec![run_ms(50, &[20])]), ("nf4", vec![run_ms(50, &[10])])];
     let outcomes = outcomes(&protocol, Order::Interleaved, &scripts, &journal);
     let said = |what: &str, order: [&str; 2]| order.map(|name| format!("{what} {name}"));
@@ -202,7 +207,7 @@ fn launches_start_every_worker_anew_and_keep_their_repeats_apart() {
 #[test]
 fn the_interval_of_launches_spans_them() {
     // Six starts; each is flat in itself, and they differ by up to 5 ms a step.
-    let case = case(&["fp16"], Protocol { launches: 6, ..counted(4) });
+    let case = case(&["fp16"], MeasurementProtocol { launches: 6, ..counted(4) });
     let mut outcome = Outcome::default();
     for start in 0..6u64 {
         let steps = [10 + start; 3];
@@ -217,13 +222,13 @@ fn the_interval_of_launches_spans_them() {
 
 #[test]
 fn launches_share_the_times_and_a_failure_ends_its_precision() {
-    let protocol = Protocol { launches: 4, ..Protocol::default() };
+    let protocol = MeasurementProtocol { launches: 4, ..MeasurementProtocol::default() };
     let one = protocol.of_one_launch();
     assert_eq!((one.min_time_s, one.max_time_s, one.min_repeats), (0.75, 5.0, 6));
     let journal = Journal::default();
     let bad = Run { failure: Some("it broke".to_owned()), ..run_ms(50, &[10]) };
     let scripts = [("fp16", vec![run_ms(50, &[10])]), ("nf4", vec![bad])];
-    let protocol = Protocol { launches: 2, ..counted(1) };
+    let protocol = MeasurementProtocol { launches: 2, ..counted(1) };
     let outcomes = outcomes(&protocol, Order::Interleaved, &scripts, &journal);
     assert!(matches!(&outcomes[1].failure, Some(Failure::Error { message }) if message == "it broke"));
     assert_eq!((outcomes[0].launches.as_slice(), outcomes[1].launches.as_slice()), (&[1, 1][..], &[0][..]));
@@ -236,7 +241,7 @@ fn slow_to_wait() -> Run {
     Run { synchronize_ns: 5_000_000, device_step_ns, ..run_ms(50, &[10, 20, 30]) }
 }
 
-fn of_task(task: Task, protocol: Protocol, run: Run) -> Record {
+fn of_task(task: Task, protocol: MeasurementProtocol, run: Run) -> Record {
     let case = case(&["fp16"], protocol);
     let local = Local::new("fp16", task, vec![filling(), run], &Journal::default());
     let outcomes = measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent);
@@ -246,7 +251,7 @@ fn of_task(task: Task, protocol: Protocol, run: Run) -> Record {
 #[test]
 fn waiting_after_each_token_is_timed_beside_the_repeat() {
     let task = Task { wait: Wait::BothWays, ..task() };
-    let record = of_task(task, Protocol { sync_each_token: true, ..counted(2) }, slow_to_wait());
+    let record = of_task(task, MeasurementProtocol { sync_each_token: true, ..counted(2) }, slow_to_wait());
     assert_eq!(metric(&record, "decode_tps"), Some(3.0 / 0.06));
     assert_eq!(metric(&record, "decode_synced_tps"), Some(3.0 / 0.075));
     assert_eq!(record.samples.decode_step_ns[1], [10_000_000, 20_000_000, 30_000_000]);
@@ -261,7 +266,7 @@ fn waiting_after_each_token_is_timed_beside_the_repeat() {
 
 #[test]
 fn the_seeds_method_is_one_cold_run_that_waits() {
-    let protocol = Protocol::of_seed();
+    let protocol = MeasurementProtocol::of_seed();
     assert_eq!((protocol.warmup, protocol.repeats), (Some(0), Some(1)));
     let record = of_task(Task { wait: Wait::EachToken, ..task() }, protocol, slow_to_wait());
     assert_eq!((record.protocol.method.as_str(), record.protocol.n_repeats, record.protocol.n_warmup), ("seed", 1, 0));
@@ -305,7 +310,7 @@ fn a_pools_marks_become_the_memory_of_a_device() {
     outcome.loaded.as_mut().unwrap().weights_by_format = by_format.clone();
     let case = case(&["fp16"], counted(2));
     let device = record::DeviceFacts { kind: "cuda".to_owned(), name: "cuda:0".to_owned() };
-    let memory = &records(&Facts { device, ..facts(&case) }, &case, &[outcome.clone()], &|_| None)[0].memory;
+    let memory = &records(&RunContext { device, ..facts(&case) }, &case, &[outcome.clone()], &|_| None)[0].memory;
     assert_eq!((memory.start_bytes, memory.peak_bytes, memory.end_bytes), (Some(1960), Some(2300), Some(1970)));
     let peaks = (memory.load_peak_bytes, memory.prefill_peak_bytes, memory.decode_peak_bytes);
     assert_eq!(peaks, (Some(2500), Some(2400), Some(2100)));

@@ -34,9 +34,10 @@ static UNITS: LazyLock<std::result::Result<Vec<Unit>, String>> = LazyLock::new(c
 /// Kernels that have run.
 static LAUNCHED: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
 
-/// Whether kernels can run here; prints why not.
+/// Returns whether kernels can run here; where not, the test is skipped.
+#[track_caller]
 pub fn is_there() -> bool {
-    UNITS.as_ref().map_err(|reason| println!("skipped: {reason}")).is_ok()
+    UNITS.as_ref().inspect_err(|reason| crate::skips::skip(reason)).is_ok()
 }
 
 /// Kernels of the sources that nothing has launched.

@@ -17,6 +17,8 @@ mod products;
 mod prompt;
 mod rows;
 mod session;
+#[path = "../skips/mod.rs"]
+mod skips;
 mod step;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,6 +27,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const GROUPS: usize = 19;
 
 /// Runs the cases of a group; the last group to end checks that none of the sources' kernels was left out.
+#[track_caller]
 fn group(cases: fn()) {
     static ENDED: AtomicUsize = AtomicUsize::new(0);
     if !host::is_there() {

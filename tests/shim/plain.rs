@@ -2,7 +2,7 @@
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use quantbench::stats::SplitMix64;
+use quantbench::rng::SplitMix64;
 use safetensors::Dtype;
 
 /// A matrix in its saved dtype, and what the host's cast makes of it.

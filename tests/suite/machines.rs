@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use super::skips::skip;
 use super::{Place, QUICK, copy, expect_code, golden, root, rows, summary, text};
 
 /// Options that make a run of a tiny model short.
@@ -24,12 +25,13 @@ const SHORT: &[&str] = &[
     "4",
 ];
 
-/// Whether a program can be started; where not, says that a test is skipped.
+/// Returns whether a program can be started; where not, the test is skipped.
+#[track_caller]
 fn has(program: &str, args: &[&str]) -> bool {
     let started = Command::new(program).args(args).stdout(Stdio::null()).stderr(Stdio::null()).status();
     let works = started.is_ok_and(|status| status.success());
     if !works {
-        println!("skipped: `{program} {}` does not work here", args.join(" "));
+        skip(format!("`{program} {}` does not work here", args.join(" ")));
     }
     works
 }
@@ -293,7 +295,7 @@ fn a_slurm_array_runs_a_suite_in_parts() {
     // One task alone first: its part is what it is in the whole array.
     let output = submit(&["--array=2"]);
     if !text(&output.stdout).contains("Submitted batch job") {
-        println!("skipped: Slurm does not take jobs here: {}", text(&output.stderr));
+        skip(format!("Slurm does not take jobs here: {}", text(&output.stderr)));
         return;
     }
     expect_code(&output, 0);

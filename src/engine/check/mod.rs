@@ -13,7 +13,7 @@ use super::{Device, Setup, load};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::{Prepared, Stored};
-use crate::stats::SplitMix64;
+use crate::rng::SplitMix64;
 use crate::weights::spec::MatrixSpec;
 
 /// Rows of the products: a decode step's, and enough for the kernels of a prefill.

@@ -11,17 +11,18 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use bytemuck::cast_slice;
 
+use super::experts;
 use super::run::Call;
-use super::schedule::Step;
+use super::schedule::{Attend, Step, product_rows};
 use super::{CpuSession, Memory, Weights};
 use crate::engine::Alone;
 use crate::kernels::cpu::bandwidth::read_through;
-use crate::kernels::cpu::pages::bytes_of;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::topology::core_cache_bytes;
-use crate::plan::{CacheId, CacheScope, Expert, ExpertsSpec, LinearPart, MatrixId, NormSpec, Plan};
+use crate::plan::{CacheId, CacheScope, ExpertMatrix, MatrixId, NormSpec, Plan};
 
 /// Rounds of a real step, a reading pass and a step of arithmetic alone.
 const MIN_ROUNDS: usize = 3;
@@ -58,10 +59,12 @@ pub(super) struct Outputs {
 impl Outputs {
     fn new(steps: &[Step], plan: &Plan) -> Self {
         let width = |step: &Step| -> usize {
-            let attended = if let Step::Attend(attend) = step { Some(attend.out) } else { None };
-            let whole = if let Step::Experts(spec) = step { Some(spec.out) } else { attended };
-            whole.map_or(0, |out| plan.buffers[out.0].width)
-                + parts(step).iter().map(|part| plan.buffers[part.out.0].width).sum::<usize>()
+            let attended = match step {
+                Step::Attend(attend) => plan.buffers[attend.out.0].width,
+                Step::ExpertsOut(spec) => plan.buffers[spec.out.0].width,
+                _ => 0,
+            };
+            attended + parts(step).iter().map(|part| product_rows(part, plan)).sum::<usize>()
         };
         let mut len = 0;
         let mut starts = Vec::with_capacity(steps.len());
@@ -100,7 +103,7 @@ impl StandIns {
         let all = &weights.matrices;
         let alike = |id: MatrixId| (all[id.0].format(), all[id.0].shape());
         let mut firsts: Vec<MatrixId> = Vec::new();
-        for weight in steps.iter().flat_map(|step| matrices(step, 0)) {
+        for weight in steps.iter().flat_map(multiplied) {
             if !firsts.iter().any(|first| alike(*first) == alike(weight)) {
                 firsts.push(weight);
             }
@@ -132,25 +135,16 @@ impl StandIns {
     }
 }
 
-fn parts(step: &Step) -> &[LinearPart] {
-    if let Step::Linear { parts } | Step::Fused { parts, .. } = step { parts } else { &[] }
+/// Matrices that a step multiplies by, or may choose.
+fn multiplied(step: &Step) -> Vec<MatrixId> {
+    match step {
+        Step::Route(spec) => experts::matrices(spec).collect(),
+        step => parts(step).iter().map(|part| part.weight).collect(),
+    }
 }
 
-/// The matrices that step `index` multiplies. Those of experts are of as many as a row chooses, others at each step.
-fn matrices(step: &Step, index: usize) -> Vec<MatrixId> {
-    if let Step::Fused { weight, .. } = step {
-        return vec![*weight];
-    }
-    if let Step::Experts(spec) = step {
-        return read_experts(spec, index).flat_map(|expert| expert.matrices().map(|part| part.weight)).collect();
-    }
-    parts(step).iter().map(|part| part.weight).collect()
-}
-
-/// Experts that stand for those which step `index` chooses.
-fn read_experts(spec: &ExpertsSpec, index: usize) -> impl Iterator<Item = &Expert> {
-    let n = spec.experts.len();
-    (0..spec.top_k.min(n)).map(move |nth| &spec.experts[(index * spec.top_k + nth) % n])
+fn parts(step: &Step) -> &[crate::plan::LinearPart] {
+    if let Step::Linear { parts } = step { parts } else { &[] }
 }
 
 /// `range` as windows that all begin where it does, of `most` at a time: as many in all.
@@ -166,9 +160,13 @@ impl CpuSession {
     }
 
     fn measure_alone_within(&mut self, position: usize, cache_bytes: usize) -> Result<Alone> {
+        if position < self.position {
+            self.rings.rewind(position, &mut self.memory.caches);
+        }
         self.position = position;
         let token = [self.last_token];
         let call = self.decoder_call(&token)?;
+        self.rings.touch(position);
         let Self { pool, weights, decoder, memory, .. } = self;
         let steps = decoder.steps.clone();
         let (stand_ins, outputs) = (StandIns::new(weights, &steps, cache_bytes), Outputs::new(&steps, &decoder.plan));
@@ -206,29 +204,37 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
     pool.run(&|worker: &Worker| {
         let mut folded = 0;
         let mut piece = |bytes: &[u8]| folded ^= read_through(weights.isa, bytes);
-        for (index, step) in steps.iter().enumerate() {
+        for step in steps {
             match step {
-                Step::Fused { .. } | Step::Experts(_) => {
-                    for matrix in matrices(step, index).into_iter().map(|id| &weights.matrices[id.0]) {
-                        matrix.memory_of(worker.share(matrix.shape().0, weights.granule), &mut piece);
-                    }
-                }
                 Step::Linear { parts } => {
                     for part in parts {
                         let matrix = &weights.matrices[part.weight.0];
                         let rows = worker.share(matrix.shape().0, weights.granule);
                         matrix.memory_of(rows.clone(), &mut piece);
-                        part.bias.iter().for_each(|bias| piece(bytes_of(&weights.vectors[bias.0][rows.clone()])));
+                        part.bias.iter().for_each(|bias| piece(cast_slice(&weights.vectors[bias.0][rows.clone()])));
                     }
                 }
                 Step::Norm(NormSpec { norm, x: _, out: _ }) => {
                     let own = norm.vectors().filter(|_| worker.index() == 0);
-                    own.for_each(|vector| piece(bytes_of(&weights.vectors[vector.0])));
+                    own.for_each(|vector| piece(cast_slice(&weights.vectors[vector.0])));
                 }
-                Step::Attend(attend) => read_cache(attend.cache, weights, memory, call, worker, &mut piece),
+                Step::Attend(attend) => read_cache(attend, weights, memory, call, worker, &mut piece),
+                // As many as a token chooses; which ones makes no difference to the bytes.
+                Step::Route(spec) => {
+                    for expert in spec.experts.iter().take(spec.top_k) {
+                        for ExpertMatrix { weight, bias } in expert.matrices() {
+                            let matrix = &weights.matrices[weight.0];
+                            let rows = worker.share(matrix.shape().0, weights.granule);
+                            matrix.memory_of(rows.clone(), &mut piece);
+                            bias.iter()
+                                .for_each(|bias| piece(bytemuck::cast_slice(&weights.vectors[bias.0][rows.clone()])));
+                        }
+                    }
+                }
+                Step::ExpertsIn(_) | Step::ExpertsBetween(_) | Step::ExpertsOut(_) => {}
                 Step::Embed(_) | Step::Patches(_) | Step::AddRows(_) | Step::Features(_) | Step::LastRow(_) => {}
-                Step::Prepare { .. } | Step::Activate(_) | Step::Add(_) | Step::Append(_) => {}
-                Step::CapLogits { .. } | Step::Argmax(_) => {}
+                Step::Prepare { .. } | Step::Activate(_) | Step::Add(_) | Step::Append(_) | Step::Argmax(_) => {}
+                Step::NormInPlace { .. } | Step::Cap { .. } => {}
             }
         }
         std::hint::black_box(folded);
@@ -236,24 +242,29 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
 }
 
 fn read_cache(
-    cache: CacheId,
+    attend: &Attend,
     weights: &Weights,
     memory: &Memory,
     call: Call,
     worker: &Worker,
     piece: &mut impl FnMut(&[u8]),
 ) {
+    let cache = attend.cache;
     let spec = weights.model.caches[cache.0];
     let capacity = weights.positions(cache);
     let seen = match spec.scope {
-        CacheScope::Decoder => (call.position() + 1).min(capacity),
+        // All slots of a ring, once they are filled.
+        CacheScope::Decoder if weights.is_ring(cache) => capacity.min(call.position() + 1),
+        CacheScope::Decoder => call.position() + 1,
         CacheScope::Encoder => call.encoded,
     };
-    let positions = worker.share(seen, 1);
+    let hidden = attend.window.map_or(0, |window| seen.saturating_sub(window));
+    let positions = worker.share(seen - hidden, 1);
+    let positions = hidden + positions.start..hidden + positions.end;
     for head in 0..spec.kv_heads {
         let of_head = |position: usize| (head * capacity + position) * spec.head_dim;
         for region in [2 * cache.0, 2 * cache.0 + 1] {
-            piece(bytes_of(&memory.caches.region(region)[of_head(positions.start)..of_head(positions.end)]));
+            piece(cast_slice(&memory.caches.region(region)[of_head(positions.start)..of_head(positions.end)]));
         }
     }
 }

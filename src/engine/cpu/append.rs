@@ -1,5 +1,5 @@
 //! Keys and values on their way to a cache: norms and rotation in place, then the copy. A cache with a sliding window is a
-//! ring: position `p` lies in slot `p mod positions`.
+//! ring: position `p` lies in slot `p mod window`.
 
 use super::attend::Attention;
 use super::schedule::Append;
@@ -10,56 +10,47 @@ use crate::plan::{CacheId, KeyValue, Norm};
 impl Attention<'_> {
     /// Each worker takes whole key/value heads with the query heads that read them.
     pub fn append(&self, append: Append, worker: &Worker) {
-        let Append { kv, cache, turn } = append;
-        if turn.is_some() {
+        if append.rope.is_some() || append.norms.is_some() {
             self.turn(append, worker);
         }
         // Rows of a longer call still read what the ring holds: `attend` stores behind them.
-        if !self.reads_ring_of_several(cache) {
-            self.store(kv, cache, worker);
+        if !self.reads_ring_of_several(append.cache) {
+            self.store(append.kv, append.cache, worker);
         }
     }
 
-    /// Whether rows of the call read keys that the call's own would overwrite.
+    /// Whether rows of the call read positions whose slots the call's own would take.
     pub fn reads_ring_of_several(&self, cache: CacheId) -> bool {
         self.weights.is_ring(cache) && self.call.batch.rows() > 1
     }
 
     /// Normalises and rotates keys and the queries that read them, in place.
-    fn turn(&self, Append { kv: KeyValue { k, .. }, cache, turn }: Append, worker: &Worker) {
-        let Some(turn) = turn else { return };
+    fn turn(&self, Append { kv: KeyValue { k, v: _ }, cache, q, rope, norms }: Append, worker: &Worker) {
         let spec = self.weights.model.caches[cache.0];
-        let (d, group) = (spec.head_dim, self.buffers.width(turn.q) / spec.kv_heads);
-        let norms = turn.norms.map_or((None, None), |norms| (Some(norms.q), Some(norms.k)));
+        let d = spec.head_dim;
         for head in worker.share(spec.kv_heads, 1) {
             for row in 0..self.buffers.rows(k) {
-                let key = self.buffers.part_mut(k, row, head * d..(head + 1) * d);
-                let queries = self.buffers.part_mut(turn.q, row, head * group..(head + 1) * group);
-                let angles = turn
-                    .rope
-                    .map(|rope| self.weights.rotations[rope.0].at(self.call.batch, self.call.position() + row));
-                let turn = |x: &mut [f32], norm: Option<Norm>| {
+                let turned = |x: &mut [f32], norm: Option<Norm>| {
                     if let Some(norm) = norm {
-                        self.normalise(x, norm, worker);
+                        self.weights.normalise_in_place(norm, x, &mut self.scratch(worker).gathered);
                     }
-                    if let Some((cos, sin)) = angles {
+                    if let Some(rope) = rope {
+                        let (cos, sin) = self.weights.angles[rope.0].at(self.call.position() + row);
                         rope::rotate(x, cos, sin);
                     }
                 };
-                queries.chunks_exact_mut(d).for_each(|query| turn(query, norms.0));
-                turn(key, norms.1);
+                if let Some(q) = q {
+                    let group = self.buffers.width(q) / spec.kv_heads;
+                    let queries = self.buffers.part_mut(q, row, head * group..(head + 1) * group);
+                    queries.chunks_exact_mut(d).for_each(|query| turned(query, norms.map(|[of_q, _]| of_q)));
+                }
+                let key = self.buffers.part_mut(k, row, head * d..(head + 1) * d);
+                turned(key, norms.map(|[_, of_k]| of_k));
             }
         }
     }
 
-    fn normalise(&self, x: &mut [f32], norm: Norm, worker: &Worker) {
-        let gathered = &mut self.scratch(worker).gathered;
-        gathered.clear();
-        gathered.extend_from_slice(x);
-        self.weights.normalise(norm, gathered, x);
-    }
-
-    /// Copies the last rows that the cache has room for; all of them but in a ring.
+    /// Copies the rows that the cache has room for: all of them, and the last ones to a ring.
     pub fn store(&self, KeyValue { k, v }: KeyValue, cache: CacheId, worker: &Worker) {
         let spec = self.weights.model.caches[cache.0];
         let (d, capacity) = (spec.head_dim, self.weights.positions(cache));

@@ -3,23 +3,22 @@
 
 use std::ops::Range;
 
-use super::Scratch;
-use super::Weights;
 use super::alone::Mode;
 use super::arena::SharedArena;
 use super::buffers::Buffers;
 use super::partials::SharedParts;
 use super::run::Call;
 use super::schedule::Attend;
-use crate::kernels::cpu::attention::{self, Context, Partial};
+use super::{Scratch, Weights};
+use crate::kernels::cpu::attention::{self, Partial};
 use crate::kernels::cpu::pool::Worker;
 use crate::kernels::cpu::shared::SharedSlice;
-use crate::plan::{CacheId, CacheScope, Mask, Sinks, Softcap, Window};
+use crate::plan::{CacheId, CacheScope, Mask};
 
 /// A prefill hands out attention in blocks of this many query rows of one key/value head.
 const QUERY_BLOCK: usize = 16;
 
-/// The same where the keys of a block are brought together first: a window of 512 then costs 1/9 more to copy than to read.
+/// The same where the keys of a block are brought together first: a window of 512 then costs an eighth more to copy than to read.
 const GATHERED_QUERY_BLOCK: usize = 64;
 
 /// Positions are handed out in multiples of this, which is what attention takes at once.
@@ -54,8 +53,8 @@ impl Attention<'_> {
             worker.share(heads, 1).for_each(|head| self.attend_row(attend, head, 0, worker));
             return;
         }
-        let is_ring = self.reads_ring_of_several(attend.cache);
-        let block_rows = if is_ring { GATHERED_QUERY_BLOCK } else { QUERY_BLOCK };
+        let reads_ring = self.reads_ring_of_several(attend.cache);
+        let block_rows = if reads_ring { GATHERED_QUERY_BLOCK } else { QUERY_BLOCK };
         let blocks = rows.div_ceil(block_rows);
         for item in (worker.index()..heads * blocks).step_by(worker.count()) {
             let (block, head) = (item / heads, item % heads);
@@ -65,8 +64,8 @@ impl Attention<'_> {
                 None => self.attend_block(attend, head, rows, worker),
             }
         }
-        if let (true, Some(kv)) = (is_ring, attend.kv) {
-            // All have read what the ring held before.
+        if let (true, Some(kv)) = (reads_ring, attend.kv) {
+            // All have read the positions that the call's own take the place of.
             worker.barrier();
             self.store(kv, attend.cache, worker);
         }
@@ -81,7 +80,7 @@ impl Attention<'_> {
     /// Rows of one head together, so that keys and values are read once for the block.
     fn attend_block(&self, attend: &Attend, head: usize, rows: Range<usize>, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
-        let (isa, d) = (self.weights.isa, spec.head_dim);
+        let d = spec.head_dim;
         let width = self.buffers.width(attend.q) / spec.kv_heads;
         let columns = head * width..(head + 1) * width;
         let Scratch { kernel, gathered, window } = self.scratch(worker);
@@ -90,25 +89,24 @@ impl Attention<'_> {
         for (row, query) in rows.clone().zip(queries.chunks_exact_mut(width)) {
             query.copy_from_slice(self.buffers.part(attend.q, row, columns.clone()));
         }
-        let (first, last) = (self.seen(attend, rows.start), self.seen(attend, rows.end - 1));
-        // The first position that any row of the block sees.
-        let start = attend.window.map_or(0, |Window(window)| first.saturating_sub(window));
+        let (first, last) = (self.visible(attend, rows.start), self.visible(attend, rows.end - 1));
         let (keys, values) = match self.reads_ring_of_several(attend.cache) {
-            true => self.gather(attend, head, start..last, window),
-            false => self.keys_and_values(attend.cache, head, start..last),
+            true => self.gather(attend, head, first.start..last.end, window),
+            false => self.keys_and_values(attend.cache, head, first.start..last.end),
         };
-        let context = self.context(attend, head, (keys, values));
+        let context = self.context(attend, head, keys, values);
         if first == last {
-            attention::attend_within(isa, queries, &context, None, outs, kernel);
+            attention::attend_within(self.weights.isa, queries, &context, None, outs, kernel);
         } else {
-            attention::attend_rows(isa, queries, width / d, &context, first - start, outs, kernel);
+            let seen = first.end - first.start;
+            attention::attend_rows(self.weights.isa, queries, width / d, &context, seen, outs, kernel);
         }
         for (row, out) in rows.zip(outs.chunks_exact(width)) {
             self.buffers.part_mut(attend.out, row, columns.clone()).copy_from_slice(out);
         }
     }
 
-    /// Keys and values of a head at `positions`, the older ones from the ring and the call's own from their buffers.
+    /// Keys and values of a head at `positions`: the call's own from their buffers, those before it from the ring.
     fn gather<'w>(
         &self,
         attend: &Attend,
@@ -139,42 +137,26 @@ impl Attention<'_> {
 
     fn attend_row(&self, attend: &Attend, head: usize, row: usize, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
-        let (isa, seen) = (self.weights.isa, self.seen(attend, row));
+        let visible = self.held(attend, row);
         let width = self.buffers.width(attend.q) / spec.kv_heads;
         let columns = head * width..(head + 1) * width;
         let query = self.buffers.part(attend.q, row, columns.clone());
         let out = self.buffers.part_mut(attend.out, row, columns);
         // One query head a key/value head wherever there is a bias (T5): its biases lie together.
-        let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position() + row, seen));
+        let bias =
+            attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position() + row, visible.end));
         let scratch = &mut self.scratch(worker).kernel;
-        for (positions, keys, values) in self.pieces(attend.cache, head, self.held(attend, seen), worker) {
-            let context = Context { window: None, ..self.context(attend, head, (keys, values)) };
-            attention::attend_within(isa, query, &context, bias.map(|bias| &bias[positions]), out, scratch);
-        }
-    }
-
-    fn context<'k>(&self, attend: &Attend, head: usize, (keys, values): (&'k [f32], &'k [f32])) -> Context<'k>
-    where
-        Self: 'k,
-    {
-        let spec = self.weights.model.caches[attend.cache.0];
-        let group = self.buffers.width(attend.q) / spec.kv_heads / spec.head_dim;
-        let sinks = attend.sinks.map(|Sinks(vector)| &self.weights.vectors[vector.0][head * group..(head + 1) * group]);
-        Context {
-            keys,
-            values,
-            d: spec.head_dim,
-            scale: attend.scale,
-            softcap: attend.softcap.map(|Softcap(cap)| cap),
-            window: attend.window.map(|Window(window)| window),
-            sinks,
+        for (positions, keys, values) in self.windows(attend.cache, head, visible.clone(), worker) {
+            let context = self.context(attend, head, keys, values);
+            let bias = bias.map(|bias| &bias[positions]);
+            attention::attend_within(self.weights.isa, query, &context, bias, out, scratch);
         }
     }
 
     /// Whether the worker with the most heads would read so much more than its part that sharing positions pays.
     fn splits_positions(&self, attend: &Attend, workers: usize) -> bool {
         let spec = self.weights.model.caches[attend.cache.0];
-        let head_bytes = self.held(attend, self.seen(attend, 0)).len() * 2 * spec.head_dim * size_of::<f32>();
+        let head_bytes = self.held(attend, 0).len() * 2 * spec.head_dim * size_of::<f32>();
         let most = spec.kv_heads.div_ceil(workers) * head_bytes;
         most - spec.kv_heads * head_bytes / workers >= SPARED_BYTES
     }
@@ -184,9 +166,8 @@ impl Attention<'_> {
     fn attend_positions(&self, attend: &Attend, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
         let (heads, d) = (spec.kv_heads, spec.head_dim);
-        let (width, seen) = (self.buffers.width(attend.q) / heads, self.seen(attend, 0));
-        let held = self.held(attend, seen);
-        let tiles = held.len().div_ceil(POSITIONS);
+        let (width, visible) = (self.buffers.width(attend.q) / heads, self.held(attend, 0));
+        let tiles = visible.len().div_ceil(POSITIONS);
         // Heads were appended by one worker each.
         worker.barrier();
         // SAFETY: a worker's own region, until the barrier below.
@@ -200,13 +181,13 @@ impl Attention<'_> {
             if first == end {
                 continue;
             }
-            let positions = held.start + first * POSITIONS..(held.start + end * POSITIONS).min(held.end);
+            let positions = visible.start + first * POSITIONS..(visible.start + end * POSITIONS).min(visible.end);
             let query = self.buffers.part(attend.q, 0, head * width..(head + 1) * width);
             // As in `attend_row`.
-            let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position(), seen));
+            let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position(), visible.end));
             let scratch = &mut self.scratch(worker).kernel;
-            for (positions, keys, values) in self.pieces(attend.cache, head, positions, worker) {
-                let context = Context { window: None, ..self.context(attend, head, (keys, values)) };
+            for (positions, keys, values) in self.windows(attend.cache, head, positions, worker) {
+                let context = self.context(attend, head, keys, values);
                 let bias = bias.map(|bias| &bias[positions]);
                 attention::attend_part(self.weights.isa, query, &context, bias, out, partials, scratch);
             }
@@ -237,13 +218,40 @@ impl Attention<'_> {
                 attention::merge(isa, out, sums, &outs[columns.clone()], partials, d);
             }
         }
-        let sinks = attend.sinks.map(|Sinks(vector)| &self.weights.vectors[vector.0][queries.clone()]);
-        attention::finish(isa, out, sums, sinks, d);
+        let group = queries.len();
+        attention::add_sinks(sums, self.sinks(attend, columns.start / d..columns.start / d + group), 0);
+        attention::finish(isa, out, sums, d);
+    }
+
+    /// Keys and values of a key/value head, and what attention makes of them.
+    fn context<'a>(
+        &'a self,
+        attend: &Attend,
+        head: usize,
+        keys: &'a [f32],
+        values: &'a [f32],
+    ) -> attention::Context<'a> {
+        let spec = self.weights.model.caches[attend.cache.0];
+        let group = self.buffers.width(attend.q) / spec.kv_heads / spec.head_dim;
+        attention::Context {
+            keys,
+            values,
+            d: spec.head_dim,
+            scale: attend.scale,
+            softcap: attend.softcap,
+            window: attend.window,
+            sinks: self.sinks(attend, head * group..(head + 1) * group),
+        }
+    }
+
+    /// The sinks of some query heads.
+    fn sinks(&self, attend: &Attend, heads: Range<usize>) -> Option<&[f32]> {
+        attend.sinks.map(|vector| &self.weights.vectors[vector.0][heads])
     }
 
     /// Keys and values of a head at `positions`, in one piece. Where others stand in for them, those of as many positions as stay in the
     /// cache, as often as it takes to attend over equally many; of a head that this worker appends to, and nobody else.
-    fn pieces(
+    fn windows(
         &self,
         cache: CacheId,
         head: usize,
@@ -265,18 +273,32 @@ impl Attention<'_> {
         })
     }
 
-    /// Keys and values of a head in the slots `slots` of its cache.
-    fn keys_and_values(&self, cache: CacheId, head: usize, slots: Range<usize>) -> (&[f32], &[f32]) {
+    /// Keys and values of a head in some slots of its cache.
+    fn keys_and_values(&self, cache: CacheId, head: usize, positions: Range<usize>) -> (&[f32], &[f32]) {
         let d = self.weights.model.caches[cache.0].head_dim;
         let at = head * self.weights.positions(cache) * d;
         let [keys, values] = [2 * cache.0, 2 * cache.0 + 1].map(|region| self.caches.start(region) + at);
-        let of = |start: usize| start + slots.start * d..start + slots.end * d;
+        let of = |start: usize| start + positions.start * d..start + positions.end * d;
         let floats = &self.caches.floats;
         // SAFETY: appended by this worker, or by others before a barrier; nothing appends while a step attends.
         unsafe { (floats.range(of(keys)), floats.range(of(values))) }
     }
 
-    /// Positions from the first on up to the last that a row sees.
+    /// Positions of the cache that a row sees.
+    fn visible(&self, attend: &Attend, row: usize) -> Range<usize> {
+        let end = self.seen(attend, row);
+        attend.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// The slots of the cache that hold what a single row sees. Their order in a ring does not matter to it.
+    fn held(&self, attend: &Attend, row: usize) -> Range<usize> {
+        match self.weights.is_ring(attend.cache) {
+            true => 0..self.seen(attend, row).min(self.weights.positions(attend.cache)),
+            false => self.visible(attend, row),
+        }
+    }
+
+    /// Positions of the cache up to the last one that a row sees.
     fn seen(&self, attend: &Attend, row: usize) -> usize {
         if self.weights.model.caches[attend.cache.0].scope == CacheScope::Encoder {
             return self.call.encoded;
@@ -287,15 +309,5 @@ impl Attention<'_> {
             Mask::Prefix => self.call.position() == 0,
         };
         self.call.position() + if full { self.call.batch.rows() } else { row + 1 }
-    }
-
-    /// The slots of the cache that a single row reads, which sees `seen` positions but for its window.
-    fn held(&self, attend: &Attend, seen: usize) -> Range<usize> {
-        match attend.window {
-            // The order of a ring's slots does not matter to a row that sees all of them.
-            _ if self.weights.is_ring(attend.cache) => 0..seen.min(self.weights.positions(attend.cache)),
-            Some(Window(window)) => seen.saturating_sub(window)..seen,
-            None => 0..seen,
-        }
     }
 }

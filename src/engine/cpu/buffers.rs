@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::arena::SharedArena;
 use crate::call::Batch;
-use crate::plan::{BufferId, Plan, Storage};
+use crate::plan::{BufferId, Columns, Plan, Storage};
 
 /// Rows of every buffer in the slots of a program.
 pub(super) struct Buffers<'a> {
@@ -24,10 +24,16 @@ impl Buffers<'_> {
         self.plan.rows(buffer, self.batch)
     }
 
+    /// Where a row of a buffer begins in the slots.
+    fn start(&self, buffer: BufferId, row: usize) -> usize {
+        let Columns { start, stride } = self.storage.columns[buffer.0];
+        self.slots.start(self.storage.slot_of[buffer.0]) + row * stride + start
+    }
+
     /// `columns` of a row, for reading.
     pub fn part(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &[f32] {
-        let start = self.slots.start(self.storage.slot_of[buffer.0]) + row * self.width(buffer);
-        // SAFETY: a step reads what earlier steps wrote; `needs_barrier` put a barrier where the split changed, and
+        let start = self.start(buffer, row);
+        // SAFETY: a step reads what earlier steps wrote; `must_meet` put a barrier where the split changed, and
         // `Plan::storage` gives no two buffers that live at once the same slot.
         unsafe { self.slots.floats.range(start + columns.start..start + columns.end) }
     }
@@ -35,7 +41,7 @@ impl Buffers<'_> {
     /// `columns` of a row, for writing by the one worker whose share they are.
     #[allow(clippy::mut_from_ref)]
     pub fn part_mut(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &mut [f32] {
-        let start = self.slots.start(self.storage.slot_of[buffer.0]) + row * self.width(buffer);
+        let start = self.start(buffer, row);
         // SAFETY: the split of the step gives these columns of this row to one worker, and no other buffer that is read
         // in the step shares the slot.
         unsafe { self.slots.floats.range_mut(start + columns.start..start + columns.end) }

@@ -1,301 +1,228 @@
-//! Mixtures of experts: the router's choice, and the chosen experts' matrices.
+//! Mixtures of experts: worker 0 routes, then all workers multiply by every chosen expert, each its own rows of the matrices.
 //!
-//! One row goes through all of its experts together, in three phases with a barrier between them: gates and ups of all, the
-//! preparation of their products, downs of all. Of several rows, those that chose the same expert go through it together.
+//! Rows that chose one expert are a group, which is one product of each of its matrices; a group's rows lie together.
 
 use std::ops::Range;
 
 use super::run::Runner;
-use crate::kernels::cpu::activation;
+use super::schedule::Step;
+use super::{Scratch, Weights};
+use crate::engine::routing::Routing;
 use crate::kernels::cpu::pool::Worker;
 use crate::kernels::cpu::shared::SharedSlice;
-use crate::plan::{
-    ActivationKind, CLAMPED_SWIGLU_ALPHA, ExpertMatrix, ExpertWeighting, ExpertsSpec, GatedActivation, MatrixId, Model,
-    Op,
-};
+use crate::kernels::cpu::{activation, vector};
+use crate::plan::{ActivationKind, CLAMPED_SWIGLU_ALPHA, Expert, ExpertMatrix, ExpertsSpec, GatedActivation, MatrixId};
 use crate::quant::Prepared;
 
-/// Memory of the mixtures of a model, for calls of up to `rows` rows.
+/// Memory that mixtures write, grown to what the longest call needs.
 #[derive(Default)]
-pub(super) struct ExpertMemory {
-    /// The choices of all rows, expert by expert.
-    chosen: Vec<Choice>,
-    /// Scores in the order of a row.
-    order: Vec<(f32, usize)>,
-    /// The rows of one expert, `[rows, hidden]`.
-    gathered: Vec<f32>,
-    /// Products of gates and ups, what the activation makes of them, and products of downs: see [`Regions`].
-    products: Vec<f32>,
-    /// One for each expert of a row.
+pub struct Mixtures {
+    routes: Routes,
+    /// What gate and up of each group read, and what its down reads.
     inputs: Vec<Prepared>,
+    betweens: Vec<Prepared>,
+    /// Products of gates and of ups, `[rows · top_k, intermediate]` each.
+    gates: Vec<f32>,
+    ups: Vec<f32>,
+    /// Products of the downs of one group, `[rows, hidden]`.
+    downs: Vec<f32>,
 }
 
-/// One row's choice of one expert.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Choice {
+/// The groups of a call.
+#[derive(Default)]
+struct Routes {
+    routing: Routing,
+    /// Expert, row and weight of each choice, by expert and row.
+    choices: Vec<(usize, usize, f32)>,
+    groups: Vec<Group>,
+    /// Rows of one group, brought together.
+    gathered: Vec<f32>,
+}
+
+/// Choices of one expert.
+#[derive(Debug, Clone)]
+struct Group {
     expert: usize,
-    row: usize,
-    weight: f32,
+    choices: Range<usize>,
 }
 
-impl ExpertMemory {
-    /// Grows to calls of `rows` rows.
-    pub fn grow(&mut self, model: &Model, rows: usize) {
-        for op in model.plans().flat_map(|plan| &plan.ops) {
-            let Op::Experts(spec) = op else { continue };
-            let Some(first) = spec.experts.first() else { continue };
-            let (hidden, inner) = (model.matrices[first.down.weight.0].n, model.matrices[first.gate.weight.0].n);
-            let slots = rows.max(spec.top_k);
-            let products = slots * (3 * inner + hidden);
-            if self.products.len() < products {
-                self.products.resize(products, 0.0);
-            }
-            self.chosen.reserve((rows * spec.top_k).saturating_sub(self.chosen.len()));
-            self.order.reserve(spec.experts.len());
-            self.gathered.reserve((rows * hidden).saturating_sub(self.gathered.len()));
-            if self.inputs.len() < spec.top_k {
-                self.inputs.resize_with(spec.top_k, Prepared::default);
+impl Mixtures {
+    /// Room for a call of `rows` rows.
+    pub fn grow(&mut self, steps: &[Step], weights: &Weights, rows: usize) {
+        for step in steps {
+            let Step::Route(spec) = step else { continue };
+            let Some(expert) = spec.experts.first() else { continue };
+            let down = &weights.model.matrices[expert.down.weight.0];
+            let choices = rows * spec.top_k;
+            let groups = choices.min(spec.experts.len());
+            let grow = |floats: &mut Vec<f32>, len: usize| floats.resize(floats.len().max(len), 0.0);
+            grow(&mut self.gates, choices * down.k);
+            grow(&mut self.ups, choices * down.k);
+            grow(&mut self.downs, rows * down.n);
+            for prepared in [&mut self.inputs, &mut self.betweens] {
+                prepared.resize_with(prepared.len().max(groups), Prepared::default);
             }
         }
     }
 
-    /// Bytes.
     pub fn bytes(&self) -> usize {
-        let prepared = |input: &Prepared| 4 * (input.f32s.capacity() + input.scales.capacity()) + input.i8s.capacity();
-        4 * (self.products.len() + self.gathered.capacity())
-            + self.inputs.iter().map(prepared).sum::<usize>()
-            + size_of::<Choice>() * self.chosen.capacity()
+        let floats = self.gates.len() + self.ups.len() + self.downs.len() + self.routes.gathered.capacity();
+        let prepared = self.inputs.iter().chain(&self.betweens);
+        let prepared: usize = prepared.map(|p| 4 * (p.f32s.capacity() + p.scales.capacity()) + p.i8s.capacity()).sum();
+        4 * floats + prepared
     }
 
-    pub fn share(&mut self) -> SharedExperts<'_> {
-        SharedExperts {
-            products: SharedSlice::new(&mut self.products),
+    pub fn share(&mut self) -> SharedMixtures<'_> {
+        SharedMixtures {
+            routes: SharedSlice::new(std::slice::from_mut(&mut self.routes)),
             inputs: SharedSlice::new(&mut self.inputs),
-            gathered: SharedSlice::new(std::slice::from_mut(&mut self.gathered)),
-            route: SharedSlice::new(std::slice::from_mut(&mut self.chosen)),
-            order: SharedSlice::new(std::slice::from_mut(&mut self.order)),
+            betweens: SharedSlice::new(&mut self.betweens),
+            gates: SharedSlice::new(&mut self.gates),
+            ups: SharedSlice::new(&mut self.ups),
+            downs: SharedSlice::new(&mut self.downs),
         }
     }
 }
 
-/// [`ExpertMemory`] that the workers of a call share. All but `products` is one worker's at a time.
-pub(super) struct SharedExperts<'a> {
-    products: SharedSlice<'a, f32>,
+/// [`Mixtures`] in one call.
+pub struct SharedMixtures<'a> {
+    /// One element, written by worker 0 in [`Step::Route`].
+    routes: SharedSlice<'a, Routes>,
+    /// Written by worker 0 in [`Step::Route`].
     inputs: SharedSlice<'a, Prepared>,
-    gathered: SharedSlice<'a, Vec<f32>>,
-    route: SharedSlice<'a, Vec<Choice>>,
-    order: SharedSlice<'a, Vec<(f32, usize)>>,
-}
-
-/// Where the products of up to `slots` rows lie, region behind region.
-#[derive(Clone, Copy)]
-struct Regions {
-    slots: usize,
-    inner: usize,
-    hidden: usize,
-}
-
-impl Regions {
-    /// Rows `rows` of region 0 (gates), 1 (ups) or 2 (activations).
-    fn inner(self, region: usize, rows: Range<usize>) -> Range<usize> {
-        let start = region * self.slots * self.inner;
-        start + rows.start * self.inner..start + rows.end * self.inner
-    }
-
-    /// Rows of the downs' products.
-    fn down(self, rows: Range<usize>) -> Range<usize> {
-        let start = 3 * self.slots * self.inner;
-        start + rows.start * self.hidden..start + rows.end * self.hidden
-    }
+    /// One a group, written by its worker in [`Step::ExpertsBetween`].
+    betweens: SharedSlice<'a, Prepared>,
+    /// Columns are split over the workers.
+    gates: SharedSlice<'a, f32>,
+    ups: SharedSlice<'a, f32>,
+    downs: SharedSlice<'a, f32>,
 }
 
 impl Runner<'_> {
-    pub(super) fn experts(&self, spec: &ExpertsSpec, worker: &Worker) {
-        let rows = self.buffers.rows(spec.x);
-        let Some(first) = spec.experts.first() else { return };
-        let inner = self.weights.matrices[first.gate.weight.0].shape().0;
-        let regions = Regions { slots: rows.max(spec.top_k), inner, hidden: self.buffers.width(spec.out) };
-        if worker.index() == 0 {
-            self.route(spec, rows);
-            if rows == 1 {
-                self.prepare(spec.x, first.gate.weight);
+    fn groups(&self) -> (&[Group], &[(usize, usize, f32)]) {
+        // SAFETY: written by worker 0 in `route` only, with a barrier before any other step of the mixture.
+        let routes = unsafe { &self.mixtures.routes.range(0..1)[0] };
+        (&routes.groups, &routes.choices)
+    }
+
+    /// Worker 0 alone: chooses experts for each row, and prepares the rows of each group.
+    pub(super) fn route(&self, spec: &ExpertsSpec) {
+        // SAFETY: no other worker touches the routes in this step.
+        let routes = unsafe { &mut self.mixtures.routes.range_mut(0..1)[0] };
+        let Routes { routing, choices, groups, gathered } = routes;
+        choices.clear();
+        for row in 0..self.buffers.rows(spec.scores) {
+            let scores = self.buffers.part(spec.scores, row, 0..self.buffers.width(spec.scores));
+            let chosen = routing.choose(scores, spec.top_k, spec.weighting);
+            choices.extend(chosen.iter().map(|(expert, weight)| (*expert, row, *weight)));
+        }
+        choices.sort_unstable_by_key(|(expert, row, _)| (*expert, *row));
+        groups.clear();
+        for (index, (expert, ..)) in choices.iter().enumerate() {
+            match groups.last_mut().filter(|group| group.expert == *expert) {
+                Some(group) => group.choices.end = index + 1,
+                None => groups.push(Group { expert: *expert, choices: index..index + 1 }),
             }
         }
-        let own = self.inner_columns(worker, regions.hidden);
-        for row in 0..rows {
-            self.buffers.part_mut(spec.out, row, own.clone()).fill(0.0);
-        }
-        worker.barrier();
-        // SAFETY: written by worker 0 before the barrier alone.
-        let chosen = unsafe { &self.experts.route.range(0..1)[0] };
-        match rows {
-            1 => self.one_row(spec, chosen, regions, worker),
-            _ => chosen
-                .chunk_by(|a, b| a.expert == b.expert)
-                .for_each(|choices| self.rows_of_one(spec, choices, regions, worker)),
-        }
-    }
-
-    fn inner_columns(&self, worker: &Worker, width: usize) -> Range<usize> {
-        worker.share(width, self.weights.granule)
-    }
-
-    /// The choices of all rows, by expert and then by row.
-    fn route(&self, spec: &ExpertsSpec, rows: usize) {
-        // SAFETY: worker 0 alone routes, between two barriers.
-        let (chosen, order) = unsafe { (self.experts.route.range_mut(0..1), self.experts.order.range_mut(0..1)) };
-        let (chosen, order) = (&mut chosen[0], &mut order[0]);
-        chosen.clear();
-        for row in 0..rows {
-            choose(self.buffers.part(spec.scores, row, 0..self.buffers.width(spec.scores)), spec, order);
-            chosen.extend(order.iter().map(|(weight, expert)| Choice { expert: *expert, row, weight: *weight }));
-        }
-        if rows > 1 {
-            chosen.sort_unstable_by_key(|choice| (choice.expert, choice.row));
-        }
-    }
-
-    /// One row through all of its experts; `prepared` holds it.
-    fn one_row(&self, spec: &ExpertsSpec, chosen: &[Choice], regions: Regions, worker: &Worker) {
-        for (slot, choice) in chosen.iter().enumerate() {
-            self.gate_and_up(spec, choice.expert, self.prepared(), slot..slot + 1, regions, worker);
-        }
-        worker.barrier();
-        for (slot, choice) in chosen.iter().enumerate().filter(|(slot, _)| slot % worker.count() == worker.index()) {
-            self.prepare_products(spec.experts[choice.expert].down.weight, slot, slot..slot + 1, regions);
-        }
-        worker.barrier();
-        for (slot, choice) in chosen.iter().enumerate() {
-            self.down(spec, std::slice::from_ref(choice), slot, slot..slot + 1, regions, worker);
-        }
-    }
-
-    /// The rows that chose one expert, through it.
-    fn rows_of_one(&self, spec: &ExpertsSpec, choices: &[Choice], regions: Regions, worker: &Worker) {
-        let expert = &spec.experts[choices[0].expert];
-        let rows = 0..choices.len();
-        if worker.index() == 0 {
-            // SAFETY: worker 0 alone gathers.
-            let gathered = unsafe { &mut self.experts.gathered.range_mut(0..1)[0] };
+        for (index, group) in groups.iter().enumerate() {
             gathered.clear();
-            for choice in choices {
-                gathered.extend_from_slice(self.buffers.part(spec.x, choice.row, 0..self.buffers.width(spec.x)));
+            for (_, row, _) in &choices[group.choices.clone()] {
+                gathered.extend_from_slice(self.buffers.part(spec.x, *row, 0..self.buffers.width(spec.x)));
             }
-            self.prepare_rows(gathered, choices.len(), expert.gate.weight);
-        }
-        worker.barrier();
-        self.gate_and_up(spec, choices[0].expert, self.prepared(), rows.clone(), regions, worker);
-        worker.barrier();
-        if worker.index() == 0 {
-            self.prepare_products(expert.down.weight, 0, rows.clone(), regions);
-        }
-        worker.barrier();
-        self.down(spec, choices, 0, rows, regions, worker);
-    }
-
-    /// `act(gate · x) · (up · x)` of `rows` slots, in this worker's columns.
-    fn gate_and_up(
-        &self,
-        spec: &ExpertsSpec,
-        expert: usize,
-        x: &Prepared,
-        rows: Range<usize>,
-        regions: Regions,
-        worker: &Worker,
-    ) {
-        let columns = self.inner_columns(worker, regions.inner);
-        let expert = &spec.experts[expert];
-        for (region, matrix) in [expert.gate, expert.up].into_iter().enumerate() {
-            let y = self.experts.products.part(regions.inner(region, rows.clone()));
-            self.multiply(matrix, x, columns.clone(), &y, worker);
-        }
-        for row in rows {
-            let at = |region: usize| {
-                let start = regions.inner(region, row..row + 1).start;
-                start + columns.start..start + columns.end
-            };
-            let products = &self.experts.products;
-            // SAFETY: these columns are this worker's alone until the next barrier.
-            let (gate, up, out) =
-                unsafe { (products.range_mut(at(0)), products.range_mut(at(1)), products.range_mut(at(2))) };
-            self.gated(spec.activation, gate, up, out);
+            // SAFETY: as above.
+            let prepared = unsafe { &mut self.mixtures.inputs.range_mut(index..index + 1)[0] };
+            self.prepare_into(spec.experts[group.expert].gate.weight, gathered, group.choices.len(), prepared);
         }
     }
 
-    fn gated(&self, kind: GatedActivation, gate: &mut [f32], up: &mut [f32], out: &mut [f32]) {
-        let isa = self.weights.isa;
-        match kind {
-            GatedActivation::Plain(ActivationKind::Silu) => activation::silu(isa, gate, Some(up), out),
-            GatedActivation::Plain(ActivationKind::GeluTanh) => activation::gelu_tanh(isa, gate, Some(up), out),
-            GatedActivation::Plain(ActivationKind::Relu) => activation::relu(isa, gate, Some(up), out),
+    /// Gates and ups of all groups, and their activation: each worker its own rows of the matrices.
+    pub(super) fn experts_in(&self, spec: &ExpertsSpec, worker: &Worker) {
+        let (groups, _) = self.groups();
+        for (index, group) in groups.iter().enumerate() {
+            let Expert { gate, up, .. } = spec.experts[group.expert];
+            let (n, _) = self.weights.matrices[gate.weight.0].shape();
+            let columns = worker.share(n, self.weights.granule);
+            let of_group = group.choices.start * n..group.choices.end * n;
+            // SAFETY: written by worker 0 before a barrier.
+            let prepared = unsafe { &self.mixtures.inputs.range(index..index + 1)[0] };
+            let (gates, ups) = (self.mixtures.gates.part(of_group.clone()), self.mixtures.ups.part(of_group));
+            self.multiply_expert(gate, prepared, columns.clone(), &gates, worker);
+            self.multiply_expert(up, prepared, columns.clone(), &ups, worker);
+            for row in 0..group.choices.len() {
+                let of_row = row * n + columns.start..row * n + columns.end;
+                // SAFETY: these columns are this worker's alone.
+                let (gate, up) = unsafe { (gates.range_mut(of_row.clone()), ups.range(of_row)) };
+                self.activate_expert(spec.activation, gate, up, worker);
+            }
+        }
+    }
+
+    /// `gate = act(gate) · up`
+    fn activate_expert(&self, activation: GatedActivation, gate: &mut [f32], up: &[f32], worker: &Worker) {
+        let (isa, gathered) = (self.weights.isa, &mut self.scratch(worker).gathered);
+        gathered.clear();
+        gathered.extend_from_slice(gate);
+        let up_of = Some(up);
+        match activation {
+            GatedActivation::Plain(ActivationKind::Silu) => activation::silu(isa, gathered, up_of, gate),
+            GatedActivation::Plain(ActivationKind::GeluTanh) => activation::gelu_tanh(isa, gathered, up_of, gate),
+            GatedActivation::Plain(ActivationKind::Relu) => activation::relu(isa, gathered, up_of, gate),
             GatedActivation::ClampedSwiglu { limit } => {
-                // g · σ(α g) = silu(α g) / α
-                gate.iter_mut().for_each(|gate| *gate = gate.min(limit) * CLAMPED_SWIGLU_ALPHA);
-                up.iter_mut().for_each(|up| *up = (up.clamp(-limit, limit) + 1.0) / CLAMPED_SWIGLU_ALPHA);
-                activation::silu(isa, gate, Some(up), out);
+                activation::clamped_swiglu(isa, gathered, up, limit, CLAMPED_SWIGLU_ALPHA, gate);
             }
         }
     }
 
-    /// Brings what the activation has made of `rows` into the form that `matrix` reads.
-    fn prepare_products(&self, matrix: MatrixId, input: usize, rows: Range<usize>, regions: Regions) {
-        // SAFETY: written before the last barrier; nothing writes activations before the next one.
-        let x = unsafe { self.experts.products.range(regions.inner(2, rows.clone())) };
-        // SAFETY: this input is this worker's alone until the next barrier.
-        let prepared = unsafe { &mut self.experts.inputs.range_mut(input..input + 1)[0] };
-        self.prepare_into(x, rows.len(), matrix, prepared);
-    }
-
-    /// Adds `weight · (down · h)` to the rows of the choices, in this worker's columns.
-    fn down(
-        &self,
-        spec: &ExpertsSpec,
-        choices: &[Choice],
-        input: usize,
-        rows: Range<usize>,
-        regions: Regions,
-        worker: &Worker,
-    ) {
-        let columns = self.inner_columns(worker, regions.hidden);
-        let y = self.experts.products.part(regions.down(rows));
-        // SAFETY: prepared before the last barrier.
-        let x = unsafe { &self.experts.inputs.range(input..input + 1)[0] };
-        self.multiply(spec.experts[choices[0].expert].down, x, columns.clone(), &y, worker);
-        for (row, choice) in choices.iter().enumerate() {
-            let start = row * regions.hidden;
-            // SAFETY: these columns are this worker's alone.
-            let product = unsafe { y.range(start + columns.start..start + columns.end) };
-            let out = self.buffers.part_mut(spec.out, choice.row, columns.clone());
-            out.iter_mut().zip(product).for_each(|(out, product)| *out += choice.weight * product);
+    /// What the downs read: each worker prepares whole groups.
+    pub(super) fn experts_between(&self, spec: &ExpertsSpec, worker: &Worker) {
+        let (groups, _) = self.groups();
+        for (index, group) in groups.iter().enumerate().skip(worker.index()).step_by(worker.count()) {
+            let down = spec.experts[group.expert].down.weight;
+            let (_, k) = self.weights.matrices[down.0].shape();
+            // SAFETY: gates were written before a barrier, and nobody writes them in this step.
+            let x = unsafe { self.mixtures.gates.range(group.choices.start * k..group.choices.end * k) };
+            // SAFETY: this group is this worker's alone.
+            let prepared = unsafe { &mut self.mixtures.betweens.range_mut(index..index + 1)[0] };
+            self.prepare_into(down, x, group.choices.len(), prepared);
         }
     }
 
-    fn multiply(
+    /// The weighted sum of all groups' downs.
+    pub(super) fn experts_out(&self, step: usize, spec: &ExpertsSpec, worker: &Worker) {
+        let n = self.buffers.width(spec.out);
+        let columns = worker.share(n, self.weights.granule);
+        for row in 0..self.buffers.rows(spec.out) {
+            self.buffers.part_mut(spec.out, row, columns.clone()).fill(0.0);
+        }
+        let (groups, choices) = self.groups();
+        for (index, group) in groups.iter().enumerate() {
+            // SAFETY: written before a barrier.
+            let prepared = unsafe { &self.mixtures.betweens.range(index..index + 1)[0] };
+            let downs = self.mixtures.downs.part(0..group.choices.len() * n);
+            self.multiply_expert(spec.experts[group.expert].down, prepared, columns.clone(), &downs, worker);
+            for (at, (_, row, weight)) in choices[group.choices.clone()].iter().enumerate() {
+                // SAFETY: these columns are this worker's alone.
+                let y = unsafe { downs.range(at * n + columns.start..at * n + columns.end) };
+                vector::add_scaled(self.buffers.part_mut(spec.out, *row, columns.clone()), *weight, y);
+            }
+        }
+        self.keep(step, 0, spec.out, columns);
+    }
+
+    fn multiply_expert(
         &self,
         ExpertMatrix { weight, bias }: ExpertMatrix,
         x: &Prepared,
-        columns: Range<usize>,
-        y: &SharedSlice<'_, f32>,
+        rows: Range<usize>,
+        y: &SharedSlice<f32>,
         worker: &Worker,
     ) {
-        let bias = bias.map(|bias| self.weights.vectors[bias.0].as_slice());
-        self.product(weight, x, columns, bias, y, worker);
+        let Scratch { kernel, .. } = self.scratch(worker);
+        self.multiply(weight, x, rows, bias, y, kernel);
     }
 }
 
-/// Leaves the weight and the index of each of the `top_k` largest scores in `order`, the lowest index first where several tie.
-fn choose(scores: &[f32], spec: &ExpertsSpec, order: &mut Vec<(f32, usize)>) {
-    order.clear();
-    order.extend(scores.iter().enumerate().map(|(expert, score)| (*score, expert)));
-    // Without allocation: no two entries are equal.
-    order.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    let largest = order.first().map_or(0.0, |(score, _)| *score);
-    order.iter_mut().for_each(|(score, _)| *score = (*score - largest).exp());
-    let summed = match spec.weighting {
-        ExpertWeighting::Chosen => spec.top_k.min(order.len()),
-        ExpertWeighting::All => order.len(),
-    };
-    let sum: f32 = order[..summed].iter().map(|(weight, _)| weight).sum();
-    order.truncate(spec.top_k);
-    order.iter_mut().for_each(|(weight, _)| *weight /= sum);
+/// All matrices of a mixture.
+pub fn matrices(spec: &ExpertsSpec) -> impl Iterator<Item = MatrixId> + '_ {
+    spec.experts.iter().flat_map(Expert::matrices).map(|matrix| matrix.weight)
 }

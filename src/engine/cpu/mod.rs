@@ -9,7 +9,6 @@ mod buffers;
 mod experts;
 mod partials;
 mod rings;
-mod rotation;
 mod run;
 mod schedule;
 
@@ -19,20 +18,19 @@ use anyhow::{Context, Result, bail};
 
 use self::alone::Mode;
 use self::arena::Arena;
-use self::experts::ExpertMemory;
+use self::experts::Mixtures;
 use self::partials::PartSums;
 use self::rings::Rings;
-use self::rotation::Rotation;
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
-use super::recompute;
-use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
+use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
 use crate::call::{Batch, KvFormat, Supported};
 use crate::events::Listener;
 use crate::kernels::cpu::pool::{Pool, Worker};
+use crate::kernels::cpu::rope::Angles;
 use crate::kernels::cpu::shared::SharedSlice;
-use crate::kernels::cpu::{activation, norm};
+use crate::kernels::cpu::{norm, vector};
 use crate::kernels::isa::Isa;
 use crate::plan::{
     CacheId, CacheScope, CacheShape, EncoderInputKind, LmHead, Model, Norm, NormKind, Op, Plan, RelativeBias, Rope,
@@ -66,7 +64,7 @@ struct Weights {
     isa: Isa,
     matrices: Vec<Box<dyn CpuMatrix>>,
     vectors: Vec<Vec<f32>>,
-    rotations: Vec<Rotation>,
+    angles: Vec<Angles>,
     biases: Vec<BiasTable>,
     /// Positions that the decoder's and the encoder's caches can hold.
     capacity: usize,
@@ -80,10 +78,8 @@ struct Program {
     plan: Arc<Plan>,
     steps: Arc<[Step]>,
     storage: Arc<Storage>,
-    /// A region per slot of the storage, `rows · width` elements, and one for products with a fused matrix.
+    /// A region per slot of the storage, `rows · width` elements.
     slots: Arena,
-    /// Rows of the largest fused matrix; 0 without one.
-    fused_width: usize,
     /// Rows that the slots can hold: those of the longest call.
     rows: usize,
 }
@@ -99,7 +95,7 @@ struct Memory {
     /// One per worker.
     scratch: Vec<Scratch>,
     parts: PartSums,
-    experts: ExpertMemory,
+    mixtures: Mixtures,
 }
 
 /// What a worker keeps from call to call, only ever grown.
@@ -154,6 +150,9 @@ fn check_windows(model: &Model) -> Result<()> {
             let attention = format!("an attention over {seen} positions of a cache that holds {held}");
             bail!("{} cannot run {attention}", schedule::EXECUTOR);
         }
+        if spec.window.is_some() && spec.bias.is_some() {
+            bail!("{} cannot run an attention with a window and a relative bias", schedule::EXECUTOR);
+        }
     }
     Ok(())
 }
@@ -192,7 +191,9 @@ impl CpuSession {
             let positions = positions(spec, setup.capacity, setup.encoder_capacity);
             [spec.kv_heads * positions * spec.head_dim; 2]
         };
-        let rotation = |rope: &Rope| Rotation::new(rope, setup.capacity);
+        let angles = |rope: &Rope| {
+            Angles::new((0..setup.capacity).flat_map(|position| rope.turns(position)), rope.rotary_dim / 2)
+        };
         let bias = |bias: &RelativeBias| BiasTable::new(bias, matrices[bias.table.0].as_ref(), reach);
         let encoder = model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices));
         Ok(Self {
@@ -205,7 +206,7 @@ impl CpuSession {
                 prepared: Prepared::default(),
                 scratch: (0..setup.threads).map(|_| Scratch::default()).collect(),
                 parts: PartSums::new(&model, setup.threads),
-                experts: ExpertMemory::default(),
+                mixtures: Mixtures::default(),
             },
             position: 0,
             encoded: 0,
@@ -213,7 +214,7 @@ impl CpuSession {
             outliers: OutlierColumns::default(),
             rings: Rings::new(&model, setup.capacity),
             weights: Weights {
-                rotations: model.ropes.iter().map(rotation).collect(),
+                angles: model.ropes.iter().map(angles).collect(),
                 biases: model.biases.iter().map(bias).collect(),
                 granule: matrices.iter().map(|m| m.row_granule()).max().unwrap_or(1),
                 capacity: setup.capacity,
@@ -224,6 +225,16 @@ impl CpuSession {
                 vectors,
             },
         })
+    }
+
+    /// Angles of `rows` positions from `start` on, where they depend on the length that the sequence will have.
+    fn turn_angles(&mut self, start: usize, rows: usize) {
+        let Weights { model, angles, .. } = &mut self.weights;
+        let end = start + rows;
+        for (rope, angles) in model.ropes.iter().zip(angles).filter(|(rope, _)| rope.by_length.is_some()) {
+            let frequencies = rope.frequencies(end);
+            angles.set(start, (start..end).flat_map(|position| rope.turns_by(&frequencies, position)));
+        }
     }
 
     /// Checks that `tokens` fit behind the cache and tells the decoder's call.
@@ -255,19 +266,17 @@ impl CpuSession {
         let call = self.decoder_call(tokens)?;
         let _pinned = self.pool.pin_caller();
         if let Some(before) = self.rings.restart(self.position) {
+            self.turn_angles(0, before.len());
             let again = Call { batch: Batch::one(0..before.len()), tokens: &before, ..call };
-            self.run(again, steps);
+            self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, again);
+            self.rings.extend(0, &before);
         }
-        let outcome = self.run(call, steps);
+        self.turn_angles(self.position, tokens.len());
+        let outcome = self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, call);
         self.rings.extend(self.position, tokens);
         self.position += tokens.len();
         self.outliers += outcome.outliers;
         Ok(outcome.token)
-    }
-
-    fn run(&mut self, call: Call, steps: &[Step]) -> Outcome {
-        self.weights.rotations.iter_mut().for_each(|rotation| rotation.begin(call.batch));
-        self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, call)
     }
 
     fn encoder_call(&mut self, tokens: &[u32], patches: &[f32], rows: usize) -> Result<()> {
@@ -294,22 +303,15 @@ fn positions(shape: &CacheShape, capacity: usize, encoder_capacity: usize) -> us
     }
 }
 
-/// Rows of the largest matrix that a plan multiplies whole for several of its parts; 0 without one.
-fn fused_width(plan: &Plan, matrices: &[Box<dyn CpuMatrix>]) -> usize {
-    let parts = plan.ops.iter().filter_map(|op| if let Op::Linear(spec) = op { Some(&spec.parts) } else { None });
-    let fused = parts.flatten().filter(|part| part.rows.is_some());
-    fused.map(|part| matrices[part.weight.0].shape().0).max().unwrap_or(0)
-}
-
 impl Weights {
     /// Positions that a cache can hold.
     fn positions(&self, cache: CacheId) -> usize {
         positions(&self.model.caches[cache.0], self.capacity, self.encoder_capacity)
     }
 
-    /// Whether a cache holds a window of the positions, in turn.
+    /// Whether a cache holds the positions of a window in turn.
     fn is_ring(&self, cache: CacheId) -> bool {
-        self.model.caches[cache.0].window.is_some() && self.positions(cache) < self.capacity
+        self.model.caches[cache.0].window.is_some_and(|window| window < self.capacity)
     }
 
     /// Where a position lies in a cache.
@@ -317,6 +319,7 @@ impl Weights {
         if self.is_ring(cache) { position % self.positions(cache) } else { position }
     }
 
+    /// `out = norm(x)`
     fn normalise(&self, Norm { kind, weight, epsilon }: Norm, x: &[f32], out: &mut [f32]) {
         let Self { isa, vectors, .. } = self;
         let weight = &vectors[weight.0];
@@ -324,6 +327,13 @@ impl Weights {
             NormKind::Rms => norm::rms(*isa, x, weight, epsilon, out),
             NormKind::Layer { bias } => norm::layer(*isa, x, weight, &vectors[bias.0], epsilon, out),
         }
+    }
+
+    /// `x = norm(x)`
+    fn normalise_in_place(&self, norm: Norm, x: &mut [f32], copy: &mut Vec<f32>) {
+        copy.clear();
+        copy.extend_from_slice(x);
+        self.normalise(norm, copy, x);
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -340,7 +350,6 @@ impl Program {
         Ok(Self {
             steps: lower(plan, |matrix| matrices[matrix.0].format())?.into(),
             slots: Arena::default(),
-            fused_width: fused_width(plan, matrices),
             rows: 0,
             storage: Arc::new(storage),
             plan: Arc::new(plan.clone()),
@@ -351,10 +360,8 @@ impl Program {
     fn run(&mut self, steps: &[Step], weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
         if self.rows < call.batch.rows() {
             let rows = |slot: &Slot| if slot.rows == Rows::Tokens { call.batch.rows() } else { call.batch.sequences };
-            let slots = self.storage.slots.iter().map(|slot| rows(slot) * slot.width);
-            self.slots = Arena::new(slots.chain([self.fused_width * call.batch.rows()]));
+            self.slots = Arena::new(self.storage.slots.iter().map(|slot| rows(slot) * slot.width));
             self.rows = call.batch.rows();
-            memory.experts.grow(&weights.model, self.rows);
         }
         run::run(self, steps, weights, pool, memory, call)
     }
@@ -396,9 +403,7 @@ impl Session for CpuSession {
 
     fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
         CALLS.check_batch(batch, tokens.len(), self.position)?;
-        if !self.rings.is_stale {
-            self.rings.save(self.position, &self.memory.caches);
-        }
+        self.rings.save(self.position, &self.memory.caches);
         next.fill(self.step(tokens)?);
         Ok(())
     }
@@ -465,6 +470,7 @@ impl CpuSession {
         let matrix = &weights.matrices[head.weight.0];
         let bias = head.bias.map(|bias| weights.vectors[bias.0].as_slice());
         let (n, k) = matrix.shape();
+        let softcap = head.softcap;
         let mut x = decoder.slots.region(decoder.storage.slot_of[head.x.0])[..rows * k].to_vec();
         x.iter_mut().for_each(|value| *value *= head.scale);
         let mut logits = vec![0.0; SCORED_ROWS.min(rows) * n];
@@ -477,8 +483,8 @@ impl CpuSession {
                 let mut scratch = scratch[worker.index()].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 matrix.multiply(&memory.prepared, worker.share(n, weights.granule), bias, &y, &mut scratch);
             });
-            if let Some(Softcap(cap)) = head.softcap {
-                activation::softcap(weights.isa, &mut logits[..x.len() / k * n], cap);
+            if let Some(Softcap(cap)) = softcap {
+                vector::cap(weights.isa, &mut logits[..x.len() / k * n], cap);
             }
             logits
                 .chunks_exact(n)
@@ -489,12 +495,12 @@ impl CpuSession {
     }
 
     fn scratch_bytes(&self) -> usize {
-        let Memory { features, prepared, scratch, parts, experts, .. } = &self.memory;
+        let Memory { features, prepared, scratch, parts, mixtures, caches: _ } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
         let buffers = programs.map(|program| program.slots.len()).sum::<usize>()
             + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity() + s.window.capacity()).sum::<usize>();
         let floats =
             buffers + parts.floats() + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
-        4 * floats + prepared.i8s.capacity() + experts.bytes() + self.rings.bytes()
+        4 * floats + prepared.i8s.capacity() + mixtures.bytes() + self.rings.bytes()
     }
 }

@@ -19,7 +19,7 @@ pub(super) struct Rings {
     /// Keys and values of each ring.
     saved: Vec<Vec<f32>>,
     /// The rings hold nothing of use: the history has to be run again.
-    pub is_stale: bool,
+    is_stale: bool,
 }
 
 impl Rings {
@@ -39,7 +39,7 @@ impl Rings {
 
     /// Before a prompt at `position`: keeps the rings, to which a later rewind may go back.
     pub fn save(&mut self, position: usize, memory: &Arena) {
-        if self.caches.is_empty() || position == 0 || self.mark == Some(position) {
+        if self.caches.is_empty() || self.is_stale || position == 0 || self.mark == Some(position) {
             return;
         }
         let regions = self.caches.iter().flat_map(|cache| [2 * cache.0, 2 * cache.0 + 1]);
@@ -59,6 +59,11 @@ impl Rings {
         self.history.truncate(position);
         self.history.extend_from_slice(tokens);
         self.written = self.written.max(position + tokens.len());
+    }
+
+    /// After a step at `position` that the history does not know.
+    pub fn touch(&mut self, position: usize) {
+        self.written = self.written.max(position + 1);
     }
 
     /// Goes back to `position`.

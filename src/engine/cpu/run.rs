@@ -7,9 +7,9 @@ use super::alone::{Mode, windows};
 use super::arena::SharedArena;
 use super::attend::Attention;
 use super::buffers::Buffers;
-use super::experts::SharedExperts;
+use super::experts::SharedMixtures;
 use super::partials::SharedParts;
-use super::schedule::{Attend, Step, needs_barrier};
+use super::schedule::{Attend, Step, must_meet, product_rows};
 use super::{Memory, Program, Scratch, Weights};
 use crate::call::Batch;
 use crate::engine::OutlierColumns;
@@ -18,7 +18,7 @@ use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::{activation, vector};
 use crate::plan::{
     ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, EmbedSpec, FeaturesSpec, LastRowSpec,
-    LinearPart, MatrixId, MatrixRows, NormSpec, PatchesSpec, Softcap,
+    LinearPart, MatrixId, Norm, NormSpec, PatchesSpec, VectorId,
 };
 use crate::quant::Prepared;
 
@@ -59,10 +59,10 @@ pub fn run(
     memory: &mut Memory,
     call: Call,
 ) -> Outcome {
+    memory.mixtures.grow(steps, weights, call.batch.rows());
     let runner = Runner {
         weights,
         call,
-        fused: program.storage.slots.len(),
         buffers: Buffers {
             plan: &program.plan,
             storage: &program.storage,
@@ -74,7 +74,7 @@ pub fn run(
         prepared: SharedSlice::new(std::slice::from_mut(&mut memory.prepared)),
         scratch: SharedSlice::new(&mut memory.scratch),
         parts: memory.parts.share(),
-        experts: memory.experts.share(),
+        mixtures: memory.mixtures.share(),
         token: AtomicU32::new(0),
         outlier_columns: AtomicU64::new(0),
         outlier_calls: AtomicU64::new(0),
@@ -83,7 +83,7 @@ pub fn run(
     let single = call.batch.rows() == 1;
     pool.run(&|worker: &Worker| {
         for (index, step) in steps.iter().enumerate() {
-            if index > 0 && needs_barrier(&steps[index - 1], step, single) {
+            if index > 0 && must_meet(&steps[index - 1], step, single) {
                 worker.barrier();
             }
             runner.step(index, step, worker);
@@ -104,8 +104,6 @@ pub(super) struct Runner<'a> {
     pub(super) weights: &'a Weights,
     call: Call<'a>,
     pub(super) buffers: Buffers<'a>,
-    /// The slot of products with a fused matrix, behind those of buffers.
-    fused: usize,
     /// Keys and values of each cache.
     caches: SharedArena<'a>,
     /// One element, written by worker 0 at the end of a vision encoder.
@@ -115,7 +113,7 @@ pub(super) struct Runner<'a> {
     /// One element per worker.
     scratch: SharedSlice<'a, Scratch>,
     parts: SharedParts<'a>,
-    pub(super) experts: SharedExperts<'a>,
+    pub(super) mixtures: SharedMixtures<'a>,
     token: AtomicU32,
     outlier_columns: AtomicU64,
     outlier_calls: AtomicU64,
@@ -129,25 +127,31 @@ impl Runner<'_> {
             Step::Embed(spec) => self.embed(*spec, worker),
             Step::AddRows(spec) => self.add_rows(*spec, worker),
             Step::Norm(spec) => self.norm(*spec, worker),
+            Step::NormInPlace { norm, x } => self.norm_in_place(*norm, *x, worker),
             Step::Patches(PatchesSpec { out }) if first => {
-                self.buffers.whole_mut(*out).copy_from_slice(self.call.patches);
+                self.buffers.whole_mut(*out).copy_from_slice(self.call.patches)
             }
             Step::Features(FeaturesSpec { x }) if first => self.keep_features(*x),
             Step::LastRow(spec) if first => self.last_row(*spec),
             Step::Prepare { x, matrix } if first => self.prepare(*x, *matrix),
+            Step::Route(spec) if first => self.route(spec),
             Step::Argmax(ArgmaxSpec { logits, softcap: _ }) if first => {
-                let logits = self.buffers.part(*logits, 0, 0..self.buffers.width(*logits));
-                let token = vector::argmax(self.weights.isa, logits);
+                let token =
+                    vector::argmax(self.weights.isa, self.buffers.part(*logits, 0, 0..self.buffers.width(*logits)));
                 self.token.store(token as u32, Ordering::Relaxed);
             }
-            Step::Patches(_) | Step::Features(_) | Step::LastRow(_) | Step::Prepare { .. } | Step::Argmax(_) => {}
-            Step::Linear { parts } => self.linears(index, parts, worker),
-            Step::Fused { weight, parts } => self.fused(index, *weight, parts, worker),
-            Step::Experts(spec) => {
-                self.experts(spec, worker);
-                self.keep(index, 0, spec.out, self.own_columns(spec.out, worker));
+            Step::Patches(_) | Step::Features(_) | Step::LastRow(_) | Step::Prepare { .. } => {}
+            Step::Route(_) | Step::Argmax(_) => {}
+            Step::ExpertsIn(spec) => self.experts_in(spec, worker),
+            Step::ExpertsBetween(spec) => self.experts_between(spec, worker),
+            Step::ExpertsOut(spec) => self.experts_out(index, spec, worker),
+            Step::Cap { x, cap } => {
+                let columns = worker.share(self.buffers.width(*x), self.weights.granule);
+                (0..self.buffers.rows(*x)).for_each(|row| {
+                    vector::cap(self.weights.isa, self.buffers.part_mut(*x, row, columns.clone()), *cap);
+                });
             }
-            Step::CapLogits { logits, cap } => self.cap_logits(*logits, *cap, worker),
+            Step::Linear { parts } => self.linears(index, parts, worker),
             Step::Activate(spec) => self.activate(*spec, worker),
             Step::Add(spec) => self.add(*spec, worker),
             Step::Append(append) => self.attention().append(*append, worker),
@@ -164,17 +168,12 @@ impl Runner<'_> {
     }
 
     #[allow(clippy::mut_from_ref)]
-    fn scratch(&self, worker: &Worker) -> &mut Scratch {
+    pub(super) fn scratch(&self, worker: &Worker) -> &mut Scratch {
         // SAFETY: each worker takes the element of its own index.
         unsafe { &mut self.scratch.range_mut(worker.index()..worker.index() + 1)[0] }
     }
 
-    /// The columns of a buffer that are a worker's where it is split by elements.
-    fn own_columns(&self, buffer: BufferId, worker: &Worker) -> Range<usize> {
-        worker.share(self.buffers.width(buffer), self.weights.granule)
-    }
-
-    pub(super) fn prepared(&self) -> &Prepared {
+    fn prepared(&self) -> &Prepared {
         // SAFETY: written by worker 0 in `prepare` only, with a barrier before any linear reads it.
         unsafe { &self.prepared.range(0..1)[0] }
     }
@@ -224,15 +223,14 @@ impl Runner<'_> {
 
     fn norm(&self, NormSpec { norm, x, out }: NormSpec, worker: &Worker) {
         for row in self.own_rows(out, worker) {
-            let from = self.buffers.part(x, row, 0..self.buffers.width(x));
-            if x != out {
-                self.weights.normalise(norm, from, self.buffers.row_mut(out, row));
-                continue;
-            }
-            let gathered = &mut self.scratch(worker).gathered;
-            gathered.clear();
-            gathered.extend_from_slice(from);
-            self.weights.normalise(norm, gathered, self.buffers.row_mut(out, row));
+            let x = self.buffers.part(x, row, 0..self.buffers.width(x));
+            self.weights.normalise(norm, x, self.buffers.row_mut(out, row));
+        }
+    }
+
+    fn norm_in_place(&self, norm: Norm, x: BufferId, worker: &Worker) {
+        for row in self.own_rows(x, worker) {
+            self.weights.normalise_in_place(norm, self.buffers.row_mut(x, row), &mut self.scratch(worker).gathered);
         }
     }
 
@@ -243,18 +241,14 @@ impl Runner<'_> {
         }
     }
 
-    pub(super) fn prepare(&self, x: BufferId, matrix: MatrixId) {
-        self.prepare_rows(self.buffers.whole(x), self.buffers.rows(x), matrix);
-    }
-
-    /// For worker 0, between two barriers: the linears that read the last preparation are done.
-    pub(super) fn prepare_rows(&self, x: &[f32], rows: usize, matrix: MatrixId) {
+    fn prepare(&self, x: BufferId, matrix: MatrixId) {
         // SAFETY: only worker 0 prepares, and the linears that read the last preparation lie behind a barrier.
         let prepared = unsafe { &mut self.prepared.range_mut(0..1)[0] };
-        self.prepare_into(x, rows, matrix, prepared);
+        self.prepare_into(matrix, self.buffers.whole(x), self.buffers.rows(x), prepared);
     }
 
-    pub(super) fn prepare_into(&self, x: &[f32], rows: usize, matrix: MatrixId, prepared: &mut Prepared) {
+    /// Brings `rows` rows of `x` into the form that the kernel of `matrix` reads, and counts outlier columns.
+    pub(super) fn prepare_into(&self, matrix: MatrixId, x: &[f32], rows: usize, prepared: &mut Prepared) {
         let matrix = &self.weights.matrices[matrix.0];
         prepared.outlier_columns.clear();
         matrix.prepare(x, rows, prepared);
@@ -268,69 +262,38 @@ impl Runner<'_> {
     fn linears(&self, index: usize, parts: &[LinearPart], worker: &Worker) {
         let mut before = 0;
         for part in parts {
-            let columns = self.own_columns(part.out, worker);
-            let bias = part.bias.map(|bias| self.weights.vectors[bias.0].as_slice());
-            let y = &self.buffers.slots.region(self.buffers.storage.slot_of[part.out.0]);
-            self.product(part.weight, self.prepared(), columns.clone(), bias, y, worker);
+            let n = product_rows(part, self.buffers.plan);
+            let columns = worker.share(n, self.weights.granule);
+            self.linear(part, columns.clone(), worker);
             self.keep(index, before, part.out, columns);
-            before += self.buffers.width(part.out);
+            before += n;
         }
     }
 
-    /// The product with a whole matrix, whose rows then go to their parts.
-    fn fused(&self, index: usize, weight: MatrixId, parts: &[LinearPart], worker: &Worker) {
-        let n = self.weights.matrices[weight.0].shape().0;
-        let y = &self.buffers.slots.region(self.fused);
-        self.product(weight, self.prepared(), worker.share(n, self.weights.granule), None, y, worker);
-        worker.barrier();
-        let mut before = 0;
-        for part in parts {
-            let columns = self.own_columns(part.out, worker);
-            let start = part.rows.map_or(0, |MatrixRows { start, .. }| start);
-            for row in 0..self.buffers.rows(part.out) {
-                let at = row * n + start;
-                // SAFETY: all products were written before the barrier.
-                let product = unsafe { y.range(at + columns.start..at + columns.end) };
-                let out = self.buffers.part_mut(part.out, row, columns.clone());
-                out.copy_from_slice(product);
-                if let Some(bias) = part.bias {
-                    vector::add_to(self.weights.isa, out, &self.weights.vectors[bias.0][columns.clone()]);
-                }
-            }
-            self.keep(index, before, part.out, columns);
-            before += self.buffers.width(part.out);
-        }
-        // The next fused matrix takes the same memory.
-        worker.barrier();
+    fn linear(&self, part: &LinearPart, columns: Range<usize>, worker: &Worker) {
+        let y = &self.buffers.slots.region(self.buffers.storage.slot_of[part.out.0]);
+        let scratch = &mut self.scratch(worker).kernel;
+        self.multiply(part.weight, self.prepared(), columns, part.bias, y, scratch);
     }
 
-    /// `y[.., columns] = x · W[columns, ..]ᵀ + bias[columns]`, or the same arithmetic on what stands in for the matrix.
-    pub(super) fn product(
+    /// `rows` of a matrix times what was prepared, or of the one that stands in for it.
+    pub(super) fn multiply(
         &self,
         weight: MatrixId,
         x: &Prepared,
-        columns: Range<usize>,
-        bias: Option<&[f32]>,
-        y: &SharedSlice<'_, f32>,
-        worker: &Worker,
+        rows: Range<usize>,
+        bias: Option<VectorId>,
+        y: &SharedSlice<f32>,
+        scratch: &mut Vec<f32>,
     ) {
-        let scratch = &mut self.scratch(worker).kernel;
-        let multiply = |matrix: MatrixId, rows: Range<usize>, scratch: &mut Vec<f32>| {
-            self.weights.matrices[matrix.0].multiply(x, rows, bias, y, scratch);
-        };
+        let bias = bias.map(|bias| self.weights.vectors[bias.0].as_slice());
         match self.call.mode {
             Mode::StandingIn(stand_ins, ..) => {
                 let stand_in = stand_ins.of_matrix(weight);
-                windows(columns, stand_in.rows).for_each(|rows| multiply(stand_in.matrix, rows, scratch));
+                let matrix = &self.weights.matrices[stand_in.matrix.0];
+                windows(rows, stand_in.rows).for_each(|rows| matrix.multiply(x, rows, bias, y, scratch));
             }
-            Mode::Real | Mode::Keeping(..) => multiply(weight, columns, scratch),
-        }
-    }
-
-    fn cap_logits(&self, logits: BufferId, Softcap(cap): Softcap, worker: &Worker) {
-        let columns = self.own_columns(logits, worker);
-        for row in 0..self.buffers.rows(logits) {
-            activation::softcap(self.weights.isa, self.buffers.part_mut(logits, row, columns.clone()), cap);
+            Mode::Real | Mode::Keeping(..) => self.weights.matrices[weight.0].multiply(x, rows, bias, y, scratch),
         }
     }
 
@@ -342,7 +305,7 @@ impl Runner<'_> {
     }
 
     /// Keeps a worker's `columns` of the step's output that has `before` elements before it, or puts back what was kept.
-    fn keep(&self, index: usize, before: usize, out: BufferId, columns: Range<usize>) {
+    pub(super) fn keep(&self, index: usize, before: usize, out: BufferId, columns: Range<usize>) {
         let kept = |start: usize| start + before + columns.start..start + before + columns.end;
         match self.call.mode {
             Mode::Real => {}
@@ -359,7 +322,7 @@ impl Runner<'_> {
 
     fn activate(&self, spec: ActivationSpec, worker: &Worker) {
         let ActivationSpec { kind, gate, up, out } = spec;
-        let columns = self.own_columns(out, worker);
+        let columns = worker.share(self.buffers.width(out), self.weights.granule);
         for row in 0..self.buffers.rows(out) {
             let gate = self.buffers.part(gate, row, columns.clone());
             let up = up.map(|up| self.buffers.part(up, row, columns.clone()));
@@ -375,7 +338,7 @@ impl Runner<'_> {
     /// `out` is `a`: the plan's only sums are residuals.
     fn add(&self, AddSpec { a, b, out }: AddSpec, worker: &Worker) {
         assert_eq!(a, out, "the CPU engine adds in place");
-        let columns = self.own_columns(out, worker);
+        let columns = worker.share(self.buffers.width(out), self.weights.granule);
         for row in 0..self.buffers.rows(out) {
             let b = self.buffers.part(b, row, columns.clone());
             vector::add_to(self.weights.isa, self.buffers.part_mut(out, row, columns.clone()), b);

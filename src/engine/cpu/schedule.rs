@@ -4,14 +4,14 @@
 //! linear is split over its output rows, and an element-wise operation behind it keeps that split, so that every worker
 //! goes on with the elements it has just computed. Only where the split changes do the workers meet.
 
-use std::fmt::Display;
+use std::sync::Arc;
 
 use candle_core::Result;
 
 use crate::plan::{
     ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, AttentionSpec, BiasId, BufferId, CacheId, EmbedSpec,
-    ExpertsSpec, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask, MatrixId, NormSpec, Op,
-    PatchesSpec, Plan, QkNorm, QkNormOver, RopeId, Sinks, Softcap, Window, refuse,
+    ExpertsSpec, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask, MatrixId, MatrixRows, Norm,
+    NormSpec, Op, PatchesSpec, Plan, QkNorm, QkNormOver, RopeId, Sinks, Softcap, VectorId, Window, feature, refuse,
 };
 use crate::quant::FormatId;
 
@@ -36,38 +36,41 @@ pub enum Step {
     Linear {
         parts: Vec<LinearPart>,
     },
-    /// Multiplies what was prepared last with one whole matrix, whose rows are those of several parts.
-    Fused {
-        weight: MatrixId,
-        parts: Vec<LinearPart>,
-    },
-    Experts(ExpertsSpec),
     Activate(ActivationSpec),
+    /// Chooses the experts of each row and prepares what they read.
+    Route(Arc<ExpertsSpec>),
+    /// Multiplies by the gates and ups of the chosen experts.
+    ExpertsIn(Arc<ExpertsSpec>),
+    /// Prepares what their downs read.
+    ExpertsBetween(Arc<ExpertsSpec>),
+    /// Multiplies by their downs, and adds up.
+    ExpertsOut(Arc<ExpertsSpec>),
     Add(AddSpec),
+    /// A norm of each row in place.
+    NormInPlace {
+        norm: Norm,
+        x: BufferId,
+    },
+    /// `cap · tanh(x / cap)` in place.
+    Cap {
+        x: BufferId,
+        cap: f32,
+    },
     Append(Append),
     Attend(Attend),
-    /// `cap · tanh(logit / cap)` in place of each logit.
-    CapLogits {
-        logits: BufferId,
-        cap: Softcap,
-    },
     Argmax(ArgmaxSpec),
 }
 
-/// Turns queries and keys, and writes keys and values to the cache.
+/// Normalises and rotates queries and keys, where there is a norm and a rope, and writes keys and values to the cache.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Append {
     pub kv: KeyValue,
     pub cache: CacheId,
-    pub turn: Option<Turn>,
-}
-
-/// Norms over each head and a rotation, of keys and the queries beside them.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Turn {
-    pub q: BufferId,
-    pub norms: Option<QkNorm>,
+    /// The queries that take the same way as the keys.
+    pub q: Option<BufferId>,
     pub rope: Option<RopeId>,
+    /// Norms of each head of queries and keys.
+    pub norms: Option<[Norm; 2]>,
 }
 
 /// Attention over one cache.
@@ -79,9 +82,9 @@ pub struct Attend {
     pub scale: f32,
     pub mask: Mask,
     pub bias: Option<BiasId>,
-    pub window: Option<Window>,
-    pub softcap: Option<Softcap>,
-    pub sinks: Option<Sinks>,
+    pub window: Option<usize>,
+    pub softcap: Option<f32>,
+    pub sinks: Option<VectorId>,
     /// The call's own keys and values, as they were appended.
     pub kv: Option<KeyValue>,
 }
@@ -95,6 +98,12 @@ pub enum Split {
     Rows,
     /// By elements of a row, the same for every buffer of one width.
     Elements,
+    /// By rows of a matrix whose products go to several buffers.
+    FusedElements,
+    /// By rows of the experts' gates and ups.
+    ExpertElements,
+    /// By chosen experts.
+    Experts,
     /// By key/value heads, with all that belongs to a head on one worker.
     Heads,
 }
@@ -104,26 +113,27 @@ impl Step {
     pub fn split(&self, single: bool) -> Split {
         match self {
             Step::Prepare { .. } | Step::Argmax(_) | Step::LastRow(_) => Split::One,
-            Step::Patches(_) | Step::Features(_) => Split::One,
-            Step::Embed(_) | Step::Norm(_) | Step::AddRows(_) if single => Split::One,
-            Step::Embed(_) | Step::Norm(_) | Step::AddRows(_) => Split::Rows,
-            Step::Linear { .. } | Step::Fused { .. } | Step::Experts(_) => Split::Elements,
-            Step::Activate(_) | Step::Add(_) | Step::CapLogits { .. } => Split::Elements,
+            Step::Patches(_) | Step::Features(_) | Step::Route(_) => Split::One,
+            Step::Embed(_) | Step::Norm(_) | Step::NormInPlace { .. } | Step::AddRows(_) if single => Split::One,
+            Step::Embed(_) | Step::Norm(_) | Step::NormInPlace { .. } | Step::AddRows(_) => Split::Rows,
+            Step::Linear { parts } if parts.iter().any(|part| part.rows.is_some()) => Split::FusedElements,
+            Step::Linear { .. } | Step::Activate(_) | Step::Add(_) | Step::Cap { .. } => Split::Elements,
+            Step::ExpertsIn(_) => Split::ExpertElements,
+            Step::ExpertsBetween(_) => Split::Experts,
+            Step::ExpertsOut(_) => Split::Elements,
             Step::Append(_) | Step::Attend(_) => Split::Heads,
         }
     }
 }
 
-/// Whether a barrier stands between two steps. Elements stay with their worker from a linear to what follows it, but a
+/// Whether workers must meet between two steps. Elements stay with their worker from a linear to what follows it, but a
 /// linear itself reads what all have prepared; heads stay from append to attention while the call has one row, and with
 /// several rows attention reads what others appended.
-pub fn needs_barrier(before: &Step, after: &Step, single: bool) -> bool {
+pub fn must_meet(before: &Step, after: &Step, single: bool) -> bool {
     let (first, second) = (before.split(single), after.split(single));
     match (first, second) {
         (Split::Heads, Split::Heads) => !single,
-        (Split::Elements, Split::Elements) => {
-            matches!(after, Step::Linear { .. } | Step::Fused { .. } | Step::Experts(_))
-        }
+        (Split::Elements, Split::Elements) => matches!(after, Step::Linear { .. }),
         _ => first != second,
     }
 }
@@ -142,18 +152,26 @@ pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> FormatId) -> Result<Vec<Ste
             Op::AddRows(spec) => steps.push(Step::AddRows(*spec)),
             Op::Features(spec) => steps.push(Step::Features(*spec)),
             Op::Norm(spec) => steps.push(Step::Norm(*spec)),
-            Op::Linear(LinearSpec { x, parts }) => lower_linear(*x, parts.clone(), &form, &mut steps),
+            Op::Linear(LinearSpec { x, parts }) => lower_linear(*x, whole(parts), &form, &mut steps),
             Op::Append(AppendSpec { kv, cache }) => {
-                steps.push(Step::Append(Append { kv: *kv, cache: *cache, turn: None }));
+                let (q, rope, norms) = (None, None, None);
+                steps.push(Step::Append(Append { kv: *kv, cache: *cache, q, rope, norms }));
             }
             Op::Attention(spec) => lower_attention(spec, &mut steps)?,
             Op::Activation(spec) => steps.push(Step::Activate(*spec)),
-            Op::Experts(spec) => lower_experts(spec, &form, &mut steps)?,
+            Op::Experts(spec) => {
+                let spec = Arc::new(spec.clone());
+                steps.push(Step::Route(spec.clone()));
+                steps.push(Step::ExpertsIn(spec.clone()));
+                steps.push(Step::ExpertsBetween(spec.clone()));
+                steps.push(Step::ExpertsOut(spec));
+            }
             Op::Add(spec) => steps.push(Step::Add(*spec)),
             Op::LastRow(spec) => steps.push(Step::LastRow(*spec)),
             Op::Argmax(spec) => {
-                let ArgmaxSpec { logits, softcap } = *spec;
-                steps.extend(softcap.map(|cap| Step::CapLogits { logits, cap }));
+                if let Some(Softcap(cap)) = spec.softcap {
+                    steps.push(Step::Cap { x: spec.logits, cap });
+                }
                 steps.push(Step::Argmax(*spec));
             }
         }
@@ -162,62 +180,68 @@ pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> FormatId) -> Result<Vec<Ste
 }
 
 fn lower_attention(spec: &AttentionSpec, steps: &mut Vec<Step>) -> Result<()> {
-    let AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = *spec;
-    match append {
-        Some(kv) => {
-            let norms = lower_qk_norm(q, kv.k, qk_norm, steps);
-            let turn = (norms.is_some() || rope.is_some()).then_some(Turn { q, norms, rope });
-            steps.push(Step::Append(Append { kv, cache, turn }));
+    let AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
+    let (q, cache) = (*q, *cache);
+    match (append, rope, qk_norm) {
+        (Some(kv), rope, norm) => {
+            let mut norms = None;
+            match norm {
+                Some(QkNorm { q: of_q, k: of_k, over: QkNormOver::Head }) => norms = Some([*of_q, *of_k]),
+                Some(QkNorm { q: of_q, k: of_k, over: QkNormOver::Projection }) => {
+                    steps.push(Step::NormInPlace { norm: *of_q, x: q });
+                    steps.push(Step::NormInPlace { norm: *of_k, x: kv.k });
+                }
+                None => {}
+            }
+            steps.push(Step::Append(Append { kv: *kv, cache, q: Some(q), rope: *rope, norms }));
         }
-        None => {
-            let rope = rope.map(|_| &"a rope and no keys to append" as &dyn Display);
-            let norms = qk_norm.map(|_| &"norms and no keys to append" as &dyn Display);
-            refuse(EXECUTOR, "an attention", &[rope, norms])?;
-        }
+        (None, Some(_), _) => refuse(EXECUTOR, "an attention", &[Some(&"a rope and no keys to append")])?,
+        (None, None, norm) => refuse(EXECUTOR, "an attention without keys to append", &[feature(norm)])?,
     }
-    let kv = append;
-    steps.push(Step::Attend(Attend { q, cache, out, scale, mask, bias, window, softcap, sinks, kv }));
+    steps.push(Step::Attend(Attend {
+        q,
+        cache,
+        out: *out,
+        scale: *scale,
+        mask: *mask,
+        bias: *bias,
+        window: window.map(|Window(window)| window),
+        softcap: softcap.map(|Softcap(cap)| cap),
+        sinks: sinks.map(|Sinks(vector)| vector),
+        kv: *append,
+    }));
     Ok(())
 }
 
-/// Norms over all heads are steps of their own; returns those over each head.
-fn lower_qk_norm(q: BufferId, k: BufferId, norm: Option<QkNorm>, steps: &mut Vec<Step>) -> Option<QkNorm> {
-    let norms = norm?;
-    match norms.over {
-        QkNormOver::Head => Some(norms),
-        QkNormOver::Projection => {
-            steps.push(Step::Norm(NormSpec { norm: norms.q, x: q, out: q }));
-            steps.push(Step::Norm(NormSpec { norm: norms.k, x: k, out: k }));
-            None
+/// Parts of fused matrices as one product each, whose rows go to the slot that all of their buffers lie in.
+fn whole(parts: &[LinearPart]) -> Vec<LinearPart> {
+    let mut products: Vec<LinearPart> = Vec::new();
+    for part in parts {
+        let Some(MatrixRows { start, len }) = part.rows else {
+            products.push(*part);
+            continue;
+        };
+        match products.iter_mut().find(|product| product.rows.is_some() && product.weight == part.weight) {
+            Some(LinearPart { rows: Some(rows), .. }) => rows.len = rows.len.max(start + len),
+            Some(_) | None => {
+                products.push(LinearPart { rows: Some(MatrixRows { start: 0, len: start + len }), ..*part });
+            }
         }
     }
+    products
+}
+
+/// Rows that a product of the lowered plan has.
+pub fn product_rows(part: &LinearPart, plan: &Plan) -> usize {
+    part.rows.map_or(plan.buffers[part.out.0].width, |rows| rows.len)
 }
 
 fn lower_linear(x: BufferId, mut parts: Vec<LinearPart>, form: &impl Fn(MatrixId) -> FormatId, steps: &mut Vec<Step>) {
     while let Some(first) = parts.first() {
         let matrix = first.weight;
-        let (same, rest): (Vec<_>, Vec<_>) = parts.into_iter().partition(|part| form(part.weight) == form(matrix));
+        let (same, rest) = parts.into_iter().partition(|part| form(part.weight) == form(matrix));
         steps.push(Step::Prepare { x, matrix });
-        let (mut fused, whole): (Vec<LinearPart>, Vec<_>) = same.into_iter().partition(|part| part.rows.is_some());
-        if !whole.is_empty() {
-            steps.push(Step::Linear { parts: whole });
-        }
-        while let Some(weight) = fused.first().map(|part| part.weight) {
-            let (same, others) = fused.into_iter().partition(|part| part.weight == weight);
-            steps.push(Step::Fused { weight, parts: same });
-            fused = others;
-        }
+        steps.push(Step::Linear { parts: same });
         parts = rest;
     }
-}
-
-/// All experts of a layer share what is prepared of its activations.
-fn lower_experts(spec: &ExpertsSpec, form: &impl Fn(MatrixId) -> FormatId, steps: &mut Vec<Step>) -> Result<()> {
-    let inputs = spec.experts.iter().flat_map(|expert| [form(expert.gate.weight), form(expert.up.weight)]);
-    let first = spec.experts.first().map(|expert| form(expert.gate.weight));
-    if inputs.into_iter().any(|format| Some(format) != first) {
-        refuse(EXECUTOR, "a mixture of experts", &[Some(&"gates and ups in several formats")])?;
-    }
-    steps.push(Step::Experts(spec.clone()));
-    Ok(())
 }

@@ -3,13 +3,16 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::{Reference, activate};
-use crate::plan::{CLAMPED_SWIGLU_ALPHA, Expert, ExpertMatrix, ExpertWeighting, ExpertsSpec, GatedActivation};
+use crate::engine::routing::Routing;
+use crate::plan::{CLAMPED_SWIGLU_ALPHA, Expert, ExpertMatrix, ExpertsSpec, GatedActivation};
 
 impl Reference {
     /// `x` `[t, hidden]` through the experts that `scores` `[t, experts]` choose, `[t, hidden]`.
     pub(super) fn experts(&self, spec: &ExpertsSpec, x: &Tensor, scores: &Tensor) -> Result<Tensor> {
         let scores = scores.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        let chosen: Vec<_> = scores.iter().map(|scores| choose(scores, spec.top_k, spec.weighting)).collect();
+        let mut routing = Routing::default();
+        let choices = scores.iter().map(|scores| routing.choose(scores, spec.top_k, spec.weighting).to_vec());
+        let chosen: Vec<Vec<(usize, f32)>> = choices.collect();
         let mut out = Tensor::zeros((x.dim(0)?, self.width_of(spec)), DType::F32, &self.device)?;
         for (index, expert) in spec.experts.iter().enumerate() {
             let found = |(row, chosen): (usize, &Vec<(usize, f32)>)| {
@@ -51,39 +54,4 @@ fn clamped_swiglu(gate: &Tensor, up: &Tensor, limit: f32) -> Result<Tensor> {
     // g · σ(α g) = silu(α g) / α
     let glu = ((&gate * CLAMPED_SWIGLU_ALPHA as f64)?.silu()? / CLAMPED_SWIGLU_ALPHA as f64)?;
     (up + 1.0)? * glu
-}
-
-/// The `top_k` largest scores, the lowest index first where several tie, and the weight of each.
-pub(super) fn choose(scores: &[f32], top_k: usize, weighting: ExpertWeighting) -> Vec<(usize, f32)> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-    let chosen = &order[..top_k.min(order.len())];
-    let largest = chosen.first().map_or(0.0, |&expert| scores[expert]);
-    let weight = |expert: &usize| (scores[*expert] - largest).exp();
-    let sum: f32 = match weighting {
-        ExpertWeighting::Chosen => chosen.iter().map(weight).sum(),
-        ExpertWeighting::All => order.iter().map(weight).sum(),
-    };
-    chosen.iter().map(|expert| (*expert, weight(expert) / sum)).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_largest_scores_are_chosen_and_weighed() {
-        let scores = [0.0, 2f32.ln(), 4f32.ln(), 2f32.ln()];
-        let near = |chosen: &[(usize, f32)], expected: &[(usize, f32)]| {
-            assert_eq!(chosen.len(), expected.len());
-            // exp, a sum of four and a division: a few ulps of numbers below 1.
-            chosen
-                .iter()
-                .zip(expected)
-                .for_each(|(a, b)| assert!(a.0 == b.0 && (a.1 - b.1).abs() < 1e-6, "{chosen:?}"));
-        };
-        near(&choose(&scores, 2, ExpertWeighting::Chosen), &[(2, 4.0 / 6.0), (1, 2.0 / 6.0)]);
-        near(&choose(&scores, 2, ExpertWeighting::All), &[(2, 4.0 / 9.0), (1, 2.0 / 9.0)]);
-        near(&choose(&scores, 4, ExpertWeighting::Chosen), &choose(&scores, 4, ExpertWeighting::All));
-    }
 }

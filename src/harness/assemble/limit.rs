@@ -1,25 +1,25 @@
 //! How close decoding comes to what the memory allows, and what holds it back as far as that was measured.
 
-use super::Facts;
 use crate::engine::Alone;
+use crate::harness::run_context::RunContext;
 use crate::harness::schedule::Outcome;
 use crate::record::{Bandwidth, Bound, Record};
 use crate::stats;
 
 /// From the record's metrics, and the bytes that the session counted.
-pub fn bandwidth(facts: &Facts, record: &Record, outcome: &Outcome) -> Bandwidth {
+pub fn bandwidth(context: &RunContext, record: &Record, outcome: &Outcome) -> Bandwidth {
     let footprint = outcome.finished.as_ref().map(|finished| finished.footprint);
-    let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_step(facts.n_before, record.workload.n_gen));
+    let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_step(context.n_before, record.workload.n_gen));
     let weight_bytes_per_token = footprint.map(|footprint| footprint.weight_bytes_per_token);
     let decode_tps = record.metrics.get("decode_tps").and_then(|summary| summary.median);
     let bytes = weight_bytes_per_token.zip(kv_bytes_per_token).map(|(weights, kv)| weights + kv);
     let achieved_gb_s = bytes.zip(decode_tps).map(|(bytes, tps)| bytes as f64 * tps / 1e9);
-    let mbu = achieved_gb_s.zip(facts.read_gb_s).map(|(achieved, read)| achieved / read);
+    let mbu = achieved_gb_s.zip(context.read_gb_s).map(|(achieved, read)| achieved / read);
     let alone = outcome.finished.as_ref().and_then(|finished| Shares::of(finished.alone.as_ref()?));
     let seen = Seen {
-        is_own: record.engine.name == facts.engine.name,
-        is_cached: bytes.is_some_and(|bytes| is_cached(facts, bytes, mbu)),
-        on_cpu: facts.device.kind == "cpu",
+        is_own: record.engine.name == context.engine.name,
+        is_cached: bytes.is_some_and(|bytes| is_cached(context, bytes, mbu)),
+        on_cpu: context.device.kind == "cpu",
         mbu,
         device_share: device_share(record),
         alone,
@@ -27,13 +27,13 @@ pub fn bandwidth(facts: &Facts, record: &Record, outcome: &Outcome) -> Bandwidth
     Bandwidth {
         weight_bytes_per_token,
         kv_bytes_per_token,
-        read_gb_s: facts.read_gb_s,
-        copy_gb_s: facts.copy_gb_s,
-        since: facts.bandwidth_since.clone(),
+        read_gb_s: context.read_gb_s,
+        copy_gb_s: context.copy_gb_s,
+        since: context.bandwidth_since.clone(),
         achieved_gb_s,
         mbu,
-        theoretical_gb_s: facts.theoretical_gb_s.as_ref().ok().copied(),
-        theoretical_unknown: facts.theoretical_gb_s.as_ref().err().cloned(),
+        theoretical_gb_s: context.theoretical_gb_s.as_ref().ok().copied(),
+        theoretical_unknown: context.theoretical_gb_s.as_ref().err().cloned(),
         device_share: seen.device_share,
         memory_alone_share: alone.map(|alone| alone.memory),
         arithmetic_alone_share: alone.map(|alone| alone.arithmetic),
@@ -47,8 +47,8 @@ pub fn step_bytes(record: &Record) -> Option<u64> {
 }
 
 /// Whether part of what a step reads never leaves the last-level cache.
-pub fn is_cached(facts: &Facts, step_bytes: u64, mbu: Option<f64>) -> bool {
-    mbu.is_some_and(|mbu| mbu > 1.0) || step_bytes < 2 * facts.cache_bytes.unwrap_or(0)
+pub fn is_cached(context: &RunContext, step_bytes: u64, mbu: Option<f64>) -> bool {
+    mbu.is_some_and(|mbu| mbu > 1.0) || step_bytes < 2 * context.cache_bytes.unwrap_or(0)
 }
 
 /// Time of all decode steps by the device's clock over that by the host's.

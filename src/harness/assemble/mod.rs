@@ -1,72 +1,37 @@
 //! From outcomes to records: metrics, ratios, bandwidth, validity and warnings.
 
+mod diagnose;
 mod limit;
 mod memory;
 mod monitor;
-mod tell;
-
-pub use tell::SLOW_READ;
 
 use std::collections::BTreeMap;
 
-use super::protocol::{Failure, Sample};
+use super::case::{Case, Variant};
+use super::environment::engine_info;
+use super::run_context::RunContext;
 use super::schedule::{Order, Outcome};
 use super::validity::invalid_reason;
 use super::warnings::Warning;
-use super::watch::energy::Counter;
-use super::{Case, Protocol, Row};
 use crate::engine::{self, Engine};
-use crate::quant::{FormatId, FormatOptions};
+use crate::protocol::{Failure, Sample};
+use crate::quant::FormatId;
 use crate::record::{self, Bandwidth, Record, Samples, Status, metrics};
 use crate::stats;
 
-/// What is the same for all precisions of a run.
-#[derive(Debug, Clone)]
-pub struct Facts {
-    pub engine: record::Engine,
-    pub command: String,
-    pub timestamp: String,
-    pub model: record::ModelFacts,
-    /// `fp16_overflow` is each precision's own.
-    pub weights: record::WeightFacts,
-    pub device: record::DeviceFacts,
-    /// `n_gen` is what was asked.
-    pub workload: record::Workload,
-    /// Positions of the decoder's cache before the first decode step.
-    pub n_before: u64,
-    pub environment: record::Environment,
-    pub format_options: FormatOptions,
-    /// As in [`Case`].
-    pub keep_fp16: Vec<String>,
-    pub protocol: Protocol,
-    pub order: Order,
-    pub resolve_s: f64,
-    pub read_gb_s: Option<f64>,
-    pub copy_gb_s: Option<f64>,
-    /// When both were measured, where that was in an earlier run.
-    pub bandwidth_since: Option<String>,
-    /// What the memory can give by its data sheet, or why that is unknown.
-    pub theoretical_gb_s: Result<f64, String>,
-    pub cache_bytes: Option<u64>,
-    /// Where energy is counted.
-    pub counter: Option<Counter>,
-    /// Of the machine and the run, for every record.
-    pub warnings: Vec<Warning>,
-}
-
 /// One record for each precision, in the order of `case`. `decode` turns ids into text where there is a tokenizer.
 pub fn records(
-    facts: &Facts,
+    context: &RunContext,
     case: &Case,
     outcomes: &[Outcome],
     decode: &dyn Fn(&[u32]) -> Option<String>,
 ) -> Vec<Record> {
-    let rows = case.rows();
+    let variants = case.variants();
     let mut records: Vec<Record> =
-        rows.iter().zip(outcomes).map(|(row, outcome)| base(facts, row, outcome, decode)).collect();
-    instruction_set_of_all(&rows, &mut records);
+        variants.iter().zip(outcomes).map(|(variant, outcome)| base(context, variant, outcome, decode)).collect();
+    instruction_set_of_all(&variants, &mut records);
     let fp16 = case.baseline();
-    let real = facts.weights.source != "random";
+    let real = context.weights.source != "random";
     for (record, outcome) in records.iter_mut().zip(outcomes) {
         let fp16_samples = fp16.filter(|_| real).map(|at| outcomes[at].samples.as_slice());
         let n_gen = record.workload.n_gen as usize;
@@ -78,18 +43,18 @@ pub fn records(
     }
     let baseline = fp16.map(|at| records[at].clone());
     for (at, (record, outcome)) in records.iter_mut().zip(outcomes).enumerate() {
-        let mut warnings = facts.warnings.clone();
+        let mut warnings = context.warnings.clone();
         let alone = |index: usize| outcomes[index].alone;
         if let Some(baseline) = baseline.as_ref().filter(|_| fp16 != Some(at)) {
             let unpaired = alone(at) || fp16.is_some_and(alone);
-            compare(record, baseline, if unpaired { Order::InTurn } else { facts.order }, &mut warnings);
+            compare(record, baseline, if unpaired { Order::InTurn } else { context.order }, &mut warnings);
         }
         let who = [Some(at), fp16].into_iter().flatten().find(|&index| alone(index) && record.status == Status::Ok);
-        warnings.extend(who.map(|index| Warning::RanAlone { label: rows[index].label() }));
+        warnings.extend(who.map(|index| Warning::RanAlone { label: variants[index].label() }));
         if record.status != Status::Oom && outcome.failure.is_none() {
-            warnings.extend(tell::of_repeats(facts, record, outcome));
-            warnings.extend(tell::of_machine(outcome));
-            warnings.extend(tell::of_memory(facts, record, outcome));
+            warnings.extend(diagnose::of_repeats(context, record, outcome));
+            warnings.extend(diagnose::of_machine(outcome));
+            warnings.extend(diagnose::of_memory(context, record, outcome));
         }
         record.tainted = warnings.iter().any(Warning::taints);
         record.warnings = warnings.iter().map(Warning::to_string).collect();
@@ -98,8 +63,8 @@ pub fn records(
 }
 
 /// Rows that failed before they could tell their instruction set ran on the same device as those that did.
-fn instruction_set_of_all(rows: &[Row], records: &mut [Record]) {
-    let own = |at: &usize| rows[*at].engine == Engine::Quantbench;
+fn instruction_set_of_all(variants: &[Variant], records: &mut [Record]) {
+    let own = |at: &usize| variants[*at].engine == Engine::Quantbench;
     let isas = (0..records.len()).filter(own).map(|at| records[at].environment.isa.clone());
     let Some(isa) = isas.into_iter().find(|isa| !isa.is_empty()) else { return };
     for at in (0..records.len()).filter(own) {
@@ -111,10 +76,10 @@ fn instruction_set_of_all(rows: &[Row], records: &mut [Record]) {
 }
 
 /// One record for each precision of a case whose speed is not measured.
-pub fn unmeasured(facts: &Facts, case: &Case) -> Vec<Record> {
+pub fn unmeasured(context: &RunContext, case: &Case) -> Vec<Record> {
     let record = |&precision: &FormatId| {
-        let mut record = base(facts, &Row::own(precision), &Outcome::default(), &|_| None);
-        let of_model = facts.warnings.iter().filter(|warning| matches!(warning, Warning::Model { .. }));
+        let mut record = base(context, &Variant::own(precision), &Outcome::default(), &|_| None);
+        let of_model = context.warnings.iter().filter(|warning| matches!(warning, Warning::Model { .. }));
         record.warnings = of_model.map(Warning::to_string).collect();
         record
     };
@@ -122,44 +87,49 @@ pub fn unmeasured(facts: &Facts, case: &Case) -> Vec<Record> {
 }
 
 /// All that follows from the outcome alone.
-fn base(facts: &Facts, row: &Row, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> Option<String>) -> Record {
+fn base(
+    context: &RunContext,
+    variant: &Variant,
+    outcome: &Outcome,
+    decode: &dyn Fn(&[u32]) -> Option<String>,
+) -> Record {
     let loaded = outcome.loaded.clone().unwrap_or_default();
-    let n_gen = outcome.warmed.as_ref().map_or(facts.workload.n_gen, |warmed| warmed.n_gen as u64);
+    let n_gen = outcome.warmed.as_ref().map_or(context.workload.n_gen, |warmed| warmed.n_gen as u64);
     let token_ids = outcome.samples.first().map(|sample| sample.ids.clone()).unwrap_or_default();
     let text = (!token_ids.is_empty()).then(|| decode(&token_ids)).flatten();
-    let isa = if loaded.isa.is_empty() { facts.environment.isa.clone() } else { loaded.isa.clone() };
+    let isa = if loaded.isa.is_empty() { context.environment.isa.clone() } else { loaded.isa.clone() };
     let mut record = Record {
         status: Status::Ok,
         reason: None,
         tainted: false,
-        engine: engine_of(facts, row.engine),
+        engine: engine_of(context, variant.engine),
         file: String::new(),
-        command: facts.command.clone(),
-        timestamp: facts.timestamp.clone(),
-        model: facts.model.clone(),
-        weights: record::WeightFacts { fp16_overflow: loaded.fp16_overflow, ..facts.weights.clone() },
-        precision: row.precision.to_string(),
-        keep_fp16: facts.keep_fp16.clone(),
-        int8: int8(facts, row.precision, outcome),
-        device: facts.device.clone(),
-        workload: record::Workload { n_gen, ..facts.workload },
-        protocol: protocol(facts, outcome),
-        phases: phases(facts, outcome),
+        command: context.command.clone(),
+        timestamp: context.timestamp.clone(),
+        model: context.model.clone(),
+        weights: record::WeightFacts { fp16_overflow: loaded.fp16_overflow, ..context.weights.clone() },
+        precision: variant.precision.to_string(),
+        keep_fp16: context.keep_fp16.clone(),
+        int8: int8(context, variant.precision, outcome),
+        device: context.device.clone(),
+        workload: record::Workload { n_gen, ..context.workload },
+        protocol: protocol(context, outcome),
+        phases: phases(context, outcome),
         samples: samples(outcome),
         metrics: BTreeMap::new(),
-        dtypes: dtypes(facts, row),
+        dtypes: dtypes(context, variant),
         ratio_to_fp16: None,
-        memory: memory::memory(outcome, &facts.device.kind),
+        memory: memory::memory(outcome, &context.device.kind),
         bandwidth: Bandwidth::default(),
-        energy: monitor::energy(facts.counter.as_ref(), outcome),
+        energy: monitor::energy(context.counter.as_ref(), outcome),
         monitor: monitor::ranges(outcome),
-        series: if facts.protocol.keep_series { monitor::series(outcome) } else { Vec::new() },
+        series: if context.protocol.keep_series { monitor::series(outcome) } else { Vec::new() },
         output: record::Output { token_ids, text },
         self_check: loaded
             .self_check
             .as_ref()
             .map(|c| record::SelfCheck { matrix: c.matrix.clone(), error_share: c.error_share }),
-        environment: record::Environment { isa, ..facts.environment.clone() },
+        environment: record::Environment { isa, ..context.environment.clone() },
         card_bytes: None,
         warnings: Vec::new(),
         quality: None,
@@ -170,14 +140,14 @@ fn base(facts: &Facts, row: &Row, outcome: &Outcome, decode: &dyn Fn(&[u32]) -> 
         record.memory.needed_bytes = Some(outcome.needed_bytes).filter(|bytes| is_oom && *bytes > 0);
     }
     record.metrics = metrics::summaries(&record);
-    record.bandwidth = limit::bandwidth(facts, &record, outcome);
+    record.bandwidth = limit::bandwidth(context, &record, outcome);
     record
 }
 
-fn engine_of(facts: &Facts, engine: Engine) -> record::Engine {
+fn engine_of(context: &RunContext, engine: Engine) -> record::Engine {
     match engine {
-        Engine::Quantbench => facts.engine.clone(),
-        other => super::engine_facts(other),
+        Engine::Quantbench => context.engine.clone(),
+        other => engine_info(other),
     }
 }
 
@@ -191,30 +161,30 @@ pub fn fail(record: &mut Record, failure: &Failure) {
     }
 }
 
-fn int8(facts: &Facts, precision: FormatId, outcome: &Outcome) -> Option<record::Int8Facts> {
+fn int8(context: &RunContext, precision: FormatId, outcome: &Outcome) -> Option<record::Int8Facts> {
     let counts = outcome.finished.as_ref().map(|finished| finished.outliers).filter(|counts| counts.calls > 0);
     precision.finds_outliers.then(|| record::Int8Facts {
-        threshold: f64::from(facts.format_options.int8_threshold),
+        threshold: f64::from(context.format_options.int8_threshold),
         outlier_columns_mean: counts.map(|counts| counts.columns as f64 / counts.calls as f64),
     })
 }
 
-fn protocol(facts: &Facts, outcome: &Outcome) -> record::Protocol {
+fn protocol(context: &RunContext, outcome: &Outcome) -> record::Protocol {
     let warmed = outcome.warmed.as_ref();
     record::Protocol {
         n_warmup: warmed.map_or(0, |warmed| warmed.runs_ns.len() as u64),
         warmup_ended: warmed.map(|warmed| warmed.ended.to_string()).unwrap_or_default(),
         n_repeats: outcome.samples.len() as u64,
         ended: outcome.ended.map(|ended| ended.to_string()).unwrap_or_default(),
-        order: if outcome.alone { Order::InTurn } else { facts.order }.name().to_owned(),
-        interval: if facts.protocol.launches > 1 { "between-launches" } else { "within-run" }.to_owned(),
-        method: facts.protocol.method.name().to_owned(),
+        order: if outcome.alone { Order::InTurn } else { context.order }.name().to_owned(),
+        interval: if context.protocol.launches > 1 { "between-launches" } else { "within-run" }.to_owned(),
+        method: context.protocol.method.name().to_owned(),
         n_discarded: outcome.n_discarded as u64,
     }
 }
 
-fn phases(facts: &Facts, outcome: &Outcome) -> BTreeMap<String, f64> {
-    let mut phases = BTreeMap::from([("resolve".to_owned(), facts.resolve_s)]);
+fn phases(context: &RunContext, outcome: &Outcome) -> BTreeMap<String, f64> {
+    let mut phases = BTreeMap::from([("resolve".to_owned(), context.resolve_s)]);
     if let Some(loaded) = &outcome.loaded {
         phases.insert("load".to_owned(), loaded.load_s);
         phases.insert("quantize".to_owned(), loaded.quantize_s);
@@ -225,17 +195,17 @@ fn phases(facts: &Facts, outcome: &Outcome) -> BTreeMap<String, f64> {
     if !outcome.samples.is_empty() {
         let total_ns: u64 = outcome.samples.iter().map(|sample| sample.end_to_end_ns).sum();
         phases.insert("measure".to_owned(), total_ns as f64 / 1e9);
-        phases.extend(of_a_repeat(facts, &outcome.samples));
+        phases.extend(of_a_repeat(context, &outcome.samples));
     }
     phases
 }
 
 /// Seconds that the parts of a repeat take where the model has an encoder: medians.
-fn of_a_repeat(facts: &Facts, samples: &[Sample]) -> Vec<(String, f64)> {
+fn of_a_repeat(context: &RunContext, samples: &[Sample]) -> Vec<(String, f64)> {
     if samples.iter().all(|sample| sample.encode_ns == 0) {
         return Vec::new();
     }
-    let encoder = if facts.workload.n_image > 0 { "image_encode" } else { "encoder" };
+    let encoder = if context.workload.n_image > 0 { "image_encode" } else { "encoder" };
     let seconds = |part: fn(&Sample) -> u64| {
         let values: Vec<f64> = samples.iter().map(|sample| part(sample) as f64 / 1e9).collect();
         stats::median(&values)
@@ -284,13 +254,13 @@ fn samples(outcome: &Outcome) -> Samples {
 }
 
 /// candle computes in what its weights have.
-fn dtypes(facts: &Facts, row: &Row) -> record::Dtypes {
-    let fp32 = match row.engine {
-        Engine::Quantbench => facts.device.kind == "cpu",
-        Engine::Candle => engine::candle::runs_in_fp32(&facts.model.architecture),
+fn dtypes(context: &RunContext, variant: &Variant) -> record::Dtypes {
+    let fp32 = match variant.engine {
+        Engine::Quantbench => context.device.kind == "cpu",
+        Engine::Candle => engine::candle::runs_in_fp32(&context.model.architecture),
     };
     let computed = if fp32 { "fp32" } else { "fp16" }.to_owned();
-    let weights = if row.engine == Engine::Candle { computed.clone() } else { row.precision.to_string() };
+    let weights = if variant.engine == Engine::Candle { computed.clone() } else { variant.precision.to_string() };
     record::Dtypes { weights, compute: computed.clone(), kv_cache: computed.clone(), logits: computed }
 }
 

@@ -10,13 +10,13 @@ use std::fs::OpenOptions;
 use std::path::PathBuf;
 
 use super::environment::Machine;
-use super::memory::ProcessMemory;
 use crate::error::BadInput;
 use crate::kernels::cpu::bandwidth;
 use crate::kernels::cpu::libraries::can_open;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
+use crate::os::memory::ProcessMemory;
 use crate::report::doctor::{Build, Cpu, DeviceFile, Examination, Finding, Gpu, GpuDevice, HostMemory, Permissions};
 
 /// What is below a mean load of half a CPU is the system itself.
@@ -255,8 +255,8 @@ fn of_gpu(gpu: &Gpu, problem: Option<BadInput>) -> Vec<Finding> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::tests::root;
     use super::*;
+    use crate::os::testing::root;
 
     #[test]
     fn limits_of_control_groups_are_read_in_either_version() {

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::energy::{Counter, Mark, shortest_window_s};
 use super::{GpuReading, Reading, Watch, Watched};
-use crate::harness::memory::ProcessMemory;
 use crate::kernels::nvml::Gpu;
+use crate::os::memory::ProcessMemory;
 
 /// Between two readings. One opens a handful of files of some 0.02 ms each, so that even with the clocks of 64 cores it takes about
 /// 1 % of one.
@@ -265,7 +265,7 @@ fn number(path: impl AsRef<Path>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::harness::memory::tests::root;
+    use crate::os::testing::root;
 
     #[test]
     fn what_the_machine_shows_is_read() {

@@ -21,6 +21,13 @@ impl Angles {
         (&self.cos[range.clone()], &self.sin[range])
     }
 
+    /// Takes the cosines and sines of the positions from `first` on.
+    pub fn set(&mut self, first: usize, turns: impl Iterator<Item = (f32, f32)>) {
+        let at = first * self.half;
+        let tables = self.cos[at..].iter_mut().zip(&mut self.sin[at..]);
+        tables.zip(turns).for_each(|((cos, sin), turn)| (*cos, *sin) = turn);
+    }
+
     /// Bytes of both tables.
     pub fn bytes(&self) -> usize {
         size_of_val(&self.cos[..]) + size_of_val(&self.sin[..])

@@ -1,12 +1,47 @@
 //! Vectors of fp32: sums and the greatest element.
 
-use super::lanes::{Kernel, Lanes, on};
+use super::lanes::{Kernel, Lanes, exp, on};
 use crate::kernels::isa::Isa;
 
 /// `a += b`
 pub fn add_to(isa: Isa, a: &mut [f32], b: &[f32]) {
     assert_eq!(a.len(), b.len());
     on(isa, AddTo { a, b });
+}
+
+/// `cap · tanh(x / cap)` in place, within 2e-7 · cap.
+pub fn cap(isa: Isa, x: &mut [f32], cap: f32) {
+    on(isa, Cap { x, cap });
+}
+
+/// `y += factor · x`
+pub fn add_scaled(y: &mut [f32], factor: f32, x: &[f32]) {
+    assert_eq!(y.len(), x.len());
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += factor * x);
+}
+
+struct Cap<'a> {
+    x: &'a mut [f32],
+    cap: f32,
+}
+
+impl Kernel for Cap<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (factor, cap) = (2.0 / self.cap, L::splat(self.cap));
+        // tanh(u) = 1 − 2 / (1 + e^(2u)), which is −1 and 1 at the ends.
+        let at = |x: L| {
+            let e = exp(x.mul(L::splat(factor)));
+            L::splat(1.0).sub(L::splat(2.0).div(e.add(L::splat(1.0)))).mul(cap)
+        };
+        let mut chunks = self.x.chunks_exact_mut(L::WIDTH);
+        for chunk in &mut chunks {
+            at(L::load(chunk)).store(chunk);
+        }
+        let tail = chunks.into_remainder();
+        at(L::load_head(tail)).store_head(tail);
+    }
 }
 
 /// Index of the greatest element, the lowest where several tie. NaN never wins; 0 if nothing else is there.

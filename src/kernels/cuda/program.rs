@@ -5,8 +5,8 @@ use candle_core::{CudaDevice, Result, bail};
 
 use super::attention::Attention;
 use super::launch::{Grid, Kernel, Launcher, dimension, launch};
-use super::norm_add::NormAdd;
 use super::matvec::{Epilogue, Family, InputDesc, Matvec, Mode, Product};
+use super::norm_add::NormAdd;
 use super::step_kernel::{DeviceProperties, StepKernel, WARPS, WeightDecoder};
 use crate::parameters;
 
@@ -257,7 +257,8 @@ impl ProgramBuilder {
         for (writer, instruction) in self.list.iter().enumerate() {
             // A unit of attention has a part of what it reads, and all that this was made of.
             let reads_part = |reader: usize| {
-                matches!(instruction, Instruction::Attention(_)) && reads[writer].iter().any(|(_, of)| *of == Some(reader))
+                matches!(instruction, Instruction::Attention(_))
+                    && reads[writer].iter().any(|(_, of)| *of == Some(reader))
             };
             let is_overwritten =
                 |reader: &usize| reads[*reader].iter().any(|(address, _)| instruction.writes(*address));

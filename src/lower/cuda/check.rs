@@ -10,7 +10,7 @@ use crate::kernels::cuda::arena::Layout;
 use crate::kernels::cuda::launch::MemoryPlanner;
 use crate::kernels::cuda::matvec::MatrixDesc;
 use crate::kernels::cuda::step_kernel::DeviceProperties;
-use crate::plan::{BiasId, CacheId, MatrixId, Model, RopeId, VectorId};
+use crate::plan::{BiasId, CacheId, MatrixId, Model, RopeId, VectorId, feature, refuse};
 use crate::quant::dense;
 
 /// Lowers a decode step, a prompt and an encoder call of one row each.
@@ -18,6 +18,9 @@ use crate::quant::dense;
 /// # Errors
 /// If one of them holds an operation that the device has no code for.
 pub fn check(model: &Model, properties: DeviceProperties) -> Result<()> {
+    for rope in &model.ropes {
+        refuse("the CUDA step", "a model", &[feature(&rope.by_length)])?;
+    }
     let on = Nowhere { model, properties };
     let fused = fused(&on)?;
     // Every buffer has an address of its own, and none is 0.

@@ -244,6 +244,7 @@ impl<'a> Prefill<'a> {
             Op::Append(AppendSpec { kv, cache }) => self.append(*kv, *cache, None)?,
             Op::Attention(spec) => self.attention(index, spec)?,
             Op::Activation(spec) => self.activate(index, *spec)?,
+            Op::Experts(spec) => bail!("{EXECUTOR} cannot run {spec}"),
             Op::Add(spec) => self.add(index, *spec)?,
             Op::LastRow(_) | Op::Argmax(_) => bail!("the head is a launch of its own"),
         }
@@ -286,7 +287,8 @@ impl<'a> Prefill<'a> {
         }
         let outlier_columns = self.on.session().outlier_columns;
         let x = SharedInput::new(self.read(*x)?, self.shape.rows(), outlier_columns, self.arena);
-        for &LinearPart { weight, bias, out } in parts {
+        for &LinearPart { weight, rows, bias, out } in parts {
+            refuse(EXECUTOR, "a linear", &[feature(&rows)])?;
             let matrix = self.on.matrix(weight);
             let y = match matrix.family.product_is_float {
                 true => self.float(out)?,

@@ -163,7 +163,8 @@ impl StepProgram {
             lowering.add(op).with_context(|| format!("at {op:?}"))?;
         }
         // Without an LM head no token is found, and the last block writes none.
-        let finds_token = fused.iter().any(|op| matches!(op, FusedOp::Matvec(spec) if matches!(spec.join, Join::Argmax { .. })));
+        let finds_token =
+            fused.iter().any(|op| matches!(op, FusedOp::Matvec(spec) if matches!(spec.join, Join::Argmax { .. })));
         let token = if finds_token { memory.token_output(on, 1)? } else { TokenOutput::default() };
         Ok(Self { instructions: lowering.instructions, counters: memory.counters, token })
     }

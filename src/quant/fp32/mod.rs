@@ -12,6 +12,8 @@ pub const ID: FormatId = FormatId::of(&ENTRY);
 
 static ENTRY: FormatEntry = FormatEntry {
     is_exact: true,
+    // Activations in fp32.
+    prefill_bytes: |m, (_, k)| (m as u64).saturating_mul((k * size_of::<f32>()) as u64),
     ..FormatEntry::plain("fp32", "32-bit floating point, for layers that no precision may touch", |_: FormatOptions| {
         Box::new(Fp32)
     })

@@ -8,6 +8,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod saved;
 
 use candle_core::{Result, bail};
 use half::f16;
@@ -24,6 +25,8 @@ pub const ID: FormatId = FormatId::of(&ENTRY);
 static ENTRY: FormatEntry = FormatEntry {
     aliases: &["8bit", "llm.int8"],
     finds_outliers: true,
+    saved: Some(&saved::Int8Saved),
+    prefill_bytes,
     ..FormatEntry::plain(
         "int8",
         "LLM.int8: 8-bit weights and activations, outlier columns in floating point",
@@ -40,6 +43,11 @@ const CODE_UNIT: f32 = 0.007_874_016;
 
 /// More columns could overflow the int32 sum of products of up to 127².
 const MAX_COLUMNS: usize = (i32::MAX / (127 * 127)) as usize;
+
+/// Codes of the activations and int32 products.
+fn prefill_bytes(m: usize, (n, k): (usize, usize)) -> u64 {
+    (m as u64).saturating_mul((n * size_of::<i32>() + k) as u64)
+}
 
 struct Int8 {
     threshold: f32,

@@ -9,6 +9,7 @@ use candle_core::{CudaDevice, Device, Result};
 use half::f16;
 
 use super::nested::{self, NestedAbsmax};
+use super::tile::tile_rows;
 use super::{Absmax, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
@@ -74,12 +75,6 @@ const HALF_BYTES: usize = CHUNK_BYTES / 2;
 /// Bytes that stay together: 16 elements.
 const UNIT_BYTES: usize = 8;
 const DEQUANTIZE_THREADS: u32 = 256;
-/// Two thirds of an H100's L2 cache: of 2 to 64 MiB the best there (docs/benchmarks.md).
-const TILE_BYTES: usize = 32 << 20;
-/// cuBLAS' tiles begin with whole words of the result, and have as many columns.
-const TILE_GRANULE: usize = 64;
-/// Rows of a call whose weights are made tile by tile.
-const FEW_ROWS: usize = 32;
 
 pub(super) fn upload(stored: &Nf4Stored, device: &Device) -> Result<Box<dyn CudaMatrix>> {
     let device = device.as_cuda_device()?;
@@ -169,14 +164,6 @@ pub unsafe fn dequantize(on: &dyn Launcher, matrix: &MatrixDesc, rows: Range<usi
     let grid = Grid::over(units, DEQUANTIZE_THREADS);
     // SAFETY: parameters as nf4.cu declares them, a thread for each unit; the caller vouches for the addresses.
     unsafe { on.launch(&KERNELS, name, grid, parameters![part, matrix.constants, out, k, stride, first, end]) }
-}
-
-/// Rows of the weight that are fp16 at once, for m rows of activations: of few, a product is over sooner than its weights have gone
-/// through memory, so that they should stay in the L2 cache.
-fn tile_rows(m: usize, n: usize, k: usize) -> usize {
-    let bytes = size_of::<f16>() * n * k;
-    let step = n.div_ceil(bytes.div_ceil(TILE_BYTES)).next_multiple_of(TILE_GRANULE);
-    if m > FEW_ROWS { n } else { step.min(n) }
 }
 
 struct Nf4OnDevice {

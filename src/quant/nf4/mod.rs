@@ -8,6 +8,9 @@ mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod nested;
+mod saved;
+mod state;
+mod tile;
 
 use candle_core::Result;
 use half::f16;
@@ -27,6 +30,8 @@ pub const NO_DOUBLE_QUANT: FormatId = FormatId::of(&ENTRY_NO_DOUBLE_QUANT);
 static ENTRY: FormatEntry = FormatEntry {
     aliases: &["4bit"],
     without_double_quant: Some(NO_DOUBLE_QUANT),
+    saved: Some(&saved::Nf4Saved(AbsmaxKind::Nested)),
+    prefill_bytes: tile::tile_bytes,
     ..FormatEntry::plain(
         "nf4",
         "4-bit NormalFloat in blocks of 64, absmax double-quantized: bitsandbytes' NF4 (QLoRA)",
@@ -36,6 +41,8 @@ static ENTRY: FormatEntry = FormatEntry {
 
 static ENTRY_NO_DOUBLE_QUANT: FormatEntry = FormatEntry {
     is_variant: true,
+    saved: Some(&saved::Nf4Saved(AbsmaxKind::Plain)),
+    prefill_bytes: tile::tile_bytes,
     ..FormatEntry::plain("nf4-nodq", "NF4 with fp32 absmax, without double quantization", |_: FormatOptions| {
         Box::new(Nf4 { absmax: AbsmaxKind::Plain })
     })

@@ -138,7 +138,7 @@ fn ratio(gate: &Gate, sides: &Sides) -> Result<Found, Nothing> {
 /// `decode_tps` over that of fp16 repeat by repeat, which drift of the machine and the machine's speed cancel out of.
 fn paired_speedups(record: &Record, all: &[Record]) -> Result<Vec<f64>, Nothing> {
     let same_run = |other: &&Record| {
-        other.precision == "fp16"
+        other.is_fp16()
             && (&other.model, other.workload, &other.device, &other.timestamp)
                 == (&record.model, record.workload, &record.device, &record.timestamp)
     };

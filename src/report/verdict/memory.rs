@@ -35,9 +35,8 @@ pub fn fit(records: &[&Record], card_bytes: u64) -> String {
 
 /// What the precision with the lowest peak saves, where speed names none.
 pub fn least_memory(records: &[&Record]) -> String {
-    let fp16 = records.iter().find(|record| record.precision == "fp16");
-    let known =
-        records.iter().copied().filter(|record| record.precision != "fp16" && record.memory.peak_bytes.is_some());
+    let fp16 = records.iter().find(|record| record.is_fp16());
+    let known = records.iter().copied().filter(|record| !record.is_fp16() && record.memory.peak_bytes.is_some());
     match (fp16, known.min_by_key(|record| record.memory.peak_bytes)) {
         (Some(fp16), Some(least)) => saving(fp16, &[least]),
         _ => String::new(),

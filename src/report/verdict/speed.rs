@@ -11,7 +11,7 @@ const NO_DIFFERENCE: f64 = 0.05;
 /// Of one run. `ok` holds its records with a sound result.
 pub fn claim(ok: &[&Record]) -> String {
     let (measured, silent): (Vec<&Record>, Vec<&Record>) = ok.iter().partition(|record| decode_tps(record).is_some());
-    let fp16 = measured.iter().copied().find(|record| record.precision == "fp16");
+    let fp16 = measured.iter().copied().find(|record| record.is_fp16());
     let text = match (measured.as_slice(), fp16) {
         ([], _) => return without_decode(ok),
         ([only], _) => alone(only),
@@ -81,7 +81,7 @@ fn finding(record: &Record) -> Finding {
 }
 
 fn against_fp16(fp16: &Record, measured: &[&Record]) -> String {
-    let others: Vec<&Record> = measured.iter().copied().filter(|record| record.precision != "fp16").collect();
+    let others: Vec<&Record> = measured.iter().copied().filter(|record| !record.is_fp16()).collect();
     let best =
         others.iter().copied().filter(|record| finding(record) == Faster).max_by(|a, b| ratio(a).total_cmp(&ratio(b)));
     let is_tied = |record: &&Record| {

@@ -3,9 +3,11 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::forms;
 use super::held::SECTIONS;
 use crate::error::BadInput;
-use crate::quant::{FormatId, int8, nf4};
+use crate::quant::FormatId;
+use crate::quant::saved::SavedConfig;
 
 /// What config.json says about weights that were quantized before they were saved.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,32 +27,13 @@ impl PreQuantized {
         if method != "bitsandbytes" {
             return Err(other_method(&method).into());
         }
-        let flag = |key: &str| section.get(key).and_then(Value::as_bool).unwrap_or(false);
-        let word = |key: &str| section.get(key).and_then(Value::as_str);
-        let (int8, four_bit) = (flag("load_in_8bit"), flag("load_in_4bit"));
         let threshold = section.get("llm_int8_threshold").and_then(Value::as_f64).unwrap_or(6.0);
         let skipped = section.get("llm_int8_skip_modules").and_then(Value::as_array).into_iter().flatten();
-        let skipped: Vec<String> = skipped.filter_map(Value::as_str).map(str::to_owned).collect();
-        let of = |precision| Ok(Some(Self { precision, int8_threshold: threshold as f32, skipped: skipped.clone() }));
-        match (int8, four_bit) {
-            (true, false) => return of(int8::ID),
-            (false, true) => {}
-            _ => {
-                return Err(
-                    unknown("load_in_8bit and load_in_4bit", &format!("{int8}, {four_bit}"), "one of them").into()
-                );
-            }
-        }
-        // transformers' own defaults where a key is left out.
-        let quant_type = word("bnb_4bit_quant_type").unwrap_or("fp4");
-        if quant_type != "nf4" {
-            return Err(unknown("bnb_4bit_quant_type", quant_type, "nf4").into());
-        }
-        let storage = word("bnb_4bit_quant_storage").unwrap_or("uint8");
-        if storage != "uint8" {
-            return Err(unknown("bnb_4bit_quant_storage", storage, "uint8").into());
-        }
-        of(if flag("bnb_4bit_use_double_quant") { nf4::ID } else { nf4::NO_DOUBLE_QUANT })
+        Ok(Some(Self {
+            precision: format_of(section)?,
+            int8_threshold: threshold as f32,
+            skipped: skipped.filter_map(Value::as_str).map(str::to_owned).collect(),
+        }))
     }
 
     /// The method that config.json names, `None` where it tells of no quantization.
@@ -62,6 +45,34 @@ impl PreQuantized {
     pub fn skips(&self, name: &str) -> bool {
         let dotted = format!(".{name}.");
         self.skipped.iter().any(|module| dotted.contains(&format!(".{module}.")))
+    }
+}
+
+/// The format that a section of bitsandbytes names.
+fn format_of(section: &Value) -> Result<FormatId, BadInput> {
+    let flag = |key: &str| section.get(key).and_then(Value::as_bool).unwrap_or(false);
+    let word = |key: &str| section.get(key).and_then(Value::as_str);
+    let wanted = match (flag("load_in_8bit"), flag("load_in_4bit")) {
+        (true, false) => SavedConfig::EightBit,
+        // transformers' own default where the key is left out.
+        (false, true) => SavedConfig::FourBit {
+            quant_type: word("bnb_4bit_quant_type").unwrap_or("fp4"),
+            double_quant: flag("bnb_4bit_use_double_quant"),
+        },
+        (int8, four_bit) => {
+            let seen = format!("{int8}, {four_bit}");
+            return Err(unknown("load_in_8bit and load_in_4bit", &seen, "one of them"));
+        }
+    };
+    let Some((format, _)) = forms().find(|(_, form)| form.config() == wanted) else {
+        let mut known: Vec<&str> = forms().filter_map(|(_, form)| form.config().quant_type()).collect();
+        known.dedup();
+        return Err(unknown("bnb_4bit_quant_type", wanted.quant_type().unwrap_or_default(), &known.join("` or `")));
+    };
+    match word("bnb_4bit_quant_storage").unwrap_or("uint8") {
+        "uint8" => Ok(format),
+        other if wanted.quant_type().is_some() => Err(unknown("bnb_4bit_quant_storage", other, "uint8")),
+        _ => Ok(format),
     }
 }
 
@@ -109,14 +120,11 @@ fn unknown(key: &str, seen: &str, allowed: &str) -> BadInput {
 
 /// The section that transformers writes beside weights of this precision; `None` where it has none.
 pub fn section(precision: FormatId, int8_threshold: f32) -> Option<Value> {
-    let (four_bit, double_quant) = match precision.name {
-        "int8" => (false, false),
-        "nf4" => (true, true),
-        "nf4-nodq" => (true, false),
-        _ => return None,
-    };
     // transformers writes its defaults of 4 bits beside 8 bits as well.
-    let (compute, quant_type) = if four_bit { ("float16", "nf4") } else { ("float32", "fp4") };
+    let (four_bit, compute, quant_type, double_quant) = match precision.saved?.config() {
+        SavedConfig::EightBit => (false, "float32", "fp4", false),
+        SavedConfig::FourBit { quant_type, double_quant } => (true, "float16", quant_type, double_quant),
+    };
     Some(json!({
         "_load_in_4bit": four_bit,
         "_load_in_8bit": !four_bit,

@@ -2,7 +2,8 @@
 
 use safetensors::Dtype;
 
-use super::{QUANT_STATE, name_of};
+use super::{forms, name_of};
+use crate::quant::{FORMATS, FormatId};
 use crate::weights::safetensors::Safetensors;
 
 /// Keys of config.json that tell of a quantization.
@@ -26,15 +27,14 @@ const OTHERS: &[&str] = &[
     ".W_q",
 ];
 
-/// Counts of quantized matrices by what they are held in.
+/// What quantized matrices are held in.
 #[derive(Debug, Default)]
 pub struct Held {
-    int8: usize,
-    nf4: usize,
-    nf4_nodq: usize,
-    fp4: usize,
+    /// Formats that hold any, in the order of the table.
+    formats: Vec<FormatId>,
+    has_fp4: bool,
     /// Tensors that are no plain values and none of these.
-    others: usize,
+    has_others: bool,
 }
 
 impl Held {
@@ -42,30 +42,37 @@ impl Held {
         let mut held = Self::default();
         for name in files.names() {
             let has = |suffix: &str| files.get(&name_of(&name, suffix)).is_some();
-            let dtype = files.get(&name).map(|tensor| tensor.dtype);
-            match dtype {
-                Some(Dtype::I8) if has("SCB") => held.int8 += 1,
-                Some(Dtype::U8) if has(QUANT_STATE) && has("nested_absmax") => held.nf4 += 1,
-                Some(Dtype::U8) if has(QUANT_STATE) => held.nf4_nodq += 1,
-                Some(Dtype::U8) if has(FP4_STATE) => held.fp4 += 1,
-                _ if OTHERS.iter().any(|end| name.ends_with(end)) => held.others += 1,
-                Some(dtype) if name.ends_with("weight") && !is_plain(dtype) => held.others += 1,
-                _ => {}
+            let Some(dtype) = files.get(&name).map(|tensor| tensor.dtype) else { continue };
+            if let Some((format, _)) = forms().find(|(_, form)| form.holds(dtype, &has)) {
+                held.formats.push(format);
+            } else if dtype == Dtype::U8 && has(FP4_STATE) {
+                held.has_fp4 = true;
+            } else if OTHERS.iter().any(|end| name.ends_with(end)) || (name.ends_with("weight") && !is_plain(dtype)) {
+                held.has_others = true;
             }
         }
+        held.formats.sort_by_key(|format| FORMATS.iter().position(|known| known == format));
+        held.formats.dedup();
         held
     }
 
     /// Whether no matrix is quantized.
     pub fn is_plain(&self) -> bool {
-        let Self { int8, nf4, nf4_nodq, fp4, others } = self;
-        int8 + nf4 + nf4_nodq + fp4 + others == 0
+        let Self { formats, has_fp4, has_others } = self;
+        formats.is_empty() && !has_fp4 && !has_others
+    }
+
+    /// The one format of bitsandbytes that holds weights here.
+    pub fn only(&self) -> Option<FormatId> {
+        match self.formats[..] {
+            [format] if !self.has_fp4 => Some(format),
+            _ => None,
+        }
     }
 
     /// The names of what bitsandbytes holds here.
-    pub fn precisions(&self) -> Vec<&'static str> {
-        let all = [("int8", self.int8), ("nf4", self.nf4), ("nf4-nodq", self.nf4_nodq), ("fp4", self.fp4)];
-        all.into_iter().filter(|(_, count)| *count > 0).map(|(name, _)| name).collect()
+    pub fn names(&self) -> Vec<&'static str> {
+        self.formats.iter().map(|format| format.name).chain(self.has_fp4.then_some("fp4")).collect()
     }
 }
 

@@ -25,7 +25,7 @@ pub struct Context<'a> {
     pub softcap: Option<f32>,
     /// The most positions that a query sees: the last ones. `None` is all.
     pub window: Option<usize>,
-    /// A score of each query head of a row that joins its softmax and weighs no value.
+    /// A score of each query head of the group, which joins the softmax and weighs no value.
     pub sinks: Option<&'a [f32]>,
 }
 
@@ -91,8 +91,8 @@ pub fn attend_within(
         let bias = bias.map(|bias| &bias[turn * QUERIES * t..][..n * t]);
         let mut partials = [Partial::EMPTY; QUERIES];
         attend_part(isa, q, context, bias, out, &mut partials[..n], scratch);
-        let sinks = context.sinks.map(|sinks| &sinks[turn * QUERIES..][..n]);
-        finish(isa, out, &partials[..n], sinks, d);
+        add_sinks(&mut partials[..n], context.sinks, turn * QUERIES);
+        finish(isa, out, &partials[..n], d);
     }
 }
 
@@ -157,7 +157,8 @@ fn attend_turn(
     let mut partials = [Partial::EMPTY; QUERIES];
     let partials = &mut partials[..n];
     on(isa, Attend { q, context: *context, first, group, bias: None, out: &mut *out, partials, scratch });
-    finish(isa, out, partials, context.sinks, d);
+    add_sinks(partials, context.sinks, 0);
+    finish(isa, out, partials, d);
 }
 
 /// Adds the part `other` of further positions to `out` and `partials`, all as [`attend_part`] left them.
@@ -181,28 +182,25 @@ pub fn merge(
     }
 }
 
-/// Divides by the sums, which makes `out` the attention's result. `sinks` are scores that join the softmax of each query and weigh
-/// no value; they begin again with every row of queries.
-pub fn finish(isa: Isa, out: &mut [f32], partials: &[Partial], sinks: Option<&[f32]>, d: usize) {
-    assert_eq!(out.len(), partials.len() * d);
-    for (query, (out, partial)) in out.chunks_exact_mut(d).zip(partials).enumerate() {
-        let (own, sum) = match sinks {
-            Some(sinks) => with_sink(partial, sinks[query % sinks.len()]),
-            None => (1.0, partial.sum),
-        };
-        if sum == 0.0 {
-            out.fill(0.0);
-        } else {
-            on(isa, Combine { out, factor: own / sum, other: None });
-        }
+/// Adds the sinks' share to the sums. `first` is the number of the first query; the heads of a group come in turn.
+pub fn add_sinks(partials: &mut [Partial], sinks: Option<&[f32]>, first: usize) {
+    let Some(sinks) = sinks else { return };
+    for (partial, sink) in partials.iter_mut().zip(sinks.iter().cycle().skip(first % sinks.len().max(1))) {
+        // Infinite where the sink takes all.
+        partial.sum += (sink - partial.max).exp();
     }
 }
 
-/// The factor of what a query has so far, and its sum, once a score of `sink` has joined.
-fn with_sink(partial: &Partial, sink: f32) -> (f32, f32) {
-    let base = finite_base(if sink > partial.max { sink } else { partial.max });
-    let own = (partial.max - base).exp();
-    (own, partial.sum * own + (sink - base).exp())
+/// Divides by the sums, which makes `out` the attention's result.
+pub fn finish(isa: Isa, out: &mut [f32], partials: &[Partial], d: usize) {
+    assert_eq!(out.len(), partials.len() * d);
+    for (out, partial) in out.chunks_exact_mut(d).zip(partials) {
+        if partial.sum == 0.0 {
+            out.fill(0.0);
+        } else {
+            on(isa, Combine { out, factor: 1.0 / partial.sum, other: None });
+        }
+    }
 }
 
 /// What to subtract from scores: their maximum, or 0 where all are −∞, as −∞ − (−∞) is NaN.

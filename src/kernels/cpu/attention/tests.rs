@@ -106,7 +106,7 @@ fn parts_merge_to_the_whole() {
                 attend_part(isa, &q, &part, None, &mut part_out, &mut part_partials, &mut scratch);
                 merge(isa, &mut out, &mut partials, &part_out, &part_partials, d);
             }
-            finish(isa, &mut out, &partials, None, d);
+            finish(isa, &mut out, &partials, d);
             check(&out, reference(&q, &context, None, |_| t), &format!("{} {cuts:?}", isa.name()));
         }
     }
@@ -137,5 +137,49 @@ fn extremes() {
         }
         mask[7] = f32::NAN;
         assert!(run(0.1, &mask, t).iter().all(|y| y.is_nan()));
+    }
+}
+
+/// Windows, caps and sinks against plain sums in fp64, for one row and for several.
+#[test]
+fn windows_caps_and_sinks_match_f64() {
+    let mut scratch = Vec::new();
+    for isa in Isa::available() {
+        for (d, group, rows, first, window) in
+            [(20, 1, 1, 150, 64), (32, 3, 9, 130, 65), (24, 2, 40, 1, 7), (64, 4, 16, 70, 1), (16, 40, 2, 80, 70)]
+        {
+            let t = first + rows - 1;
+            let (q, sinks) = (random(rows * group * d, 1), random(group, 9));
+            let (keys, values) = (random(t * d, 2), random(t * d, 3));
+            let (scale, cap) = (1.0 / (d as f32).sqrt(), 0.7);
+            let context = Context {
+                keys: &keys,
+                values: &values,
+                d,
+                scale,
+                softcap: Some(cap),
+                window: Some(window),
+                sinks: Some(&sinks),
+            };
+            let mut out = vec![f32::NAN; q.len()];
+            attend_rows(isa, &q, group, &context, first, &mut out, &mut scratch);
+            for (i, (q, out)) in q.chunks(d).zip(out.chunks(d)).enumerate() {
+                let seen = first + i / group;
+                let visible = seen.saturating_sub(window)..seen;
+                let score = |j: usize| {
+                    let dot: f64 = q.iter().zip(&keys[j * d..]).map(|(q, k)| *q as f64 * *k as f64).sum();
+                    cap as f64 * (dot * scale as f64 / cap as f64).tanh()
+                };
+                let weights: Vec<f64> = visible.clone().map(|j| score(j).exp()).collect();
+                let sum = weights.iter().sum::<f64>() + (sinks[i % group] as f64).exp();
+                for (e, out) in out.iter().enumerate() {
+                    let terms = weights.iter().zip(visible.clone()).map(|(w, j)| w * values[j * d + e] as f64);
+                    let expected = terms.sum::<f64>() / sum;
+                    // Scores below 1 err by d/2 roundings and 2e-7 of the cap; weights by the same; values are below 1.
+                    let allowed = 2.0 * (d as f64 / 2.0 * 6e-8 + 2e-7) + 4e-7 + (t as f64 / 8.0 + 8.0) * 6e-8;
+                    assert!((*out as f64 - expected).abs() <= allowed, "{} query {i} [{e}]: {out}", isa.name());
+                }
+            }
+        }
     }
 }

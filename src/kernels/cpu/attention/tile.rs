@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{Context, Partial, finite_base};
-use crate::kernels::cpu::lanes::{Kernel, Lanes, exp};
+use crate::kernels::cpu::lanes::{Lanes, LanesKernel, exp};
 
 /// Positions of a tile, a multiple of every vector's width. Keys and values of 64 × 64 fp32 are 16 KiB each.
 const TILE: usize = 64;
@@ -34,7 +34,7 @@ struct Tile<'a> {
     len: usize,
 }
 
-impl Kernel for Attend<'_> {
+impl LanesKernel for Attend<'_> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(mut self) {
@@ -288,7 +288,7 @@ pub(super) struct Combine<'a> {
     pub other: Option<(&'a [f32], f32)>,
 }
 
-impl Kernel for Combine<'_> {
+impl LanesKernel for Combine<'_> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {

@@ -10,11 +10,12 @@ mod avx512;
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use bytemuck::Pod;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::{DenseFormat, DenseStored};
-use crate::kernels::cpu::pages::{Pages, PlainBits};
+use crate::kernels::cpu::pages::Pages;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PanelSource, Start};
@@ -22,7 +23,7 @@ use crate::quant::cpu::{STRIP_ROWS, checked, strips, write_strip};
 use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
 
 /// A floating-point type that matrices are made of.
-pub trait Value: DenseFormat + PlainBits + Send + Sync + std::fmt::Debug + PartialEq + 'static {
+pub trait Value: DenseFormat + Pod + Send + Sync + std::fmt::Debug + PartialEq + 'static {
     fn little_endian(self) -> impl Iterator<Item = u8>;
 
     /// From as many bytes as a value has.

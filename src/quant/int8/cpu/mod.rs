@@ -10,8 +10,10 @@ mod avx512;
 
 use std::ops::Range;
 
+use bytemuck::cast_slice;
+
 use super::{CODE_UNIT, ID, Int8Stored, PRODUCT_UNIT};
-use crate::kernels::cpu::pages::{Pages, bytes_of};
+use crate::kernels::cpu::pages::Pages;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PanelSource, Start};
@@ -246,9 +248,9 @@ impl CpuMatrix for Int8Matrix {
 
     fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
         piece(self.strip_codes(strips(&rows)));
-        piece(bytes_of(&self.absmax[rows.clone()]));
+        piece(cast_slice(&self.absmax[rows.clone()]));
         if !self.excess.is_empty() {
-            piece(bytes_of(&self.excess[rows]));
+            piece(cast_slice(&self.excess[rows]));
         }
     }
 

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
+use bytemuck::cast_slice;
+
 use super::super::nested::{NESTED_BLOCK, NestedAbsmax, VALUES};
 use super::super::{Absmax, BLOCK};
 use super::BLOCK_GROUPS;
-use crate::kernels::cpu::pages::bytes_of;
 use crate::quant::cpu::STRIP_ROWS;
 
 /// One value for each row of a strip.
@@ -108,15 +109,15 @@ impl PackedAbsmax {
     pub fn memory_of(&self, strips: Range<usize>, blocks: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
         let nested = |blocks: &Range<usize>| blocks.start / NESTED_BLOCK..blocks.end.div_ceil(NESTED_BLOCK);
         match self {
-            PackedAbsmax::Plain(values) => piece(bytes_of(values.strips(strips).as_flattened())),
+            PackedAbsmax::Plain(values) => piece(cast_slice(values.strips(strips).as_flattened())),
             PackedAbsmax::Nested { codes, absmax, .. } => {
                 piece(codes.strips(strips).as_flattened());
-                piece(bytes_of(&absmax[nested(&blocks)]));
+                piece(cast_slice(&absmax[nested(&blocks)]));
             }
-            PackedAbsmax::Crossing(Absmax::Plain(values)) => piece(bytes_of(&values[blocks])),
+            PackedAbsmax::Crossing(Absmax::Plain(values)) => piece(cast_slice(&values[blocks])),
             PackedAbsmax::Crossing(Absmax::Nested(NestedAbsmax { codes, absmax, .. })) => {
                 piece(&codes[blocks.clone()]);
-                piece(bytes_of(&absmax[nested(&blocks)]));
+                piece(cast_slice(&absmax[nested(&blocks)]));
             }
         }
     }

@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 
 /// Accounts below a root folder: `/` but in tests.
 #[derive(Debug, Clone)]
-pub struct CpuLoad {
+pub struct CpuAccounts {
     root: PathBuf,
 }
 
-impl Default for CpuLoad {
+impl Default for CpuAccounts {
     fn default() -> Self {
         Self::below("/")
     }
@@ -18,7 +18,7 @@ impl Default for CpuLoad {
 
 /// Ticks since the machine began.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LoadReading {
+pub struct CpuReading {
     n_cpus: u64,
     /// Over all processors, idle included.
     total: u64,
@@ -29,20 +29,20 @@ pub struct LoadReading {
 
 /// Ticks between two readings; spans add up.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct LoadSpan {
+pub struct CpuUsage {
     pub n_cpus: u64,
     pub total: u64,
     pub busy: u64,
     pub own: u64,
 }
 
-impl CpuLoad {
+impl CpuAccounts {
     pub fn below(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
 
     /// `None` where the system keeps no such accounts.
-    pub fn read(&self) -> Option<LoadReading> {
+    pub fn read(&self) -> Option<CpuReading> {
         let machine = self.text("proc/stat")?;
         let mut lines = machine.lines();
         let ticks: Vec<u64> = lines.next()?.strip_prefix("cpu ")?.split_whitespace().flat_map(str::parse).collect();
@@ -50,7 +50,7 @@ impl CpuLoad {
         let total: u64 = ticks.iter().take(8).sum();
         let idle = ticks.get(3)? + ticks.get(4)?;
         let n_cpus = lines.take_while(|line| line.starts_with("cpu")).count() as u64;
-        Some(LoadReading { n_cpus, total, busy: total - idle, own: self.own_ticks()? })
+        Some(CpuReading { n_cpus, total, busy: total - idle, own: self.own_ticks()? })
     }
 
     /// User and system ticks: fields 14 and 15 of the line, counted after the name, which may hold spaces.
@@ -65,9 +65,9 @@ impl CpuLoad {
     }
 }
 
-impl LoadReading {
-    pub fn since(&self, before: LoadReading) -> LoadSpan {
-        LoadSpan {
+impl CpuReading {
+    pub fn since(&self, before: CpuReading) -> CpuUsage {
+        CpuUsage {
             n_cpus: self.n_cpus,
             total: self.total.saturating_sub(before.total),
             busy: self.busy.saturating_sub(before.busy),
@@ -76,9 +76,9 @@ impl LoadReading {
     }
 }
 
-impl LoadSpan {
-    pub fn sum(spans: impl IntoIterator<Item = LoadSpan>) -> LoadSpan {
-        spans.into_iter().fold(LoadSpan::default(), |sum, span| LoadSpan {
+impl CpuUsage {
+    pub fn sum(spans: impl IntoIterator<Item = CpuUsage>) -> CpuUsage {
+        spans.into_iter().fold(CpuUsage::default(), |sum, span| CpuUsage {
             n_cpus: span.n_cpus,
             total: sum.total + span.total,
             busy: sum.busy + span.busy,
@@ -106,7 +106,7 @@ impl LoadSpan {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::tests::root;
+    use super::super::testing::root;
     use super::*;
 
     #[test]
@@ -114,9 +114,9 @@ mod tests {
         let stat = "cpu  100 10 20 500 5 1 2 3 9 9\ncpu0 50 0 0 0 0 0 0 0 0 0\ncpu1 50 0 0 0 0 0 0 0 0 0\nintr 5\n";
         let own = "77 (a (b) c) S 1 2 3 4 5 6 7 8 9 10 30 12 0 0 20 0 1 0";
         let root = root(&[("proc/stat", stat), ("proc/self/stat", own)]);
-        let reading = CpuLoad::below(root.path()).read().unwrap();
-        assert_eq!(reading, LoadReading { n_cpus: 2, total: 641, busy: 136, own: 42 });
-        assert_eq!(CpuLoad::below(root.path().join("absent")).read(), None);
+        let reading = CpuAccounts::below(root.path()).read().unwrap();
+        assert_eq!(reading, CpuReading { n_cpus: 2, total: 641, busy: 136, own: 42 });
+        assert_eq!(CpuAccounts::below(root.path().join("absent")).read(), None);
     }
 
     #[test]
@@ -124,7 +124,7 @@ mod tests {
         let span = |n_cpus, others_share: f64, threads: u64| {
             let wall = 1000;
             let own = wall * threads;
-            LoadSpan { n_cpus, total: n_cpus * wall, own, busy: own + (others_share * wall as f64) as u64 }
+            CpuUsage { n_cpus, total: n_cpus * wall, own, busy: own + (others_share * wall as f64) as u64 }
         };
         for (n_cpus, others, threads, expected) in [
             (2, 0.0, 2, false),
@@ -141,6 +141,6 @@ mod tests {
                 "{others} of {n_cpus}, {threads} ours"
             );
         }
-        assert_eq!(LoadSpan { n_cpus: 2, total: 20, busy: 20, own: 0 }.others_cpus(), None, "too short to tell");
+        assert_eq!(CpuUsage { n_cpus: 2, total: 20, busy: 20, own: 0 }.others_cpus(), None, "too short to tell");
     }
 }

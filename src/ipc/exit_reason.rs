@@ -1,58 +1,60 @@
-//! Why a process died: it ran out of memory only where its allocator, the driver or the kernel says so.
+//! The reason why a process ended: it ran out of memory only where its allocator, the driver or the kernel says so.
 
 use std::io;
 use std::process::ExitStatus;
 
-use super::memory::{OomKills, ProcessMemory};
-use super::protocol::Failure;
 use crate::error::size;
+use crate::os::memory::{OomKills, ProcessMemory};
+use crate::protocol::Failure;
 
-/// What was true before a process died.
+/// Kills by the kernel so far, to compare with those after a process ended.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Before {
+pub struct OomBaseline {
     kills: OomKills,
-    /// Of the machine.
+    /// Seconds since the machine started.
     uptime_s: f64,
 }
 
-impl Before {
+impl OomBaseline {
     pub fn now() -> Self {
         Self { kills: ProcessMemory::default().oom_kills(), uptime_s: uptime_s() }
     }
 }
 
-/// How a process ended, apart from where this is read.
+/// All that is known of a process that ended.
 #[derive(Debug, Clone, Copy)]
 struct End<'a> {
-    who: &'a str,
+    role: &'a str,
     signal: Option<i32>,
-    /// As the standard library says it.
+    /// The standard library's text.
     status: &'a str,
-    words: &'a str,
-    /// The kernel's own record says that it killed the process, or one beside it meanwhile, for want of memory.
+    /// The tail of its standard error.
+    stderr: &'a str,
+    /// The kernel's record shows that it killed the process, or one beside it meanwhile, for want of memory.
     killed_for_memory: bool,
 }
 
-/// The failure that the process `who` of this number ended with, which needed so many bytes where so many are free; 0 where that is unknown.
+/// The failure of a process that ended, by its role and number. `sizes` are the bytes that it needed and those that are free; 0 where
+/// unknown.
 pub fn exit_reason(
-    (who, pid): (&str, u32),
+    (role, pid): (&str, u32),
     status: io::Result<ExitStatus>,
-    words: &[u8],
-    before: &Before,
+    stderr: &[u8],
+    baseline: &OomBaseline,
     sizes: (u64, u64),
 ) -> Failure {
     let status = match status {
         Ok(status) => status,
-        Err(cause) => return Failure::Error { message: format!("waiting for the {who}: {cause}") },
+        Err(cause) => return Failure::Error { message: format!("waiting for the {role}: {cause}") },
     };
     let signal = signal(status);
     let killed_for_memory = signal == Some(SIGKILL)
-        && (ProcessMemory::default().oom_kills().grew_since(before.kills) || logged(pid, before.uptime_s));
-    let (words, status) = (String::from_utf8_lossy(words), status.to_string());
-    failure(End { who, signal, status: &status, words: &words, killed_for_memory }, sizes)
+        && (ProcessMemory::default().oom_kills().grew_since(baseline.kills) || logged(pid, baseline.uptime_s));
+    let (stderr, status) = (String::from_utf8_lossy(stderr), status.to_string());
+    failure(End { role, signal, status: &status, stderr: &stderr, killed_for_memory }, sizes)
 }
 
-/// As every failure for want of memory is told: what went wrong, what is needed in all, and what is free.
+/// Message of a failure for want of memory: the cause, what is needed in all, and what is free.
 pub fn out_of_memory(cause: &str, needed_bytes: u64, free_bytes: u64) -> String {
     let sizes = match (needed_bytes, free_bytes) {
         (0, 0) => String::new(),
@@ -69,63 +71,63 @@ pub fn out_of_memory(cause: &str, needed_bytes: u64, free_bytes: u64) -> String 
 
 const IN_ALL: &str = "in all";
 
-/// Whether a message is one of [`out_of_memory`] with sizes.
+/// True for a message of [`out_of_memory`] that has sizes.
 pub fn has_sizes(message: &str) -> bool {
     message.starts_with("out of memory: ") && (message.contains(IN_ALL) || message.ends_with(" free"))
 }
 
 const SIGKILL: i32 = 9;
 
-/// From the signal, the last words and the kernel's record. Rust aborts when an allocation fails and names the bytes; C++ throws.
+/// Decides by the signal, the stderr tail and the kernel's record. Rust aborts when an allocation fails and names the bytes; C++ throws.
 fn failure(end: End, (needed_bytes, free_bytes): (u64, u64)) -> Failure {
-    let End { who, signal, status, words, killed_for_memory } = end;
+    let End { role, signal, status, stderr, killed_for_memory } = end;
     let oom = |cause: &str, wanted_bytes| {
         let message = out_of_memory(cause, needed_bytes, free_bytes);
         Failure::OutOfMemory { message, wanted_bytes, free_bytes }
     };
-    if let Some(bytes) = refused_bytes(words) {
+    if let Some(bytes) = refused_bytes(stderr) {
         return oom(&format!("an allocation of {} failed", size(bytes)), bytes);
     }
     if killed_for_memory {
-        return oom(&format!("the kernel killed the {who}"), 0);
+        return oom(&format!("the kernel killed the {role}"), 0);
     }
     let refusals = [
         ("CUDA_ERROR_OUT_OF_MEMORY", "the device has too little free memory (CUDA_ERROR_OUT_OF_MEMORY)"),
         ("std::bad_alloc", "an allocation failed"),
         ("Cannot allocate memory", "the system refused more"),
     ];
-    // What was killed from outside did not end because of what it said before.
+    // A process that was killed from outside did not end because of its last output.
     let by_itself = signal.is_none_or(|signal| signal == SIGABRT);
-    if let Some((_, cause)) = refusals.iter().find(|(said, _)| by_itself && words.contains(said)) {
+    if let Some((_, cause)) = refusals.iter().find(|(said, _)| by_itself && stderr.contains(said)) {
         return oom(cause, 0);
     }
-    let said = said(words);
+    let said = last_line(stderr);
     let ended = match signal {
-        Some(signal) => format!("the {who} was killed by signal {signal}{}", in_brackets(signal)),
-        None => format!("the {who} ended with {status}"),
+        Some(signal) => format!("the {role} was killed by signal {signal}{}", in_brackets(signal)),
+        None => format!("the {role} ended with {status}"),
     };
     Failure::Error {
         message: match (signal, said) {
             (_, Some(said)) => format!("{ended}: {said}"),
             (Some(_), None) => ended,
-            (None, None) => format!("{ended}: it said nothing"),
+            (None, None) => format!("{ended}: it wrote no error"),
         },
     }
 }
 
 const SIGABRT: i32 = 6;
 
-/// Of the last allocation that Rust's allocator could not make. Threads that fail together write into each other's line.
-fn refused_bytes(words: &str) -> Option<u64> {
+/// Bytes of the last allocation that Rust's allocator could not make. Threads that fail together write into each other's line.
+fn refused_bytes(stderr: &str) -> Option<u64> {
     let bytes = |line: &str| line.strip_prefix("memory allocation of ")?.split(' ').find_map(|word| word.parse().ok());
-    words.lines().rev().find_map(bytes)
+    stderr.lines().rev().find_map(bytes)
 }
 
-/// The last line of substance: what stands before a backtrace, if there is one.
-fn said(words: &str) -> Option<&str> {
-    let words = words.split("\nstack backtrace:").next().unwrap_or(words);
-    let said = words.lines().rfind(|line| !line.trim().is_empty() && !line.starts_with("note: "));
-    said.map(str::trim)
+/// The last line with a message, before a backtrace if there is one.
+fn last_line(stderr: &str) -> Option<&str> {
+    let messages = stderr.split("\nstack backtrace:").next().unwrap_or(stderr);
+    let last = messages.lines().rfind(|line| !line.trim().is_empty() && !line.starts_with("note: "));
+    last.map(str::trim)
 }
 
 /// Linux' names of signals, from 1.
@@ -178,13 +180,13 @@ fn signal(_status: ExitStatus) -> Option<i32> {
     None
 }
 
-/// Seconds since the machine started; 0 where the system does not tell.
+/// Seconds since the machine started; 0 where unknown.
 fn uptime_s() -> f64 {
     let text = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
     text.split_whitespace().next().and_then(|seconds| seconds.parse().ok()).unwrap_or(0.0)
 }
 
-/// Whether the kernel's log, where it may be read, names this process as killed for want of memory since then.
+/// True where the kernel's log may be read and names this process as killed for want of memory since then.
 fn logged(pid: u32, since_s: f64) -> bool {
     kernel_log().iter().any(|line| is_kill(line, pid, since_s))
 }
@@ -230,15 +232,15 @@ mod tests {
 
     const SIZES: (u64, u64) = (3 << 30, 1 << 30);
 
-    fn end(signal: Option<i32>, words: &str, killed_for_memory: bool) -> Failure {
-        failure(End { who: "worker", signal, status: "exit status: 101", words, killed_for_memory }, SIZES)
+    fn end(signal: Option<i32>, stderr: &str, killed_for_memory: bool) -> Failure {
+        failure(End { role: "worker", signal, status: "exit status: 101", stderr, killed_for_memory }, SIZES)
     }
 
     #[test]
     fn only_the_allocator_the_driver_or_the_kernel_makes_an_exit_an_oom() {
         let panic = "thread panicked: Cannot allocate memory (os error 12)";
         let driver = "called `unwrap()` on DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
-        for (signal, words, by_kernel, cause, wanted_bytes) in [
+        for (signal, stderr, by_kernel, cause, wanted_bytes) in [
             (
                 Some(6),
                 "noise\nmemory allocation of 123 bytes failed\n",
@@ -266,14 +268,14 @@ mod tests {
         ] {
             let message = format!("out of memory: {cause}; 3.00 GiB are needed in all, 1.00 GiB free");
             let expected = Failure::OutOfMemory { message, wanted_bytes, free_bytes: 1 << 30 };
-            assert_eq!(end(signal, words, by_kernel), expected);
+            assert_eq!(end(signal, stderr, by_kernel), expected);
         }
     }
 
     #[test]
     fn every_other_exit_is_an_error_that_names_the_signal() {
         let panic = "thread 'main' panicked at a.rs:1:2:\nno way\nstack backtrace:\n   0: main\n";
-        for (signal, words, message) in [
+        for (signal, stderr, message) in [
             (Some(9), "", "the worker was killed by signal 9 (SIGKILL)"),
             (
                 Some(9),
@@ -290,9 +292,9 @@ mod tests {
             (Some(31), "", "the worker was killed by signal 31 (SIGSYS)"),
             (Some(64), "", "the worker was killed by signal 64"),
             (None, panic, "the worker ended with exit status: 101: no way"),
-            (None, "", "the worker ended with exit status: 101: it said nothing"),
+            (None, "", "the worker ended with exit status: 101: it wrote no error"),
         ] {
-            assert_eq!(end(signal, words, false), Failure::Error { message: message.to_owned() });
+            assert_eq!(end(signal, stderr, false), Failure::Error { message: message.to_owned() });
         }
     }
 
@@ -329,11 +331,11 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn a_process_that_somebody_kills_did_not_run_out_of_memory() {
-        let before = Before::now();
+        let baseline = OomBaseline::now();
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         child.kill().unwrap();
         let (pid, status) = (child.id(), child.wait());
-        let cause = exit_reason(("worker", pid), status, b"", &before, SIZES);
+        let cause = exit_reason(("worker", pid), status, b"", &baseline, SIZES);
         assert!(matches!(&cause, Failure::Error { message } if message.contains("signal 9")), "{cause:?}");
     }
 }

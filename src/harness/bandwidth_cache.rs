@@ -1,4 +1,4 @@
-//! Memory bandwidth of GPUs, kept between runs: measuring it takes a process with a context on the device, and it does not
+//! A cache of the memory bandwidth of GPUs between runs: measuring it takes a process with a context on the device, and it does not
 //! change while device, driver and this program stay the same.
 
 use std::path::{Path, PathBuf};
@@ -6,27 +6,29 @@ use std::{env, fs};
 
 use serde::{Deserialize, Serialize};
 
-use super::assemble::SLOW_READ;
 use crate::engine::memory::MeasuredBandwidth;
 use crate::kernels::nvml::Gpu;
 use crate::report::write_file;
 
-/// What is known of a device's bandwidth.
+/// Read bandwidth below this share of the theoretical one was disturbed, or the memory is not set up as it could be.
+pub const SLOW_READ: f64 = 0.85;
+
+/// The bandwidth of a device.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Known {
+pub struct DeviceBandwidth {
     pub measured: MeasuredBandwidth,
-    /// When, where that was in an earlier run.
+    /// Time of the measurement where an earlier run made it.
     pub since: Option<String>,
 }
 
-/// The place of one device in the user's file.
-pub struct Kept {
+/// The entry of one device in the user's file.
+pub struct BandwidthCache {
     path: PathBuf,
     identity: Identity,
     theoretical_gb_s: Option<f64>,
 }
 
-/// What must be the same for a bandwidth to hold.
+/// Properties that must be the same for a cached bandwidth to be used.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Identity {
     device: String,
@@ -43,21 +45,21 @@ struct Entry {
     bandwidth: MeasuredBandwidth,
 }
 
-impl Kept {
-    /// `None` where the driver does not tell devices apart, or the user has no folder for caches.
+impl BandwidthCache {
+    /// `None` where the driver does not identify the device, or the user has no folder for caches.
     pub fn of(gpu: &Gpu) -> Option<Self> {
         let identity = Identity { device: gpu.uuid()?, driver: gpu.driver()?, version: version() };
         Some(Self { path: path()?, identity, theoretical_gb_s: gpu.theoretical_gb_s() })
     }
 
-    /// What an earlier run measured. A file that cannot be read holds nothing.
-    pub fn recall(&self) -> Option<Known> {
+    /// The measurement of an earlier run. A file that cannot be read holds nothing.
+    pub fn load(&self) -> Option<DeviceBandwidth> {
         let entry = entries(&self.path).into_iter().find(|entry| entry.identity == self.identity)?;
-        Some(Known { measured: entry.bandwidth, since: Some(entry.measured) })
+        Some(DeviceBandwidth { measured: entry.bandwidth, since: Some(entry.measured) })
     }
 
-    /// Keeps a complete measurement that nothing has visibly disturbed. Where it cannot be written the next run measures again.
-    pub fn keep(&self, bandwidth: MeasuredBandwidth, timestamp: &str) {
+    /// Stores a complete measurement that nothing has visibly disturbed. Where it cannot be written the next run measures again.
+    pub fn store(&self, bandwidth: MeasuredBandwidth, timestamp: &str) {
         let (Some(read_gb_s), Some(_)) = (bandwidth.read_gb_s, bandwidth.copy_gb_s) else { return };
         if self.theoretical_gb_s.is_some_and(|theoretical_gb_s| read_gb_s < SLOW_READ * theoretical_gb_s) {
             return;
@@ -90,9 +92,9 @@ fn path() -> Option<PathBuf> {
 mod tests {
     use super::*;
 
-    fn kept(folder: &Path, device: &str, driver: &str) -> Kept {
+    fn cache(folder: &Path, device: &str, driver: &str) -> BandwidthCache {
         let identity = Identity { device: device.to_owned(), driver: driver.to_owned(), version: version() };
-        Kept { path: folder.join("quantbench/bandwidth.json"), identity, theoretical_gb_s: Some(4800.0) }
+        BandwidthCache { path: folder.join("quantbench/bandwidth.json"), identity, theoretical_gb_s: Some(4800.0) }
     }
 
     fn bandwidth(read_gb_s: f64) -> MeasuredBandwidth {
@@ -100,39 +102,40 @@ mod tests {
     }
 
     #[test]
-    fn a_bandwidth_is_recalled_for_the_same_device_and_driver() {
+    fn a_bandwidth_is_loaded_for_the_same_device_and_driver() {
         let folder = tempfile::tempdir().unwrap();
-        let of = |device, driver| kept(folder.path(), device, driver);
-        assert_eq!(of("GPU-1", "580").recall(), None, "no file yet");
-        of("GPU-1", "580").keep(bandwidth(4500.0), "first");
-        of("GPU-2", "580").keep(bandwidth(4400.0), "second");
-        let known =
-            |read_gb_s, since: &str| Some(Known { measured: bandwidth(read_gb_s), since: Some(since.to_owned()) });
-        assert_eq!(of("GPU-1", "580").recall(), known(4500.0, "first"));
-        assert_eq!(of("GPU-2", "580").recall(), known(4400.0, "second"));
-        assert_eq!(of("GPU-1", "590").recall(), None, "another driver");
-        of("GPU-1", "590").keep(bandwidth(4600.0), "third");
-        assert_eq!(of("GPU-1", "590").recall(), known(4600.0, "third"));
-        assert_eq!(of("GPU-1", "580").recall(), None, "one entry a device");
+        let of = |device, driver| cache(folder.path(), device, driver);
+        assert_eq!(of("GPU-1", "580").load(), None, "no file yet");
+        of("GPU-1", "580").store(bandwidth(4500.0), "first");
+        of("GPU-2", "580").store(bandwidth(4400.0), "second");
+        let known = |read_gb_s, since: &str| {
+            Some(DeviceBandwidth { measured: bandwidth(read_gb_s), since: Some(since.to_owned()) })
+        };
+        assert_eq!(of("GPU-1", "580").load(), known(4500.0, "first"));
+        assert_eq!(of("GPU-2", "580").load(), known(4400.0, "second"));
+        assert_eq!(of("GPU-1", "590").load(), None, "another driver");
+        of("GPU-1", "590").store(bandwidth(4600.0), "third");
+        assert_eq!(of("GPU-1", "590").load(), known(4600.0, "third"));
+        assert_eq!(of("GPU-1", "580").load(), None, "one entry a device");
     }
 
     #[test]
-    fn what_was_disturbed_or_is_incomplete_is_not_kept() {
+    fn disturbed_or_incomplete_measurements_are_not_stored() {
         let folder = tempfile::tempdir().unwrap();
-        let kept = kept(folder.path(), "GPU-1", "580");
-        kept.keep(bandwidth(0.84 * 4800.0), "slow");
-        kept.keep(MeasuredBandwidth { copy_gb_s: None, ..bandwidth(4500.0) }, "half");
-        assert_eq!(kept.recall(), None);
+        let cache = cache(folder.path(), "GPU-1", "580");
+        cache.store(bandwidth(0.84 * 4800.0), "slow");
+        cache.store(MeasuredBandwidth { copy_gb_s: None, ..bandwidth(4500.0) }, "half");
+        assert_eq!(cache.load(), None);
     }
 
     #[test]
     fn a_file_that_is_no_list_is_replaced() {
         let folder = tempfile::tempdir().unwrap();
-        let kept = kept(folder.path(), "GPU-1", "580");
-        fs::create_dir_all(kept.path.parent().unwrap()).unwrap();
-        fs::write(&kept.path, "{").unwrap();
-        assert_eq!(kept.recall(), None);
-        kept.keep(bandwidth(4500.0), "now");
-        assert!(kept.recall().is_some());
+        let cache = cache(folder.path(), "GPU-1", "580");
+        fs::create_dir_all(cache.path.parent().unwrap()).unwrap();
+        fs::write(&cache.path, "{").unwrap();
+        assert_eq!(cache.load(), None);
+        cache.store(bandwidth(4500.0), "now");
+        assert!(cache.load().is_some());
     }
 }

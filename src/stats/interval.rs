@@ -1,14 +1,7 @@
-//! Statistics of repeated measurements. Leaf module: it knows no benchmark.
-//!
-//! Sources, by the names used below:
-//! - *Hahn & Meeker*, Statistical Intervals (1991), section 5.2: distribution-free interval of a median from order statistics;
-//! - *Efron & Tibshirani*, An Introduction to the Bootstrap (1993), section 13.3: the percentile interval;
-//! - *Hyndman & Fan*, Sample Quantiles in Statistical Packages (1996): definition 7 of a quantile;
-//! - *Davison & Hinkley*, Bootstrap Methods and their Application (1997), section 3.8: resampling groups, then within groups;
-//! - *Wilks*, Statistical Methods in the Atmospheric Sciences (2006), section 5.2.3: how many independent values a series is worth;
-//! - *Iglewicz & Hoaglin*, How to Detect and Handle Outliers (1993): the modified Z score and its threshold 3.5.
+//! 95 % intervals of medians. The sources are named in the parent module.
 
-use crate::record::Summary;
+use super::quantile;
+use crate::rng::SplitMix64;
 
 /// Below this many samples the interval of a median comes from order statistics, from it on from the bootstrap: few samples
 /// make few distinct resamples, and many make the ranks' exact coverage coarser than the bootstrap's error.
@@ -24,13 +17,6 @@ const BOOTSTRAP_SEED: u64 = 0x5eed;
 /// 5 starts 93.75 %.
 pub const MIN_LAUNCHES: usize = 5;
 
-/// Modified Z score from which a value is an outlier (Iglewicz & Hoaglin).
-const OUTLIER_Z: f64 = 3.5;
-
-/// An outlier is also this far from the median. Without it a run whose median absolute deviation is near zero would
-/// find outliers in differences that nobody cares for.
-const OUTLIER_SHARE: f64 = 0.05;
-
 /// Standard errors by which the autocorrelation of independent values exceeds its mean in one series of twenty.
 const DEPENDENT_Z: f64 = 1.645;
 
@@ -38,85 +24,6 @@ const DEPENDENT_Z: f64 = 1.645;
 pub struct Interval {
     pub low: f64,
     pub high: f64,
-}
-
-/// A ratio of two medians, or the median of paired ratios.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct RatioEstimate {
-    pub median: f64,
-    pub interval: Option<Interval>,
-}
-
-/// Everything a record says about one metric. `groups` holds the values of each repeat; most metrics have one value a
-/// repeat. Values of one repeat are not independent of each other, so the interval is that of the median of the repeats'
-/// medians, while every other number is taken over all values.
-pub fn summarize(unit: &str, groups: &[Vec<f64>]) -> Summary {
-    summarize_launches(unit, groups, &[])
-}
-
-/// The same where the repeats come from several starts: `launches` says how many from each, in order. The interval then spans
-/// starts too.
-pub fn summarize_launches(unit: &str, groups: &[Vec<f64>], launches: &[u64]) -> Summary {
-    let mut values: Vec<f64> = groups.iter().flatten().copied().filter(|value| value.is_finite()).collect();
-    values.sort_by(f64::total_cmp);
-    let medians: Vec<f64> = groups.iter().filter_map(|group| median(group)).collect();
-    let interval = interval(&medians, launches);
-    Summary {
-        unit: unit.to_owned(),
-        median: median(&values),
-        min: values.first().copied(),
-        max: values.last().copied(),
-        mean: mean(&values),
-        stdev: stdev(&values),
-        n: values.len() as u64,
-        ci95_low: interval.map(|i| i.low),
-        ci95_high: interval.map(|i| i.high),
-        p50: carried_percentile(&values, 50),
-        p90: carried_percentile(&values, 90),
-        p95: carried_percentile(&values, 95),
-        p99: carried_percentile(&values, 99),
-    }
-}
-
-/// `None` for no values.
-pub fn median(values: &[f64]) -> Option<f64> {
-    percentile(values, 0.5)
-}
-
-/// `None` for no values.
-pub fn mean(values: &[f64]) -> Option<f64> {
-    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
-}
-
-/// Sample standard deviation, n − 1; `None` below two values.
-pub fn stdev(values: &[f64]) -> Option<f64> {
-    let mean = mean(values)?;
-    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-    (values.len() >= 2).then(|| (squares / (values.len() - 1) as f64).sqrt())
-}
-
-/// Quantile `q`, from 0 to 1, by definition 7 of Hyndman & Fan; `None` for no values.
-pub fn percentile(values: &[f64], q: f64) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    quantile(&sorted, q)
-}
-
-/// Quantile `q` of ascending values by definition 7 of Hyndman & Fan.
-fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
-    let last = sorted.len().checked_sub(1)?;
-    let at = q * last as f64;
-    let below = sorted[at.floor() as usize];
-    let above = sorted[at.ceil() as usize];
-    // Equal neighbours are returned untouched: `below + 0 · ∞` would be NaN.
-    Some(if below == above { below } else { below + (above - below) * at.fract() })
-}
-
-/// Percentile `p` of ascending values where at least one value is expected beyond it: p50 from 2 values, p90 from 10, p95
-/// from 20, p99 from 100.
-pub fn carried_percentile(sorted: &[f64], p: u32) -> Option<f64> {
-    let beyond = sorted.len() as u64 * u64::from(100 - p);
-    if beyond >= 100 { quantile(sorted, f64::from(p) / 100.0) } else { None }
 }
 
 /// 95 % interval of the median of `values`, which are in the order of time. `None` below 6 values: the widest ranks of 5 cover
@@ -142,7 +49,7 @@ pub fn median_interval(values: &[f64]) -> Option<Interval> {
 /// √(n / n′), where n values that resemble their neighbours are worth n′ = n · (1 − ρ) / (1 + ρ) independent ones (Wilks); ρ is
 /// the correlation of the values' ranks with the next ones', so that no outlier decides. 1 where ρ is what independent values
 /// may show by chance: its mean is −1/n, its standard error 1/√n.
-fn dependence(values: &[f64]) -> f64 {
+pub(super) fn dependence(values: &[f64]) -> f64 {
     let n = values.len() as f64;
     let ranks = ranks(values);
     let centered: Vec<f64> = ranks.iter().map(|rank| rank - (n - 1.0) / 2.0).collect();
@@ -175,7 +82,7 @@ fn ranks(values: &[f64]) -> Vec<f64> {
 
 impl Interval {
     /// Both ends `factor` times as far from `center`.
-    fn around(self, center: f64, factor: f64) -> Self {
+    pub(super) fn around(self, center: f64, factor: f64) -> Self {
         Self { low: center - factor * (center - self.low), high: center + factor * (self.high - center) }
     }
 }
@@ -189,7 +96,7 @@ pub fn interval(values: &[f64], launches: &[u64]) -> Option<Interval> {
 }
 
 /// `values` cut where a new start began; `None` where all are from one, or where the counts are of other values.
-fn by_launch<'a>(values: &'a [f64], launches: &[u64]) -> Option<Vec<&'a [f64]>> {
+pub(super) fn by_launch<'a>(values: &'a [f64], launches: &[u64]) -> Option<Vec<&'a [f64]>> {
     if launches.len() < 2 || launches.iter().sum::<u64>() != values.len() as u64 {
         return None;
     }
@@ -214,12 +121,12 @@ pub fn launch_interval(launches: &[&[f64]]) -> Option<Interval> {
 }
 
 /// The median of the medians of as many starts as there are, drawn with replacement, and of the repeats of each.
-fn resampled(launches: &[&[f64]], rng: &mut SplitMix64) -> f64 {
+pub(super) fn resampled(launches: &[&[f64]], rng: &mut SplitMix64) -> f64 {
     middle((0..launches.len()).map(|_| middle(redraw(launches[rng.below(launches.len())], rng))).collect())
 }
 
 /// As many of `values` as there are, drawn with replacement.
-fn redraw(values: &[f64], rng: &mut SplitMix64) -> Vec<f64> {
+pub(super) fn redraw(values: &[f64], rng: &mut SplitMix64) -> Vec<f64> {
     (0..values.len()).map(|_| values[rng.below(values.len())]).collect()
 }
 
@@ -238,7 +145,7 @@ fn median_rank(n: usize) -> Option<usize> {
 }
 
 /// Percentile interval of a statistic over resamples. `size` varies the stream of random numbers with the sample count.
-fn bootstrap(size: usize, mut statistic: impl FnMut(&mut SplitMix64) -> f64) -> Interval {
+pub(super) fn bootstrap(size: usize, mut statistic: impl FnMut(&mut SplitMix64) -> f64) -> Interval {
     let mut rng = SplitMix64::new(BOOTSTRAP_SEED ^ size as u64);
     let mut found: Vec<f64> = (0..RESAMPLES).map(|_| statistic(&mut rng)).collect();
     found.sort_by(f64::total_cmp);
@@ -247,7 +154,7 @@ fn bootstrap(size: usize, mut statistic: impl FnMut(&mut SplitMix64) -> f64) -> 
 }
 
 /// Median of a non-empty buffer by selection: the bootstrap's inner loop.
-fn middle(mut values: Vec<f64>) -> f64 {
+pub(super) fn middle(mut values: Vec<f64>) -> f64 {
     let half = values.len() / 2;
     let (below, &mut upper, _) = values.select_nth_unstable_by(half, f64::total_cmp);
     if below.len() == half && values.len() % 2 == 1 {
@@ -257,93 +164,15 @@ fn middle(mut values: Vec<f64>) -> f64 {
     (lower + upper) / 2.0
 }
 
-/// `above[i] / below[i]` where repeat i of both ran in the same round, so that drift cancels. Surplus values are dropped.
-pub fn paired_ratio(above: &[f64], below: &[f64]) -> Option<RatioEstimate> {
-    paired_ratio_launches(above, below, &[])
-}
-
-/// The same where the rounds come from several starts, as [`summarize_launches`] has them.
-pub fn paired_ratio_launches(above: &[f64], below: &[f64], launches: &[u64]) -> Option<RatioEstimate> {
-    let ratios: Vec<f64> = above.iter().zip(below).map(|(a, b)| a / b).collect();
-    Some(RatioEstimate { median: median(&ratios)?, interval: interval(&ratios, launches) })
-}
-
-/// Ratio of the medians of samples taken at different times; both sides are resampled, from 6 values a side on.
-pub fn unpaired_ratio(above: &[f64], below: &[f64]) -> Option<RatioEstimate> {
-    unpaired_ratio_launches(above, below, &[])
-}
-
-/// The same where both sides' values come from as many starts as `launches` says.
-pub fn unpaired_ratio_launches(above: &[f64], below: &[f64], launches: &[u64]) -> Option<RatioEstimate> {
-    let ratio = median(above)? / median(below)?;
-    let interval = match (by_launch(above, launches), by_launch(below, launches)) {
-        (Some(a), Some(b)) => (a.len().min(b.len()) >= MIN_LAUNCHES)
-            .then(|| bootstrap(above.len(), |rng| resampled(&a, rng) / resampled(&b, rng))),
-        _ => (above.len().min(below.len()) >= 6)
-            .then(|| bootstrap(above.len(), |rng| middle(redraw(above, rng)) / middle(redraw(below, rng))))
-            .map(|interval| interval.around(ratio, dependence(above).max(dependence(below)))),
-    };
-    Some(RatioEstimate { median: ratio, interval })
-}
-
-/// Half width of the interval over the median; `None` where there is no interval. `launches` is as in [`summarize_launches`].
-pub fn relative_half_width(values: &[f64], launches: &[u64]) -> Option<f64> {
-    let interval = interval(values, launches)?;
-    Some((interval.high - interval.low) / 2.0 / median(values)?.abs())
-}
-
-/// Indices of values whose modified Z score 0.6745 · |x − median| / MAD exceeds 3.5 (Iglewicz & Hoaglin) and that lie over
-/// 5 % off the median.
-pub fn outliers(values: &[f64]) -> Vec<usize> {
-    let Some(center) = median(values) else { return Vec::new() };
-    let deviations: Vec<f64> = values.iter().map(|value| (value - center).abs()).collect();
-    let mad = median(&deviations).unwrap_or(0.0);
-    let is_outlier = |deviation: f64| deviation > OUTLIER_SHARE * center.abs() && 0.6745 * deviation > OUTLIER_Z * mad;
-    (0..values.len()).filter(|&i| is_outlier(deviations[i])).collect()
-}
-
-/// Random numbers for resampling and synthetic prompts: Steele, Lea & Flood, Fast Splittable Pseudorandom Number
-/// Generators (2014).
-#[derive(Debug, Clone)]
-pub struct SplitMix64(u64);
-
-impl SplitMix64 {
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub fn next_u64(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in `0..n`, up to a bias of n / 2⁶⁴. `n` ≥ 1.
-    pub fn below(&mut self, n: usize) -> usize {
-        ((u128::from(self.next_u64()) * n as u128) >> 64) as usize
-    }
-
-    /// Uniform in [0, 1).
-    pub fn unit(&mut self) -> f64 {
-        (self.next_u64() >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::median;
     use super::*;
 
-    #[test]
-    fn location_and_spread() {
-        assert_eq!(median(&[]), None);
-        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
-        assert_eq!(mean(&[1.0, 2.0, 6.0]), Some(3.0));
-        assert_eq!(stdev(&[1.0]), None);
-        // Squares of 2, 4, 4, 4, 5, 5, 7, 9 about their mean 5 sum to 32; over n − 1 = 7.
-        let spread = stdev(&[2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]);
-        assert_eq!(spread, Some((32.0f64 / 7.0).sqrt()));
+    /// In an order that says nothing.
+    fn shuffled(mut values: Vec<f64>, rng: &mut SplitMix64) -> Vec<f64> {
+        (1..values.len()).for_each(|i| values.swap(i, rng.below(i + 1)));
+        values
     }
 
     #[test]
@@ -353,19 +182,6 @@ mod tests {
             let values: Vec<f64> = (0..n).map(|_| (rng.below(10)) as f64).collect();
             assert_eq!(Some(middle(values.clone())), median(&values), "{values:?}");
         }
-    }
-
-    #[test]
-    fn percentiles_appear_when_the_count_carries_them() {
-        for (n, p, carried) in [(1, 50, false), (2, 50, true), (9, 90, false), (10, 90, true), (19, 95, false)]
-            .into_iter()
-            .chain([(20, 95, true), (99, 99, false), (100, 99, true)])
-        {
-            let values: Vec<f64> = (0..n).map(f64::from).collect();
-            assert_eq!(carried_percentile(&values, p).is_some(), carried, "p{p} of {n}");
-        }
-        let eleven: Vec<f64> = (0..11).map(f64::from).collect();
-        assert_eq!(carried_percentile(&eleven, 90), Some(9.0));
     }
 
     #[test]
@@ -399,12 +215,6 @@ mod tests {
         }
     }
 
-    /// In an order that says nothing.
-    fn shuffled(mut values: Vec<f64>, rng: &mut SplitMix64) -> Vec<f64> {
-        (1..values.len()).for_each(|i| values.swap(i, rng.below(i + 1)));
-        values
-    }
-
     #[test]
     fn only_neighbours_that_resemble_each_other_widen_an_interval() {
         // Alternating values are worth no fewer than independent ones; a slope is worth about two.
@@ -421,10 +231,16 @@ mod tests {
     fn intervals_of_drifting_values_cover_the_true_median() {
         const TRIALS: usize = 400;
         let mut rng = SplitMix64::new(13);
-        // First-order autoregressive noise around 10; the part `phi` of each value carries over to the next. With n′ known the
-        // coverage would be 95 %; estimated from so few values it is short of that by what `least` says, of which three
-        // standard errors of the simulation are up to 5 points. Shuffled, the same values pass for independent ones.
-        for (phi, n, least) in [(0.5, 40, 0.88), (0.8, 40, 0.83), (0.8, 100, 0.88)] {
+        // First-order autoregressive noise around 10; the part `phi` of each value carries over to the next. The signs of Gaussian
+        // values k apart correlate by 2/π · arcsin φᵏ, so that the variance of a median is s = 1 + 2 Σ 2/π · arcsin φᵏ times that of
+        // independent values: 2.31 for φ = 0.5, 6.39 for 0.8.
+        //
+        // Shuffled, the same values pass for independent ones, and the interval covers P(|Z| < 1.96 / √s) = 80.3 % and 56.2 %; three
+        // standard errors of the simulation, 3 · √(p · (1 − p) / 400), are 6.0 and 7.4 points. That is `most`.
+        //
+        // In order, the estimate of φ spreads by √((1 − φ²) / n). Two of these too low, it gives P(|Z| < 1.96 · √((1 + ρ) / (1 − ρ) / s)):
+        // 89.5 %, 88.5 % and 92.4 %. Less 1.5 points for the bootstrap, and 4.6, 4.8 and 4.0 for the simulation, that is `least`.
+        for (phi, n, least, most) in [(0.5, 40, 0.834, 0.863), (0.8, 40, 0.822, 0.636), (0.8, 100, 0.869, 0.636)] {
             let (mut covered, mut as_independent) = (0, 0);
             for _ in 0..TRIALS {
                 let mut noise = 0.0;
@@ -446,7 +262,7 @@ mod tests {
             let share = |covered: usize| covered as f64 / TRIALS as f64;
             let (covered, as_independent) = (share(covered), share(as_independent));
             assert!(covered >= least, "phi {phi}, {n} values: {covered}");
-            assert!(as_independent <= covered - 0.05, "phi {phi}, {n} values: {as_independent} as independent");
+            assert!(as_independent <= most, "phi {phi}, {n} values: {as_independent} as independent");
         }
     }
 
@@ -456,6 +272,9 @@ mod tests {
         const REPEATS: usize = 6;
         let mut rng = SplitMix64::new(11);
         // What a start adds to all its repeats spreads three times as far as the repeats; both are symmetric, so the median is 10.
+        // Repeats of a start correlate by 9/10 and their signs by 2/π · arcsin 0.9 = 0.71, so that the variance of the median is
+        // 1 + 5 · 0.71 = 4.6 times that of independent values. An interval that takes them for such covers P(|Z| < 1.96 / √4.6) = 64.1 %,
+        // and three standard errors of the simulation are 8.3 points.
         // The coverage that the bootstrap of a median of so many values has, less three standard errors of the simulation,
         // 3 · √(p · (1 − p) / 300).
         for (n_launches, nominal) in [(5, 0.9375 - 0.042), (7, 0.875 - 0.057), (10, 0.935 - 0.043), (20, 0.935 - 0.043)]
@@ -475,7 +294,7 @@ mod tests {
             let share = |covered: usize| covered as f64 / TRIALS as f64;
             assert!(share(over_launches) >= nominal, "{n_launches}: {}", share(over_launches));
             assert!(
-                share(over_repeats) < 0.75,
+                share(over_repeats) < 0.641 + 0.083,
                 "{n_launches} launches as independent repeats: {}",
                 share(over_repeats)
             );
@@ -495,39 +314,11 @@ mod tests {
         assert_eq!(interval(&flat, &[2; 5]), Some(Interval { low: 7.0, high: 7.0 }));
     }
 
+    /// The seed makes an interval a function of its samples, here and on every machine. The ranks 10 and 21 of 30 enclose the median with
+    /// 95.7 %, 11 and 20 with 90.1 % (Hahn & Meeker): the values 9 to 10 and 19 to 20, and a median may lie between two values.
     #[test]
-    fn same_samples_same_interval() {
-        let values: Vec<f64> = (0..30).map(|i| f64::from(i * 7 % 30)).collect();
-        assert_eq!(median_interval(&values), median_interval(&values));
-    }
-
-    #[test]
-    fn pairing_cancels_drift() {
-        let slowing: Vec<f64> = (0..8).map(|i| 100.0 / f64::from(i + 1)).collect();
-        let doubled: Vec<f64> = slowing.iter().map(|v| 2.0 * v).collect();
-        let paired = paired_ratio(&doubled, &slowing).unwrap();
-        assert_eq!(paired, RatioEstimate { median: 2.0, interval: Some(Interval { low: 2.0, high: 2.0 }) });
-        let unpaired = unpaired_ratio(&doubled, &slowing).unwrap();
-        assert_eq!(unpaired.median, 2.0);
-        assert!(unpaired.interval.unwrap().low < 1.0);
-        assert_eq!(paired_ratio(&[], &[]), None);
-    }
-
-    #[test]
-    fn outliers_are_far_by_both_measures() {
-        assert_eq!(outliers(&[10.0, 10.1, 9.9, 10.0, 14.0]), [4]);
-        // Far in deviations, but within 5 % of the median.
-        assert!(outliers(&[10.0, 10.0, 10.0, 10.001, 10.2]).is_empty());
-        // No spread at all but for one.
-        assert_eq!(outliers(&[10.0, 10.0, 10.0, 11.0]), [3]);
-        assert!(outliers(&[]).is_empty());
-    }
-
-    #[test]
-    fn steps_of_one_repeat_do_not_narrow_the_interval() {
-        let groups: Vec<Vec<f64>> = (0..6).map(|i| vec![f64::from(i); 50]).collect();
-        let summary = summarize("ms", &groups);
-        assert_eq!((summary.n, summary.median, summary.p99), (300, Some(2.5), Some(5.0)));
-        assert_eq!((summary.ci95_low, summary.ci95_high), (Some(0.0), Some(5.0)));
+    fn the_same_samples_give_the_same_interval_everywhere() {
+        let values: Vec<f64> = (0..30).map(|i| f64::from(i * 13 % 30)).collect();
+        assert_eq!(median_interval(&values), Some(Interval { low: 9.5, high: 19.5 }));
     }
 }

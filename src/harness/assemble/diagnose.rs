@@ -1,25 +1,24 @@
 //! The warnings of one record: what its repeats, the machine and its sizes tell.
 
-use super::{Facts, limit};
-use crate::harness::load::LoadSpan;
-use crate::harness::protocol::WarmupEnd;
+use super::limit;
+use crate::harness::bandwidth_cache::SLOW_READ;
+use crate::harness::run_context::RunContext;
 use crate::harness::schedule::Outcome;
 use crate::harness::stopping::RepeatsEnd;
 use crate::harness::warnings::Warning;
 use crate::harness::watch::Watched;
+use crate::os::cpu_usage::CpuUsage;
+use crate::protocol::WarmupEnd;
 use crate::record::{Record, metrics};
 use crate::stats;
 
 /// Host times with and without a synchronisation for each token that differ by more than this are both told.
 const SYNC_DIFFERS: f64 = 0.03;
 
-/// Read bandwidth below this share of the theoretical one was disturbed, or the memory is not set up as it could be.
-pub const SLOW_READ: f64 = 0.85;
-
 /// What the repeats themselves tell.
-pub fn of_repeats(facts: &Facts, record: &Record, outcome: &Outcome) -> Vec<Warning> {
+pub fn of_repeats(context: &RunContext, record: &Record, outcome: &Outcome) -> Vec<Warning> {
     let mut warnings = Vec::new();
-    let (n, protocol) = (outcome.samples.len(), &facts.protocol);
+    let (n, protocol) = (outcome.samples.len(), &context.protocol);
     if n < protocol.min_repeats && outcome.ended != Some(RepeatsEnd::Count) {
         warnings.push(Warning::FewRepeats { n, min_repeats: protocol.min_repeats });
     }
@@ -41,7 +40,7 @@ pub fn of_repeats(facts: &Facts, record: &Record, outcome: &Outcome) -> Vec<Warn
         if matches!(warmed.ended, WarmupEnd::Cap | WarmupEnd::MaxTime) {
             warnings.push(Warning::WarmupNotFlat { n: warmed.runs_ns.len() });
         }
-        let asked = facts.workload.n_gen as usize;
+        let asked = context.workload.n_gen as usize;
         if warmed.n_gen < asked {
             warnings.push(Warning::EndOfText { n_gen: warmed.n_gen, asked });
         }
@@ -49,8 +48,8 @@ pub fn of_repeats(facts: &Facts, record: &Record, outcome: &Outcome) -> Vec<Warn
     if let Some(at) = outcome.samples.iter().position(|sample| sample.ids != outcome.samples[0].ids) {
         warnings.push(Warning::TokensDiffer { repeat: at + 1 });
     }
-    let load = LoadSpan::sum(outcome.samples.iter().filter_map(|sample| sample.load));
-    if load.disturbs(facts.environment.threads) {
+    let load = CpuUsage::sum(outcome.samples.iter().filter_map(|sample| sample.load));
+    if load.disturbs(context.environment.threads) {
         let others_cpus = load.others_cpus().unwrap_or(0.0);
         warnings.push(Warning::BusyCpus { others_cpus, n_cpus: load.n_cpus });
     }
@@ -98,20 +97,20 @@ pub fn of_machine(outcome: &Outcome) -> Vec<Warning> {
 }
 
 /// What sizes and bandwidth tell.
-pub fn of_memory(facts: &Facts, record: &Record, outcome: &Outcome) -> Vec<Warning> {
+pub fn of_memory(context: &RunContext, record: &Record, outcome: &Outcome) -> Vec<Warning> {
     let mut warnings = Vec::new();
     let mbu = record.bandwidth.mbu;
-    if let Some(step_bytes) = limit::step_bytes(record).filter(|bytes| limit::is_cached(facts, *bytes, mbu)) {
-        warnings.push(Warning::CacheResident { step_bytes, cache_bytes: facts.cache_bytes.unwrap_or(0), mbu });
+    if let Some(step_bytes) = limit::step_bytes(record).filter(|bytes| limit::is_cached(context, *bytes, mbu)) {
+        warnings.push(Warning::CacheResident { step_bytes, cache_bytes: context.cache_bytes.unwrap_or(0), mbu });
     }
-    let theoretical = facts.theoretical_gb_s.as_ref().ok().copied();
-    if let Some((read_gb_s, theoretical_gb_s)) = facts.read_gb_s.zip(theoretical)
+    let theoretical = context.theoretical_gb_s.as_ref().ok().copied();
+    if let Some((read_gb_s, theoretical_gb_s)) = context.read_gb_s.zip(theoretical)
         && read_gb_s < SLOW_READ * theoretical_gb_s
     {
         warnings.push(Warning::SlowRead { read_gb_s, theoretical_gb_s });
     }
     let peak_is_exact = outcome.finished.as_ref().is_none_or(|finished| finished.peak_is_exact);
-    if facts.device.kind == "cpu" && !peak_is_exact && record.memory.peak_bytes.is_some() {
+    if context.device.kind == "cpu" && !peak_is_exact && record.memory.peak_bytes.is_some() {
         warnings.push(Warning::PeakNotExact);
     }
     if record.weights.fp16_overflow > 0 {

@@ -1,7 +1,8 @@
-//! Which parts of a model are sensitive: its quality with one of them quantized and all others in fp16.
+//! The sensitive parts of a model: its quality with one of them quantized and all others in fp16.
 
-use super::DeviceChoice;
-use super::quality::Reference;
+use super::precision;
+use super::reference::Reference;
+use crate::engine::Device;
 use crate::events::{Event, Listener, Unit};
 use crate::plan::Model;
 use crate::quality::modules::{Group, LayerCost, groups, sensitive};
@@ -16,7 +17,7 @@ pub fn measure(reference: &mut Reference, records: &mut [Record], events: &dyn L
     let model = reference.model;
     let mut groups = groups(&model.matrices);
     // Rows of a quantized table can be read by the CPU alone.
-    groups.retain(|group| reference.share.device == DeviceChoice::Cpu || group.name != "embeddings");
+    groups.retain(|group| reference.assignment.device == Device::Cpu || group.name != "embeddings");
     for record in records {
         let Some(precision) = FormatId::named(&record.precision).filter(|precision| *precision != quant::BASELINE)
         else {
@@ -35,16 +36,15 @@ pub fn measure(reference: &mut Reference, records: &mut [Record], events: &dyn L
 }
 
 fn cost(reference: &mut Reference, model: &Model, precision: FormatId, group: &Group) -> record::ModuleQuality {
-    let passage = reference.passage;
-    let measured = passage.of_precision(reference, precision, &Selection::Only(group.matrices.clone())).ok();
-    let found = measured.as_ref().and_then(|measured| summarize(&measured.costs));
+    let scores = precision::score(reference, precision, &Selection::Only(group.matrices.clone())).ok();
+    let found = scores.as_ref().and_then(|scores| summarize(&scores.costs));
     record::ModuleQuality {
         module: group.name.clone(),
         saved_bytes: saved_bytes(model, precision, reference.case.format_options, group),
         kl_mean: found.map(|found| found.kl_mean),
         kl_mean_half_width: found.and_then(|found| found.kl_mean_half_width),
         top1_agreement: found.map(|found| found.top1_agreement),
-        outlier_share: measured.and_then(|measured| measured.outlier_share()),
+        outlier_share: scores.and_then(|scores| scores.outlier_share()),
     }
 }
 

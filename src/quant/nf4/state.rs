@@ -3,8 +3,9 @@
 use anyhow::Result;
 use serde::Deserialize;
 
+use super::BLOCK;
+use super::nested::NESTED_BLOCK;
 use crate::error::BadInput;
-use crate::quant::nf4;
 
 /// A matrix of NF4 blocks of 64; with an offset its absmax values are quantized too.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,15 +32,10 @@ impl QuantState {
         if text.quant_type != "nf4" {
             return Err(bad(format!("it says `{}`; only `nf4` is known", text.quant_type)).into());
         }
-        let nested = text.nested_blocksize.unwrap_or(nf4::nested::NESTED_BLOCK);
-        if text.blocksize != nf4::BLOCK || nested != nf4::nested::NESTED_BLOCK {
+        let nested = text.nested_blocksize.unwrap_or(NESTED_BLOCK);
+        if text.blocksize != BLOCK || nested != NESTED_BLOCK {
             let seen = format!("blocks of {} and {nested}", text.blocksize);
-            return Err(bad(format!(
-                "it says {seen}; only {} and {} are known",
-                nf4::BLOCK,
-                nf4::nested::NESTED_BLOCK
-            ))
-            .into());
+            return Err(bad(format!("it says {seen}; only {} and {} are known", BLOCK, NESTED_BLOCK)).into());
         }
         let &[n, k] = text.shape.as_slice() else {
             return Err(bad(format!("its shape {:?} is no matrix", text.shape)).into());
@@ -51,10 +47,10 @@ impl QuantState {
     pub fn to_json(&self) -> String {
         let Self { n, k, nested_offset } = self;
         let nested = nested_offset.map_or(String::new(), |offset| {
-            let (block, offset) = (nf4::nested::NESTED_BLOCK, python_float(f64::from(offset)));
+            let (block, offset) = (NESTED_BLOCK, python_float(f64::from(offset)));
             format!(r#", "nested_blocksize": {block}, "nested_dtype": "float32", "nested_offset": {offset}"#)
         });
-        let block = nf4::BLOCK;
+        let block = BLOCK;
         format!(r#"{{"quant_type": "nf4", "blocksize": {block}, "dtype": "float16", "shape": [{n}, {k}]{nested}}}"#)
     }
 }

@@ -1,4 +1,4 @@
-//! When a case has to be over: a worker that still runs then is killed, by a thread that sleeps until it is needed.
+//! The time limit of a case. A thread that sleeps until then kills a process that still runs.
 
 use std::convert::Infallible;
 use std::io;
@@ -16,32 +16,37 @@ pub struct Deadline {
 }
 
 impl Deadline {
-    /// So many seconds from now; `None` where that is no time that ever comes.
+    /// The time `timeout_s` seconds from now; `None` where no clock reaches it.
     pub fn after_s(timeout_s: f64) -> Option<Self> {
         let at = Instant::now().checked_add(Duration::try_from_secs_f64(timeout_s).ok()?)?;
         Some(Self { at, timeout_s })
     }
 
-    /// Why something was ended.
+    /// The same limit, enforced so much later: for a process that ends its children at the limit by itself.
+    pub fn with_grace(self, grace: Duration) -> Self {
+        Self { at: self.at.checked_add(grace).unwrap_or(self.at), ..self }
+    }
+
+    /// Reason for a process that was killed at the deadline.
     pub fn message(&self) -> String {
         format!("timeout: the case took longer than its limit of {} s", self.timeout_s)
     }
 }
 
 /// A child process that does not outlive its deadline. Dropping this neither kills nor waits.
-pub struct Watched {
+pub struct KilledAtDeadline {
     child: Arc<Mutex<Child>>,
     deadline: Option<Deadline>,
     killed: Arc<AtomicBool>,
     /// Wakes and ends the watching thread when it goes.
-    _watching: Option<Sender<Infallible>>,
+    _watcher: Option<Sender<Infallible>>,
 }
 
-impl Watched {
+impl KilledAtDeadline {
     pub fn new(child: Child, deadline: Option<Deadline>) -> Self {
         let (child, killed) = (Arc::new(Mutex::new(child)), Arc::new(AtomicBool::new(false)));
-        let _watching = deadline.map(|deadline| watch(deadline, child.clone(), killed.clone()));
-        Self { child, deadline, killed, _watching }
+        let _watcher = deadline.map(|deadline| watch(deadline, child.clone(), killed.clone()));
+        Self { child, deadline, killed, _watcher }
     }
 
     pub fn id(&self) -> u32 {
@@ -96,14 +101,14 @@ mod tests {
         let deadline = Deadline::after_s(0.0);
         let sleeper = start("sleep", &["600"]);
         // Waiting first would hold the lock that killing needs; a worker is waited for when its pipe has closed.
-        let watched = Watched::new(sleeper, deadline);
+        let watched = KilledAtDeadline::new(sleeper, deadline);
         while watched.overran().is_none() {
             std::thread::yield_now();
         }
         assert_eq!(watched.wait().unwrap().signal(), Some(9));
         assert!(watched.overran().unwrap().message().contains("its limit of 0 s"));
 
-        let quick = Watched::new(start("true", &[]), Deadline::after_s(600.0));
+        let quick = KilledAtDeadline::new(start("true", &[]), Deadline::after_s(600.0));
         assert!(quick.wait().unwrap().success() && quick.overran().is_none());
         for never in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
             assert_eq!(Deadline::after_s(never), None);

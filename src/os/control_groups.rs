@@ -118,7 +118,7 @@ impl ControlGroups<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::tests::root;
+    use super::super::testing::root;
     use super::*;
 
     /// What is free below these files, and how many were killed.

@@ -1,0 +1,273 @@
+//! Everything of a case before the first worker starts: checks, the opened model, the prompt's ids, memory and bandwidth.
+
+use anyhow::Result;
+
+use super::bandwidth_cache::{BandwidthCache, DeviceBandwidth};
+use super::case::{Case, Variant};
+use super::checks::{self, Chosen};
+use super::environment::{self, Machine};
+use super::open_model::{self, Opened};
+use super::prompt::{self, Workload};
+use super::quality::EvalText;
+use super::room::{Room, TooLarge};
+use super::run_context::RunContext;
+use super::schedule::{self, Order, Outcome, ScheduleContext, Worker};
+use super::warnings::Warning;
+use super::watch::Watch;
+use super::watch::machine::Sensors;
+use super::worker_process::{self, ProcessWorker};
+use crate::engine::memory::MeasuredBandwidth;
+use crate::engine::needs::Needs;
+use crate::engine::{self, Device, Engine};
+use crate::events::{Collector, Event, Listener, Unit};
+use crate::kernels::cpu::bandwidth;
+use crate::kernels::cpu::pool::{Pool, default_threads};
+use crate::kernels::cpu::topology::last_level_cache_bytes;
+use crate::kernels::isa::Isa;
+use crate::kernels::nvml::Gpu;
+use crate::os::memory::ProcessMemory;
+use crate::plan::Model;
+use crate::protocol::{DeviceAssignment, Failure};
+use crate::record;
+
+/// Source of a device's bandwidth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BandwidthSource {
+    /// An earlier run, where one is cached.
+    Cache,
+    /// A measurement by this run.
+    Measurement,
+}
+
+/// A checked case and its opened model.
+pub struct PreparedCase {
+    opened: Opened,
+    pub assignment: DeviceAssignment,
+    pub workload: Workload,
+    pub room: Room,
+    /// Warnings of the device's choice and of the model's files.
+    warnings: Vec<Warning>,
+}
+
+impl PreparedCase {
+    /// Finds the model, downloading what is missing, and gives the case as that model allows it.
+    pub fn open(case: &Case, chosen: Chosen, events: &dyn Listener) -> Result<(Case, Self)> {
+        let collector = Collector::new(events);
+        let mut opened = open_model::open(&case.model, &collector)?;
+        opened.select(&case.selection())?;
+        let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
+        checks::check_engines(&case)?;
+        let mut prepared = Self::new(&case, chosen.device, opened)?;
+        let collected = collector.warnings().into_iter();
+        let of_model = collected.map(|(name, message)| Warning::Model { name, message });
+        prepared.warnings = chosen.warning.into_iter().chain(of_model).collect();
+        Ok((case, prepared))
+    }
+
+    /// The checks that need the model but no weights in memory.
+    fn new(case: &Case, device: Device, opened: Opened) -> Result<Self> {
+        if case.engines.contains(&Engine::Candle) {
+            engine::candle::check(&opened.model, &opened.checkpoint.config)?;
+        }
+        let workload = prompt::workload(case, opened.checkpoint.tokenizer.as_ref(), &opened.model)?;
+        // Fails early on a picture that cannot be read; the workers read it again.
+        open_model::pixels(&opened.model, &opened.checkpoint, &workload.task.encode)?;
+        let threads = if case.threads == 0 { default_threads() } else { case.threads };
+        let assignment = DeviceAssignment { device, threads };
+        let room = Room::new(case, (&opened.model, &workload), device)?;
+        Ok(Self { opened, assignment, workload, room, warnings: Vec::new() })
+    }
+
+    pub fn model(&self) -> &Model {
+        &self.opened.model
+    }
+
+    /// The text that quality is measured on; `None` where quality was not asked for. Fails on a model whose quality cannot be measured.
+    pub fn eval_text(&self, case: &Case) -> Result<Option<EvalText>> {
+        case.quality.as_ref().map(|choice| EvalText::new(choice, &self.opened, &self.workload)).transpose()
+    }
+
+    /// The text of `ids`; `None` without a tokenizer.
+    pub fn text(&self, ids: &[u32]) -> Option<String> {
+        self.opened.checkpoint.tokenizer.as_ref()?.decode(ids, true).ok()
+    }
+
+    /// What all records of the run share. Measures the memory's bandwidth, or takes it from the cache.
+    pub fn context(&self, case: &Case, events: &dyn Listener) -> Result<RunContext> {
+        let mut context = self.unmeasured_context(case);
+        if context.order == Order::InTurn {
+            let (needed_bytes, free_bytes) = (self.room.together_bytes(), self.room.free_bytes.unwrap_or(0));
+            context.warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
+        }
+        if self.assignment.device == Device::Cpu {
+            context.cache_bytes = last_level_cache_bytes().map(|bytes| bytes as u64);
+        }
+        let source =
+            if case.protocol.measure_bandwidth { BandwidthSource::Measurement } else { BandwidthSource::Cache };
+        let DeviceBandwidth { measured, since } = self.bandwidth(case, source, events)?;
+        (context.read_gb_s, context.copy_gb_s, context.bandwidth_since) =
+            (measured.read_gb_s, measured.copy_gb_s, since);
+        Ok(context)
+    }
+
+    /// Opens what is read while repeats run, and completes `context` by what the driver knows of the device. Nothing may run yet:
+    /// the idle power is measured.
+    pub fn sensors(&self, context: &mut RunContext) -> Sensors {
+        let gpu = match self.assignment.device {
+            Device::Cuda(ordinal) => Gpu::open(ordinal),
+            Device::Cpu => None,
+        };
+        if self.assignment.device != Device::Cpu {
+            let theoretical_gb_s = gpu.as_ref().and_then(Gpu::theoretical_gb_s);
+            let unknown = || "NVML does not report the memory's clock and bus width".to_owned();
+            context.theoretical_gb_s = theoretical_gb_s.ok_or_else(unknown);
+        }
+        if let Some(gpu) = &gpu {
+            context.cache_bytes = gpu.l2_bytes;
+            context.environment.gpu = gpu.name();
+            context.environment.isa = gpu.isa().unwrap_or_default();
+            if let (Some(name), Device::Cuda(ordinal)) = (gpu.name(), self.assignment.device) {
+                context.device.name = format!("{name} (cuda:{ordinal})");
+            }
+            context.environment.driver = gpu.driver();
+            context.environment.cuda = gpu.cuda();
+        }
+        let mut sensors = Sensors::below("/", gpu);
+        context.counter = sensors.counter();
+        sensors
+    }
+
+    /// What all records share, as far as it is known without measuring the machine.
+    pub fn unmeasured_context(&self, case: &Case) -> RunContext {
+        let (machine, order) = (Machine::default(), self.room.order());
+        let is_cpu = self.assignment.device == Device::Cpu;
+        let isa = if is_cpu { Isa::detect().name() } else { "" };
+        let threads = is_cpu.then(|| environment::too_many_threads(self.assignment.threads)).flatten();
+        let warnings = [machine.warnings(), Vec::from_iter(threads), self.warnings.clone()].concat();
+        RunContext {
+            engine: environment::engine_info(Engine::Quantbench),
+            command: case.command.clone(),
+            timestamp: environment::timestamp(),
+            model: self.model_facts(),
+            weights: self.weight_facts(),
+            device: self.device_facts(&machine),
+            workload: self.workload.recorded(),
+            n_before: (self.workload.task.depth.len() + self.workload.task.prompt.len()) as u64,
+            environment: machine.environment(isa, self.assignment.threads),
+            format_options: case.format_options,
+            keep_fp16: case.keep_fp16.clone(),
+            protocol: case.protocol.clone(),
+            order,
+            resolve_s: self.opened.checkpoint.resolve_s,
+            read_gb_s: None,
+            copy_gb_s: None,
+            bandwidth_since: None,
+            theoretical_gb_s: Err("the memory's speed is in DMI tables, which only root may read".to_owned()),
+            cache_bytes: None,
+            counter: None,
+            warnings,
+        }
+    }
+
+    /// Bandwidth of the device that is measured. Fails where there is none.
+    pub fn bandwidth(&self, case: &Case, source: BandwidthSource, events: &dyn Listener) -> Result<DeviceBandwidth> {
+        let cache = match self.assignment.device {
+            Device::Cuda(ordinal) => Gpu::open(ordinal).as_ref().and_then(BandwidthCache::of),
+            // What a machine gives to processors varies from run to run.
+            Device::Cpu => None,
+        };
+        if source == BandwidthSource::Cache
+            && let Some(known) = cache.as_ref().and_then(BandwidthCache::load)
+        {
+            return Ok(known);
+        }
+        events.on(Event::Begin { label: "memory bandwidth".to_owned(), total: 2, unit: Unit::Runs });
+        let measured = match self.assignment.device {
+            Device::Cuda(ordinal) => match worker_process::bandwidth(ordinal, case.protocol.deadline) {
+                Err(bad @ Failure::BadInput { .. }) => Err(bad.into_error()),
+                // The precisions can do without it, and fail on their own where the device does.
+                measured => Ok(measured.unwrap_or_default()),
+            },
+            Device::Cpu => Ok(self.cpu_bandwidth(events)),
+        };
+        events.on(Event::End);
+        let measured = measured?;
+        if let Some(cache) = cache {
+            cache.store(measured, &environment::timestamp());
+        }
+        Ok(DeviceBandwidth { measured, since: None })
+    }
+
+    /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers. `None` where the
+    /// memory for it cannot be had.
+    fn cpu_bandwidth(&self, events: &dyn Listener) -> MeasuredBandwidth {
+        let (isa, pool) = (Isa::detect(), Pool::new(self.assignment.threads));
+        let _pinned = pool.pin_caller();
+        let read_gb_s = bandwidth::read_gb_s(isa, &pool).ok();
+        events.on(Event::Progress { done: 1 });
+        MeasuredBandwidth { read_gb_s, copy_gb_s: bandwidth::copy_gb_s(isa, &pool).ok() }
+    }
+
+    pub fn outcomes(
+        &self,
+        case: &Case,
+        order: Order,
+        watch: &mut dyn Watch,
+        events: &dyn Listener,
+    ) -> Result<Vec<Outcome>> {
+        let variants = case.variants();
+        let start = |at: usize| self.worker(case, &variants[at], self.room.needs[at]);
+        let mut schedule_context = ScheduleContext { start: &start, n_workers: variants.len(), order, watch, events };
+        let mut outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(Failure::into_error)?;
+        for (outcome, needs) in outcomes.iter_mut().zip(&self.room.needs) {
+            outcome.needed_bytes = needs.bytes();
+        }
+        Ok(outcomes)
+    }
+
+    /// A worker process; a stand-in that refuses where the variant alone exceeds the free memory of the host. A GPU refuses by
+    /// itself.
+    pub fn worker(&self, case: &Case, variant: &Variant, needs: Needs) -> Box<dyn Worker> {
+        let needed_bytes = needs.bytes();
+        let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
+        let room_bytes = room_bytes.into_iter().flatten().min();
+        let too_little = room_bytes.filter(|room| self.assignment.device == Device::Cpu && needed_bytes > *room);
+        if let Some(free_bytes) = too_little {
+            return Box::new(TooLarge { label: variant.label(), needed_bytes, free_bytes });
+        }
+        let request = self.workload.load_request(case, variant, self.assignment);
+        Box::new(ProcessWorker::new(request, needed_bytes, case.protocol.deadline))
+    }
+
+    fn model_facts(&self) -> record::ModelFacts {
+        record::ModelFacts {
+            id: self.opened.checkpoint.id.clone(),
+            revision: self.opened.checkpoint.revision.clone(),
+            architecture: self.opened.model.architecture.to_owned(),
+            parameters: self.opened.model.parameters() as u64,
+            experts: self
+                .opened
+                .model
+                .experts()
+                .map(|(per_token, total)| record::ExpertFacts { total: total as u64, per_token: per_token as u64 }),
+        }
+    }
+
+    fn weight_facts(&self) -> record::WeightFacts {
+        let info = self.opened.source.info();
+        record::WeightFacts {
+            source: info.source.name().to_owned(),
+            dtype: info.dtype.clone(),
+            seed: info.seed,
+            hash: info.hash.clone(),
+            fp16_overflow: 0,
+        }
+    }
+
+    fn device_facts(&self, machine: &Machine) -> record::DeviceFacts {
+        match self.assignment.device {
+            Device::Cuda(ordinal) => record::DeviceFacts { kind: "cuda".to_owned(), name: format!("cuda:{ordinal}") },
+            _ => record::DeviceFacts { kind: "cpu".to_owned(), name: machine.cpu_name() },
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The text that quality is measured on, as the ids that every precision is scored on.
+
+use anyhow::{Context, Result};
+
+use crate::error::BadInput;
+use crate::harness::case::{Case, QualityChoice, Variant};
+use crate::harness::open_model::Opened;
+use crate::harness::prompt::{self, Workload};
+use crate::harness::room;
+use crate::harness::schedule::Worker;
+use crate::harness::worker_process::ProcessWorker;
+use crate::plan::{EncoderInputKind, Model};
+use crate::protocol::{DeviceAssignment, Encode, Failure, Greedy, LoadRequest, LogitsFile, ScoreRequest, Task};
+use crate::quality::windows::{self, Window};
+use crate::quality::{CallPath, rows, text};
+use crate::quant::FormatId;
+use crate::weights::policy::Selection;
+use crate::weights::{Checkpoint, SourceKind};
+
+/// Greedy decoding generates this many tokens after a quarter of them, where the text is long enough.
+const GREEDY_TOKENS: usize = 64;
+
+/// Fails with [`BadInput`] where the quality of a checkpoint cannot be measured. `tokenizer_comes`: one is still to be downloaded.
+pub fn check(checkpoint: &Checkpoint, tokenizer_comes: bool) -> Result<(), BadInput> {
+    let refused =
+        |reason: String, hint: &str| Err(BadInput::new(format!("no quality can be measured: {reason}")).hint(hint));
+    if checkpoint.source_kind() == SourceKind::Random {
+        return refused("random weights predict nothing".to_owned(), "name a folder or a hub id with `--model-id`");
+    }
+    if let Some(quantized) = &checkpoint.quantized {
+        let reason =
+            format!("the weights were saved in `{}`, and what they were made from is not here", quantized.precision);
+        return refused(reason, "name the model that they were made from with `--model-id`");
+    }
+    if checkpoint.tokenizer.is_none() && !tokenizer_comes {
+        let reason = format!("`{}` has no tokenizer here, so a text cannot become tokens", checkpoint.id);
+        return refused(reason, "put tokenizer.json beside the weights");
+    }
+    Ok(())
+}
+
+/// A tokenized text and its windows.
+pub struct EvalText {
+    pub name: String,
+    encode: Encode,
+    n_encoder: usize,
+    prefix: Vec<u32>,
+    tokens: Vec<u32>,
+    pub windows: Vec<Window>,
+    pub greedy: Greedy,
+}
+
+impl EvalText {
+    /// The ids of the text, cut to windows that the context and the bound of the reference's file allow. Fails where they
+    /// hold no token to score, and as [`check`] does.
+    pub fn new(choice: &QualityChoice, opened: &Opened, workload: &Workload) -> Result<Self> {
+        let (model, checkpoint) = (&opened.model, &opened.checkpoint);
+        check(checkpoint, false)?;
+        let tokenizer = checkpoint.tokenizer.as_ref().context("a tokenizer, which was checked for")?;
+        let sample = || (text::SAMPLE_NAME.to_owned(), text::SAMPLE.to_owned());
+        let (name, text) = choice.text.clone().unwrap_or_else(sample);
+        let input = model.encoder.as_ref().map(|encoder| encoder.input);
+        // A caption goes on where the prompt ends.
+        let adds_special = !matches!(input, Some(EncoderInputKind::Picture(_)));
+        let mut tokens = prompt::encode(tokenizer, &text, adds_special)?;
+        tokens.truncate(choice.n_tokens);
+        prompt::check_vocabulary(&tokens, false, model)?;
+        let prefix = match input {
+            Some(EncoderInputKind::Picture(_)) => workload.task.prompt.clone(),
+            Some(EncoderInputKind::Tokens) => {
+                tokens.insert(0, model.decoder_start.unwrap_or(0));
+                Vec::new()
+            }
+            None => Vec::new(),
+        };
+        let room = model.context.saturating_sub(prefix.len());
+        let length = windows::MAX_LENGTH.min(rows::max_rows(model.vocab)).min(room);
+        let windows = if length < 2 { Vec::new() } else { windows::windows(tokens.len(), length, !prefix.is_empty()) };
+        if windows.is_empty() {
+            let message = format!("the text `{name}` has {} tokens, and a context of {room} is left", tokens.len());
+            return Err(BadInput::new(message).hint("at least 2 tokens are needed").into());
+        }
+        let longest = windows[0].end;
+        let n_prompt = longest.min(GREEDY_TOKENS / 4);
+        let greedy = Greedy { n_prompt, n_gen: (length - n_prompt).min(GREEDY_TOKENS) };
+        let (encode, n_encoder) = (workload.task.encode.clone(), workload.n_encoder);
+        Ok(Self { name, encode, n_encoder, prefix, tokens, windows, greedy })
+    }
+
+    /// The request to score the window of index `at`.
+    pub fn request(&self, at: usize, path: CallPath, logits: LogitsFile) -> ScoreRequest {
+        let Window { start, first, end } = self.windows[at];
+        ScoreRequest {
+            prefix: self.prefix.clone(),
+            tokens: self.tokens[start..end].to_vec(),
+            first: first - start,
+            path,
+            logits,
+            greedy: if at == 0 { self.greedy } else { Greedy::default() },
+        }
+    }
+
+    /// A loaded worker whose cache holds the longest window.
+    pub fn worker(
+        &self,
+        (case, model): (&Case, &Model),
+        precision: FormatId,
+        assignment: DeviceAssignment,
+        selection: Selection,
+    ) -> Result<ProcessWorker, Failure> {
+        let longest = self.windows[0].end.max(self.greedy.n_prompt + self.greedy.n_gen);
+        let (encode, prompt) = (self.encode.clone(), vec![0; self.prefix.len() + longest]);
+        let task = Task { encode, prompt, n_gen: 1, ..Task::default() };
+        let workload = Workload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
+        let mut selected = model.clone();
+        // Patterns were checked when the model was opened.
+        let _ = selection.apply(&mut selected.matrices);
+        let needed_bytes = room::needs(case, &Variant::own(precision), (&selected, &workload), assignment.device)
+            .map_err(|error| Failure::of(&error))?
+            .bytes();
+        let plain = workload.load_request(case, &Variant::own(precision), assignment);
+        let request = LoadRequest { save_logits: None, selection, ..plain };
+        let mut worker = ProcessWorker::new(request, needed_bytes, case.protocol.deadline);
+        worker.load(&crate::events::Silent)?;
+        Ok(worker)
+    }
+}

@@ -1,0 +1,76 @@
+//! The worker that writes the reference's logits, one window's file at a time.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use tempfile::TempDir;
+
+use super::eval_text::EvalText;
+use crate::engine::Device;
+use crate::harness::case::Case;
+use crate::harness::worker_process::ProcessWorker;
+use crate::plan::Model;
+use crate::protocol::{DeviceAssignment, Failure, LogitsFile};
+use crate::quality::CallPath;
+use crate::quant::{FormatId, fp32};
+use crate::weights::policy::Selection;
+
+/// The reference's weights: the checkpoint's own values, which fp16 may not hold.
+const PRECISION: FormatId = fp32::ID;
+
+/// The reference and all that each precision is compared by.
+pub struct Reference<'a> {
+    pub text: &'a EvalText,
+    pub case: &'a Case,
+    pub assignment: DeviceAssignment,
+    pub model: &'a Model,
+    /// Removed with its files when this is dropped.
+    folder: TempDir,
+    worker: Option<ProcessWorker>,
+    held: Option<Held>,
+}
+
+/// Contents of the file.
+struct Held {
+    window: usize,
+    /// Greedy ids of the first window.
+    greedy_ids: Vec<u32>,
+}
+
+impl<'a> Reference<'a> {
+    pub fn new(text: &'a EvalText, case: &'a Case, (assignment, model): (DeviceAssignment, &'a Model)) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("quantbench-").tempdir()?;
+        Ok(Self { text, case, assignment, model, folder, worker: None, held: None })
+    }
+
+    /// The reference's greedy ids, once a window was scored.
+    pub fn greedy_ids(&self) -> Option<&[u32]> {
+        self.held.as_ref().map(|held| held.greedy_ids.as_slice())
+    }
+
+    /// The file with the logits of a window, which is computed where the file holds another one.
+    pub fn file_of(&mut self, window: usize) -> Result<PathBuf, Failure> {
+        let path = self.folder.path().join("reference.logits");
+        if self.held.as_ref().is_some_and(|held| held.window == window) {
+            return Ok(path);
+        }
+        let (text, model) = (self.text, (self.case, self.model));
+        let worker = match &mut self.worker {
+            Some(worker) => worker,
+            none => {
+                let assignment = DeviceAssignment { device: Device::Cpu, ..self.assignment };
+                let loaded = text.worker(model, PRECISION, assignment, Selection::Usual);
+                none.insert(loaded.map_err(|failure| failure.within("the fp32 reference"))?)
+            }
+        };
+        // Gone until the new one is whole.
+        let known = self.held.take().map(|held| held.greedy_ids).filter(|_| window > 0);
+        let scored = worker.score(text.request(window, CallPath::Prefill, LogitsFile::Write(path.clone())));
+        let scored = scored.map_err(|failure| failure.within("the fp32 reference"))?;
+        self.held = Some(Held { window, greedy_ids: known.unwrap_or(scored.greedy_ids) });
+        if text.windows.len() == 1 {
+            self.worker = None;
+        }
+        Ok(path)
+    }
+}

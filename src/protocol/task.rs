@@ -1,0 +1,48 @@
+//! The work of one repeat.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The work of every repeat.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Task {
+    /// Ids in the cache before the prompt, prefilled untimed.
+    pub depth: Vec<u32>,
+    pub encode: Encode,
+    /// Ids that the decoder starts from: the prompt after its image tokens, or an encoder-decoder model's start token. At least one.
+    pub prompt: Vec<u32>,
+    /// At least one.
+    pub n_gen: usize,
+    /// Tokens at which generation ends; empty: always exactly `n_gen`.
+    pub stop_at: Vec<u32>,
+    /// Warm-up runs; `None`: until the last two agree.
+    pub warmup: Option<usize>,
+    /// Warm-up starts no further run after this long.
+    pub max_time_s: f64,
+    pub wait: Wait,
+}
+
+/// The points at which a run waits for the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Wait {
+    /// Once, at its end; a token counts as soon as the host can read it.
+    #[default]
+    AtEnd,
+    /// As [`Self::AtEnd`], and each repeat is followed by a run that waits after every token.
+    BothWays,
+    /// After every token, as the seed did.
+    EachToken,
+}
+
+/// The encoder's input in each repeat, inside the timed prefill.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub enum Encode {
+    #[default]
+    Nothing,
+    Tokens(Vec<u32>),
+    /// The picture in this file; `None`: the generated test picture.
+    Picture {
+        image: Option<PathBuf>,
+    },
+}
