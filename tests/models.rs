@@ -1,11 +1,13 @@
 //! Tiny models against the reference runs in tests/golden: every executor, every instruction set, every precision.
 
+mod coverage;
 #[cfg(feature = "cuda")]
 mod skips;
 
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
+use coverage::combinations;
 use quantbench::call::KvFormat;
 use quantbench::engine::{self, Device, EncoderInput, Session, Setup};
 use quantbench::events::Silent;
@@ -183,7 +185,7 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 
 /// Every step's logits and ids of a whole greedy run.
 fn check_run(
-    executors: &[Executor],
+    executor: Executor,
     (model, precision): (&str, &str),
     golden: &Golden,
     prompts: &Value,
@@ -191,66 +193,62 @@ fn check_run(
     tolerance: f32,
 ) {
     let reference = Golden::open(model, "golden");
-    for &executor in executors {
-        let mut loaded = load(model, precision, executor);
-        for (i, prompt) in prompts.as_array().unwrap().iter().enumerate() {
-            let case = format!("{model} {precision} {executor:?} prompt {i}");
-            let input = ids(&reference.facts["prompts"][i]["input_ids"]);
-            let (tokens, logits) = loaded.generate(&input);
-            let expected = golden.floats(&format!("{prefix}p{i}.step_logits"));
-            let vocab = expected.len() / N_GEN;
-            assert_eq!(tokens, ids(&prompt["generated_ids"]), "{case}");
-            for (step, logits) in logits.iter().enumerate() {
-                let difference = largest_difference(logits, &expected[step * vocab..(step + 1) * vocab]);
-                assert!(difference <= tolerance, "{case} step {step}: logits differ by {difference}");
-            }
+    let mut loaded = load(model, precision, executor);
+    for (i, prompt) in prompts.as_array().unwrap().iter().enumerate() {
+        let case = format!("{model} {precision} {executor:?} prompt {i}");
+        let input = ids(&reference.facts["prompts"][i]["input_ids"]);
+        let (tokens, logits) = loaded.generate(&input);
+        let expected = golden.floats(&format!("{prefix}p{i}.step_logits"));
+        let vocab = expected.len() / N_GEN;
+        assert_eq!(tokens, ids(&prompt["generated_ids"]), "{case}");
+        for (step, logits) in logits.iter().enumerate() {
+            let difference = largest_difference(logits, &expected[step * vocab..(step + 1) * vocab]);
+            assert!(difference <= tolerance, "{case} step {step}: logits differ by {difference}");
         }
     }
 }
 
 #[test]
 fn fp16_logits_and_ids_equal_the_reference() {
-    for model in MODELS {
+    for (model, executor) in combinations(&MODELS, &executors(), 0) {
         let golden = Golden::open(model, "golden");
-        check_run(&executors(), (model, "fp16"), &golden, &golden.facts["prompts"], "", FP32_LOGIT_TOLERANCE);
+        check_run(executor, (model, "fp16"), &golden, &golden.facts["prompts"], "", FP32_LOGIT_TOLERANCE);
     }
 }
 
 #[test]
 fn nf4_logits_and_ids_equal_the_reference() {
-    for model in MODELS {
+    for (model, executor) in combinations(&MODELS, &executors(), 1) {
         let golden = Golden::open(model, "quant_golden");
         let prompts = &golden.facts["variants"]["nf4_f32"]["prompts"];
-        check_run(&executors(), (model, "nf4"), &golden, prompts, "nf4_f32.", NF4_LOGIT_TOLERANCE);
+        check_run(executor, (model, "nf4"), &golden, prompts, "nf4_f32.", NF4_LOGIT_TOLERANCE);
     }
 }
 
 #[test]
 fn int8_logits_equal_the_reference_where_they_are_stable_and_its_cost_elsewhere() {
-    for model in MODELS {
+    for (model, executor) in combinations(&MODELS, &executors(), 2) {
         let (reference, golden) = (Golden::open(model, "golden"), Golden::open(model, "quant_golden"));
-        for executor in executors() {
-            let mut loaded = load(model, "int8", executor);
-            for (i, facts) in golden.facts["variants"]["int8_f32"]["prompts"].as_array().unwrap().iter().enumerate() {
-                let case = format!("{model} int8 {executor:?} prompt {i}");
-                let prompt = &reference.facts["prompts"][i];
-                let fp32 = reference.floats(&format!("p{i}.step_logits"));
-                let vocab = fp32.len() / N_GEN;
-                let logits = loaded.forced(&ids(&prompt["input_ids"]), &ids(&prompt["generated_ids"]));
+        let mut loaded = load(model, "int8", executor);
+        for (i, facts) in golden.facts["variants"]["int8_f32"]["prompts"].as_array().unwrap().iter().enumerate() {
+            let case = format!("{model} int8 {executor:?} prompt {i}");
+            let prompt = &reference.facts["prompts"][i];
+            let fp32 = reference.floats(&format!("p{i}.step_logits"));
+            let vocab = fp32.len() / N_GEN;
+            let logits = loaded.forced(&ids(&prompt["input_ids"]), &ids(&prompt["generated_ids"]));
 
-                let expected = golden.floats(&format!("int8_f32.p{i}.step_logits"));
-                if facts["input_noise_1e-6"]["first_step_stable"].as_bool().unwrap() {
-                    let difference = largest_difference(&logits[0], &expected[..vocab]);
-                    assert!(difference <= INT8_LOGIT_TOLERANCE, "{case}: first logits differ by {difference}");
-                }
-                let kl: Vec<f64> =
-                    (0..N_GEN).map(|s| kl_divergence(&fp32[s * vocab..(s + 1) * vocab], &logits[s])).collect();
-                let mean = kl.iter().sum::<f64>() / kl.len() as f64;
-                let known = facts["forced_mean_kl"].as_f64().unwrap();
-                let factor = int8_kl_factor(fp32.chunks_exact(vocab));
-                let is_near = mean <= factor * known && mean >= known / factor;
-                assert!(is_near, "{case}: mean KL {mean}, reference {known}, within {factor:.2} times");
+            let expected = golden.floats(&format!("int8_f32.p{i}.step_logits"));
+            if facts["input_noise_1e-6"]["first_step_stable"].as_bool().unwrap() {
+                let difference = largest_difference(&logits[0], &expected[..vocab]);
+                assert!(difference <= INT8_LOGIT_TOLERANCE, "{case}: first logits differ by {difference}");
             }
+            let kl: Vec<f64> =
+                (0..N_GEN).map(|s| kl_divergence(&fp32[s * vocab..(s + 1) * vocab], &logits[s])).collect();
+            let mean = kl.iter().sum::<f64>() / kl.len() as f64;
+            let known = facts["forced_mean_kl"].as_f64().unwrap();
+            let factor = int8_kl_factor(fp32.chunks_exact(vocab));
+            let is_near = mean <= factor * known && mean >= known / factor;
+            assert!(is_near, "{case}: mean KL {mean}, reference {known}, within {factor:.2} times");
         }
     }
 }
@@ -348,8 +346,8 @@ fn scored_rows_equal_the_decode_steps() {
 fn candle_logits_and_ids_equal_the_reference() {
     for model in MODELS {
         let golden = Golden::open(model, "golden");
-        let candle = [Executor::Candle(DType::F32)];
-        check_run(&candle, (model, "fp16"), &golden, &golden.facts["prompts"], "", FP32_LOGIT_TOLERANCE);
+        let candle = Executor::Candle(DType::F32);
+        check_run(candle, (model, "fp16"), &golden, &golden.facts["prompts"], "", FP32_LOGIT_TOLERANCE);
     }
 }
 

@@ -9,7 +9,7 @@ use clap::{Args, ValueHint};
 use crate::error::BadInput;
 use crate::record::Document;
 use crate::report;
-use crate::report::compare::{self, DEFAULT_GATES, Format, Order, Rules};
+use crate::report::compare::{self, CompareFormat, DEFAULT_GATES, Order, Rules};
 
 /// What was typed for `quantbench compare`.
 #[derive(Debug, Args)]
@@ -71,8 +71,8 @@ pub struct CompareRequest {
     pub base: Document,
     pub new: Document,
     pub judgement: Judgement,
-    pub stdout: &'static Format,
-    pub file: Option<(PathBuf, &'static Format)>,
+    pub stdout: &'static CompareFormat,
+    pub file: Option<(PathBuf, &'static CompareFormat)>,
 }
 
 /// How two documents are judged, and what the exit code makes of it.
@@ -139,11 +139,11 @@ fn binary(path: &Path) -> Result<PathBuf, BadInput> {
     if found.is_file() { Ok(found) } else { Err(bad("it is no file".into())) }
 }
 
-fn format(name: &str) -> Result<&'static Format, BadInput> {
+fn format(name: &str) -> Result<&'static CompareFormat, BadInput> {
     compare::find(name).ok_or_else(|| BadInput::new(format!("unknown format `{name}` of a comparison")))
 }
 
-fn output_file(path: &Path) -> Result<(PathBuf, &'static Format)> {
+fn output_file(path: &Path) -> Result<(PathBuf, &'static CompareFormat)> {
     let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
     let name = match extension.as_str() {
         "txt" => "table",

@@ -11,8 +11,7 @@ use half::vec::HalfBitsVecExt;
 use super::Setup;
 use crate::events::{Event, Listener, Unit};
 use crate::kernels::cpu::pages::prefer_huge_pages;
-use crate::quant::fp32::Fp32Stored;
-use crate::quant::{Format, HalfMatrix, Stored};
+use crate::quant::{self, Format, HalfMatrix, Stored};
 use crate::weights::Source;
 use crate::weights::policy::Formats;
 use crate::weights::spec::{MatrixSpec, VectorKind, VectorSpec};
@@ -132,7 +131,7 @@ impl Shared {
     }
 
     /// Room for a matrix on its way through the host.
-    pub fn room(&self, spec: &MatrixSpec, formats: &Formats) -> Room<'_> {
+    pub fn room(&self, spec: &MatrixSpec, formats: &Formats) -> Reservation<'_> {
         let weight_bytes = if formats.is_exact(spec.role) { size_of::<f32>() } else { size_of::<f16>() };
         self.budget.take(weight_bytes * spec.n * spec.k)
     }
@@ -161,7 +160,7 @@ impl Shared {
         if formats.is_exact(spec.role) {
             let mut data = vec![0.0; spec.n * spec.k];
             source.read_rows_f32(&spec.name, 0..spec.n, &mut data)?;
-            return Ok((Box::new(Fp32Stored::new(spec.n, spec.k, data)?), Instant::now()));
+            return Ok((quant::exact(spec.n, spec.k, data)?, Instant::now()));
         }
         let weight = self.read(source, spec)?;
         let begin = Instant::now();
@@ -217,22 +216,22 @@ struct Budget {
 
 impl Budget {
     /// Waits until `bytes` more fit, or nothing else is in flight.
-    fn take(&self, bytes: usize) -> Room<'_> {
+    fn take(&self, bytes: usize) -> Reservation<'_> {
         let lock = self.taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let full = |taken: &mut usize| *taken > 0 && *taken + bytes > IN_FLIGHT_BYTES;
         let mut taken = self.freed.wait_while(lock, full).unwrap_or_else(|poisoned| poisoned.into_inner());
         *taken += bytes;
-        Room { budget: self, bytes }
+        Reservation { budget: self, bytes }
     }
 }
 
 /// Bytes taken from a [`Budget`], given back on drop.
-pub struct Room<'a> {
+pub struct Reservation<'a> {
     budget: &'a Budget,
     bytes: usize,
 }
 
-impl Drop for Room<'_> {
+impl Drop for Reservation<'_> {
     fn drop(&mut self) {
         *self.budget.taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) -= self.bytes;
         self.budget.freed.notify_all();

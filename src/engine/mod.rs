@@ -82,7 +82,7 @@ pub trait Session {
     }
 
     /// The device's memory pool; `None` on the CPU, whose memory the process accounts for.
-    fn pool(&self) -> Option<&dyn memory::Pool> {
+    fn pool(&self) -> Option<&dyn memory::MemoryPool> {
         None
     }
 

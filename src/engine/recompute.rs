@@ -137,7 +137,7 @@ impl Session for Recompute {
         self.inner.device_step_ns()
     }
 
-    fn pool(&self) -> Option<&dyn memory::Pool> {
+    fn pool(&self) -> Option<&dyn memory::MemoryPool> {
         self.inner.pool()
     }
 

@@ -17,7 +17,7 @@ use crate::kernels::cpu::rlimit;
 use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
 use crate::protocol::{self, LoadReport, LoadRequest, WorkerReply, WorkerRequest};
-use crate::quant::fp16;
+use crate::quant;
 use crate::weights::policy::Formats;
 
 /// The hidden subcommand: answers the parent until it closes the pipe. Fails on input that no parent writes.
@@ -122,7 +122,7 @@ fn load(request: LoadRequest, events: &dyn Listener) -> Result<(State, LoadRepor
 
 /// Stored bytes of the weights by the format that holds them; vectors count as fp16.
 fn weights_by_format(opened: &Opened, formats: &Formats) -> BTreeMap<String, u64> {
-    let mut bytes = BTreeMap::from([(fp16::ID.to_string(), opened.model.vector_bytes() as u64)]);
+    let mut bytes = BTreeMap::from([(quant::BASELINE.to_string(), opened.model.vector_bytes() as u64)]);
     for spec in &opened.model.matrices {
         // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
         let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;

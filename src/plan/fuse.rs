@@ -9,7 +9,7 @@ use candle_core::{Result, bail};
 
 use super::{
     ActivationKind, ActivationSpec, AddSpec, ArgmaxSpec, AttentionSpec, BufferId, EmbedSpec, LastRowSpec, LinearPart,
-    LinearSpec, MatrixId, MatrixRows, Norm, NormSpec, Op, Plan, Softcap, VectorId,
+    LinearSpec, MatrixId, Norm, NormSpec, Op, Plan, VectorId, feature, refuse,
 };
 
 /// Matrices that one operation may hold.
@@ -22,16 +22,6 @@ pub enum FusedOp {
     Embed(EmbedSpec),
     Matvec(MatvecSpec),
     Attention(AttentionSpec),
-    NormAdd(NormAddSpec),
-}
-
-/// `x += norm(y)`: a residual whose summand is normalised, which needs all of the product.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct NormAddSpec {
-    pub x: BufferId,
-    /// fp32, as [`Join::Floats`] writes it.
-    pub y: BufferId,
-    pub norm: Norm,
 }
 
 /// Matrices that are multiplied with one row of activations.
@@ -50,11 +40,10 @@ pub struct FusedInput {
     pub scale: f32,
 }
 
-/// One matrix of an operation, or some of its rows.
+/// One matrix of an operation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FusedPart {
     pub weight: MatrixId,
-    pub rows: Option<MatrixRows>,
     pub bias: Option<VectorId>,
     pub out: BufferId,
     pub activation: Option<ActivationKind>,
@@ -65,14 +54,12 @@ pub struct FusedPart {
 pub enum Join {
     /// Each part writes its own buffer, from the only input.
     Apart,
-    /// The same in fp32, for a norm.
-    Floats,
     /// `out = act(part 0) · part 1`, from the only input.
     Gated { kind: ActivationKind, out: BufferId },
     /// `x += Σ part i (input i)`
     Residual { x: BufferId },
-    /// The only part's largest output is the next token; the logits are capped.
-    Argmax { softcap: Option<Softcap> },
+    /// The only part's largest output is the next token.
+    Argmax,
 }
 
 impl FusedOp {
@@ -82,7 +69,6 @@ impl FusedOp {
             FusedOp::Embed(_) => vec![],
             FusedOp::Matvec(spec) => spec.inputs.iter().map(|input| input.x).chain(spec.residual()).collect(),
             FusedOp::Attention(spec) => Op::Attention(*spec).reads(),
-            FusedOp::NormAdd(spec) => vec![spec.y, spec.x],
         }
     }
 
@@ -93,7 +79,6 @@ impl FusedOp {
             FusedOp::Matvec(spec) => spec.writes(),
             // The rotated queries stay inside.
             FusedOp::Attention(spec) => vec![spec.out],
-            FusedOp::NormAdd(spec) => vec![spec.x],
         }
     }
 }
@@ -102,17 +87,17 @@ impl MatvecSpec {
     /// Buffers that the products go to.
     pub fn writes(&self) -> Vec<BufferId> {
         match self.join {
-            Join::Apart | Join::Floats => self.parts.iter().map(|part| part.out).collect(),
+            Join::Apart => self.parts.iter().map(|part| part.out).collect(),
             Join::Gated { kind: _, out } => vec![out],
             Join::Residual { x } => vec![x],
-            Join::Argmax { softcap: _ } => vec![],
+            Join::Argmax => vec![],
         }
     }
 
     fn residual(&self) -> Option<BufferId> {
         match self.join {
             Join::Residual { x } => Some(x),
-            Join::Apart | Join::Floats | Join::Gated { .. } | Join::Argmax { .. } => None,
+            Join::Apart | Join::Gated { .. } | Join::Argmax => None,
         }
     }
 }
@@ -151,23 +136,20 @@ impl Fusion<'_> {
                 self.views[out.0] = Some(FusedInput { scale: input.scale * scale, ..input });
             }
             Op::Linear(LinearSpec { x, parts }) => {
-                let part = |&LinearPart { weight, rows, bias, out }: &LinearPart| FusedPart {
-                    weight,
-                    rows,
-                    bias,
-                    out,
-                    activation: None,
+                let part = |&LinearPart { weight, rows, bias, out }: &LinearPart| {
+                    refuse("a decode step", "a linear", &[feature(&rows)])?;
+                    Ok(FusedPart { weight, bias, out, activation: None })
                 };
-                let (inputs, parts) = (vec![self.input(*x)], parts.iter().map(part).collect());
+                let (inputs, parts) = (vec![self.input(*x)], parts.iter().map(part).collect::<Result<_>>()?);
                 self.fused.push(FusedOp::Matvec(MatvecSpec { inputs, parts, join: Join::Apart }));
             }
             Op::Attention(spec) => self.fused.push(FusedOp::Attention(*spec)),
             Op::Activation(spec) => self.activate(*spec)?,
             Op::Add(AddSpec { a, b, out }) if a == out => self.add(*a, *b)?,
             Op::Argmax(ArgmaxSpec { logits, softcap }) => {
-                let join = Join::Argmax { softcap: *softcap };
+                refuse("a decode step", "a choice of the token", &[feature(softcap)])?;
                 match self.producer(*logits) {
-                    Some(spec) if is_plain_product(spec) => spec.join = join,
+                    Some(spec) if is_plain_product(spec) => spec.join = Join::Argmax,
                     Some(_) | None => bail!("the logits come from no single matrix"),
                 }
             }
@@ -206,9 +188,6 @@ impl Fusion<'_> {
 
     /// The summand's operation moves to the end, behind all that still read `x` as it was.
     fn add(&mut self, x: BufferId, summand: BufferId) -> Result<()> {
-        if let Some(FusedInput { x: y, norm: Some(norm), scale: _ }) = self.views[summand.0] {
-            return self.add_norm(NormAddSpec { x, y, norm });
-        }
         share_inputs(&mut self.fused, self.format_of);
         let feeds = |spec: &MatvecSpec| is_plain_product(spec) && spec.parts[0].out == summand;
         let feeds = |op: &FusedOp| matvec(op).is_some_and(feeds);
@@ -218,15 +197,6 @@ impl Fusion<'_> {
             spec.join = Join::Residual { x };
         }
         self.fused.push(op);
-        Ok(())
-    }
-
-    fn add_norm(&mut self, spec: NormAddSpec) -> Result<()> {
-        match self.producer(spec.y) {
-            Some(product) if is_plain_product(product) => product.join = Join::Floats,
-            Some(_) | None => bail!("a residual is fed by the norm of no single matrix"),
-        }
-        self.fused.push(FusedOp::NormAdd(spec));
         Ok(())
     }
 }
@@ -302,7 +272,7 @@ fn split_formats(fused: &mut Vec<FusedOp>, format_of: &dyn Fn(MatrixId) -> &'sta
     let split = |op: FusedOp| -> Vec<FusedOp> {
         let MatvecSpec { inputs, parts, join } = match op {
             FusedOp::Matvec(spec) if spec.join == Join::Apart => spec,
-            FusedOp::Embed(_) | FusedOp::Matvec(_) | FusedOp::Attention(_) | FusedOp::NormAdd(_) => return vec![op],
+            FusedOp::Embed(_) | FusedOp::Matvec(_) | FusedOp::Attention(_) => return vec![op],
         };
         let mut by_format: Vec<Vec<FusedPart>> = Vec::new();
         for part in parts {

@@ -9,7 +9,7 @@ const Z95: f64 = 1.96;
 
 /// Numbers over at least one token. Entropies are in nats.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Summary {
+pub struct QualitySummary {
     pub n_tokens: usize,
     pub nll_mean: f64,
     pub reference_nll_mean: f64,
@@ -27,11 +27,11 @@ pub struct Summary {
 }
 
 /// `None` for no tokens. Sums are in fp64: their rounding, n · 2⁻⁵³ of the sum, shows in no figure.
-pub fn summarize(costs: &[TokenCost]) -> Option<Summary> {
+pub fn summarize(costs: &[TokenCost]) -> Option<QualitySummary> {
     let values = |value: fn(&TokenCost) -> f64| costs.iter().map(value).collect::<Vec<_>>();
     let kl = values(|cost| cost.kl);
     let nll_mean = stats::mean(&values(|cost| cost.nll))?;
-    Some(Summary {
+    Some(QualitySummary {
         n_tokens: costs.len(),
         nll_mean,
         reference_nll_mean: stats::mean(&values(|cost| cost.reference_nll))?,

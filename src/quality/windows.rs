@@ -7,13 +7,13 @@ pub const MAX_LENGTH: usize = 1024;
 
 /// Tokens `start..end` of a text, of which `first..end` are scored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Window {
+pub struct TextWindow {
     pub start: usize,
     pub first: usize,
     pub end: usize,
 }
 
-impl Window {
+impl TextWindow {
     /// Tokens that are scored.
     pub fn n_scored(&self) -> usize {
         self.end - self.first
@@ -23,14 +23,14 @@ impl Window {
 /// Windows of at most `length` tokens over a text of `n_tokens`. Each scores what the one before it did not reach and sees
 /// `length / 2` tokens before that (Hugging Face's and llama.cpp's strided perplexity). The text's first token is scored
 /// only where something stands before it, `has_prefix`. `length` is at least 2.
-pub fn windows(n_tokens: usize, length: usize, has_prefix: bool) -> Vec<Window> {
+pub fn windows(n_tokens: usize, length: usize, has_prefix: bool) -> Vec<TextWindow> {
     let stride = stride(length);
     let mut found = Vec::new();
     let mut first = usize::from(!has_prefix);
     while first < n_tokens {
         let start = if found.is_empty() { 0 } else { first + stride - length };
         let end = (start + length).min(n_tokens);
-        found.push(Window { start, first, end });
+        found.push(TextWindow { start, first, end });
         first = end;
     }
     found

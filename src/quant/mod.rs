@@ -102,8 +102,16 @@ pub static FORMATS: &[FormatId] = &[fp16::ID, int8::ID, nf4::ID, nf4::NO_DOUBLE_
 /// Formats that no user asks for: what some layers are held in at every precision.
 pub static INTERNAL_FORMATS: &[FormatId] = &[fp32::ID];
 
-/// What the others are compared with: the weights without quantization.
+/// What the others are compared with: the weights without quantization. Vectors are held in it too.
 pub const BASELINE: FormatId = fp16::ID;
+
+/// What holds a checkpoint's own values, uncast: the reference of quality, and what some layers are held in at every precision.
+pub const EXACT: FormatId = fp32::ID;
+
+/// A matrix of [`EXACT`] from `n * k` row-major values. Fails where there are not as many, and where it is empty.
+pub fn exact(n: usize, k: usize, values: Vec<f32>) -> Result<Box<dyn Stored>> {
+    Ok(Box::new(fp32::Fp32Stored::new(n, k, values)?))
+}
 
 /// Quantizes matrices into one storage format.
 pub trait Format: Send + Sync {

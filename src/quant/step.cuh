@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "kernels/cuda/attention.cuh"
-#include "kernels/cuda/norm_add.cuh"
 #include "quant/dense/dense.cuh"
 
 // Side data is copied lane by lane, and then the weights are as well.
@@ -152,7 +151,6 @@ __device__ __forceinline__ void run_step(const Program &program) {
         };
         const Instruction &instruction = resident[at % RESIDENT_INSTRUCTIONS].instruction;
         if (instruction.opcode == OPCODE_ATTENTION) attend(instruction.attention, tags, tags.of(at), room, ahead);
-        else if (instruction.opcode == OPCODE_NORM_ADD) norm_add(instruction.norm_add, tags, tags.of(at), room, ahead);
         else multiply<Format>(program, resident, at, tags, before, behind, pipeline, shared_pipeline, shared, room, ahead);
         if (at + 1 == n) break;
         // The next instruction reuses shared memory.

@@ -18,7 +18,7 @@ use crate::events::{Event, Listener};
 use crate::quant::{FormatId, Part};
 
 /// A source that reads checkpoint files.
-pub struct Bound {
+pub struct BoundSource {
     files: Arc<Safetensors>,
     /// Name in the plan → place in the files.
     names: HashMap<String, Located>,
@@ -40,7 +40,7 @@ pub struct Labels<'a> {
     pub model_type: &'a str,
 }
 
-impl Bound {
+impl BoundSource {
     /// Finds every tensor of a model. Fails with [`BadInput`] unless each is there in the right shape and in a dtype that can be
     /// cast. Warns of layers that are not quantized though others are, and of tensors that nobody reads.
     pub fn new(
@@ -224,7 +224,7 @@ fn absent_error(files: &Safetensors, labels: &Labels, name: &str, count: usize) 
     .hint(hint)
 }
 
-impl Source for Bound {
+impl Source for BoundSource {
     fn info(&self) -> &SourceInfo {
         self.files.info()
     }

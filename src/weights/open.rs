@@ -9,7 +9,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::bnb::PreQuantized;
-use super::bound::{Bound, Labels};
+use super::bound::{BoundSource, Labels};
 use super::builtin::{self, BuiltIn};
 use super::hub::{self, HubConfig, Need, RemoteFile};
 use super::random::Random;
@@ -190,7 +190,7 @@ impl Checkpoint {
             Weights::Files { folder, source, files: None } => Arc::new(open_files(folder, *source)?),
         };
         let labels = Labels { id: &self.id, model_type: self.config["model_type"].as_str().unwrap_or("the model") };
-        let bound = Bound::new(files, self.quantized.clone(), (matrices, vectors), &labels, events)?;
+        let bound = BoundSource::new(files, self.quantized.clone(), (matrices, vectors), &labels, events)?;
         Ok(Box::new(bound))
     }
 }

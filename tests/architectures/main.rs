@@ -6,6 +6,7 @@
 mod contrasts;
 mod lengths;
 mod packed;
+mod windows;
 
 use std::path::{Path, PathBuf};
 

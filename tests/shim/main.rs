@@ -4,6 +4,8 @@
 
 mod attention;
 mod checks;
+#[path = "../coverage/mod.rs"]
+mod coverage;
 mod head;
 mod host;
 mod loading;

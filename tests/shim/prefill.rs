@@ -10,6 +10,7 @@ use quantbench::quant::{FormatOptions, int8};
 use quantbench::weights::policy::Formats;
 use quantbench::weights::{self, Request};
 
+use super::coverage::combinations;
 use super::host::{CHIPS, Host};
 use super::memory::Memory;
 use super::session::{Session, folder, golden};
@@ -20,10 +21,10 @@ const N_GEN: usize = 2;
 
 /// Eight tokens attend in a launch of our own, 37 through cuBLAS.
 pub fn prompts_follow_the_reference() {
-    for (turn, model) in ["llama-tiny", "llama-odd", "phi-tiny", "phi-odd"].into_iter().enumerate() {
-        for (offset, prompt) in ["p1", "p2"].into_iter().enumerate() {
-            prompt_of(model, RUNS[(turn + offset) % RUNS.len()], prompt, CHIPS[(turn + offset) % CHIPS.len()]);
-        }
+    let models = ["llama-tiny", "llama-odd", "phi-tiny", "phi-odd"];
+    let runs = RUNS.map(|run| ["p1", "p2"].map(|prompt| (run, prompt)));
+    for (turn, (model, (run, prompt))) in combinations(&models, runs.as_flattened(), 1).into_iter().enumerate() {
+        prompt_of(model, run, prompt, CHIPS[turn % CHIPS.len()]);
     }
 }
 

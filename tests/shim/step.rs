@@ -7,6 +7,7 @@ use quantbench::plan::fuse::{FusedInput, FusedOp, FusedPart, Join, MatvecSpec};
 use quantbench::plan::{ActivationKind, BufferId, NormKind, VectorId};
 use quantbench::quant::FormatOptions;
 
+use super::coverage::combinations;
 use super::host::{CHIPS, Host};
 use super::matvec::Bounded;
 use super::memory::Memory;
@@ -27,10 +28,9 @@ pub const RUNS: [Case; 2] = [("fp16", "golden", ""), ("nf4", "quant_golden", "nf
 pub const TOLERANCE: f32 = 0.1;
 
 pub fn decode_steps_follow_the_reference() {
-    for (turn, model) in ["llama-tiny", "llama-odd", "phi-tiny", "phi-odd"].into_iter().enumerate() {
-        for (offset, case) in RUNS.into_iter().enumerate() {
-            decode(model, case, CHIPS[(turn + offset) % CHIPS.len()], [16, 5][turn % 2]);
-        }
+    let models = ["llama-tiny", "llama-odd", "phi-tiny", "phi-odd"];
+    for (turn, (model, case)) in combinations(&models, &RUNS, 0).into_iter().enumerate() {
+        decode(model, case, CHIPS[turn % CHIPS.len()], [16, 5][turn % 2]);
     }
 }
 

@@ -6,7 +6,7 @@ use candle_nn::Activation;
 use candle_transformers::models::{gemma, llama, phi, siglip, t5};
 use serde_json::{Value, json};
 
-use super::feed::Rule;
+use super::feed::WeightRule;
 use crate::error::BadInput;
 use crate::models::{Files, RopeKind, RopeSettings};
 use crate::plan::{ActivationKind, CacheScope, CacheShape, EncoderInputKind, Model, Op, Picture, Plan};
@@ -37,17 +37,17 @@ impl Config {
     }
 
     /// The tensors that are not the checkpoint's of the same name.
-    pub fn rules(&self, model: &Model) -> HashMap<String, Rule> {
+    pub fn rules(&self, model: &Model) -> HashMap<String, WeightRule> {
         let mut rules = HashMap::new();
         let Some(head) = model.decoder.head() else { return rules };
         let name = &model.matrices[head.weight.0].name;
         if name != HEAD {
-            rules.insert(HEAD.to_owned(), Rule::SameAs(name.clone()));
+            rules.insert(HEAD.to_owned(), WeightRule::SameAs(name.clone()));
         }
         if let Config::T5 { .. } = self {
             // candle scales a tied head's input by √d where transformers divides; the norm before it carries the right factor.
-            rules.insert("decoder.final_layer_norm.weight".to_owned(), Rule::Scaled(head.scale));
-            rules.insert(format!("{T5_DECODER}.SelfAttention.relative_attention_bias.weight"), Rule::Padded);
+            rules.insert("decoder.final_layer_norm.weight".to_owned(), WeightRule::Scaled(head.scale));
+            rules.insert(format!("{T5_DECODER}.SelfAttention.relative_attention_bias.weight"), WeightRule::Padded);
         }
         rules
     }

@@ -15,19 +15,19 @@ use crate::events::{Event, Listener, Unit};
 use crate::weights::Source;
 
 /// The names that a model asks for, and what it gets.
-pub struct Feed<'a> {
+pub struct CandleFeed<'a> {
     source: &'a dyn Source,
     events: &'a dyn Listener,
-    rules: HashMap<String, Rule>,
+    rules: HashMap<String, WeightRule>,
     /// What was made. All of it is in use: a name that is asked for again shares its memory.
     made: Mutex<HashMap<String, Tensor>>,
-    tally: Tally,
+    tally: WeightTally,
     done_bytes: AtomicU64,
 }
 
 /// Where a tensor is not the checkpoint's of the same name.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Rule {
+pub enum WeightRule {
     /// A tied head: the tensor of this name.
     SameAs(String),
     /// The checkpoint's values times this.
@@ -38,9 +38,9 @@ pub enum Rule {
 
 /// What was loaded so far. Clones share it.
 #[derive(Clone, Default)]
-pub struct Tally(Arc<[AtomicU64; 2]>);
+pub struct WeightTally(Arc<[AtomicU64; 2]>);
 
-impl Tally {
+impl WeightTally {
     /// Bytes of all tensors, each counted once.
     pub fn bytes(&self) -> u64 {
         self.0[0].load(Ordering::Relaxed)
@@ -57,16 +57,16 @@ impl Tally {
     }
 }
 
-impl<'a> Feed<'a> {
+impl<'a> CandleFeed<'a> {
     pub fn new(setup: &Setup<'a>, config: &Config, events: &'a dyn Listener) -> Self {
         let source = setup.source;
         let total = setup.model.matrices.iter().map(|spec| source.stored_bytes(&spec.name)).sum();
         events.on(Event::Begin { label: "load candle's model".to_owned(), total, unit: Unit::Bytes });
         let (made, done_bytes) = (Mutex::default(), AtomicU64::new(0));
-        Self { source, events, rules: config.rules(setup.model), made, tally: Tally::default(), done_bytes }
+        Self { source, events, rules: config.rules(setup.model), made, tally: WeightTally::default(), done_bytes }
     }
 
-    pub fn tally(&self) -> Tally {
+    pub fn tally(&self) -> WeightTally {
         self.tally.clone()
     }
 
@@ -76,7 +76,7 @@ impl<'a> Feed<'a> {
         };
         let width: usize = dims.iter().skip(1).product();
         let (rows, given) = (dims[0], stored[0]);
-        let padded = self.rules.get(name) == Some(&Rule::Padded);
+        let padded = self.rules.get(name) == Some(&WeightRule::Padded);
         if stored.iter().product::<usize>() != given * width || given > rows || (given < rows && !padded) {
             bail!("`{name}` has shape {stored:?}; candle's model asks for {dims:?}");
         }
@@ -90,7 +90,7 @@ impl<'a> Feed<'a> {
             (Tensor::from_vec(data, dims, device)?, overflow)
         };
         let tensor = match self.rules.get(name) {
-            Some(Rule::Scaled(scale)) => (tensor * f64::from(*scale))?,
+            Some(WeightRule::Scaled(scale)) => (tensor * f64::from(*scale))?,
             _ => tensor,
         };
         self.tally.add(tensor.elem_count() * dtype.size_in_bytes(), overflow);
@@ -100,10 +100,10 @@ impl<'a> Feed<'a> {
     }
 }
 
-impl SimpleBackend for Feed<'_> {
+impl SimpleBackend for CandleFeed<'_> {
     fn get(&self, shape: Shape, name: &str, _init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
         let name = match self.rules.get(name) {
-            Some(Rule::SameAs(other)) => other,
+            Some(WeightRule::SameAs(other)) => other,
             _ => name,
         };
         let mut made = self.made.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

@@ -17,8 +17,8 @@ use candle_nn::VarBuilder;
 use serde_json::Value;
 
 use self::config::Config;
-use self::family::Family;
-use self::feed::Feed;
+use self::family::CandleFamily;
+use self::feed::CandleFeed;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::call::{Batch, KvFormat, Supported};
 use crate::error::{BadInput, OutOfMemory};
@@ -70,10 +70,10 @@ pub fn load(setup: &Setup, config: &Value, dtype: DType, events: &dyn Listener) 
             Device::new_cuda(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?
         }
     };
-    let feed = Feed::new(setup, &config, events);
+    let feed = CandleFeed::new(setup, &config, events);
     let tally = feed.tally();
     let tensors = VarBuilder::from_backend(Box::new(feed), dtype, device.clone());
-    let fresh = Family::new(&config, tensors).map_err(out_of_memory).context("loading candle's model")?;
+    let fresh = CandleFamily::new(&config, tensors).map_err(out_of_memory).context("loading candle's model")?;
     events.on(Event::End);
     let mut session = CandleSession {
         fresh,
@@ -115,11 +115,11 @@ fn footprint(setup: &Setup, dtype: DType, weights_bytes: u64) -> Footprint {
 /// anywhere else, the tokens up to there are fed again.
 struct CandleSession {
     /// With empty caches.
-    fresh: Family,
+    fresh: CandleFamily,
     /// `None`: as `fresh`.
-    now: Option<Family>,
+    now: Option<CandleFamily>,
     /// The state where the last prompt behind others began.
-    mark: Option<(usize, Family)>,
+    mark: Option<(usize, CandleFamily)>,
     /// Every token up to the position.
     history: Vec<u32>,
     /// Tokens of the history that `now` holds.

@@ -40,7 +40,7 @@ const POSITIONS: usize = 64;
 
 /// Which weights a call multiplies by.
 #[derive(Clone, Copy)]
-pub(super) enum Mode<'a> {
+pub(super) enum StepMode<'a> {
     /// Its own.
     Real,
     /// Its own, and what every product gives is kept.
@@ -174,16 +174,16 @@ impl CpuSession {
         let mut kept = Vec::new();
         kept.try_reserve_exact(outputs.len)?;
         kept.resize(outputs.len, 0.0);
-        let mut step = |mode: Mode, memory: &mut Memory| {
+        let mut step = |mode: StepMode, memory: &mut Memory| {
             let _pinned = pool.pin_caller();
             decoder.run(&steps, weights, pool, memory, Call { mode, ..call });
         };
-        step(Mode::Keeping(&outputs, &SharedSlice::new(&mut kept)), memory);
+        step(StepMode::Keeping(&outputs, &SharedSlice::new(&mut kept)), memory);
         let (mut alone, began) = (Alone::default(), Instant::now());
         while alone.step_ns.len() < MIN_ROUNDS || (alone.step_ns.len() < MAX_ROUNDS && began.elapsed() < BUDGET) {
-            alone.step_ns.push(second_ns(|| step(Mode::Real, memory)));
+            alone.step_ns.push(second_ns(|| step(StepMode::Real, memory)));
             alone.memory_ns.push(second_ns(|| read(&steps, weights, pool, memory, call)));
-            alone.arithmetic_ns.push(second_ns(|| step(Mode::StandingIn(&stand_ins, &outputs, &kept), memory)));
+            alone.arithmetic_ns.push(second_ns(|| step(StepMode::StandingIn(&stand_ins, &outputs, &kept), memory)));
         }
         Ok(alone)
     }
@@ -399,14 +399,14 @@ mod tests {
         let outputs = Outputs::new(&steps, &session.decoder.plan);
         let stand_ins = StandIns::new(&session.weights, &steps, cache_bytes);
         let mut kept = vec![0.0; outputs.len];
-        let mut run = |mode: Mode| {
+        let mut run = |mode: StepMode| {
             taken(log);
             let CpuSession { pool, weights, decoder, memory, .. } = &mut *session;
             let outcome = decoder.run(&steps, weights, pool, memory, Call { mode, ..call });
             (taken(log), session.logits().unwrap(), outcome.outliers.columns as usize)
         };
-        let real = run(Mode::Keeping(&outputs, &SharedSlice::new(&mut kept)));
-        [real, run(Mode::StandingIn(&stand_ins, &outputs, &kept))]
+        let real = run(StepMode::Keeping(&outputs, &SharedSlice::new(&mut kept)));
+        [real, run(StepMode::StandingIn(&stand_ins, &outputs, &kept))]
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::alone::Mode;
+use super::alone::StepMode;
 use super::arena::SharedArena;
 use super::buffers::Buffers;
 use super::partials::SharedParts;
@@ -260,11 +260,11 @@ impl Attention<'_> {
     ) -> impl Iterator<Item = (Range<usize>, &[f32], &[f32])> {
         let spec = self.weights.model.caches[cache.0];
         let (cache, head, start, most) = match self.call.mode {
-            Mode::StandingIn(stand_ins, ..) => {
+            StepMode::StandingIn(stand_ins, ..) => {
                 let (cache, most) = stand_ins.of_cache(cache, spec.head_dim);
                 (cache, worker.share(spec.kv_heads, 1).start.min(spec.kv_heads - 1), 0, most)
             }
-            Mode::Real | Mode::Keeping(..) => (cache, head, positions.start, usize::MAX),
+            StepMode::Real | StepMode::Keeping(..) => (cache, head, positions.start, usize::MAX),
         };
         (0..positions.len()).step_by(most).map(move |done| {
             let len = most.min(positions.len() - done);

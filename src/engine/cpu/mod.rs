@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail};
 
-use self::alone::Mode;
+use self::alone::StepMode;
 use self::arena::Arena;
 use self::experts::Mixtures;
 use self::partials::PartSums;
@@ -250,7 +250,7 @@ impl CpuSession {
             tokens,
             patches: &[],
             encoded: self.encoded,
-            mode: Mode::Real,
+            mode: StepMode::Real,
         })
     }
 
@@ -286,7 +286,7 @@ impl CpuSession {
         }
         self.weights.check_tokens(tokens)?;
         let Some(encoder) = &mut self.encoder else { bail!("this model has no encoder") };
-        let call = Call { batch: Batch::one(0..rows), tokens, patches, encoded: rows, mode: Mode::Real };
+        let call = Call { batch: Batch::one(0..rows), tokens, patches, encoded: rows, mode: StepMode::Real };
         let _pinned = self.pool.pin_caller();
         let steps = Arc::clone(&encoder.steps);
         encoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use super::alone::{Mode, windows};
+use super::alone::{StepMode, windows};
 use super::arena::SharedArena;
 use super::attend::Attention;
 use super::buffers::Buffers;
@@ -33,7 +33,7 @@ pub struct Call<'a> {
     pub patches: &'a [f32],
     /// Rows in the encoder's caches once this call has appended.
     pub encoded: usize,
-    pub mode: Mode<'a>,
+    pub mode: StepMode<'a>,
 }
 
 impl Call<'_> {
@@ -288,12 +288,14 @@ impl Runner<'_> {
     ) {
         let bias = bias.map(|bias| self.weights.vectors[bias.0].as_slice());
         match self.call.mode {
-            Mode::StandingIn(stand_ins, ..) => {
+            StepMode::StandingIn(stand_ins, ..) => {
                 let stand_in = stand_ins.of_matrix(weight);
                 let matrix = &self.weights.matrices[stand_in.matrix.0];
                 windows(rows, stand_in.rows).for_each(|rows| matrix.multiply(x, rows, bias, y, scratch));
             }
-            Mode::Real | Mode::Keeping(..) => self.weights.matrices[weight.0].multiply(x, rows, bias, y, scratch),
+            StepMode::Real | StepMode::Keeping(..) => {
+                self.weights.matrices[weight.0].multiply(x, rows, bias, y, scratch)
+            }
         }
     }
 
@@ -308,13 +310,13 @@ impl Runner<'_> {
     pub(super) fn keep(&self, index: usize, before: usize, out: BufferId, columns: Range<usize>) {
         let kept = |start: usize| start + before + columns.start..start + before + columns.end;
         match self.call.mode {
-            Mode::Real => {}
-            Mode::Keeping(outputs, values) => {
+            StepMode::Real => {}
+            StepMode::Keeping(outputs, values) => {
                 // SAFETY: as `out`'s, these columns are this worker's alone in this step.
                 let values = unsafe { values.range_mut(kept(outputs.start(index))) };
                 values.copy_from_slice(self.buffers.part(out, 0, columns));
             }
-            Mode::StandingIn(_, outputs, values) => {
+            StepMode::StandingIn(_, outputs, values) => {
                 self.buffers.part_mut(out, 0, columns.clone()).copy_from_slice(&values[kept(outputs.start(index))]);
             }
         }

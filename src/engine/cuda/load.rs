@@ -10,7 +10,7 @@ use anyhow::{Context, Error, Result};
 use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 
-use super::load_chunks::{LoadChunk, Peak, READERS, Reading, chunks, peak};
+use super::load_chunks::{LoadChunk, Peak, READERS, SourceReading, chunks, peak};
 use crate::engine::Setup;
 use crate::engine::load::{LoadedTensors, Shared, begin, format_of};
 use crate::engine::memory::is_out_of_memory;
@@ -23,10 +23,10 @@ use crate::quant::cuda::{CudaEncoder, SourceValues};
 use crate::weights::spec::MatrixSpec;
 
 /// A matrix, and its values where the host reads them too: it lays a bias out by distance, and drops it.
-pub type Placed = (Box<dyn CudaMatrix>, Option<Vec<f32>>);
+pub type PlacedMatrix = (Box<dyn CudaMatrix>, Option<Vec<f32>>);
 
 /// Loads every tensor of `setup.model`.
-pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<LoadedTensors<Placed>> {
+pub fn stream(setup: &Setup, device: &Device, events: &dyn Listener) -> Result<LoadedTensors<PlacedMatrix>> {
     let start = Instant::now();
     let cuda = device.as_cuda_device()?;
     let threads = setup.threads.clamp(1, READERS);
@@ -96,7 +96,7 @@ struct Target {
     /// From the first chunk to the last.
     encoder: Option<Box<dyn CudaEncoder>>,
     chunks_left: usize,
-    placed: Option<Placed>,
+    placed: Option<PlacedMatrix>,
 }
 
 impl Loader<'_> {
@@ -114,7 +114,7 @@ impl Loader<'_> {
     }
 
     /// Loads a matrix through the host's quantizer.
-    fn whole(&self, matrix: usize, spec: &MatrixSpec) -> Result<Placed> {
+    fn whole(&self, matrix: usize, spec: &MatrixSpec) -> Result<PlacedMatrix> {
         let _room = self.shared.room(spec, self.setup.formats);
         let (stored, begin) = self.shared.store(self.setup.source, spec, self.setup.formats)?;
         let learned = is_bias(self.setup, matrix).then(|| stored.dequantize());
@@ -124,7 +124,13 @@ impl Loader<'_> {
     }
 
     /// Reads a chunk and queues its copy. Returns the matrix with its last chunk.
-    fn rows(&self, matrix: usize, spec: &MatrixSpec, rows: Range<usize>, reading: Reading) -> Result<Option<Placed>> {
+    fn rows(
+        &self,
+        matrix: usize,
+        spec: &MatrixSpec,
+        rows: Range<usize>,
+        reading: SourceReading,
+    ) -> Result<Option<PlacedMatrix>> {
         let mut buffer = self.staging.take()?;
         self.read(spec, rows.clone(), reading, &mut buffer)?;
         let explain = || format!("placing `{}`", spec.name);
@@ -137,12 +143,12 @@ impl Loader<'_> {
         last.map(|encoder| Ok((encoder.finish().with_context(explain)?, None))).transpose()
     }
 
-    fn read(&self, spec: &MatrixSpec, rows: Range<usize>, reading: Reading, buffer: &mut Buffer) -> Result<()> {
+    fn read(&self, spec: &MatrixSpec, rows: Range<usize>, reading: SourceReading, buffer: &mut Buffer) -> Result<()> {
         let (source, len) = (self.setup.source, rows.len() * spec.k);
         match reading {
-            Reading::Raw(kind) => source.read_raw(&spec.name, rows, buffer.bytes(len * kind.bytes())),
-            Reading::Floats => source.read_rows_f32(&spec.name, rows, buffer.floats(len)),
-            Reading::Halves => {
+            SourceReading::Raw(kind) => source.read_raw(&spec.name, rows, buffer.bytes(len * kind.bytes())),
+            SourceReading::Floats => source.read_rows_f32(&spec.name, rows, buffer.floats(len)),
+            SourceReading::Halves => {
                 let overflow = source.read_rows(&spec.name, rows, buffer.halves(len))?;
                 self.shared.overflow.fetch_add(overflow as u64, Ordering::Relaxed);
                 Ok(())
@@ -155,7 +161,7 @@ impl Loader<'_> {
         target: &mut Target,
         spec: &MatrixSpec,
         rows: Range<usize>,
-        reading: Reading,
+        reading: SourceReading,
         buffer: Buffer,
     ) -> Result<()> {
         let encoder = match &mut target.encoder {

@@ -27,7 +27,7 @@ pub enum LoadChunk {
     Rows {
         matrix: usize,
         rows: Range<usize>,
-        reading: Reading,
+        reading: SourceReading,
     },
 }
 
@@ -41,7 +41,7 @@ impl LoadChunk {
 
 /// The form in which a source gives the values of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reading {
+pub enum SourceReading {
     /// In their saved dtype.
     Raw(SourceDtype),
     /// Cast to fp16.
@@ -50,25 +50,25 @@ pub enum Reading {
     Floats,
 }
 
-impl Reading {
+impl SourceReading {
     /// The reading of the matrix `spec`; `None` where its values are not plain.
     fn of(source: &dyn Source, spec: &MatrixSpec, formats: &Formats) -> Result<Option<Self>> {
         Ok(match source.raw_dtype(&spec.name) {
-            Some(Dtype::F16) => Some(Reading::Raw(SourceDtype::F16)),
-            Some(Dtype::BF16) => Some(Reading::Raw(SourceDtype::Bf16)),
-            Some(Dtype::F32) => Some(Reading::Raw(SourceDtype::F32)),
+            Some(Dtype::F16) => Some(SourceReading::Raw(SourceDtype::F16)),
+            Some(Dtype::BF16) => Some(SourceReading::Raw(SourceDtype::Bf16)),
+            Some(Dtype::F32) => Some(SourceReading::Raw(SourceDtype::F32)),
             Some(other) => bail!("tensor `{}` is {other}; allowed are F16, BF16 and F32", spec.name),
             None if source.is_quantized() => None,
-            None if formats.is_exact(spec.role) => Some(Reading::Floats),
-            None => Some(Reading::Halves),
+            None if formats.is_exact(spec.role) => Some(SourceReading::Floats),
+            None => Some(SourceReading::Halves),
         })
     }
 
     pub fn kind(self) -> SourceDtype {
         match self {
-            Reading::Raw(kind) => kind,
-            Reading::Halves => SourceDtype::F16,
-            Reading::Floats => SourceDtype::F32,
+            SourceReading::Raw(kind) => kind,
+            SourceReading::Halves => SourceDtype::F16,
+            SourceReading::Floats => SourceDtype::F32,
         }
     }
 }
@@ -79,7 +79,7 @@ pub fn chunks(setup: &Setup, is_read_by_host: &dyn Fn(usize) -> bool) -> Result<
     for (matrix, spec) in setup.model.matrices.iter().enumerate() {
         let reading = match is_read_by_host(matrix) {
             true => None,
-            false => Reading::of(setup.source, spec, setup.formats)?,
+            false => SourceReading::of(setup.source, spec, setup.formats)?,
         };
         let cut = reading.and_then(|reading| Some((reading, rows_per_chunk(spec.n, spec.k, reading.kind().bytes())?)));
         match cut {

@@ -3,17 +3,17 @@
 use anyhow::Result;
 use candle_core::{CudaDevice, Device};
 
-use super::{MeasuredBandwidth, Pool, PoolUse};
+use super::{MeasuredBandwidth, MemoryPool, PoolUse};
 use crate::kernels::cuda::{bandwidth, memory, open};
 
 /// The pool of `device`; `None` on the CPU.
-pub fn of(device: &Device) -> Option<&dyn Pool> {
-    device.as_cuda_device().ok().map(|device| device as &dyn Pool)
+pub fn of(device: &Device) -> Option<&dyn MemoryPool> {
+    device.as_cuda_device().ok().map(|device| device as &dyn MemoryPool)
 }
 
-impl Pool for CudaDevice {
+impl MemoryPool for CudaDevice {
     fn read(&self) -> Result<PoolUse> {
-        let memory::PoolUse { used_bytes, used_high_bytes, reserved_bytes, reserved_high_bytes } =
+        let memory::DevicePoolUse { used_bytes, used_high_bytes, reserved_bytes, reserved_high_bytes } =
             memory::pool_use(self)?;
         Ok(PoolUse { used_bytes, used_high_bytes, reserved_bytes, reserved_high_bytes })
     }

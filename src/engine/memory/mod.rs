@@ -24,7 +24,7 @@ pub struct PoolUse {
 }
 
 /// The pool that a session allocates from. Every call waits until the device has done what was queued.
-pub trait Pool {
+pub trait MemoryPool {
     fn read(&self) -> Result<PoolUse>;
 
     /// Starts both high-water marks anew from what is in use.

@@ -3,10 +3,10 @@
 use anyhow::Result;
 use candle_core::Device;
 
-use super::{MeasuredBandwidth, Pool};
+use super::{MeasuredBandwidth, MemoryPool};
 
 /// The CPU has no pool.
-pub fn of(_device: &Device) -> Option<&dyn Pool> {
+pub fn of(_device: &Device) -> Option<&dyn MemoryPool> {
     None
 }
 

@@ -383,7 +383,7 @@ impl Session for Reference {
         Ok(self.device.synchronize()?)
     }
 
-    fn pool(&self) -> Option<&dyn super::memory::Pool> {
+    fn pool(&self) -> Option<&dyn super::memory::MemoryPool> {
         super::memory::of(&self.device)
     }
 

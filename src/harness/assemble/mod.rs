@@ -15,7 +15,7 @@ use super::validity::invalid_reason;
 use super::warnings::Warning;
 use crate::engine::{self, Engine};
 use crate::protocol::{Failure, Sample};
-use crate::quant::FormatId;
+use crate::quant::{self, FormatId};
 use crate::record::{self, Bandwidth, Record, Samples, Status, metrics};
 use crate::stats;
 
@@ -259,7 +259,7 @@ fn dtypes(context: &RunContext, variant: &Variant) -> record::Dtypes {
         Engine::Quantbench => context.device.kind == "cpu",
         Engine::Candle => engine::candle::runs_in_fp32(&context.model.architecture),
     };
-    let computed = if fp32 { "fp32" } else { "fp16" }.to_owned();
+    let computed = if fp32 { quant::EXACT } else { quant::BASELINE }.to_string();
     let weights = if variant.engine == Engine::Candle { computed.clone() } else { variant.precision.to_string() };
     record::Dtypes { weights, compute: computed.clone(), kv_cache: computed.clone(), logits: computed }
 }

@@ -11,7 +11,7 @@ use crate::harness::schedule::Worker;
 use crate::harness::worker_process::ProcessWorker;
 use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::{DeviceAssignment, Encode, Failure, Greedy, LoadRequest, LogitsFile, ScoreRequest, Task};
-use crate::quality::windows::{self, Window};
+use crate::quality::windows::{self, TextWindow};
 use crate::quality::{CallPath, rows, text};
 use crate::quant::FormatId;
 use crate::weights::policy::Selection;
@@ -46,7 +46,7 @@ pub struct EvalText {
     n_encoder: usize,
     prefix: Vec<u32>,
     tokens: Vec<u32>,
-    pub windows: Vec<Window>,
+    pub windows: Vec<TextWindow>,
     pub greedy: Greedy,
 }
 
@@ -89,7 +89,7 @@ impl EvalText {
 
     /// The request to score the window of index `at`.
     pub fn request(&self, at: usize, path: CallPath, logits: LogitsFile) -> ScoreRequest {
-        let Window { start, first, end } = self.windows[at];
+        let TextWindow { start, first, end } = self.windows[at];
         ScoreRequest {
             prefix: self.prefix.clone(),
             tokens: self.tokens[start..end].to_vec(),

@@ -12,11 +12,11 @@ use crate::harness::worker_process::ProcessWorker;
 use crate::plan::Model;
 use crate::protocol::{DeviceAssignment, Failure, LogitsFile};
 use crate::quality::CallPath;
-use crate::quant::{FormatId, fp32};
+use crate::quant::{self, FormatId};
 use crate::weights::policy::Selection;
 
 /// The reference's weights: the checkpoint's own values, which fp16 may not hold.
-const PRECISION: FormatId = fp32::ID;
+const PRECISION: FormatId = quant::EXACT;
 
 /// The reference and all that each precision is compared by.
 pub struct Reference<'a> {

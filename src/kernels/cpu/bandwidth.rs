@@ -1,6 +1,6 @@
 //! How fast this machine's memory is: the limit that decode speed is held against.
 
-use super::lanes::{Kernel, Lanes, fence_streamed_stores, on, prefetch};
+use super::lanes::{Lanes, LanesKernel, fence_streamed_stores, on, prefetch};
 use super::pages::Pages;
 use super::pool::{Pool, Worker};
 use super::shared::SharedSlice;
@@ -102,7 +102,7 @@ struct Read<'a> {
     x: &'a [f32],
 }
 
-impl Kernel for Read<'_> {
+impl LanesKernel for Read<'_> {
     type Output = f32;
     #[inline(always)]
     fn run<L: Lanes>(self) -> f32 {
@@ -130,7 +130,7 @@ struct Fold<'a> {
     x: &'a [f32],
 }
 
-impl Kernel for Fold<'_> {
+impl LanesKernel for Fold<'_> {
     type Output = u32;
     #[inline(always)]
     fn run<L: Lanes>(self) -> u32 {
@@ -160,7 +160,7 @@ struct Copy<'a> {
     out: &'a mut [f32],
 }
 
-impl Kernel for Copy<'_> {
+impl LanesKernel for Copy<'_> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {

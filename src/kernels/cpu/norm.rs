@@ -1,6 +1,6 @@
 //! The norms between the matrices, one row at a time, in fp32.
 
-use super::lanes::{Kernel, Lanes, on};
+use super::lanes::{Lanes, LanesKernel, on};
 use crate::kernels::isa::Isa;
 
 /// `out = x / sqrt(mean(x²) + epsilon) · weight` over one row, as transformers' `LlamaRMSNorm` computes it.
@@ -26,7 +26,7 @@ struct Sum<'a> {
     x: &'a [f32],
 }
 
-impl Kernel for Sum<'_> {
+impl LanesKernel for Sum<'_> {
     type Output = f32;
     #[inline(always)]
     fn run<L: Lanes>(self) -> f32 {
@@ -40,7 +40,7 @@ struct Squares<'a> {
     centre: f32,
 }
 
-impl Kernel for Squares<'_> {
+impl LanesKernel for Squares<'_> {
     type Output = f32;
     #[inline(always)]
     fn run<L: Lanes>(self) -> f32 {
@@ -89,7 +89,7 @@ struct Scale<'a> {
     out: &'a mut [f32],
 }
 
-impl Kernel for Scale<'_> {
+impl LanesKernel for Scale<'_> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {

@@ -1,6 +1,6 @@
 //! Vectors of fp32: sums and the greatest element.
 
-use super::lanes::{Kernel, Lanes, exp, on};
+use super::lanes::{Lanes, LanesKernel, exp, on};
 use crate::kernels::isa::Isa;
 
 /// `a += b`
@@ -25,7 +25,7 @@ struct Cap<'a> {
     cap: f32,
 }
 
-impl Kernel for Cap<'_> {
+impl LanesKernel for Cap<'_> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {
@@ -54,7 +54,7 @@ struct AddTo<'a> {
     b: &'a [f32],
 }
 
-impl Kernel for AddTo<'_> {
+impl LanesKernel for AddTo<'_> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(self) {
@@ -71,7 +71,7 @@ struct Argmax<'a> {
     x: &'a [f32],
 }
 
-impl Kernel for Argmax<'_> {
+impl LanesKernel for Argmax<'_> {
     type Output = usize;
     /// One pass finds the block (of 4 KiB) that first holds the greatest value, and only that block is searched.
     #[inline(always)]

@@ -14,26 +14,13 @@
 // Bytes moved: 2 * length * d_pad * 2 per unit.
 #pragma once
 
-#include "kernels/cuda/matvec.cuh"
+#include "kernels/cuda/instruction.cuh"
 
 // Keys and values of a lane, 8 elements each, that are in flight at once; more do not fit into registers.
 constexpr int KEYS_AHEAD = 2;
 
-// A head's elements as they are.
-struct Unnormed {
-    __device__ __forceinline__ float operator()(float value, int) const { return value; }
-};
-
-// An rms norm of a head's elements; no weights: as they are.
-struct HeadNorm {
-    float factor = 1.0f;
-    const float *weights = nullptr;
-    __device__ __forceinline__ float operator()(float value, int at) const { return weights ? value * factor * __ldg(weights + at) : value; }
-};
-
-// Waits for element `at` of a head, normalises and rotates it.
-template <class Norm>
-__device__ __forceinline__ float rotated(const uint32_t *head, int at, int rotary, const float2 *angles, const ExpectedTag &expected, const Norm &norm) {
+// Waits for element `at` of a head and rotates it.
+__device__ __forceinline__ float rotated(const uint32_t *head, int at, int rotary, const float2 *angles, const ExpectedTag &expected) {
     const int half = rotary / 2, pair = at < half ? at : at - half;
     const bool turns = at < rotary;
     const float2 angle = turns ? __ldg(angles + pair) : make_float2(1.0f, 0.0f);
@@ -43,7 +30,7 @@ __device__ __forceinline__ float rotated(const uint32_t *head, int at, int rotar
         backoff();
         word = load_relaxed(head + at), of_other = load_relaxed(with);
     }
-    const float value = norm(__half2float(untagged(word)), at), other = norm(__half2float(untagged(of_other)), int(with - head));
+    const float value = __half2float(untagged(word)), other = __half2float(untagged(of_other));
     if (!turns) return value;
     return at < half ? value * angle.x - other * angle.y : value * angle.x + other * angle.y;
 }
@@ -87,14 +74,13 @@ struct SoftmaxState {
     }
 };
 
-// Merges the units of a head, in the block that ended last. A unit's partial is [2 + d]: max, sum, out. `sink` is the head's, or null.
-__device__ __forceinline__ void merge_splits(const float *first_split, int d, int active, const float *sink, uint32_t *out, uint32_t tag) {
+// Merges the units of a head, in the block that ended last. A unit's partial is [2 + d]: max, sum, out.
+__device__ __forceinline__ void merge_splits(const float *first_split, int d, int active, uint32_t *out, uint32_t tag) {
 #pragma unroll 1
     for (int at = threadIdx.x; at < d; at += THREADS) {
-        float max = sink ? __ldg(sink) : -INFINITY, merged = 0.0f;
+        float max = -INFINITY, sum = 0.0f, merged = 0.0f;
 #pragma unroll 4
         for (int split = 0; split < active; split++) max = larger(max, __ldcg(first_split + split * (2 + d)));
-        float sum = sink ? __expf(__ldg(sink) - max) : 0.0f;
 #pragma unroll 4
         for (int split = 0; split < active; split++) {
             const float *partial = first_split + split * (2 + d);
@@ -106,21 +92,10 @@ __device__ __forceinline__ void merge_splits(const float *first_split, int d, in
     }
 }
 
-// The rms factor of `len` values at `from`; `room` holds a float a warp.
-__device__ __forceinline__ float norm_factor(const uint32_t *from, int len, const ExpectedTag &expected, float epsilon, float *room) {
-    float squares = 0.0f;
-#pragma unroll 1
-    for (int at = threadIdx.x; at < len; at += THREADS) {
-        const float value = __half2float(wait_half(from + at, expected));
-        squares += value * value;
-    }
-    return rsqrtf(block_sum(squares, room) / len + epsilon);
-}
-
-// Runs an attention; FEATURED ones have a window, a softcap, norms or sinks. Its results get the tag `own`; every thread calls `ahead` once. `room`: q [d_pad] fp32, the query's own k and v [d_pad] fp16, then
+// Runs an attention. Its results get the tag `own`; every thread calls `ahead` once. `room`: q [d_pad] fp32, the query's own k and v [d_pad] fp16, then
 // the warps' states: max and sum [WARPS], out [WARPS, d_pad] fp32.
-template <bool FEATURED, class Ahead>
-__device__ __forceinline__ void attend_as(const Attention &op, const Tags &tags, uint32_t own, uint8_t *room, Ahead ahead) {
+template <class Ahead>
+__device__ __forceinline__ void attend(const Attention &op, const Tags &tags, uint32_t own, uint8_t *room, Ahead ahead) {
     __shared__ bool is_last;
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const int d = op.d, d_pad = op.d_pad, units = d_pad / 8, span = op.span;
@@ -138,9 +113,7 @@ __device__ __forceinline__ void attend_as(const Attention &op, const Tags &tags,
 
     const int position = appended ? load_l2(op.position) : 0;
     const int length = appended ? position + 1 : load_l2(op.length);
-    // The first position that the query sees.
-    const int seen = FEATURED && op.window > 0 ? max(0, length - op.window) : 0;
-    const int active = (length - seen + span - 1) / span;
+    const int active = (length + span - 1) / span;
 
     // A unit: its head, its part of the cache, and how many positions it has there; the query's own position is not in the cache yet.
     // `place` is the index of the part's first element, in units of eight.
@@ -150,7 +123,7 @@ __device__ __forceinline__ void attend_as(const Attention &op, const Tags &tags,
         head = (unsigned)index / (unsigned)active;
         split = index - head * active;
         kv_head = head / op.group;
-        first = seen + split * span;
+        first = split * span;
         count = min(span, length - first);
         cached = min(count, length - appended - first);
         place = (kv_head * op.capacity + first) * units;
@@ -177,29 +150,13 @@ __device__ __forceinline__ void attend_as(const Attention &op, const Tags &tags,
 #pragma unroll 1
     while (index < n_units) {
         const bool has_own = cached < count;
-        HeadNorm norms[2];
-        if (FEATURED && op.q_norm) {
-            __shared__ float room_of_norms[2 * WARPS];
-            const bool all = op.norms_all_heads;
-            const int of_kv = all ? 0 : kv_head * d, of_q = all ? 0 : head * d;
-            norms[0].weights = op.q_norm + (all ? head * d : 0);
-            norms[0].factor = norm_factor(op.q + of_q, all ? op.kv_heads * op.group * d : d, ExpectedTag(tags, op.written_by[0]), op.epsilon, room_of_norms);
-            if (has_own) {
-                norms[1].weights = op.k_norm + (all ? kv_head * d : 0);
-                norms[1].factor = norm_factor(op.k + of_kv, all ? op.kv_heads * d : d, ExpectedTag(tags, op.written_by[1]), op.epsilon, room_of_norms + WARPS);
-            }
-        }
 #pragma unroll 1
         for (int at = threadIdx.x; at < (has_own ? 3 : 1) * d_pad; at += THREADS) {
             const int which = (unsigned)at / (unsigned)d_pad, element = at - which * d_pad;
             const uint32_t *from = which == 0 ? op.q + head * d : (which == 1 ? op.k : op.v) + kv_head * d;
             const ExpectedTag expected(tags, op.written_by[which]);
             const float2 *angles = op.angles + (long long)position * (op.rotary / 2);
-            auto read = [&](auto norm) { return rotated(from, element, which == 2 ? 0 : op.rotary, angles, expected, norm); };
-            float unrounded = 0.0f;
-            if (element < d && FEATURED) unrounded = read(which == 0 ? norms[0] : which == 1 ? norms[1] : HeadNorm());
-            else if (element < d) unrounded = read(Unnormed());
-            const __half value = __float2half_rn(unrounded);
+            const __half value = __float2half_rn(element < d ? rotated(from, element, which == 2 ? 0 : op.rotary, angles, expected) : 0.0f);
             if (which == 0) {
                 q[element] = __half2float(value) * op.scale;
                 continue;
@@ -237,7 +194,6 @@ __device__ __forceinline__ void attend_as(const Attention &op, const Tags &tags,
 #pragma unroll 1
                 for (int distance = width / 2; distance > 0; distance /= 2) score += __shfl_xor_sync(ALL_LANES, score, distance);
                 if (key >= count) continue;
-                if (FEATURED && op.softcap > 0.0f) score = op.softcap * tanhf(score / op.softcap);
                 state.add_key(op.bias ? score + __ldg(bias + key) : score, value_values);
             }
         }
@@ -266,12 +222,7 @@ __device__ __forceinline__ void attend_as(const Attention &op, const Tags &tags,
                 if (element < d) merged += of_warp * outs[w * d_pad + element];
             }
             if (element < d) {
-                float total = sum;
-                if (FEATURED && op.sinks) {
-                    const float sink = __ldg(op.sinks + head), most = larger(largest, sink), kept = SoftmaxState::factor(largest, most);
-                    if (active == 1) total = sum * kept + __expf(sink - most), merged *= kept;
-                }
-                if (active == 1) store_relaxed(out + element, tagged(__float2half_rn(merged / total), own));
+                if (active == 1) store_relaxed(out + element, tagged(__float2half_rn(merged / sum), own));
                 else partial[2 + element] = merged;
             }
             if (active > 1 && element == 0) partial[0] = largest, partial[1] = sum;
@@ -287,17 +238,10 @@ __device__ __forceinline__ void attend_as(const Attention &op, const Tags &tags,
             barrier_sync();
             if (is_last) {
                 __threadfence();
-                merge_splits(first_split, d, active, FEATURED && op.sinks ? op.sinks + head : nullptr, out, own);
+                merge_splits(first_split, d, active, out, own);
             }
         }
         index += gridDim.x;
         begin();
     }
-}
-
-// Runs an attention, as `attend_as` describes.
-template <class Ahead>
-__device__ __forceinline__ void attend(const Attention &op, const Tags &tags, uint32_t own, uint8_t *room, Ahead ahead) {
-    if (op.window > 0 || op.softcap > 0.0f || op.sinks || op.q_norm) attend_as<true>(op, tags, own, room, ahead);
-    else attend_as<false>(op, tags, own, room, ahead);
 }

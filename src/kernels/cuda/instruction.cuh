@@ -24,8 +24,7 @@ __device__ __forceinline__ void barrier_sync() { barrier_sync_first<THREADS>(); 
 constexpr int MAX_PARTS = 4;
 constexpr int MAX_INPUTS = 2;
 
-// NORM_CAST is none: fp32 values of a residual, cast to fp16.
-enum Norm { NORM_NONE, NORM_RMS, NORM_LAYER, NORM_CAST };
+enum Norm { NORM_NONE, NORM_RMS, NORM_LAYER };
 enum Activation { ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_RELU };
 enum Mode {
     MODE_PARTS,   // every part is a matrix of its own over input 0
@@ -61,7 +60,7 @@ struct InputDesc {
     int written_by;  // the instruction of this launch that writes it; negative where it was there before
 };
 
-enum OutputType { OUTPUT_HALVES, OUTPUT_FLOATS, OUTPUT_TAGGED_HALVES, OUTPUT_TAGGED_FLOATS };
+enum OutputType { OUTPUT_HALVES, OUTPUT_FLOATS, OUTPUT_TAGGED_HALVES };
 
 // Rows of neighbouring blocks: `rows_per_block` each, and one more for the last `extra_rows` of the blocks.
 struct RowPartition {
@@ -75,7 +74,6 @@ struct Matvec {
     float *logits;                        // [n] of the LM head, null for every other matrix
     unsigned long long *outlier_columns;  // int8: a count that the outlier columns are added to; or null
     float threshold;                      // int8: NaN where outlier columns are off
-    float softcap;                        // of the logits: cap * tanh(logit / cap); 0 for none
     int stride;                           // bytes from row to row of part 0; of part 1 where inputs are joined: stride_1
     int stride_1;
     int n_inputs, mode, output_type;
@@ -96,37 +94,19 @@ struct Attention {
     const int *length;     // keys, where nothing is
     float *partials;       // [h, splits, 2 + d]
     int *arrived;          // [h], zero between steps
-    const float *sinks;    // [h] scores that join the softmax and weigh no value, or null
-    const float *q_norm;   // weights of rms norms before the rotation: [d], or [h, d] over all heads; null without
-    const float *k_norm;   // [d] or [g, d]
     float scale;
-    float softcap;         // of scores: cap * tanh(score / cap); 0 for none
-    float epsilon;         // of the norms
-    int window;            // positions that the query sees, itself the last; 0 for all
-    int norms_all_heads;
     int kv_heads, group, d, d_pad, rotary, reach, capacity, span, splits;
     int written_by[3];  // the instructions of this launch that write q, k and v
 };
 
-// x += norm(y), an rms norm.
-struct NormAdd {
-    const uint2 *y;       // [n] tagged fp32
-    uint2 *x;             // [n] tagged fp32
-    const float *weight;  // [n]
-    float epsilon;
-    int n;
-    int written_by[2];  // the instructions of this launch that write y and x
-};
-
 // The decoder of a matvec's weights is part of its opcode: fp16, fp32, or the one format that the kernel is compiled for.
-enum Opcode { OPCODE_HALF, OPCODE_FLOAT, OPCODE_FORMAT, OPCODE_ATTENTION, OPCODE_NORM_ADD };
+enum Opcode { OPCODE_HALF, OPCODE_FLOAT, OPCODE_FORMAT, OPCODE_ATTENTION };
 
 struct Instruction {
     int opcode;
     union {
         Matvec matvec;
         Attention attention;
-        NormAdd norm_add;
     };
 };
 

@@ -113,12 +113,11 @@ __device__ __forceinline__ void normalize(const InputDesc &input, const Expected
         if (is_mine(i)) sum += square(values[i], i * THREADS + threadIdx.x);
 #pragma unroll 1
     for (int at = rest; at < twos; at += THREADS) sum += square(two_at(at), at);
-    const bool is_cast = input.norm == NORM_CAST;
-    const float of_row = rsqrtf(block_sum(sum, room + WARPS) * input.per_k + input.epsilon), factor = is_cast ? 1.0f : of_row, unit = is_cast ? 1.0f : 0.0f;
+    const float factor = rsqrtf(block_sum(sum, room + WARPS) * input.per_k + input.epsilon);
     auto store = [&](int at, float2 two) {
         const float2 weight = load_two(weights + at), bias = load_two(biases + at);
         auto normed = [&](float value, float of_weight, float of_bias) {
-            return __float2half_rn(__half2float(__float2half_rn((value - mean) * factor * (of_weight + unit) + of_bias)) * input.scale);
+            return __float2half_rn(__half2float(__float2half_rn((value - mean) * factor * of_weight + of_bias)) * input.scale);
         };
         __align__(4) __half made[2] = {normed(two.x, weight.x, bias.x), normed(two.y, weight.y, bias.y)};
         ((uint32_t *)out)[at] = *(const uint32_t *)made;
@@ -327,7 +326,6 @@ __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart
         if (matvec.mode == MODE_GATED) y = __half2float(__float2half_rn(y)) * __half2float(__float2half_rn(values[1]));
     }
     if (matvec.logits) {
-        if (matvec.softcap > 0.0f) y = matvec.softcap * tanhf(y / matvec.softcap);
         matvec.logits[row] = y;
         unsigned long long rank = rank_of(y, row);
         best = rank > best ? rank : best;
@@ -335,8 +333,6 @@ __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart
         store_relaxed(matvec.residual + row, tagged(residual + y, tag));
     } else if (matvec.output_type == OUTPUT_TAGGED_HALVES) {
         store_relaxed((uint32_t *)part.out + row, tagged(__float2half_rn(y), tag));
-    } else if (matvec.output_type == OUTPUT_TAGGED_FLOATS) {
-        store_relaxed((uint2 *)part.out + row, tagged(y, tag));
     } else if (matvec.output_type == OUTPUT_FLOATS) {
         ((float *)part.out)[row] = y;
     } else {

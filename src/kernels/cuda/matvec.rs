@@ -1,7 +1,5 @@
 //! Matrix-vector products of one token: the operands of a matvec instruction of `matvec.cuh`.
 
-use std::ops::Range;
-
 use candle_core::{Result, bail};
 
 use super::launch::{Launcher, dimension};
@@ -44,8 +42,6 @@ pub struct Family {
     /// Products of many rows are fp32 if set, fp16 otherwise.
     pub product_is_float: bool,
     pub multiply_rows: MultiplyRows,
-    /// Some rows of a matrix as a matrix of their own; `None` where what belongs to them cannot be told apart.
-    pub rows: fn(&MatrixDesc, Range<usize>) -> Option<MatrixDesc>,
 }
 
 /// `y = x · Wᵀ` of many rows with fp32 sums, `y` `[m, n]`. Scratch memory comes from the arena of `x`.
@@ -86,8 +82,6 @@ pub struct InputDesc {
 
 pub const NORM_RMS: i32 = 1;
 pub const NORM_LAYER: i32 = 2;
-/// No norm: the fp32 values of a residual, cast to fp16.
-pub const NORM_CAST: i32 = 3;
 
 /// A matrix of a matvec, as `struct MatrixPart`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -115,17 +109,6 @@ impl MatrixDesc {
         unsafe { (self.family.multiply_rows)(self, on, x, y) }
     }
 
-    /// The rows `rows` as a matrix of their own; `None` where the layout does not let them be cut out.
-    pub fn rows(&self, rows: Range<usize>) -> Option<Self> {
-        (self.family.rows)(self, rows)
-    }
-
-    /// The same, but for its data beside the weights.
-    pub fn weights_of_rows(&self, rows: &Range<usize>) -> Self {
-        let weight = self.weight + (rows.start * self.stride_bytes) as u64;
-        Self { n: rows.len(), weight, ..*self }
-    }
-
     /// The matrix alone, for kernels that take it as it is.
     pub fn part(&self) -> Result<MatrixPart> {
         let Self { n, weight, scales, nested, offset, .. } = *self;
@@ -143,7 +126,6 @@ pub struct Matvec {
     logits: u64,
     outlier_columns: u64,
     threshold: f32,
-    softcap: f32,
     stride: i32,
     stride_1: i32,
     n_inputs: i32,
@@ -199,8 +181,6 @@ pub enum OutputType {
     Floats = 1,
     /// For a later instruction of the same launch.
     TaggedHalves = 2,
-    /// The same in fp32, for a norm.
-    TaggedFloats = 3,
 }
 
 /// The epilogue of all products of an instruction.
@@ -213,8 +193,6 @@ pub struct Epilogue {
     pub output_type: OutputType,
     /// fp32 `[n]` of the LM head, 0 for every other matrix.
     pub logits: u64,
-    /// Caps the logits; 0 where nothing does.
-    pub softcap: f32,
 }
 
 impl Matvec {
@@ -253,7 +231,6 @@ impl Matvec {
             logits: epilogue.logits,
             outlier_columns: epilogue.outlier_columns,
             threshold: first.threshold,
-            softcap: epilogue.softcap,
             stride: dimension(first.stride_bytes)?,
             stride_1: dimension(products.last().map_or(0, |p| p.matrix.stride_bytes))?,
             n_inputs: inputs.len() as i32,

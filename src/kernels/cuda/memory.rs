@@ -8,7 +8,7 @@ use sys::CUmemPool_attribute as attribute;
 
 /// Bytes of the pool, now and at most since [`reset_high_marks`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PoolUse {
+pub struct DevicePoolUse {
     /// Held by live allocations.
     pub used_bytes: u64,
     pub used_high_bytes: u64,
@@ -18,9 +18,9 @@ pub struct PoolUse {
 }
 
 /// The pool's state when all that was queued on the device's stream is done.
-pub fn pool_use(device: &CudaDevice) -> Result<PoolUse> {
+pub fn pool_use(device: &CudaDevice) -> Result<DevicePoolUse> {
     let pool = synchronized_pool(device)?;
-    Ok(PoolUse {
+    Ok(DevicePoolUse {
         used_bytes: read(pool, attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
         used_high_bytes: read(pool, attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
         reserved_bytes: read(pool, attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,

@@ -103,7 +103,7 @@ __device__ __forceinline__ void compute_share(ResidentInstruction &resident) {
     wait_all_copies();
     __syncwarp();
     BlockShare &share = resident.share;
-    if (resident.instruction.opcode >= OPCODE_ATTENTION) {
+    if (resident.instruction.opcode == OPCODE_ATTENTION) {
         if (lane == 0) share.steps = share.of_warp = 0;
         return;
     }

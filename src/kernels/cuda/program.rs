@@ -6,7 +6,6 @@ use candle_core::{CudaDevice, Result, bail};
 use super::attention::Attention;
 use super::launch::{Grid, Kernel, Launcher, dimension, launch};
 use super::matvec::{Epilogue, Family, InputDesc, Matvec, Mode, Product};
-use super::norm_add::NormAdd;
 use super::step_kernel::{DeviceProperties, StepKernel, WARPS, WeightDecoder};
 use crate::parameters;
 
@@ -25,7 +24,6 @@ pub enum Instruction {
     Float(Matvec),
     Format(Matvec),
     Attention(Attention),
-    NormAdd(NormAdd),
 }
 
 // SAFETY: laid out as the kernels' struct, and made of numbers and of addresses that are the caller's promise at each launch.
@@ -79,8 +77,6 @@ impl Instruction {
             Self::Float(matvec) => (matvec, 8 * size_of::<f32>()),
             Self::Format(matvec) => (matvec, kernel.converted_eighths),
             Self::Attention(attention) => return attention.shared_bytes(),
-            // A float a warp.
-            Self::NormAdd(_) => return WARPS * size_of::<f32>(),
         };
         let x_eighths = 8 * size_of::<half::f16>() + converted_eighths;
         matvec.partials() * kernel.partial_bytes + matvec.padded() * x_eighths / 8
@@ -94,7 +90,7 @@ impl Instruction {
     fn matvec(&self) -> Option<&Matvec> {
         match self {
             Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => Some(matvec),
-            Self::Attention(_) | Self::NormAdd(_) => None,
+            Self::Attention(_) => None,
         }
     }
 
@@ -104,7 +100,6 @@ impl Instruction {
             && match self {
                 Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.writes(address),
                 Self::Attention(attention) => attention.out == address,
-                Self::NormAdd(norm_add) => norm_add.x == address,
             }
     }
 
@@ -119,8 +114,6 @@ impl Instruction {
                 let addresses = [attention.q, attention.k, attention.v].into_iter();
                 addresses.zip(attention.written_by).map(|(address, writer)| of(address, writer)).collect()
             }
-            // Of x a thread reads what it alone writes.
-            Self::NormAdd(norm_add) => vec![of(norm_add.y, norm_add.written_by[0])],
         }
     }
 
@@ -137,7 +130,7 @@ impl Instruction {
             Self::Half(_) => Some(WeightDecoder::Half),
             Self::Float(_) => Some(WeightDecoder::Float),
             Self::Format(_) => Some(WeightDecoder::Format),
-            Self::Attention(_) | Self::NormAdd(_) => None,
+            Self::Attention(_) => None,
         }
     }
 }
@@ -211,11 +204,6 @@ impl ProgramBuilder {
         self.push(Instruction::Attention(attention))
     }
 
-    /// Adds a normalised product to a residual.
-    pub fn add_norm(&mut self, norm_add: NormAdd) -> Result<()> {
-        self.push(Instruction::NormAdd(norm_add))
-    }
-
     /// The last instruction that writes to `address`.
     fn writer(&self, address: u64) -> i32 {
         self.list.iter().rposition(|instruction| instruction.writes(address)).map_or(NONE, |at| at as i32)
@@ -231,7 +219,6 @@ impl ProgramBuilder {
             Instruction::Attention(attention) => {
                 attention.written_by = [attention.q, attention.k, attention.v].map(writer)
             }
-            Instruction::NormAdd(norm_add) => norm_add.written_by = [norm_add.y, norm_add.x].map(writer),
         }
         self.list.push(instruction);
         Ok(())
@@ -257,8 +244,7 @@ impl ProgramBuilder {
         for (writer, instruction) in self.list.iter().enumerate() {
             // A unit of attention has a part of what it reads, and all that this was made of.
             let reads_part = |reader: usize| {
-                matches!(instruction, Instruction::Attention(_))
-                    && reads[writer].iter().any(|(_, of)| *of == Some(reader))
+                instruction.matvec().is_none() && reads[writer].iter().any(|(_, of)| *of == Some(reader))
             };
             let is_overwritten =
                 |reader: &usize| reads[*reader].iter().any(|(address, _)| instruction.writes(*address));
@@ -379,7 +365,6 @@ mod tests {
         kernels: &[],
         product_is_float: false,
         multiply_rows: |_, _, _, _| Ok(()),
-        rows: |_, _| None,
     };
 
     fn multiply(program: &mut ProgramBuilder, x: u64, is_tagged: i32, out: u64) -> Result<()> {

@@ -2,16 +2,14 @@
 
 use anyhow::{Context, Result};
 
-use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_floats, rows_of, token_output};
+use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_floats, token_output};
 use crate::kernels::cuda::attention::{Attention, Split};
 use crate::kernels::cuda::launch::dimension;
-use crate::kernels::cuda::matvec::{Epilogue, InputDesc, Mode, NORM_CAST, NORM_LAYER, NORM_RMS, OutputType, Product};
-use crate::kernels::cuda::norm_add::NormAdd;
+use crate::kernels::cuda::matvec::{Epilogue, InputDesc, Mode, NORM_LAYER, NORM_RMS, OutputType, Product};
 use crate::kernels::cuda::program::{COUNTERS, Instruction, PlannedLaunch, ProgramBuilder, TokenOutput};
-use crate::plan::fuse::{FusedInput, FusedOp, FusedPart, Join, MatvecSpec, NormAddSpec, fuse};
+use crate::plan::fuse::{FusedInput, FusedOp, FusedPart, Join, MatvecSpec, fuse};
 use crate::plan::{
-    ActivationKind, AttentionSpec, BufferId, KeyValue, Mask, MatrixId, Norm, NormKind, QkNorm, QkNormOver, Sinks,
-    Softcap, VectorId, Window, refuse,
+    ActivationKind, AttentionSpec, BufferId, KeyValue, Mask, MatrixId, Norm, NormKind, VectorId, feature, refuse,
 };
 use crate::quant::OutlierColumns;
 
@@ -71,12 +69,10 @@ impl StepMemory<Allocation> {
                     buffers[spec.out.0] = Some(zeros(size_of::<u32>() * width(spec.out)));
                 }
                 // A residual is an embedding's.
-                FusedOp::NormAdd(_) => {}
                 FusedOp::Matvec(spec) if matches!(spec.join, Join::Residual { x: _ }) => {}
                 FusedOp::Matvec(spec) => {
-                    let word = if spec.join == Join::Floats { size_of::<u64>() } else { size_of::<u32>() };
                     for id in spec.writes() {
-                        buffers[id.0] = Some(zeros(word * padded_floats(width(id))));
+                        buffers[id.0] = Some(zeros(size_of::<u32>() * width(id)));
                     }
                 }
             }
@@ -163,8 +159,7 @@ impl StepProgram {
             lowering.add(op).with_context(|| format!("at {op:?}"))?;
         }
         // Without an LM head no token is found, and the last block writes none.
-        let finds_token =
-            fused.iter().any(|op| matches!(op, FusedOp::Matvec(spec) if matches!(spec.join, Join::Argmax { .. })));
+        let finds_token = fused.iter().any(|op| matches!(op, FusedOp::Matvec(spec) if spec.join == Join::Argmax));
         let token = if finds_token { memory.token_output(on, 1)? } else { TokenOutput::default() };
         Ok(Self { instructions: lowering.instructions, counters: memory.counters, token })
     }
@@ -208,12 +203,13 @@ impl Lowering<'_> {
             FusedOp::Embed(_) => Ok(()),
             FusedOp::Matvec(spec) => self.multiply(spec),
             FusedOp::Attention(spec) => self.attend(spec),
-            FusedOp::NormAdd(spec) => self.add_norm(spec),
         }
     }
 
     fn attend(&mut self, spec: &AttentionSpec) -> Result<()> {
         let &AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
+        let features = [feature(&window), feature(&softcap), feature(&qk_norm), feature(&sinks)];
+        refuse(EXECUTOR, "an attention", &features)?;
         match mask {
             // One row, the last, sees all that its cache holds.
             Mask::Causal | Mask::Full | Mask::Prefix => {}
@@ -237,14 +233,7 @@ impl Lowering<'_> {
             capacity: dimension(at.capacity)?,
             span: dimension(split.span)?,
             splits: dimension(split.splits)?,
-            window: window.map_or(Ok(0), |Window(window)| dimension(window))?,
-            softcap: softcap.map_or(0.0, |Softcap(cap)| cap),
-            sinks: sinks.map_or(0, |Sinks(vector)| self.on.vector(vector)),
             ..Attention::default()
-        };
-        let plain = match qk_norm {
-            Some(norms) => self.norms(norms, append.is_some(), plain)?,
-            None => plain,
         };
         let appending = match append {
             Some(KeyValue { k, v }) => Attention { k: self.memory.at(k)?, v: self.memory.at(v)?, ..plain },
@@ -265,20 +254,6 @@ impl Lowering<'_> {
         Ok(self.instructions.attend(biased)?)
     }
 
-    fn norms(&self, QkNorm { q, k, over }: QkNorm, appends: bool, plain: Attention) -> Result<Attention> {
-        let is_rms = |norm: Norm| norm.kind == NormKind::Rms && norm.epsilon == q.epsilon;
-        if !appends || !is_rms(q) || !is_rms(k) {
-            refuse(EXECUTOR, "an attention", &[Some(&"norms of queries and keys but rms norms of one epsilon")])?;
-        }
-        Ok(Attention {
-            q_norm: self.on.vector(q.weight),
-            k_norm: self.on.vector(k.weight),
-            epsilon: q.epsilon,
-            norms_all_heads: i32::from(over == QkNormOver::Projection),
-            ..plain
-        })
-    }
-
     fn multiply(&mut self, MatvecSpec { inputs, parts, join }: &MatvecSpec) -> Result<()> {
         let session = self.on.session();
         let plain = Epilogue {
@@ -287,19 +262,15 @@ impl Lowering<'_> {
             ..Epilogue::default()
         };
         let (mode, products, epilogue) = match *join {
-            Join::Apart => (Mode::Apart, self.products(parts, None, None)?, plain),
-            Join::Floats => {
-                let floats = Epilogue { output_type: OutputType::TaggedFloats, ..plain };
-                (Mode::Apart, self.products(parts, None, None)?, floats)
-            }
-            Join::Gated { kind, out } => (Mode::Gated, self.products(parts, Some(kind), Some(out))?, plain),
+            Join::Apart => (Mode::Apart, self.products(parts, None, None), plain),
+            Join::Gated { kind, out } => (Mode::Gated, self.products(parts, Some(kind), Some(out)), plain),
             Join::Residual { x } => {
                 let residual = self.memory.at(x)?;
-                (Mode::Joined, self.products(parts, None, None)?, Epilogue { residual, ..plain })
+                (Mode::Joined, self.products(parts, None, None), Epilogue { residual, ..plain })
             }
-            Join::Argmax { softcap } => {
-                let (logits, softcap) = (session.logits, softcap.map_or(0.0, |Softcap(cap)| cap));
-                (Mode::Apart, self.products(parts, None, None)?, Epilogue { logits, softcap, ..plain })
+            Join::Argmax => {
+                let logits = session.logits;
+                (Mode::Apart, self.products(parts, None, None), Epilogue { logits, ..plain })
             }
         };
         let inputs = inputs.iter().map(|input| self.input(input)).collect::<Result<_>>()?;
@@ -307,43 +278,20 @@ impl Lowering<'_> {
     }
 
     /// The matrices, with an activation and a buffer for all of them where there is one.
-    fn products(
-        &self,
-        parts: &[FusedPart],
-        gate: Option<ActivationKind>,
-        into: Option<BufferId>,
-    ) -> Result<Vec<Product>> {
-        let product = |&FusedPart { weight, rows, bias, out, activation }: &FusedPart| {
-            Ok(Product {
-                matrix: rows_of(self.on.matrix(weight), rows, EXECUTOR)?,
-                bias: bias.map_or(0, |bias| self.on.vector(bias)),
-                out: self.memory.optional(into.unwrap_or(out)),
-                activation: gate.or(activation).map_or(0, activation_number),
-            })
+    fn products(&self, parts: &[FusedPart], gate: Option<ActivationKind>, into: Option<BufferId>) -> Vec<Product> {
+        let product = |&FusedPart { weight, bias, out, activation }: &FusedPart| Product {
+            matrix: self.on.matrix(weight),
+            bias: bias.map_or(0, |bias| self.on.vector(bias)),
+            out: self.memory.optional(into.unwrap_or(out)),
+            activation: gate.or(activation).map_or(0, activation_number),
         };
         parts.iter().map(product).collect()
-    }
-
-    fn add_norm(&mut self, &NormAddSpec { x, y, norm: Norm { kind, weight, epsilon } }: &NormAddSpec) -> Result<()> {
-        match kind {
-            NormKind::Rms => {}
-            NormKind::Layer { bias: _ } => refuse(EXECUTOR, "a residual", &[Some(&"a layer norm behind a product")])?,
-        }
-        let n = dimension(self.on.model().decoder.buffers[x.0].width)?;
-        let (x, y, weight) = (self.memory.at(x)?, self.memory.at(y)?, self.on.vector(weight));
-        Ok(self.instructions.add_norm(NormAdd { x, y, weight, epsilon, n, ..NormAdd::default() })?)
     }
 
     fn input(&self, &FusedInput { x, norm, scale }: &FusedInput) -> Result<InputDesc> {
         let vector = |id: VectorId| self.on.vector(id);
         let plain = InputDesc { x: self.memory.at(x)?, scale, is_tagged: 1, ..InputDesc::default() };
-        let Some(Norm { kind, weight, epsilon }) = norm else {
-            // The residual is fp32, and products read fp16.
-            let is_residual = self.on.model().decoder.embedding().is_some_and(|spec| spec.out == x);
-            let zeros = self.on.session().zeros;
-            let cast = InputDesc { norm_weight: zeros, norm_bias: zeros, norm: NORM_CAST, ..plain };
-            return Ok(if is_residual { cast } else { plain });
-        };
+        let Some(Norm { kind, weight, epsilon }) = norm else { return Ok(plain) };
         let (norm, norm_bias) = match kind {
             NormKind::Rms => (NORM_RMS, self.on.session().zeros),
             NormKind::Layer { bias } => (NORM_LAYER, vector(bias)),

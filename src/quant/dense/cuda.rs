@@ -6,7 +6,7 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result};
 use half::f16;
 
-use super::{DenseStored, Value};
+use super::{DenseStored, DenseValue};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Launcher, address, upload_rows};
 use crate::kernels::cuda::matvec::{Family, MatrixDesc};
@@ -37,7 +37,6 @@ static HALVES: Family = Family {
     kernels: &[&STEP],
     product_is_float: false,
     multiply_rows,
-    rows: |matrix, rows| Some(matrix.weights_of_rows(&rows)),
 };
 static FLOATS: Family = Family {
     name: "float",
@@ -46,11 +45,10 @@ static FLOATS: Family = Family {
     kernels: &[&STEP],
     product_is_float: true,
     multiply_rows,
-    rows: |matrix, rows| Some(matrix.weights_of_rows(&rows)),
 };
 
 /// Uploads row-major values in their own dtype.
-pub(super) fn upload<T: Value>(stored: &DenseStored<T>, device: &Device) -> Result<Box<dyn CudaMatrix>> {
+pub(super) fn upload<T: DenseValue>(stored: &DenseStored<T>, device: &Device) -> Result<Box<dyn CudaMatrix>> {
     let device = device.as_cuda_device()?;
     let bytes = stored.parts().swap_remove(0).bytes;
     let row_bytes = stored.k * size_of::<T>();

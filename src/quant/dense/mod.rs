@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use super::{CpuMatrix, FormatId, Part, Stored, take_part};
 use crate::kernels::isa::Isa;
 
-pub use cpu::Value;
+pub use cpu::DenseValue;
 
 /// Row-major values.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,7 +31,7 @@ impl<T> DenseStored<T> {
     }
 }
 
-impl<T: Value> DenseStored<T> {
+impl<T: DenseValue> DenseStored<T> {
     /// From the one part that [`Stored::parts`] gives.
     pub fn restore(n: usize, k: usize, mut parts: Vec<Part>) -> Result<Self> {
         let bytes = take_part(&mut parts, "", T::DTYPE, n.saturating_mul(k))?;
@@ -45,7 +45,7 @@ pub trait DenseFormat {
     const DTYPE: Dtype;
 }
 
-impl<T: Value> Stored for DenseStored<T> {
+impl<T: DenseValue> Stored for DenseStored<T> {
     fn shape(&self) -> (usize, usize) {
         (self.n, self.k)
     }

@@ -37,10 +37,6 @@ static BYTES: Family = Family {
     kernels: &[&STEP],
     product_is_float: false,
     multiply_rows,
-    rows: |matrix, rows| {
-        let scales = matrix.scales + (rows.start * size_of::<f32>()) as u64;
-        Some(MatrixDesc { scales, ..matrix.weights_of_rows(&rows) })
-    },
 };
 
 /// Rows up to which one launch quantizes: each of its blocks examines all rows.

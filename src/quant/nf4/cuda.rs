@@ -48,20 +48,7 @@ const fn family(name: &'static str, kernels: &'static [&'static StepKernel]) -> 
         kernels,
         product_is_float: false,
         multiply_rows,
-        rows: whole_groups,
     }
-}
-
-/// Rows that begin with a group of blocks which share a nested absmax.
-fn whole_groups(matrix: &MatrixDesc, rows: Range<usize>) -> Option<MatrixDesc> {
-    let first = rows.start * matrix.k;
-    if !first.is_multiple_of(BLOCK * nested::NESTED_BLOCK) {
-        return None;
-    }
-    let (block, is_nested) = (first / BLOCK, matrix.nested != 0);
-    let scales = matrix.scales + (block * if is_nested { 1 } else { size_of::<f32>() }) as u64;
-    let nested = if is_nested { matrix.nested + (block / nested::NESTED_BLOCK * size_of::<f32>()) as u64 } else { 0 };
-    Some(MatrixDesc { scales, nested, ..matrix.weights_of_rows(&rows) })
 }
 // The kernels for blocks that cross rows read the others too.
 static NESTED: Family = family("nf4_nested", &[&NESTED_STEP, &NESTED_CROSSING_STEP]);

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 /// Rows as JSON objects.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Found {
+pub struct FoundRow {
     pub values: Vec<Value>,
     /// Lines, from 1, that hold no row: what the tool wrote about itself.
     pub passed_over: Vec<usize>,
@@ -32,15 +32,15 @@ pub fn decode(bytes: Vec<u8>) -> Result<String, String> {
 }
 
 /// Every row of `text`. Fails where there is none, and where a line in the middle of a row is no JSON.
-pub fn find(text: &str) -> Result<Found, String> {
+pub fn find(text: &str) -> Result<FoundRow, String> {
     let text = &with_nulls(text);
     let whole = match serde_json::from_str(text) {
-        Ok(Value::Array(values)) => return Ok(Found { values, ..Found::default() }),
-        Ok(value) => return Ok(Found { values: vec![value], ..Found::default() }),
+        Ok(Value::Array(values)) => return Ok(FoundRow { values, ..FoundRow::default() }),
+        Ok(value) => return Ok(FoundRow { values: vec![value], ..FoundRow::default() }),
         Err(error) => error,
     };
     if let Some(values) = lines(text) {
-        return Ok(Found { values, ..Found::default() });
+        return Ok(FoundRow { values, ..FoundRow::default() });
     }
     let found = Scan::new(text).run()?;
     if !found.values.is_empty() {
@@ -108,17 +108,17 @@ fn lines(text: &str) -> Option<Vec<Value>> {
 struct Scan<'a> {
     text: &'a str,
     at: usize,
-    found: Found,
+    found: FoundRow,
     /// A list began of which no end was seen.
     is_open: bool,
 }
 
 impl<'a> Scan<'a> {
     fn new(text: &'a str) -> Self {
-        Self { text, at: 0, found: Found::default(), is_open: false }
+        Self { text, at: 0, found: FoundRow::default(), is_open: false }
     }
 
-    fn run(mut self) -> Result<Found, String> {
+    fn run(mut self) -> Result<FoundRow, String> {
         while self.at < self.text.len() {
             let rest = &self.text[self.at..];
             let step = match rest.chars().next() {
@@ -187,8 +187,8 @@ impl<'a> Scan<'a> {
 }
 
 /// The rows behind each header that names llama-bench's columns, as `-o csv` writes them.
-fn csv(text: &str) -> Found {
-    let mut found = Found::default();
+fn csv(text: &str) -> FoundRow {
+    let mut found = FoundRow::default();
     let mut header: Option<(char, Vec<String>)> = None;
     let n_lines = text.lines().count();
     for (at, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
@@ -243,8 +243,8 @@ fn typed(name: &str, cell: String) -> Value {
 }
 
 /// The rows of tables with a column `test` and one `t/s`, under the keys of llama-bench's JSON.
-fn markdown(text: &str) -> Found {
-    let mut found = Found::default();
+fn markdown(text: &str) -> FoundRow {
+    let mut found = FoundRow::default();
     let mut header: Option<Vec<String>> = None;
     let mut build = Map::new();
     for (at, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
@@ -286,7 +286,7 @@ mod tests {
 
     use super::*;
 
-    fn found(text: &str) -> Found {
+    fn found(text: &str) -> FoundRow {
         find(text).unwrap_or_else(|error| panic!("{text}: {error}"))
     }
 
@@ -300,7 +300,7 @@ mod tests {
             ("[{\"a\": 1},\nnoise\n{\"a\": [2, {\"b\": 3}]}]", vec![2]),
             ("noise\r\n{\"a\": 1}\r\nnoise\r\n{\"a\": [2, {\"b\": 3}]}\r\n", vec![1, 3]),
         ] {
-            assert_eq!(found(text), Found { values: rows.clone(), passed_over, cut: None }, "{text}");
+            assert_eq!(found(text), FoundRow { values: rows.clone(), passed_over, cut: None }, "{text}");
         }
     }
 
@@ -357,7 +357,7 @@ mod tests {
         let text = "noise\n| model | test | t/s |\n| --- | --- | ---: |\n| a | pp8 | 1.00 ± 0.10 |\n\nbuild: 8cf427ff (5163)\n";
         let cells = json!({"model": "a", "test": "pp8", "t/s": "1.00 ± 0.10"});
         let row = json!({"markdown": cells, "build_commit": "8cf427ff", "build_number": 5163});
-        assert_eq!(found(text), Found { values: vec![row], passed_over: vec![1], cut: None });
+        assert_eq!(found(text), FoundRow { values: vec![row], passed_over: vec![1], cut: None });
     }
 
     #[test]

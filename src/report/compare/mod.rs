@@ -10,7 +10,7 @@ mod text;
 
 pub use gate::{DEFAULT_GATES, Gate, Kind, gates};
 pub use judge::change;
-pub use text::{FORMATS, Format, find};
+pub use text::{CompareFormat, FORMATS, find};
 
 use serde::Serialize;
 

@@ -8,21 +8,21 @@ use crate::report::grid::{self, Line};
 use crate::report::markdown;
 
 /// A row of [`FORMATS`].
-pub struct Format {
+pub struct CompareFormat {
     /// As `--format` takes it.
     pub name: &'static str,
     pub write: fn(&Comparison) -> Result<String>,
 }
 
 /// The formats of a comparison, the default first.
-pub static FORMATS: &[Format] = &[
-    Format { name: "table", write: table },
-    Format { name: "markdown", write: markdown },
-    Format { name: "json", write: json },
+pub static FORMATS: &[CompareFormat] = &[
+    CompareFormat { name: "table", write: table },
+    CompareFormat { name: "markdown", write: markdown },
+    CompareFormat { name: "json", write: json },
 ];
 
 /// The format called `name`.
-pub fn find(name: &str) -> Option<&'static Format> {
+pub fn find(name: &str) -> Option<&'static CompareFormat> {
     FORMATS.iter().find(|format| format.name == name)
 }
 

@@ -11,7 +11,7 @@ use crate::error::BadInput;
 use crate::weights::{foreign, sniff};
 
 /// The files of a checkpoint, in order of their names, with the index where there is one.
-pub struct Layout {
+pub struct FileLayout {
     pub(super) files: Vec<PathBuf>,
     /// Tensor name → file name.
     pub(super) weight_map: Option<HashMap<String, String>>,
@@ -19,7 +19,7 @@ pub struct Layout {
     pub(super) others: Vec<PathBuf>,
 }
 
-impl Layout {
+impl FileLayout {
     pub fn files(&self) -> &[PathBuf] {
         &self.files
     }
@@ -27,7 +27,7 @@ impl Layout {
 
 /// Finds the weights of a folder: `model.safetensors`, else the shards that the index names. Fails with [`BadInput`] that names
 /// what is there instead.
-pub fn layout(folder: &Path) -> Result<Layout> {
+pub fn layout(folder: &Path) -> Result<FileLayout> {
     let single = folder.join(SINGLE);
     let (files, weight_map) = match single.is_file() {
         true => (vec![single], None),
@@ -50,7 +50,7 @@ pub fn layout(folder: &Path) -> Result<Layout> {
     }
     let mut others: Vec<PathBuf> = foreign::names_in(folder).into_iter().map(|name| folder.join(name)).collect();
     others.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors") && !files.contains(path));
-    Ok(Layout { files, weight_map, others })
+    Ok(FileLayout { files, weight_map, others })
 }
 
 fn index_of(folder: &Path) -> Result<HashMap<String, String>> {

@@ -6,7 +6,7 @@ mod layout;
 mod place;
 mod slice;
 
-pub use layout::{Layout, layout, read_index, shards};
+pub use layout::{FileLayout, layout, read_index, shards};
 pub use place::listed;
 
 use std::collections::{BTreeMap, HashMap};
@@ -84,7 +84,7 @@ impl Safetensors {
     /// Reads the headers of a checkpoint. `etags` are the hub's, where it came from there. A tensor is read from the file that it
     /// lies in, whatever the index says. Fails with [`crate::error::BadInput`] on a file that is not whole, and on a tensor that two files hold with
     /// differing values where readers of the format do not agree which is meant.
-    pub fn open(layout: &Layout, source: SourceKind, etags: Option<String>) -> Result<Self> {
+    pub fn open(layout: &FileLayout, source: SourceKind, etags: Option<String>) -> Result<Self> {
         let mut files = Vec::new();
         let mut places: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
         for (index, path) in layout.files.iter().enumerate() {

@@ -4,7 +4,7 @@ use anyhow::{Result, anyhow};
 use serde_json::Value;
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::settings::{Settings, bad_token, shortened};
+use super::settings::{TokenizerSettings, bad_token, shortened};
 
 const CONFIG: &str = "tokenizer_config.json";
 
@@ -13,7 +13,7 @@ const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "p
 
 /// Adds the declared tokens in the order in which transformers adds them: those with an id by that id, then the named special ones
 /// that are still missing, then the extra ones. Gives a sentence for each that got another id than it was declared with.
-pub fn add(tokenizer: &mut Tokenizer, settings: &Settings) -> Result<Vec<String>> {
+pub fn add(tokenizer: &mut Tokenizer, settings: &TokenizerSettings) -> Result<Vec<String>> {
     let declared = declared(settings)?;
     let mut missing: Vec<AddedToken> = declared.iter().map(|(_, token)| token.clone()).collect();
     let own = tokenizer.get_added_tokens_decoder();
@@ -34,7 +34,7 @@ pub fn add(tokenizer: &mut Tokenizer, settings: &Settings) -> Result<Vec<String>
 }
 
 /// Tokens with the ids that they are declared with, by id.
-fn declared(settings: &Settings) -> Result<Vec<(u32, AddedToken)>> {
+fn declared(settings: &TokenizerSettings) -> Result<Vec<(u32, AddedToken)>> {
     let mut declared = Vec::new();
     if let Some(decoder) = settings.config.get("added_tokens_decoder").and_then(Value::as_object) {
         for (id, value) in decoder {
@@ -53,7 +53,7 @@ fn declared(settings: &Settings) -> Result<Vec<(u32, AddedToken)>> {
 }
 
 /// Special tokens by name, and extra ones. special_tokens_map.json counts before tokenizer_config.json.
-fn special(settings: &Settings) -> Result<Vec<AddedToken>> {
+fn special(settings: &TokenizerSettings) -> Result<Vec<AddedToken>> {
     let value = |key: &str| settings.special_tokens.get(key).or_else(|| settings.config.get(key));
     let mut found = Vec::new();
     let mut keep = |value: &Value| match token(value, true) {

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::settings::Settings;
+use super::settings::TokenizerSettings;
 
 /// What transformers makes of a `tokenizer.json`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +32,7 @@ struct Steps {
 
 impl Class {
     /// The class that `AutoTokenizer` chooses: the one that the files name, else the model's.
-    pub fn of(settings: &Settings, config: &Value, tokenizer_json: &[u8]) -> Self {
+    pub fn of(settings: &TokenizerSettings, config: &Value, tokenizer_json: &[u8]) -> Self {
         let of_model = match config["model_type"].as_str() {
             Some("phi") => "GPT2Tokenizer",
             Some("t5" | "mt5") => "T5Tokenizer",
@@ -55,7 +55,7 @@ impl Class {
     }
 
     /// The tokenizer.json with the steps that the class makes; `None` where they are those of the file.
-    pub fn rebuild(&self, settings: &Settings, tokenizer_json: &[u8]) -> Result<Option<Vec<u8>>> {
+    pub fn rebuild(&self, settings: &TokenizerSettings, tokenizer_json: &[u8]) -> Result<Option<Vec<u8>>> {
         if matches!(self, Self::AsSaved | Self::Unknown(_)) {
             return Ok(None);
         }
@@ -77,7 +77,7 @@ impl Class {
         Ok(Some(serde_json::to_vec(&tokenizer)?))
     }
 
-    fn steps(&self, settings: &Settings, saved: &Steps) -> Steps {
+    fn steps(&self, settings: &TokenizerSettings, saved: &Steps) -> Steps {
         let post_processor = saved.post_processor.clone();
         let add_prefix_space = settings.bool("add_prefix_space");
         let metaspace = |scheme: &str, split: bool| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split});

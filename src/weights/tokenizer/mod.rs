@@ -11,7 +11,7 @@ use anyhow::Result;
 use tokenizers::Tokenizer;
 
 use self::class::Class;
-use self::settings::Settings;
+use self::settings::TokenizerSettings;
 pub(super) use self::settings::shortened;
 use super::safetensors::short;
 use super::sniff;
@@ -29,7 +29,7 @@ pub fn open(folder: &Path, config: &serde_json::Value, events: &dyn Listener) ->
     if let Some(error) = sniff::not_itself(&path) {
         return Err(error.into());
     }
-    let settings = Settings::read(folder)?;
+    let settings = TokenizerSettings::read(folder)?;
     let unusable = |error: String| {
         BadInput::new(format!("`{}` is not a tokenizer that can be used: {error}", short(&path)))
             .hint("download the file again; models without a tokenizer take ids, as in `--prompt-tokens 8`")

@@ -76,7 +76,7 @@ const HARMLESS: &[&str] = &[
 ];
 
 /// What lies beside a `tokenizer.json`.
-pub struct Settings {
+pub struct TokenizerSettings {
     /// tokenizer_config.json; empty where there is none.
     pub config: Map<String, Value>,
     /// added_tokens.json and special_tokens_map.json, which count where tokenizer_config.json has no `added_tokens_decoder`.
@@ -84,7 +84,7 @@ pub struct Settings {
     pub special_tokens: Map<String, Value>,
 }
 
-impl Settings {
+impl TokenizerSettings {
     pub fn read(folder: &Path) -> Result<Self> {
         let read = |name: &str| -> Result<Map<String, Value>> {
             Ok(match read_json(&folder.join(name))? {
@@ -146,7 +146,7 @@ mod tests {
             "do_lower_case": true, "do_basic": false, "prefix": null, "suffix": "", "table": {}, "n": 0,
         });
         let Value::Object(config) = config else { unreachable!("written so above") };
-        let settings = Settings { config, added_tokens: Map::new(), special_tokens: Map::new() };
+        let settings = TokenizerSettings { config, added_tokens: Map::new(), special_tokens: Map::new() };
         let told: Vec<String> = settings.unapplied().collect();
         assert_eq!(
             told,

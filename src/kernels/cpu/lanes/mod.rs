@@ -1,6 +1,6 @@
 //! fp32 vectors as wide as the machine's registers, so that a kernel is written once and runs on every [`Isa`].
 //!
-//! A kernel implements [`Kernel`] with an `#[inline(always)]` body that is generic over [`Lanes`]; [`on`] checks the
+//! A kernel implements [`LanesKernel`] with an `#[inline(always)]` body that is generic over [`Lanes`]; [`on`] checks the
 //! machine and calls it inside a function compiled for that instruction set.
 
 mod portable;
@@ -72,26 +72,26 @@ pub(super) trait Lanes: Copy {
 }
 
 /// Work that runs on any [`Lanes`]. `run` must be `#[inline(always)]`, or it is compiled without the instruction set.
-pub(super) trait Kernel {
+pub(super) trait LanesKernel {
     type Output;
     fn run<L: Lanes>(self) -> Self::Output;
 }
 
 /// Runs `kernel` with the vectors of `isa`. Panics if the machine lacks it.
-pub(super) fn on<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+pub(super) fn on<K: LanesKernel>(isa: Isa, kernel: K) -> K::Output {
     static BEST: LazyLock<Isa> = LazyLock::new(Isa::detect);
     assert!(isa <= *BEST, "this machine runs up to {}, not {}", BEST.name(), isa.name());
     if isa == Isa::Portable { kernel.run::<portable::Eight>() } else { on_vector_unit(isa, kernel) }
 }
 
 #[cfg(target_arch = "x86_64")]
-fn on_vector_unit<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+fn on_vector_unit<K: LanesKernel>(isa: Isa, kernel: K) -> K::Output {
     // SAFETY: `on` has checked that the machine has `isa`.
     unsafe { if isa == Isa::Avx512 { x86::run_avx512(kernel) } else { x86::run_avx2(kernel) } }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn on_vector_unit<K: Kernel>(_: Isa, kernel: K) -> K::Output {
+fn on_vector_unit<K: LanesKernel>(_: Isa, kernel: K) -> K::Output {
     kernel.run::<portable::Eight>()
 }
 
@@ -146,7 +146,7 @@ mod tests {
 
     struct ExpOf<'a>(&'a mut [f32]);
 
-    impl Kernel for ExpOf<'_> {
+    impl LanesKernel for ExpOf<'_> {
         type Output = ();
         #[inline(always)]
         fn run<L: Lanes>(self) {
@@ -190,7 +190,7 @@ mod tests {
 
     struct Reductions<'a>(&'a [f32]);
 
-    impl Kernel for Reductions<'_> {
+    impl LanesKernel for Reductions<'_> {
         type Output = (usize, f32, [f32; 4], f32);
         #[inline(always)]
         fn run<L: Lanes>(self) -> Self::Output {

@@ -1,15 +1,15 @@
 //! The vectors of AVX2 and AVX-512.
 
-use super::{Kernel, Lanes};
+use super::{Lanes, LanesKernel};
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+pub(super) fn run_avx2<K: LanesKernel>(kernel: K) -> K::Output {
     kernel.run::<Ymm>()
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+pub(super) fn run_avx512<K: LanesKernel>(kernel: K) -> K::Output {
     kernel.run::<Zmm>()
 }
 

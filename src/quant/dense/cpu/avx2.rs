@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{Value, portable};
+use super::{DenseValue, portable};
 use crate::quant::cpu::STRIP_ROWS;
 
 const LANES: usize = 8;
@@ -21,7 +21,7 @@ const SUMS: usize = 8;
 /// # Safety
 /// The machine has AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub unsafe fn dot<T: Value>(row: &[T], x: &[f32]) -> f32 {
+pub unsafe fn dot<T: DenseValue>(row: &[T], x: &[f32]) -> f32 {
     assert_eq!(row.len(), x.len());
     let mut sums = [_mm256_setzero_ps(); SUMS];
     let (rows, xs) = (row.chunks_exact(LANES * SUMS), x.chunks_exact(LANES * SUMS));
@@ -61,7 +61,7 @@ pub unsafe fn load_f16(from: *const f16) -> __m256 {
 /// # Safety
 /// The machine has AVX2 and F16C.
 #[target_feature(enable = "avx2,f16c")]
-pub unsafe fn transpose<T: Value>(rows: [&[T]; STRIP_ROWS], panel: &mut [f32]) {
+pub unsafe fn transpose<T: DenseValue>(rows: [&[T]; STRIP_ROWS], panel: &mut [f32]) {
     let columns = rows[0].len();
     assert!(rows.iter().all(|row| row.len() == columns) && panel.len() == columns * STRIP_ROWS);
     let whole = columns / LANES * LANES;

@@ -23,7 +23,7 @@ use crate::quant::cpu::{STRIP_ROWS, checked, strips, write_strip};
 use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
 
 /// A floating-point type that matrices are made of.
-pub trait Value: DenseFormat + Pod + Send + Sync + std::fmt::Debug + PartialEq + 'static {
+pub trait DenseValue: DenseFormat + Pod + Send + Sync + std::fmt::Debug + PartialEq + 'static {
     fn little_endian(self) -> impl Iterator<Item = u8>;
 
     /// From as many bytes as a value has.
@@ -54,7 +54,7 @@ pub trait Value: DenseFormat + Pod + Send + Sync + std::fmt::Debug + PartialEq +
     unsafe fn load_masked_avx512(mask: u16, from: *const Self) -> std::arch::x86_64::__m512;
 }
 
-impl Value for f16 {
+impl DenseValue for f16 {
     fn little_endian(self) -> impl Iterator<Item = u8> {
         self.to_le_bytes().into_iter()
     }
@@ -92,7 +92,7 @@ impl Value for f16 {
     }
 }
 
-impl Value for f32 {
+impl DenseValue for f32 {
     fn little_endian(self) -> impl Iterator<Item = u8> {
         self.to_le_bytes().into_iter()
     }
@@ -140,7 +140,7 @@ pub struct DenseMatrix<T> {
     value: PhantomData<T>,
 }
 
-impl<T: Value> DenseMatrix<T> {
+impl<T: DenseValue> DenseMatrix<T> {
     pub fn new(stored: &DenseStored<T>, isa: Isa) -> Self {
         let mut weights = Pages::required(size_of_val(&stored.data[..]));
         weights.as_values_mut().copy_from_slice(&stored.data);
@@ -170,7 +170,7 @@ impl<T: Value> DenseMatrix<T> {
     }
 }
 
-impl<T: Value> PanelSource for DenseMatrix<T> {
+impl<T: DenseValue> PanelSource for DenseMatrix<T> {
     fn isa(&self) -> Isa {
         self.isa
     }
@@ -193,7 +193,7 @@ impl<T: Value> PanelSource for DenseMatrix<T> {
     }
 }
 
-impl<T: Value> CpuMatrix for DenseMatrix<T> {
+impl<T: DenseValue> CpuMatrix for DenseMatrix<T> {
     fn format(&self) -> FormatId {
         T::ID
     }

@@ -9,17 +9,17 @@ use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::{CudaEncoder, DeviceBytes, SourceDtype, SourceValues};
-use crate::quant::dense::Value;
+use crate::quant::dense::DenseValue;
 
 pub static KERNELS: Fatbin = Fatbin { name: "cast", image: include_bytes!(concat!(env!("OUT_DIR"), "/cast.fatbin")) };
 
 const THREADS: u32 = 256;
 
-pub(in crate::quant) fn device_bytes<T: Value>(n: usize, k: usize) -> DeviceBytes {
+pub(in crate::quant) fn device_bytes<T: DenseValue>(n: usize, k: usize) -> DeviceBytes {
     DeviceBytes { resident: n * stride_bytes(k, size_of::<T>()), transient: 0 }
 }
 
-pub(in crate::quant) fn encoder<T: Value>(n: usize, k: usize, device: &Device) -> Result<Box<dyn CudaEncoder>> {
+pub(in crate::quant) fn encoder<T: DenseValue>(n: usize, k: usize, device: &Device) -> Result<Box<dyn CudaEncoder>> {
     if n == 0 || k == 0 {
         bail!("a weight of [{n}, {k}] has no values");
     }

@@ -10,7 +10,7 @@ use super::BLOCK_GROUPS;
 use crate::quant::cpu::STRIP_ROWS;
 
 /// One value for each row of a strip.
-pub type Lanes = [f32; STRIP_ROWS];
+pub type StripLanes = [f32; STRIP_ROWS];
 
 /// Rows of which [`StripAbsmax::decode_ahead`] decodes one block at a time.
 const ROWS_AHEAD: usize = STRIP_ROWS / BLOCK_GROUPS;
@@ -137,7 +137,7 @@ impl PackedAbsmax {
 /// Absmax values of a strip whose rows are whole blocks, block after block from the first.
 pub trait StripAbsmax {
     /// Those of block `block` of each row.
-    fn lanes(&mut self, block: usize) -> Lanes;
+    fn lanes(&mut self, block: usize) -> StripLanes;
 
     /// Does the eighth `group` of what the next strip needs done for block `block`: scalar work in the slots that the
     /// vector work leaves free.
@@ -145,7 +145,7 @@ pub trait StripAbsmax {
 }
 
 /// fp32 values, ready as they are.
-pub struct PlainStrip<'a>(pub &'a [Lanes]);
+pub struct PlainStrip<'a>(pub &'a [StripLanes]);
 
 impl<'a> PlainStrip<'a> {
     pub fn new(values: &'a RowBlocks<f32>, strip: usize) -> Self {
@@ -155,7 +155,7 @@ impl<'a> PlainStrip<'a> {
 
 impl StripAbsmax for PlainStrip<'_> {
     #[inline(always)]
-    fn lanes(&mut self, block: usize) -> Lanes {
+    fn lanes(&mut self, block: usize) -> StripLanes {
         self.0[block]
     }
 
@@ -167,7 +167,7 @@ impl StripAbsmax for PlainStrip<'_> {
 pub struct NestedStrip<'a> {
     /// Looked up, not scaled: this strip's from the block in work on, the next one's before it. One buffer, since two
     /// and a long `x` would not fit L1.
-    values: &'a mut [Lanes],
+    values: &'a mut [StripLanes],
     next_codes: &'a [[u8; STRIP_ROWS]],
     table: &'a [f32; 256],
     absmax: &'a [f32],
@@ -175,7 +175,7 @@ pub struct NestedStrip<'a> {
     /// Each row's block 0.
     first: [usize; STRIP_ROWS],
     /// Nested absmax of each row, good until block `change`.
-    scales: Lanes,
+    scales: StripLanes,
     change: usize,
 }
 
@@ -185,7 +185,7 @@ impl<'a> NestedStrip<'a> {
         (codes, absmax, offset): (&'a RowBlocks<u8>, &'a [f32], f32),
         strip: usize,
         next: usize,
-        values: &'a mut [Lanes],
+        values: &'a mut [StripLanes],
     ) -> Self {
         let first = std::array::from_fn(|lane| codes.flat(strip, lane, 0));
         let next_codes = codes.strip(next);
@@ -193,7 +193,7 @@ impl<'a> NestedStrip<'a> {
     }
 
     /// What `decode_ahead` does for strip `strip`, all at once.
-    pub fn look_up(codes: &RowBlocks<u8>, strip: usize, values: &mut [Lanes]) {
+    pub fn look_up(codes: &RowBlocks<u8>, strip: usize, values: &mut [StripLanes]) {
         let table: &[f32; 256] = &VALUES;
         for (values, codes) in values.iter_mut().zip(codes.strip(strip)) {
             *values = codes.map(|code| table[usize::from(code)]);
@@ -220,7 +220,7 @@ impl<'a> NestedStrip<'a> {
 
 impl StripAbsmax for NestedStrip<'_> {
     #[inline(always)]
-    fn lanes(&mut self, block: usize) -> Lanes {
+    fn lanes(&mut self, block: usize) -> StripLanes {
         if block == self.change {
             self.update(block);
         }

@@ -10,7 +10,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::absmax::{Lanes, StripAbsmax};
+use super::absmax::{StripAbsmax, StripLanes};
 use super::{BLOCK, BLOCK_BYTES, CODES, GROUP, GROUP_BYTES, encode_blocks, portable};
 use crate::quant::cpu::{STRIP_ROWS, StripSums};
 
@@ -93,7 +93,7 @@ pub unsafe fn dot_strip(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32]) 
 /// # Safety
 /// The machine has AVX2.
 #[target_feature(enable = "avx2")]
-pub unsafe fn decode(codes: &[u8], absmax: &[Lanes], panel: &mut [f32]) {
+pub unsafe fn decode(codes: &[u8], absmax: &[StripLanes], panel: &mut [f32]) {
     const GROUP_VALUES: usize = GROUP * STRIP_ROWS;
     let table = table();
     let (groups, rest) = panel.as_chunks_mut::<GROUP_VALUES>();

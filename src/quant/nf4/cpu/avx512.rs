@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::absmax::{Lanes, StripAbsmax};
+use super::absmax::{StripAbsmax, StripLanes};
 use super::{BLOCK, BLOCK_BYTES, BLOCK_GROUPS, CODES, GROUP, GROUP_BYTES, encode_blocks, portable};
 use crate::quant::cpu::{STRIP_ROWS, StripSums};
 
@@ -77,7 +77,7 @@ pub unsafe fn dot_strip(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32]) 
 /// # Safety
 /// The machine has AVX-512F.
 #[target_feature(enable = "avx512f")]
-pub unsafe fn decode(codes: &[u8], absmax: &[Lanes], panel: &mut [f32]) {
+pub unsafe fn decode(codes: &[u8], absmax: &[StripLanes], panel: &mut [f32]) {
     const GROUP_VALUES: usize = GROUP * STRIP_ROWS;
     // SAFETY: 16 values.
     let table = unsafe { _mm512_loadu_ps(CODES.as_ptr()) };

@@ -13,7 +13,7 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use self::absmax::{Lanes, NestedStrip, PackedAbsmax, PlainStrip, RowBlocks, StripAbsmax};
+use self::absmax::{NestedStrip, PackedAbsmax, PlainStrip, RowBlocks, StripAbsmax, StripLanes};
 use super::codes::{encode_block, encode_short_block};
 use super::{AbsmaxKind, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cpu::pages::{Pages, prefer_huge_pages};
@@ -193,7 +193,7 @@ impl PanelSource for Nf4Matrix {
 
     fn decode_panel(&self, strip: usize, columns: Range<usize>, panel: &mut [f32]) {
         let codes = &self.strip(strip)[columns.start / GROUP * GROUP_BYTES..];
-        let mut absmax: [Lanes; PANEL_COLUMNS / BLOCK] = [[1.0; STRIP_ROWS]; _];
+        let mut absmax: [StripLanes; PANEL_COLUMNS / BLOCK] = [[1.0; STRIP_ROWS]; _];
         if self.rows_are_blocks() {
             for (b, lanes) in absmax[..columns.len() / BLOCK].iter_mut().enumerate() {
                 for (lane, absmax) in lanes.iter_mut().enumerate() {

@@ -1,6 +1,6 @@
 //! NF4 in plain Rust.
 
-use super::absmax::{Lanes, StripAbsmax};
+use super::absmax::{StripAbsmax, StripLanes};
 use super::{BLOCK, BLOCK_BYTES, CODES, GROUP, GROUP_BYTES};
 use crate::quant::cpu::{STRIP_ROWS, StripSums};
 
@@ -29,7 +29,7 @@ pub fn dot_strip(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32]) -> Stri
 }
 
 /// Writes values as `[column][row]`; `absmax` is `[block of the columns][row]`.
-pub fn decode(codes: &[u8], absmax: &[Lanes], panel: &mut [f32]) {
+pub fn decode(codes: &[u8], absmax: &[StripLanes], panel: &mut [f32]) {
     let groups = codes.as_chunks::<GROUP_BYTES>().0;
     for (column, lanes) in panel.as_chunks_mut::<STRIP_ROWS>().0.iter_mut().enumerate() {
         for ((row, lane), absmax) in lanes.iter_mut().enumerate().zip(absmax[column / BLOCK]) {
