@@ -1,4 +1,4 @@
-//! How much memory a session will hold, from its model and lengths alone: no weights are read and no device is asked. Whoever
+//! The memory that a session will hold, from its model and lengths alone: no weights are read and no device is asked. Whoever
 //! must know whether a model fits asks here.
 
 use super::{Device, Engine, candle};
@@ -7,30 +7,30 @@ use crate::lower::score_tiles::{ScoreTiles, is_one_kernel};
 use crate::plan::{CacheScope, CacheSpec, LinearPart, Model, Op, Plan, Rows};
 use crate::weights::policy::Formats;
 
-/// What a process takes of a GPU beside its own allocations: the driver's context, the kernels and cuBLAS. An H200 with driver 580
+/// Bytes that a process takes of a GPU beside its own allocations: the driver's context, the kernels and cuBLAS. An H200 with driver 580
 /// takes 0.5 to 0.6 GiB.
 pub const CONTEXT_BYTES: u64 = 640 << 20;
 
 /// Bytes that a session holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Needs {
-    /// In their stored formats.
+    /// Weights in their stored formats.
     pub weights_bytes: u64,
-    /// At the dtype that the engine holds keys and values in.
+    /// Keys and values in the format that the engine holds them in.
     pub kv_cache_bytes: u64,
     /// Activations, attention scores and tables of the longest call.
     pub scratch_bytes: u64,
-    /// Of a GPU, for the process itself.
+    /// Memory of a GPU for the process itself.
     pub context_bytes: u64,
 }
 
 impl Needs {
-    /// What the session allocates.
+    /// The bytes that the session allocates.
     pub fn session_bytes(&self) -> u64 {
         self.weights_bytes.saturating_add(self.kv_cache_bytes).saturating_add(self.scratch_bytes)
     }
 
-    /// What the device must have free.
+    /// The bytes that the device must have free.
     pub fn bytes(&self) -> u64 {
         self.session_bytes().saturating_add(self.context_bytes)
     }
@@ -58,7 +58,7 @@ impl Lengths {
     }
 }
 
-/// How the rows of a model are held: whose code, at which precision, where.
+/// The engine, the formats and the device that hold a model.
 #[derive(Clone, Copy)]
 pub struct Holding<'a> {
     pub engine: Engine,
@@ -76,7 +76,7 @@ impl Holding<'_> {
     }
 }
 
-/// What a session of `model` will hold.
+/// The bytes that a session of `model` will hold.
 pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Needs {
     let is_cuda = matches!(holding.device, Device::Cuda(_));
     Needs {
@@ -123,7 +123,7 @@ fn cpu_scratch_bytes(model: &Model, lengths: &Lengths) -> u64 {
     slot_bytes(&model.decoder, longest).saturating_add(encoder).saturating_add(mixture_bytes(model, longest))
 }
 
-/// What the CPU engine holds of a mixture of experts in a call of `rows` rows; all layers use the same memory.
+/// Bytes that the CPU engine holds of a mixture of experts in a call of `rows` rows; all layers use the same memory.
 fn mixture_bytes(model: &Model, rows: usize) -> u64 {
     let of_op = |op: &Op| {
         let Op::Experts(spec) = op else { return 0 };
@@ -224,7 +224,7 @@ impl CudaCall<'_> {
         self.plan.ops[..n_ops].iter().enumerate().map(of_op).max().unwrap_or(0)
     }
 
-    /// Of each buffer: fp32 where a residual lives, fp16 elsewhere.
+    /// Bytes a row of each buffer: fp32 where a residual lives, fp16 elsewhere.
     fn bytes_a_row(&self) -> Vec<usize> {
         let mut element_bytes = vec![size_of::<half::f16>(); self.plan.buffers.len()];
         for op in &self.plan.ops {
@@ -241,7 +241,7 @@ impl CudaCall<'_> {
         self.plan.buffers.iter().zip(element_bytes).map(|(buffer, bytes)| buffer.width * bytes).collect()
     }
 
-    /// What an operation takes while it runs.
+    /// Bytes that an operation takes while it runs.
     fn beside(&self, op: &Op) -> u64 {
         if let Some(Attention { heads, kv_heads, scope }) = attention(self.model, self.plan, op) {
             let seen = if scope == CacheScope::Decoder { self.seen } else { self.encoded };
@@ -259,7 +259,7 @@ impl CudaCall<'_> {
     }
 }
 
-/// In 64 bits, at most `u64::MAX`.
+/// The product in 64 bits, at most `u64::MAX`.
 fn product(factors: &[usize]) -> u64 {
     factors.iter().fold(1u64, |product, factor| product.saturating_mul(*factor as u64))
 }

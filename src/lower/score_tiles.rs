@@ -1,4 +1,4 @@
-//! How a prompt on a GPU cuts the attention scores of many rows so that few are held at once.
+//! Tiles of a prompt on a GPU, which cut the attention scores of many rows so that few are held at once.
 
 /// Bytes of attention scores that a call may hold at once.
 pub const SCORE_BYTES: usize = 64 << 20;
@@ -8,7 +8,7 @@ pub const SCORE_BYTES: usize = 64 << 20;
 const FEW_ROWS: usize = 32;
 const FEW_KEYS: usize = 8192;
 
-/// Whether one kernel of our own attends `rows` queries over `keys` keys.
+/// Returns whether one kernel of our own attends `rows` queries over `keys` keys.
 pub fn is_one_kernel(rows: usize, keys: usize) -> bool {
     rows <= FEW_ROWS && keys <= FEW_KEYS
 }

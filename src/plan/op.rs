@@ -92,7 +92,7 @@ pub struct NormSpec {
     pub out: BufferId,
 }
 
-/// For each part `out = x · Wᵀ + bias`: matrices that read the same activations.
+/// Computes for each part `out = x · Wᵀ + bias`: matrices that read the same activations.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LinearSpec {
     pub x: BufferId,
@@ -378,7 +378,7 @@ pub enum WeightRead {
         chosen: usize,
         of: usize,
     },
-    /// As [`Self::OneOf`], of a bias.
+    /// [`Self::OneOf`] of biases.
     OneVectorOf {
         vector: VectorId,
         chosen: usize,

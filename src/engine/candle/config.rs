@@ -11,7 +11,7 @@ use crate::error::BadInput;
 use crate::models::{Files, RopeKind, RopeSettings};
 use crate::plan::{ActivationKind, CacheScope, CacheShape, EncoderInputKind, Model, Op, Picture, Plan};
 
-/// What one of candle's model files is built from.
+/// The config of one of candle's model files.
 pub enum Config {
     Llama(llama::Config),
     Phi(phi::Config),
@@ -188,7 +188,7 @@ impl Shapes<'_> {
         serde_json::from_value(config).map_err(|error| self.refused(&format!("does not take its config: {error}")))
     }
 
-    /// Of the model below `prefix`, which is empty or ends with a dot.
+    /// The config of the model below `prefix`, which is empty or ends with a dot.
     fn gemma(&self, prefix: &str) -> Result<gemma::Config, BadInput> {
         let layer = format!("{prefix}model.layers.0");
         let (vocab_size, hidden_size) = self.matrix(&format!("{prefix}model.embed_tokens"))?;

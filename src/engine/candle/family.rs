@@ -67,7 +67,7 @@ impl CandleFamily {
         })
     }
 
-    /// Whether candle takes these tokens behind `position` others.
+    /// Checks that candle takes these tokens behind `position` others.
     pub fn check(&self, tokens: &[u32], position: usize) -> std::result::Result<(), BadInput> {
         if let (CandleFamily::Phi(_) | CandleFamily::T5(_), 2.., 1..) = (self, tokens.len(), position) {
             let message = "`--engine candle`: this model of candle-transformers takes several tokens at once into an \

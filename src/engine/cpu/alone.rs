@@ -1,4 +1,4 @@
-//! What a decode step takes of arithmetic alone and of memory alone, measured beside real steps once all that counts is measured.
+//! The time that a decode step takes of arithmetic alone and of memory alone, measured beside real steps once all that counts is measured.
 //!
 //! *Arithmetic alone* is the real step, by the same kernels, threads and schedule, whose matrices stay in the cache: one matrix stands in for
 //! all of its format and shape, and of it each worker multiplies as many rows as its cache holds, again and again, until it has multiplied
@@ -30,15 +30,15 @@ const MAX_ROUNDS: usize = 25;
 /// No round starts later, once [`MIN_ROUNDS`] are done.
 const BUDGET: Duration = Duration::from_secs(1);
 
-/// What a core's own cache is taken for where the system does not tell: the smallest of a decade.
+/// The assumed size of a core's own cache where the system does not tell: the smallest of a decade.
 const SMALLEST_CACHE_BYTES: usize = 256 << 10;
 
 /// Keys and values of a head that stay in the cache: a quarter of the smallest one.
 const POSITION_BYTES: usize = 64 << 10;
-/// What attention takes at once.
+/// Positions that attention takes at once.
 const POSITIONS: usize = 64;
 
-/// Which weights a call multiplies by.
+/// The weights that a call multiplies by.
 #[derive(Clone, Copy)]
 pub(super) enum StepMode<'a> {
     /// Its own.
@@ -49,9 +49,9 @@ pub(super) enum StepMode<'a> {
     StandingIn(&'a StandIns, &'a Outputs, &'a [f32]),
 }
 
-/// Where the outputs of a step's products and attentions are kept, one behind the other.
+/// Places of the kept outputs of a step's products and attentions, one behind the other.
 pub(super) struct Outputs {
-    /// Of each step's first output.
+    /// The place of each step's first output.
     starts: Vec<usize>,
     len: usize,
 }
@@ -75,7 +75,7 @@ impl Outputs {
         Self { starts, len }
     }
 
-    /// Where the outputs of step `index` are kept.
+    /// The place of the outputs of step `index`.
     pub(super) fn start(&self, index: usize) -> usize {
         self.starts[index]
     }
@@ -85,13 +85,13 @@ impl Outputs {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct StandIn {
     pub matrix: MatrixId,
-    /// That a worker multiplies before it begins again.
+    /// Rows that a worker multiplies before it begins again.
     pub rows: usize,
 }
 
-/// What stays in the cache in a step of arithmetic alone.
+/// Matrices and caches that stay in the cache in a step of arithmetic alone.
 pub(super) struct StandIns {
-    /// For each matrix of the model; those that no linear of the decoder reads stand for themselves.
+    /// The stand-in of each matrix of the model; those that no linear of the decoder reads stand for themselves.
     matrices: Vec<StandIn>,
     /// The first cache of the same spec, for each.
     caches: Vec<CacheId>,
@@ -154,7 +154,7 @@ pub(super) fn windows(range: Range<usize>, most: usize) -> impl Iterator<Item = 
 }
 
 impl CpuSession {
-    /// As [`crate::engine::Session::alone`] says.
+    /// See [`crate::engine::Session::alone`].
     pub(super) fn measure_alone(&mut self, position: usize) -> Result<Alone> {
         self.measure_alone_within(position, core_cache_bytes().unwrap_or(SMALLEST_CACHE_BYTES))
     }
@@ -189,7 +189,7 @@ impl CpuSession {
     }
 }
 
-/// Of the second of two runs: the first one finds in the caches what something else has left there.
+/// Times the second of two runs: the first one finds in the caches what something else has left there.
 fn second_ns(mut run: impl FnMut()) -> u64 {
     run();
     let began = Instant::now();

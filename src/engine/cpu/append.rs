@@ -19,7 +19,7 @@ impl Attention<'_> {
         }
     }
 
-    /// Whether rows of the call read positions whose slots the call's own would take.
+    /// Returns whether rows of the call read positions whose slots the call's own would take.
     pub fn reads_ring_of_several(&self, cache: CacheId) -> bool {
         self.weights.is_ring(cache) && self.call.batch.rows() > 1
     }

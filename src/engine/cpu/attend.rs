@@ -153,7 +153,7 @@ impl Attention<'_> {
         }
     }
 
-    /// Whether the worker with the most heads would read so much more than its part that sharing positions pays.
+    /// Returns whether the worker with the most heads would read so much more than its part that sharing positions pays.
     fn splits_positions(&self, attend: &Attend, workers: usize) -> bool {
         let spec = self.weights.model.caches[attend.cache.0];
         let head_bytes = self.held(attend, 0).len() * 2 * spec.head_dim * size_of::<f32>();

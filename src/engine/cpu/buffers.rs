@@ -24,7 +24,7 @@ impl Buffers<'_> {
         self.plan.rows(buffer, self.batch)
     }
 
-    /// Where a row of a buffer begins in the slots.
+    /// The index of a row's first element in the slots.
     fn start(&self, buffer: BufferId, row: usize) -> usize {
         let Columns { start, stride } = self.storage.columns[buffer.0];
         self.slots.start(self.storage.slot_of[buffer.0]) + row * stride + start
@@ -33,7 +33,7 @@ impl Buffers<'_> {
     /// `columns` of a row, for reading.
     pub fn part(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &[f32] {
         let start = self.start(buffer, row);
-        // SAFETY: a step reads what earlier steps wrote; `must_meet` put a barrier where the split changed, and
+        // SAFETY: a step reads what earlier steps wrote; `needs_barrier` put a barrier where the split changed, and
         // `Plan::storage` gives no two buffers that live at once the same slot.
         unsafe { self.slots.floats.range(start + columns.start..start + columns.end) }
     }

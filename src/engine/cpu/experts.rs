@@ -18,7 +18,7 @@ use crate::quant::Prepared;
 #[derive(Default)]
 pub struct Mixtures {
     routes: Routes,
-    /// What gate and up of each group read, and what its down reads.
+    /// The inputs of each group's gate and up, and of its down.
     inputs: Vec<Prepared>,
     betweens: Vec<Prepared>,
     /// Products of gates and of ups, `[rows · top_k, intermediate]` each.
@@ -173,7 +173,7 @@ impl Runner<'_> {
         }
     }
 
-    /// What the downs read: each worker prepares whole groups.
+    /// Prepares the inputs of the downs: each worker prepares whole groups.
     pub(super) fn experts_between(&self, spec: &ExpertsSpec, worker: &Worker) {
         let (groups, _) = self.groups();
         for (index, group) in groups.iter().enumerate().skip(worker.index()).step_by(worker.count()) {

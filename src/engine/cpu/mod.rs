@@ -58,7 +58,7 @@ pub struct CpuSession {
     rings: Rings,
 }
 
-/// What calls only read.
+/// Memory that calls only read.
 struct Weights {
     model: Model,
     isa: Isa,
@@ -84,7 +84,7 @@ struct Program {
     rows: usize,
 }
 
-/// What calls write, beside a program's buffers.
+/// Memory that calls write, beside a program's buffers.
 struct Memory {
     /// Keys and values of each cache, `[g, capacity, d]` each, so that a head's positions lie together: the regions
     /// `2 · i` and `2 · i + 1`.
@@ -98,7 +98,7 @@ struct Memory {
     mixtures: Mixtures,
 }
 
-/// What a worker keeps from call to call, only ever grown.
+/// Memory that a worker keeps from call to call, only ever grown.
 #[derive(Default)]
 struct Scratch {
     kernel: Vec<f32>,
@@ -309,12 +309,12 @@ impl Weights {
         positions(&self.model.caches[cache.0], self.capacity, self.encoder_capacity)
     }
 
-    /// Whether a cache holds the positions of a window in turn.
+    /// Returns whether a cache holds the positions of a window in turn.
     fn is_ring(&self, cache: CacheId) -> bool {
         self.model.caches[cache.0].window.is_some_and(|window| window < self.capacity)
     }
 
-    /// Where a position lies in a cache.
+    /// The slot of a position in a cache.
     fn slot(&self, cache: CacheId, position: usize) -> usize {
         if self.is_ring(cache) { position % self.positions(cache) } else { position }
     }
@@ -403,7 +403,10 @@ impl Session for CpuSession {
 
     fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
         CALLS.check_batch(batch, tokens.len(), self.position)?;
-        self.rings.save(self.position, &self.memory.caches);
+        // A token by itself begins no prompt.
+        if tokens.len() > 1 {
+            self.rings.save(self.position, &self.memory.caches);
+        }
         next.fill(self.step(tokens)?);
         Ok(())
     }

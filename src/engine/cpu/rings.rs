@@ -4,7 +4,7 @@
 use super::arena::Arena;
 use crate::plan::{CacheId, Model};
 
-/// How far the rings of a session can go back.
+/// The state of a session's rings, and the positions that they can go back to.
 pub(super) struct Rings {
     /// The caches that are rings.
     caches: Vec<CacheId>,
@@ -23,7 +23,7 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    /// For caches of `capacity` positions.
+    /// Rings of a session of `capacity` positions.
     pub fn new(model: &Model, capacity: usize) -> Self {
         let caches: Vec<CacheId> = (0..model.caches.len()).map(CacheId).collect();
         let is_ring = |id: &CacheId| model.caches[id.0].window.is_some_and(|window| window < capacity);

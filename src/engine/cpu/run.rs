@@ -9,7 +9,7 @@ use super::attend::Attention;
 use super::buffers::Buffers;
 use super::experts::SharedMixtures;
 use super::partials::SharedParts;
-use super::schedule::{Attend, Step, must_meet, product_rows};
+use super::schedule::{Attend, Step, needs_barrier, product_rows};
 use super::{Memory, Program, Scratch, Weights};
 use crate::call::Batch;
 use crate::engine::OutlierColumns;
@@ -83,7 +83,7 @@ pub fn run(
     let single = call.batch.rows() == 1;
     pool.run(&|worker: &Worker| {
         for (index, step) in steps.iter().enumerate() {
-            if index > 0 && must_meet(&steps[index - 1], step, single) {
+            if index > 0 && needs_barrier(&steps[index - 1], step, single) {
                 worker.barrier();
             }
             runner.step(index, step, worker);

@@ -65,7 +65,7 @@ struct Weights {
     matrices: Vec<Box<dyn CudaMatrix>>,
     vectors: Vec<CudaSlice<f32>>,
     caches: Vec<Cache>,
-    /// As [`lower::angles`] has them.
+    /// Laid out by [`lower::angles`].
     angles: Vec<CudaSlice<f32>>,
     biases: Vec<BiasTable>,
     /// Token, position, step, rows of the encoder.
@@ -75,7 +75,7 @@ struct Weights {
     features: Option<CudaSlice<f16>>,
     /// Zeros, as many as the widest norm has: the bias of norms that have none.
     zeros: CudaSlice<f32>,
-    /// How many LLM.int8 has found.
+    /// The count that LLM.int8 has found.
     outlier_columns: CudaSlice<u64>,
     token_ring: TokenRing,
     capacity: usize,

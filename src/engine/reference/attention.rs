@@ -91,7 +91,7 @@ impl Reference {
         out.permute((2, 0, 1, 3))?.reshape((t, width))?.to_dtype(self.compute)
     }
 
-    /// What is added to the scores, `[h, t, total]`: the relative bias, and −∞ where mask or window hides a key.
+    /// Terms that are added to the scores, `[h, t, total]`: the relative bias, and −∞ where mask or window hides a key.
     fn bias(&self, h: usize, t: usize, total: usize, attend: &AttentionSpec) -> Result<Vec<f32>> {
         let causal = match attend.mask {
             Mask::Causal => true,

@@ -68,7 +68,7 @@ pub struct Reference {
     encoded: usize,
     /// `[patches, hidden]`
     features: Option<Tensor>,
-    /// What [`PatchesSpec`] reads: `[patches, channels · patch²]`.
+    /// The input of [`PatchesSpec`]: `[patches, channels · patch²]`.
     patches: Option<Tensor>,
     logits: Option<Tensor>,
     last_token: u32,

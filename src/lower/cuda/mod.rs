@@ -37,7 +37,7 @@ pub trait Addresses {
 
     fn cache(&self, id: CacheId) -> CacheAt;
 
-    /// As [`angles`] has them.
+    /// Laid out by [`angles`].
     fn angles(&self, id: RopeId) -> u64;
 
     fn bias(&self, id: BiasId) -> BiasAt;

@@ -19,7 +19,7 @@ use crate::plan::{
 };
 use crate::quant::OutlierColumns;
 
-/// As errors name it.
+/// The name in errors.
 const EXECUTOR: &str = "the CUDA prefill";
 
 /// Launches a call, all but the head of its last row. Its input lies at `input`, as [`super::CallInput`] says.
@@ -111,7 +111,7 @@ struct Prefill<'a> {
     shape: CallShape,
     launcher: &'a dyn Launcher,
     arena: &'a Arena<'a>,
-    /// As [`super::CallInput`] says, until the first operation has read it.
+    /// The memory of [`super::CallInput`], until the first operation has read it.
     input: Option<Region<'a>>,
     buffers: Vec<Option<Buffer<'a>>>,
     lives: Vec<Lifetime>,
@@ -188,7 +188,7 @@ impl<'a> Prefill<'a> {
         Ok(Buffer::new(region.address, false, Some(region)))
     }
 
-    /// As [`Self::half`], fp32.
+    /// [`Self::half`] in fp32.
     fn float(&self, id: BufferId) -> Result<Buffer<'a>> {
         let region = self.arena.take::<f32>(self.shape.rows() * self.width(id))?;
         Ok(Buffer::new(region.address, true, Some(region)))
