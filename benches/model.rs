@@ -13,7 +13,7 @@ use quantbench::quant::{FORMATS, FormatId, FormatOptions};
 use quantbench::weights::builtin::builtin_models;
 use quantbench::weights::policy::Formats;
 use quantbench::weights::spec::MatrixSpec;
-use quantbench::weights::{self, Request, WeightsChoice};
+use quantbench::weights::{self, ModelRequest, WeightsChoice};
 
 /// Tokens in the cache when a step is timed, and of a timed prefill.
 const PROMPT_TOKENS: usize = 64;
@@ -27,7 +27,7 @@ struct Loaded {
 
 impl Loaded {
     fn new(name: &str, precision: &str) -> Self {
-        let request = Request {
+        let request = ModelRequest {
             model_id: name.to_owned(),
             revision: None,
             offline: true,

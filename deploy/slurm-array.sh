@@ -2,7 +2,7 @@
 # A suite as a Slurm array: every task runs its part of the cases and writes a file of its own.
 #
 #   mkdir -p results
-#   sbatch deploy/slurm-array.sh configs/seed.toml results
+#   sbatch deploy/slurm-array.sh configs/four-models.toml results
 #   quantbench merge results/part-*-of-4.jsonl -o results.jsonl   # when all tasks have ended
 #
 # The number of parts stands twice below, in --array and in parts: change both. Some tasks alone, such as those that failed, are

@@ -2,18 +2,26 @@
 
 use std::sync::Mutex;
 
-/// Something worth telling while a command runs.
+/// Progress or a warning while a command runs.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// A phase with a known amount of work began; `unit` is `"bytes"` or `"runs"`.
+    /// A phase with a known amount of work began.
     Begin { label: String, total: u64, unit: Unit },
-    /// So much of the current phase is done.
+    /// The work of the current phase is now expected to be this much.
+    Expect { total: u64 },
+    /// Work of the current phase that is done so far.
     Progress { done: u64 },
+    /// What is known so far, for people.
+    Status { text: String },
     /// The current phase ended.
     End,
-    /// Something that the reader of the result must know; `name` is what records and filters call it.
+    /// A warning about the result; `name` is its spelling in records and filters.
     Warning { name: String, message: String },
+    /// What the reader may want to do otherwise; no record keeps it.
+    Hint { message: String },
+    /// What happens next, for people; no record keeps it.
+    Note { message: String },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -28,7 +36,7 @@ pub trait Listener: Send + Sync {
     fn on(&self, event: Event);
 }
 
-/// Keeps warnings for a record and hands on every other event.
+/// Collects warnings for a record and relays every other event.
 pub struct Collector<'a> {
     rest: &'a dyn Listener,
     warnings: Mutex<Vec<(String, String)>>,
@@ -57,7 +65,7 @@ impl Listener for Collector<'_> {
     }
 }
 
-/// Hands on every event but warnings: for work that another process has done and warned of before.
+/// Relays every event but warnings: for work that another process has done and warned of before.
 pub struct WithoutWarnings<'a>(pub &'a dyn Listener);
 
 impl Listener for WithoutWarnings<'_> {

@@ -1,4 +1,4 @@
-//! `quantbench` tells in one command what a precision costs and buys for a model on this machine.
+//! `quantbench` measures in one command the trade-offs of precisions for a model on this machine.
 //!
 //! It loads a model, holds its linear weights in fp16, int8 (LLM.int8) or 4-bit (NF4 with double quantization), runs
 //! the generate loop and reports speed, memory and the limit that the hardware sets. ARCHITECTURE.md draws the layers;

@@ -11,7 +11,7 @@ use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
 use quantbench::quant::{FORMATS, FormatId, FormatOptions};
 use quantbench::weights::policy::Formats;
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 
 struct Counting;
 
@@ -45,7 +45,7 @@ fn a_decode_step_allocates_nothing() {
 }
 
 fn allocations_of_decoding(model: &str, precision: &str, isa: Isa) -> u64 {
-    let request = Request::of(format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")));
+    let request = ModelRequest::of(format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")));
     let checkpoint = weights::open(&request, &Silent).unwrap();
     let plan = quantbench::models::build(&checkpoint.config).unwrap();
     let source = checkpoint.source(&plan.matrices, &plan.vectors).unwrap();

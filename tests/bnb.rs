@@ -10,7 +10,7 @@ use quantbench::harness::{self, Case, DeviceChoice, MeasurementProtocol, Precisi
 use quantbench::plan::Model;
 use quantbench::quant::{FormatId, FormatOptions, nf4};
 use quantbench::weights::policy::{Formats, Selection};
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -22,8 +22,8 @@ fn golden(kind: &str, name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(kind).join(name)
 }
 
-fn request(folder: &Path) -> Request {
-    Request::of(folder.display().to_string())
+fn request(folder: &Path) -> ModelRequest {
+    ModelRequest::of(folder.display().to_string())
 }
 
 fn load(folder: &Path, precision: &str) -> (Model, Box<dyn Session>) {
@@ -85,7 +85,11 @@ fn case(folder: &Path, precisions: &[&str], precision_selection: PrecisionSelect
         device: DeviceChoice::Cpu,
         threads: 1,
         cuda_graph: true,
+        sequences: 1,
+        kv_format: None,
         prompt: PromptChoice::Default,
+        chat: false,
+        may_shorten: false,
         image: None,
         n_gen: 4,
         n_depth: 0,

@@ -77,6 +77,7 @@ fn streams(output: &Output) -> String {
 /// Name of the snapshot, and the command line.
 const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("help", &["--help"]),
+    ("brief_help", &["-h"]),
     ("list_models", &["--list-models"]),
     ("unknown_precision", &["--precision", "fp16,imt8"]),
     ("unknown_option", &["--precison", "fp16"]),
@@ -94,9 +95,9 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("endless_prompt_file", &["--prompt-file", "/dev/zero"]),
     ("too_many_threads", &["--threads", "99999"]),
     ("no_new_tokens", &["--max-new-tokens", "0"]),
-    ("beyond_context", &["--prompt-tokens", "9000"]),
-    ("id_beyond_vocabulary", &["--prompt-ids", "1,99999999"]),
-    ("text_without_tokenizer", &["--prompt", "The capital of France is"]),
+    ("beyond_context", &["-m", "smollm2-135m", "--prompt-tokens", "9000"]),
+    ("id_beyond_vocabulary", &["-m", "smollm2-135m", "--prompt-ids", "1,99999999"]),
+    ("text_without_tokenizer", &["-m", "smollm2-135m", "--prompt", "The capital of France is"]),
     ("conflicting_prompts", &["--prompt", "a", "--prompt-tokens", "3"]),
     ("output_in_absent_folder", &["--output", "absent/r.json"]),
     ("output_is_a_folder", &["--output", "folder.json"]),
@@ -106,8 +107,8 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("candle_quality", &["--engine", "candle", "--quality"]),
     ("unknown_engine", &["--engine", "cnadle"]),
     ("dry_run_as_csv", &["--dry-run", "--format", "csv"]),
-    ("seed_with_repeats", &["--method", "seed", "--repeats", "3"]),
-    ("seed_with_launches", &["--method", "seed", "--launches", "3"]),
+    ("cold_run_with_repeats", &["--method", "seed", "--repeats", "3"]),
+    ("cold_run_with_launches", &["--method", "single-cold-run", "--launches", "3"]),
     ("logits_in_absent_folder", &["--save-logits", "absent/logits.safetensors"]),
 ];
 
@@ -319,7 +320,7 @@ fn ways_to_measure_reach_the_record() {
     );
 
     let seed = run("--method seed");
-    assert_eq!((&seed["protocol"]["method"], &seed["protocol"]["n_repeats"]), (&"seed".into(), &1.into()));
+    assert_eq!((&seed["protocol"]["method"], &seed["protocol"]["n_repeats"]), (&"single-cold-run".into(), &1.into()));
     assert_eq!((&seed["protocol"]["n_warmup"], &seed["samples"]["cold_ns"]), (&0.into(), &Value::Null));
     assert!(seed["series"].is_null() && seed["samples"]["launches"].is_null());
 }
@@ -406,8 +407,7 @@ fn a_dry_run_says_what_would_run_and_whether_it_fits() {
     let output = place.run(&args);
     assert_eq!(output.status.code(), Some(0), "{}", streams(&output));
     let text = String::from_utf8(output.stdout).unwrap();
-    for part in ["would run llama-tiny (llama", "3 prompt + 64 new tokens", "download nothing", "nf4 ", "GiB of memory"]
-    {
+    for part in ["would run llama-tiny (llama", "3 prompt + 64 new tokens", "no download", "nf4 ", "GiB of memory"] {
         assert!(text.contains(part), "no `{part}` in\n{text}");
     }
     let output = place.run(&[&args[..], &["--format", "json"]].concat());

@@ -21,7 +21,7 @@ use quantbench::quant::cuda::{GRANULE, SourceDtype, SourceValues};
 use quantbench::quant::fp32::Fp32Stored;
 use quantbench::quant::{CudaMatrix, FORMATS, Format, FormatId, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Stored};
 use quantbench::weights::policy::Formats;
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 
 /// What loading may use beyond the model and its largest tensor.
 const BEYOND_BYTES: u64 = 256_000_000;
@@ -89,7 +89,7 @@ fn make(
 }
 
 fn open(model_id: &str) -> (Model, Box<dyn weights::Source>) {
-    let checkpoint = weights::open(&Request::of(model_id), &Silent).expect("a model");
+    let checkpoint = weights::open(&ModelRequest::of(model_id), &Silent).expect("a model");
     let model = quantbench::models::build(&checkpoint.config).expect("a plan");
     let source = checkpoint.source(&model.matrices, &model.vectors).expect("weights");
     (model, source)

@@ -20,7 +20,7 @@ use quantbench::error;
 use quantbench::events::{Event, Listener, Silent, Unit};
 use quantbench::weights::hub::{HubConfig, Patience, Token};
 use quantbench::weights::spec::{MatrixSpec, Role};
-use quantbench::weights::{self, Checkpoint, Request, SourceKind, WeightsChoice};
+use quantbench::weights::{self, Checkpoint, ModelRequest, SourceKind, WeightsChoice};
 
 use self::server::{Behaviour, Hub, Refuse, refused_endpoint};
 
@@ -69,8 +69,8 @@ fn config(endpoint: &str, home: &Path, token: Option<&str>) -> HubConfig {
     HubConfig { token, patience, ..HubConfig::new(endpoint, home.join("hub")) }
 }
 
-fn request(id: &str, weights: WeightsChoice) -> Request {
-    Request {
+fn request(id: &str, weights: WeightsChoice) -> ModelRequest {
+    ModelRequest {
         model_id: id.to_owned(),
         revision: None,
         offline: false,
@@ -318,7 +318,7 @@ fn a_missing_revision_is_named() {
     let hub = Hub::serve(Behaviour { files: files(), ..Default::default() });
     let home = tempfile::tempdir().unwrap();
     let config = config(&hub.endpoint, home.path(), None);
-    let at = |revision: &str| Request { revision: Some(revision.to_owned()), ..request(ID, WeightsChoice::Auto) };
+    let at = |revision: &str| ModelRequest { revision: Some(revision.to_owned()), ..request(ID, WeightsChoice::Auto) };
     let error = weights::open_with(&at("v9"), &config, &Silent).err().unwrap();
     assert!(error.to_string().contains("`v9`"), "{error}");
     weights::open_with(&at(COMMIT), &config, &Silent).unwrap();

@@ -16,7 +16,7 @@ use quantbench::kernels::isa::Isa;
 use quantbench::plan::{EncoderInputKind, Model};
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::weights::policy::Formats;
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -78,7 +78,7 @@ fn load_for(model: &str, precision: &str, executor: Executor, capacity: usize) -
 
 fn load_as((model, precision): (&str, &str), executor: Executor, capacity: usize, cuda_graph: bool) -> Loaded {
     let folder = golden().join("models").join(model);
-    let request = Request::of(folder.display().to_string());
+    let request = ModelRequest::of(folder.display().to_string());
     let checkpoint = weights::open(&request, &Silent).unwrap();
     let plan = quantbench::models::build(&checkpoint.config).unwrap();
     let source = checkpoint.source(&plan.matrices, &plan.vectors).unwrap();

@@ -83,9 +83,9 @@ fn no_two_outputs_of_a_run_disagree() {
     compare_outputs(&folder.path().join("run.json"));
     // The card is in the record, for whoever reads it later.
     assert_eq!(read(&folder, "run.json")["records"][0]["card_bytes"], 1u64 << 30);
-    assert!(quantbench(folder.path(), "report run.json").contains("into 1.00 GiB fp16, int8 and nf4 fit"));
+    assert!(quantbench(folder.path(), "report run.json").contains("fp16, int8 and nf4 fit in 1.00 GiB"));
     assert!(
-        quantbench(folder.path(), "report run.json --card 0.001").contains("into 0.00 GiB fp16, int8 and nf4 do not")
+        quantbench(folder.path(), "report run.json --card 0.001").contains("fp16, int8 and nf4 do not fit in 0.00 GiB")
     );
 }
 

@@ -15,12 +15,12 @@ use quantbench::events::Silent;
 use quantbench::models;
 use quantbench::plan::Model;
 use quantbench::quality::cost::{self, TokenCost};
-use quantbench::quality::pass::{self, Feed};
+use quantbench::quality::pass::{self, WindowInput};
 use quantbench::quality::summary::summarize;
 use quantbench::quality::{CallPath, text};
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::weights::policy::Formats;
-use quantbench::weights::{self, Request, Source, SourceInfo};
+use quantbench::weights::{self, ModelRequest, Source, SourceInfo};
 use serde_json::Value;
 
 fn golden(path: &str) -> PathBuf {
@@ -28,7 +28,7 @@ fn golden(path: &str) -> PathBuf {
 }
 
 fn open(name: &str) -> (Model, Box<dyn Source>) {
-    let request = Request::of(golden(&format!("models/{name}")).to_string_lossy().into_owned());
+    let request = ModelRequest::of(golden(&format!("models/{name}")).to_string_lossy().into_owned());
     let checkpoint = weights::open(&request, &Silent).unwrap();
     let model = models::build(&checkpoint.config).unwrap();
     let source = checkpoint.source(&model.matrices, &model.vectors).unwrap();
@@ -64,7 +64,7 @@ fn rows(session: &mut dyn Session, tokens: &[u32], path: CallPath) -> Vec<Vec<f3
         rows.push(logits.to_vec());
         Ok(())
     };
-    pass::run(session, Feed { prefix: &[], tokens, first: 1, path }, keep).unwrap();
+    pass::run(session, WindowInput { prefix: &[], tokens, first: 1, path }, keep).unwrap();
     rows
 }
 
@@ -305,14 +305,17 @@ fn random_weights_have_no_quality() {
     let output = quantbench(&model, "quality --weights random");
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2));
-    assert!(error.contains("no quality can be measured: random weights predict nothing"), "{error}");
+    assert!(error.contains("no quality can be measured: it needs trained weights, and these are random"), "{error}");
     // At once and not below a run; the same before it.
     for args in ["--quality", "--quality --dry-run", "--quality-tokens 9"] {
         let output =
             quantbench(&model, &format!("--weights random {args} --precision fp16 --max-new-tokens 2 --threads 1"));
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!((output.status.code(), output.stdout.is_empty()), (Some(2), true), "{args}: {error}");
-        assert!(error.contains("no quality can be measured: random weights predict nothing"), "{args}: {error}");
+        assert!(
+            error.contains("no quality can be measured: it needs trained weights, and these are random"),
+            "{args}: {error}"
+        );
     }
     let planned = quantbench(&model, "--quality --quality-tokens 9 --dry-run");
     let text = String::from_utf8_lossy(&planned.stdout).into_owned();

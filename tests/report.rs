@@ -7,7 +7,7 @@ use std::{env, fs};
 
 use quantbench::record::metrics::{self, METRICS};
 use quantbench::record::{Document, Energy, Protocol, Record, SCHEMA_VERSION};
-use quantbench::report::{self, Options, WRITERS};
+use quantbench::report::{self, Options, Terminal, WRITERS};
 use serde_json::Value;
 
 const RECORDS: &str = "tests/golden/records";
@@ -75,7 +75,8 @@ fn every_writer_writes_every_document_as_expected() {
                 continue;
             }
             let extension = writer.extensions.first().copied().unwrap_or(writer.name);
-            for (suffix, options) in [("", Options::default()), ("-wide", Options { wide: true, card_bytes: None })] {
+            for (suffix, options) in [("", Options::default()), ("-wide", Options { wide: true, ..Options::default() })]
+            {
                 let text = (writer.write)(&document, &options).expect("write");
                 assert!(text.ends_with('\n') || text.is_empty(), "{name} {}", writer.name);
                 if suffix.is_empty() || writer.name == "table" {
@@ -84,6 +85,41 @@ fn every_writer_writes_every_document_as_expected() {
                 }
             }
         }
+    }
+}
+
+/// What a terminal of 60, 80 and 140 columns shows. Only a word that is longer than a line, or a column with its row's name, may pass the edge.
+#[test]
+fn the_table_folds_to_the_terminal() {
+    for (name, document) in parsed().iter().filter(|(name, _)| FOLDED.contains(&name.as_str())) {
+        for columns in [60, 80, 140] {
+            let terminal = Terminal { columns: Some(columns), colour: false };
+            let options = Options { terminal, show_text: true, ..Options::default() };
+            let text = (WRITERS[0].write)(document, &options).expect("write");
+            check(Path::new(&format!("{RECORDS}/expected/terminal/{name}-{columns}.txt")), &text);
+            let wide: Vec<&str> = text.lines().filter(|line| line.chars().count() > columns).collect();
+            assert!(wide.is_empty(), "{name} at {columns}: {wide:?}");
+        }
+    }
+}
+
+/// Examples with the longest lines: notes, many warnings, reasons, several runs and several cases.
+const FOLDED: &[&str] = &["three_precisions", "tainted", "fp16_oom", "two_runs", "two_cases", "with_quality"];
+
+#[test]
+fn colours_change_no_word() {
+    for (name, document) in parsed() {
+        let write = |colour| {
+            let terminal = Terminal { columns: Some(100), colour };
+            (WRITERS[0].write)(&document, &Options { terminal, ..Options::default() }).expect("write")
+        };
+        let coloured = write(true);
+        assert!(coloured.contains("\x1b[1m"), "{name}");
+        let mut plain = coloured.clone();
+        for code in ["\x1b[0m", "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[33m"] {
+            plain = plain.replace(code, "");
+        }
+        assert_eq!(plain, write(false), "{name}");
     }
 }
 
@@ -213,7 +249,9 @@ fn csv_rows(text: &str) -> Vec<Vec<String>> {
 fn no_output_holds_control_characters_or_private_words() {
     for (name, document) in parsed() {
         for writer in WRITERS {
-            let text = (writer.write)(&document, &Options { wide: true, card_bytes: Some(1 << 30) }).expect("write");
+            let text =
+                (writer.write)(&document, &Options { wide: true, card_bytes: Some(1 << 30), ..Options::default() })
+                    .expect("write");
             assert_eq!(report::private_words(&text, &[]), Vec::<String>::new(), "{name} {}", writer.name);
             let readable = matches!(writer.name, "table" | "markdown");
             assert!(!readable || text.chars().all(|c| c == '\n' || !c.is_control()), "{name} {}", writer.name);

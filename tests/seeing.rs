@@ -68,7 +68,7 @@ fn pictures_that_cannot_be_shown_are_refused() {
     for (model, image, more, expected) in [
         ("paligemma-odd", &broken, &[][..], "cannot read image"),
         ("paligemma-odd", &absent, &[], "cannot read image"),
-        ("llama-tiny", &whole, &[], "`llama` models read text alone"),
+        ("llama-tiny", &whole, &[], "`llama` models read text only"),
         ("paligemma-odd", &whole, &["--prompt", "<image> caption"], "image tokens"),
         ("paligemma-odd", &whole, &["--prompt-tokens", "100000"], "the model's context holds"),
     ] {

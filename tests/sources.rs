@@ -7,12 +7,14 @@ use half::{bf16, f16};
 use quantbench::error;
 use quantbench::events::Silent;
 use quantbench::weights::spec::{MatrixSpec, Role, VectorKind, VectorSpec};
-use quantbench::weights::{self, Checkpoint, Request, Source, SourceKind, WeightsChoice, random::Random, tokenizer};
+use quantbench::weights::{
+    self, Checkpoint, ModelRequest, Source, SourceKind, WeightsChoice, random::Random, tokenizer,
+};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-fn request(model_id: &str, weights: WeightsChoice) -> Request {
-    Request {
+fn request(model_id: &str, weights: WeightsChoice) -> ModelRequest {
+    ModelRequest {
         model_id: model_id.to_owned(),
         revision: None,
         offline: true,
@@ -370,7 +372,7 @@ fn a_golden_folder_opens_with_its_tokenizer() {
 #[test]
 fn a_revision_belongs_to_the_hub() {
     for id in ["phi-2", env!("CARGO_MANIFEST_DIR")] {
-        let request = Request { revision: Some("v1".to_owned()), ..request(id, WeightsChoice::Random) };
+        let request = ModelRequest { revision: Some("v1".to_owned()), ..request(id, WeightsChoice::Random) };
         let error = weights::open(&request, &Silent).err().expect(id);
         assert!(error.to_string().contains("--revision v1"), "{error}");
     }

@@ -108,7 +108,7 @@ const QUICK: &str = "device = \"cpu\"\nthreads = 1\nwarmup = 0\nrepeats = 1\nmax
 
 #[test]
 fn every_config_plans_and_says_what_it_is_for() {
-    for (name, n_cases) in [("smoke", 2), ("seed", 4), ("context", 12), ("cpu", 5)] {
+    for (name, n_cases) in [("smoke", 2), ("four-models", 4), ("context", 12), ("cpu", 5)] {
         let path = root().join(format!("configs/{name}.toml"));
         assert!(fs::read_to_string(&path).unwrap().starts_with("# "), "{name}");
         let output = Place::new(&[]).run(&["suite", path.to_str().unwrap(), "--dry-run"]);
@@ -251,7 +251,7 @@ fn the_hash_is_of_the_content() {
 
 #[test]
 fn four_shards_of_the_seed_suite_are_disjoint_and_complete() {
-    let (place, seed) = (Place::new(&[]), root().join("configs/seed.toml"));
+    let (place, seed) = (Place::new(&[]), root().join("configs/four-models.toml"));
     let seed = seed.to_str().unwrap();
     let listed = |command: &mut Command| {
         let output = command.output().unwrap();

@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Mutex;
 
 use quantbench::events::{Event, Listener};
-use quantbench::weights::tokenizer;
+use quantbench::weights::tokenizer::{self, ChatTemplate, Message};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -241,6 +241,73 @@ fn tokens_that_are_none_are_bad_input() {
         assert!(error.to_string().contains("is not a tokenizer that can be used"), "{keys}: {error}");
         assert!(quantbench::error::hint(&error).is_some());
     }
+}
+
+/// A message, and what the expected text is made of: tests/golden/chat/make.py.
+#[derive(serde::Deserialize)]
+struct Chat {
+    template: String,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+    messages: Vec<Value>,
+    /// `None` where the template refuses the messages.
+    text: Option<String>,
+}
+
+#[test]
+fn chat_templates_write_what_transformers_writes() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chat");
+    let chats: Vec<Chat> = serde_json::from_value(read(&folder.join("expected.json"))).unwrap();
+    assert_eq!(chats.len(), 25);
+    for chat in &chats {
+        let source = fs::read_to_string(folder.join(format!("{}.jinja", chat.template))).unwrap();
+        let tokens = json!({"bos_token": chat.bos_token, "eos_token": chat.eos_token});
+        let part = |message: &'_ Value, key: &str| message[key].as_str().unwrap().to_owned();
+        let messages: Vec<_> = chat.messages.iter().map(|m| (part(m, "role"), part(m, "content"))).collect();
+        let messages: Vec<_> = messages.iter().map(|(role, content)| Message { role, content }).collect();
+        let seen = ChatTemplate::new(source, tokens.as_object().unwrap()).render(&messages);
+        assert_eq!(seen.as_ref().ok(), chat.text.as_ref(), "{}: {messages:?} {:?}", chat.template, seen.as_ref().err());
+    }
+}
+
+const ENDS_WITH_A_TURN: &str = "{{ bos_token }}{% for m in messages %}{{ m['content'] | trim }}<|eot_id|>{% endfor %}";
+
+/// The ids of `apply_chat_template(…, tokenize=True)`: one token of the beginning, not two.
+#[test]
+fn a_chat_becomes_the_ids_of_transformers() {
+    let setting = Folder::of("llama-tiny").config(json!({"chat_template": ENDS_WITH_A_TURN}));
+    let named = json!([{"name": "tool_use", "template": "x"}, {"name": "default", "template": ENDS_WITH_A_TURN}]);
+    let named = Folder::of("llama-tiny").config(json!({"chat_template": named}));
+    let file = Folder::of("llama-tiny").config(json!({"chat_template": "{{ nothing }}"}));
+    fs::write(file.0.path().join("chat_template.jinja"), ENDS_WITH_A_TURN).unwrap();
+    for folder in [setting, named, file] {
+        let seen = record(&run(&folder, &[&["--chat", "--prompt", " hello world "][..], &SHORT].concat()));
+        // [506, 256, 269, 78, 265, 380, 75, 67, 508]
+        assert_eq!(seen["workload"]["n_prompt"], 9);
+        let exact = "506,256,269,78,265,380,75,67,508";
+        let plain = record(&run(&folder, &[&["--prompt-ids", exact][..], &SHORT].concat()));
+        assert_eq!(seen["output"]["token_ids"], plain["output"]["token_ids"]);
+    }
+}
+
+#[test]
+fn a_chat_needs_a_template_and_a_plain_prompt_is_told_of_one() {
+    let stderr = |folder: &Folder, words: &[&str]| {
+        let output = run(folder, &[words, &SHORT[..]].concat());
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = stderr(&Folder::of("llama-tiny"), &["--chat"]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("has no chat template") && said.contains("hint: drop `--chat`"), "{said}");
+    let with = Folder::of("llama-tiny").config(json!({"chat_template": ENDS_WITH_A_TURN}));
+    assert!(stderr(&with, &["--prompt", "hi"]).1.contains("hint: the model has a chat template"));
+    for words in [&["--prompt", "hi", "--chat"][..], &["--prompt", "hi", "--quiet"], &["--prompt-tokens", "3"], &[]] {
+        assert!(!stderr(&with, words).1.contains("hint:"), "{words:?}");
+    }
+    let refuses = Folder::of("llama-tiny").config(json!({"chat_template": "{{ raise_exception('no') }}"}));
+    let (code, said) = stderr(&refuses, &["--chat"]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("the model's chat template cannot be applied: ") && said.contains("no"), "{said}");
 }
 
 fn run(folder: &Folder, args: &[&str]) -> Output {

@@ -14,7 +14,7 @@ import tempfile
 
 sys.dont_write_bytecode = True
 
-from machine import of_csv, of_github, of_jsonl, of_llama_bench, of_seed, of_seed_csv
+from machine import of_csv, of_github, of_jsonl, of_llama_bench, of_summary, of_summary_csv
 from page import of_page
 from record import Checks, name
 from tables import of_markdown, of_table
@@ -22,7 +22,7 @@ from tables import of_markdown, of_table
 FORMATS = [
     (["table"], of_table), (["table", "--wide"], of_table), (["markdown"], of_markdown), (["markdown", "--wide"], of_markdown),
     (["html"], of_page), (["csv"], of_csv), (["jsonl"], of_jsonl), (["llama-bench"], of_llama_bench),
-    (["github-action-benchmark"], of_github), (["seed"], of_seed), (["seed-csv"], of_seed_csv),
+    (["github-action-benchmark"], of_github), (["summary"], of_summary), (["summary-csv"], of_summary_csv),
 ]
 
 

@@ -125,23 +125,23 @@ def of_github(checks, text, document, changes):
             checks.equal(None in ends, True, f"{key} without a range")
 
 
-SEED = [metric("latency_s"), metric("latency_per_token_ms"), metric("output_tps"), *(at("memory", f"{key}_bytes", scale=GIB) for key in ("start", "end", "peak"))]
+SUMMARY = [metric("latency_s"), metric("latency_per_token_ms"), metric("output_tps"), *(at("memory", f"{key}_bytes", scale=GIB) for key in ("start", "end", "peak"))]
 
 
-def of_seed_rows(checks, rows, document):
+def of_summary_rows(checks, rows, document):
     checks.equal(len(rows), len(document["records"]), "rows")
     for (model, precision, *cells), r in zip(rows, document["records"]):
         checks.equal((model, precision), (r["model"]["id"], name(r)), "names")
-        for cell, value in zip(cells, SEED):
+        for cell, value in zip(cells, SUMMARY):
             shown = value(r) if r["status"] == "ok" else None
             if cell or shown is not None:
                 checks.cell(cell, [shown], f"{precision}")
 
 
-def of_seed(checks, text, document, changes):
+def of_summary(checks, text, document, changes):
     rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()[2:]]
-    of_seed_rows(checks, [row if len(row) == 8 else [*row[:2], *["-"] * 6] for row in rows], document)
+    of_summary_rows(checks, [row if len(row) == 8 else [*row[:2], *["-"] * 6] for row in rows], document)
 
 
-def of_seed_csv(checks, text, document, changes):
-    of_seed_rows(checks, list(csv.reader(io.StringIO(text)))[1:], document)
+def of_summary_csv(checks, text, document, changes):
+    of_summary_rows(checks, list(csv.reader(io.StringIO(text)))[1:], document)

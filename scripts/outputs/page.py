@@ -3,7 +3,7 @@ import re
 from decimal import Decimal
 from html.parser import HTMLParser
 
-from record import GIB, NUMBER, Rows, at, metric, name, quality
+from record import COLUMNS, GIB, NUMBER, Rows, at, metric, name, quality
 from tables import table, verdicts
 from words import masked, notes, title, warnings
 
@@ -11,7 +11,7 @@ from words import masked, notes, title, warnings
 class Page(HTMLParser):
     """The page as a tree of [tag, attributes, children]; texts are strings."""
 
-    VOID = {"meta", "link", "rect", "line", "circle", "polygon", "polyline", "path", "br"}
+    VOID = {"meta", "link", "input", "rect", "line", "circle", "polygon", "polyline", "path", "br"}
 
     def __init__(self, text):
         super().__init__()
@@ -53,6 +53,11 @@ def cells_of(row):
     return [text_of(cell) for cell in row[2] if not isinstance(cell, str)]
 
 
+def full_cells_of(row):
+    """The same; a run that is shortened has its whole label as a title."""
+    return [cell[1].get("title") or text_of(cell) for cell in row[2] if not isinstance(cell, str)]
+
+
 def head_of(cell):
     small = "".join(text_of(small) for small in every(cell, "small"))
     return text_of(cell)[: len(text_of(cell)) - len(small)] if small else text_of(cell), small
@@ -67,7 +72,7 @@ def of_page(checks, text, document, changes):
         lines = list(every(grid, "tr"))
         headers = [head_of(cell) for cell in every(lines[0], "th")]
         title_ = f"{text_of(next(every(article, 'h2')))} on {text_of(next(every(article, 'p', 'scope')))}"
-        records, runs = table(checks, title_, headers, [cells_of(line) for line in lines[1:]], taker, changes, document)
+        records, runs = table(checks, title_, headers, [full_cells_of(line) for line in lines[1:]], taker, changes, document)
         title(checks, title_.replace("`", ""), records, document)
         said = [text_of(p).replace("`", "").removesuffix(".") for p in every(article, "p", "verdict")]
         verdicts(checks, said, records, runs, document)
@@ -76,7 +81,12 @@ def of_page(checks, text, document, changes):
         for figure in every(article, "figure"):
             chart(checks, figure, records, runs)
         for section in every(article, "section"):
-            facts(checks, section, records, document)
+            if section[1].get("class") == "changes":
+                changed(checks, section, records, runs, changes)
+            elif section[1].get("class") == "written":
+                written(checks, section, records)
+            else:
+                facts(checks, section, records, document)
     head = text_of(next(every(page, "header")))
     n_cases = len(list(every(page, "article")))
     for what in (f"{n_cases} case", f"{len(document['records'])} row", document["records"][0]["timestamp"].split("T")[0] if document["records"][0]["timestamp"] else ""):
@@ -90,25 +100,52 @@ def of_page(checks, text, document, changes):
 
 OVERVIEW = {
     ("decode", "tokens/s"): metric("decode_tps"),
+    ("speed-up", "x fp16"): lambda r: COLUMNS["speed-up", "x fp16"](r)[0],
     ("peak", "GiB"): at("memory", "peak_bytes", scale=GIB),
     ("TTFT", "ms"): metric("ttft_ms"),
+    ("prefill", "tokens/s"): metric("prefill_tps"),
+    ("energy", "J/token"): metric("joules_per_token"),
     ("KL", "nats/token"): quality("kl_mean"),
 }
 
 
 def of_overview(checks, nav, taker):
-    lines, case = list(every(nav, "tr")), ""
+    lines = list(every(nav, "tr"))
     headers = [head_of(cell) for cell in every(lines[0], "th")][2:]
     for line in lines[1:]:
-        group = [cell for cell in every(line, "th")]
-        case = text_of(group[0]) if group else case
-        cells = cells_of(line)[len(group):]
+        case, *cells = cells_of(line)
         r = taker.take(cells[0], case)
         if r is None:
             checks.fail(f"overview: `{cells[0]}` shows no record")
         elif r["status"] == "ok":
             for header, cell in zip(headers, cells[1:]):
                 checks.cell(cell, [OVERVIEW[header](r)], f"overview, {header}")
+
+
+def changed(checks, section, records, runs, changes):
+    """What a later run changed: base and new as their records have them."""
+    base, new = text_of(next(every(section, "h3"))).split(" → ")
+    label = ""
+    for line in list(every(section, "tr"))[1:]:
+        heads = list(every(line, "th"))
+        label = text_of(heads[0]) if heads else label
+        what, base_text, new_text, change = cells_of(line)[len(heads):][:4]
+        unit = "".join(text_of(small) for small in every(line, "small"))
+        value = OVERVIEW[what.removesuffix(unit), unit]
+        pair = [next(r for r, other in zip(records, runs) if other == run and name(r) == label) for run in (base, new)]
+        for text, r in zip((base_text, new_text), pair):
+            checks.cell(text, [value(r)], f"changes, {label}, {what}")
+        if what.startswith("decode"):
+            checks.cell(change.replace(" %", ""), changes(*pair), f"changes, {label}, {what}")
+
+
+def written(checks, section, records):
+    """The generated texts, each under its precision."""
+    for place in every(next(every(section, "div", "texts")), "div"):
+        label, text = text_of(next(every(place, "h4"))), text_of(next(every(place, "p")))
+        plain_ = lambda text: "".join(c for c in text or "" if c == "\n" or c.isprintable() or c > "\x9f")
+        found = [r for r in records if label in (name(r), r["precision"]) and plain_(r["output"]["text"]) == text]
+        checks.equal(len(found) > 0, True, f"the text of {label}")
 
 
 def steps(r):
@@ -130,18 +167,43 @@ def rest_of_peak(r):
     return max(0, (m["peak_bytes"] or 0) - m["weights_bytes"] - m["kv_cache_bytes"] - (m["scratch_bytes"] or 0)) / GIB
 
 
+def with_interval(key):
+    return [metric(key), lambda r: [metric(key, end)(r) for end in ("ci95_low", "ci95_high")]]
+
+
+def divergence_interval(r):
+    mean, half = quality("kl_mean")(r), quality("kl_mean_half_width")(r)
+    return [None] if mean is None or half is None else [mean - half, mean + half]
+
+
+def repeats(r):
+    imported = r["samples"].get("imported", {}).get("latency_per_token_ms")
+    return sorted(imported or [ns / 1e6 / r["workload"]["n_gen"] for ns in r["samples"]["end_to_end_ns"]])
+
+
+def middle(values):
+    half = len(values) // 2
+    return values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
+
+
 # Of each chart, the columns of the numbers behind it.
 CHARTS = {
-    "latency": [metric("latency_s"), lambda r: [metric("latency_s", end)(r) for end in ("ci95_low", "ci95_high")]],
-    "speed": [metric("decode_tps"), lambda r: [metric("decode_tps", end)(r) for end in ("ci95_low", "ci95_high")]],
+    "latency": with_interval("latency_s"),
+    "speed": with_interval("decode_tps"),
+    "first-token": with_interval("ttft_ms"),
+    "prompt-speed": with_interval("prefill_tps"),
+    "energy": with_interval("joules_per_token"),
+    "divergence": [quality("kl_mean"), divergence_interval],
     "peak-memory": [at("memory", "peak_bytes", scale=GIB)],
     "bandwidth": [at("bandwidth", "achieved_gb_s")],
-    "trade": [metric("decode_tps"), lambda r: (r["memory"]["peak_bytes"] or r["memory"]["weights_bytes"]) / GIB, lambda r: None if quality("kl_mean")(r) is None else max(0, quality("kl_mean")(r))],
+    "trade": [metric("decode_tps"), lambda r: (r["memory"]["peak_bytes"] or r["memory"]["weights_bytes"]) / GIB],
+    "latency-per-token": [lambda r: len(repeats(r)), lambda r: repeats(r)[0], lambda r: middle(repeats(r)), lambda r: repeats(r)[-1]],
     "step-latency": [lambda r: len(steps(r)), lambda r: steps(r)[0], *map(quantile, (0.5, 0.9, 0.95, 0.99)), lambda r: steps(r)[-1]],
     "memory-parts": [at("memory", "weights_bytes", scale=GIB), at("memory", "kv_cache_bytes", scale=GIB), at("memory", "scratch_bytes", scale=GIB), rest_of_peak],
 }
 # Whose texts are the rows' own numbers; the others have axes, whose marks are even steps.
-BARS = {"latency", "speed", "peak-memory", "bandwidth", "memory-parts"}
+INTERVALS = {"latency", "speed", "first-token", "prompt-speed", "energy", "divergence"}
+BARS = INTERVALS | {"peak-memory", "bandwidth", "memory-parts"}
 OVER_TIME = {"memory-over-time", "clocks-over-time"}
 
 
@@ -149,6 +211,8 @@ def chart(checks, figure, records, runs):
     kind = figure[1]["class"].split()[0]
     if kind in OVER_TIME:
         return over_time(checks, figure, records, kind)
+    if kind == "trend":
+        return trend(checks, figure, records, runs)
     columns, labelled = CHARTS[kind], {}
     rows = [cells_of(line) for line in list(every(figure, "tr"))[1:]]
     left = [(r, run) for r, run in zip(records, runs) if r["status"] == "ok"]
@@ -173,7 +237,7 @@ def chart(checks, figure, records, runs):
     description = text_of(next(every(svg, "desc")))
     known = {label: row for label, (_, row) in labelled.items()}
     for label, row in known.items():
-        shown = row[1] if len(row) < 3 or kind not in ("latency", "speed") or row[2] == "-" else f"{row[1]} {row[2]}"
+        shown = row[1] if len(row) < 3 or kind not in INTERVALS or row[2] == "-" else f"{row[1]} {row[2]}"
         if kind in BARS - {"memory-parts"}:
             checks.equal(f"{label} {shown}" in description and shown in texts, True, f"{kind}: `{label} {shown}` in the picture and in its words")
     total = {label: sum(Decimal(x) for x in row[1:]) for label, row in known.items()} if kind == "memory-parts" else {}
@@ -182,7 +246,10 @@ def chart(checks, figure, records, runs):
         # Four parts, each rounded to half of its fourth decimal, and the sum rounded too.
         allowed = Decimal("0.0002") + Decimal("0.5") * Decimal(10) ** -len(said.group(1).partition(".")[2])
         checks.equal(abs(Decimal(said.group(1)) - sum_) <= allowed and said.group(1) in texts, True, f"{kind}: {said.group(1)} for {label}")
-    marks_are_even(checks, kind, [text for text in texts if re.fullmatch(NUMBER, text)] if kind not in BARS else [])
+    # Marks of the upright axis end at it, those of the level one have their middle at theirs.
+    for anchor in ("end", "middle") if kind not in BARS else ():
+        of_axis = [text_of(text) for text in every(svg, "text") if text[1].get("text-anchor") == anchor]
+        marks_are_even(checks, kind, [text for text in of_axis if re.fullmatch(NUMBER, text)])
 
 
 def marks_are_even(checks, kind, marks):
@@ -206,6 +273,18 @@ def over_time(checks, figure, records, kind):
         checks.equal(int(n) > 0 and values == sorted(values), True, f"{kind}, {label}")
         r = next((r for r in records if name(r) == label.partition(" · ")[0]), None)
         checks.equal(r is not None and bool(r.get("series")), True, f"{kind}, {label}")
+
+
+def trend(checks, figure, records, runs):
+    for line in list(every(figure, "tr"))[1:]:
+        run, label, tps, interval = cells_of(line)
+        r = next((r for r, other in zip(records, runs) if other == run and name(r) == label), None)
+        if r is None:
+            checks.fail(f"trend: `{run}`, `{label}` is no record")
+            continue
+        for text, column in zip((tps, interval), with_interval("decode_tps")):
+            value = column(r)
+            checks.cell(text, value if isinstance(value, list) else [value], f"trend, {run}, {label}")
 
 
 def facts(checks, section, records, document):

@@ -36,6 +36,10 @@ def title(checks, text, records, document):
     checks.rest(masked(text, document), "title")
 
 
+def scope(workload):
+    return [workload["batch_size"], workload["n_image"] + workload["n_prompt"], workload["n_gen"]]
+
+
 def verdict(checks, text, records, document):
     """Each number belongs to the precision that was named last before it."""
     by_label = {}
@@ -83,8 +87,8 @@ def verdict(checks, text, records, document):
         (rf"saves {n} of {n} GiB peak memory", saved),
         (rf"takes {n} GiB more peak memory than fp16's {n}", taken),
         (rf"on {n} % of next tokens", lambda m: numbers(m, percent(quality("top1_agreement"))(r()), "top-1")),
-        (rf"into {n} GiB", lambda m: numbers(m, [at("card_bytes", scale=GIB)(records[0])], "card")),
-        (rf"batch {n}, these lengths", lambda m: numbers(m, [records[0]["workload"]["batch_size"]], "batch")),
+        (rf"in {n} GiB", lambda m: numbers(m, [at("card_bytes", scale=GIB)(records[0])], "card")),
+        (rf"batch {n}, {n}\+{n} tokens", lambda m: numbers(m, scope(records[0]["workload"]), "scope")),
         (r"1 new token takes no decode step", lambda m: checks.equal(records[0]["workload"]["n_gen"], 1, "verdict, new tokens")),
         (r"the prompt is processed at", lambda m: state.update(speed="prefill_tps")),
         (r"generated tokens over all of the time", lambda m: state.update(speed="output_tps")),

@@ -42,7 +42,7 @@ pub struct GateArgs {
     #[arg(long, value_name = "GATES", help_heading = "Comparison")]
     pub fail_on: Option<String>,
 
-    /// End with exit code 3 also where the runs cannot tell.
+    /// End with exit code 3 also where the runs decide nothing.
     #[arg(long, help_heading = "Comparison")]
     pub strict: bool,
 
@@ -126,7 +126,7 @@ impl AgainstArgs {
         let typed = typed.into_iter().chain([("--allow-different-machine", gate.allow_different_machine)]);
         match typed.into_iter().find(|(_, is_typed)| *is_typed) {
             None => Ok(None),
-            Some((option, _)) => Err(BadInput::new(format!("`{option}` compares with nothing"))
+            Some((option, _)) => Err(BadInput::new(format!("`{option}` needs `--baseline` or `--ab`"))
                 .hint("add `--baseline FILE` or `--ab BINARY`, or use `quantbench compare BASE NEW`")
                 .into()),
         }
@@ -139,11 +139,11 @@ fn binary(path: &Path) -> Result<PathBuf, BadInput> {
     if found.is_file() { Ok(found) } else { Err(bad("it is no file".into())) }
 }
 
-fn format(name: &str) -> Result<&'static CompareFormat, BadInput> {
+pub(super) fn format(name: &str) -> Result<&'static CompareFormat, BadInput> {
     compare::find(name).ok_or_else(|| BadInput::new(format!("unknown format `{name}` of a comparison")))
 }
 
-fn output_file(path: &Path) -> Result<(PathBuf, &'static CompareFormat)> {
+pub(super) fn output_file(path: &Path) -> Result<(PathBuf, &'static CompareFormat)> {
     let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
     let name = match extension.as_str() {
         "txt" => "table",
@@ -158,6 +158,6 @@ fn output_file(path: &Path) -> Result<(PathBuf, &'static CompareFormat)> {
     Ok((path.to_owned(), format(name)?))
 }
 
-fn format_names() -> PossibleValuesParser {
+pub(super) fn format_names() -> PossibleValuesParser {
     PossibleValuesParser::new(compare::FORMATS.iter().map(|format| format.name))
 }

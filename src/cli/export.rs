@@ -14,7 +14,7 @@ use crate::weights::{self, export};
 #[derive(Debug, Args)]
 pub struct ExportArgs {
     /// Hub id or local folder.
-    #[arg(long, value_name = "ID|DIR", help_heading = "Model")]
+    #[arg(short, long, alias = "model", value_name = "ID|DIR", value_hint = ValueHint::DirPath, help_heading = "Model")]
     pub model_id: String,
 
     /// Branch, tag or commit on the hub [default: main].
@@ -33,11 +33,11 @@ pub struct ExportArgs {
     #[arg(long, value_name = "NAME", help_heading = "Precision")]
     pub precision: String,
 
-    /// Linear layers to keep in fp16, comma separated: parts of names, from dot to dot, `*` within dots.
+    /// Linear layers to keep in fp16, comma separated: name components; `*` matches one.
     #[arg(long, value_name = "PATTERNS", value_delimiter = ',', help_heading = "Precision")]
     pub keep_fp16: Vec<String>,
 
-    /// Folder to make, whole or not at all.
+    /// Folder to make, written atomically.
     #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Output")]
     pub output: PathBuf,
 
@@ -49,7 +49,7 @@ pub struct ExportArgs {
 /// An export as it will happen.
 #[derive(Debug)]
 pub struct ExportRequest {
-    pub model: weights::Request,
+    pub model: weights::ModelRequest,
     pub precision: FormatId,
     pub selection: Selection,
     pub output: PathBuf,
@@ -61,11 +61,11 @@ impl ExportRequest {
         let word = args.precision.trim().to_lowercase();
         let precision = FormatId::parse(&word).ok_or_else(|| unknown_precision(&word, Takes::One))?;
         export::check_output(&args.output)?;
-        let model = weights::Request {
+        let model = weights::ModelRequest {
             revision: args.revision.clone(),
             offline: args.offline,
             strict_config: args.strict_config,
-            ..weights::Request::of(&args.model_id)
+            ..weights::ModelRequest::of(&args.model_id)
         };
         let patterns: Vec<String> = args.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect();
         let selection = if patterns.is_empty() { Selection::Usual } else { Selection::Without(patterns) };

@@ -2,18 +2,21 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum, ValueHint};
 
-use super::{DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, report};
+use super::{DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, report, words};
 use crate::engine::{ENGINES, Engine};
 use crate::quant::{FORMATS, FormatOptions};
-use crate::report::WRITERS;
+use crate::weights;
 
 /// Which model, with which weights.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    #[arg(long, value_name = "ID|DIR|NAME", help_heading = "Model", help = model_help())]
+    #[arg(
+        short, long, alias = "model", value_name = "ID|DIR|NAME", help_heading = "Model", help = model_help(),
+        value_parser = words::Suggested(builtin_names), hide_possible_values = true
+    )]
     pub model_id: Option<String>,
 
     /// Branch, tag or commit on the hub [default: main].
@@ -42,7 +45,10 @@ pub struct ModelArgs {
 }
 
 fn model_help() -> String {
-    format!("Hub id, local folder or built-in shape [default: {DEFAULT_MODEL_ID}; {DEFAULT_CUDA_MODEL_ID} on a GPU]")
+    format!(
+        "Hub id, local folder or built-in model [default: {DEFAULT_MODEL_ID}; {DEFAULT_CUDA_MODEL_ID} on a GPU and beside a CPU cache that \
+         would hold the small one]"
+    )
 }
 
 /// Which precisions, and how they are set.
@@ -50,7 +56,7 @@ fn model_help() -> String {
 pub struct PrecisionArgs {
     #[arg(
         long, value_name = "LIST", value_delimiter = ',', default_value = "all", help_heading = "Precision",
-        help = precision_help(), value_parser = PrecisionWord, hide_possible_values = true
+        help = precision_help(), value_parser = words::Suggested(precision_words), hide_possible_values = true
     )]
     pub precision: Vec<String>,
 
@@ -62,15 +68,15 @@ pub struct PrecisionArgs {
     #[arg(long, value_name = "X", default_value_t = FormatOptions::default().int8_threshold, help_heading = "Precision")]
     pub int8_threshold: f32,
 
-    /// Linear layers to keep in fp16 at every precision, comma separated: parts of names, from dot to dot, `*` within dots.
+    /// Linear layers to keep in fp16 at every precision, comma separated: name components; `*` matches one.
     #[arg(long, value_name = "PATTERNS", value_delimiter = ',', help_heading = "Precision")]
     pub keep_fp16: Vec<String>,
 }
 
-/// What a model that sees is shown.
+/// Picture of a vision-language model.
 #[derive(Debug, Args)]
 pub struct PictureArgs {
-    /// Picture (PNG, JPEG or WebP) for a model that sees [default: a generated test picture].
+    /// Picture (PNG, JPEG or WebP) for a vision-language model [default: a generated test picture].
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub image: Option<PathBuf>,
 }
@@ -95,7 +101,10 @@ pub struct TextArgs {
 #[derive(Debug, Args)]
 pub struct DeviceArgs {
     /// Where to run: auto, cpu, cuda or cuda:N.
-    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Device")]
+    #[arg(
+        long, value_name = "DEVICE", default_value = "auto", help_heading = "Device",
+        value_parser = words::Suggested(device_words), hide_possible_values = true
+    )]
     pub device: String,
 
     /// Threads on the CPU [default: physical cores that this process may use].
@@ -111,16 +120,24 @@ pub struct DeviceArgs {
 #[derive(Debug, Args)]
 pub struct OutputArgs {
     /// Format of stdout [default: table].
-    #[arg(long, value_name = "FORMAT", value_parser = writer_names(), help_heading = "Output")]
+    #[arg(long, value_name = "FORMAT", value_parser = report::writer_names(), help_heading = "Output")]
     pub format: Option<String>,
 
-    /// File to write as well, in the format of its extension, whole or not at all.
+    /// File to write as well, in the format of its extension; give it again for another format.
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
-    pub output: Option<PathBuf>,
+    pub output: Vec<PathBuf>,
 
     /// Show every column of the table.
     #[arg(long, help_heading = "Output")]
     pub wide: bool,
+
+    /// Show what each precision wrote below the table [default: where a prompt was given as text].
+    #[arg(long, help_heading = "Output")]
+    pub show_text: bool,
+
+    /// Show every warning in full [default: the worst five, grouped].
+    #[arg(long, help_heading = "Output")]
+    pub warnings: bool,
 
     /// GiB of a card's memory: the verdict says which precisions fit.
     #[arg(long, value_name = "GIB", value_parser = report::gib, help_heading = "Output")]
@@ -133,23 +150,34 @@ pub struct OutputArgs {
 
 /// The prompt, said in one way.
 #[derive(Debug, Args)]
-#[group(multiple = false)]
 pub struct PromptArgs {
     /// Text to continue [default: "Explain quantization in simple terms.", "caption en" for a picture; 8 synthetic ids
     /// without a tokenizer].
-    #[arg(long, value_name = "TEXT", help_heading = "Workload")]
+    #[arg(long, group = "prompt_source", value_name = "TEXT", help_heading = "Workload")]
     pub prompt: Option<String>,
 
+    /// Take the prompt as a message and write it as the model's chat template says.
+    #[arg(long, conflicts_with_all = ["prompt_tokens", "prompt_ids", "image"], help_heading = "Workload")]
+    pub chat: bool,
+
     /// File whose text to continue, to the last byte.
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
+    #[arg(long, group = "prompt_source", value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub prompt_file: Option<PathBuf>,
 
-    /// Number of synthetic ids to continue.
-    #[arg(long, value_name = "N", help_heading = "Workload")]
-    pub prompt_tokens: Option<usize>,
+    /// Number of synthetic ids to continue; a list such as 8,512 makes a case of each.
+    #[arg(
+        short,
+        long,
+        group = "prompt_source",
+        alias = "n-prompt",
+        value_name = "N",
+        value_delimiter = ',',
+        help_heading = "Workload"
+    )]
+    pub prompt_tokens: Vec<usize>,
 
     /// Exact token ids to continue, comma separated or as Python prints a list.
-    #[arg(long, value_name = "IDS", num_args = 1.., help_heading = "Workload")]
+    #[arg(long, group = "prompt_source", value_name = "IDS", num_args = 1.., help_heading = "Workload")]
     pub prompt_ids: Option<Vec<String>>,
 }
 
@@ -198,28 +226,15 @@ pub(super) fn engine_help() -> String {
     format!("Whose code runs, comma separated: quantbench, candle (the fp16 models of candle-transformers {version})")
 }
 
-fn writer_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(WRITERS.iter().map(|writer| writer.name))
+fn precision_words() -> Vec<&'static str> {
+    let names = FORMATS.iter().flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
+    names.chain(["all"]).collect()
 }
 
-/// Takes any word, so that [`Request`] can name the nearest one, and tells completions the known ones.
-#[derive(Clone)]
-struct PrecisionWord;
+fn builtin_names() -> Vec<&'static str> {
+    weights::builtin_models().iter().map(|model| model.name).collect()
+}
 
-impl TypedValueParser for PrecisionWord {
-    type Value = String;
-
-    fn parse_ref(
-        &self,
-        command: &clap::Command,
-        arg: Option<&clap::Arg>,
-        value: &std::ffi::OsStr,
-    ) -> Result<String, clap::Error> {
-        clap::builder::StringValueParser::new().parse_ref(command, arg, value)
-    }
-
-    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
-        let names = FORMATS.iter().flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
-        Some(Box::new(names.chain(["all"]).map(PossibleValue::new)))
-    }
+fn device_words() -> Vec<&'static str> {
+    vec!["auto", "cpu", "cuda", "cuda:0", "cuda:1"]
 }

@@ -9,7 +9,6 @@ use clap::{Args, ValueHint};
 use crate::error::BadInput;
 use crate::record::import::{self, Given, Imported, TOOLS};
 use crate::record::{Document, SCHEMA_VERSION};
-use crate::report::WRITERS;
 
 /// What was typed for `quantbench import`.
 #[derive(Debug, Args)]
@@ -23,7 +22,7 @@ pub struct ImportArgs {
     pub from: Option<String>,
 
     /// Model of all rows, where the files do not say or say it otherwise.
-    #[arg(long, value_name = "ID", help_heading = "Rows")]
+    #[arg(short, long, alias = "model", value_name = "ID", help_heading = "Rows")]
     pub model_id: Option<String>,
 
     /// Precision of all rows, likewise.
@@ -47,7 +46,7 @@ pub struct ImportArgs {
     pub output: Option<PathBuf>,
 
     /// Format, where the file's extension does not name it [default: json on stdout].
-    #[arg(long, value_name = "FORMAT", value_parser = writer_names(), help_heading = "Output")]
+    #[arg(long, value_name = "FORMAT", value_parser = super::report::writer_names(), help_heading = "Output")]
     pub format: Option<String>,
 }
 
@@ -88,8 +87,4 @@ fn read(path: &Path, from: Option<&str>, given: &Given) -> Result<Imported, BadI
 
 fn tool_names() -> PossibleValuesParser {
     PossibleValuesParser::new(TOOLS.iter().map(|tool| tool.name))
-}
-
-fn writer_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(WRITERS.iter().map(|writer| writer.name))
 }

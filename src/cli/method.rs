@@ -14,11 +14,11 @@ pub struct MethodArgs {
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Protocol")]
     pub launches: usize,
 
-    /// Time each repeat once more with a wait for the device after every token; both speeds are told where they differ.
+    /// Time each repeat once more with a wait for the device after every token; both speeds are reported where they differ.
     #[arg(long, help_heading = "Protocol")]
     pub sync_each_token: bool,
 
-    /// `seed`: one run without a warm-up, prefill included, for comparison with numbers that were taken like this.
+    /// `single-cold-run`: one run without a warm-up, prefill included, for comparison with numbers that were taken so.
     #[arg(
         long, value_name = "METHOD", value_enum, default_value_t = MethodWord::Quantbench, hide_possible_values = true,
         help_heading = "Protocol", conflicts_with_all = ["warmup", "repeats", "min_time", "max_time", "rel_ci"]
@@ -42,8 +42,8 @@ pub struct MethodArgs {
 pub enum MethodWord {
     #[value(help = None)]
     Quantbench,
-    #[value(help = None)]
-    Seed,
+    #[value(help = None, alias = "seed")]
+    SingleColdRun,
 }
 
 impl MethodArgs {
@@ -51,11 +51,12 @@ impl MethodArgs {
     pub(super) fn protocol(&self, plain: MeasurementProtocol) -> Result<MeasurementProtocol, BadInput> {
         let launches = positive("--launches", self.launches)?;
         let Self { sync_each_token, measure_bandwidth, keep_series, .. } = *self;
-        if self.method == MethodWord::Seed && (launches > 1 || sync_each_token) {
-            return Err(BadInput::new("`--method seed` is one run that waits after every token")
+        if self.method == MethodWord::SingleColdRun && (launches > 1 || sync_each_token) {
+            return Err(BadInput::new("`--method single-cold-run` is one run that waits after every token")
                 .hint("drop `--launches` and `--sync-each-token`"));
         }
-        let plain = if self.method == MethodWord::Seed { MeasurementProtocol::of_seed() } else { plain };
+        let plain =
+            if self.method == MethodWord::SingleColdRun { MeasurementProtocol::single_cold_run() } else { plain };
         Ok(MeasurementProtocol { launches, sync_each_token, measure_bandwidth, keep_series, ..plain })
     }
 }

@@ -2,11 +2,14 @@
 //!
 //! Value lists, defaults, help, completions and the man page come from here and from the tables of the layers below.
 
+mod brief;
 mod compare;
 mod export;
 mod groups;
+mod history;
 mod import;
 mod method;
+mod prompt;
 mod report;
 mod request;
 mod suite;
@@ -18,6 +21,7 @@ pub use groups::{
     DeviceArgs, ModelArgs, OutputArgs, PathWord, PictureArgs, PlainFormat, PrecisionArgs, PromptArgs, TextArgs,
     WeightsWord,
 };
+pub use history::{AddArgs, HistoryArgs, HistoryCheckArgs, HistoryCheckRequest, HistoryCommand, ListArgs};
 pub use import::{ImportArgs, ImportRequest};
 pub use method::MethodArgs;
 pub use report::{Output, ReportArgs, ReportRequest};
@@ -28,15 +32,16 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use clap::{Args, Parser, Subcommand, ValueHint};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueHint};
 
 use self::groups::{engine_help, engine_names};
 use crate::engine::Engine;
 use crate::harness::MeasurementProtocol;
 
-/// The built-in shape that a run without `--model-id` measures on the CPU.
+/// The built-in model that a run without `--model-id` measures on a CPU.
 pub const DEFAULT_MODEL_ID: &str = "smollm2-135m";
-/// And on a GPU, where a step of the smaller one is over sooner than it can be launched: it would show launches, not precisions.
+/// And on a GPU, where a step of the smaller one is over sooner than it can be launched: it would show launches, not precisions. On a CPU with
+/// a large cache the smaller one would show the cache.
 pub const DEFAULT_CUDA_MODEL_ID: &str = "llama-3.2-1b";
 
 /// Version, commit, features and target of this build, on one line.
@@ -50,7 +55,7 @@ pub static VERSION: LazyLock<String> = LazyLock::new(|| {
     )
 });
 
-/// Measures what each precision of a language model costs and buys on this machine.
+/// Measures the trade-offs of each precision of a language model on this machine: speed, memory and quality.
 #[derive(Debug, Parser)]
 #[command(name = "quantbench", version = VERSION.as_str(), args_conflicts_with_subcommands = true)]
 pub struct Cli {
@@ -58,12 +63,23 @@ pub struct Cli {
     pub command: Option<Command>,
     #[command(flatten)]
     pub run: RunArgs,
+
+    /// Colour of what a terminal shows: auto, always or never.
+    #[arg(
+        long, global = true, value_name = "WHEN", value_enum, default_value_t = clap::ColorChoice::Auto,
+        hide_possible_values = true, help_heading = "Output"
+    )]
+    pub color: clap::ColorChoice,
 }
 
 impl Cli {
     /// What was typed, the program first. Ends the program where it is no command, and where help was asked for.
     pub fn read(words: impl IntoIterator<Item = OsString>) -> Self {
-        Self::parse_from(words::joined(words))
+        let words = words::joined(words);
+        let command = if words.iter().any(|word| word == "-h") { brief::command() } else { Self::command() };
+        let parsed = command.color(words::color(&words)).try_get_matches_from(words);
+        let cli = parsed.and_then(|mut matches| Self::from_arg_matches_mut(&mut matches));
+        cli.unwrap_or_else(|error| error.exit())
     }
 }
 
@@ -71,7 +87,7 @@ impl Cli {
 pub enum Command {
     /// Measure a model (what happens without a subcommand).
     Run(Box<RunArgs>),
-    /// Measure what each precision costs in quality, without its speed.
+    /// Measure the quality of each precision, without its speed.
     Quality(Box<QualityArgs>),
     /// Run a matrix of models, precisions, devices and lengths that a TOML file describes.
     Suite(SuiteArgs),
@@ -79,6 +95,8 @@ pub enum Command {
     Merge(MergeArgs),
     /// Compare two files of records and fail on a proven regression.
     Compare(CompareArgs),
+    /// Keep runs in a folder and test the newest against those before it.
+    History(HistoryArgs),
     /// Read rows that llama-bench, vLLM or optimum-benchmark measured.
     Import(ImportArgs),
     /// Turn files of records into a page with charts, or into another format.
@@ -92,8 +110,8 @@ pub enum Command {
         /// Shell to complete for.
         shell: clap_complete::Shell,
     },
-    /// Print the man page in roff.
-    Man,
+    /// Print the man page of quantbench or of one of its commands in roff.
+    Man(ManArgs),
     /// Run one case for a suite.
     #[command(hide = true)]
     Case,
@@ -108,7 +126,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// Print the built-in shapes and end.
+    /// Print the built-in models and exit.
     #[arg(long, help_heading = "Model")]
     pub list_models: bool,
 
@@ -121,13 +139,22 @@ pub struct RunArgs {
     #[command(flatten)]
     pub picture: PictureArgs,
 
-    /// Tokens to generate, always exactly this many.
-    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Workload")]
-    pub max_new_tokens: usize,
+    /// Tokens to generate, always exactly this many; a list makes a case of each [default: 64; 32, 16 or 8 where each
+    /// takes long].
+    #[arg(short = 'n', long, alias = "n-gen", value_name = "N", value_delimiter = ',', help_heading = "Workload")]
+    pub max_new_tokens: Vec<usize>,
 
-    /// Synthetic tokens to put into the cache, untimed, before the prompt.
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Workload")]
-    pub depth: usize,
+    /// Synthetic tokens in the KV cache, untimed, before the prompt; a list makes a case of each.
+    #[arg(
+        short,
+        long,
+        alias = "n-depth",
+        value_name = "N",
+        value_delimiter = ',',
+        default_value = "0",
+        help_heading = "Workload"
+    )]
+    pub depth: Vec<usize>,
 
     /// End at the model's end-of-sequence token, which is ignored otherwise.
     #[arg(long, help_heading = "Workload")]
@@ -137,7 +164,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE.safetensors", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub save_logits: Option<PathBuf>,
 
-    /// Measure what each precision costs in quality as well, after its speed.
+    /// Measure the quality of each precision as well, after its speed.
     #[arg(long, help_heading = "Quality")]
     pub quality: bool,
 
@@ -153,19 +180,19 @@ pub struct RunArgs {
     )]
     pub engine: Vec<String>,
 
-    /// Warm-up runs [default: until two in a row agree].
+    /// Warm-up runs [default: until two agree].
     #[arg(long, value_name = "N", help_heading = "Protocol")]
     pub warmup: Option<usize>,
 
     /// Counted repeats [default: until --rel-ci is reached, within --min-time and --max-time].
-    #[arg(long, value_name = "N", help_heading = "Protocol")]
+    #[arg(short, long, aliases = ["repetitions", "runs"], value_name = "N", help_heading = "Protocol")]
     pub repeats: Option<usize>,
 
     /// Seconds that repeating lasts at least, per precision.
     #[arg(long, value_name = "S", default_value_t = MeasurementProtocol::default().min_time_s, help_heading = "Protocol")]
     pub min_time: f64,
 
-    /// Seconds after which no further repeat starts, per precision.
+    /// Seconds after which no further repeat starts, per precision; three are always made.
     #[arg(long, value_name = "S", default_value_t = MeasurementProtocol::default().max_time_s, help_heading = "Protocol")]
     pub max_time: f64,
 
@@ -182,7 +209,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub output: OutputArgs,
 
-    /// Say what would run, what it would download and whether it fits, and end.
+    /// Say what would run, what it would download, whether it fits, and exit.
     #[arg(long, conflicts_with_all = ["output", "list_models"], help_heading = "Output")]
     pub dry_run: bool,
 }
@@ -216,6 +243,36 @@ pub struct QualityArgs {
     pub output: OutputArgs,
 }
 
+/// What was typed for `quantbench man`.
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// Command whose page to print [default: quantbench itself].
+    #[arg(value_name = "COMMAND", value_parser = words::Suggested(command_names), hide_possible_values = true)]
+    pub command: Option<String>,
+
+    /// Folder to write the pages of all commands to; it is made where it is missing.
+    #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with = "command", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+}
+
+/// Of the commands that people type.
+fn command_names() -> Vec<&'static str> {
+    vec![
+        "run",
+        "quality",
+        "suite",
+        "merge",
+        "compare",
+        "import",
+        "report",
+        "history",
+        "export",
+        "doctor",
+        "completions",
+        "man",
+    ]
+}
+
 /// What was typed for `quantbench doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
@@ -236,6 +293,14 @@ mod tests {
     #[test]
     fn definitions_are_sound() {
         Cli::command().debug_assert();
+        brief::command().debug_assert();
+    }
+
+    #[test]
+    fn the_man_pages_are_those_of_all_commands() {
+        let command = Cli::command();
+        let shown = command.get_subcommands().filter(|command| !command.is_hide_set());
+        assert_eq!(shown.map(clap::Command::get_name).collect::<Vec<_>>(), command_names());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use clap::builder::PossibleValuesParser;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, ValueHint};
 
 use crate::error::BadInput;
@@ -32,6 +32,14 @@ pub struct ReportArgs {
     /// Show every column of the table.
     #[arg(long, help_heading = "Output")]
     pub wide: bool,
+
+    /// Show what each precision wrote below the table.
+    #[arg(long, help_heading = "Output")]
+    pub show_text: bool,
+
+    /// Show every warning in full [default: the worst five, grouped].
+    #[arg(long, help_heading = "Output")]
+    pub warnings: bool,
 
     /// GiB of a card's memory, in place of what the records name: the verdict says which precisions fit.
     #[arg(long, value_name = "GIB", value_parser = gib, help_heading = "Output")]
@@ -64,7 +72,13 @@ impl ReportRequest {
             document,
             output,
             svg: args.svg.clone(),
-            options: Options { wide: args.wide, card_bytes: args.card },
+            options: Options {
+                wide: args.wide,
+                card_bytes: args.card,
+                all_warnings: args.warnings,
+                show_text: args.show_text,
+                ..Options::default()
+            },
         })
     }
 }
@@ -81,8 +95,12 @@ fn writer(name: &str) -> Result<&'static Writer, BadInput> {
     report::find(name).ok_or_else(|| BadInput::new(format!("unknown output format `{name}`")))
 }
 
-fn writer_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(WRITERS.iter().map(|writer| writer.name))
+pub(super) fn writer_names() -> PossibleValuesParser {
+    let values = WRITERS.iter().map(|writer| {
+        let earlier = report::RENAMED.iter().filter(|(_, new)| *new == writer.name).map(|(old, _)| *old);
+        PossibleValue::new(writer.name).aliases(earlier)
+    });
+    PossibleValuesParser::new(values)
 }
 
 /// Bytes of so many GiB.

@@ -1,16 +1,15 @@
 //! What the command line means: every word looked up, every number in range, every file read. No model is touched.
 
 use std::fmt::Display;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::words::{Takes, ids, unknown_precision};
+use super::prompt::{prompts, text_file};
+use super::words::{Takes, unknown_precision};
 use super::{
-    DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, PromptArgs,
-    QualityArgs, RunArgs, TextArgs, WeightsWord,
+    DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, QualityArgs,
+    RunArgs, TextArgs, WeightsWord,
 };
 use crate::engine::{Device, ENGINES, Engine};
 use crate::error::BadInput;
@@ -18,6 +17,7 @@ use crate::harness::{
     self, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice,
     QualityChoice,
 };
+use crate::kernels::cpu::topology::{available_memory_bytes, last_level_cache_bytes};
 use crate::quality::CallPath;
 use crate::quant::{FORMATS, FormatId, FormatOptions};
 use crate::report::{self, Writer};
@@ -25,11 +25,12 @@ use crate::weights::{self, WeightsChoice};
 
 /// A run as it will happen.
 pub struct Request {
-    pub case: Case,
+    /// At least one: each combination of the lengths that were asked for.
+    pub cases: Vec<Case>,
     /// What goes to stdout.
     pub stdout: &'static Writer,
-    /// What goes to a file besides.
-    pub file: Option<(PathBuf, &'static Writer)>,
+    /// What goes to files besides.
+    pub files: Vec<(PathBuf, &'static Writer)>,
     pub options: report::Options,
     pub quiet: bool,
     /// No model, precision, comparison or output was named: the reader is new here, so the table ends with what comes next.
@@ -45,49 +46,78 @@ impl Request {
         let wants_quality = args.quality || args.text.is_given();
         let case = Case {
             image: args.picture.image.clone(),
-            n_gen: positive("--max-new-tokens", args.max_new_tokens)?,
-            n_depth: args.depth,
+            chat: args.prompt.chat,
             stop_at_eos: args.stop_at_eos,
             protocol: args.method.protocol(protocol(args)?)?,
             save_logits: args.save_logits.clone(),
             engines: engines(args)?,
             quality: if wants_quality { Some(quality(&args.text)?) } else { None },
-            ..case(&args.model, &args.precision, &args.prompt, &args.device, command)?
+            ..case(&args.model, &args.precision, &args.device, command)?
         };
         case.save_logits.as_deref().map(report::check_writable).transpose()?;
+        let cases = of_each_length(&case, args)?;
         let (is_first_look, allow_oom) = (is_first_look(args), args.method.allow_oom);
-        Ok(Self { is_first_look, allow_oom, ..Self::with(case, &args.output)? })
+        let mut request = Self { is_first_look, allow_oom, ..Self::with(cases, &args.output)? };
+        request.options.show_text |= args.prompt.prompt.is_some() || args.prompt.prompt_file.is_some();
+        Ok(request)
     }
 
     /// The same for `quantbench quality`: nothing is generated but a short text that shows where precisions part.
     pub fn for_quality(args: &QualityArgs, command: String) -> Result<Self> {
-        let case = case(&args.model, &args.precision, &args.prompt, &args.device, command)?;
+        let case = case(&args.model, &args.precision, &args.device, command)?;
         let (image, text) = (args.picture.image.clone(), quality(&args.text)?);
         let quality = Some(QualityChoice { by_module: args.by_module, ..text });
-        Self::with(Case { image, quality, ..case }, &args.output)
+        let chat = args.prompt.chat;
+        let of_prompt = |prompt| Case { prompt, chat, image: image.clone(), quality: quality.clone(), ..case.clone() };
+        Self::with(prompts(&args.prompt)?.into_iter().map(of_prompt).collect(), &args.output)
     }
 
-    fn with(case: Case, output: &OutputArgs) -> Result<Self> {
+    fn with(cases: Vec<Case>, output: &OutputArgs) -> Result<Self> {
         Ok(Self {
             stdout: writer(output.format.as_deref())?,
-            file: output.output.as_deref().map(output_file).transpose()?,
-            options: report::Options { wide: output.wide, card_bytes: output.card },
+            files: output.output.iter().map(|path| output_file(path)).collect::<Result<_>>()?,
+            options: report::Options {
+                wide: output.wide,
+                card_bytes: output.card,
+                all_warnings: output.warnings,
+                show_text: output.show_text,
+                ..report::Options::default()
+            },
             quiet: output.quiet,
             is_first_look: false,
             allow_oom: false,
-            case,
+            cases,
         })
     }
 }
 
+/// `case` with each combination of the lengths, the prompt's outermost. Fails where their logits would go to one file.
+fn of_each_length(case: &Case, args: &RunArgs) -> Result<Vec<Case>, BadInput> {
+    let n_gens = match args.max_new_tokens.as_slice() {
+        [] => vec![harness::DEFAULT_N_GEN],
+        asked => positives("--max-new-tokens", asked)?,
+    };
+    let may_shorten = args.max_new_tokens.is_empty();
+    let mut cases = Vec::new();
+    for prompt in prompts(&args.prompt)? {
+        for &n_gen in &n_gens {
+            let of_depth =
+                |&n_depth: &usize| Case { prompt: prompt.clone(), n_gen, n_depth, may_shorten, ..case.clone() };
+            cases.extend(args.depth.iter().map(of_depth));
+        }
+    }
+    match &case.save_logits {
+        Some(path) if cases.len() > 1 => {
+            let (path, n) = (path.display(), cases.len());
+            Err(BadInput::new(format!("`--save-logits {path}`: {n} cases would write the same file"))
+                .hint("give one length of each kind"))
+        }
+        _ => Ok(cases),
+    }
+}
+
 /// What every command that loads a model says; one token is generated and nothing else is asked for.
-fn case(
-    model_args: &ModelArgs,
-    precision: &PrecisionArgs,
-    prompt_args: &PromptArgs,
-    device_args: &DeviceArgs,
-    command: String,
-) -> Result<Case> {
+fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceArgs, command: String) -> Result<Case> {
     let device = device(&device_args.device)?;
     Ok(Case {
         model: model(model_args, device),
@@ -97,8 +127,12 @@ fn case(
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device,
         cuda_graph: !device_args.no_cuda_graph,
+        sequences: 1,
+        kv_format: None,
         threads: device_args.threads.map(threads).transpose()?.unwrap_or(0),
-        prompt: prompt(prompt_args)?,
+        prompt: PromptChoice::Default,
+        chat: false,
+        may_shorten: false,
         keep_fp16: precision.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect(),
         image: None,
         n_gen: 1,
@@ -153,18 +187,11 @@ fn quality(args: &TextArgs) -> Result<QualityChoice> {
     })
 }
 
-/// Last component and content.
-fn text_file(path: &Path) -> Result<(String, String), BadInput> {
-    let text = read_text("--quality-text", path)?;
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    Ok((name, text))
-}
-
 fn is_first_look(args: &RunArgs) -> bool {
     let OutputArgs { format, output, quiet, .. } = &args.output;
     let asks_for_nothing = args.model.model_id.is_none() && args.precision.precision == ["all"];
     let compares = args.against.baseline.is_some() || args.against.ab.is_some();
-    asks_for_nothing && !compares && !quiet && format.is_none() && output.is_none()
+    asks_for_nothing && !compares && !quiet && format.is_none() && output.is_empty()
 }
 
 /// What is measured where no model is named.
@@ -172,12 +199,25 @@ fn default_model_id(device: DeviceChoice) -> &'static str {
     // A device that cannot be had is an error elsewhere.
     match harness::device(device) {
         Ok(Device::Cuda(_)) => DEFAULT_CUDA_MODEL_ID,
-        Ok(Device::Cpu) | Err(_) => DEFAULT_MODEL_ID,
+        Ok(Device::Cpu) | Err(_) => default_cpu_model_id(last_level_cache_bytes(), available_memory_bytes()),
     }
 }
 
-fn model(args: &ModelArgs, device: DeviceChoice) -> weights::Request {
-    weights::Request {
+/// Caches from this size on hold more than half of what a decode step of the small model reads at 4 bits, which is 107 MB.
+const LARGE_CACHE_BYTES: usize = 50 << 20;
+
+/// Three workers of the larger model hold 5 GiB, and one of them loads.
+const ROOM_BYTES: usize = 8 << 30;
+
+/// The small model, but where much of it would never leave the cache and the larger one fits.
+fn default_cpu_model_id(cache_bytes: Option<usize>, free_bytes: Option<usize>) -> &'static str {
+    let has_large_cache = cache_bytes.is_some_and(|bytes| bytes > LARGE_CACHE_BYTES);
+    let has_room = free_bytes.is_some_and(|bytes| bytes >= ROOM_BYTES);
+    if has_large_cache && has_room { DEFAULT_CUDA_MODEL_ID } else { DEFAULT_MODEL_ID }
+}
+
+fn model(args: &ModelArgs, device: DeviceChoice) -> weights::ModelRequest {
+    weights::ModelRequest {
         model_id: args.model_id.clone().unwrap_or_else(|| default_model_id(device).to_owned()),
         revision: args.revision.clone(),
         offline: args.offline,
@@ -237,48 +277,6 @@ fn device(word: &str) -> Result<DeviceChoice, BadInput> {
     }
 }
 
-fn prompt(args: &PromptArgs) -> Result<PromptChoice, BadInput> {
-    if let Some(text) = &args.prompt {
-        return text_prompt("--prompt", text.clone());
-    }
-    if let Some(path) = &args.prompt_file {
-        return text_prompt("--prompt-file", read_text("--prompt-file", path)?);
-    }
-    if let Some(n) = args.prompt_tokens {
-        return positive("--prompt-tokens", n).map(PromptChoice::Synthetic);
-    }
-    match &args.prompt_ids {
-        None => Ok(PromptChoice::Default),
-        Some(words) => ids(&words.join(" "))
-            .map(PromptChoice::Ids)
-            .map_err(|what| BadInput::new(format!("`--prompt-ids`: {what}"))),
-    }
-}
-
-/// Of a text: more than any context holds, and less than the memory of a machine that measures.
-const MOST_TEXT_MIB: usize = 64;
-
-/// The text of a file or a pipe.
-fn read_text(option: &str, path: &Path) -> Result<String, BadInput> {
-    let bad = |why: &dyn Display| BadInput::new(format!("`{option} {}`: {why}", path.display()));
-    let mut text = String::new();
-    let most = MOST_TEXT_MIB << 20;
-    let read = File::open(path).and_then(|file| file.take(most as u64 + 1).read_to_string(&mut text));
-    match read {
-        Err(error) => Err(bad(&error)),
-        Ok(n) if n > most => Err(bad(&format!("more than {MOST_TEXT_MIB} MiB of text")).hint("give a part of it")),
-        Ok(_) => Ok(text),
-    }
-}
-
-fn text_prompt(option: &str, text: String) -> Result<PromptChoice, BadInput> {
-    if text.is_empty() {
-        return Err(BadInput::new(format!("`{option}` is empty: prefill needs at least one token"))
-            .hint("give some text, or `--prompt-tokens N` for N synthetic ids"));
-    }
-    Ok(PromptChoice::Text(text))
-}
-
 fn protocol(args: &RunArgs) -> Result<MeasurementProtocol, BadInput> {
     let protocol = MeasurementProtocol {
         warmup: args.warmup,
@@ -305,6 +303,10 @@ fn output_file(path: &Path) -> Result<(PathBuf, &'static Writer)> {
     let writer = report::by_extension(path)?;
     report::check_writable(path)?;
     Ok((path.to_owned(), writer))
+}
+
+pub(super) fn positives(option: &str, values: &[usize]) -> Result<Vec<usize>, BadInput> {
+    values.iter().map(|n| positive(option, *n)).collect()
 }
 
 pub(super) fn positive(option: &str, n: usize) -> Result<usize, BadInput> {
@@ -358,11 +360,9 @@ mod tests {
             ("--no-double-quant", "fp16 int8 nf4-nodq"),
             ("--precision 4bit --no-double-quant", "nf4-nodq"),
         ] {
-            assert_eq!(
-                request(line).unwrap().case.precisions.iter().map(FormatId::to_string).collect::<Vec<_>>().join(" "),
-                names,
-                "{line}"
-            );
+            let case = &request(line).unwrap().cases[0];
+            let seen: Vec<String> = case.precisions.iter().map(FormatId::to_string).collect();
+            assert_eq!(seen.join(" "), names, "{line}");
         }
     }
 
@@ -370,7 +370,7 @@ mod tests {
     fn every_format_can_be_asked_for_by_every_name() {
         for entry in FORMATS {
             for word in std::iter::once(&entry.name).chain(entry.aliases) {
-                let case = request(&format!("--precision {word}")).unwrap().case;
+                let case = &request(&format!("--precision {word}")).unwrap().cases[0];
                 assert_eq!(case.precisions, [*entry], "{word}");
             }
         }
@@ -378,13 +378,13 @@ mod tests {
 
     #[test]
     fn prompts_and_devices_are_told_apart() {
-        assert_eq!(request("--prompt-ids 1,2,3").unwrap().case.prompt, PromptChoice::Ids(vec![1, 2, 3]));
-        assert_eq!(request("--prompt-ids 1, 2, 3").unwrap().case.prompt, PromptChoice::Ids(vec![1, 2, 3]));
-        assert_eq!(request("--prompt-ids [1, 2,3] --quiet").unwrap().case.prompt, PromptChoice::Ids(vec![1, 2, 3]));
-        assert_eq!(request("--prompt-tokens 9").unwrap().case.prompt, PromptChoice::Synthetic(9));
-        assert_eq!(request("--prompt hi").unwrap().case.prompt, PromptChoice::Text("hi".into()));
-        assert_eq!(request("").unwrap().case.prompt, PromptChoice::Default);
-        assert_eq!(request("--device cpu").unwrap().case.device, DeviceChoice::Cpu);
+        assert_eq!(request("--prompt-ids 1,2,3").unwrap().cases[0].prompt, PromptChoice::Ids(vec![1, 2, 3]));
+        assert_eq!(request("--prompt-ids 1, 2, 3").unwrap().cases[0].prompt, PromptChoice::Ids(vec![1, 2, 3]));
+        assert_eq!(request("--prompt-ids [1, 2,3] --quiet").unwrap().cases[0].prompt, PromptChoice::Ids(vec![1, 2, 3]));
+        assert_eq!(request("--prompt-tokens 9").unwrap().cases[0].prompt, PromptChoice::Synthetic(9));
+        assert_eq!(request("--prompt hi").unwrap().cases[0].prompt, PromptChoice::Text("hi".into()));
+        assert_eq!(request("").unwrap().cases[0].prompt, PromptChoice::Default);
+        assert_eq!(request("--device cpu").unwrap().cases[0].device, DeviceChoice::Cpu);
     }
 
     #[test]
@@ -394,25 +394,46 @@ mod tests {
         else {
             panic!("`run` is a command");
         };
-        let typed = Request::new(&args, "a command".to_owned()).unwrap().case;
+        let typed = Request::new(&args, "a command".to_owned()).unwrap().cases;
         let left_out = Request::new(
             &Cli::try_parse_from(["quantbench", "--threads", "3", "--precision", "nf4"]).unwrap().run,
             "a command".to_owned(),
         );
-        assert_eq!((typed.threads, typed.precisions.len()), (3, 1));
-        assert_eq!(typed, left_out.unwrap().case);
+        assert_eq!((typed[0].threads, typed[0].precisions.len()), (3, 1));
+        assert_eq!(typed, left_out.unwrap().cases);
+    }
+
+    #[test]
+    fn lists_of_lengths_make_cases() {
+        let lengths = |line: &str| {
+            let of = |case: &Case| match case.prompt {
+                PromptChoice::Synthetic(n) => (n, case.n_gen, case.n_depth),
+                _ => (0, case.n_gen, case.n_depth),
+            };
+            request(line).unwrap().cases.iter().map(of).collect::<Vec<_>>()
+        };
+        assert_eq!(lengths(""), [(0, 64, 0)]);
+        assert_eq!(lengths("-p 8,512 -n 64 -d 0,4096"), [(8, 64, 0), (8, 64, 4096), (512, 64, 0), (512, 64, 4096)]);
+        assert_eq!(lengths("--n-prompt 8 --n-gen 2,3 --n-depth 1"), [(8, 2, 1), (8, 3, 1)]);
+        assert_eq!(lengths("-n 2 -n 3 --prompt hi"), [(0, 2, 0), (0, 3, 0)]);
+        for line in ["-m phi-2 -r 4 -p 8", "--model phi-2 --runs 4 -p 8", "--model-id phi-2 --repetitions 4 -p 8"] {
+            let case = request(line).unwrap().cases.remove(0);
+            let seen = (case.model.model_id.as_str(), case.protocol.repeats, case.prompt);
+            assert_eq!(seen, ("phi-2", Some(4), PromptChoice::Synthetic(8)), "{line}");
+        }
     }
 
     #[test]
     fn the_default_model_on_cuda_is_larger() {
         let on_cuda = |model_id: &'static str| Some(model_id).filter(|_| cfg!(feature = "cuda"));
         for (line, model_id) in [
-            ("--device cpu", Some(DEFAULT_MODEL_ID)),
+            ("--device cpu", Some(default_cpu_model_id(last_level_cache_bytes(), available_memory_bytes()))),
             ("--device cpu --model-id phi-2", Some("phi-2")),
             ("--device cuda:1", on_cuda(DEFAULT_CUDA_MODEL_ID)),
             ("--device cuda --model-id phi-2", on_cuda("phi-2")),
         ] {
-            let asked = request(line).ok().map(|request| (request.case.model.model_id, request.is_first_look));
+            let asked =
+                request(line).ok().map(|request| (request.cases[0].model.model_id.clone(), request.is_first_look));
             assert_eq!(asked, model_id.map(|id| (id.to_owned(), !line.contains("--model-id"))), "{line}");
         }
         for line in [
@@ -430,6 +451,20 @@ mod tests {
     }
 
     #[test]
+    fn the_default_model_on_a_cpu_does_not_stay_in_its_cache() {
+        let mib = |n: usize| Some(n << 20);
+        for (cache, free, expected) in [
+            (mib(8), mib(64 << 10), DEFAULT_MODEL_ID),
+            (mib(300), mib(64 << 10), DEFAULT_CUDA_MODEL_ID),
+            (mib(300), mib(4 << 10), DEFAULT_MODEL_ID),
+            (None, mib(64 << 10), DEFAULT_MODEL_ID),
+            (mib(300), None, DEFAULT_MODEL_ID),
+        ] {
+            assert_eq!(default_cpu_model_id(cache, free), expected, "{cache:?} {free:?}");
+        }
+    }
+
+    #[test]
     fn what_cannot_be_used_is_refused() {
         for (line, word) in [
             ("--precision fp61", "fp16"),
@@ -441,8 +476,11 @@ mod tests {
             ("--repeats 0", "at least 1"),
             ("--launches 0", "at least 1"),
             ("--method seed --repeats 3", "cannot be used with"),
-            ("--method seed --launches 3", "one run"),
+            ("--method single-cold-run --launches 3", "one run"),
             ("--method fair", "quantbench"),
+            ("-p 8,0", "at least 1"),
+            ("-n 8,x", "invalid"),
+            ("-n 4,8 --save-logits l.safetensors", "same file"),
             ("--threads 0", "at least 1"),
             ("--threads 99999", "at most 1024"),
             ("--int8-threshold NaN", "finite"),

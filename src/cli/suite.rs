@@ -8,8 +8,9 @@ use clap::{ArgAction, Args, Parser, ValueHint};
 
 use super::{Cli, Command, Request, RunArgs};
 use crate::error::BadInput;
+use crate::harness::Case;
 use crate::report;
-use crate::suite::{Key, Kind, Planned, Shard, SuiteCase};
+use crate::suite::{Planned, Shard, SuiteCase, SuiteKey, ValueKind};
 
 /// What was typed for a suite.
 #[derive(Debug, Args)]
@@ -22,7 +23,7 @@ pub struct SuiteArgs {
     #[arg(long, requires = "output", help_heading = "Suite")]
     pub resume: bool,
 
-    /// With --resume, run cases with a row that is not ok again.
+    /// With --resume, run cases with a record that is not ok again.
     #[arg(long, requires = "resume", help_heading = "Suite")]
     pub retry_failed: bool,
 
@@ -34,11 +35,11 @@ pub struct SuiteArgs {
     #[arg(long, value_name = "I/N", help_heading = "Suite")]
     pub shard: Option<String>,
 
-    /// List the cases and end.
+    /// List the cases and exit.
     #[arg(long, help_heading = "Suite")]
     pub dry_run: bool,
 
-    /// File that gets the rows of each case as it ends [default: stdout].
+    /// File that gets the records of each case as it ends [default: stdout].
     #[arg(short, long, value_name = "FILE.jsonl", value_hint = ValueHint::FilePath, help_heading = "Output")]
     pub output: Option<PathBuf>,
 
@@ -50,11 +51,11 @@ pub struct SuiteArgs {
 /// What was typed for a merge.
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    /// Files of rows (.jsonl or .json), as suites and runs write them.
+    /// Files of records (.jsonl or .json), as suites and runs write them.
     #[arg(value_name = "FILES", required = true, value_hint = ValueHint::FilePath)]
     pub files: Vec<PathBuf>,
 
-    /// File to write, whole or not at all: a document where it ends in .json, else one row a line [default: stdout].
+    /// File to write atomically: a document where it ends in .json, else one record a line [default: stdout].
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
     pub output: Option<PathBuf>,
 }
@@ -75,21 +76,25 @@ const HEADINGS: &[&str] = &["Model", "Precision", "Workload", "Quality", "Device
 /// Options under these headings that are about one run alone.
 const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits"];
 
+/// Options whose list makes cases: that is what a suite's matrix is for.
+const AXES: &[&str] = &["prompt-tokens", "max-new-tokens", "depth"];
+
 /// Options that read a list from one text.
 const LISTS: &[&str] = &["prompt-ids"];
 
 /// The keys of a suite file: the options of `quantbench run`.
-pub fn suite_keys() -> Vec<Key> {
+pub fn suite_keys() -> Vec<SuiteKey> {
     let command = RunArgs::augment_args(clap::Command::new("run"));
     let is_key = |arg: &&clap::Arg| arg.get_help_heading().is_some_and(|heading| HEADINGS.contains(&heading));
     let key = |arg: &clap::Arg| {
         let long = arg.get_long().filter(|long| !NOT_IN_SUITES.contains(long))?;
         let kind = match arg.get_action() {
-            ArgAction::SetTrue => Kind::Switch,
-            _ if arg.get_value_delimiter().is_some() || LISTS.contains(&long) => Kind::List,
-            _ => Kind::One,
+            ArgAction::SetTrue => ValueKind::Switch,
+            _ if AXES.contains(&long) => ValueKind::One,
+            _ if arg.get_value_delimiter().is_some() || LISTS.contains(&long) => ValueKind::List,
+            _ => ValueKind::One,
         };
-        Some(Key { name: long.replace('-', "_"), kind })
+        Some(SuiteKey { name: long.replace('-', "_"), kind })
     };
     command.get_arguments().filter(is_key).filter_map(key).collect()
 }
@@ -110,7 +115,11 @@ pub fn suite_task(planned: Planned) -> Result<SuiteCase> {
             None => bad,
         }
     })?;
-    Ok(SuiteCase { planned, case: request.case })
+    match <[Case; 1]>::try_from(request.cases) {
+        // The same work on every machine, so that its records can be merged.
+        Ok([case]) => Ok(SuiteCase { planned, case: Case { may_shorten: false, ..case } }),
+        Err(_) => Err(refused("a list of lengths makes several cases").hint("put the lengths into `[matrix]`").into()),
+    }
 }
 
 /// What the parser says, without its advice about help.

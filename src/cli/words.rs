@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 
 use clap::CommandFactory;
+use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 
 use super::Cli;
 use crate::error::{BadInput, nearest};
@@ -55,13 +56,13 @@ impl Options {
             self.known.insert(word.to_owned());
         }
         for arg in command.get_arguments() {
-            if let Some(long) = arg.get_long().map(|long| format!("--{long}")) {
-                if arg.get_action().takes_values() {
-                    self.with_value.insert(long.clone());
-                }
-                self.known.insert(long);
+            let longs = arg.get_long().into_iter().chain(arg.get_all_aliases().unwrap_or_default());
+            let longs = longs.map(|long| format!("--{long}"));
+            let names: Vec<String> = longs.chain(arg.get_short().map(|short| format!("-{short}"))).collect();
+            if arg.get_action().takes_values() {
+                self.with_value.extend(names.iter().cloned());
             }
-            self.known.extend(arg.get_short().map(|short| format!("-{short}")));
+            self.known.extend(names);
         }
         command.get_subcommands().for_each(|command| self.add(command));
     }
@@ -75,6 +76,39 @@ impl Options {
         let Some(text) = word.to_str().filter(|text| text.len() > 1 && text.starts_with('-')) else { return false };
         let option = text.split('=').next().unwrap_or(text);
         text != "--" && !self.known.contains(option)
+    }
+}
+
+/// What `--color` says, also where the rest of the words is no command.
+pub fn color(words: &[OsString]) -> clap::ColorChoice {
+    let words: Vec<&str> = words.iter().filter_map(|word| word.to_str()).collect();
+    let at = words.iter().position(|word| word.starts_with("--color"));
+    let value = at.and_then(|at| words[at].split_once('=').map(|(_, value)| value).or(words.get(at + 1).copied()));
+    match value {
+        Some("always") => clap::ColorChoice::Always,
+        Some("never") => clap::ColorChoice::Never,
+        _ => clap::ColorChoice::Auto,
+    }
+}
+
+/// Takes any word, so that [`super::Request`] can say what was meant by one that is unknown, and tells completions these.
+#[derive(Clone)]
+pub struct Suggested(pub fn() -> Vec<&'static str>);
+
+impl TypedValueParser for Suggested {
+    type Value = String;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<String, clap::Error> {
+        StringValueParser::new().parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new((self.0)().into_iter().map(PossibleValue::new)))
     }
 }
 
@@ -219,6 +253,8 @@ mod tests {
             ("q|--prompt|-5 + 3 = -2", "q|--prompt=-5 + 3 = -2"),
             ("q|--prompt|--precision matters", "q|--prompt=--precision matters"),
             ("q|--rel-ci|-1", "q|--rel-ci=-1"),
+            ("q|-m|-x|-n|-1", "q|-m=-x|-n=-1"),
+            ("q|--model|-x", "q|--model=-x"),
             ("q|export|--keep-fp16|-x", "q|export|--keep-fp16=-x"),
             // An option whose value was forgotten is noticed.
             ("q|--prompt|--precision|fp16", "q|--prompt|--precision|fp16"),

@@ -10,7 +10,7 @@ use crate::report::compare::{self, Comparison, Verdict};
 use crate::{report, ui};
 
 /// A regression that is proven.
-const REGRESSED: u8 = 3;
+pub(super) const REGRESSED: u8 = 3;
 
 /// Reads, compares, reports; 3 where something regressed.
 pub fn compare(args: &CompareArgs) -> Result<ExitCode> {
@@ -23,7 +23,7 @@ pub fn compare(args: &CompareArgs) -> Result<ExitCode> {
     exit_code(&comparison, &request.judgement)
 }
 
-/// 3 for a proven regression, and under `--strict` for what these runs cannot tell. A named gate that compared nothing is an
+/// 3 for a proven regression, and under `--strict` for what these runs leave open. A named gate that compared nothing is an
 /// error, since it would never fail.
 pub fn exit_code(comparison: &Comparison, judgement: &Judgement) -> Result<ExitCode> {
     let empty = &comparison.empty_gates;

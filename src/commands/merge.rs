@@ -5,13 +5,13 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::cli::MergeArgs;
-use crate::suite::{self, Lines};
+use crate::suite::{self, ResultLines};
 use crate::{report, ui};
 
 /// Writes the rows of all files, each case once, in the order of the suite.
 pub fn merge(args: &MergeArgs) -> Result<ExitCode> {
     args.output.as_deref().map(report::check_writable).transpose()?;
-    let files = args.files.iter().map(|path| Ok(suite::read_rows(path)?)).collect::<Result<Vec<Lines>>>()?;
+    let files = args.files.iter().map(|path| Ok(suite::read_rows(path)?)).collect::<Result<Vec<ResultLines>>>()?;
     let merged = suite::merge(&files);
     for note in &merged.notes {
         ui::note(&format!("warning: {note}"));

@@ -1,12 +1,15 @@
 //! One file per command, each a table of contents.
 
 mod compare;
+mod completions;
 mod doctor;
 mod dry_run;
 mod export;
+mod history;
 mod import;
 mod limits;
 mod list_models;
+mod man;
 mod merge;
 mod quality;
 mod report;
@@ -16,13 +19,13 @@ mod suite;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::CommandFactory;
 
 use crate::cli::{Cli, Command, RunArgs};
 use crate::{harness, ui};
 
 /// Runs what was asked for. The exit code is 0, or 1 where a case failed; setting up and usage fail with an error.
 pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
+    ui::set_color(cli.color);
     match &cli.command {
         None => run(&cli.run),
         Some(Command::Run(args)) => run(args),
@@ -31,11 +34,12 @@ pub fn dispatch(cli: &Cli) -> Result<ExitCode> {
         Some(Command::Merge(args)) => merge::merge(args),
         Some(Command::Compare(args)) => compare::compare(args),
         Some(Command::Import(args)) => import::import(args),
+        Some(Command::History(args)) => history::history(args),
         Some(Command::Report(args)) => report::report(args),
         Some(Command::Export(args)) => export::export(args),
         Some(Command::Doctor(args)) => doctor::doctor(args),
-        Some(Command::Completions { shell }) => completions(*shell),
-        Some(Command::Man) => man(),
+        Some(Command::Completions { shell }) => completions::completions(*shell),
+        Some(Command::Man(args)) => man::man(args),
         Some(Command::Case) => crate::suite::case_main().map(|()| ExitCode::SUCCESS),
         Some(Command::Worker) => harness::worker_main().map(|()| ExitCode::SUCCESS),
     }
@@ -47,18 +51,4 @@ fn run(args: &RunArgs) -> Result<ExitCode> {
         (false, true) => dry_run::dry_run(args),
         (false, false) => run::run(args),
     }
-}
-
-fn completions(shell: clap_complete::Shell) -> Result<ExitCode> {
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "quantbench", &mut script);
-    ui::print(&String::from_utf8(script)?)?;
-    Ok(ExitCode::SUCCESS)
-}
-
-fn man() -> Result<ExitCode> {
-    let mut page = Vec::new();
-    clap_mangen::Man::new(Cli::command()).render(&mut page)?;
-    ui::print(&String::from_utf8(page)?)?;
-    Ok(ExitCode::SUCCESS)
 }

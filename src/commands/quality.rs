@@ -12,6 +12,7 @@ use crate::{harness, report};
 /// Measures, then reports; 1 if any precision failed.
 pub fn quality(args: &QualityArgs) -> Result<ExitCode> {
     let request = Request::for_quality(args, report::shareable_command(std::env::args()))?;
-    let records = harness::quality(&request.case, &Progress::new(request.quiet))?;
-    run::show(&request, &run::document(&request, records))
+    let events = Progress::new(request.quiet);
+    let measured = run::each(&request.cases, |case| harness::quality(case, &events))?;
+    run::show(&request, &run::document(&request, measured.concat()))
 }

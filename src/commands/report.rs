@@ -21,17 +21,19 @@ pub fn report(args: &ReportArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// To a file, whole or not at all, or to stdout.
+/// Writes to a file, atomically, or to stdout.
 pub(super) fn write(document: &Document, output: &Output, options: &Options) -> Result<()> {
     match output {
         Output::File(path, writer) => report::write_file(path, &(writer.write)(document, options)?),
-        Output::Stdout(writer) => ui::print(&(writer.write)(document, options)?),
+        Output::Stdout(writer) => {
+            ui::print(&(writer.write)(document, &Options { terminal: ui::terminal(), ..*options })?)
+        }
     }
 }
 
 fn pictures(document: &Document, folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|error| BadInput::new(format!("`--svg {}`: {error}", folder.display())))?;
-    for (name, svg) in report::pictures(document)? {
+    for (name, svg) in report::pictures(document) {
         report::write_file(&folder.join(name), &svg)?;
     }
     Ok(())

@@ -9,8 +9,11 @@ use anyhow::Result;
 use super::{compare, limits};
 use crate::cli::{Against, Judgement, Request, RunArgs};
 use crate::error::BadInput;
+use crate::harness::Case;
+use crate::os::interrupt;
 use crate::record::{Document, Record, SCHEMA_VERSION, Status};
 use crate::report::compare::Comparison;
+use crate::report::{Options, Writer};
 use crate::ui::{self, Progress};
 use crate::{harness, report};
 
@@ -18,25 +21,48 @@ use crate::{harness, report};
 pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let request = Request::new(args, report::shareable_command(std::env::args()))?;
     let against = args.against.request()?;
+    ui::end_on_interrupt();
     let events = Progress::new(request.quiet);
     let document = |records| self::document(&request, records);
     match against {
-        None => show(&request, &document(harness::run(&request.case, &events)?)),
+        None => {
+            let measured = each(&request.cases, |case| harness::run(case, &events))?;
+            show(&request, &document(measured.concat()))
+        }
         Some((Against::Baseline(base), judgement)) => {
-            let new = document(harness::run(&request.case, &events)?);
+            let measured = each(&request.cases, |case| harness::run(case, &events))?;
+            let new = document(measured.concat());
             let shown = show(&request, &new);
             let judged = judge(&request, (&base, &new), &judgement);
             Ok(regressed_or(both(shown, judged)?))
         }
         Some((Against::Binary(other), judgement)) => {
-            let (base, new) = harness::run_ab(&request.case, &other, &events)?;
-            let all = document([base.clone(), new.clone()].concat());
-            let (base, new) = (document(base), document(new));
+            let measured = each(&request.cases, |case| harness::run_ab(case, &other, &events))?;
+            let (base, new): (Vec<_>, Vec<_>) = measured.into_iter().unzip();
+            let all = document([base.concat(), new.concat()].concat());
+            let (base, new) = (document(base.concat()), document(new.concat()));
             let shown = show_parts(&request, &all, &new);
             let judged = judge(&request, (&base, &new), &judgement);
             Ok(regressed_or(both(shown, judged)?))
         }
     }
+}
+
+/// What `measure` makes of each case. One that cannot run ends the others before the first, and is told where some have run: what they gave
+/// is not lost.
+pub fn each<T>(cases: &[Case], measure: impl Fn(&Case) -> Result<T>) -> Result<Vec<T>> {
+    for case in cases.iter().filter(|_| cases.len() > 1) {
+        harness::check(case)?;
+    }
+    let mut measured = Vec::new();
+    for case in cases.iter().take_while(|_| !interrupt::is_requested()) {
+        match measure(case) {
+            Ok(result) => measured.push(result),
+            Err(error) if measured.is_empty() => return Err(error),
+            Err(error) => ui::print_error(&error),
+        }
+    }
+    Ok(measured)
 }
 
 /// What was measured, with the card that was asked about.
@@ -50,7 +76,7 @@ fn regressed_or((run, judged): (ExitCode, ExitCode)) -> ExitCode {
     if judged == ExitCode::SUCCESS { run } else { judged }
 }
 
-/// Two results that do not need each other. The first error of two is told at once.
+/// Two results that do not need each other. The first error of two is reported at once.
 fn both<A, B>(first: Result<A>, second: Result<B>) -> Result<(A, B)> {
     match (first, second) {
         (Ok(first), Ok(second)) => Ok((first, second)),
@@ -89,20 +115,38 @@ pub fn show(request: &Request, document: &Document) -> Result<ExitCode> {
 /// The same where the file holds more than stdout. What cannot be written to one place is written to the other all the same: a
 /// measurement may have taken hours.
 fn show_parts(request: &Request, in_file: &Document, on_stdout: &Document) -> Result<ExitCode> {
-    both(write_file(request, in_file), print(request, on_stdout))?;
+    both(write_files(request, in_file), print(request, on_stdout))?;
     logits_were_saved(&in_file.records)?;
+    if interrupt::is_requested() {
+        ui::note(&interrupted(&on_stdout.records, request.cases.len()));
+        return Ok(ExitCode::from(ui::INTERRUPTED));
+    }
     Ok(exit_code(&on_stdout.records, request.allow_oom))
 }
 
-/// Fails, saying where the file is now, if it could not be written where it was asked for.
-fn write_file(request: &Request, document: &Document) -> Result<()> {
-    let Some((path, writer)) = &request.file else { return Ok(()) };
-    let text = (writer.write)(document, &request.options)?;
-    report::write_file(path, &text).map_err(|error| {
-        let elsewhere = keep(path, &text).map(|kept| format!("it was written to `{}` instead", kept.display()));
-        let hint = elsewhere.unwrap_or_else(|| "what was measured stands on stdout alone".to_owned());
-        BadInput::new(format!("{error:#}")).hint(hint).into()
-    })
+/// What is there of a run that the user ended: `interrupted: 4 repeats of each precision are kept`.
+fn interrupted(records: &[Record], n_cases: usize) -> String {
+    let counts: Vec<usize> = records.iter().map(|record| record.samples.end_to_end_ns.len()).collect();
+    let (least, most) = (counts.iter().min().copied().unwrap_or(0), counts.iter().max().copied().unwrap_or(0));
+    let of_cases = if n_cases > 1 { ", of the cases above" } else { "" };
+    match (least, most) {
+        (_, 0) => "interrupted before anything was measured".to_owned(),
+        (least, most) if least == most => format!("interrupted: {least} repeats of each precision are kept{of_cases}"),
+        (least, most) => format!("interrupted: {least} to {most} repeats of each precision are kept{of_cases}"),
+    }
+}
+
+/// Writes every file. Fails, saying where a file is now, if it could not be written where it was asked for.
+fn write_files(request: &Request, document: &Document) -> Result<()> {
+    let write = |(path, writer): &(PathBuf, &'static Writer)| -> Result<()> {
+        let text = (writer.write)(document, &request.options)?;
+        report::write_file(path, &text).map_err(|error| {
+            let elsewhere = keep(path, &text).map(|kept| format!("it was written to `{}` instead", kept.display()));
+            let hint = elsewhere.unwrap_or_else(|| "what was measured stands on stdout alone".to_owned());
+            BadInput::new(format!("{error:#}")).hint(hint).into()
+        })
+    };
+    request.files.iter().map(write).fold(Ok(()), |all, one| both(all, one).map(drop))
 }
 
 /// Writes `text` into the folder for temporary files, where it stays; `None` where that cannot be done either.
@@ -127,10 +171,11 @@ fn logits_were_saved(records: &[Record]) -> Result<()> {
 }
 
 fn print(request: &Request, document: &Document) -> Result<()> {
-    let mut text = (request.stdout.write)(document, &request.options)?;
+    let options = Options { terminal: ui::terminal(), ..request.options };
+    let mut text = (request.stdout.write)(document, &options)?;
     let is_sound = document.records.iter().all(|record| record.status == Status::Ok);
     if request.is_first_look && is_sound && ui::shows_people() {
-        text += &limits::block(&document.records, &request.case.model.model_id)?;
+        text += &limits::block(&document.records, &request.cases[0].model.model_id)?;
     }
     ui::print_measured(&text)
 }

@@ -61,7 +61,10 @@ fn to_file(args: &SuiteArgs, path: &Path, tasks: &[SuiteCase]) -> Result<ExitCod
     let records = suite::read_lines(path)?.lines.into_iter().map(|line| line.record).collect();
     let document = Document { schema_version: SCHEMA_VERSION, records };
     // The default format stands first: the table.
-    ui::print(&(report::WRITERS[0].write)(&document, &report::Options::default())?)?;
+    ui::print(&(report::WRITERS[0].write)(
+        &document,
+        &report::Options { terminal: ui::terminal(), ..report::Options::default() },
+    )?)?;
     Ok(exit_code(all_ok))
 }
 

@@ -26,27 +26,27 @@ impl FakeTime {
 /// Any cache of one sequence.
 const CALLS: Supported = Supported { executor: "the fake", kv_formats: &[KvFormat::Fp32, KvFormat::Fp16] };
 
-/// What one call sequence prefill + decode takes and gives.
+/// Times and results of one sequence of calls: prefill and decode.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Run {
+pub struct FakeRun {
     pub prefill_ns: u64,
-    /// Of the encoder call before it, if there is one.
+    /// Time of the encoder call before it, if there is one.
     pub encode_ns: u64,
     /// Duration of each decode step; the last one repeats.
     pub step_ns: Vec<u64>,
     /// Tokens, the prefill's first; the last one repeats.
     pub tokens: Vec<u32>,
-    /// Of the run's last logits.
+    /// The run's last logits.
     pub logits: Vec<f32>,
     /// Fails the prefill with this message.
     pub failure: Option<String>,
-    /// What waiting for the device takes.
+    /// Time of a wait for the device.
     pub synchronize_ns: u64,
-    /// What the device says of its decode steps.
+    /// Decode steps by the device's clock.
     pub device_step_ns: Vec<u64>,
 }
 
-impl Default for Run {
+impl Default for FakeRun {
     fn default() -> Self {
         Self {
             prefill_ns: 1000,
@@ -64,8 +64,8 @@ impl Default for Run {
 /// Plays its runs in order, one for each prefill; the last one repeats.
 pub struct FakeSession {
     time: FakeTime,
-    runs: VecDeque<Run>,
-    current: Run,
+    runs: VecDeque<FakeRun>,
+    current: FakeRun,
     /// Tokens given since the last prefill.
     given: usize,
     position: usize,
@@ -73,11 +73,11 @@ pub struct FakeSession {
 }
 
 impl FakeSession {
-    pub fn new(time: FakeTime, runs: impl IntoIterator<Item = Run>) -> Self {
-        Self { time, runs: runs.into_iter().collect(), current: Run::default(), given: 0, position: 0, alone: None }
+    pub fn new(time: FakeTime, runs: impl IntoIterator<Item = FakeRun>) -> Self {
+        Self { time, runs: runs.into_iter().collect(), current: FakeRun::default(), given: 0, position: 0, alone: None }
     }
 
-    /// The same, which can tell what its steps take alone.
+    /// The same with times of the parts of its steps alone.
     pub fn with_alone(self, alone: Option<Alone>) -> Self {
         Self { alone, ..self }
     }

@@ -86,7 +86,7 @@ pub fn begin(setup: &Setup, events: &dyn Listener) {
 pub fn format_of<'a>(source: &dyn Source, spec: &MatrixSpec, formats: &'a Formats) -> &'a dyn Format {
     // What a quantized checkpoint holds in plain values was left out on purpose.
     let left_out = source.is_quantized() && spec.role.is_quantized();
-    if left_out { formats.fp16() } else { formats.of(spec.role) }
+    if left_out { formats.unquantized() } else { formats.of(spec.role) }
 }
 
 /// State that the loading threads share.

@@ -92,7 +92,7 @@ pub trait Session {
     fn outlier_columns(&mut self) -> Result<OutlierColumns>;
 
     /// Decode steps at `position` beside what their arithmetic and their memory take alone. All else of the session stays as it is but
-    /// what the cache holds from `position` on. `None` where an engine cannot tell the two apart.
+    /// what the cache holds from `position` on. `None` where an engine cannot separate the two.
     fn alone(&mut self, _position: usize) -> Result<Option<Alone>> {
         Ok(None)
     }

@@ -47,7 +47,7 @@ struct Instead {
 }
 
 impl Recompute {
-    /// Takes `tokens`, those of a sequence together, behind the ones in the cache, and tells what must be run.
+    /// Takes `tokens`, those of a sequence together, behind the ones in the cache, and gives what must be run.
     fn extend(&mut self, batch: Batch, tokens: &[u32]) -> Instead {
         let before = self.inner.position();
         let each = batch.rows() / batch.sequences.max(1);

@@ -9,7 +9,7 @@ use super::case::Case;
 use super::checks;
 use super::prepare::PreparedCase;
 use super::run_context::RunContext;
-use super::schedule::{self, Order, ScheduleContext, Worker};
+use super::schedule::{self, RunOrder, ScheduleContext, WorkerHandle};
 use super::watch::machine::MachineWatch;
 use super::worker_process::ProcessWorker;
 use crate::error::BadInput;
@@ -17,7 +17,7 @@ use crate::events::Listener;
 use crate::protocol::Failure;
 use crate::record::{self, Record};
 
-/// Measures every row of `case` with this build and with another one, repeat by repeat in turn: the records of the other
+/// Measures every variant of `case` with this build and with another one, repeat by repeat in turn: the records of the other
 /// build, then those of this one. Both speak the same worker protocol or the other's records say that they do not.
 pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<Record>, Vec<Record>)> {
     let chosen = checks::check(case)?;
@@ -37,12 +37,12 @@ pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<R
                 let request = prepared.workload.load_request(case, variant, prepared.assignment);
                 let worker =
                     ProcessWorker::new(request, needs.bytes(), case.protocol.deadline).of_binary(other.to_owned());
-                Box::new(worker) as Box<dyn Worker>
+                Box::new(worker) as Box<dyn WorkerHandle>
             }
             _ => prepared.worker(case, variant, needs),
         }
     };
-    let (n_workers, order) = (2 * variants.len(), Order::Interleaved);
+    let (n_workers, order) = (2 * variants.len(), RunOrder::Interleaved);
     let mut schedule_context = ScheduleContext { start: &start, n_workers, order, watch: &mut watch, events };
     let outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(Failure::into_error)?;
     let of_side = |side: usize| outcomes.iter().skip(side).step_by(2).cloned().collect::<Vec<_>>();
@@ -52,7 +52,7 @@ pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<R
 }
 
 /// Version and commit as the other build's `--version` gives them.
-fn engine_of(binary: &Path) -> Result<record::Engine, BadInput> {
+fn engine_of(binary: &Path) -> Result<record::EngineInfo, BadInput> {
     let bad = |why: String| BadInput::new(format!("`--ab {}`: {why}", binary.display()));
     let output = std::process::Command::new(binary).arg("--version").output();
     let output = output.map_err(|error| bad(format!("it cannot be started: {error}")))?;
@@ -61,7 +61,7 @@ fn engine_of(binary: &Path) -> Result<record::Engine, BadInput> {
     match (words.next(), words.next(), words.next(), words.next()) {
         (Some("quantbench"), Some(version), Some("commit"), Some(commit)) => {
             let word = str::to_owned;
-            Ok(record::Engine { name: word("quantbench"), version: word(version), commit: word(commit) })
+            Ok(record::EngineInfo { name: word("quantbench"), version: word(version), commit: word(commit) })
         }
         _ => Err(bad("it is no quantbench: `--version` names no version and commit".into())),
     }

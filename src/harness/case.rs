@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::measurement_protocol::MeasurementProtocol;
+use crate::call::KvFormat;
 use crate::engine::Engine;
 use crate::quality::CallPath;
 use crate::quality::text::SAMPLE_NAME;
@@ -14,7 +15,7 @@ use crate::weights::policy::Selection;
 /// One model on one device with one workload, at several precisions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Case {
-    pub model: crate::weights::Request,
+    pub model: crate::weights::ModelRequest,
     /// In the order of the command line.
     pub precisions: Vec<FormatId>,
     pub precision_selection: PrecisionSelection,
@@ -26,11 +27,19 @@ pub struct Case {
     pub threads: usize,
     /// A decode step on CUDA is one graph.
     pub cuda_graph: bool,
+    /// Sequences that a call runs at once.
+    pub sequences: usize,
+    /// Format of the key/value cache; `None`: the engine's own.
+    pub kv_format: Option<KvFormat>,
     pub prompt: PromptChoice,
+    /// The prompt is a message, written as the model's chat template says.
+    pub chat: bool,
     /// Picture for a vision-language model; `None`: the generated test picture.
     pub image: Option<PathBuf>,
     /// Tokens generated, always exactly this many unless `stop_at_eos`.
     pub n_gen: usize,
+    /// Nobody asked for this many: fewer are generated where each takes long, so that there are several repeats.
+    pub may_shorten: bool,
     /// Synthetic tokens prefilled untimed before the prompt.
     pub n_depth: usize,
     pub stop_at_eos: bool,
@@ -45,7 +54,7 @@ pub struct Case {
     pub command: String,
 }
 
-/// How the precisions of a case were chosen.
+/// The way in which the precisions of a case were chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum PrecisionSelection {
     /// By name: a model that was saved in another precision is refused.
@@ -151,7 +160,7 @@ pub mod tests {
     /// An ordinary case; tests vary what they are about.
     pub fn case() -> Case {
         Case {
-            model: crate::weights::Request {
+            model: crate::weights::ModelRequest {
                 model_id: "tiny".to_owned(),
                 revision: None,
                 offline: true,
@@ -167,7 +176,11 @@ pub mod tests {
             device: DeviceChoice::Cpu,
             threads: 1,
             cuda_graph: true,
+            sequences: 1,
+            kv_format: None,
             prompt: PromptChoice::Default,
+            chat: false,
+            may_shorten: false,
             image: None,
             n_gen: 4,
             n_depth: 0,

@@ -1,4 +1,4 @@
-//! What is refused before anything long starts.
+//! Checks before anything long starts.
 
 use anyhow::Result;
 
@@ -10,7 +10,7 @@ use crate::error::BadInput;
 use crate::quant::{self, FormatId, FormatOptions};
 use crate::weights::bnb::PreQuantized;
 
-/// The checks that need no model; what is wrong is said before anything is downloaded.
+/// Runs the checks that need no model, before anything is downloaded.
 pub fn check(case: &Case) -> Result<Chosen> {
     check_precisions(case)?;
     check_engines(case)?;
@@ -31,7 +31,7 @@ fn check_precisions(case: &Case) -> Result<(), BadInput> {
     Err(BadInput::new("no precision is asked for").hint(format!("known are {}", known.join(", "))))
 }
 
-/// candle-transformers runs one precision: where quantized ones are asked for by name, our own engine must be there for them.
+/// candle-transformers runs one precision: quantized ones that were asked for by name need quantbench's own engine beside it.
 pub fn check_engines(case: &Case) -> Result<(), BadInput> {
     if !case.engines.contains(&Engine::Candle) {
         return Ok(());
@@ -70,7 +70,7 @@ pub fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result
     Ok(case)
 }
 
-/// The device of a case, and what a reader must know about the choice.
+/// The device of a case, and a warning about the choice.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chosen {
     pub device: Device,
@@ -82,8 +82,8 @@ pub fn device(choice: DeviceChoice) -> Result<Device, BadInput> {
     choose(choice, cfg!(feature = "cuda"), &doctor::gpu).map(|chosen| chosen.device)
 }
 
-/// As [`device`], for a build with CUDA or without, where `driver` says of a GPU's number why it cannot be used. Where no device was
-/// asked for and there is no GPU, the CPU does.
+/// Resolves a choice for a build with CUDA or without. `driver` gives the reason why the GPU of a number cannot be used. `auto`
+/// falls back to the CPU where there is no GPU.
 fn choose(
     choice: DeviceChoice,
     has_cuda: bool,

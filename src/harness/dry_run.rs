@@ -1,15 +1,17 @@
-//! What a run would do, download and need, from the plan and the hub's answers: no weights are read and nothing is measured.
+//! Plans a run without measuring: variants, downloads and memory, from the plan and the hub's answers. No weights are read.
 
 use anyhow::Result;
 
 use super::case::{Case, PromptChoice, Variant};
 use super::checks::{self, Chosen};
 use super::environment::too_many_threads;
+use super::estimate::{self, Work};
 use super::measurement_protocol::MeasurementProtocol;
 use super::open_model;
-use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT};
+use super::prompt::{self, DEFAULT_PICTURE_TEXT, DEFAULT_TEXT, Words};
 use super::quality;
-use super::room::{Room, free_bytes};
+use super::room::{MemoryBudget, free_bytes};
+use super::stopping::MIN_SPREAD_REPEATS;
 use crate::engine::needs::Needs;
 use crate::engine::{self, Device, Engine};
 use crate::events::Listener;
@@ -28,7 +30,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let Surveyed { checkpoint, files } = weights::survey(&case.model, events)?;
     let mut model = open_model::build(&checkpoint, &case.model, events)?;
     if checkpoint.has_weights() {
-        // Whether the files hold what the model needs.
+        // Fails where the files lack a tensor of the model.
         checkpoint.source_with(&model.matrices, &model.vectors, events)?;
     }
     open_model::select(&mut model, &checkpoint, &case.selection())?;
@@ -40,10 +42,17 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     let tokenizer_comes = files.iter().any(|file| file.name == "tokenizer.json" && !file.is_cached);
     let bound = bounded(case).filter(|_| tokenizer_comes);
     case.quality.as_ref().map(|_| quality::check(&checkpoint, tokenizer_comes)).transpose()?;
-    let workload = prompt::workload(bound.as_ref().unwrap_or(case), checkpoint.tokenizer.as_ref(), &model)?;
+    let workload = prompt::workload(bound.as_ref().unwrap_or(case), Words::of(&checkpoint), &model)?;
     // Whether the picture can be read.
     open_model::pixels(&model, &checkpoint, &workload.task.encode)?;
-    let (room, free_bytes) = (Room::new(case, (&model, &workload), device)?, free_bytes(device));
+    let room = MemoryBudget::new(case, (&model, &workload), device)?;
+    let n_gen = estimate::n_gen(case, &Work::new(&room, &model, &workload, threads));
+    // A shorter workload needs less of everything.
+    let case = &Case { n_gen, ..case.clone() };
+    let bound = bound.map(|bound| Case { n_gen, ..bound });
+    let workload = prompt::workload(bound.as_ref().unwrap_or(case), Words::of(&checkpoint), &model)?;
+    let (room, free_bytes) = (MemoryBudget::new(case, (&model, &workload), device)?, free_bytes(device));
+    let seconds = Work::new(&room, &model, &workload, threads).seconds(n_gen, &case.protocol);
     let rows = case.variants().iter().zip(&room.needs).map(|(of, needs)| row(of, *needs, free_bytes)).collect();
     Ok(DryRun {
         model: checkpoint.id.clone(),
@@ -60,6 +69,8 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
         n_prompt_is_a_bound: bound.is_some(),
         order: room.order().name().to_owned(),
         repeats: repeats(&case.protocol),
+        seconds: Some(seconds.round()),
+        takes: estimate::about(seconds),
         quality: case.quality.as_ref().map(|choice| choice.describe()),
         card_bytes: None,
         download_bytes: files.iter().filter(|file| !file.is_cached).filter_map(|file| file.bytes).sum(),
@@ -70,8 +81,8 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     })
 }
 
-/// The case with so many synthetic ids as its text has bytes, and one for the beginning; `None` where its prompt is no text. A
-/// token stands for a byte at least.
+/// The case with as many synthetic ids as its text has bytes, and one for the beginning; `None` for a prompt that is no text. A
+/// token covers at least one byte.
 fn bounded(case: &Case) -> Option<Case> {
     let bytes = match &case.prompt {
         PromptChoice::Text(text) => text.len(),
@@ -81,7 +92,7 @@ fn bounded(case: &Case) -> Option<Case> {
     Some(Case { prompt: PromptChoice::Synthetic(bytes + 1), ..case.clone() })
 }
 
-/// What one worker holds, and whether that is free.
+/// Memory that one worker holds, and whether that is free.
 fn row(variant: &Variant, needs: Needs, free_bytes: Option<u64>) -> dry_run::Row {
     dry_run::Row {
         engine: variant.engine.name().to_owned(),
@@ -107,8 +118,8 @@ fn repeats(protocol: &MeasurementProtocol) -> String {
     match protocol.repeats {
         Some(n) => format!("{n} repeats of each precision"),
         None => format!(
-            "at least {} repeats and {} s of each precision, at most {} s",
-            protocol.min_repeats, protocol.min_time_s, protocol.max_time_s
+            "{} or more repeats of each precision until the interval is narrow, for {} to {} s, and never fewer than {}",
+            protocol.min_repeats, protocol.min_time_s, protocol.max_time_s, MIN_SPREAD_REPEATS
         ),
     }
 }

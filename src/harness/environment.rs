@@ -1,4 +1,4 @@
-//! What machine and build a record comes from, and what about them disturbs a measurement.
+//! Machine and build of a record, and what about them disturbs a measurement.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use crate::engine::Engine;
 use crate::kernels::cpu::topology::usable_cpus;
 use crate::record::{self, Environment};
 
-/// Facts below a root folder: `/` but in tests.
+/// The machine below a root folder: `/` but in tests.
 #[derive(Debug, Clone)]
 pub struct Machine {
     root: PathBuf,
@@ -53,14 +53,14 @@ impl Machine {
         format!("{name} {}", kernel.trim()).trim_end().to_owned()
     }
 
-    /// What is known before anything is measured.
+    /// Warnings that are known before anything is measured.
     pub fn warnings(&self) -> Vec<Warning> {
         let debug = (build_profile() == "debug").then_some(Warning::DebugBuild);
         [debug, self.slow_governor(), self.on_battery()].into_iter().flatten().collect()
     }
 
     /// `powersave` holds the lowest clock, but with the drivers that let the processor choose (intel_pstate,
-    /// amd-pstate-epp) it is the ordinary setting and the energy preference tells.
+    /// amd-pstate-epp) it is the ordinary setting and the energy preference decides.
     fn slow_governor(&self) -> Option<Warning> {
         let setting = |name: &str| self.text(&format!("sys/devices/system/cpu/cpu0/cpufreq/{name}"));
         let governor = setting("scaling_governor")?.trim().to_owned();
@@ -90,12 +90,16 @@ impl Machine {
 }
 
 /// Name, version and commit of an engine, for records.
-pub fn engine_info(engine: Engine) -> record::Engine {
+pub fn engine_info(engine: Engine) -> record::EngineInfo {
     let commit = match engine {
         Engine::Quantbench => option_env!("QUANTBENCH_COMMIT").unwrap_or("unknown"),
         Engine::Candle => "release",
     };
-    record::Engine { name: engine.name().to_owned(), version: engine.version().to_owned(), commit: commit.to_owned() }
+    record::EngineInfo {
+        name: engine.name().to_owned(),
+        version: engine.version().to_owned(),
+        commit: commit.to_owned(),
+    }
 }
 
 /// More threads than CPUs that this process may use: its affinity, and the quota of its control group.
@@ -138,7 +142,7 @@ mod tests {
     use crate::os::testing::root;
 
     #[test]
-    fn threads_beyond_the_cpus_are_told() {
+    fn threads_beyond_the_cpus_are_warned_of() {
         let cpus = usable_cpus();
         assert_eq!(too_many_threads(cpus), None);
         let warning = too_many_threads(cpus + 1).expect("a warning");

@@ -1,4 +1,4 @@
-//! The untimed pass that keeps every step's logits.
+//! The untimed pass that saves every step's logits.
 
 use std::io::Write;
 use std::path::Path;
@@ -10,8 +10,8 @@ use safetensors::tensor::TensorView;
 use crate::engine::Session;
 use crate::error::BadInput;
 
-/// Generates on behind a prefill to `n_gen` tokens and writes the logits of all, fp32 `[n_gen, vocab]` as tensor
-/// `logits`. The file appears whole or not at all.
+/// Generates `n_gen` tokens after a prefill and writes the logits of all, fp32 `[n_gen, vocab]` as tensor
+/// `logits`. The file is written atomically.
 pub fn save(session: &mut dyn Session, n_gen: usize, path: &Path) -> Result<()> {
     let mut rows = session.logits()?;
     let vocab = rows.len();
@@ -73,13 +73,13 @@ pub fn path_of(path: &Path, precision: &str, n_precisions: usize) -> std::path::
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::fake::{FakeSession, FakeTime, Run};
+    use crate::engine::fake::{FakeRun, FakeSession, FakeTime};
 
     #[test]
     fn logits_are_one_row_a_token() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("l.safetensors");
-        let run = Run { logits: vec![0.5, -1.0, 2.0], ..Run::default() };
+        let run = FakeRun { logits: vec![0.5, -1.0, 2.0], ..FakeRun::default() };
         let mut session = FakeSession::new(FakeTime::default(), [run]);
         session.prefill(&[1, 2]).unwrap();
         save(&mut session, 4, &path).unwrap();
@@ -91,11 +91,11 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn a_full_disk_is_told_without_a_path() {
+    fn a_full_disk_is_reported_without_a_path() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("l.safetensors");
         std::os::unix::fs::symlink("/dev/full", &path).unwrap();
-        let mut session = FakeSession::new(FakeTime::default(), [Run { logits: vec![0.5], ..Run::default() }]);
+        let mut session = FakeSession::new(FakeTime::default(), [FakeRun { logits: vec![0.5], ..FakeRun::default() }]);
         session.prefill(&[1]).unwrap();
         let error = format!("{:#}", save(&mut session, 2, &path).unwrap_err());
         assert!(error.starts_with("the logits could not be written to `l.safetensors`: No space left"), "{error}");

@@ -16,10 +16,10 @@ use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
 use crate::protocol::{Encode, FinishReport, Sample, Task, Wait, WarmupEnd, WarmupReport};
 
-/// What a session's [`Session::alone`] takes at least, in decode steps: three rounds, each of which runs a step and its parts twice.
+/// Least time of a session's [`Session::alone`], in decode steps: three rounds, each of which runs a step and its parts twice.
 const ALONE_STEPS: u64 = 18;
 
-/// A loaded session and what it is measured with.
+/// A loaded session, with the clock and the accounts that measure it.
 pub struct Bench<C: Clock> {
     session: Box<dyn Session>,
     clock: C,
@@ -32,7 +32,7 @@ pub struct Bench<C: Clock> {
     /// Highest resident set seen between repeats: the peak where the kernel's mark cannot be reset.
     seen_peak_bytes: Option<u64>,
     peak_is_exact: bool,
-    /// What the device's pool held at the end of each phase so far.
+    /// Use of the device's memory pool at the end of each phase so far.
     pool: BTreeMap<String, PoolUse>,
 }
 
@@ -40,9 +40,9 @@ pub struct Bench<C: Clock> {
 #[derive(Default)]
 struct Stamps {
     start_ns: u64,
-    /// When the encoder was done; the start where there is none.
+    /// Time at which the encoder was done; the start where there is none.
     encoded_ns: u64,
-    /// When each token was known on the host, the first token's first.
+    /// Time at which each token was known on the host, the first token included.
     token_ns: Vec<u64>,
     ids: Vec<u32>,
 }
@@ -70,7 +70,7 @@ impl Stamps {
 }
 
 impl<C: Clock> Bench<C> {
-    /// `pixels` is what [`Encode::Picture`] shows, `[3, size, size]`.
+    /// `pixels` is the picture of [`Encode::Picture`], `[3, size, size]`.
     pub fn new(
         session: Box<dyn Session>,
         clock: C,
@@ -84,16 +84,16 @@ impl<C: Clock> Bench<C> {
         Self { session, clock, memory, load, task, pixels, stamps, seen_peak_bytes: None, peak_is_exact: false, pool }
     }
 
-    /// Notes what loading took of the device's memory.
+    /// Records the device memory of loading.
     pub fn loaded(&mut self) -> Result<()> {
         self.end_phase("load")
     }
 
     /// Fills the cache to the depth, finds where the text ends if it may end early, and runs at full shape and length until
-    /// flat. Afterwards `peak` starts anew.
+    /// flat. Afterwards `peak` starts again.
     pub fn warm_up(&mut self) -> Result<WarmupReport> {
         if let Some(pool) = self.session.pool() {
-            // What loading alone needed.
+            // Memory that only loading needed.
             pool.release_unused()?;
         }
         self.session.rewind(0);
@@ -115,7 +115,7 @@ impl<C: Clock> Bench<C> {
         let warmup_peak_bytes = self.memory.peak_bytes();
         self.peak_is_exact = self.memory.reset_peak();
         let (prefill_peak_bytes, decode_peak_bytes) = match ended {
-            // Whoever asked for no warm-up wants the next run to be the first.
+            // Without a warm-up the next run must be the first.
             WarmupEnd::Count if runs_ns.is_empty() => (None, None),
             _ => self.peaks_of_a_run()?,
         };
@@ -135,8 +135,8 @@ impl<C: Clock> Bench<C> {
         })
     }
 
-    /// The highest memory of prefill and of decode, from a run that is not timed: looking between them takes time. Does nothing
-    /// where no mark can be reset.
+    /// The highest memory of prefill and of decode, from a run that is not timed: reading memory between them takes time. Does nothing
+    /// where no high-water mark can be reset.
     fn peaks_of_a_run(&mut self) -> Result<(Option<u64>, Option<u64>)> {
         if !self.peak_is_exact && self.session.pool().is_none() {
             return Ok((None, None));
@@ -159,7 +159,7 @@ impl<C: Clock> Bench<C> {
         Ok(peak)
     }
 
-    /// Notes what the device's pool holds and starts its marks anew.
+    /// Records the use of the device's pool and resets its high-water marks.
     fn end_phase(&mut self, phase: &str) -> Result<()> {
         let Some(pool) = self.session.pool() else { return Ok(()) };
         self.pool.insert(phase.to_owned(), pool.read()?);
@@ -241,7 +241,7 @@ impl<C: Clock> Bench<C> {
         Ok(self.session.as_mut())
     }
 
-    /// Decode steps in the middle of the run beside their parts alone: behind all that is timed and after memory was read, since it takes some.
+    /// Decode steps in the middle of the run beside their parts alone. It runs after all that is timed and after memory was read, since it takes some.
     /// Not where the rounds would take longer than the time that the user gives to one precision. What cannot be measured is not known; the
     /// repeats count all the same.
     fn alone(&mut self) -> Option<Alone> {
@@ -255,7 +255,7 @@ impl<C: Clock> Bench<C> {
         self.session.alone(middle).ok().flatten()
     }
 
-    /// What is read once, after the last repeat, and the passes that are not timed.
+    /// Reads memory and outliers once after the last repeat, and runs the passes that are not timed.
     pub fn finish(&mut self, save_logits: Option<&Path>) -> Result<FinishReport> {
         self.end_phase("run")?;
         let end_bytes = self.memory.resident_bytes();

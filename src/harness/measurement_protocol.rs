@@ -1,10 +1,10 @@
-//! How often a case is measured, and for how long.
+//! The protocol of a measurement: number and length of its runs.
 
 use serde::{Deserialize, Serialize};
 
 use crate::ipc::Deadline;
 
-/// How often a case is measured, and for how long.
+/// Number of runs, their time limits and their method.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MeasurementProtocol {
     /// Warm-up runs at full shape and length; `None`: until the last two agree within 5 %, at most 5.
@@ -13,6 +13,7 @@ pub struct MeasurementProtocol {
     pub repeats: Option<usize>,
     pub min_repeats: usize,
     pub min_time_s: f64,
+    /// No further repeat of a precision starts later, but for the first three.
     pub max_time_s: f64,
     /// Half width of the 95 % interval of the median over the median at which repeating ends.
     pub rel_ci: f64,
@@ -23,7 +24,7 @@ pub struct MeasurementProtocol {
     pub deadline: Option<Deadline>,
     /// Fresh starts of every worker, at least 1; they share the times, and each takes its own repeats.
     pub launches: usize,
-    /// Each repeat is followed by a run that waits for the device after every token, as the seed did.
+    /// Each repeat is followed by a run that waits for the device after every token, as simple scripts do.
     pub sync_each_token: bool,
     pub method: Method,
     /// Every reading of the machine goes into the record.
@@ -38,7 +39,7 @@ pub enum Method {
     #[default]
     Quantbench,
     /// One run without a warm-up, its prefill included, that waits for the device after every token.
-    Seed,
+    SingleColdRun,
 }
 
 impl Method {
@@ -46,15 +47,15 @@ impl Method {
     pub fn name(self) -> &'static str {
         match self {
             Method::Quantbench => "quantbench",
-            Method::Seed => "seed",
+            Method::SingleColdRun => "single-cold-run",
         }
     }
 }
 
 impl MeasurementProtocol {
     /// One run without warm-up.
-    pub fn of_seed() -> Self {
-        Self { warmup: Some(0), repeats: Some(1), method: Method::Seed, ..Self::default() }
+    pub fn single_cold_run() -> Self {
+        Self { warmup: Some(0), repeats: Some(1), method: Method::SingleColdRun, ..Self::default() }
     }
 
     /// Protocol of one of the launches: an equal part of the times.
@@ -71,7 +72,7 @@ impl Default for MeasurementProtocol {
             repeats: None,
             min_repeats: 6,
             min_time_s: 3.0,
-            max_time_s: 20.0,
+            max_time_s: 12.0,
             rel_ci: 0.02,
             memory_limit_bytes: None,
             deadline: None,

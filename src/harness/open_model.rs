@@ -9,26 +9,26 @@ use crate::models;
 use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::Encode;
 use crate::weights::policy::Selection;
-use crate::weights::{self, Checkpoint, Request, Source};
+use crate::weights::{self, Checkpoint, ModelRequest, Source};
 
 /// A model whose files were found and whose plan was built; no weights are in memory.
-pub struct Opened {
+pub struct OpenModel {
     pub checkpoint: Checkpoint,
     pub model: Model,
     pub source: Box<dyn Source>,
 }
 
 /// Finds a model's files, downloading what is missing, and checks that they hold what the architecture needs.
-pub fn open(request: &Request, events: &dyn Listener) -> Result<Opened> {
+pub fn open(request: &ModelRequest, events: &dyn Listener) -> Result<OpenModel> {
     let checkpoint = weights::open(request, events)?;
     let model = build(&checkpoint, request, events)?;
     let source = checkpoint.source_with(&model.matrices, &model.vectors, events)?;
-    Ok(Opened { checkpoint, model, source })
+    Ok(OpenModel { checkpoint, model, source })
 }
 
 /// Builds the plan of a model and warns of each setting of its files that is not computed. Fails on one that must be, and with
 /// `--strict-config` on any.
-pub fn build(checkpoint: &Checkpoint, request: &Request, events: &dyn Listener) -> Result<Model, BadInput> {
+pub fn build(checkpoint: &Checkpoint, request: &ModelRequest, events: &dyn Listener) -> Result<Model, BadInput> {
     let files = models::Files { config: &checkpoint.config, generation: checkpoint.generation_config.as_ref() };
     let built = models::read(&files).map_err(|error| {
         let model_id = &request.model_id;
@@ -48,7 +48,7 @@ pub fn build(checkpoint: &Checkpoint, request: &Request, events: &dyn Listener) 
     Ok(built.model)
 }
 
-impl Opened {
+impl OpenModel {
     /// See [`select`].
     pub fn select(&mut self, selection: &Selection) -> Result<(), BadInput> {
         select(&mut self.model, &self.checkpoint, selection)
@@ -65,7 +65,7 @@ pub fn select(model: &mut Model, checkpoint: &Checkpoint, selection: &Selection)
     selection.apply(&mut model.matrices).map_err(|pattern| {
         let message = format!("`--keep-fp16 {pattern}` matches no linear layer of `{}`", checkpoint.id);
         BadInput::new(message).hint(format!(
-            "a pattern is a part of a name such as `{}`, from dot to dot; `*` stands for anything between dots",
+            "a pattern is one or more components of a name such as `{}`; `*` matches any text within one",
             last_linear(model)
         ))
     })
@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn bytes_of_a_selection_are_known_before_it_runs() {
-        let request = Request {
+        let request = ModelRequest {
             model_id: concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/models/llama-tiny").to_owned(),
             revision: None,
             offline: true,

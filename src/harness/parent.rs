@@ -8,7 +8,7 @@ use super::quality::{self, EvalText, Failed};
 use super::warnings::Warning;
 use super::watch::machine::MachineWatch;
 use super::{assemble, checks};
-use crate::events::Listener;
+use crate::events::{Listener, Silent};
 use crate::record::Record;
 
 /// Measures every precision of `case`. Fails on input that cannot be used; a precision that fails becomes a record.
@@ -31,6 +31,12 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     }
     add_quality(prepared, case, text.as_ref(), &mut records, events)?;
     Ok(records)
+}
+
+/// Fails where [`run`] would fail before anything is measured.
+pub fn check(case: &Case) -> Result<()> {
+    let chosen = checks::check(case)?;
+    PreparedCase::open(case, chosen, &Silent).map(drop)
 }
 
 /// Measures the quality of every precision of `case` and no speed. Fails on input that cannot be used and on a model that

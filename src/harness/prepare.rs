@@ -1,17 +1,20 @@
 //! Everything of a case before the first worker starts: checks, the opened model, the prompt's ids, memory and bandwidth.
 
+use std::sync::{Mutex, PoisonError};
+
 use anyhow::Result;
 
 use super::bandwidth_cache::{BandwidthCache, DeviceBandwidth};
 use super::case::{Case, Variant};
 use super::checks::{self, Chosen};
 use super::environment::{self, Machine};
-use super::open_model::{self, Opened};
-use super::prompt::{self, Workload};
+use super::estimate::{self, Work};
+use super::open_model::{self, OpenModel};
+use super::prompt::{self, TokenizedWorkload, Words};
 use super::quality::EvalText;
-use super::room::{Room, TooLarge};
+use super::room::{MemoryBudget, TooLarge};
 use super::run_context::RunContext;
-use super::schedule::{self, Order, Outcome, ScheduleContext, Worker};
+use super::schedule::{self, RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
 use super::warnings::Warning;
 use super::watch::Watch;
 use super::watch::machine::Sensors;
@@ -20,7 +23,7 @@ use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::needs::Needs;
 use crate::engine::{self, Device, Engine};
 use crate::events::{Collector, Event, Listener, Unit};
-use crate::kernels::cpu::bandwidth;
+use crate::kernels::cpu::bandwidth::WorkingSet;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
@@ -39,12 +42,15 @@ pub enum BandwidthSource {
     Measurement,
 }
 
+/// What this process measured, and with how many threads.
+static CPU_BANDWIDTH: Mutex<Option<(usize, MeasuredBandwidth)>> = Mutex::new(None);
+
 /// A checked case and its opened model.
 pub struct PreparedCase {
-    opened: Opened,
+    opened: OpenModel,
     pub assignment: DeviceAssignment,
-    pub workload: Workload,
-    pub room: Room,
+    pub workload: TokenizedWorkload,
+    pub room: MemoryBudget,
     /// Warnings of the device's choice and of the model's files.
     warnings: Vec<Warning>,
 }
@@ -57,25 +63,39 @@ impl PreparedCase {
         opened.select(&case.selection())?;
         let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
         checks::check_engines(&case)?;
-        let mut prepared = Self::new(&case, chosen.device, opened)?;
+        let (case, mut prepared) = Self::new(&case, chosen.device, opened)?;
+        if let Some(message) = Words::of(&prepared.opened.checkpoint).hint(&case) {
+            events.on(Event::Hint { message: message.to_owned() });
+        }
         let collected = collector.warnings().into_iter();
         let of_model = collected.map(|(name, message)| Warning::Model { name, message });
         prepared.warnings = chosen.warning.into_iter().chain(of_model).collect();
         Ok((case, prepared))
     }
 
-    /// The checks that need the model but no weights in memory.
-    fn new(case: &Case, device: Device, opened: Opened) -> Result<Self> {
+    /// The checks that need the model but no weights in memory, and the case with as many tokens as it affords.
+    fn new(case: &Case, device: Device, opened: OpenModel) -> Result<(Case, Self)> {
         if case.engines.contains(&Engine::Candle) {
             engine::candle::check(&opened.model, &opened.checkpoint.config)?;
         }
-        let workload = prompt::workload(case, opened.checkpoint.tokenizer.as_ref(), &opened.model)?;
+        let workload = prompt::workload(case, Words::of(&opened.checkpoint), &opened.model)?;
         // Fails early on a picture that cannot be read; the workers read it again.
         open_model::pixels(&opened.model, &opened.checkpoint, &workload.task.encode)?;
         let threads = if case.threads == 0 { default_threads() } else { case.threads };
         let assignment = DeviceAssignment { device, threads };
-        let room = Room::new(case, (&opened.model, &workload), device)?;
-        Ok(Self { opened, assignment, workload, room, warnings: Vec::new() })
+        let room = MemoryBudget::new(case, (&opened.model, &workload), device)?;
+        let case =
+            Case { n_gen: estimate::n_gen(case, &Work::new(&room, &opened.model, &workload, threads)), ..case.clone() };
+        // A shorter workload needs less of everything.
+        let workload = prompt::workload(&case, Words::of(&opened.checkpoint), &opened.model)?;
+        let room = MemoryBudget::new(&case, (&opened.model, &workload), device)?;
+        Ok((case, Self { opened, assignment, workload, room, warnings: Vec::new() }))
+    }
+
+    /// What will be done, and for how long: before it starts.
+    fn announcement(&self, case: &Case) -> String {
+        let work = Work::new(&self.room, self.model(), &self.workload, self.assignment.threads);
+        estimate::announcement(case, &work, &self.opened.checkpoint.id)
     }
 
     pub fn model(&self) -> &Model {
@@ -92,10 +112,11 @@ impl PreparedCase {
         self.opened.checkpoint.tokenizer.as_ref()?.decode(ids, true).ok()
     }
 
-    /// What all records of the run share. Measures the memory's bandwidth, or takes it from the cache.
+    /// Properties that all records of the run share. Measures the memory's bandwidth, or takes it from the cache.
     pub fn context(&self, case: &Case, events: &dyn Listener) -> Result<RunContext> {
+        events.on(Event::Note { message: self.announcement(case) });
         let mut context = self.unmeasured_context(case);
-        if context.order == Order::InTurn {
+        if context.order == RunOrder::InTurn {
             let (needed_bytes, free_bytes) = (self.room.together_bytes(), self.room.free_bytes.unwrap_or(0));
             context.warnings.push(Warning::UnpairedRatios { needed_bytes, free_bytes });
         }
@@ -137,7 +158,7 @@ impl PreparedCase {
         sensors
     }
 
-    /// What all records share, as far as it is known without measuring the machine.
+    /// Properties that all records share, as far as they are known without measuring the machine.
     pub fn unmeasured_context(&self, case: &Case) -> RunContext {
         let (machine, order) = (Machine::default(), self.room.order());
         let is_cpu = self.assignment.device == Device::Cpu;
@@ -188,7 +209,7 @@ impl PreparedCase {
                 // The precisions can do without it, and fail on their own where the device does.
                 measured => Ok(measured.unwrap_or_default()),
             },
-            Device::Cpu => Ok(self.cpu_bandwidth(events)),
+            Device::Cpu => Ok(self.cpu_bandwidth(source, events)),
         };
         events.on(Event::End);
         let measured = measured?;
@@ -200,21 +221,38 @@ impl PreparedCase {
 
     /// The pool ends with the measurement, so that no thread of the parent is awake beside the workers. `None` where the
     /// memory for it cannot be had.
-    fn cpu_bandwidth(&self, events: &dyn Listener) -> MeasuredBandwidth {
+    ///
+    /// Several cases of one run share what the first one measured.
+    fn cpu_bandwidth(&self, source: BandwidthSource, events: &dyn Listener) -> MeasuredBandwidth {
+        let mut known = CPU_BANDWIDTH.lock().unwrap_or_else(PoisonError::into_inner);
+        match *known {
+            Some((threads, measured)) if source == BandwidthSource::Cache && threads == self.assignment.threads => {
+                measured
+            }
+            _ => {
+                let measured = self.measure_cpu_bandwidth(events);
+                *known = Some((self.assignment.threads, measured));
+                measured
+            }
+        }
+    }
+
+    fn measure_cpu_bandwidth(&self, events: &dyn Listener) -> MeasuredBandwidth {
         let (isa, pool) = (Isa::detect(), Pool::new(self.assignment.threads));
         let _pinned = pool.pin_caller();
-        let read_gb_s = bandwidth::read_gb_s(isa, &pool).ok();
+        let Ok(mut memory) = WorkingSet::new(&pool) else { return MeasuredBandwidth::default() };
+        let read_gb_s = Some(memory.read_gb_s(isa, &pool));
         events.on(Event::Progress { done: 1 });
-        MeasuredBandwidth { read_gb_s, copy_gb_s: bandwidth::copy_gb_s(isa, &pool).ok() }
+        MeasuredBandwidth { read_gb_s, copy_gb_s: Some(memory.copy_gb_s(isa, &pool)) }
     }
 
     pub fn outcomes(
         &self,
         case: &Case,
-        order: Order,
+        order: RunOrder,
         watch: &mut dyn Watch,
         events: &dyn Listener,
-    ) -> Result<Vec<Outcome>> {
+    ) -> Result<Vec<VariantOutcome>> {
         let variants = case.variants();
         let start = |at: usize| self.worker(case, &variants[at], self.room.needs[at]);
         let mut schedule_context = ScheduleContext { start: &start, n_workers: variants.len(), order, watch, events };
@@ -227,7 +265,7 @@ impl PreparedCase {
 
     /// A worker process; a stand-in that refuses where the variant alone exceeds the free memory of the host. A GPU refuses by
     /// itself.
-    pub fn worker(&self, case: &Case, variant: &Variant, needs: Needs) -> Box<dyn Worker> {
+    pub fn worker(&self, case: &Case, variant: &Variant, needs: Needs) -> Box<dyn WorkerHandle> {
         let needed_bytes = needs.bytes();
         let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
         let room_bytes = room_bytes.into_iter().flatten().min();

@@ -1,4 +1,4 @@
-//! From what the user asked for to the exact ids that every precision gets.
+//! The prompt as the exact ids that every precision gets.
 
 use tokenizers::Tokenizer;
 
@@ -10,23 +10,27 @@ use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::{self, DeviceAssignment, Encode, LoadRequest, Task, Wait};
 use crate::record;
 use crate::rng::SplitMix64;
+use crate::weights::Checkpoint;
+use crate::weights::tokenizer::{ChatTemplate, Message};
 
 /// The prompt where none is given and there is a tokenizer.
 pub const DEFAULT_TEXT: &str = "Explain quantization in simple terms.";
 
-/// The prompt of a model that sees.
+/// The prompt of a vision-language model.
 pub const DEFAULT_PICTURE_TEXT: &str = "caption en";
 
 /// Length of the prompt where none is given and there is no tokenizer.
 const DEFAULT_SYNTHETIC: usize = 8;
 
-/// Sets the depth's ids apart from the prompt's.
+/// Stream of the random ids of the depth, other than the prompt's.
 const DEPTH_STREAM: u64 = 0xde97;
 
-/// What every repeat does and how records describe it.
+/// The work of every repeat and its description in records.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Workload {
+pub struct TokenizedWorkload {
     pub task: Task,
+    /// Sequences that a call runs at once.
+    pub sequences: usize,
     /// Tokens of the prompt, wherever they go; image tokens are apart.
     pub n_prompt: usize,
     pub n_image: usize,
@@ -34,7 +38,7 @@ pub struct Workload {
     pub n_encoder: usize,
 }
 
-impl Workload {
+impl TokenizedWorkload {
     /// The request to load one variant of a case for this workload.
     pub fn load_request(&self, case: &Case, variant: &Variant, assignment: DeviceAssignment) -> LoadRequest {
         let DeviceAssignment { device, threads } = assignment;
@@ -42,9 +46,11 @@ impl Workload {
         LoadRequest {
             protocol_version: protocol::VERSION,
             // The parent has fetched whatever was missing.
-            model: crate::weights::Request { offline: true, ..case.model.clone() },
+            model: crate::weights::ModelRequest { offline: true, ..case.model.clone() },
             engine: variant.engine,
             cuda_graph: case.cuda_graph,
+            sequences: case.sequences,
+            kv_format: case.kv_format,
             precision: variant.precision,
             format_options: case.format_options,
             encoder_capacity: self.n_encoder,
@@ -59,7 +65,7 @@ impl Workload {
 
     /// The workload for records.
     pub fn recorded(&self) -> record::Workload {
-        let Self { task, n_prompt, n_image, .. } = self;
+        let Self { task, sequences, n_prompt, n_image, .. } = self;
         record::Workload {
             n_prompt: *n_prompt as u64,
             n_gen: task.n_gen as u64,
@@ -70,22 +76,60 @@ impl Workload {
                 Encode::Picture { image: Some(_) } => Some(record::ImageSource::File),
                 Encode::Nothing | Encode::Tokens(_) => None,
             },
-            batch_size: 1,
+            batch_size: *sequences as u64,
         }
+    }
+}
+
+/// What turns a text into tokens.
+#[derive(Clone, Copy, Default)]
+pub struct Words<'a> {
+    pub tokenizer: Option<&'a Tokenizer>,
+    pub chat_template: Option<&'a ChatTemplate>,
+    /// Why the template of the model cannot be read, where it cannot.
+    pub problem: Option<&'a str>,
+}
+
+impl<'a> Words<'a> {
+    pub fn of(checkpoint: &'a Checkpoint) -> Self {
+        let template = checkpoint.chat_template.as_ref();
+        Self {
+            tokenizer: checkpoint.tokenizer.as_ref(),
+            chat_template: template.ok().and_then(Option::as_ref),
+            problem: template.err().map(String::as_str),
+        }
+    }
+
+    /// `text` as a user's message, up to where the model answers.
+    fn message(&self, case: &Case, text: &str) -> Result<String, BadInput> {
+        let Some(template) = self.chat_template else {
+            let why = self.problem.map(|problem| format!(": {problem}")).unwrap_or_default();
+            let message = format!("`--chat`: `{}` has no chat template{why}", case.model.model_id);
+            return Err(BadInput::new(message).hint("drop `--chat`, or name a model that was trained for chats"));
+        };
+        template.render(&[Message { role: "user", content: text }])
+    }
+
+    /// What whoever gave a text should know of the model's template, if anything.
+    pub fn hint(&self, case: &Case) -> Option<&'static str> {
+        let is_plain = matches!(case.prompt, PromptChoice::Text(_)) && !case.chat;
+        (is_plain && self.chat_template.is_some())
+            .then_some("the model has a chat template, and the prompt is plain text: `--chat` applies it")
     }
 }
 
 /// The workload of a case. Fails where the prompt is empty, needs a tokenizer that is not there, has ids beyond the
 /// vocabulary, or does not fit the context together with depth and generated tokens.
-pub fn workload(case: &Case, tokenizer: Option<&Tokenizer>, model: &Model) -> anyhow::Result<Workload> {
+pub fn workload(case: &Case, words: Words, model: &Model) -> anyhow::Result<TokenizedWorkload> {
+    let tokenizer = words.tokenizer;
     let (seed, n_prompt) = (case.model.seed, n_synthetic(case, tokenizer));
     // A length is checked before its ids are made: what a user types may exceed the memory.
     check_lengths(case, n_prompt.unwrap_or(1), model)?;
     let n_image = n_image(model);
     if let Some(image) = case.image.as_ref().filter(|_| n_image == 0) {
         let (image, architecture) = (image.display(), model.architecture);
-        return Err(BadInput::new(format!("`--image {image}`: `{architecture}` models read text alone"))
-            .hint("drop `--image`, or name a model that sees, such as `--model-id paligemma-3b-pt-224`")
+        return Err(BadInput::new(format!("`--image {image}`: `{architecture}` models read text only"))
+            .hint("drop `--image`, or name a vision-language model, such as `--model-id paligemma-3b-pt-224`")
             .into());
     }
     let text = match &case.prompt {
@@ -97,8 +141,10 @@ pub fn workload(case: &Case, tokenizer: Option<&Tokenizer>, model: &Model) -> an
     let prompt = match (&case.prompt, n_prompt, text.zip(tokenizer)) {
         (PromptChoice::Ids(ids), ..) => ids.clone(),
         (_, Some(n), _) => synthetic(n, model.vocab, seed),
-        // As PaliGemma's processor writes it behind the image tokens.
+        // PaliGemma's processor writes it so after the image tokens.
         (_, None, Some((text, tokenizer))) if n_image > 0 => encode(tokenizer, &format!("<bos>{text}\n"), false)?,
+        // A template writes the token of the beginning itself.
+        (_, None, Some((text, tokenizer))) if case.chat => encode(tokenizer, &words.message(case, text)?, false)?,
         (_, None, Some((text, tokenizer))) => encode(tokenizer, text, true)?,
         (_, None, None) => return Err(no_tokenizer(case).into()),
     };
@@ -117,8 +163,8 @@ fn n_synthetic(case: &Case, tokenizer: Option<&Tokenizer>) -> Option<usize> {
     }
 }
 
-/// Hands the prompt to the side of the model that reads it.
-fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> Workload {
+/// Gives the prompt to the side of the model that reads it.
+fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> TokenizedWorkload {
     let (seed, n_prompt, n_image) = (case.model.seed, prompt.len(), n_image(model));
     let (encode, prompt) = match model.encoder.as_ref().map(|encoder| encoder.input) {
         None => (Encode::Nothing, prompt),
@@ -139,12 +185,12 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> Workload {
         max_time_s: case.protocol.of_one_launch().max_time_s,
         wait: wait(&case.protocol),
     };
-    Workload { task, n_prompt, n_image, n_encoder }
+    TokenizedWorkload { task, sequences: case.sequences, n_prompt, n_image, n_encoder }
 }
 
 fn wait(protocol: &MeasurementProtocol) -> Wait {
     match protocol.method {
-        Method::Seed => Wait::EachToken,
+        Method::SingleColdRun => Wait::EachToken,
         Method::Quantbench if protocol.sync_each_token => Wait::BothWays,
         Method::Quantbench => Wait::AtEnd,
     }
@@ -168,7 +214,7 @@ fn check_lengths(case: &Case, n_prompt: usize, model: &Model) -> Result<(), BadI
     }
     if n_depth > 0 && model.encoder.is_some() {
         return Err(BadInput::new(format!(
-            "`--depth {n_depth}` means nothing for `{}`: its prompt starts with the encoder's",
+            "`--depth {n_depth}` is not possible for `{}`: its prompt starts with the encoder's",
             model.architecture
         ))
         .hint("drop `--depth`, or lengthen the prompt with `--prompt-tokens`"));
@@ -209,7 +255,7 @@ fn without_image_tokens(ids: Vec<u32>, model: &Model) -> Result<Vec<u32>, BadInp
     }
 }
 
-/// Whether the model has a row for every id. A tokenizer may have more tokens than the model that it lies beside.
+/// Checks that the model has a row for every id. A tokenizer may have more tokens than the model beside it.
 pub fn check_vocabulary(ids: &[u32], are_typed: bool, model: &Model) -> Result<(), BadInput> {
     let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab) else { return Ok(()) };
     let message = format!("prompt id {id} is outside the vocabulary of {} tokens", model.vocab);
@@ -289,7 +335,7 @@ mod tests {
 
     #[test]
     fn without_a_tokenizer_there_are_eight_ids() {
-        let found = workload(&case(PromptChoice::Default, 4, 3), None, &model()).unwrap();
+        let found = workload(&case(PromptChoice::Default, 4, 3), Words::default(), &model()).unwrap();
         assert_eq!((found.n_prompt, found.task.prompt.len(), found.task.depth.len()), (8, 8, 3));
         assert_ne!(found.task.prompt[..3], found.task.depth[..]);
     }
@@ -297,16 +343,20 @@ mod tests {
     #[test]
     fn the_prompt_goes_to_the_side_that_reads_it() {
         let case = || case(PromptChoice::Ids(vec![7, 8]), 4, 0);
-        let text = workload(&case(), None, &with_encoder(EncoderInputKind::Tokens, Some(3))).unwrap();
+        let text = workload(&case(), Words::default(), &with_encoder(EncoderInputKind::Tokens, Some(3))).unwrap();
         assert_eq!((&text.task.encode, &text.task.prompt), (&Encode::Tokens(vec![7, 8]), &vec![3]));
         assert_eq!((text.n_prompt, text.n_image, text.n_encoder), (2, 0, 2));
         let picture = Picture { size: 4, patch: 2, token: 9 };
-        let seen = workload(&case(), None, &with_encoder(EncoderInputKind::Picture(picture), None)).unwrap();
+        let seen =
+            workload(&case(), Words::default(), &with_encoder(EncoderInputKind::Picture(picture), None)).unwrap();
         assert_eq!(seen.task.prompt, [9, 9, 9, 9, 7, 8]);
         assert_eq!(seen.task.encode, Encode::Picture { image: None });
         assert_eq!((seen.n_prompt, seen.n_image, seen.n_encoder), (2, 4, 4));
         let whole = Case { prompt: PromptChoice::Ids(vec![9, 9, 9, 9, 7, 8]), ..case() };
-        assert_eq!(workload(&whole, None, &with_encoder(EncoderInputKind::Picture(picture), None)).unwrap(), seen);
+        assert_eq!(
+            workload(&whole, Words::default(), &with_encoder(EncoderInputKind::Picture(picture), None)).unwrap(),
+            seen
+        );
     }
 
     #[test]
@@ -326,7 +376,7 @@ mod tests {
             (PromptChoice::Synthetic(usize::MAX), 10, 5, "the model's context holds 64"),
             (text(), 4, 0, "has no tokenizer here"),
         ] {
-            let error = workload(&case(prompt, n_gen, n_depth), None, &model()).unwrap_err();
+            let error = workload(&case(prompt, n_gen, n_depth), Words::default(), &model()).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
             assert!(error.is::<BadInput>());
             assert!(crate::error::hint(&error).is_some());
@@ -334,7 +384,7 @@ mod tests {
         let picture = EncoderInputKind::Picture(Picture { size: 4, patch: 2, token: 9 });
         let blind = Case { image: Some("cat.png".into()), ..case(PromptChoice::Default, 4, 0) };
         for (case, model, expected) in [
-            (blind, model(), "`--image cat.png`: `llama` models read text alone"),
+            (blind, model(), "`--image cat.png`: `llama` models read text only"),
             (
                 case(PromptChoice::Ids(vec![9, 9, 7]), 4, 0),
                 with_encoder(picture, None),
@@ -343,15 +393,17 @@ mod tests {
             (case(PromptChoice::Ids(vec![7, 9]), 4, 0), with_encoder(picture, None), "1 image tokens (9), 0 of them"),
             (case(PromptChoice::Synthetic(58), 4, 0), with_encoder(picture, None), "image 4 + prompt 58 + generated 4"),
         ] {
-            let error = workload(&case, None, &model).unwrap_err();
+            let error = workload(&case, Words::default(), &model).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
             assert!(crate::error::hint(&error).is_some());
         }
-        assert!(workload(&case(PromptChoice::Synthetic(50), 9, 5), None, &model()).is_ok());
+        assert!(workload(&case(PromptChoice::Synthetic(50), 9, 5), Words::default(), &model()).is_ok());
         let sides = with_encoder(EncoderInputKind::Tokens, Some(3));
-        assert!(workload(&case(PromptChoice::Synthetic(64), 63, 0), None, &sides).is_ok());
+        assert!(workload(&case(PromptChoice::Synthetic(64), 63, 0), Words::default(), &sides).is_ok());
         for (n_prompt, n_gen, n_depth) in [(65, 1, 0), (1, 64, 0), (1, 1, 1)] {
-            assert!(workload(&case(PromptChoice::Synthetic(n_prompt), n_gen, n_depth), None, &sides).is_err());
+            assert!(
+                workload(&case(PromptChoice::Synthetic(n_prompt), n_gen, n_depth), Words::default(), &sides).is_err()
+            );
         }
     }
 }

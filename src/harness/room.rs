@@ -1,10 +1,10 @@
-//! Whether rows fit: what each needs, what is free, and so whether their workers load together or one after the other.
+//! Memory that variants need and that is free, and so whether their workers load together or one after the other.
 
 use anyhow::Result;
 
 use super::case::{Case, Variant};
-use super::prompt::Workload;
-use super::schedule::{Order, Worker};
+use super::prompt::TokenizedWorkload;
+use super::schedule::{RunOrder, WorkerHandle};
 use crate::engine::Device;
 use crate::engine::needs::{self, Holding, Lengths, Needs};
 use crate::error::OutOfMemory;
@@ -15,42 +15,42 @@ use crate::plan::Model;
 use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
 use crate::weights::policy::Formats;
 
-/// What a worker holds of the host's memory beside its session: code, stacks, tables.
+/// Host memory of a worker beside its session: code, stacks, tables.
 const WORKER_BYTES: u64 = 64 << 20;
 
-/// What loading may use beyond the final size, for one worker at a time.
+/// Memory that loading may use beyond the final size, for one worker at a time.
 const LOADING_BYTES: u64 = 256 << 20;
 
-/// What the rows of a case need of a device, and what is free there.
+/// Memory of a device that the variants of a case need, and memory that is free there.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Room {
+pub struct MemoryBudget {
     pub device: Device,
-    /// Of each row.
+    /// Needs of each variant.
     pub needs: Vec<Needs>,
-    /// `None` where the system does not tell.
+    /// `None` where unknown.
     pub free_bytes: Option<u64>,
 }
 
-impl Room {
-    /// Fails on a precision that is none.
-    pub fn new(case: &Case, (model, workload): (&Model, &Workload), device: Device) -> Result<Self> {
+impl MemoryBudget {
+    /// Needs and free memory now.
+    pub fn new(case: &Case, (model, workload): (&Model, &TokenizedWorkload), device: Device) -> Result<Self> {
         let of_variant = |variant: &Variant| needs(case, variant, (model, workload), device);
         let needs = case.variants().iter().map(of_variant).collect::<Result<_>>()?;
         let free_bytes = match device {
             Device::Cuda(_) => free_bytes(device),
-            // The limit of a process is not one of all workers together.
+            // The limit of a process is not one for all workers together.
             Device::Cpu => ProcessMemory::default().available_bytes(),
         };
         Ok(Self { device, needs, free_bytes })
     }
 
     /// In turn where the workers do not fit together into what is free.
-    pub fn order(&self) -> Order {
+    pub fn order(&self) -> RunOrder {
         let fits = self.free_bytes.is_none_or(|free| self.together_bytes() <= free);
-        if self.needs.len() > 1 && !fits { Order::InTurn } else { Order::Interleaved }
+        if self.needs.len() > 1 && !fits { RunOrder::InTurn } else { RunOrder::Interleaved }
     }
 
-    /// What all workers take at once, while the last of them loads.
+    /// Bytes of all workers at once, while the last of them loads.
     pub fn together_bytes(&self) -> u64 {
         let own_bytes = match self.device {
             // A context is part of the needs.
@@ -63,7 +63,12 @@ impl Room {
 }
 
 /// Memory that the worker of a variant will hold.
-pub fn needs(case: &Case, variant: &Variant, (model, workload): (&Model, &Workload), device: Device) -> Result<Needs> {
+pub fn needs(
+    case: &Case,
+    variant: &Variant,
+    (model, workload): (&Model, &TokenizedWorkload),
+    device: Device,
+) -> Result<Needs> {
     let formats = Formats::new(variant.precision, case.format_options);
     let holding = Holding { engine: variant.engine, formats: &formats, device };
     Ok(needs::needs(model, holding, &lengths(workload)))
@@ -77,12 +82,12 @@ pub fn free_bytes(device: Device) -> Option<u64> {
     }
 }
 
-pub fn lengths(workload: &Workload) -> Lengths {
+pub fn lengths(workload: &TokenizedWorkload) -> Lengths {
     let task = &workload.task;
     Lengths { depth: task.depth.len(), prompt: task.prompt.len(), gen_tokens: task.n_gen, encoder: workload.n_encoder }
 }
 
-/// Stands in for a worker that is not worth starting.
+/// A worker that is never started: it refuses every request with the sizes.
 pub struct TooLarge {
     pub label: String,
     pub needed_bytes: u64,
@@ -97,7 +102,7 @@ impl TooLarge {
     }
 }
 
-impl Worker for TooLarge {
+impl WorkerHandle for TooLarge {
     fn label(&self) -> &str {
         &self.label
     }
@@ -125,16 +130,16 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
 
-    fn check(device: Device, weights: &[u64], free_bytes: Option<u64>, order: Order) {
+    fn check(device: Device, weights: &[u64], free_bytes: Option<u64>, order: RunOrder) {
         let context_bytes = if device == Device::Cpu { 0 } else { needs::CONTEXT_BYTES };
         let needs = weights.iter().map(|&weights_bytes| Needs { weights_bytes, context_bytes, ..Needs::default() });
-        let room = Room { device, needs: needs.collect(), free_bytes };
+        let room = MemoryBudget { device, needs: needs.collect(), free_bytes };
         assert_eq!(room.order(), order, "{room:?}");
     }
 
     #[test]
     fn workers_load_together_only_where_they_fit_together() {
-        use Order::{InTurn, Interleaved};
+        use RunOrder::{InTurn, Interleaved};
         for device in [Device::Cpu, Device::Cuda(0)] {
             check(device, &[2 * GIB, GIB], Some(100 * GIB), Interleaved);
             check(device, &[2 * GIB, GIB], Some(3 * GIB), InTurn);

@@ -1,7 +1,7 @@
 //! Properties of a run that every record repeats.
 
 use super::measurement_protocol::MeasurementProtocol;
-use super::schedule::Order;
+use super::schedule::RunOrder;
 use super::warnings::Warning;
 use super::watch::energy::Counter;
 use crate::quant::FormatOptions;
@@ -10,7 +10,7 @@ use crate::record;
 /// Properties that all records of a run share.
 #[derive(Debug, Clone)]
 pub struct RunContext {
-    pub engine: record::Engine,
+    pub engine: record::EngineInfo,
     pub command: String,
     pub timestamp: String,
     pub model: record::ModelFacts,
@@ -26,7 +26,7 @@ pub struct RunContext {
     /// Patterns of linear layers that stay fp16.
     pub keep_fp16: Vec<String>,
     pub protocol: MeasurementProtocol,
-    pub order: Order,
+    pub order: RunOrder,
     pub resolve_s: f64,
     pub read_gb_s: Option<f64>,
     pub copy_gb_s: Option<f64>,

@@ -1,18 +1,19 @@
-//! Who runs when: workers load and warm up one after the other, then hand in repeats ABC BCA CAB, or, where they do not fit
+//! The order of work: workers load and warm up one after the other, then run repeats ABC BCA CAB. Where they do not fit
 //! together, each runs to its end before the next one starts. Several launches do all of this several times.
 
 use super::measurement_protocol::MeasurementProtocol;
-use super::stopping::{RepeatsEnd, Tally, repeats_ended};
-use super::watch::energy::Window;
+use super::stopping::{RepeatTally, RepeatsEnd, repeats_ended, repeats_left};
+use super::watch::energy::EnergyWindow;
 use super::watch::{Watch, Watched};
 use crate::events::{Event, Listener, Unit};
 use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
+use crate::stats;
 
-/// One precision, in a process of its own or, in tests, in this one.
-pub trait Worker {
-    /// For progress.
+/// One variant, in a process of its own or, in tests, in this one.
+pub trait WorkerHandle {
+    /// Name in progress.
     fn label(&self) -> &str;
-    /// Of the process, once it runs.
+    /// Number of the process, once it runs.
     fn pid(&self) -> Option<u32> {
         None
     }
@@ -23,37 +24,40 @@ pub trait Worker {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
+pub enum RunOrder {
     Interleaved,
     InTurn,
 }
 
-impl Order {
+impl RunOrder {
     pub fn name(self) -> &'static str {
         match self {
-            Order::Interleaved => "interleaved",
-            Order::InTurn => "in_turn",
+            RunOrder::Interleaved => "interleaved",
+            RunOrder::InTurn => "in_turn",
         }
     }
 }
 
-/// Samples of one precision that are discarded at most, and their repeats taken again.
+/// Most samples of one variant that are discarded, each with its repeat taken again.
 const MAX_DISCARDED: usize = 10;
 
-/// Repeats of a block for the energy counter at most: one of them takes longer than the 0.2 ms that fill a window of 2 s.
+/// Most repeats of a block for the energy counter: each takes longer than the 0.2 ms at which so many fill a window of 2 s.
 const MAX_BLOCK: usize = 10_000;
 
-/// What one precision gave, up to where it failed.
+/// Why a precision has no repeats where the user ended the run.
+const INTERRUPTED: &str = "interrupted before its first repeat";
+
+/// Measurements of one variant, up to where it failed.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Outcome {
-    /// Of the first launch, as the warm-up.
+pub struct VariantOutcome {
+    /// Load and warm-up are those of the first launch.
     pub loaded: Option<LoadReport>,
     pub warmed: Option<WarmupReport>,
     pub samples: Vec<Sample>,
-    /// Of each sample.
+    /// Readings of the machine during each sample.
     pub watched: Vec<Watched>,
-    /// Of an untimed block of repeats; empty without an energy counter, and where the samples are long enough for it.
-    pub energy: Vec<Window>,
+    /// Energy of an untimed block of repeats; empty without an energy counter, and where the samples are long enough for it.
+    pub energy: Vec<EnergyWindow>,
     /// Samples that did not count because the device's clock was held down.
     pub n_discarded: usize,
     /// Samples of each launch, in order.
@@ -61,15 +65,16 @@ pub struct Outcome {
     pub ended: Option<RepeatsEnd>,
     pub finished: Option<FinishReport>,
     pub failure: Option<Failure>,
-    /// It did not fit beside the others, and ran when they had ended.
+    /// The variant did not fit in memory beside the others, and ran after them.
     pub alone: bool,
-    /// What its worker was estimated to hold; 0 where that is unknown.
+    /// Estimated memory of its worker; 0 where unknown.
     pub needed_bytes: u64,
 }
 
-impl Outcome {
-    /// Adds what a later launch gave. Memory is the highest of all, and the first criterion that cut one short is told.
-    fn add(&mut self, later: Outcome) {
+impl VariantOutcome {
+    /// Adds what a later launch gave. Memory is the highest of all; of the criteria, the first that
+    /// cut a launch short is kept.
+    fn add(&mut self, later: VariantOutcome) {
         self.launches.push(later.samples.len());
         self.samples.extend(later.samples);
         self.watched.extend(later.watched);
@@ -88,24 +93,27 @@ impl Outcome {
     }
 }
 
-/// Who makes the workers, and what watches them.
+/// All that a schedule runs with: a source of workers, the watch of the machine, and progress.
 pub struct ScheduleContext<'a, 'w> {
     /// A fresh worker for the precision of this index.
-    pub start: &'a dyn Fn(usize) -> Box<dyn Worker + 'w>,
+    pub start: &'a dyn Fn(usize) -> Box<dyn WorkerHandle + 'w>,
     pub n_workers: usize,
-    pub order: Order,
+    pub order: RunOrder,
     pub watch: &'a mut dyn Watch,
     pub events: &'a dyn Listener,
 }
 
-/// Runs all precisions in as many launches as `protocol` says; outcomes come in their order. A worker that fails ends, and the
-/// others go on. Only input that no worker can use ends everything.
-pub fn measure(context: &mut ScheduleContext, protocol: &MeasurementProtocol) -> Result<Vec<Outcome>, Failure> {
+/// Runs all variants in the launches of `protocol`; outcomes are in their order. A worker that fails ends, and the others continue.
+/// Fails only on input that no worker can use.
+pub fn measure(context: &mut ScheduleContext, protocol: &MeasurementProtocol) -> Result<Vec<VariantOutcome>, Failure> {
     let mut outcomes = launch(context, protocol, &vec![true; context.n_workers])?;
     for outcome in &mut outcomes {
         outcome.launches.push(outcome.samples.len());
     }
     for _ in 1..protocol.launches {
+        if context.watch.is_interrupted() {
+            break;
+        }
         let runs: Vec<bool> = outcomes.iter().map(|outcome| outcome.failure.is_none()).collect();
         let later = launch(context, protocol, &runs)?;
         for (outcome, later) in outcomes.iter_mut().zip(later).filter(|(outcome, _)| outcome.failure.is_none()) {
@@ -120,16 +128,16 @@ fn launch(
     context: &mut ScheduleContext,
     protocol: &MeasurementProtocol,
     runs: &[bool],
-) -> Result<Vec<Outcome>, Failure> {
+) -> Result<Vec<VariantOutcome>, Failure> {
     let mut protocol = protocol.of_one_launch();
     let slot = |at: usize| if runs[at] { WorkerSlot::new((context.start)(at)) } else { WorkerSlot::empty() };
     let mut slots: Vec<WorkerSlot> = (0..context.n_workers).map(slot).collect();
     match context.order {
-        Order::Interleaved => {
+        RunOrder::Interleaved => {
             together(&mut slots, &protocol, context.watch, context.events)?;
             again_alone(&mut slots, context, protocol)?;
         }
-        Order::InTurn => {
+        RunOrder::InTurn => {
             for at in 0..slots.len() {
                 together(&mut slots[at..=at], &protocol, context.watch, context.events)?;
                 // The others take as many repeats as the first that ran, so that counts are equal.
@@ -143,19 +151,19 @@ fn launch(
     Ok(slots.into_iter().map(|slot| slot.outcome).collect())
 }
 
-/// Runs again, one after the other, what found too little memory beside workers that have ended since: it may fit alone. What has
-/// samples from beside the others keeps none of them.
+/// Runs variants again, one after the other, that found too little memory beside workers that have ended since: they may fit alone.
+/// Their samples from beside the others are dropped.
 fn again_alone<'w>(
     slots: &mut [WorkerSlot<'w>],
     context: &mut ScheduleContext<'_, 'w>,
     mut protocol: MeasurementProtocol,
 ) -> Result<(), Failure> {
     let is_oom = |slot: &WorkerSlot| matches!(slot.outcome.failure, Some(Failure::OutOfMemory { .. }));
-    // As many repeats as the others took.
+    // The same number of repeats as the others.
     let finished = slots.iter().find(|slot| slot.outcome.finished.is_some());
     protocol.repeats = protocol.repeats.or(finished.map(|slot| slot.outcome.samples.len()));
     for at in 0..slots.len() {
-        if is_oom(&slots[at]) && slots[at].has_company {
+        if is_oom(&slots[at]) && slots[at].beside_others {
             slots[at] = WorkerSlot::new((context.start)(at));
             together(&mut slots[at..=at], &protocol, context.watch, context.events)?;
             slots[at].outcome.alone = true;
@@ -167,28 +175,28 @@ fn again_alone<'w>(
 /// A worker that still runs, and what it gave.
 struct WorkerSlot<'a> {
     /// `None` once it ended: dropping it frees its memory.
-    worker: Option<Box<dyn Worker + 'a>>,
-    outcome: Outcome,
-    tally: Tally,
+    worker: Option<Box<dyn WorkerHandle + 'a>>,
+    outcome: VariantOutcome,
+    tally: RepeatTally,
     /// Others held memory when it last needed more.
-    has_company: bool,
+    beside_others: bool,
 }
 
 impl<'a> WorkerSlot<'a> {
-    fn new(worker: Box<dyn Worker + 'a>) -> Self {
+    fn new(worker: Box<dyn WorkerHandle + 'a>) -> Self {
         Self { worker: Some(worker), ..Self::empty() }
     }
 
     fn empty() -> Self {
-        Self { worker: None, outcome: Outcome::default(), tally: Tally::default(), has_company: false }
+        Self { worker: None, outcome: VariantOutcome::default(), tally: RepeatTally::default(), beside_others: false }
     }
 
     fn pid(&self) -> Option<u32> {
         self.worker.as_ref()?.pid()
     }
 
-    /// Asks a worker that still runs. One that fails ends; bad input is handed on.
-    fn ask<T>(&mut self, ask: impl FnOnce(&mut dyn Worker) -> Result<T, Failure>) -> Result<Option<T>, Failure> {
+    /// Asks a worker that still runs. One that fails ends; bad input is an error for all.
+    fn ask<T>(&mut self, ask: impl FnOnce(&mut dyn WorkerHandle) -> Result<T, Failure>) -> Result<Option<T>, Failure> {
         let Some(worker) = self.worker.as_mut() else { return Ok(None) };
         match ask(worker.as_mut()) {
             Ok(answer) => Ok(Some(answer)),
@@ -201,10 +209,18 @@ impl<'a> WorkerSlot<'a> {
         }
     }
 
-    /// One repeat that counts: one whose clock was held down is taken again after a pause. `worker_pids` are the processes of all.
-    fn repeat(&mut self, worker_pids: &[u32], watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
+    /// Ends a worker that has measured nothing yet, where the user wants no more.
+    fn end_if(&mut self, is_interrupted: bool) {
+        if is_interrupted && self.worker.is_some() && self.outcome.samples.is_empty() {
+            self.worker = None;
+            self.outcome.failure = Some(Failure::Error { message: INTERRUPTED.to_owned() });
+        }
+    }
+
+    /// One counted repeat. A repeat whose clock was held down is repeated after a pause. `run_pids` are the processes of all workers.
+    fn repeat(&mut self, run_pids: &[u32], watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
         while self.worker.is_some() {
-            watch.begin(self.pid(), worker_pids);
+            watch.begin(self.pid(), run_pids);
             let sample = self.ask(|worker| worker.repeat(events));
             let watched = watch.end();
             let Some(sample) = sample? else { return Ok(()) };
@@ -235,7 +251,7 @@ impl<'a> WorkerSlot<'a> {
         let end = tokens.and_then(|_| watch.energy_mark());
         events.on(Event::End);
         if let (Some(begin), Some(tokens), Some(end)) = (begin, tokens, end) {
-            self.outcome.energy.push(Window::between(begin, end, tokens));
+            self.outcome.energy.push(EnergyWindow::between(begin, end, tokens));
         }
         Ok(())
     }
@@ -263,18 +279,21 @@ fn together(
     events: &dyn Listener,
 ) -> Result<(), Failure> {
     for at in 0..slots.len() {
-        slots[at].has_company = slots[..at].iter().any(|slot| slot.worker.is_some());
+        slots[at].end_if(watch.is_interrupted());
+        slots[at].beside_others = slots[..at].iter().any(|slot| slot.worker.is_some());
         slots[at].outcome.loaded = slots[at].ask(|worker| worker.load(events))?;
     }
     let n_loaded = slots.iter().filter(|slot| slot.worker.is_some()).count();
     for slot in slots.iter_mut().filter(|slot| slot.worker.is_some()) {
-        slot.has_company = n_loaded > 1;
+        slot.beside_others = n_loaded > 1;
     }
     for slot in slots.iter_mut() {
+        slot.end_if(watch.is_interrupted());
         slot.outcome.warmed = slot.ask(|worker| phase(worker, events))?;
     }
     repeat(slots, protocol, watch, events)?;
-    for slot in slots.iter_mut() {
+    let wants_energy = !watch.is_interrupted();
+    for slot in slots.iter_mut().filter(|_| wants_energy) {
         slot.measure_energy(watch, events)?;
     }
     for slot in slots.iter_mut() {
@@ -284,38 +303,48 @@ fn together(
     Ok(())
 }
 
-fn phase(worker: &mut dyn Worker, events: &dyn Listener) -> Result<WarmupReport, Failure> {
+fn phase(worker: &mut dyn WorkerHandle, events: &dyn Listener) -> Result<WarmupReport, Failure> {
     events.on(Event::Begin { label: format!("warm up {}", worker.label()), total: 1, unit: Unit::Runs });
     let warmed = worker.warm_up(events);
     events.on(Event::End);
     warmed
 }
 
-/// Hands out rounds until a criterion holds for all that still run. Each round begins with another slot: between two rounds this
-/// process decides whether to go on, and whoever runs next finds its caches and cores colder than the others do.
+/// Runs one repeat per worker, round-robin, until a criterion holds for all that still run. Each round begins with another slot: between two rounds this
+/// process decides whether to continue, and the next worker finds its caches and cores colder than the others do.
 fn repeat(
     slots: &mut [WorkerSlot],
     protocol: &MeasurementProtocol,
     watch: &mut dyn Watch,
     events: &dyn Listener,
 ) -> Result<(), Failure> {
-    let worker_pids: Vec<u32> = slots.iter().filter_map(WorkerSlot::pid).collect();
+    let run_pids: Vec<u32> = slots.iter().filter_map(WorkerSlot::pid).collect();
     let n_running = slots.iter().filter(|slot| slot.worker.is_some()).count() as u64;
-    let at_least = protocol.repeats.unwrap_or(protocol.min_repeats) as u64;
-    events.on(Event::Begin { label: "measure".to_owned(), total: n_running * at_least, unit: Unit::Runs });
+    let total = n_running * repeats_left(&[&RepeatTally::default()], protocol) as u64;
+    events.on(Event::Begin { label: "measure".to_owned(), total, unit: Unit::Runs });
     let (mut done, mut round) = (0, 0);
     let ended = loop {
-        let running: Vec<&Tally> = slots.iter().filter(|slot| slot.worker.is_some()).map(|slot| &slot.tally).collect();
+        slots.iter_mut().for_each(|slot| slot.end_if(watch.is_interrupted()));
+        let running: Vec<&RepeatTally> =
+            slots.iter().filter(|slot| slot.worker.is_some()).map(|slot| &slot.tally).collect();
         if running.is_empty() {
             break None;
         }
         if let Some(ended) = repeats_ended(&running, protocol) {
             break Some(ended);
         }
+        if watch.is_interrupted() {
+            break Some(RepeatsEnd::Interrupted);
+        }
+        if round > 0 {
+            let left = repeats_left(&running, protocol).max(1) * running.len();
+            events.on(Event::Expect { total: done + left as u64 });
+            events.on(Event::Status { text: so_far(slots) });
+        }
         let n_slots = slots.len();
         for at in 0..n_slots {
             let slot = &mut slots[(round + at) % n_slots];
-            slot.repeat(&worker_pids, watch, events)?;
+            slot.repeat(&run_pids, watch, events)?;
             done += u64::from(slot.worker.is_some());
             events.on(Event::Progress { done });
         }
@@ -326,4 +355,21 @@ fn repeat(
         slot.outcome.ended = ended;
     }
     Ok(())
+}
+
+/// The decode speed of each precision as it looks now: `fp16 71.7, nf4 214 tokens/s`.
+fn so_far(slots: &[WorkerSlot]) -> String {
+    let speed = |slot: &WorkerSlot| {
+        let label = slot.worker.as_ref()?.label().to_owned();
+        let tps = |sample: &Sample| {
+            let ns: u64 = sample.step_ns.iter().sum();
+            (ns > 0).then(|| sample.step_ns.len() as f64 * 1e9 / ns as f64)
+        };
+        let speeds: Vec<f64> = slot.outcome.samples.iter().filter_map(tps).collect();
+        let median = stats::median(&speeds)?;
+        let decimals = if median < 100.0 { 1 } else { 0 };
+        Some(format!("{label} {median:.decimals$}"))
+    };
+    let speeds: Vec<String> = slots.iter().filter_map(speed).collect();
+    if speeds.is_empty() { String::new() } else { format!("{} tokens/s", speeds.join(", ")) }
 }

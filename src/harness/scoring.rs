@@ -5,10 +5,10 @@ use anyhow::{Context, Result};
 use crate::engine::Session;
 use crate::protocol::{Greedy, LogitsFile, ScoreReport, ScoreRequest};
 use crate::quality::cost::{self, TokenCost};
-use crate::quality::pass::{self, Feed};
+use crate::quality::pass::{self, WindowInput};
 use crate::quality::rows::{RowReader, RowWriter};
 
-/// Runs a window behind what the session's encoder holds. Fails where a logit is not finite.
+/// Runs a window with the input that the session's encoder holds. Fails where a logit is not finite.
 pub fn score(session: &mut dyn Session, request: &ScoreRequest) -> Result<ScoreReport> {
     let costs = match &request.logits {
         LogitsFile::Write(path) => write(session, request, RowWriter::create(path)?).map(|()| Vec::new())?,
@@ -18,8 +18,8 @@ pub fn score(session: &mut dyn Session, request: &ScoreRequest) -> Result<ScoreR
     Ok(ScoreReport { costs, greedy_ids: greedy(session, request)?, outliers })
 }
 
-fn feed(request: &ScoreRequest) -> Feed<'_> {
-    Feed { prefix: &request.prefix, tokens: &request.tokens, first: request.first, path: request.path }
+fn feed(request: &ScoreRequest) -> WindowInput<'_> {
+    WindowInput { prefix: &request.prefix, tokens: &request.tokens, first: request.first, path: request.path }
 }
 
 fn write(session: &mut dyn Session, request: &ScoreRequest, mut rows: RowWriter) -> Result<()> {
@@ -61,7 +61,7 @@ fn greedy(session: &mut dyn Session, request: &ScoreRequest) -> Result<Vec<u32>>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::fake::{FakeSession, FakeTime, Run};
+    use crate::engine::fake::{FakeRun, FakeSession, FakeTime};
     use crate::quality::CallPath;
 
     fn request(logits: LogitsFile) -> ScoreRequest {
@@ -76,11 +76,11 @@ mod tests {
     }
 
     fn session(logits: &[f32]) -> FakeSession {
-        FakeSession::new(FakeTime::default(), [Run { logits: logits.to_vec(), ..Run::default() }])
+        FakeSession::new(FakeTime::default(), [FakeRun { logits: logits.to_vec(), ..FakeRun::default() }])
     }
 
     #[test]
-    fn a_precision_is_held_against_the_reference_token_by_token() {
+    fn a_precision_is_compared_with_the_reference_token_by_token() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows");
         let reference = score(&mut session(&[0.0, 0.5]), &request(LogitsFile::Write(path.clone()))).unwrap();

@@ -1,4 +1,4 @@
-//! Whether a result can be right at all. Garbage is fast, too.
+//! Checks of whether a result can be right at all. Garbage is fast, too.
 
 use crate::engine::check::SelfCheck;
 use crate::protocol::{InvalidResult, Sample};
@@ -20,8 +20,8 @@ pub fn check_kernels(precision: FormatId, found: Option<&SelfCheck>) -> Result<(
     }))
 }
 
-/// Why these repeats cannot be a result; `None` where nothing speaks against them. `fp16` are the repeats of fp16 in the same
-/// run, given only for real weights: random ones collapse by nature.
+/// Reason why these repeats cannot be a result; `None` where nothing speaks against them. `fp16` are the repeats of fp16 in the
+/// same run, given only for real weights: random ones collapse by nature.
 pub fn invalid_reason(samples: &[Sample], n_gen: usize, fp16: Option<&[Sample]>) -> Option<String> {
     if samples.is_empty() {
         return Some("no repeat was measured".to_owned());
@@ -75,6 +75,6 @@ mod tests {
         assert_eq!(check(&same, Some(&varied)), "the text is one repeated token, id 3, where fp16's is not");
         assert_eq!(check(&same, Some(&same)), "", "fp16 collapses as well");
         assert_eq!(check(&same, None), "", "random weights, or no fp16 to compare with");
-        assert_eq!(invalid_reason(&[sample(&[3; 7], true)], 7, Some(&varied)), None, "too short to tell");
+        assert_eq!(invalid_reason(&[sample(&[3; 7], true)], 7, Some(&varied)), None, "too short");
     }
 }

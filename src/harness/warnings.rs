@@ -1,4 +1,4 @@
-//! Everything that a reader of a result must know, with what to do about it.
+//! Warnings about a result, each with advice.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ pub const LOGITS_NOT_SAVED: &str = "logits_not_saved";
 #[derive(Debug, Clone, PartialEq)]
 pub enum Warning {
     DebugBuild,
-    /// Others used the processors during the repeats.
+    /// Other processes used the processors during the repeats.
     BusyCpus {
         others_cpus: f64,
         n_cpus: u64,
@@ -24,7 +24,7 @@ pub enum Warning {
         n: usize,
         min_repeats: usize,
     },
-    /// Of the metric that repeating watches.
+    /// The interval of the metric that ends the repeats.
     WideInterval {
         metric: &'static str,
         rel_ci: f64,
@@ -75,13 +75,13 @@ pub enum Warning {
         tps: f64,
         synced_tps: f64,
     },
-    /// In `n` of the repeats.
+    /// The clocks were held down in `n` of the repeats.
     GpuThrottled {
         reasons: Vec<&'static str>,
         n: usize,
         of: usize,
     },
-    /// How often during the repeats.
+    /// Events of throttling during the repeats.
     CpuThrottled {
         count: u64,
     },
@@ -96,7 +96,7 @@ pub enum Warning {
     Discarded {
         n: usize,
     },
-    /// Processes of others on the GPU.
+    /// Other processes use the GPU.
     GpuShared {
         n: u32,
     },
@@ -113,7 +113,7 @@ pub enum Warning {
         threads: usize,
         cpus: usize,
     },
-    /// The worker of this row did not fit beside the others.
+    /// The worker of this variant did not fit beside the others.
     RanAlone {
         label: String,
     },
@@ -121,7 +121,7 @@ pub enum Warning {
     LogitsNotSaved {
         problem: String,
     },
-    /// From opening the model: the hub, its files, its settings.
+    /// A warning of opening the model: the hub, its files, its settings.
     Model {
         name: String,
         message: String,
@@ -129,7 +129,7 @@ pub enum Warning {
 }
 
 impl Warning {
-    /// As records and filters spell it.
+    /// Spelling in records and filters.
     pub fn name(&self) -> &str {
         match self {
             Warning::DebugBuild => "debug_build",
@@ -164,14 +164,14 @@ impl Warning {
         }
     }
 
-    /// For where no record keeps it.
+    /// The warning as an event, where no record keeps it.
     pub fn event(&self) -> Event {
         let text = self.to_string();
         let message = text.split_once(": ").map_or(text.as_str(), |(_, message)| message).to_owned();
         Event::Warning { name: self.name().to_owned(), message }
     }
 
-    /// Whether the machine disturbed the measurement, so that it should be taken again.
+    /// True where the machine disturbed the measurement, so that it should be repeated.
     pub fn taints(&self) -> bool {
         matches!(
             self,
@@ -208,19 +208,19 @@ impl fmt::Display for Warning {
             }
             Warning::WideInterval { metric, rel_ci, wanted } => write!(
                 f,
-                "half the 95 % interval of {metric} is {:.1} % of its median, more than the wanted {:.1} % (`--rel-ci`); stop other \
-                 programs or raise `--max-time`",
+                "half the 95 % interval of {metric} is {:.1} % of its median (target {:.1} %, `--rel-ci`); stop other programs or raise \
+                 `--max-time`",
                 100.0 * rel_ci,
                 100.0 * wanted
             ),
             Warning::WarmupNotFlat { n } => {
-                write!(
-                    f,
-                    "the warm-up ended after {n} runs without two in a row within 5 %; set its length with `--warmup`"
-                )
+                write!(f, "the warm-up did not stabilise within 5 % after {n} runs; set its length with `--warmup N`")
             }
             Warning::Outliers { n, of } => {
-                write!(f, "latency_s of {n} of {of} repeats is far from its median; something else ran now and then")
+                write!(
+                    f,
+                    "latency_s of {n} of {of} repeats is far from its median; another program may have interfered"
+                )
             }
             Warning::CacheResident { step_bytes, cache_bytes, mbu } => {
                 let share = mbu.map(|mbu| format!(", {:.0} % of the read bandwidth", 100.0 * mbu)).unwrap_or_default();
@@ -254,7 +254,7 @@ impl fmt::Display for Warning {
             ),
             Warning::NoQuality { reason } => write!(f, "no quality was measured: {reason}"),
             Warning::FewLaunches { n, min_launches } => {
-                write!(f, "{n} launches carry no interval; ask for at least {min_launches} with `--launches`")
+                write!(f, "{n} launches are too few for an interval; use at least `--launches {min_launches}`")
             }
             Warning::SyncDiffers { tps, synced_tps } => write!(
                 f,
@@ -268,13 +268,13 @@ impl fmt::Display for Warning {
             Warning::CpuThrottled { count } => {
                 write!(
                     f,
-                    "the processor got too hot {count} times during the repeats; cool it, or use fewer `--threads`"
+                    "the processor was throttled by heat {count} times during the repeats; cool it, or use fewer `--threads`"
                 )
             }
             Warning::LowClock { mhz, default_mhz, n, of } => write!(
                 f,
-                "the GPU ran at {mhz:.0} MHz instead of {default_mhz} in {n} of {of} repeats, however often they were taken \
-                 again; let it cool down, or lock its clocks with `nvidia-smi -lgc`"
+                "the GPU ran at {mhz:.0} MHz instead of {default_mhz} in {n} of {of} repeats, even when they were repeated; \
+                 let it cool down, or lock its clocks with `nvidia-smi -lgc`"
             ),
             Warning::Discarded { n } => write!(
                 f,
@@ -285,8 +285,8 @@ impl fmt::Display for Warning {
             }
             Warning::SlowRead { read_gb_s, theoretical_gb_s } => write!(
                 f,
-                "the memory was read at {read_gb_s:.1} GB/s, {:.0} % of the {theoretical_gb_s:.1} GB/s that it can give; quiet \
-                 the machine and measure again",
+                "the memory was read at {read_gb_s:.1} GB/s, {:.0} % of the {theoretical_gb_s:.1} GB/s of its specification; \
+                 stop other programs and measure again",
                 100.0 * read_gb_s / theoretical_gb_s
             ),
             Warning::NoGpu { problem } => {
@@ -299,8 +299,8 @@ impl fmt::Display for Warning {
             ),
             Warning::RanAlone { label } => write!(
                 f,
-                "`{label}` did not fit beside the others and ran again when they had ended, so drift does not cancel in the \
-                 ratios with it"
+                "`{label}` did not fit in memory beside the others and ran alone after them, so drift does not cancel in its \
+                 ratios"
             ),
             Warning::LogitsNotSaved { problem } => f.write_str(problem),
             Warning::Model { message, .. } => f.write_str(message),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::case::Variant;
 use super::room::free_bytes;
-use super::schedule::Worker;
+use super::schedule::WorkerHandle;
 use crate::engine::Device;
 use crate::engine::memory::MeasuredBandwidth;
 use crate::events::{Listener, Silent};
@@ -30,7 +30,7 @@ pub struct ProcessWorker {
     /// Estimate of the memory that the worker will hold.
     needed_bytes: u64,
     deadline: Option<Deadline>,
-    /// `None` until [`Worker::load`].
+    /// `None` until [`WorkerHandle::load`].
     child: Option<Child>,
 }
 
@@ -53,7 +53,7 @@ impl ProcessWorker {
             .map_err(|failure| with_sizes(failure, needed_bytes, || free_bytes(device)))
     }
 
-    /// Scores one window of a text, after [`Worker::load`].
+    /// Scores one window of a text, after [`WorkerHandle::load`].
     pub fn score(&mut self, request: ScoreRequest) -> Result<ScoreReport, Failure> {
         match self.ask(&WorkerRequest::Score(Box::new(request)), &Silent)? {
             WorkerReply::Scored(report) => Ok(report),
@@ -115,7 +115,7 @@ fn error(message: impl Into<String>) -> Failure {
     Failure::Error { message: message.into() }
 }
 
-impl Worker for ProcessWorker {
+impl WorkerHandle for ProcessWorker {
     fn label(&self) -> &str {
         &self.label
     }

@@ -8,7 +8,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// A point in time, and how it was asked for.
+/// A point in time, with the limit that it comes from.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Deadline {
     at: Instant,

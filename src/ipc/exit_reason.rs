@@ -1,4 +1,4 @@
-//! The reason why a process ended: it ran out of memory only where its allocator, the driver or the kernel says so.
+//! The reason why a process ended: it ran out of memory only where its allocator, the driver or the kernel reports it.
 
 use std::io;
 use std::process::ExitStatus;

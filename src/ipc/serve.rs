@@ -26,7 +26,7 @@ pub fn serve<Q: DeserializeOwned + Send + 'static, R: Serialize>(
 }
 
 /// Requests line by line, read by a thread of their own. When the parent is gone, so is this process, even in the middle of an
-/// answer. The thread sleeps in a read meanwhile.
+/// answer. The thread sleeps in a read.
 fn requests<Q: DeserializeOwned + Send + 'static>(subcommand: &'static str) -> Receiver<Result<Q>> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
@@ -43,7 +43,7 @@ fn requests<Q: DeserializeOwned + Send + 'static>(subcommand: &'static str) -> R
     receiver
 }
 
-/// Standard output as a listener whose events the parent hands on.
+/// Standard output as a listener whose events the parent relays.
 struct Output(Mutex<std::io::Stdout>);
 
 impl Output {

@@ -114,7 +114,7 @@ pub fn knows(key: &str) -> bool {
     HARMLESS.contains(&key) || not_applied(key).is_some()
 }
 
-/// Takes what the file says of the first and the last tokens into `model`; what it says of others is told.
+/// Takes what the file says of the first and the last tokens into `model`; what it says of others becomes a warning.
 pub fn apply(object: &Map<String, Value>, model: &mut Model, report: &Report) -> Result<()> {
     let keys = Keys::new(object, FILE, report);
     let named = keys.raw("eos_token_id").is_some();
@@ -140,7 +140,7 @@ pub fn apply(object: &Map<String, Value>, model: &mut Model, report: &Report) ->
     if let (Some(start), Some(ids)) = (&mut model.decoder_start, keys.token_ids("decoder_start_token_id")?) {
         *start = ids.first().copied().unwrap_or(*start);
     }
-    tell(object, FILE, report);
+    warn(object, FILE, report);
     for (key, value) in object {
         report.push(FILE, key.clone(), fate(key, value));
     }
@@ -159,13 +159,14 @@ fn fate(key: &str, value: &Value) -> Fate {
 }
 
 /// One note with all settings of `file` that `generate` applies and this tool does not.
-pub fn tell(object: &Map<String, Value>, file: &str, report: &Report) {
-    let told = object.iter().filter(|(key, value)| not_applied(key).is_some_and(|setting| !is_off(setting, value)));
-    let told: Vec<String> = told.map(|(key, value)| format!("`{key}` {}", shown(value))).collect();
-    if !told.is_empty() {
+pub fn warn(object: &Map<String, Value>, file: &str, report: &Report) {
+    let unapplied =
+        object.iter().filter(|(key, value)| not_applied(key).is_some_and(|setting| !is_off(setting, value)));
+    let unapplied: Vec<String> = unapplied.map(|(key, value)| format!("`{key}` {}", shown(value))).collect();
+    if !unapplied.is_empty() {
         let message = format!(
             "{file} sets {}: transformers' generate applies that, the greedy decoding here does not, so that it may choose other tokens",
-            told.join(", ")
+            unapplied.join(", ")
         );
         report.note("generation_setting_not_applied", message);
     }

@@ -33,7 +33,7 @@ pub struct Report {
     pub walked: RefCell<Vec<Walked>>,
     pub notes: RefCell<Vec<Note>>,
     pub rope: RefCell<Option<RopeSettings>>,
-    /// A key that would be refused is told as one that nobody knows, so that all of them are found.
+    /// A key that would be refused is reported as an unknown one, so that all of them are found.
     pub is_probe: bool,
 }
 

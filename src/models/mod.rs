@@ -102,7 +102,7 @@ pub fn read(files: &Files) -> Result<Built> {
     match files.generation.and_then(Value::as_object) {
         Some(generation) => generation::apply(generation, &mut model, &report)?,
         // Where older models have such settings.
-        None => generation::tell(config, "config.json", &report),
+        None => generation::warn(config, "config.json", &report),
     }
     let (keys, mut notes) = (report.walked.into_inner(), report.notes.into_inner());
     notes.extend(["config.json", generation::FILE].into_iter().filter_map(|file| unknown(file, &keys)));
@@ -111,16 +111,16 @@ pub fn read(files: &Files) -> Result<Built> {
 
 /// Names the keys of a file that are in no list.
 fn unknown(file: &str, keys: &[Walked]) -> Option<Note> {
-    let told = keys.iter().filter(|walked| walked.file == file).filter_map(|walked| match &walked.fate {
+    let unread = keys.iter().filter(|walked| walked.file == file).filter_map(|walked| match &walked.fate {
         Fate::Unknown(value) => Some(format!("`{}` {value}", walked.key)),
         _ => None,
     });
-    let told: Vec<String> = told.collect();
-    if told.is_empty() {
+    let unread: Vec<String> = unread.collect();
+    if unread.is_empty() {
         return None;
     }
     let message =
-        format!("{file} has keys that are not read here, and might change what is computed: {}", told.join(", "));
+        format!("{file} has keys that are not read here, and might change what is computed: {}", unread.join(", "));
     Some(Note { name: UNKNOWN_KEY, message })
 }
 

@@ -1,5 +1,5 @@
 //! The rule for the keys of a file: computed, harmless, or known to change what is computed and refused unless it stands at the
-//! value that means "off". Any other key is harmless when null, false or empty, and told otherwise.
+//! value that means "off". Any other key is harmless when null, false or empty, and a warning otherwise.
 //!
 //! The computed keys are those that a model file asks [`super::keys::Keys`] for; the other two lists of each family stand beside
 //! its `Config`, these here are for all. "Changes" and "harmless" are about greedy decoding as transformers 5.24 computes it.
@@ -17,7 +17,7 @@ pub enum Fate {
     Harmless,
     /// It would change what is computed, but stands at "off".
     Off,
-    /// It would change the tokens that transformers' `generate` chooses, and is told.
+    /// It would change the tokens that transformers' `generate` chooses, and becomes a warning.
     NotApplied,
     /// Nobody here knows it: its value, shortened.
     Unknown(String),

@@ -11,17 +11,17 @@ pub struct ControlGroups<'a> {
 
 /// Names of one version of Linux' control groups.
 struct Version {
-    /// Of /proc/PID/cgroup: the controller that a line must name; none for the one line of version 2.
+    /// Controller that a line of /proc/PID/cgroup must name; none for the one line of version 2.
     controller: &'static str,
-    /// Where the hierarchy is mounted: by itself, and beside version 1.
+    /// Mount points of the hierarchy: by itself, and beside version 1.
     mounts: &'static [&'static str],
     /// Each a limit, what it is a limit of, and what of that the kernel gives back when asked.
-    limits: &'static [Limit],
+    limits: &'static [LimitFiles],
     /// The file that counts processes killed for want of memory.
     events: &'static str,
 }
 
-struct Limit {
+struct LimitFiles {
     limit: &'static str,
     used: &'static str,
     /// A line of `memory.stat`: page cache that was not read lately, which is dropped before anything is refused.
@@ -33,8 +33,8 @@ const UNIFIED: Version = Version {
     controller: "",
     mounts: &["sys/fs/cgroup", "sys/fs/cgroup/unified"],
     limits: &[
-        Limit { limit: "memory.max", used: "memory.current", dropped: "inactive_file " },
-        Limit { limit: "memory.high", used: "memory.current", dropped: "inactive_file " },
+        LimitFiles { limit: "memory.max", used: "memory.current", dropped: "inactive_file " },
+        LimitFiles { limit: "memory.high", used: "memory.current", dropped: "inactive_file " },
     ],
     events: "memory.events",
 };
@@ -44,8 +44,8 @@ const LEGACY: Version = Version {
     controller: "memory",
     mounts: &["sys/fs/cgroup/memory"],
     limits: &[
-        Limit { limit: "memory.limit_in_bytes", used: "memory.usage_in_bytes", dropped: "total_inactive_file " },
-        Limit {
+        LimitFiles { limit: "memory.limit_in_bytes", used: "memory.usage_in_bytes", dropped: "total_inactive_file " },
+        LimitFiles {
             limit: "memory.memsw.limit_in_bytes",
             used: "memory.memsw.usage_in_bytes",
             dropped: "total_inactive_file ",
@@ -68,8 +68,8 @@ impl ControlGroups<'_> {
         rooms.min()
     }
 
-    /// How many processes of the group, and of those above it, the kernel has killed for want of memory. `None` where no
-    /// group counts them.
+    /// Processes of the group, and of those above it, that the kernel has killed for want of memory. `None` where no group
+    /// counts them.
     pub fn oom_kills(&self) -> Option<u64> {
         let files = VERSIONS
             .iter()
@@ -99,14 +99,14 @@ impl ControlGroups<'_> {
         version.mounts.iter().flat_map(below).collect()
     }
 
-    fn room_in(&self, folder: &Path, names: &Limit) -> Option<u64> {
+    fn room_in(&self, folder: &Path, names: &LimitFiles) -> Option<u64> {
         let number = |file: &str| self.read(&folder.join(file))?.trim().parse::<u64>().ok();
         let (limit, used) = (number(names.limit)?, number(names.used)?);
         let dropped = self.field(&folder.join("memory.stat"), names.dropped).unwrap_or(0);
         Some(limit.saturating_sub(used.saturating_sub(dropped)))
     }
 
-    /// The number behind `name` at the beginning of a line.
+    /// The number after `name` at the beginning of a line.
     fn field(&self, file: &Path, name: &str) -> Option<u64> {
         self.read(file)?.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
     }
@@ -121,7 +121,7 @@ mod tests {
     use super::super::testing::root;
     use super::*;
 
-    /// What is free below these files, and how many were killed.
+    /// Checks what is free below these files, and how many were killed.
     fn check(files: &[(&str, &str)], room_bytes: Option<u64>, oom_kills: Option<u64>) {
         let root = root(files);
         let groups = ControlGroups { root: root.path(), process: "self" };

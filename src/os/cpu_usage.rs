@@ -1,4 +1,4 @@
-//! Processor time that others used while a repeat ran, from Linux' accounts in clock ticks.
+//! Processor time of this and other processes, from Linux' accounts in clock ticks.
 
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ pub struct CpuReading {
     /// Over all processors, idle included.
     total: u64,
     busy: u64,
-    /// Of this process.
+    /// Ticks of this process.
     own: u64,
 }
 
@@ -86,15 +86,15 @@ impl CpuUsage {
         })
     }
 
-    /// Processors that others kept busy on average. `None` for a span too short to tell: under half a second a tick of
+    /// Processors that others kept busy on average. `None` for a span that is too short: under half a second a tick of
     /// 10 ms, won or lost at each end, is over 2 % of a processor.
     pub fn others_cpus(&self) -> Option<f64> {
         let wall_ticks = self.total as f64 / self.n_cpus.max(1) as f64;
         (wall_ticks >= 50.0).then(|| self.busy.saturating_sub(self.own) as f64 / wall_ticks)
     }
 
-    /// Whether others took from `threads` of ours: by needing more processors than were left, or, through the memory that
-    /// all share, by using over a quarter of the machine.
+    /// True where other processes took from `threads` of ours: by needing more processors than were left, or, through the
+    /// shared memory, by using over a quarter of the machine.
     pub fn disturbs(&self, threads: u64) -> bool {
         let n_cpus = self.n_cpus as f64;
         self.others_cpus().is_some_and(|others| {
@@ -141,6 +141,6 @@ mod tests {
                 "{others} of {n_cpus}, {threads} ours"
             );
         }
-        assert_eq!(CpuUsage { n_cpus: 2, total: 20, busy: 20, own: 0 }.others_cpus(), None, "too short to tell");
+        assert_eq!(CpuUsage { n_cpus: 2, total: 20, busy: 20, own: 0 }.others_cpus(), None, "too short");
     }
 }

@@ -15,13 +15,14 @@ pub struct ProcessMemory {
 /// Processes killed for want of memory, since the machine or the group began; `None` where nothing counts them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct OomKills {
-    /// Of the control group and those above it.
+    /// Kills in the control group and those above it.
     pub of_groups: Option<u64>,
     pub of_machine: Option<u64>,
 }
 
 impl OomKills {
-    /// Whether one was killed since `before`. The groups know better: the machine's own count has the kills of all others in it.
+    /// True where a process was killed since `before`. The groups' count is preferred: the machine's includes the kills of all
+    /// others.
     pub fn grew_since(self, before: Self) -> bool {
         let grew = |now: Option<u64>, before: Option<u64>| Some(now? > before?);
         grew(self.of_groups, before.of_groups).or_else(|| grew(self.of_machine, before.of_machine)).unwrap_or(false)
@@ -39,7 +40,7 @@ impl ProcessMemory {
         Self { root: root.into(), process: "self".to_owned() }
     }
 
-    /// Of another process, below `root`.
+    /// Accounts of another process, below `root`.
     pub fn of(root: impl Into<PathBuf>, pid: u32) -> Self {
         Self { root: root.into(), process: pid.to_string() }
     }
@@ -54,7 +55,7 @@ impl ProcessMemory {
         self.field(&format!("proc/{}/status", self.process), "VmHWM:")
     }
 
-    /// Starts the peak anew; false where the kernel does not let us.
+    /// Resets the peak; false where the kernel does not allow it.
     pub fn reset_peak(&self) -> bool {
         std::fs::write(self.root.join("proc/self/clear_refs"), "5").is_ok()
     }
@@ -64,14 +65,14 @@ impl ProcessMemory {
         self.field("proc/meminfo", "MemTotal:")
     }
 
-    /// What can still be allocated without swapping: the machine's estimate within the tightest limit of the control group and
-    /// of those above it.
+    /// Memory that can still be allocated without swapping: the machine's estimate within the tightest limit of the control
+    /// group and of those above it.
     pub fn available_bytes(&self) -> Option<u64> {
         let machine = self.field("proc/meminfo", "MemAvailable:");
         [machine, self.groups().room_bytes()].into_iter().flatten().min()
     }
 
-    /// How often the kernel has killed a process for want of memory, as far as it tells.
+    /// Processes that the kernel has killed for want of memory, as far as it counts them.
     pub fn oom_kills(&self) -> OomKills {
         let text = self.read("proc/vmstat").unwrap_or_default();
         let of_machine = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok());
@@ -82,7 +83,7 @@ impl ProcessMemory {
         ControlGroups { root: &self.root, process: &self.process }
     }
 
-    /// What one process may take at most: the smaller of `ulimit -v` and `ulimit -d`.
+    /// Most memory that one process may take: the smaller of `ulimit -v` and `ulimit -d`.
     pub fn process_limit_bytes(&self) -> Option<u64> {
         let text = self.read("proc/self/limits")?;
         let soft = |name: &str| {
@@ -92,7 +93,7 @@ impl ProcessMemory {
         ["Max address space", "Max data size"].into_iter().filter_map(soft).min()
     }
 
-    /// What one more process can take.
+    /// Memory that one more process can take.
     pub fn room_bytes(&self) -> Option<u64> {
         [self.available_bytes(), self.process_limit_bytes()].into_iter().flatten().min()
     }

@@ -1,8 +1,9 @@
-//! Linux' accounts of processes and of the machine: memory, control groups, processor time. Each reads files below a root folder,
+//! Linux' accounts of processes and of the machine: memory, control groups, processor time; and whether the user pressed Ctrl-C. Each account reads files below a root folder,
 //! so that tests bring their own; on other systems each gives `None`.
 
 mod control_groups;
 pub mod cpu_usage;
+pub mod interrupt;
 pub mod memory;
 
 #[cfg(test)]

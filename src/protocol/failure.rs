@@ -1,4 +1,4 @@
-//! Why a child process gives no result, as the parent chooses by it.
+//! Reasons why a child process gives no result, as the parent distinguishes them.
 
 use serde::{Deserialize, Serialize};
 

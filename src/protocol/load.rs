@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::task::Task;
+use crate::call::KvFormat;
 use crate::engine::check::SelfCheck;
 use crate::engine::{Device, Engine};
 use crate::quant::{FormatId, FormatOptions};
@@ -17,7 +18,7 @@ pub struct LoadRequest {
     /// [`super::VERSION`] of the parent; a parent older than this field speaks version 1.
     #[serde(default = "first_version")]
     pub protocol_version: u32,
-    pub model: crate::weights::Request,
+    pub model: crate::weights::ModelRequest,
     pub engine: Engine,
     pub precision: FormatId,
     pub format_options: FormatOptions,
@@ -26,9 +27,15 @@ pub struct LoadRequest {
     pub device: Device,
     /// At least 1.
     pub threads: usize,
+    /// Sequences that a call runs at once; every engine runs one today and refuses others by name.
+    #[serde(default = "one_sequence")]
+    pub sequences: usize,
+    /// Format of the key/value cache; `None`: the engine's own.
+    #[serde(default)]
+    pub kv_format: Option<KvFormat>,
     pub cuda_graph: bool,
     pub task: Task,
-    /// Which matrices are quantized.
+    /// The matrices that are quantized.
     pub selection: Selection,
     /// Most bytes that the worker may allocate.
     pub memory_limit_bytes: Option<u64>,
@@ -51,7 +58,7 @@ impl LoadRequest {
     }
 }
 
-/// How the weights came into memory.
+/// Time, kernels and sizes of a load.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LoadReport {
@@ -61,6 +68,8 @@ pub struct LoadReport {
     pub quantize_s: f64,
     pub fp16_overflow: u64,
     pub isa: String,
+    /// Format of the key/value cache; `None` from a worker older than this field.
+    pub kv_format: Option<KvFormat>,
     /// Highest resident set while loading.
     pub load_peak_bytes: Option<u64>,
     /// `None` where no matrix is quantized.
@@ -77,6 +86,7 @@ impl Default for LoadReport {
             quantize_s: 0.0,
             fp16_overflow: 0,
             isa: String::new(),
+            kv_format: None,
             load_peak_bytes: None,
             self_check: None,
             weights_by_format: BTreeMap::new(),
@@ -85,5 +95,9 @@ impl Default for LoadReport {
 }
 
 fn first_version() -> u32 {
+    1
+}
+
+fn one_sequence() -> usize {
     1
 }

@@ -1,4 +1,4 @@
-//! What a worker measures: warm-up, repeats, and what is read once after the last repeat.
+//! Measurements of a worker: warm-up, repeats, and what is read once after the last repeat.
 
 use std::collections::BTreeMap;
 

@@ -29,7 +29,7 @@ pub enum Wait {
     /// Once, at its end; a token counts as soon as the host can read it.
     #[default]
     AtEnd,
-    /// As [`Self::AtEnd`], and each repeat is followed by a run that waits after every token.
+    /// [`Self::AtEnd`], and each repeat is followed by a run that waits after every token.
     BothWays,
     /// After every token, as the seed did.
     EachToken,

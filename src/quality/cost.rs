@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 
-/// What a precision costs at one token. Entropies are in nats.
+/// Cost of a precision at one token. Entropies are in nats.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct TokenCost {
     /// KL(reference ‖ measured) of the distributions over the vocabulary.
@@ -54,7 +54,7 @@ pub fn check_finite(whose: &str, logits: &[f32]) -> Result<()> {
     }
 }
 
-/// What a row of logits says.
+/// Distribution that a row of logits means.
 struct Distribution {
     log_sum_exp: f64,
     /// Index of the largest logit, the lowest where several tie.

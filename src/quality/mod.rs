@@ -1,8 +1,8 @@
-//! What a precision costs in quality: its predictions over a text against those of a reference, token by token.
+//! The cost of a precision in quality: its predictions over a text against those of a reference, token by token.
 //!
-//! A text is teacher-forced in [`windows`] through a session ([`pass`]). The reference's logits lie in a file of bounded
-//! size ([`rows`]), whole and in fp32, so nothing is approximated; [`cost`] compares one row, [`summary`] all of them. No
-//! process and no clock is known here.
+//! A text is teacher-forced in [`windows`] through a session ([`pass`]). The reference's logits are in a file of bounded size
+//! ([`rows`]), whole and in fp32, so nothing is approximated; [`cost`] compares one row, [`summary`] all of them. Nothing here
+//! knows a process or a clock.
 
 pub mod cost;
 pub mod modules;
@@ -14,7 +14,7 @@ pub mod windows;
 
 use crate::quant::FormatId;
 
-/// How a text goes through a model.
+/// The calls that run a text through a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CallPath {
@@ -25,7 +25,7 @@ pub enum CallPath {
 }
 
 impl CallPath {
-    /// As flags and records spell it.
+    /// Spelling in flags and records.
     pub fn name(self) -> &'static str {
         match self {
             CallPath::Prefill => "prefill",
@@ -33,8 +33,8 @@ impl CallPath {
         }
     }
 
-    /// What a precision is measured by unless the user says otherwise. Where outlier columns are picked for each call, a long
-    /// prefill is another computation than the decoding it stands for.
+    /// Default path of a precision. Where outlier columns are picked for each call, a long prefill is another computation than
+    /// the decoding it stands for.
     pub fn usual(precision: FormatId) -> Self {
         if precision.finds_outliers { CallPath::Decode } else { CallPath::Prefill }
     }

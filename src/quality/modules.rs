@@ -50,7 +50,7 @@ fn layer(name: &str) -> Option<String> {
     Some(parts[..=number].join("."))
 }
 
-/// What quantizing one layer costs and saves.
+/// Cost and saving of quantizing one layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerCost<'a> {
     pub name: &'a str,

@@ -5,9 +5,9 @@ use anyhow::{Result, bail};
 use super::CallPath;
 use crate::engine::Session;
 
-/// What a window feeds: everything that a row of logits follows from.
+/// Input of a window: everything that its rows of logits follow from.
 #[derive(Debug, Clone, Copy)]
-pub struct Feed<'a> {
+pub struct WindowInput<'a> {
     /// Goes in first, in one call of its own: a picture's tokens and its prompt. May be empty.
     pub prefix: &'a [u32],
     /// At least one, and two without a prefix.
@@ -19,8 +19,12 @@ pub struct Feed<'a> {
 
 /// Runs a window from an empty cache. `on_row` gets each scored token, an index into the feed's tokens, with the logits
 /// that predict it. Fails where the session or `on_row` does; whatever an encoder holds stays.
-pub fn run(session: &mut dyn Session, feed: Feed, on_row: &mut dyn FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
-    let Feed { prefix, tokens, first, path } = feed;
+pub fn run(
+    session: &mut dyn Session,
+    feed: WindowInput,
+    on_row: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+) -> Result<()> {
+    let WindowInput { prefix, tokens, first, path } = feed;
     session.rewind(0);
     if !prefix.is_empty() {
         session.prefill(prefix)?;
@@ -78,10 +82,10 @@ pub fn departure(reference: &[u32], measured: &[u32]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::fake::{FakeSession, FakeTime, Run};
+    use crate::engine::fake::{FakeRun, FakeSession, FakeTime};
 
-    fn rows(feed: Feed) -> Result<Vec<usize>> {
-        let mut session = FakeSession::new(FakeTime::default(), [Run::default()]);
+    fn rows(feed: WindowInput) -> Result<Vec<usize>> {
+        let mut session = FakeSession::new(FakeTime::default(), [FakeRun::default()]);
         let mut seen = Vec::new();
         run(&mut session, feed, &mut |token, _| {
             seen.push(token);
@@ -100,18 +104,18 @@ mod tests {
         ];
         for (prefix, tokens, first, expected) in cases {
             for path in [CallPath::Prefill, CallPath::Decode] {
-                assert_eq!(rows(Feed { prefix, tokens, first, path }).unwrap(), expected, "{path:?}");
+                assert_eq!(rows(WindowInput { prefix, tokens, first, path }).unwrap(), expected, "{path:?}");
             }
         }
-        assert!(rows(Feed { prefix: &[], tokens: &[1], first: 0, path: CallPath::Prefill }).is_err());
+        assert!(rows(WindowInput { prefix: &[], tokens: &[1], first: 0, path: CallPath::Prefill }).is_err());
     }
 
     #[test]
     fn a_row_that_cannot_be_used_ends_the_window() {
         for path in [CallPath::Prefill, CallPath::Decode] {
-            let mut session = FakeSession::new(FakeTime::default(), [Run::default()]);
+            let mut session = FakeSession::new(FakeTime::default(), [FakeRun::default()]);
             let mut calls = 0;
-            let feed = Feed { prefix: &[], tokens: &[1, 2, 3], first: 1, path };
+            let feed = WindowInput { prefix: &[], tokens: &[1, 2, 3], first: 1, path };
             let outcome = run(&mut session, feed, &mut |_, _| {
                 calls += 1;
                 bail!("no")

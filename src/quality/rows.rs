@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-/// What the file of one window may take. It bounds a window's length where the vocabulary is large: 392 rows at 128k.
+/// Most bytes of one window's file. They bound a window's length where the vocabulary is large: 392 rows at 128k.
 pub const MAX_FILE_BYTES: usize = 192 << 20;
 
 /// Rows of this vocabulary that one file may hold, at least 1.

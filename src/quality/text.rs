@@ -1,6 +1,6 @@
 //! The text that quality is measured on where none is given.
 
-/// What records call [`SAMPLE`].
+/// Name of [`SAMPLE`] in records.
 pub const SAMPLE_NAME: &str = "sample";
 
 /// The beginning of the introduction to Charles Darwin, On the Origin of Species (John Murray, London, 1859). The author

@@ -1,4 +1,4 @@
-//! A long text in overlapping windows, so that every token but the first ones is predicted behind enough others.
+//! A long text in overlapping windows, so that every token but the first ones is predicted after enough others.
 
 use serde::{Deserialize, Serialize};
 
@@ -36,7 +36,7 @@ pub fn windows(n_tokens: usize, length: usize, has_prefix: bool) -> Vec<TextWind
     found
 }
 
-/// Tokens that a window scores behind those that it only reads.
+/// Tokens that a window scores after those that it only reads.
 pub fn stride(length: usize) -> usize {
     length - length / 2
 }

@@ -1,4 +1,4 @@
-//! What holds decoding back.
+//! The limit of decoding: memory, arithmetic, host or cache.
 
 /// The reason that [`super::Bandwidth::bound`] names. Only what was measured is a reason.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +20,7 @@ impl Bound {
     pub const ALL: [Bound; 6] =
         [Bound::Memory, Bound::Compute, Bound::Mixed, Bound::Host, Bound::CacheResident, Bound::NotKnown];
 
-    /// As records and tables have it.
+    /// Spelling in records and tables.
     pub const fn name(self) -> &'static str {
         match self {
             Bound::Memory => "memory",

@@ -1,4 +1,4 @@
-//! What a record says of the machine during a run: memory, energy, and what was watched.
+//! The part of a record about the machine during a run: memory, energy, and readings.
 
 use std::collections::BTreeMap;
 
@@ -26,12 +26,12 @@ pub struct Memory {
     /// The same by format; vectors count as fp16.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub weights_by_format: BTreeMap<String, u64>,
-    /// As they lie in memory, padding and repacking included.
+    /// Bytes of the weights in memory, padding and repacking included.
     #[serde(default)]
     pub weights_resident_bytes: Option<u64>,
     pub kv_cache_bytes: Option<u64>,
     pub scratch_bytes: Option<u64>,
-    /// What `start_bytes` holds beside weights, cache and scratch: on a CPU the program, its stacks and tables.
+    /// Bytes of `start_bytes` beside weights, cache and scratch: on a CPU the program, its stacks and tables.
     #[serde(default)]
     pub other_bytes: Option<u64>,
     /// CUDA: what the process takes of the device beside its pool: context, kernels, libraries.
@@ -45,13 +45,13 @@ pub struct Memory {
     pub pool: Option<Pool>,
     /// Highest resident set of the process from start to end.
     pub process_peak_rss_bytes: Option<u64>,
-    /// Of a model that did not fit: what weights, cache, scratch and a GPU's context take by the estimate.
+    /// For a model that did not fit: the estimated bytes of weights, cache, scratch and a GPU's context.
     #[serde(default)]
     pub needed_bytes: Option<u64>,
-    /// Of a model that did not fit: the allocation that failed, where known; of one that was not started, `needed_bytes`.
+    /// For a model that did not fit: the allocation that failed, where known; for one that was not started, `needed_bytes`.
     #[serde(default)]
     pub wanted_bytes: Option<u64>,
-    /// Of a model that did not fit: what was free then, where known.
+    /// For a model that did not fit: the bytes that were free then, where known.
     #[serde(default)]
     pub free_bytes: Option<u64>,
 }
@@ -74,18 +74,18 @@ pub struct PoolPhase {
     pub reserved_high_bytes: u64,
 }
 
-/// Of windows of back-to-back repeats, from a counter that grows with every joule.
+/// Energy over windows of back-to-back repeats, from a counter that grows with every joule.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Energy {
-    /// `nvml`: the GPU alone; `rapl`: the processor packages, whoever used them.
+    /// `nvml`: the GPU alone; `rapl`: the processor packages, with all processes on them.
     pub source: String,
     /// Mean power before any worker was started; joules per token are those above it.
     pub idle_watts: Option<f64>,
-    /// What a window of `samples.energy_j` is: a counted `repeat`, or a `block` of untimed ones behind them where one repeat is too short for
-    /// the counter.
+    /// Kind of the windows of `samples.energy_j`: a counted `repeat`, or a `block` of untimed ones after them where one repeat
+    /// is too short for the counter.
     #[serde(default)]
     pub window: String,
-    /// Why there are no joules per token.
+    /// Reason why there are no joules per token.
     pub refused: Option<String>,
 }
 
@@ -103,6 +103,6 @@ pub struct Range {
 pub struct Series {
     /// Since the repeat began.
     pub at_ms: Vec<f64>,
-    /// By name, one value a reading; those of cores have their number behind a dot. `null` where one could not be read.
+    /// By name, one value a reading; those of cores have their number after a dot. `null` where one could not be read.
     pub values: BTreeMap<String, Vec<Option<f64>>>,
 }

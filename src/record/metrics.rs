@@ -1,7 +1,7 @@
 //! The numbers that tables, gates and reports can name: one row each.
 //!
 //! A row with a function is computed from a record's raw samples into [`Record::metrics`]; one without points at a number that
-//! lies elsewhere in the record.
+//! is elsewhere in the record.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ pub struct Metric {
     pub better: Better,
     /// One sentence: what it is.
     pub doc: &'static str,
-    /// Where it lies in a record: keys joined by dots.
+    /// Its place in a record: keys joined by dots.
     pub path: &'static str,
     pub values: Option<Values>,
 }
@@ -290,7 +290,7 @@ impl Metric {
     }
 }
 
-/// A row for a number that lies elsewhere in the record.
+/// A row for a number that is elsewhere in the record.
 const fn stored(
     key: &'static str,
     unit: &'static str,
@@ -301,7 +301,7 @@ const fn stored(
     Metric { key, unit, better, doc, path, values: None }
 }
 
-/// Of each window; empty where the counter's windows tell nothing.
+/// Joules per token of each window; empty where the counter's windows cannot be used.
 fn joules_per_token(record: &Record) -> Vec<Vec<f64>> {
     let usable = record.energy.as_ref().filter(|energy| energy.refused.is_none());
     let Some(idle_watts) = usable.and_then(|energy| energy.idle_watts) else { return Vec::new() };

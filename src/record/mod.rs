@@ -38,13 +38,13 @@ pub const BASELINE: &str = "fp16";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Record {
     pub status: Status,
-    /// Why the status is not `ok`.
+    /// Reason why the status is not `ok`.
     pub reason: Option<String>,
-    /// Something disturbed the measurement; `warnings` says what.
+    /// Something disturbed the measurement; `warnings` name it.
     #[serde(default)]
     pub tainted: bool,
-    pub engine: Engine,
-    /// Last component of the file that it was read from, so that a report tells the runs of several files apart; never in JSON.
+    pub engine: EngineInfo,
+    /// Last component of the file that it was read from, so that a report distinguishes the runs of several files; never in JSON.
     #[serde(skip)]
     pub file: String,
     /// The command that made this record; paths keep their last component.
@@ -66,7 +66,7 @@ pub struct Record {
     pub int8: Option<Int8Facts>,
     pub device: DeviceFacts,
     pub workload: Workload,
-    /// How the repeats were taken and what ended them.
+    /// Number and order of the repeats, and the criterion that ended them.
     #[serde(default)]
     pub protocol: Protocol,
     /// Seconds by phase: `resolve`, `load`, `quantize`, `warmup`, `measure`, …
@@ -79,10 +79,10 @@ pub struct Record {
     pub ratio_to_fp16: Option<Ratio>,
     pub memory: Memory,
     pub bandwidth: Bandwidth,
-    /// Where a counter can be read.
+    /// `None` where no counter can be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub energy: Option<Energy>,
-    /// What the machine did during the repeats, by name; the unit ends it.
+    /// Ranges of the readings during the repeats, by name; the unit ends the name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub monitor: BTreeMap<String, Range>,
     /// The readings behind `monitor`, one entry a repeat; absent unless asked for.
@@ -92,7 +92,7 @@ pub struct Record {
     /// The kernels against the format's reference on one matrix, before anything was timed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub self_check: Option<SelfCheck>,
-    /// What the precision costs in quality, where it was measured.
+    /// Cost of the precision in quality, where it was measured.
     #[serde(default)]
     pub quality: Option<Quality>,
     pub environment: Environment,
@@ -103,7 +103,7 @@ pub struct Record {
 }
 
 impl Record {
-    /// Whether this is the precision that others are compared with, whoever's engine it is.
+    /// True for the precision that others are compared with, on any engine.
     pub fn is_fp16(&self) -> bool {
         self.precision == BASELINE
     }
@@ -121,9 +121,9 @@ pub enum Status {
     Timeout,
 }
 
-/// Whose code ran.
+/// The engine whose code ran.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Engine {
+pub struct EngineInfo {
     pub name: String,
     #[serde(with = "unknown::text")]
     #[schemars(with = "Option<String>")]
@@ -166,7 +166,7 @@ pub struct WeightFacts {
     #[serde(with = "unknown::text")]
     #[schemars(with = "Option<String>")]
     pub source: String,
-    /// Of the checkpoint, before the cast to fp16.
+    /// Dtype of the checkpoint, before the cast to fp16.
     #[serde(with = "unknown::text")]
     #[schemars(with = "Option<String>")]
     pub dtype: String,
@@ -203,7 +203,7 @@ pub struct Workload {
     /// Tokens in the cache before the prompt.
     pub n_depth: u64,
     pub n_image: u64,
-    /// Of a model that sees: what it was shown.
+    /// Source of the picture for a vision-language model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageSource>,
     pub batch_size: u64,
@@ -218,26 +218,33 @@ pub enum ImageSource {
     File,
 }
 
-/// How the repeats were taken.
+/// The way in which repeats were taken.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Protocol {
     /// Runs before the counted ones, at full shape and length.
     pub n_warmup: u64,
-    /// What ended the warm-up: `agreed`, `count`, `cap` or `max_time`.
+    /// Criterion that ended the warm-up: `agreed`, `count`, `cap` or `max_time`.
     pub warmup_ended: String,
     pub n_repeats: u64,
-    /// What ended the repeats: `rel_ci`, `count`, `max_time` or `cap`.
+    /// Criterion that ended the repeats: `rel_ci`, `count`, `max_time` or `cap`.
     pub ended: String,
     /// `interleaved` with the other precisions, or `in_turn`.
     pub order: String,
-    /// What the intervals span: `within-run`, one start of the worker, or `between-launches`.
+    /// Span of the intervals: `within-run`, one start of the worker, or `between-launches`.
     pub interval: String,
-    /// `quantbench`, or `seed`: one run without a warm-up, its prefill included.
+    /// `quantbench`, or `single-cold-run` (`seed` in earlier records): one run without a warm-up, its prefill included.
     #[serde(default)]
     pub method: String,
     /// Repeats that were taken again because the GPU's clock was held down.
     #[serde(default)]
     pub n_discarded: u64,
+}
+
+impl Protocol {
+    /// One run without a warm-up, its prefill included. Earlier records say `seed`.
+    pub fn is_cold_run(&self) -> bool {
+        matches!(self.method.as_str(), "single-cold-run" | "seed")
+    }
 }
 
 /// Raw nanoseconds, one entry per counted repeat.
@@ -257,33 +264,33 @@ pub struct Samples {
     /// Every warm-up run, the first included: end to end.
     #[serde(default)]
     pub warmup_ns: Vec<u64>,
-    /// How many of the repeats each start of the worker gave, in order; absent for one start.
+    /// Repeats of each start of the worker, in order; absent for one start.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub launches: Vec<u64>,
     /// Every decode step by the device's own clock, where it has one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub device_step_ns: Vec<Vec<u64>>,
-    /// Every decode step of a run behind each repeat that waited for the device after every token; absent unless asked for.
+    /// Every decode step of a second run after each repeat, which waited for the device after every token; absent unless asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub synced_step_ns: Vec<Vec<u64>>,
-    /// Of rounds behind the repeats, on a CPU: real decode steps.
+    /// Real decode steps of rounds after the repeats, on a CPU.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alone_step_ns: Vec<u64>,
-    /// Of the same rounds: the same arithmetic on matrices that stay in the cache.
+    /// The same arithmetic on matrices that stay in the cache, in the same rounds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alone_arithmetic_ns: Vec<u64>,
-    /// Of the same rounds: reading what the step reads, without arithmetic.
+    /// Reads of the same bytes without arithmetic, in the same rounds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub alone_memory_ns: Vec<u64>,
-    /// What the energy counter moved by over each of its windows, how long the window was, and the tokens that were generated in it. A window is
-    /// a counted repeat, or a block of untimed ones behind them (`energy.window`).
+    /// The counter's increase over each of its windows, the length of the window, and the tokens generated in it. A window is a
+    /// counted repeat, or a block of untimed ones after them (`energy.window`).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub energy_j: Vec<f64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub energy_window_s: Vec<f64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub energy_tokens: Vec<u64>,
-    /// Of a row from another tool: one value a repeat by METRICS key, where its times are not the ones above.
+    /// Values of a row from another tool: one a repeat by METRICS key, where its times are not the ones above.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub imported: BTreeMap<String, Vec<f64>>,
 }
@@ -294,7 +301,7 @@ pub struct Ratio {
     pub median: f64,
     pub ci95_low: Option<f64>,
     pub ci95_high: Option<f64>,
-    /// False where the two precisions did not run in turn.
+    /// False where the two precisions did not alternate.
     pub paired: bool,
     /// Bytes that a decode step reads at fp16 over those that it reads here.
     pub by_bytes: f64,
@@ -324,7 +331,7 @@ pub struct Bandwidth {
     /// Read bandwidth of this device.
     pub read_gb_s: Option<f64>,
     pub copy_gb_s: Option<f64>,
-    /// When both were measured, where that was in an earlier run on this device.
+    /// Time at which an earlier run on this device measured both; `None` for this run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<String>,
     /// Bytes per token times `decode_tps`.
@@ -334,7 +341,7 @@ pub struct Bandwidth {
     /// Two transfers a clock over the width of the memory's bus.
     #[serde(default)]
     pub theoretical_gb_s: Option<f64>,
-    /// Why `theoretical_gb_s` is unknown.
+    /// Reason why `theoretical_gb_s` is unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub theoretical_unknown: Option<String>,
     /// Time of the decode steps by the device's own clock over that by the host's.
@@ -346,7 +353,7 @@ pub struct Bandwidth {
     /// On a CPU: the same arithmetic on matrices that stay in the cache, over the real step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arithmetic_alone_share: Option<f64>,
-    /// What holds decoding back, as far as that was measured: `memory`, `compute`, `mixed`, `host`, `cache-resident` or `not known`.
+    /// Limit of decoding, as far as it was measured: `memory`, `compute`, `mixed`, `host`, `cache-resident` or `not known`.
     #[serde(default)]
     pub bound: Option<String>,
 }
@@ -354,7 +361,7 @@ pub struct Bandwidth {
 /// A product by the kernels and by the format's plain reference.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SelfCheck {
-    /// Which matrix of the model.
+    /// Name of the matrix in the model.
     pub matrix: String,
     /// The largest error over what rounding explains: at most 1.
     pub error_share: Option<f64>,

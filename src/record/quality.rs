@@ -1,4 +1,4 @@
-//! What a record says of the quality of a precision.
+//! The part of a record about the quality of a precision.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// A text, teacher-forced, against the reference's predictions. Entropies are in nats.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Quality {
-    /// What the predictions are held against.
+    /// Reference that the predictions are compared with.
     pub reference: String,
     /// `prefill`: a window in one call, or `decode`: one token a call.
     pub path: String,
@@ -52,7 +52,7 @@ pub struct Quality {
     pub suggested_keep_fp16: Vec<String>,
 }
 
-/// What quantizing one part of a model costs and saves.
+/// Cost and saving of quantizing one part of a model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ModuleQuality {
     /// `attention`, `mlp`, `head`, `embeddings`, or the name of a layer. A layer is part of attention and mlp too.

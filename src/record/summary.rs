@@ -27,9 +27,9 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Everything that a record says about one metric. `groups` holds the values of each repeat; most metrics have one value a
+    /// Summarizes one metric of a record. `groups` holds the values of each repeat; most metrics have one value a
     /// repeat. Values of one repeat are not independent of each other, so the interval is that of the median of the repeats'
-    /// medians, while every other number is taken over all values. `launches` says how many repeats come from each fresh start, in
+    /// medians, while every other number is taken over all values. `launches` has the number of repeats of each fresh start, in
     /// order; the interval then spans starts too.
     pub fn of(unit: &str, groups: &[Vec<f64>], launches: &[u64]) -> Self {
         let mut values: Vec<f64> = groups.iter().flatten().copied().filter(|value| value.is_finite()).collect();

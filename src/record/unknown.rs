@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use super::{
-    Bandwidth, DeviceFacts, Dtypes, Engine, Environment, Memory, ModelFacts, Output, Protocol, Record, Samples, Status,
-    WeightFacts, Workload,
+    Bandwidth, DeviceFacts, Dtypes, EngineInfo, Environment, Memory, ModelFacts, Output, Protocol, Record, Samples,
+    Status, WeightFacts, Workload,
 };
 
 impl Record {
-    /// Nothing is known but whose code ran.
-    pub fn unknown(engine: Engine) -> Self {
+    /// A record that knows nothing but its engine.
+    pub fn unknown(engine: EngineInfo) -> Self {
         let nothing = String::new;
         Self {
             status: Status::Ok,

@@ -9,7 +9,7 @@ pub struct Case<'a> {
     pub records: &'a [Record],
     /// In the order of the records; never empty.
     pub runs: Vec<Run<'a>>,
-    /// Whether a reader must be told which run this is, although there is only one: another case has the same title, or there are several
+    /// True where the run must be named although there is only one: another case has the same title, or there are several
     /// files.
     pub names_run: bool,
 }
@@ -17,7 +17,7 @@ pub struct Case<'a> {
 /// What was measured together: no precision stands in it twice.
 pub struct Run<'a> {
     pub records: &'a [Record],
-    /// File and time, and what else tells it from the others of the case.
+    /// File and time, and whatever else distinguishes it from the others of the case.
     pub label: String,
     /// A word for charts: the file where that is enough, or a number such as `#2`.
     pub short: String,
@@ -92,7 +92,7 @@ fn same_run(a: &Record, b: &Record) -> bool {
     a.file == b.file && same_time && (a.engine == b.engine || a.engine.name != b.engine.name)
 }
 
-/// What may tell two runs apart beside file and time.
+/// Facts that may distinguish two runs beside file and time.
 type Fact = fn(&Record) -> String;
 
 const FACTS: &[Fact] = &[
@@ -136,6 +136,12 @@ fn labelled<'a>(runs: &[&'a [Record]]) -> Vec<Run<'a>> {
 impl Case<'_> {
     pub fn title(&self) -> String {
         title(self.records)
+    }
+
+    /// By time, and of equal ones the last.
+    pub fn newest_run(&self) -> &Run<'_> {
+        // RFC 3339 in UTC sorts as text; a case has a run.
+        self.runs.iter().max_by_key(|run| run.records[0].timestamp.as_str()).unwrap_or(&self.runs[0])
     }
 
     /// Each record with its run.
@@ -231,6 +237,13 @@ pub fn workload(workload: &Workload) -> String {
     format!("{image}{} prompt + {} new {tokens}{depth}{batch}", workload.n_prompt, workload.n_gen)
 }
 
+/// `8+64` tokens of prompt and new ones, and `@4096` behind so many in the KV cache; tokens of a picture come first.
+pub fn lengths(workload: &Workload) -> String {
+    let image = if workload.n_image > 0 { format!("{}+", workload.n_image) } else { String::new() };
+    let depth = if workload.n_depth > 0 { format!(" @{}", workload.n_depth) } else { String::new() };
+    format!("{image}{}+{}{depth}", workload.n_prompt, workload.n_gen)
+}
+
 /// Each warning once, after the precisions that it holds for.
 pub fn warnings(case: &Case) -> Vec<String> {
     let mut seen: Vec<(&str, Vec<String>)> = Vec::new();
@@ -246,6 +259,11 @@ pub fn warnings(case: &Case) -> Vec<String> {
     }
     let line = |(message, labels): (&str, Vec<String>)| plain(&format!("{}: {message}", labels.join(", ")));
     seen.into_iter().map(line).collect()
+}
+
+/// Of a time in RFC 3339.
+pub fn day(timestamp: &str) -> &str {
+    timestamp.split('T').next().unwrap_or_default()
 }
 
 /// The commands that made the records of a case, each once.

@@ -50,7 +50,7 @@ const fn known(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell
     Column { name, unit, shown: Shown::Known, decimals: None, cell }
 }
 
-/// A tenth of the divergence below which fp16 is told from fp32 no more.
+/// A tenth of the divergence below which fp16 cannot be distinguished from fp32.
 const DIVERGENCE_DECIMALS: usize = 5;
 
 /// From left to right, after the precision.
@@ -66,9 +66,9 @@ pub static COLUMNS: &[Column] = &[
     known("prefill", "tokens/s", |r| shown_by_nothing_else(r, "prefill_tps", "ttft_ms")),
     known("output", "tokens/s", |r| shown_by_nothing_else(r, "output_tps", "decode_tps")),
     Column { decimals: Some(DIVERGENCE_DECIMALS), ..known("KL", "nats/token", kl) },
-    known("throughput", "one cold run", |r| of_seed(r, "output_tps")),
-    known("latency", "s, cold", |r| of_seed(r, "latency_s")),
-    known("per token", "ms, cold", |r| of_seed(r, "latency_per_token_ms")),
+    known("throughput", "one cold run", |r| of_cold_run(r, "output_tps")),
+    known("latency", "s, cold", |r| of_cold_run(r, "latency_s")),
+    known("per token", "ms, cold", |r| of_cold_run(r, "latency_per_token_ms")),
     known("top-1", "%", |r| r.quality.as_ref().map_or(Cell::Unknown, |q| Cell::Percent(100.0 * q.top1_agreement))),
     known("perplexity", "x fp16", perplexity_ratio),
     wide("memory alone", "% of step", |r| share(r.bandwidth.memory_alone_share)),
@@ -113,34 +113,47 @@ pub struct Row {
     pub precision: String,
     /// Where the case has several.
     pub run: Option<String>,
+    /// The same where the label stands elsewhere: `#2`.
+    pub short_run: String,
     /// One text a column, or status and reason of a record that is not ok: its numbers would mislead.
     pub values: Result<Vec<String>, String>,
 }
 
 /// How a disturbed row is marked.
-const TAINTED: char = '*';
+pub const TAINTED: &str = "*";
 
 /// Of the column that says what a later run changes.
 const CHANGE: (&str, &str) = ("change", "of decode");
 
-/// Lays out one case; `wide` takes in every column that some record has a value for.
-pub fn sheet(case: &Case, wide: bool) -> Sheet {
+/// What a sheet shows beside the usual columns.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent {
+    /// Every column that some record has a value for.
+    pub wide: bool,
+    /// What later runs change; a page has a table of its own for it.
+    pub changes: bool,
+}
+
+/// Lays out one case.
+pub fn sheet(case: &Case, extent: Extent) -> Sheet {
     let ok: Vec<_> = case.records.iter().filter(|record| record.status == Status::Ok).collect();
     let known = |column: &Column| ok.iter().any(|record| (column.cell)(record) != Cell::Unknown);
     let only_quality = !ok.is_empty() && ok.iter().all(|record| case::has_quality_alone(record));
     let shows = |column: &Column| match column.shown {
         Shown::Always => !only_quality || known(column),
         Shown::Known => known(column),
-        Shown::Wide => wide && known(column),
+        Shown::Wide => extent.wide && known(column),
     };
     let columns: Vec<_> = COLUMNS.iter().filter(|column| shows(column)).collect();
     let decimals: Vec<_> = columns.iter().map(|column| column_decimals(column, &ok)).collect();
-    let changes: Vec<Option<String>> = case.rows().map(|(run, record)| change(case, run, record)).collect();
+    let change = |(run, record)| if extent.changes { change(case, run, record) } else { None };
+    let changes: Vec<Option<String>> = case.rows().map(change).collect();
     let compares = changes.iter().any(Option::is_some);
 
     let row = |((run, record), change): ((&Run, &Record), &Option<String>)| Row {
-        precision: case::label(record, case.records) + if record.tainted { "*" } else { "" },
+        precision: case::label(record, case.records) + if record.tainted { TAINTED } else { "" },
         run: (case.runs.len() > 1).then(|| run.label.clone()),
+        short_run: run.short.clone(),
         values: match record.status {
             Status::Ok => {
                 let values = columns.iter().zip(&decimals).map(|(c, &d)| (c.cell)(record).text(d));
@@ -178,7 +191,9 @@ fn notes(case: &Case, rows: &[Row], compares: bool) -> Vec<String> {
         notes.push(format!("change is that of the median against {}, of the same precision", case.runs[0].label));
     }
     if case.records.iter().any(|record| record.tainted) {
-        notes.push(format!("{TAINTED} something disturbed this measurement: the warnings say what"));
+        notes.push(format!(
+            "{TAINTED} other programs or the state of the machine affected this measurement: see the warnings"
+        ));
     }
     notes
 }
@@ -240,7 +255,7 @@ fn median(record: &Record, key: &str) -> Cell {
     number(summary(record, key).and_then(|s| s.median))
 }
 
-/// A speed that no other column of the narrow table tells: of a row from another tool, which times nothing else.
+/// A speed that no other column of the narrow table shows: of a row from another tool, which times nothing else.
 fn shown_by_nothing_else(record: &Record, key: &str, teller: &str) -> Cell {
     if median(record, teller) == Cell::Unknown { interval(record, key) } else { Cell::Unknown }
 }
@@ -272,9 +287,9 @@ fn bound(record: &Record) -> Cell {
     bound.map_or(Cell::Unknown, |bound| Cell::Word(bound.name()))
 }
 
-/// Numbers that the seed's method gave, under the names that it had for them.
-fn of_seed(record: &Record, key: &str) -> Cell {
-    if record.protocol.method == "seed" { median(record, key) } else { Cell::Unknown }
+/// Numbers of a single cold run, under the names that scripts which time one have for them.
+fn of_cold_run(record: &Record, key: &str) -> Cell {
+    if record.protocol.is_cold_run() { median(record, key) } else { Cell::Unknown }
 }
 
 fn kl(record: &Record) -> Cell {
@@ -302,6 +317,14 @@ fn percentile(record: &Record, pick: fn(&Summary) -> Option<f64>) -> Cell {
 
 fn speed_up(record: &Record) -> Cell {
     record.ratio_to_fp16.map_or_else(|| baseline(record), |ratio| number(Some(ratio.median)))
+}
+
+/// The same as a number; 1 for the baseline.
+pub fn speed_up_number(record: &Record) -> Option<f64> {
+    match speed_up(record) {
+        Cell::Number(ratio) => Some(ratio),
+        _ => None,
+    }
 }
 
 fn bytes_ratio(record: &Record) -> Cell {

@@ -6,12 +6,12 @@ use std::path::Path;
 const TEXT_FLAGS: &[&str] = &["--prompt"];
 
 /// Flags whose value may be a hub id, `owner/name`.
-const MODEL_FLAGS: &[&str] = &["--model-id"];
+const MODEL_FLAGS: &[&str] = &["--model-id", "--model", "-m"];
 
 /// Flags whose value is a file that must be there: without its folder it is a placeholder.
 const INPUT_FLAGS: &[&str] = &["--prompt-file", "--image", "--quality-text", "--baseline", "--ab"];
 
-/// What stands for the folders of a path that is not told.
+/// Placeholder for the folders of a path, which are not shown.
 const PLACEHOLDER: &str = "PATH/TO/";
 
 /// How tokens of the hub begin.
@@ -48,7 +48,7 @@ fn shareable_word(flag: &str, arg: &str) -> String {
     // `-ovalue`: a short flag may carry its value.
     match arg.char_indices().nth(2) {
         Some((value, _)) if arg.starts_with('-') && !arg.starts_with("--") => {
-            format!("{}{}", &arg[..value], last_component(&arg[value..]))
+            format!("{}{}", &arg[..value], shareable_value(&arg[..value], &arg[value..]))
         }
         _ => shareable_value(flag, arg),
     }
@@ -146,6 +146,9 @@ mod tests {
             (&["quantbench", "--model-id", "/srv/models/phi 2/"], "quantbench --model-id 'PATH/TO/phi 2'"),
             (&["quantbench", "--model-id", "no-such/hub-id"], "quantbench --model-id no-such/hub-id"),
             (&["quantbench", "--model-id=no-such/hub-id"], "quantbench --model-id=no-such/hub-id"),
+            (&["quantbench", "-m", "no-such/hub-id", "-p", "8,512"], "quantbench -m no-such/hub-id -p 8,512"),
+            (&["quantbench", "-mno-such/hub-id"], "quantbench -mno-such/hub-id"),
+            (&["quantbench", "-m/srv/models/phi"], "quantbench -mPATH/TO/phi"),
             (&["quantbench", "--model-id", "../models/phi"], "quantbench --model-id PATH/TO/phi"),
             (&["quantbench", "--model-id", "./phi"], "quantbench --model-id PATH/TO/phi"),
             (&["quantbench", "--model-id", "~/phi"], "quantbench --model-id PATH/TO/phi"),

@@ -10,7 +10,7 @@ pub struct Examination {
     pub build: Build,
     pub cpu: Cpu,
     pub memory: HostMemory,
-    pub gpu: Gpu,
+    pub gpu: GpuSection,
     pub permissions: Permissions,
     pub findings: Vec<Finding>,
 }
@@ -58,7 +58,7 @@ pub struct HostMemory {
 }
 
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Gpu {
+pub struct GpuSection {
     /// Whether this build can use one.
     pub in_build: bool,
     /// Release of the kernel driver.
@@ -87,7 +87,7 @@ pub struct DeviceFile {
     pub usable: bool,
 }
 
-/// A device as the driver tells.
+/// A device as the driver describes it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct GpuDevice {
     pub name: String,
@@ -212,7 +212,7 @@ impl HostMemory {
     }
 }
 
-impl Gpu {
+impl GpuSection {
     fn lines(&self) -> Vec<Line> {
         let build = if self.in_build { "with CUDA" } else { "without CUDA" };
         let files: Vec<_> = self.device_files.iter().map(DeviceFile::text).collect();

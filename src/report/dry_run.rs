@@ -26,16 +26,20 @@ pub struct DryRun {
     pub order: String,
     /// When the repeats of one precision end.
     pub repeats: String,
+    /// The run may take half or twice as long, without downloads and quality.
+    pub seconds: Option<f64>,
+    /// The same in words.
+    pub takes: String,
     /// Files of the hub; empty for what needs none.
     pub files: Vec<File>,
-    /// Of the files that the cache lacks, as far as the hub tells.
+    /// Bytes of the files that the cache lacks, as far as the hub reports them.
     pub download_bytes: u64,
     pub rows: Vec<Row>,
     /// What quality will be measured on, where it was asked for.
     pub quality: Option<String>,
     /// Memory of the card that the user named.
     pub card_bytes: Option<u64>,
-    /// Of the machine or the GPU, whoever uses the rest; `None` where the system does not tell.
+    /// All memory of the machine or the GPU, used or not; `None` where unknown.
     pub free_bytes: Option<u64>,
     pub total_bytes: Option<u64>,
 }
@@ -93,18 +97,24 @@ impl DryRun {
             self.model, self.architecture, self.device
         );
         let lengths = format!("{}{bound}; workers {order}: {}", case::workload(&self.workload), self.repeats);
+        let takes = format!("{lengths}\nit takes {}", self.takes);
         let quality =
             self.quality.as_ref().map(|text| plain(&format!("then the quality of each precision over {text}")) + "\n");
-        let head = format!("{}\n{}\n{}", plain(&title), plain(&lengths), quality.unwrap_or_default());
+        let head = format!(
+            "{}\n{}\n{}",
+            plain(&title),
+            takes.lines().map(plain).collect::<Vec<_>>().join("\n"),
+            quality.unwrap_or_default()
+        );
         format!("{head}\n{}\n{}", self.downloads(), self.fit())
     }
 
     fn downloads(&self) -> String {
         let missing: Vec<_> = self.files.iter().filter(|file| !file.is_cached).collect();
         match (self.weights.as_str(), missing.as_slice()) {
-            (_, []) if !self.files.is_empty() => "download nothing: the cache has all of it\n".to_owned(),
-            ("random", []) => "download nothing: the weights are made up\n".to_owned(),
-            (_, []) => "download nothing: the model is a folder\n".to_owned(),
+            (_, []) if !self.files.is_empty() => "no download: the cache has every file\n".to_owned(),
+            ("random", []) => "no download: random weights\n".to_owned(),
+            (_, []) => "no download: a local folder\n".to_owned(),
             (_, missing) => {
                 let line =
                     |file: &&File| Line::Cells(vec![format!("  {}", plain(&file.name)), mib(file.bytes), "MiB".into()]);

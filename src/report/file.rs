@@ -1,4 +1,4 @@
-//! Output files: whole or not at all.
+//! Output files, written atomically.
 
 use std::fs::{self, Permissions};
 use std::io::{self, Write};

@@ -33,6 +33,11 @@ struct RecordLine<'a> {
 }
 
 fn write_lines(document: &Document, _: &Options) -> Result<String> {
+    lines(document)
+}
+
+/// A record a line.
+pub(super) fn lines(document: &Document) -> Result<String> {
     let mut out = String::new();
     for record in &document.records {
         let line = RecordLine { schema_version: document.schema_version, record };

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::case::{self, Case};
-use super::columns::{self, Row, Sheet};
+use super::columns::{self, Extent, Row, Sheet};
 use super::{Options, Writer, modules, verdict};
 use crate::record::Document;
 
@@ -20,7 +20,7 @@ fn write(document: &Document, options: &Options) -> Result<String> {
 }
 
 fn block(case: &Case, options: &Options) -> String {
-    let sheet = columns::sheet(case, options.wide);
+    let sheet = columns::sheet(case, Extent { wide: options.wide, changes: true });
     let mut text = format!("## {}\n\n", escape(&case.title()));
     for verdict in verdict::verdicts(case, options.card_bytes) {
         text += &format!("{}\n\n", escape(&verdict.to_string()));
@@ -54,7 +54,7 @@ fn rows(sheet: &Sheet) -> String {
     };
     let marks = std::iter::once(":---").chain(std::iter::repeat("---:")).take(sheet.headers.len());
     let mut text = line(sheet.headers.iter().map(header)) + &line(marks.map(String::from));
-    for Row { precision, run, values } in &sheet.rows {
+    for Row { precision, run, values, short_run: _ } in &sheet.rows {
         let lead: Vec<String> = std::iter::once(precision).chain(run).cloned().collect();
         // A table has no spanning cells: a reason stands in the first column and the others stay empty.
         let values = match values {

@@ -14,15 +14,20 @@ pub mod doctor;
 pub mod dry_run;
 mod file;
 mod grid;
+pub mod history;
 mod html;
 mod json;
 mod limits;
 mod markdown;
+mod markup;
 mod modules;
 mod peers;
+mod pivot;
 mod read;
 mod table;
+mod texts;
 mod verdict;
+mod warnings;
 
 pub use case::{by_case, label, status_word};
 pub use command::{private_words, quote, shareable_command};
@@ -45,6 +50,20 @@ pub struct Options {
     pub wide: bool,
     /// Memory of a card that the verdict names what fits into.
     pub card_bytes: Option<u64>,
+    /// Each warning in full; else they are grouped, and the first few are shown.
+    pub all_warnings: bool,
+    /// What each precision wrote, below its table.
+    pub show_text: bool,
+    /// Where people read a table.
+    pub terminal: Terminal,
+}
+
+/// What a table for people is fitted to. The default is a file: as wide as it comes, without colour.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Terminal {
+    /// Tables and texts are folded to so many; `None`: not at all.
+    pub columns: Option<usize>,
+    pub colour: bool,
 }
 
 /// A row of [`WRITERS`].
@@ -67,14 +86,18 @@ pub static WRITERS: &[Writer] = &[
     csv::WRITER,
     markdown::WRITER,
     html::WRITER,
-    peers::seed::WRITER,
-    peers::seed::CSV_WRITER,
+    peers::summary::WRITER,
+    peers::summary::CSV_WRITER,
     peers::llama_bench::WRITER,
     peers::github_action::WRITER,
 ];
 
-/// The writer called `name`.
+/// Earlier names of writers, which are still taken.
+pub static RENAMED: &[(&str, &str)] = &[("seed", "summary"), ("seed-csv", "summary-csv")];
+
+/// The writer called `name`, now or earlier.
 pub fn find(name: &str) -> Option<&'static Writer> {
+    let name = RENAMED.iter().find(|(old, _)| *old == name).map_or(name, |(_, new)| new);
     WRITERS.iter().find(|writer| writer.name == name)
 }
 

@@ -26,7 +26,12 @@ fn table(label: &str, record: &Record) -> Option<String> {
         [] => "no layer stands out, so none is worth keeping in fp16".to_owned(),
         layers => format!("layers that stand out: --keep-fp16 {}", layers.join(",")),
     };
-    Some(plain_lines(&format!("\n{label} by module\n\n{}\n{suggestion}\n", grid::render(&lines))))
+    let stays = |module: &ModuleQuality| ["head", "embeddings"].contains(&module.module.as_str());
+    let note = match quality.modules.iter().any(stays) {
+        true => "\nno precision quantizes the head or the embeddings: their rows say what that would cost",
+        false => "",
+    };
+    Some(plain_lines(&format!("\n{label} by module\n\n{}\n{suggestion}{note}\n", grid::render(&lines))))
 }
 
 fn line(module: &ModuleQuality, outliers: bool) -> Line {

@@ -1,7 +1,7 @@
 //! Records from a file that a run, a suite or an import wrote.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -16,9 +16,28 @@ struct Versioned {
     schema_version: u32,
 }
 
-/// A document, or records one a line. Fails with [`BadInput`] where the file cannot be read, is neither, is of another
-/// schema or holds no record.
+/// A document, or records one a line; of a folder, all files of either kind in it, by name. Fails with [`BadInput`] where a file cannot be
+/// read, is neither, is of another schema or holds no record, and where a folder has none.
 pub fn read(path: &Path) -> Result<Document, BadInput> {
+    if !path.is_dir() {
+        return read_file(path);
+    }
+    let bad = |why: String| BadInput::new(format!("cannot read records from `{}`: {why}", path.display()));
+    let entries = fs::read_dir(path).map_err(|error| bad(error.to_string()))?;
+    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    files.retain(|file| file.is_file() && file.extension().is_some_and(|end| end == "json" || end == "jsonl"));
+    files.sort();
+    if files.is_empty() {
+        return Err(bad("the folder holds no .json or .jsonl file".into()));
+    }
+    let mut records = Vec::new();
+    for file in files {
+        records.extend(read_file(&file)?.records);
+    }
+    Ok(Document { schema_version: SCHEMA_VERSION, records })
+}
+
+fn read_file(path: &Path) -> Result<Document, BadInput> {
     let bad = |why: String| BadInput::new(format!("cannot read records from `{}`: {why}", path.display()));
     let bytes = fs::read(path).map_err(|error| bad(error.to_string()))?;
     let text = decode(bytes).map_err(bad)?;

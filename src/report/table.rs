@@ -3,9 +3,9 @@
 use anyhow::Result;
 
 use super::case::{self, Case};
-use super::columns::{self, Row, Sheet};
-use super::grid::{self, Line};
-use super::{Options, Writer, modules, verdict};
+use super::columns::{self, Extent, Row, Sheet};
+use super::grid::{self, Line, wrap};
+use super::{Options, Terminal, Writer, modules, pivot, texts, verdict, warnings};
 use crate::record::Document;
 
 pub const WRITER: Writer = Writer {
@@ -16,25 +16,61 @@ pub const WRITER: Writer = Writer {
 };
 
 fn write(document: &Document, options: &Options) -> Result<String> {
-    let blocks: Vec<_> = case::cases(document).iter().map(|case| block(case, options)).collect();
+    let cases = case::cases(document);
+    let mut blocks: Vec<_> = cases.iter().map(|case| block(case, options)).collect();
+    blocks.extend(pivot::table(&cases, &options.terminal));
     Ok(blocks.join("\n"))
 }
 
 fn block(case: &Case, options: &Options) -> String {
-    let mut sheet = columns::sheet(case, options.wide);
+    let terminal = &options.terminal;
+    let mut sheet = columns::sheet(case, Extent { wide: options.wide, changes: true });
     let notes = std::mem::take(&mut sheet.notes);
+    let verdicts = verdict::verdicts(case, options.card_bytes);
     let verdicts: String =
-        verdict::verdicts(case, options.card_bytes).iter().map(|verdict| format!("{verdict}\n")).collect();
-    let mut text = format!("{}\n{verdicts}\n{}", case.title(), grid::render(&lines(sheet)));
-    text += &paragraph("", &notes);
+        verdicts.iter().map(|verdict| wrap(&verdict.to_string(), terminal.columns, 2) + "\n").collect();
+    let title = terminal.paint(Paint::Bold, &wrap(&case.title(), terminal.columns, 2));
+    let mut text = format!("{title}\n{verdicts}\n{}", grid(sheet, case.runs.len(), terminal));
+    text += &paragraph(&notes, terminal);
     text += &modules::tables(case);
-    text + &paragraph("warning: ", &case::warnings(case))
+    if options.show_text {
+        text += &texts::side_by_side(case, terminal);
+    }
+    text + &warning_lines(case, options)
+}
+
+fn warning_lines(case: &Case, options: &Options) -> String {
+    let terminal = &options.terminal;
+    let lines = if options.all_warnings { case::warnings(case) } else { warnings::grouped(case) };
+    let (label, columns) = (terminal.paint(Paint::Yellow, "warning:"), terminal.columns);
+    let line = |line: &String| match line.starts_with('…') {
+        true => format!("{line}\n"),
+        // The label's colours take no room.
+        false => wrap(&format!("warning: {line}"), columns, 2).replacen("warning:", &label, 1) + "\n",
+    };
+    let lines: String = lines.iter().map(line).collect();
+    if lines.is_empty() { lines } else { format!("\n{lines}") }
 }
 
 /// Lines behind an empty one, if any.
-fn paragraph(start: &str, lines: &[String]) -> String {
-    let lines: String = lines.iter().map(|line| format!("{start}{line}\n")).collect();
+fn paragraph(lines: &[String], terminal: &Terminal) -> String {
+    let lines: String = lines.iter().map(|line| wrap(line, terminal.columns, 2) + "\n").collect();
     if lines.is_empty() { lines } else { format!("\n{lines}") }
+}
+
+/// Lines of the header.
+const N_HEADER: usize = 2;
+
+fn grid(sheet: Sheet, n_runs: usize, terminal: &Terminal) -> String {
+    let lines = lines(sheet);
+    let n_fixed = if n_runs > 1 { 2 } else { 1 };
+    let painted = |(index, text): (usize, String)| match &lines[index] {
+        Line::Span(..) => terminal.paint(Paint::Red, &wrap(&text, terminal.columns, 2)) + "\n",
+        Line::Cells(_) if index < N_HEADER => terminal.paint(Paint::Dim, &text) + "\n",
+        Line::Cells(_) => text + "\n",
+    };
+    let blocks = grid::fold(&lines, terminal.columns, n_fixed).into_iter();
+    blocks.map(|block| block.into_iter().map(painted).collect::<String>()).collect::<Vec<_>>().join("\n")
 }
 
 fn lines(sheet: Sheet) -> Vec<Line> {
@@ -47,4 +83,29 @@ fn lines(sheet: Sheet) -> Vec<Line> {
         }
     };
     [Line::Cells(names), Line::Cells(units)].into_iter().chain(sheet.rows.into_iter().map(row)).collect()
+}
+
+/// How a terminal shows a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Paint {
+    Bold,
+    Dim,
+    Red,
+    Yellow,
+}
+
+impl Terminal {
+    /// `text` with the codes for it, where the terminal has colours. Each line has its own, so that a pager shows them all.
+    pub(super) fn paint(&self, paint: Paint, text: &str) -> String {
+        if !self.colour {
+            return text.to_owned();
+        }
+        let code = match paint {
+            Paint::Bold => "1",
+            Paint::Dim => "2",
+            Paint::Red => "31",
+            Paint::Yellow => "33",
+        };
+        text.split('\n').map(|line| format!("\x1b[{code}m{line}\x1b[0m")).collect::<Vec<_>>().join("\n")
+    }
 }

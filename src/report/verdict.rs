@@ -1,4 +1,4 @@
-//! One sentence a run from the data: which precision decodes fastest, by how much and why, what these runs cannot tell, what memory it
+//! One sentence a run from the data: which precision decodes fastest, by how much and why, what these runs leave open, what memory it
 //! saves, what quality it costs, and which fits a card that was named. It claims no more than the intervals carry, and says what it is a
 //! claim about.
 
@@ -70,13 +70,12 @@ fn beside(others: &[&Record]) -> String {
     }))
 }
 
-/// What the claims hold for, and no further.
+/// What the claims hold for, and no further: the title has the machine.
 fn scope(record: &Record) -> String {
-    let weights = if record.weights.source == "random" { "random weights" } else { "these weights" };
-    let engine = &record.engine.name;
+    let weights = if record.weights.source == "random" { ", random weights" } else { "" };
     // Rows from another tool may come from anywhere.
-    let machine = if engine == case::OWN { "this machine" } else { "its machine" };
-    format!("{engine}, {machine}, batch {}, these lengths, {weights}", record.workload.batch_size)
+    let engine = if record.engine.name == case::OWN { String::new() } else { format!("{}, ", record.engine.name) };
+    format!("{engine}batch {}, {} tokens{weights}", record.workload.batch_size, case::lengths(&record.workload))
 }
 
 /// What holds the fastest back, and the measurement that says so.

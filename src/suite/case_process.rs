@@ -41,7 +41,7 @@ pub struct CaseReply {
     pub statuses: Vec<RowStatus>,
 }
 
-/// How a row ended.
+/// Status of one row.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RowStatus {
     /// The precision, and the engine where the case has several.

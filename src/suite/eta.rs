@@ -1,4 +1,4 @@
-//! How long a suite still takes.
+//! Estimates the time that a suite still takes.
 
 /// From what ended in this session. `None` before the first case ended.
 pub fn left_s(elapsed_s: f64, n_ended: usize, n_left: usize) -> Option<f64> {

@@ -6,47 +6,47 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::keys::{self, Key, LIMIT_KEYS, Place, Placed, Value};
+use super::keys::{self, KeyPosition, LIMIT_KEYS, PlacedValue, SettingValue, SuiteKey};
 use crate::error::BadInput;
 
 /// By key.
-pub type Settings = BTreeMap<String, Placed>;
+pub type SuiteSettings = BTreeMap<String, PlacedValue>;
 
 /// A file with all that it extends.
 #[derive(Debug, Clone, PartialEq)]
-pub struct File {
+pub struct SuiteFile {
     /// The file's name without its extension.
     pub name: String,
     pub path: PathBuf,
     /// For every case; limits among them.
-    pub settings: Settings,
+    pub settings: SuiteSettings,
     /// By key, the values of each axis; never empty ones.
-    pub matrix: BTreeMap<String, Vec<Placed>>,
+    pub matrix: BTreeMap<String, Vec<PlacedValue>>,
     /// In the order in which they apply.
     pub overrides: Vec<Override>,
 }
 
-/// What is different for some cases.
+/// Settings that differ for some cases.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Override {
     /// By key, the values of which one must be the case's.
-    pub when: BTreeMap<String, Vec<Placed>>,
-    pub settings: Settings,
+    pub when: BTreeMap<String, Vec<PlacedValue>>,
+    pub settings: SuiteSettings,
     pub skip: bool,
-    pub place: Place,
+    pub place: KeyPosition,
     /// Written in a file that another one extends, which may have dropped the cases that it is for.
     pub inherited: bool,
 }
 
-/// How long a chain of files that extend one another may be; a circle is longer.
+/// Most files in a chain that extend one another; a circle is longer.
 const MAX_CHAIN: usize = 16;
 
 /// Reads a file and those that it extends. Fails on what is no TOML, on unknown keys and on values of the wrong kind.
-pub fn read(path: &Path, keys: &[Key]) -> Result<File, BadInput> {
+pub fn read(path: &Path, keys: &[SuiteKey]) -> Result<SuiteFile, BadInput> {
     chain(path, keys, MAX_CHAIN)
 }
 
-fn chain(path: &Path, keys: &[Key], left: usize) -> Result<File, BadInput> {
+fn chain(path: &Path, keys: &[SuiteKey], left: usize) -> Result<SuiteFile, BadInput> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| BadInput::new(format!("the suite file `{}`: {error}", path.display())))?;
     let (own, base) = parse(path, &text, keys)?;
@@ -58,9 +58,9 @@ fn chain(path: &Path, keys: &[Key], left: usize) -> Result<File, BadInput> {
     Ok(own.over(chain(&folder.join(base), keys, left - 1)?))
 }
 
-impl File {
+impl SuiteFile {
     /// This file on top of `base`: its keys win, whole axes are replaced, overrides apply after the base's.
-    fn over(self, base: File) -> File {
+    fn over(self, base: SuiteFile) -> SuiteFile {
         let mut file = base;
         (file.name, file.path) = (self.name, self.path);
         file.matrix.retain(|key, _| !self.settings.contains_key(key));
@@ -73,16 +73,16 @@ impl File {
 }
 
 /// A file alone, and what it extends.
-fn parse(path: &Path, text: &str, keys: &[Key]) -> Result<(File, Option<(PathBuf, Place)>), BadInput> {
-    let reader = Reader { path, text, keys };
+fn parse(path: &Path, text: &str, keys: &[SuiteKey]) -> Result<(SuiteFile, Option<(PathBuf, KeyPosition)>), BadInput> {
+    let reader = SuiteReader { path, text, keys };
     let table = DeTable::parse(text).map_err(|error| {
         let line = error.span().map_or(1, |span| line_of(text, span.start));
-        let place = Place { file: path.to_owned(), line };
+        let place = KeyPosition { file: path.to_owned(), line };
         BadInput::new(format!("{place}: {}", error.message())).hint("a suite is a TOML file")
     })?;
     let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     let (settings, matrix, overrides) = Default::default();
-    let mut file = File { name, path: path.to_owned(), settings, matrix, overrides };
+    let mut file = SuiteFile { name, path: path.to_owned(), settings, matrix, overrides };
     let mut base = None;
     for (key, value) in table.get_ref().iter() {
         let place = reader.place(key);
@@ -107,32 +107,39 @@ fn parse(path: &Path, text: &str, keys: &[Key]) -> Result<(File, Option<(PathBuf
     }
 }
 
-struct Reader<'a> {
+struct SuiteReader<'a> {
     path: &'a Path,
     text: &'a str,
-    keys: &'a [Key],
+    keys: &'a [SuiteKey],
 }
 
-impl Reader<'_> {
-    fn place<T>(&self, at: &Spanned<T>) -> Place {
-        Place { file: self.path.to_owned(), line: line_of(self.text, at.span().start) }
+impl SuiteReader<'_> {
+    fn place<T>(&self, at: &Spanned<T>) -> KeyPosition {
+        KeyPosition { file: self.path.to_owned(), line: line_of(self.text, at.span().start) }
     }
 
-    fn key(&self, name: &str) -> Option<&Key> {
+    fn key(&self, name: &str) -> Option<&SuiteKey> {
         self.keys.iter().find(|key| key.name == name)
     }
 
     /// A key of a case. `also` are the words that are known beside those.
-    fn setting(&self, name: &str, value: &DeValue, place: &Place, also: &[&str]) -> Result<Placed, BadInput> {
-        let limit = || LIMIT_KEYS.contains(&name).then(|| Key { name: name.to_owned(), kind: keys::Kind::One });
+    fn setting(
+        &self,
+        name: &str,
+        value: &DeValue,
+        place: &KeyPosition,
+        also: &[&str],
+    ) -> Result<PlacedValue, BadInput> {
+        let limit =
+            || LIMIT_KEYS.contains(&name).then(|| SuiteKey { name: name.to_owned(), kind: keys::ValueKind::One });
         let Some(key) = self.key(name).cloned().or_else(limit) else {
             let known = self.keys.iter().map(|key| key.name.as_str()).chain(LIMIT_KEYS).chain(also.iter().copied());
             return Err(keys::unknown(place, name, &known.collect::<Vec<_>>()));
         };
-        Ok(Placed { value: key.value(value, place)?, place: place.clone() })
+        Ok(PlacedValue { value: key.value(value, place)?, place: place.clone() })
     }
 
-    fn axes(&self, table: &DeTable) -> Result<BTreeMap<String, Vec<Placed>>, BadInput> {
+    fn axes(&self, table: &DeTable) -> Result<BTreeMap<String, Vec<PlacedValue>>, BadInput> {
         let mut axes = BTreeMap::new();
         for (name, value) in table.iter() {
             let place = self.place(name);
@@ -140,13 +147,13 @@ impl Reader<'_> {
                 let known: Vec<&str> = self.keys.iter().map(|key| key.name.as_str()).collect();
                 return Err(keys::unknown(&place, name.get_ref(), &known));
             };
-            let placed = |value| Placed { value, place: place.clone() };
+            let placed = |value| PlacedValue { value, place: place.clone() };
             axes.insert(key.name.clone(), key.axis(value, &place)?.into_iter().map(placed).collect());
         }
         Ok(axes)
     }
 
-    fn change(&self, item: &Spanned<DeValue>, place: &Place) -> Result<Override, BadInput> {
+    fn change(&self, item: &Spanned<DeValue>, place: &KeyPosition) -> Result<Override, BadInput> {
         let DeValue::Table(table) = item.get_ref() else {
             return Err(place.bad("override", ": tables are needed, `[[override]]`"));
         };
@@ -165,7 +172,10 @@ impl Reader<'_> {
                 }
             }
         }
-        match change.when.iter().find(|(_, values)| values.iter().any(|placed| matches!(placed.value, Value::List(_))))
+        match change
+            .when
+            .iter()
+            .find(|(_, values)| values.iter().any(|placed| matches!(placed.value, SettingValue::List(_))))
         {
             Some((key, values)) => {
                 Err(values[0].place.bad(key, " cannot choose cases: its values belong to one case together"))

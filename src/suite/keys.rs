@@ -9,13 +9,13 @@ use crate::error::{BadInput, nearest};
 
 /// A setting of a run: the option of `quantbench run` with `_` for `-`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Key {
+pub struct SuiteKey {
     pub name: String,
-    pub kind: Kind,
+    pub kind: ValueKind,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum ValueKind {
     /// `true` or `false`: an option without a value.
     Switch,
     /// One text or number.
@@ -28,16 +28,16 @@ pub enum Kind {
 pub const LIMIT_KEYS: [&str; 2] = ["timeout_s", "memory_limit"];
 
 #[derive(Debug, Clone, PartialEq)]
-pub enum Value {
+pub enum SettingValue {
     Switch(bool),
-    /// As an option takes it.
+    /// An option's text.
     One(String),
     List(Vec<String>),
 }
 
-/// Where a key stands.
+/// Position of a key in a file.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Place {
+pub struct KeyPosition {
     pub file: PathBuf,
     /// From 1.
     pub line: usize,
@@ -45,45 +45,45 @@ pub struct Place {
 
 /// A value with the place of its key.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Placed {
-    pub value: Value,
-    pub place: Place,
+pub struct PlacedValue {
+    pub value: SettingValue,
+    pub place: KeyPosition,
 }
 
-impl Place {
-    /// What is wrong with a key here.
+impl KeyPosition {
+    /// Error for a key at this place.
     pub fn bad(&self, key: &str, what: &str) -> BadInput {
         BadInput::new(format!("{self}: `{key}`{what}"))
     }
 }
 
-impl std::fmt::Display for Place {
+impl std::fmt::Display for KeyPosition {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "`{}` line {}", self.file.display(), self.line)
     }
 }
 
-impl Key {
+impl SuiteKey {
     /// A value of this key. Fails on one of another kind.
-    pub fn value(&self, toml: &DeValue, place: &Place) -> Result<Value, BadInput> {
+    pub fn value(&self, toml: &DeValue, place: &KeyPosition) -> Result<SettingValue, BadInput> {
         let found = || place.bad(&self.name, &format!(" is {}; {} is needed", kind_of(toml), self.kind.name()));
         match (self.kind, toml) {
-            (Kind::Switch, DeValue::Boolean(on)) => Ok(Value::Switch(*on)),
-            (Kind::One, _) => scalar(toml).map(Value::One).ok_or_else(found),
-            (Kind::List, DeValue::Array(items)) if !items.is_empty() => {
+            (ValueKind::Switch, DeValue::Boolean(on)) => Ok(SettingValue::Switch(*on)),
+            (ValueKind::One, _) => scalar(toml).map(SettingValue::One).ok_or_else(found),
+            (ValueKind::List, DeValue::Array(items)) if !items.is_empty() => {
                 let items: Option<Vec<String>> = items.iter().map(|item| scalar(item.get_ref())).collect();
-                items.map(Value::List).ok_or_else(found)
+                items.map(SettingValue::List).ok_or_else(found)
             }
-            (Kind::List, _) => scalar(toml).map(|one| Value::List(vec![one])).ok_or_else(found),
-            (Kind::Switch, _) => Err(found()),
+            (ValueKind::List, _) => scalar(toml).map(|one| SettingValue::List(vec![one])).ok_or_else(found),
+            (ValueKind::Switch, _) => Err(found()),
         }
     }
 
     /// The values of an axis: each makes a case, but all of a list belong to one.
-    pub fn axis(&self, toml: &Spanned<DeValue>, place: &Place) -> Result<Vec<Value>, BadInput> {
+    pub fn axis(&self, toml: &Spanned<DeValue>, place: &KeyPosition) -> Result<Vec<SettingValue>, BadInput> {
         match toml.get_ref() {
             DeValue::Array(items) if items.is_empty() => Err(place.bad(&self.name, " is empty: no case is left")),
-            DeValue::Array(items) if self.kind != Kind::List => {
+            DeValue::Array(items) if self.kind != ValueKind::List => {
                 items.iter().map(|item| self.value(item.get_ref(), place)).collect()
             }
             value => Ok(vec![self.value(value, place)?]),
@@ -91,34 +91,34 @@ impl Key {
     }
 }
 
-impl Kind {
+impl ValueKind {
     fn name(self) -> &'static str {
         match self {
-            Kind::Switch => "true or false",
-            Kind::One => "a text or a number",
-            Kind::List => "a list of texts or numbers",
+            ValueKind::Switch => "true or false",
+            ValueKind::One => "a text or a number",
+            ValueKind::List => "a list of texts or numbers",
         }
     }
 }
 
-impl Value {
+impl SettingValue {
     /// The option with this value, `None` for a switch that is off.
     pub fn word(&self, key: &str) -> Option<String> {
         let option = format!("--{}", key.replace('_', "-"));
         match self {
-            Value::Switch(false) => None,
-            Value::Switch(true) => Some(option),
-            Value::One(text) => Some(format!("{option}={text}")),
-            Value::List(items) => Some(format!("{option}={}", items.join(","))),
+            SettingValue::Switch(false) => None,
+            SettingValue::Switch(true) => Some(option),
+            SettingValue::One(text) => Some(format!("{option}={text}")),
+            SettingValue::List(items) => Some(format!("{option}={}", items.join(","))),
         }
     }
 
     /// For people.
     pub fn text(&self) -> String {
         match self {
-            Value::Switch(on) => on.to_string(),
-            Value::One(text) => text.clone(),
-            Value::List(items) => items.join(","),
+            SettingValue::Switch(on) => on.to_string(),
+            SettingValue::One(text) => text.clone(),
+            SettingValue::List(items) => items.join(","),
         }
     }
 }
@@ -145,8 +145,8 @@ fn kind_of(toml: &DeValue) -> &'static str {
     }
 }
 
-/// What to say about a key that nobody knows.
-pub fn unknown(place: &Place, key: &str, known: &[&str]) -> BadInput {
+/// Error for an unknown key.
+pub fn unknown(place: &KeyPosition, key: &str, known: &[&str]) -> BadInput {
     let error = place.bad(key, " is unknown here");
     match nearest(key, known.iter().copied()) {
         Some(nearest) => error.hint(format!("the nearest key is `{nearest}`")),

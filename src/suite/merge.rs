@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Value, json};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::row::{Line, Lines};
+use super::row::{ResultLine, ResultLines};
 use crate::record::{Record, SCHEMA_VERSION, Status};
 
 /// All rows, each case once.
@@ -14,12 +14,12 @@ pub struct Merged {
     /// Whole lines, as they stood.
     pub text: String,
     pub n_rows: usize,
-    /// What the reader must know: rows left out, cases that are nowhere, machines that differ.
+    /// Notes for the reader: rows left out, missing cases, machines that differ.
     pub notes: Vec<String>,
 }
 
 impl Merged {
-    /// The same rows as one document, whose version stands once.
+    /// The same rows as one document, with one version.
     pub fn document(&self) -> serde_json::Result<String> {
         let row = |line: &str| {
             let mut row: Value = serde_json::from_str(line)?;
@@ -32,24 +32,24 @@ impl Merged {
 }
 
 /// A case of one file, or a row that no suite wrote.
-struct Group {
+struct CaseRows {
     file: usize,
-    /// Of the suite in the order of first mention, and of the case in it.
+    /// Rank of the suite by first mention, and index of the case in it.
     order: (usize, usize),
     /// Rows of one case in two files have one key.
     key: String,
     is_whole: bool,
-    lines: Vec<Line>,
+    lines: Vec<ResultLine>,
 }
 
 /// Joins files. Where two hold the same case, the one that is whole and has more rows that are ok stays, then the first: rows
 /// of one case are never mixed, because their ratios belong together.
-pub fn merge(files: &[Lines]) -> Merged {
+pub fn merge(files: &[ResultLines]) -> Merged {
     let mut notes: Vec<String> = files.iter().filter(|file| file.torn).map(torn).collect();
-    let mut best: BTreeMap<String, Group> = BTreeMap::new();
+    let mut best: BTreeMap<String, CaseRows> = BTreeMap::new();
     let mut n_dropped = 0;
     for group in groups(files) {
-        let rank = |group: &Group| {
+        let rank = |group: &CaseRows| {
             let n_ok = group.lines.iter().filter(|line| line.record.status == Status::Ok).count();
             (group.is_whole, n_ok, std::cmp::Reverse(group.file))
         };
@@ -67,31 +67,31 @@ pub fn merge(files: &[Lines]) -> Merged {
     if n_dropped > 0 {
         notes.push(format!("{n_dropped} rows are left out: another file has the same cases"));
     }
-    let mut groups: Vec<Group> = best.into_values().collect();
+    let mut groups: Vec<CaseRows> = best.into_values().collect();
     groups.sort_by_key(|group| (group.order, group.file));
     notes.extend(missing(&groups));
     notes.extend(differences(files, &groups));
-    let lines: Vec<&Line> = groups.iter().flat_map(|group| &group.lines).collect();
+    let lines: Vec<&ResultLine> = groups.iter().flat_map(|group| &group.lines).collect();
     let text = lines.iter().map(|line| format!("{}\n", line.text)).collect();
     Merged { text, n_rows: lines.len(), notes }
 }
 
-fn torn(file: &Lines) -> String {
+fn torn(file: &ResultLines) -> String {
     format!("the last line of `{}` was cut while it was written and is left out; `--resume` runs its case", {
         file.path.display()
     })
 }
 
-fn groups(files: &[Lines]) -> Vec<Group> {
+fn groups(files: &[ResultLines]) -> Vec<CaseRows> {
     let mut suites: Vec<String> = Vec::new();
-    let mut groups: Vec<Group> = Vec::new();
+    let mut groups: Vec<CaseRows> = Vec::new();
     for (file, lines) in files.iter().enumerate() {
         let mut of_file: BTreeMap<String, usize> = BTreeMap::new();
         for (row, line) in lines.lines.iter().enumerate() {
             let Some(info) = &line.suite else {
                 // After the suites, in the order of the files.
                 let (key, order) = (format!("row {:016x}", xxh3_64(line.text.as_bytes())), (usize::MAX, row));
-                groups.push(Group { file, order, key, is_whole: true, lines: vec![line.clone()] });
+                groups.push(CaseRows { file, order, key, is_whole: true, lines: vec![line.clone()] });
                 continue;
             };
             let suite = suites.iter().position(|name| *name == info.name).unwrap_or_else(|| {
@@ -101,7 +101,7 @@ fn groups(files: &[Lines]) -> Vec<Group> {
             let key = format!("{} {}", info.name, info.case);
             let at = *of_file.entry(key.clone()).or_insert_with(|| {
                 let order = (suite, info.index);
-                groups.push(Group { file, order, key, is_whole: false, lines: Vec::new() });
+                groups.push(CaseRows { file, order, key, is_whole: false, lines: Vec::new() });
                 groups.len() - 1
             });
             groups[at].lines.push(line.clone());
@@ -112,7 +112,7 @@ fn groups(files: &[Lines]) -> Vec<Group> {
 }
 
 /// Cases of a suite of which no file has all rows.
-fn missing(groups: &[Group]) -> Vec<String> {
+fn missing(groups: &[CaseRows]) -> Vec<String> {
     let mut suites: BTreeMap<&str, (usize, BTreeSet<usize>)> = BTreeMap::new();
     for (group, info) in groups.iter().filter_map(|group| Some((group, group.lines.first()?.suite.as_ref()?))) {
         let suite = suites.entry(&info.name).or_default();
@@ -129,9 +129,9 @@ fn missing(groups: &[Group]) -> Vec<String> {
 }
 
 /// A fact of the machine or the build, by its key in a record.
-type Fact = (&'static str, fn(&Record) -> String);
+type MachineFact = (&'static str, fn(&Record) -> String);
 
-const FACTS: &[Fact] = &[
+const FACTS: &[MachineFact] = &[
     ("engine.version", |record| record.engine.version.clone()),
     ("engine.commit", |record| record.engine.commit.clone()),
     ("device.name", |record| record.device.name.clone()),
@@ -147,7 +147,7 @@ const FACTS: &[Fact] = &[
 ];
 
 /// Facts that differ between files for one engine on one kind of device.
-fn differences(files: &[Lines], groups: &[Group]) -> Vec<String> {
+fn differences(files: &[ResultLines], groups: &[CaseRows]) -> Vec<String> {
     let records = || groups.iter().flat_map(|group| group.lines.iter().map(move |line| (group.file, &line.record)));
     let measured = || records().filter(|(_, record)| record.status == Status::Ok);
     let kinds: BTreeSet<(&str, &str)> =

@@ -14,10 +14,10 @@ mod shard;
 mod unmeasured;
 
 pub use case_process::{SUBCOMMAND, case_main};
-pub use keys::{Key, Kind};
+pub use keys::{SuiteKey, ValueKind};
 pub use merge::{Merged, merge};
 pub use plan::{Limits, Planned, read};
 pub use results::{Results, Resume};
-pub use row::{CaseInfo, Line, Lines, read_lines, read_rows};
+pub use row::{CaseInfo, ResultLine, ResultLines, read_lines, read_rows};
 pub use run::{CaseEnd, OnFailure, SuiteCase, Watcher, run};
 pub use shard::Shard;

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::file::{self, File, Override, Settings};
-use super::keys::{Key, LIMIT_KEYS, Place, Placed, Value};
+use super::file::{self, Override, SuiteFile, SuiteSettings};
+use super::keys::{KeyPosition, LIMIT_KEYS, PlacedValue, SettingValue, SuiteKey};
 use crate::error::BadInput;
 
 /// A case as it will run.
@@ -16,14 +16,14 @@ pub struct Planned {
     /// From 1, in the whole suite.
     pub index: usize,
     pub n_cases: usize,
-    /// Of the words, whatever their order: 16 hexadecimal digits.
+    /// Hash of the words, whatever their order: 16 hexadecimal digits.
     pub hash: String,
     /// Options of `quantbench run`.
     pub words: Vec<String>,
     pub limits: Limits,
     /// Model, device and what else differs between cases.
     pub label: String,
-    settings: Settings,
+    settings: SuiteSettings,
     path: std::path::PathBuf,
 }
 
@@ -31,18 +31,18 @@ pub struct Planned {
 pub struct Limits {
     /// From the start of the case to the end of its last worker.
     pub timeout_s: Option<f64>,
-    /// What each worker of the case may allocate.
+    /// Most bytes that each worker of the case may allocate.
     pub memory_limit_bytes: Option<u64>,
 }
 
 /// More are a mistake in a matrix.
 const MAX_CASES: usize = 10_000;
 
-/// What varies slowest, in this order; other axes follow in that of the options.
+/// Axes that vary slowest, in this order; other axes follow in the order of the options.
 const OUTER_AXES: [&str; 2] = ["model_id", "device"];
 
 /// The cases of a suite file in their order. Fails with [`BadInput`] on a file that cannot be used and on one without cases.
-pub fn read(path: &Path, keys: &[Key]) -> Result<Vec<Planned>, BadInput> {
+pub fn read(path: &Path, keys: &[SuiteKey]) -> Result<Vec<Planned>, BadInput> {
     let file = file::read(path, keys)?;
     let mut cases = Vec::new();
     let mut used = vec![false; file.overrides.len()];
@@ -76,10 +76,10 @@ impl Planned {
             message.match_indices(&option).any(|(at, found)| ends(&message[at + found.len()..]))
         };
         let quoted = |text: &str| message.contains(&format!("`{text}`"));
-        let valued = |placed: &Placed| match &placed.value {
-            Value::One(text) => quoted(text),
-            Value::List(items) => items.iter().any(|item| quoted(item)),
-            Value::Switch(_) => false,
+        let valued = |placed: &PlacedValue| match &placed.value {
+            SettingValue::One(text) => quoted(text),
+            SettingValue::List(items) => items.iter().any(|item| quoted(item)),
+            SettingValue::Switch(_) => false,
         };
         let by_name = self.settings.iter().find(|(key, _)| named(key));
         match by_name.or_else(|| self.settings.iter().find(|(_, placed)| valued(placed))) {
@@ -90,7 +90,7 @@ impl Planned {
 }
 
 /// Every combination of the axes over the settings of all cases, the last axis fastest.
-fn combinations(file: &File, keys: &[Key]) -> Result<Vec<Settings>, BadInput> {
+fn combinations(file: &SuiteFile, keys: &[SuiteKey]) -> Result<Vec<SuiteSettings>, BadInput> {
     let rank = |name: &str| {
         let outer = OUTER_AXES.iter().position(|axis| *axis == name);
         outer.unwrap_or_else(|| OUTER_AXES.len() + keys.iter().position(|key| key.name == name).unwrap_or(keys.len()))
@@ -102,7 +102,7 @@ fn combinations(file: &File, keys: &[Key]) -> Result<Vec<Settings>, BadInput> {
         if all.len() * values.len() > MAX_CASES {
             return Err(values[0].place.bad(name, &format!(" makes more than {MAX_CASES} cases")));
         }
-        let with = |base: &Settings, placed: &Placed| {
+        let with = |base: &SuiteSettings, placed: &PlacedValue| {
             let mut settings = base.clone();
             settings.insert(name.clone(), placed.clone());
             settings
@@ -113,7 +113,7 @@ fn combinations(file: &File, keys: &[Key]) -> Result<Vec<Settings>, BadInput> {
 }
 
 /// The settings with every override that is for them; `None` for a case that is skipped.
-fn overridden(settings: Settings, overrides: &[Override], used: &mut [bool]) -> Option<Settings> {
+fn overridden(settings: SuiteSettings, overrides: &[Override], used: &mut [bool]) -> Option<SuiteSettings> {
     let is_for = |change: &Override| {
         change.when.iter().all(|(key, values)| {
             settings.get(key).is_some_and(|own| values.iter().any(|placed| placed.value == own.value))
@@ -129,7 +129,7 @@ fn overridden(settings: Settings, overrides: &[Override], used: &mut [bool]) -> 
     (!skip).then_some(changed)
 }
 
-fn planned(file: &File, settings: Settings) -> Result<Planned, BadInput> {
+fn planned(file: &SuiteFile, settings: SuiteSettings) -> Result<Planned, BadInput> {
     let options = settings.iter().filter(|(key, _)| !LIMIT_KEYS.contains(&key.as_str()));
     let words: Vec<String> = options.filter_map(|(key, placed)| placed.value.word(key)).collect();
     Ok(Planned {
@@ -164,7 +164,7 @@ fn number(cases: &mut [Planned]) -> Result<(), BadInput> {
     Ok(())
 }
 
-fn label(file: &File, settings: &Settings) -> String {
+fn label(file: &SuiteFile, settings: &SuiteSettings) -> String {
     let text = |key: &str| settings.get(key).map(|placed| placed.value.text());
     let model = text("model_id").unwrap_or_else(|| "the default model".to_owned());
     let model = if Path::new(&model).is_dir() { last_component(&model) } else { model };
@@ -180,7 +180,7 @@ fn last_component(path: &str) -> String {
     Path::new(path).file_name().map_or_else(|| path.to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
-fn limits(settings: &Settings) -> Result<Limits, BadInput> {
+fn limits(settings: &SuiteSettings) -> Result<Limits, BadInput> {
     let of = |key: &str| settings.get(key).map(|placed| (placed.value.text(), &placed.place));
     Ok(Limits {
         timeout_s: of("timeout_s").map(|(text, place)| seconds(&text, place)).transpose()?,
@@ -188,13 +188,13 @@ fn limits(settings: &Settings) -> Result<Limits, BadInput> {
     })
 }
 
-fn seconds(text: &str, place: &Place) -> Result<f64, BadInput> {
+fn seconds(text: &str, place: &KeyPosition) -> Result<f64, BadInput> {
     let seconds = text.parse().ok().filter(|seconds: &f64| seconds.is_finite() && *seconds > 0.0);
     seconds.ok_or_else(|| place.bad("timeout_s", &format!(" is `{text}`: a number of seconds above 0 is needed")))
 }
 
 /// `24 GiB`, `500 MiB`, or a number of bytes.
-fn bytes(text: &str, place: &Place) -> Result<u64, BadInput> {
+fn bytes(text: &str, place: &KeyPosition) -> Result<u64, BadInput> {
     let units = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("", 1)];
     let number = |number: &str, unit: u64| Some(number.trim().parse::<f64>().ok()? * unit as f64);
     let bytes = units.into_iter().find_map(|(name, unit)| number(text.strip_suffix(name)?, unit));

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::row::{Line, read_lines};
+use super::row::{ResultLine, read_lines};
 use crate::error::BadInput;
 use crate::record::Status;
 use crate::report;
 
-/// What to do with rows that are there already.
+/// Treatment of rows that the file has already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
     /// There must be none.
@@ -23,7 +23,7 @@ pub enum Resume {
     EndedWell,
 }
 
-/// An open file of results. No other process writes to it meanwhile.
+/// An open file of results. No other process writes to it at the same time.
 pub struct Results {
     path: PathBuf,
     file: File,
@@ -69,7 +69,7 @@ impl Results {
         Ok(())
     }
 
-    /// Sorts what is there, and rewrites the file, whole or not at all, where something has to go.
+    /// Sorts what is there, and rewrites the file atomically where something has to go.
     fn recover(mut self, resume: Resume) -> Result<Self> {
         let found = read_lines(&self.path)?;
         for (case, (n_found, n_rows, is_ok)) in counts(&found.lines) {
@@ -77,7 +77,7 @@ impl Results {
                 self.ended.insert(case.to_owned(), is_ok);
             }
         }
-        let stays = |line: &&Line| line.suite.as_ref().is_none_or(|info| self.ended.contains_key(&info.case));
+        let stays = |line: &&ResultLine| line.suite.as_ref().is_none_or(|info| self.ended.contains_key(&info.case));
         let text: String = found.lines.iter().filter(stays).map(|line| format!("{}\n", line.text)).collect();
         self.recovered = found.torn;
         if std::fs::read(&self.path).with_context(|| format!("reading `{}`", self.path.display()))? != text.as_bytes() {
@@ -104,7 +104,7 @@ fn open(path: &Path) -> Result<File> {
 }
 
 /// By case: rows found, rows that it has, and whether those found are ok.
-fn counts(lines: &[Line]) -> BTreeMap<&str, (usize, usize, bool)> {
+fn counts(lines: &[ResultLine]) -> BTreeMap<&str, (usize, usize, bool)> {
     let mut counts = BTreeMap::new();
     for (info, record) in lines.iter().filter_map(|line| Some((line.suite.as_ref()?, &line.record))) {
         let (n_found, n_rows, is_ok) = counts.entry(info.case.as_str()).or_insert((0, 0, true));

@@ -9,7 +9,7 @@ use crate::error::BadInput;
 use crate::record::import::decode;
 use crate::record::{Record, SCHEMA_VERSION};
 
-/// Which case of which suite a row belongs to: the key `suite` of a line.
+/// The case and the suite of a row: the key `suite` of a line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CaseInfo {
     /// Name of the suite.
@@ -25,8 +25,8 @@ pub struct CaseInfo {
 
 /// A line of a file.
 #[derive(Debug, Clone)]
-pub struct Line {
-    /// As it stands there, without its end.
+pub struct ResultLine {
+    /// The line as in the file, without its end.
     pub text: String,
     /// `None` for a row that no suite wrote.
     pub suite: Option<CaseInfo>,
@@ -35,15 +35,15 @@ pub struct Line {
 
 /// A file of rows.
 #[derive(Debug, Clone)]
-pub struct Lines {
+pub struct ResultLines {
     pub path: PathBuf,
-    pub lines: Vec<Line>,
+    pub lines: Vec<ResultLine>,
     /// The last line was cut in the middle of a write.
     pub torn: bool,
 }
 
 #[derive(Serialize)]
-struct Row<'a> {
+struct RowLine<'a> {
     schema_version: u32,
     suite: &'a CaseInfo,
     #[serde(flatten)]
@@ -51,7 +51,7 @@ struct Row<'a> {
 }
 
 #[derive(Deserialize)]
-struct Head {
+struct LineHeader {
     schema_version: Option<u32>,
     suite: Option<CaseInfo>,
 }
@@ -59,12 +59,12 @@ struct Head {
 /// One line for each record of a case, each with its end. `info.n_rows` is set here.
 pub fn write(info: &CaseInfo, records: &[Record]) -> serde_json::Result<String> {
     let suite = &CaseInfo { n_rows: records.len(), ..info.clone() };
-    let row = |record| serde_json::to_string(&Row { schema_version: SCHEMA_VERSION, suite, record });
+    let row = |record| serde_json::to_string(&RowLine { schema_version: SCHEMA_VERSION, suite, record });
     records.iter().map(|record| Ok(row(record)? + "\n")).collect()
 }
 
 /// The rows of a file of either kind: one a line, or a document as `--output FILE.json` writes it.
-pub fn read_rows(path: &Path) -> Result<Lines, BadInput> {
+pub fn read_rows(path: &Path) -> Result<ResultLines, BadInput> {
     let bytes =
         std::fs::read(path).map_err(|error| BadInput::new(format!("cannot read `{}`: {error}", path.display())))?;
     let document = decode(bytes).ok().and_then(|text| serde_json::from_str::<Value>(&text).ok());
@@ -84,11 +84,11 @@ pub fn read_rows(path: &Path) -> Result<Lines, BadInput> {
         })
     };
     let lines = records.into_iter().enumerate().map(row).collect::<Result<_, _>>()?;
-    Ok(Lines { path: path.to_owned(), lines, torn: false })
+    Ok(ResultLines { path: path.to_owned(), lines, torn: false })
 }
 
 /// Reads a file of rows. Fails on a line that is no row of this version's; one that was cut at the end is left out.
-pub fn read_lines(path: &Path) -> Result<Lines, BadInput> {
+pub fn read_lines(path: &Path) -> Result<ResultLines, BadInput> {
     let bytes =
         std::fs::read(path).map_err(|error| BadInput::new(format!("cannot read `{}`: {error}", path.display())))?;
     let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
@@ -105,12 +105,12 @@ pub fn read_lines(path: &Path) -> Result<Lines, BadInput> {
     let last = line(rest).ok();
     let torn = whole < bytes.len() && last.is_none();
     lines.extend(last);
-    Ok(Lines { path: path.to_owned(), lines, torn })
+    Ok(ResultLines { path: path.to_owned(), lines, torn })
 }
 
 /// Fails with what is wrong.
-fn line(text: &str) -> Result<Line, String> {
-    let head: Head = serde_json::from_str(text).map_err(|error| error.to_string())?;
+fn line(text: &str) -> Result<ResultLine, String> {
+    let head: LineHeader = serde_json::from_str(text).map_err(|error| error.to_string())?;
     match head.schema_version {
         Some(SCHEMA_VERSION) => {}
         Some(other) => {
@@ -119,5 +119,5 @@ fn line(text: &str) -> Result<Line, String> {
         None => return Err("there is no `schema_version`".to_owned()),
     }
     let record = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    Ok(Line { text: text.to_owned(), suite: head.suite, record })
+    Ok(ResultLine { text: text.to_owned(), suite: head.suite, record })
 }

@@ -1,4 +1,4 @@
-//! Case after case: what ended before is skipped, what ends is written at once, and one that fails stops nobody.
+//! Runs a suite case after case: skips cases that ended before, writes each result at once, and continues after a failure.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use crate::events::{Event, Listener};
 use crate::harness::Case;
 use crate::record::Status;
 
-/// A case that was planned, as the harness takes it.
+/// A planned case and its form for the harness.
 #[derive(Debug, Clone)]
 pub struct SuiteCase {
     pub planned: Planned,
@@ -32,11 +32,11 @@ pub struct CaseEnd<'a> {
     pub planned: &'a Planned,
     pub statuses: Vec<RowStatus>,
     pub took_s: f64,
-    /// What the cases that are left will take, as far as one can tell.
+    /// Estimated time of the cases that are left.
     pub left_s: Option<f64>,
 }
 
-/// Hears of every case.
+/// Receives every case.
 pub trait Watcher {
     fn on_case(&self, end: &CaseEnd);
 }
@@ -109,7 +109,7 @@ fn label(planned: &Planned, left_s: Option<f64>) -> String {
     format!("{}/{}{left}: {}", planned.index, planned.n_cases, planned.label)
 }
 
-/// Says before each phase of a case which case it is and how long the suite still takes.
+/// Prefixes each phase of a case with the case and the time that the suite still takes.
 struct Labelled<'a> {
     label: String,
     events: &'a dyn Listener,

@@ -1,4 +1,4 @@
-//! Which part of a suite this machine runs.
+//! The part of a suite that this machine runs.
 
 use crate::error::BadInput;
 
@@ -23,8 +23,9 @@ impl Shard {
         }
     }
 
-    /// What a Slurm array or a Kubernetes Indexed Job says about itself; `None` outside of both. Fails where one says half of it, and
-    /// where an array is a part of another: of tasks 3 and 7 nothing says how many there were at first.
+    /// Shard by the environment of a Slurm array or a Kubernetes Indexed Job; `None` outside of both. Fails where the
+    /// environment is incomplete, and where an array is a part of another: of tasks 3 and 7 nothing says how many there were at
+    /// first.
     pub fn from_env(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Self>, BadInput> {
         if variable("SLURM_ARRAY_TASK_ID").is_some() {
             let id = number("SLURM_ARRAY_TASK_ID", variable)?;

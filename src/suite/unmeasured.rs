@@ -1,4 +1,4 @@
-//! The rows of a case that gave none: all that was asked, and why there is nothing else.
+//! The rows of a case that gave none: its settings, and the reason for the missing results.
 
 use crate::engine::{Device, Engine};
 use crate::harness::assemble;
@@ -9,13 +9,13 @@ use crate::protocol::Failure;
 use crate::record::{self, Record};
 use crate::weights::WeightsChoice;
 
-/// One record for each engine at each precision asked for, as one run would have made them.
+/// One record for each engine at each precision, as a run would have made them.
 pub fn records(case: &Case, failure: &Failure) -> Vec<Record> {
     let timestamp = harness::environment::timestamp();
     variants(case).iter().map(|variant| record(case, variant, failure, &timestamp)).collect()
 }
 
-/// Never empty: engines that run none of the precisions were asked for all of them.
+/// The variants of a case; never empty: engines that run none of the precisions count for all of them.
 fn variants(case: &Case) -> Vec<Variant> {
     let refused = |&engine: &Engine| case.precisions.iter().map(move |&precision| Variant { engine, precision });
     Some(case.variants())
@@ -97,7 +97,7 @@ fn weights(case: &Case) -> record::WeightFacts {
     }
 }
 
-/// The lengths that were asked for; those of a text are not known.
+/// The requested lengths; those of a text are not known.
 fn workload(case: &Case) -> record::Workload {
     let n_prompt = match &case.prompt {
         PromptChoice::Synthetic(n) => *n,
@@ -110,6 +110,6 @@ fn workload(case: &Case) -> record::Workload {
         n_depth: case.n_depth as u64,
         n_image: 0,
         image: None,
-        batch_size: 1,
+        batch_size: case.sequences as u64,
     }
 }

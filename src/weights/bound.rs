@@ -186,7 +186,7 @@ impl BoundSource {
 fn hint_of(dtype: Dtype) -> &'static str {
     match dtype {
         Dtype::U8 | Dtype::I8 | Dtype::U32 | Dtype::I32 => {
-            "the checkpoint is quantized in a way that config.json does not tell of; name the one that it was made from"
+            "the checkpoint is quantized in a way that config.json does not describe; name the one that it was made from"
         }
         Dtype::F8_E4M3 | Dtype::F8_E5M2 => {
             "the checkpoint is quantized to fp8, which is not read; name the 16-bit one that it was made from"

@@ -104,7 +104,7 @@ pub fn by_name(name: &str) -> Option<&'static BuiltIn> {
     BUILT_IN.iter().find(|shape| shape.name == name)
 }
 
-/// The shape of this repository. The hub does not tell upper from lower case in ids.
+/// The shape of this repository. The hub ignores case in ids.
 pub fn by_hub_id(id: &str) -> Option<&'static BuiltIn> {
     BUILT_IN.iter().find(|shape| shape.hub_id.eq_ignore_ascii_case(id))
 }

@@ -48,7 +48,7 @@ pub struct Exported {
 }
 
 /// Writes `checkpoint`, whose model needs these tensors, quantized to `precision` into the new folder `output`, which
-/// comes into being whole or not at all. The tensors pass through a file beside it one by one.
+/// is written atomically. The tensors pass through a file beside it one by one.
 ///
 /// Fails with [`BadInput`] where nothing can be written at `output`, where bitsandbytes has no such precision, and where
 /// the checkpoint has no weights of its own or is quantized already.
@@ -141,8 +141,8 @@ pub fn check_output(output: &Path) -> Result<PathBuf, BadInput> {
         return Err(unwritable(output, "this names no folder"));
     }
     match fs::read_dir(output).map(|mut files| files.next().is_none()) {
-        Ok(false) => return Err(unwritable(output, "it is there and not empty")),
-        Err(_) if output.exists() => return Err(unwritable(output, "it is there and no folder")),
+        Ok(false) => return Err(unwritable(output, "it already exists and is not empty")),
+        Err(_) if output.exists() => return Err(unwritable(output, "it exists and is no folder")),
         Ok(true) | Err(_) => {}
     }
     let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -154,7 +154,7 @@ pub fn check_output(output: &Path) -> Result<PathBuf, BadInput> {
 
 fn unwritable(output: &Path, why: &str) -> BadInput {
     BadInput::new(format!("cannot write `{}`: {why}", output.display()))
-        .hint("name a new folder in one that is there with `--output`")
+        .hint("name a new folder with `--output`; its parent folder must exist")
 }
 
 /// The model's own config.json with the section, keys sorted as transformers sorts them.
@@ -255,7 +255,7 @@ impl Writer<'_> {
 }
 
 /// Tensors in the order they come. The file that transformers writes has them in another, and its header, which comes
-/// first, tells of lengths that are known last: so they wait here.
+/// first, holds lengths that are known last: so they wait here.
 struct Spool {
     file: BufWriter<File>,
     tensors: Vec<Spooled>,

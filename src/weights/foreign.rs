@@ -1,4 +1,4 @@
-//! Weights in formats that are not read, told by the names of files: what was found and what to do.
+//! Weights in formats that are not read, recognized by the names of files: what was found and what to do.
 
 use std::path::Path;
 

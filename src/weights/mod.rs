@@ -37,7 +37,7 @@ use crate::quant::Part;
 
 /// Which model, and where its weights come from.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Request {
+pub struct ModelRequest {
     /// A hub id, a local folder, or a built-in shape.
     pub model_id: String,
     /// Branch, tag or commit on the hub.
@@ -53,7 +53,7 @@ pub struct Request {
     pub strict_config: bool,
 }
 
-impl Request {
+impl ModelRequest {
     /// Real weights of a hub id or a folder.
     pub fn of(model_id: impl Into<String>) -> Self {
         Self {

@@ -15,7 +15,8 @@ use super::hub::{self, HubConfig, Need, RemoteFile};
 use super::random::Random;
 use super::safetensors::{self, Safetensors};
 use super::spec::{MatrixSpec, VectorSpec};
-use super::{Request, Source, SourceKind, WeightsChoice, foreign, json, processor, settle, sniff, tokenizer};
+use super::tokenizer::ChatTemplate;
+use super::{ModelRequest, Source, SourceKind, WeightsChoice, foreign, json, processor, settle, sniff, tokenizer};
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Silent};
 
@@ -33,6 +34,8 @@ pub struct Checkpoint {
     /// The image processor's settings, of whichever file has them.
     pub preprocessor_config: Option<Value>,
     pub tokenizer: Option<Tokenizer>,
+    /// How a message is written for this model, where its files say it; why that cannot be read, where it cannot.
+    pub chat_template: Result<Option<ChatTemplate>, String>,
     /// What the weights were quantized into before they were saved; `None` where they were not, or are random.
     pub quantized: Option<PreQuantized>,
     /// Time to find and download what was missing.
@@ -45,7 +48,7 @@ enum Weights {
         seed: u64,
         outlier_channels: usize,
     },
-    /// `files` are opened once; `None` where that fails or is not yet possible, and then their source tells why.
+    /// `files` are opened once; `None` where that fails or is not yet possible, and then their source gives the reason.
     Files {
         folder: PathBuf,
         source: SourceKind,
@@ -54,12 +57,12 @@ enum Weights {
 }
 
 /// Opens a model with the hub settings of the environment.
-pub fn open(request: &Request, events: &dyn Listener) -> Result<Checkpoint> {
+pub fn open(request: &ModelRequest, events: &dyn Listener) -> Result<Checkpoint> {
     open_with(request, &HubConfig::from_env(request.offline)?, events)
 }
 
 /// Opens a model: a folder where one is meant, else a built-in shape, else a hub repository.
-pub fn open_with(request: &Request, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
+pub fn open_with(request: &ModelRequest, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
     let start = Instant::now();
     let mut from_hub = |id: String| from_hub(request, id, hub, events);
     let mut checkpoint = open_place(request, &mut from_hub, events)?;
@@ -76,12 +79,12 @@ pub struct Surveyed {
 }
 
 /// Looks where a model's files are, with the hub settings of the environment.
-pub fn survey(request: &Request, events: &dyn Listener) -> Result<Surveyed> {
+pub fn survey(request: &ModelRequest, events: &dyn Listener) -> Result<Surveyed> {
     survey_with(request, &HubConfig::from_env(request.offline)?, events)
 }
 
 /// As [`open_with`], but of a hub repository it fetches no more than says what else is needed.
-pub fn survey_with(request: &Request, hub: &HubConfig, events: &dyn Listener) -> Result<Surveyed> {
+pub fn survey_with(request: &ModelRequest, hub: &HubConfig, events: &dyn Listener) -> Result<Surveyed> {
     let mut files = Vec::new();
     let mut from_hub = |id: String| {
         let survey = hub::survey(&id, request.revision.as_deref(), need(request), hub, events)?;
@@ -95,7 +98,7 @@ pub fn survey_with(request: &Request, hub: &HubConfig, events: &dyn Listener) ->
 }
 
 fn open_place(
-    request: &Request,
+    request: &ModelRequest,
     from_hub: &mut dyn FnMut(String) -> Result<Checkpoint>,
     events: &dyn Listener,
 ) -> Result<Checkpoint> {
@@ -156,7 +159,7 @@ impl Checkpoint {
         }
     }
 
-    /// Where its files lie; `None` where its weights are made up.
+    /// Where its files lie; `None` for random weights.
     pub fn folder(&self) -> Option<&Path> {
         match &self.weights {
             Weights::Random { .. } => None,
@@ -164,12 +167,12 @@ impl Checkpoint {
         }
     }
 
-    /// Whether its weights can be read: made up, or in files that are here.
+    /// True where its weights can be read: random, or in files that are here.
     pub fn has_weights(&self) -> bool {
         !matches!(&self.weights, Weights::Files { files: None, .. })
     }
 
-    /// As [`Self::source_with`], and nobody is told what of the files is not read.
+    /// [`Self::source_with`] without warnings of tensors that are not read.
     pub fn source(&self, matrices: &[MatrixSpec], vectors: &[VectorSpec]) -> Result<Box<dyn Source>> {
         self.source_with(matrices, vectors, &Silent)
     }
@@ -216,22 +219,24 @@ impl Place {
         }
         if id.starts_with(['.', '/', '~']) || id.matches('/').count() > 1 || id.ends_with('/') {
             return Err(BadInput::new(format!("no such folder: `{id}`"))
-                .hint("a hub id has the form `owner/name`; `--list-models` shows the built-in shapes")
+                .hint("a hub id has the form `owner/name`; `--list-models` shows the built-in models")
                 .into());
         }
         match hub::is_repository_id(id) {
             true => Ok(Place::Hub(id.to_owned())),
             false => Err(BadInput::new(format!(
-                "`{id}` is no folder, no built-in shape and no hub id of the form `owner/name`{}",
-                builtin::nearest(id).map(|name| format!("; nearest shape is `{name}`")).unwrap_or_default()
+                "`{id}` not found as a folder, built-in model or hub id (`owner/name`){}",
+                builtin::nearest(id)
+                    .map(|name| format!("; the nearest built-in model is `{name}`"))
+                    .unwrap_or_default()
             ))
-            .hint("`--list-models` shows the built-in shapes")
+            .hint("`--list-models` shows the built-in models")
             .into()),
         }
     }
 }
 
-fn refuse_revision(request: &Request, what: &str) -> Result<()> {
+fn refuse_revision(request: &ModelRequest, what: &str) -> Result<()> {
     match &request.revision {
         None => Ok(()),
         Some(revision) => Err(BadInput::new(format!(
@@ -252,20 +257,21 @@ fn from_shape(shape: &BuiltIn, id: &str) -> Checkpoint {
         notes: Vec::new(),
         preprocessor_config: None,
         tokenizer: None,
+        chat_template: Ok(None),
         quantized: None,
         resolve_s: 0.0,
         weights: Weights::Random { seed: 0, outlier_channels: 0 },
     }
 }
 
-fn need(request: &Request) -> Need {
+fn need(request: &ModelRequest) -> Need {
     match request.weights {
         WeightsChoice::Auto => Need::Everything,
         WeightsChoice::Random => Need::Config,
     }
 }
 
-fn from_hub(request: &Request, id: String, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
+fn from_hub(request: &ModelRequest, id: String, hub: &HubConfig, events: &dyn Listener) -> Result<Checkpoint> {
     let need = need(request);
     let fetched = hub::fetch(&id, request.revision.as_deref(), need, hub, events)?;
     let mut checkpoint = from_folder(&fetched.folder, id, SourceKind::Hub, need == Need::Everything, events)?;
@@ -306,6 +312,7 @@ fn from_folder(
         notes,
         preprocessor_config,
         tokenizer,
+        chat_template: ChatTemplate::read(folder).map_err(|error| format!("{error:#}")),
         quantized: None,
         resolve_s: 0.0,
         weights: Weights::Files { folder: folder.to_owned(), source, files: None },

@@ -3,22 +3,22 @@
 use std::collections::HashSet;
 
 use super::spec::{MatrixSpec, Role};
-use crate::quant::{Format, FormatId, FormatOptions, fp16, fp32};
+use crate::quant::{self, Format, FormatId, FormatOptions};
 
 /// The formats that hold a model at one precision.
 pub struct Formats {
     precision: FormatId,
     asked: Box<dyn Format>,
-    /// Of what no precision quantizes; the precision itself where it is exact.
-    fp16: Box<dyn Format>,
-    fp32: Box<dyn Format>,
+    /// fp16; the precision itself where that is exact.
+    unquantized: Box<dyn Format>,
+    exact: Box<dyn Format>,
 }
 
 impl Formats {
     pub fn new(precision: FormatId, options: FormatOptions) -> Self {
-        let unquantized = if precision.is_exact { precision } else { fp16::ID };
+        let unquantized = if precision.is_exact { precision } else { quant::BASELINE };
         let make = |format: FormatId| (format.new)(options);
-        Self { precision, asked: make(precision), fp16: make(unquantized), fp32: make(fp32::ID) }
+        Self { precision, asked: make(precision), unquantized: make(unquantized), exact: make(quant::EXACT) }
     }
 
     pub fn precision(&self) -> FormatId {
@@ -40,8 +40,9 @@ impl Formats {
         self.precision.is_exact
     }
 
-    pub fn fp16(&self) -> &dyn Format {
-        self.fp16.as_ref()
+    /// What holds a matrix that the precision leaves alone.
+    pub fn unquantized(&self) -> &dyn Format {
+        self.unquantized.as_ref()
     }
 
     /// transformers converts linear layers only, without the head; what an architecture lists in `_keep_in_fp32_modules`
@@ -49,8 +50,8 @@ impl Formats {
     pub fn of(&self, role: Role) -> &dyn Format {
         match role {
             Role::Projection | Role::Expert | Role::Router => self.asked.as_ref(),
-            Role::Head | Role::Embedding | Role::Patches | Role::Kept => self.fp16.as_ref(),
-            Role::HighPrecision => self.fp32.as_ref(),
+            Role::Head | Role::Embedding | Role::Patches | Role::Kept => self.unquantized.as_ref(),
+            Role::HighPrecision => self.exact.as_ref(),
         }
     }
 }

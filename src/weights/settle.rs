@@ -46,7 +46,7 @@ impl Head {
     /// Whether the head has values that the table has not.
     fn is_own(&self, files: &Safetensors) -> Result<bool> {
         match (&self.table, &self.head) {
-            // A packed head is none that could be read; as nobody reads it, it is told.
+            // A packed head cannot be read; as nothing reads it, a warning is enough.
             (Some(table), Some(head)) if files.get(head).is_some_and(Tensor::is_plain) => {
                 Ok(!files.same_values(table, head)?)
             }

@@ -1,4 +1,4 @@
-//! A file that is something else than its name says, told by its first bytes.
+//! Recognizes a file whose contents are not what its name says, by its first bytes.
 
 use std::fs::File;
 use std::io::Read;

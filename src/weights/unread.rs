@@ -16,7 +16,7 @@ const COMPUTED: &[&str] =
 /// T5's decoder had this table once and never used it; transformers drops it without a word.
 const UNUSED_T5: &str = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight";
 
-/// What to tell of the tensors that a model does not read, which takes `names`: name in the plan → name in the files. `None` where
+/// Warning about the tensors that a model does not read, which takes `names`: name in the plan → name in the files. `None` where
 /// there are none, or none that matter. Fails on an I/O error.
 pub fn unread(files: &Safetensors, names: &HashMap<String, Located>, model_type: &str) -> Result<Option<String>> {
     let asked: HashSet<&str> = names.keys().map(String::as_str).collect();

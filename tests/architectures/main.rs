@@ -4,19 +4,22 @@
 //! every model of it is run instead.
 
 mod contrasts;
+#[path = "../coverage/mod.rs"]
+mod coverage;
 mod lengths;
 mod packed;
 mod windows;
 
 use std::path::{Path, PathBuf};
 
+use coverage::in_turn;
 use quantbench::engine::{self, Device, Session, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
 use quantbench::plan::Model;
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::weights::policy::{Formats, Selection};
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -64,7 +67,7 @@ fn models() -> Vec<String> {
 
 fn checkpoint(model: &str) -> weights::Checkpoint {
     let folder = root().join("models").join(model);
-    weights::open(&Request::of(folder.display().to_string()), &Silent).unwrap()
+    weights::open(&ModelRequest::of(folder.display().to_string()), &Silent).unwrap()
 }
 
 /// The plan of a folder's config.json.
@@ -165,9 +168,9 @@ fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
 
 #[test]
 fn fp16_logits_and_ids_equal_the_reference() {
-    for model in models() {
+    for (turn, model) in models().into_iter().enumerate() {
         let (golden, plan) = (Golden::open(&model, "golden"), plan(&model));
-        for executor in executors() {
+        for executor in in_turn(&executors(), turn) {
             let mut session = load(&model, &plan, "fp16", executor).unwrap();
             for (i, (prompt, expected_ids)) in golden.prompts().iter().enumerate() {
                 let (ids, logits) = generate(session.as_mut(), prompt);
@@ -192,12 +195,12 @@ fn nf4_variants(model: &str, golden: &Golden) -> Vec<(Selection, &'static str)> 
 
 #[test]
 fn nf4_logits_and_ids_equal_the_reference() {
-    for model in models() {
+    for (turn, model) in models().into_iter().enumerate() {
         let (reference, golden) = (Golden::open(&model, "golden"), Golden::open(&model, "quant_golden"));
         for (selection, variant) in nf4_variants(&model, &golden) {
             let mut plan = plan(&model);
             selection.apply(&mut plan.matrices).unwrap();
-            for executor in executors() {
+            for executor in in_turn(&executors(), turn + 1) {
                 let mut session = load(&model, &plan, "nf4", executor).unwrap();
                 for (i, (prompt, _)) in reference.prompts().iter().enumerate() {
                     let case = format!("{model} {variant} {executor:?} prompt {i}");
@@ -218,13 +221,13 @@ fn nf4_logits_and_ids_equal_the_reference() {
 
 #[test]
 fn int8_logits_equal_the_reference_where_they_are_stable_and_its_cost_elsewhere() {
-    for model in models() {
+    for (turn, model) in models().into_iter().enumerate() {
         let (reference, golden) = (Golden::open(&model, "golden"), Golden::open(&model, "quant_golden"));
         let mut plan = plan(&model);
         if plan.experts().is_some() {
             Selection::Without(EXPERTS_KEPT.map(str::to_owned).to_vec()).apply(&mut plan.matrices).unwrap();
         }
-        for executor in executors() {
+        for executor in in_turn(&executors(), turn + 2) {
             let mut session = load(&model, &plan, "int8", executor).unwrap();
             for (i, (prompt, continuation)) in reference.prompts().iter().enumerate() {
                 let case = format!("{model} int8 {executor:?} prompt {i}");

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use quantbench::events::Silent;
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize_to_file};
 
@@ -69,7 +69,7 @@ fn experts_in_3_d_tensors_are_the_same_matrices() {
         pack(&mut tensors, matrices);
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), model, &tensors);
-        let packed = weights::open(&Request::of(folder.path().display().to_string()), &Silent).unwrap();
+        let packed = weights::open(&ModelRequest::of(folder.path().display().to_string()), &Silent).unwrap();
         let (own, packed) = (
             checkpoint(model).source(&plan.matrices, &plan.vectors).unwrap(),
             packed.source(&plan.matrices, &plan.vectors).unwrap(),
@@ -100,7 +100,7 @@ fn a_packed_tensor_of_another_shape_is_refused() {
     let shape = shape.clone();
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), model, &tensors);
-    let opened = weights::open(&Request::of(folder.path().display().to_string()), &Silent).unwrap();
+    let opened = weights::open(&ModelRequest::of(folder.path().display().to_string()), &Silent).unwrap();
     let plan = plan(model);
     let error = opened.source(&plan.matrices, &plan.vectors).err().expect("a refusal").to_string();
     let needed = [shape[0] + 1, shape[1], shape[2]];
@@ -125,7 +125,8 @@ fn a_gpt_oss_in_mxfp4_is_refused() {
         tensors.insert(format!("{name}_blocks"), (vec![data.len() / 2], data));
     }
     write_as_is(folder.path(), &tensors);
-    let error = weights::open(&Request::of(folder.path().display().to_string()), &Silent).err().expect("a refusal");
+    let error =
+        weights::open(&ModelRequest::of(folder.path().display().to_string()), &Silent).err().expect("a refusal");
     let error = format!("{error:#}");
     assert!(error.contains("mxfp4"), "{error}");
     let loaded = load("gpt_oss", &plan("gpt_oss"), "fp16", Executor::Reference);

@@ -14,7 +14,7 @@ use quantbench::kernels::isa::Isa;
 use quantbench::plan::{EncoderInputKind, Model};
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::weights::policy::Formats;
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
@@ -202,8 +202,8 @@ impl Run {
 }
 
 impl Folder {
-    pub fn request(&self) -> Request {
-        Request::of(self.path().display().to_string())
+    pub fn request(&self) -> ModelRequest {
+        ModelRequest::of(self.path().display().to_string())
     }
 
     pub fn run(&self, precision: &str) -> Run {

@@ -3,7 +3,7 @@
 use std::fs;
 
 use quantbench::events::Silent;
-use quantbench::weights::{self, Request, WeightsChoice};
+use quantbench::weights::{self, ModelRequest, WeightsChoice};
 
 use crate::folder::{Folder, INDEX, SINGLE, refused};
 
@@ -42,7 +42,7 @@ fn weights_that_are_not_read_are_named_with_what_to_do() {
         folder.refused(&["holds no config.json", what, name, hint]);
         // Their config.json is a shape all the same.
         let folder = weights_called(name);
-        let request = Request { weights: WeightsChoice::Random, ..folder.request() };
+        let request = ModelRequest { weights: WeightsChoice::Random, ..folder.request() };
         assert!(weights::open(&request, &Silent).is_ok(), "{name}");
     }
 }
@@ -74,7 +74,7 @@ fn a_file_is_no_model_and_says_what_to_name() {
     ] {
         let path = place.path().join(name);
         fs::write(&path, "GGUF").unwrap();
-        let error = weights::open(&Request::of(path.display().to_string()), &Silent).err().unwrap();
+        let error = weights::open(&ModelRequest::of(path.display().to_string()), &Silent).err().unwrap();
         refused(&error, &words);
     }
 }
@@ -84,7 +84,7 @@ fn a_folder_above_the_model_names_the_folder_within() {
     let place = tempfile::tempdir().unwrap();
     fs::create_dir(place.path().join("inner")).unwrap();
     fs::write(place.path().join("inner/config.json"), "{}").unwrap();
-    let error = weights::open(&Request::of(place.path().display().to_string()), &Silent).err().unwrap();
+    let error = weights::open(&ModelRequest::of(place.path().display().to_string()), &Silent).err().unwrap();
     refused(&error, &["holds no config.json", "`inner`"]);
 }
 

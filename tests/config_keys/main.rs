@@ -13,7 +13,7 @@ use quantbench::error::BadInput;
 use quantbench::events::{Collector, Silent};
 use quantbench::harness;
 use quantbench::plan::Model;
-use quantbench::weights::{self, Checkpoint, Request};
+use quantbench::weights::{self, Checkpoint, ModelRequest};
 use serde_json::{Map, Value};
 use tempfile::TempDir;
 
@@ -61,8 +61,8 @@ impl Folder {
         self
     }
 
-    fn request(&self) -> Request {
-        Request::of(self.0.path().display().to_string())
+    fn request(&self) -> ModelRequest {
+        ModelRequest::of(self.0.path().display().to_string())
     }
 
     fn open(&self) -> Checkpoint {

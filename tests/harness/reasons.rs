@@ -1,12 +1,12 @@
 //! What holds decoding back and what it costs in energy, by scripted engines and counters: each reason, and each way to a window.
 
 use quantbench::engine::Alone;
-use quantbench::engine::fake::Run;
+use quantbench::engine::fake::FakeRun;
 use quantbench::events::Silent;
 use quantbench::harness::assemble::records;
-use quantbench::harness::schedule::{Order, Outcome, Worker};
-use quantbench::harness::watch::energy::{Counter, Mark, Window};
-use quantbench::harness::watch::{Reading, Watched};
+use quantbench::harness::schedule::{RunOrder, VariantOutcome, WorkerHandle};
+use quantbench::harness::watch::energy::{Counter, EnergyWindow, Mark};
+use quantbench::harness::watch::{MachineReading, Watched};
 use quantbench::harness::{Case, MeasurementProtocol, RunContext};
 use quantbench::record::{self, Document, Record, SCHEMA_VERSION};
 use quantbench::report;
@@ -22,9 +22,10 @@ fn alone(memory: f64, arithmetic: f64) -> Option<Alone> {
 /// fp16's record of two repeats: 1020 bytes a step at 50 steps a second are 5 % of 1 MB/s.
 fn decoded(alone: Option<Alone>, device_step_ns: Vec<u64>, change: impl Fn(&mut RunContext)) -> Record {
     let case = case(&["fp16"], counted(2));
-    let run = Run { device_step_ns, ..run_ms(50, &[20]) };
+    let run = FakeRun { device_step_ns, ..run_ms(50, &[20]) };
     let local = Local::telling("fp16", task(), vec![filling(), run], &Journal::default(), alone);
-    let outcomes = measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent);
+    let outcomes =
+        measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent);
     let mut facts = facts(&case);
     change(&mut facts);
     records(&facts, &case, &outcomes.unwrap(), &|_| None).remove(0)
@@ -91,7 +92,8 @@ fn of_another_engine_nothing_is_known() {
     let mut case = case(&["fp16"], counted(2));
     case.engines = vec![quantbench::engine::Engine::Candle];
     let local = Local::telling("fp16", task(), vec![filling(), run_ms(50, &[20])], &Journal::default(), None);
-    let outcomes = measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent);
+    let outcomes =
+        measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent);
     // As much as the memory gives, and within the cache.
     let facts = RunContext { read_gb_s: Some(5.2e-5), cache_bytes: Some(1000), ..facts(&case) };
     let record = records(&facts, &case, &outcomes.unwrap(), &|_| None).remove(0);
@@ -104,7 +106,8 @@ fn what_does_not_decode_has_no_reason() {
     let single = quantbench::protocol::Task { n_gen: 1, ..task() };
     let local = Local::telling("fp16", single, vec![filling(), run_ms(50, &[])], &Journal::default(), alone(0.9, 0.1));
     let outcomes =
-        measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent).unwrap();
+        measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent)
+            .unwrap();
     assert_eq!(outcomes[0].finished.as_ref().unwrap().alone, None, "there is no step to run beside");
     let facts = RunContext { workload: record::Workload { n_gen: 1, ..facts(&case).workload }, ..facts(&case) };
     assert_eq!(records(&facts, &case, &outcomes, &|_| None)[0].bandwidth.bound, None);
@@ -116,7 +119,8 @@ fn rounds_are_left_out_where_they_would_take_too_long() {
         let task = quantbench::protocol::Task { max_time_s, ..task() };
         let runs = vec![filling(), run_ms(50, &[step_ms])];
         let local = Local::telling("fp16", task, runs, &Journal::default(), alone(0.9, 0.1));
-        let outcomes = measure(vec![Box::new(local) as Box<dyn Worker>], &counted(1), Order::Interleaved, &Silent);
+        let outcomes =
+            measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &counted(1), RunOrder::Interleaved, &Silent);
         outcomes.unwrap()[0].finished.clone().unwrap().alone.is_some()
     };
     // 18 steps.
@@ -128,12 +132,12 @@ fn rounds_are_left_out_where_they_would_take_too_long() {
 #[test]
 fn rounds_of_all_launches_count() {
     let case = case(&["fp16"], MeasurementProtocol { launches: 2, ..counted(1) });
-    let start = |_: usize| -> Box<dyn Worker> {
+    let start = |_: usize| -> Box<dyn WorkerHandle> {
         let runs = vec![filling(), run_ms(50, &[20])];
         Box::new(Local::telling("fp16", task(), runs, &Journal::default(), alone(0.9, 0.1)))
     };
     let mut watch = Scripted::default();
-    let (order, events) = (Order::Interleaved, &Silent);
+    let (order, events) = (RunOrder::Interleaved, &Silent);
     let mut stage = quantbench::harness::schedule::ScheduleContext {
         start: &start,
         n_workers: 1,
@@ -155,11 +159,11 @@ fn counting(blocks: &[(f64, f64)]) -> Scripted {
 }
 
 /// 50 ms of prefill and three steps: 0.65 s a repeat, of which four make 2.6 s.
-fn short_repeat() -> Run {
+fn short_repeat() -> FakeRun {
     run_ms(50, &[200])
 }
 
-fn of_counter(case: &Case, outcomes: &[Outcome]) -> Vec<Record> {
+fn of_counter(case: &Case, outcomes: &[VariantOutcome]) -> Vec<Record> {
     let counter = Counter { name: "nvml", period_s: 0.1, idle_watts: Some(50.0) };
     records(&RunContext { counter: Some(counter), ..facts(case) }, case, outcomes, &|_| None)
 }
@@ -169,14 +173,14 @@ fn repeats_too_short_for_the_counter_are_followed_by_an_untimed_block_of_each_pr
     let case = case(&["fp16", "nf4"], counted(2));
     let (journal, mut watch) = (Journal::default(), counting(&[(450.0, 2.6), (293.0, 2.7)]));
     let scripts = [("fp16", vec![short_repeat()]), ("nf4", vec![short_repeat()])];
-    let outcomes = watched_outcomes(&case.protocol, Order::Interleaved, &scripts, &journal, &mut watch);
+    let outcomes = watched_outcomes(&case.protocol, RunOrder::Interleaved, &scripts, &journal, &mut watch);
     let said = journal.borrow().join(", ");
     let block = |name: &str| vec![format!("repeat {name}"); 4].join(", ");
     let end = format!("{}, {}, finish fp16, finish nf4", block("fp16"), block("nf4"));
     assert!(said.ends_with(&end), "one precision after the other, behind the counted repeats: {said}");
     assert_eq!(said.matches("repeat").count(), 4 + 8);
     assert_eq!(watch.crews.len(), 4, "nothing else is read meanwhile");
-    assert_eq!(outcomes[0].energy, [Window { joules: 450.0, seconds: 2.6, tokens: 16 }]);
+    assert_eq!(outcomes[0].energy, [EnergyWindow { joules: 450.0, seconds: 2.6, tokens: 16 }]);
     let records = of_counter(&case, &outcomes);
     // 16 tokens; 130 and 135 J are the idle machine's.
     for (record, joules) in records.iter().zip([20.0, 9.875]) {
@@ -194,19 +198,19 @@ fn repeats_too_short_for_the_counter_are_followed_by_an_untimed_block_of_each_pr
     }
 }
 
-fn outcomes_without_counter(case: &Case, scripts: &[(&str, Vec<Run>)]) -> Vec<Outcome> {
-    outcomes(&case.protocol, Order::Interleaved, scripts, &Journal::default())
+fn outcomes_without_counter(case: &Case, scripts: &[(&str, Vec<FakeRun>)]) -> Vec<VariantOutcome> {
+    outcomes(&case.protocol, RunOrder::Interleaved, scripts, &Journal::default())
 }
 
 #[test]
 fn repeats_long_enough_for_the_counter_are_its_windows() {
     let case = case(&["fp16"], counted(2));
-    let reading = |at_ns, joules| Reading { at_ns, energy_j: Some(joules), ..Reading::default() };
+    let reading = |at_ns, joules| MachineReading { at_ns, energy_j: Some(joules), ..MachineReading::default() };
     let long = |joules| Watched { readings: vec![reading(0, 7.0), reading(2_000_000_000, 7.0 + joules)] };
     let mut watch = Scripted { script: [long(300.0), long(500.0)].into(), ..counting(&[(1.0, 1.0)]) };
     let journal = Journal::default();
     let scripts = [("fp16", vec![short_repeat()])];
-    let outcomes = watched_outcomes(&case.protocol, Order::Interleaved, &scripts, &journal, &mut watch);
+    let outcomes = watched_outcomes(&case.protocol, RunOrder::Interleaved, &scripts, &journal, &mut watch);
     assert_eq!(journal.borrow().iter().filter(|what| what.starts_with("repeat")).count(), 2, "no block");
     let record = of_counter(&case, &outcomes).remove(0);
     assert_eq!(record.energy.unwrap().window, "repeat");
@@ -218,7 +222,7 @@ fn one_asked_repeat_is_enough_and_each_launch_has_a_block() {
     let case = case(&["fp16"], MeasurementProtocol { launches: 2, ..counted(1) });
     let mut watch = counting(&[(290.0, 2.6), (450.0, 2.6)]);
     let scripts = [("fp16", vec![short_repeat()])];
-    let outcomes = watched_outcomes(&case.protocol, Order::InTurn, &scripts, &Journal::default(), &mut watch);
+    let outcomes = watched_outcomes(&case.protocol, RunOrder::InTurn, &scripts, &Journal::default(), &mut watch);
     assert_eq!(outcomes[0].samples.len(), 2);
     let record = of_counter(&case, &outcomes).remove(0);
     assert_eq!((record.samples.energy_tokens.as_slice(), record.metrics["joules_per_token"].n), (&[16, 16][..], 2));
@@ -228,11 +232,11 @@ fn one_asked_repeat_is_enough_and_each_launch_has_a_block() {
 #[test]
 fn a_counter_that_falls_silent_is_told_and_a_worker_that_dies_ends_alone() {
     let case = case(&["fp16", "nf4"], counted(1));
-    let dies = Run { failure: Some("it broke".to_owned()), ..short_repeat() };
+    let dies = FakeRun { failure: Some("it broke".to_owned()), ..short_repeat() };
     let scripts = [("fp16", vec![short_repeat(), short_repeat(), dies]), ("nf4", vec![short_repeat()])];
     // fp16 takes the first mark and dies; nf4 gets a begin, and no end.
     let mut watch = counting(&[(1.0, 1.0)]);
-    let outcomes = watched_outcomes(&case.protocol, Order::Interleaved, &scripts, &Journal::default(), &mut watch);
+    let outcomes = watched_outcomes(&case.protocol, RunOrder::Interleaved, &scripts, &Journal::default(), &mut watch);
     assert!(outcomes[0].failure.is_some() && outcomes[0].samples.len() == 1);
     assert!(outcomes[1].failure.is_none() && outcomes[1].energy.is_empty());
     let record = of_counter(&case, &outcomes).remove(1);

@@ -3,12 +3,12 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use quantbench::engine::fake::Run;
+use quantbench::engine::fake::FakeRun;
 use quantbench::events::{Event, Listener, Silent};
 use quantbench::harness::assemble::records;
-use quantbench::harness::schedule::{Order, Outcome, ScheduleContext, Worker};
+use quantbench::harness::schedule::{RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
 use quantbench::harness::warnings::Warning;
-use quantbench::harness::watch::Blind;
+use quantbench::harness::watch::NoWatch;
 use quantbench::harness::{Case, MeasurementProtocol, RunContext, schedule};
 use quantbench::os::cpu_usage::CpuUsage;
 use quantbench::protocol::{Encode, Failure, LoadReport, Task, WarmupEnd};
@@ -94,7 +94,7 @@ fn steps_and_prefill_add_up_to_the_whole() {
 #[test]
 fn an_encoder_counts_as_prefill() {
     let task = Task { encode: Encode::Tokens(vec![1; 5]), depth: Vec::new(), ..task() };
-    let run = Run { encode_ns: 30, prefill_ns: 20, ..Run::default() };
+    let run = FakeRun { encode_ns: 30, prefill_ns: 20, ..FakeRun::default() };
     let mut local = Local::new("fp16", task, vec![run], &Journal::default());
     assert_eq!(local.repeat(&Silent).unwrap().prefill_ns, 50);
 }
@@ -105,7 +105,8 @@ fn one_token_has_no_decode_metrics() {
     let case = Case { n_gen: 1, ..case(&["fp16"], counted(2)) };
     let local = Local::new("fp16", single, vec![filling(), run_ms(50, &[10])], &Journal::default());
     let outcomes =
-        measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent).unwrap();
+        measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent)
+            .unwrap();
     let facts = RunContext { workload: record::Workload { n_gen: 1, ..facts(&case).workload }, ..facts(&case) };
     let record = &records(&facts, &case, &outcomes, &|_| None)[0];
     for key in ["decode_tps", "tpot_ms", "itl_ms", "mbu", "achieved_gb_s"] {
@@ -139,7 +140,7 @@ fn a_text_that_may_end_has_its_length_found_untimed() {
 fn precisions_take_turns() {
     let journal = Journal::default();
     let scripts = [("fp16", vec![]), ("int8", vec![]), ("nf4", vec![])];
-    outcomes(&counted(4), Order::Interleaved, &scripts, &journal);
+    outcomes(&counted(4), RunOrder::Interleaved, &scripts, &journal);
     let said = |what: &str, order: [&str; 3]| order.map(|name| format!("{what} {name}"));
     let [a, b, c] = ["fp16", "int8", "nf4"];
     let rounds = [[a, b, c], [b, c, a], [c, a, b], [a, b, c]].map(|order| said("repeat", order));
@@ -153,7 +154,7 @@ fn in_turn_all_take_as_many_repeats_as_the_first() {
     let journal = Journal::default();
     // 0.6 s of decode a repeat and no noise: 6 repeats are 3.6 s, enough in number, time and width.
     let scripts = [("fp16", vec![run_ms(50, &[200])]), ("nf4", vec![run_ms(50, &[20])])];
-    let outcomes = outcomes(&MeasurementProtocol::default(), Order::InTurn, &scripts, &journal);
+    let outcomes = outcomes(&MeasurementProtocol::default(), RunOrder::InTurn, &scripts, &journal);
     assert_eq!(outcomes.iter().map(|outcome| outcome.samples.len()).collect::<Vec<_>>(), [6, 6]);
     assert_eq!(journal.borrow()[8..11], ["finish fp16", "load nf4", "warm nf4"]);
 }
@@ -183,7 +184,7 @@ fn ratios_are_taken_pair_by_pair() {
 #[test]
 fn a_worker_that_fails_leaves_the_others_running() {
     let failing = |at: usize| {
-        let bad = Run { failure: Some("it broke".to_owned()), ..run_ms(50, &[10]) };
+        let bad = FakeRun { failure: Some("it broke".to_owned()), ..run_ms(50, &[10]) };
         [vec![run_ms(50, &[10]); at], vec![bad]].concat()
     };
     let records = measured(counted(4), &[("fp16", vec![run_ms(50, &[10])]), ("int8", failing(2)), ("nf4", failing(0))]);
@@ -200,28 +201,28 @@ fn a_worker_that_fails_leaves_the_others_running() {
 fn out_of_memory_is_a_record_and_bad_input_an_error() {
     let full = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 70, free_bytes: 0 };
     let case = case(&["fp16", "nf4"], counted(1));
-    let workers = |failure: &Failure| -> Vec<Box<dyn Worker>> {
+    let workers = |failure: &Failure| -> Vec<Box<dyn WorkerHandle>> {
         let local = |name| Local::new(name, task(), vec![filling(), run_ms(1, &[1])], &Journal::default());
         vec![Box::new(Local { loading: Err(failure.clone()), ..local("fp16") }), Box::new(local("nf4"))]
     };
-    let outcomes = measure(workers(&full), &case.protocol, Order::Interleaved, &Silent).unwrap();
+    let outcomes = measure(workers(&full), &case.protocol, RunOrder::Interleaved, &Silent).unwrap();
     let oom = records(&facts(&case), &case, &outcomes, &|_| None);
     assert_eq!((oom[0].status, oom[0].reason.as_deref()), (Status::Oom, Some("no room")));
     assert_eq!((oom[0].memory.wanted_bytes, oom[0].memory.free_bytes), (Some(70), None));
     assert_eq!(oom[1].status, Status::Ok);
     let wrong = Failure::Invalid { message: "wrong kernels".to_owned() };
-    let invalid = measure(workers(&wrong), &case.protocol, Order::Interleaved, &Silent).unwrap();
+    let invalid = measure(workers(&wrong), &case.protocol, RunOrder::Interleaved, &Silent).unwrap();
     let invalid = records(&facts(&case), &case, &invalid, &|_| None);
     assert_eq!((invalid[0].status, invalid[0].reason.as_deref()), (Status::Invalid, Some("wrong kernels")));
     assert_eq!(invalid[1].status, Status::Ok);
     let bad = Failure::BadInput { message: "no such file".to_owned(), hint: Some("look again".to_owned()) };
-    assert_eq!(measure(workers(&bad), &case.protocol, Order::Interleaved, &Silent), Err(bad));
+    assert_eq!(measure(workers(&bad), &case.protocol, RunOrder::Interleaved, &Silent), Err(bad));
 }
 
 #[test]
 fn garbage_is_invalid_and_has_no_ratio() {
     let fine = run_ms(50, &[10]);
-    let nan = Run { logits: vec![0.0, f32::NAN], ..fine.clone() };
+    let nan = FakeRun { logits: vec![0.0, f32::NAN], ..fine.clone() };
     let records = measured(counted(2), &[("fp16", vec![fine.clone()]), ("nf4", vec![fine, nan])]);
     assert_eq!(records[1].status, Status::Invalid);
     assert_eq!(records[1].reason.as_deref(), Some("the logits are not finite after repeat 2"));
@@ -229,7 +230,7 @@ fn garbage_is_invalid_and_has_no_ratio() {
 }
 
 /// Names of the warnings of one precision's script.
-fn warned(protocol: MeasurementProtocol, runs: Vec<Run>) -> Vec<String> {
+fn warned(protocol: MeasurementProtocol, runs: Vec<FakeRun>) -> Vec<String> {
     let names =
         |record: &Record| record.warnings.iter().map(|text| text.split(':').next().unwrap().to_owned()).collect();
     names(&measured(protocol, &[("fp16", runs)])[0])
@@ -238,9 +239,9 @@ fn warned(protocol: MeasurementProtocol, runs: Vec<Run>) -> Vec<String> {
 #[test]
 fn repeats_raise_their_warnings() {
     let short = MeasurementProtocol { max_time_s: 1.0, ..MeasurementProtocol::default() };
-    let tokens = Run { tokens: vec![9], ..run_ms(50, &[10]) };
+    let tokens = FakeRun { tokens: vec![9], ..run_ms(50, &[10]) };
     let noisy = |i: u64| run_ms(50, &[10 + i % 3]);
-    let cases: [(&str, MeasurementProtocol, Vec<Run>); 5] = [
+    let cases: [(&str, MeasurementProtocol, Vec<FakeRun>); 5] = [
         ("", counted(8), vec![run_ms(50, &[10])]),
         ("few_repeats", short, vec![run_ms(300, &[10])]),
         ("tokens_differ", counted(2), vec![run_ms(50, &[10]), tokens]),
@@ -257,14 +258,18 @@ fn repeats_raise_their_warnings() {
 fn facts_and_outcomes_raise_their_warnings() {
     let case = case(&["fp16", "nf4"], counted(2));
     let script = vec![run_ms(50, &[10])];
-    let clean =
-        outcomes(&case.protocol, Order::Interleaved, &[("fp16", script.clone()), ("nf4", script)], &Journal::default());
-    let names = |facts: &RunContext, outcomes: &[Outcome]| -> Vec<String> {
+    let clean = outcomes(
+        &case.protocol,
+        RunOrder::Interleaved,
+        &[("fp16", script.clone()), ("nf4", script)],
+        &Journal::default(),
+    );
+    let names = |facts: &RunContext, outcomes: &[VariantOutcome]| -> Vec<String> {
         let record = records(facts, &case, outcomes, &|_| None).remove(1);
         assert_eq!(record.tainted, record.warnings.iter().any(|text| text.starts_with("busy_cpus")));
         record.warnings.iter().map(|text| text.split(':').next().unwrap().to_owned()).collect()
     };
-    let changed = |change: &dyn Fn(&mut Outcome)| {
+    let changed = |change: &dyn Fn(&mut VariantOutcome)| {
         let mut outcomes = clean.clone();
         change(&mut outcomes[1]);
         outcomes
@@ -272,13 +277,13 @@ fn facts_and_outcomes_raise_their_warnings() {
     let facts = facts(&case);
     assert_eq!(names(&facts, &clean), [""; 0]);
     let busy = CpuUsage { n_cpus: 2, total: 400, busy: 400, own: 200 };
-    let cap = |outcome: &mut Outcome| outcome.warmed.as_mut().unwrap().ended = WarmupEnd::Cap;
-    let ended = |outcome: &mut Outcome| {
+    let cap = |outcome: &mut VariantOutcome| outcome.warmed.as_mut().unwrap().ended = WarmupEnd::Cap;
+    let ended = |outcome: &mut VariantOutcome| {
         outcome.warmed.as_mut().unwrap().n_gen = 3;
         outcome.samples.iter_mut().for_each(|sample| sample.ids.truncate(3));
     };
-    let inexact = |outcome: &mut Outcome| outcome.finished.as_mut().unwrap().peak_bytes = Some(7);
-    let overflow = |outcome: &mut Outcome| outcome.loaded.as_mut().unwrap().fp16_overflow = 3;
+    let inexact = |outcome: &mut VariantOutcome| outcome.finished.as_mut().unwrap().peak_bytes = Some(7);
+    let overflow = |outcome: &mut VariantOutcome| outcome.loaded.as_mut().unwrap().fp16_overflow = 3;
     assert_eq!(names(&facts, &changed(&|outcome| outcome.samples[0].load = Some(busy))), ["busy_cpus"]);
     assert_eq!(names(&facts, &changed(&cap)), ["warmup_not_flat"]);
     assert_eq!(names(&facts, &changed(&ended)), ["unequal_lengths", "end_of_text"]);
@@ -292,7 +297,7 @@ fn facts_and_outcomes_raise_their_warnings() {
     assert_eq!(names(&RunContext { theoretical_gb_s: Ok(1e-3 / 0.851), ..facts.clone() }, &clean), [""; 0]);
     assert_eq!(names(&RunContext { theoretical_gb_s: Ok(1e-3 / 0.849), ..facts.clone() }, &clean), ["slow_read"]);
     let unpaired = Warning::UnpairedRatios { needed_bytes: 9, free_bytes: 5 };
-    let in_turn = RunContext { order: Order::InTurn, warnings: vec![unpaired], ..facts };
+    let in_turn = RunContext { order: RunOrder::InTurn, warnings: vec![unpaired], ..facts };
     assert_eq!(names(&in_turn, &clean), ["unpaired_ratios"]);
 }
 
@@ -306,10 +311,10 @@ fn progress_counts_repeats_of_all_precisions() {
         }
     }
     let heard = Heard::default();
-    let local = |name| -> Box<dyn Worker> {
+    let local = |name| -> Box<dyn WorkerHandle> {
         Box::new(Local::new(name, task(), vec![filling(), run_ms(1, &[1])], &Journal::default()))
     };
-    measure(vec![local("fp16"), local("nf4")], &counted(2), Order::Interleaved, &heard).unwrap();
+    measure(vec![local("fp16"), local("nf4")], &counted(2), RunOrder::Interleaved, &heard).unwrap();
     let events = heard.0.into_inner().unwrap();
     let done: Vec<u64> = events
         .iter()
@@ -329,7 +334,7 @@ fn what_does_not_fit_beside_the_others_runs_alone_behind_them() {
     let (journal, starts) = (Journal::default(), RefCell::new(BTreeMap::<usize, usize>::new()));
     let run = |fits_alone: bool| {
         starts.borrow_mut().clear();
-        let start = |at: usize| -> Box<dyn Worker> {
+        let start = |at: usize| -> Box<dyn WorkerHandle> {
             let name = ["fp16", "int8", "nf4"][at];
             let local = Local::new(name, task(), vec![filling(), run_ms(50, &[10])], &journal);
             *starts.borrow_mut().entry(at).or_default() += 1;
@@ -337,8 +342,8 @@ fn what_does_not_fit_beside_the_others_runs_alone_behind_them() {
             Box::new(if refused { Local { loading: Err(full.clone()), ..local } } else { local })
         };
         let case = case(&["fp16", "int8", "nf4"], counted(4));
-        let (n_workers, order) = (3, Order::Interleaved);
-        let mut stage = ScheduleContext { start: &start, n_workers, order, watch: &mut Blind, events: &Silent };
+        let (n_workers, order) = (3, RunOrder::Interleaved);
+        let mut stage = ScheduleContext { start: &start, n_workers, order, watch: &mut NoWatch, events: &Silent };
         let outcomes = schedule::measure(&mut stage, &case.protocol).unwrap();
         records(&facts(&case), &case, &outcomes, &|_| None)
     };
@@ -367,13 +372,18 @@ fn what_does_not_fit_beside_the_others_runs_alone_behind_them() {
 fn what_had_all_the_memory_does_not_run_again() {
     let full = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 7, free_bytes: 5 };
     let starts = RefCell::new([0; 2]);
-    let start = |at: usize| -> Box<dyn Worker> {
+    let start = |at: usize| -> Box<dyn WorkerHandle> {
         starts.borrow_mut()[at] += 1;
         let local = Local::new(["fp16", "nf4"][at], task(), vec![filling(), run_ms(50, &[10])], &Journal::default());
         Box::new(if at == 0 { Local { loading: Err(full.clone()), ..local } } else { local })
     };
-    let mut stage =
-        ScheduleContext { start: &start, n_workers: 2, order: Order::Interleaved, watch: &mut Blind, events: &Silent };
+    let mut stage = ScheduleContext {
+        start: &start,
+        n_workers: 2,
+        order: RunOrder::Interleaved,
+        watch: &mut NoWatch,
+        events: &Silent,
+    };
     let outcomes = schedule::measure(&mut stage, &counted(2)).unwrap();
     assert_eq!(*starts.borrow(), [1, 1]);
     assert!(outcomes[0].failure.is_some() && outcomes[1].finished.is_some());
@@ -383,7 +393,7 @@ fn what_had_all_the_memory_does_not_run_again() {
 #[test]
 fn what_failed_and_what_is_needed_are_two_numbers() {
     let full = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 70, free_bytes: 5 };
-    let outcome = Outcome { failure: Some(full), needed_bytes: 900, ..Outcome::default() };
+    let outcome = VariantOutcome { failure: Some(full), needed_bytes: 900, ..VariantOutcome::default() };
     let case = case(&["fp16"], counted(1));
     let memory = &records(&facts(&case), &case, &[outcome], &|_| None)[0].memory;
     assert_eq!((memory.wanted_bytes, memory.needed_bytes, memory.free_bytes), (Some(70), Some(900), Some(5)));
@@ -393,9 +403,9 @@ fn what_failed_and_what_is_needed_are_two_numbers() {
 #[test]
 fn a_row_that_failed_has_the_instruction_set_of_its_device() {
     let full = Failure::OutOfMemory { message: "no room".to_owned(), wanted_bytes: 70, free_bytes: 5 };
-    let failed = Outcome { failure: Some(full), ..Outcome::default() };
+    let failed = VariantOutcome { failure: Some(full), ..VariantOutcome::default() };
     let loaded = LoadReport { isa: "sm_90".to_owned(), ..LoadReport::default() };
-    let ran = Outcome { loaded: Some(loaded), ..Outcome::default() };
+    let ran = VariantOutcome { loaded: Some(loaded), ..VariantOutcome::default() };
     let case = case(&["fp16", "nf4"], counted(1));
     let mut facts = facts(&case);
     facts.device = record::DeviceFacts { kind: "cuda".to_owned(), name: "NVIDIA H200 (cuda:0)".to_owned() };

@@ -5,14 +5,14 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use quantbench::engine::fake::{FakeSession, FakeTime, Run};
+use quantbench::engine::fake::{FakeRun, FakeSession, FakeTime};
 use quantbench::engine::{Alone, Engine};
 use quantbench::events::{Listener, Silent};
 use quantbench::harness::assemble::records;
 use quantbench::harness::measure::Bench;
-use quantbench::harness::schedule::{Order, Outcome, ScheduleContext, Worker};
+use quantbench::harness::schedule::{RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
 use quantbench::harness::watch::energy::Mark;
-use quantbench::harness::watch::{Blind, Watch, Watched};
+use quantbench::harness::watch::{NoWatch, Watch, Watched};
 use quantbench::harness::{
     Case, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice, RunContext, schedule,
 };
@@ -22,7 +22,7 @@ use quantbench::protocol::{Encode, Failure, FinishReport, LoadReport, Sample, Ta
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::record::metrics::find;
 use quantbench::record::{self, Record};
-use quantbench::weights::{Request, WeightsChoice};
+use quantbench::weights::{ModelRequest, WeightsChoice};
 
 pub const N_GEN: usize = 4;
 pub const N_PROMPT: usize = 8;
@@ -41,12 +41,12 @@ pub struct Local {
 }
 
 impl Local {
-    pub fn new(precision: &str, task: Task, runs: Vec<Run>, journal: &Journal) -> Self {
+    pub fn new(precision: &str, task: Task, runs: Vec<FakeRun>, journal: &Journal) -> Self {
         Self::telling(precision, task, runs, journal, None)
     }
 
     /// The same on a session that can tell what its steps take alone.
-    pub fn telling(precision: &str, task: Task, runs: Vec<Run>, journal: &Journal, alone: Option<Alone>) -> Self {
+    pub fn telling(precision: &str, task: Task, runs: Vec<FakeRun>, journal: &Journal, alone: Option<Alone>) -> Self {
         let time = FakeTime::default();
         let nowhere = PathBuf::from("no such folder");
         let session = Box::new(FakeSession::new(time.clone(), runs).with_alone(alone));
@@ -61,7 +61,7 @@ impl Local {
     }
 }
 
-impl Worker for Local {
+impl WorkerHandle for Local {
     fn label(&self) -> &str {
         &self.precision
     }
@@ -106,14 +106,14 @@ pub fn task() -> Task {
 }
 
 /// The run that fills the cache to the depth, which no sample may show.
-pub fn filling() -> Run {
-    Run { prefill_ns: 999_999_999_999, ..Run::default() }
+pub fn filling() -> FakeRun {
+    FakeRun { prefill_ns: 999_999_999_999, ..FakeRun::default() }
 }
 
 /// A run in milliseconds.
-pub fn run_ms(prefill: u64, steps: &[u64]) -> Run {
+pub fn run_ms(prefill: u64, steps: &[u64]) -> FakeRun {
     let step_ns = steps.iter().map(|ms| ms * 1_000_000).collect();
-    Run { prefill_ns: prefill * 1_000_000, step_ns, ..Run::default() }
+    FakeRun { prefill_ns: prefill * 1_000_000, step_ns, ..FakeRun::default() }
 }
 
 pub fn counted(repeats: usize) -> MeasurementProtocol {
@@ -122,7 +122,7 @@ pub fn counted(repeats: usize) -> MeasurementProtocol {
 
 pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
     Case {
-        model: Request {
+        model: ModelRequest {
             model_id: "tiny".to_owned(),
             revision: None,
             offline: true,
@@ -138,7 +138,11 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         device: DeviceChoice::Cpu,
         threads: 2,
         cuda_graph: true,
+        sequences: 1,
+        kv_format: None,
         prompt: PromptChoice::Default,
+        chat: false,
+        may_shorten: false,
         image: None,
         n_gen: N_GEN,
         n_depth: 2,
@@ -161,7 +165,7 @@ pub fn facts(case: &Case) -> RunContext {
         fp16_overflow: 0,
     };
     RunContext {
-        engine: record::Engine { name: "quantbench".to_owned(), version: "0".to_owned(), commit: "c".to_owned() },
+        engine: record::EngineInfo { name: "quantbench".to_owned(), version: "0".to_owned(), commit: "c".to_owned() },
         command: case.command.clone(),
         timestamp: "2026-01-01T00:00:00Z".to_owned(),
         model: record::ModelFacts {
@@ -186,7 +190,7 @@ pub fn facts(case: &Case) -> RunContext {
         keep_fp16: Vec::new(),
         format_options: case.format_options,
         protocol: case.protocol.clone(),
-        order: Order::Interleaved,
+        order: RunOrder::Interleaved,
         resolve_s: 0.5,
         read_gb_s: Some(1e-3),
         copy_gb_s: Some(5e-4),
@@ -199,30 +203,30 @@ pub fn facts(case: &Case) -> RunContext {
 }
 
 /// Runs each precision's script and makes the records.
-pub fn measured(protocol: MeasurementProtocol, scripts: &[(&str, Vec<Run>)]) -> Vec<Record> {
+pub fn measured(protocol: MeasurementProtocol, scripts: &[(&str, Vec<FakeRun>)]) -> Vec<Record> {
     let names: Vec<&str> = scripts.iter().map(|(name, _)| *name).collect();
     let case = case(&names, protocol);
-    let outcomes = outcomes(&case.protocol, Order::Interleaved, scripts, &Journal::default());
+    let outcomes = outcomes(&case.protocol, RunOrder::Interleaved, scripts, &Journal::default());
     records(&facts(&case), &case, &outcomes, &|_| None)
 }
 
 pub fn outcomes(
     protocol: &MeasurementProtocol,
-    order: Order,
-    scripts: &[(&str, Vec<Run>)],
+    order: RunOrder,
+    scripts: &[(&str, Vec<FakeRun>)],
     journal: &Journal,
-) -> Vec<Outcome> {
-    watched_outcomes(protocol, order, scripts, journal, &mut Blind)
+) -> Vec<VariantOutcome> {
+    watched_outcomes(protocol, order, scripts, journal, &mut NoWatch)
 }
 
 pub fn watched_outcomes(
     protocol: &MeasurementProtocol,
-    order: Order,
-    scripts: &[(&str, Vec<Run>)],
+    order: RunOrder,
+    scripts: &[(&str, Vec<FakeRun>)],
     journal: &Journal,
     watch: &mut dyn Watch,
-) -> Vec<Outcome> {
-    let worker = |at: usize| -> Box<dyn Worker> {
+) -> Vec<VariantOutcome> {
+    let worker = |at: usize| -> Box<dyn WorkerHandle> {
         let (name, runs) = &scripts[at];
         let runs = [vec![filling()], runs.clone()].concat();
         Box::new(Local::new(name, task(), runs, journal))
@@ -233,15 +237,15 @@ pub fn watched_outcomes(
 
 /// Runs workers that were made already, in one launch.
 pub fn measure(
-    workers: Vec<Box<dyn Worker>>,
+    workers: Vec<Box<dyn WorkerHandle>>,
     protocol: &MeasurementProtocol,
-    order: Order,
+    order: RunOrder,
     events: &dyn Listener,
-) -> Result<Vec<Outcome>, Failure> {
+) -> Result<Vec<VariantOutcome>, Failure> {
     let n_workers = workers.len();
     let ready = RefCell::new(workers.into_iter().map(Some).collect::<Vec<_>>());
     let start = |at: usize| ready.borrow_mut()[at].take().expect("one launch");
-    let mut stage = ScheduleContext { start: &start, n_workers, order, watch: &mut Blind, events };
+    let mut stage = ScheduleContext { start: &start, n_workers, order, watch: &mut NoWatch, events };
     schedule::measure(&mut stage, protocol)
 }
 
@@ -258,8 +262,8 @@ pub struct Scripted {
 }
 
 impl Watch for Scripted {
-    fn begin(&mut self, worker: Option<u32>, crew: &[u32]) {
-        self.crews.push((worker, crew.to_vec()));
+    fn begin(&mut self, worker: Option<u32>, run_pids: &[u32]) {
+        self.crews.push((worker, run_pids.to_vec()));
     }
 
     fn end(&mut self) -> Watched {

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use quantbench::engine::fake::Run;
+use quantbench::engine::fake::FakeRun;
 use quantbench::engine::memory::PoolUse;
 use quantbench::events::Silent;
 use quantbench::harness::assemble::records;
-use quantbench::harness::schedule::{Order, Outcome, Worker};
+use quantbench::harness::schedule::{RunOrder, VariantOutcome, WorkerHandle};
 use quantbench::harness::watch::energy::Counter;
-use quantbench::harness::watch::{GpuReading, Reading, Watched};
+use quantbench::harness::watch::{GpuReading, MachineReading, Watched};
 use quantbench::harness::{Case, MeasurementProtocol, Method, RunContext};
 use quantbench::protocol::Failure;
 use quantbench::protocol::{Task, Wait};
@@ -19,7 +19,7 @@ use super::scene::*;
 fn gpu(change: impl Fn(&mut GpuReading)) -> Watched {
     let mut gpu = GpuReading { sm_mhz: Some(1980), default_sm_mhz: Some(1980), ..GpuReading::default() };
     change(&mut gpu);
-    let reading = |at_ns| Reading { at_ns, gpu: Some(gpu.clone()), ..Reading::default() };
+    let reading = |at_ns| MachineReading { at_ns, gpu: Some(gpu.clone()), ..MachineReading::default() };
     Watched { readings: vec![reading(0), reading(100), reading(200)] }
 }
 
@@ -28,11 +28,11 @@ fn clock(mhz: u32) -> Watched {
 }
 
 /// fp16's record of `counted` repeats under a scripted watch, and the watch.
-fn watched(repeats: usize, script: Vec<Watched>) -> (Record, Outcome, Scripted) {
+fn watched(repeats: usize, script: Vec<Watched>) -> (Record, VariantOutcome, Scripted) {
     let case = case(&["fp16"], counted(repeats));
     let mut watch = Scripted { script: script.into(), ..Scripted::default() };
     let scripts = [("fp16", vec![run_ms(50, &[10])])];
-    let outcomes = watched_outcomes(&case.protocol, Order::Interleaved, &scripts, &Journal::default(), &mut watch);
+    let outcomes = watched_outcomes(&case.protocol, RunOrder::Interleaved, &scripts, &Journal::default(), &mut watch);
     let record = records(&facts(&case), &case, &outcomes, &|_| None).remove(0);
     (record, outcomes.into_iter().next().unwrap(), watch)
 }
@@ -49,7 +49,7 @@ fn a_sample_at_a_low_clock_is_taken_again_after_a_pause() {
         ..Scripted::default()
     };
     let scripts = [("fp16", vec![run_ms(50, &[10])]), ("nf4", vec![run_ms(50, &[10])])];
-    let outcomes = watched_outcomes(&counted(2), Order::Interleaved, &scripts, &journal, &mut watch);
+    let outcomes = watched_outcomes(&counted(2), RunOrder::Interleaved, &scripts, &journal, &mut watch);
     let repeats: Vec<String> = journal.borrow().iter().filter(|what| what.starts_with("repeat")).cloned().collect();
     let of = |name: &str| format!("repeat {name}");
     assert_eq!(repeats, [of("fp16"), of("nf4"), of("nf4"), of("nf4"), of("nf4"), of("fp16")]);
@@ -74,7 +74,9 @@ fn every_cause_has_its_warning_with_advice() {
     let throttled = gpu(|gpu| gpu.throttled_by = vec!["power cap", "temperature"]);
     let shared = gpu(|gpu| gpu.n_others = 2);
     let hot = |counts: [u64; 2]| Watched {
-        readings: counts.map(|count| Reading { cpu_throttle_count: Some(count), ..Reading::default() }).to_vec(),
+        readings: counts
+            .map(|count| MachineReading { cpu_throttle_count: Some(count), ..MachineReading::default() })
+            .to_vec(),
     };
     let causes = [
         (vec![gpu(|_| {}), hot([5, 5])], "", ""),
@@ -92,11 +94,11 @@ fn every_cause_has_its_warning_with_advice() {
 
 /// A repeat over which the counter moved.
 fn energy(joules: f64, seconds: f64) -> Watched {
-    let reading = |at_ns, energy_j| Reading { at_ns, energy_j: Some(energy_j), ..Reading::default() };
+    let reading = |at_ns, energy_j| MachineReading { at_ns, energy_j: Some(energy_j), ..MachineReading::default() };
     Watched { readings: vec![reading(7, 1000.0), reading(7 + (seconds * 1e9) as u64, 1000.0 + joules)] }
 }
 
-fn energetic(script: Vec<Watched>, change: impl Fn(&mut Outcome)) -> Record {
+fn energetic(script: Vec<Watched>, change: impl Fn(&mut VariantOutcome)) -> Record {
     let (_, mut outcome, _) = watched(script.len(), script.clone());
     change(&mut outcome);
     let case = case(&["fp16"], counted(script.len()));
@@ -140,11 +142,11 @@ fn windows_that_are_too_short_give_no_joules() {
 
 #[test]
 fn ranges_are_always_kept_and_series_on_request() {
-    let reading = |ms: u64, mhz: [u32; 2], celsius| Reading {
+    let reading = |ms: u64, mhz: [u32; 2], celsius| MachineReading {
         at_ns: ms * 1_000_000,
         core_mhz: mhz.to_vec(),
         cpu_celsius: celsius,
-        ..Reading::default()
+        ..MachineReading::default()
     };
     let script = Watched { readings: vec![reading(5, [2000, 3000], None), reading(15, [2500, 2600], Some(61.5))] };
     let (record, outcome, _) = watched(1, vec![script]);
@@ -167,11 +169,11 @@ fn ranges_are_always_kept_and_series_on_request() {
 #[test]
 fn the_watch_knows_the_worker_and_its_crew() {
     let mut watch = Scripted::default();
-    let start = |at: usize| -> Box<dyn Worker> {
+    let start = |at: usize| -> Box<dyn WorkerHandle> {
         let local = Local::new("fp16", task(), vec![filling(), run_ms(1, &[1])], &Journal::default());
         Box::new(Local { pid: Some(70 + at as u32), ..local })
     };
-    let order = Order::Interleaved;
+    let order = RunOrder::Interleaved;
     let mut stage = quantbench::harness::schedule::ScheduleContext {
         start: &start,
         n_workers: 2,
@@ -188,7 +190,7 @@ fn launches_start_every_worker_anew_and_keep_their_repeats_apart() {
     let journal = Journal::default();
     let protocol = MeasurementProtocol { launches: 3, ..counted(2) };
     let scripts = [("fp16", vec![run_ms(50, &[20])]), ("nf4", vec![run_ms(50, &[10])])];
-    let outcomes = outcomes(&protocol, Order::Interleaved, &scripts, &journal);
+    let outcomes = outcomes(&protocol, RunOrder::Interleaved, &scripts, &journal);
     let said = |what: &str, order: [&str; 2]| order.map(|name| format!("{what} {name}"));
     let (ab, ba) = (["fp16", "nf4"], ["nf4", "fp16"]);
     let one = [said("load", ab), said("warm", ab), said("repeat", ab), said("repeat", ba), said("finish", ab)].concat();
@@ -208,10 +210,11 @@ fn launches_start_every_worker_anew_and_keep_their_repeats_apart() {
 fn the_interval_of_launches_spans_them() {
     // Six starts; each is flat in itself, and they differ by up to 5 ms a step.
     let case = case(&["fp16"], MeasurementProtocol { launches: 6, ..counted(4) });
-    let mut outcome = Outcome::default();
+    let mut outcome = VariantOutcome::default();
     for start in 0..6u64 {
         let steps = [10 + start; 3];
-        let one = outcomes(&counted(4), Order::Interleaved, &[("fp16", vec![run_ms(50, &steps)])], &Journal::default());
+        let one =
+            outcomes(&counted(4), RunOrder::Interleaved, &[("fp16", vec![run_ms(50, &steps)])], &Journal::default());
         outcome.samples.extend(one[0].samples.clone());
         outcome.launches.push(4);
     }
@@ -226,25 +229,26 @@ fn launches_share_the_times_and_a_failure_ends_its_precision() {
     let one = protocol.of_one_launch();
     assert_eq!((one.min_time_s, one.max_time_s, one.min_repeats), (0.75, 5.0, 6));
     let journal = Journal::default();
-    let bad = Run { failure: Some("it broke".to_owned()), ..run_ms(50, &[10]) };
+    let bad = FakeRun { failure: Some("it broke".to_owned()), ..run_ms(50, &[10]) };
     let scripts = [("fp16", vec![run_ms(50, &[10])]), ("nf4", vec![bad])];
     let protocol = MeasurementProtocol { launches: 2, ..counted(1) };
-    let outcomes = outcomes(&protocol, Order::Interleaved, &scripts, &journal);
+    let outcomes = outcomes(&protocol, RunOrder::Interleaved, &scripts, &journal);
     assert!(matches!(&outcomes[1].failure, Some(Failure::Error { message }) if message == "it broke"));
     assert_eq!((outcomes[0].launches.as_slice(), outcomes[1].launches.as_slice()), (&[1, 1][..], &[0][..]));
     assert_eq!(journal.borrow().iter().filter(|what| *what == "load nf4").count(), 1);
 }
 
 /// A run whose device is asked after every token at a cost of 5 ms.
-fn slow_to_wait() -> Run {
+fn slow_to_wait() -> FakeRun {
     let device_step_ns = vec![8_000_000, 16_000_000, 24_000_000];
-    Run { synchronize_ns: 5_000_000, device_step_ns, ..run_ms(50, &[10, 20, 30]) }
+    FakeRun { synchronize_ns: 5_000_000, device_step_ns, ..run_ms(50, &[10, 20, 30]) }
 }
 
-fn of_task(task: Task, protocol: MeasurementProtocol, run: Run) -> Record {
+fn of_task(task: Task, protocol: MeasurementProtocol, run: FakeRun) -> Record {
     let case = case(&["fp16"], protocol);
     let local = Local::new("fp16", task, vec![filling(), run], &Journal::default());
-    let outcomes = measure(vec![Box::new(local) as Box<dyn Worker>], &case.protocol, Order::Interleaved, &Silent);
+    let outcomes =
+        measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent);
     records(&facts(&case), &case, &outcomes.unwrap(), &|_| None).remove(0)
 }
 
@@ -259,18 +263,21 @@ fn waiting_after_each_token_is_timed_beside_the_repeat() {
     assert_eq!(names(&record), ["sync_differs"]);
     assert!(record.warnings[0].contains("50.0 tokens/s, and 40.0 where"), "{}", record.warnings[0]);
     assert_eq!((record.tainted, record.samples.end_to_end_ns[0]), (false, 110_000_000));
-    let cheap = Run { synchronize_ns: 500_000, ..slow_to_wait() };
+    let cheap = FakeRun { synchronize_ns: 500_000, ..slow_to_wait() };
     let record = of_task(Task { wait: Wait::BothWays, ..super::scene::task() }, counted(2), cheap);
     assert_eq!(names(&record), [""; 0], "2.4 % are not told");
 }
 
 #[test]
 fn the_seeds_method_is_one_cold_run_that_waits() {
-    let protocol = MeasurementProtocol::of_seed();
+    let protocol = MeasurementProtocol::single_cold_run();
     assert_eq!((protocol.warmup, protocol.repeats), (Some(0), Some(1)));
     let record = of_task(Task { wait: Wait::EachToken, ..task() }, protocol, slow_to_wait());
-    assert_eq!((record.protocol.method.as_str(), record.protocol.n_repeats, record.protocol.n_warmup), ("seed", 1, 0));
-    assert_eq!(Method::Seed.name(), "seed");
+    assert_eq!(
+        (record.protocol.method.as_str(), record.protocol.n_repeats, record.protocol.n_warmup),
+        ("single-cold-run", 1, 0)
+    );
+    assert_eq!(Method::SingleColdRun.name(), "single-cold-run");
     // 50 ms of prefill and three steps with 5 ms of waiting each, behind which the stamps are.
     assert_eq!((metric(&record, "latency_s"), metric(&record, "output_tps")), (Some(0.125), Some(32.0)));
     assert_eq!((record.samples.cold_ns, record.status), (None, Status::Ok));

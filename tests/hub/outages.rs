@@ -296,7 +296,7 @@ fn what_is_absent_is_asked_for_once_and_a_commit_not_at_all() {
     assert!(hub.log().iter().any(|line| line.contains("tokenizer.json")));
     open(&config, &Silent).unwrap();
     assert!(hub.log().iter().all(|line| line.contains("/config.json")), "only the branch is looked up");
-    let pinned = weights::Request { revision: Some(COMMIT.to_owned()), ..request(ID, WeightsChoice::Auto) };
+    let pinned = weights::ModelRequest { revision: Some(COMMIT.to_owned()), ..request(ID, WeightsChoice::Auto) };
     weights::open_with(&pinned, &config, &Silent).unwrap();
     assert!(hub.log().is_empty(), "a commit never changes");
 }

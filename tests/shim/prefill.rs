@@ -8,7 +8,7 @@ use quantbench::kernels::isa::Isa;
 use quantbench::plan::EncoderInputKind;
 use quantbench::quant::{FormatOptions, int8};
 use quantbench::weights::policy::Formats;
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 
 use super::coverage::combinations;
 use super::host::{CHIPS, Host};
@@ -78,7 +78,7 @@ pub fn prompts_find_the_outliers_of_the_cpu() {
 }
 
 fn outliers_on_cpu(model: &str, ids: &[u32]) -> engine::OutlierColumns {
-    let request = Request::of(folder(model).display().to_string());
+    let request = ModelRequest::of(folder(model).display().to_string());
     let checkpoint = weights::open(&request, &Silent).expect("a golden model");
     let plan = quantbench::models::build(&checkpoint.config).expect("a golden model");
     let source = checkpoint.source(&plan.matrices, &plan.vectors).expect("a golden model");

@@ -19,7 +19,7 @@ use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeI
 use quantbench::quant::{FormatId, FormatOptions, HalfMatrix, OutlierColumns, Stored};
 use quantbench::weights::policy::Formats;
 use quantbench::weights::spec::VectorKind;
-use quantbench::weights::{self, Request};
+use quantbench::weights::{self, ModelRequest};
 use safetensors::SafeTensors;
 
 use super::host::Host;
@@ -69,7 +69,7 @@ pub fn golden(model: &str, file: &str, name: &str) -> Vec<f32> {
 impl<'a> Session<'a> {
     pub fn load(name: &str, precision: &str, host: &'a Host<'a>, multiprocessors: usize) -> Self {
         let checkpoint =
-            weights::open(&Request::of(folder(name).display().to_string()), &Silent).expect("a golden model");
+            weights::open(&ModelRequest::of(folder(name).display().to_string()), &Silent).expect("a golden model");
         let model = quantbench::models::build(&checkpoint.config).expect("a golden model");
         let source = checkpoint.source(&model.matrices, &model.vectors).expect("a golden model");
         let formats = Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default());

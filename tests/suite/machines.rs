@@ -41,15 +41,15 @@ fn executable(path: &Path, script: &str) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// The shell block of the README that holds `word`.
-fn readme_block(word: &str) -> String {
-    let readme = fs::read_to_string(root().join("README.md")).unwrap();
-    let mut blocks = readme.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap_or_default());
+/// The shell block of docs/suites.md that holds `word`.
+fn documented_block(word: &str) -> String {
+    let page = fs::read_to_string(root().join("docs/suites.md")).unwrap();
+    let mut blocks = page.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap_or_default());
     blocks.find(|block| block.contains(word)).unwrap_or_else(|| panic!("no block with `{word}`")).to_owned()
 }
 
 #[test]
-fn the_loop_of_the_readme_works() {
+fn the_documented_loop_works() {
     if !has("jq", &["--version"]) {
         return;
     }
@@ -58,7 +58,7 @@ fn the_loop_of_the_readme_works() {
     let short = SHORT.join(" ");
     let binary = env!("CARGO_BIN_EXE_quantbench");
     executable(&place.path("quantbench"), &format!("#!/bin/sh\nexec '{binary}' \"$@\" {short}\n"));
-    let block = readme_block("for model in");
+    let block = documented_block("for model in");
     let models = block.lines().find(|line| line.starts_with("for model in ")).unwrap();
     let script = block.replace(models, "for model in ./llama-tiny ./broken ./phi-tiny; do");
     let path = format!("{}:{}", place.folder.path().display(), std::env::var("PATH").unwrap());
@@ -78,10 +78,10 @@ fn the_loop_of_the_readme_works() {
 }
 
 #[test]
-fn the_suite_commands_of_the_readme_exist() {
+fn the_documented_suite_commands_exist() {
     let place = Place::new(&[]);
     copy(&root().join("configs"), &place.path("configs"));
-    for line in readme_block("--resume ").lines() {
+    for line in documented_block("--resume ").lines() {
         let words: Vec<&str> = line.split('#').next().unwrap().split_whitespace().skip(1).collect();
         // Nothing is measured, and there is nothing to merge.
         let last = if words[0] == "suite" { "--dry-run" } else { "--help" };

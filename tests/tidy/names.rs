@@ -63,40 +63,12 @@ const SHARED: &[(&str, &str)] = &[
     ("Arena", "where an executor's intermediate values lie"),
     ("Config", "what a model's file reads of config.json"),
     ("DeviceFacts", "a device as it is found, and as records have it"),
-    ("Engine", "an engine as it is asked for, and as records have it"),
     ("Pool", "threads of the CPU engine; in a record, as in its readers' tools, a device's memory"),
     ("SelfCheck", "a check of the kernels, and as records have it"),
-    ("Workload", "the tokens of a case, and their counts as records have them"),
 ];
 
 /// Names that still mean several things. None may join; one that means one thing again leaves.
-const AMBIGUOUS: &[&str] = &[
-    "Attend",
-    "Buffer",
-    "Case",
-    "Facts",
-    "File",
-    "Gpu",
-    "Key",
-    "Kind",
-    "Line",
-    "Order",
-    "Outcome",
-    "Output",
-    "Place",
-    "Plan",
-    "Reference",
-    "Request",
-    "Row",
-    "Rows",
-    "Run",
-    "Split",
-    "Step",
-    "Task",
-    "Watched",
-    "Window",
-    "Worker",
-];
+const AMBIGUOUS: &[&str] = &["Attend", "Buffer", "Case", "Output", "Row", "Rows", "Split", "Step"];
 
 /// Types that code outside of their file can name, by name.
 fn visible_types(files: &[SourceFile]) -> BTreeMap<&str, Vec<&str>> {

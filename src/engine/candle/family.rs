@@ -22,7 +22,7 @@ pub enum CandleFamily {
 }
 
 /// T5's encoder and its decoder, each loaded as a model of its own: candle buckets distances as the encoder does in both
-/// stacks, and a decoder that is told of twice the buckets, the upper half zero, computes what transformers' decoder does.
+/// stacks, and a decoder that is given twice the buckets, the upper half zero, computes what transformers' decoder does.
 #[derive(Clone)]
 pub struct T5Sides {
     encoder: t5::T5EncoderModel,

@@ -108,7 +108,7 @@ struct Product<'a> {
 
 impl Product<'_> {
     /// The largest error over its bound; `None` where `seen` is no number and the reference is one. Where the reference is none,
-    /// as with a weight that is none, nothing is said: the logits tell.
+    /// as with a weight that is none, nothing is reported: the logits show it.
     fn error_share(&self, seen: &[f32]) -> Option<f64> {
         let n = self.weights.len() / self.k;
         let mut worst = 0.0f64;

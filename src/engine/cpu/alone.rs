@@ -30,7 +30,7 @@ const MAX_ROUNDS: usize = 25;
 /// No round starts later, once [`MIN_ROUNDS`] are done.
 const BUDGET: Duration = Duration::from_secs(1);
 
-/// The assumed size of a core's own cache where the system does not tell: the smallest of a decade.
+/// Assumed size of a core's own cache where the system does not report it: the smallest of a decade.
 const SMALLEST_CACHE_BYTES: usize = 256 << 10;
 
 /// Keys and values of a head that stay in the cache: a quarter of the smallest one.
@@ -282,7 +282,7 @@ mod tests {
     use crate::plan::Op;
     use crate::quant::{CpuMatrix, FORMATS, FormatId, FormatOptions, Prepared, Stored};
     use crate::weights::policy::Formats;
-    use crate::weights::{self, Request};
+    use crate::weights::{self, ModelRequest};
 
     /// Products of an element by an element, and which rows of which matrix they were of.
     #[derive(Debug, Default, Clone, PartialEq)]
@@ -357,7 +357,7 @@ mod tests {
 
     /// A session of a golden model behind three tokens and two steps.
     fn session(model: &str, precision: &str, threads: usize) -> (CpuSession, Log) {
-        let request = Request::of(format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")));
+        let request = ModelRequest::of(format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")));
         let checkpoint = weights::open(&request, &Silent).unwrap();
         let plan = crate::models::build(&checkpoint.config).unwrap();
         let source = checkpoint.source(&plan.matrices, &plan.vectors).unwrap();

@@ -237,7 +237,7 @@ impl CpuSession {
         }
     }
 
-    /// Checks that `tokens` fit behind the cache and tells the decoder's call.
+    /// Checks that `tokens` fit behind the cache and gives the decoder's call.
     fn decoder_call<'a>(&self, tokens: &'a [u32]) -> Result<Call<'a>> {
         let end = self.position + tokens.len();
         if tokens.is_empty() || end > self.weights.capacity {

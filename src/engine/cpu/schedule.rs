@@ -138,7 +138,7 @@ pub fn needs_barrier(before: &Step, after: &Step, single: bool) -> bool {
     }
 }
 
-/// `form(matrix)` tells matrices apart that read activations in different forms: parts of one linear group that differ in
+/// `form(matrix)` distinguishes matrices that read activations in different forms: parts of one linear group that differ in
 /// it are prepared one after the other.
 ///
 /// # Errors

@@ -19,7 +19,7 @@ use self::prefill_graphs::{PrefillCall, PrefillGraphs};
 use self::step::Step;
 use self::times::StepTimes;
 use self::token_ring::TokenRing;
-use super::memory::{Pool, named};
+use super::memory::{MemoryPool, named};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::call::{Batch, KvFormat};
 use crate::events::Listener;
@@ -376,7 +376,7 @@ impl Session for CudaSession {
         self.times.ns()
     }
 
-    fn pool(&self) -> Option<&dyn Pool> {
+    fn pool(&self) -> Option<&dyn MemoryPool> {
         Some(&self.weights.device)
     }
 

@@ -1,9 +1,9 @@
-//! The warnings of one record: what its repeats, the machine and its sizes tell.
+//! Diagnoses one record: warnings that follow from its repeats, the machine and its sizes.
 
 use super::limit;
 use crate::harness::bandwidth_cache::SLOW_READ;
 use crate::harness::run_context::RunContext;
-use crate::harness::schedule::Outcome;
+use crate::harness::schedule::VariantOutcome;
 use crate::harness::stopping::RepeatsEnd;
 use crate::harness::warnings::Warning;
 use crate::harness::watch::Watched;
@@ -12,11 +12,11 @@ use crate::protocol::WarmupEnd;
 use crate::record::{Record, metrics};
 use crate::stats;
 
-/// Host times with and without a synchronisation for each token that differ by more than this are both told.
+/// Host times with and without a synchronisation for each token that differ by more than this are both reported.
 const SYNC_DIFFERS: f64 = 0.03;
 
-/// What the repeats themselves tell.
-pub fn of_repeats(context: &RunContext, record: &Record, outcome: &Outcome) -> Vec<Warning> {
+/// Warnings that follow from the repeats themselves.
+pub fn of_repeats(context: &RunContext, record: &Record, outcome: &VariantOutcome) -> Vec<Warning> {
     let mut warnings = Vec::new();
     let (n, protocol) = (outcome.samples.len(), &context.protocol);
     if n < protocol.min_repeats && outcome.ended != Some(RepeatsEnd::Count) {
@@ -66,8 +66,8 @@ fn sync_differs(record: &Record) -> Option<Warning> {
     differs.then_some(Warning::SyncDiffers { tps, synced_tps })
 }
 
-/// What was seen of the machine during the repeats.
-pub fn of_machine(outcome: &Outcome) -> Vec<Warning> {
+/// Warnings that follow from readings of the machine during the repeats.
+pub fn of_machine(outcome: &VariantOutcome) -> Vec<Warning> {
     let watched = &outcome.watched;
     let mut warnings = Vec::new();
     let throttled: Vec<_> = watched.iter().map(Watched::throttled_by).filter(|reasons| !reasons.is_empty()).collect();
@@ -96,8 +96,8 @@ pub fn of_machine(outcome: &Outcome) -> Vec<Warning> {
     warnings
 }
 
-/// What sizes and bandwidth tell.
-pub fn of_memory(context: &RunContext, record: &Record, outcome: &Outcome) -> Vec<Warning> {
+/// Warnings that follow from sizes and bandwidth.
+pub fn of_memory(context: &RunContext, record: &Record, outcome: &VariantOutcome) -> Vec<Warning> {
     let mut warnings = Vec::new();
     let mbu = record.bandwidth.mbu;
     if let Some(step_bytes) = limit::step_bytes(record).filter(|bytes| limit::is_cached(context, *bytes, mbu)) {

@@ -1,13 +1,13 @@
-//! How close decoding comes to what the memory allows, and what holds it back as far as that was measured.
+//! Memory bandwidth that decoding reaches, and what limits decoding as far as that was measured.
 
 use crate::engine::Alone;
 use crate::harness::run_context::RunContext;
-use crate::harness::schedule::Outcome;
+use crate::harness::schedule::VariantOutcome;
 use crate::record::{Bandwidth, Bound, Record};
 use crate::stats;
 
-/// From the record's metrics, and the bytes that the session counted.
-pub fn bandwidth(context: &RunContext, record: &Record, outcome: &Outcome) -> Bandwidth {
+/// The bandwidth of a record, from its metrics and the bytes that the session counted.
+pub fn bandwidth(context: &RunContext, record: &Record, outcome: &VariantOutcome) -> Bandwidth {
     let footprint = outcome.finished.as_ref().map(|finished| finished.footprint);
     let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_step(context.n_before, record.workload.n_gen));
     let weight_bytes_per_token = footprint.map(|footprint| footprint.weight_bytes_per_token);
@@ -16,7 +16,7 @@ pub fn bandwidth(context: &RunContext, record: &Record, outcome: &Outcome) -> Ba
     let achieved_gb_s = bytes.zip(decode_tps).map(|(bytes, tps)| bytes as f64 * tps / 1e9);
     let mbu = achieved_gb_s.zip(context.read_gb_s).map(|(achieved, read)| achieved / read);
     let alone = outcome.finished.as_ref().and_then(|finished| Shares::of(finished.alone.as_ref()?));
-    let seen = Seen {
+    let seen = LimitInputs {
         is_own: record.engine.name == context.engine.name,
         is_cached: bytes.is_some_and(|bytes| is_cached(context, bytes, mbu)),
         on_cpu: context.device.kind == "cpu",
@@ -46,7 +46,7 @@ pub fn step_bytes(record: &Record) -> Option<u64> {
     Some(record.bandwidth.weight_bytes_per_token? + record.bandwidth.kv_bytes_per_token?)
 }
 
-/// Whether part of what a step reads never leaves the last-level cache.
+/// True where part of what a step reads never leaves the last-level cache.
 pub fn is_cached(context: &RunContext, step_bytes: u64, mbu: Option<f64>) -> bool {
     mbu.is_some_and(|mbu| mbu > 1.0) || step_bytes < 2 * context.cache_bytes.unwrap_or(0)
 }
@@ -61,14 +61,14 @@ fn device_share(record: &Record) -> Option<f64> {
 /// A part of a step that takes this share of it alone explains it.
 const EXPLAINS: f64 = 0.85;
 
-/// Two parts of which both explain a step are told apart by this much of it: medians of few rounds differ by some hundredths.
+/// Two parts that both explain a step must differ by this share of it: medians of few rounds differ by some hundredths.
 const DIFFERS: f64 = 0.05;
 
-/// A device that works for less of a step waits for the host.
+/// A device that works for less than this share of a step waits for the host.
 const DEVICE_WORKS: f64 = 0.9;
 
-/// What a step takes of memory alone and of arithmetic alone, over the real step. They overlap in a real step, so that they need not add up
-/// to 1.
+/// Time of the memory reads alone and of the arithmetic alone, over the real step. They overlap in a real step, so that they
+/// need not add up to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Shares {
     memory: f64,
@@ -76,7 +76,7 @@ struct Shares {
 }
 
 impl Shares {
-    /// Of the medians.
+    /// Shares of the medians.
     fn of(alone: &Alone) -> Option<Self> {
         let median = |ns: &[u64]| stats::median(&ns.iter().map(|&ns| ns as f64).collect::<Vec<_>>());
         let step = median(&alone.step_ns).filter(|step| *step > 0.0)?;
@@ -84,10 +84,10 @@ impl Shares {
     }
 }
 
-/// What was measured of a row that decoded.
+/// Measurements of a variant that decoded.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Seen {
-    /// Of our own engine. How another one reads and computes was not measured.
+struct LimitInputs {
+    /// True for quantbench's own engine. How another one reads and computes was not measured.
     is_own: bool,
     is_cached: bool,
     on_cpu: bool,
@@ -96,19 +96,20 @@ struct Seen {
     alone: Option<Shares>,
 }
 
-/// The reason, where one was measured.
-fn bound(seen: &Seen) -> Bound {
+/// The limit, where one was measured.
+fn bound(seen: &LimitInputs) -> Bound {
     match seen {
-        Seen { is_own: false, .. } => Bound::NotKnown,
-        Seen { is_cached: true, .. } => Bound::CacheResident,
-        Seen { on_cpu: true, alone, .. } => alone.map_or(Bound::NotKnown, bound_alone),
-        Seen { mbu: Some(mbu), .. } if *mbu >= EXPLAINS => Bound::Memory,
-        Seen { device_share: Some(share), .. } if *share < DEVICE_WORKS => Bound::Host,
+        LimitInputs { is_own: false, .. } => Bound::NotKnown,
+        LimitInputs { is_cached: true, .. } => Bound::CacheResident,
+        LimitInputs { on_cpu: true, alone, .. } => alone.map_or(Bound::NotKnown, bound_alone),
+        LimitInputs { mbu: Some(mbu), .. } if *mbu >= EXPLAINS => Bound::Memory,
+        LimitInputs { device_share: Some(share), .. } if *share < DEVICE_WORKS => Bound::Host,
         _ => Bound::NotKnown,
     }
 }
 
-/// By the part that explains the step. Where both do, by the larger if they are told apart; else it is mixed, as it is where neither does.
+/// The limit by the part that explains the step. Where both do, the larger one if they differ enough; else it is mixed, as it is where
+/// neither does.
 fn bound_alone(Shares { memory, arithmetic }: Shares) -> Bound {
     match (memory >= EXPLAINS, arithmetic >= EXPLAINS) {
         (true, false) => Bound::Memory,
@@ -124,8 +125,8 @@ mod tests {
     use super::*;
 
     /// Our own engine on a CPU, of which nothing was measured.
-    const NOTHING: Seen =
-        Seen { is_own: true, is_cached: false, on_cpu: true, mbu: None, device_share: None, alone: None };
+    const NOTHING: LimitInputs =
+        LimitInputs { is_own: true, is_cached: false, on_cpu: true, mbu: None, device_share: None, alone: None };
 
     #[test]
     fn on_a_cpu_the_part_that_explains_the_step_names_it() {
@@ -145,13 +146,13 @@ mod tests {
             (0.9, 0.9, Bound::Mixed),
         ] {
             let alone = Some(Shares { memory, arithmetic });
-            assert_eq!(bound(&Seen { alone, ..NOTHING }), expected, "{memory} {arithmetic}");
-            let cached = Seen { alone, is_cached: true, ..NOTHING };
+            assert_eq!(bound(&LimitInputs { alone, ..NOTHING }), expected, "{memory} {arithmetic}");
+            let cached = LimitInputs { alone, is_cached: true, ..NOTHING };
             assert_eq!(bound(&cached), Bound::CacheResident, "{memory} {arithmetic}");
-            assert_eq!(bound(&Seen { is_own: false, ..cached }), Bound::NotKnown, "{memory} {arithmetic}");
+            assert_eq!(bound(&LimitInputs { is_own: false, ..cached }), Bound::NotKnown, "{memory} {arithmetic}");
         }
-        // The bytes alone tell nothing.
-        assert_eq!(bound(&Seen { mbu: Some(0.95), ..NOTHING }), Bound::NotKnown);
+        // The bytes alone decide nothing.
+        assert_eq!(bound(&LimitInputs { mbu: Some(0.95), ..NOTHING }), Bound::NotKnown);
     }
 
     #[test]
@@ -166,10 +167,10 @@ mod tests {
             (Some(0.6), None, Bound::NotKnown),
             (None, None, Bound::NotKnown),
         ] {
-            let seen = Seen { on_cpu: false, mbu, device_share, ..NOTHING };
+            let seen = LimitInputs { on_cpu: false, mbu, device_share, ..NOTHING };
             assert_eq!(bound(&seen), expected, "{mbu:?} {device_share:?}");
-            assert_eq!(bound(&Seen { is_own: false, ..seen }), Bound::NotKnown);
-            assert_eq!(bound(&Seen { is_cached: true, ..seen }), Bound::CacheResident);
+            assert_eq!(bound(&LimitInputs { is_own: false, ..seen }), Bound::NotKnown);
+            assert_eq!(bound(&LimitInputs { is_cached: true, ..seen }), Bound::CacheResident);
         }
     }
 

@@ -1,15 +1,15 @@
-//! Where the memory of a precision went.
+//! Memory of a precision by use.
 
 use std::collections::BTreeMap;
 
 use crate::engine::memory::PoolUse;
-use crate::harness::schedule::Outcome;
+use crate::harness::schedule::VariantOutcome;
 use crate::harness::watch::Watched;
 use crate::record::{Memory, Pool, PoolPhase};
 
-/// On the CPU the worker's resident set; on CUDA the pool's own counters, undefined where the session has no pool to ask. What
-/// did not fit is told where the failure is.
-pub fn memory(outcome: &Outcome, device_kind: &str) -> Memory {
+/// On the CPU the worker's resident set; on CUDA the pool's own counters, undefined where the session has no pool. Sizes of a
+/// model that did not fit are with its failure.
+pub fn memory(outcome: &VariantOutcome, device_kind: &str) -> Memory {
     let (loaded, warmed, finished) = (outcome.loaded.as_ref(), outcome.warmed.as_ref(), outcome.finished.as_ref());
     let footprint = finished.map(|finished| finished.footprint);
     let marks = if device_kind == "cpu" { resident(outcome) } else { pooled(outcome) };
@@ -35,7 +35,7 @@ pub fn memory(outcome: &Outcome, device_kind: &str) -> Memory {
     }
 }
 
-fn resident(outcome: &Outcome) -> Memory {
+fn resident(outcome: &VariantOutcome) -> Memory {
     let (loaded, warmed, finished) = (outcome.loaded.as_ref(), outcome.warmed.as_ref(), outcome.finished.as_ref());
     Memory {
         load_peak_bytes: loaded.and_then(|loaded| loaded.load_peak_bytes),
@@ -48,7 +48,7 @@ fn resident(outcome: &Outcome) -> Memory {
     }
 }
 
-fn pooled(outcome: &Outcome) -> Memory {
+fn pooled(outcome: &VariantOutcome) -> Memory {
     let Some(finished) = outcome.finished.as_ref().filter(|finished| !finished.pool.is_empty()) else {
         return Memory::default();
     };

@@ -10,9 +10,10 @@ use std::collections::BTreeMap;
 use super::case::{Case, Variant};
 use super::environment::engine_info;
 use super::run_context::RunContext;
-use super::schedule::{Order, Outcome};
+use super::schedule::{RunOrder, VariantOutcome};
 use super::validity::invalid_reason;
 use super::warnings::Warning;
+use crate::call::KvFormat;
 use crate::engine::{self, Engine};
 use crate::protocol::{Failure, Sample};
 use crate::quant::{self, FormatId};
@@ -23,7 +24,7 @@ use crate::stats;
 pub fn records(
     context: &RunContext,
     case: &Case,
-    outcomes: &[Outcome],
+    outcomes: &[VariantOutcome],
     decode: &dyn Fn(&[u32]) -> Option<String>,
 ) -> Vec<Record> {
     let variants = case.variants();
@@ -47,7 +48,7 @@ pub fn records(
         let alone = |index: usize| outcomes[index].alone;
         if let Some(baseline) = baseline.as_ref().filter(|_| fp16 != Some(at)) {
             let unpaired = alone(at) || fp16.is_some_and(alone);
-            compare(record, baseline, if unpaired { Order::InTurn } else { context.order }, &mut warnings);
+            compare(record, baseline, if unpaired { RunOrder::InTurn } else { context.order }, &mut warnings);
         }
         let who = [Some(at), fp16].into_iter().flatten().find(|&index| alone(index) && record.status == Status::Ok);
         warnings.extend(who.map(|index| Warning::RanAlone { label: variants[index].label() }));
@@ -62,7 +63,7 @@ pub fn records(
     records
 }
 
-/// Rows that failed before they could tell their instruction set ran on the same device as those that did.
+/// Fills in the instruction set of variants that failed before they reported it: all ran on one device.
 fn instruction_set_of_all(variants: &[Variant], records: &mut [Record]) {
     let own = |at: &usize| variants[*at].engine == Engine::Quantbench;
     let isas = (0..records.len()).filter(own).map(|at| records[at].environment.isa.clone());
@@ -78,7 +79,7 @@ fn instruction_set_of_all(variants: &[Variant], records: &mut [Record]) {
 /// One record for each precision of a case whose speed is not measured.
 pub fn unmeasured(context: &RunContext, case: &Case) -> Vec<Record> {
     let record = |&precision: &FormatId| {
-        let mut record = base(context, &Variant::own(precision), &Outcome::default(), &|_| None);
+        let mut record = base(context, &Variant::own(precision), &VariantOutcome::default(), &|_| None);
         let of_model = context.warnings.iter().filter(|warning| matches!(warning, Warning::Model { .. }));
         record.warnings = of_model.map(Warning::to_string).collect();
         record
@@ -86,11 +87,11 @@ pub fn unmeasured(context: &RunContext, case: &Case) -> Vec<Record> {
     case.precisions.iter().map(record).collect()
 }
 
-/// All that follows from the outcome alone.
+/// A record of everything that follows from the outcome alone.
 fn base(
     context: &RunContext,
     variant: &Variant,
-    outcome: &Outcome,
+    outcome: &VariantOutcome,
     decode: &dyn Fn(&[u32]) -> Option<String>,
 ) -> Record {
     let loaded = outcome.loaded.clone().unwrap_or_default();
@@ -117,7 +118,7 @@ fn base(
         phases: phases(context, outcome),
         samples: samples(outcome),
         metrics: BTreeMap::new(),
-        dtypes: dtypes(context, variant),
+        dtypes: dtypes(context, variant, loaded.kv_format),
         ratio_to_fp16: None,
         memory: memory::memory(outcome, &context.device.kind),
         bandwidth: Bandwidth::default(),
@@ -144,14 +145,14 @@ fn base(
     record
 }
 
-fn engine_of(context: &RunContext, engine: Engine) -> record::Engine {
+fn engine_of(context: &RunContext, engine: Engine) -> record::EngineInfo {
     match engine {
         Engine::Quantbench => context.engine.clone(),
         other => engine_info(other),
     }
 }
 
-/// Says in a record why there is no result.
+/// Writes the reason for a missing result into a record.
 pub fn fail(record: &mut Record, failure: &Failure) {
     record.status = failure.status();
     record.reason = Some(failure.message().to_owned());
@@ -161,7 +162,7 @@ pub fn fail(record: &mut Record, failure: &Failure) {
     }
 }
 
-fn int8(context: &RunContext, precision: FormatId, outcome: &Outcome) -> Option<record::Int8Facts> {
+fn int8(context: &RunContext, precision: FormatId, outcome: &VariantOutcome) -> Option<record::Int8Facts> {
     let counts = outcome.finished.as_ref().map(|finished| finished.outliers).filter(|counts| counts.calls > 0);
     precision.finds_outliers.then(|| record::Int8Facts {
         threshold: f64::from(context.format_options.int8_threshold),
@@ -169,21 +170,21 @@ fn int8(context: &RunContext, precision: FormatId, outcome: &Outcome) -> Option<
     })
 }
 
-fn protocol(context: &RunContext, outcome: &Outcome) -> record::Protocol {
+fn protocol(context: &RunContext, outcome: &VariantOutcome) -> record::Protocol {
     let warmed = outcome.warmed.as_ref();
     record::Protocol {
         n_warmup: warmed.map_or(0, |warmed| warmed.runs_ns.len() as u64),
         warmup_ended: warmed.map(|warmed| warmed.ended.to_string()).unwrap_or_default(),
         n_repeats: outcome.samples.len() as u64,
         ended: outcome.ended.map(|ended| ended.to_string()).unwrap_or_default(),
-        order: if outcome.alone { Order::InTurn } else { context.order }.name().to_owned(),
+        order: if outcome.alone { RunOrder::InTurn } else { context.order }.name().to_owned(),
         interval: if context.protocol.launches > 1 { "between-launches" } else { "within-run" }.to_owned(),
         method: context.protocol.method.name().to_owned(),
         n_discarded: outcome.n_discarded as u64,
     }
 }
 
-fn phases(context: &RunContext, outcome: &Outcome) -> BTreeMap<String, f64> {
+fn phases(context: &RunContext, outcome: &VariantOutcome) -> BTreeMap<String, f64> {
     let mut phases = BTreeMap::from([("resolve".to_owned(), context.resolve_s)]);
     if let Some(loaded) = &outcome.loaded {
         phases.insert("load".to_owned(), loaded.load_s);
@@ -218,7 +219,7 @@ fn of_a_repeat(context: &RunContext, samples: &[Sample]) -> Vec<(String, f64)> {
     parts.into_iter().filter_map(|(name, part)| Some((name.to_owned(), seconds(part)?))).collect()
 }
 
-fn samples(outcome: &Outcome) -> Samples {
+fn samples(outcome: &VariantOutcome) -> Samples {
     let runs_ns = outcome.warmed.as_ref().map(|warmed| warmed.runs_ns.clone()).unwrap_or_default();
     let samples = &outcome.samples;
     let encodes = samples.iter().any(|sample| sample.encode_ns > 0);
@@ -254,18 +255,19 @@ fn samples(outcome: &Outcome) -> Samples {
 }
 
 /// candle computes in what its weights have.
-fn dtypes(context: &RunContext, variant: &Variant) -> record::Dtypes {
+fn dtypes(context: &RunContext, variant: &Variant, kv_format: Option<KvFormat>) -> record::Dtypes {
     let fp32 = match variant.engine {
         Engine::Quantbench => context.device.kind == "cpu",
         Engine::Candle => engine::candle::runs_in_fp32(&context.model.architecture),
     };
     let computed = if fp32 { quant::EXACT } else { quant::BASELINE }.to_string();
     let weights = if variant.engine == Engine::Candle { computed.clone() } else { variant.precision.to_string() };
-    record::Dtypes { weights, compute: computed.clone(), kv_cache: computed.clone(), logits: computed }
+    let kv_cache = kv_format.map_or(computed.clone(), |format| format.name().to_owned());
+    record::Dtypes { weights, compute: computed.clone(), kv_cache, logits: computed }
 }
 
 /// Sets the ratio to fp16 where both ran, are valid and generated equally many tokens.
-fn compare(record: &mut Record, fp16: &Record, order: Order, warnings: &mut Vec<Warning>) {
+fn compare(record: &mut Record, fp16: &Record, order: RunOrder, warnings: &mut Vec<Warning>) {
     if record.status != Status::Ok || fp16.status != Status::Ok {
         return;
     }
@@ -275,7 +277,7 @@ fn compare(record: &mut Record, fp16: &Record, order: Order, warnings: &mut Vec<
         return;
     }
     let tps = |record: &Record| metrics::repeats(record, "decode_tps");
-    let paired = order == Order::Interleaved;
+    let paired = order == RunOrder::Interleaved;
     let estimate = if paired { stats::paired_ratio_launches } else { stats::unpaired_ratio_launches };
     let ratio = estimate(&tps(record), &tps(fp16), &record.samples.launches);
     let by_bytes = limit::step_bytes(fp16).zip(limit::step_bytes(record)).map(|(fp16, own)| fp16 as f64 / own as f64);

@@ -1,18 +1,18 @@
-//! From what was watched during the repeats to the record.
+//! The part of a record that comes from readings during the repeats.
 
 use std::collections::BTreeMap;
 
-use crate::harness::schedule::Outcome;
-use crate::harness::watch::energy::{Counter, Window, refusal};
-use crate::harness::watch::{Reading, Watched};
+use crate::harness::schedule::VariantOutcome;
+use crate::harness::watch::energy::{Counter, EnergyWindow, refusal};
+use crate::harness::watch::{MachineReading, Watched};
 use crate::record::{Energy, Range, Series};
 use crate::stats;
 
 /// Every quantity over all readings of all repeats; cores count alike.
-pub fn ranges(outcome: &Outcome) -> BTreeMap<String, Range> {
+pub fn ranges(outcome: &VariantOutcome) -> BTreeMap<String, Range> {
     let readings = outcome.watched.iter().flat_map(|watched| &watched.readings);
     let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for channel in readings.flat_map(Reading::channels) {
+    for channel in readings.flat_map(MachineReading::channels) {
         values.entry(channel.name).or_default().push(channel.value);
     }
     let range = |values: &[f64]| Range {
@@ -25,7 +25,7 @@ pub fn ranges(outcome: &Outcome) -> BTreeMap<String, Range> {
 }
 
 /// All readings, one entry a repeat.
-pub fn series(outcome: &Outcome) -> Vec<Series> {
+pub fn series(outcome: &VariantOutcome) -> Vec<Series> {
     outcome.watched.iter().map(of_repeat).collect()
 }
 
@@ -48,15 +48,15 @@ fn of_repeat(watched: &Watched) -> Series {
 
 /// Those of the untimed block, or those of the counted repeats where these are long enough; `None` where the counter did not answer in all
 /// of them.
-pub fn windows(outcome: &Outcome) -> Option<Vec<Window>> {
+pub fn windows(outcome: &VariantOutcome) -> Option<Vec<EnergyWindow>> {
     if !outcome.energy.is_empty() {
         return Some(outcome.energy.clone());
     }
     outcome.samples.iter().zip(&outcome.watched).map(|(sample, watched)| watched.window(sample.n_tokens())).collect()
 }
 
-/// Where a counter can be read and something was measured.
-pub fn energy(counter: Option<&Counter>, outcome: &Outcome) -> Option<Energy> {
+/// Source and windows of the energy; `None` without a counter, and where nothing was measured.
+pub fn energy(counter: Option<&Counter>, outcome: &VariantOutcome) -> Option<Energy> {
     let counter = counter.filter(|_| !outcome.samples.is_empty())?;
     Some(Energy {
         source: counter.name.to_owned(),

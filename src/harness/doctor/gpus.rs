@@ -1,4 +1,4 @@
-//! The GPUs that the driver tells of. No context is made on any of them.
+//! The GPUs that the driver reports. No context is made on any of them.
 
 use crate::error::BadInput;
 use crate::kernels::cuda::attributes::{self, Attributes};

@@ -1,4 +1,4 @@
-//! What this machine has for measuring: facts, and for each that is missing or disturbs, what to do.
+//! Examines this machine's fitness for measuring: facts, and for each that is missing or disturbs, what to do.
 
 #[cfg(feature = "cuda")]
 mod gpus;
@@ -11,18 +11,20 @@ use std::path::PathBuf;
 
 use super::environment::Machine;
 use crate::error::BadInput;
-use crate::kernels::cpu::bandwidth;
+use crate::kernels::cpu::bandwidth::WorkingSet;
 use crate::kernels::cpu::libraries::can_open;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
 use crate::os::memory::ProcessMemory;
-use crate::report::doctor::{Build, Cpu, DeviceFile, Examination, Finding, Gpu, GpuDevice, HostMemory, Permissions};
+use crate::report::doctor::{
+    Build, Cpu, DeviceFile, Examination, Finding, GpuDevice, GpuSection, HostMemory, Permissions,
+};
 
-/// What is below a mean load of half a CPU is the system itself.
+/// A mean load below half a CPU is the system itself.
 const BUSY_LOAD: f64 = 0.5;
 
-/// Looks at everything and measures the memory bandwidth. Nothing here can fail: what is not there is a finding.
+/// Examines everything and measures the memory bandwidth. Nothing here can fail: a missing part is a finding.
 pub fn examine() -> Examination {
     let system = System::default();
     let (threads, isa) = (default_threads(), Isa::detect());
@@ -40,8 +42,10 @@ pub fn examine() -> Examination {
     };
     let pool = Pool::new(threads);
     let _pinned = pool.pin_caller();
-    examination.memory.read_gb_s = bandwidth::read_gb_s(isa, &pool).ok();
-    examination.memory.copy_gb_s = bandwidth::copy_gb_s(isa, &pool).ok();
+    if let Ok(mut memory) = WorkingSet::new(&pool) {
+        examination.memory.read_gb_s = Some(memory.read_gb_s(isa, &pool));
+        examination.memory.copy_gb_s = Some(memory.copy_gb_s(isa, &pool));
+    }
     examination.findings = findings(&examination, problem);
     // `name: what; advice`
     examination.findings.extend(system.machine.warnings().iter().map(|warning| {
@@ -52,7 +56,7 @@ pub fn examine() -> Examination {
     examination
 }
 
-/// Whether this build can use the GPU of this number. Fails with why it cannot. No context is made on it.
+/// Checks that this build can use the GPU of this number. Fails with the reason why it cannot. Creates no context.
 pub fn gpu(ordinal: usize) -> Result<(), BadInput> {
     gpus::check(ordinal)
 }
@@ -136,10 +140,10 @@ impl System {
         }
     }
 
-    fn gpu(&self, devices: Vec<GpuDevice>) -> Gpu {
+    fn gpu(&self, devices: Vec<GpuDevice>) -> GpuSection {
         let is_release = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
         let version = self.text("proc/driver/nvidia/version").unwrap_or_default();
-        Gpu {
+        GpuSection {
             in_build: cfg!(feature = "cuda"),
             driver: version.split_whitespace().find(is_release).map(str::to_owned),
             libcuda: can_open(c"libcuda.so.1"),
@@ -190,20 +194,21 @@ fn quotient<'a>(mut words: impl Iterator<Item = &'a str>) -> Option<f64> {
     Some(number()? / number()?)
 }
 
-/// What follows from the facts. `problem` is why no GPU can be used in a build that could.
+/// Findings that follow from the facts. `problem` is the reason why no GPU can be used in a build that could.
 fn findings(seen: &Examination, problem: Option<BadInput>) -> Vec<Finding> {
     let (cpu, memory, gpu) = (&seen.cpu, &seen.memory, &seen.gpu);
     let mut found = Vec::new();
     if cpu.isa == Isa::Portable.name() {
-        let what = "the kernels have no instruction set of this CPU and run as plain Rust, several times slower";
-        found.push(Finding::new(what, "an x86-64 CPU with AVX2, FMA and F16C runs the fast ones"));
+        let what =
+            "the kernels have no code for this CPU's instruction set and run as plain Rust, several times slower";
+        found.push(Finding::new(what, "use an x86-64 CPU with AVX2, FMA and F16C"));
     }
     if let Some(limit) = cpu.group_limit.filter(|&limit| limit < cpu.threads as f64 || limit.fract() > 0.0) {
-        let what = format!("the control group grants {limit:.2} CPUs: threads beyond them are put to sleep in between");
+        let what = format!("the control group grants {limit:.2} CPUs: threads beyond them are throttled");
         found.push(Finding::new(what, format!("grant whole CPUs, or use `--threads {}`", (limit as usize).max(1))));
     }
     if let Some(load) = cpu.load.filter(|&load| load > BUSY_LOAD) {
-        let what = format!("something else runs: the load was {load:.2} over the last minute");
+        let what = format!("other programs run: the load was {load:.2} over the last minute");
         found.push(Finding::new(
             what,
             "stop it, or leave it CPUs with `--threads`; runs it disturbs are marked tainted",
@@ -227,7 +232,7 @@ fn findings(seen: &Examination, problem: Option<BadInput>) -> Vec<Finding> {
     found
 }
 
-fn of_gpu(gpu: &Gpu, problem: Option<BadInput>) -> Vec<Finding> {
+fn of_gpu(gpu: &GpuSection, problem: Option<BadInput>) -> Vec<Finding> {
     let mut found = Vec::new();
     let has_driver = gpu.driver.is_some();
     if has_driver && !gpu.in_build {
@@ -247,7 +252,7 @@ fn of_gpu(gpu: &Gpu, problem: Option<BadInput>) -> Vec<Finding> {
         found.push(Finding::new(format!("`{}` cannot be opened for reading and writing", file.path), advice));
     }
     if gpu.devices.iter().any(|device| device.shared == Some(false)) {
-        let what = "a GPU takes one process at a time, and each precision runs in a process of its own";
+        let what = "a GPU is in exclusive-process mode, and each precision runs in a process of its own";
         found.push(Finding::new(what, "as root: nvidia-smi --compute-mode=DEFAULT"));
     }
     found
@@ -283,7 +288,8 @@ mod tests {
 
     #[test]
     fn each_lack_is_a_finding_with_advice() {
-        let driver = || Gpu { driver: Some("580.1".to_owned()), nvml: true, in_build: true, ..Gpu::default() };
+        let driver =
+            || GpuSection { driver: Some("580.1".to_owned()), nvml: true, in_build: true, ..GpuSection::default() };
         let device = GpuDevice { shared: Some(false), ..GpuDevice::default() };
         let file = DeviceFile { path: "/dev/nvidia0".to_owned(), usable: false };
         let quiet = || Examination {
@@ -292,7 +298,7 @@ mod tests {
             ..Examination::default()
         };
         let with_cpu = |cpu: Cpu| Examination { cpu: Cpu { threads: 2, ..cpu }, ..quiet() };
-        let with_gpu = |gpu: Gpu| Examination { gpu, ..quiet() };
+        let with_gpu = |gpu: GpuSection| Examination { gpu, ..quiet() };
         let memory = HostMemory { huge_pages: Some("never".to_owned()), ..HostMemory::default() };
         let cases = [
             (with_cpu(Cpu { isa: "portable".to_owned(), ..Cpu::default() }), "plain Rust"),
@@ -300,10 +306,10 @@ mod tests {
             (with_cpu(Cpu { load: Some(1.2), ..Cpu::default() }), "1.20"),
             (Examination { memory, ..quiet() }, "madvise"),
             (Examination { permissions: Permissions::default(), ..quiet() }, "clear_refs"),
-            (with_gpu(Gpu { in_build: false, ..driver() }), "--features cuda"),
-            (with_gpu(Gpu { nvml: false, ..driver() }), "nvidia-utils"),
-            (with_gpu(Gpu { device_files: vec![file], ..driver() }), "/dev/nvidia0"),
-            (with_gpu(Gpu { devices: vec![device], ..driver() }), "compute-mode"),
+            (with_gpu(GpuSection { in_build: false, ..driver() }), "--features cuda"),
+            (with_gpu(GpuSection { nvml: false, ..driver() }), "nvidia-utils"),
+            (with_gpu(GpuSection { device_files: vec![file], ..driver() }), "/dev/nvidia0"),
+            (with_gpu(GpuSection { devices: vec![device], ..driver() }), "compute-mode"),
         ];
         assert_eq!(findings(&quiet(), None), []);
         for (seen, part) in cases {

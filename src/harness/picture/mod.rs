@@ -1,6 +1,6 @@
 //! Pictures: an image file, or a generated test picture, as the pixels that a vision tower reads.
 //!
-//! What happens to a picture, and in which order, is what transformers' `SiglipImageProcessor` does with a path: read
+//! The steps are those of transformers' `SiglipImageProcessor` for a path, in the same order: read
 //! with Pillow (13), turned upright as its Exif data says, converted to RGB, resized, rescaled, normalised. `resize`
 //! is Pillow's arithmetic.
 
@@ -49,12 +49,12 @@ impl Preprocessor {
         let side =
             side.ok_or_else(|| BadInput::new(format!("the model's image size must be 1 to {MAX_SIDE}, not {size}")))?;
         let Some(config) = config else {
-            return Ok(Self { size: side, filter: Some(Filter::Bicubic), values: steps(&Config::default())? });
+            return Ok(Self { size: side, filter: Some(Filter::Bicubic), values: steps(&ProcessorConfig::default())? });
         };
         if !config.is_object() {
             return Err(bad_config("cannot be read: they are no JSON object".to_owned()).into());
         }
-        let config: Config =
+        let config: ProcessorConfig =
             serde::Deserialize::deserialize(config).map_err(|error| bad_config(format!("cannot be read: {error}")))?;
         config.check_processor()?;
         config.check_steps(size)?;
@@ -102,11 +102,11 @@ impl Preprocessor {
 /// `do_convert_rgb` is not among them: a vision tower reads three channels whatever it says.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-struct Config {
+struct ProcessorConfig {
     image_processor_type: Option<String>,
     do_resize: Option<bool>,
     size: Option<Value>,
-    /// Whether a number or a missing key of `size` means both sides.
+    /// True where a number or a missing key of `size` means both sides.
     default_to_square: Option<bool>,
     do_center_crop: Option<bool>,
     crop_size: Option<Value>,
@@ -129,8 +129,8 @@ enum PerChannel {
     Each([f64; 3]),
 }
 
-impl Config {
-    /// Other processors crop or pad: their pictures would be wrong here, and only the answers would tell.
+impl ProcessorConfig {
+    /// Other processors crop or pad: their pictures would be wrong here, and only the answers would show it.
     fn check_processor(&self) -> Result<()> {
         match self.image_processor_type.as_deref() {
             Some(seen) if !seen.starts_with("SiglipImageProcessor") => {
@@ -185,7 +185,7 @@ impl Config {
     }
 }
 
-/// Whether a size is `size` × `size`: by both sides, or one number where that means both.
+/// True where a size is `size` × `size`: by both sides, or by one number where that means both.
 fn is_square(asked: &Value, size: usize, one_means_both: bool) -> bool {
     let is_size = |side: Option<&Value>| side.and_then(Value::as_u64) == Some(size as u64);
     match asked {
@@ -200,7 +200,7 @@ fn bad_config(what: String) -> BadInput {
 }
 
 /// `(step · rescale_factor - mean) / std` of the 256 steps, computed in double and rounded once.
-fn steps(config: &Config) -> Result<[Vec<f32>; 3]> {
+fn steps(config: &ProcessorConfig) -> Result<[Vec<f32>; 3]> {
     let factor = if config.do_rescale.unwrap_or(true) { config.rescale_factor.unwrap_or(1.0 / 255.0) } else { 1.0 };
     let normalize = config.do_normalize.unwrap_or(true);
     let each = |given: Option<PerChannel>, off: f64| match given.unwrap_or(PerChannel::Same(0.5)) {
@@ -266,7 +266,7 @@ fn upright(mut picture: DynamicImage, exif: Option<&[u8]>, xmp: Option<&[u8]>) -
     picture
 }
 
-/// The digit behind `tiff:Orientation="` or `tiff:Orientation>`.
+/// The digit after `tiff:Orientation="` or `tiff:Orientation>`.
 fn xmp_orientation(xmp: &[u8]) -> Option<Orientation> {
     let text = String::from_utf8_lossy(xmp);
     let rest = text
@@ -286,9 +286,8 @@ fn reason(error: ImageError) -> String {
     }
 }
 
-/// As Pillow's `convert("RGB")`: alpha dropped, grey repeated. Of 16 bits colour keeps the high byte, but grey is cut
-/// off at 255; scaling it, as the `image` crate does, would look better and differ from what the model is given
-/// elsewhere.
+/// Converts as Pillow's `convert("RGB")`: alpha dropped, grey repeated. Of 16 bits colour keeps the high byte, but grey is cut
+/// off at 255. Scaling it, as the `image` crate does, would look better and differ from what the model gets elsewhere.
 fn rgb(picture: DynamicImage) -> RgbImage {
     let high = |value: u16| (value >> 8) as u8;
     match picture {

@@ -121,7 +121,7 @@ struct Taps {
     weights: Vec<i32>,
 }
 
-/// How each of `n_out` samples is made of `n_in` ones.
+/// Weights by which each of `n_out` samples is made of `n_in` ones.
 fn taps(filter: Filter, n_in: u32, n_out: u32) -> Vec<Taps> {
     let scale = f64::from(n_in) / f64::from(n_out);
     if filter == Filter::Nearest {

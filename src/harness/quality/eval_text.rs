@@ -4,10 +4,10 @@ use anyhow::{Context, Result};
 
 use crate::error::BadInput;
 use crate::harness::case::{Case, QualityChoice, Variant};
-use crate::harness::open_model::Opened;
-use crate::harness::prompt::{self, Workload};
+use crate::harness::open_model::OpenModel;
+use crate::harness::prompt::{self, TokenizedWorkload};
 use crate::harness::room;
-use crate::harness::schedule::Worker;
+use crate::harness::schedule::WorkerHandle;
 use crate::harness::worker_process::ProcessWorker;
 use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::{DeviceAssignment, Encode, Failure, Greedy, LoadRequest, LogitsFile, ScoreRequest, Task};
@@ -25,7 +25,10 @@ pub fn check(checkpoint: &Checkpoint, tokenizer_comes: bool) -> Result<(), BadIn
     let refused =
         |reason: String, hint: &str| Err(BadInput::new(format!("no quality can be measured: {reason}")).hint(hint));
     if checkpoint.source_kind() == SourceKind::Random {
-        return refused("random weights predict nothing".to_owned(), "name a folder or a hub id with `--model-id`");
+        return refused(
+            "it needs trained weights, and these are random".to_owned(),
+            "name a folder or a hub id with `--model-id`",
+        );
     }
     if let Some(quantized) = &checkpoint.quantized {
         let reason =
@@ -53,7 +56,7 @@ pub struct EvalText {
 impl EvalText {
     /// The ids of the text, cut to windows that the context and the bound of the reference's file allow. Fails where they
     /// hold no token to score, and as [`check`] does.
-    pub fn new(choice: &QualityChoice, opened: &Opened, workload: &Workload) -> Result<Self> {
+    pub fn new(choice: &QualityChoice, opened: &OpenModel, workload: &TokenizedWorkload) -> Result<Self> {
         let (model, checkpoint) = (&opened.model, &opened.checkpoint);
         check(checkpoint, false)?;
         let tokenizer = checkpoint.tokenizer.as_ref().context("a tokenizer, which was checked for")?;
@@ -111,7 +114,8 @@ impl EvalText {
         let longest = self.windows[0].end.max(self.greedy.n_prompt + self.greedy.n_gen);
         let (encode, prompt) = (self.encode.clone(), vec![0; self.prefix.len() + longest]);
         let task = Task { encode, prompt, n_gen: 1, ..Task::default() };
-        let workload = Workload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
+        let workload =
+            TokenizedWorkload { task, sequences: 1, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
         let mut selected = model.clone();
         // Patterns were checked when the model was opened.
         let _ = selection.apply(&mut selected.matrices);

@@ -9,7 +9,7 @@ mod reference;
 use anyhow::Result;
 
 pub use self::eval_text::{EvalText, check};
-use self::reference::Reference;
+use self::reference::ReferenceWorker;
 use super::case::Case;
 use crate::events::{Event, Listener, Unit};
 use crate::plan::Model;
@@ -32,7 +32,7 @@ pub fn measure(
     records: &mut [Record],
     events: &dyn Listener,
 ) -> Result<Vec<Failed>> {
-    let mut reference = Reference::new(text, case, device)?;
+    let mut reference = ReferenceWorker::new(text, case, device)?;
     let total = case.precisions.len() as u64;
     events.on(Event::Begin { label: "quality".to_owned(), total, unit: Unit::Runs });
     let mut outcomes = Vec::new();

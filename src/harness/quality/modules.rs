@@ -1,7 +1,7 @@
 //! The sensitive parts of a model: its quality with one of them quantized and all others in fp16.
 
 use super::precision;
-use super::reference::Reference;
+use super::reference::ReferenceWorker;
 use crate::engine::Device;
 use crate::events::{Event, Listener, Unit};
 use crate::plan::Model;
@@ -13,7 +13,7 @@ use crate::weights::policy::{Formats, Selection};
 
 /// Fills the `modules` of every record of a quantized precision that has a quality. A part that fails becomes a row without
 /// numbers.
-pub fn measure(reference: &mut Reference, records: &mut [Record], events: &dyn Listener) {
+pub fn measure(reference: &mut ReferenceWorker, records: &mut [Record], events: &dyn Listener) {
     let model = reference.model;
     let mut groups = groups(&model.matrices);
     // Rows of a quantized table can be read by the CPU alone.
@@ -35,7 +35,7 @@ pub fn measure(reference: &mut Reference, records: &mut [Record], events: &dyn L
     }
 }
 
-fn cost(reference: &mut Reference, model: &Model, precision: FormatId, group: &Group) -> record::ModuleQuality {
+fn cost(reference: &mut ReferenceWorker, model: &Model, precision: FormatId, group: &Group) -> record::ModuleQuality {
     let scores = precision::score(reference, precision, &Selection::Only(group.matrices.clone())).ok();
     let found = scores.as_ref().and_then(|scores| summarize(&scores.costs));
     record::ModuleQuality {
@@ -53,7 +53,7 @@ fn saved_bytes(model: &Model, precision: FormatId, options: FormatOptions, group
     let formats = Formats::new(precision, options);
     let saved = model.matrices.iter().filter(|spec| group.matrices.contains(&spec.name)).map(|spec| {
         let bytes = |format: &dyn crate::quant::Format| format.stored_bytes(spec.n, spec.k);
-        bytes(formats.fp16()).saturating_sub(bytes(formats.asked())) as u64
+        bytes(formats.unquantized()).saturating_sub(bytes(formats.asked())) as u64
     });
     saved.sum()
 }

@@ -1,6 +1,6 @@
 //! One precision against the reference, and the numbers for its record.
 
-use super::reference::Reference;
+use super::reference::ReferenceWorker;
 use crate::engine::OutlierColumns;
 use crate::harness::worker_process::ProcessWorker;
 use crate::protocol::{Failure, LogitsFile, ScoreReport};
@@ -30,7 +30,7 @@ impl Scores {
 }
 
 /// Scores one precision, or one selection of the matrices at it.
-pub fn score(reference: &mut Reference, precision: FormatId, selection: &Selection) -> Result<Scores, Failure> {
+pub fn score(reference: &mut ReferenceWorker, precision: FormatId, selection: &Selection) -> Result<Scores, Failure> {
     let (text, case, assignment) = (reference.text, reference.case, reference.assignment);
     let path = case.quality.as_ref().and_then(|choice| choice.path).unwrap_or(CallPath::usual(precision));
     let mut worker: Option<ProcessWorker> = None;
@@ -52,7 +52,7 @@ pub fn score(reference: &mut Reference, precision: FormatId, selection: &Selecti
 }
 
 /// The numbers for a record; `None` where no token was scored. `fp16` are the costs of fp16 for the ratio of perplexities.
-pub fn summary(scores: &Scores, fp16: Option<&[TokenCost]>, reference: &Reference) -> Option<record::Quality> {
+pub fn summary(scores: &Scores, fp16: Option<&[TokenCost]>, reference: &ReferenceWorker) -> Option<record::Quality> {
     let text = reference.text;
     let found = summary::summarize(&scores.costs)?;
     let ratio = fp16.and_then(|fp16| summary::perplexity_ratio(&scores.costs, fp16));

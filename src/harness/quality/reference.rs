@@ -19,7 +19,7 @@ use crate::weights::policy::Selection;
 const PRECISION: FormatId = quant::EXACT;
 
 /// The reference and all that each precision is compared by.
-pub struct Reference<'a> {
+pub struct ReferenceWorker<'a> {
     pub text: &'a EvalText,
     pub case: &'a Case,
     pub assignment: DeviceAssignment,
@@ -27,17 +27,17 @@ pub struct Reference<'a> {
     /// Removed with its files when this is dropped.
     folder: TempDir,
     worker: Option<ProcessWorker>,
-    held: Option<Held>,
+    held: Option<WindowFile>,
 }
 
 /// Contents of the file.
-struct Held {
+struct WindowFile {
     window: usize,
     /// Greedy ids of the first window.
     greedy_ids: Vec<u32>,
 }
 
-impl<'a> Reference<'a> {
+impl<'a> ReferenceWorker<'a> {
     pub fn new(text: &'a EvalText, case: &'a Case, (assignment, model): (DeviceAssignment, &'a Model)) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("quantbench-").tempdir()?;
         Ok(Self { text, case, assignment, model, folder, worker: None, held: None })
@@ -67,7 +67,7 @@ impl<'a> Reference<'a> {
         let known = self.held.take().map(|held| held.greedy_ids).filter(|_| window > 0);
         let scored = worker.score(text.request(window, CallPath::Prefill, LogitsFile::Write(path.clone())));
         let scored = scored.map_err(|failure| failure.within("the fp32 reference"))?;
-        self.held = Some(Held { window, greedy_ids: known.unwrap_or(scored.greedy_ids) });
+        self.held = Some(WindowFile { window, greedy_ids: known.unwrap_or(scored.greedy_ids) });
         if text.windows.len() == 1 {
             self.worker = None;
         }

@@ -1,19 +1,19 @@
-//! Joules per token from an energy counter, less what the idle machine takes.
+//! Joules per token from an energy counter, less the energy of the idle machine.
 //!
-//! One definition: what the counter moved by over a window of back-to-back repeats, less the idle power times the window's length, over the
+//! One definition: the counter's increase over a window of back-to-back repeats, less the idle power times the window's length, over the
 //! tokens that were generated in it. A counted repeat is a window where it is long enough for the counter. Where it is not, a block of
-//! untimed repeats behind the counted ones is one.
+//! untimed repeats after the counted ones is one.
 
-/// Fewer update periods of the counter in a window say nothing: an end of the window can be off by a whole one, so that 20 bound
+/// Fewest update periods of the counter in a window: an end of the window can be off by a whole one, so that 20 bound
 /// the error by 10 %.
 const MIN_PERIODS: f64 = 20.0;
 
-/// What a counter counts, and how often it does.
+/// An energy counter and its period.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Counter {
-    /// As records have it: `nvml` or `rapl`.
+    /// Spelling in records: `nvml` or `rapl`.
     pub name: &'static str,
-    /// Between two updates, at most.
+    /// Longest time between two updates.
     pub period_s: f64,
     /// Mean power of the machine before any worker was started.
     pub idle_watts: Option<f64>,
@@ -27,30 +27,31 @@ pub fn shortest_window_s(period_s: f64) -> f64 {
 /// A counter at one of its updates.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Mark {
-    /// Of a clock that only goes on, from any start.
+    /// Time by a monotonic clock with any start.
     pub at_ns: u64,
-    /// Of a counter that only grows, from any start.
+    /// Reading of a counter that only grows, with any start.
     pub joules: f64,
 }
 
-/// Some repeats on a counter.
+/// Energy of back-to-back repeats.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Window {
+pub struct EnergyWindow {
     pub joules: f64,
     pub seconds: f64,
-    /// Generated in it.
+    /// Tokens generated in the window.
     pub tokens: u64,
 }
 
-impl Window {
+impl EnergyWindow {
     pub fn between(begin: Mark, end: Mark, tokens: u64) -> Self {
         let seconds = end.at_ns.saturating_sub(begin.at_ns) as f64 / 1e9;
         Self { joules: end.joules - begin.joules, seconds, tokens }
     }
 }
 
-/// Why windows tell nothing; `None` where they can be used. `windows` are `None` where the counter did not answer in all of them.
-pub fn refusal(counter: &Counter, windows: Option<&[Window]>) -> Option<String> {
+/// Reason why windows give no energy; `None` where they can be used. `windows` are `None` where the counter did not answer in
+/// all of them.
+pub fn refusal(counter: &Counter, windows: Option<&[EnergyWindow]>) -> Option<String> {
     let needed_s = shortest_window_s(counter.period_s);
     let Some(known) = windows.filter(|known| !known.is_empty()) else {
         return Some(format!("the {} counter did not answer in every window", counter.name));
@@ -70,7 +71,7 @@ mod tests {
     #[test]
     fn windows_that_are_too_short_or_incomplete_are_refused() {
         let counter = Counter { name: "nvml", period_s: 0.1, idle_watts: Some(70.0) };
-        let window = |seconds| Window { joules: 9.0, seconds, tokens: 4 };
+        let window = |seconds| EnergyWindow { joules: 9.0, seconds, tokens: 4 };
         assert_eq!(refusal(&counter, Some(&[window(2.0), window(2.5)])), None);
         for (windows, said) in [
             (Some(vec![]), "did not answer"),
@@ -87,7 +88,7 @@ mod tests {
     #[test]
     fn a_window_lies_between_two_marks() {
         let mark = |at_ns, joules| Mark { at_ns, joules };
-        let window = Window::between(mark(5, 100.0), mark(2_000_000_005, 350.5), 96);
-        assert_eq!(window, Window { joules: 250.5, seconds: 2.0, tokens: 96 });
+        let window = EnergyWindow::between(mark(5, 100.0), mark(2_000_000_005, 350.5), 96);
+        assert_eq!(window, EnergyWindow { joules: 250.5, seconds: 2.0, tokens: 96 });
     }
 }

@@ -6,18 +6,19 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::energy::{Counter, Mark, shortest_window_s};
-use super::{GpuReading, Reading, Watch, Watched};
+use super::{GpuReading, MachineReading, Watch, Watched};
 use crate::kernels::nvml::Gpu;
+use crate::os::interrupt;
 use crate::os::memory::ProcessMemory;
 
-/// Between two readings. One opens a handful of files of some 0.02 ms each, so that even with the clocks of 64 cores it takes about
+/// Time between two readings. One opens a handful of files of some 0.02 ms each, so that even with the clocks of 64 cores it takes about
 /// 1 % of one.
 pub const INTERVAL: Duration = Duration::from_millis(100);
 
-/// What a device that got too hot needs to fall back, at least.
+/// Least time that an overheated device needs to recover.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// NVML's energy counter is said to move every 20 to 100 ms, by device.
+/// NVML's energy counter moves every 20 to 100 ms, by device.
 const NVML_PERIOD_S: f64 = 0.1;
 
 /// RAPL's counter moves every millisecond.
@@ -26,7 +27,7 @@ const RAPL_PERIOD_S: f64 = 0.001;
 /// The idle window is this many periods of the counter, and at least half a second.
 const IDLE_PERIODS: f64 = 20.0;
 
-/// Between two looks for the counter's next update: what a mark can be late by.
+/// Time between two polls for the counter's next update, and so the largest delay of a mark.
 const MARK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Periods that a mark waits for an update at most.
@@ -37,20 +38,20 @@ pub struct MachineWatch {
     /// `None` while the thread has it.
     sensors: Option<Sensors>,
     running: Option<Running>,
-    /// What marks of the energy counter are timed from.
+    /// Start of the times of energy marks.
     created: Instant,
 }
 
 struct Running {
     stop: Sender<()>,
-    thread: JoinHandle<(Sensors, Vec<Reading>)>,
+    thread: JoinHandle<(Sensors, Vec<MachineReading>)>,
     began: Instant,
-    crew: Crew,
+    run_pids: RunProcesses,
 }
 
-/// Whose memory is read, and who is not foreign.
+/// The worker whose memory is read, and all processes of the run.
 #[derive(Debug, Clone, Default)]
-struct Crew {
+struct RunProcesses {
     worker: Option<u32>,
     all: Vec<u32>,
 }
@@ -62,27 +63,31 @@ impl MachineWatch {
 }
 
 impl Watch for MachineWatch {
-    fn begin(&mut self, worker: Option<u32>, crew: &[u32]) {
+    fn is_interrupted(&self) -> bool {
+        interrupt::is_requested()
+    }
+
+    fn begin(&mut self, worker: Option<u32>, run_pids: &[u32]) {
         let Some(mut sensors) = self.sensors.take() else { return };
         let (stop, stopped) = channel::<()>();
-        let crew = Crew { worker, all: crew.to_vec() };
+        let run_pids = RunProcesses { worker, all: run_pids.to_vec() };
         let began = Instant::now();
-        let mut readings = vec![sensors.read(began, &crew)];
-        let own = crew.clone();
+        let mut readings = vec![sensors.read(began, &run_pids)];
+        let own = run_pids.clone();
         let thread = std::thread::spawn(move || {
             while stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
                 readings.push(sensors.read(began, &own));
             }
             (sensors, readings)
         });
-        self.running = Some(Running { stop, thread, began, crew });
+        self.running = Some(Running { stop, thread, began, run_pids });
     }
 
     fn end(&mut self) -> Watched {
-        let Some(Running { stop, thread, began, crew }) = self.running.take() else { return Watched::default() };
+        let Some(Running { stop, thread, began, run_pids }) = self.running.take() else { return Watched::default() };
         drop(stop);
         let Ok((mut sensors, mut readings)) = thread.join() else { return Watched::default() };
-        readings.push(sensors.read(began, &crew));
+        readings.push(sensors.read(began, &run_pids));
         self.sensors = Some(sensors);
         Watched { readings }
     }
@@ -101,7 +106,7 @@ impl Watch for MachineWatch {
     }
 }
 
-/// Where things are read: below a root folder, `/` but in tests.
+/// Sources of readings below a root folder, `/` but in tests.
 pub struct Sensors {
     root: PathBuf,
     core_clocks: Vec<PathBuf>,
@@ -109,7 +114,7 @@ pub struct Sensors {
     throttle_count: PathBuf,
     rapl: Vec<Package>,
     gpu: Option<Gpu>,
-    /// Of the energy counter, once [`Self::counter`] has found one.
+    /// Period of the energy counter, once [`Self::counter`] has found one.
     counter_period_s: Option<f64>,
 }
 
@@ -147,14 +152,14 @@ impl Sensors {
         Some(Counter { name, period_s, idle_watts })
     }
 
-    fn read(&mut self, began: Instant, crew: &Crew) -> Reading {
+    fn read(&mut self, began: Instant, run_pids: &RunProcesses) -> MachineReading {
         let mhz = |path: &PathBuf| Some((number(path)? / 1000) as u32);
-        Reading {
-            rss_bytes: crew.worker.and_then(|pid| ProcessMemory::of(&self.root, pid).resident_bytes()),
+        MachineReading {
+            rss_bytes: run_pids.worker.and_then(|pid| ProcessMemory::of(&self.root, pid).resident_bytes()),
             core_mhz: self.core_clocks.iter().filter_map(mhz).collect(),
             cpu_celsius: self.temperature.as_deref().and_then(number).map(|millidegrees| millidegrees as f64 / 1e3),
             cpu_throttle_count: number(&self.throttle_count),
-            gpu: self.gpu.as_ref().map(|gpu| gpu_reading(gpu, crew)),
+            gpu: self.gpu.as_ref().map(|gpu| gpu_reading(gpu, run_pids)),
             energy_j: self.energy_j(),
             at_ns: began.elapsed().as_nanos() as u64,
         }
@@ -182,19 +187,19 @@ impl Sensors {
     }
 }
 
-fn gpu_reading(gpu: &Gpu, crew: &Crew) -> GpuReading {
+fn gpu_reading(gpu: &Gpu, run_pids: &RunProcesses) -> GpuReading {
     let processes = gpu.processes().unwrap_or_default();
-    let of_crew = |pid: u32| crew.all.contains(&pid);
+    let of_crew = |pid: u32| run_pids.all.contains(&pid);
     let bytes_of = |pid: u32| processes.iter().find(|process| process.pid == pid).and_then(|process| process.bytes);
-    // In a container the driver may number processes as the host does; then only their count tells.
+    // In a container the driver may number processes as the host does; then only their count is known.
     let numbered_alike = processes.iter().any(|process| of_crew(process.pid));
     let n_others = match numbered_alike {
         true => processes.iter().filter(|process| !of_crew(process.pid)).count(),
-        false => processes.len().saturating_sub(crew.all.len()),
+        false => processes.len().saturating_sub(run_pids.all.len()),
     };
     let process_bytes = match processes.as_slice() {
-        [only] if !numbered_alike && crew.all.len() == 1 => only.bytes,
-        _ => crew.worker.and_then(bytes_of),
+        [only] if !numbered_alike && run_pids.all.len() == 1 => only.bytes,
+        _ => run_pids.worker.and_then(bytes_of),
     };
     GpuReading {
         sm_mhz: gpu.sm_mhz(),
@@ -282,8 +287,8 @@ mod tests {
             ("proc/7/status", "VmRSS:\t 2000 kB\n"),
         ]);
         let mut sensors = Sensors::below(root.path(), None);
-        let crew = Crew { worker: Some(7), all: vec![7] };
-        let reading = sensors.read(Instant::now(), &crew);
+        let run_pids = RunProcesses { worker: Some(7), all: vec![7] };
+        let reading = sensors.read(Instant::now(), &run_pids);
         assert_eq!((reading.core_mhz, reading.rss_bytes), (vec![2400, 1200, 1100], Some(2000 * 1024)));
         assert_eq!((reading.cpu_celsius, reading.cpu_throttle_count), (Some(61.5), Some(3)));
         assert_eq!((reading.energy_j, reading.gpu), (None, None));
@@ -293,8 +298,8 @@ mod tests {
     #[test]
     fn a_machine_that_shows_nothing_is_no_error() {
         let mut sensors = Sensors::below("no such folder", None);
-        let reading = sensors.read(Instant::now(), &Crew::default());
-        assert_eq!(Reading { at_ns: 0, ..reading }, Reading::default());
+        let reading = sensors.read(Instant::now(), &RunProcesses::default());
+        assert_eq!(MachineReading { at_ns: 0, ..reading }, MachineReading::default());
     }
 
     #[test]

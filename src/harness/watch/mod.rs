@@ -1,23 +1,28 @@
-//! What the machine did while a repeat ran, read by a thread of the parent; the worker reads nothing meanwhile.
+//! Readings of the machine while a repeat runs, by a thread of the parent. The worker reads nothing meanwhile.
 
 pub mod energy;
 pub mod machine;
 
-use energy::{Mark, Window};
+use energy::{EnergyWindow, Mark};
 
 /// A sample whose clock is below this share of the default is discarded.
 const SLOW_CLOCK: f64 = 0.75;
 
 /// Watches the machine while repeats run, one at a time.
 pub trait Watch {
-    /// A repeat of the process `worker` begins; `crew` are all processes of this run.
-    fn begin(&mut self, worker: Option<u32>, crew: &[u32]);
+    /// A repeat of the process `worker` begins; `run_pids` are all processes of this run.
+    fn begin(&mut self, worker: Option<u32>, run_pids: &[u32]);
 
-    /// The repeat ended: what was seen meanwhile.
+    /// The repeat ended: gives its readings.
     fn end(&mut self) -> Watched;
 
     /// Lets the machine recover before a discarded repeat is taken again.
     fn pause(&mut self);
+
+    /// Whether the user asked for the end: no further repeat starts.
+    fn is_interrupted(&self) -> bool {
+        false
+    }
 
     /// The shortest window that the energy counter can be trusted with; `None` without a counter.
     fn energy_window_s(&self) -> Option<f64> {
@@ -30,10 +35,10 @@ pub trait Watch {
     }
 }
 
-/// Sees nothing.
-pub struct Blind;
+/// A watch without readings.
+pub struct NoWatch;
 
-impl Watch for Blind {
+impl Watch for NoWatch {
     fn begin(&mut self, _worker: Option<u32>, _crew: &[u32]) {}
 
     fn end(&mut self) -> Watched {
@@ -43,25 +48,25 @@ impl Watch for Blind {
     fn pause(&mut self) {}
 }
 
-/// One repeat: the first reading is from before it, the last from behind it.
+/// One repeat: the first reading is from before it, the last from after it.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Watched {
-    pub readings: Vec<Reading>,
+    pub readings: Vec<MachineReading>,
 }
 
-/// The machine at one moment. What cannot be read is `None` or empty.
+/// The machine at one moment. A quantity that cannot be read is `None` or empty.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Reading {
-    /// Since watching began.
+pub struct MachineReading {
+    /// Time since watching began.
     pub at_ns: u64,
-    /// Of the worker.
+    /// Resident set of the worker.
     pub rss_bytes: Option<u64>,
-    /// Of each core.
+    /// Clock of each core.
     pub core_mhz: Vec<u32>,
     pub cpu_celsius: Option<f64>,
-    /// How often the processor was too hot since the machine began.
+    /// Thermal throttling events of the processor since the machine started.
     pub cpu_throttle_count: Option<u64>,
-    /// Of a counter that only grows, from any start.
+    /// Reading of a counter that only grows, with any start.
     pub energy_j: Option<f64>,
     pub gpu: Option<GpuReading>,
 }
@@ -69,16 +74,16 @@ pub struct Reading {
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct GpuReading {
     pub sm_mhz: Option<u32>,
-    /// What the streaming multiprocessors run at unless something holds them down.
+    /// Clock of the streaming multiprocessors unless something holds them down.
     pub default_sm_mhz: Option<u32>,
     pub memory_mhz: Option<u32>,
     pub celsius: Option<u32>,
     pub watts: Option<f64>,
-    /// Why clocks are below what was asked for.
+    /// Reasons why clocks are below the requested ones.
     pub throttled_by: Vec<&'static str>,
-    /// Of the device, all processes counted.
+    /// Memory in use on the device, by all processes.
     pub used_bytes: Option<u64>,
-    /// Of the worker.
+    /// Memory of the worker on the device.
     pub process_bytes: Option<u64>,
     /// Processes on the device that are not of this run.
     pub n_others: u32,
@@ -88,13 +93,13 @@ pub struct GpuReading {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Channel {
     pub name: &'static str,
-    /// Where there are several.
+    /// Index of the core; `None` for a quantity of the whole machine.
     pub index: Option<usize>,
     pub value: f64,
 }
 
-impl Reading {
-    /// Everything in it that is a level, for ranges and series.
+impl MachineReading {
+    /// All levels of the reading, for ranges and series.
     pub fn channels(&self) -> Vec<Channel> {
         let gpu = self.gpu.clone().unwrap_or_default();
         let single = [
@@ -115,8 +120,8 @@ impl Reading {
 }
 
 impl Watched {
-    /// Readings from within the repeat or just behind it: before it, the device may have been idle and its clocks low.
-    fn under_load(&self) -> &[Reading] {
+    /// Readings from within the repeat or just after it: before it, the device may have been idle and its clocks low.
+    fn under_load(&self) -> &[MachineReading] {
         self.readings.get(1..).unwrap_or_default()
     }
 
@@ -132,7 +137,7 @@ impl Watched {
         (mean < SLOW_CLOCK * f64::from(default)).then_some((mean, default))
     }
 
-    /// Why the GPU's clocks were held down, each reason once.
+    /// Reasons why the GPU's clocks were held down, each once.
     pub fn throttled_by(&self) -> Vec<&'static str> {
         let mut reasons: Vec<_> = self.gpus().flat_map(|gpu| gpu.throttled_by.iter().copied()).collect();
         reasons.sort_unstable();
@@ -140,27 +145,27 @@ impl Watched {
         reasons
     }
 
-    /// How often the processor was too hot during the repeat.
+    /// Thermal throttling events of the processor during the repeat.
     pub fn cpu_throttles(&self) -> u64 {
         let counts: Vec<u64> = self.readings.iter().filter_map(|reading| reading.cpu_throttle_count).collect();
         counts.last().zip(counts.first()).map_or(0, |(last, first)| last.saturating_sub(*first))
     }
 
-    /// The most processes of others on the GPU at once.
+    /// Most processes of others on the GPU at once.
     pub fn n_others(&self) -> u32 {
         let gpus = self.readings.iter().filter_map(|reading| reading.gpu.as_ref());
         gpus.map(|gpu| gpu.n_others).max().unwrap_or(0)
     }
 
-    /// The most that the worker held on the device.
+    /// Most memory of the worker on the device.
     pub fn process_bytes(&self) -> Option<u64> {
         self.readings.iter().filter_map(|reading| reading.gpu.as_ref()?.process_bytes).max()
     }
 
-    /// What the energy counter says of the repeat, which gave so many tokens.
-    pub fn window(&self, tokens: u64) -> Option<Window> {
-        let mark = |reading: &Reading| Some(Mark { at_ns: reading.at_ns, joules: reading.energy_j? });
-        Some(Window::between(mark(self.readings.first()?)?, mark(self.readings.last()?)?, tokens))
+    /// The energy counter's window over the repeat, which generated `tokens`.
+    pub fn window(&self, tokens: u64) -> Option<EnergyWindow> {
+        let mark = |reading: &MachineReading| Some(Mark { at_ns: reading.at_ns, joules: reading.energy_j? });
+        Some(EnergyWindow::between(mark(self.readings.first()?)?, mark(self.readings.last()?)?, tokens))
     }
 }
 
@@ -168,9 +173,9 @@ impl Watched {
 mod tests {
     use super::*;
 
-    fn reading(at_ns: u64, sm_mhz: u32) -> Reading {
+    fn reading(at_ns: u64, sm_mhz: u32) -> MachineReading {
         let gpu = GpuReading { sm_mhz: Some(sm_mhz), default_sm_mhz: Some(2000), ..GpuReading::default() };
-        Reading { at_ns, gpu: Some(gpu), ..Reading::default() }
+        MachineReading { at_ns, gpu: Some(gpu), ..MachineReading::default() }
     }
 
     #[test]
@@ -181,14 +186,14 @@ mod tests {
         assert_eq!(slow(&[300, 2000]), None, "idle before the repeat");
         assert_eq!(slow(&[2000, 1500]), None, "three quarters are enough");
         assert_eq!(slow(&[2000, 1400, 1500]), Some((1450.0, 2000)));
-        let unknown = Watched { readings: vec![Reading::default(); 3] };
+        let unknown = Watched { readings: vec![MachineReading::default(); 3] };
         assert_eq!(unknown.slow_clock(), None);
     }
 
     #[test]
     fn causes_are_gathered_over_the_repeat() {
         let mut watched = Watched { readings: (0..3).map(|i| reading(i, 2000)).collect() };
-        let set = |reading: &mut Reading, count, reasons: &[&'static str], n_others, process_bytes| {
+        let set = |reading: &mut MachineReading, count, reasons: &[&'static str], n_others, process_bytes| {
             reading.cpu_throttle_count = Some(count);
             let gpu = reading.gpu.as_mut().unwrap();
             (gpu.throttled_by, gpu.n_others, gpu.process_bytes) = (reasons.to_vec(), n_others, Some(process_bytes));
@@ -203,7 +208,12 @@ mod tests {
     #[test]
     fn channels_name_what_was_read() {
         let gpu = GpuReading { watts: Some(71.5), celsius: Some(40), ..GpuReading::default() };
-        let reading = Reading { core_mhz: vec![2000, 2100], rss_bytes: Some(5), gpu: Some(gpu), ..Reading::default() };
+        let reading = MachineReading {
+            core_mhz: vec![2000, 2100],
+            rss_bytes: Some(5),
+            gpu: Some(gpu),
+            ..MachineReading::default()
+        };
         let names: Vec<_> = reading.channels().iter().map(|c| (c.name, c.index, c.value)).collect();
         let expected = [
             ("rss_bytes", None, 5.0),

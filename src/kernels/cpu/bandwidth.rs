@@ -18,50 +18,55 @@ const MAX_PASSES: usize = 25;
 /// No pass starts later, once [`MIN_PASSES`] are done.
 const BUDGET: Duration = Duration::from_millis(300);
 
-/// Bytes read per second / 1e9 with the widest loads on all threads of `pool`: the best of at least five passes over eight
-/// times the last-level caches (256 MB to 2 GB, no more than a quarter of the free memory). Each thread reads memory that
-/// it touched first. Fails where the memory cannot be had.
-pub fn read_gb_s(isa: Isa, pool: &Pool) -> io::Result<f64> {
-    let bytes = working_set_bytes();
-    let mut pages = Pages::zeroed(bytes)?;
-    let shared = SharedSlice::new(pages.as_values_mut::<f32>());
-    let own = |worker: &Worker| worker.share(shared.len(), GRANULE);
-    pool.run(&|worker| {
-        // SAFETY: shares are disjoint.
-        unsafe { shared.range_mut(own(worker)) }.fill(1.0);
-    });
-    let seconds = best_pass_s(pool, &|worker| {
-        // SAFETY: nothing writes any more.
-        let sum = on(isa, Read { x: unsafe { shared.range(own(worker)) } });
-        std::hint::black_box(sum);
-    });
-    Ok(bytes as f64 / 1e9 / seconds)
-}
+/// Memory that every thread of a pool has touched its part of: writing it for the first time takes longer than all passes over it.
+pub struct WorkingSet(Pages);
 
-/// Bytes read plus bytes written per second / 1e9 when one half of the same working set is copied to the other, with
-/// stores that go past the caches; otherwise as [`read_gb_s`].
-pub fn copy_gb_s(isa: Isa, pool: &Pool) -> io::Result<f64> {
-    let bytes = working_set_bytes();
-    let (mut source, mut target) = (Pages::zeroed(bytes / 2)?, Pages::zeroed(bytes / 2)?);
-    let (source, target) =
-        (SharedSlice::new(source.as_values_mut::<f32>()), SharedSlice::new(target.as_values_mut::<f32>()));
-    let own = |worker: &Worker| worker.share(source.len(), GRANULE);
-    pool.run(&|worker| {
-        for half in [&source, &target] {
+impl WorkingSet {
+    /// Eight times the last-level caches (256 MB to 2 GB, no more than a quarter of the free memory). Fails where the memory cannot be had.
+    pub fn new(pool: &Pool) -> io::Result<Self> {
+        let mut pages = Pages::zeroed(working_set_bytes())?;
+        let shared = SharedSlice::new(pages.as_values_mut::<f32>());
+        pool.run(&|worker| {
             // SAFETY: shares are disjoint.
-            unsafe { half.range_mut(own(worker)) }.fill(1.0);
-        }
-    });
-    let seconds = best_pass_s(pool, &|worker| {
-        // SAFETY: nothing writes `source` any more, and the shares of `target` are disjoint.
-        let (x, out) = unsafe { (source.range(own(worker)), target.range_mut(own(worker))) };
-        on(isa, Copy { x, out });
-    });
-    Ok(2.0 * (bytes / 2) as f64 / 1e9 / seconds)
+            unsafe { shared.range_mut(worker.share(shared.len(), GRANULE)) }.fill(1.0);
+        });
+        Ok(Self(pages))
+    }
+
+    /// Bytes read per second / 1e9 with the widest loads on all threads of `pool`: the best of at least five passes. Each thread reads memory
+    /// that it touched first.
+    pub fn read_gb_s(&mut self, isa: Isa, pool: &Pool) -> f64 {
+        let shared = SharedSlice::new(self.0.as_values_mut::<f32>());
+        let seconds = best_pass_s(pool, &|worker| {
+            // SAFETY: nothing writes meanwhile.
+            let sum = on(isa, Read { x: unsafe { shared.range(worker.share(shared.len(), GRANULE)) } });
+            std::hint::black_box(sum);
+        });
+        size_of::<f32>() as f64 * shared.len() as f64 / 1e9 / seconds
+    }
+
+    /// Bytes read plus bytes written per second / 1e9 when each thread copies one half of its part to the other, with stores that go past
+    /// the caches; otherwise as [`Self::read_gb_s`].
+    pub fn copy_gb_s(&mut self, isa: Isa, pool: &Pool) -> f64 {
+        let shared = SharedSlice::new(self.0.as_values_mut::<f32>());
+        let half = |worker: &Worker| worker.share(shared.len(), GRANULE).len() / 2;
+        let copied = std::sync::atomic::AtomicUsize::new(0);
+        pool.run(&|worker| {
+            copied.fetch_add(half(worker), std::sync::atomic::Ordering::Relaxed);
+        });
+        let seconds = best_pass_s(pool, &|worker| {
+            let (start, half) = (worker.share(shared.len(), GRANULE).start, half(worker));
+            // SAFETY: the parts of workers are disjoint, and so are their halves.
+            let (x, out) =
+                unsafe { (shared.range(start..start + half), shared.range_mut(start + half..start + 2 * half)) };
+            on(isa, Copy { x, out });
+        });
+        2.0 * size_of::<f32>() as f64 * copied.into_inner() as f64 / 1e9 / seconds
+    }
 }
 
 /// Reads `bytes` with the widest loads, each once, and gives the exclusive or of all of them: what memory alone takes of a
-/// computation that reads the same. As fast as [`read_gb_s`] where `bytes` are many.
+/// computation that reads the same. As fast as [`WorkingSet::read_gb_s`] where `bytes` are many.
 pub fn read_through(isa: Isa, bytes: &[u8]) -> u8 {
     // SAFETY: every four bytes are an fp32 value.
     let (head, words, tail) = unsafe { bytes.align_to::<f32>() };
@@ -70,7 +75,7 @@ pub fn read_through(isa: Isa, bytes: &[u8]) -> u8 {
     head.iter().chain(tail).chain(&folded.to_ne_bytes()).fold(0, |folded, byte| folded ^ byte)
 }
 
-/// A multiple of two granules.
+/// A multiple of two granules, so that the half of a part ends at a granule or in its middle.
 fn working_set_bytes() -> usize {
     let wanted =
         last_level_cache_bytes().map_or(MIN_BYTES, |cache| cache.saturating_mul(8)).clamp(MIN_BYTES, MAX_BYTES);
@@ -186,6 +191,29 @@ mod tests {
     fn a_working_set_is_whole_pages_within_bounds() {
         let bytes = working_set_bytes();
         assert!(bytes > 0 && bytes <= MAX_BYTES && bytes.is_multiple_of(4 << 20));
+    }
+
+    #[test]
+    fn a_copy_goes_from_one_half_of_each_part_to_the_other() {
+        let pool = Pool::new(3);
+        // Three parts of two, one and one granules.
+        let mut set = WorkingSet(Pages::zeroed(4 * GRANULE * size_of::<f32>()).unwrap());
+        set.0.as_values_mut::<f32>().fill(2.0);
+        assert!(set.read_gb_s(Isa::detect(), &pool) > 0.0);
+        let n = set.0.as_values_mut::<f32>().len();
+        for (i, x) in set.0.as_values_mut::<f32>().iter_mut().enumerate() {
+            *x = i as f32;
+        }
+        assert!(set.copy_gb_s(Isa::detect(), &pool) > 0.0);
+        let values = set.0.as_values_mut::<f32>();
+        let mut start = 0;
+        for granules in [2, 1, 1] {
+            let half = granules * GRANULE / 2;
+            assert!(values[start..start + half] == values[start + half..start + 2 * half]);
+            assert_eq!(values[start + half], start as f32);
+            start += 2 * half;
+        }
+        assert_eq!(start, n);
     }
 
     #[test]

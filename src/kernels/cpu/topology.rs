@@ -17,7 +17,7 @@ pub fn usable_cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// One allowed CPU of each physical core, in rising order; empty where the system does not tell.
+/// One allowed CPU of each physical core, in rising order; empty where the system does not report them.
 pub(super) fn cores() -> Vec<usize> {
     let mut seen = HashSet::new();
     affinity::allowed().into_iter().filter(|cpu| seen.insert(core_of(*cpu))).collect()
@@ -29,7 +29,7 @@ pub(super) fn core_of(cpu: usize) -> String {
     read("core_cpus_list").or_else(|| read("thread_siblings_list")).unwrap_or_else(|| cpu.to_string())
 }
 
-/// Bytes of the last-level caches of all allowed CPUs together, each counted once; none where the system does not tell.
+/// Bytes of the last-level caches of all allowed CPUs together, each counted once; none where the system does not report them.
 pub fn last_level_cache_bytes() -> Option<usize> {
     let mut seen = HashSet::new();
     let caches = affinity::allowed().into_iter().filter_map(last_level_cache);
@@ -37,7 +37,7 @@ pub fn last_level_cache_bytes() -> Option<usize> {
     (bytes > 0).then_some(bytes)
 }
 
-/// Bytes of the second-level cache that a core has, its part where cores share one; none where the system does not tell.
+/// Bytes of the second-level cache that a core has, its part where cores share one; none where the system does not report them.
 pub fn core_cache_bytes() -> Option<usize> {
     let cpu = *affinity::allowed().first()?;
     let (_, sharers, bytes) = caches(cpu).into_iter().find(|(level, ..)| *level == 2)?;
@@ -64,7 +64,7 @@ fn last_level_cache(cpu: usize) -> Option<(String, usize)> {
     last.map(|(_, sharers, bytes)| (sharers, bytes))
 }
 
-/// Level, sharers and bytes of the caches of `cpu` that hold data, as far as the system tells.
+/// Level, sharers and bytes of the caches of `cpu` that hold data, as far as the system reports them.
 fn caches(cpu: usize) -> Vec<(u32, String, usize)> {
     let mut found = Vec::new();
     for index in 0..16 {
@@ -93,7 +93,7 @@ fn parse_size(text: &str) -> Option<usize> {
     digits.parse::<usize>().ok()?.checked_mul(unit)
 }
 
-/// Bytes of memory that can be used without swapping; none where the system does not tell.
+/// Bytes of memory that can be used without swapping; none where the system does not report them.
 pub fn available_memory_bytes() -> Option<usize> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

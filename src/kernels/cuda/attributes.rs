@@ -4,7 +4,7 @@ use candle_core::cuda_backend::cudarc::driver::{result, sys};
 
 use sys::CUdevice_attribute_enum as attribute;
 
-/// `None` is what the driver does not tell.
+/// `None` for what the driver does not report.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Attributes {
     /// The highest that it is allowed.

@@ -19,7 +19,7 @@ pub struct DeviceFacts {
     pub name: String,
     /// Major and minor, as (9, 0).
     pub compute_capability: (u32, u32),
-    /// Release of the kernel driver, as `580.95.05`; none where the system does not tell.
+    /// Release of the kernel driver, as `580.95.05`; none where unknown.
     pub driver: Option<String>,
     /// The newest CUDA that the driver supports, as `13.0`.
     pub cuda: String,
@@ -159,7 +159,7 @@ fn release(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
-/// The driver's name for an error, or its number where the driver is too broken to tell.
+/// The driver's name for an error, or its number where the driver cannot give it.
 fn name_of(error: DriverError) -> String {
     let number = error.0 as u32;
     let name = error.error_name().map(CStr::to_string_lossy);

@@ -52,7 +52,7 @@ pub type MultiplyRows = unsafe fn(&MatrixDesc, &dyn Launcher, &SharedInput, u64)
 
 impl PartialEq for Family {
     fn eq(&self, other: &Self) -> bool {
-        self.name == other.name
+        std::ptr::eq(self, other)
     }
 }
 

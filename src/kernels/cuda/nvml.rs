@@ -1,4 +1,4 @@
-//! What the NVIDIA driver tells about a device without a context on it: clocks, temperature, power, memory, processes. Both
+//! Readings of the NVIDIA driver about a device without a context on it: clocks, temperature, power, memory, processes. Both
 //! libraries are opened at run time, so that every build can ask and a machine without them answers `None`.
 
 use std::ffi::{CStr, c_char};

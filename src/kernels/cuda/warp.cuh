@@ -4,7 +4,7 @@
 constexpr int LANES = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// The sum over each WIDTH neighbouring lanes, all of them if not told otherwise, in every lane. The order is fixed, so equal inputs
+// The sum over each WIDTH neighbouring lanes, all of them by default, in every lane. The order is fixed, so equal inputs
 // give equal bits.
 template <int WIDTH = LANES, typename T>
 __device__ __forceinline__ T warp_sum(T value) {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::{Given, Tool, finished, number, numbers, text, unknown};
-use crate::record::{DeviceFacts, Engine, Record};
+use crate::record::{DeviceFacts, EngineInfo, Record};
 
 pub const TOOL: Tool = Tool {
     name: "llama-bench",
@@ -22,7 +22,7 @@ pub const TOOL: Tool = Tool {
     },
 };
 
-/// A row's key under which [`crate::report`] writes what llama-bench has no key for, so that a row of ours comes back whole.
+/// A row's key under which [`crate::report`] writes everything that llama-bench has no key for, so that such a row is read back whole.
 pub const OWN_KEY: &str = "quantbench";
 
 fn read(row: &Value, given: &Given) -> Result<Record, String> {
@@ -34,7 +34,8 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
     }
     let mut record = unknown("llama.cpp");
     let build = row.get("build_number").and_then(Value::as_u64).map(|build| format!("b{build}"));
-    record.engine = Engine { version: build.unwrap_or_default(), commit: text(row, "/build_commit"), ..record.engine };
+    record.engine =
+        EngineInfo { version: build.unwrap_or_default(), commit: text(row, "/build_commit"), ..record.engine };
     record.timestamp = text(row, "/test_time");
     let model_type = text(row, "/model_type");
     // A Markdown table names no file.
@@ -67,7 +68,7 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
     Ok(finished(record, given))
 }
 
-/// As a Markdown table shows it.
+/// Formats a mean as in a Markdown table.
 fn mean(row: &Value) -> String {
     let of = |key: &str| row.get(key).and_then(Value::as_f64);
     match (of("avg_ts"), of("stddev_ts")) {
@@ -76,7 +77,7 @@ fn mean(row: &Value) -> String {
     }
 }
 
-/// What our own writer put beside llama-bench's keys.
+/// Restores the keys that quantbench's own writer put beside llama-bench's.
 fn restore(record: &mut Record, own: &Value) {
     let known = |key: &str| Some(text(own, key)).filter(|text| !text.is_empty());
     let set = |field: &mut String, key: &str| *field = known(key).unwrap_or_default();
@@ -157,7 +158,7 @@ fn test(name: &str) -> Option<(u64, u64, u64)> {
     Some((n_prompt, n_gen, depth.strip_prefix('d')?.parse().ok()?))
 }
 
-/// From a type such as `qwen2 7B Q4_K - Medium`: the word that names a format, with the size behind it.
+/// From a type such as `qwen2 7B Q4_K - Medium`: the word that names a format, with the size after it.
 fn precision(model_type: &str) -> String {
     let is_format = |word: &&str| {
         let digits = ["Q", "IQ", "TQ", "MXFP"].iter().filter_map(|start| word.strip_prefix(start));
@@ -175,10 +176,10 @@ fn precision(model_type: &str) -> String {
     }
 }
 
-/// What computes nothing on a device of its own, by the names that llama.cpp's backends have.
+/// Backends that compute nothing on a device of their own, by llama.cpp's names.
 const HOST_BACKENDS: &[&str] = &["cpu", "blas", ""];
 
-/// What hands the work to another process, which runs it on a backend that the row does not name.
+/// Backend that hands the work to another process, which runs it on a backend that the row does not name.
 const REMOTE_BACKEND: &str = "rpc";
 
 /// Columns of builds before `backends`, each true or 1 where the build had it.

@@ -1,6 +1,6 @@
-//! Rows that other tools measured, as records with their engine's name. What a tool does not say stays unknown.
+//! Rows that other tools measured, as records with their engine's name. Facts that a tool does not report stay unknown.
 //!
-//! Where a tool's numbers are ours by definition they become raw samples, and the metrics follow. Where they are not, each repeat's value
+//! Numbers that a tool defines as quantbench does become raw samples, and the metrics follow. For others, each repeat's value
 //! stands under the key of the metric that it is, in [`Samples::imported`](super::Samples::imported).
 
 pub mod llama_bench;
@@ -12,16 +12,16 @@ pub use rows::decode;
 
 use serde_json::Value;
 
-use super::{Engine, Record, metrics};
+use super::{EngineInfo, Record, metrics};
 use crate::error::BadInput;
 
 /// A row of [`TOOLS`].
 pub struct Tool {
-    /// As `--from` takes it.
+    /// Spelling for `--from`.
     pub name: &'static str,
     /// One sentence for help and README.
     pub doc: &'static str,
-    /// Whether a JSON value looks like what the tool writes.
+    /// True where a JSON value looks like this tool's output.
     fits: fn(&Value) -> bool,
     read: fn(&Value, &Given) -> Result<Record, String>,
 }
@@ -29,7 +29,7 @@ pub struct Tool {
 /// Every tool whose files are read.
 pub static TOOLS: &[Tool] = &[llama_bench::TOOL, vllm::TOOL, optimum::TOOL];
 
-/// What the user says of rows whose file does not, or over what it does.
+/// The user's facts about rows, where their file lacks them or is overruled.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Given {
     pub model_id: Option<String>,
@@ -48,7 +48,7 @@ pub struct Imported {
 }
 
 /// The records of a file's text: a JSON value, a list of them, or one a line, and llama-bench's CSV and Markdown; other lines before, between
-/// and behind the rows are passed over. `from` names the tool, which is found by content otherwise.
+/// and after the rows are skipped. `from` names the tool, which is found by content otherwise.
 pub fn import(text: &str, from: Option<&str>, given: &Given) -> Result<Imported, BadInput> {
     let found = rows::find(text).map_err(BadInput::new)?;
     if found.values.is_empty() {
@@ -80,7 +80,7 @@ fn ranges(numbers: &[usize]) -> String {
     runs.collect::<Vec<_>>().join(", ")
 }
 
-/// What is often given and not read: words that tell it, what it is, and what to do.
+/// A file that is often given and not read: words that identify it, its description, and what to do.
 type Foreign = (&'static [&'static str], &'static str);
 
 const FOREIGN: &[Foreign] = &[
@@ -108,12 +108,12 @@ fn tool(value: &Value, from: Option<&str>) -> Result<&'static Tool, String> {
     })
 }
 
-/// A record that knows nothing but whose code ran.
+/// A record that knows nothing but its engine.
 fn unknown(engine: &str) -> Record {
-    Record::unknown(Engine { name: engine.to_owned(), version: String::new(), commit: String::new() })
+    Record::unknown(EngineInfo { name: engine.to_owned(), version: String::new(), commit: String::new() })
 }
 
-/// Sets what the user said, and the metrics that follow.
+/// Sets the user's facts, and the metrics that follow.
 fn finished(mut record: Record, given: &Given) -> Record {
     if let Some(id) = &given.model_id {
         record.model.id = id.clone();
@@ -126,7 +126,7 @@ fn finished(mut record: Record, given: &Given) -> Record {
     record
 }
 
-/// A hub id as it is; of a path its last component, so that a record does not say whose machine it was.
+/// A hub id as it is; the last component of a path, so that a record does not identify the machine.
 fn shareable(id: &str) -> String {
     let slash = ['/', '\\'];
     let is_hub_id = id.matches(slash).count() <= 1 && !id.starts_with(['/', '\\', '.', '~']) && !id.ends_with(".gguf");

@@ -63,10 +63,10 @@ pub fn find(text: &str) -> Result<FoundRow, String> {
     }))
 }
 
-/// How C and Python print numbers that are none, which JSON does not have.
+/// Non-finite numbers as C and Python print them, which JSON does not have.
 const NO_NUMBERS: &[&str] = &["NaN", "-NaN", "nan", "-nan", "Infinity", "-Infinity", "inf", "-inf"];
 
-/// `text` with `null` for each of [`NO_NUMBERS`] that stands where a value may: behind `:`, `,` or `[`, and before `,`, `}`, `]` or an end.
+/// `text` with `null` for each of [`NO_NUMBERS`] in the place of a value: after `:`, `,` or `[`, and before `,`, `}`, `]` or an end.
 fn with_nulls(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let (mut quoted, mut before, mut rest) = (false, '\n', text);
@@ -81,7 +81,7 @@ fn with_nulls(text: &str) -> String {
             (before, rest) = ('l', &rest[word.len()..]);
             continue;
         }
-        // A string of JSON ends on its line, and a quote in it stands behind a backslash.
+        // A string of JSON ends on its line, and a quote in it follows a backslash.
         quoted = match c {
             '\n' => false,
             '"' => !quoted || before == '\\',
@@ -170,7 +170,7 @@ impl<'a> Scan<'a> {
         })
     }
 
-    /// Of what comes next, from 1.
+    /// Number of the next line, from 1.
     fn line(&self) -> usize {
         self.text[..self.at].matches('\n').count() + 1
     }
@@ -186,7 +186,7 @@ impl<'a> Scan<'a> {
     }
 }
 
-/// The rows behind each header that names llama-bench's columns, as `-o csv` writes them.
+/// The rows after each header that names llama-bench's columns, as `-o csv` writes them.
 fn csv(text: &str) -> FoundRow {
     let mut found = FoundRow::default();
     let mut header: Option<(char, Vec<String>)> = None;
@@ -214,7 +214,7 @@ fn csv(text: &str) -> FoundRow {
     found
 }
 
-/// Of a line of CSV, where a quoted field may hold the separator, and a quote twice.
+/// Splits a line of CSV, where a quoted field may hold the separator, and a quote twice.
 fn fields(line: &str, separator: char) -> Vec<String> {
     let (mut fields, mut field, mut quoted) = (Vec::new(), String::new(), false);
     let mut chars = line.trim_end_matches('\r').chars().peekable();

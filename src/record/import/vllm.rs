@@ -30,7 +30,7 @@ fn read(row: &Value, given: &Given) -> Result<Record, String> {
     Ok(finished(record, given))
 }
 
-/// Every option that says what the file does not, at once.
+/// All options for facts that the file lacks, in one error.
 fn missing(given: &Given) -> String {
     let options = [
         ("--model-id ID", given.model_id.is_none()),
@@ -42,5 +42,5 @@ fn missing(given: &Given) -> String {
     ];
     let missing: Vec<String> =
         options.iter().filter(|(_, is_missing)| *is_missing).map(|(option, _)| format!("`{option}`")).collect();
-    format!("the file does not say what was run: give {}", missing.join(", "))
+    format!("the file lacks the workload: give {}", missing.join(", "))
 }

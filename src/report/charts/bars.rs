@@ -1,28 +1,21 @@
-//! Horizontal bars, one for each precision: the name to the left, the number to the right.
+//! Horizontal bars, one for each row: the name to the left or above, the number with its interval to the right.
 
-use anyhow::Result;
-use plotters::prelude::Color as _;
-use plotters::style::text_anchor::HPos;
-
-use super::draw::{self, Area, Color, GRID, INK, LIMIT, MUTED};
-use super::{Chart, Precisions};
-use crate::record::Record;
+use super::drawing::{Anchor, Drawing, Paint, fitted, text_width};
+use super::{Chart, ChartRow, WIDTH};
 use crate::report::case::GIB;
 use crate::report::grid::decimals;
 
-const WIDTH: i32 = 340;
-const NUMBERS: i32 = 66;
-/// With the interval behind the number.
-const WIDE_NUMBERS: i32 = 140;
-const ROW: i32 = 34;
-const BAR: i32 = 18;
+const ROW: f64 = 34.0;
+const BAR: f64 = 18.0;
 
-/// One bar.
-struct Bar<'a> {
-    precision: &'a str,
-    value: f64,
-    interval: Option<(f64, f64)>,
-}
+/// Height of a name that stands above its bar.
+const NAME: f64 = 16.0;
+
+/// Room for a bar below which names stand above.
+const LEAST_BAR: f64 = 110.0;
+
+/// Between a bar and its words.
+const GAP: f64 = 8.0;
 
 /// What a chart of bars is of.
 struct Kind {
@@ -31,211 +24,209 @@ struct Kind {
     unit: &'static str,
     /// For example `lower is better`.
     reading: &'static str,
+    /// Fixed where values span orders of magnitude.
+    decimals: Option<usize>,
 }
 
-pub fn latency(records: &[&Record], precisions: &Precisions) -> Result<Option<Chart>> {
-    let kind = Kind { name: "latency", title: "Latency, end to end", unit: "s", reading: "lower is better" };
-    bars(&kind, metric(records, "latency_s"), None, precisions)
+const fn kind(name: &'static str, title: &'static str, unit: &'static str, reading: &'static str) -> Kind {
+    Kind { name, title, unit, reading, decimals: None }
 }
 
-pub fn speed(records: &[&Record], precisions: &Precisions) -> Result<Option<Chart>> {
-    let kind = Kind { name: "speed", title: "Decode speed", unit: "tokens/s", reading: "higher is better" };
-    bars(&kind, metric(records, "decode_tps"), None, precisions)
+const HIGHER: &str = "higher is better";
+const LOWER: &str = "lower is better";
+
+/// Of the chart that the parts of memory replace.
+pub const PEAK_MEMORY: &str = "peak-memory";
+
+/// A number of a row and the ends of its 95 % interval.
+type Value = (f64, Option<(f64, f64)>);
+
+pub fn speed(rows: &[ChartRow]) -> Option<Chart> {
+    of_metric(&kind("speed", "Decode speed", "tokens/s", HIGHER), rows, "decode_tps")
 }
 
-pub fn peak_memory(records: &[&Record], precisions: &Precisions) -> Result<Option<Chart>> {
-    let kind = Kind { name: "peak-memory", title: "Peak memory", unit: "GiB", reading: "lower is better" };
-    let bar = |record: &&'_ Record| Some((record.precision.clone(), record.memory.peak_bytes? as f64 / GIB));
-    let peaks: Vec<_> = records.iter().filter_map(bar).collect();
-    let bars = peaks.iter().map(|(precision, value)| Bar { precision, value: *value, interval: None });
-    self::bars(&kind, bars.collect(), None, precisions)
+pub fn first_token(rows: &[ChartRow]) -> Option<Chart> {
+    of_metric(&kind("first-token", "Time to first token", "ms", LOWER), rows, "ttft_ms")
 }
 
-/// What decoding reads a second, against what the memory gives.
-pub fn bandwidth(records: &[&Record], precisions: &Precisions) -> Result<Option<Chart>> {
-    let kind = Kind {
-        name: "bandwidth",
-        title: "Bandwidth of decoding",
-        unit: "GB/s",
-        reading: "the line is the read bandwidth of the memory, measured in the same run",
+pub fn prompt_speed(rows: &[ChartRow]) -> Option<Chart> {
+    of_metric(&kind("prompt-speed", "Prompt speed", "tokens/s", HIGHER), rows, "prefill_tps")
+}
+
+pub fn latency(rows: &[ChartRow]) -> Option<Chart> {
+    of_metric(&kind("latency", "Latency, end to end", "s", LOWER), rows, "latency_s")
+}
+
+pub fn energy(rows: &[ChartRow]) -> Option<Chart> {
+    of_metric(&kind("energy", "Energy", "J/token", LOWER), rows, "joules_per_token")
+}
+
+pub fn divergence(rows: &[ChartRow]) -> Option<Chart> {
+    let kind = Kind { decimals: Some(5), ..kind("divergence", "KL divergence", "nats/token", LOWER) };
+    let value = |row: &ChartRow| {
+        let quality = row.record.quality.as_ref()?;
+        let around = |half: f64| (quality.kl_mean - half, quality.kl_mean + half);
+        Some((quality.kl_mean, quality.kl_mean_half_width.map(around)))
     };
-    let read = records.iter().filter_map(|record| record.bandwidth.read_gb_s).reduce(f64::max);
-    let Some(read) = read.filter(|read| read.is_finite()) else { return Ok(None) };
-    let bar = |record: &'_ &Record| Some((record.precision.clone(), record.bandwidth.achieved_gb_s?));
-    let achieved: Vec<_> = records.iter().filter_map(bar).collect();
-    let bars = achieved.iter().map(|(precision, value)| Bar { precision, value: *value, interval: None });
-    self::bars(&kind, bars.collect(), Some(read), precisions)
+    bars(&kind, rows, value, None)
 }
 
-fn metric<'a>(records: &[&'a Record], key: &str) -> Vec<Bar<'a>> {
-    let bar = |record: &&'a Record| {
-        let summary = record.metrics.get(key)?;
-        Some(Bar {
-            precision: &record.precision,
-            value: summary.median?,
-            interval: summary.ci95_low.zip(summary.ci95_high),
-        })
+pub fn peak_memory(rows: &[ChartRow]) -> Option<Chart> {
+    let value = |row: &ChartRow| Some((row.record.memory.peak_bytes? as f64 / GIB, None));
+    bars(&kind(PEAK_MEMORY, "Peak memory", "GiB", LOWER), rows, value, None)
+}
+
+/// Bytes that decoding reads a second, against what the memory gives.
+pub fn bandwidth(rows: &[ChartRow]) -> Option<Chart> {
+    let reading = "the line is the read bandwidth of the memory, measured in the same run";
+    let read = rows.iter().filter_map(|row| row.record.bandwidth.read_gb_s).reduce(f64::max)?;
+    let value = |row: &ChartRow| Some((row.record.bandwidth.achieved_gb_s?, None));
+    bars(
+        &kind("bandwidth", "Bandwidth of decoding", "GB/s", reading),
+        rows,
+        value,
+        Some(read).filter(|x| x.is_finite()),
+    )
+}
+
+fn of_metric(kind: &Kind, rows: &[ChartRow], key: &str) -> Option<Chart> {
+    let value = |row: &ChartRow| {
+        let summary = row.record.metrics.get(key)?;
+        Some((summary.median?, summary.ci95_low.zip(summary.ci95_high)))
     };
-    records.iter().filter_map(bar).collect()
+    bars(kind, rows, value, None)
 }
 
-fn bars(kind: &Kind, bars: Vec<Bar>, limit: Option<f64>, precisions: &Precisions) -> Result<Option<Chart>> {
-    let bars: Vec<Bar> = bars.into_iter().filter(|bar| bar.value.is_finite()).collect();
-    if bars.is_empty() {
-        return Ok(None);
-    }
-    let ends = bars.iter().map(|bar| bar.interval.map_or(bar.value, |(_, high)| high.max(bar.value)));
-    let largest = ends.chain(limit).fold(0.0, f64::max);
-    let left = draw::names_width(bars.iter().map(|bar| bar.precision));
+/// One bar.
+struct Bar<'a> {
+    row: &'a ChartRow<'a>,
+    value: f64,
+    interval: Option<(f64, f64)>,
+    /// The number with its interval.
+    shown: String,
+}
+
+fn bars(
+    kind: &Kind,
+    rows: &[ChartRow],
+    value: impl Fn(&ChartRow) -> Option<Value>,
+    limit: Option<f64>,
+) -> Option<Chart> {
+    let values: Vec<(&ChartRow, Value)> = rows.iter().filter_map(|row| Some((row, value(row)?))).collect();
+    let values: Vec<_> = values.into_iter().filter(|(_, (value, _))| value.is_finite()).collect();
+    let largest = values.iter().map(|(_, (value, _))| value.abs()).reduce(f64::max)?;
+    let digits = kind.decimals.unwrap_or_else(|| decimals(largest));
+    let bar = |(row, (value, interval)): (_, Value)| {
+        let ends = interval.map(|ends| format!(" {}", between(ends, digits))).unwrap_or_default();
+        Bar { row, value, interval, shown: format!("{value:.digits$}{ends}") }
+    };
+    let bars: Vec<Bar> = values.into_iter().map(bar).collect();
     let has_intervals = bars.iter().any(|bar| bar.interval.is_some());
-    let scale = Scale { left, right: WIDTH - if has_intervals { WIDE_NUMBERS } else { NUMBERS }, largest };
-    let digits = decimals(bars.iter().map(|bar| bar.value).fold(0.0, f64::max));
-    // A limit has its words above the bars.
-    let top = if limit.is_some() { ROW - 8 } else { 2 };
-    let height = top + ROW * bars.len() as i32;
-    let svg = draw::svg(WIDTH as u32, height as u32, |area| {
-        draw::line(area, (left, top), (left, height), GRID.stroke_width(1))?;
-        for (index, bar) in bars.iter().enumerate() {
-            row(area, bar, &scale, top + ROW * index as i32, digits, precisions.color(bar.precision))?;
-        }
-        limit.map_or(Ok(()), |limit| limit_line(area, limit, kind.unit, &scale, (top, height)))
-    })?;
-    let rows = bars.iter().map(|bar| vec![bar.precision.to_owned(), number(bar.value, digits), interval(bar, digits)]);
     let kept = if has_intervals { 3 } else { 2 };
-    let mut rows: Vec<Vec<String>> = rows.map(|row| row.into_iter().take(kept).collect()).collect();
-    rows.extend(limit.map(|limit| vec!["read bandwidth".to_owned(), number(limit, digits)]));
-    let said: Vec<String> = bars.iter().map(|bar| format!("{} {}", bar.precision, shown(bar, digits))).collect();
-    let headers = ["precision".to_owned(), kind.unit.to_owned(), "95 % interval".to_owned()];
-    Ok(Some(Chart {
+    let cells = |bar: &Bar| {
+        let interval = bar.interval.map_or_else(|| "-".to_owned(), |ends| between(ends, digits));
+        vec![bar.row.label.clone(), format!("{:.digits$}", bar.value), interval]
+    };
+    let mut cells: Vec<Vec<String>> = bars.iter().map(cells).map(|row| row.into_iter().take(kept).collect()).collect();
+    cells.extend(limit.map(|limit| vec!["read bandwidth".to_owned(), format!("{limit:.digits$}")]));
+    let said: Vec<String> = bars.iter().map(|bar| format!("{} {}", bar.row.label, bar.shown)).collect();
+    let headers = ["precision", kind.unit, "95 % interval"].map(str::to_owned);
+    Some(Chart {
         name: kind.name,
         title: format!("{}, {}", kind.title, kind.unit),
+        note: Some(kind.reading.to_owned()),
         description: format!("{} in {}: {}; {}.", kind.title, kind.unit, said.join(", "), kind.reading),
         headers: headers.into_iter().take(kept).collect(),
-        rows,
-        svg,
-    }))
+        rows: cells,
+        drawing: drawn(kind, &bars, limit),
+    })
 }
 
-/// From values to units of the picture.
-struct Scale {
-    left: i32,
-    right: i32,
-    largest: f64,
+fn between((low, high): (f64, f64), digits: usize) -> String {
+    format!("[{low:.digits$}, {high:.digits$}]")
 }
 
-impl Scale {
-    fn at(&self, value: f64) -> i32 {
-        let share = if self.largest > 0.0 { (value / self.largest).clamp(0.0, 1.0) } else { 0.0 };
-        self.left + (f64::from(self.right - self.left) * share).round() as i32
-    }
-}
-
-fn row(area: &Area, bar: &Bar, scale: &Scale, top: i32, digits: usize, color: Color) -> Result<()> {
-    let middle = top + ROW / 2;
-    draw::label(area, bar.precision, (scale.left - 10, middle), HPos::Right, INK)?;
-    draw::bar(area, (scale.left, scale.at(bar.value)), (middle - BAR / 2, middle + BAR / 2), color)?;
-    let mut end = scale.at(bar.value);
-    if let Some((low, high)) = bar.interval {
-        draw::line(area, (scale.at(low), middle), (scale.at(high), middle), INK.stroke_width(1))?;
-        for x in [scale.at(low), scale.at(high)] {
-            draw::line(area, (x, middle - 4), (x, middle + 4), INK.stroke_width(1))?;
-        }
-        end = end.max(scale.at(high));
-    }
-    draw::label(area, &shown(bar, digits), (end + 8, middle), HPos::Left, INK)
-}
-
-fn limit_line(area: &Area, limit: f64, unit: &str, scale: &Scale, (top, bottom): (i32, i32)) -> Result<()> {
-    let x = scale.at(limit);
-    draw::line(area, (x, top - 4), (x, bottom), LIMIT.stroke_width(2))?;
-    draw::label(area, &format!("limit {} {unit}", number(limit, decimals(limit))), (x, top - 14), HPos::Right, LIMIT)
-}
-
-fn number(value: f64, digits: usize) -> String {
-    format!("{value:.digits$}")
-}
-
-/// For example `36.8 [31.0, 41.2]`.
-fn shown(bar: &Bar, digits: usize) -> String {
-    match bar.interval {
-        Some(_) => format!("{} {}", number(bar.value, digits), interval(bar, digits)),
-        None => number(bar.value, digits),
-    }
-}
-
-fn interval(bar: &Bar, digits: usize) -> String {
-    bar.interval.map_or_else(|| "-".to_owned(), |(low, high)| format!("[{low:.digits$}, {high:.digits$}]"))
-}
-
-/// The parts of a peak in the order that they are drawn, each a pair of name and bytes.
-fn parts(record: &Record) -> Option<Vec<(&'static str, u64)>> {
-    let memory = &record.memory;
-    let known = [
-        ("weights", memory.weights_bytes?),
-        ("cache", memory.kv_cache_bytes?),
-        ("scratch", memory.scratch_bytes.unwrap_or(0)),
-    ];
-    let sum: u64 = known.iter().map(|(_, bytes)| bytes).sum();
-    let rest = memory.peak_bytes.map_or(0, |peak| peak.saturating_sub(sum));
-    Some(known.into_iter().chain([("other", rest)]).collect())
-}
-
-/// What the peak consists of. `other` is what the process holds beside: code, tables, buffers of the system.
-pub fn memory_parts(records: &[&Record], _: &Precisions) -> Result<Option<Chart>> {
-    let stacks: Vec<_> =
-        records.iter().filter_map(|record| Some((record.precision.as_str(), parts(record)?))).collect();
-    let Some((_, first)) = stacks.first() else { return Ok(None) };
-    let names: Vec<&str> = first.iter().map(|(name, _)| *name).collect();
-    let total = |parts: &[(&str, u64)]| parts.iter().map(|(_, bytes)| *bytes).sum::<u64>() as f64;
-    let largest = stacks.iter().map(|(_, parts)| total(parts)).fold(0.0, f64::max);
-    let left = draw::names_width(stacks.iter().map(|(precision, _)| *precision));
-    let scale = Scale { left, right: WIDTH - NUMBERS, largest };
-    let height = ROW * (stacks.len() as i32 + 1);
-    let digits = decimals(largest / GIB);
-    let svg = draw::svg(WIDTH as u32, height as u32, |area| {
-        legend(area, &names)?;
-        draw::line(area, (left, ROW), (left, height), GRID.stroke_width(1))?;
-        for (index, (precision, parts)) in stacks.iter().enumerate() {
-            let middle = ROW * (index as i32 + 1) + ROW / 2;
-            draw::label(area, precision, (left - 10, middle), HPos::Right, INK)?;
-            let mut below = 0.0;
-            for (part, (_, bytes)) in parts.iter().enumerate().filter(|(_, (_, bytes))| *bytes > 0) {
-                let (left, right) = (scale.at(below), scale.at(below + *bytes as f64));
-                draw::bar(area, (left, right), (middle - BAR / 2, middle + BAR / 2), part_color(part))?;
-                below += *bytes as f64;
+fn drawn(kind: &Kind, bars: &[Bar], limit: Option<f64>) -> Drawing {
+    let names: Vec<&str> = bars.iter().map(|bar| bar.row.label.as_str()).collect();
+    let numbers = bars.iter().map(|bar| text_width(&bar.shown)).fold(0.0, f64::max);
+    let ends = bars.iter().map(|bar| bar.interval.map_or(bar.value, |(_, high)| high.max(bar.value)));
+    let layout = BarLayout::new(&names, numbers + GAP, ends.chain(limit).fold(0.0, f64::max));
+    // A limit has its words above the bars.
+    let top = if limit.is_some() { 26.0 } else { 2.0 };
+    let mut drawing = Drawing::new(WIDTH, top + layout.row * bars.len() as f64);
+    layout.draw_base(&mut drawing, top);
+    for (index, bar) in bars.iter().enumerate() {
+        let words = format!("{}: {} {}", bar.row.label, bar.shown, kind.unit);
+        drawing.marked(words, |drawing| {
+            let middle = layout.name(drawing, &bar.row.label, top, index);
+            let end = layout.at(bar.value);
+            drawing.rect((layout.left, middle - BAR / 2.0), (end, middle + BAR / 2.0), bar.row.paint);
+            let interval = bar.interval.map(|(low, high)| (layout.at(low), layout.at(high)));
+            if let Some((low, high)) = interval {
+                drawing.line((low, middle), (high, middle), 1.0, Paint::Ink);
+                for x in [low, high] {
+                    drawing.line((x, middle - 4.0), (x, middle + 4.0), 1.0, Paint::Ink);
+                }
             }
-            draw::label(area, &number(below / GIB, digits), (scale.at(below) + 8, middle), HPos::Left, INK)?;
-        }
-        Ok(())
-    })?;
-    let cells = |parts: &[(&str, u64)]| {
-        parts.iter().map(|(_, bytes)| format!("{:.4}", *bytes as f64 / GIB)).collect::<Vec<_>>()
-    };
-    let rows = stacks.iter().map(|(precision, parts)| [vec![precision.to_string()], cells(parts)].concat());
-    let said: Vec<_> =
-        stacks.iter().map(|(precision, parts)| format!("{precision} {:.digits$}", total(parts) / GIB)).collect();
-    Ok(Some(Chart {
-        name: "memory-parts",
-        title: "What the memory holds, GiB".to_owned(),
-        description: format!("Memory by part ({}) in GiB: {} in all.", names.join(", "), said.join(", ")),
-        headers: std::iter::once("precision".to_owned())
-            .chain(names.iter().map(|name| format!("{name}, GiB")))
-            .collect(),
-        rows: rows.collect(),
-        svg,
-    }))
-}
-
-/// No precision's colours, and apart from one another in lightness too; the legend and the table name them.
-fn part_color(part: usize) -> Color {
-    draw::part_color(part)
-}
-
-fn legend(area: &Area, names: &[&str]) -> Result<()> {
-    for (index, name) in names.iter().enumerate() {
-        let left = 66 + 68 * index as i32;
-        draw::bar(area, (left, left + 10), (ROW / 2 - 5, ROW / 2 + 5), part_color(index))?;
-        draw::label(area, name, (left + 15, ROW / 2), HPos::Left, MUTED)?;
+            let end = interval.map_or(end, |(_, high)| end.max(high)).max(layout.left + 1.0);
+            drawing.text((end + GAP, middle), Anchor::Start, Paint::Ink, bar.shown.as_str());
+        });
     }
-    Ok(())
+    if let Some(limit) = limit {
+        let (x, digits) = (layout.at(limit), decimals(limit));
+        let words = format!("limit {limit:.digits$} {}", kind.unit);
+        drawing.line((x, top - 4.0), (x, drawing.height()), 2.0, Paint::Limit);
+        // To the left of its line, unless that would begin before the picture.
+        let (at, anchor) = if text_width(&words) < x { (x, Anchor::End) } else { (0.0, Anchor::Start) };
+        drawing.text((at, top - 14.0), anchor, Paint::Limit, words);
+    }
+    drawing
+}
+
+/// How rows of bars lie: from values to units of the picture.
+pub struct BarLayout {
+    pub left: f64,
+    right: f64,
+    largest: f64,
+    row: f64,
+    names_above: bool,
+}
+
+impl BarLayout {
+    /// For bars with these `names`, `behind` units of words behind the longest one, which is `largest` long.
+    pub fn new(names: &[&str], behind: f64, largest: f64) -> Self {
+        let beside = names.iter().map(|name| text_width(name)).fold(0.0, f64::max) + GAP;
+        let right = WIDTH - behind;
+        let names_above = right - beside < LEAST_BAR;
+        let left = if names_above { 1.0 } else { beside };
+        Self { left, right, largest, row: if names_above { ROW + NAME - 6.0 } else { ROW }, names_above }
+    }
+
+    pub fn at(&self, value: f64) -> f64 {
+        let share = if self.largest > 0.0 { (value / self.largest).clamp(0.0, 1.0) } else { 0.0 };
+        self.left + (self.right - self.left) * share
+    }
+
+    pub fn height(&self, n_rows: usize) -> f64 {
+        self.row * n_rows as f64
+    }
+
+    pub fn draw_base(&self, drawing: &mut Drawing, top: f64) {
+        drawing.line((self.left, top), (self.left, drawing.height()), 1.0, Paint::Grid);
+    }
+
+    /// Writes a row's name and gives the height at which its bar's middle is.
+    pub fn name(&self, drawing: &mut Drawing, name: &str, top: f64, index: usize) -> f64 {
+        let begin = top + self.row * index as f64;
+        match self.names_above {
+            true => {
+                drawing.text((4.0, begin + NAME / 2.0), Anchor::Start, Paint::Ink, fitted(name, WIDTH - 4.0));
+                begin + NAME + BAR / 2.0
+            }
+            false => {
+                drawing.text((self.left - GAP, begin + ROW / 2.0), Anchor::End, Paint::Ink, name);
+                begin + ROW / 2.0
+            }
+        }
+    }
 }

@@ -1,48 +1,72 @@
 //! Charts of one case as SVG: each with a title, a description and the numbers behind it.
-//!
-//! They are drawn in stand-in colours, which [`Chart::inline`] makes the page's own (light and dark) and [`Chart::file`] plain ones.
 
+mod axes;
 mod bars;
 mod distribution;
-mod draw;
+mod drawing;
+mod lines;
+mod over_repeats;
+mod parts;
 mod scatter;
 mod series;
-
-pub use draw::escape;
-
-use anyhow::Result;
+mod trend;
 
 use super::case::{self, Case};
+use super::markup::escape;
 use crate::record::{Record, Status};
+use drawing::{Drawing, Paint, Target};
+
+/// Units that every chart is wide; a page scales it to its column.
+const WIDTH: f64 = 340.0;
 
 /// A picture with what it says in words and numbers.
 pub struct Chart {
     /// Short and unique within a case: part of ids and file names.
     pub name: &'static str,
     pub title: String,
+    /// What a reader must know to read it, if anything.
+    pub note: Option<String>,
     /// One sentence that says what a reader would see.
     pub description: String,
     /// The numbers, with units in the heads; the first column is text.
     pub headers: Vec<String>,
     pub rows: Vec<Vec<String>>,
-    svg: String,
+    drawing: Drawing,
+}
+
+/// A record that ran, as charts name and paint it.
+pub struct ChartRow<'a> {
+    /// Unique within the case.
+    pub label: String,
+    paint: Paint,
+    /// Lines of a run that is not the first are dashed: their colours are those of the first.
+    is_dashed: bool,
+    pub record: &'a Record,
 }
 
 /// A kind of chart; `None` where the records hold nothing for it.
-type Draw = fn(&[&Record], &Precisions) -> Result<Option<Chart>>;
+type Draw = fn(&[ChartRow]) -> Option<Chart>;
 
-/// From the seed's three to the finer ones.
+/// Speed and its price first, what explains it behind.
 const CHARTS: &[Draw] = &[
-    bars::latency,
     bars::speed,
+    scatter::speed_against_memory,
+    bars::first_token,
+    bars::prompt_speed,
+    bars::latency,
+    bars::energy,
+    bars::divergence,
+    parts::memory_parts,
     bars::peak_memory,
-    scatter::trade,
+    over_repeats::latency_per_token,
     distribution::step_latency,
     bars::bandwidth,
-    bars::memory_parts,
     series::memory,
     series::clocks,
 ];
+
+/// So many runs of a case stand beside each other in every chart; of more, charts show the newest, and the trend all.
+pub const MAX_RUNS: usize = 3;
 
 /// Precisions of a document by first appearance: each has one colour throughout.
 pub struct Precisions(Vec<String>);
@@ -59,52 +83,70 @@ impl Precisions {
         Self(names)
     }
 
-    fn color(&self, precision: &str) -> draw::Color {
-        // Another engine's row of a precision, and another run's, has the precision's colour; its label names engine and run.
-        let is_of = |name: &String| {
-            precision == name || [" by ", " · "].iter().any(|mark| precision.starts_with(&format!("{name}{mark}")))
-        };
-        draw::precision_color(self.0.iter().position(is_of).unwrap_or(0))
+    pub fn names(&self) -> &[String] {
+        &self.0
+    }
+
+    /// Another engine's row of a precision, and another run's, has the precision's colour; its label names engine and run.
+    fn paint(&self, record: &Record) -> Paint {
+        let name = case::precision(record);
+        Paint::Precision(self.0.iter().position(|other| *other == name).unwrap_or(0))
     }
 }
 
 /// All charts that the records of one case can fill. Records without a result are left out.
-pub fn charts(case: &Case, precisions: &Precisions) -> Result<Vec<Chart>> {
-    let ok = case.rows().filter(|(_, record)| record.status == Status::Ok);
-    let labelled = ok.map(|(run, record)| Record { precision: case.label(run, record), ..record.clone() });
-    let ok: Vec<Record> = labelled.collect();
-    let ok: Vec<&Record> = ok.iter().collect();
-    let drawn: Vec<Option<Chart>> = CHARTS.iter().map(|draw| draw(&ok, precisions)).collect::<Result<_>>()?;
-    Ok(drawn.into_iter().flatten().collect())
+pub fn charts(case: &Case, precisions: &Precisions) -> Vec<Chart> {
+    let shown = if case.runs.len() > MAX_RUNS { vec![case.newest_run()] } else { case.runs.iter().collect() };
+    let row = |(at, run, record)| ChartRow {
+        label: if shown.len() > 1 { case.label(run, record) } else { case::label(record, case.records) },
+        paint: precisions.paint(record),
+        is_dashed: at > 0,
+        record,
+    };
+    let records = shown.iter().enumerate().flat_map(|(at, run)| run.records.iter().map(move |r| (at, *run, r)));
+    let rows: Vec<ChartRow> = records.filter(|(.., record)| record.status == Status::Ok).map(row).collect();
+    let drawn = trend::trend(case, precisions).into_iter().chain(CHARTS.iter().filter_map(|draw| draw(&rows)));
+    let mut charts: Vec<Chart> = drawn.collect();
+    // What the parts of memory sum up to stands there already.
+    if charts.iter().any(|chart| chart.name == parts::NAME) {
+        charts.retain(|chart| chart.name != bars::PEAK_MEMORY);
+    }
+    charts
+}
+
+/// What to say of runs that the charts leave out.
+pub fn left_out(case: &Case) -> Option<String> {
+    let newest = || case.newest_run().label.clone();
+    (case.runs.len() > MAX_RUNS)
+        .then(|| format!("The charts but the trend show the newest of {} runs: {}", case.runs.len(), newest()))
 }
 
 impl Chart {
-    /// For a page that defines the colours as custom properties. `id` is unique on the page.
+    /// For a page that defines the colours as custom properties. `id` is unique on the page. In HTML an SVG needs no namespace, and a page
+    /// without any address shows that it fetches nothing.
     pub fn inline(&self, id: &str) -> String {
-        let size = self.svg.find(" viewBox").unwrap_or(0);
-        let head = format!("<svg class=\"chart\" role=\"img\" aria-labelledby=\"{id}-t {id}-d\"");
-        let body = head + &self.svg[size..];
-        let (start, rest) = split_head(&body);
-        // In HTML an SVG needs no namespace, and a page without any address shows that it fetches nothing.
-        let start = start.split(" xmlns").next().unwrap_or(start).trim_end_matches('>');
-        draw::with_properties(&format!("{start}>{}{rest}", self.words(id)))
+        let attributes = format!(" class=\"chart\" role=\"img\" aria-labelledby=\"{id}-t {id}-d\"");
+        self.drawing.svg(Target::Page, &attributes, &self.words(id))
     }
 
     /// A picture of its own, in light colours on white.
     pub fn file(&self) -> String {
-        let (start, rest) = split_head(&self.svg);
-        let start = start.replacen("<svg", "<svg role=\"img\" aria-labelledby=\"c-t c-d\"", 1);
+        let (width, height) = (2.0 * self.drawing.width(), 2.0 * self.drawing.height());
+        let attributes = format!(
+            " xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" role=\"img\" \
+             aria-labelledby=\"c-t c-d\" font-family=\"sans-serif\""
+        );
         let background = "<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>";
-        draw::with_plain_colors(&format!("{start}{}{background}{rest}", self.words("c")))
+        self.drawing.svg(Target::File, &attributes, &format!("{}{background}", self.words("c")))
     }
 
     fn words(&self, id: &str) -> String {
-        let (title, description) = (draw::escape(&self.title), draw::escape(&self.description));
+        let (title, description) = (escape(&self.title), escape(&self.description));
         format!("<title id=\"{id}-t\">{title}</title><desc id=\"{id}-d\">{description}</desc>")
     }
 }
 
-/// An SVG after its first tag. Every one has it: the library writes it before anything else.
-fn split_head(svg: &str) -> (&str, &str) {
-    svg.split_at(svg.find('>').map_or(0, |at| at + 1))
+/// Heads of the numbers behind a chart.
+fn headers(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
 }

@@ -1,131 +1,151 @@
-//! Speed against memory, with the quality that each precision keeps.
+//! Speed against memory, with the line of those that nothing beats at both.
 
-use anyhow::Result;
-use plotters::prelude::*;
-use plotters::style::text_anchor::HPos;
-
-use super::draw::{self, GRID, INK, MUTED};
-use super::{Chart, Precisions};
-use crate::record::Record;
+use super::axes::{Axis, Plot};
+use super::drawing::{Anchor, Drawing, Paint, fitted, text_width};
+use super::{Chart, ChartRow, WIDTH, headers};
 use crate::report::case::GIB;
 use crate::report::grid::decimals;
 
-const WIDTH: u32 = 340;
-const HEIGHT: u32 = 270;
+const HEIGHT: f64 = 270.0;
+const RADIUS: f64 = 6.0;
 
 /// Height of a line of text.
-const LINE: i32 = 14;
+const LINE: f64 = 14.0;
 
-/// A precision as a point.
+/// Of a name beside its point, at most.
+const NAME: f64 = 150.0;
+
 struct Point<'a> {
-    precision: &'a str,
+    row: &'a ChartRow<'a>,
     tps: f64,
     gib: f64,
-    kl: Option<f64>,
 }
 
-/// The upper left, fast and small, is where to be. Area grows with the divergence where quality was measured.
-pub fn trade(records: &[&Record], precisions: &Precisions) -> Result<Option<Chart>> {
-    let points: Vec<Point> = records.iter().filter_map(|record| point(record)).collect();
+/// The upper left, fast and small, is where to be.
+pub fn speed_against_memory(rows: &[ChartRow]) -> Option<Chart> {
+    let points: Vec<Point> = rows.iter().filter_map(point).collect();
     if points.len() < 2 {
-        return Ok(None);
+        return None;
     }
     let most = |of: fn(&Point) -> f64| points.iter().map(of).fold(0.0, f64::max);
     let (gib, tps) = (most(|point| point.gib), most(|point| point.tps));
-    let most_kl = points.iter().filter_map(|point| point.kl).fold(0.0, f64::max);
-    let svg = draw::svg(WIDTH, HEIGHT, |area| {
-        let mut chart = ChartBuilder::on(area)
-            .margin_top(10)
-            .margin_right(14)
-            .x_label_area_size(44)
-            .y_label_area_size(66)
-            .build_cartesian_2d(0.0..gib * 1.2, 0.0..tps * 1.15)?;
-        let (x_digits, y_digits) = (decimals(gib), decimals(tps).min(1));
-        chart
-            .configure_mesh()
-            .x_labels(5)
-            .y_labels(5)
-            .max_light_lines(0)
-            .bold_line_style(GRID.stroke_width(1))
-            .axis_style(GRID.stroke_width(1))
-            .label_style(("sans-serif", draw::TEXT).into_font().color(&MUTED))
-            .x_label_formatter(&|x| format!("{x:.x_digits$}"))
-            .y_label_formatter(&|y| format!("{y:.y_digits$}"))
-            .x_desc("peak memory, GiB")
-            .y_desc("decode, tokens/s")
-            .axis_desc_style(("sans-serif", draw::TEXT).into_font().color(&INK))
-            .draw()?;
-        let radius = |point: &Point| {
-            let share = point.kl.filter(|_| most_kl > 0.0).map_or(0.0, |kl| kl / most_kl);
-            (6.0 + 8.0 * share.sqrt()).round() as i32
-        };
-        // Names stand towards the middle, where there is room.
-        let is_right = |point: &Point| point.gib > 0.6 * gib;
-        let anchors: Vec<(bool, i32)> =
-            points.iter().map(|point| (is_right(point), chart.backend_coord(&(point.gib, point.tps)).1)).collect();
-        let shifts = shifts(&anchors);
-        chart.draw_series(points.iter().zip(shifts).map(|(point, shift)| {
-            let radius = radius(point);
-            let color = precisions.color(point.precision);
-            let (at, side) = if is_right(point) { (-radius - 6, HPos::Right) } else { (radius + 6, HPos::Left) };
-            EmptyElement::at((point.gib, point.tps))
-                + Circle::new((0, 0), radius, color.filled())
-                + Text::new(name(point), (at, shift), draw::text_style(INK, side))
-        }))?;
-        Ok(())
-    })?;
+    if gib <= 0.0 || tps <= 0.0 {
+        return None;
+    }
     let (x_digits, y_digits) = (decimals(gib), decimals(tps));
-    let row = |point: &Point| {
-        let kl = point.kl.map_or_else(|| "-".to_owned(), |kl| format!("{kl:.5}"));
-        vec![point.precision.to_owned(), format!("{:.y_digits$}", point.tps), format!("{:.x_digits$}", point.gib), kl]
+    let best = pareto(&points.iter().map(|point| (point.gib, point.tps)).collect::<Vec<_>>());
+    let cells = |(at, point): (usize, &Point)| {
+        let is_best = if best.contains(&at) { "yes" } else { "no" };
+        let numbers = [format!("{:.y_digits$}", point.tps), format!("{:.x_digits$}", point.gib)];
+        [vec![point.row.label.clone()], numbers.to_vec(), vec![is_best.to_owned()]].concat()
     };
-    let (title, quality) = match most_kl > 0.0 {
-        true => (
-            "Speed, memory and quality: a larger point departs more from the reference",
-            "a larger point departs more from the reference",
-        ),
-        false => ("Speed and memory", "quality was not measured"),
-    };
-    Ok(Some(Chart {
-        name: "trade",
-        title: title.to_owned(),
-        description: format!(
-            "Decode speed in tokens/s against peak memory in GiB for {}; the upper left is fast and small; {quality}.",
-            points.iter().map(|point| point.precision).collect::<Vec<_>>().join(", ")
-        ),
-        headers: ["precision", "decode, tokens/s", "memory, GiB", "KL, nats/token"].map(String::from).to_vec(),
-        rows: points.iter().map(row).collect(),
-        svg,
-    }))
-}
-
-/// By how many units each name moves down, so that no two on one side overprint: `anchors` has side and height of each.
-fn shifts(anchors: &[(bool, i32)]) -> Vec<i32> {
-    let mut order: Vec<usize> = (0..anchors.len()).collect();
-    order.sort_by_key(|&at| anchors[at]);
-    let mut shifts = vec![0; anchors.len()];
-    for pair in order.windows(2) {
-        let (above, below) = (pair[0], pair[1]);
-        if anchors[above].0 == anchors[below].0 {
-            let lowest = anchors[above].1 + shifts[above] + LINE;
-            shifts[below] = (lowest - anchors[below].1).max(0);
+    let names = |at: &[usize]| at.iter().map(|&at| points[at].row.label.as_str()).collect::<Vec<_>>().join(", ");
+    let note = match best.as_slice() {
+        [only] => {
+            format!("fast and small is the upper left; nothing is as fast or as small as {}", points[*only].row.label)
         }
-    }
-    shifts
+        _ => "fast and small is the upper left; nothing is faster and smaller than the dashed Pareto line".to_owned(),
+    };
+    Some(Chart {
+        name: "trade",
+        title: "Speed against memory".to_owned(),
+        note: Some(note),
+        description: format!(
+            "Decode speed in tokens/s against peak memory in GiB for {}; the upper left is fast and small; on the Pareto line: {}.",
+            names(&(0..points.len()).collect::<Vec<_>>()),
+            names(&best)
+        ),
+        headers: headers(&["precision", "decode, tokens/s", "memory, GiB", "on the Pareto line"]),
+        rows: points.iter().enumerate().map(cells).collect(),
+        drawing: drawn(&points, &best, (gib, tps)),
+    })
 }
 
-fn point(record: &Record) -> Option<Point<'_>> {
-    let tps = record.metrics.get("decode_tps")?.median?;
-    let bytes = record.memory.peak_bytes.or(record.memory.weights_bytes)?;
-    let kl = record.quality.as_ref().map(|quality| quality.kl_mean.max(0.0));
-    tps.is_finite().then_some(Point { precision: &record.precision, tps, gib: bytes as f64 / GIB, kl })
+fn drawn(points: &[Point], best: &[usize], (gib, tps): (f64, f64)) -> Drawing {
+    let x = Axis::from_zero("peak memory, GiB", gib * 1.08, 4);
+    let plot = Plot::new(WIDTH, HEIGHT, x, Axis::from_zero("decode, tokens/s", tps * 1.08, 4));
+    let mut drawing = Drawing::new(WIDTH, HEIGHT);
+    plot.draw(&mut drawing);
+    if best.len() > 1 {
+        let corners = best.windows(2).flat_map(|pair| {
+            let (small, fast) = (&points[pair[0]], &points[pair[1]]);
+            [plot.at((small.gib, small.tps)), plot.at((fast.gib, small.tps)), plot.at((fast.gib, fast.tps))]
+        });
+        drawing.dashes(corners.collect(), 1.5, Paint::Muted);
+    }
+    let names: Vec<String> = points.iter().map(|point| fitted(&point.row.label, NAME)).collect();
+    let places: Vec<(f64, f64)> = points.iter().map(|point| plot.at((point.gib, point.tps))).collect();
+    let widths: Vec<f64> = names.iter().map(|name| text_width(name)).collect();
+    for (at, (point, label)) in points.iter().zip(labels(&places, &widths)).enumerate() {
+        let words = format!("{}: {:.2} tokens/s, {:.3} GiB", point.row.label, point.tps, point.gib);
+        drawing.marked(words, |drawing| {
+            drawing.circle(places[at], RADIUS, point.row.paint);
+            drawing.text(label, Anchor::Middle, Paint::Ink, names[at].as_str());
+        });
+    }
+    drawing
 }
 
-fn name(point: &Point) -> String {
-    match point.kl {
-        Some(kl) => format!("{} · KL {kl:.5}", point.precision),
-        None => point.precision.to_owned(),
+/// Of pairs of size and speed, those that no other is as small and as fast as, the smallest first.
+fn pareto(points: &[(f64, f64)]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..points.len()).collect();
+    order.sort_by(|&a, &b| points[a].0.total_cmp(&points[b].0).then(points[b].1.total_cmp(&points[a].1)));
+    let mut fastest = f64::NEG_INFINITY;
+    order.retain(|&at| {
+        let is_faster = points[at].1 > fastest;
+        fastest = fastest.max(points[at].1);
+        is_faster
+    });
+    order
+}
+
+/// Middle and half extent of a place in the picture.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    x: f64,
+    y: f64,
+    half_width: f64,
+    half_height: f64,
+}
+
+impl Place {
+    fn overlaps(&self, other: &Self) -> bool {
+        (self.x - other.x).abs() < self.half_width + other.half_width
+            && (self.y - other.y).abs() < self.half_height + other.half_height
     }
+}
+
+/// Where the name of each dot has its middle: to the right or left of it, on its height or some lines off, where it covers no dot and no
+/// name, within the picture.
+fn labels(dots: &[(f64, f64)], widths: &[f64]) -> Vec<(f64, f64)> {
+    let dot = |&(x, y): &(f64, f64)| Place { x, y, half_width: RADIUS, half_height: RADIUS };
+    let mut taken: Vec<Place> = dots.iter().map(dot).collect();
+    let mut labels = Vec::new();
+    for (&(x, y), width) in dots.iter().zip(widths) {
+        let half_width = width / 2.0;
+        let away = RADIUS + 5.0 + half_width;
+        let place = |x: f64, y: f64| Place { x, y, half_width, half_height: LINE / 2.0 };
+        // 0, 1, -1, 2, -2, … lines further down.
+        let lines = (1..=2 * dots.len() as i32 + 1).map(|at| f64::from(if at % 2 == 0 { at / 2 } else { -(at / 2) }));
+        let mut beside = lines.flat_map(|line| [place(x + away, y + LINE * line), place(x - away, y + LINE * line)]);
+        let is_within = |place: &Place| {
+            let sides = place.x - half_width >= 0.0 && place.x + half_width <= WIDTH;
+            sides && place.y >= LINE && place.y <= HEIGHT - 3.0 * LINE
+        };
+        let is_free = |place: &Place| !taken.iter().any(|other| place.overlaps(other));
+        let found = beside.find(|place| is_within(place) && is_free(place));
+        // Where there is no such place, names overprint rather than vanish.
+        let found = found.unwrap_or_else(|| place((x + away).min(WIDTH - half_width), y));
+        taken.push(found);
+        labels.push((found.x, found.y));
+    }
+    labels
+}
+
+fn point<'a>(row: &'a ChartRow<'a>) -> Option<Point<'a>> {
+    let tps = row.record.metrics.get("decode_tps")?.median?;
+    let bytes = row.record.memory.peak_bytes.or(row.record.memory.weights_bytes)?;
+    tps.is_finite().then_some(Point { row, tps, gib: bytes as f64 / GIB })
 }
 
 #[cfg(test)]
@@ -133,8 +153,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_do_not_overprint() {
-        assert_eq!(shifts(&[(true, 50), (true, 52), (false, 51), (true, 100)]), [0, 12, 0, 0]);
-        assert_eq!(shifts(&[(true, 50), (true, 50), (true, 50)]), [0, 14, 28]);
+    fn names_cover_neither_names_nor_dots() {
+        // Alone; beside another dot; three in one place; at the right end.
+        for dots in [
+            vec![(100.0, 50.0)],
+            vec![(100.0, 50.0), (130.0, 52.0)],
+            vec![(100.0, 50.0), (100.0, 50.0), (100.0, 50.0)],
+            vec![(330.0, 100.0), (325.0, 108.0), (60.0, 100.0)],
+        ] {
+            let widths = vec![60.0; dots.len()];
+            let place = |&(x, y): &(f64, f64), half_width, half_height| Place { x, y, half_width, half_height };
+            let labels = labels(&dots, &widths);
+            let dots: Vec<Place> = dots.iter().map(|at| place(at, RADIUS, RADIUS)).collect();
+            let names: Vec<Place> = labels.iter().map(|at| place(at, 30.0, LINE / 2.0)).collect();
+            for (at, name) in names.iter().enumerate() {
+                assert!(!names[at + 1..].iter().chain(&dots).any(|other| name.overlaps(other)), "{labels:?}");
+                assert!(name.x - name.half_width >= 0.0 && name.x + name.half_width <= WIDTH, "{labels:?}");
+            }
+        }
+        assert_eq!(labels(&[(100.0, 50.0)], &[60.0]), [(100.0 + RADIUS + 5.0 + 30.0, 50.0)]);
+    }
+
+    #[test]
+    fn the_pareto_line_has_what_nothing_beats_at_both() {
+        // Small and slow, larger and faster; beaten: larger and slower, and as large but slower.
+        assert_eq!(pareto(&[(1.0, 10.0), (2.0, 20.0), (3.0, 15.0), (2.0, 12.0)]), [0, 1]);
+        assert_eq!(pareto(&[(3.0, 40.0), (1.0, 50.0)]), [1]);
+        // The same twice is one of them.
+        assert_eq!(pareto(&[(1.0, 10.0), (1.0, 10.0)]), [0]);
     }
 }

@@ -2,19 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::Result;
-use plotters::prelude::*;
-use plotters::style::text_anchor::HPos;
-
-use super::draw::{self, GRID, INK, MUTED};
-use super::{Chart, Precisions};
-use crate::record::{Record, Series};
+use super::axes::Axis;
+use super::lines::{Curve, Point, drawn};
+use super::{Chart, ChartRow, headers};
+use crate::record::Series;
 use crate::report::case::GIB;
 use crate::report::grid::decimals;
 use crate::stats;
-
-const WIDTH: u32 = 340;
-const HEIGHT: u32 = 200;
 
 /// More points than the picture is wide show nothing more.
 const MAX_POINTS: usize = 240;
@@ -23,94 +17,79 @@ const MAX_POINTS: usize = 240;
 struct Kind {
     name: &'static str,
     title: &'static str,
+    unit: &'static str,
     channels: &'static [&'static str],
     divisor: f64,
 }
 
-pub fn memory(records: &[&Record], precisions: &Precisions) -> Result<Option<Chart>> {
-    let channels = &["device_process_bytes", "device_used_bytes", "rss_bytes"];
-    over_time(
-        &Kind { name: "memory-over-time", title: "Memory over time, GiB", channels, divisor: GIB },
-        records,
-        precisions,
-    )
+const MEMORY: Kind = Kind {
+    name: "memory-over-time",
+    title: "Memory over time",
+    unit: "GiB",
+    channels: &["device_process_bytes", "device_used_bytes", "rss_bytes"],
+    divisor: GIB,
+};
+
+const CLOCKS: Kind = Kind {
+    name: "clocks-over-time",
+    title: "Clock over time",
+    unit: "MHz",
+    channels: &["sm_mhz", "cpu_mhz"],
+    divisor: 1.0,
+};
+
+pub fn memory(rows: &[ChartRow]) -> Option<Chart> {
+    over_time(&MEMORY, rows)
 }
 
-pub fn clocks(records: &[&Record], precisions: &Precisions) -> Result<Option<Chart>> {
-    let channels = &["sm_mhz", "cpu_mhz"];
-    over_time(
-        &Kind { name: "clocks-over-time", title: "Clock over time, MHz", channels, divisor: 1.0 },
-        records,
-        precisions,
-    )
+pub fn clocks(rows: &[ChartRow]) -> Option<Chart> {
+    over_time(&CLOCKS, rows)
 }
 
-/// A precision's readings: seconds of measured time, and values.
-struct Curve {
-    precision: String,
-    points: Vec<(f64, f64)>,
-}
-
-fn over_time(kind: &Kind, records: &[&Record], precisions: &Precisions) -> Result<Option<Chart>> {
-    let curve = |record: &&Record| {
-        let points = points(&record.series, kind);
-        (points.len() >= 2).then(|| Curve { precision: record.precision.clone(), points })
+fn over_time(kind: &Kind, rows: &[ChartRow]) -> Option<Chart> {
+    let curve = |row: &ChartRow| {
+        let points = points(&row.record.series, kind);
+        let points: Vec<Point> = points.into_iter().map(|(x, y)| Point::plain(x, y)).collect();
+        let words = row.label.clone();
+        (points.len() >= 2).then(|| Curve {
+            name: row.label.clone(),
+            paint: row.paint,
+            is_dashed: row.is_dashed,
+            words,
+            points,
+        })
     };
-    drawn(kind, &records.iter().filter_map(curve).collect::<Vec<_>>(), precisions)
+    chart(kind, rows.iter().filter_map(curve).collect())
 }
 
-fn drawn(kind: &Kind, curves: &[Curve], precisions: &Precisions) -> Result<Option<Chart>> {
+fn chart(kind: &Kind, mut curves: Vec<Curve>) -> Option<Chart> {
     let all = || curves.iter().flat_map(|curve| &curve.points);
-    let (seconds, most) = all().fold((0.0, 0.0), |(x, y): (f64, f64), point| (x.max(point.0), y.max(point.1)));
+    let (seconds, most) = all().fold((0.0, 0.0), |(x, y): (f64, f64), point| (x.max(point.x), y.max(point.y)));
     if seconds <= 0.0 || most <= 0.0 {
-        return Ok(None);
+        return None;
     }
     let digits = decimals(most);
-    let svg = draw::svg(WIDTH, HEIGHT + 18 * curves.len() as u32, |area| {
-        let mut chart = ChartBuilder::on(area)
-            .margin_top(8)
-            .margin_right(14)
-            .margin_bottom(18 * curves.len() as i32)
-            .x_label_area_size(40)
-            .y_label_area_size(48)
-            .build_cartesian_2d(0.0..seconds, 0.0..most * 1.1)?;
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .x_labels(5)
-            .y_labels(4)
-            .max_light_lines(0)
-            .bold_line_style(GRID.stroke_width(1))
-            .axis_style(GRID.stroke_width(1))
-            .label_style(("sans-serif", draw::TEXT).into_font().color(&MUTED))
-            .y_label_formatter(&|y| format!("{y:.digits$}"))
-            .x_desc("seconds of repeats")
-            .axis_desc_style(("sans-serif", draw::TEXT).into_font().color(&INK))
-            .draw()?;
-        for (index, curve) in curves.iter().enumerate() {
-            let color = precisions.color(&curve.precision);
-            chart.draw_series([PathElement::new(curve.points.clone(), color.stroke_width(2))])?;
-            let y = HEIGHT as i32 + 18 * index as i32 + 9;
-            draw::line(area, (48, y), (70, y), color.stroke_width(2))?;
-            draw::label(area, &curve.precision, (78, y), HPos::Left, INK)?;
-        }
-        Ok(())
-    })?;
-    let row = |curve: &Curve| {
-        let values: Vec<f64> = curve.points.iter().map(|point| point.1).collect();
+    let cells = |curve: &Curve| {
+        let values: Vec<f64> = curve.points.iter().map(|point| point.y).collect();
         let of = |q: f64| stats::percentile(&values, q).map_or_else(|| "-".to_owned(), |x| format!("{x:.digits$}"));
-        vec![curve.precision.clone(), curve.points.len().to_string(), of(0.0), of(0.5), of(1.0)]
+        vec![curve.name.clone(), curve.points.len().to_string(), of(0.0), of(0.5), of(1.0)]
     };
-    let rows: Vec<Vec<String>> = curves.iter().map(row).collect();
+    let rows: Vec<Vec<String>> = curves.iter().map(cells).collect();
+    for (curve, row) in curves.iter_mut().zip(&rows) {
+        curve.words = format!("{}: {} to {} {}, median {}", row[0], row[2], row[4], kind.unit, row[3]);
+    }
     let said: Vec<_> = rows.iter().map(|row| format!("{} {} to {}", row[0], row[2], row[4])).collect();
-    Ok(Some(Chart {
+    let title = format!("{}, {}", kind.title, kind.unit);
+    let x = Axis::new("seconds of repeats", (0.0, seconds), 5);
+    Some(Chart {
         name: kind.name,
-        title: kind.title.to_owned(),
-        description: format!("{} during the repeats: {}.", kind.title, said.join(", ")),
-        headers: ["precision", "readings", "least", "median", "most"].map(String::from).to_vec(),
+        note: None,
+        description: format!("{title} during the repeats: {}.", said.join(", ")),
+        title,
+        headers: headers(&["precision", "readings", "least", "median", "most"]),
         rows,
-        svg,
-    }))
+        drawing: drawn(&curves, x, Axis::from_zero(kind.unit, most * 1.02, 4)),
+    })
 }
 
 /// The readings of all repeats end to end, thinned to what a picture can show.
@@ -144,11 +123,12 @@ fn readings(values: &BTreeMap<String, Vec<Option<f64>>>, channel: &str) -> Optio
 mod tests {
     use serde_json::json;
 
+    use super::super::drawing::Paint;
     use super::*;
 
     #[test]
     fn repeats_stand_end_to_end() {
-        let kind = Kind { name: "m", title: "Memory", channels: &["device_used_bytes", "rss_bytes"], divisor: 2.0 };
+        let kind = Kind { divisor: 2.0, channels: &["device_used_bytes", "rss_bytes"], ..MEMORY };
         let repeat: Series = serde_json::from_value(
             json!({"at_ms": [0.0, 500.0, 1000.0], "values": {"rss_bytes": [2.0, null, 6.0], "cpu_mhz.0": [1.0, 2.0, 3.0]}}),
         )
@@ -156,11 +136,16 @@ mod tests {
         let points = points(&[repeat.clone(), repeat], &kind);
         assert_eq!(points, [(0.0, 1.0), (1.0, 3.0), (1.0, 1.0), (2.0, 3.0)]);
 
-        let precisions = Precisions(vec!["fp16".into(), "nf4".into()]);
-        let curves = ["fp16", "nf4"].map(|name| Curve { precision: name.into(), points: points.clone() });
-        let chart = drawn(&kind, &curves, &precisions).unwrap().expect("a chart");
-        assert_eq!(chart.rows[1], ["nf4", "4", "1.00", "2.00", "3.00"]);
-        assert!(chart.file().contains("polyline") && drawn(&kind, &[], &precisions).unwrap().is_none());
+        let curve = |name: &str| Curve {
+            name: name.into(),
+            paint: Paint::Precision(0),
+            is_dashed: false,
+            words: String::new(),
+            points: points.iter().map(|&(x, y)| Point::plain(x, y)).collect(),
+        };
+        let drawn = chart(&kind, ["fp16", "nf4"].map(curve).into()).expect("a chart");
+        assert_eq!(drawn.rows[1], ["nf4", "4", "1.00", "2.00", "3.00"]);
+        assert!(drawn.file().contains("nf4: 1.00 to 3.00 GiB, median 2.00") && chart(&kind, vec![]).is_none());
     }
 
     #[test]

@@ -62,6 +62,14 @@ impl Gate {
         }
     }
 
+    /// Where it is on a number.
+    pub fn metric(&self) -> Option<&'static Metric> {
+        match self.key {
+            Key::Metric(metric) => Some(metric),
+            Key::WeightsHash | Key::TokenIds => None,
+        }
+    }
+
     /// As records and tables spell it.
     pub fn name(&self) -> &'static str {
         match self.key {
@@ -104,8 +112,8 @@ fn key(name: &str) -> Result<Key, BadInput> {
     }
     let error = BadInput::new(format!("unknown metric `{name}` in a gate"));
     Err(match meant(name) {
-        Some(meant) => error.hint(format!("the nearest is `{meant}`; README.md lists all")),
-        None => error.hint("README.md lists all metrics"),
+        Some(meant) => error.hint(format!("the nearest is `{meant}`; docs/metrics.md lists all")),
+        None => error.hint("docs/metrics.md lists all metrics"),
     })
 }
 

@@ -185,8 +185,19 @@ fn decide(
     let Some(RatioEstimate { median, interval }) = estimate else {
         return Err(Nothing(None));
     };
+    Ok(found(gate, better, (a, b), (median, interval), "fewer than 6 repeats carry no interval"))
+}
+
+/// Decides between `base` and `new` on the ratio of the two and its interval; without one, `why` says why that decides nothing.
+pub fn found(
+    gate: &Gate,
+    better: Better,
+    (base, new): (f64, f64),
+    (ratio, interval): (f64, Option<Interval>),
+    why: &str,
+) -> Found {
     let change = |ratio: f64| match gate.limit {
-        Limit::Absolute(_) => (ratio - 1.0) * a,
+        Limit::Absolute(_) => (ratio - 1.0) * base,
         _ => ratio - 1.0,
     };
     let interval = interval.map(|i| Interval { low: change(i.low), high: change(i.high) });
@@ -195,10 +206,10 @@ fn decide(
         Limit::Exact => 0.0,
     };
     let (verdict, reason) = match interval {
-        None => (Verdict::CannotTell, Some("fewer than 6 repeats carry no interval".to_owned())),
+        None => (Verdict::CannotTell, Some(why.to_owned())),
         Some(interval) => (against(interval, limit, better), None),
     };
-    Ok(Found { base: Some(a), new: Some(b), change: Some(change(median)), interval, verdict, reason })
+    Found { base: Some(base), new: Some(new), change: Some(change(ratio)), interval, verdict, reason }
 }
 
 /// What both sides are compared by: the medians of their runs where there are enough of them, else all repeats.

@@ -1,11 +1,11 @@
-//! Two documents side by side: what got worse beyond a limit, what did not, and what these runs cannot tell.
+//! Compares two documents: what got worse beyond a limit, what did not, and what these runs leave open.
 //!
 //! A gate on something timed decides on an interval: `regressed` where all of it lies beyond the limit, `ok` where all of it lies
 //! within, `can't tell` otherwise.
 
 mod gate;
-mod judge;
-mod pairs;
+pub(super) mod judge;
+pub(super) mod pairs;
 mod text;
 
 pub use gate::{DEFAULT_GATES, Gate, Kind, gates};
@@ -15,7 +15,7 @@ pub use text::{CompareFormat, FORMATS, find};
 use serde::Serialize;
 
 use crate::error::BadInput;
-use crate::record::{Document, Engine, Record, SCHEMA_VERSION};
+use crate::record::{Document, EngineInfo, Record, SCHEMA_VERSION};
 use gate::{Key, Limit};
 use judge::{Nothing, Sides};
 
@@ -62,8 +62,11 @@ pub struct Comparison {
 /// Where one side comes from.
 #[derive(Debug, Serialize)]
 pub struct Side {
-    pub engine: Engine,
+    pub engine: EngineInfo,
     pub timestamp: String,
+    /// How many runs it is made of where that is more than one file: those of a history, of which this is the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_runs: Option<usize>,
 }
 
 /// One gate at one precision of one case.
@@ -144,11 +147,11 @@ fn in_order(pairs: &[pairs::Pair], checks: Vec<Check>) -> Vec<Check> {
     checks
 }
 
-fn side(record: &Record) -> Side {
-    Side { engine: record.engine.clone(), timestamp: record.timestamp.clone() }
+pub(super) fn side(record: &Record) -> Side {
+    Side { engine: record.engine.clone(), timestamp: record.timestamp.clone(), n_runs: None }
 }
 
-fn check(gate: &Gate, record: &Record, found: judge::Found) -> Check {
+pub(super) fn check(gate: &Gate, record: &Record, found: judge::Found) -> Check {
     let (limit, limit_is_relative) = match gate.limit {
         Limit::Exact => (None, true),
         Limit::Relative(limit) => (Some(limit), true),
@@ -201,5 +204,5 @@ fn of_pairs(rules: &Rules) -> Option<String> {
 fn disturbed<'a>(side: &str, runs: impl Iterator<Item = &'a Vec<&'a Record>>) -> Option<String> {
     let tainted = runs.filter(|records| records.iter().any(|record| record.tainted));
     let names: Vec<&str> = tainted.map(|records| records[0].precision.as_str()).collect();
-    (!names.is_empty()).then(|| format!("{side} was disturbed at {}; its warnings say how", names.join(", ")))
+    (!names.is_empty()).then(|| format!("{side} was noisy at {}: see its warnings", names.join(", ")))
 }

@@ -100,7 +100,8 @@ fn sides(comparison: &Comparison) -> String {
     let side = |side: &super::Side| {
         let words = [&side.engine.name, &side.engine.version, &side.engine.commit, &side.timestamp];
         let known: Vec<_> = words.iter().filter(|word| !word.is_empty()).map(|word| plain(word)).collect();
-        known.join(" ")
+        let runs = side.n_runs.map(|n| format!("the last {n} runs, to ")).unwrap_or_default();
+        runs + &known.join(" ")
     };
     format!("base: {}; new: {}", side(&comparison.base), side(&comparison.new))
 }

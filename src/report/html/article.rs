@@ -1,10 +1,12 @@
 //! One case of the page: what it is, what came out, the charts, and what a reader needs to judge and repeat it.
 
-use super::{Part, prose, table, text};
+use super::{Part, badge, changes, head_cell, texts};
 use crate::record::{Record, Status};
 use crate::report::case::{self, Case};
-use crate::report::charts::Chart;
-use crate::report::{Options, columns, verdict};
+use crate::report::charts::{self, Chart};
+use crate::report::columns::{self, Extent, Row, Sheet};
+use crate::report::markup::{line, prose};
+use crate::report::{Options, verdict};
 
 pub fn article(part: &Part, options: &Options) -> String {
     let (number, case) = (part.number, &part.case);
@@ -12,14 +14,15 @@ pub fn article(part: &Part, options: &Options) -> String {
     let verdict =
         |verdict: &verdict::Verdict| format!("<p class=\"verdict\">{}</p>\n", prose(&sentence(&verdict.to_string())));
     let verdicts: String = verdict::verdicts(case, options.card_bytes).iter().map(verdict).collect();
-    let charts: String = part.charts.iter().map(|chart| figure(number, chart)).collect();
-    let charts = if charts.is_empty() { charts } else { format!("<div class=\"charts\">\n{charts}</div>\n") };
     format!(
-        "<article id=\"case-{number}\">\n<h2>{}</h2>\n<p class=\"scope\">{}</p>\n{verdicts}{}{charts}\
+        "<article id=\"case-{number}\">\n<h2>{}</h2>\n<p class=\"scope\">{}</p>\n{verdicts}{}{}{}{}\
          <div class=\"more\">\n{}{}{}</div>\n</article>\n",
-        text(&model),
+        line(&model),
         prose(&scope),
-        table(&columns::sheet(case, false)),
+        table(&columns::sheet(case, Extent { wide: options.wide, changes: false })),
+        changes::changes(part),
+        figures(part),
+        texts::texts(case),
         section("Warnings", &warnings(case)),
         environments(case),
         section("To repeat it", &commands(case.records)),
@@ -35,26 +38,74 @@ pub(super) fn heading(case: &Case) -> (String, String) {
     }
 }
 
-/// With a capital, where that changes no name, and a full stop.
+/// With a full stop.
 fn sentence(verdict: &str) -> String {
     format!("{}.", verdict.trim_end_matches('.'))
 }
 
+fn figures(part: &Part) -> String {
+    let charts: String = part.charts.iter().map(|chart| figure(part.number, chart)).collect();
+    let left_out = charts::left_out(&part.case).map(|note| format!("<p class=\"notes\">{}.</p>\n", line(&note)));
+    match charts.is_empty() {
+        true => charts,
+        false => format!("{}<div class=\"charts\">\n{charts}</div>\n", left_out.unwrap_or_default()),
+    }
+}
+
+/// A chart; the numbers behind it open over the page, so that nothing moves.
 fn figure(number: usize, chart: &Chart) -> String {
     let id = format!("c{number}-{}", chart.name);
-    let head: String = chart.headers.iter().map(|header| format!("<th scope=\"col\">{}</th>", text(header))).collect();
+    let head: String = chart.headers.iter().map(|header| format!("<th scope=\"col\">{}</th>", line(header))).collect();
     let row = |row: &Vec<String>| {
-        let cells: String = row.iter().map(|cell| format!("<td>{}</td>", text(cell))).collect();
+        let cells: String = row.iter().map(|cell| format!("<td>{}</td>", line(cell))).collect();
         format!("<tr>{cells}</tr>")
     };
     let rows: String = chart.rows.iter().map(row).collect();
+    let note = chart.note.as_ref().map(|note| format!("<p class=\"hint\">{}</p>\n", line(note))).unwrap_or_default();
+    let title = line(&chart.title);
     format!(
-        "<figure class=\"{}\">\n<h3>{}</h3>\n{}<details><summary>Numbers</summary>\n<div class=\"scroll\"><table><thead><tr>{head}</tr></thead>\
-         <tbody>{rows}</tbody></table></div></details>\n</figure>\n",
+        "<figure class=\"{}\">\n<h3>{title}</h3>\n{note}{}<button type=\"button\" popovertarget=\"{id}-n\">Numbers</button>\n\
+         <div popover id=\"{id}-n\"><h4>{title}</h4>\n<div class=\"numbers\"><table><thead><tr>{head}</tr></thead>\
+         <tbody>{rows}</tbody></table></div></div>\n</figure>\n",
         chart.name,
-        text(&chart.title),
         chart.inline(&id),
     )
+}
+
+/// The rows of the readable table, with units under the names and notes below.
+fn table(sheet: &Sheet) -> String {
+    let head: String = sheet.headers.iter().map(|(name, unit)| head_cell(name, unit)).collect();
+    let row = |row: &Row| {
+        let short = line(&row.short_run);
+        let run = row.run.as_ref().map(|run| format!("<td class=\"name\" title=\"{}\">{short}</td>", line(run)));
+        let run = run.unwrap_or_default();
+        let width = sheet.headers.len() - 1 - usize::from(row.run.is_some());
+        let cells = match &row.values {
+            Ok(values) => values.iter().map(|value| format!("<td>{}</td>", cell(value))).collect(),
+            Err(status) => format!("<td class=\"reason\" colspan=\"{width}\">{}</td>", line(status)),
+        };
+        let (name, is_tainted) = match row.precision.strip_suffix(columns::TAINTED) {
+            Some(name) => (name, true),
+            None => (row.precision.as_str(), false),
+        };
+        format!("<tr><th scope=\"row\">{}{}</th>{run}{cells}</tr>\n", line(name), badge(is_tainted))
+    };
+    let rows: String = sheet.rows.iter().map(row).collect();
+    let notes = match sheet.notes.as_slice() {
+        [] => String::new(),
+        notes => format!("<p class=\"notes\">{}.</p>\n", line(&notes.join(". "))),
+    };
+    format!(
+        "<div class=\"scroll\"><table class=\"wide\">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n{notes}"
+    )
+}
+
+/// An interval stands below its number.
+fn cell(value: &str) -> String {
+    match value.split_once(" [") {
+        Some((number, ends)) => format!("{} <small>[{}</small>", line(number), line(ends)),
+        None => line(value),
+    }
 }
 
 fn section(title: &str, body: &str) -> String {
@@ -68,7 +119,7 @@ fn warnings(case: &Case) -> String {
 
 fn commands(records: &[Record]) -> String {
     // A word is not broken at its hyphens: a line that begins with `-warmup` misleads.
-    let word = |word: &str| format!("<span>{}</span>", text(word));
+    let word = |word: &str| format!("<span>{}</span>", line(word));
     let command = |command: &&str| command.split(' ').map(word).collect::<Vec<_>>().join(" ");
     let commands: Vec<String> = case::commands(records).iter().map(command).collect();
     if commands.is_empty() { String::new() } else { format!("<pre><code>{}</code></pre>\n", commands.join("\n")) }
@@ -77,7 +128,7 @@ fn commands(records: &[Record]) -> String {
 /// A section for each run.
 fn environments(case: &Case) -> String {
     let title = |run: &case::Run| match case.names_run {
-        true => text(&format!("Environment of {}", run.label)),
+        true => line(&format!("Environment of {}", run.label)),
         false => "Environment".to_owned(),
     };
     case.runs.iter().map(|run| section(&title(run), &environment(run.records))).collect()
@@ -111,7 +162,7 @@ fn environment(records: &[Record]) -> String {
         ("time", first.timestamp.clone()),
     ];
     let known = facts.iter().filter(|(_, value)| !value.trim().is_empty());
-    let items: String = known.map(|(name, value)| format!("<dt>{name}</dt><dd>{}</dd>\n", text(value))).collect();
+    let items: String = known.map(|(name, value)| format!("<dt>{name}</dt><dd>{}</dd>\n", line(value))).collect();
     format!("<dl>\n{items}</dl>\n")
 }
 
@@ -129,5 +180,9 @@ fn repeats(records: &[Record]) -> String {
     };
     let order = first.protocol.order.replace('_', " ");
     let order = if order.is_empty() { order } else { format!(", {order}") };
-    format!("{n} after {} of warm-up{order}", first.protocol.n_warmup)
+    let warmup = match first.protocol.n_warmup {
+        0 => String::new(),
+        n_warmup => format!(" after {n_warmup} of warm-up"),
+    };
+    format!("{n}{warmup}{order}")
 }

@@ -3,4 +3,4 @@
 
 pub mod github_action;
 pub mod llama_bench;
-pub mod seed;
+pub mod summary;

@@ -19,18 +19,22 @@ pub fn fit(records: &[&Record], card_bytes: u64) -> String {
         let held = |record: &&&Record| needed(record).map(|bytes| bytes <= card_bytes) == wanted;
         records.iter().filter(held).copied().collect::<Vec<_>>()
     };
-    let says = |records: Vec<&Record>, one: &str, many: &str| match records.len() {
-        0 => None,
-        1 => Some(format!("{} {one}", names(&records))),
-        _ => Some(format!("{} {many}", names(&records))),
-    };
-    let parts = [
-        says(with(Some(true)), "fits", "fit"),
-        says(with(Some(false)), "does not", "do not"),
-        says(with(None), "is not known to", "are not known to"),
+    // The verb for one and for many, and the same behind a first part that has said what it is about.
+    let groups = [
+        (with(Some(true)), ["fits", "fit"], ["fits", "fit"]),
+        (with(Some(false)), ["does not fit", "do not fit"], ["does not", "do not"]),
+        (with(None), ["is not known to fit", "are not known to fit"], ["is not known to", "are not known to"]),
     ];
-    let parts: Vec<_> = parts.into_iter().flatten().collect();
-    format!("; into {:.2} GiB {}", card_bytes as f64 / GIB, parts.join(", "))
+    let known = groups.into_iter().filter(|(records, ..)| !records.is_empty());
+    let part = |(at, (records, whole, short)): (usize, (Vec<&Record>, [&str; 2], [&str; 2]))| {
+        let is_many = usize::from(records.len() > 1);
+        match at {
+            0 => format!("{} {} in {:.2} GiB", names(&records), whole[is_many], card_bytes as f64 / GIB),
+            _ => format!("{} {}", names(&records), short[is_many]),
+        }
+    };
+    let parts: Vec<String> = known.enumerate().map(part).collect();
+    format!("; {}", parts.join(", "))
 }
 
 /// What the precision with the lowest peak saves, where speed names none.
@@ -43,7 +47,7 @@ pub fn least_memory(records: &[&Record]) -> String {
     }
 }
 
-/// Peak memory of each record below fp16's; differences that two decimals of a GiB do not show are not told.
+/// Peak memory of each record below fp16's; differences that two decimals of a GiB do not show are left out.
 pub fn saving(fp16: &Record, records: &[&Record]) -> String {
     let one = |record: &&Record| {
         let (peak, of) = (record.memory.peak_bytes? as f64 / GIB, fp16.memory.peak_bytes? as f64 / GIB);

@@ -5,18 +5,18 @@ use crate::record::Record;
 
 /// Of every precision that it was measured for; fp16 is what the others are held against, and has its own words where it is alone.
 pub fn cost(ok: &[&Record]) -> String {
-    let told = ok.iter().filter(|record| !record.is_fp16() || ok.len() == 1);
-    list(told.filter_map(|record| one(record)))
+    let shown = ok.iter().filter(|record| !record.is_fp16() || ok.len() == 1);
+    list(shown.filter_map(|record| one(record)))
 }
 
 fn one(record: &Record) -> Option<String> {
     let quality = record.quality.as_ref()?;
     let agreement = 100.0 * quality.top1_agreement;
     let perplexity = if record.is_fp16() { String::new() } else { perplexity(record) };
-    Some(format!("{} agrees with the reference on {agreement:.1} % of next tokens{perplexity}", record.precision))
+    Some(format!("{} agrees with the fp32 reference on {agreement:.1} % of next tokens{perplexity}", record.precision))
 }
 
-/// A perplexity that the interval cannot tell from fp16's is called so.
+/// A perplexity whose interval includes fp16's is marked so.
 fn perplexity(record: &Record) -> String {
     let Some(quality) = &record.quality else { return String::new() };
     let interval = quality.perplexity_ratio_ci95_low.zip(quality.perplexity_ratio_ci95_high);

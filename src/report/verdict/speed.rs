@@ -1,11 +1,11 @@
-//! Which precision decodes fastest, by how much, and what these runs cannot tell: every record that is ok is named.
+//! The fastest precision at decoding, by how much, and what these runs leave open: every record that is ok is named.
 
 use super::memory::{least_memory, saving};
 use super::{names, why};
 use crate::record::{Record, Summary};
 use crate::report::case;
 
-/// A ratio whose whole interval lies this close to 1 is called no difference; a wider one that spans 1 tells nothing.
+/// A ratio whose whole interval lies this close to 1 is called no difference; a wider one that spans 1 decides nothing.
 const NO_DIFFERENCE: f64 = 0.05;
 
 /// Of one run. `ok` holds its records with a sound result.

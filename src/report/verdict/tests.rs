@@ -3,7 +3,7 @@
 use super::*;
 use crate::record::{Document, Ratio, Summary};
 
-const SCOPE: &str = " (quantbench, this machine, batch 1, these lengths, random weights)";
+const SCOPE: &str = " (batch 1, 8+5 tokens, random weights)";
 
 type Interval = Option<(f64, f64)>;
 
@@ -259,7 +259,7 @@ fn rows_of_another_tool_name_it() {
         (r[0].engine.name, r[0].weights.source) = ("llama.cpp".into(), "local".into());
         (r[0].bandwidth.mbu, r[0].workload.batch_size) = (None, 4);
     });
-    let scope = " (llama.cpp, its machine, batch 4, these lengths, these weights)";
+    let scope = " (llama.cpp, batch 4, 8+5 tokens)";
     assert_eq!(theirs, format!("nf4 decodes 40.0 tokens/s [39.6, 40.4]{scope}"));
 }
 
@@ -313,13 +313,13 @@ fn a_card_is_filled_or_not() {
     records.iter_mut().zip(peaks).for_each(|(record, peak)| record.memory.peak_bytes = peak);
     (records[2].memory.weights_bytes, records[2].memory.kv_cache_bytes) = (Some(1 << 30), Some(1 << 20));
     let fit = |records: &[Record]| memory::fit(&records.iter().collect::<Vec<_>>(), 2 << 30);
-    assert_eq!(fit(&records), "; into 2.00 GiB int8 and nf4 fit, fp16 does not");
+    assert_eq!(fit(&records), "; int8 and nf4 fit in 2.00 GiB, fp16 does not");
     (records[0].status, records[2].memory.weights_bytes) = (Status::Oom, None);
-    assert_eq!(fit(&records), "; into 2.00 GiB int8 fits, fp16 and nf4 are not known to");
+    assert_eq!(fit(&records), "; int8 fits in 2.00 GiB, fp16 and nf4 are not known to");
     records[0].memory.wanted_bytes = Some(3 << 30);
-    assert_eq!(fit(&records), "; into 2.00 GiB int8 fits, fp16 does not, nf4 is not known to");
+    assert_eq!(fit(&records), "; int8 fits in 2.00 GiB, fp16 does not, nf4 is not known to");
     records[1].memory.peak_bytes = Some(3 << 30);
-    assert_eq!(fit(&records), "; into 2.00 GiB fp16 and int8 do not, nf4 is not known to");
+    assert_eq!(fit(&records), "; fp16 and int8 do not fit in 2.00 GiB, nf4 is not known to");
 }
 
 #[test]
@@ -328,8 +328,8 @@ fn the_card_is_the_records_own_unless_another_is_named() {
     records.iter_mut().for_each(|record| record.card_bytes = Some(2 << 30));
     let document = Document { schema_version: 1, records };
     let cases = case::cases(&document);
-    assert!(verdicts(&cases[0], None)[0].to_string().contains("into 2.00 GiB nf4 fits, fp16 and int8 do not"));
-    assert!(verdicts(&cases[0], Some(1 << 30))[0].to_string().contains("into 1.00 GiB fp16, int8 and nf4 do not"));
+    assert!(verdicts(&cases[0], None)[0].to_string().contains("nf4 fits in 2.00 GiB, fp16 and int8 do not"));
+    assert!(verdicts(&cases[0], Some(1 << 30))[0].to_string().contains("fp16, int8 and nf4 do not fit in 1.00 GiB"));
 }
 
 #[test]

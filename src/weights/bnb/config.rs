@@ -20,7 +20,7 @@ pub struct PreQuantized {
 }
 
 impl PreQuantized {
-    /// `None` where config.json tells of no quantization. Fails with [`BadInput`] on another method than bitsandbytes' and
+    /// `None` where config.json describes no quantization. Fails with [`BadInput`] on another method than bitsandbytes' and
     /// on variants of it that are not known here.
     pub fn of(config: &Value) -> Result<Option<Self>> {
         let Some((section, method)) = section_of(config) else { return Ok(None) };
@@ -76,7 +76,7 @@ fn format_of(section: &Value) -> Result<FormatId, BadInput> {
     }
 }
 
-/// The section of config.json that tells of a quantization, and its method.
+/// The section of config.json that describes a quantization, and its method.
 fn section_of(config: &Value) -> Option<(&Value, String)> {
     let section = |key: &&str| config.get(*key).filter(|section| section.is_object());
     let (key, section) = SECTIONS.iter().find_map(|key| Some((*key, section(key)?)))?;

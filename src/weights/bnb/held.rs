@@ -1,4 +1,4 @@
-//! What a checkpoint's tensors are quantized into, told by their names and dtypes.
+//! Recognizes the format of a checkpoint's quantized tensors by their names and dtypes.
 
 use safetensors::Dtype;
 
@@ -6,7 +6,7 @@ use super::{forms, name_of};
 use crate::quant::{FORMATS, FormatId};
 use crate::weights::safetensors::Safetensors;
 
-/// Keys of config.json that tell of a quantization.
+/// Keys of config.json that describe a quantization.
 pub const SECTIONS: &[&str] = &["quantization_config", "compression_config", "quantization"];
 
 /// What bitsandbytes saves of a 4-bit matrix in floating-point codes, which no format here has.

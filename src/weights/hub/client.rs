@@ -32,7 +32,7 @@ pub struct Metadata {
     pub commit: String,
     /// By which the cache names the content; the SHA-256 of what is stored as a large file.
     pub etag: String,
-    /// `None` where the hub does not tell.
+    /// `None` where the hub does not report it.
     pub bytes: Option<u64>,
 }
 
@@ -40,7 +40,7 @@ pub struct Metadata {
 pub struct Content {
     /// 0 where the server ignores ranges.
     pub from: u64,
-    /// Of the whole file, where it is told.
+    /// Bytes of the whole file, where the hub reports them.
     pub total: Option<u64>,
     pub is_web_page: bool,
     pub reader: BodyReader<'static>,
@@ -168,7 +168,7 @@ fn range(header: &str) -> Option<(u64, Option<u64>)> {
     Some((part.split_once('-')?.0.trim().parse().ok()?, total.trim().parse().ok()))
 }
 
-/// What the answers to one question told.
+/// Facts from the answers to one request.
 #[derive(Default)]
 struct Known {
     commit: Option<String>,

@@ -117,7 +117,7 @@ impl Remote<'_> {
             }
             let total = metadata.bytes.or(content.total);
             let mut bar = Bar::begin(format!("download {name}"), total, self.events);
-            bar.tell(part.bytes, 1);
+            bar.report(part.bytes, 1);
             self.read(content, part, total, &mut bar)?;
         }
         part.check(metadata)
@@ -134,13 +134,13 @@ impl Remote<'_> {
                         return Err(Refusal::Corrupt { reason: "more bytes came than it has".to_owned() });
                     }
                     part.append(&buffer[..n]).map_err(|error| Refusal::of_cache(self.cache.path(), error))?;
-                    bar.tell(part.bytes, PROGRESS_BYTES);
+                    bar.report(part.bytes, PROGRESS_BYTES);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(Refusal::Interrupted { reason: error.to_string() }),
             }
         }
-        bar.tell(part.bytes, 1);
+        bar.report(part.bytes, 1);
         match total {
             Some(total) if part.bytes < total => {
                 Err(Refusal::Interrupted { reason: format!("{} bytes came of {total}", part.bytes) })
@@ -226,19 +226,19 @@ fn is_sha256(etag: &str) -> bool {
 /// A phase of a download as events; it ends when it is dropped, also where a download fails.
 struct Bar<'a> {
     events: &'a dyn Listener,
-    told: u64,
+    reported: u64,
 }
 
 impl<'a> Bar<'a> {
     fn begin(label: String, total: Option<u64>, events: &'a dyn Listener) -> Self {
         events.on(Event::Begin { label, total: total.unwrap_or(0), unit: Unit::Bytes });
-        Self { events, told: 0 }
+        Self { events, reported: 0 }
     }
 
-    /// Tells of `done` bytes where they are at least `step` more than it told before.
-    fn tell(&mut self, done: u64, step: u64) {
-        if done >= self.told + step {
-            self.told = done;
+    /// Reports `done` bytes where they are at least `step` more than the last report.
+    fn report(&mut self, done: u64, step: u64) {
+        if done >= self.reported + step {
+            self.reported = done;
             self.events.on(Event::Progress { done });
         }
     }

@@ -30,9 +30,10 @@ const DEFAULT_REVISION: &str = "main";
 
 /// Files that a model may have beside config.json and its weights. Those that are there are read: what one of them says may change
 /// what is computed.
-const OPTIONAL: [&str; 7] = [
+const OPTIONAL: [&str; 8] = [
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "added_tokens.json",
     "special_tokens_map.json",
     "generation_config.json",

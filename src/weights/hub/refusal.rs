@@ -1,4 +1,4 @@
-//! Why the hub did not give a file, told apart by status and `X-Error-Code`, and what may be tried again.
+//! Reasons why the hub did not give a file, by status and `X-Error-Code`, and which may be retried.
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -53,7 +53,7 @@ impl Answer {
     }
 }
 
-/// `Retry-After: SECONDS`, or the `t=SECONDS` of `RateLimit`, which tells when the count begins anew.
+/// `Retry-After: SECONDS`, or the `t=SECONDS` of `RateLimit`, which is the time until the count is reset.
 fn asked_pause(headers: &HeaderMap) -> Option<Duration> {
     let limit = text(headers, "ratelimit").filter(|limit| limit.split(';').any(|part| part.trim() == "r=0"));
     let reset = limit.as_deref().and_then(|limit| limit.split(';').find_map(|part| part.trim().strip_prefix("t=")));

@@ -14,7 +14,7 @@ use crate::events::Listener;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RemoteFile {
     pub name: String,
-    /// `None` where the hub does not tell.
+    /// `None` where the hub does not report it.
     pub bytes: Option<u64>,
     pub is_cached: bool,
 }

@@ -44,7 +44,7 @@ pub fn read_header(path: &Path) -> Result<(Shard, Metadata)> {
     match expected {
         Some(expected) if expected == bytes => Ok((Shard { file, name, bytes, data_start }, metadata)),
         Some(expected) if expected > bytes => {
-            Err(bad(format!("it is truncated: {bytes} bytes, its header tells of {expected}")).into())
+            Err(bad(format!("it is truncated: {bytes} bytes, its header announces {expected}")).into())
         }
         _ => Err(bad(format!("{bytes} bytes, but its tensors end before the file does")).into()),
     }

@@ -2,6 +2,7 @@
 //! reads them.
 
 mod added;
+mod chat;
 mod class;
 mod settings;
 
@@ -10,6 +11,7 @@ use std::path::Path;
 use anyhow::Result;
 use tokenizers::Tokenizer;
 
+pub use self::chat::{ChatTemplate, Message};
 use self::class::Class;
 use self::settings::TokenizerSettings;
 pub(super) use self::settings::shortened;

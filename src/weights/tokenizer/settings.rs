@@ -147,9 +147,9 @@ mod tests {
         });
         let Value::Object(config) = config else { unreachable!("written so above") };
         let settings = TokenizerSettings { config, added_tokens: Map::new(), special_tokens: Map::new() };
-        let told: Vec<String> = settings.unapplied().collect();
+        let unapplied: Vec<String> = settings.unapplied().collect();
         assert_eq!(
-            told,
+            unapplied,
             [
                 "`do_lower_case` of tokenizer_config.json is `true`, which is not applied",
                 "`n` of tokenizer_config.json is `0`, which is not applied"

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-/// What the samples of a picture are.
+/// Meaning of the samples of a picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Colors {
     Grey,
@@ -15,7 +15,7 @@ pub enum Colors {
 /// A segment between two markers.
 struct Segment<'a> {
     marker: u8,
-    /// What follows the length.
+    /// Bytes after the length.
     content: &'a [u8],
     /// In the file, marker and length included.
     place: Range<usize>,
@@ -50,16 +50,17 @@ fn segments(file: &[u8]) -> impl Iterator<Item = Segment<'_>> {
     })
 }
 
-/// Whether the markers of `file` lead to the end of the image: the decoder fills what is missing with grey, where Pillow refuses it.
+/// True where the markers of `file` lead to the end of the image. The decoder fills missing data with grey, where Pillow
+/// refuses it.
 ///
-/// Walking them, not looking for the last two bytes, tells the picture's own end from that of a thumbnail in its Exif
-/// data, and lets bytes follow it as cameras write them.
+/// Walking the markers separates the picture's own end from that of a thumbnail in its Exif data, and lets bytes follow it as
+/// cameras write them.
 pub fn is_whole(file: &[u8]) -> bool {
     segments(file).any(|segment| segment.marker == END_OF_IMAGE)
 }
 
-/// What the samples mean, by libjpeg's rules (`default_decompress_parms`), which Pillow goes by: JFIF counts before Adobe's marker,
-/// and that before the components' names. `None` where there are two components or none.
+/// Meaning of the samples by libjpeg's rules (`default_decompress_parms`), which Pillow follows: JFIF counts before Adobe's
+/// marker, and that before the components' names. `None` where there are two components or none.
 pub fn colors(file: &[u8]) -> Option<Colors> {
     let mut is_jfif = false;
     let mut adobe = None;

@@ -10,7 +10,7 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 
 use self::markers::Colors;
 
-/// A picture as it is stored, with what tells how it is turned.
+/// A picture as it is stored, with its orientation.
 pub struct Decoded {
     pub picture: RgbImage,
     pub exif: Option<Vec<u8>>,

@@ -238,7 +238,7 @@ fn serve(shared: &Shared, index: usize, mask: Option<Mask>) {
 fn placement(threads: usize) -> (Option<usize>, Option<Vec<usize>>) {
     let cores = cores();
     if cores.is_empty() {
-        // The system does not tell; assume that the user does not ask for more threads than cores.
+        // The system does not report it; assume that the user does not ask for more threads than cores.
         return (None, Some(Vec::new()));
     }
     if threads > cores.len() {

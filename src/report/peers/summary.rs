@@ -1,4 +1,4 @@
-//! The summary of the benchmark that this program grew from: eight columns, medians where it had one run.
+//! A summary of eight columns, as simple benchmark scripts print them, with medians in place of single runs.
 
 use anyhow::Result;
 
@@ -8,14 +8,14 @@ use crate::report::grid::{self, Line};
 use crate::report::{Options, Writer, csv};
 
 pub const WRITER: Writer = Writer {
-    name: "seed",
+    name: "summary",
     extensions: &[],
-    doc: "total and per-token latency, tokens/s, memory at start, end and peak: one table of all rows",
+    doc: "total and per-token latency, tokens/s, memory at start, end and peak: one table of all records",
     write: write_table,
 };
 
 pub const CSV_WRITER: Writer =
-    Writer { name: "seed-csv", extensions: &[], doc: "the same columns as CSV", write: write_csv };
+    Writer { name: "summary-csv", extensions: &[], doc: "the same columns as CSV", write: write_csv };
 
 /// Name as CSV has it, name and unit as the table has them, decimals, and the value.
 type Column = (&'static str, &'static str, &'static str, usize, fn(&Record) -> Option<f64>);

@@ -1,10 +1,11 @@
 //! The HTML report: whole in itself, small, readable without colour or sight, and without an error in a browser.
 
+mod browser;
+mod devtools;
+#[path = "../skips/mod.rs"]
 mod skips;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::{env, fs};
+use std::fs;
 
 use quantbench::record::{Document, Status};
 use quantbench::report::{self, Options};
@@ -43,11 +44,14 @@ fn twelve_cases() -> Document {
 }
 
 /// Elements that have no end tag.
-const VOID: &[&str] = &["meta", "link", "rect", "line", "circle", "polygon", "polyline", "path", "!doctype"];
+const VOID: &[&str] = &["meta", "link", "input", "rect", "line", "circle", "polygon", "polyline", "path", "!doctype"];
 
 /// Names of elements that were opened and not closed where they had to be.
 fn unbalanced(html: &str) -> Vec<String> {
     let (mut open, mut wrong) = (Vec::new(), Vec::new());
+    // A script is no markup up to its end tag.
+    let html: String =
+        html.split("<script").map(|part| part.split_once("</script>").map_or(part, |(_, rest)| rest)).collect();
     for tag in html.split('<').skip(1).filter_map(|rest| rest.split('>').next()) {
         let name =
             tag.trim_start_matches('/').split([' ', '\n']).next().unwrap_or_default().trim_end_matches('/').to_owned();
@@ -71,9 +75,10 @@ fn pages_are_whole_in_themselves() {
     for name in EXAMPLES {
         let html = page(&example(name));
         assert_eq!(unbalanced(&html), Vec::<String>::new(), "{name}");
-        for word in ["http:", "https:", "src=", "@import", "url(", "<script"] {
+        for word in ["http:", "https:", "src=", "@import", "url(", "fetch(", "XMLHttp"] {
             assert!(!html.contains(word), "{name}: `{word}`");
         }
+        assert_eq!(html.matches("<script").count(), 2, "{name}: the data and the script");
         assert!(!html.contains("NaN") && !html.contains("inf\""), "{name}");
     }
 }
@@ -83,7 +88,7 @@ fn every_chart_has_words_and_numbers() {
     for name in EXAMPLES {
         let html = page(&example(name));
         let charts = html.matches("<svg").count();
-        for mark in ["role=\"img\"", "<title id=", "<desc id=", "<figure", "<summary>Numbers</summary>"] {
+        for mark in ["role=\"img\"", "<title id=", "<desc id=", "<figure", ">Numbers</button>", "<div popover id="] {
             assert_eq!(html.matches(mark).count(), charts, "{name}: {mark}");
         }
         let mut ids: Vec<&str> = html.split(" id=\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
@@ -93,13 +98,20 @@ fn every_chart_has_words_and_numbers() {
         assert_eq!(ids.len(), n, "{name}: an id stands twice");
     }
     let html = page(&example("with_quality"));
-    for title in ["Latency, end to end, s", "Decode speed, tokens/s", "Peak memory, GiB", "Speed, memory and quality"] {
-        assert!(html.contains(title), "{title}");
-    }
-    for title in
-        ["Time of a decode step, ms", "Bandwidth of decoding, GB/s", "What the memory holds, GiB", "To repeat it"]
-    {
-        assert!(html.contains(title), "{title}");
+    for title in [
+        "Decode speed, tokens/s",
+        "Speed against memory",
+        "Time to first token, ms",
+        "Prompt speed, tokens/s",
+        "Latency, end to end, s",
+        "KL divergence, nats/token",
+        "Peak memory by part, GiB",
+        "Latency per token over the repeats, ms",
+        "Time of a decode step, ms",
+        "Bandwidth of decoding, GB/s",
+        "To repeat it",
+    ] {
+        assert!(html.contains(&format!("<h3>{title}</h3>")), "{title}");
     }
 }
 
@@ -129,25 +141,87 @@ fn runs_of_one_model_are_told_apart() {
     ] {
         assert!(html.contains(name), "{name}");
     }
-    assert!(html.contains("change<small>of decode</small>") && !html.contains("nf4 and nf4"), "{html}");
+    assert!(
+        html.contains("title=\"#2 2026-01-02T00:00:00Z, fedcba9\">#2</td>") && !html.contains("nf4 and nf4"),
+        "{html}"
+    );
 }
 
 #[test]
 fn what_was_disturbed_is_marked() {
     let html = page(&example("tainted"));
     assert!(
-        html.contains("<th scope=\"row\">nf4*</th>") && html.contains("* something disturbed this measurement"),
+        html.contains("<th scope=\"row\">nf4<abbr class=\"badge\"")
+            && html.contains("* something disturbed this measurement"),
         "{html}"
     );
-    assert!(html.contains("<code>--threads</code>") && !html.contains('`'), "{html}");
+    let shown = html.split("<script").next().expect("the page before its script");
+    assert!(shown.contains("<code>--threads</code>") && !shown.contains('`'), "{shown}");
     assert!(!page(&example("three_precisions")).contains("something disturbed"));
 }
 
 #[test]
-fn a_chart_of_quality_is_one_only_where_it_was_measured() {
+fn a_chart_is_there_only_where_it_has_data() {
     let (with, without) = (page(&example("with_quality")), page(&example("three_precisions")));
-    assert!(with.contains("<h3>Speed, memory and quality: a larger point departs more from the reference</h3>"));
-    assert!(without.contains("<h3>Speed and memory</h3>") && !without.contains("Speed, memory and quality"));
+    assert!(with.contains("class=\"divergence\"") && !without.contains("class=\"divergence\""));
+    assert!(!with.contains("class=\"energy\""));
+    let mut document = example("three_precisions");
+    for record in &mut document.records {
+        let summary = record.metrics["decode_tps"].clone();
+        record.metrics.insert("joules_per_token".into(), summary);
+    }
+    assert!(page(&document).contains("<h3>Energy, J/token</h3>"));
+    // Parts sum up to the peak: the chart of the peak alone is for records without parts.
+    assert!(!without.contains("class=\"peak-memory\""));
+    document.records.iter_mut().for_each(|record| record.memory.kv_cache_bytes = None);
+    assert!(page(&document).contains("class=\"peak-memory\""));
+}
+
+#[test]
+fn later_runs_show_what_they_changed() {
+    let html = page(&example("two_runs"));
+    assert_eq!(html.matches("<section class=\"changes\">").count(), 1, "{html}");
+    let changes = html.split("<section class=\"changes\">").nth(1).and_then(|rest| rest.split("</section>").next());
+    let changes = changes.expect("the changes");
+    assert!(
+        changes.contains("<h3>#1 2026-01-01T00:00:00Z, 0123abc → #2 2026-01-02T00:00:00Z, fedcba9</h3>"),
+        "{changes}"
+    );
+    for word in ["decode<small>tokens/s</small>", "TTFT<small>ms</small>", "peak<small>GiB</small>", " %]</td>"] {
+        assert!(changes.contains(word), "{word}: {changes}");
+    }
+    assert!(!page(&example("three_precisions")).contains("<section class=\"changes\">"));
+}
+
+#[test]
+fn many_runs_make_a_trend_and_charts_of_the_newest() {
+    let html = page(&browser::seven_runs());
+    assert!(html.contains("<h3>Decode speed over the runs, tokens/s</h3>"));
+    assert!(html.contains("7 runs in order of time, from 2026-01-01 to 2026-01-07"));
+    assert!(html.contains("The charts but the trend show the newest of 7 runs: #7 2026-01-07T00:00:00Z, 7777abc."));
+    // Three bars and not 21, and one table of changes, from the first to the newest.
+    let speed = html.split("<figure class=\"speed\">").nth(1).and_then(|rest| rest.split("</svg>").next());
+    assert_eq!(speed.expect("a chart").matches("<rect").count(), 3);
+    assert_eq!(html.matches("<section class=\"changes\">").count(), 1);
+    assert!(!page(&example("two_runs")).contains("class=\"trend\""));
+}
+
+#[test]
+fn texts_stand_side_by_side() {
+    let mut document = example("three_precisions");
+    for (record, text) in document.records.iter_mut().zip(["A cat\nsat.", "A cat\nsat.", "A c<b>ow</b>"]) {
+        record.output.text = Some(text.into());
+    }
+    let html = page(&document);
+    assert!(
+        html.contains("<h4>fp16</h4><p>A cat\nsat.</p>") && html.contains("<h4>int8</h4><p>A cat\nsat.</p>"),
+        "{html}"
+    );
+    assert!(html.contains("<h4>nf4</h4><p>A c<mark>&lt;b&gt;ow&lt;/b&gt;</mark></p>"), "{html}");
+    assert!(html.contains("Marked from where it departs from fp16."));
+    document.records[2].output.text = document.records[0].output.text.clone();
+    assert!(page(&document).contains("All wrote the same."));
+    assert!(!page(&example("three_precisions")).contains("Generated text"));
 }
 
 #[test]
@@ -163,25 +237,28 @@ fn names_from_outside_are_text() {
     document.records[1].reason = Some("<i>why</i>".into());
     let html = page(&document);
     assert_eq!(unbalanced(&html), Vec::<String>::new());
-    for word in ["<script", "<b>", "<img", "<i>"] {
+    for word in ["<b>", "<img", "<i>"] {
         assert!(!html.contains(word), "{word}");
     }
-    for (_, svg) in report::pictures(&document).expect("charts") {
+    assert_eq!(html.matches("<script").count(), 2);
+    for (_, svg) in report::pictures(&document) {
         assert!(!svg.contains("<b>"), "{svg}");
     }
 }
 
 #[test]
-fn twelve_cases_are_below_a_megabyte() {
-    let html = page(&twelve_cases());
-    assert!(html.len() < 1 << 20, "{} bytes", html.len());
+fn the_page_of_twelve_cases_is_little_more_than_its_data() {
+    let document = twelve_cases();
+    let html = page(&document);
+    let data = serde_json::to_string(&document).expect("JSON").len();
+    assert!(html.len() - data < 1 << 20, "{} bytes beside {data} of data", html.len() - data);
     assert_eq!(html.matches("<article").count(), 12);
-    assert_eq!(html.matches("<a href=\"#case-").count(), 12);
+    assert_eq!(html.matches("<tr data-case=").count() + html.matches("<tr class=\"again\" data-case=").count(), 36);
 }
 
 #[test]
 fn pictures_stand_alone() {
-    let pictures = report::pictures(&example("two_cases")).expect("charts");
+    let pictures = report::pictures(&example("two_cases"));
     let mut names: Vec<_> = pictures.iter().map(|(name, _)| name.clone()).collect();
     names.sort();
     names.dedup();
@@ -190,60 +267,5 @@ fn pictures_stand_alone() {
         assert!(name.ends_with(".svg") && !name.contains(['/', ' ']), "{name}");
         assert!(svg.starts_with("<svg") && !svg.contains("var(") && svg.contains("<desc id="), "{name}");
         assert_eq!(unbalanced(svg), Vec::<String>::new(), "{name}");
-    }
-}
-
-/// The browsers that this knows how to ask, by the names that distributions give them.
-const BROWSERS: &[&str] = &[
-    "chromium-headless-shell",
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "chrome-headless-shell",
-];
-
-fn browser() -> Option<PathBuf> {
-    let folders = env::var_os("PATH")?;
-    let folders: Vec<PathBuf> = env::split_paths(&folders).collect();
-    BROWSERS.iter().flat_map(|name| folders.iter().map(move |folder| folder.join(name))).find(|path| path.is_file())
-}
-
-/// Opens `file` as a user would and gives what the browser's console said.
-fn open(browser: &Path, file: &Path, width: u32, picture: &Path) -> String {
-    let mut command = Command::new(browser);
-    command.args([
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--enable-logging=stderr",
-        "--v=0",
-    ]);
-    command.arg(format!("--user-data-dir={}", picture.with_extension("profile").display()));
-    command.arg(format!("--window-size={width},1600")).arg(format!("--screenshot={}", picture.display()));
-    let output = command.arg(format!("file://{}", file.display())).output().expect("start the browser");
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-#[test]
-fn a_browser_shows_it_without_an_error() {
-    let Some(browser) = browser() else {
-        return skips::skip(format!("no headless browser in PATH; known are {}", BROWSERS.join(", ")));
-    };
-    let folder = tempfile::tempdir().expect("a folder");
-    for (name, document) in [("one", example("with_quality")), ("twelve", twelve_cases())] {
-        let file = folder.path().join(format!("{name}.html"));
-        fs::write(&file, page(&document)).expect("write the page");
-        for width in [1200, 500] {
-            let picture = folder.path().join(format!("{name}-{width}.png"));
-            let said = open(&browser, &file, width, &picture);
-            let console: Vec<_> = said.lines().filter(|line| line.contains("CONSOLE")).collect();
-            assert!(console.is_empty(), "{name} at {width}: {console:?}");
-            let png = fs::read(&picture).unwrap_or_else(|error| panic!("no picture of {name}: {error}\n{said}"));
-            // The PNG header holds the width in bytes 16 to 19; a blank page of this size compresses to some 8 KB.
-            assert_eq!(png.get(16..20), Some(&width.to_be_bytes()[..]), "{name}");
-            assert!(png.len() > 20_000, "{name} at {width}: {} bytes look blank", png.len());
-        }
     }
 }

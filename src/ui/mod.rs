@@ -1,14 +1,51 @@
 //! The only writer to the terminal: results on stdout, progress and errors on stderr.
 
+mod progress;
+
+pub use progress::Progress;
+
 use std::io::{self, ErrorKind, IsTerminal, Write};
-use std::sync::Mutex;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use clap::ColorChoice;
+use signal_hook::consts::SIGINT;
+use signal_hook::iterator::Signals;
 
 use crate::error;
-use crate::events::{Event, Listener, Unit};
-use crate::report;
+use crate::os::interrupt;
+use crate::report::{self, Terminal};
+
+/// What `--color` says.
+static COLOR: OnceLock<ColorChoice> = OnceLock::new();
+
+/// Decides about colour for the rest of the program.
+pub fn set_color(choice: ColorChoice) {
+    // The first one counts: there is one command line.
+    let _ = COLOR.set(choice);
+}
+
+/// Whether a stream is coloured: as `--color` says, else where it is a terminal that has colours and `NO_COLOR` is not set.
+fn is_coloured(is_terminal: bool) -> bool {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    match COLOR.get() {
+        Some(ColorChoice::Always) => true,
+        Some(ColorChoice::Never) => false,
+        Some(ColorChoice::Auto) | None => {
+            is_terminal && set("NO_COLOR").is_none() && set("TERM").is_none_or(|term| term != "dumb")
+        }
+    }
+}
+
+/// Columns and colour of stdout, for what people read there.
+pub fn terminal() -> Terminal {
+    let stdout = io::stdout();
+    let is_terminal = stdout.is_terminal();
+    let typed = || std::env::var("COLUMNS").ok()?.parse::<usize>().ok().filter(|columns| *columns > 0);
+    let seen = || terminal_size::terminal_size_of(&stdout).map(|(width, _)| usize::from(width.0));
+    let columns = if is_terminal { typed().or_else(seen) } else { None };
+    Terminal { columns, colour: is_coloured(is_terminal) }
+}
 
 /// Writes a result to stdout. A reader that closed its end has seen what it wanted: that is no error.
 pub fn print(text: &str) -> Result<()> {
@@ -28,6 +65,24 @@ pub fn print_measured(text: &str) -> Result<()> {
     printed
 }
 
+/// Lets the first Ctrl-C end the run behind the repeat that runs, and the second one at once.
+pub fn end_on_interrupt() {
+    // Where signals cannot be caught, the first one ends the program.
+    let Ok(mut signals) = Signals::new([SIGINT]) else { return };
+    std::thread::spawn(move || {
+        for (at, _) in signals.forever().enumerate() {
+            if at > 0 {
+                std::process::exit(INTERRUPTED.into());
+            }
+            interrupt::request();
+            note("stopping behind this run: what was measured is kept; Ctrl-C again ends at once");
+        }
+    });
+}
+
+/// The exit code of a run that the user ended, as shells have it.
+pub const INTERRUPTED: u8 = 130;
+
 /// Whether stdout is a terminal: what it shows is read by a person at once.
 pub fn shows_people() -> bool {
     io::stdout().is_terminal()
@@ -35,20 +90,24 @@ pub fn shows_people() -> bool {
 
 /// Writes a line about what happens to stderr.
 pub fn note(line: &str) {
-    // Where stderr is closed there is nobody left to tell.
+    // A closed stderr leaves nowhere to report the error.
     let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Writes an error, what caused it, and what to do about it to stderr.
 pub fn print_error(error: &anyhow::Error) {
-    // Where stderr is closed there is nobody left to tell.
+    // A closed stderr leaves nowhere to report the error.
     let words: Vec<String> = std::env::args().collect();
-    let _ = io::stderr().write_all(error_text(error, &words).as_bytes());
+    let mut text = error_text(error, &words);
+    if is_coloured(io::stderr().is_terminal()) {
+        text = with_coloured_labels(&text);
+    }
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 /// Writes to stderr what belongs beside a result that a program reads.
 pub fn print_aside(text: &str) {
-    // Where stderr is closed there is nobody left to tell.
+    // A closed stderr leaves nowhere to report the error.
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
@@ -63,6 +122,16 @@ fn error_text(error: &anyhow::Error, words: &[String]) -> String {
         text += &format!("\nhint: {}\n", with_own_options(&hint, words));
     }
     text
+}
+
+/// `error:` in red and `hint:` in green.
+fn with_coloured_labels(text: &str) -> String {
+    let coloured = |line: &str| match (line.strip_prefix("error:"), line.strip_prefix("hint:")) {
+        (Some(rest), _) => format!("\x1b[1;31merror:\x1b[0m{rest}\n"),
+        (_, Some(rest)) => format!("\x1b[1;32mhint:\x1b[0m{rest}\n"),
+        _ => format!("{line}\n"),
+    };
+    text.lines().map(coloured).collect()
 }
 
 /// How a command in a hint begins and ends that measures another model's shape instead.
@@ -86,84 +155,20 @@ fn shape_command(id: &str, words: &[String]) -> Option<String> {
     while let Some(word) = rest.next() {
         let (option, has_value) = word.split_once('=').map_or((word.as_str(), false), |(option, _)| (option, true));
         // A commit is one of a repository.
-        if !["--model-id", "--weights", "--revision"].contains(&option) {
+        if !["--model-id", "--model", "-m", "--weights", "--revision"].contains(&option) {
             command.push(word.clone());
             continue;
         }
         if !has_value {
             rest.next();
         }
-        if option == "--model-id" {
+        if ["--model-id", "--model", "-m"].contains(&option) {
             names_model = true;
             command.extend(["--model-id".to_owned(), id.to_owned()]);
         }
     }
     command.extend(["--weights", "random"].map(str::to_owned));
     names_model.then(|| command.iter().map(|word| report::quote(word)).collect::<Vec<_>>().join(" "))
-}
-
-/// Shows events as a progress bar on stderr; silent where stderr is no terminal.
-pub struct Progress {
-    shown: bool,
-    bar: Mutex<ProgressBar>,
-}
-
-impl Progress {
-    pub fn new(quiet: bool) -> Self {
-        Self { shown: !quiet && io::stderr().is_terminal(), bar: Mutex::new(ProgressBar::hidden()) }
-    }
-
-    /// A line above the bar.
-    fn warn(&self, line: &str) {
-        let bar = self.bar.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        bar.suspend(|| note(line));
-    }
-
-    fn begin(label: String, total: u64, unit: Unit) -> ProgressBar {
-        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(10));
-        bar.set_style(style(unit));
-        bar.set_message(label);
-        bar
-    }
-}
-
-impl Listener for Progress {
-    fn on(&self, event: Event) {
-        // One that no record keeps is shown at once, however quiet the run is.
-        if let Event::Warning { name, message } = event {
-            return self.warn(&format!("warning: {name}: {message}"));
-        }
-        if !self.shown {
-            return;
-        }
-        // A listener that panicked elsewhere leaves a bar that is still fit to draw.
-        let mut bar = self.bar.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        match event {
-            Event::Begin { label, total, unit } => {
-                bar.finish_and_clear();
-                *bar = Self::begin(label, total, unit);
-            }
-            Event::Progress { done } => bar.set_position(done),
-            Event::End => bar.finish_and_clear(),
-            Event::Warning { .. } => {}
-        }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.on(Event::End);
-    }
-}
-
-fn style(unit: Unit) -> ProgressStyle {
-    let template = match unit {
-        Unit::Bytes => "{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}",
-        Unit::Runs => "{msg} [{bar:30}] {pos}/{len}",
-    };
-    ProgressStyle::with_template(template)
-        .unwrap_or_else(|_| ProgressStyle::default_bar()) // The tests draw both templates.
-        .progress_chars("=> ")
 }
 
 #[cfg(test)]
@@ -198,47 +203,12 @@ mod tests {
                 "qb run --model-id=x/y --revision main -q --dry-run",
                 "qb run --model-id microsoft/phi-2 -q --dry-run --weights random",
             ),
+            ("qb -m x/y -p 8", "qb --model-id microsoft/phi-2 -p 8 --weights random"),
             ("qb suite s.toml", "quantbench --model-id microsoft/phi-2 --weights random"),
         ] {
             let words: Vec<String> = typed.split(' ').map(str::to_owned).collect();
             assert_eq!(with_own_options(hint, &words), format!("check the network, or: {command}"), "{typed}");
         }
         assert_eq!(with_own_options("look again", &["qb".to_owned()]), "look again");
-    }
-
-    #[test]
-    fn templates_are_valid() {
-        for unit in [Unit::Bytes, Unit::Runs] {
-            Progress::begin("load".into(), 1, unit).finish_and_clear();
-            assert!(!format!("{:?}", style(unit).get_tick_str(0)).is_empty());
-        }
-    }
-
-    #[test]
-    fn events_move_the_bar_in_whatever_order_they_come() {
-        let progress = Progress { shown: true, bar: Mutex::new(ProgressBar::hidden()) };
-        let bar = || progress.bar.lock().unwrap().clone();
-        let begin = |total| progress.on(Event::Begin { label: "runs".into(), total, unit: Unit::Runs });
-        // Before anything has begun.
-        progress.on(Event::End);
-        progress.on(Event::Progress { done: 3 });
-        begin(8);
-        let first = bar();
-        assert_eq!((first.message().as_str(), first.length(), first.position()), ("runs", Some(8), 0));
-        progress.on(Event::Progress { done: 5 });
-        progress.on(Event::Warning { name: "hot".into(), message: "too hot".into() });
-        assert_eq!((first.position(), first.is_finished()), (5, false));
-        begin(0);
-        assert_eq!((first.is_finished(), bar().length(), bar().position()), (true, Some(0), 0));
-        progress.on(Event::End);
-        progress.on(Event::End);
-        assert!(bar().is_finished());
-    }
-
-    #[test]
-    fn a_quiet_run_has_no_bar() {
-        let progress = Progress { shown: false, bar: Mutex::new(ProgressBar::hidden()) };
-        progress.on(Event::Begin { label: "runs".into(), total: 8, unit: Unit::Runs });
-        assert_eq!(progress.bar.lock().unwrap().length(), None);
     }
 }

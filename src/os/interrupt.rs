@@ -1,0 +1,15 @@
+//! Whether the user wants a run to end: Ctrl-C keeps what was measured.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static REQUESTED: AtomicBool = AtomicBool::new(false);
+
+/// Asks for the end. Whoever measures stops behind the repeat that runs.
+pub fn request() {
+    REQUESTED.store(true, Ordering::Relaxed);
+}
+
+/// Whether the end was asked for.
+pub fn is_requested() -> bool {
+    REQUESTED.load(Ordering::Relaxed)
+}

@@ -1,0 +1,280 @@
+//! What a run is doing: a bar where stderr is a terminal, else a line now and then.
+
+use std::io::{self, IsTerminal};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::note;
+use crate::error::size;
+use crate::events::{Event, Listener, Unit};
+
+/// Between two lines where stderr is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Between two drawings of a bar in which nothing else happens: its clock goes on.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Shows events on stderr.
+pub struct Progress {
+    shown: Shown,
+    phase: Arc<Mutex<Phase>>,
+    /// Of the lines; dropping it ends them.
+    lines: Option<(Sender<()>, JoinHandle<()>)>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    Nothing,
+    Lines,
+    Bar,
+}
+
+/// What is being done.
+struct Phase {
+    label: String,
+    unit: Unit,
+    done: u64,
+    total: u64,
+    /// What is known so far, for people.
+    status: String,
+    began: Instant,
+    /// Hidden where no bar is shown, and between phases.
+    bar: ProgressBar,
+}
+
+impl Progress {
+    pub fn new(quiet: bool) -> Self {
+        Self::of(match (quiet, io::stderr().is_terminal()) {
+            (true, _) => Shown::Nothing,
+            (false, true) => Shown::Bar,
+            (false, false) => Shown::Lines,
+        })
+    }
+
+    fn of(shown: Shown) -> Self {
+        let phase = Phase {
+            label: String::new(),
+            unit: Unit::Runs,
+            done: 0,
+            total: 0,
+            status: String::new(),
+            began: Instant::now(),
+            bar: ProgressBar::hidden(),
+        };
+        let phase = Arc::new(Mutex::new(phase));
+        let lines = (shown == Shown::Lines).then(|| write_lines(phase.clone()));
+        Self { shown, phase, lines }
+    }
+
+    /// A line above the bar.
+    fn say(&self, line: &str) {
+        locked(&self.phase).bar.suspend(|| note(line));
+    }
+}
+
+/// A listener that panicked elsewhere leaves a phase that is still fit to show.
+fn locked(phase: &Mutex<Phase>) -> MutexGuard<'_, Phase> {
+    phase.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes a line every so often until the sender is dropped.
+fn write_lines(phase: Arc<Mutex<Phase>>) -> (Sender<()>, JoinHandle<()>) {
+    let (sender, receiver) = channel();
+    let write = move || {
+        while receiver.recv_timeout(LINE_EVERY) == Err(RecvTimeoutError::Timeout) {
+            let phase = locked(&phase);
+            if !phase.label.is_empty() {
+                note(&phase.line(phase.began.elapsed()));
+            }
+        }
+    };
+    (sender, std::thread::spawn(write))
+}
+
+impl Listener for Progress {
+    fn on(&self, event: Event) {
+        match event {
+            // One that no record keeps is shown at once, however quiet the run is.
+            Event::Warning { name, message } => self.say(&format!("warning: {name}: {message}")),
+            Event::Hint { .. } | Event::Note { .. } if self.shown == Shown::Nothing => {}
+            Event::Hint { message } => self.say(&format!("hint: {message}")),
+            Event::Note { message } => self.say(&message),
+            Event::Begin { label, total, unit } => locked(&self.phase).begin(label, total, unit, self.shown),
+            Event::Expect { total } => locked(&self.phase).expect(total),
+            Event::Progress { done } => locked(&self.phase).progress(done),
+            Event::Status { text } => locked(&self.phase).status(text),
+            Event::End => locked(&self.phase).end(),
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        locked(&self.phase).end();
+        if let Some((sender, thread)) = self.lines.take() {
+            drop(sender);
+            // It waits for the sender alone.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Phase {
+    fn begin(&mut self, label: String, total: u64, unit: Unit, shown: Shown) {
+        self.end();
+        (self.label, self.unit, self.done, self.total) = (label, unit, 0, total);
+        self.began = Instant::now();
+        if shown == Shown::Bar {
+            let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(10));
+            bar.set_style(style(unit, total));
+            bar.set_message(self.label.clone());
+            bar.enable_steady_tick(TICK);
+            self.bar = bar;
+        }
+    }
+
+    fn expect(&mut self, total: u64) {
+        self.total = total.max(self.done);
+        self.bar.set_length(self.total);
+    }
+
+    /// More than was expected was expected wrongly.
+    fn progress(&mut self, done: u64) {
+        self.done = done;
+        if done > self.total {
+            self.expect(done);
+        }
+        self.bar.set_position(done);
+    }
+
+    fn status(&mut self, text: String) {
+        self.bar.set_prefix(if text.is_empty() { text.clone() } else { format!(" {text}") });
+        self.status = text;
+    }
+
+    fn end(&mut self) {
+        self.bar.finish_and_clear();
+        self.bar = ProgressBar::hidden();
+        self.label.clear();
+        self.status.clear();
+    }
+
+    /// `measure: 12 of about 24 runs, about 20 s left: fp16 71.7, nf4 214 tokens/s`.
+    fn line(&self, elapsed: Duration) -> String {
+        let of = match self.unit {
+            Unit::Bytes => format!(": {} of {}", size(self.done), size(self.total)),
+            Unit::Runs if self.total > 1 => format!(": {} of about {} runs", self.done, self.total),
+            Unit::Runs => String::new(),
+        };
+        let time = match self.left(elapsed) {
+            Some(left) => format!(", about {:.0} s left", left.as_secs_f64().ceil()),
+            None => format!(", {:.0} s so far", elapsed.as_secs_f64()),
+        };
+        let status = if self.status.is_empty() { String::new() } else { format!(": {}", self.status) };
+        format!("{}{of}{time}{status}", self.label)
+    }
+
+    /// As long as what is done took, in proportion; `None` before anything is done, and where one thing is all.
+    fn left(&self, elapsed: Duration) -> Option<Duration> {
+        let is_known = self.total > 1 && self.done > 0;
+        is_known.then(|| elapsed.mul_f64((self.total - self.done.min(self.total)) as f64 / self.done as f64))
+    }
+}
+
+fn style(unit: Unit, total: u64) -> ProgressStyle {
+    let template = match unit {
+        Unit::Bytes => {
+            "{msg} [{bar:20}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}, {eta} left{prefix}"
+        }
+        Unit::Runs if total > 1 => "{msg} [{bar:20}] {pos}/{len}, {eta} left{prefix}",
+        // One thing is done or not.
+        Unit::Runs => "{msg} {spinner} {elapsed}{prefix}",
+    };
+    ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar()) // The tests draw all templates.
+        .progress_chars("=> ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn phase(label: &str, unit: Unit, done: u64, total: u64) -> Phase {
+        let (label, bar, began) = (label.to_owned(), ProgressBar::hidden(), Instant::now());
+        Phase { label, unit, done, total, status: String::new(), began, bar }
+    }
+
+    #[test]
+    fn a_line_says_how_much_is_left() {
+        let after = |phase: &Phase| phase.line(Duration::from_secs(20));
+        let mut measure = phase("measure", Unit::Runs, 12, 24);
+        assert_eq!(after(&measure), "measure: 12 of about 24 runs, about 20 s left");
+        measure.status("fp16 71.7 tokens/s".to_owned());
+        assert_eq!(after(&measure), "measure: 12 of about 24 runs, about 20 s left: fp16 71.7 tokens/s");
+        assert_eq!(after(&phase("warm up fp16", Unit::Runs, 0, 1)), "warm up fp16, 20 s so far");
+        let load = phase("load nf4", Unit::Bytes, 1 << 30, 3 << 30);
+        assert_eq!(after(&load), "load nf4: 1.00 GiB of 3.00 GiB, about 40 s left");
+        assert_eq!(after(&phase("measure", Unit::Runs, 0, 24)), "measure: 0 of about 24 runs, 20 s so far");
+    }
+
+    #[test]
+    fn no_more_is_done_than_all() {
+        let mut phase = phase("measure", Unit::Runs, 0, 18);
+        phase.progress(20);
+        assert_eq!((phase.done, phase.total), (20, 20));
+        phase.expect(10);
+        assert_eq!((phase.done, phase.total), (20, 20));
+        phase.expect(30);
+        assert_eq!(phase.left(Duration::from_secs(20)), Some(Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn templates_are_valid() {
+        for (unit, total) in [(Unit::Bytes, 9), (Unit::Runs, 9), (Unit::Runs, 1)] {
+            let drawn = ProgressBar::hidden();
+            drawn.set_style(style(unit, total));
+            drawn.finish_and_clear();
+            // A template that is wrong gives the default style, which has another bar.
+            assert!(format!("{:?}", style(unit, total).get_tick_str(0)).len() > 2);
+        }
+    }
+
+    #[test]
+    fn events_move_the_phase_in_whatever_order_they_come() {
+        let progress = Progress::of(Shown::Lines);
+        let seen = || {
+            let phase = locked(&progress.phase);
+            (phase.label.clone(), phase.done, phase.total)
+        };
+        let begin = |total| progress.on(Event::Begin { label: "runs".into(), total, unit: Unit::Runs });
+        // Before anything has begun.
+        progress.on(Event::End);
+        progress.on(Event::Progress { done: 3 });
+        begin(8);
+        assert_eq!(seen(), ("runs".to_owned(), 0, 8));
+        progress.on(Event::Progress { done: 5 });
+        progress.on(Event::Expect { total: 12 });
+        progress.on(Event::Status { text: "fp16 71.7 tokens/s".into() });
+        progress.on(Event::Warning { name: "hot".into(), message: "too hot".into() });
+        assert_eq!(
+            (seen(), locked(&progress.phase).status.as_str()),
+            (("runs".to_owned(), 5, 12), "fp16 71.7 tokens/s")
+        );
+        begin(0);
+        assert_eq!((seen(), locked(&progress.phase).status.as_str()), (("runs".to_owned(), 0, 0), ""));
+        progress.on(Event::End);
+        progress.on(Event::End);
+        assert_eq!(seen().0, "", "no line between phases");
+    }
+
+    #[test]
+    fn a_quiet_run_has_neither_bar_nor_lines() {
+        let progress = Progress::of(Shown::Nothing);
+        progress.on(Event::Begin { label: "runs".into(), total: 8, unit: Unit::Runs });
+        assert!(progress.lines.is_none() && locked(&progress.phase).bar.length().is_none());
+    }
+}
