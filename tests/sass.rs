@@ -9,12 +9,14 @@ use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use quantbench::kernels::cuda::attend;
 use quantbench::kernels::cuda::launch::Fatbin;
 use quantbench::kernels::cuda::rows;
 use quantbench::kernels::cuda::step_kernel::HOPPER_STATIC_BYTES;
 use quantbench::quant::{dense, int8, nf4};
 
-const OURS: [&Fatbin; 7] = [
+const OURS: [&Fatbin; 8] = [
+    &attend::KERNELS,
     &dense::cuda::KERNELS,
     &dense::cuda::ENCODE_KERNELS,
     &int8::cuda::KERNELS,

@@ -3,7 +3,7 @@
 
 use super::{Device, Engine, candle};
 use crate::call::KvFormat;
-use crate::lower::score_tiles::{ScoreTiles, is_one_kernel};
+use crate::lower::prompt;
 use crate::plan::{CacheScope, CacheSpec, LinearPart, Model, Op, Plan, Rows};
 use crate::weights::policy::Formats;
 
@@ -52,7 +52,7 @@ impl Lengths {
         self.depth.saturating_add(self.prompt).saturating_add(self.gen_tokens)
     }
 
-    /// The calls of many rows that the decoder gets: their rows, and the positions that their last row sees.
+    /// The calls of many rows that the decoder gets: their rows, and the positions that their last row sees. A GPU cuts them.
     fn calls(&self) -> [(usize, usize); 2] {
         [(self.depth, self.depth), (self.prompt, self.depth.saturating_add(self.prompt))]
     }
@@ -148,7 +148,7 @@ fn slot_bytes(plan: &Plan, rows: usize) -> u64 {
 /// candle's models hold the scores of all heads, twice, and copy the caches as they grow.
 fn candle_scratch_bytes(model: &Model, lengths: &Lengths, element_bytes: usize) -> u64 {
     let scores = |plan: &Plan, (rows, seen): (usize, usize)| {
-        let heads = attentions(model, plan).map(|attention| attention.heads).max().unwrap_or(0);
+        let heads = attention_heads(model, plan).max().unwrap_or(0);
         product(&[2, element_bytes, heads, rows, seen])
     };
     let decoder =
@@ -160,13 +160,17 @@ fn candle_scratch_bytes(model: &Model, lengths: &Lengths, element_bytes: usize) 
     decoder.into_iter().chain(encoder).max().unwrap_or(0)
 }
 
-/// The memory of the longest prompt, which is one for all calls, and the tables that last.
+/// Rows of a call of the decoder on a GPU at most: longer prompts are cut.
+pub fn cuda_rows_of_call(model: &Model, formats: &Formats) -> usize {
+    prompt::rows_of_call(model, |rows| CudaCall { model, plan: &model.decoder, rows, formats }.bytes())
+}
+
+/// The memory of the longest call, which is one for all calls, and the tables that last.
 fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, formats: &Formats) -> u64 {
-    let bytes = |plan: &Plan, rows: usize, seen: usize| {
-        CudaCall { model, plan, rows, seen, encoded: lengths.encoder, formats }.bytes()
-    };
-    let decoder = lengths.calls().map(|(rows, seen)| bytes(&model.decoder, rows, seen));
-    let encoder = model.encoder.as_ref().map(|encoder| bytes(&encoder.plan, lengths.encoder, lengths.encoder));
+    let bytes = |plan: &Plan, rows: usize| CudaCall { model, plan, rows, formats }.bytes();
+    let most = cuda_rows_of_call(model, formats);
+    let decoder = lengths.calls().map(|(rows, _)| bytes(&model.decoder, rows.min(most)));
+    let encoder = model.encoder.as_ref().map(|encoder| bytes(&encoder.plan, lengths.encoder));
     let longest = decoder.into_iter().chain(encoder).max().unwrap_or(0);
     let reach = lengths.capacity().max(lengths.encoder);
     let angles = model.ropes.iter().map(|rope| product(&[size_of::<f32>(), rope.rotary_dim, lengths.capacity()]));
@@ -175,23 +179,12 @@ fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, formats: &Formats) -> u6
     angles.chain(biases).chain([logits]).fold(longest, u64::saturating_add)
 }
 
-/// An attention of a plan.
-#[derive(Debug, Clone, Copy)]
-struct Attention {
-    heads: usize,
-    kv_heads: usize,
-    scope: CacheScope,
-}
-
-fn attentions<'a>(model: &'a Model, plan: &'a Plan) -> impl Iterator<Item = Attention> + 'a {
-    plan.ops.iter().filter_map(|op| attention(model, plan, op))
-}
-
-fn attention(model: &Model, plan: &Plan, op: &Op) -> Option<Attention> {
-    let Op::Attention(attention) = op else { return None };
-    let spec = model.caches[attention.cache.0];
-    let heads = plan.buffers[attention.q.0].width / spec.head_dim;
-    Some(Attention { heads, kv_heads: spec.kv_heads, scope: spec.scope })
+/// Query heads of each attention of a plan.
+fn attention_heads<'a>(model: &'a Model, plan: &'a Plan) -> impl Iterator<Item = usize> + 'a {
+    plan.ops.iter().filter_map(|op| {
+        let Op::Attention(attention) = op else { return None };
+        Some(plan.buffers[attention.q.0].width / model.caches[attention.cache.0].head_dim)
+    })
 }
 
 /// A call of many rows on a GPU: buffers from the operation that writes them to the last that reads them, and what operations take
@@ -200,10 +193,6 @@ struct CudaCall<'a> {
     model: &'a Model,
     plan: &'a Plan,
     rows: usize,
-    /// Positions that the last row sees.
-    seen: usize,
-    /// Rows of the encoder's caches.
-    encoded: usize,
     formats: &'a Formats,
 }
 
@@ -243,13 +232,6 @@ impl CudaCall<'_> {
 
     /// Bytes that an operation takes while it runs.
     fn beside(&self, op: &Op) -> u64 {
-        if let Some(Attention { heads, kv_heads, scope }) = attention(self.model, self.plan, op) {
-            let seen = if scope == CacheScope::Decoder { self.seen } else { self.encoded };
-            if is_one_kernel(self.rows, seen) {
-                return 0;
-            }
-            return ScoreTiles::new(heads, heads / kv_heads.max(1), self.rows, seen).bytes(seen);
-        }
         let Op::Linear(spec) = op else { return 0 };
         let of_part = |part: &LinearPart| {
             let matrix = &self.model.matrices[part.weight.0];
@@ -280,6 +262,20 @@ mod tests {
         needs(&model(name), Holding { engine: Engine::Quantbench, formats: &formats, device }, &lengths)
     }
 
+    /// A window of 128 of 1024 positions is an eighth of them on a CPU.
+    #[test]
+    fn a_window_bounds_the_cache() {
+        let lengths = Lengths { depth: 1000, prompt: 8, gen_tokens: 16, encoder: 0 };
+        let formats = Formats::new(fp16::ID, FormatOptions::default());
+        let mut windowed = model("llama-3.2-1b");
+        let bytes = |model: &Model, device| {
+            cache_bytes(model, Holding { engine: Engine::Quantbench, formats: &formats, device }, &lengths)
+        };
+        let whole = [Device::Cpu, Device::Cuda(0)].map(|device| bytes(&windowed, device));
+        windowed.caches.iter_mut().for_each(|cache| cache.window = Some(128));
+        assert_eq!([Device::Cpu, Device::Cuda(0)].map(|device| bytes(&windowed, device)), [whole[0] / 8, whole[1]]);
+    }
+
     /// llama-3.2-1b has 16 layers of 8 key/value heads of 64: 2 · 16 · 8 · 64 values a position.
     #[test]
     fn a_cache_counts_at_the_dtype_that_it_has() {
@@ -295,48 +291,39 @@ mod tests {
         assert_eq!(cache_bytes(&odd, cuda, &lengths), 2 * 16 * 8 * 24 * 1024 * 2);
     }
 
-    /// A window of 128 of 1024 positions is an eighth of them on a CPU.
+    /// A cache that is filled with 120000 rows is filled in calls of 4096, or as many as hold no more than 448 MiB.
     #[test]
-    fn a_window_bounds_the_cache() {
-        let lengths = Lengths { depth: 1000, prompt: 8, gen_tokens: 16, encoder: 0 };
-        let formats = Formats::new(fp16::ID, FormatOptions::default());
-        let mut windowed = model("llama-3.2-1b");
-        let bytes = |model: &Model, device| {
-            cache_bytes(model, Holding { engine: Engine::Quantbench, formats: &formats, device }, &lengths)
+    fn a_long_prompt_holds_what_a_call_of_it_does() {
+        let lengths = |depth: usize| Lengths { depth, prompt: 8, gen_tokens: 64, encoder: 0 };
+        let scratch = |name: &str, precision: FormatId, depth: usize| {
+            of(name, precision, Device::Cuda(0), lengths(depth)).scratch_bytes
         };
-        let whole = [Device::Cpu, Device::Cuda(0)].map(|device| bytes(&windowed, device));
-        windowed.caches.iter_mut().for_each(|cache| cache.window = Some(128));
-        assert_eq!([Device::Cpu, Device::Cuda(0)].map(|device| bytes(&windowed, device)), [whole[0] / 8, whole[1]]);
-    }
-
-    /// A cache that is filled by one call of 120000 rows holds scores of a tile of at most 64 MiB, not those of all rows at once.
-    #[test]
-    fn the_scores_of_a_long_prompt_are_counted() {
-        let lengths = Lengths { depth: 120_000, prompt: 8, gen_tokens: 64, encoder: 0 };
-        let needs = of("llama-3.2-1b", fp16::ID, Device::Cuda(0), lengths);
-        let scores = ScoreTiles::new(32, 4, 120_000, 120_000).bytes(120_000);
-        assert!(scores > 63 << 20 && scores <= 64 << 20, "{scores}");
-        // One row of each residual (fp32) and the widest pair of activations (fp16) are held beside them.
-        let activations = 120_000 * (4 * 2048 + 2 * 2 * 8192) as u64;
-        assert!(
-            needs.scratch_bytes > scores + activations && needs.scratch_bytes < 2 * (scores + activations),
-            "{needs:?}"
-        );
+        let angles = |positions: u64| 4 * 64 * positions;
+        for precision in [fp16::ID, int8::ID, nf4::ID] {
+            for name in ["llama-3.2-1b", "phi-2"] {
+                let (long, longer) = (scratch(name, precision, 40_000), scratch(name, precision, 120_000));
+                assert!(longer - long <= angles(80_000), "{name} {precision}: {long} {longer}");
+                assert!(longer < prompt::CALL_BYTES + angles(120_072) + (4 << 20), "{name} {precision}: {longer}");
+            }
+        }
+        // One row of each residual (fp32) and the widest pair of activations (fp16).
+        let activations = 4096 * (4 * 2048 + 2 * 2 * 8192) as u64;
+        let fp16 = scratch("llama-3.2-1b", fp16::ID, 120_000);
+        assert!((activations..2 * activations + angles(120_072)).contains(&fp16), "{fp16}");
+        let needs = of("llama-3.2-1b", fp16::ID, Device::Cuda(0), lengths(120_000));
         // fp16 keys and values of 16 layers, 8 heads of 64.
         assert_eq!(needs.kv_cache_bytes, 2 * 2 * 16 * 8 * 64 * 120_072);
-        let short =
-            of("llama-3.2-1b", fp16::ID, Device::Cuda(0), Lengths { depth: 0, prompt: 8, gen_tokens: 64, encoder: 0 });
-        assert!(short.scratch_bytes < 64 << 20, "{short:?}");
+        assert!(scratch("llama-3.2-1b", fp16::ID, 0) < 64 << 20);
     }
 
-    /// The widest product of llama-3.2-1b is [8192, 2048]: int8 makes 8192 sums and 2048 codes a row, nf4 the whole matrix in fp16 for
+    /// The widest product of llama-3.2-1b is [8192, 2048]: int8 makes 8192 sums and 2048 codes a row and may gather all columns in fp16, nf4 the whole matrix in fp16 for
     /// more than 32 rows. Its products of two parts are of one matrix at a time.
     #[test]
     fn what_a_product_takes_beside_its_operands_is_counted() {
         let lengths = Lengths { depth: 0, prompt: 256, gen_tokens: 64, encoder: 0 };
         let scratch = |precision| of("llama-3.2-1b", precision, Device::Cuda(0), lengths).scratch_bytes;
         let plain = scratch(fp16::ID);
-        assert_eq!(scratch(int8::ID) - plain, 256 * (4 * 8192 + 2048));
+        assert_eq!(scratch(int8::ID) - plain, 256 * (4 * 8192 + 2048) + 2 * 2048 * (256 + 8192));
         assert_eq!(scratch(nf4::ID) - plain, 2 * 8192 * 2048);
     }
 

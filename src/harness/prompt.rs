@@ -182,7 +182,7 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> TokenizedWorkload {
         n_gen: case.n_gen,
         stop_at: if case.stop_at_eos { model.eos.clone() } else { Vec::new() },
         warmup: case.protocol.warmup,
-        max_time_s: case.protocol.of_one_launch().max_time_s,
+        max_time_s: case.protocol.one_launch().max_time_s,
         wait: wait(&case.protocol),
     };
     TokenizedWorkload { task, sequences: case.sequences, n_prompt, n_image, n_encoder }

@@ -2,7 +2,9 @@
 
 mod blocks;
 mod config;
+mod decoder;
 mod experts;
+mod frequencies;
 mod gemma;
 mod gemma2;
 mod gemma3;
@@ -10,6 +12,7 @@ mod generation;
 mod gpt_oss;
 mod keys;
 mod llama;
+mod ministral;
 mod mistral;
 mod mixtral;
 mod olmo2;
@@ -51,6 +54,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     qwen3::ARCHITECTURE,
     qwen3_moe::ARCHITECTURE,
     mistral::ARCHITECTURE,
+    ministral::ARCHITECTURE,
     mixtral::ARCHITECTURE,
     gemma::ARCHITECTURE,
     gemma2::ARCHITECTURE,

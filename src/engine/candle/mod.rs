@@ -5,6 +5,7 @@
 //! Keys and values are appended by copying and cross-attention's are computed anew in every step: that is candle's way,
 //! and part of what is measured.
 
+mod causal;
 mod config;
 mod family;
 mod feed;

@@ -59,11 +59,8 @@ pub(super) struct Outputs {
 impl Outputs {
     fn new(steps: &[Step], plan: &Plan) -> Self {
         let width = |step: &Step| -> usize {
-            let attended = match step {
-                Step::Attend(attend) => plan.buffers[attend.out.0].width,
-                Step::ExpertsOut(spec) => plan.buffers[spec.out.0].width,
-                _ => 0,
-            };
+            let attended = if let Step::Attend(attend) = step { plan.buffers[attend.out.0].width } else { 0 };
+            let attended = if let Step::ExpertsOut(spec) = step { plan.buffers[spec.out.0].width } else { attended };
             attended + parts(step).iter().map(|part| product_rows(part, plan)).sum::<usize>()
         };
         let mut len = 0;
@@ -137,10 +134,8 @@ impl StandIns {
 
 /// Matrices that a step multiplies by, or may choose.
 fn multiplied(step: &Step) -> Vec<MatrixId> {
-    match step {
-        Step::Route(spec) => experts::matrices(spec).collect(),
-        step => parts(step).iter().map(|part| part.weight).collect(),
-    }
+    let of_mixture = if let Step::Route(spec) = step { experts::matrices(spec).collect() } else { Vec::new() };
+    parts(step).iter().map(|part| part.weight).chain(of_mixture).collect()
 }
 
 fn parts(step: &Step) -> &[crate::plan::LinearPart] {

@@ -1,7 +1,6 @@
 //! Plans as a CUDA device runs them: a decode step as the program of one launch ([`step`]), and calls of many rows as one
 //! launch after the other ([`prefill`]).
 
-mod attention;
 mod call;
 mod check;
 pub mod prefill;

@@ -5,12 +5,13 @@ use anyhow::{Context, Result, bail};
 use half::f16;
 
 use super::call::{CallKind, CallResult, CallShape};
-use super::{Addresses, activation_number, attention};
+use super::{Addresses, BiasAt, activation_number};
 use crate::kernels::cuda::arena::{Arena, Region};
+use crate::kernels::cuda::attend::{Bias, Heads, RowsAttention};
 use crate::kernels::cuda::launch::Launcher;
 use crate::kernels::cuda::matvec::Epilogue;
 use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
-use crate::kernels::cuda::rows::{Addend, Heads, Rows, Table};
+use crate::kernels::cuda::rows::{Addend, Rows, Table};
 use crate::kernels::cuda::shared_input::SharedInput;
 use crate::plan::{
     ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, AttentionSpec, BiasId, BufferId, CacheId, CacheScope, EmbedSpec,
@@ -357,14 +358,15 @@ impl<'a> Prefill<'a> {
         bias: Option<BiasId>,
     ) -> Result<Buffer<'a>> {
         let scope = self.on.model().caches[cache.0].scope;
-        let (q_at, out) = (self.read(q)?, self.half(q)?);
-        let call = attention::RowsAttention {
+        let (q_at, out, at) = (self.read(q)?, self.half(q)?, self.on.cache(cache));
+        let call = RowsAttention {
             rows: self.shape.rows(),
             heads: self.heads(cache, Some(q)),
             q: q_at,
             out: out.address,
-            cache: self.on.cache(cache),
-            keys: match scope {
+            keys: at.keys,
+            values: at.values,
+            total: match scope {
                 CacheScope::Decoder => self.shape.position() + self.shape.rows(),
                 CacheScope::Encoder => self.shape.encoded,
             },
@@ -376,10 +378,13 @@ impl<'a> Prefill<'a> {
             },
             // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
             position: if scope == CacheScope::Decoder { self.shape.position() } else { 0 },
-            bias: bias.map(|bias| self.on.bias(bias)),
+            bias: bias.map_or(Bias::default(), |bias| {
+                let BiasAt { address, reach } = self.on.bias(bias);
+                Bias { address, reach }
+            }),
         };
         // SAFETY: q and out hold rows of all heads, the cache as many keys.
-        unsafe { call.run(self.launcher, self.arena) }?;
+        unsafe { call.run(self.launcher, self.arena, self.on.properties().multiprocessors) }?;
         Ok(out)
     }
 

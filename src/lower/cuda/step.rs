@@ -313,5 +313,6 @@ fn shape(on: &dyn Addresses, spec: &AttentionSpec) -> Shape {
     let (cache, at) = (model.caches[spec.cache.0], on.cache(spec.cache));
     let (kv_heads, d) = (cache.kv_heads, cache.head_dim);
     let heads = model.decoder.buffers[spec.q.0].width / d;
-    Shape { split: Split::new(at.capacity, heads, at.d_pad, on.properties()), kv_heads, heads, d }
+    let split = Split::new(at.capacity, kv_heads, heads / kv_heads, at.d_pad, on.properties());
+    Shape { split, kv_heads, heads, d }
 }
