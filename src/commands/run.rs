@@ -48,8 +48,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     }
 }
 
-/// What `measure` makes of each case. One that cannot run ends the others before the first, and is told where some have run: what they gave
-/// is not lost.
+/// Results of `measure` for each case. A case that cannot run ends the others before the first; after others have run it is reported, so that
+/// their results are not lost.
 pub fn each<T>(cases: &[Case], measure: impl Fn(&Case) -> Result<T>) -> Result<Vec<T>> {
     for case in cases.iter().filter(|_| cases.len() > 1) {
         harness::check(case)?;

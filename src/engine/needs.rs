@@ -104,11 +104,13 @@ fn weights_bytes(model: &Model, holding: Holding) -> u64 {
     }
 }
 
-/// Keys and values of both sides. On a GPU a head's lie in whole words of 16 bytes.
+/// Keys and values of both sides. On a GPU a head's lie in whole words of 16 bytes; on a CPU a cache holds no more than its window.
 fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
     let head_granule = if matches!(holding.device, Device::Cuda(_)) { 8 } else { 1 };
+    let is_ring = (holding.engine, holding.device) == (Engine::Quantbench, Device::Cpu);
     let of_cache = |cache: CacheSpec| {
-        let capacity = if cache.scope == CacheScope::Decoder { lengths.capacity() } else { lengths.encoder };
+        let all = if cache.scope == CacheScope::Decoder { lengths.capacity() } else { lengths.encoder };
+        let capacity = cache.window.filter(|_| is_ring).map_or(all, |window| window.min(all));
         product(&[2, cache.kv_heads, cache.head_dim.next_multiple_of(head_granule), capacity, cache.format.bytes()])
     };
     model.cache_specs(holding.kv_format(model)).map(of_cache).fold(0, u64::saturating_add)
@@ -258,6 +260,20 @@ mod tests {
     fn of(name: &str, precision: FormatId, device: Device, lengths: Lengths) -> Needs {
         let formats = Formats::new(precision, FormatOptions::default());
         needs(&model(name), Holding { engine: Engine::Quantbench, formats: &formats, device }, &lengths)
+    }
+
+    /// A window of 128 of 1024 positions is an eighth of them on a CPU.
+    #[test]
+    fn a_window_bounds_the_cache() {
+        let lengths = Lengths { depth: 1000, prompt: 8, gen_tokens: 16, encoder: 0 };
+        let formats = Formats::new(fp16::ID, FormatOptions::default());
+        let mut windowed = model("llama-3.2-1b");
+        let bytes = |model: &Model, device| {
+            cache_bytes(model, Holding { engine: Engine::Quantbench, formats: &formats, device }, &lengths)
+        };
+        let whole = [Device::Cpu, Device::Cuda(0)].map(|device| bytes(&windowed, device));
+        windowed.caches.iter_mut().for_each(|cache| cache.window = Some(128));
+        assert_eq!([Device::Cpu, Device::Cuda(0)].map(|device| bytes(&windowed, device)), [whole[0] / 8, whole[1]]);
     }
 
     /// llama-3.2-1b has 16 layers of 8 key/value heads of 64: 2 · 16 · 8 · 64 values a position.

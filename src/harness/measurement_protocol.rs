@@ -72,7 +72,7 @@ impl Default for MeasurementProtocol {
             repeats: None,
             min_repeats: 6,
             min_time_s: 3.0,
-            max_time_s: 12.0,
+            max_time_s: 20.0,
             rel_ci: 0.02,
             memory_limit_bytes: None,
             deadline: None,

@@ -81,7 +81,7 @@ impl TokenizedWorkload {
     }
 }
 
-/// What turns a text into tokens.
+/// The tokenizer and the chat template of a prompt.
 #[derive(Clone, Copy, Default)]
 pub struct Words<'a> {
     pub tokenizer: Option<&'a Tokenizer>,
@@ -110,7 +110,7 @@ impl<'a> Words<'a> {
         template.render(&[ChatMessage { role: "user", content: text }])
     }
 
-    /// What whoever gave a text should know of the model's template, if anything.
+    /// A notice about the model's chat template for a user who gave a text, where there is one.
     pub fn hint(&self, case: &Case) -> Option<&'static str> {
         let is_plain = matches!(case.prompt, PromptChoice::Text(_)) && !case.chat;
         (is_plain && self.chat_template.is_some())

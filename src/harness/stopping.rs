@@ -174,8 +174,8 @@ mod tests {
             ("too short", tally(6, |_| 0.4), None),
             ("flat, enough, long", tally(6, |_| 0.5), Some(RepeatsEnd::RelCi)),
             ("noisy", tally(10, noisy), None),
-            // 19 repeats of 0.01 + 0.6 s on average are 11.6 s; one more would exceed 12 s.
-            ("noisy for long", tally(19, noisy), Some(RepeatsEnd::MaxTime)),
+            // 32 repeats of 0.01 + 0.6 s on average are 19.5 s; one more would exceed 20 s.
+            ("noisy for long", tally(32, noisy), Some(RepeatsEnd::MaxTime)),
             ("short for ever", tally(500, |_| 0.0001), Some(RepeatsEnd::Cap)),
             ("one slow repeat", tally(1, |_| 15.0), None),
             ("two slow repeats", tally(2, |_| 15.0), None),
@@ -204,7 +204,7 @@ mod tests {
             ("the minimum", tally(2, |_| 0.6), 4, 4),
             ("the least time: 3 s of 0.1 s each", tally(10, |_| 0.1), 20, 20),
             ("a noisy one goes on", tally(10, noisy), 5, 10),
-            ("as long as the time allows: 12 s of 4.01 s each", tally(1, |_| 4.0), 2, 2),
+            ("as long as the time allows: 20 s of 4.01 s each", tally(1, |_| 4.0), 4, 4),
             ("three at least", tally(1, |_| 60.0), 2, 2),
             ("done", tally(8, |_| 0.5), 0, 0),
         ] {

@@ -410,6 +410,8 @@ impl Op {
     /// Buffers that the operation has read for the last time before it writes the first one: `out` may take their memory.
     pub fn reads_before_writing(&self) -> Vec<BufferId> {
         match self {
+            // With a window, rows of a call may read its own keys and values where they are, as the cache holds no more.
+            Op::Attention(spec) if spec.window.is_some() => vec![],
             Op::Attention(spec) => spec.append.iter().flat_map(|kv| [kv.k, kv.v]).collect(),
             Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Norm(_) | Op::Linear(_) => vec![],
             Op::Append(_) | Op::Activation(_) | Op::Experts(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => vec![],

@@ -8,6 +8,7 @@ mod contrasts;
 mod coverage;
 mod lengths;
 mod packed;
+mod windows;
 
 use std::path::{Path, PathBuf};
 

@@ -155,9 +155,13 @@ impl CpuSession {
     }
 
     fn measure_alone_within(&mut self, position: usize, cache_bytes: usize) -> Result<Alone> {
+        if position < self.position {
+            self.rings.rewind(position, &mut self.memory.caches);
+        }
         self.position = position;
         let token = [self.last_token];
         let call = self.decoder_call(&token)?;
+        self.rings.touch(position);
         let Self { pool, weights, decoder, memory, .. } = self;
         let steps = decoder.steps.clone();
         let (stand_ins, outputs) = (StandIns::new(weights, &steps, cache_bytes), Outputs::new(&steps, &decoder.plan));
@@ -242,9 +246,12 @@ fn read_cache(
 ) {
     let cache = attend.cache;
     let spec = weights.model.caches[cache.0];
-    let (capacity, seen) = match spec.scope {
-        CacheScope::Decoder => (weights.capacity, call.position() + 1),
-        CacheScope::Encoder => (weights.encoder_capacity, call.encoded),
+    let capacity = weights.positions(cache);
+    let seen = match spec.scope {
+        // All slots of a ring, once they are filled.
+        CacheScope::Decoder if weights.is_ring(cache) => capacity.min(call.position() + 1),
+        CacheScope::Decoder => call.position() + 1,
+        CacheScope::Encoder => call.encoded,
     };
     let hidden = attend.window.map_or(0, |window| seen.saturating_sub(window));
     let positions = worker.share(seen - hidden, 1);

@@ -34,6 +34,10 @@ impl Arena {
         &self.floats[region(&self.ends, index)]
     }
 
+    pub fn region_mut(&mut self, index: usize) -> &mut [f32] {
+        &mut self.floats[region(&self.ends, index)]
+    }
+
     pub fn share(&mut self) -> SharedArena<'_> {
         SharedArena { floats: SharedSlice::new(&mut self.floats), ends: &self.ends }
     }

@@ -2,7 +2,7 @@
 //!
 //! The split of a step decides that. While a call has one row, whatever works row by row is done by worker 0 alone; a
 //! linear is split over its output rows, and an element-wise operation behind it keeps that split, so that every worker
-//! goes on with the elements it has just computed. Only where the split changes do the workers meet.
+//! goes on with the elements it has just computed. Only where the split changes does a barrier stand between two steps.
 
 use std::sync::Arc;
 
@@ -85,6 +85,8 @@ pub struct Attend {
     pub window: Option<usize>,
     pub softcap: Option<f32>,
     pub sinks: Option<VectorId>,
+    /// The call's own keys and values, as they were appended.
+    pub kv: Option<KeyValue>,
 }
 
 /// The split of a step over the workers.
@@ -127,7 +129,7 @@ impl Step {
 /// Returns whether a barrier stands between two steps. Elements stay with their worker from a linear to what follows it, but a
 /// linear itself reads what all have prepared; heads stay from append to attention while the call has one row, and with
 /// several rows attention reads what others appended.
-pub fn must_meet(before: &Step, after: &Step, single: bool) -> bool {
+pub fn needs_barrier(before: &Step, after: &Step, single: bool) -> bool {
     let (first, second) = (before.split(single), after.split(single));
     match (first, second) {
         (Split::Heads, Split::Heads) => !single,
@@ -206,6 +208,7 @@ fn lower_attention(spec: &AttentionSpec, steps: &mut Vec<Step>) -> Result<()> {
         window: window.map(|Window(window)| window),
         softcap: softcap.map(|Softcap(cap)| cap),
         sinks: sinks.map(|Sinks(vector)| vector),
+        kv: *append,
     }));
     Ok(())
 }

@@ -29,7 +29,7 @@ const MOST_STEPS: u64 = 200_000;
 /// Bytes that a template may write around the message, which it may repeat a few times.
 const MOST_OUTPUT: usize = 1 << 20;
 
-/// The date that a template is told, so that a prompt is the same every day. Templates of Llama 3 name it where nobody tells them one.
+/// The date that a template gets, so that a prompt is the same every day. Templates of Llama 3 name this one by default.
 const DATE: Date = Date { year: 2024, month: 7, day: 26, weekday: 5, day_of_year: 208 };
 
 /// Keys of tokenizer_config.json that a template may name.
