@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
+use std::time::SystemTime;
 use std::{env, fs};
 
 /// Chips with machine code of their own.
@@ -39,10 +40,22 @@ fn compile_kernels(out: &Path) {
     let newest = sources.iter().map(PathBuf::as_path).chain([Path::new("build.rs")]).filter_map(modified).max();
     for source in files_of(Path::new("src"), &["cu"]) {
         let fatbin = out.join(source.with_extension("fatbin").file_name().expect("a file"));
-        let is_stale = modified(&fatbin).is_none_or(|built| Some(built) <= newest);
-        if is_stale && !nvcc().arg("-o").arg(fatbin).arg(&source).status().is_ok_and(|status| status.success()) {
-            fail(&format!("nvcc could not compile {}", source.display()));
+        compile(&source, &fatbin, &[], newest);
+        // Step kernels once more, with clock stamps.
+        if fs::read_to_string(&source).is_ok_and(|text| text.contains("quant/step.cuh")) {
+            let name = format!("{}_traced.fatbin", source.file_stem().expect("a file").display());
+            compile(&source, &out.join(name), &["-DSTEP_TRACED"], newest);
         }
+    }
+}
+
+fn compile(source: &Path, fatbin: &Path, defines: &[&str], newest: Option<SystemTime>) {
+    let built = fs::metadata(fatbin).and_then(|file| file.modified()).ok();
+    let is_stale = built.is_none_or(|built| newest.is_none_or(|newest| built <= newest));
+    let mut compiler = nvcc();
+    compiler.args(defines).arg("-o").arg(fatbin).arg(source);
+    if is_stale && !compiler.status().is_ok_and(|status| status.success()) {
+        fail(&format!("nvcc could not compile {}", source.display()));
     }
 }
 

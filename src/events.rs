@@ -12,15 +12,15 @@ pub enum Event {
     Expect { total: u64 },
     /// Work of the current phase that is done so far.
     Progress { done: u64 },
-    /// What is known so far, for people.
+    /// Interim results, for people.
     Status { text: String },
     /// The current phase ended.
     End,
     /// A warning about the result; `name` is its spelling in records and filters.
     Warning { name: String, message: String },
-    /// What the reader may want to do otherwise; no record keeps it.
+    /// A suggestion to the reader; no record keeps it.
     Hint { message: String },
-    /// What happens next, for people; no record keeps it.
+    /// The next step, for people; no record keeps it.
     Note { message: String },
 }
 

@@ -1,17 +1,22 @@
 //! What a CUDA build holds: kernels for every supported chip, and nothing that only one chip can load. Needs no GPU.
 #![cfg(feature = "cuda")]
 
+use quantbench::kernels::cuda::attend;
 use quantbench::kernels::cuda::launch::Fatbin;
 use quantbench::kernels::cuda::rows;
 use quantbench::quant::{dense, int8, nf4};
 
-const OURS: [&Fatbin; 7] = [
+const OURS: [&Fatbin; 11] = [
     &dense::cuda::KERNELS,
+    &dense::cuda::TRACED_KERNELS,
+    &int8::cuda::TRACED_KERNELS,
+    &nf4::cuda::TRACED_KERNELS,
     &dense::cuda::ENCODE_KERNELS,
     &int8::cuda::KERNELS,
     &int8::cuda::ENCODE_KERNELS,
     &nf4::cuda::KERNELS,
     &nf4::cuda::ENCODE_KERNELS,
+    &attend::KERNELS,
     &rows::KERNELS,
 ];
 /// Chips with machine code of their own.

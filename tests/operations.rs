@@ -105,6 +105,17 @@ fn executors_refuse_by_name_what_they_cannot_run() {
 }
 
 #[test]
+fn the_cpu_engine_refuses_caches_that_hold_other_positions_than_are_seen() {
+    let cpu = |model: &Model| refusal(model, &|setup| engine::cpu::load(setup, Isa::detect(), &Silent));
+    let mut dropping = shape("smollm2-135m");
+    dropping.caches[0].window = Some(128);
+    assert_eq!(cpu(&dropping), "the CPU engine cannot run an attention over all positions of a cache that holds 128");
+    let (mut narrow, _) = unusual_models().remove(0);
+    narrow.caches[0].window = Some(256);
+    assert_eq!(cpu(&narrow), "the CPU engine cannot run an attention over 128 positions of a cache that holds 256");
+}
+
+#[test]
 fn executors_refuse_by_name_batches_and_caches_that_they_cannot_run() {
     let model = shape("smollm2-135m");
     let config = builtin::by_name("smollm2-135m").expect("a built-in shape").config();

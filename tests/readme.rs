@@ -120,7 +120,9 @@ fn the_commands_of_the_readme_run() {
         n += 1;
     }
     assert!(n >= 12, "{n} commands");
-    for file in ["result.json", "result.html", "report.html", "theirs.json", "my-model-nf4/model.safetensors"] {
+    for file in
+        ["result.json", "result.html", "report.html", "trend.html", "theirs.json", "my-model-nf4/model.safetensors"]
+    {
         assert!(place.path().join(file).is_file(), "no `{file}`");
     }
 }

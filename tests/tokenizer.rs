@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Mutex;
 
 use quantbench::events::{Event, Listener};
-use quantbench::weights::tokenizer::{self, ChatTemplate, Message};
+use quantbench::weights::tokenizer::{self, ChatMessage, ChatTemplate};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -264,7 +264,7 @@ fn chat_templates_write_what_transformers_writes() {
         let tokens = json!({"bos_token": chat.bos_token, "eos_token": chat.eos_token});
         let part = |message: &'_ Value, key: &str| message[key].as_str().unwrap().to_owned();
         let messages: Vec<_> = chat.messages.iter().map(|m| (part(m, "role"), part(m, "content"))).collect();
-        let messages: Vec<_> = messages.iter().map(|(role, content)| Message { role, content }).collect();
+        let messages: Vec<_> = messages.iter().map(|(role, content)| ChatMessage { role, content }).collect();
         let seen = ChatTemplate::new(source, tokens.as_object().unwrap()).render(&messages);
         assert_eq!(seen.as_ref().ok(), chat.text.as_ref(), "{}: {messages:?} {:?}", chat.template, seen.as_ref().err());
     }

@@ -95,7 +95,9 @@ def of_page(checks, text, document, changes):
     checks.rest(masked(head, document), "head of the page")
     foot = text_of(next(every(page, "footer"))).replace("95 % intervals", "").replace("230 bytes", "").replace("109 bytes", "")
     checks.rest(foot.replace("fp16", ""), "foot of the page")
-    checks.equal([name(r) for r in taker.left], [], "records that no row shows")
+    # Of a case with many runs the page shows the newest, and the trend all.
+    if "; the trend shows all of them." not in text:
+        checks.equal([name(r) for r in taker.left], [], "records that no row shows")
 
 
 OVERVIEW = {

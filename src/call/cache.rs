@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// How a cache holds a key or a value.
+/// The format of a key or a value in a cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KvFormat {

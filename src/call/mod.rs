@@ -13,7 +13,7 @@ use anyhow::{Result, bail};
 /// The batches and caches that an executor has code for.
 #[derive(Debug, Clone, Copy)]
 pub struct Supported {
-    /// As errors name it.
+    /// The name in errors.
     pub executor: &'static str,
     pub kv_formats: &'static [KvFormat],
 }

@@ -42,7 +42,7 @@ pub struct GateArgs {
     #[arg(long, value_name = "GATES", help_heading = "Comparison")]
     pub fail_on: Option<String>,
 
-    /// End with exit code 3 also where the runs decide nothing.
+    /// End with exit code 3 also where the runs are undecided.
     #[arg(long, help_heading = "Comparison")]
     pub strict: bool,
 

@@ -55,7 +55,7 @@ pub struct HistoryCheckArgs {
     #[arg(long, value_name = "GATES", help_heading = "Comparison")]
     pub fail_on: Option<String>,
 
-    /// End with exit code 3 also where the runs cannot tell.
+    /// End with exit code 3 also where the runs are undecided.
     #[arg(long, help_heading = "Comparison")]
     pub strict: bool,
 

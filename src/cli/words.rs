@@ -91,7 +91,7 @@ pub fn color(words: &[OsString]) -> clap::ColorChoice {
     }
 }
 
-/// Takes any word, so that [`super::Request`] can say what was meant by one that is unknown, and tells completions these.
+/// Takes any word, so that [`super::Request`] can say what was meant by one that is unknown, and gives completions these.
 #[derive(Clone)]
 pub struct Suggested(pub fn() -> Vec<&'static str>);
 

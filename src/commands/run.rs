@@ -48,8 +48,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     }
 }
 
-/// What `measure` makes of each case. One that cannot run ends the others before the first, and is told where some have run: what they gave
-/// is not lost.
+/// Results of `measure` for each case. A case that cannot run ends the others before the first; after others have run it is reported, so that
+/// their results are not lost.
 pub fn each<T>(cases: &[Case], measure: impl Fn(&Case) -> Result<T>) -> Result<Vec<T>> {
     for case in cases.iter().filter(|_| cases.len() > 1) {
         harness::check(case)?;
@@ -146,7 +146,11 @@ fn write_files(request: &Request, document: &Document) -> Result<()> {
             BadInput::new(format!("{error:#}")).hint(hint).into()
         })
     };
-    request.files.iter().map(write).fold(Ok(()), |all, one| both(all, one).map(drop))
+    let mut all = Ok(());
+    for one in request.files.iter().map(write) {
+        all = both(all, one).map(drop);
+    }
+    all
 }
 
 /// Writes `text` into the folder for temporary files, where it stays; `None` where that cannot be done either.

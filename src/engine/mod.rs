@@ -133,7 +133,7 @@ pub enum Engine {
 pub static ENGINES: [Engine; 2] = [Engine::Quantbench, Engine::Candle];
 
 impl Engine {
-    /// As records and the command line spell it.
+    /// The name in records and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Engine::Quantbench => "quantbench",
@@ -148,13 +148,13 @@ impl Engine {
         }
     }
 
-    /// Whether it has anything to run at this precision.
+    /// Returns whether it has anything to run at this precision.
     pub fn runs(self, precision: FormatId) -> bool {
         self == Engine::Quantbench || precision == candle::PRECISION
     }
 }
 
-/// What an encoder reads.
+/// Input of an encoder.
 #[derive(Debug, Clone, Copy)]
 pub enum EncoderInput<'a> {
     Tokens(&'a [u32]),
@@ -215,7 +215,7 @@ impl Footprint {
     }
 }
 
-/// What to load a session from.
+/// The model, the weights and the limits of a session.
 pub struct Setup<'a> {
     pub model: &'a Model,
     pub source: &'a dyn Source,
@@ -226,7 +226,7 @@ pub struct Setup<'a> {
     pub threads: usize,
     /// Sequences that a call runs at once.
     pub sequences: usize,
-    /// How keys and values are held: [`Device::kv_format`] where nothing else is asked.
+    /// The format of keys and values: [`Device::kv_format`] where nothing else is asked.
     pub kv_format: KvFormat,
     /// Tokens of a sequence that the decoder's key/value cache must hold: depth + prompt + generated.
     pub capacity: usize,
@@ -244,7 +244,7 @@ pub enum Device {
 }
 
 impl Device {
-    /// What our own engines hold keys and values in.
+    /// The format in which our own engines hold keys and values.
     pub fn kv_format(self) -> KvFormat {
         match self {
             Device::Cpu => KvFormat::Fp32,

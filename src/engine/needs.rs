@@ -1,36 +1,36 @@
-//! How much memory a session will hold, from its model and lengths alone: no weights are read and no device is asked. Whoever
+//! The memory that a session will hold, from its model and lengths alone: no weights are read and no device is asked. Whoever
 //! must know whether a model fits asks here.
 
 use super::{Device, Engine, candle};
 use crate::call::KvFormat;
-use crate::lower::score_tiles::{ScoreTiles, is_one_kernel};
+use crate::lower::prompt;
 use crate::plan::{CacheScope, CacheSpec, LinearPart, Model, Op, Plan, Rows};
 use crate::weights::policy::Formats;
 
-/// What a process takes of a GPU beside its own allocations: the driver's context, the kernels and cuBLAS. An H200 with driver 580
+/// Bytes that a process takes of a GPU beside its own allocations: the driver's context, the kernels and cuBLAS. An H200 with driver 580
 /// takes 0.5 to 0.6 GiB.
 pub const CONTEXT_BYTES: u64 = 640 << 20;
 
 /// Bytes that a session holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Needs {
-    /// In their stored formats.
+    /// Weights in their stored formats.
     pub weights_bytes: u64,
-    /// At the dtype that the engine holds keys and values in.
+    /// Keys and values in the format that the engine holds them in.
     pub kv_cache_bytes: u64,
     /// Activations, attention scores and tables of the longest call.
     pub scratch_bytes: u64,
-    /// Of a GPU, for the process itself.
+    /// Memory of a GPU for the process itself.
     pub context_bytes: u64,
 }
 
 impl Needs {
-    /// What the session allocates.
+    /// The bytes that the session allocates.
     pub fn session_bytes(&self) -> u64 {
         self.weights_bytes.saturating_add(self.kv_cache_bytes).saturating_add(self.scratch_bytes)
     }
 
-    /// What the device must have free.
+    /// The bytes that the device must have free.
     pub fn bytes(&self) -> u64 {
         self.session_bytes().saturating_add(self.context_bytes)
     }
@@ -52,13 +52,13 @@ impl Lengths {
         self.depth.saturating_add(self.prompt).saturating_add(self.gen_tokens)
     }
 
-    /// The calls of many rows that the decoder gets: their rows, and the positions that their last row sees.
+    /// The calls of many rows that the decoder gets: their rows, and the positions that their last row sees. A GPU cuts them.
     fn calls(&self) -> [(usize, usize); 2] {
         [(self.depth, self.depth), (self.prompt, self.depth.saturating_add(self.prompt))]
     }
 }
 
-/// How the rows of a model are held: whose code, at which precision, where.
+/// The engine, the formats and the device that hold a model.
 #[derive(Clone, Copy)]
 pub struct Holding<'a> {
     pub engine: Engine,
@@ -76,7 +76,7 @@ impl Holding<'_> {
     }
 }
 
-/// What a session of `model` will hold.
+/// The bytes that a session of `model` will hold.
 pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Needs {
     let is_cuda = matches!(holding.device, Device::Cuda(_));
     Needs {
@@ -104,11 +104,13 @@ fn weights_bytes(model: &Model, holding: Holding) -> u64 {
     }
 }
 
-/// Keys and values of both sides. On a GPU a head's lie in whole words of 16 bytes.
+/// Keys and values of both sides. On a GPU a head's lie in whole words of 16 bytes; on a CPU a cache holds no more than its window.
 fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
     let head_granule = if matches!(holding.device, Device::Cuda(_)) { 8 } else { 1 };
+    let is_ring = (holding.engine, holding.device) == (Engine::Quantbench, Device::Cpu);
     let of_cache = |cache: CacheSpec| {
-        let capacity = if cache.scope == CacheScope::Decoder { lengths.capacity() } else { lengths.encoder };
+        let all = if cache.scope == CacheScope::Decoder { lengths.capacity() } else { lengths.encoder };
+        let capacity = cache.window.filter(|_| is_ring).map_or(all, |window| window.min(all));
         product(&[2, cache.kv_heads, cache.head_dim.next_multiple_of(head_granule), capacity, cache.format.bytes()])
     };
     model.cache_specs(holding.kv_format(model)).map(of_cache).fold(0, u64::saturating_add)
@@ -121,7 +123,7 @@ fn cpu_scratch_bytes(model: &Model, lengths: &Lengths) -> u64 {
     slot_bytes(&model.decoder, longest).saturating_add(encoder).saturating_add(mixture_bytes(model, longest))
 }
 
-/// What the CPU engine holds of a mixture of experts in a call of `rows` rows; all layers use the same memory.
+/// Bytes that the CPU engine holds of a mixture of experts in a call of `rows` rows; all layers use the same memory.
 fn mixture_bytes(model: &Model, rows: usize) -> u64 {
     let of_op = |op: &Op| {
         let Op::Experts(spec) = op else { return 0 };
@@ -146,7 +148,7 @@ fn slot_bytes(plan: &Plan, rows: usize) -> u64 {
 /// candle's models hold the scores of all heads, twice, and copy the caches as they grow.
 fn candle_scratch_bytes(model: &Model, lengths: &Lengths, element_bytes: usize) -> u64 {
     let scores = |plan: &Plan, (rows, seen): (usize, usize)| {
-        let heads = attentions(model, plan).map(|attention| attention.heads).max().unwrap_or(0);
+        let heads = attention_heads(model, plan).max().unwrap_or(0);
         product(&[2, element_bytes, heads, rows, seen])
     };
     let decoder =
@@ -158,13 +160,17 @@ fn candle_scratch_bytes(model: &Model, lengths: &Lengths, element_bytes: usize) 
     decoder.into_iter().chain(encoder).max().unwrap_or(0)
 }
 
-/// The memory of the longest prompt, which is one for all calls, and the tables that last.
+/// Rows of a call of the decoder on a GPU at most: longer prompts are cut.
+pub fn cuda_rows_of_call(model: &Model, formats: &Formats) -> usize {
+    prompt::rows_of_call(model, |rows| CudaCall { model, plan: &model.decoder, rows, formats }.bytes())
+}
+
+/// The memory of the longest call, which is one for all calls, and the tables that last.
 fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, formats: &Formats) -> u64 {
-    let bytes = |plan: &Plan, rows: usize, seen: usize| {
-        CudaCall { model, plan, rows, seen, encoded: lengths.encoder, formats }.bytes()
-    };
-    let decoder = lengths.calls().map(|(rows, seen)| bytes(&model.decoder, rows, seen));
-    let encoder = model.encoder.as_ref().map(|encoder| bytes(&encoder.plan, lengths.encoder, lengths.encoder));
+    let bytes = |plan: &Plan, rows: usize| CudaCall { model, plan, rows, formats }.bytes();
+    let most = cuda_rows_of_call(model, formats);
+    let decoder = lengths.calls().map(|(rows, _)| bytes(&model.decoder, rows.min(most)));
+    let encoder = model.encoder.as_ref().map(|encoder| bytes(&encoder.plan, lengths.encoder));
     let longest = decoder.into_iter().chain(encoder).max().unwrap_or(0);
     let reach = lengths.capacity().max(lengths.encoder);
     let angles = model.ropes.iter().map(|rope| product(&[size_of::<f32>(), rope.rotary_dim, lengths.capacity()]));
@@ -173,23 +179,12 @@ fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, formats: &Formats) -> u6
     angles.chain(biases).chain([logits]).fold(longest, u64::saturating_add)
 }
 
-/// An attention of a plan.
-#[derive(Debug, Clone, Copy)]
-struct Attention {
-    heads: usize,
-    kv_heads: usize,
-    scope: CacheScope,
-}
-
-fn attentions<'a>(model: &'a Model, plan: &'a Plan) -> impl Iterator<Item = Attention> + 'a {
-    plan.ops.iter().filter_map(|op| attention(model, plan, op))
-}
-
-fn attention(model: &Model, plan: &Plan, op: &Op) -> Option<Attention> {
-    let Op::Attention(attention) = op else { return None };
-    let spec = model.caches[attention.cache.0];
-    let heads = plan.buffers[attention.q.0].width / spec.head_dim;
-    Some(Attention { heads, kv_heads: spec.kv_heads, scope: spec.scope })
+/// Query heads of each attention of a plan.
+fn attention_heads<'a>(model: &'a Model, plan: &'a Plan) -> impl Iterator<Item = usize> + 'a {
+    plan.ops.iter().filter_map(|op| {
+        let Op::Attention(attention) = op else { return None };
+        Some(plan.buffers[attention.q.0].width / model.caches[attention.cache.0].head_dim)
+    })
 }
 
 /// A call of many rows on a GPU: buffers from the operation that writes them to the last that reads them, and what operations take
@@ -198,10 +193,6 @@ struct CudaCall<'a> {
     model: &'a Model,
     plan: &'a Plan,
     rows: usize,
-    /// Positions that the last row sees.
-    seen: usize,
-    /// Rows of the encoder's caches.
-    encoded: usize,
     formats: &'a Formats,
 }
 
@@ -222,7 +213,7 @@ impl CudaCall<'_> {
         self.plan.ops[..n_ops].iter().enumerate().map(of_op).max().unwrap_or(0)
     }
 
-    /// Of each buffer: fp32 where a residual lives, fp16 elsewhere.
+    /// Bytes a row of each buffer: fp32 where a residual lives, fp16 elsewhere.
     fn bytes_a_row(&self) -> Vec<usize> {
         let mut element_bytes = vec![size_of::<half::f16>(); self.plan.buffers.len()];
         for op in &self.plan.ops {
@@ -239,15 +230,8 @@ impl CudaCall<'_> {
         self.plan.buffers.iter().zip(element_bytes).map(|(buffer, bytes)| buffer.width * bytes).collect()
     }
 
-    /// What an operation takes while it runs.
+    /// Bytes that an operation takes while it runs.
     fn beside(&self, op: &Op) -> u64 {
-        if let Some(Attention { heads, kv_heads, scope }) = attention(self.model, self.plan, op) {
-            let seen = if scope == CacheScope::Decoder { self.seen } else { self.encoded };
-            if is_one_kernel(self.rows, seen) {
-                return 0;
-            }
-            return ScoreTiles::new(heads, heads / kv_heads.max(1), self.rows, seen).bytes(seen);
-        }
         let Op::Linear(spec) = op else { return 0 };
         let of_part = |part: &LinearPart| {
             let matrix = &self.model.matrices[part.weight.0];
@@ -257,7 +241,7 @@ impl CudaCall<'_> {
     }
 }
 
-/// In 64 bits, at most `u64::MAX`.
+/// The product in 64 bits, at most `u64::MAX`.
 fn product(factors: &[usize]) -> u64 {
     factors.iter().fold(1u64, |product, factor| product.saturating_mul(*factor as u64))
 }
@@ -278,6 +262,20 @@ mod tests {
         needs(&model(name), Holding { engine: Engine::Quantbench, formats: &formats, device }, &lengths)
     }
 
+    /// A window of 128 of 1024 positions is an eighth of them on a CPU.
+    #[test]
+    fn a_window_bounds_the_cache() {
+        let lengths = Lengths { depth: 1000, prompt: 8, gen_tokens: 16, encoder: 0 };
+        let formats = Formats::new(fp16::ID, FormatOptions::default());
+        let mut windowed = model("llama-3.2-1b");
+        let bytes = |model: &Model, device| {
+            cache_bytes(model, Holding { engine: Engine::Quantbench, formats: &formats, device }, &lengths)
+        };
+        let whole = [Device::Cpu, Device::Cuda(0)].map(|device| bytes(&windowed, device));
+        windowed.caches.iter_mut().for_each(|cache| cache.window = Some(128));
+        assert_eq!([Device::Cpu, Device::Cuda(0)].map(|device| bytes(&windowed, device)), [whole[0] / 8, whole[1]]);
+    }
+
     /// llama-3.2-1b has 16 layers of 8 key/value heads of 64: 2 · 16 · 8 · 64 values a position.
     #[test]
     fn a_cache_counts_at_the_dtype_that_it_has() {
@@ -293,34 +291,39 @@ mod tests {
         assert_eq!(cache_bytes(&odd, cuda, &lengths), 2 * 16 * 8 * 24 * 1024 * 2);
     }
 
-    /// A cache that is filled by one call of 120000 rows holds scores of a tile of at most 64 MiB, not those of all rows at once.
+    /// A cache that is filled with 120000 rows is filled in calls of 4096, or as many as hold no more than 448 MiB.
     #[test]
-    fn the_scores_of_a_long_prompt_are_counted() {
-        let lengths = Lengths { depth: 120_000, prompt: 8, gen_tokens: 64, encoder: 0 };
-        let needs = of("llama-3.2-1b", fp16::ID, Device::Cuda(0), lengths);
-        let scores = ScoreTiles::new(32, 4, 120_000, 120_000).bytes(120_000);
-        assert!(scores > 63 << 20 && scores <= 64 << 20, "{scores}");
-        // One row of each residual (fp32) and the widest pair of activations (fp16) are held beside them.
-        let activations = 120_000 * (4 * 2048 + 2 * 2 * 8192) as u64;
-        assert!(
-            needs.scratch_bytes > scores + activations && needs.scratch_bytes < 2 * (scores + activations),
-            "{needs:?}"
-        );
+    fn a_long_prompt_holds_what_a_call_of_it_does() {
+        let lengths = |depth: usize| Lengths { depth, prompt: 8, gen_tokens: 64, encoder: 0 };
+        let scratch = |name: &str, precision: FormatId, depth: usize| {
+            of(name, precision, Device::Cuda(0), lengths(depth)).scratch_bytes
+        };
+        let angles = |positions: u64| 4 * 64 * positions;
+        for precision in [fp16::ID, int8::ID, nf4::ID] {
+            for name in ["llama-3.2-1b", "phi-2"] {
+                let (long, longer) = (scratch(name, precision, 40_000), scratch(name, precision, 120_000));
+                assert!(longer - long <= angles(80_000), "{name} {precision}: {long} {longer}");
+                assert!(longer < prompt::CALL_BYTES + angles(120_072) + (4 << 20), "{name} {precision}: {longer}");
+            }
+        }
+        // One row of each residual (fp32) and the widest pair of activations (fp16).
+        let activations = 4096 * (4 * 2048 + 2 * 2 * 8192) as u64;
+        let fp16 = scratch("llama-3.2-1b", fp16::ID, 120_000);
+        assert!((activations..2 * activations + angles(120_072)).contains(&fp16), "{fp16}");
+        let needs = of("llama-3.2-1b", fp16::ID, Device::Cuda(0), lengths(120_000));
         // fp16 keys and values of 16 layers, 8 heads of 64.
         assert_eq!(needs.kv_cache_bytes, 2 * 2 * 16 * 8 * 64 * 120_072);
-        let short =
-            of("llama-3.2-1b", fp16::ID, Device::Cuda(0), Lengths { depth: 0, prompt: 8, gen_tokens: 64, encoder: 0 });
-        assert!(short.scratch_bytes < 64 << 20, "{short:?}");
+        assert!(scratch("llama-3.2-1b", fp16::ID, 0) < 64 << 20);
     }
 
-    /// The widest product of llama-3.2-1b is [8192, 2048]: int8 makes 8192 sums and 2048 codes a row, nf4 the whole matrix in fp16 for
+    /// The widest product of llama-3.2-1b is [8192, 2048]: int8 makes 8192 sums and 2048 codes a row and may gather all columns in fp16, nf4 the whole matrix in fp16 for
     /// more than 32 rows. Its products of two parts are of one matrix at a time.
     #[test]
     fn what_a_product_takes_beside_its_operands_is_counted() {
         let lengths = Lengths { depth: 0, prompt: 256, gen_tokens: 64, encoder: 0 };
         let scratch = |precision| of("llama-3.2-1b", precision, Device::Cuda(0), lengths).scratch_bytes;
         let plain = scratch(fp16::ID);
-        assert_eq!(scratch(int8::ID) - plain, 256 * (4 * 8192 + 2048));
+        assert_eq!(scratch(int8::ID) - plain, 256 * (4 * 8192 + 2048) + 2 * 2048 * (256 + 8192));
         assert_eq!(scratch(nf4::ID) - plain, 2 * 8192 * 2048);
     }
 

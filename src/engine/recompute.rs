@@ -34,7 +34,7 @@ struct Recompute {
     tokens: Vec<Vec<u32>>,
     /// Chosen last, of each sequence.
     next: Vec<u32>,
-    /// Whether keys in the cache have the rotation of long sequences.
+    /// Set where keys in the cache have the rotation of long sequences.
     is_long: bool,
 }
 

@@ -36,7 +36,7 @@ pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<R
             0 => {
                 let request = prepared.workload.load_request(case, variant, prepared.assignment);
                 let worker =
-                    ProcessWorker::new(request, needs.bytes(), case.protocol.deadline).of_binary(other.to_owned());
+                    ProcessWorker::new(request, needs.bytes(), case.protocol.deadline).with_binary(other.to_owned());
                 Box::new(worker) as Box<dyn WorkerHandle>
             }
             _ => prepared.worker(case, variant, needs),

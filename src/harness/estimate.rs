@@ -38,12 +38,12 @@ const GPU_START_S: f64 = 2.0;
 /// A decode step is no shorter.
 const STEP_S: f64 = 0.0002;
 
-/// What the estimate is made of.
+/// Inputs of the estimate.
 #[derive(Debug, Clone, Copy)]
 pub struct Work<'a> {
-    /// Of each row.
+    /// Needs of each variant.
     pub needs: &'a [Needs],
-    /// Of the model.
+    /// Parameters of the model.
     pub parameters: u64,
     /// Tokens of prompt and picture, whoever reads them.
     pub n_prompt: usize,

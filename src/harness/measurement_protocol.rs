@@ -59,7 +59,7 @@ impl MeasurementProtocol {
     }
 
     /// Protocol of one of the launches: an equal part of the times.
-    pub fn of_one_launch(&self) -> Self {
+    pub fn one_launch(&self) -> Self {
         let n = self.launches.max(1) as f64;
         Self { min_time_s: self.min_time_s / n, max_time_s: self.max_time_s / n, ..self.clone() }
     }

@@ -42,7 +42,7 @@ pub enum BandwidthSource {
     Measurement,
 }
 
-/// What this process measured, and with how many threads.
+/// The bandwidth that this process measured, and its number of threads.
 static CPU_BANDWIDTH: Mutex<Option<(usize, MeasuredBandwidth)>> = Mutex::new(None);
 
 /// A checked case and its opened model.
@@ -92,7 +92,7 @@ impl PreparedCase {
         Ok((case, Self { opened, assignment, workload, room, warnings: Vec::new() }))
     }
 
-    /// What will be done, and for how long: before it starts.
+    /// Announces the work and its estimated time before it starts.
     fn announcement(&self, case: &Case) -> String {
         let work = Work::new(&self.room, self.model(), &self.workload, self.assignment.threads);
         estimate::announcement(case, &work, &self.opened.checkpoint.id)

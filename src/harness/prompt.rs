@@ -11,7 +11,7 @@ use crate::protocol::{self, DeviceAssignment, Encode, LoadRequest, Task, Wait};
 use crate::record;
 use crate::rng::SplitMix64;
 use crate::weights::Checkpoint;
-use crate::weights::tokenizer::{ChatTemplate, Message};
+use crate::weights::tokenizer::{ChatMessage, ChatTemplate};
 
 /// The prompt where none is given and there is a tokenizer.
 pub const DEFAULT_TEXT: &str = "Explain quantization in simple terms.";
@@ -81,7 +81,7 @@ impl TokenizedWorkload {
     }
 }
 
-/// What turns a text into tokens.
+/// The tokenizer and the chat template of a prompt.
 #[derive(Clone, Copy, Default)]
 pub struct Words<'a> {
     pub tokenizer: Option<&'a Tokenizer>,
@@ -107,10 +107,10 @@ impl<'a> Words<'a> {
             let message = format!("`--chat`: `{}` has no chat template{why}", case.model.model_id);
             return Err(BadInput::new(message).hint("drop `--chat`, or name a model that was trained for chats"));
         };
-        template.render(&[Message { role: "user", content: text }])
+        template.render(&[ChatMessage { role: "user", content: text }])
     }
 
-    /// What whoever gave a text should know of the model's template, if anything.
+    /// A notice about the model's chat template for a user who gave a text, where there is one.
     pub fn hint(&self, case: &Case) -> Option<&'static str> {
         let is_plain = matches!(case.prompt, PromptChoice::Text(_)) && !case.chat;
         (is_plain && self.chat_template.is_some())
@@ -182,7 +182,7 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> TokenizedWorkload {
         n_gen: case.n_gen,
         stop_at: if case.stop_at_eos { model.eos.clone() } else { Vec::new() },
         warmup: case.protocol.warmup,
-        max_time_s: case.protocol.of_one_launch().max_time_s,
+        max_time_s: case.protocol.one_launch().max_time_s,
         wait: wait(&case.protocol),
     };
     TokenizedWorkload { task, sequences: case.sequences, n_prompt, n_image, n_encoder }

@@ -129,17 +129,17 @@ fn launch(
     protocol: &MeasurementProtocol,
     runs: &[bool],
 ) -> Result<Vec<VariantOutcome>, Failure> {
-    let mut protocol = protocol.of_one_launch();
+    let mut protocol = protocol.one_launch();
     let slot = |at: usize| if runs[at] { WorkerSlot::new((context.start)(at)) } else { WorkerSlot::empty() };
     let mut slots: Vec<WorkerSlot> = (0..context.n_workers).map(slot).collect();
     match context.order {
         RunOrder::Interleaved => {
-            together(&mut slots, &protocol, context.watch, context.events)?;
-            again_alone(&mut slots, context, protocol)?;
+            run_slots(&mut slots, &protocol, context.watch, context.events)?;
+            rerun_alone(&mut slots, context, protocol)?;
         }
         RunOrder::InTurn => {
             for at in 0..slots.len() {
-                together(&mut slots[at..=at], &protocol, context.watch, context.events)?;
+                run_slots(&mut slots[at..=at], &protocol, context.watch, context.events)?;
                 // The others take as many repeats as the first that ran, so that counts are equal.
                 let n = slots[at].outcome.samples.len();
                 if protocol.repeats.is_none() && slots[at].outcome.finished.is_some() {
@@ -153,7 +153,7 @@ fn launch(
 
 /// Runs variants again, one after the other, that found too little memory beside workers that have ended since: they may fit alone.
 /// Their samples from beside the others are dropped.
-fn again_alone<'w>(
+fn rerun_alone<'w>(
     slots: &mut [WorkerSlot<'w>],
     context: &mut ScheduleContext<'_, 'w>,
     mut protocol: MeasurementProtocol,
@@ -165,7 +165,7 @@ fn again_alone<'w>(
     for at in 0..slots.len() {
         if is_oom(&slots[at]) && slots[at].beside_others {
             slots[at] = WorkerSlot::new((context.start)(at));
-            together(&mut slots[at..=at], &protocol, context.watch, context.events)?;
+            run_slots(&mut slots[at..=at], &protocol, context.watch, context.events)?;
             slots[at].outcome.alone = true;
         }
     }
@@ -272,7 +272,7 @@ impl<'a> WorkerSlot<'a> {
 }
 
 /// Loads, warms up, repeats in rounds, measures energy one after the other, and finishes.
-fn together(
+fn run_slots(
     slots: &mut [WorkerSlot],
     protocol: &MeasurementProtocol,
     watch: &mut dyn Watch,

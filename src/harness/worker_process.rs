@@ -41,7 +41,7 @@ impl ProcessWorker {
     }
 
     /// The same in the worker process of another build.
-    pub fn of_binary(self, binary: PathBuf) -> Self {
+    pub fn with_binary(self, binary: PathBuf) -> Self {
         Self { binary: Some(binary), ..self }
     }
 

@@ -1,6 +1,6 @@
 //! The instruction set that the CPU kernels use, found at run time and recorded.
 
-/// What the kernels were written for. Ordered: a later one can do all that an earlier one can.
+/// Instruction sets that kernels were written for. Ordered: a later one can do all that an earlier one can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
     /// Plain Rust, any machine.
@@ -34,7 +34,7 @@ impl Isa {
         found
     }
 
-    /// As records name it.
+    /// The name in records.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Portable => "portable",

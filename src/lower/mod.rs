@@ -5,4 +5,4 @@
 
 #[cfg(feature = "cuda")]
 pub mod cuda;
-pub mod score_tiles;
+pub mod prompt;

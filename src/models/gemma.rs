@@ -13,7 +13,11 @@ use crate::plan::{ActivationKind, Builder, Mask, Model, Path, VectorKind};
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "gemma", doc: "Gemma 1: decoder-only, tied head, (1 + w) norms", build };
 
-pub const RULE: Rule = Rule { harmless: &[HARMLESS, &["num_image_tokens"]], refused: &[REFUSED, REFUSED_IN_DECODERS] };
+pub const RULE: Rule = Rule {
+    // Gemma 2 and 3 read `hidden_activation` in the place of `hidden_act`.
+    harmless: &[HARMLESS, &["hidden_act", "num_image_tokens"]],
+    refused: &[REFUSED, REFUSED_IN_DECODERS],
+};
 
 /// Who reads the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

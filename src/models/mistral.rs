@@ -12,7 +12,7 @@ use crate::plan::{Builder, Model, Path};
 pub const ARCHITECTURE: Architecture =
     Architecture { model_type: "mistral", doc: "Mistral, Ministral: decoder-only, sliding window", build };
 
-const DEFAULTS: Defaults = Defaults {
+pub const DEFAULTS: Defaults = Defaults {
     vocab_size: 32_000,
     hidden_size: 4096,
     intermediate_size: 14_336,

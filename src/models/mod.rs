@@ -2,7 +2,9 @@
 
 mod blocks;
 mod config;
+mod decoder;
 mod experts;
+mod frequencies;
 mod gemma;
 mod gemma2;
 mod gemma3;
@@ -10,6 +12,7 @@ mod generation;
 mod gpt_oss;
 mod keys;
 mod llama;
+mod ministral;
 mod mistral;
 mod mixtral;
 mod olmo2;
@@ -51,6 +54,7 @@ pub static ARCHITECTURES: &[Architecture] = &[
     qwen3::ARCHITECTURE,
     qwen3_moe::ARCHITECTURE,
     mistral::ARCHITECTURE,
+    ministral::ARCHITECTURE,
     mixtral::ARCHITECTURE,
     gemma::ARCHITECTURE,
     gemma2::ARCHITECTURE,
@@ -138,18 +142,15 @@ fn architecture(config: &Value) -> Result<&'static Architecture> {
     match ARCHITECTURES.iter().find(|architecture| architecture.model_type == model_type) {
         Some(architecture) => Ok(architecture),
         None => {
-            bail!(
-                "config.json says `model_type` `{model_type}`; {}; known are {}",
-                nearest(model_type, config),
-                known()
-            )
+            let nearest = nearest(model_type, config).map(|nearest| format!("; {nearest}")).unwrap_or_default();
+            bail!("config.json says `model_type` `{model_type}`{nearest}; known are {}", known())
         }
     }
 }
 
 /// Says which known family is nearest to one that is not, and what of this config that family does not compute. Names that begin
-/// alike count most, then how few keys are left over.
-fn nearest(model_type: &str, config: &Value) -> String {
+/// alike count most, then how few keys are left over. `None` where neither says anything.
+fn nearest(model_type: &str, config: &Value) -> Option<String> {
     let common = |name: &str| match name.chars().zip(model_type.chars()).take_while(|(a, b)| a == b).count() {
         // Fewer letters are chance.
         0..=2 => 0,
@@ -160,13 +161,16 @@ fn nearest(model_type: &str, config: &Value) -> String {
         (std::cmp::Reverse(common(family.model_type)), fails, count)
     };
     let probed = ARCHITECTURES.iter().map(|family| (family, left_over(family, config)));
-    let Some((family, left_over)) = probed.min_by_key(rank) else { return String::new() };
+    let (family, left_over) = probed.min_by_key(rank)?;
     let name = family.model_type;
-    match left_over {
+    if common(name) == 0 && config.as_object().is_none_or(|config| config.len() < 2) {
+        return None;
+    }
+    Some(match left_over {
         Err(error) => format!("nearest is `{name}`, which cannot be built from it ({error})"),
         Ok(keys) if keys.is_empty() => format!("nearest is `{name}`, which computes all of its keys"),
         Ok(keys) => format!("nearest is `{name}`, which does not compute {}", keys.join(", ")),
-    }
+    })
 }
 
 /// Keys of a config that a family does not compute, or why it cannot be built from it at all.

@@ -44,7 +44,7 @@ fn build(keys: &Keys) -> Result<Model> {
     let config = DecoderConfig::read(keys, &DEFAULTS)?;
     let window = keys.optional_size("sliding_window")?;
     let window = config.window_of_all(keys, window)?;
-    let basis = RopeBasis { rotary: Rotary::Part(1.0), original: Some(4096), ..config.rope_basis() };
+    let basis = RopeBasis { rotary: Rotary::Part(1.0), original: Some(4096), knows_su: true, ..config.rope_basis() };
     let rope = RopeSettings::read(keys, basis)?;
     if !matches!(rope.kind, RopeKind::Default | RopeKind::LongRope { .. }) {
         let key = if keys.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" };

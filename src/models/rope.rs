@@ -6,7 +6,6 @@ use serde_json::Value;
 
 use super::keys::Keys;
 use super::rule::Rule;
-use crate::plan::{Rope, RopeByLength};
 use crate::weights::json::is_empty;
 
 /// transformers' base where a file has none, for most families.
@@ -20,11 +19,11 @@ const RULE: Rule = Rule { harmless: &[&["finetuned", "mrope_interleaved", "mrope
 pub struct RopeSettings {
     pub theta: f64,
     pub kind: RopeKind,
-    head_dim: usize,
+    pub(super) head_dim: usize,
     /// Elements of a head that rotate.
-    rotary_dim: usize,
+    pub(super) rotary_dim: usize,
     /// Positions that the model is configured for.
-    max_positions: usize,
+    pub(super) max_positions: usize,
 }
 
 /// How frequencies are made of `theta`.
@@ -61,12 +60,12 @@ pub enum RopeKind {
 /// YaRN (Peng et al. 2023).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Yarn {
-    factor: f64,
-    original: f64,
-    beta_fast: f64,
-    beta_slow: f64,
-    truncate: bool,
-    attention_factor: f64,
+    pub(super) factor: f64,
+    pub(super) original: f64,
+    pub(super) beta_fast: f64,
+    pub(super) beta_slow: f64,
+    pub(super) truncate: bool,
+    pub(super) attention_factor: f64,
 }
 
 /// What a family's rotary settings stand on.
@@ -80,6 +79,8 @@ pub struct RopeBasis {
     pub theta: f64,
     /// Positions before scaling, where a file does not say; `None` are those of the config.
     pub original: Option<usize>,
+    /// Whether older files call LongRoPE `su`.
+    pub knows_su: bool,
 }
 
 /// How much of each head rotates.
@@ -124,14 +125,17 @@ impl RopeSettings {
 
     /// Of one section, where there is one, of the file that `keys` are the top of; `basis` has the base of sections without one.
     pub fn of(keys: &Keys, chosen: Option<&Keys>, basis: RopeBasis) -> Result<Self> {
-        let RopeBasis { head_dim, rotary, max_positions, theta, original } = basis;
+        let RopeBasis { head_dim, rotary, max_positions, theta, original, knows_su } = basis;
         let inner = chosen.map(|rope| optional_positive(rope, "rope_theta")).transpose()?.flatten();
         let theta = inner.unwrap_or(theta);
         let partial_at = chosen.filter(|rope| rope.has("partial_rotary_factor")).unwrap_or(keys);
         keys.value("partial_rotary_factor");
         let partial = partial_at.optional_number("partial_rotary_factor")?;
         let outer_original = keys.optional_size("original_max_position_embeddings")?;
-        let kind_name = chosen.map_or(Ok("default"), kind_name)?;
+        let kind_name = match chosen.map_or(Ok("default"), kind_name)? {
+            "su" if knows_su => "longrope",
+            name => name,
+        };
         let rotary_dim = match (rotary, kind_name) {
             // transformers rotates all of a head by the frequencies of a part of it: it ends with an error there.
             (Rotary::Whole, kind)
@@ -191,46 +195,6 @@ impl RopeSettings {
     /// Whether a whole context may begin with position 1: a last position of its own would change other frequencies.
     pub fn holds_from_one(&self) -> bool {
         !matches!(self.kind, RopeKind::Dynamic { .. } | RopeKind::LongRope { .. })
-    }
-
-    /// In fp32, operation by operation as transformers computes it.
-    pub fn rope(&self) -> Rope {
-        let dim = self.rotary_dim;
-        let power = |i: usize, of: usize| (self.theta as f32).powf((2 * i) as f32 / of as f32);
-        let plain = (0..dim / 2).map(|i| 1.0 / power(i, dim));
-        let stretched = |factors: &[f64]| {
-            factors.iter().enumerate().map(|(i, factor)| 1.0 / (*factor as f32 * power(i, dim))).collect::<Vec<f32>>()
-        };
-        let (inverse_frequencies, attention_factor): (Vec<f32>, f64) = match &self.kind {
-            RopeKind::Default | RopeKind::Dynamic { .. } => (plain.collect(), 1.0),
-            RopeKind::Linear { factor } => (plain.map(|f| f / *factor as f32).collect(), 1.0),
-            RopeKind::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
-                let [factor, low, high, original] =
-                    [factor, low_freq_factor, high_freq_factor, original].map(|x| *x as f32);
-                (plain.map(|f| llama3_frequency(f, factor, low, high, original)).collect(), 1.0)
-            }
-            RopeKind::Yarn(yarn) => {
-                let (low, high) = yarn.range(dim, self.theta);
-                let frequency = |i| yarn.frequency(power(i, dim), i, low, high);
-                ((0..dim / 2).map(frequency).collect(), yarn.attention_factor)
-            }
-            RopeKind::LongRope { short_factor, attention_factor, .. } => (stretched(short_factor), *attention_factor),
-            RopeKind::Proportional { factor, rotated } => {
-                let rotated = (rotated * self.head_dim as f64 / 2.0) as usize;
-                let frequency = |i| if i < rotated { 1.0 / power(i, self.head_dim) / *factor as f32 } else { 0.0 };
-                ((0..dim / 2).map(frequency).collect(), 1.0)
-            }
-        };
-        let by_length = match &self.kind {
-            RopeKind::Dynamic { factor } => {
-                Some(RopeByLength::DynamicNtk { original: self.max_positions, theta: self.theta, factor: *factor })
-            }
-            RopeKind::LongRope { long_factor, original, .. } if *original < self.max_positions => {
-                Some(RopeByLength::Switch { original: *original, inverse_frequencies: stretched(long_factor) })
-            }
-            _ => None,
-        };
-        Rope { rotary_dim: dim, inverse_frequencies, attention_factor: attention_factor as f32, by_length }
     }
 }
 
@@ -323,8 +287,7 @@ impl Reader<'_, '_> {
                 original: self.original(rope)? as f64,
             },
             "yarn" => RopeKind::Yarn(self.yarn(rope)?),
-            // "su" is what Phi-3 called it first.
-            "longrope" | "su" => self.longrope(rope)?,
+            "longrope" => self.longrope(rope)?,
             "proportional" => RopeKind::Proportional {
                 factor: optional_positive(rope, "factor")?.unwrap_or(1.0),
                 rotated: match self.part {
@@ -427,36 +390,4 @@ fn positive(rope: &Keys, key: &'static str) -> Result<f64> {
 /// YaRN's attention temperature (section 3.4), as a factor on cosine and sine.
 fn yarn_scale(factor: f64, scale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
-}
-
-impl Yarn {
-    /// Between which pairs frequencies pass from their own to the stretched ones.
-    fn range(&self, dim: usize, theta: f64) -> (f64, f64) {
-        let pair = |rotations: f64| {
-            dim as f64 * (self.original / (rotations * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln())
-        };
-        let (low, high) = (pair(self.beta_fast), pair(self.beta_slow));
-        let (low, high) = if self.truncate { (low.floor(), high.ceil()) } else { (low, high) };
-        (low.max(0.0), high.min(dim as f64 - 1.0))
-    }
-
-    fn frequency(&self, power: f32, i: usize, low: f64, high: f64) -> f32 {
-        let high = if low == high { high + 0.001 } else { high };
-        let ramp = ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
-        let (own, stretched, share) = (1.0 / power, 1.0 / (self.factor as f32 * power), 1.0 - ramp);
-        stretched * (1.0 - share) + own * share
-    }
-}
-
-/// Llama 3.1's scaling: short wavelengths stay, long ones are stretched by `factor`, those between are blended.
-fn llama3_frequency(frequency: f32, factor: f32, low: f32, high: f32, original: f32) -> f32 {
-    let wavelength = 2.0 * std::f32::consts::PI / frequency;
-    if wavelength < original / high {
-        frequency
-    } else if wavelength > original / low {
-        frequency / factor
-    } else {
-        let smooth = (original / wavelength - low) / (high - low);
-        (1.0 - smooth) * frequency / factor + smooth * frequency
-    }
 }

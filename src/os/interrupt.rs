@@ -1,4 +1,4 @@
-//! Whether the user wants a run to end: Ctrl-C keeps what was measured.
+//! Interruption by the user: Ctrl-C ends a run and keeps what was measured.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,7 +9,7 @@ pub fn request() {
     REQUESTED.store(true, Ordering::Relaxed);
 }
 
-/// Whether the end was asked for.
+/// True once the end was asked for.
 pub fn is_requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }

@@ -256,7 +256,7 @@ impl Builder {
         self.ops.push(Op::Append(AppendSpec { kv: KeyValue { k, v }, cache }));
     }
 
-    /// As [`Self::append`], for an attention of `q` that rotates queries and keys.
+    /// [`Self::append`] for an attention of `q` that rotates queries and keys.
     pub fn rope_append(&mut self, q: BufferId, k: BufferId, v: BufferId, cache: CacheId, rope: RopeId) {
         self.append(k, v, cache);
         self.rotated = Some((q, rope));
@@ -298,7 +298,7 @@ impl Builder {
         self.capped_head(x, scale, weight, bias, None);
     }
 
-    /// As [`Self::head`], whose logits are capped.
+    /// [`Self::head`] with capped logits.
     pub fn capped_head(
         &mut self,
         x: BufferId,

@@ -49,7 +49,7 @@ pub struct FusedPart {
     pub activation: Option<ActivationKind>,
 }
 
-/// How the products of an operation become its results.
+/// The step from an operation's products to its results.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Join {
     /// Each part writes its own buffer, from the only input.

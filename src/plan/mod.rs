@@ -102,9 +102,9 @@ pub struct Rope {
     pub rotary_dim: usize,
     /// `rotary_dim / 2` angular frequencies, radians per position.
     pub inverse_frequencies: Vec<f32>,
-    /// What cosines and sines are multiplied by: 1, but for scalings that sharpen attention.
+    /// The factor of cosines and sines: 1, but for scalings that sharpen attention.
     pub attention_factor: f32,
-    /// How frequencies depend on the length of the sequence; `None` where they do not.
+    /// The dependence of frequencies on the length of the sequence; `None` where there is none.
     pub by_length: Option<RopeByLength>,
 }
 
@@ -158,7 +158,7 @@ impl Rope {
         self.turns_by(&self.inverse_frequencies, position)
     }
 
-    /// As [`Self::turns`], by [`Self::frequencies`] of the call.
+    /// [`Self::turns`] by the call's [`Self::frequencies`].
     pub fn turns_by<'a>(&'a self, frequencies: &'a [f32], position: usize) -> impl Iterator<Item = (f32, f32)> + 'a {
         let angles = frequencies.iter().map(move |frequency| position as f32 * frequency);
         angles.map(|angle| (angle.cos() * self.attention_factor, angle.sin() * self.attention_factor))

@@ -92,7 +92,7 @@ pub struct NormSpec {
     pub out: BufferId,
 }
 
-/// For each part `out = x · Wᵀ + bias`: matrices that read the same activations.
+/// Computes for each part `out = x · Wᵀ + bias`: matrices that read the same activations.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LinearSpec {
     pub x: BufferId,
@@ -378,7 +378,7 @@ pub enum WeightRead {
         chosen: usize,
         of: usize,
     },
-    /// As [`Self::OneOf`], of a bias.
+    /// [`Self::OneOf`] of biases.
     OneVectorOf {
         vector: VectorId,
         chosen: usize,
@@ -410,6 +410,8 @@ impl Op {
     /// Buffers that the operation has read for the last time before it writes the first one: `out` may take their memory.
     pub fn reads_before_writing(&self) -> Vec<BufferId> {
         match self {
+            // With a window, rows of a call may read its own keys and values where they are, as the cache holds no more.
+            Op::Attention(spec) if spec.window.is_some() => vec![],
             Op::Attention(spec) => spec.append.iter().flat_map(|kv| [kv.k, kv.v]).collect(),
             Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Norm(_) | Op::Linear(_) => vec![],
             Op::Append(_) | Op::Activation(_) | Op::Experts(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => vec![],

@@ -1,4 +1,4 @@
-//! Which buffers may share memory: a buffer lives from the first operation that writes it to the last that reads it, and
+//! Memory that buffers share: a buffer lives from the first operation that writes it to the last that reads it, and
 //! buffers whose lives do not meet take the same slot.
 
 use super::{LinearSpec, Op, Plan, Rows};
@@ -9,7 +9,7 @@ pub struct Storage {
     /// Slot of each buffer.
     pub slot_of: Vec<usize>,
     pub slots: Vec<Slot>,
-    /// Where each buffer lies in a row of its slot.
+    /// The place of each buffer in a row of its slot.
     pub columns: Vec<Columns>,
 }
 

@@ -29,6 +29,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
     const Matvec &matvec = resident.instruction.matvec;
     const BlockShare &share = resident.share;
     const int opcode = resident.instruction.opcode;
+    stamp(at, STAMP_BEGUN);
     RowFactors<Format> factors;
     bool has_row = factors.load(resident, threadIdx.x / TILE_ROWS, threadIdx.x % TILE_ROWS);
     pipeline.fill(instructions, before);
@@ -52,7 +53,10 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
     }
     ahead();
     const bool has_rows = share.rows != 0 || matvec.logits;
-    auto begin = [&]() { Pipeline::begin(shared_pipeline, at); };
+    auto begin = [&]() {
+        Pipeline::begin(shared_pipeline, at);
+        stamp(at, STAMP_READY);
+    };
     if (!matvec.reuses_input && has_rows) {
         if (is_normed) normalize(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, sums_of_warps, begin);
         else if (matvec.inputs[0].is_tagged) read_inputs<true, Format::WORDS_HELD>(matvec, tags, x, begin);
@@ -63,17 +67,23 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
         // Makes the results of `ahead` visible to all warps.
         barrier_sync();
     }
-    if (!has_rows) return pipeline.leave(at);
+    if (!has_rows) {
+        stamp_rest(at, STAMP_READ);
+        return pipeline.leave(at);
+    }
     if (!matvec.reuses_input) {
         if (opcode == OPCODE_FLOAT) FloatDecoder::convert(activations.of_floats, {}, matvec, x, converted, sums_of_warps);
         if (FORMAT_NEEDS_VALUES && opcode == OPCODE_FORMAT) Format::convert(activations.own, shared, matvec, x, converted, sums_of_warps);
         if (eighths > 0) barrier_sync();
     }
+    stamp(at, STAMP_READ);
 
     if (opcode == OPCODE_HALF) stream<HalfDecoder>(instructions, at, behind, pipeline, reader, {}, activations.of_halves, partials);
     else if (opcode == OPCODE_FLOAT) stream<FloatDecoder>(instructions, at, behind, pipeline, reader, {}, activations.of_floats, partials);
     else if constexpr (!std::is_same<Format, HalfDecoder>::value) stream<Format>(instructions, at, behind, pipeline, reader, shared, activations.own, partials);
+    stamp(at, STAMP_MULTIPLIED);
     barrier_sync();
+    stamp(at, STAMP_SUMMED);
 
     unsigned long long best = 0;
 #pragma unroll 1
@@ -92,10 +102,12 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
         }
         store_row(matvec, matvec.parts[factors.part()], factors.row(), values, factors.residual, tags.of(at), best);
     }
+    stamp(at, STAMP_STORED);
     if (!matvec.logits) return;
     __shared__ unsigned long long best_of_warps[WARPS];
     best = block_best(best, best_of_warps);
     if (threadIdx.x == 0) program.token_output.best[blockIdx.x] = best;
+    stamp(at, STAMP_STORED);
 }
 
 // Dynamic shared memory: the warps' pipelines, then an instruction's data.
@@ -110,6 +122,7 @@ __device__ __forceinline__ void run_step(const Program &program) {
     __shared__ typename Pipeline::Shared shared_pipeline;
     const int n = program.n_instructions, warp = threadIdx.x / LANES;
 
+    start_trace(program);
     Pipeline pipeline;
     pipeline.start(shared_address(dynamic), program.stages, min(n, RESIDENT_INSTRUCTIONS), shared_pipeline);
     uint8_t *room = (uint8_t *)dynamic + WARPS * Pipeline::bytes(program.stages);
@@ -131,6 +144,7 @@ __device__ __forceinline__ void run_step(const Program &program) {
     Format::prepare(shared, program.constants);
     // Never 0, the tag of memory that nothing has been written to.
     const Tags tags = {program.instructions ? (load_relaxed(program.counters + 1) + 1) * n : 0};
+    trace_header(TRACE_PREPARED, IS_TRACED ? clock_low() : 0);
 
 #pragma unroll 1
     for (int at = 0; at < n; at++) {
@@ -150,13 +164,14 @@ __device__ __forceinline__ void run_step(const Program &program) {
             }
         };
         const Instruction &instruction = resident[at % RESIDENT_INSTRUCTIONS].instruction;
-        if (instruction.opcode == OPCODE_ATTENTION) attend(instruction.attention, tags, tags.of(at), room, ahead);
+        if (instruction.opcode == OPCODE_ATTENTION) attend(instruction.attention, tags, at, room, ahead);
         else multiply<Format>(program, resident, at, tags, before, behind, pipeline, shared_pipeline, shared, room, ahead);
         if (at + 1 == n) break;
         // The next instruction reuses shared memory.
         barrier_sync();
     }
 
+    trace_header(TRACE_DONE, IS_TRACED ? clock_low() : 0);
     if (!program.counters) return;
     barrier_sync();
     if (threadIdx.x == 0) {
@@ -164,9 +179,11 @@ __device__ __forceinline__ void run_step(const Program &program) {
         is_last = atomicAdd(program.counters, 1u) == gridDim.x - 1;
     }
     barrier_sync();
+    trace_header(TRACE_ENDED, IS_TRACED ? clock_low() : 0);
     if (!is_last) return;
     __threadfence();
     if (program.token_output.best) write_token(program.token_output, best_of_warps);
+    trace_header(TRACE_ENDED, IS_TRACED ? clock_low() : 0);
     if (threadIdx.x != 0) return;
     program.counters[0] = 0;
     if (program.instructions) program.counters[1]++;

@@ -146,7 +146,7 @@ pub struct ModelFacts {
     #[serde(with = "unknown::count")]
     #[schemars(with = "Option<u64>")]
     pub parameters: u64,
-    /// Of a mixture of experts.
+    /// Facts of a mixture of experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts: Option<ExpertFacts>,
 }

@@ -138,6 +138,13 @@ impl Case<'_> {
         title(self.records)
     }
 
+    /// The same case with its newest run alone.
+    pub fn newest(&self) -> Case<'_> {
+        let Run { records, label, short } = self.newest_run();
+        let run = Run { records, label: label.clone(), short: short.clone() };
+        Case { records, runs: vec![run], names_run: true }
+    }
+
     /// By time, and of equal ones the last.
     pub fn newest_run(&self) -> &Run<'_> {
         // RFC 3339 in UTC sorts as text; a case has a run.

@@ -33,7 +33,7 @@ pub fn render(lines: &[Line]) -> String {
 }
 
 /// As [`render`] does it, in blocks that are each at most `columns` wide: the first `n_fixed` columns stand in every block. A line keeps its
-/// index, so that a caller can tell headers from rows. A column that is too wide alone stays as it is.
+/// index, so that a caller can distinguish headers from rows. A column that is too wide alone stays as it is.
 pub fn fold(lines: &[Line], columns: Option<usize>, n_fixed: usize) -> Vec<Vec<(usize, String)>> {
     let widths = widths(lines);
     let mut blocks: Vec<Vec<usize>> = vec![Vec::new()];
@@ -55,7 +55,7 @@ pub fn fold(lines: &[Line], columns: Option<usize>, n_fixed: usize) -> Vec<Vec<(
                 let picked = (0..n_fixed).chain(block.iter().copied());
                 Some((index, Line::Cells(picked.filter_map(|at| cells.get(at).cloned()).collect())))
             }
-            // A reason is told once.
+            // A reason is shown once.
             Line::Span(head, text) => is_first(block).then(|| (index, Line::Span(head.clone(), text.clone()))),
         });
         let (indices, picked): (Vec<usize>, Vec<Line>) = shown.unzip();
@@ -142,7 +142,7 @@ mod tests {
         );
         let failed = [cells(["name", "first", "second", "third"]), Line::Span("x".into(), "oom: too large".into())];
         let failed: Vec<usize> = fold(&failed, Some(12), 1).iter().map(Vec::len).collect();
-        assert_eq!(failed, [2, 1, 1], "a reason is told once");
+        assert_eq!(failed, [2, 1, 1], "a reason is shown once");
     }
 
     #[test]

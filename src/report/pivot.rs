@@ -3,7 +3,7 @@
 use super::Terminal;
 use super::case::{self, Case, OWN, plain};
 use super::grid::{self, Line};
-use super::table::Paint;
+use super::table::TextStyle;
 use crate::record::{Record, Status};
 
 /// The decode speed of every case and precision, and its speed-up; `None` where there are not several cases with a speed.
@@ -39,7 +39,7 @@ pub fn table(cases: &[Case], terminal: &Terminal) -> Option<String> {
     };
     let lines: Vec<Line> = std::iter::once(Line::Cells(header)).chain(rows.iter().map(row)).collect();
     let painted =
-        |(index, text): (usize, String)| (if index == 0 { terminal.paint(Paint::Dim, &text) } else { text }) + "\n";
+        |(index, text): (usize, String)| (if index == 0 { terminal.paint(TextStyle::Dim, &text) } else { text }) + "\n";
     let blocks = grid::fold(&lines, terminal.columns, 1).into_iter();
     let text = blocks.map(|block| block.into_iter().map(painted).collect::<String>()).collect::<Vec<_>>().join("\n");
     Some(text)

@@ -29,7 +29,7 @@ fn block(case: &Case, options: &Options) -> String {
     let verdicts = verdict::verdicts(case, options.card_bytes);
     let verdicts: String =
         verdicts.iter().map(|verdict| wrap(&verdict.to_string(), terminal.columns, 2) + "\n").collect();
-    let title = terminal.paint(Paint::Bold, &wrap(&case.title(), terminal.columns, 2));
+    let title = terminal.paint(TextStyle::Bold, &wrap(&case.title(), terminal.columns, 2));
     let mut text = format!("{title}\n{verdicts}\n{}", grid(sheet, case.runs.len(), terminal));
     text += &paragraph(&notes, terminal);
     text += &modules::tables(case);
@@ -42,7 +42,7 @@ fn block(case: &Case, options: &Options) -> String {
 fn warning_lines(case: &Case, options: &Options) -> String {
     let terminal = &options.terminal;
     let lines = if options.all_warnings { case::warnings(case) } else { warnings::grouped(case) };
-    let (label, columns) = (terminal.paint(Paint::Yellow, "warning:"), terminal.columns);
+    let (label, columns) = (terminal.paint(TextStyle::Yellow, "warning:"), terminal.columns);
     let line = |line: &String| match line.starts_with('…') {
         true => format!("{line}\n"),
         // The label's colours take no room.
@@ -65,8 +65,8 @@ fn grid(sheet: Sheet, n_runs: usize, terminal: &Terminal) -> String {
     let lines = lines(sheet);
     let n_fixed = if n_runs > 1 { 2 } else { 1 };
     let painted = |(index, text): (usize, String)| match &lines[index] {
-        Line::Span(..) => terminal.paint(Paint::Red, &wrap(&text, terminal.columns, 2)) + "\n",
-        Line::Cells(_) if index < N_HEADER => terminal.paint(Paint::Dim, &text) + "\n",
+        Line::Span(..) => terminal.paint(TextStyle::Red, &wrap(&text, terminal.columns, 2)) + "\n",
+        Line::Cells(_) if index < N_HEADER => terminal.paint(TextStyle::Dim, &text) + "\n",
         Line::Cells(_) => text + "\n",
     };
     let blocks = grid::fold(&lines, terminal.columns, n_fixed).into_iter();
@@ -87,7 +87,7 @@ fn lines(sheet: Sheet) -> Vec<Line> {
 
 /// How a terminal shows a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Paint {
+pub enum TextStyle {
     Bold,
     Dim,
     Red,
@@ -96,15 +96,15 @@ pub enum Paint {
 
 impl Terminal {
     /// `text` with the codes for it, where the terminal has colours. Each line has its own, so that a pager shows them all.
-    pub(super) fn paint(&self, paint: Paint, text: &str) -> String {
+    pub(super) fn paint(&self, paint: TextStyle, text: &str) -> String {
         if !self.colour {
             return text.to_owned();
         }
         let code = match paint {
-            Paint::Bold => "1",
-            Paint::Dim => "2",
-            Paint::Red => "31",
-            Paint::Yellow => "33",
+            TextStyle::Bold => "1",
+            TextStyle::Dim => "2",
+            TextStyle::Red => "31",
+            TextStyle::Yellow => "33",
         };
         text.split('\n').map(|line| format!("\x1b[{code}m{line}\x1b[0m")).collect::<Vec<_>>().join("\n")
     }

@@ -3,7 +3,7 @@
 use super::Terminal;
 use super::case::Case;
 use super::grid::wrap;
-use super::table::Paint;
+use super::table::TextStyle;
 use crate::record::{Record, Status};
 
 /// Columns of a text at least; narrower, and texts stand below each other.
@@ -35,7 +35,7 @@ pub fn side_by_side(case: &Case, terminal: &Terminal) -> String {
         return format!("\n{}", beside(&columns, width, terminal));
     }
     let below = |(head, text): (&String, &str)| {
-        format!("\n{}\n{}\n", terminal.paint(Paint::Bold, head), lines(text, total).join("\n"))
+        format!("\n{}\n{}\n", terminal.paint(TextStyle::Bold, head), lines(text, total).join("\n"))
     };
     heads.iter().zip(texts).map(below).collect()
 }
@@ -83,7 +83,7 @@ fn beside(columns: &[Vec<String>], width: usize, terminal: &Terminal) -> String 
         let cells = columns.iter().map(|column| format!("{:<width$}", column.get(at).map_or("", String::as_str)));
         let line = cells.collect::<Vec<_>>().join("  ");
         let line = line.trim_end();
-        (if at < 2 && !line.is_empty() { terminal.paint(Paint::Bold, line) } else { line.to_owned() }) + "\n"
+        (if at < 2 && !line.is_empty() { terminal.paint(TextStyle::Bold, line) } else { line.to_owned() }) + "\n"
     };
     // A second line of heads is there where one of them needs it.
     let is_head = |at: usize| at == 1 && columns.iter().all(|column| column[1].is_empty());

@@ -11,7 +11,7 @@ use safetensors::Dtype;
 use super::bnb::{self, PreQuantized};
 use super::names::{candidates, spellings};
 use super::safetensors::{Safetensors, Tensor, listed};
-use super::spec::{Elsewhere, MatrixSpec, TensorSlice, VectorSpec};
+use super::spec::{Elsewhere, MatrixSpec, Role, TensorSlice, VectorSpec};
 use super::{Source, SourceInfo, unread};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
@@ -166,8 +166,10 @@ impl BoundSource {
             .hint("remove `quantization_config` from config.json to measure the plain weights")
             .into());
         }
+        // transformers 5 leaves experts and routers as they are, without saying so.
+        let is_left = |spec: &&&MatrixSpec| spec.role != Role::Projection || own.skips(&spec.name);
         let forgotten: Vec<String> =
-            plain.iter().filter(|spec| !own.skips(&spec.name)).map(|spec| format!("`{}`", spec.name)).collect();
+            plain.iter().filter(|spec| !is_left(spec)).map(|spec| format!("`{}`", spec.name)).collect();
         if !forgotten.is_empty() {
             let message = format!(
                 "{} of {} linear layers are held in plain values and not in `{}`, which config.json's llm_int8_skip_modules \

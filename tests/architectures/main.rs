@@ -8,9 +8,11 @@ mod contrasts;
 mod coverage;
 mod lengths;
 mod packed;
+mod windows;
 
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use coverage::in_turn;
 use quantbench::engine::{self, Device, Session, Setup};
 use quantbench::events::Silent;
@@ -40,6 +42,8 @@ const EXPERTS_KEPT: [&str; 2] = ["experts", "router"];
 enum Executor {
     Reference,
     Cpu(Isa),
+    /// candle-transformers' own models, in fp32.
+    Candle,
 }
 
 fn executors() -> Vec<Executor> {
@@ -93,6 +97,7 @@ fn load(model: &str, plan: &Model, precision: &str, executor: Executor) -> anyho
     let loaded = match executor {
         Executor::Reference => engine::reference::load(&setup, &Silent)?,
         Executor::Cpu(isa) => engine::cpu::load(&setup, isa, &Silent)?,
+        Executor::Candle => engine::candle::load(&setup, &checkpoint.config, DType::F32, &Silent)?,
     };
     Ok(loaded.session)
 }
@@ -178,6 +183,37 @@ fn fp16_logits_and_ids_equal_the_reference() {
                 assert_eq!(&ids, expected_ids, "{model} {executor:?} prompt {i}");
             }
         }
+    }
+}
+
+/// candle's own models, given the same tensors; those that it computes otherwise are refused with the reason.
+#[test]
+fn candle_logits_and_ids_equal_the_reference_or_it_refuses() {
+    let mut ran = Vec::new();
+    for model in models() {
+        let (golden, plan) = (Golden::open(&model, "golden"), plan(&model));
+        let mut session = match load(&model, &plan, "fp16", Executor::Candle) {
+            Ok(session) => session,
+            Err(error) => {
+                let error = error.to_string();
+                assert!(
+                    error.starts_with("`--engine candle` cannot run this model: candle-transformers' `"),
+                    "{error}"
+                );
+                println!("{model}: {error}");
+                continue;
+            }
+        };
+        for (i, (prompt, expected_ids)) in golden.prompts().iter().enumerate() {
+            let (ids, logits) = generate(session.as_mut(), prompt);
+            let difference = worst(&logits, &golden.steps(&format!("p{i}.step_logits")));
+            assert!(difference <= FP32_LOGIT_TOLERANCE, "{model} candle prompt {i}: {difference}");
+            assert_eq!(&ids, expected_ids, "{model} candle prompt {i}");
+        }
+        ran.push(model);
+    }
+    for model in ["qwen2-odd", "qwen3-odd", "olmo2-odd", "mixtral-odd"] {
+        assert!(ran.iter().any(|ran| ran == model), "{model} was refused");
     }
 }
 

@@ -44,7 +44,7 @@ fn every_family_has_a_config_here() {
     let missing = ARCHITECTURES
         .iter()
         .map(|family| family.model_type)
-        .filter(|family| !seen.iter().any(|seen| seen == family) && !["mt5", "gemma3"].contains(family));
+        .filter(|family| !seen.iter().any(|seen| seen == family) && !["mt5", "gemma3", "ministral"].contains(family));
     assert_eq!(missing.collect::<Vec<_>>(), Vec::<&str>::new());
 }
 
@@ -255,4 +255,9 @@ fn windows_are_those_that_the_config_asks_for() {
     let mut mistral = config("mistral-7b");
     mistral.as_object_mut().unwrap().remove("sliding_window");
     assert_eq!(windows(&mistral), [Some(4096); 32], "transformers' default");
+    mistral["model_type"] = "ministral".into();
+    assert_eq!(windows(&mistral), [Some(4096); 32]);
+    mistral["num_hidden_layers"] = 2.into();
+    mistral["layer_types"] = json!(["full_attention", "sliding_attention"]);
+    assert_eq!(windows(&mistral), [None, Some(4096)]);
 }

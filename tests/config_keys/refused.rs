@@ -154,16 +154,17 @@ fn scalings_that_are_not_computed_are_named() {
     refused("llama-odd", "rope_theta", "0", set(json!({"rope_theta": 0})));
 }
 
-/// candle's own models compute fewer scalings: those within the context alone, and llama's.
+/// candle's own models compute fewer scalings: llama's alone.
 #[test]
 fn candle_refuses_a_scaling_that_it_would_leave_out() {
     for (model, scaling, runs) in [
         ("llama-odd", json!({"rope_type": "linear", "factor": 2.0}), false),
         ("llama-odd", json!({"rope_type": "yarn", "factor": 2.0}), false),
         ("llama-odd", json!({"rope_type": "proportional"}), false),
-        ("llama-odd", json!({"rope_type": "dynamic", "factor": 2.0}), true),
+        ("llama-odd", json!({"rope_type": "dynamic", "factor": 2.0}), false),
+        ("llama-odd", json!({"rope_type": "default"}), true),
         ("phi-odd", json!({"rope_type": "yarn", "factor": 2.0}), false),
-        ("phi-odd", json!({"rope_type": "dynamic", "factor": 2.0}), true),
+        ("phi-odd", json!({"rope_type": "dynamic", "factor": 2.0}), false),
         (
             "phi-odd",
             json!({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),

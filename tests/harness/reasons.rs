@@ -23,7 +23,7 @@ fn alone(memory: f64, arithmetic: f64) -> Option<Alone> {
 fn decoded(alone: Option<Alone>, device_step_ns: Vec<u64>, change: impl Fn(&mut RunContext)) -> Record {
     let case = case(&["fp16"], counted(2));
     let run = FakeRun { device_step_ns, ..run_ms(50, &[20]) };
-    let local = Local::telling("fp16", task(), vec![filling(), run], &Journal::default(), alone);
+    let local = Local::with_alone("fp16", task(), vec![filling(), run], &Journal::default(), alone);
     let outcomes =
         measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent);
     let mut facts = facts(&case);
@@ -91,7 +91,7 @@ fn on_a_gpu_compute_is_never_a_reason() {
 fn of_another_engine_nothing_is_known() {
     let mut case = case(&["fp16"], counted(2));
     case.engines = vec![quantbench::engine::Engine::Candle];
-    let local = Local::telling("fp16", task(), vec![filling(), run_ms(50, &[20])], &Journal::default(), None);
+    let local = Local::with_alone("fp16", task(), vec![filling(), run_ms(50, &[20])], &Journal::default(), None);
     let outcomes =
         measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent);
     // As much as the memory gives, and within the cache.
@@ -104,7 +104,8 @@ fn of_another_engine_nothing_is_known() {
 fn what_does_not_decode_has_no_reason() {
     let case = Case { n_gen: 1, ..case(&["fp16"], counted(2)) };
     let single = quantbench::protocol::Task { n_gen: 1, ..task() };
-    let local = Local::telling("fp16", single, vec![filling(), run_ms(50, &[])], &Journal::default(), alone(0.9, 0.1));
+    let local =
+        Local::with_alone("fp16", single, vec![filling(), run_ms(50, &[])], &Journal::default(), alone(0.9, 0.1));
     let outcomes =
         measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent)
             .unwrap();
@@ -118,7 +119,7 @@ fn rounds_are_left_out_where_they_would_take_too_long() {
     let of = |step_ms, max_time_s| {
         let task = quantbench::protocol::Task { max_time_s, ..task() };
         let runs = vec![filling(), run_ms(50, &[step_ms])];
-        let local = Local::telling("fp16", task, runs, &Journal::default(), alone(0.9, 0.1));
+        let local = Local::with_alone("fp16", task, runs, &Journal::default(), alone(0.9, 0.1));
         let outcomes =
             measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &counted(1), RunOrder::Interleaved, &Silent);
         outcomes.unwrap()[0].finished.clone().unwrap().alone.is_some()
@@ -134,7 +135,7 @@ fn rounds_of_all_launches_count() {
     let case = case(&["fp16"], MeasurementProtocol { launches: 2, ..counted(1) });
     let start = |_: usize| -> Box<dyn WorkerHandle> {
         let runs = vec![filling(), run_ms(50, &[20])];
-        Box::new(Local::telling("fp16", task(), runs, &Journal::default(), alone(0.9, 0.1)))
+        Box::new(Local::with_alone("fp16", task(), runs, &Journal::default(), alone(0.9, 0.1)))
     };
     let mut watch = Scripted::default();
     let (order, events) = (RunOrder::Interleaved, &Silent);

@@ -42,11 +42,17 @@ pub struct Local {
 
 impl Local {
     pub fn new(precision: &str, task: Task, runs: Vec<FakeRun>, journal: &Journal) -> Self {
-        Self::telling(precision, task, runs, journal, None)
+        Self::with_alone(precision, task, runs, journal, None)
     }
 
     /// The same on a session that can tell what its steps take alone.
-    pub fn telling(precision: &str, task: Task, runs: Vec<FakeRun>, journal: &Journal, alone: Option<Alone>) -> Self {
+    pub fn with_alone(
+        precision: &str,
+        task: Task,
+        runs: Vec<FakeRun>,
+        journal: &Journal,
+        alone: Option<Alone>,
+    ) -> Self {
         let time = FakeTime::default();
         let nowhere = PathBuf::from("no such folder");
         let session = Box::new(FakeSession::new(time.clone(), runs).with_alone(alone));

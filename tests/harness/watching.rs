@@ -226,7 +226,7 @@ fn the_interval_of_launches_spans_them() {
 #[test]
 fn launches_share_the_times_and_a_failure_ends_its_precision() {
     let protocol = MeasurementProtocol { launches: 4, ..MeasurementProtocol::default() };
-    let one = protocol.of_one_launch();
+    let one = protocol.one_launch();
     assert_eq!((one.min_time_s, one.max_time_s, one.min_repeats), (0.75, 5.0, 6));
     let journal = Journal::default();
     let bad = FakeRun { failure: Some("it broke".to_owned()), ..run_ms(50, &[10]) };

@@ -50,7 +50,14 @@ impl Browser {
         let mut command = Command::new("sh");
         // The pipes become 3 and 4: the standard library can set 0 to 2 alone.
         command.args(["-c", "exec \"$@\" 3<&0 4>&1 </dev/null >/dev/null 2>&1", "sh"]).arg(program);
-        command.args(["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]);
+        command.args([
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+            "--no-first-run",
+        ]);
         command.arg(format!("--user-data-dir={}", folder.path().join("profile").display())).arg("about:blank");
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start the browser");
         let requests = process.stdin.take().expect("a pipe");

@@ -198,7 +198,11 @@ fn many_runs_make_a_trend_and_charts_of_the_newest() {
     let html = page(&browser::seven_runs());
     assert!(html.contains("<h3>Decode speed over the runs, tokens/s</h3>"));
     assert!(html.contains("7 runs in order of time, from 2026-01-01 to 2026-01-07"));
-    assert!(html.contains("The charts but the trend show the newest of 7 runs: #7 2026-01-07T00:00:00Z, 7777abc."));
+    assert!(html.contains("The newest of 7 runs; the trend shows all of them."));
+    // One verdict, one environment and three rows: those of the newest.
+    assert_eq!((html.matches("class=\"verdict\"").count(), html.matches("<h3>Environment").count()), (1, 1));
+    assert!(html.contains("<p class=\"verdict\">#7 2026-01-07T00:00:00Z, 7777abc: "), "{html}");
+    assert_eq!(html.matches("<tr><th scope=\"row\">").count(), 3);
     // Three bars and not 21, and one table of changes, from the first to the newest.
     let speed = html.split("<figure class=\"speed\">").nth(1).and_then(|rest| rest.split("</svg>").next());
     assert_eq!(speed.expect("a chart").matches("<rect").count(), 3);

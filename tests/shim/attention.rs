@@ -1,9 +1,11 @@
-//! Attention of one query against fp64.
+//! Attention of one query, and of many, against fp64.
 
 use half::f16;
+use quantbench::kernels::cuda::arena::{Arena, Layout};
+use quantbench::kernels::cuda::attend::{Bias, Heads, RowsAttention};
 use quantbench::kernels::cuda::attention::{Attention, Split};
+use quantbench::kernels::cuda::launch::MemoryPlanner;
 use quantbench::kernels::cuda::program::ProgramBuilder;
-use quantbench::kernels::cuda::rows::{Bias, Heads, Rows};
 use quantbench::quant::dense;
 
 use super::host::{CHIPS, Host};
@@ -52,7 +54,7 @@ pub fn attention_of_one_query() {
     for (turn, case) in CASES.iter().enumerate() {
         let (chip, memory) = (CHIPS[turn % CHIPS.len()], Memory::default());
         let properties = Host { chip, memory: &memory }.properties(case.multiprocessors);
-        let split = Split::new(case.capacity, case.heads, case.d_pad(), properties);
+        let split = Split::new(case.capacity, case.kv_heads, case.heads / case.kv_heads, case.d_pad(), properties);
         let mut lengths = vec![1, 2, split.span - 1, split.span, split.span + 1, case.capacity / 2 + 3, case.capacity];
         lengths.retain(|length| *length <= case.capacity);
         for length in lengths {
@@ -61,16 +63,24 @@ pub fn attention_of_one_query() {
     }
 }
 
-/// A prompt's rows that need no cuBLAS, in the middle of a cache or over all of it.
-pub fn attention_of_few_rows() {
+/// A call's rows, in the middle of a cache or over all of it: heads of every kernel, more rows and more keys than a tile has.
+pub fn attention_of_many_rows() {
     let mut numbers = Numbers(0xf3e5);
     for (turn, (case, rows, position, is_causal)) in [
         (case(4, 2, 64, 0, 60, 1), 5, 0, true),
         (case(3, 3, 80, 0, 90, 1), 8, 70, true),
+        (case(2, 2, 72, 0, 90, 1), 66, 0, false),
         (case(8, 1, 256, 0, 40, 1), 3, 9, true),
+        (case(2, 1, 256, 0, 90, 1), 70, 10, true),
+        (case(2, 1, 128, 0, 140, 1), 130, 5, true),
         (Case { has_bias: true, ..case(2, 1, 20, 0, 50, 1) }, 7, 0, false),
         (Case { has_bias: true, ..case(6, 6, 64, 0, 33, 1) }, 1, 30, true),
+        (Case { has_bias: true, ..case(2, 2, 64, 0, 150, 1) }, 100, 40, true),
         (case(5, 5, 7, 0, 300, 1), 2, 0, false),
+        (case(1, 1, 9, 0, 200, 1), 80, 0, true),
+        // Few rows over so many keys that blocks share them: two splits of 64-key tiles, and the last of some 16-key tiles has none for a row.
+        (case(2, 1, 64, 0, 1110, 132), 3, 1100, true),
+        (case(1, 1, 200, 0, 2100, 132), 20, 2060, true),
     ]
     .into_iter()
     .enumerate()
@@ -84,24 +94,40 @@ pub fn attention_of_few_rows() {
         let (heads, kv_heads, d, d_pad, capacity) = (case.heads, case.kv_heads, case.d, case.d_pad(), case.capacity);
         let scale = 1.0 / (d as f32).sqrt();
         let bias = match case.has_bias {
-            true => Bias { address: memory.hold(&cache.bias), reach: case.reach(), first_head: 0 },
+            true => Bias { address: memory.hold(&cache.bias), reach: case.reach() },
             false => Bias::default(),
         };
         let (q_at, out) = (memory.hold(&q), memory.room::<f16>(q.len()));
-        let held = [memory.hold(&cache.keys), memory.hold(&cache.values)];
-        let of_heads = Heads { heads, kv_heads, d, d_pad, capacity };
-        let kernels = Rows { on: &host };
+        let (keys, values) = (memory.hold(&cache.keys), memory.hold(&cache.values));
+        let heads_at = Heads { heads, kv_heads, d, d_pad, capacity };
+        let call = RowsAttention {
+            rows,
+            heads: heads_at,
+            q: q_at,
+            out,
+            keys,
+            values,
+            total,
+            scale,
+            is_causal,
+            position,
+            bias,
+        };
+        // SAFETY: the planner launches nothing.
+        let layout =
+            Layout::of(|arena| unsafe { call.run(&MemoryPlanner, arena, case.multiprocessors) }).expect("a plan");
+        let arena = Arena::at(memory.room::<u8>(layout.bytes().max(1)), &layout);
         // SAFETY: every address is of `memory`, and as large as the shapes say.
-        unsafe { kernels.attend((rows, total), of_heads, q_at, held, out, scale, is_causal, position, bias) }
-            .expect("attend");
+        unsafe { call.run(&host, &arena, case.multiprocessors) }.unwrap_or_else(|error| panic!("{case:?}: {error}"));
         let made: Vec<f16> = memory.read(out, q.len());
         for row in 0..rows {
             let length = if is_causal { position + row + 1 } else { total };
             cache.q.copy_from_slice(&q[row * heads * d..][..heads * d]);
             for head in 0..heads {
                 let (y, error) = expected(case, &cache, head, length, position + row, scale);
+                let rounded = rounded_weights(length, &cache.values);
                 for (at, (y, made)) in y.iter().zip(&made[(row * heads + head) * d..]).enumerate() {
-                    let allowed = 1.01 * (error + f64::from(rounding(*y as f32)));
+                    let allowed = 1.01 * (error + rounded + f64::from(rounding(*y as f32)));
                     let off = (made.to_f64() - y).abs();
                     assert!(off <= allowed, "{case:?} [{row}, {head}, {at}]: {made} for {y} within {allowed:e}");
                 }
@@ -228,11 +254,20 @@ fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numb
     let out: Vec<f16> = out.iter().map(|word| f16::from_bits(*word as u16)).collect();
     for head in 0..heads {
         let (y, error) = expected(case, &cache, head, length, position, operands.scale);
+        // Tensor cores take weights in fp16.
+        let rounded = if case.d_pad() <= 64 { rounded_weights(length, &cache.values) } else { 0.0 };
         for (at, (y, out)) in y.iter().zip(&out[head * d..]).enumerate() {
-            let (off, allowed) = ((out.to_f64() - y).abs(), 1.01 * (error + f64::from(rounding(*y as f32))));
+            let (off, allowed) = ((out.to_f64() - y).abs(), 1.01 * (error + rounded + f64::from(rounding(*y as f32))));
             assert!(off <= allowed, "{what}: [{head}, {at}] is {out}, not {y}: off by {off:e}, allowed {allowed:e}");
         }
     }
+}
+
+/// What rounding weights to fp16 moves an output by: each, relative to the largest so far, by half a unit in its last place or half the smallest
+/// subnormal. Their sum, which is not rounded, is at least 1.
+fn rounded_weights(length: usize, values: &[f16]) -> f64 {
+    let largest = values.iter().map(|v| v.to_f64().abs()).filter(|v| !v.is_nan()).fold(0.0, f64::max);
+    (2f64.powi(-11) + length as f64 * 2f64.powi(-25)) * largest
 }
 
 /// As instructions before attention leave them; here none is in the same launch.

@@ -83,8 +83,8 @@ fn heads_find_the_token() {
 }
 
 #[test]
-fn attention_of_few_rows() {
-    group(attention::attention_of_few_rows);
+fn attention_of_many_rows() {
+    group(attention::attention_of_many_rows);
 }
 
 #[test]

@@ -11,6 +11,8 @@ use super::products::{KINDS, Kind, Numbers, SHAPES, activations, check, weight};
 
 /// Rows of a call: fewer than its blocks, and more.
 const ROWS: [usize; 4] = [2, 3, 40, 300];
+/// As int8 quantizes in one launch, which gathers nothing.
+const FEW_ROWS: usize = 16;
 /// Outlier columns of the calls before.
 const BEFORE: u64 = 5;
 
@@ -24,6 +26,8 @@ pub fn int8_of_many_rows() {
         let memory = Memory::default();
         let host = Host { chip: CHIPS[1], memory: &memory };
         let desc = place(&memory, "int8", &*stored, FormatOptions::default().int8_threshold);
+        // Rows that are gathered, beside those of a prompt that would be.
+        let is_gathered = m > FEW_ROWS;
         let call = ManyRows {
             m,
             n,
@@ -41,6 +45,8 @@ pub fn int8_of_many_rows() {
             codes: memory.room::<u8>(m * desc.stride_bytes),
             row_absmax: memory.room::<f32>(m),
             products: memory.room::<i32>(m * n),
+            gathered: if is_gathered { memory.room::<f16>(m * desc.stride_bytes) } else { 0 },
+            gathered_weights: if is_gathered { memory.room::<f16>(n * desc.stride_bytes) } else { 0 },
         };
         // SAFETY: every address in it is of `memory`, and the buffers are as long as it says.
         let run = unsafe { call.quantize(&host).and_then(|()| call.multiply(&host)).and_then(|()| call.finish(&host)) };

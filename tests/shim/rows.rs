@@ -1,7 +1,8 @@
 //! Operations over many rows.
 
 use half::f16;
-use quantbench::kernels::cuda::rows::{Addend, Bias, Heads, Rows, Table};
+use quantbench::kernels::cuda::attend::Heads;
+use quantbench::kernels::cuda::rows::{Addend, Rows, Table};
 
 use super::attention::rotated;
 use super::host::{CHIPS, Host};
@@ -22,7 +23,6 @@ pub fn operations_over_rows() {
         case.activate();
     }
     append(&mut numbers);
-    softmax(&mut numbers);
     read();
 }
 
@@ -234,51 +234,6 @@ fn append(numbers: &mut Numbers) {
         assert_eq!(cache.each_ref().map(Vec::len), [kv_heads * capacity * d_pad; 2]);
         for (values, at) in cache.iter().zip(caches) {
             assert_eq!(&memory.read::<f16>(at, values.len()), values, "{shape:?}");
-        }
-    }
-}
-
-/// Weights in fp64 are off by what fp32 scores and powers are, relative: the scaled score's and the bias's rounding and the
-/// power's units, (6 + 3 |score| + |exponent|) · 2⁻²³ twice, and (total + 16) · 2⁻²⁴ of the sum; then they are rounded.
-fn softmax(numbers: &mut Numbers) {
-    for (heads, rows, position, is_causal, has_bias) in [
-        (2, 3, 0, true, false),
-        (3, 4, 9, true, true),
-        (2, 5, 0, false, true),
-        (1, 2, 600, true, false),
-        (1, 1, 0, false, false),
-    ] {
-        let (total, first_head, scale) = (if is_causal { position + rows } else { 70 }, 1, 0.3);
-        let reach = total.max(rows) + 2;
-        let memory = Memory::default();
-        let scores: Vec<f32> = (0..heads * rows * total).map(|_| 4.0 * numbers.normal()).collect();
-        let table: Vec<f32> = (0..(first_head + heads) * (2 * reach + 1)).map(|_| numbers.normal()).collect();
-        let bias = if has_bias { Bias { address: memory.hold(&table), reach, first_head } } else { Bias::default() };
-        let (at, out) = (memory.hold(&scores), memory.room::<f16>(scores.len()));
-        let host = Host { chip: CHIPS[1], memory: &memory };
-        // SAFETY: as above.
-        unsafe { on(&host).softmax((heads, rows, total), at, out, scale, is_causal, position, bias) }.expect("softmax");
-        let made: Vec<f16> = memory.read(out, scores.len());
-        for (row, (scores, made)) in scores.chunks_exact(total).zip(made.chunks_exact(total)).enumerate() {
-            let (head, query) = (row / rows, position + row % rows);
-            let seen = if is_causal { query + 1 } else { total };
-            let bias = |key: usize| match has_bias {
-                true => f64::from(table[(first_head + head) * (2 * reach + 1) + reach + key - query]),
-                false => 0.0,
-            };
-            let score = |key: usize| f64::from(scores[key]) * f64::from(scale) + bias(key);
-            let largest = (0..seen).map(score).fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = (0..seen).map(|key| (score(key) - largest).exp()).sum();
-            for (key, made) in made.iter().enumerate() {
-                let y = if key < seen { (score(key) - largest).exp() / sum } else { 0.0 };
-                let units = 2.0 * (6.0 + 3.0 * score(key).abs().max(largest.abs()) + (largest - score(key)).abs());
-                let error = y * (units * 2f64.powi(-23) + (total as f64 + 16.0) * 2f64.powi(-24));
-                let allowed = 1.01 * (error + f64::from(rounding(y as f32)));
-                assert!(
-                    (made.to_f64() - y).abs() <= allowed,
-                    "row {row}, key {key}: {made} for {y} within {allowed:e}"
-                );
-            }
         }
     }
 }

@@ -79,6 +79,7 @@ const HOSTS: &[&str] = &[
     "www.apache.org",
     "opensource.org",
     "json-schema.org",
+    "www.w3.org",
     "localhost",
     "127.0.0.1",
 ];

@@ -6,18 +6,34 @@ use candle_nn::Activation;
 use candle_transformers::models::{gemma, llama, phi, siglip, t5};
 use serde_json::{Value, json};
 
+use super::causal;
 use super::feed::WeightRule;
 use crate::error::BadInput;
 use crate::models::{Files, RopeKind, RopeSettings};
-use crate::plan::{ActivationKind, CacheScope, CacheShape, EncoderInputKind, Model, Op, Picture, Plan};
+use crate::plan::{
+    ActivationKind, CacheScope, CacheShape, EncoderInputKind, ExpertWeighting, ExpertsSpec, GatedActivation, Model, Op,
+    Picture, Plan,
+};
 
-/// What one of candle's model files is built from.
+/// The config of one of candle's model files.
 pub enum Config {
     Llama(llama::Config),
     Phi(phi::Config),
     Gemma(gemma::Config),
-    T5 { encoder: t5::Config, decoder: t5::Config },
-    PaliGemma { vision: siglip::VisionConfig, text: gemma::Config, picture: Picture },
+    /// One of [`causal::ARCHITECTURES`], whose config is read from JSON.
+    Causal {
+        architecture: &'static str,
+        config: Value,
+    },
+    T5 {
+        encoder: t5::Config,
+        decoder: t5::Config,
+    },
+    PaliGemma {
+        vision: siglip::VisionConfig,
+        text: gemma::Config,
+        picture: Picture,
+    },
 }
 
 impl Config {
@@ -30,8 +46,11 @@ impl Config {
             "llama" => shapes.llama().map(Config::Llama),
             "phi" => shapes.phi().map(Config::Phi),
             "gemma" => shapes.gemma("").map(Config::Gemma),
-            "t5" => shapes.t5(),
+            "t5" | "mt5" => shapes.t5(),
             "paligemma" => shapes.paligemma(),
+            architecture if causal::ARCHITECTURES.contains(&architecture) => {
+                Ok(Config::Causal { architecture, config: shapes.causal()? })
+            }
             other => Err(refused(other, "is not among the models that run here")),
         }
     }
@@ -188,7 +207,82 @@ impl Shapes<'_> {
         serde_json::from_value(config).map_err(|error| self.refused(&format!("does not take its config: {error}")))
     }
 
-    /// Of the model below `prefix`, which is empty or ends with a dot.
+    /// The keys of all of [`causal::ARCHITECTURES`]: each reads its own.
+    fn causal(&self) -> Result<Value, BadInput> {
+        let (vocab_size, hidden_size) = self.matrix("model.embed_tokens")?;
+        let (cache, num_hidden_layers) = self.caches(CacheScope::Decoder)?;
+        let attention =
+            self.model.decoder.ops.iter().find_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None });
+        let attention = attention.ok_or_else(|| self.refused("needs at least one layer"))?;
+        let heads = self.model.decoder.buffers[attention.q.0].width / cache.head_dim;
+        let has_head_dim = matches!(self.model.architecture, "qwen3" | "qwen3_moe" | "mistral");
+        if !has_head_dim && heads * cache.head_dim != hidden_size {
+            return Err(self.refused("has heads that share the hidden size evenly"));
+        }
+        if self.model.caches.iter().any(|cache| cache.window.is_some()) {
+            return Err(self.refused("attends over other windows than transformers does"));
+        }
+        if self.model.ropes.iter().any(|rope| rope.rotary_dim != cache.head_dim) {
+            return Err(self.refused("rotates whole heads here"));
+        }
+        let mixture =
+            self.model.decoder.ops.iter().find_map(|op| if let Op::Experts(spec) = op { Some(spec) } else { None });
+        let dense = ["gate_proj", "gate_up_proj"].map(|name| self.dense_rows(name));
+        let intermediate = match (dense, mixture) {
+            ([Some(rows), _], _) => rows,
+            ([None, Some(rows)], _) => rows / 2,
+            ([None, None], Some(mixture)) => self.rows_of(mixture),
+            ([None, None], None) => return Err(self.refused("needs a feed-forward")),
+        };
+        let mixtures = self.model.decoder.ops.iter().filter(|op| matches!(op, Op::Experts(_))).count();
+        if mixture.is_some() && mixtures != num_hidden_layers {
+            return Err(self.refused("has a mixture in every layer or in none"));
+        }
+        let hidden_act = match mixture.map(|mixture| mixture.activation) {
+            None => activation(&self.model.decoder),
+            Some(GatedActivation::Plain(kind)) => Some(named(kind)),
+            Some(GatedActivation::ClampedSwiglu { .. }) => return Err(self.refused("has no clamped gates")),
+        };
+        Ok(json!({
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": cache.kv_heads,
+            "head_dim": cache.head_dim,
+            "max_position_embeddings": self.model.context,
+            "rope_theta": self.plain_rope()?,
+            "rms_norm_eps": epsilon(&self.model.decoder),
+            "hidden_act": hidden_act,
+            "tie_word_embeddings": self.matrix("lm_head").is_err(),
+            "attention_bias": self.has_bias("model.layers.0.self_attn.o_proj"),
+            // None of its length, by the check above; some of candle's files need a number.
+            "sliding_window": self.model.context,
+            "use_sliding_window": false,
+            "max_window_layers": num_hidden_layers,
+            "use_flash_attn": false,
+            "decoder_sparse_step": 1,
+            "moe_intermediate_size": mixture.map_or(0, |mixture| self.rows_of(mixture)),
+            "num_experts": mixture.map_or(0, |mixture| mixture.experts.len()),
+            "num_local_experts": mixture.map_or(0, |mixture| mixture.experts.len()),
+            "num_experts_per_tok": mixture.map_or(0, |mixture| mixture.top_k),
+            "norm_topk_prob": mixture.is_some_and(|mixture| mixture.weighting == ExpertWeighting::Chosen),
+        }))
+    }
+
+    /// Rows of the first matrix of this name in a feed-forward that is no mixture.
+    fn dense_rows(&self, name: &str) -> Option<usize> {
+        let end = format!(".mlp.{name}.weight");
+        self.model.matrices.iter().find(|spec| spec.name.ends_with(&end)).map(|spec| spec.n)
+    }
+
+    /// Elements between the matrices of an expert.
+    fn rows_of(&self, mixture: &ExpertsSpec) -> usize {
+        mixture.experts.first().map_or(0, |expert| self.model.matrices[expert.gate.weight.0].n)
+    }
+
+    /// The config of the model below `prefix`, which is empty or ends with a dot.
     fn gemma(&self, prefix: &str) -> Result<gemma::Config, BadInput> {
         let layer = format!("{prefix}model.layers.0");
         let (vocab_size, hidden_size) = self.matrix(&format!("{prefix}model.embed_tokens"))?;
@@ -279,9 +373,13 @@ fn epsilon(plan: &Plan) -> f64 {
 /// The activation of all feed-forwards of a plan.
 fn activation(plan: &Plan) -> Option<Activation> {
     let kind = plan.ops.iter().find_map(|op| if let Op::Activation(spec) = op { Some(spec.kind) } else { None });
-    kind.map(|kind| match kind {
+    kind.map(named)
+}
+
+fn named(kind: ActivationKind) -> Activation {
+    match kind {
         ActivationKind::Silu => Activation::Silu,
         ActivationKind::GeluTanh => Activation::GeluPytorchTanh,
         ActivationKind::Relu => Activation::Relu,
-    })
+    }
 }

@@ -1,4 +1,4 @@
-//! The five model files of candle-transformers that run here, called alike.
+//! The model files of candle-transformers that run here, called alike.
 
 use std::sync::Arc;
 
@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Module, Result, Tensor, bail};
 use candle_nn::{Linear, VarBuilder};
 use candle_transformers::models::{gemma, llama, phi, siglip, t5};
 
+use super::causal::{self, Causal};
 use super::config::Config;
 use crate::engine::EncoderInput;
 use crate::error::BadInput;
@@ -17,6 +18,7 @@ pub enum CandleFamily {
     Llama { model: Arc<llama::Llama>, cache: llama::Cache },
     Phi(phi::Model),
     Gemma(gemma::Model),
+    Causal(Box<dyn Causal>),
     T5(Box<T5Sides>),
     PaliGemma { vision: Arc<VisionTower>, text: gemma::Model },
 }
@@ -49,6 +51,9 @@ impl CandleFamily {
             },
             Config::Phi(config) => CandleFamily::Phi(phi::Model::new(config, tensors)?),
             Config::Gemma(config) => CandleFamily::Gemma(gemma::Model::new(false, config, tensors)?),
+            Config::Causal { architecture, config } => {
+                CandleFamily::Causal(causal::load(architecture, config, tensors)?)
+            }
             Config::T5 { encoder, decoder } => CandleFamily::T5(Box::new(T5Sides {
                 encoder: t5::T5EncoderModel::load(tensors.clone(), encoder)?,
                 decoder: t5::T5ForConditionalGeneration::load(tensors, decoder)?,
@@ -67,7 +72,7 @@ impl CandleFamily {
         })
     }
 
-    /// Whether candle takes these tokens behind `position` others.
+    /// Checks that candle takes these tokens behind `position` others.
     pub fn check(&self, tokens: &[u32], position: usize) -> std::result::Result<(), BadInput> {
         if let (CandleFamily::Phi(_) | CandleFamily::T5(_), 2.., 1..) = (self, tokens.len(), position) {
             let message = "`--engine candle`: this model of candle-transformers takes several tokens at once into an \
@@ -106,6 +111,7 @@ impl CandleFamily {
             (CandleFamily::Llama { model, cache }, _) => model.forward(ids, position, cache),
             (CandleFamily::Phi(model), _) => model.forward(ids),
             (CandleFamily::Gemma(model), _) => model.forward(ids, position),
+            (CandleFamily::Causal(model), _) => model.forward(ids, position),
             (CandleFamily::T5(sides), Some(encoded)) => sides.decoder.decode(ids, encoded),
             (CandleFamily::PaliGemma { vision, text }, Some(features)) if position == 0 => {
                 let n_image = vision.picture.patches();

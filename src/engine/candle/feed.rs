@@ -19,13 +19,13 @@ pub struct CandleFeed<'a> {
     source: &'a dyn Source,
     events: &'a dyn Listener,
     rules: HashMap<String, WeightRule>,
-    /// What was made. All of it is in use: a name that is asked for again shares its memory.
+    /// Tensors that were made. All are in use: a name that is asked for again shares its memory.
     made: Mutex<HashMap<String, Tensor>>,
     tally: WeightTally,
     done_bytes: AtomicU64,
 }
 
-/// Where a tensor is not the checkpoint's of the same name.
+/// A tensor that is not the checkpoint's of the same name.
 #[derive(Debug, Clone, PartialEq)]
 pub enum WeightRule {
     /// A tied head: the tensor of this name.
@@ -36,7 +36,7 @@ pub enum WeightRule {
     Padded,
 }
 
-/// What was loaded so far. Clones share it.
+/// Totals of the tensors that were loaded. Clones share them.
 #[derive(Clone, Default)]
 pub struct WeightTally(Arc<[AtomicU64; 2]>);
 

@@ -5,6 +5,7 @@
 //! Keys and values are appended by copying and cross-attention's are computed anew in every step: that is candle's way,
 //! and part of what is measured.
 
+mod causal;
 mod config;
 mod family;
 mod feed;
@@ -26,24 +27,24 @@ use crate::events::{Event, Listener};
 use crate::plan::Model;
 use crate::quant::{self, FormatId};
 
-/// Of candle-transformers, as Cargo.lock has it; a test compares them.
+/// The version of candle-transformers; a test compares it with Cargo.lock.
 pub const VERSION: &str = "0.11.1";
 
 /// The only precision that has a candle row: what candle holds besides are GGUF's formats.
 pub const PRECISION: FormatId = quant::BASELINE;
 
-/// Whether candle-transformers computes what `model` needs. `config` is its config.json.
+/// Checks that candle-transformers computes what `model` needs. `config` is its config.json.
 pub fn check(model: &Model, config: &Value) -> Result<(), BadInput> {
     Config::new(model, config).map(|_| ())
 }
 
-/// Whether candle's file of this architecture runs in fp32 although fp16 is asked for: its Phi rotates by fp32 angles, which
+/// Returns whether candle's file of this architecture runs in fp32 although fp16 is asked for: its Phi rotates by fp32 angles, which
 /// candle refuses for activations of any other dtype.
 pub fn runs_in_fp32(architecture: &str) -> bool {
     architecture == "phi"
 }
 
-/// What it runs in.
+/// The dtype that it runs in.
 pub fn dtype(architecture: &str) -> DType {
     if runs_in_fp32(architecture) { DType::F32 } else { DType::F16 }
 }
@@ -99,7 +100,7 @@ pub fn load(setup: &Setup, config: &Value, dtype: DType, events: &dyn Listener) 
     })
 }
 
-/// What a step must read is the same as for our own engine, so that candle's share of the bandwidth compares with ours.
+/// Counts the bytes that a step must read as our own engine does, so that candle's share of the bandwidth compares with ours.
 fn footprint(setup: &Setup, dtype: DType, weights_bytes: u64) -> Footprint {
     let element_bytes = dtype.size_in_bytes();
     let matrix_bytes: Vec<usize> = setup.model.matrices.iter().map(|spec| spec.n * spec.k * element_bytes).collect();

@@ -1,4 +1,4 @@
-//! Whether the kernels multiply right on this machine: one matrix of the model through the device's kernel and through its
+//! Checks that the kernels multiply right on this machine: one matrix of the model through the device's kernel and through its
 //! format's plain reference.
 
 #[cfg(feature = "cuda")]
@@ -26,10 +26,10 @@ const OUTLIER: f32 = 8.0;
 /// smallest are far below.
 const MAX_ELEMENTS: usize = 1 << 24;
 
-/// What one matrix gave.
+/// The result for one matrix.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct SelfCheck {
-    /// As the checkpoint spells it.
+    /// The name in the checkpoint.
     pub matrix: String,
     /// The largest error over what rounding explains; `None` where the kernel gave a value that is no number.
     pub error_share: Option<f64>,
@@ -126,7 +126,7 @@ impl Product<'_> {
         Some(worst)
     }
 
-    /// What rounding explains of output `[row, column]`, from S = Σ (|x| + half a step of 8-bit activations) · |w|:
+    /// The error that rounding explains of output `[row, column]`, from S = Σ (|x| + half a step of 8-bit activations) · |w|:
     /// - k products and a few scales in fp32 in any order, on both sides: (k + 8) · 2⁻²³ · S + 2⁻²² · |y|;
     /// - in fp16 the weights and the regular part of LLM.int8 round by 2⁻¹¹ of at most S + |y| each, the result by as much of
     ///   |y|, and LLM.int8's two units differ by 2⁻¹⁵: together below 2⁻¹⁰ · 1.04 · (S + |y|); subnormals add 2⁻²⁵ for each

@@ -1,4 +1,4 @@
-//! What a decode step takes of arithmetic alone and of memory alone, measured beside real steps once all that counts is measured.
+//! The time that a decode step takes of arithmetic alone and of memory alone, measured beside real steps once all that counts is measured.
 //!
 //! *Arithmetic alone* is the real step, by the same kernels, threads and schedule, whose matrices stay in the cache: one matrix stands in for
 //! all of its format and shape, and of it each worker multiplies as many rows as its cache holds, again and again, until it has multiplied
@@ -35,10 +35,10 @@ const SMALLEST_CACHE_BYTES: usize = 256 << 10;
 
 /// Keys and values of a head that stay in the cache: a quarter of the smallest one.
 const POSITION_BYTES: usize = 64 << 10;
-/// What attention takes at once.
+/// Positions that attention takes at once.
 const POSITIONS: usize = 64;
 
-/// Which weights a call multiplies by.
+/// The weights that a call multiplies by.
 #[derive(Clone, Copy)]
 pub(super) enum StepMode<'a> {
     /// Its own.
@@ -49,9 +49,9 @@ pub(super) enum StepMode<'a> {
     StandingIn(&'a StandIns, &'a Outputs, &'a [f32]),
 }
 
-/// Where the outputs of a step's products and attentions are kept, one behind the other.
+/// Places of the kept outputs of a step's products and attentions, one behind the other.
 pub(super) struct Outputs {
-    /// Of each step's first output.
+    /// The place of each step's first output.
     starts: Vec<usize>,
     len: usize,
 }
@@ -59,11 +59,8 @@ pub(super) struct Outputs {
 impl Outputs {
     fn new(steps: &[Step], plan: &Plan) -> Self {
         let width = |step: &Step| -> usize {
-            let attended = match step {
-                Step::Attend(attend) => plan.buffers[attend.out.0].width,
-                Step::ExpertsOut(spec) => plan.buffers[spec.out.0].width,
-                _ => 0,
-            };
+            let attended = if let Step::Attend(attend) = step { plan.buffers[attend.out.0].width } else { 0 };
+            let attended = if let Step::ExpertsOut(spec) = step { plan.buffers[spec.out.0].width } else { attended };
             attended + parts(step).iter().map(|part| product_rows(part, plan)).sum::<usize>()
         };
         let mut len = 0;
@@ -75,7 +72,7 @@ impl Outputs {
         Self { starts, len }
     }
 
-    /// Where the outputs of step `index` are kept.
+    /// The place of the outputs of step `index`.
     pub(super) fn start(&self, index: usize) -> usize {
         self.starts[index]
     }
@@ -85,13 +82,13 @@ impl Outputs {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct StandIn {
     pub matrix: MatrixId,
-    /// That a worker multiplies before it begins again.
+    /// Rows that a worker multiplies before it begins again.
     pub rows: usize,
 }
 
-/// What stays in the cache in a step of arithmetic alone.
+/// Matrices and caches that stay in the cache in a step of arithmetic alone.
 pub(super) struct StandIns {
-    /// For each matrix of the model; those that no linear of the decoder reads stand for themselves.
+    /// The stand-in of each matrix of the model; those that no linear of the decoder reads stand for themselves.
     matrices: Vec<StandIn>,
     /// The first cache of the same spec, for each.
     caches: Vec<CacheId>,
@@ -137,10 +134,8 @@ impl StandIns {
 
 /// Matrices that a step multiplies by, or may choose.
 fn multiplied(step: &Step) -> Vec<MatrixId> {
-    match step {
-        Step::Route(spec) => experts::matrices(spec).collect(),
-        step => parts(step).iter().map(|part| part.weight).collect(),
-    }
+    let of_mixture = if let Step::Route(spec) = step { experts::matrices(spec).collect() } else { Vec::new() };
+    parts(step).iter().map(|part| part.weight).chain(of_mixture).collect()
 }
 
 fn parts(step: &Step) -> &[crate::plan::LinearPart] {
@@ -154,15 +149,19 @@ pub(super) fn windows(range: Range<usize>, most: usize) -> impl Iterator<Item = 
 }
 
 impl CpuSession {
-    /// As [`crate::engine::Session::alone`] says.
+    /// See [`crate::engine::Session::alone`].
     pub(super) fn measure_alone(&mut self, position: usize) -> Result<Alone> {
         self.measure_alone_within(position, core_cache_bytes().unwrap_or(SMALLEST_CACHE_BYTES))
     }
 
     fn measure_alone_within(&mut self, position: usize, cache_bytes: usize) -> Result<Alone> {
+        if position < self.position {
+            self.rings.rewind(position, &mut self.memory.caches);
+        }
         self.position = position;
         let token = [self.last_token];
         let call = self.decoder_call(&token)?;
+        self.rings.touch(position);
         let Self { pool, weights, decoder, memory, .. } = self;
         let steps = decoder.steps.clone();
         let (stand_ins, outputs) = (StandIns::new(weights, &steps, cache_bytes), Outputs::new(&steps, &decoder.plan));
@@ -185,7 +184,7 @@ impl CpuSession {
     }
 }
 
-/// Of the second of two runs: the first one finds in the caches what something else has left there.
+/// Times the second of two runs: the first one finds in the caches what something else has left there.
 fn second_ns(mut run: impl FnMut()) -> u64 {
     run();
     let began = Instant::now();
@@ -247,9 +246,12 @@ fn read_cache(
 ) {
     let cache = attend.cache;
     let spec = weights.model.caches[cache.0];
-    let (capacity, seen) = match spec.scope {
-        CacheScope::Decoder => (weights.capacity, call.position() + 1),
-        CacheScope::Encoder => (weights.encoder_capacity, call.encoded),
+    let capacity = weights.positions(cache);
+    let seen = match spec.scope {
+        // All slots of a ring, once they are filled.
+        CacheScope::Decoder if weights.is_ring(cache) => capacity.min(call.position() + 1),
+        CacheScope::Decoder => call.position() + 1,
+        CacheScope::Encoder => call.encoded,
     };
     let hidden = attend.window.map_or(0, |window| seen.saturating_sub(window));
     let positions = worker.share(seen - hidden, 1);

@@ -8,7 +8,7 @@ use crate::kernels::cpu::shared::SharedSlice;
 #[derive(Default)]
 pub struct Arena {
     floats: Vec<f32>,
-    /// Where each region ends.
+    /// The end of each region.
     ends: Vec<usize>,
 }
 
@@ -34,6 +34,10 @@ impl Arena {
         &self.floats[region(&self.ends, index)]
     }
 
+    pub fn region_mut(&mut self, index: usize) -> &mut [f32] {
+        &mut self.floats[region(&self.ends, index)]
+    }
+
     pub fn share(&mut self) -> SharedArena<'_> {
         SharedArena { floats: SharedSlice::new(&mut self.floats), ends: &self.ends }
     }
@@ -47,7 +51,7 @@ pub struct SharedArena<'a> {
 }
 
 impl SharedArena<'_> {
-    /// Where a region starts in `floats`.
+    /// The start of a region in `floats`.
     pub fn start(&self, index: usize) -> usize {
         region(self.ends, index).start
     }

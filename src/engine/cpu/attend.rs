@@ -3,30 +3,49 @@
 
 use std::ops::Range;
 
-use super::Scratch;
 use super::alone::StepMode;
-use super::run::Runner;
+use super::arena::SharedArena;
+use super::buffers::Buffers;
+use super::partials::SharedParts;
+use super::run::Call;
 use super::schedule::Attend;
+use super::{Scratch, Weights};
 use crate::kernels::cpu::attention::{self, Partial};
 use crate::kernels::cpu::pool::Worker;
+use crate::kernels::cpu::shared::SharedSlice;
 use crate::plan::{CacheId, CacheScope, Mask};
 
 /// A prefill hands out attention in blocks of this many query rows of one key/value head.
 const QUERY_BLOCK: usize = 16;
 
+/// The same where the keys of a block are brought together first: a window of 512 then costs an eighth more to copy than to read.
+const GATHERED_QUERY_BLOCK: usize = 64;
+
 /// Positions are handed out in multiples of this, which is what attention takes at once.
 const POSITIONS: usize = 64;
 
-/// Bytes of keys and values that a worker must be spared to read before positions are split. Splitting costs two more meetings,
+/// Bytes of keys and values that a worker must be spared to read before positions are split. Splitting costs two more barriers,
 /// each 1 to 3 µs, in which a core reads about as much.
 const SPARED_BYTES: usize = 128 << 10;
 
-impl Runner<'_> {
+/// The parts of a call that attention touches.
+pub(super) struct Attention<'a> {
+    pub weights: &'a Weights,
+    pub call: Call<'a>,
+    pub buffers: &'a Buffers<'a>,
+    /// Keys and values of each cache.
+    pub caches: &'a SharedArena<'a>,
+    pub parts: &'a SharedParts<'a>,
+    /// One element per worker.
+    pub scratch: &'a SharedSlice<'a, Scratch>,
+}
+
+impl Attention<'_> {
     /// One row: by key/value heads, as they were appended, or by positions where heads would leave workers idle for long.
     /// Several: by heads and blocks of rows, dealt out in turn since later rows see more.
-    pub(super) fn attend(&self, attend: &Attend, worker: &Worker) {
+    pub fn attend(&self, attend: &Attend, worker: &Worker) {
         let heads = self.weights.model.caches[attend.cache.0].kv_heads;
-        let rows = self.rows(attend.q);
+        let rows = self.buffers.rows(attend.q);
         if rows == 1 {
             if self.splits_positions(attend, worker.count()) {
                 return self.attend_positions(attend, worker);
@@ -34,31 +53,47 @@ impl Runner<'_> {
             worker.share(heads, 1).for_each(|head| self.attend_row(attend, head, 0, worker));
             return;
         }
-        let blocks = rows.div_ceil(QUERY_BLOCK);
+        let reads_ring = self.reads_ring_of_several(attend.cache);
+        let block_rows = if reads_ring { GATHERED_QUERY_BLOCK } else { QUERY_BLOCK };
+        let blocks = rows.div_ceil(block_rows);
         for item in (worker.index()..heads * blocks).step_by(worker.count()) {
             let (block, head) = (item / heads, item % heads);
-            let rows = block * QUERY_BLOCK..rows.min((block + 1) * QUERY_BLOCK);
+            let rows = block * block_rows..rows.min((block + 1) * block_rows);
             match attend.bias {
                 Some(_) => rows.for_each(|row| self.attend_row(attend, head, row, worker)),
                 None => self.attend_block(attend, head, rows, worker),
             }
         }
+        if let (true, Some(kv)) = (reads_ring, attend.kv) {
+            // All have read the positions that the call's own take the place of.
+            worker.barrier();
+            self.store(kv, attend.cache, worker);
+        }
+    }
+
+    #[allow(clippy::mut_from_ref)]
+    pub fn scratch(&self, worker: &Worker) -> &mut Scratch {
+        // SAFETY: each worker takes the element of its own index.
+        unsafe { &mut self.scratch.range_mut(worker.index()..worker.index() + 1)[0] }
     }
 
     /// Rows of one head together, so that keys and values are read once for the block.
     fn attend_block(&self, attend: &Attend, head: usize, rows: Range<usize>, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
         let d = spec.head_dim;
-        let width = self.width(attend.q) / spec.kv_heads;
+        let width = self.buffers.width(attend.q) / spec.kv_heads;
         let columns = head * width..(head + 1) * width;
-        let Scratch { kernel, gathered } = self.scratch(worker);
+        let Scratch { kernel, gathered, window } = self.scratch(worker);
         gathered.resize(2 * rows.len() * width, 0.0);
         let (queries, outs) = gathered.split_at_mut(rows.len() * width);
         for (row, query) in rows.clone().zip(queries.chunks_exact_mut(width)) {
-            query.copy_from_slice(self.part(attend.q, row, columns.clone()));
+            query.copy_from_slice(self.buffers.part(attend.q, row, columns.clone()));
         }
         let (first, last) = (self.visible(attend, rows.start), self.visible(attend, rows.end - 1));
-        let (keys, values) = self.keys_and_values(attend.cache, head, first.start..last.end);
+        let (keys, values) = match self.reads_ring_of_several(attend.cache) {
+            true => self.gather(attend, head, first.start..last.end, window),
+            false => self.keys_and_values(attend.cache, head, first.start..last.end),
+        };
         let context = self.context(attend, head, keys, values);
         if first == last {
             attention::attend_within(self.weights.isa, queries, &context, None, outs, kernel);
@@ -67,17 +102,46 @@ impl Runner<'_> {
             attention::attend_rows(self.weights.isa, queries, width / d, &context, seen, outs, kernel);
         }
         for (row, out) in rows.zip(outs.chunks_exact(width)) {
-            self.part_mut(attend.out, row, columns.clone()).copy_from_slice(out);
+            self.buffers.part_mut(attend.out, row, columns.clone()).copy_from_slice(out);
         }
+    }
+
+    /// Keys and values of a head at `positions`: the call's own from their buffers, those before it from the ring.
+    fn gather<'w>(
+        &self,
+        attend: &Attend,
+        head: usize,
+        positions: Range<usize>,
+        window: &'w mut Vec<f32>,
+    ) -> (&'w [f32], &'w [f32]) {
+        let d = self.weights.model.caches[attend.cache.0].head_dim;
+        let columns = head * d..(head + 1) * d;
+        window.resize(2 * positions.len() * d, 0.0);
+        let (keys, values) = window.split_at_mut(positions.len() * d);
+        let targets = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
+        for (position, (key, value)) in positions.zip(targets) {
+            let (from_key, from_value) = match (position.checked_sub(self.call.position()), attend.kv) {
+                (Some(row), Some(kv)) => {
+                    (self.buffers.part(kv.k, row, columns.clone()), self.buffers.part(kv.v, row, columns.clone()))
+                }
+                _ => {
+                    let slot = self.weights.slot(attend.cache, position);
+                    self.keys_and_values(attend.cache, head, slot..slot + 1)
+                }
+            };
+            key.copy_from_slice(from_key);
+            value.copy_from_slice(from_value);
+        }
+        (keys, values)
     }
 
     fn attend_row(&self, attend: &Attend, head: usize, row: usize, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
-        let visible = self.visible(attend, row);
-        let width = self.width(attend.q) / spec.kv_heads;
+        let visible = self.held(attend, row);
+        let width = self.buffers.width(attend.q) / spec.kv_heads;
         let columns = head * width..(head + 1) * width;
-        let query = self.part(attend.q, row, columns.clone());
-        let out = self.part_mut(attend.out, row, columns);
+        let query = self.buffers.part(attend.q, row, columns.clone());
+        let out = self.buffers.part_mut(attend.out, row, columns);
         // One query head a key/value head wherever there is a bias (T5): its biases lie together.
         let bias =
             attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position() + row, visible.end));
@@ -89,10 +153,10 @@ impl Runner<'_> {
         }
     }
 
-    /// Whether the worker with the most heads would read so much more than its part that sharing positions pays.
+    /// Returns whether the worker with the most heads would read so much more than its part that sharing positions pays.
     fn splits_positions(&self, attend: &Attend, workers: usize) -> bool {
         let spec = self.weights.model.caches[attend.cache.0];
-        let head_bytes = self.visible(attend, 0).len() * 2 * spec.head_dim * size_of::<f32>();
+        let head_bytes = self.held(attend, 0).len() * 2 * spec.head_dim * size_of::<f32>();
         let most = spec.kv_heads.div_ceil(workers) * head_bytes;
         most - spec.kv_heads * head_bytes / workers >= SPARED_BYTES
     }
@@ -102,7 +166,7 @@ impl Runner<'_> {
     fn attend_positions(&self, attend: &Attend, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
         let (heads, d) = (spec.kv_heads, spec.head_dim);
-        let (width, visible) = (self.width(attend.q) / heads, self.visible(attend, 0));
+        let (width, visible) = (self.buffers.width(attend.q) / heads, self.held(attend, 0));
         let tiles = visible.len().div_ceil(POSITIONS);
         // Heads were appended by one worker each.
         worker.barrier();
@@ -118,7 +182,7 @@ impl Runner<'_> {
                 continue;
             }
             let positions = visible.start + first * POSITIONS..(visible.start + end * POSITIONS).min(visible.end);
-            let query = self.part(attend.q, 0, head * width..(head + 1) * width);
+            let query = self.buffers.part(attend.q, 0, head * width..(head + 1) * width);
             // As in `attend_row`.
             let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position(), visible.end));
             let scratch = &mut self.scratch(worker).kernel;
@@ -137,10 +201,10 @@ impl Runner<'_> {
     /// The output of one head from all workers' parts.
     fn merge_parts(&self, attend: &Attend, head: usize, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
-        let (isa, d, all) = (self.weights.isa, spec.head_dim, self.width(attend.q));
+        let (isa, d, all) = (self.weights.isa, spec.head_dim, self.buffers.width(attend.q));
         let columns = head * all / spec.kv_heads..(head + 1) * all / spec.kv_heads;
         let queries = columns.start / d..columns.end / d;
-        let out = self.part_mut(attend.out, 0, columns.clone());
+        let out = self.buffers.part_mut(attend.out, 0, columns.clone());
         out.fill(0.0);
         // SAFETY: a worker's own region.
         let sums = unsafe { self.parts.sums_mut(worker.index(), queries.len()) };
@@ -168,7 +232,7 @@ impl Runner<'_> {
         values: &'a [f32],
     ) -> attention::Context<'a> {
         let spec = self.weights.model.caches[attend.cache.0];
-        let group = self.width(attend.q) / spec.kv_heads / spec.head_dim;
+        let group = self.buffers.width(attend.q) / spec.kv_heads / spec.head_dim;
         attention::Context {
             keys,
             values,
@@ -209,10 +273,10 @@ impl Runner<'_> {
         })
     }
 
-    /// Keys and values of a head at `positions`.
+    /// Keys and values of a head in some slots of its cache.
     fn keys_and_values(&self, cache: CacheId, head: usize, positions: Range<usize>) -> (&[f32], &[f32]) {
         let d = self.weights.model.caches[cache.0].head_dim;
-        let at = head * self.capacity(cache) * d;
+        let at = head * self.weights.positions(cache) * d;
         let [keys, values] = [2 * cache.0, 2 * cache.0 + 1].map(|region| self.caches.start(region) + at);
         let of = |start: usize| start + positions.start * d..start + positions.end * d;
         let floats = &self.caches.floats;
@@ -224,6 +288,14 @@ impl Runner<'_> {
     fn visible(&self, attend: &Attend, row: usize) -> Range<usize> {
         let end = self.seen(attend, row);
         attend.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// The slots of the cache that hold what a single row sees. Their order in a ring does not matter to it.
+    fn held(&self, attend: &Attend, row: usize) -> Range<usize> {
+        match self.weights.is_ring(attend.cache) {
+            true => 0..self.seen(attend, row).min(self.weights.positions(attend.cache)),
+            false => self.visible(attend, row),
+        }
     }
 
     /// Positions of the cache up to the last one that a row sees.

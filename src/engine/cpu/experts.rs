@@ -18,7 +18,7 @@ use crate::quant::Prepared;
 #[derive(Default)]
 pub struct Mixtures {
     routes: Routes,
-    /// What gate and up of each group read, and what its down reads.
+    /// The inputs of each group's gate and up, and of its down.
     inputs: Vec<Prepared>,
     betweens: Vec<Prepared>,
     /// Products of gates and of ups, `[rows · top_k, intermediate]` each.
@@ -111,8 +111,8 @@ impl Runner<'_> {
         let routes = unsafe { &mut self.mixtures.routes.range_mut(0..1)[0] };
         let Routes { routing, choices, groups, gathered } = routes;
         choices.clear();
-        for row in 0..self.rows(spec.scores) {
-            let scores = self.part(spec.scores, row, 0..self.width(spec.scores));
+        for row in 0..self.buffers.rows(spec.scores) {
+            let scores = self.buffers.part(spec.scores, row, 0..self.buffers.width(spec.scores));
             let chosen = routing.choose(scores, spec.top_k, spec.weighting);
             choices.extend(chosen.iter().map(|(expert, weight)| (*expert, row, *weight)));
         }
@@ -127,7 +127,7 @@ impl Runner<'_> {
         for (index, group) in groups.iter().enumerate() {
             gathered.clear();
             for (_, row, _) in &choices[group.choices.clone()] {
-                gathered.extend_from_slice(self.part(spec.x, *row, 0..self.width(spec.x)));
+                gathered.extend_from_slice(self.buffers.part(spec.x, *row, 0..self.buffers.width(spec.x)));
             }
             // SAFETY: as above.
             let prepared = unsafe { &mut self.mixtures.inputs.range_mut(index..index + 1)[0] };
@@ -173,7 +173,7 @@ impl Runner<'_> {
         }
     }
 
-    /// What the downs read: each worker prepares whole groups.
+    /// Prepares the inputs of the downs: each worker prepares whole groups.
     pub(super) fn experts_between(&self, spec: &ExpertsSpec, worker: &Worker) {
         let (groups, _) = self.groups();
         for (index, group) in groups.iter().enumerate().skip(worker.index()).step_by(worker.count()) {
@@ -189,10 +189,10 @@ impl Runner<'_> {
 
     /// The weighted sum of all groups' downs.
     pub(super) fn experts_out(&self, step: usize, spec: &ExpertsSpec, worker: &Worker) {
-        let n = self.width(spec.out);
+        let n = self.buffers.width(spec.out);
         let columns = worker.share(n, self.weights.granule);
-        for row in 0..self.rows(spec.out) {
-            self.part_mut(spec.out, row, columns.clone()).fill(0.0);
+        for row in 0..self.buffers.rows(spec.out) {
+            self.buffers.part_mut(spec.out, row, columns.clone()).fill(0.0);
         }
         let (groups, choices) = self.groups();
         for (index, group) in groups.iter().enumerate() {
@@ -203,7 +203,7 @@ impl Runner<'_> {
             for (at, (_, row, weight)) in choices[group.choices.clone()].iter().enumerate() {
                 // SAFETY: these columns are this worker's alone.
                 let y = unsafe { downs.range(at * n + columns.start..at * n + columns.end) };
-                vector::add_scaled(self.part_mut(spec.out, *row, columns.clone()), *weight, y);
+                vector::add_scaled(self.buffers.part_mut(spec.out, *row, columns.clone()), *weight, y);
             }
         }
         self.keep(step, 0, spec.out, columns);

@@ -2,10 +2,13 @@
 //! first operation to the last. fp32 activations and cache; a decode step allocates nothing.
 
 mod alone;
+mod append;
 mod arena;
 mod attend;
+mod buffers;
 mod experts;
 mod partials;
+mod rings;
 mod run;
 mod schedule;
 
@@ -17,6 +20,7 @@ use self::alone::StepMode;
 use self::arena::Arena;
 use self::experts::Mixtures;
 use self::partials::PartSums;
+use self::rings::Rings;
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
@@ -26,10 +30,11 @@ use crate::events::Listener;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::rope::Angles;
 use crate::kernels::cpu::shared::SharedSlice;
-use crate::kernels::cpu::vector;
+use crate::kernels::cpu::{norm, vector};
 use crate::kernels::isa::Isa;
 use crate::plan::{
-    CacheScope, CacheShape, EncoderInputKind, LmHead, Model, Op, Plan, RelativeBias, Rope, Rows, Slot, Softcap, Storage,
+    CacheId, CacheScope, CacheShape, EncoderInputKind, LmHead, Model, Norm, NormKind, Op, Plan, RelativeBias, Rope,
+    Rows, Slot, Softcap, Storage, Window,
 };
 use crate::quant::{CpuMatrix, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
@@ -50,9 +55,10 @@ pub struct CpuSession {
     encoded: usize,
     last_token: u32,
     outliers: OutlierColumns,
+    rings: Rings,
 }
 
-/// What calls only read.
+/// Memory that calls only read.
 struct Weights {
     model: Model,
     isa: Isa,
@@ -78,7 +84,7 @@ struct Program {
     rows: usize,
 }
 
-/// What calls write, beside a program's buffers.
+/// Memory that calls write, beside a program's buffers.
 struct Memory {
     /// Keys and values of each cache, `[g, capacity, d]` each, so that a head's positions lie together: the regions
     /// `2 · i` and `2 · i + 1`.
@@ -92,12 +98,14 @@ struct Memory {
     mixtures: Mixtures,
 }
 
-/// What a worker keeps from call to call, only ever grown.
+/// Memory that a worker keeps from call to call, only ever grown.
 #[derive(Default)]
 struct Scratch {
     kernel: Vec<f32>,
     /// Queries and outputs of one head, brought together.
     gathered: Vec<f32>,
+    /// Keys and values of one head over a window.
+    window: Vec<f32>,
 }
 
 /// A relative bias laid out by distance: `[h, 2 · reach + 1]`, distance 0 in the middle, so that the biases of one query
@@ -132,11 +140,29 @@ const KV_FORMAT: KvFormat = KvFormat::Fp32;
 /// The calls that the engine runs.
 const CALLS: Supported = Supported { executor: schedule::EXECUTOR, kv_formats: &[KV_FORMAT] };
 
+/// Refuses attention over a cache that holds other positions than the attention sees.
+fn check_windows(model: &Model) -> Result<()> {
+    let specs = model.plans().flat_map(|plan| &plan.ops);
+    for spec in specs.filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None }) {
+        let seen = spec.window.map(|Window(window)| window);
+        if let Some(held) = model.caches[spec.cache.0].window.filter(|held| seen != Some(*held)) {
+            let seen = seen.map_or("all".to_owned(), |seen| seen.to_string());
+            let attention = format!("an attention over {seen} positions of a cache that holds {held}");
+            bail!("{} cannot run {attention}", schedule::EXECUTOR);
+        }
+        if spec.window.is_some() && spec.bias.is_some() {
+            bail!("{} cannot run an attention with a window and a relative bias", schedule::EXECUTOR);
+        }
+    }
+    Ok(())
+}
+
 /// Loads `setup` for the kernels of `isa`.
 pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
     // What no kernel computes is refused before any weight is read.
     CALLS.check(setup.sequences, setup.kv_format)?;
     setup.model.plans().try_for_each(|plan| lower(plan, |_| setup.formats.precision()).map(|_| ()))?;
+    check_windows(setup.model)?;
     let pool = Pool::try_new(setup.threads).with_context(|| format!("starting {} threads", setup.threads))?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
     let tensors = stream(setup, events, &finish)?;
@@ -162,8 +188,8 @@ impl CpuSession {
         let model = setup.model.clone();
         let reach = setup.capacity.max(setup.encoder_capacity);
         let cache = |spec: &CacheShape| {
-            let capacity = if spec.scope == CacheScope::Decoder { setup.capacity } else { setup.encoder_capacity };
-            [spec.kv_heads * capacity * spec.head_dim; 2]
+            let positions = positions(spec, setup.capacity, setup.encoder_capacity);
+            [spec.kv_heads * positions * spec.head_dim; 2]
         };
         let angles = |rope: &Rope| {
             Angles::new((0..setup.capacity).flat_map(|position| rope.turns(position)), rope.rotary_dim / 2)
@@ -186,6 +212,7 @@ impl CpuSession {
             encoded: 0,
             last_token: 0,
             outliers: OutlierColumns::default(),
+            rings: Rings::new(&model, setup.capacity),
             weights: Weights {
                 angles: model.ropes.iter().map(angles).collect(),
                 biases: model.biases.iter().map(bias).collect(),
@@ -200,16 +227,13 @@ impl CpuSession {
         })
     }
 
-    /// Angles of the next `rows` positions, where they depend on the length that the sequence will have.
-    fn turn_angles(&mut self, rows: usize) {
-        let Self { weights: Weights { model, angles, capacity, .. }, position, .. } = self;
-        let end = *position + rows;
-        if end > *capacity {
-            return;
-        }
+    /// Angles of `rows` positions from `start` on, where they depend on the length that the sequence will have.
+    fn turn_angles(&mut self, start: usize, rows: usize) {
+        let Weights { model, angles, .. } = &mut self.weights;
+        let end = start + rows;
         for (rope, angles) in model.ropes.iter().zip(angles).filter(|(rope, _)| rope.by_length.is_some()) {
             let frequencies = rope.frequencies(end);
-            angles.set(*position, (*position..end).flat_map(|position| rope.turns_by(&frequencies, position)));
+            angles.set(start, (start..end).flat_map(|position| rope.turns_by(&frequencies, position)));
         }
     }
 
@@ -232,15 +256,27 @@ impl CpuSession {
 
     /// Runs `tokens` through the decoder in one call and returns the next one.
     fn step(&mut self, tokens: &[u32]) -> Result<u32> {
-        self.turn_angles(tokens.len());
+        let steps = Arc::clone(&self.decoder.steps);
+        self.last_token = self.call(tokens, &steps)?;
+        Ok(self.last_token)
+    }
+
+    /// Runs `tokens` through the first operations of the decoder, which are `steps`.
+    fn call(&mut self, tokens: &[u32], steps: &[Step]) -> Result<u32> {
         let call = self.decoder_call(tokens)?;
         let _pinned = self.pool.pin_caller();
-        let steps = Arc::clone(&self.decoder.steps);
-        let outcome = self.decoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);
-        self.last_token = outcome.token;
+        if let Some(before) = self.rings.restart(self.position) {
+            self.turn_angles(0, before.len());
+            let again = Call { batch: Batch::one(0..before.len()), tokens: &before, ..call };
+            self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, again);
+            self.rings.extend(0, &before);
+        }
+        self.turn_angles(self.position, tokens.len());
+        let outcome = self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, call);
+        self.rings.extend(self.position, tokens);
         self.position += tokens.len();
         self.outliers += outcome.outliers;
-        Ok(self.last_token)
+        Ok(outcome.token)
     }
 
     fn encoder_call(&mut self, tokens: &[u32], patches: &[f32], rows: usize) -> Result<()> {
@@ -259,7 +295,47 @@ impl CpuSession {
     }
 }
 
+/// Positions that a cache holds: no more than its window.
+fn positions(shape: &CacheShape, capacity: usize, encoder_capacity: usize) -> usize {
+    match shape.scope {
+        CacheScope::Decoder => shape.window.map_or(capacity, |window| window.min(capacity)),
+        CacheScope::Encoder => encoder_capacity,
+    }
+}
+
 impl Weights {
+    /// Positions that a cache can hold.
+    fn positions(&self, cache: CacheId) -> usize {
+        positions(&self.model.caches[cache.0], self.capacity, self.encoder_capacity)
+    }
+
+    /// Returns whether a cache holds the positions of a window in turn.
+    fn is_ring(&self, cache: CacheId) -> bool {
+        self.model.caches[cache.0].window.is_some_and(|window| window < self.capacity)
+    }
+
+    /// The slot of a position in a cache.
+    fn slot(&self, cache: CacheId, position: usize) -> usize {
+        if self.is_ring(cache) { position % self.positions(cache) } else { position }
+    }
+
+    /// `out = norm(x)`
+    fn normalise(&self, Norm { kind, weight, epsilon }: Norm, x: &[f32], out: &mut [f32]) {
+        let Self { isa, vectors, .. } = self;
+        let weight = &vectors[weight.0];
+        match kind {
+            NormKind::Rms => norm::rms(*isa, x, weight, epsilon, out),
+            NormKind::Layer { bias } => norm::layer(*isa, x, weight, &vectors[bias.0], epsilon, out),
+        }
+    }
+
+    /// `x = norm(x)`
+    fn normalise_in_place(&self, norm: Norm, x: &mut [f32], copy: &mut Vec<f32>) {
+        copy.clear();
+        copy.extend_from_slice(x);
+        self.normalise(norm, copy, x);
+    }
+
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         match tokens.iter().find(|&&token| token as usize >= self.model.vocab) {
             Some(token) => bail!("token {token} is outside the vocabulary of {}", self.model.vocab),
@@ -305,6 +381,9 @@ impl Session for CpuSession {
 
     fn rewind(&mut self, position: usize) {
         assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
+        if position < self.position {
+            self.rings.rewind(position, &mut self.memory.caches);
+        }
         self.position = position;
     }
 
@@ -324,6 +403,10 @@ impl Session for CpuSession {
 
     fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
         CALLS.check_batch(batch, tokens.len(), self.position)?;
+        // A token by itself begins no prompt.
+        if tokens.len() > 1 {
+            self.rings.save(self.position, &self.memory.caches);
+        }
         next.fill(self.step(tokens)?);
         Ok(())
     }
@@ -337,14 +420,10 @@ impl Session for CpuSession {
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
-        self.turn_angles(tokens.len());
-        let call = self.decoder_call(tokens)?;
         let Some(head) = self.decoder.plan.head() else { bail!("this plan has no head") };
         let steps = Arc::clone(&self.decoder.steps);
         let body = steps.iter().position(|step| matches!(step, Step::LastRow(_))).unwrap_or(steps.len());
-        let outcome = self.decoder.run(&steps[..body], &self.weights, &self.pool, &mut self.memory, call);
-        self.outliers += outcome.outliers;
-        self.position += tokens.len();
+        self.call(tokens, &steps[..body])?;
         self.score_rows(head, tokens.len(), on_row);
         Ok(())
     }
@@ -422,9 +501,9 @@ impl CpuSession {
         let Memory { features, prepared, scratch, parts, mixtures, caches: _ } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
         let buffers = programs.map(|program| program.slots.len()).sum::<usize>()
-            + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity()).sum::<usize>();
+            + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity() + s.window.capacity()).sum::<usize>();
         let floats =
             buffers + parts.floats() + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
-        4 * floats + prepared.i8s.capacity() + mixtures.bytes()
+        4 * floats + prepared.i8s.capacity() + mixtures.bytes() + self.rings.bytes()
     }
 }

@@ -20,13 +20,13 @@ pub(super) struct PartSums {
     outs: Vec<f32>,
     /// `[workers][queries]`
     partials: Vec<Partial>,
-    /// Of one head on each worker, where its parts are put together: `[workers][queries]`.
+    /// Sums of one head on each worker, where its parts are merged: `[workers][queries]`.
     sums: Vec<Partial>,
     workers: usize,
 }
 
 impl PartSums {
-    /// For the widest attention of the model's plans.
+    /// Room for the widest attention of the model's plans.
     pub fn new(model: &Model, workers: usize) -> Self {
         let (mut width, mut queries) = (0, 0);
         for plan in model.plans() {
@@ -57,7 +57,7 @@ impl PartSums {
 }
 
 impl SharedParts<'_> {
-    /// Where a worker's part of attention over `width` elements in heads of `d` lies.
+    /// The ranges of a worker's part of attention over `width` elements in heads of `d` lies.
     fn ranges(&self, worker: usize, width: usize, d: usize) -> (Range<usize>, Range<usize>) {
         let (outs, partials) = (self.outs.len() / self.workers, self.partials.len() / self.workers);
         (worker * outs..worker * outs + width, worker * partials..worker * partials + width / d)
@@ -73,7 +73,7 @@ impl SharedParts<'_> {
     }
 
     /// # Safety
-    /// As [`SharedParts::of_worker_mut`].
+    /// See [`SharedParts::of_worker_mut`].
     #[allow(clippy::mut_from_ref)]
     pub(super) unsafe fn sums_mut(&self, worker: usize, queries: usize) -> &mut [Partial] {
         let start = worker * (self.sums.len() / self.workers);

@@ -5,19 +5,20 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::alone::{StepMode, windows};
 use super::arena::SharedArena;
+use super::attend::Attention;
+use super::buffers::Buffers;
 use super::experts::SharedMixtures;
 use super::partials::SharedParts;
-use super::schedule::{Append, Attend, Step, must_meet, product_rows};
+use super::schedule::{Attend, Step, needs_barrier, product_rows};
 use super::{Memory, Program, Scratch, Weights};
 use crate::call::Batch;
 use crate::engine::OutlierColumns;
 use crate::kernels::cpu::pool::{Pool, Worker};
 use crate::kernels::cpu::shared::SharedSlice;
-use crate::kernels::cpu::{self as kernels, activation, rope, vector};
+use crate::kernels::cpu::{activation, vector};
 use crate::plan::{
-    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, CacheId, CacheScope, Columns,
-    EmbedSpec, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, MatrixId, Norm, NormKind, NormSpec, PatchesSpec, Plan,
-    Storage, VectorId,
+    ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, EmbedSpec, FeaturesSpec, LastRowSpec,
+    LinearPart, MatrixId, Norm, NormSpec, PatchesSpec, VectorId,
 };
 use crate::quant::Prepared;
 
@@ -61,10 +62,13 @@ pub fn run(
     memory.mixtures.grow(steps, weights, call.batch.rows());
     let runner = Runner {
         weights,
-        plan: &program.plan,
-        storage: &program.storage,
         call,
-        slots: program.slots.share(),
+        buffers: Buffers {
+            plan: &program.plan,
+            storage: &program.storage,
+            slots: program.slots.share(),
+            batch: call.batch,
+        },
         caches: memory.caches.share(),
         features: SharedSlice::new(std::slice::from_mut(&mut memory.features)),
         prepared: SharedSlice::new(std::slice::from_mut(&mut memory.prepared)),
@@ -79,7 +83,7 @@ pub fn run(
     let single = call.batch.rows() == 1;
     pool.run(&|worker: &Worker| {
         for (index, step) in steps.iter().enumerate() {
-            if index > 0 && must_meet(&steps[index - 1], step, single) {
+            if index > 0 && needs_barrier(&steps[index - 1], step, single) {
                 worker.barrier();
             }
             runner.step(index, step, worker);
@@ -98,19 +102,17 @@ pub fn run(
 /// Everything the workers share for one call. Who touches what follows from [`Step::split`].
 pub(super) struct Runner<'a> {
     pub(super) weights: &'a Weights,
-    plan: &'a Plan,
-    storage: &'a Storage,
-    pub(super) call: Call<'a>,
-    slots: SharedArena<'a>,
+    call: Call<'a>,
+    pub(super) buffers: Buffers<'a>,
     /// Keys and values of each cache.
-    pub(super) caches: SharedArena<'a>,
+    caches: SharedArena<'a>,
     /// One element, written by worker 0 at the end of a vision encoder.
     features: SharedSlice<'a, Vec<f32>>,
     /// One element, written by worker 0.
     prepared: SharedSlice<'a, Prepared>,
     /// One element per worker.
     scratch: SharedSlice<'a, Scratch>,
-    pub(super) parts: SharedParts<'a>,
+    parts: SharedParts<'a>,
     pub(super) mixtures: SharedMixtures<'a>,
     token: AtomicU32,
     outlier_columns: AtomicU64,
@@ -126,13 +128,16 @@ impl Runner<'_> {
             Step::AddRows(spec) => self.add_rows(*spec, worker),
             Step::Norm(spec) => self.norm(*spec, worker),
             Step::NormInPlace { norm, x } => self.norm_in_place(*norm, *x, worker),
-            Step::Patches(PatchesSpec { out }) if first => self.whole_mut(*out).copy_from_slice(self.call.patches),
+            Step::Patches(PatchesSpec { out }) if first => {
+                self.buffers.whole_mut(*out).copy_from_slice(self.call.patches)
+            }
             Step::Features(FeaturesSpec { x }) if first => self.keep_features(*x),
             Step::LastRow(spec) if first => self.last_row(*spec),
             Step::Prepare { x, matrix } if first => self.prepare(*x, *matrix),
             Step::Route(spec) if first => self.route(spec),
             Step::Argmax(ArgmaxSpec { logits, softcap: _ }) if first => {
-                let token = vector::argmax(self.weights.isa, self.part(*logits, 0, 0..self.width(*logits)));
+                let token =
+                    vector::argmax(self.weights.isa, self.buffers.part(*logits, 0, 0..self.buffers.width(*logits)));
                 self.token.store(token as u32, Ordering::Relaxed);
             }
             Step::Patches(_) | Step::Features(_) | Step::LastRow(_) | Step::Prepare { .. } => {}
@@ -141,65 +146,25 @@ impl Runner<'_> {
             Step::ExpertsBetween(spec) => self.experts_between(spec, worker),
             Step::ExpertsOut(spec) => self.experts_out(index, spec, worker),
             Step::Cap { x, cap } => {
-                let columns = worker.share(self.width(*x), self.weights.granule);
-                (0..self.rows(*x)).for_each(|row| {
-                    vector::cap(self.weights.isa, self.part_mut(*x, row, columns.clone()), *cap);
+                let columns = worker.share(self.buffers.width(*x), self.weights.granule);
+                (0..self.buffers.rows(*x)).for_each(|row| {
+                    vector::cap(self.weights.isa, self.buffers.part_mut(*x, row, columns.clone()), *cap);
                 });
             }
             Step::Linear { parts } => self.linears(index, parts, worker),
             Step::Activate(spec) => self.activate(*spec, worker),
             Step::Add(spec) => self.add(*spec, worker),
-            Step::Append(append) => self.append(*append, worker),
+            Step::Append(append) => self.attention().append(*append, worker),
             Step::Attend(attend) => {
-                self.attend(attend, worker);
+                self.attention().attend(attend, worker);
                 self.keep_attended(index, attend, worker);
             }
         }
     }
 
-    pub(super) fn width(&self, buffer: BufferId) -> usize {
-        self.plan.buffers[buffer.0].width
-    }
-
-    /// Rows of this call.
-    pub(super) fn rows(&self, buffer: BufferId) -> usize {
-        self.plan.rows(buffer, self.call.batch)
-    }
-
-    /// Where a row of a buffer begins in the slots.
-    fn start(&self, buffer: BufferId, row: usize) -> usize {
-        let Columns { start, stride } = self.storage.columns[buffer.0];
-        self.slots.start(self.storage.slot_of[buffer.0]) + row * stride + start
-    }
-
-    /// `columns` of a row, for reading.
-    pub(super) fn part(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &[f32] {
-        let start = self.start(buffer, row);
-        // SAFETY: a step reads what earlier steps wrote; `must_meet` put a barrier where the split changed, and
-        // `Plan::storage` gives no two buffers that live at once the same slot.
-        unsafe { self.slots.floats.range(start + columns.start..start + columns.end) }
-    }
-
-    /// `columns` of a row, for writing by the one worker whose share they are.
-    #[allow(clippy::mut_from_ref)]
-    pub(super) fn part_mut(&self, buffer: BufferId, row: usize, columns: Range<usize>) -> &mut [f32] {
-        let start = self.start(buffer, row);
-        // SAFETY: the split of the step gives these columns of this row to one worker, and no other buffer that is read
-        // in the step shares the slot.
-        unsafe { self.slots.floats.range_mut(start + columns.start..start + columns.end) }
-    }
-
-    fn row_mut(&self, buffer: BufferId, row: usize) -> &mut [f32] {
-        self.part_mut(buffer, row, 0..self.width(buffer))
-    }
-
-    /// All rows: for worker 0 in a step of its own.
-    fn whole(&self, buffer: BufferId) -> &[f32] {
-        self.part(buffer, 0, 0..self.rows(buffer) * self.width(buffer))
-    }
-
-    fn whole_mut(&self, buffer: BufferId) -> &mut [f32] {
-        self.part_mut(buffer, 0, 0..self.rows(buffer) * self.width(buffer))
+    fn attention(&self) -> Attention<'_> {
+        let Self { weights, call, buffers, caches, parts, scratch, .. } = self;
+        Attention { weights, call: *call, buffers, caches, parts, scratch }
     }
 
     #[allow(clippy::mut_from_ref)]
@@ -215,7 +180,7 @@ impl Runner<'_> {
 
     /// Rows of a call with several are split over the workers; a single row is worker 0's.
     fn own_rows(&self, buffer: BufferId, worker: &Worker) -> Range<usize> {
-        match (self.rows(buffer), worker.index()) {
+        match (self.buffers.rows(buffer), worker.index()) {
             (1, 0) => 0..1,
             (1, _) => 0..0,
             (rows, _) => worker.share(rows, 1),
@@ -225,7 +190,7 @@ impl Runner<'_> {
     fn embed(&self, EmbedSpec { table, scale, image, out }: EmbedSpec, worker: &Worker) {
         let is_image = |token: &u32| Some(*token) == image;
         for row in self.own_rows(out, worker) {
-            let (token, out) = (self.call.tokens[row], self.row_mut(out, row));
+            let (token, out) = (self.call.tokens[row], self.buffers.row_mut(out, row));
             if is_image(&token) {
                 let nth = self.call.tokens[..row].iter().filter(|token| is_image(token)).count();
                 // SAFETY: written by the encoder's call, only read by the decoder's.
@@ -242,10 +207,10 @@ impl Runner<'_> {
 
     fn add_rows(&self, AddRowsSpec { x, table }: AddRowsSpec, worker: &Worker) {
         let learned = &mut self.scratch(worker).gathered;
-        learned.resize(self.width(x), 0.0);
+        learned.resize(self.buffers.width(x), 0.0);
         for row in self.own_rows(x, worker) {
             self.weights.matrices[table.0].dequantize_rows(row..row + 1, learned);
-            vector::add_to(self.weights.isa, self.row_mut(x, row), learned);
+            vector::add_to(self.weights.isa, self.buffers.row_mut(x, row), learned);
         }
     }
 
@@ -253,45 +218,25 @@ impl Runner<'_> {
         // SAFETY: worker 0 alone touches the features in an encoder's call.
         let features = unsafe { &mut self.features.range_mut(0..1)[0] };
         features.clear();
-        features.extend_from_slice(self.whole(x));
+        features.extend_from_slice(self.buffers.whole(x));
     }
 
     fn norm(&self, NormSpec { norm, x, out }: NormSpec, worker: &Worker) {
-        let Norm { kind, weight, epsilon } = norm;
-        let Weights { isa, vectors, .. } = self.weights;
-        let weight = &vectors[weight.0];
         for row in self.own_rows(out, worker) {
-            let (x, out) = (self.part(x, row, 0..self.width(x)), self.row_mut(out, row));
-            match kind {
-                NormKind::Rms => kernels::norm::rms(*isa, x, weight, epsilon, out),
-                NormKind::Layer { bias } => kernels::norm::layer(*isa, x, weight, &vectors[bias.0], epsilon, out),
-            }
+            let x = self.buffers.part(x, row, 0..self.buffers.width(x));
+            self.weights.normalise(norm, x, self.buffers.row_mut(out, row));
         }
     }
 
     fn norm_in_place(&self, norm: Norm, x: BufferId, worker: &Worker) {
         for row in self.own_rows(x, worker) {
-            self.normalise(norm, self.row_mut(x, row), worker);
-        }
-    }
-
-    /// `x = norm(x)`
-    fn normalise(&self, Norm { kind, weight, epsilon }: Norm, x: &mut [f32], worker: &Worker) {
-        let Weights { isa, vectors, .. } = self.weights;
-        let own = &mut self.scratch(worker).gathered;
-        own.clear();
-        own.extend_from_slice(x);
-        match kind {
-            NormKind::Rms => kernels::norm::rms(*isa, own, &vectors[weight.0], epsilon, x),
-            NormKind::Layer { bias } => {
-                kernels::norm::layer(*isa, own, &vectors[weight.0], &vectors[bias.0], epsilon, x);
-            }
+            self.weights.normalise_in_place(norm, self.buffers.row_mut(x, row), &mut self.scratch(worker).gathered);
         }
     }
 
     fn last_row(&self, LastRowSpec { x, out, scale }: LastRowSpec) {
-        let last = self.part(x, self.rows(x) - 1, 0..self.width(x));
-        for (out, value) in self.row_mut(out, 0).iter_mut().zip(last) {
+        let last = self.buffers.part(x, self.buffers.rows(x) - 1, 0..self.buffers.width(x));
+        for (out, value) in self.buffers.row_mut(out, 0).iter_mut().zip(last) {
             *out = scale * value;
         }
     }
@@ -299,7 +244,7 @@ impl Runner<'_> {
     fn prepare(&self, x: BufferId, matrix: MatrixId) {
         // SAFETY: only worker 0 prepares, and the linears that read the last preparation lie behind a barrier.
         let prepared = unsafe { &mut self.prepared.range_mut(0..1)[0] };
-        self.prepare_into(matrix, self.whole(x), self.rows(x), prepared);
+        self.prepare_into(matrix, self.buffers.whole(x), self.buffers.rows(x), prepared);
     }
 
     /// Brings `rows` rows of `x` into the form that the kernel of `matrix` reads, and counts outlier columns.
@@ -317,7 +262,7 @@ impl Runner<'_> {
     fn linears(&self, index: usize, parts: &[LinearPart], worker: &Worker) {
         let mut before = 0;
         for part in parts {
-            let n = product_rows(part, self.plan);
+            let n = product_rows(part, self.buffers.plan);
             let columns = worker.share(n, self.weights.granule);
             self.linear(part, columns.clone(), worker);
             self.keep(index, before, part.out, columns);
@@ -326,7 +271,7 @@ impl Runner<'_> {
     }
 
     fn linear(&self, part: &LinearPart, columns: Range<usize>, worker: &Worker) {
-        let y = &self.slots.region(self.storage.slot_of[part.out.0]);
+        let y = &self.buffers.slots.region(self.buffers.storage.slot_of[part.out.0]);
         let scratch = &mut self.scratch(worker).kernel;
         self.multiply(part.weight, self.prepared(), columns, part.bias, y, scratch);
     }
@@ -357,7 +302,7 @@ impl Runner<'_> {
     /// Attention's output, whose heads are split as [`Step::Append`]'s.
     fn keep_attended(&self, index: usize, attend: &Attend, worker: &Worker) {
         let heads = self.weights.model.caches[attend.cache.0].kv_heads;
-        let (own, width) = (worker.share(heads, 1), self.width(attend.out) / heads);
+        let (own, width) = (worker.share(heads, 1), self.buffers.width(attend.out) / heads);
         self.keep(index, 0, attend.out, own.start * width..own.end * width);
     }
 
@@ -369,21 +314,21 @@ impl Runner<'_> {
             StepMode::Keeping(outputs, values) => {
                 // SAFETY: as `out`'s, these columns are this worker's alone in this step.
                 let values = unsafe { values.range_mut(kept(outputs.start(index))) };
-                values.copy_from_slice(self.part(out, 0, columns));
+                values.copy_from_slice(self.buffers.part(out, 0, columns));
             }
             StepMode::StandingIn(_, outputs, values) => {
-                self.part_mut(out, 0, columns.clone()).copy_from_slice(&values[kept(outputs.start(index))]);
+                self.buffers.part_mut(out, 0, columns.clone()).copy_from_slice(&values[kept(outputs.start(index))]);
             }
         }
     }
 
     fn activate(&self, spec: ActivationSpec, worker: &Worker) {
         let ActivationSpec { kind, gate, up, out } = spec;
-        let columns = worker.share(self.width(out), self.weights.granule);
-        for row in 0..self.rows(out) {
-            let gate = self.part(gate, row, columns.clone());
-            let up = up.map(|up| self.part(up, row, columns.clone()));
-            let out = self.part_mut(out, row, columns.clone());
+        let columns = worker.share(self.buffers.width(out), self.weights.granule);
+        for row in 0..self.buffers.rows(out) {
+            let gate = self.buffers.part(gate, row, columns.clone());
+            let up = up.map(|up| self.buffers.part(up, row, columns.clone()));
+            let out = self.buffers.part_mut(out, row, columns.clone());
             match kind {
                 ActivationKind::Silu => activation::silu(self.weights.isa, gate, up, out),
                 ActivationKind::GeluTanh => activation::gelu_tanh(self.weights.isa, gate, up, out),
@@ -395,53 +340,10 @@ impl Runner<'_> {
     /// `out` is `a`: the plan's only sums are residuals.
     fn add(&self, AddSpec { a, b, out }: AddSpec, worker: &Worker) {
         assert_eq!(a, out, "the CPU engine adds in place");
-        let columns = worker.share(self.width(out), self.weights.granule);
-        for row in 0..self.rows(out) {
-            let b = self.part(b, row, columns.clone());
-            vector::add_to(self.weights.isa, self.part_mut(out, row, columns.clone()), b);
-        }
-    }
-
-    /// Positions that a cache can hold.
-    pub(super) fn capacity(&self, cache: CacheId) -> usize {
-        match self.weights.model.caches[cache.0].scope {
-            CacheScope::Decoder => self.weights.capacity,
-            CacheScope::Encoder => self.weights.encoder_capacity,
-        }
-    }
-
-    /// Each worker takes whole key/value heads with the query heads that read them.
-    fn append(&self, append: Append, worker: &Worker) {
-        let Append { kv: KeyValue { k, v }, cache, q, rope, norms } = append;
-        let spec = self.weights.model.caches[cache.0];
-        let d = spec.head_dim;
-        let (keys, values) = (self.caches.region(2 * cache.0), self.caches.region(2 * cache.0 + 1));
-        for head in worker.share(spec.kv_heads, 1) {
-            let columns = head * d..(head + 1) * d;
-            for row in 0..self.rows(k) {
-                let position = self.call.position() + row;
-                let key = self.part_mut(k, row, columns.clone());
-                let turned = |head: &mut [f32], norm: Option<Norm>| {
-                    if let Some(norm) = norm {
-                        self.normalise(norm, head, worker);
-                    }
-                    if let Some(rope) = rope {
-                        let (cos, sin) = self.weights.angles[rope.0].at(position);
-                        rope::rotate(head, cos, sin);
-                    }
-                };
-                if let Some(q) = q.filter(|_| rope.is_some() || norms.is_some()) {
-                    let group = self.width(q) / spec.kv_heads;
-                    let queries = self.part_mut(q, row, head * group..(head + 1) * group);
-                    queries.chunks_exact_mut(d).for_each(|query| turned(query, norms.map(|[of_q, _]| of_q)));
-                }
-                turned(key, norms.map(|[_, of_k]| of_k));
-                let at = (head * self.capacity(cache) + position) * d;
-                // SAFETY: this head's positions are this worker's alone in this step.
-                unsafe { keys.range_mut(at..at + d) }.copy_from_slice(key);
-                // SAFETY: as above.
-                unsafe { values.range_mut(at..at + d) }.copy_from_slice(self.part(v, row, columns.clone()));
-            }
+        let columns = worker.share(self.buffers.width(out), self.weights.granule);
+        for row in 0..self.buffers.rows(out) {
+            let b = self.buffers.part(b, row, columns.clone());
+            vector::add_to(self.weights.isa, self.buffers.part_mut(out, row, columns.clone()), b);
         }
     }
 }

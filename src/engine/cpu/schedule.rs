@@ -1,8 +1,8 @@
 //! Lowers a plan to the steps that the CPU engine's workers run together, and says where they must wait for each other.
 //!
-//! How a step is split decides that. While a call has one row, whatever works row by row is done by worker 0 alone; a
+//! The split of a step decides that. While a call has one row, whatever works row by row is done by worker 0 alone; a
 //! linear is split over its output rows, and an element-wise operation behind it keeps that split, so that every worker
-//! goes on with the elements it has just computed. Only where the split changes do the workers meet.
+//! goes on with the elements it has just computed. Only where the split changes does a barrier stand between two steps.
 
 use std::sync::Arc;
 
@@ -85,9 +85,11 @@ pub struct Attend {
     pub window: Option<usize>,
     pub softcap: Option<f32>,
     pub sinks: Option<VectorId>,
+    /// The call's own keys and values, as they were appended.
+    pub kv: Option<KeyValue>,
 }
 
-/// How a step is split over the workers.
+/// The split of a step over the workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Split {
     /// Worker 0 alone.
@@ -124,10 +126,10 @@ impl Step {
     }
 }
 
-/// Whether workers must meet between two steps. Elements stay with their worker from a linear to what follows it, but a
+/// Returns whether a barrier stands between two steps. Elements stay with their worker from a linear to what follows it, but a
 /// linear itself reads what all have prepared; heads stay from append to attention while the call has one row, and with
 /// several rows attention reads what others appended.
-pub fn must_meet(before: &Step, after: &Step, single: bool) -> bool {
+pub fn needs_barrier(before: &Step, after: &Step, single: bool) -> bool {
     let (first, second) = (before.split(single), after.split(single));
     match (first, second) {
         (Split::Heads, Split::Heads) => !single,
@@ -140,7 +142,7 @@ pub fn must_meet(before: &Step, after: &Step, single: bool) -> bool {
 /// it are prepared one after the other.
 ///
 /// # Errors
-/// Where the plan holds an operation that no step computes, by name.
+/// If the plan holds an operation that no step computes, by its name.
 pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> FormatId) -> Result<Vec<Step>> {
     let mut steps = Vec::new();
     for op in &plan.ops {
@@ -206,6 +208,7 @@ fn lower_attention(spec: &AttentionSpec, steps: &mut Vec<Step>) -> Result<()> {
         window: window.map(|Window(window)| window),
         softcap: softcap.map(|Softcap(cap)| cap),
         sinks: sinks.map(|Sinks(vector)| vector),
+        kv: *append,
     }));
     Ok(())
 }

@@ -42,7 +42,7 @@ impl LoadChunk {
 /// The form in which a source gives the values of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SourceReading {
-    /// In their saved dtype.
+    /// The saved dtype.
     Raw(SourceDtype),
     /// Cast to fp16.
     Halves,

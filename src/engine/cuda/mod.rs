@@ -9,6 +9,7 @@ mod prefill_graphs;
 mod step;
 mod times;
 mod token_ring;
+mod trace;
 
 use anyhow::{Context, Result, bail};
 use candle_core::CudaDevice;
@@ -20,6 +21,7 @@ use self::step::Step;
 use self::times::StepTimes;
 use self::token_ring::TokenRing;
 use super::memory::{MemoryPool, named};
+use super::needs::cuda_rows_of_call;
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
 use crate::call::{Batch, KvFormat};
 use crate::events::Listener;
@@ -51,6 +53,8 @@ pub struct CudaSession {
     /// Tokens that were asked of the device since the session began: the number of the last one.
     steps: u32,
     as_graph: bool,
+    /// Longer prompts are cut.
+    rows_of_call: usize,
     /// Without the columns found, which the device counts.
     examined: OutlierColumns,
 }
@@ -65,7 +69,7 @@ struct Weights {
     matrices: Vec<Box<dyn CudaMatrix>>,
     vectors: Vec<CudaSlice<f32>>,
     caches: Vec<Cache>,
-    /// As [`lower::angles`] has them.
+    /// Laid out by [`lower::angles`].
     angles: Vec<CudaSlice<f32>>,
     biases: Vec<BiasTable>,
     /// Token, position, step, rows of the encoder.
@@ -75,7 +79,7 @@ struct Weights {
     features: Option<CudaSlice<f16>>,
     /// Zeros, as many as the widest norm has: the bias of norms that have none.
     zeros: CudaSlice<f32>,
-    /// How many LLM.int8 has found.
+    /// The count that LLM.int8 has found.
     outlier_columns: CudaSlice<u64>,
     token_ring: TokenRing,
     capacity: usize,
@@ -107,7 +111,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
     let tensors = load::stream(setup, &device, events)?;
     let (matrices, learned): (Vec<_>, Vec<_>) = tensors.matrices.into_iter().unzip();
     let weights = Weights::new(setup, device.as_cuda_device()?.clone(), matrices, &learned, &tensors.vectors)?;
-    let step = Step::new(&weights)?;
+    let step = Step::new(&weights, &format!("{}-{}", setup.model.architecture, setup.formats.precision().name))?;
     weights.device.cuda_stream().synchronize()?;
     let (major, minor) = properties.compute_capability;
     Ok(Loaded {
@@ -120,6 +124,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
             encoded: 0,
             steps: 0,
             as_graph: setup.cuda_graph,
+            rows_of_call: cuda_rows_of_call(setup.model, setup.formats),
             examined: OutlierColumns::default(),
         }),
         load: tensors.elapsed,
@@ -269,6 +274,23 @@ impl CudaSession {
         self.examined += done.examined;
         Ok(done)
     }
+
+    /// [`Session::score`] of one call.
+    fn score_call(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        let done = self.call(CallKind::Scored, tokens)?;
+        let (weights, device) = (&self.weights, &self.weights.device);
+        let head = weights.model.decoder.head().context("this plan has no head")?;
+        let (logits, counters) = (address(&weights.logits, device), self.step.counters(device));
+        for row in 0..tokens.len() {
+            let x = lower::prefill::row_at(&weights.model, done, row)?;
+            let epilogue = Epilogue { output_type: OutputType::Floats, ..Epilogue::default() };
+            let planned = lower::head(weights, head, x, logits, epilogue, program::TokenOutput::default(), counters)?;
+            // SAFETY: x is a row of the call's; all else is the session's.
+            unsafe { planned.load(device)?.launch(device) }?;
+            on_row(row, &device.clone_dtoh(&weights.logits)?);
+        }
+        Ok(())
+    }
 }
 
 impl Session for CudaSession {
@@ -306,7 +328,12 @@ impl Session for CudaSession {
     fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
         lower::CALLS.check_batch(batch, tokens.len(), self.position)?;
         self.times.restart();
-        self.call(CallKind::Prompt, tokens)?;
+        self.check_call(tokens)?;
+        let (before, last) = tokens.split_at((tokens.len() - 1) / self.rows_of_call * self.rows_of_call);
+        for part in before.chunks(self.rows_of_call) {
+            self.call(CallKind::Scored, part)?;
+        }
+        self.call(CallKind::Prompt, last)?;
         self.steps += 1;
         next.fill(self.weights.token_ring.wait(self.steps, &self.weights.device)?);
         Ok(())
@@ -345,17 +372,10 @@ impl Session for CudaSession {
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
-        let done = self.call(CallKind::Scored, tokens)?;
-        let (weights, device) = (&self.weights, &self.weights.device);
-        let head = weights.model.decoder.head().context("this plan has no head")?;
-        let (logits, counters) = (address(&weights.logits, device), self.step.counters(device));
-        for row in 0..tokens.len() {
-            let x = lower::prefill::row_at(&weights.model, done, row)?;
-            let epilogue = Epilogue { output_type: OutputType::Floats, ..Epilogue::default() };
-            let planned = lower::head(weights, head, x, logits, epilogue, program::TokenOutput::default(), counters)?;
-            // SAFETY: x is a row of the call's; all else is the session's.
-            unsafe { planned.load(device)?.launch(device) }?;
-            on_row(row, &device.clone_dtoh(&weights.logits)?);
+        self.check_call(tokens)?;
+        let rows_of_call = self.rows_of_call;
+        for (at, part) in tokens.chunks(rows_of_call).enumerate() {
+            self.score_call(part, &mut |row, logits| on_row(at * rows_of_call + row, logits))?;
         }
         Ok(())
     }
@@ -373,6 +393,7 @@ impl Session for CudaSession {
 
     fn device_step_ns(&mut self) -> Result<Vec<u64>> {
         self.synchronize()?;
+        self.step.write_trace(&self.weights.device)?;
         self.times.ns()
     }
 

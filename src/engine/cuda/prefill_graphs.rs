@@ -14,8 +14,8 @@ use crate::kernels::cuda::arena::{Arena, Layout, Region};
 use crate::kernels::cuda::launch::{MemoryPlanner, address, upload};
 use crate::lower::cuda::{CallInput, CallKind, CallResult, CallShape, prefill};
 
-/// Shapes that are kept: those of the last calls.
-const SHAPES: usize = 4;
+/// Shapes that are kept: those of the last calls, of which a long prompt has some.
+const SHAPES: usize = 16;
 
 /// A call on a session's memory.
 pub struct PrefillCall<'a> {
@@ -64,7 +64,6 @@ pub struct PrefillGraphs {
 struct KnownShape {
     shape: CallShape,
     layout: Layout,
-    has_returned: bool,
     /// The result of a call in this memory.
     done: Option<CallResult>,
     graph: Option<CudaGraph>,
@@ -106,12 +105,12 @@ impl PrefillGraphs {
         self.memory.as_ref().map_or(0, CudaSlice::len)
     }
 
-    /// Moves the call's shape to the front and makes sure of memory for it; returns its address. Memory of a shape that came only once is not
-    /// kept: such a call may be far longer than those that repeat.
+    /// Moves the call's shape to the front and makes sure of memory for it; returns its address. Memory of the largest call is kept: long prompts
+    /// are cut, so that none is far larger than others.
     fn prepare(&mut self, call: &PrefillCall, input_bytes: usize) -> Result<u64> {
         let at = self.known.iter().position(|known| known.shape == call.shape);
         let mut known = match at.and_then(|at| self.known.remove(at)) {
-            Some(known) => KnownShape { has_returned: true, ..known },
+            Some(known) => known,
             None => {
                 let layout = Layout::of(|arena| {
                     let planned = arena.take::<u8>(input_bytes).map_err(anyhow::Error::from);
@@ -119,12 +118,10 @@ impl PrefillGraphs {
                         .and_then(|input| prefill::run(call.weights, call.shape, &MemoryPlanner, arena, input))
                         .map(|_| ())
                 })?;
-                KnownShape { shape: call.shape, layout, has_returned: false, done: None, graph: None }
+                KnownShape { shape: call.shape, layout, done: None, graph: None }
             }
         };
-        let others = self.known.iter().filter(|other| other.has_returned).map(|other| other.layout.bytes());
-        let kept = if known.has_returned { self.bytes() } else { others.max().unwrap_or(0) };
-        let bytes = known.layout.bytes().max(kept).max(1);
+        let bytes = known.layout.bytes().max(self.bytes()).max(1);
         let device = &call.weights.device;
         if bytes != self.bytes() {
             for known in self.known.iter_mut().chain([&mut known]) {
@@ -135,7 +132,7 @@ impl PrefillGraphs {
             // SAFETY: a call writes what it takes before it reads it.
             let memory = unsafe { device.alloc::<u8>(bytes) };
             let (rows, position) = (call.shape.rows(), call.shape.position());
-            let what = || format!("activations and attention scores of {rows} tokens behind {position}");
+            let what = || format!("activations of {rows} tokens behind {position}");
             self.memory = Some(named(memory, bytes, what)?);
         }
         self.known.push_front(known);

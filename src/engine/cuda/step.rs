@@ -5,6 +5,7 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, sys};
 
 use super::Weights;
+use super::trace::Trace;
 use crate::engine::OutlierColumns;
 use crate::kernels::cuda::launch::address;
 use crate::kernels::cuda::program::{Instruction, LoadedLaunch, TokenOutput};
@@ -17,12 +18,14 @@ pub struct Step {
     memory: StepMemory<CudaSlice<u8>>,
     /// Read by the launch.
     instructions: CudaSlice<Instruction>,
+    trace: Option<Trace>,
     /// Columns that one step examines for outliers; the device counts those it finds.
     pub examined: OutlierColumns,
 }
 
 impl Step {
-    pub fn new(weights: &Weights) -> Result<Self> {
+    /// `name` is what a trace is called, if one is wanted.
+    pub fn new(weights: &Weights, name: &str) -> Result<Self> {
         let device = &weights.device;
         let fused = fused(weights)?;
         // Zeros for all: partial results are written before they are read.
@@ -30,8 +33,11 @@ impl Step {
             StepMemory::of(weights, &fused).try_map(|Allocation { bytes, .. }| device.alloc_zeros::<u8>(*bytes))?;
         let program = StepProgram::new(weights, &fused, &addresses(&memory, device))?;
         let instructions = device.clone_htod(program.instructions())?;
-        let launch = program.plan(address(&instructions, device))?.load(device)?;
-        Ok(Self { launch, graph: None, memory, instructions, examined: program.examined() })
+        let mut planned = program.plan(address(&instructions, device))?;
+        let trace = Trace::wanted(name, program.instructions(), weights.properties.multiprocessors, device)?;
+        planned.program.trace = trace.as_ref().map_or(0, |trace| trace.address(device));
+        let launch = planned.load(device)?;
+        Ok(Self { launch, graph: None, memory, instructions, trace, examined: program.examined() })
     }
 
     /// The token output of a call outside of a step; the token stands `advance` positions further on.
@@ -42,6 +48,11 @@ impl Step {
     /// The counters that launches share.
     pub fn counters(&self, device: &CudaDevice) -> u64 {
         address(&self.memory.counters, device)
+    }
+
+    /// Writes the trace of the last step, where one is wanted.
+    pub fn write_trace(&mut self, device: &CudaDevice) -> Result<()> {
+        self.trace.as_mut().map_or(Ok(()), |trace| trace.write(device))
     }
 
     pub fn bytes(&self) -> usize {

@@ -26,13 +26,13 @@ impl MemoryPool for CudaDevice {
         Ok(memory::release_unused(self)?)
     }
 
-    /// What `kernels::cuda::open` sets: all of it, until [`Self::release_unused`].
+    /// The threshold that `kernels::cuda::open` sets: all of it, until [`Self::release_unused`].
     fn release_threshold_bytes(&self) -> u64 {
         u64::MAX
     }
 }
 
-/// Whether the cause of `error` is an allocation that did not fit the device.
+/// Returns whether the cause of `error` is an allocation that did not fit the device.
 pub fn is_out_of_memory(error: &anyhow::Error) -> bool {
     error.chain().filter_map(|cause| cause.downcast_ref()).any(memory::is_out_of_memory)
 }

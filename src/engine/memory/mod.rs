@@ -52,7 +52,7 @@ pub fn named<T, E: Into<anyhow::Error>>(
     })
 }
 
-/// How fast a device's memory is, in 1e9 bytes a second; `None` where it was not measured.
+/// The read bandwidth of a device's memory, in 1e9 bytes a second; `None` where it was not measured.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
 pub struct MeasuredBandwidth {
     pub read_gb_s: Option<f64>,

@@ -68,7 +68,21 @@ impl Reference {
 
     /// `q` is `[t, h · d]`, rotated; softmax in fp32.
     fn attend(&self, q: &Tensor, attend: &AttentionSpec) -> Result<Tensor> {
-        let AttentionSpec { cache, scale, softcap, sinks, .. } = *attend;
+        // The caller has appended, normed and rotated; `bias` takes the rest.
+        let &AttentionSpec {
+            q: _,
+            append: _,
+            rope: _,
+            qk_norm: _,
+            mask: _,
+            bias: _,
+            window: _,
+            out: _,
+            cache,
+            scale,
+            softcap,
+            sinks,
+        } = attend;
         let spec = self.model.caches[cache.0];
         let (keys, values) = self.caches[cache.0].as_ref().ok_or_else(|| missing("keys and values"))?;
         let (t, width) = q.dims2()?;
@@ -91,7 +105,7 @@ impl Reference {
         out.permute((2, 0, 1, 3))?.reshape((t, width))?.to_dtype(self.compute)
     }
 
-    /// What is added to the scores, `[h, t, total]`: the relative bias, and −∞ where mask or window hides a key.
+    /// Terms that are added to the scores, `[h, t, total]`: the relative bias, and −∞ where mask or window hides a key.
     fn bias(&self, h: usize, t: usize, total: usize, attend: &AttentionSpec) -> Result<Vec<f32>> {
         let causal = match attend.mask {
             Mask::Causal => true,

@@ -68,7 +68,7 @@ pub struct Reference {
     encoded: usize,
     /// `[patches, hidden]`
     features: Option<Tensor>,
-    /// What [`PatchesSpec`] reads: `[patches, channels · patch²]`.
+    /// The input of [`PatchesSpec`]: `[patches, channels · patch²]`.
     patches: Option<Tensor>,
     logits: Option<Tensor>,
     last_token: u32,
@@ -107,12 +107,29 @@ impl Reference {
         compute: DType,
         isa: String,
     ) -> Result<Loaded> {
-        let vectors = tensors.vectors.into_iter().map(|v| Tensor::new(v, &device)).collect::<Result<_, _>>()?;
-        let session = Self {
+        let session = Self::of(setup, tensors.matrices, tensors.vectors, device, compute)?;
+        Ok(Loaded {
+            session: Box::new(session),
+            load: tensors.elapsed,
+            quantize: tensors.quantize,
+            fp16_overflow: tensors.fp16_overflow,
+            isa,
+        })
+    }
+
+    fn of(
+        setup: &Setup,
+        matrices: Vec<Box<dyn Linear>>,
+        vectors: Vec<Vec<f32>>,
+        device: Device,
+        compute: DType,
+    ) -> Result<Self> {
+        let vectors = vectors.into_iter().map(|v| Tensor::new(v, &device)).collect::<Result<_, _>>()?;
+        Ok(Self {
             model: setup.model.clone(),
             device,
             compute,
-            matrices: tensors.matrices,
+            matrices,
             vectors,
             caches: vec![None; setup.model.caches.len()],
             position: 0,
@@ -123,13 +140,6 @@ impl Reference {
             last_token: 0,
             kv_format: setup.kv_format,
             calls: calls(setup.kv_format),
-        };
-        Ok(Loaded {
-            session: Box::new(session),
-            load: tensors.elapsed,
-            quantize: tensors.quantize,
-            fp16_overflow: tensors.fp16_overflow,
-            isa,
         })
     }
 

@@ -16,7 +16,7 @@ use crate::stats;
 const SYNC_DIFFERS: f64 = 0.03;
 
 /// Warnings that follow from the repeats themselves.
-pub fn of_repeats(context: &RunContext, record: &Record, outcome: &VariantOutcome) -> Vec<Warning> {
+pub fn repeat_warnings(context: &RunContext, record: &Record, outcome: &VariantOutcome) -> Vec<Warning> {
     let mut warnings = Vec::new();
     let (n, protocol) = (outcome.samples.len(), &context.protocol);
     if n < protocol.min_repeats && outcome.ended != Some(RepeatsEnd::Count) {
@@ -67,7 +67,7 @@ fn sync_differs(record: &Record) -> Option<Warning> {
 }
 
 /// Warnings that follow from readings of the machine during the repeats.
-pub fn of_machine(outcome: &VariantOutcome) -> Vec<Warning> {
+pub fn machine_warnings(outcome: &VariantOutcome) -> Vec<Warning> {
     let watched = &outcome.watched;
     let mut warnings = Vec::new();
     let throttled: Vec<_> = watched.iter().map(Watched::throttled_by).filter(|reasons| !reasons.is_empty()).collect();
@@ -97,7 +97,7 @@ pub fn of_machine(outcome: &VariantOutcome) -> Vec<Warning> {
 }
 
 /// Warnings that follow from sizes and bandwidth.
-pub fn of_memory(context: &RunContext, record: &Record, outcome: &VariantOutcome) -> Vec<Warning> {
+pub fn memory_warnings(context: &RunContext, record: &Record, outcome: &VariantOutcome) -> Vec<Warning> {
     let mut warnings = Vec::new();
     let mbu = record.bandwidth.mbu;
     if let Some(step_bytes) = limit::step_bytes(record).filter(|bytes| limit::is_cached(context, *bytes, mbu)) {

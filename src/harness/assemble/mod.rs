@@ -53,9 +53,9 @@ pub fn records(
         let who = [Some(at), fp16].into_iter().flatten().find(|&index| alone(index) && record.status == Status::Ok);
         warnings.extend(who.map(|index| Warning::RanAlone { label: variants[index].label() }));
         if record.status != Status::Oom && outcome.failure.is_none() {
-            warnings.extend(diagnose::of_repeats(context, record, outcome));
-            warnings.extend(diagnose::of_machine(outcome));
-            warnings.extend(diagnose::of_memory(context, record, outcome));
+            warnings.extend(diagnose::repeat_warnings(context, record, outcome));
+            warnings.extend(diagnose::machine_warnings(outcome));
+            warnings.extend(diagnose::memory_warnings(context, record, outcome));
         }
         record.tainted = warnings.iter().any(Warning::taints);
         record.warnings = warnings.iter().map(Warning::to_string).collect();
@@ -196,13 +196,13 @@ fn phases(context: &RunContext, outcome: &VariantOutcome) -> BTreeMap<String, f6
     if !outcome.samples.is_empty() {
         let total_ns: u64 = outcome.samples.iter().map(|sample| sample.end_to_end_ns).sum();
         phases.insert("measure".to_owned(), total_ns as f64 / 1e9);
-        phases.extend(of_a_repeat(context, &outcome.samples));
+        phases.extend(repeat_phases(context, &outcome.samples));
     }
     phases
 }
 
 /// Seconds that the parts of a repeat take where the model has an encoder: medians.
-fn of_a_repeat(context: &RunContext, samples: &[Sample]) -> Vec<(String, f64)> {
+fn repeat_phases(context: &RunContext, samples: &[Sample]) -> Vec<(String, f64)> {
     if samples.iter().all(|sample| sample.encode_ns == 0) {
         return Vec::new();
     }

@@ -26,10 +26,10 @@ pub fn ranges(outcome: &VariantOutcome) -> BTreeMap<String, Range> {
 
 /// All readings, one entry a repeat.
 pub fn series(outcome: &VariantOutcome) -> Vec<Series> {
-    outcome.watched.iter().map(of_repeat).collect()
+    outcome.watched.iter().map(repeat_series).collect()
 }
 
-fn of_repeat(watched: &Watched) -> Series {
+fn repeat_series(watched: &Watched) -> Series {
     let n = watched.readings.len();
     let mut values: BTreeMap<String, Vec<Option<f64>>> = BTreeMap::new();
     for (at, reading) in watched.readings.iter().enumerate() {

@@ -228,11 +228,11 @@ fn findings(seen: &Examination, problem: Option<BadInput>) -> Vec<Finding> {
         let what = "the processor counts energy, but not for this user";
         found.push(Finding::new(what, "as root: chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj"));
     }
-    found.extend(of_gpu(gpu, problem));
+    found.extend(gpu_findings(gpu, problem));
     found
 }
 
-fn of_gpu(gpu: &GpuSection, problem: Option<BadInput>) -> Vec<Finding> {
+fn gpu_findings(gpu: &GpuSection, problem: Option<BadInput>) -> Vec<Finding> {
     let mut found = Vec::new();
     let has_driver = gpu.driver.is_some();
     if has_driver && !gpu.in_build {

@@ -19,7 +19,7 @@ pub trait Watch {
     /// Lets the machine recover before a discarded repeat is taken again.
     fn pause(&mut self);
 
-    /// Whether the user asked for the end: no further repeat starts.
+    /// True once the user asked for the end: no further repeat starts.
     fn is_interrupted(&self) -> bool {
         false
     }

@@ -1,4 +1,4 @@
-//! How fast this machine's memory is: the limit that decode speed is held against.
+//! The read bandwidth of this machine's memory: the limit that decode speed is held against.
 
 use super::lanes::{Lanes, LanesKernel, fence_streamed_stores, on, prefetch};
 use super::pages::Pages;

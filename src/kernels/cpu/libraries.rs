@@ -1,8 +1,8 @@
-//! Whether a shared library is there: drivers bring theirs, and nothing is linked against what a machine may lack.
+//! Looks for shared libraries: drivers bring theirs, and nothing is linked against what a machine may lack.
 
 use std::ffi::CStr;
 
-/// Whether the loader finds `name` and can open it. Nothing of it is called but what it runs by itself when it is opened.
+/// Returns whether the loader finds `name` and can open it. Nothing of it is called but what it runs by itself when it is opened.
 #[cfg(unix)]
 pub fn can_open(name: &CStr) -> bool {
     // SAFETY: `name` ends in a zero byte, and only a handle that was given is closed, once.

@@ -32,7 +32,7 @@ impl Pages {
         Ok(Self { mapping, start, bytes })
     }
 
-    /// As [`Pages::zeroed`], for memory without which the program cannot go on: a failure ends it, as that of any allocation does.
+    /// Allocates as [`Pages::zeroed`] does, for memory without which the program cannot go on: a failure ends it, as that of any allocation does.
     pub fn required(bytes: usize) -> Self {
         let layout =
             Layout::from_size_align(bytes, CACHE_LINE_BYTES).expect("a matrix is smaller than the address space");
@@ -44,7 +44,7 @@ impl Pages {
         bytemuck::cast_slice(&self[..self.bytes / size_of::<T>() * size_of::<T>()])
     }
 
-    /// As [`Pages::as_values`].
+    /// [`Pages::as_values`] for writing.
     pub fn as_values_mut<T: Pod>(&mut self) -> &mut [T] {
         let whole = self.bytes / size_of::<T>() * size_of::<T>();
         bytemuck::cast_slice_mut(&mut self[..whole])

@@ -1,4 +1,4 @@
-//! What the system lets this process allocate.
+//! The limit of what this process may allocate.
 
 use std::io;
 

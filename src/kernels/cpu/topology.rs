@@ -1,4 +1,4 @@
-//! What the operating system says of the CPUs: which ones this process may use, cores, last-level cache, free memory.
+//! CPUs as the operating system describes them: which ones this process may use, cores, last-level cache, free memory.
 
 use std::collections::HashSet;
 use std::fs;
@@ -106,7 +106,7 @@ fn read_trimmed(path: &str) -> Option<String> {
 
 #[cfg(target_os = "linux")]
 pub(super) mod affinity {
-    //! Which CPUs a thread may run on.
+    //! The CPUs that a thread may run on.
 
     use std::mem::{size_of, zeroed};
 

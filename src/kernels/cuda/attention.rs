@@ -6,6 +6,9 @@ use super::step_kernel::{DeviceProperties, WARPS};
 
 /// Elements of a head: one warp holds its units of 8.
 const MAX_D: usize = 256;
+/// As in attention.cuh: query heads that a unit takes together, of heads that tensor cores multiply.
+const HEADS_TOGETHER: usize = 4;
+const TENSOR_D: usize = 64;
 /// Bytes of a unit's keys: enough to be worth the merge, few enough that a short context is split.
 const SPAN_BYTES: usize = 16 << 10;
 /// Spans are multiples of it.
@@ -50,8 +53,10 @@ pub struct Split {
 }
 
 impl Split {
-    /// At most a unit for each multiprocessor at `capacity` positions where there are as many, none with too little to do.
-    pub fn new(capacity: usize, heads: usize, d_pad: usize, properties: DeviceProperties) -> Self {
+    /// At most a unit for each multiprocessor at `capacity` positions where there are as many, none with too little to do. `group` query heads share
+    /// each of `kv_heads` key/value heads.
+    pub fn new(capacity: usize, kv_heads: usize, group: usize, d_pad: usize, properties: DeviceProperties) -> Self {
+        let heads = kv_heads * parts(group, d_pad);
         let least = SPAN_BYTES / (size_of::<half::f16>() * d_pad) / SPAN_STEP * SPAN_STEP;
         let most_splits = (properties.multiprocessors / heads).max(1);
         let span = capacity.div_ceil(most_splits).next_multiple_of(SPAN_STEP).max(least).max(SPAN_STEP);
@@ -64,6 +69,15 @@ impl Split {
     }
 }
 
+/// Units that the query heads of a key/value head take.
+fn parts(group: usize, d_pad: usize) -> usize {
+    group.div_ceil(heads_together(group, d_pad))
+}
+
+fn heads_together(group: usize, d_pad: usize) -> usize {
+    if d_pad <= TENSOR_D { group.clamp(1, HEADS_TOGETHER) } else { 1 }
+}
+
 impl Attention {
     pub(super) fn check(&self) -> Result<()> {
         match usize::try_from(self.d) {
@@ -74,7 +88,7 @@ impl Attention {
 
     /// Units where the cache is full: as many blocks have work.
     pub(super) fn units(&self) -> usize {
-        (self.kv_heads * self.group * self.splits) as usize
+        self.kv_heads as usize * parts(self.group as usize, self.d_pad as usize) * self.splits as usize
     }
 
     /// Bytes of keys and values of a unit.
@@ -82,9 +96,14 @@ impl Attention {
         2 * size_of::<half::f16>() * (self.span.min(self.capacity) * self.d_pad) as usize
     }
 
-    /// Bytes of `room` in attention.cuh's `attend`.
+    /// Bytes of `room` in attention.cuh's `attend_together` and `attend_wide`.
     pub(super) fn shared_bytes(&self) -> usize {
         let d_pad = self.d_pad as usize;
+        if d_pad <= TENSOR_D {
+            let heads = heads_together(self.group as usize, d_pad);
+            let states = WARPS * (2 * HEADS_TOGETHER + heads * d_pad);
+            return size_of::<f32>() * states + size_of::<half::f16>() * (heads + 2) * d_pad;
+        }
         let (q, states) = (d_pad, WARPS * (2 + d_pad));
         size_of::<f32>() * (q + states) + size_of::<half::f16>() * 2 * d_pad
     }

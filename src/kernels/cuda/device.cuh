@@ -271,6 +271,23 @@ __device__ __forceinline__ void store_relaxed(uint2 *at, uint2 word) {
                  : "memory");
 }
 
+// Clocks of this multiprocessor, modulo 2^32; nanoseconds that all of them share, in coarse ticks; the multiprocessor's number. For traces.
+__device__ __forceinline__ uint32_t clock_low() {
+    uint32_t now;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
+    return now;
+}
+__device__ __forceinline__ unsigned long long global_ns() {
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+    return now;
+}
+__device__ __forceinline__ uint32_t multiprocessor() {
+    uint32_t number;
+    asm("mov.u32 %0, %%smid;" : "=r"(number));
+    return number;
+}
+
 // Between two polls. The load itself takes long enough.
 __device__ __forceinline__ void backoff() {}
 
@@ -307,6 +324,28 @@ __device__ __forceinline__ void multiply_halves(
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a2), "r"(a3), "r"(b1));
 #endif
+}
+
+// 2^x, within two units of fp32's last place; results below the smallest normal number are zero.
+__device__ __forceinline__ float power_of_two(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+
+// Four matrices [8, 8] of halves from shared memory: lane 8m + r gives the address of row r of matrix m, 16 bytes. Register m of lane 4g + q holds
+// elements 2q and 2q + 1 of row g; transposed, elements g of rows 2q and 2q + 1.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+}
+__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
 }
 
 // The same shape of fragments over A [16, 32] x B [32, 8] of signed bytes, four to a register, in int32.

@@ -127,6 +127,7 @@ struct Program {
     const Instruction *instructions;  // [n_instructions]
     const float *constants;           // nf4: values of the 16 codes, then of the 256 absmax codes
     uint32_t *counters;               // blocks that have ended this launch, then launches; null for a single instruction without an LM head
+    uint32_t *trace;                  // clock stamps of the traced build (trace.cuh); null where nothing is traced
     TokenOutput token_output;
     int n_instructions;
     int stages;  // of a pipeline that producer warps fill

@@ -22,6 +22,7 @@
 #include "kernels/cuda/token_output.cuh"
 #include "kernels/cuda/producer_pipeline.cuh"
 #include "kernels/cuda/self_pipeline.cuh"
+#include "kernels/cuda/trace.cuh"
 
 // 1 / (1 + exp(-x)), a few units in the last place of fp32.
 __device__ __forceinline__ float logistic(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
@@ -276,6 +277,7 @@ __device__ __forceinline__ void stream(const ResidentInstruction *instructions, 
     const ResidentInstruction &resident = instructions[at % RESIDENT_INSTRUCTIONS];
     const Matvec &matvec = resident.instruction.matvec;
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    WaitClock waited;
 #pragma unroll 1
     for (; reader.iterator.steps > 0; reader.next(resident)) {
         const int input = matvec.mode == MODE_JOINED ? reader.iterator.second : 0;
@@ -285,7 +287,7 @@ __device__ __forceinline__ void stream(const ResidentInstruction *instructions, 
         typename Decoder::Sums sums = {};
 #pragma unroll 1
         while (steps_left > 0) {
-            const uint32_t stage = pipeline.next(instructions, limit);
+            const uint32_t stage = waited.around(pipeline, [&]() { return pipeline.next(instructions, limit); });
             // Two steps at a time hide each other's latency.
             if (STEPS_PER_STAGE == 2 && steps_left > 1) process_steps<STEPS_PER_STAGE, Decoder, Pipeline>(stage, row, sums);
             else process_steps<1, Decoder, Pipeline>(stage, row, sums);
@@ -297,6 +299,7 @@ __device__ __forceinline__ void stream(const ResidentInstruction *instructions, 
         if (lane % 4 == 0) partials[reader.iterator.run + warp][lane / 4] = partial;
     }
     pipeline.leave(at);
+    waited.store(at);
 }
 
 // The sum of a row's partials, in the order of its steps.

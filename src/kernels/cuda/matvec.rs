@@ -309,6 +309,22 @@ impl Matvec {
         self.inputs().iter().map(|input| input.padded as usize).sum()
     }
 
+    /// Rows and columns of its matrices.
+    pub(super) fn label(&self) -> String {
+        let is_joined = self.mode == Mode::Joined as i32;
+        let parts = self.parts.iter().filter(|part| part.first_row != NO_ROW).enumerate();
+        let shapes = parts.map(|(at, part)| format!("{} x {}", part.n, self.inputs[if is_joined { at } else { 0 }].k));
+        let shapes = shapes.collect::<Vec<_>>().join(" + ");
+        let what = if self.logits != 0 {
+            "head "
+        } else if self.mode == Mode::Gated as i32 {
+            "gated "
+        } else {
+            ""
+        };
+        format!("{what}{shapes}")
+    }
+
     /// Rows that it examines for outlier columns, and their elements.
     pub(super) fn examines(&self) -> (usize, usize) {
         let inputs = if self.threshold.is_nan() || self.reuses_input != 0 { &[][..] } else { self.inputs() };

@@ -6,6 +6,7 @@
 //! [`CudaDevice`]: candle_core::CudaDevice
 
 pub mod arena;
+pub mod attend;
 pub mod attention;
 pub mod attributes;
 pub mod bandwidth;
@@ -22,5 +23,6 @@ pub mod rows;
 pub mod shared_input;
 pub mod staging;
 pub mod step_kernel;
+pub mod trace;
 
 pub use device::{open, probe};

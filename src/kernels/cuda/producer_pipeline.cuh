@@ -37,6 +37,7 @@ struct ProducerPipeline {
     uint32_t is_odd;              // its phase
 
     static __device__ __forceinline__ int bytes(int n_stages) { return n_stages * ROWS_BYTES; }
+    __device__ __forceinline__ int depth() const { return count; }
 
     // Producer warps may start behind the next barrier of the block. `instructions` of them are ready.
     __device__ __forceinline__ void start(uint32_t pipelines, int n_stages, int instructions, ProducerShared &shared_pipeline) {

@@ -56,6 +56,8 @@ pub struct Program {
     constants: u64,
     /// Two counters of 32 bits: [`COUNTERS`], zero at first; 0 for a single instruction without an LM head.
     pub counters: u64,
+    /// Words of [`super::trace`], for a launch of the traced kernel; 0 for none.
+    pub trace: u64,
     pub token_output: TokenOutput,
     n_instructions: i32,
     stages: i32,
@@ -80,6 +82,16 @@ impl Instruction {
         };
         let x_eighths = 8 * size_of::<half::f16>() + converted_eighths;
         matvec.partials() * kernel.partial_bytes + matvec.padded() * x_eighths / 8
+    }
+
+    /// What it computes, as a trace names it: `2048 x 8192` outputs and inputs of a matrix, several of them joined by `+`.
+    pub fn label(&self) -> String {
+        self.matvec().map_or_else(|| "attention".to_owned(), Matvec::label)
+    }
+
+    /// The instructions that write what it reads.
+    pub fn writers(&self) -> Vec<usize> {
+        self.reads().into_iter().filter_map(|(_, writer)| writer).collect()
     }
 
     /// Rows that it examines for outlier columns, and their elements.
@@ -286,6 +298,7 @@ impl ProgramBuilder {
             instructions: at,
             constants: self.constants,
             counters: 0,
+            trace: 0,
             token_output: TokenOutput::default(),
             n_instructions,
             stages,
@@ -316,7 +329,8 @@ pub struct PlannedLaunch {
 impl PlannedLaunch {
     /// Loads the kernel onto a device, which must have the shared memory for it.
     pub fn load(self, device: &CudaDevice) -> Result<LoadedLaunch> {
-        let Self { kernel: StepKernel { fatbin, name, .. }, grid, program } = self;
+        let Self { kernel: StepKernel { fatbin, traced, name, .. }, grid, program } = self;
+        let fatbin = if program.trace == 0 { fatbin } else { traced };
         let kernel = fatbin.kernel(device, name)?;
         kernel.allow_shared(grid.shared_bytes)?;
         if kernel.blocks_per_multiprocessor(grid.threads, grid.shared_bytes)? == 0 {

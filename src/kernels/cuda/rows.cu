@@ -3,8 +3,8 @@
 
 #include "kernels/cuda/device.cuh"
 
-// Threads of a block that owns a row of scores, or of activations.
-constexpr int ROW_THREADS = 256, WIDE_THREADS = 1024;
+// Threads of a block that owns a row.
+constexpr int WIDE_THREADS = 1024;
 
 // The sum over the block, in every thread.
 template <int THREADS>
@@ -16,17 +16,6 @@ __device__ __forceinline__ float row_sum(float value) {
     if (lane == 0) room[threadIdx.x / LANES] = value;
     __syncthreads();
     return warp_sum(lane < THREADS / LANES ? room[lane] : 0.0f);
-}
-
-// The largest over the block, in every thread; NaN if any is.
-template <int THREADS>
-__device__ __forceinline__ float row_max(float value) {
-    __shared__ float room[THREADS / LANES];
-    const int lane = threadIdx.x % LANES;
-    value = warp_max(value);
-    if (lane == 0) room[threadIdx.x / LANES] = value;
-    __syncthreads();
-    return warp_max(lane < THREADS / LANES ? room[lane] : -INFINITY);
 }
 
 // out[t] = scale * table[token_t]; rows of the token `image` take the next row of the features instead. A block owns a row.
@@ -162,58 +151,6 @@ extern "C" __global__ void append_rows(__half *q, const __half *k, const __half 
         long long to = ((long long)head * capacity + position) * d_pad + element;
         keys[to] = __float2half_rn(value);
         values[to] = __float2half_rn(biased(v[((long long)row * kv_heads + head) * d + element], v_bias, at));
-    }
-}
-
-// Softmax over scores [heads, t, total] fp32 into fp16 weights of the same shape: scale, bias by distance, mask. A block owns
-// a (row, head). `first_head` is the model's head of head 0 here, for the bias.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) softmax_rows(
-    const float *scores, __half *weights, const float *bias, float scale, int is_causal, int total, int first_position,
-    int reach, int first_head) {
-    int row = blockIdx.x, head = blockIdx.y, query = first_position + row;
-    int seen = is_causal ? query + 1 : total;
-    long long start = ((long long)head * gridDim.x + row) * total;
-    const float *of_bias = bias ? bias + (long long)(first_head + head) * (2 * reach + 1) + reach - query : nullptr;
-    auto score = [&](int key) { return scores[start + key] * scale + (of_bias ? of_bias[key] : 0.0f); };
-    float max = -INFINITY;
-    for (int key = threadIdx.x; key < seen; key += ROW_THREADS) max = larger(max, score(key));
-    max = row_max<ROW_THREADS>(max);
-    float sum = 0.0f;
-    for (int key = threadIdx.x; key < seen; key += ROW_THREADS) sum += __expf(score(key) - max);
-    float factor = 1.0f / row_sum<ROW_THREADS>(sum);
-    for (int key = threadIdx.x; key < total; key += ROW_THREADS)
-        weights[start + key] = __float2half_rn(key < seen ? __expf(score(key) - max) * factor : 0.0f);
-}
-
-// Attention of a few rows: out [t, h, d] = softmax(scale * q . K^T + bias) . V over the cache, fp32 inside, masks as softmax_rows has them.
-// A block owns a (row, head): its warps take keys in turn, then its threads elements. Shared memory: q [d] and weights [total], fp32.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) attend_rows(
-    const __half *q, const __half *keys, const __half *values, __half *out, const float *bias, float scale, int is_causal, int total,
-    int first_position, int reach, int kv_heads, int d, int d_pad, int capacity) {
-    DYNAMIC_SHARED(float, of_query);
-    float *weights = of_query + d;
-    const int row = blockIdx.x, head = blockIdx.y, heads = gridDim.y, query = first_position + row, lane = threadIdx.x % LANES;
-    const int seen = is_causal ? query + 1 : total;
-    const long long at_row = ((long long)row * heads + head) * d, cache = (long long)(head / (heads / kv_heads)) * capacity * d_pad;
-    const float *of_bias = bias ? bias + (long long)head * (2 * reach + 1) + reach - query : nullptr;
-    for (int at = threadIdx.x; at < d; at += ROW_THREADS) of_query[at] = __half2float(q[at_row + at]) * scale;
-    __syncthreads();
-    float max = -INFINITY;
-    for (int key = threadIdx.x / LANES; key < seen; key += ROW_THREADS / LANES) {
-        float score = 0.0f;
-        for (int at = lane; at < d; at += LANES) score += of_query[at] * __half2float(keys[cache + (long long)key * d_pad + at]);
-        score = warp_sum(score) + (of_bias ? of_bias[key] : 0.0f);
-        if (lane == 0) weights[key] = score;
-        max = larger(max, score);
-    }
-    max = row_max<ROW_THREADS>(max);
-    float sum = 0.0f;
-    for (int key = threadIdx.x; key < seen; key += ROW_THREADS) sum += weights[key] = __expf(weights[key] - max);
-    const float factor = 1.0f / row_sum<ROW_THREADS>(sum);
-    for (int at = threadIdx.x; at < d; at += ROW_THREADS) {
-        float value = 0.0f;
-        for (int key = 0; key < seen; key++) value += weights[key] * __half2float(values[cache + (long long)key * d_pad + at]);
-        out[at_row + at] = __float2half_rn(value * factor);
     }
 }
 

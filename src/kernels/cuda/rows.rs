@@ -4,12 +4,13 @@ use std::ffi::c_void;
 
 use candle_core::Result;
 
+use super::attend::Heads;
 use super::launch::{Fatbin, Grid, Launcher, dimension};
 use crate::parameters;
 
 pub static KERNELS: Fatbin = Fatbin { name: "rows", image: include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")) };
 
-/// Threads of rows.cu, for scores and for activations.
+/// Threads of a block for elements, and of one that owns a row.
 const THREADS: u32 = 256;
 const WIDE_THREADS: u32 = 1024;
 
@@ -26,16 +27,6 @@ pub struct Table {
     pub address: u64,
     pub stride: usize,
     pub width: usize,
-}
-
-/// Which query heads read which cache.
-#[derive(Debug, Clone, Copy)]
-pub struct Heads {
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub d: usize,
-    pub d_pad: usize,
-    pub capacity: usize,
 }
 
 /// A product `[t, n]` that is added to a residual, as `struct Addend` of rows.cu.
@@ -179,59 +170,6 @@ impl Rows<'_> {
         unsafe { self.launch("append_rows", Grid::new((rows, 1), WIDE_THREADS), parameters) }
     }
 
-    /// fp16 `weights = softmax(scale · scores + bias)` over fp32 `[heads, rows, total]`.
-    ///
-    /// # Safety
-    /// See [`Rows`].
-    #[allow(clippy::too_many_arguments)] // the kernel's own
-    pub unsafe fn softmax(
-        self,
-        (heads, rows, total): (usize, usize, usize),
-        scores: u64,
-        weights: u64,
-        scale: f32,
-        is_causal: bool,
-        position: usize,
-        bias: Bias,
-    ) -> Result<()> {
-        let (is_causal, total, position) = (i32::from(is_causal), dimension(total)?, dimension(position)?);
-        let (reach, first_head) = (dimension(bias.reach)?, dimension(bias.first_head)?);
-        let parameters =
-            parameters![scores, weights, bias.address, scale, is_causal, total, position, reach, first_head];
-        // SAFETY: as rows.cu declares them.
-        unsafe { self.launch("softmax_rows", Grid::new((rows, heads), THREADS), parameters) }
-    }
-
-    /// fp16 `out [rows, h, d] = softmax(scale · q · Kᵀ + bias) · V` over the first `total` positions of a cache; each row has a block for
-    /// each head, so that it is for few rows.
-    ///
-    /// # Safety
-    /// See [`Rows`].
-    #[allow(clippy::too_many_arguments)] // the kernel's own
-    pub unsafe fn attend(
-        self,
-        (rows, total): (usize, usize),
-        heads: Heads,
-        q: u64,
-        [keys, values]: [u64; 2],
-        out: u64,
-        scale: f32,
-        is_causal: bool,
-        position: usize,
-        bias: Bias,
-    ) -> Result<()> {
-        let (is_causal, n_keys, position) = (i32::from(is_causal), dimension(total)?, dimension(position)?);
-        let (g, d, d_pad) = (dimension(heads.kv_heads)?, dimension(heads.d)?, dimension(heads.d_pad)?);
-        let (reach, capacity, bias) = (dimension(bias.reach)?, dimension(heads.capacity)?, bias.address);
-        let shared_bytes = size_of::<f32>() * (heads.d + total);
-        let parameters =
-            parameters![q, keys, values, out, bias, scale, is_causal, n_keys, position, reach, g, d, d_pad, capacity];
-        // SAFETY: as rows.cu declares them.
-        unsafe {
-            self.launch("attend_rows", Grid { shared_bytes, ..Grid::new((rows, heads.heads), THREADS) }, parameters)
-        }
-    }
-
     /// fp16 to fp32.
     ///
     /// # Safety
@@ -258,12 +196,4 @@ impl Rows<'_> {
         // SAFETY: the caller's promise.
         unsafe { self.on.launch(&KERNELS, kernel, grid, parameters) }
     }
-}
-
-/// A relative bias laid out by distance: fp32 `[h, 2 · reach + 1]`; 0 for none.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Bias {
-    pub address: u64,
-    pub reach: usize,
-    pub first_head: usize,
 }

@@ -19,6 +19,7 @@ struct SelfPipeline {
     int copies;                 // bits: first row, second row (clear behind the block's last row), side data
 
     static __device__ __forceinline__ int bytes(int) { return DEPTH * STAGE_BYTES; }
+    __device__ __forceinline__ int depth() const { return DEPTH; }
     // The interface of ProducerPipeline.
     static __device__ __forceinline__ void set_instructions_ready(Shared &, int) {}
     static __device__ __forceinline__ void wait_copied(const Shared &, int) {}

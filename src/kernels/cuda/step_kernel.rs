@@ -25,6 +25,8 @@ pub const HOPPER_STATIC_BYTES: usize = 8 << 10;
 /// A kernel that runs programs. Each reads fp16 and fp32 matrices, and those of one format.
 pub struct StepKernel {
     pub fatbin: &'static Fatbin,
+    /// The same with clock stamps, as [`super::trace`] reads them.
+    pub traced: &'static Fatbin,
     pub name: &'static str,
     /// Whether tables of its format share the memory with the pipelines.
     pub has_tables: bool,
@@ -112,6 +114,7 @@ mod tests {
     fn kernel(has_tables: bool, side_data_words: usize) -> StepKernel {
         StepKernel {
             fatbin: &NO_CODE,
+            traced: &NO_CODE,
             name: "none",
             has_tables,
             side_data_words,

@@ -1,7 +1,6 @@
 //! Plans as a CUDA device runs them: a decode step as the program of one launch ([`step`]), and calls of many rows as one
 //! launch after the other ([`prefill`]).
 
-mod attention;
 mod call;
 mod check;
 pub mod prefill;
@@ -37,7 +36,7 @@ pub trait Addresses {
 
     fn cache(&self, id: CacheId) -> CacheAt;
 
-    /// As [`angles`] has them.
+    /// Laid out by [`angles`].
     fn angles(&self, id: RopeId) -> u64;
 
     fn bias(&self, id: BiasId) -> BiasAt;

@@ -5,12 +5,13 @@ use anyhow::{Context, Result, bail};
 use half::f16;
 
 use super::call::{CallKind, CallResult, CallShape};
-use super::{Addresses, activation_number, attention};
+use super::{Addresses, BiasAt, activation_number};
 use crate::kernels::cuda::arena::{Arena, Region};
+use crate::kernels::cuda::attend::{Bias, Heads, RowsAttention};
 use crate::kernels::cuda::launch::Launcher;
 use crate::kernels::cuda::matvec::Epilogue;
 use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
-use crate::kernels::cuda::rows::{Addend, Heads, Rows, Table};
+use crate::kernels::cuda::rows::{Addend, Rows, Table};
 use crate::kernels::cuda::shared_input::SharedInput;
 use crate::plan::{
     ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, AttentionSpec, BiasId, BufferId, CacheId, CacheScope, EmbedSpec,
@@ -19,7 +20,7 @@ use crate::plan::{
 };
 use crate::quant::OutlierColumns;
 
-/// As errors name it.
+/// The name in errors.
 const EXECUTOR: &str = "the CUDA prefill";
 
 /// Launches a call, all but the head of its last row. Its input lies at `input`, as [`super::CallInput`] says.
@@ -111,7 +112,7 @@ struct Prefill<'a> {
     shape: CallShape,
     launcher: &'a dyn Launcher,
     arena: &'a Arena<'a>,
-    /// As [`super::CallInput`] says, until the first operation has read it.
+    /// The memory of [`super::CallInput`], until the first operation has read it.
     input: Option<Region<'a>>,
     buffers: Vec<Option<Buffer<'a>>>,
     lives: Vec<Lifetime>,
@@ -188,7 +189,7 @@ impl<'a> Prefill<'a> {
         Ok(Buffer::new(region.address, false, Some(region)))
     }
 
-    /// As [`Self::half`], fp32.
+    /// [`Self::half`] in fp32.
     fn float(&self, id: BufferId) -> Result<Buffer<'a>> {
         let region = self.arena.take::<f32>(self.shape.rows() * self.width(id))?;
         Ok(Buffer::new(region.address, true, Some(region)))
@@ -357,14 +358,15 @@ impl<'a> Prefill<'a> {
         bias: Option<BiasId>,
     ) -> Result<Buffer<'a>> {
         let scope = self.on.model().caches[cache.0].scope;
-        let (q_at, out) = (self.read(q)?, self.half(q)?);
-        let call = attention::RowsAttention {
+        let (q_at, out, at) = (self.read(q)?, self.half(q)?, self.on.cache(cache));
+        let call = RowsAttention {
             rows: self.shape.rows(),
             heads: self.heads(cache, Some(q)),
             q: q_at,
             out: out.address,
-            cache: self.on.cache(cache),
-            keys: match scope {
+            keys: at.keys,
+            values: at.values,
+            total: match scope {
                 CacheScope::Decoder => self.shape.position() + self.shape.rows(),
                 CacheScope::Encoder => self.shape.encoded,
             },
@@ -376,10 +378,13 @@ impl<'a> Prefill<'a> {
             },
             // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
             position: if scope == CacheScope::Decoder { self.shape.position() } else { 0 },
-            bias: bias.map(|bias| self.on.bias(bias)),
+            bias: bias.map_or(Bias::default(), |bias| {
+                let BiasAt { address, reach } = self.on.bias(bias);
+                Bias { address, reach }
+            }),
         };
         // SAFETY: q and out hold rows of all heads, the cache as many keys.
-        unsafe { call.run(self.launcher, self.arena) }?;
+        unsafe { call.run(self.launcher, self.arena, self.on.properties().multiprocessors) }?;
         Ok(out)
     }
 

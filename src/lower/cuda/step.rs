@@ -13,7 +13,7 @@ use crate::plan::{
 };
 use crate::quant::OutlierColumns;
 
-/// As errors name it.
+/// The name in errors.
 const EXECUTOR: &str = "the CUDA step";
 
 /// The fused operations of one step.
@@ -103,7 +103,7 @@ impl<T> StepMemory<T> {
         })
     }
 
-    /// As [`Self::try_map`], where nothing fails.
+    /// [`Self::try_map`] where nothing fails.
     pub fn map<U>(&self, mut make: impl FnMut(&T) -> U) -> StepMemory<U> {
         let Self { buffers, partials, arrived, best, counters } = self;
         StepMemory {
@@ -164,7 +164,7 @@ impl StepProgram {
         Ok(Self { instructions: lowering.instructions, counters: memory.counters, token })
     }
 
-    /// For the launch to find them at one address.
+    /// The instructions, which the launch reads at one address.
     pub fn instructions(&self) -> &[Instruction] {
         self.instructions.list()
     }
@@ -313,5 +313,6 @@ fn shape(on: &dyn Addresses, spec: &AttentionSpec) -> Shape {
     let (cache, at) = (model.caches[spec.cache.0], on.cache(spec.cache));
     let (kv_heads, d) = (cache.kv_heads, cache.head_dim);
     let heads = model.decoder.buffers[spec.q.0].width / d;
-    Shape { split: Split::new(at.capacity, heads, at.d_pad, on.properties()), kv_heads, heads, d }
+    let split = Split::new(at.capacity, kv_heads, heads / kv_heads, at.d_pad, on.properties());
+    Shape { split, kv_heads, heads, d }
 }

@@ -20,10 +20,13 @@ pub use encode::{KERNELS as ENCODE_KERNELS, cast_rows};
 pub(in crate::quant) use encode::{device_bytes, encoder};
 
 pub static KERNELS: Fatbin = Fatbin { name: "dense", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense.fatbin")) };
+pub static TRACED_KERNELS: Fatbin =
+    Fatbin { name: "dense_traced", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense_traced.fatbin")) };
 
 /// Reads no format but these.
 pub static STEP: StepKernel = StepKernel {
     fatbin: &KERNELS,
+    traced: &TRACED_KERNELS,
     name: "half_step",
     has_tables: false,
     side_data_words: 0,

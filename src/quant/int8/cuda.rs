@@ -4,6 +4,7 @@ mod encode;
 
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result, bail};
+use half::f16;
 
 use super::Int8Stored;
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
@@ -19,9 +20,12 @@ pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
 
 pub static KERNELS: Fatbin = Fatbin { name: "int8", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin")) };
+pub static TRACED_KERNELS: Fatbin =
+    Fatbin { name: "int8_traced", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8_traced.fatbin")) };
 
 static STEP: StepKernel = StepKernel {
     fatbin: &KERNELS,
+    traced: &TRACED_KERNELS,
     name: "int8_step",
     has_tables: false,
     side_data_words: 0,
@@ -53,8 +57,12 @@ const QUANTIZE_THREADS: u32 = 256;
 const FINISH_THREADS: u32 = 256;
 /// As in int8.cu.
 const FINISH_COLUMNS: usize = 64;
-const FINISH_ROWS: usize = 32;
+const FINISH_ROWS: usize = 64;
 const FINISH_BLOCKS_Y: usize = 256;
+const DENSE_ROWS: usize = 64;
+const DENSE_COLUMNS: usize = 128;
+/// Rows from which outlier columns are gathered first: below, few blocks read each weight.
+const GATHERED_ROWS: usize = 64;
 /// cuBLAS multiplies bytes only in matrices whose sides are multiples of this.
 const GEMM_SIDE: usize = 4;
 
@@ -130,7 +138,12 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
         bail!("activation rows were prepared for another format")
     };
     let products = x.arena.take::<i32>(x.m * matrix.n)?;
-    let call = ManyRows { y, products: products.address, ..many_rows(matrix, x, rows) };
+    let gathered = match rows.gathered {
+        0 => None,
+        _ => Some(x.arena.take::<f16>(matrix.n * matrix.stride_bytes)?),
+    };
+    let gathered_weights = gathered.as_ref().map_or(0, |gathered| gathered.address);
+    let call = ManyRows { y, products: products.address, gathered_weights, ..many_rows(matrix, x, rows) };
     // SAFETY: all are as large as `ManyRows` says, every product is written before it is read, and what overwrites them comes
     // later on the same stream; the caller's promise for the matrix, x and y.
     unsafe {
@@ -149,6 +162,7 @@ struct QuantizedRows {
     count: u64,
     codes: u64,
     row_absmax: u64,
+    gathered: u64,
 }
 
 /// # Safety
@@ -161,6 +175,7 @@ unsafe fn quantize(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput) -> R
         count: x.keep::<i32>(1)?,
         codes: x.keep::<u8>(x.m * stride)?,
         row_absmax: x.keep::<f32>(x.m)?,
+        gathered: if gathers(x.m, matrix.threshold) { x.keep::<f16>(x.m * stride)? } else { 0 },
     };
     // SAFETY: all are as large as `ManyRows` says. The launches write all that is read of them: codes with their padding, every
     // row's absmax, the count and as many columns. The caller's promise for x.
@@ -170,7 +185,7 @@ unsafe fn quantize(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput) -> R
 
 /// The product of these rows, without a place for it yet.
 fn many_rows(matrix: &MatrixDesc, x: &SharedInput, rows: &QuantizedRows) -> ManyRows {
-    let QuantizedRows { flags, columns, count, codes, row_absmax } = *rows;
+    let QuantizedRows { flags, columns, count, codes, row_absmax, gathered } = *rows;
     ManyRows {
         m: x.m,
         n: matrix.n,
@@ -188,7 +203,14 @@ fn many_rows(matrix: &MatrixDesc, x: &SharedInput, rows: &QuantizedRows) -> Many
         codes,
         row_absmax,
         products: 0,
+        gathered,
+        gathered_weights: 0,
     }
+}
+
+/// Whether m rows are worth gathering outlier columns first, of activations and weights.
+pub fn gathers(m: usize, threshold: f32) -> bool {
+    m >= GATHERED_ROWS && !threshold.is_nan()
 }
 
 /// Bytes of flags that quantizing m rows needs.
@@ -244,6 +266,9 @@ pub struct ManyRows {
     pub row_absmax: u64,
     /// int32 `[m, n]`.
     pub products: u64,
+    /// fp16 `[m, stride]` and `[n, stride]` for outlier columns of activations and weights, or both 0: where [`gathers`] says so.
+    pub gathered: u64,
+    pub gathered_weights: u64,
 }
 
 impl ManyRows {
@@ -272,7 +297,12 @@ impl ManyRows {
             on.launch(&KERNELS, "int8_outlier_flags", flag, parameters![x, flags, m, k, stride, threshold])?;
             on.launch(&KERNELS, "int8_outlier_list", list, parameters![flags, columns, count, total, parts, stride])?;
             let parameters = parameters![x, flags, codes, row_absmax, k, stride, threshold];
-            on.launch(&KERNELS, "int8_quantize_rows", encode, parameters)
+            on.launch(&KERNELS, "int8_quantize_rows", encode, parameters)?;
+            if self.gathered == 0 {
+                return Ok(());
+            }
+            let gathered = self.gathered;
+            on.launch(&KERNELS, "int8_gather_rows", encode, parameters![x, columns, count, gathered, k, stride])
         }
     }
 
@@ -312,8 +342,19 @@ impl ManyRows {
     /// # Safety
     /// As [`Self::quantize`].
     pub unsafe fn finish(&self, on: &dyn Launcher) -> Result<()> {
-        let Self { products, weight, absmax, row_absmax, columns, count, x, y, .. } = *self;
+        let Self { products, weight, absmax, row_absmax, columns, count, x, y, gathered, gathered_weights, .. } = *self;
         let (m, n, k, stride) = (dimension(self.m)?, dimension(self.n)?, dimension(self.k)?, dimension(self.stride)?);
+        if gathered != 0 {
+            let blocks = (self.n.div_ceil(DENSE_COLUMNS), self.m.div_ceil(DENSE_ROWS));
+            let weights = parameters![weight, absmax, columns, count, gathered_weights, stride];
+            let finish = parameters![products, gathered_weights, absmax, row_absmax, count, gathered, y, m, n, stride];
+            // SAFETY: parameters as int8.cu declares them; the columns listed are below k, and each row has a block that writes all that the
+            // second launch reads of it.
+            return unsafe {
+                on.launch(&KERNELS, "int8_gather_weights", Grid::new((self.n, 1), FINISH_THREADS), weights)?;
+                on.launch(&KERNELS, "int8_finish_gathered", Grid::new(blocks, FINISH_THREADS), finish)
+            };
+        }
         let blocks = (self.n.div_ceil(FINISH_COLUMNS), self.m.div_ceil(FINISH_ROWS).min(FINISH_BLOCKS_Y));
         let grid = Grid::new(blocks, FINISH_THREADS);
         let parameters = parameters![products, weight, absmax, row_absmax, columns, count, x, y, m, n, k, stride];

@@ -11,13 +11,11 @@
 // One row of x is the streaming product below. Few rows: quantize_few -> cuBLAS' int8 product -> finish_rows. More: outlier_flags ->
 // outlier_list -> quantize_rows before these. All on one stream. Sums int32 and fp32.
 
+#include "quant/int8/bytes.cuh"
 #include "quant/step.cuh"
 
 constexpr int QUANTIZE_THREADS = 256, FEW_THREADS = 1024;
 constexpr int LIST_THREADS = 1024, LISTED_AT_ONCE = 16;
-// bitsandbytes' CUDA constant for 1/127², and its fp32 1/127.
-constexpr float PER_127_SQUARED = 6.200012e-05f;
-constexpr float PER_127 = 0.007874015718698502f;
 
 struct __align__(16) Eight {
     __half values[8];
@@ -169,18 +167,6 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS) int8_quantize_few(
     list_outliers([&](int column) { return (uint32_t)flags_of_16[column / 16]; }, columns, count, total, stride);
 }
 
-// An output from its int8 sum and the sum of its outlier columns.
-__device__ __forceinline__ float join(int product, float row_absmax, float scale, float outlier) {
-    float scaled = __fmul_rn(__fmul_rn(__int2float_rn(product), row_absmax), scale);
-    __half regular = __float2half_rn(__fmul_rn(scaled, PER_127_SQUARED));
-    return __half2float(__float2half_rn(__half2float(regular) + outlier));
-}
-
-// A dequantized weight of an outlier column.
-__device__ __forceinline__ float outlier_weight(int code, float scale) {
-    return __half2float(__float2half_rn(__fmul_rn(__fmul_rn((float)code, scale), PER_127)));
-}
-
 // The int8 product for shapes that cuBLAS does not support: a thread owns one sum.
 extern "C" __global__ void int8_products(
     const uint4 *__restrict__ codes,   // [m, stride / 16]
@@ -199,10 +185,23 @@ extern "C" __global__ void int8_products(
     products[at] = sum;
 }
 
-// Many rows, behind the int8 product: a block owns FINISH_COLUMNS outputs of FINISH_ROWS rows at a time, and a thread FINISH_WIDTH
-// neighbours of every FINISH_STEP-th row. Shared memory holds weights and activations of FINISH_OUTLIERS outlier columns at a time.
-constexpr int FINISH_COLUMNS = 64, FINISH_ROWS = 32, FINISH_OUTLIERS = 32, FINISH_THREADS = 256, FINISH_WIDTH = 4;
-constexpr int FINISH_STEP = FINISH_THREADS / (FINISH_COLUMNS / FINISH_WIDTH);
+// Two neighbouring outputs at `at`, of which the second may be behind the row's end.
+__device__ __forceinline__ void finish_two(const int *products, const float *weight_absmax, float row_absmax, __half *y, long long at, int column, int n, float first, float second) {
+    auto made = [&](int product, int j) { return __float2half_rn(join(product, row_absmax, weight_absmax[column + j], j ? second : first)); };
+    if (n % 2 == 0) {
+        const int2 both = *(const int2 *)(products + at);
+        *(__half2 *)(y + at) = __halves2half2(made(both.x, 0), made(both.y, 1));
+    } else {
+        for (int j = 0; j < 2 && column + j < n; j++) y[at + j] = made(products[at + j], j);
+    }
+}
+
+// Many rows, behind the int8 product: a block owns FINISH_COLUMNS outputs of FINISH_ROWS rows at a time, a warp 32 by 16 of them. Tensor cores
+// multiply FINISH_OUTLIERS outlier columns at a time, which all threads gather: a lane always the same one of them, so that all its loads are
+// under way at once, those of the next ones during the products. Rows of an odd number of 16-byte words have no bank conflicts.
+constexpr int FINISH_COLUMNS = 64, FINISH_ROWS = 64, FINISH_OUTLIERS = 32, FINISH_THREADS = 256;
+constexpr int FINISH_STRIDE = FINISH_OUTLIERS + 8, FINISH_WARPS = FINISH_THREADS / LANES, GATHERED = FINISH_ROWS / FINISH_WARPS;
+static_assert(FINISH_OUTLIERS == LANES && FINISH_COLUMNS == FINISH_ROWS, "a lane for each outlier column, as many rows as columns for a warp");
 
 extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows(
     const int *__restrict__ products,         // [m, n]
@@ -214,214 +213,159 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
     const __half *__restrict__ x,             // [m, k]
     __half *__restrict__ y,                   // [m, n]
     int m, int n, int k, int stride) {
-    // Rows of whole words, padded by one bank.
-    __shared__ __align__(16) float weights[FINISH_OUTLIERS][FINISH_COLUMNS + FINISH_WIDTH];
-    __shared__ float values[FINISH_ROWS][FINISH_OUTLIERS + 1];
-    constexpr int GROUPS = FINISH_COLUMNS / FINISH_WIDTH;
-    const int first_column = blockIdx.x * FINISH_COLUMNS, in_block = threadIdx.x % GROUPS * FINISH_WIDTH, row_of_thread = threadIdx.x / GROUPS;
-    const int column = first_column + in_block, outliers = *count;
-    float scales[FINISH_WIDTH];
+    __shared__ __align__(16) __half values[2][FINISH_ROWS][FINISH_STRIDE], weights[2][FINISH_COLUMNS][FINISH_STRIDE];
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, first_column = blockIdx.x * FINISH_COLUMNS, outliers = *count;
+    // Of the fragments: 16 rows, and 32 columns.
+    const int warp_row = warp % 4 * 16, warp_column = warp / 4 * 32;
+    const uint32_t from_values = shared_address(&values[0][warp_row + lane % 16][lane / 16 * 8]);
+    const uint32_t from_weights = shared_address(&weights[0][warp_column + lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
+    constexpr uint32_t BUFFER_BYTES = FINISH_ROWS * FINISH_STRIDE * sizeof(__half), ROWS_16 = 16 * FINISH_STRIDE * sizeof(__half);
+    float scales[GATHERED];
 #pragma unroll
-    for (int j = 0; j < FINISH_WIDTH; j++) scales[j] = column + j < n ? weight_absmax[column + j] : 0.0f;
+    for (int i = 0; i < GATHERED; i++) {
+        const int column = first_column + warp + i * FINISH_WARPS;
+        scales[i] = column < n ? weight_absmax[column] : 0.0f;
+    }
     for (int first_row = blockIdx.y * FINISH_ROWS; first_row < m; first_row += gridDim.y * FINISH_ROWS) {
-        float sums[FINISH_ROWS / FINISH_STEP][FINISH_WIDTH] = {};
-        for (int first = 0; first < outliers; first += FINISH_OUTLIERS) {
-            const int resident = min(FINISH_OUTLIERS, outliers - first);
-            __syncthreads();
-            for (int at = threadIdx.x; at < FINISH_OUTLIERS * FINISH_COLUMNS; at += FINISH_THREADS) {
-                const int outlier = at % FINISH_OUTLIERS, rows_per_block = at / FINISH_OUTLIERS;
-                if (outlier >= resident || first_column + rows_per_block >= n) continue;
-                const int8_t code = weight[(long long)(first_column + rows_per_block) * stride + columns[first + outlier]];
-                weights[outlier][rows_per_block] = outlier_weight(code, weight_absmax[first_column + rows_per_block]);
-            }
-            for (int at = threadIdx.x; at < FINISH_OUTLIERS * FINISH_ROWS; at += FINISH_THREADS) {
-                const int outlier = at % FINISH_OUTLIERS, row = at / FINISH_OUTLIERS;
-                if (outlier >= resident || first_row + row >= m) continue;
-                values[row][outlier] = __half2float(x[(long long)(first_row + row) * k + columns[first + outlier]]);
-            }
-            __syncthreads();
-#pragma unroll 1
-            for (int outlier = 0; outlier < resident; outlier++) {
-                const float4 of_columns = *(const float4 *)&weights[outlier][in_block];
+        __half gathered[GATHERED];
+        int8_t codes[GATHERED];
+        auto gather = [&](int first) {
+            const bool is_there = first + lane < outliers;
+            const int column = is_there ? columns[first + lane] : 0;
 #pragma unroll
-                for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) {
-                    const float value = values[row_of_thread + i * FINISH_STEP][outlier];
-                    sums[i][0] += of_columns.x * value, sums[i][1] += of_columns.y * value;
-                    sums[i][2] += of_columns.z * value, sums[i][3] += of_columns.w * value;
+            for (int i = 0; i < GATHERED; i++) {
+                const int row = first_row + warp + i * FINISH_WARPS, output = first_column + warp + i * FINISH_WARPS;
+                gathered[i] = is_there && row < m ? x[(long long)row * k + column] : __float2half_rn(0.0f);
+                codes[i] = is_there && output < n ? weight[(long long)output * stride + column] : 0;
+            }
+        };
+        float sums[4][4] = {};
+        int buffer = 0;
+        if (outliers > 0) gather(0);
+        for (int first = 0; first < outliers; first += FINISH_OUTLIERS, buffer ^= 1) {
+#pragma unroll
+            for (int i = 0; i < GATHERED; i++) {
+                values[buffer][warp + i * FINISH_WARPS][lane] = gathered[i];
+                weights[buffer][warp + i * FINISH_WARPS][lane] = __float2half_rn(outlier_weight(codes[i], scales[i]));
+            }
+            // Behind it nobody reads the other buffer any more.
+            __syncthreads();
+            if (first + FINISH_OUTLIERS < outliers) gather(first + FINISH_OUTLIERS);
+#pragma unroll
+            for (int step = 0; step < FINISH_OUTLIERS / 16; step++) {
+                uint32_t a[4];
+                load_matrices(a, from_values + buffer * BUFFER_BYTES + step * 32);
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++) {
+                    uint32_t b[4];
+                    load_matrices(b, from_weights + buffer * BUFFER_BYTES + pair * ROWS_16 + step * 32);
+                    multiply_halves(sums[2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
+                    multiply_halves(sums[2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
                 }
             }
         }
+        // The next rows begin with the first buffer.
+        if (outliers > 0) __syncthreads();
 #pragma unroll
-        for (int i = 0; i < FINISH_ROWS / FINISH_STEP; i++) {
-            const int row = first_row + row_of_thread + i * FINISH_STEP;
-            if (row >= m || column >= n) continue;
-            const long long at = (long long)row * n + column;
-            __align__(16) int made[FINISH_WIDTH];
-            __align__(8) __half rounded[FINISH_WIDTH];
-            if (n % FINISH_WIDTH == 0)
-                *(uint4 *)made = *(const uint4 *)(products + at);
-            else
-                for (int j = 0; j < FINISH_WIDTH; j++) made[j] = column + j < n ? products[at + j] : 0;
-#pragma unroll
-            for (int j = 0; j < FINISH_WIDTH; j++) rounded[j] = __float2half_rn(join(made[j], row_absmax[row], scales[j], sums[i][j]));
-            if (n % FINISH_WIDTH == 0)
-                *(uint2 *)(y + at) = *(const uint2 *)rounded;
-            else
-                for (int j = 0; j < FINISH_WIDTH && column + j < n; j++) y[at + j] = rounded[j];
+        for (int i = 0; i < 8; i++) {
+            const int tile = i / 2, row = first_row + warp_row + lane / 4 + i % 2 * 8, column = first_column + warp_column + tile * 8 + lane % 4 * 2;
+            if (row < m && column < n) finish_two(products, weight_absmax, row_absmax[row], y, (long long)row * n + column, column, n, sums[tile][i % 2 * 2], sums[tile][i % 2 * 2 + 1]);
         }
     }
 }
 
-// One row: every block quantizes x itself and finds the outliers of each chunk, which are multiplied from the same bytes.
-struct Bytes {
-    static constexpr int CHUNK = 128, CONVERTED_EIGHTHS = 9;
-    struct Shared {};
-    using SideData = NoSideData;
-    static constexpr bool HAS_ROW_SCALES = true;
-    static constexpr int WORDS_HELD = HAS_BULK_COPIES ? 2 : 1;
-    struct Partial {
-        int product;
-        float outlier;
-        __device__ void add(const Partial &other) {
-            product += other.product;
-            outlier += other.outlier;
-        }
-    };
-    struct Sums {
-        int products[4];
-        float outlier;
-    };
-    struct Activations {
-        uint32_t x;
-        uint32_t codes;
-        uint32_t outliers;  // a bit an element: four words a chunk, one for each lane of a row, its low half's 16 bits first
-        float absmax;
-    };
-    struct Row {
-        uint32_t codes, outliers;
-        // Read for outliers only: the offset of x from twice the address of its codes.
-        uint32_t x_behind;
-        const float *scale;
-        __device__ void set(const Shared &, const MatrixPart &part, const Activations &from, int, int row, int lane, int chunk) {
-            const uint32_t half = lane / 4 % 2 * 64;
-            codes = from.codes + half + lane % 4 * 16 + chunk * CHUNK;
-            outliers = from.outliers + chunk * 16 + lane % 4 * 4;
-            x_behind = from.x - 2 * (from.codes + half);
-            scale = (const float *)part.scales + row;
-        }
-    };
+// Where there are enough rows the outlier columns are gathered first, as fp16 rows of `stride` elements of which whole FINISH_OUTLIERS are written: of
+// the activations once, of each matrix once. A block owns a row.
+extern "C" __global__ void __launch_bounds__(FINISH_THREADS) int8_gather_rows(
+    const __half *__restrict__ x,      // [m, k]
+    const int *__restrict__ columns,   // [*count]
+    const int *__restrict__ count,     // [1]
+    __half *__restrict__ gathered,     // [m, stride]
+    int k, int stride) {
+    const int outliers = *count, padded = (outliers + FINISH_OUTLIERS - 1) / FINISH_OUTLIERS * FINISH_OUTLIERS;
+    for (int at = threadIdx.x; at < padded; at += FINISH_THREADS)
+        gathered[(long long)blockIdx.x * stride + at] = at < outliers ? x[(long long)blockIdx.x * k + columns[at]] : __float2half_rn(0.0f);
+}
 
-    // A thread takes eight elements at a time, and all inputs in one pass; the first eight of each stay in registers. Magnitudes of halves compare
-    // as their bits do.
-    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *free_bytes,
-                                   float (&room)[MAX_INPUTS * WARPS]) {
-        const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-        const uint32_t threshold = first_outlier(matvec.threshold) * 0x10001u;
-        uint4 first[MAX_INPUTS] = {};
-        uint32_t of_first[MAX_INPUTS] = {};
-#pragma unroll
-        for (int i = 0; i < MAX_INPUTS; i++) {
-            if (i >= matvec.n_inputs) break;
-            const int padded = matvec.inputs[i].padded;
-            const uint4 *eights = (const uint4 *)(x + i * matvec.inputs[0].padded);
-            uint32_t *bits = (uint32_t *)(free_bytes + i * behind(matvec.inputs[0].padded) + padded);
-            uint32_t largest = 0;
-#pragma unroll 1
-            for (int at = threadIdx.x; at < padded / 8; at += THREADS) {
-                uint4 eight = eights[at];
-                if (at < padded / 32) bits[at] = 0;
-                const uint32_t found = remove_outliers(eight, threshold);
-                if (at == threadIdx.x) first[i] = eight, of_first[i] = found;
-                const uint32_t low = larger_halves(eight.x & MAGNITUDES, eight.y & MAGNITUDES);
-                largest = larger_halves(largest, larger_halves(low, larger_halves(eight.z & MAGNITUDES, eight.w & MAGNITUDES)));
-            }
-            largest = warp_largest(max(largest & 0xffff, largest >> 16));
-            if (lane == 0) room[i * WARPS + warp] = __half2float(__ushort_as_half((unsigned short)largest));
-        }
-        barrier_sync();
-#pragma unroll
-        for (int i = 0; i < MAX_INPUTS; i++) {
-            if (i >= matvec.n_inputs) break;
-            const int padded = matvec.inputs[i].padded;
-            const uint4 *eights = (const uint4 *)(x + i * matvec.inputs[0].padded);
-            uint8_t *made = free_bytes + i * behind(matvec.inputs[0].padded);
-            // Floats that are not negative compare as their bits do; NaN is the largest.
-            const float largest = __uint_as_float(warp_largest(__float_as_uint(room[i * WARPS + lane % WARPS])));
-            // Two roundings, of the reciprocal and of the product, as on the CPU. A zero row stays zero.
-            const float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
-#pragma unroll 1
-            for (int at = threadIdx.x; at < padded / 8; at += THREADS) {
-                uint4 eight = first[i];
-                uint32_t found = of_first[i];
-                if (at != threadIdx.x) eight = eights[at], found = remove_outliers(eight, threshold);
-                ((uint2 *)made)[at] = make_uint2(codes_of(eight.x, eight.y, scale), codes_of(eight.z, eight.w, scale));
-                if (!found) continue;
-                atomicOr((uint32_t *)(made + padded) + at / 16 * 4 + at / 2 % 4, found << (at / 8 % 2 * 16 + at % 2 * 8));
-                // Every block finds the same outliers; the last block always has rows and counts them.
-                if (matvec.outlier_columns && blockIdx.x == gridDim.x - 1) atomicAdd(matvec.outlier_columns, (unsigned long long)__popc(found));
-            }
-            if (threadIdx.x == 0) to[i] = {shared_address(eights), shared_address(made), shared_address(made + padded), largest};
-        }
-    }
-    // Bytes of codes and outlier bits.
-    static __device__ __forceinline__ int behind(int padded) { return padded + padded / 8; }
-    static constexpr uint32_t MAGNITUDES = 0x7fff7fff, FIRST_NAN = 0x7c017c01;
-    // The bits of the smallest half that is an outlier.
-    static __device__ __forceinline__ uint32_t first_outlier(float threshold) {
-        if (isnan(threshold)) return 0x7fff;
-        const __half nearest = __float2half_rn(threshold);
-        return __half_as_ushort(nearest) + (__half2float(nearest) < threshold ? 1 : 0);
-    }
-    // A bit for each outlier among the eight, which become zero.
-    static __device__ __forceinline__ uint32_t remove_outliers(uint4 &eight, uint32_t threshold) {
-        // Magnitudes and threshold have 15 bits: the 16th says that the difference is not negative.
-        auto at_least = [](uint32_t pair, uint32_t least) { return ((pair | ~MAGNITUDES) - least) & ~MAGNITUDES; };
-        uint32_t x = at_least(eight.x, threshold), y = at_least(eight.y, threshold), z = at_least(eight.z, threshold),
-                 w = at_least(eight.w, threshold);
-        if ((x | y | z | w) == 0) return 0;
-        // NaN is no outlier.
-        x &= ~at_least(eight.x, FIRST_NAN), y &= ~at_least(eight.y, FIRST_NAN), z &= ~at_least(eight.z, FIRST_NAN), w &= ~at_least(eight.w, FIRST_NAN);
-        auto opaque = [](uint32_t pair, uint32_t outliers) { return pair & ~((outliers >> 15) * 0xffff); };
-        auto two = [](uint32_t outliers) { return (outliers >> 15 & 1) | (outliers >> 30 & 2); };
-        eight = make_uint4(opaque(eight.x, x), opaque(eight.y, y), opaque(eight.z, z), opaque(eight.w, w));
-        return two(x) | two(y) << 2 | two(z) << 4 | two(w) << 6;
-    }
-    static __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
-    // Four codes: the nearest integers, half to even, in low bytes of sums whose last place is 1.
-    static __device__ __forceinline__ uint32_t codes_of(uint32_t low, uint32_t high, float scale) {
-        const float2 a = __half22float2(*(const __half2 *)&low), b = __half22float2(*(const __half2 *)&high);
-        auto nearest = [&](float value) { return __float_as_uint(__fadd_rn(__fmul_rn(value, scale), 12582912.0f)); };
-        return __byte_perm(__byte_perm(nearest(a.x), nearest(a.y), 0x0040), __byte_perm(nearest(b.x), nearest(b.y), 0x0040), 0x5410);
-    }
-    static __device__ void prepare(Shared &, const float *) {}
+extern "C" __global__ void __launch_bounds__(FINISH_THREADS) int8_gather_weights(
+    const int8_t *__restrict__ weight,        // [n, stride]
+    const float *__restrict__ weight_absmax,  // [n]
+    const int *__restrict__ columns,          // [*count]
+    const int *__restrict__ count,            // [1]
+    __half *__restrict__ gathered,            // [n, stride]
+    int stride) {
+    const int outliers = *count, padded = (outliers + FINISH_OUTLIERS - 1) / FINISH_OUTLIERS * FINISH_OUTLIERS;
+    const float scale = weight_absmax[blockIdx.x];
+    for (int at = threadIdx.x; at < padded; at += FINISH_THREADS)
+        gathered[(long long)blockIdx.x * stride + at] = at < outliers ? __float2half_rn(outlier_weight(weight[(long long)blockIdx.x * stride + columns[at]], scale)) : __float2half_rn(0.0f);
+}
 
-    static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t words, uint32_t, Row &row, Sums &sums) {
-        uint4 x = load_shared_16(row.codes);
-        uint32_t outliers = load_shared(row.outliers);
-        multiply_bytes(sums.products, low.x, high.x, low.y, high.y, x.x, x.y);
-        multiply_bytes(sums.products, low.z, high.z, low.w, high.w, x.z, x.w);
-        if (outliers) {
-            const uint32_t of_chunk = 2 * row.codes + row.x_behind;
-            float scale = __ldg(row.scale);
-#pragma unroll 1
-            do {
-                uint32_t at = __ffs(outliers) - 1;
-                outliers &= outliers - 1;
-                uint32_t word = load_copied(words + at / 16 * (CHUNK_BYTES / 2) + at % 16 / 4 * 4);
-                float weight = outlier_weight((int8_t)(word >> at % 4 * 8), scale);
-                uint32_t pair = load_shared(of_chunk + at % 16 / 2 * 4 + at / 16 * 128);
-                sums.outlier += weight * __half2float(__ushort_as_half((unsigned short)(pair >> at % 2 * 16)));
-            } while (outliers);
+// As int8_finish_rows, of gathered columns: a block owns DENSE_ROWS by DENSE_COLUMNS outputs, a warp 32 by 32 of them.
+constexpr int DENSE_ROWS = 64, DENSE_COLUMNS = 128, DENSE_STAGES = 3;
+
+extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_gathered(
+    const int *__restrict__ products,         // [m, n]
+    const __half *__restrict__ weights,       // [n, stride]
+    const float *__restrict__ weight_absmax,  // [n]
+    const float *__restrict__ row_absmax,     // [m]
+    const int *__restrict__ count,            // [1]
+    const __half *__restrict__ values,        // [m, stride]
+    __half *__restrict__ y,                   // [m, n]
+    int m, int n, int stride) {
+    __shared__ __align__(16) __half stages[DENSE_STAGES][DENSE_ROWS + DENSE_COLUMNS][FINISH_STRIDE];
+    constexpr uint32_t ROW = FINISH_STRIDE * sizeof(__half), STAGE = (DENSE_ROWS + DENSE_COLUMNS) * ROW;
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, first_row = blockIdx.y * DENSE_ROWS, first_column = blockIdx.x * DENSE_COLUMNS;
+    const int warp_row = warp % 2 * 32, warp_column = warp / 2 * 32, chunks = (*count + FINISH_OUTLIERS - 1) / FINISH_OUTLIERS;
+    const uint32_t shared = shared_address(stages), from_values = shared + (warp_row + lane % 16) * ROW + lane / 16 * 16;
+    const uint32_t from_weights = shared + (DENSE_ROWS + warp_column + lane / 16 * 8 + lane % 8) * ROW + lane / 8 % 2 * 16;
+    // A stage: four words of 16 bytes of each row. An empty batch of copies behind the last one.
+    auto copy = [&](int chunk) {
+        const int word = threadIdx.x % 4, at = threadIdx.x / 4;
+        const uint32_t to = shared + chunk % DENSE_STAGES * STAGE + at * ROW + word * 16;
+        if (chunk < chunks) {
+            const long long offset = chunk * FINISH_OUTLIERS + word * 8;
+#pragma unroll
+            for (int i = 0; i < (DENSE_ROWS + DENSE_COLUMNS) / (FINISH_THREADS / 4); i++) {
+                const int row = i == 0 ? first_row + at : first_column + at + (i - 1) * 64;
+                const bool is_there = row < (i == 0 ? m : n);
+                copy_streaming(to + i * 64 * ROW, (i == 0 ? values : weights) + (is_there ? row * (long long)stride + offset : 0), is_there);
+            }
         }
-        row.codes += CHUNK;
-        row.outliers += 16;
+        commit_copies();
+    };
+    float sums[2][4][4] = {};
+#pragma unroll
+    for (int chunk = 0; chunk < DENSE_STAGES - 1; chunk++) copy(chunk);
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        wait_copies<DENSE_STAGES - 2>();
+        // Behind it the chunk is there, and nobody reads the one before.
+        __syncthreads();
+        copy(chunk + DENSE_STAGES - 1);
+        const uint32_t stage = chunk % DENSE_STAGES * STAGE;
+#pragma unroll
+        for (int step = 0; step < FINISH_OUTLIERS / 16; step++) {
+            uint32_t a[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; i++) load_matrices(a[i], from_values + stage + i * 16 * ROW + step * 32);
+#pragma unroll
+            for (int pair = 0; pair < 2; pair++) {
+                uint32_t b[4];
+                load_matrices(b, from_weights + stage + pair * 16 * ROW + step * 32);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    multiply_halves(sums[i][2 * pair], a[i][0], a[i][1], a[i][2], a[i][3], b[0], b[1]);
+                    multiply_halves(sums[i][2 * pair + 1], a[i][0], a[i][1], a[i][2], a[i][3], b[2], b[3]);
+                }
+            }
+        }
     }
-    static __device__ void partial(const Sums &sums, Partial &of_row) {
-        of_row = {sums.products[0] + sums.products[3], quad_sum(sums.outlier)};
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        const int tile = i / 2 % 4, row = first_row + warp_row + i / 8 * 16 + i % 2 * 8 + lane / 4, column = first_column + warp_column + tile * 8 + lane % 4 * 2;
+        const float *two = &sums[i / 8][tile][i % 2 * 2];
+        if (row < m && column < n) finish_two(products, weight_absmax, row_absmax[row], y, (long long)row * n + column, column, n, two[0], two[1]);
     }
-    static __device__ float result(const Partial &total, const Activations &from, float scale) {
-        return join(total.product, from.absmax, scale, total.outlier);
-    }
-};
+}
 
 STEP_KERNEL(int8, Bytes, STAGES)

@@ -44,9 +44,12 @@ const CODE_UNIT: f32 = 0.007_874_016;
 /// More columns could overflow the int32 sum of products of up to 127².
 const MAX_COLUMNS: usize = (i32::MAX / (127 * 127)) as usize;
 
-/// Codes of the activations and int32 products.
+/// Codes of the activations and int32 products; from 64 rows on, outlier columns of activations and weights in fp16, of which all may be some.
 fn prefill_bytes(m: usize, (n, k): (usize, usize)) -> u64 {
-    (m as u64).saturating_mul((n * size_of::<i32>() + k) as u64)
+    let plain = (m as u64).saturating_mul((n * size_of::<i32>() + k) as u64);
+    let gathered =
+        if m < 64 { 0 } else { (m as u64).saturating_add(n as u64).saturating_mul((size_of::<f16>() * k) as u64) };
+    plain.saturating_add(gathered)
 }
 
 struct Int8 {

@@ -24,10 +24,13 @@ pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
 
 pub static KERNELS: Fatbin = Fatbin { name: "nf4", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4.fatbin")) };
+pub static TRACED_KERNELS: Fatbin =
+    Fatbin { name: "nf4_traced", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4_traced.fatbin")) };
 
 const fn step(name: &'static str, side_data_words: usize) -> StepKernel {
     StepKernel {
         fatbin: &KERNELS,
+        traced: &TRACED_KERNELS,
         name,
         has_tables: true,
         side_data_words,

@@ -114,13 +114,6 @@ pub fn charts(case: &Case, precisions: &Precisions) -> Vec<Chart> {
     charts
 }
 
-/// What to say of runs that the charts leave out.
-pub fn left_out(case: &Case) -> Option<String> {
-    let newest = || case.newest_run().label.clone();
-    (case.runs.len() > MAX_RUNS)
-        .then(|| format!("The charts but the trend show the newest of {} runs: {}", case.runs.len(), newest()))
-}
-
 impl Chart {
     /// For a page that defines the colours as custom properties. `id` is unique on the page. In HTML an SVG needs no namespace, and a page
     /// without any address shows that it fetches nothing.

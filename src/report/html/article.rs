@@ -3,19 +3,24 @@
 use super::{Part, badge, changes, head_cell, texts};
 use crate::record::{Record, Status};
 use crate::report::case::{self, Case};
-use crate::report::charts::{self, Chart};
+use crate::report::charts::Chart;
 use crate::report::columns::{self, Extent, Row, Sheet};
 use crate::report::markup::{line, prose};
 use crate::report::{Options, verdict};
 
 pub fn article(part: &Part, options: &Options) -> String {
-    let (number, case) = (part.number, &part.case);
-    let (model, scope) = heading(case);
+    let (number, whole) = (part.number, &part.case);
+    let newest = part.newest_of_many();
+    let case = newest.as_ref().unwrap_or(whole);
+    let (model, scope) = heading(whole);
     let verdict =
         |verdict: &verdict::Verdict| format!("<p class=\"verdict\">{}</p>\n", prose(&sentence(&verdict.to_string())));
     let verdicts: String = verdict::verdicts(case, options.card_bytes).iter().map(verdict).collect();
+    let left_out = newest.as_ref().map_or_else(String::new, |_| {
+        format!("<p class=\"hint\">The newest of {} runs; the trend shows all of them.</p>\n", whole.runs.len())
+    });
     format!(
-        "<article id=\"case-{number}\">\n<h2>{}</h2>\n<p class=\"scope\">{}</p>\n{verdicts}{}{}{}{}\
+        "<article id=\"case-{number}\">\n<h2>{}</h2>\n<p class=\"scope\">{}</p>\n{left_out}{verdicts}{}{}{}{}\
          <div class=\"more\">\n{}{}{}</div>\n</article>\n",
         line(&model),
         prose(&scope),
@@ -45,11 +50,7 @@ fn sentence(verdict: &str) -> String {
 
 fn figures(part: &Part) -> String {
     let charts: String = part.charts.iter().map(|chart| figure(part.number, chart)).collect();
-    let left_out = charts::left_out(&part.case).map(|note| format!("<p class=\"notes\">{}.</p>\n", line(&note)));
-    match charts.is_empty() {
-        true => charts,
-        false => format!("{}<div class=\"charts\">\n{charts}</div>\n", left_out.unwrap_or_default()),
-    }
+    if charts.is_empty() { charts } else { format!("<div class=\"charts\">\n{charts}</div>\n") }
 }
 
 /// A chart; the numbers behind it open over the page, so that nothing moves.

@@ -35,6 +35,13 @@ struct Part<'a> {
     charts: Vec<Chart>,
 }
 
+impl Part<'_> {
+    /// Of more runs than can stand beside each other, the newest alone.
+    fn newest_of_many(&self) -> Option<Case<'_>> {
+        (self.case.runs.len() > charts::MAX_RUNS).then(|| self.case.newest())
+    }
+}
+
 fn write(document: &Document, options: &Options) -> Result<String> {
     let precisions = Precisions::of(&document.records);
     let parts = parts(document, &precisions);
@@ -111,7 +118,8 @@ fn subtitle(document: &Document, cases: &[Part]) -> String {
 
 /// A name with its unit below.
 fn head_cell(name: &str, unit: &str) -> String {
-    format!("<th scope=\"col\">{}{}</th>", glossary::link(name), small(unit))
+    let class = if name == "run" { " class=\"name\"" } else { "" };
+    format!("<th scope=\"col\"{class}>{}{}</th>", glossary::link(name), small(unit))
 }
 
 fn small(unit: &str) -> String {

@@ -138,7 +138,8 @@ fn head(column: &Column) -> String {
 }
 
 fn rows(part: &Part, columns: &[&Column]) -> String {
-    let case = &part.case;
+    let newest = part.newest_of_many();
+    let case = newest.as_ref().unwrap_or(&part.case);
     let (model, scope) = article::heading(case);
     let (model, scope) = (line(&model), line(&scope));
     let row = |(index, (run, record)): (usize, (&case::Run, &Record))| {

@@ -36,7 +36,7 @@ impl PreQuantized {
         }))
     }
 
-    /// The method that config.json names, `None` where it tells of no quantization.
+    /// The method that config.json names, `None` where it describes no quantization.
     pub fn method(config: &Value) -> Option<String> {
         section_of(config).map(|(_, method)| method)
     }

@@ -29,7 +29,7 @@ const MOST_STEPS: u64 = 200_000;
 /// Bytes that a template may write around the message, which it may repeat a few times.
 const MOST_OUTPUT: usize = 1 << 20;
 
-/// The date that a template is told, so that a prompt is the same every day. Templates of Llama 3 name it where nobody tells them one.
+/// The date that a template gets, so that a prompt is the same every day. Templates of Llama 3 name this one by default.
 const DATE: Date = Date { year: 2024, month: 7, day: 26, weekday: 5, day_of_year: 208 };
 
 /// Keys of tokenizer_config.json that a template may name.
@@ -45,7 +45,7 @@ pub struct ChatTemplate {
 
 /// What one side says.
 #[derive(Debug, Clone, Serialize)]
-pub struct Message<'a> {
+pub struct ChatMessage<'a> {
     /// `system`, `user` or `assistant`.
     pub role: &'a str,
     pub content: &'a str,
@@ -79,7 +79,7 @@ impl ChatTemplate {
     /// The text of a conversation up to where the assistant answers. Its special tokens are spelled out, the first one included.
     ///
     /// Fails with [`BadInput`] on a template that is none, refuses the messages, or exceeds its bounds.
-    pub fn render(&self, messages: &[Message]) -> Result<String, BadInput> {
+    pub fn render(&self, messages: &[ChatMessage]) -> Result<String, BadInput> {
         let bad = |error: Error| {
             let why = error.detail().map_or_else(|| error.to_string(), |detail| format!("{}: {detail}", error.kind()));
             let line = error.line().map(|line| format!(" (line {line} of it)")).unwrap_or_default();
@@ -312,7 +312,7 @@ mod tests {
     fn render(source: &str) -> Result<String, BadInput> {
         let config = serde_json::json!({"bos_token": "<s>", "eos_token": {"content": "</s>"}});
         let Json::Object(config) = config else { unreachable!("written so above") };
-        ChatTemplate::new(source, &config).render(&[Message { role: "user", content: " hello <b> " }])
+        ChatTemplate::new(source, &config).render(&[ChatMessage { role: "user", content: " hello <b> " }])
     }
 
     #[test]

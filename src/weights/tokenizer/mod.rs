@@ -11,7 +11,7 @@ use std::path::Path;
 use anyhow::Result;
 use tokenizers::Tokenizer;
 
-pub use self::chat::{ChatTemplate, Message};
+pub use self::chat::{ChatMessage, ChatTemplate};
 use self::class::Class;
 use self::settings::TokenizerSettings;
 pub(super) use self::settings::shortened;

@@ -29,7 +29,7 @@ pub struct Context<'a> {
     pub sinks: Option<&'a [f32]>,
 }
 
-/// What one query has of the softmax so far: `out` beside it is `Σ e^(score − max) · value`.
+/// The softmax of one query so far: `out` beside it is `Σ e^(score − max) · value`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Partial {
     /// Greatest score.
@@ -39,7 +39,7 @@ pub struct Partial {
 }
 
 impl Partial {
-    /// Of no positions at all.
+    /// The state over no positions.
     pub const EMPTY: Partial = Partial { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
@@ -73,7 +73,7 @@ pub fn attend(
     );
 }
 
-/// As [`attend`], with everything that a context can say.
+/// [`attend`] with everything that a context can say.
 pub fn attend_within(
     isa: Isa,
     q: &[f32],
@@ -96,7 +96,7 @@ pub fn attend_within(
     }
 }
 
-/// As [`attend`], over a part of the positions and before the division by the sum: `out` and `partials` (one for each
+/// [`attend`] over a part of the positions and before the division by the sum: `out` and `partials` (one for each
 /// query) are overwritten with what [`merge`] and [`finish`] take.
 pub fn attend_part(
     isa: Isa,
@@ -203,7 +203,7 @@ pub fn finish(isa: Isa, out: &mut [f32], partials: &[Partial], d: usize) {
     }
 }
 
-/// What to subtract from scores: their maximum, or 0 where all are −∞, as −∞ − (−∞) is NaN.
+/// The value to subtract from scores: their maximum, or 0 where all are −∞, as −∞ − (−∞) is NaN.
 fn finite_base(max: f32) -> f32 {
     if max == f32::NEG_INFINITY { 0.0 } else { max }
 }

@@ -24,7 +24,7 @@ pub(super) trait Lanes: Copy {
     /// `WIDTH` elements from `start` are writable.
     unsafe fn write(self, start: *mut f32);
     /// # Safety
-    /// As [`Lanes::write`], and `start` is aligned to the vector. The store goes past the caches, and other threads may look at it
+    /// Writes as [`Lanes::write`] does, and `start` is aligned to the vector. The store goes past the caches, and other threads may look at it
     /// only after [`fence_streamed_stores`].
     unsafe fn write_past_caches(self, start: *mut f32);
 
@@ -43,9 +43,9 @@ pub(super) trait Lanes: Copy {
     fn max(self, other: Self) -> Self;
     /// `self` where it is less, else `other`: a NaN on either side gives `other`.
     fn min(self, other: Self) -> Self;
-    /// Of the bits of each lane.
+    /// Operates on the bits of each lane.
     fn xor(self, other: Self) -> Self;
-    /// To the nearest integer, ties to even; |self| < 2^22.
+    /// Rounds to the nearest integer, ties to even; |self| < 2^22.
     fn round(self) -> Self;
     /// `self · 2^n` for integral `n` in −252..=252; `self` in 0.5..2.
     fn scale_by_power_of_two(self, n: Self) -> Self;

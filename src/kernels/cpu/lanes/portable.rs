@@ -89,7 +89,7 @@ impl Lanes for Eight {
         const NO_FRACTION: f32 = 12_582_912.0;
         Self(self.0.map(|x| (x + NO_FRACTION) - NO_FRACTION))
     }
-    /// In two factors, as 2^128 is no fp32 and small results are denormal.
+    /// Multiplies in two factors, as 2^128 is no fp32 and small results are denormal.
     #[inline(always)]
     fn scale_by_power_of_two(self, n: Self) -> Self {
         self.with(n, |x, n| {

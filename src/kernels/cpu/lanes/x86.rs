@@ -88,7 +88,7 @@ impl Lanes for Ymm {
         // SAFETY: the machine has AVX2.
         Self(unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
     }
-    /// In two factors, as 2^128 is no fp32 and small results are denormal.
+    /// Multiplies in two factors, as 2^128 is no fp32 and small results are denormal.
     #[inline(always)]
     fn scale_by_power_of_two(self, n: Self) -> Self {
         // SAFETY: the machine has AVX2.

@@ -69,7 +69,7 @@ impl Pool {
         Self::try_new(threads).expect("the system starts a thread for each core")
     }
 
-    /// As [`Pool::new`]; fails if the system refuses to start so many threads.
+    /// Makes a pool as [`Pool::new`] does; fails if the system refuses to start so many threads.
     pub fn try_new(threads: usize) -> io::Result<Self> {
         assert!(threads >= 1, "a pool has at least one thread");
         let (caller_cpu, cpus) = placement(threads);

@@ -1,4 +1,4 @@
-//! What the threads of a pool wait at.
+//! Signals and barriers that the threads of a pool wait at.
 
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
@@ -70,7 +70,7 @@ impl Signal {
     }
 }
 
-/// What a worker unwinds with when another one's panic breaks the barrier that it waits at.
+/// The panic that a worker unwinds with when another one's panic breaks the barrier that it waits at.
 pub(super) struct LetGo;
 
 #[derive(Default)]

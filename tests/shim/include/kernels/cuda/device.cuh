@@ -20,6 +20,11 @@ inline void store_to_host(unsigned long long *at, unsigned long long value) {
     *shim::at_global<unsigned long long>(at) = value;
 }
 
+// Every read is a clock and a nanosecond later.
+inline uint32_t clock_low() { return (uint32_t)__builtin_ia32_rdtsc(); }
+inline unsigned long long global_ns() { return __builtin_ia32_rdtsc(); }
+inline uint32_t multiprocessor() { return blockIdx.x; }
+
 // Relaxed loads and stores between the blocks of a launch. A poll that fails lets other fibers run.
 #define backoff shim::give_way
 inline uint32_t load_relaxed(const uint32_t *at) { return *shim::at_global<const uint32_t>(at); }
@@ -137,6 +142,26 @@ inline void multiply_halves(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t
     shim::together("mma.m16n8k8", ALL_LANES, first, Mma::multiply);
     shim::together("mma.m16n8k8", ALL_LANES, second, Mma::multiply);
 #endif
+}
+
+inline float power_of_two(float x) {
+    const float power = exp2f(x);
+    return power < 1.17549435e-38f ? 0.0f : power;
+}
+inline uint16_t half_bits_at(uint32_t at) { return *shim::at_shared<uint16_t>(at); }
+inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
+    const int lane = threadIdx.x % LANES;
+    for (int matrix = 0; matrix < 4; matrix++) {
+        const uint32_t at = __shfl_sync(ALL_LANES, row, 8 * matrix + lane / 4) + lane % 4 * 4;
+        to[matrix] = half_bits_at(at) | (uint32_t)half_bits_at(at + 2) << 16;
+    }
+}
+inline void load_transposed(uint32_t (&to)[4], uint32_t row) {
+    const int lane = threadIdx.x % LANES;
+    for (int matrix = 0; matrix < 4; matrix++) {
+        const uint32_t low = __shfl_sync(ALL_LANES, row, 8 * matrix + lane % 4 * 2), high = __shfl_sync(ALL_LANES, row, 8 * matrix + lane % 4 * 2 + 1);
+        to[matrix] = half_bits_at(low + lane / 4 * 2) | (uint32_t)half_bits_at(high + lane / 4 * 2) << 16;
+    }
 }
 
 inline void multiply_bytes(int (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
