@@ -1,13 +1,13 @@
 //! Keys and values on their way to a cache: norms and rotation in place, then the copy. A cache with a sliding window is a
 //! ring: position `p` lies in slot `p mod window`.
 
-use super::attend::Attention;
+use super::attend::CallAttention;
 use super::schedule::Append;
 use crate::kernels::cpu::pool::Worker;
 use crate::kernels::cpu::rope;
 use crate::plan::{CacheId, KeyValue, Norm};
 
-impl Attention<'_> {
+impl CallAttention<'_> {
     /// Each worker takes whole key/value heads with the query heads that read them.
     pub fn append(&self, append: Append, worker: &Worker) {
         if append.rope.is_some() || append.norms.is_some() {

@@ -29,7 +29,7 @@ const POSITIONS: usize = 64;
 const SPARED_BYTES: usize = 128 << 10;
 
 /// The parts of a call that attention touches.
-pub(super) struct Attention<'a> {
+pub(super) struct CallAttention<'a> {
     pub weights: &'a Weights,
     pub call: Call<'a>,
     pub buffers: &'a Buffers<'a>,
@@ -40,7 +40,7 @@ pub(super) struct Attention<'a> {
     pub scratch: &'a SharedSlice<'a, Scratch>,
 }
 
-impl Attention<'_> {
+impl CallAttention<'_> {
     /// One row: by key/value heads, as they were appended, or by positions where heads would leave workers idle for long.
     /// Several: by heads and blocks of rows, dealt out in turn since later rows see more.
     pub fn attend(&self, attend: &Attend, worker: &Worker) {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::alone::{StepMode, windows};
 use super::arena::SharedArena;
-use super::attend::Attention;
+use super::attend::CallAttention;
 use super::buffers::Buffers;
 use super::experts::SharedMixtures;
 use super::partials::SharedParts;
@@ -162,9 +162,9 @@ impl Runner<'_> {
         }
     }
 
-    fn attention(&self) -> Attention<'_> {
+    fn attention(&self) -> CallAttention<'_> {
         let Self { weights, call, buffers, caches, parts, scratch, .. } = self;
-        Attention { weights, call: *call, buffers, caches, parts, scratch }
+        CallAttention { weights, call: *call, buffers, caches, parts, scratch }
     }
 
     #[allow(clippy::mut_from_ref)]
