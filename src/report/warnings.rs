@@ -74,7 +74,8 @@ pub fn grouped(case: &Case) -> Vec<String> {
     let line = |group: &Group| {
         let labels =
             if group.labels.len() == n_rows && n_rows > 1 { "all".to_owned() } else { group.labels.join(", ") };
-        plain(&format!("{labels}: {}: {}", group.name, group.message))
+        let name = if group.name == UNKNOWN { String::new() } else { format!("{}: ", group.name) };
+        plain(&format!("{labels}: {name}{}", group.message))
     };
     let rest = (groups.len() > shown).then(|| format!("… and {} more (`--warnings`)", groups.len() - shown));
     groups.iter().take(shown).map(line).chain(rest).collect()
