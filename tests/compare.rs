@@ -223,7 +223,7 @@ fn exit_codes() {
         ("compare base.json text.json", 2, "cannot read records from `text.json`"),
         ("compare base.json absent.json", 2, "cannot read records from `absent.json`"),
         ("compare base.json again.json -o absent/c.md", 2, "there is no folder `absent`"),
-        ("--fail-on decode_tps:-5%", 2, "`--fail-on` compares with nothing"),
+        ("--fail-on decode_tps:-5%", 2, "`--fail-on` needs `--baseline` or `--ab`"),
         ("--baseline absent.json", 2, "cannot read records from `absent.json`"),
         ("--ab absent", 2, "`--ab absent`"),
     ] {

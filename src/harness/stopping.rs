@@ -203,7 +203,7 @@ mod tests {
             ("nothing yet", tally(0, |_| 0.5), 6, 6),
             ("the minimum", tally(2, |_| 0.6), 4, 4),
             ("the least time: 3 s of 0.1 s each", tally(10, |_| 0.1), 20, 20),
-            ("a noisy one goes on", tally(10, noisy), 5, 10),
+            ("a noisy one goes on as long as the time allows: 20 s of 0.6 s each", tally(10, noisy), 24, 24),
             ("as long as the time allows: 20 s of 4.01 s each", tally(1, |_| 4.0), 4, 4),
             ("three at least", tally(1, |_| 60.0), 2, 2),
             ("done", tally(8, |_| 0.5), 0, 0),
