@@ -152,12 +152,12 @@ fn what_was_disturbed_is_marked() {
     let html = page(&example("tainted"));
     assert!(
         html.contains("<th scope=\"row\">nf4<abbr class=\"badge\"")
-            && html.contains("* something disturbed this measurement"),
+            && html.contains("* other programs or the state of the machine affected this measurement"),
         "{html}"
     );
     let shown = html.split("<script").next().expect("the page before its script");
     assert!(shown.contains("<code>--threads</code>") && !shown.contains('`'), "{shown}");
-    assert!(!page(&example("three_precisions")).contains("something disturbed"));
+    assert!(!page(&example("three_precisions")).contains("affected this measurement"));
 }
 
 #[test]

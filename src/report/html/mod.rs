@@ -129,7 +129,7 @@ fn small(unit: &str) -> String {
 /// The mark of a row that something disturbed.
 fn badge(is_tainted: bool) -> &'static str {
     if is_tainted {
-        "<abbr class=\"badge\" title=\"something disturbed this measurement: the warnings say what\">*</abbr>"
+        "<abbr class=\"badge\" title=\"other programs or the state of the machine affected this measurement: see the warnings\">*</abbr>"
     } else {
         ""
     }
