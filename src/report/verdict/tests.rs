@@ -303,7 +303,7 @@ fn quality_is_told_as_far_as_its_interval() {
     let alone = said(example("quality_alone"), |_| {});
     assert!(alone.ends_with(" (this text)") && !alone.starts_with(';'), "{alone}");
     let only_fp16 = said(example("with_quality")[..1].to_vec(), |_| {});
-    assert!(only_fp16.contains("; fp16 agrees with the reference on 99.8 % of next tokens ("), "{only_fp16}");
+    assert!(only_fp16.contains("; fp16 agrees with the fp32 reference on 99.8 % of next tokens ("), "{only_fp16}");
 }
 
 #[test]
