@@ -117,6 +117,10 @@ def unescape(text):
     return re.sub(r"\\(.)", r"\1", text)
 
 
+# Stands under a table of modules.
+STAYS = "no precision quantizes the head or the embeddings: their rows say what that would cost"
+
+
 def of_markdown(checks, text, document, changes):
     taker = Rows(document)
     for block in re.split(r"^## ", text, flags=re.M)[1:]:
@@ -140,5 +144,7 @@ def of_markdown(checks, text, document, changes):
             for label, rows_, _ in parts:
                 modules(checks, label, rows_.split("\n"), records)
             for line in filter(None, rest.split("\n")):
+                if line == STAYS:
+                    continue
                 checks.equal(line in {r["command"] for r in document["records"]}, True, f"the command `{line}`")
     checks.equal([name(r) for r in taker.left], [], "records that no row shows")
