@@ -76,6 +76,18 @@ def split_modules(text):
     return re.sub(r"^.+ by module\n\n(?:.+\n)+\n.+\n?", "", text, flags=re.M), found
 
 
+def pivot(checks, lines, document):
+    """Cases by precision: each number is the decode speed of a record."""
+    speeds = [r["metrics"]["decode_tps"]["median"] for r in document["records"] if "decode_tps" in r["metrics"]]
+    speeds = [speed for speed in speeds if speed is not None]
+    for line in lines:
+        for cell in re.split(r"\s{2,}", line.strip())[1:]:
+            number = re.fullmatch(r"(\d+(?:\.(\d+))?)\*?", cell)
+            if number:
+                printed = {f"{speed:.{len(number[2] or '')}f}" for speed in speeds}
+                checks.equal(number[1] in printed, True, f"the speed `{cell}` of several cases")
+
+
 def of_table(checks, text, document, changes):
     taker = Rows(document)
     for block in re.split(r"\n\n(?=\S.*: .*(?:prompt \+|quality over).*\n)", "\n\n" + text)[1:]:
@@ -91,7 +103,10 @@ def of_table(checks, text, document, changes):
         verdicts(checks, said, records, runs, document)
         for label, rows_, _ in parts:
             modules(checks, label, rows_.split("\n"), records)
-        told = [line for p in after for line in p.split("\n")]
+        for p in after:
+            if p.startswith("decode tokens/s  "):
+                pivot(checks, p.split("\n")[1:], document)
+        told = [line for p in after if not p.startswith("decode tokens/s  ") for line in p.split("\n")]
         warnings(checks, [line[len("warning: "):] for line in told if line.startswith("warning: ")], records)
         notes(checks, [line for line in told if not line.startswith("warning: ")], document, set(runs))
     checks.equal([name(r) for r in taker.left], [], "records that no row shows")

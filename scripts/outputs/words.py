@@ -37,7 +37,9 @@ def title(checks, text, records, document):
 
 
 def scope(workload):
-    return [workload["batch_size"], workload["n_image"] + workload["n_prompt"], workload["n_gen"]]
+    """Sequences, tokens of a picture where there are any, of prompt and generation, and the depth, which stands where it is not 0."""
+    image = [workload["n_image"]] if workload["n_image"] else []
+    return [workload["batch_size"], *image, workload["n_prompt"], workload["n_gen"], workload["n_depth"]]
 
 
 def verdict(checks, text, records, document):
@@ -88,7 +90,7 @@ def verdict(checks, text, records, document):
         (rf"takes {n} GiB more peak memory than fp16's {n}", taken),
         (rf"on {n} % of next tokens", lambda m: numbers(m, percent(quality("top1_agreement"))(r()), "top-1")),
         (rf"in {n} GiB", lambda m: numbers(m, [at("card_bytes", scale=GIB)(records[0])], "card")),
-        (rf"batch {n}, {n}\+{n} tokens", lambda m: numbers(m, scope(records[0]["workload"]), "scope")),
+        (rf"batch {n}, (?:{n}\+)?{n}\+{n}(?: @{n})? tokens", lambda m: numbers(m, scope(records[0]["workload"]), "scope")),
         (r"1 new token takes no decode step", lambda m: checks.equal(records[0]["workload"]["n_gen"], 1, "verdict, new tokens")),
         (r"the prompt is processed at", lambda m: state.update(speed="prefill_tps")),
         (r"generated tokens over all of the time", lambda m: state.update(speed="output_tps")),
