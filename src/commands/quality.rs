@@ -13,6 +13,6 @@ use crate::{harness, report};
 pub fn quality(args: &QualityArgs) -> Result<ExitCode> {
     let request = Request::for_quality(args, report::shareable_command(std::env::args()))?;
     let events = Progress::new(request.quiet);
-    let measured = run::each(&request.cases, |case| harness::quality(case, &events))?;
-    run::show(&request, &run::document(&request, measured.concat()))
+    let (measured, others) = run::each(&request.cases, |case| harness::quality(case, &events))?;
+    run::and(run::show(&request, &run::document(&request, measured.concat())), others)
 }

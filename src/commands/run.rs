@@ -26,43 +26,48 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let document = |records| self::document(&request, records);
     match against {
         None => {
-            let measured = each(&request.cases, |case| harness::run(case, &events))?;
-            show(&request, &document(measured.concat()))
+            let (measured, others) = each(&request.cases, |case| harness::run(case, &events))?;
+            and(show(&request, &document(measured.concat())), others)
         }
         Some((Against::Baseline(base), judgement)) => {
-            let measured = each(&request.cases, |case| harness::run(case, &events))?;
+            let (measured, others) = each(&request.cases, |case| harness::run(case, &events))?;
             let new = document(measured.concat());
-            let shown = show(&request, &new);
+            let shown = and(show(&request, &new), others);
             let judged = judge(&request, (&base, &new), &judgement);
             Ok(regressed_or(both(shown, judged)?))
         }
         Some((Against::Binary(other), judgement)) => {
-            let measured = each(&request.cases, |case| harness::run_ab(case, &other, &events))?;
+            let (measured, others) = each(&request.cases, |case| harness::run_ab(case, &other, &events))?;
             let (base, new): (Vec<_>, Vec<_>) = measured.into_iter().unzip();
             let all = document([base.concat(), new.concat()].concat());
             let (base, new) = (document(base.concat()), document(new.concat()));
-            let shown = show_parts(&request, &all, &new);
+            let shown = and(show_parts(&request, &all, &new), others);
             let judged = judge(&request, (&base, &new), &judgement);
             Ok(regressed_or(both(shown, judged)?))
         }
     }
 }
 
-/// Results of `measure` for each case. A case that cannot run ends the others before the first; after others have run it is reported, so that
-/// their results are not lost.
-pub fn each<T>(cases: &[Case], measure: impl Fn(&Case) -> Result<T>) -> Result<Vec<T>> {
+/// Results of `measure` for each case, and the error of a case that could not run after others had: their results are not lost, and the run
+/// fails all the same. A case that cannot run ends the others before the first.
+pub fn each<T>(cases: &[Case], measure: impl Fn(&Case) -> Result<T>) -> Result<(Vec<T>, Result<()>)> {
     for case in cases.iter().filter(|_| cases.len() > 1) {
         harness::check(case)?;
     }
-    let mut measured = Vec::new();
+    let (mut measured, mut others) = (Vec::new(), Ok(()));
     for case in cases.iter().take_while(|_| !interrupt::is_requested()) {
         match measure(case) {
             Ok(result) => measured.push(result),
             Err(error) if measured.is_empty() => return Err(error),
-            Err(error) => ui::print_error(&error),
+            Err(error) => others = and(others, Err(error)),
         }
     }
-    Ok(measured)
+    Ok((measured, others))
+}
+
+/// The first result, if the second is no error; both errors are reported.
+pub fn and<T>(first: Result<T>, second: Result<()>) -> Result<T> {
+    both(first, second).map(|(first, ())| first)
 }
 
 /// What was measured, with the card that was asked about.
@@ -148,7 +153,7 @@ fn write_files(request: &Request, document: &Document) -> Result<()> {
     };
     let mut all = Ok(());
     for one in request.files.iter().map(write) {
-        all = both(all, one).map(drop);
+        all = and(all, one);
     }
     all
 }
@@ -189,5 +194,31 @@ fn exit_code(records: &[Record], allow_oom: bool) -> ExitCode {
     match records.iter().all(passes) {
         true => ExitCode::SUCCESS,
         false => ExitCode::from(1),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    #[test]
+    fn a_case_that_fails_behind_others_fails_the_run_and_keeps_theirs() {
+        let cli = Cli::try_parse_from(["quantbench", "-p", "1,2,3"]).unwrap();
+        let request = Request::new(&cli.run, "a command".to_owned()).unwrap();
+        let turn = Cell::new(0);
+        let measure = |_: &Case| {
+            turn.set(turn.get() + 1);
+            if turn.get() == 2 { Err(anyhow::anyhow!("the second")) } else { Ok(turn.get()) }
+        };
+        let (measured, others) = each(&request.cases, measure).unwrap();
+        assert_eq!(measured, [1, 3]);
+        assert_eq!(others.unwrap_err().to_string(), "the second");
+        let first = each(&request.cases, |_| -> Result<()> { Err(anyhow::anyhow!("the first")) });
+        assert_eq!(first.unwrap_err().to_string(), "the first");
     }
 }
