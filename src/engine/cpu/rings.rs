@@ -42,7 +42,7 @@ impl Rings {
         if self.caches.is_empty() || self.is_stale || position == 0 || self.mark == Some(position) {
             return;
         }
-        let regions = self.caches.iter().flat_map(|cache| [2 * cache.0, 2 * cache.0 + 1]);
+        let regions = regions(&self.caches);
         self.saved.resize(2 * self.caches.len(), Vec::new());
         for (saved, region) in self.saved.iter_mut().zip(regions) {
             saved.clear();
@@ -77,8 +77,7 @@ impl Rings {
         if position == 0 {
             self.written = 0;
         } else if !is_whole && self.mark == Some(position) {
-            let regions = self.caches.iter().flat_map(|cache| [2 * cache.0, 2 * cache.0 + 1]);
-            for (saved, region) in self.saved.iter().zip(regions) {
+            for (saved, region) in self.saved.iter().zip(regions(&self.caches)) {
                 memory.region_mut(region).copy_from_slice(saved);
             }
             self.written = position;
@@ -95,4 +94,9 @@ impl Rings {
         (self.written, self.mark) = (0, None);
         Some(self.history[..position].to_vec()).filter(|tokens| !tokens.is_empty())
     }
+}
+
+/// Regions of the caches' keys and values.
+fn regions(caches: &[CacheId]) -> impl Iterator<Item = usize> {
+    caches.iter().flat_map(|cache| [2 * cache.0, 2 * cache.0 + 1])
 }
