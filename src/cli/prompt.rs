@@ -35,7 +35,7 @@ fn prompt(args: &PromptArgs) -> Result<PromptChoice, BadInput> {
     }
 }
 
-/// Of a text: more than any context holds, and less than the memory of a machine that measures.
+/// Bound on a text: more than any context holds, and less than the memory of a machine that measures.
 const MOST_TEXT_MIB: usize = 64;
 
 /// The text of a file or a pipe.

@@ -29,7 +29,7 @@ pub struct Request {
     pub cases: Vec<Case>,
     /// What goes to stdout.
     pub stdout: &'static Writer,
-    /// What goes to files besides.
+    /// Files to write, each with its writer.
     pub files: Vec<(PathBuf, &'static Writer)>,
     pub options: report::Options,
     pub quiet: bool,

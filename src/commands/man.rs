@@ -28,7 +28,7 @@ struct Page {
     roff: String,
 }
 
-/// Of quantbench itself, then of each command that people type.
+/// Pages of quantbench itself, then of each command that people type.
 fn pages() -> Result<Vec<Page>> {
     let mut root = Cli::command().disable_help_subcommand(true);
     root.build();

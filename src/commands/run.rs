@@ -129,7 +129,7 @@ fn show_parts(request: &Request, in_file: &Document, on_stdout: &Document) -> Re
     Ok(exit_code(&on_stdout.records, request.allow_oom))
 }
 
-/// What is there of a run that the user ended: `interrupted: 4 repeats of each precision are kept`.
+/// Says how much of an interrupted run is kept: `interrupted: 4 repeats of each precision are kept`.
 fn interrupted(records: &[Record], n_cases: usize) -> String {
     let counts: Vec<usize> = records.iter().map(|record| record.samples.end_to_end_ns.len()).collect();
     let (least, most) = (counts.iter().min().copied().unwrap_or(0), counts.iter().max().copied().unwrap_or(0));

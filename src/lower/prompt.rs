@@ -6,7 +6,7 @@ use crate::plan::{CacheScope, Mask, Model, Op};
 const MOST_ROWS: usize = 4096;
 /// No call is cut below this.
 const LEAST_ROWS: usize = 256;
-/// What a call may hold in activations, where fewer rows help.
+/// Bound on the activations of a call, where fewer rows help.
 pub const CALL_BYTES: u64 = 448 << 20;
 
 /// The most rows of a decoder's call, where `bytes` says what a call of so many holds: a power of two, or no limit where rows see later ones.

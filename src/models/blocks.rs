@@ -38,7 +38,7 @@ impl NormStyle {
     }
 }
 
-/// Where a block normalises.
+/// Place of the norms in a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormPlace {
     /// `x += attention(norm(x))`, `x += feed_forward(norm(x))`
@@ -107,7 +107,7 @@ pub struct DecoderSpec<'a> {
     /// The token whose rows are image features.
     pub image: Option<u32>,
     pub head_bias: bool,
-    /// Of the logits.
+    /// Soft-cap of the logits.
     pub softcap: Option<Softcap>,
 }
 

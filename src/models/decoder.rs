@@ -27,7 +27,7 @@ pub struct Defaults {
     pub tied: bool,
 }
 
-/// What every decoder's config.json says alike, checked.
+/// Values that every decoder's config.json has, checked.
 #[derive(Debug, Clone)]
 pub struct DecoderConfig {
     pub vocab_size: usize,

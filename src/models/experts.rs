@@ -100,5 +100,5 @@ impl ExpertsBlock {
     }
 }
 
-/// Of all layers; beyond any model's.
+/// Bound on the experts of all layers, above any model's.
 const MOST_EXPERTS: usize = 1 << 17;

@@ -101,7 +101,7 @@ pub fn decoder(b: &mut Builder, path: &Path, config: &Config, mask: Mask, image:
     })
 }
 
-/// What every Gemma has around its blocks: `(1 + w)` norms and scaled embeddings.
+/// Parts of every Gemma around its blocks: `(1 + w)` norms and scaled embeddings.
 pub fn around(config: &DecoderConfig, image: Option<u32>) -> DecoderSpec<'_> {
     DecoderSpec {
         norm: NormStyle::Rms { kind: VectorKind::NormOffset, epsilon: config.epsilon },

@@ -40,7 +40,7 @@ pub const NESTED: Architecture =
 const GLOBAL_THETA: f64 = 1_000_000.0;
 const LOCAL_THETA: f64 = 10_000.0;
 
-/// What says how pictures are read.
+/// Keys of the nested form: they say how pictures are read.
 const NESTED_RULE: Rule = Rule {
     harmless: &[
         HARMLESS,
@@ -117,7 +117,7 @@ fn text(keys: &Keys, path: &Path, architecture: &'static str, outer: Option<Oute
     Ok(b.finish(config.clone().metadata(architecture, global.context())))
 }
 
-/// Of global layers, which alone are scaled, and of windowed ones: two sections in files of transformers 5.
+/// Rotary settings of global layers, which alone are scaled, and of windowed ones: two sections in files of transformers 5.
 fn ropes(keys: &Keys, config: &DecoderConfig) -> Result<(RopeSettings, RopeSettings)> {
     let local_theta = keys.number_or_null("rope_local_base_freq", Some(LOCAL_THETA))?.unwrap_or(LOCAL_THETA);
     let basis = |theta| RopeBasis { theta, ..config.rope_basis() };

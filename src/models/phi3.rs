@@ -30,7 +30,7 @@ const DEFAULTS: Defaults = Defaults {
     tied: false,
 };
 
-/// What the authors' own code reads, and transformers does not.
+/// Keys that the authors' own code reads and transformers does not.
 const RULE: Rule = Rule {
     harmless: &[HARMLESS, &["full_attn_mod", "interpolate_factor"]],
     refused: &[

@@ -44,7 +44,7 @@ fn build(keys: &Keys) -> Result<Model> {
     Ok(b.finish(config.clone().metadata(ARCHITECTURE.model_type, rope.context())))
 }
 
-/// What Qwen3 and its mixtures attend with.
+/// Attention of Qwen3 and its mixtures.
 pub fn attention(config: &DecoderConfig, angles: RopeId, bias: bool, window: Option<Window>) -> AttentionBlock {
     AttentionBlock {
         qkv_bias: bias,

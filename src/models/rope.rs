@@ -68,18 +68,18 @@ pub struct Yarn {
     pub(super) attention_factor: f64,
 }
 
-/// What a family's rotary settings stand on.
+/// Values that a family's rotary settings start from.
 #[derive(Debug, Clone, Copy)]
 pub struct RopeBasis {
     pub head_dim: usize,
     pub rotary: Rotary,
     /// `max_position_embeddings`
     pub max_positions: usize,
-    /// Where a file has none.
+    /// Base where a file has none.
     pub theta: f64,
     /// Positions before scaling, where a file does not say; `None` are those of the config.
     pub original: Option<usize>,
-    /// Whether older files call LongRoPE `su`.
+    /// True if older files call LongRoPE `su`.
     pub knows_su: bool,
 }
 
@@ -123,7 +123,7 @@ impl RopeSettings {
         Ok(settings)
     }
 
-    /// Of one section, where there is one, of the file that `keys` are the top of; `basis` has the base of sections without one.
+    /// Reads one section, where there is one, of the file that `keys` are the top of; `basis` has the base of sections without one.
     pub fn of(keys: &Keys, chosen: Option<&Keys>, basis: RopeBasis) -> Result<Self> {
         let RopeBasis { head_dim, rotary, max_positions, theta, original, knows_su } = basis;
         let inner = chosen.map(|rope| optional_positive(rope, "rope_theta")).transpose()?.flatten();

@@ -59,7 +59,7 @@ fn build(keys: &Keys) -> Result<Model> {
     Ok(b.finish(config.clone().metadata(ARCHITECTURE.model_type, rope.context())))
 }
 
-/// Whether each layer rotates: `no_rope_layers` is 1 where it does, and without it one layer of `no_rope_layer_interval` does not.
+/// Says for each layer if it rotates: `no_rope_layers` is 1 where it does, and without it one layer of `no_rope_layer_interval` does not.
 fn rotated(keys: &Keys, layers: usize) -> Result<Vec<bool>> {
     let interval = keys.size("no_rope_layer_interval", 4)?;
     match keys.sizes("no_rope_layers")? {

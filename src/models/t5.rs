@@ -30,7 +30,7 @@ const RULE: Rule =
 /// Longer than any text that fits a machine: a length that a user types is checked before its ids are made.
 const LONGEST: usize = 1 << 20;
 
-/// What T5Config and MT5Config have where a file leaves a key out.
+/// Defaults of T5Config and MT5Config for keys that a file leaves out.
 struct Variant {
     model_type: &'static str,
     vocab_size: usize,

@@ -102,10 +102,10 @@ pub static FORMATS: &[FormatId] = &[fp16::ID, int8::ID, nf4::ID, nf4::NO_DOUBLE_
 /// Formats that no user asks for: what some layers are held in at every precision.
 pub static INTERNAL_FORMATS: &[FormatId] = &[fp32::ID];
 
-/// What the others are compared with: the weights without quantization. Vectors are held in it too.
+/// The format that others are compared with: weights without quantization. Vectors are held in it too.
 pub const BASELINE: FormatId = fp16::ID;
 
-/// What holds a checkpoint's own values, uncast: the reference of quality, and what some layers are held in at every precision.
+/// The format that holds a checkpoint's own values, uncast: the reference of quality, and what some layers are held in at every precision.
 pub const EXACT: FormatId = fp32::ID;
 
 /// A matrix of [`EXACT`] from `n * k` row-major values. Fails where there are not as many, and where it is empty.

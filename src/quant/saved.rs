@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use super::Part;
 use crate::error::BadInput;
 
-/// What transformers writes into `quantization_config` about a format.
+/// Keys of `quantization_config` that transformers writes for a format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SavedConfig<'a> {
     /// `load_in_8bit`.
@@ -78,7 +78,7 @@ pub trait SavedForm: Send + Sync {
     /// The tensors of an `[n, k]` matrix, the weight itself first.
     fn companions(&self, n: usize, k: usize) -> Vec<Companion>;
 
-    /// Whether a weight of this dtype is held in this form; `has` says which companions are beside it.
+    /// True if a weight of this dtype is held in this form; `has` says which companions are beside it.
     fn holds(&self, dtype: Dtype, has: &dyn Fn(&str) -> bool) -> bool;
 
     /// The matrix's [`Part`]s. Fails with [`BadInput`] where its texts and tables say something else than its bytes mean here.

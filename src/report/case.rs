@@ -268,7 +268,7 @@ pub fn warnings(case: &Case) -> Vec<String> {
     seen.into_iter().map(line).collect()
 }
 
-/// Of a time in RFC 3339.
+/// The day of a time in RFC 3339.
 pub fn day(timestamp: &str) -> &str {
     timestamp.split('T').next().unwrap_or_default()
 }

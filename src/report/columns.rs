@@ -125,12 +125,12 @@ pub const TAINTED: &str = "*";
 /// Of the column that says what a later run changes.
 const CHANGE: (&str, &str) = ("change", "of decode");
 
-/// What a sheet shows beside the usual columns.
+/// Further columns of a sheet.
 #[derive(Debug, Clone, Copy)]
 pub struct Extent {
     /// Every column that some record has a value for.
     pub wide: bool,
-    /// What later runs change; a page has a table of its own for it.
+    /// Changes by later runs; a page has a table of its own for them.
     pub changes: bool,
 }
 

@@ -52,13 +52,13 @@ pub struct Options {
     pub card_bytes: Option<u64>,
     /// Each warning in full; else they are grouped, and the first few are shown.
     pub all_warnings: bool,
-    /// What each precision wrote, below its table.
+    /// Shows the text of each precision below its table.
     pub show_text: bool,
-    /// Where people read a table.
+    /// Width and colour of what people read.
     pub terminal: Terminal,
 }
 
-/// What a table for people is fitted to. The default is a file: as wide as it comes, without colour.
+/// Width and colour of a table for people. The default is a file: as wide as it comes, without colour.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Terminal {
     /// Tables and texts are folded to so many; `None`: not at all.

@@ -70,7 +70,7 @@ fn beside(others: &[&Record]) -> String {
     }))
 }
 
-/// What the claims hold for, and no further: the title has the machine.
+/// Scope of the claims, without the machine, which the title has.
 fn scope(record: &Record) -> String {
     let weights = if record.weights.source == "random" { ", random weights" } else { "" };
     // Rows from another tool may come from anywhere.

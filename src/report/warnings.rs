@@ -52,7 +52,7 @@ const SHORT: &[(&str, &str)] = &[
     ("outliers", "some repeats are far from the median; something else ran now and then"),
 ];
 
-/// What a busy machine causes, so that it needs no line of its own beside that warning.
+/// Kinds that a busy machine causes: they need no line of their own beside that warning.
 const CAUSED: &[&str] = &["wide_interval", "outliers", "warmup_not_flat"];
 
 /// Warnings of one kind.

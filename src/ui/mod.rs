@@ -25,7 +25,7 @@ pub fn set_color(choice: ColorChoice) {
     let _ = COLOR.set(choice);
 }
 
-/// Whether a stream is coloured: as `--color` says, else where it is a terminal that has colours and `NO_COLOR` is not set.
+/// Decides if a stream is coloured: as `--color` says, else where it is a terminal that has colours and `NO_COLOR` is not set.
 fn is_coloured(is_terminal: bool) -> bool {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     match COLOR.get() {

@@ -22,7 +22,7 @@ const TICK: Duration = Duration::from_secs(1);
 pub struct Progress {
     shown: Shown,
     phase: Arc<Mutex<Phase>>,
-    /// Of the lines; dropping it ends them.
+    /// Handle of the lines; dropping it ends them.
     lines: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
@@ -33,13 +33,13 @@ enum Shown {
     Bar,
 }
 
-/// What is being done.
+/// The current phase.
 struct Phase {
     label: String,
     unit: Unit,
     done: u64,
     total: u64,
-    /// What is known so far, for people.
+    /// The estimate so far, for people.
     status: String,
     began: Instant,
     /// Hidden where no bar is shown, and between phases.

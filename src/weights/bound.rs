@@ -26,7 +26,7 @@ pub struct BoundSource {
     quantized: Option<PreQuantized>,
 }
 
-/// Where the files hold a tensor of the plan.
+/// Place of a tensor of the plan in the files.
 pub struct Located {
     /// Name of the tensor.
     pub tensor: String,

@@ -25,7 +25,7 @@ pub fn shown(value: &Value) -> String {
     }
 }
 
-/// Whether a setting of this value sets nothing: null, false, or of length 0.
+/// True if a setting of this value sets nothing: null, false, or of length 0.
 pub fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,

@@ -159,7 +159,7 @@ impl Checkpoint {
         }
     }
 
-    /// Where its files lie; `None` for random weights.
+    /// Folder of its files; `None` for random weights.
     pub fn folder(&self) -> Option<&Path> {
         match &self.weights {
             Weights::Random { .. } => None,

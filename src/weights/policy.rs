@@ -40,7 +40,7 @@ impl Formats {
         self.precision.is_exact
     }
 
-    /// What holds a matrix that the precision leaves alone.
+    /// Format of a matrix that the precision leaves alone.
     pub fn unquantized(&self) -> &dyn Format {
         self.unquantized.as_ref()
     }

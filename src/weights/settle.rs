@@ -28,7 +28,7 @@ pub fn settle(config: &mut Value, files: Option<&Safetensors>, events: &dyn List
     settle_quantization(config, files, &warn)
 }
 
-/// Of the token embedding and the head, by the names that they have in the files.
+/// The token embedding and the head, by their names in the files.
 struct Head {
     table: Option<String>,
     head: Option<String>,
@@ -139,7 +139,7 @@ fn settle_quantization(
     Ok(Some(said))
 }
 
-/// Whether both formats differ in double quantization at most.
+/// True if both formats differ in double quantization at most.
 fn has_same_codes(a: FormatId, b: FormatId) -> bool {
     a.saved.zip(b.saved).is_some_and(|(a, b)| a.config().quant_type() == b.config().quant_type())
 }

@@ -22,7 +22,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// Whether a precision quantizes it by default.
+    /// True if a precision quantizes it by default.
     pub fn is_quantized(self) -> bool {
         matches!(self, Role::Projection | Role::Expert | Role::Router)
     }
@@ -40,7 +40,7 @@ pub struct Elsewhere {
 /// One matrix of a 3-D tensor, or one vector of a 2-D one: what transformers 5 packs experts into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TensorSlice {
-    /// Of the first dimension, `0..count`.
+    /// Index in the first dimension, in `0..count`.
     pub index: usize,
     pub count: usize,
     /// Row `r` is row `start + r · step` of the `rows` that the tensor has.
@@ -69,7 +69,7 @@ pub struct MatrixSpec {
     pub n: usize,
     pub k: usize,
     pub role: Role,
-    /// Where files without a tensor `name` hold it.
+    /// Place of the values in files without a tensor `name`.
     pub others: Vec<Elsewhere>,
 }
 
@@ -79,7 +79,7 @@ pub struct VectorSpec {
     pub name: String,
     pub len: usize,
     pub kind: VectorKind,
-    /// Where files without a tensor `name` hold it.
+    /// Place of the values in files without a tensor `name`.
     pub others: Vec<Elsewhere>,
 }
 

@@ -161,7 +161,7 @@ impl RowsAttention {
 mod tests {
     use super::*;
 
-    /// What every chip gives a block that asks for no more.
+    /// Shared memory that every chip gives a block without being asked for more.
     #[test]
     fn tiles_fit_the_shared_memory_of_every_chip() {
         for kernel in &ATTEND {

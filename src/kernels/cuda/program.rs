@@ -84,7 +84,7 @@ impl Instruction {
         matvec.partials() * kernel.partial_bytes + matvec.padded() * x_eighths / 8
     }
 
-    /// What it computes, as a trace names it: `2048 x 8192` outputs and inputs of a matrix, several of them joined by `+`.
+    /// Name of the instruction in a trace: `2048 x 8192` outputs and inputs of a matrix, several of them joined by `+`.
     pub fn label(&self) -> String {
         self.matvec().map_or_else(|| "attention".to_owned(), Matvec::label)
     }

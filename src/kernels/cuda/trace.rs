@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-/// As in trace.cuh.
+/// The same as in trace.cuh.
 pub const TRACED_STEPS: usize = 8;
 const HEADER: usize = 16;
 const STAMPS: usize = 8;
 
-/// What a block does. States exclude each other and leave no time out, from the begin of a step to the begin of the next.
+/// State of a block. States exclude each other and leave no time out, from the begin of a step to the begin of the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum State {
     /// From the launch to the first instruction: tables, the first instructions, and in the trace alone a tick of the timer.

@@ -208,7 +208,7 @@ fn many_rows(matrix: &MatrixDesc, x: &SharedInput, rows: &QuantizedRows) -> Many
     }
 }
 
-/// Whether m rows are worth gathering outlier columns first, of activations and weights.
+/// True if m rows are worth gathering outlier columns first, of activations and weights.
 pub fn gathers(m: usize, threshold: f32) -> bool {
     m >= GATHERED_ROWS && !threshold.is_nan()
 }

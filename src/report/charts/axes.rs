@@ -89,7 +89,7 @@ impl Plot {
         Self { x, y: None, left: MARGIN, right: width - MARGIN, top: 0.0, bottom: height - FOOT }
     }
 
-    /// Where a pair of values stands.
+    /// Position of a pair of values.
     pub fn at(&self, (x, y): (f64, f64)) -> (f64, f64) {
         let down = self.y.as_ref().map_or(0.0, |axis| axis.share(y));
         (self.x_at(x), self.bottom - (self.bottom - self.top) * down)

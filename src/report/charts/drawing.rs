@@ -4,16 +4,16 @@ use std::fmt::Write;
 
 use crate::report::markup::escape;
 
-/// What something is drawn in. The page has a light and a dark colour for each.
+/// Colour of a shape. The page has a light and a dark colour for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Paint {
     Ink,
     Muted,
     Grid,
     Limit,
-    /// Of a precision, by its place among those of the document.
+    /// Colour of a precision, by its place among those of the document.
     Precision(usize),
-    /// Of a part of memory, so that no part looks like a precision.
+    /// Colour of a part of memory, so that no part looks like a precision.
     Part(usize),
 }
 
@@ -66,7 +66,7 @@ impl Target {
     }
 }
 
-/// Where a text stands against its point.
+/// Side of a point on which its text stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Anchor {
     Start,
@@ -103,7 +103,7 @@ enum Item {
         paint: Paint,
         text: String,
     },
-    /// What follows up to [`Item::Close`] shows these words when a pointer is over it.
+    /// Items up to [`Item::Close`] show these words when a pointer is over it.
     Open(String),
     Close,
 }
@@ -153,7 +153,7 @@ impl Drawing {
         self.items.push(Item::Text { at, anchor, paint, text: text.into() });
     }
 
-    /// What `draw` draws shows `words` when a pointer is over it.
+    /// Shapes that `draw` adds show `words` when a pointer is over it.
     pub fn marked(&mut self, words: impl Into<String>, draw: impl FnOnce(&mut Self)) {
         self.items.push(Item::Open(words.into()));
         draw(self);

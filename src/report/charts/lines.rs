@@ -18,7 +18,7 @@ pub struct Curve {
     pub name: String,
     pub paint: Paint,
     pub is_dashed: bool,
-    /// What the line says when a pointer is over it.
+    /// Words of the line when a pointer is over it.
     pub words: String,
     /// From left to right.
     pub points: Vec<Point>,
@@ -29,7 +29,7 @@ pub struct Point {
     pub x: f64,
     pub y: f64,
     pub interval: Option<(f64, f64)>,
-    /// What the point says when a pointer is over it; one without words has no dot.
+    /// Words of the point when a pointer is over it; one without words has no dot.
     pub words: Option<String>,
 }
 

@@ -24,7 +24,7 @@ pub struct Chart {
     /// Short and unique within a case: part of ids and file names.
     pub name: &'static str,
     pub title: String,
-    /// What a reader must know to read it, if anything.
+    /// A hint for reading it, if it needs one.
     pub note: Option<String>,
     /// One sentence that says what a reader would see.
     pub description: String,

@@ -12,7 +12,7 @@ const RADIUS: f64 = 6.0;
 /// Height of a line of text.
 const LINE: f64 = 14.0;
 
-/// Of a name beside its point, at most.
+/// Greatest width of a name beside its point.
 const NAME: f64 = 150.0;
 
 struct Point<'a> {
@@ -86,7 +86,7 @@ fn drawn(points: &[Point], best: &[usize], (gib, tps): (f64, f64)) -> Drawing {
     drawing
 }
 
-/// Of pairs of size and speed, those that no other is as small and as fast as, the smallest first.
+/// Finds the pairs of size and speed that no other is as small and as fast as, the smallest first.
 fn pareto(points: &[(f64, f64)]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..points.len()).collect();
     order.sort_by(|&a, &b| points[a].0.total_cmp(&points[b].0).then(points[b].1.total_cmp(&points[a].1)));
@@ -115,7 +115,7 @@ impl Place {
     }
 }
 
-/// Where the name of each dot has its middle: to the right or left of it, on its height or some lines off, where it covers no dot and no
+/// Places the middle of the name of each dot: to the right or left of it, on its height or some lines off, where it covers no dot and no
 /// name, within the picture.
 fn labels(dots: &[(f64, f64)], widths: &[f64]) -> Vec<(f64, f64)> {
     let dot = |&(x, y): &(f64, f64)| Place { x, y, half_width: RADIUS, half_height: RADIUS };

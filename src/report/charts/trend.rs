@@ -52,7 +52,7 @@ fn speed(record: &Record) -> Option<(f64, Option<(f64, f64)>)> {
     Some((summary.median.filter(|median| median.is_finite())?, summary.ci95_low.zip(summary.ci95_high)))
 }
 
-/// Of all rows, in order of first appearance.
+/// Names of all rows, in order of first appearance.
 fn names(runs: &[&Run]) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     for name in runs.iter().flat_map(|run| run.records).map(case::name) {

@@ -62,7 +62,7 @@ impl Gate {
         }
     }
 
-    /// Where it is on a number.
+    /// Its metric, if the gate is on a number.
     pub fn metric(&self) -> Option<&'static Metric> {
         match self.key {
             Key::Metric(metric) => Some(metric),

@@ -76,12 +76,12 @@ fn quoted(text: &str) -> String {
     if text.is_empty() { "none".to_owned() } else { format!("`{}`", case::plain(text)) }
 }
 
-/// Whether both did the same work, whatever the machine.
+/// True if both did the same work, on any machines.
 pub fn same_work(a: &Record, b: &Record) -> bool {
     differences(&work(a), &work(b)).is_empty()
 }
 
-/// Whether both did the same work on the same machine.
+/// True if both did the same work on the same machine.
 pub fn same_series(a: &Record, b: &Record) -> bool {
     same_work(a, b) && same_engine(a, b) && differences(&machine(a), &machine(b)).is_empty()
 }

@@ -13,7 +13,7 @@ use crate::record::{Record, SCHEMA_VERSION, Status};
 use crate::report::case;
 use crate::stats::{self, Interval};
 
-/// What is checked, and against how many earlier runs at most.
+/// Gates, and the most earlier runs to check against.
 pub struct CheckRules {
     pub gates: Vec<Gate>,
     pub n_last: usize,
@@ -89,7 +89,7 @@ struct Series<'a> {
     past: Vec<&'a Record>,
     n_disturbed: usize,
     n_failed: usize,
-    /// Of the same work on other machines.
+    /// Number of runs of the same work on other machines.
     n_elsewhere: usize,
 }
 
@@ -144,7 +144,7 @@ fn judged(gate: &Gate, series: &Series) -> Result<Found, Nothing> {
     Ok(judge::found(gate, metric.better, (base, new), (new / base, ratio), &why))
 }
 
-/// Of a number that a logarithm has.
+/// Value of the metric where it has a logarithm.
 fn positive(metric: &Metric, record: &Record) -> Option<f64> {
     metric.value(record).filter(|value| value.is_finite() && *value > 0.0)
 }
@@ -163,7 +163,7 @@ fn against(values: &[f64], new: f64) -> (f64, Option<Interval>) {
     (mean.exp(), interval)
 }
 
-/// What a reader should know of the runs.
+/// Notes on the runs.
 fn notes(series: &[Series]) -> Vec<String> {
     let longest = series.iter().map(|series| series.past.len()).max().unwrap_or(0);
     let note = |series: &Series| {

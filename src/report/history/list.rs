@@ -38,7 +38,7 @@ struct Series {
     first: String,
     last: String,
     commit: String,
-    /// Of the newest run that gave one.
+    /// Value of the newest run that gave one.
     decode_tps: Option<f64>,
     /// Over all runs that gave one.
     decode_tps_median: Option<f64>,
@@ -58,7 +58,7 @@ fn all(records: &[Record]) -> Vec<Series> {
     groups.iter().map(|group| series(group)).collect()
 }
 
-/// Of records in the order of time, never empty.
+/// Summarises records in the order of time, never empty.
 fn series(records: &[&Record]) -> Series {
     let (first, last) = (records[0], records[records.len() - 1]);
     let values: Vec<f64> = records.iter().filter_map(|record| record.metrics.get("decode_tps")?.median).collect();

@@ -19,10 +19,10 @@ use super::{json, read, write_file};
 use crate::error::BadInput;
 use crate::record::{Document, Record, SCHEMA_VERSION};
 
-/// What keeps two branches that both added runs from a conflict in git: their lines are joined.
+/// Makes git join the lines of two branches that both added runs.
 const ATTRIBUTES: (&str, &str) = (".gitattributes", "*.jsonl merge=union\n");
 
-/// What [`add`] did.
+/// Result of [`add`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Added {
     pub n_new: usize,

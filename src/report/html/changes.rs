@@ -118,7 +118,7 @@ impl Verdict {
         }
     }
 
-    /// Where all of `low` to `high`, ends of new less base, lies on one side of 0.
+    /// Better or worse, if the interval `low` to `high` of new less base lies on one side of 0.
     fn of(better: Better, low: f64, high: f64) -> Self {
         let is_higher = better == Better::Higher;
         match (low, high) {

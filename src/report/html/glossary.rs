@@ -57,7 +57,7 @@ const TERMS: &[(&str, &str)] = &[
     ("run", "what was measured together: one command at one time"),
 ];
 
-/// Of a column's head.
+/// Finds the term of a column's head.
 pub fn meaning(name: &str) -> Option<&'static str> {
     TERMS.iter().find(|(term, _)| *term == name).map(|(_, meaning)| *meaning)
 }

@@ -25,7 +25,7 @@ pub const WRITER: Writer = Writer {
 const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("script.js");
 
-/// What the page may do: show itself. It fetches nothing and sends nothing.
+/// Content security policy: the page fetches nothing and sends nothing.
 const POLICY: &str = include_str!("policy.txt");
 
 /// A case with its charts, under the number that its ids and file names bear.
@@ -36,7 +36,7 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// Of more runs than can stand beside each other, the newest alone.
+    /// Keeps the newest of more runs than can stand beside each other.
     fn newest_of_many(&self) -> Option<Case<'_>> {
         (self.case.runs.len() > charts::MAX_RUNS).then(|| self.case.newest())
     }

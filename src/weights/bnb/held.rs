@@ -27,7 +27,7 @@ const OTHERS: &[&str] = &[
     ".W_q",
 ];
 
-/// What quantized matrices are held in.
+/// Format of quantized matrices.
 #[derive(Debug, Default)]
 pub struct Held {
     /// Formats that hold any, in the order of the table.

@@ -17,7 +17,7 @@ use super::settings::TokenizerSettings;
 use crate::error::BadInput;
 use crate::weights::open::read_json;
 
-/// Where transformers writes a template of its own; it counts before that of tokenizer_config.json.
+/// File that transformers writes a template into; it counts before that of tokenizer_config.json.
 const FILE: &str = "chat_template.jinja";
 
 /// Bytes of a template that is read: the longest published ones have 30 kB.
@@ -43,7 +43,7 @@ pub struct ChatTemplate {
     tokens: BTreeMap<String, String>,
 }
 
-/// What one side says.
+/// A message of one side.
 #[derive(Debug, Clone, Serialize)]
 pub struct ChatMessage<'a> {
     /// `system`, `user` or `assistant`.
