@@ -120,23 +120,11 @@ impl Verdict {
 
     /// Better or worse, if the interval `low` to `high` of new less base lies on one side of 0.
     fn of(better: Better, low: f64, high: f64) -> Self {
-        let is_higher = better == Better::Higher;
+        let moved = |is_up: bool| if is_up == (better == Better::Higher) { Self::Better } else { Self::Worse };
         match (low, high) {
             (0.0, 0.0) => Self::Same,
-            _ if low > 0.0 => {
-                if is_higher {
-                    Self::Better
-                } else {
-                    Self::Worse
-                }
-            }
-            _ if high < 0.0 => {
-                if is_higher {
-                    Self::Worse
-                } else {
-                    Self::Better
-                }
-            }
+            _ if low > 0.0 => moved(true),
+            _ if high < 0.0 => moved(false),
             _ => Self::NotShown,
         }
     }
