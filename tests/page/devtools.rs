@@ -1,5 +1,6 @@
 //! A real browser over its DevTools protocol, which Chromium speaks as JSON between zero bytes on file descriptors 3 and 4.
 
+use std::collections::VecDeque;
 use std::env;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -36,6 +37,8 @@ pub struct Browser {
     process: Child,
     requests: ChildStdin,
     messages: Receiver<Value>,
+    /// Events that came while an answer was waited for, oldest first.
+    events: VecDeque<Value>,
     last_id: u64,
     session: String,
     /// Errors and warnings of the console since they were last asked for.
@@ -73,8 +76,8 @@ impl Browser {
                 bytes.clear();
             }
         });
-        let mut browser =
-            Self { process, requests, messages, last_id: 0, session: String::new(), console: Vec::new(), folder };
+        let (events, session, console) = (VecDeque::new(), String::new(), Vec::new());
+        let mut browser = Self { process, requests, messages, events, last_id: 0, session, console, folder };
         let target = browser.call("Target.createTarget", json!({"url": "about:blank"}))["targetId"].clone();
         let session = browser.call("Target.attachToTarget", json!({"targetId": target, "flatten": true}));
         browser.session = session["sessionId"].as_str().expect("a session").to_owned();
@@ -94,20 +97,32 @@ impl Browser {
         }
         self.requests.write_all(format!("{request}\0").as_bytes()).expect("write to the browser");
         let id = self.last_id;
-        let answer = self.wait(&format!("an answer to {method}"), |message| message["id"] == id);
+        let answer = loop {
+            let message = self.receive(&format!("answer to {method}"));
+            if message["id"] == id {
+                break message;
+            }
+            self.events.push_back(message);
+        };
         assert!(answer.get("error").is_none(), "{method}: {}", answer["error"]);
         answer["result"].clone()
     }
 
-    /// The next message that `is_meant`; what the console says on the way is kept.
-    fn wait(&mut self, what: &str, is_meant: impl Fn(&Value) -> bool) -> Value {
+    /// The next event that `is_meant`, which may have come before the answer to the command that caused it.
+    fn event(&mut self, what: &str, is_meant: impl Fn(&Value) -> bool) -> Value {
         loop {
-            let message = self.messages.recv_timeout(PATIENCE).unwrap_or_else(|error| panic!("no {what}: {error}"));
-            self.console.extend(complaint(&message));
-            if is_meant(&message) {
-                return message;
+            let event = self.events.pop_front().unwrap_or_else(|| self.receive(what));
+            if is_meant(&event) {
+                return event;
             }
         }
+    }
+
+    /// The next message; what it says of the console is kept.
+    fn receive(&mut self, what: &str) -> Value {
+        let message = self.messages.recv_timeout(PATIENCE).unwrap_or_else(|error| panic!("no {what}: {error}"));
+        self.console.extend(complaint(&message));
+        message
     }
 
     /// Opens a file in a window of this width and waits until it is loaded.
@@ -117,8 +132,9 @@ impl Browser {
         let scheme = if is_dark { "dark" } else { "light" };
         let features = json!({"features": [{"name": "prefers-color-scheme", "value": scheme}]});
         self.call("Emulation.setEmulatedMedia", features);
+        self.events.clear();
         self.call("Page.navigate", json!({"url": format!("file://{}", file.display())}));
-        self.wait("load of the page", |message| message["method"] == "Page.loadEventFired");
+        self.event("load of the page", |event| event["method"] == "Page.loadEventFired");
     }
 
     /// The value of a JavaScript expression.
@@ -182,11 +198,12 @@ impl Browser {
         std::fs::create_dir_all(&folder).expect("a folder");
         let behavior = json!({"behavior": "allowAndName", "downloadPath": folder, "eventsEnabled": true});
         self.call("Browser.setDownloadBehavior", behavior);
+        self.events.clear();
         self.click(selector);
-        let is_done = |message: &Value| {
-            message["method"] == "Browser.downloadProgress" && message["params"]["state"] == "completed"
-        };
-        let done = self.wait("file", is_done);
+        let is_ended =
+            |event: &Value| event["method"] == "Browser.downloadProgress" && event["params"]["state"] != "inProgress";
+        let done = self.event("file", is_ended);
+        assert_eq!(done["params"]["state"], "completed", "{done}");
         let name = done["params"]["guid"].as_str().expect("a name");
         std::fs::read_to_string(folder.join(name)).expect("the saved file")
     }

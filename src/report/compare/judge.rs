@@ -91,7 +91,7 @@ fn token_ids(base: &Record, new: &Record) -> Result<Found, Nothing> {
 
 /// A number that decides by itself.
 fn number(gate: &Gate, metric: &Metric, base: &Record, new: &Record) -> Result<Found, Nothing> {
-    if metric.path.starts_with("quality.") && !same_text(base.quality.as_ref(), new.quality.as_ref()) {
+    if !are_comparable(metric, base, new) {
         return Err(Nothing(Some("quality was not measured on the same text, or not on both sides".into())));
     }
     let (Some(a), Some(b)) = (metric.value(base), metric.value(new)) else { return Err(Nothing(None)) };
@@ -110,6 +110,11 @@ fn number(gate: &Gate, metric: &Metric, base: &Record, new: &Record) -> Result<F
     let verdict = if worse { Verdict::Regressed } else { Verdict::Ok };
     let change = change.is_finite().then_some(change);
     Ok(Found { base: Some(a), new: Some(b), change, interval: None, verdict, reason: None })
+}
+
+/// False for a number of quality that was not measured on the same text.
+pub fn are_comparable(metric: &Metric, base: &Record, new: &Record) -> bool {
+    !metric.path.starts_with("quality.") || same_text(base.quality.as_ref(), new.quality.as_ref())
 }
 
 fn same_text(base: Option<&Quality>, new: Option<&Quality>) -> bool {

@@ -9,7 +9,7 @@ pub(super) mod pairs;
 mod text;
 
 pub use gate::{DEFAULT_GATES, Gate, Kind, gates};
-pub use judge::change;
+pub use judge::{are_comparable, change};
 pub use text::{CompareFormat, FORMATS, find};
 
 use serde::Serialize;

@@ -131,7 +131,7 @@ impl Verdict {
 }
 
 fn found(row: &'static Row, base: &Record, new: &Record) -> Option<Found> {
-    let metric = metrics::find(row.key)?;
+    let metric = metrics::find(row.key).filter(|metric| compare::are_comparable(metric, base, new))?;
     let (a, b) = (metric.value(base)? / row.divisor, metric.value(new)? / row.divisor);
     let digits = if row.key == "kl_mean" { 5 } else { decimals(a.abs().max(b.abs())) };
     let (change, verdict) = judged(row, metric, (base, a), (new, b));
@@ -180,6 +180,18 @@ mod tests {
         ] {
             assert_eq!(Verdict::of(better, low, high), verdict, "{low} to {high}");
         }
+    }
+
+    #[test]
+    fn quality_on_another_text_is_no_change() {
+        let text = include_str!("../../../tests/golden/records/with_quality.json");
+        let document: crate::record::Document = serde_json::from_str(text).expect("an example");
+        let base = document.records.last().expect("a record");
+        let kl = ROWS.iter().find(|row| row.key == "kl_mean").expect("a row");
+        assert_eq!(found(kl, base, base).expect("a change").verdict, Verdict::NotShown);
+        let mut new = base.clone();
+        new.quality.as_mut().expect("quality").text = "another text".to_owned();
+        assert!(found(kl, base, &new).is_none());
     }
 
     #[test]
