@@ -141,8 +141,7 @@ struct Cache {
     q: Vec<f16>,
     k: Vec<f16>,
     v: Vec<f16>,
-    /// `[g, capacity, d_pad]`, NaN where the query must not read. The row that is appended holds numbers before, as the engine's zeros: lanes
-    /// behind d read it, and multiply it by zeros of q.
+    /// `[g, capacity, d_pad]`, NaN where the query must not read.
     keys: Vec<f16>,
     values: Vec<f16>,
     /// Cosine and sine `[capacity, rotary / 2, 2]`.
@@ -167,7 +166,7 @@ impl Case {
         let mut cache = || {
             let mut all = vec![f16::ZERO; self.kv_heads * self.capacity * self.d_pad()];
             for (row, out) in all.chunks_exact_mut(self.d_pad()).enumerate() {
-                let is_held = row % self.capacity < held + usize::from(self.appends);
+                let is_held = row % self.capacity < held;
                 let values = if is_held { halves(self.d) } else { vec![f16::NAN; self.d] };
                 out[..self.d].copy_from_slice(&values);
             }

@@ -190,7 +190,8 @@ __device__ __forceinline__ void attend_together(const Attention &op, const Tags 
             if (before_own >= 0 && before_own < KEYS_AT_ONCE) {
 #pragma unroll
                 for (int i = 0; i < KEY_WORDS; i++)
-                    if (g == before_own && 4 * i + quarter < units) held_keys[i] = ((const uint4 *)own_k)[4 * i + quarter];
+                    // Words behind d meet zeros of q, but what the cache held there before may be no number.
+                    if (g == before_own) held_keys[i] = 4 * i + quarter < units ? ((const uint4 *)own_k)[4 * i + quarter] : make_uint4(0, 0, 0, 0);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
                     if (2 * quarter + i == before_own && g < units) held_values[i] = ((const uint4 *)own_v)[g];
