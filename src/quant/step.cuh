@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/norm_add.cuh"
 #include "quant/dense/dense.cuh"
 
 // Side data is copied lane by lane, and then the weights are as well.
@@ -41,7 +42,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
     uint8_t *converted = (uint8_t *)(x + padded);
     const int eighths = opcode == OPCODE_HALF ? HalfDecoder::CONVERTED_EIGHTHS : opcode == OPCODE_FLOAT ? FloatDecoder::CONVERTED_EIGHTHS : Format::CONVERTED_EIGHTHS;
     uint8_t *partials = converted + padded * eighths / 8;
-    const bool is_normed = matvec.inputs[0].norm != NORM_NONE;
+    const bool is_normed = matvec.inputs[0].norm == NORM_RMS || matvec.inputs[0].norm == NORM_LAYER;
     if (is_normed) prefetch_norm(matvec.inputs[0]);
     // Everything that needs no input values is done before they are ready.
     constexpr bool FORMAT_NEEDS_VALUES = Format::CONVERTED_EIGHTHS > 0;
@@ -58,7 +59,8 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
         stamp(at, STAMP_READY);
     };
     if (!matvec.reuses_input && has_rows) {
-        if (is_normed) normalize(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, sums_of_warps, begin);
+        if (matvec.inputs[0].norm == NORM_CAST) cast_input(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, begin);
+        else if (is_normed) normalize(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, sums_of_warps, begin);
         else if (matvec.inputs[0].is_tagged) read_inputs<true, Format::WORDS_HELD>(matvec, tags, x, begin);
         else read_inputs<false, Format::WORDS_HELD>(matvec, tags, x, begin);
         barrier_sync();
@@ -165,6 +167,11 @@ __device__ __forceinline__ void run_step(const Program &program) {
         };
         const Instruction &instruction = resident[at % RESIDENT_INSTRUCTIONS].instruction;
         if (instruction.opcode == OPCODE_ATTENTION) attend(instruction.attention, tags, at, room, ahead);
+        else if (instruction.opcode >= OPCODE_FEATURED_ATTENTION) {
+            if (instruction.opcode == OPCODE_NORM_ADD) norm_add(instruction.norm_add, tags, at, room, ahead);
+            else attend_wide<true>(instruction.attention, tags, at, room, ahead);
+            pipeline.leave(at);
+        }
         else multiply<Format>(program, resident, at, tags, before, behind, pipeline, shared_pipeline, shared, room, ahead);
         if (at + 1 == n) break;
         // The next instruction reuses shared memory.

@@ -21,6 +21,8 @@ pub fn operations_over_rows() {
         case.norm();
         case.add_and_widen();
         case.activate();
+        case.narrow_and_cut();
+        case.norm_parts();
     }
     append(&mut numbers);
     read();
@@ -158,6 +160,50 @@ impl Case<'_> {
         assert_eq!(memory.read::<f32>(biased, count), all(&|at| a[at] + bias[at % width]));
         let rounded = all(&|at| f16::from_f32(halves[at] + bias[at % width]).to_f32());
         assert_eq!(widened(&memory.read(biased_halves, count)), rounded);
+    }
+
+    fn narrow_and_cut(&mut self) {
+        let (rows, width, count) = (self.rows, self.width, self.rows * self.width);
+        let (floats, halves) = (self.floats(count), self.halves(count));
+        let (start, len) = (width / 3, width - width / 3 - width / 4);
+        let memory = self.memory;
+        let (narrow, cut) = (memory.room::<f16>(count), memory.room::<f16>(rows * len));
+        let host = self.host();
+        // SAFETY: as above.
+        unsafe {
+            on(&host).narrow(count, memory.hold(&floats), narrow).expect("narrow");
+            on(&host).copy_columns(rows, width, (start, len), memory.hold(&halves), cut).expect("copy_columns");
+        }
+        let bits = |values: &[f16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        let rounded: Vec<f16> = floats.into_iter().map(f16::from_f32).collect();
+        assert_eq!(bits(&memory.read(narrow, count)), bits(&rounded));
+        let columns: Vec<f16> = halves.chunks_exact(width).flat_map(|row| row[start..start + len].to_vec()).collect();
+        assert_eq!(bits(&memory.read(cut, rows * len)), bits(&columns));
+    }
+
+    /// Rows of three parts.
+    fn norm_parts(&mut self) {
+        let (rows, len) = (self.rows, self.width);
+        let (x, weight) = (self.halves(rows * 3 * len), self.floats(len));
+        for bias in [None, Some(self.floats(3 * len))] {
+            let at = self.memory.hold(&x);
+            let bias_at = bias.as_ref().map_or(0, |bias| self.memory.hold(bias));
+            // SAFETY: as above.
+            unsafe { on(&self.host()).norm_parts(rows, (3, len), at, bias_at, self.memory.hold(&weight), 1e-5) }
+                .expect("norm_parts");
+            let biased = x.iter().enumerate().map(|(at, x)| match &bias {
+                Some(bias) => f16::from_f32(x.to_f32() + bias[at % (3 * len)]).to_f32(),
+                None => x.to_f32(),
+            });
+            let biased: Vec<f32> = biased.collect();
+            let made = self.memory.read::<f16>(at, x.len());
+            for (x, made) in biased.chunks_exact(len).zip(made.chunks_exact(len)) {
+                for (made, (y, error)) in made.iter().zip(normed(x, &weight, &vec![0.0; len], 0.0)) {
+                    let allowed = 1.01 * (error + f64::from(rounding(y as f32)));
+                    assert!((made.to_f64() - y).abs() <= allowed, "norm of {len}: {made} for {y} within {allowed:e}");
+                }
+            }
+        }
     }
 
     fn activate(&mut self) {

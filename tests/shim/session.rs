@@ -1,6 +1,6 @@
 //! A golden model in host memory, run by the lowering that the engine runs on a GPU.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use half::f16;
 use quantbench::call::Batch;
@@ -15,7 +15,7 @@ use quantbench::lower::cuda::{
     self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, SessionAt, padded, padded_head, prefill,
 };
 use quantbench::plan::fuse::FusedOp;
-use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeId, VectorId};
+use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeByLength, RopeId, VectorId};
 use quantbench::quant::{FormatId, FormatOptions, HalfMatrix, OutlierColumns, Stored};
 use quantbench::weights::policy::Formats;
 use quantbench::weights::spec::VectorKind;
@@ -41,7 +41,8 @@ pub struct Session<'a> {
     matrices: Vec<MatrixDesc>,
     vectors: Vec<u64>,
     caches: Vec<CacheAt>,
-    angles: Vec<u64>,
+    /// Of steps, of calls, and [`lower::length_class`].
+    angles: Vec<(u64, u64, usize)>,
     biases: Vec<BiasAt>,
     session: SessionAt,
     position: usize,
@@ -49,14 +50,30 @@ pub struct Session<'a> {
     steps: usize,
 }
 
+/// The folder of `name` in the first of the golden sets that has one.
+fn find(places: [PathBuf; 2], name: &str) -> PathBuf {
+    let [first, second] = places.map(|folder| folder.join(name));
+    if first.exists() { first } else { second }
+}
+
+fn golden_root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+/// The families' models, as tests/architectures has them: `models/` and `golden/`.
+pub fn architectures() -> PathBuf {
+    std::env::var_os("QUANTBENCH_ARCHITECTURES").map_or(golden_root().join("architectures"), PathBuf::from)
+}
+
 /// The folder of a golden model.
-pub fn folder(name: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(name)
+pub fn folder(name: &str) -> PathBuf {
+    find([golden_root().join("models"), architectures().join("models")], name)
 }
 
 /// Values of a golden tensor, fp32 or int32.
 pub fn golden(model: &str, file: &str, name: &str) -> Vec<f32> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/expected/{model}/{file}.safetensors"));
+    let folder = find([golden_root().join("expected"), architectures().join("golden")], model);
+    let path = folder.join(format!("{file}.safetensors"));
     let bytes = std::fs::read(path).expect("a golden file");
     let tensors = SafeTensors::deserialize(&bytes).expect("a golden file");
     let tensor = tensors.tensor(name).expect("a golden tensor");
@@ -121,10 +138,26 @@ impl<'a> Session<'a> {
             matrices: matrices.collect(),
             vectors: vectors.collect(),
             caches: caches.collect(),
-            angles: model.ropes.iter().map(|rope| memory.hold(&lower::angles(rope, CAPACITY))).collect(),
+            angles: model
+                .ropes
+                .iter()
+                .map(|rope| {
+                    let steps = memory.hold(&lower::step_angles(rope, CAPACITY, 0));
+                    let has_others = matches!(rope.by_length, Some(RopeByLength::DynamicNtk { .. }));
+                    let calls = if has_others { memory.hold(&lower::call_angles(rope, CAPACITY, 0)) } else { steps };
+                    (steps, calls, lower::length_class(rope, 0))
+                })
+                .collect(),
             biases: biases.collect(),
             fused: Vec::new(),
-            buffers: StepMemory { buffers: Vec::new(), partials: 0, arrived: 0, best: 0, counters: 0 },
+            buffers: StepMemory {
+                buffers: Vec::new(),
+                views: Vec::new(),
+                partials: 0,
+                arrived: 0,
+                best: 0,
+                counters: 0,
+            },
             examined: OutlierColumns::default(),
             position: 0,
             encoded: 0,
@@ -164,9 +197,25 @@ impl<'a> Session<'a> {
         let state = [0, self.position as i32, self.steps as i32, self.encoded as i32];
         self.host.memory.write(self.session.state, &state);
         let (rows, position, encoded) = (tokens.len(), self.position, self.encoded);
+        self.set_length(position + rows);
         self.call(CallShape { kind: CallKind::Prompt, batch: Batch::one(position..position + rows), encoded }, &input);
         self.position += rows;
         self.steps += 1;
+    }
+
+    /// Makes the tables those of a sequence that has `length` positions, as the engine does.
+    fn set_length(&mut self, length: usize) {
+        for ((steps, calls, class), rope) in self.angles.iter_mut().zip(&self.model.ropes) {
+            let new = lower::length_class(rope, length);
+            if new != std::mem::replace(class, new) {
+                let angles = if steps == calls {
+                    lower::step_angles(rope, CAPACITY, length)
+                } else {
+                    lower::call_angles(rope, length, length)
+                };
+                self.host.memory.write(*calls, &angles);
+            }
+        }
     }
 
     fn call(&mut self, shape: CallShape, input: &CallInput) {
@@ -258,8 +307,12 @@ impl Addresses for Session<'_> {
         self.caches[id.0]
     }
 
-    fn angles(&self, id: RopeId) -> u64 {
-        self.angles[id.0]
+    fn step_angles(&self, id: RopeId) -> u64 {
+        self.angles[id.0].0
+    }
+
+    fn call_angles(&self, id: RopeId) -> u64 {
+        self.angles[id.0].1
     }
 
     fn bias(&self, id: BiasId) -> BiasAt {

@@ -1,7 +1,7 @@
 //! Whole decode steps of tiny models, each one launch as the engine has it, against the reference runs in tests/golden, and each of
 //! their products against its format's reference.
 
-use quantbench::kernels::cuda::matvec::{InputDesc, NORM_LAYER, NORM_RMS};
+use quantbench::kernels::cuda::matvec::{InputDesc, NORM_CAST, NORM_LAYER, NORM_RMS};
 use quantbench::lower::cuda::Addresses;
 use quantbench::plan::fuse::{FusedInput, FusedOp, FusedPart, Join, MatvecSpec};
 use quantbench::plan::{ActivationKind, BufferId, NormKind, VectorId};
@@ -14,12 +14,14 @@ use super::memory::Memory;
 use super::norms::shown;
 use super::place::{values, widened};
 use super::products::{Expected, expected};
-use super::session::{Session, golden};
+use super::session::{Session, architectures, golden};
 
 /// Tokens that are generated behind a prompt.
 const N_GEN: usize = 5;
 /// Steps of a golden run.
 const GOLDEN_STEPS: usize = 16;
+/// Of a family's at nf4.
+const FAMILY_NF4_STEPS: usize = 3;
 
 /// A precision and the golden logits that it is compared with.
 pub type Case = (&'static str, &'static str, &'static str);
@@ -39,6 +41,24 @@ pub fn decode_steps_of_every_kind_follow_the_reference() {
     decode("t5-tiny", RUNS[0], CHIPS[0], 16);
     decode("t5-odd", RUNS[0], CHIPS[1], 5);
     decode("t5-tied-relu", RUNS[0], CHIPS[2], 5);
+}
+
+/// The families of tests/golden/architectures, each at both precisions or in turn.
+pub fn decode_steps_of_families_follow_the_reference() {
+    for (turn, (model, case)) in combinations(&families(), &RUNS, 1).into_iter().enumerate() {
+        decode(model, case, CHIPS[turn % CHIPS.len()], [16, 5][turn % 2]);
+    }
+}
+
+/// Those that the device runs, or all of the folder that a variable names.
+pub fn families() -> Vec<&'static str> {
+    let folders = std::fs::read_dir(architectures().join("golden")).expect("golden families");
+    let mut names: Vec<String> =
+        folders.map(|folder| folder.expect("a folder").file_name().to_string_lossy().into_owned()).collect();
+    names.retain(|name| !["gpt_oss", "mixtral", "qwen3_moe"].iter().any(|mixture| name.starts_with(mixture)));
+    names.sort();
+    assert!(!names.is_empty());
+    names.into_iter().map(|name| &*name.leak()).collect()
 }
 
 /// The prompt goes through steps too, token by token.
@@ -71,8 +91,8 @@ pub fn follow(
 ) {
     let expected = golden(model, file, &format!("{prefix}{prompt}.step_logits"));
     let expected: Vec<&[f32]> = expected.chunks_exact(session.model.vocab).collect();
-    assert_eq!(expected.len(), GOLDEN_STEPS);
-    for (step, expected) in expected[..n_gen].iter().enumerate() {
+    assert!([GOLDEN_STEPS, FAMILY_NF4_STEPS].contains(&expected.len()));
+    for (step, expected) in expected.iter().take(n_gen).enumerate() {
         if step > 0 {
             session.step();
         }
@@ -139,7 +159,7 @@ impl Products {
     fn of(session: &Session, spec: &MatvecSpec) -> Self {
         let MatvecSpec { inputs, parts, join } = spec;
         let part = |(at, part): (usize, &FusedPart)| {
-            let FusedPart { weight, bias, out: _, activation: _ } = *part;
+            let FusedPart { weight, rows: None, bias, out: _, activation: _ } = *part else { panic!("cut rows") };
             let matrix = &session.model.matrices[weight.0];
             let x = widened(&shown(session.host, input(session, inputs[at.min(inputs.len() - 1)]), matrix.k));
             let name = session.formats.of(matrix.role).id().name;
@@ -160,7 +180,7 @@ impl Products {
     fn check(&self, session: &Session, spec: &MatvecSpec, what: &str) {
         let value = |part: usize, at: usize| Bounded::of(&self.parts[part].0, at, self.parts[part].1[at]);
         let halves = |id: BufferId, n: usize| -> Vec<f32> {
-            let words: Vec<u32> = session.host.memory.read(session.buffers.buffers[id.0].expect("a buffer"), n);
+            let words: Vec<u32> = session.host.memory.read(session.buffers.at(id).expect("a buffer"), n);
             words.iter().map(|word| half::f16::from_bits(*word as u16).to_f32()).collect()
         };
         match spec.join {
@@ -170,6 +190,13 @@ impl Products {
                         let product = value(index, at).rounded();
                         let value = part.activation.map_or(product, |kind| product.activated(number(kind)).rounded());
                         value.check(y, &format!("{what}, part {index} [{at}]"));
+                    }
+                }
+            }
+            Join::Floats => {
+                for (index, part) in spec.parts.iter().enumerate() {
+                    for (at, y) in residual(session, part.out).into_iter().enumerate() {
+                        value(index, at).check(y, &format!("{what}, part {index} [{at}]"));
                     }
                 }
             }
@@ -186,26 +213,30 @@ impl Products {
                     sum.check(y, &format!("{what} [{at}]"));
                 }
             }
-            Join::Argmax => {
+            Join::Argmax { softcap: None } => {
                 for (at, y) in session.logits().into_iter().enumerate() {
                     value(0, at).check(y, &format!("{what}, logit {at}"));
                 }
             }
+            Join::Argmax { softcap: Some(_) } => panic!("capped logits"),
         }
     }
 }
 
 fn residual(session: &Session, x: BufferId) -> Vec<f32> {
     let width = session.model.decoder.buffers[x.0].width;
-    values(&session.host.memory.read(session.buffers.buffers[x.0].expect("a residual"), width))
+    values(&session.host.memory.read(session.buffers.at(x).expect("a residual"), width))
 }
 
 /// The input as the lowering describes it to a kernel.
 fn input(session: &Session, FusedInput { x, norm, scale }: FusedInput) -> InputDesc {
     let vector = |id: VectorId| session.vector(id);
-    let x = session.buffers.buffers[x.0].expect("a buffer");
+    let is_residual = session.model.decoder.embedding().is_some_and(|spec| spec.out == x);
+    let x = session.buffers.at(x).expect("a buffer");
     let plain = InputDesc { x, scale, is_tagged: 1, ..InputDesc::default() };
-    let Some(norm) = norm else { return plain };
+    let Some(norm) = norm else {
+        return if is_residual { InputDesc { norm: NORM_CAST, ..plain } } else { plain };
+    };
     let (kind, norm_bias) = match norm.kind {
         NormKind::Rms => (NORM_RMS, session.session().zeros),
         NormKind::Layer { bias } => (NORM_LAYER, vector(bias)),

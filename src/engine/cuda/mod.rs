@@ -3,6 +3,7 @@
 //!
 //! fp16 activations and cache, fp32 sums and residual stream.
 
+mod angles;
 mod load;
 mod load_chunks;
 mod prefill_graphs;
@@ -16,13 +17,14 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::f16;
 
+use self::angles::Angles;
 use self::prefill_graphs::{PrefillCall, PrefillGraphs};
 use self::step::Step;
 use self::times::StepTimes;
 use self::token_ring::TokenRing;
 use super::memory::{MemoryPool, named};
 use super::needs::cuda_rows_of_call;
-use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
 use crate::call::{Batch, KvFormat};
 use crate::events::Listener;
 use crate::kernels::cuda::cublas::{WORKSPACE_BYTES, Workspace};
@@ -69,8 +71,7 @@ struct Weights {
     matrices: Vec<Box<dyn CudaMatrix>>,
     vectors: Vec<CudaSlice<f32>>,
     caches: Vec<Cache>,
-    /// Laid out by [`lower::angles`].
-    angles: Vec<CudaSlice<f32>>,
+    angles: Vec<Angles>,
     biases: Vec<BiasTable>,
     /// Token, position, step, rows of the encoder.
     state: CudaSlice<i32>,
@@ -114,7 +115,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
     let step = Step::new(&weights, &format!("{}-{}", setup.model.architecture, setup.formats.precision().name))?;
     weights.device.cuda_stream().synchronize()?;
     let (major, minor) = properties.compute_capability;
-    Ok(Loaded {
+    let loaded = Loaded {
         session: Box::new(CudaSession {
             weights,
             step,
@@ -131,7 +132,8 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
         quantize: tensors.quantize,
         fp16_overflow: tensors.fp16_overflow,
         isa: format!("sm_{major}{minor}"),
-    })
+    };
+    Ok(recompute::wrapped(&setup.model.ropes, loaded))
 }
 
 impl Weights {
@@ -151,7 +153,7 @@ impl Weights {
                 || named(device.alloc_zeros(len), len * size_of::<f16>(), || format!("a cache of {capacity} tokens"));
             Ok(Cache { keys: half()?, values: half()?, capacity, d_pad })
         };
-        let angles = |rope: &Rope| device.clone_htod(&lower::angles(rope, setup.capacity));
+        let angles = |rope: &Rope| Angles::new(rope, setup.capacity, &device);
         let vector = |values: &Vec<f32>| device.clone_htod(&padded(values));
         let reach = setup.capacity.max(setup.encoder_capacity);
         let bias = |bias: &RelativeBias| -> Result<BiasTable> {
@@ -170,7 +172,7 @@ impl Weights {
             features,
             vectors: vectors.iter().map(vector).collect::<Result<_, _>>()?,
             caches: model.caches.iter().map(cache).collect::<Result<_>>()?,
-            angles: model.ropes.iter().map(angles).collect::<Result<_, _>>()?,
+            angles: model.ropes.iter().map(angles).collect::<Result<_>>()?,
             biases: model.biases.iter().map(bias).collect::<Result<_>>()?,
             state: device.alloc_zeros(4)?,
             logits: device.alloc_zeros(model.vocab)?,
@@ -191,6 +193,20 @@ impl Weights {
             Some(token) => bail!("token {token} is outside the vocabulary of {}", self.model.vocab),
             None => Ok(()),
         }
+    }
+
+    /// Makes the calls and steps from now on those of a sequence that has `length` positions behind them.
+    fn set_length(&mut self, length: usize) -> Result<()> {
+        let Self { angles, model, capacity, device, .. } = self;
+        let mut ropes = angles.iter_mut().zip(&model.ropes);
+        ropes.try_for_each(|(angles, rope)| angles.set_length(rope, *capacity, length, device))
+    }
+
+    /// The same for steps alone: where each has its frequencies in the table, nothing changes.
+    fn set_step_length(&mut self, length: usize) -> Result<()> {
+        let Self { angles, model, capacity, device, .. } = self;
+        let mut ropes = angles.iter_mut().zip(&model.ropes).filter(|(angles, _)| angles.calls.is_none());
+        ropes.try_for_each(|(angles, rope)| angles.set_length(rope, *capacity, length, device))
     }
 
     /// Token, position, step and encoder rows, before all that is launched from now on.
@@ -223,8 +239,13 @@ impl Addresses for Weights {
         CacheAt { keys, values, capacity: *capacity, d_pad: *d_pad }
     }
 
-    fn angles(&self, id: RopeId) -> u64 {
-        address(&self.angles[id.0], &self.device)
+    fn step_angles(&self, id: RopeId) -> u64 {
+        address(&self.angles[id.0].steps, &self.device)
+    }
+
+    fn call_angles(&self, id: RopeId) -> u64 {
+        let Angles { steps, calls, .. } = &self.angles[id.0];
+        address(calls.as_ref().unwrap_or(steps), &self.device)
     }
 
     fn bias(&self, id: BiasId) -> BiasAt {
@@ -329,6 +350,7 @@ impl Session for CudaSession {
         lower::CALLS.check_batch(batch, tokens.len(), self.position)?;
         self.times.restart();
         self.check_call(tokens)?;
+        self.weights.set_length(self.position + tokens.len())?;
         let (before, last) = tokens.split_at((tokens.len() - 1) / self.rows_of_call * self.rows_of_call);
         for part in before.chunks(self.rows_of_call) {
             self.call(CallKind::Scored, part)?;
@@ -344,6 +366,7 @@ impl Session for CudaSession {
             let capacity = self.weights.capacity;
             bail!("{n} steps at position {} do not fit a cache of {capacity}", self.position);
         }
+        self.weights.set_step_length(self.position + n)?;
         let first = self.steps;
         let mut arrived = 0;
         for queued in 1..=n {
@@ -373,6 +396,7 @@ impl Session for CudaSession {
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
         self.check_call(tokens)?;
+        self.weights.set_length(self.position + tokens.len())?;
         let rows_of_call = self.rows_of_call;
         for (at, part) in tokens.chunks(rows_of_call).enumerate() {
             self.score_call(part, &mut |row, logits| on_row(at * rows_of_call + row, logits))?;

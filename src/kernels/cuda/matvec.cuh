@@ -130,6 +130,31 @@ __device__ __forceinline__ void normalize(const InputDesc &input, const Expected
     for (int at = rest; at < twos; at += THREADS) store(at, two_at(at));
 }
 
+// Waits for x, fp32, and stores it in fp16; zeros behind k up to a multiple of 2.
+template <class OnReady>
+__device__ __forceinline__ void cast_input(const InputDesc &input, const ExpectedTag &expected, __half *out, OnReady on_ready) {
+    constexpr int HELD = 4;
+#pragma unroll 1
+    for (int start = threadIdx.x; start < input.k; start += HELD * THREADS) {
+        uint2 loaded[HELD] = {};
+        for (;;) {
+            uint32_t mismatch = 0;
+#pragma unroll
+            for (int i = 0; i < HELD; i++)
+                if (start + i * THREADS < input.k) loaded[i] = load_relaxed((const uint2 *)input.x + start + i * THREADS);
+#pragma unroll
+            for (int i = 0; i < HELD; i++)
+                if (start + i * THREADS < input.k) mismatch |= expected.mismatch(loaded[i].y);
+            if (expected.ready(mismatch)) break;
+            backoff();
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            if (start + i * THREADS < input.k) out[start + i * THREADS] = __float2half_rn(__half2float(__float2half_rn(__uint_as_float(loaded[i].x))) * input.scale);
+    }
+    on_ready();
+}
+
 // Waits for all inputs without a norm and stores them in fp16, one behind the other: 16 bytes at a time, HELD of them in a thread's registers
 // so that one latency covers them, and the rest one by one. The second input is ready no sooner than the first. A thread calls `on_ready` once
 // it has read its words of 16 bytes.
@@ -324,7 +349,9 @@ __device__ __forceinline__ Partial total_of(const void *room, uint32_t sums_of, 
 __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart &part, int row, const float (&values)[MAX_INPUTS], float residual,
                                         uint32_t tag, unsigned long long &best) {
     float y = values[0] + (matvec.mode == MODE_JOINED ? values[1] : 0.0f);
-    if (part.activation != ACT_NONE) {
+    if (part.activation == ACT_CAP) {
+        y = matvec.softcap * tanhf(y / matvec.softcap);
+    } else if (part.activation != ACT_NONE) {
         y = activate(part.activation, __half2float(__float2half_rn(y)));
         if (matvec.mode == MODE_GATED) y = __half2float(__float2half_rn(y)) * __half2float(__float2half_rn(values[1]));
     }
@@ -336,6 +363,8 @@ __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart
         store_relaxed(matvec.residual + row, tagged(residual + y, tag));
     } else if (matvec.output_type == OUTPUT_TAGGED_HALVES) {
         store_relaxed((uint32_t *)part.out + row, tagged(__float2half_rn(y), tag));
+    } else if (matvec.output_type == OUTPUT_TAGGED_FLOATS) {
+        store_relaxed((uint2 *)part.out + row, tagged(y, tag));
     } else if (matvec.output_type == OUTPUT_FLOATS) {
         ((float *)part.out)[row] = y;
     } else {

@@ -60,7 +60,7 @@ impl PartialEq for Family {
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct InputDesc {
-    /// Tagged fp32 `[k]` where it is normed, fp16 otherwise.
+    /// Tagged fp32 `[k]` where it is normed or cast, fp16 otherwise.
     pub x: u64,
     pub norm_weight: u64,
     /// Zeros for an rms norm.
@@ -82,6 +82,10 @@ pub struct InputDesc {
 
 pub const NORM_RMS: i32 = 1;
 pub const NORM_LAYER: i32 = 2;
+/// No norm: the fp32 values of a residual, cast to fp16.
+pub const NORM_CAST: i32 = 3;
+/// An activation: [`Epilogue::softcap`].
+pub const ACT_CAP: i32 = 4;
 
 /// A matrix of a matvec, as `struct MatrixPart`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -126,6 +130,7 @@ pub struct Matvec {
     logits: u64,
     outlier_columns: u64,
     threshold: f32,
+    softcap: f32,
     stride: i32,
     stride_1: i32,
     n_inputs: i32,
@@ -159,6 +164,8 @@ impl RowPartition {
 #[derive(Clone, Copy)]
 pub struct Product {
     pub matrix: MatrixDesc,
+    /// The first of the `n` rows in its matrix, whose addresses `matrix` has; 0 in [`Mode::Apart`].
+    pub first_row: usize,
     /// fp32 `[n]`, or 0.
     pub bias: u64,
     pub out: u64,
@@ -181,6 +188,8 @@ pub enum OutputType {
     Floats = 1,
     /// For a later instruction of the same launch.
     TaggedHalves = 2,
+    /// The same in fp32, for a norm.
+    TaggedFloats = 3,
 }
 
 /// The epilogue of all products of an instruction.
@@ -193,6 +202,8 @@ pub struct Epilogue {
     pub output_type: OutputType,
     /// fp32 `[n]` of the LM head, 0 for every other matrix.
     pub logits: u64,
+    /// The cap of products whose activation is [`ACT_CAP`].
+    pub softcap: f32,
 }
 
 impl Matvec {
@@ -231,6 +242,7 @@ impl Matvec {
             logits: epilogue.logits,
             outlier_columns: epilogue.outlier_columns,
             threshold: first.threshold,
+            softcap: epilogue.softcap,
             stride: dimension(first.stride_bytes)?,
             stride_1: dimension(products.last().map_or(0, |p| p.matrix.stride_bytes))?,
             n_inputs: inputs.len() as i32,
@@ -240,8 +252,8 @@ impl Matvec {
             partitions: [RowPartition::default(); 2],
         };
         matvec.inputs[..inputs.len()].copy_from_slice(&inputs);
-        let part_of = |&Product { matrix, bias, out, activation }: &Product| {
-            Ok(MatrixPart { bias, out, activation, ..matrix.part()? })
+        let part_of = |&Product { matrix, first_row, bias, out, activation }: &Product| {
+            Ok(MatrixPart { bias, out, activation, first_row: -dimension(first_row)?, ..matrix.part()? })
         };
         matvec.set_parts(&products.iter().map(part_of).collect::<Result<Vec<_>>>()?, properties);
         Ok(matvec)
@@ -272,7 +284,7 @@ impl Matvec {
         self.parts = [MatrixPart { first_row: NO_ROW, ..MatrixPart::default() }; MAX_PARTS];
         let (is_apart, mut rows) = (self.mode == Mode::Apart as i32, 0);
         for (place, part) in self.parts.iter_mut().zip(parts) {
-            *place = MatrixPart { first_row: if is_apart { rows } else { 0 }, ..*part };
+            *place = MatrixPart { first_row: if is_apart { rows } else { part.first_row }, ..*part };
             rows = if is_apart { rows + part.n } else { parts[0].n };
         }
         self.partitions = [RowPartition::default(), RowPartition::new(rows as usize, properties.multiprocessors)];
@@ -335,9 +347,11 @@ impl Matvec {
         &self.inputs[..self.n_inputs as usize]
     }
 
-    /// Returns whether results go to `address`, which is not 0.
+    /// Returns whether results go to `address`, which is not 0: those of a matrix may be several buffers in a row.
     pub(super) fn writes(&self, address: u64) -> bool {
-        self.residual == address || self.parts.iter().any(|part| part.out == address)
+        let word_bytes = if self.output_type == OutputType::TaggedFloats as i32 { 8 } else { 4 };
+        let is_in = |part: &MatrixPart| (part.out..part.out + word_bytes * part.n as u64).contains(&address);
+        self.residual == address || self.parts.iter().any(|part| part.out != 0 && is_in(part))
     }
 
     /// Links inputs to the instructions that write them.

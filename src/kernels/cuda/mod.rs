@@ -18,6 +18,7 @@ pub mod launch;
 pub mod libraries;
 pub mod matvec;
 pub mod memory;
+pub mod norm_add;
 pub mod program;
 pub mod rows;
 pub mod shared_input;

@@ -23,7 +23,7 @@ constexpr int RESIDENT_INSTRUCTIONS = 4;
 #endif
 constexpr int INSTRUCTION_WORDS = sizeof(Instruction) / sizeof(uint32_t);
 
-// A block's part of an instruction, and the step at which each warp starts. Attention has no steps.
+// A block's part of an instruction, and the step at which each warp starts. Instructions without weights have no steps.
 struct BlockShare {
     int first_row, rows;       // in the rows of all parts
     int tiles, of_tile, extra_rows;  // rows of a tile, and how many of the first tiles have one more
@@ -86,7 +86,7 @@ __device__ __forceinline__ int first_row_of(const BlockShare &share, int tile) {
 __device__ __forceinline__ const MatrixPart &part_at(const ResidentInstruction &resident, int second, int &row) {
     const Matvec &matvec = resident.instruction.matvec;
     const MatrixPart &part = matvec.parts[matvec.mode == MODE_PARTS ? part_of(matvec, row) : second];
-    if (matvec.mode == MODE_PARTS) row -= part.first_row;
+    row -= part.first_row;
     return part;
 }
 
@@ -103,7 +103,7 @@ __device__ __forceinline__ void compute_share(ResidentInstruction &resident) {
     wait_all_copies();
     __syncwarp();
     BlockShare &share = resident.share;
-    if (resident.instruction.opcode == OPCODE_ATTENTION) {
+    if (resident.instruction.opcode >= OPCODE_ATTENTION) {
         if (lane == 0) share.steps = share.of_warp = 0;
         return;
     }

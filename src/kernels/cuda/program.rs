@@ -6,6 +6,7 @@ use candle_core::{CudaDevice, Result, bail};
 use super::attention::Attention;
 use super::launch::{Grid, Kernel, Launcher, dimension, launch};
 use super::matvec::{Epilogue, Family, InputDesc, Matvec, Mode, Product};
+use super::norm_add::NormAdd;
 use super::step_kernel::{DeviceProperties, StepKernel, WARPS, WeightDecoder};
 use crate::parameters;
 
@@ -24,6 +25,8 @@ pub enum Instruction {
     Float(Matvec),
     Format(Matvec),
     Attention(Attention),
+    FeaturedAttention(Attention),
+    NormAdd(NormAdd),
 }
 
 // SAFETY: laid out as the kernels' struct, and made of numbers and of addresses that are the caller's promise at each launch.
@@ -78,7 +81,9 @@ impl Instruction {
             Self::Half(matvec) => (matvec, 0),
             Self::Float(matvec) => (matvec, 8 * size_of::<f32>()),
             Self::Format(matvec) => (matvec, kernel.converted_eighths),
-            Self::Attention(attention) => return attention.shared_bytes(),
+            Self::Attention(attention) | Self::FeaturedAttention(attention) => return attention.shared_bytes(),
+            // A float a warp.
+            Self::NormAdd(_) => return WARPS * size_of::<f32>(),
         };
         let x_eighths = 8 * size_of::<half::f16>() + converted_eighths;
         matvec.partials() * kernel.partial_bytes + matvec.padded() * x_eighths / 8
@@ -86,7 +91,11 @@ impl Instruction {
 
     /// Name of the instruction in a trace: `2048 x 8192` outputs and inputs of a matrix, several of them joined by `+`.
     pub fn label(&self) -> String {
-        self.matvec().map_or_else(|| "attention".to_owned(), Matvec::label)
+        match self {
+            Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.label(),
+            Self::Attention(_) | Self::FeaturedAttention(_) => "attention".to_owned(),
+            Self::NormAdd(_) => "norm and addition".to_owned(),
+        }
     }
 
     /// The instructions that write what it reads.
@@ -102,7 +111,7 @@ impl Instruction {
     fn matvec(&self) -> Option<&Matvec> {
         match self {
             Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => Some(matvec),
-            Self::Attention(_) => None,
+            Self::Attention(_) | Self::FeaturedAttention(_) | Self::NormAdd(_) => None,
         }
     }
 
@@ -111,7 +120,8 @@ impl Instruction {
         address != 0
             && match self {
                 Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.writes(address),
-                Self::Attention(attention) => attention.out == address,
+                Self::Attention(attention) | Self::FeaturedAttention(attention) => attention.out == address,
+                Self::NormAdd(norm) => norm.x == address,
             }
     }
 
@@ -122,10 +132,12 @@ impl Instruction {
             Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => {
                 matvec.inputs().iter().map(|input| of(input.x, input.written_by)).collect()
             }
-            Self::Attention(attention) => {
+            Self::Attention(attention) | Self::FeaturedAttention(attention) => {
                 let addresses = [attention.q, attention.k, attention.v].into_iter();
                 addresses.zip(attention.written_by).map(|(address, writer)| of(address, writer)).collect()
             }
+            // Of x a thread reads what it alone writes.
+            Self::NormAdd(norm) => vec![of(norm.y, norm.written_by[0])],
         }
     }
 
@@ -142,7 +154,7 @@ impl Instruction {
             Self::Half(_) => Some(WeightDecoder::Half),
             Self::Float(_) => Some(WeightDecoder::Float),
             Self::Format(_) => Some(WeightDecoder::Format),
-            Self::Attention(_) => None,
+            Self::Attention(_) | Self::FeaturedAttention(_) | Self::NormAdd(_) => None,
         }
     }
 }
@@ -213,7 +225,15 @@ impl ProgramBuilder {
             beside.rebalance(attention.units(), bytes_per_block + attention.unit_bytes(), self.properties);
             self.list.push(Instruction::of(decoder, beside));
         }
-        self.push(Instruction::Attention(attention))
+        match attention.is_featured() {
+            true => self.push(Instruction::FeaturedAttention(attention)),
+            false => self.push(Instruction::Attention(attention)),
+        }
+    }
+
+    /// Adds a normed product to a residual.
+    pub fn add_norm(&mut self, norm: NormAdd) -> Result<()> {
+        self.push(Instruction::NormAdd(norm))
     }
 
     /// The last instruction that writes to `address`.
@@ -228,9 +248,10 @@ impl ProgramBuilder {
             Instruction::Half(matvec) | Instruction::Float(matvec) | Instruction::Format(matvec) => {
                 matvec.link(writer)?
             }
-            Instruction::Attention(attention) => {
+            Instruction::Attention(attention) | Instruction::FeaturedAttention(attention) => {
                 attention.written_by = [attention.q, attention.k, attention.v].map(writer)
             }
+            Instruction::NormAdd(norm) => norm.written_by = [norm.y, norm.x].map(writer),
         }
         self.list.push(instruction);
         Ok(())
@@ -382,6 +403,8 @@ mod tests {
     };
 
     fn multiply(program: &mut ProgramBuilder, x: u64, is_tagged: i32, out: u64) -> Result<()> {
+        // Buffers do not overlap.
+        let [x, out] = [x, out].map(|buffer| buffer << 16);
         let matrix = MatrixDesc {
             family: &HALVES,
             n: 64,
@@ -395,7 +418,7 @@ mod tests {
             threshold: f32::NAN,
         };
         let input = InputDesc { x, scale: 1.0, is_tagged, ..InputDesc::default() };
-        let product = Product { matrix, bias: 0, out, activation: 0 };
+        let product = Product { matrix, first_row: 0, bias: 0, out, activation: 0 };
         program.multiply(
             Mode::Apart,
             vec![input],
@@ -421,7 +444,15 @@ mod tests {
         let refused = Err("instruction 1 may overwrite what instruction 0 has not read yet".to_string());
         assert_eq!(order(&chain(&[(1, 2), (3, 1)])), refused);
         // A unit of attention reads a part of q; an instruction behind it depends on all units.
-        let attention = |q, out| Attention { q, out, d: 8, d_pad: 8, kv_heads: 1, group: 1, ..Attention::default() };
+        let attention = |q: u64, out: u64| Attention {
+            q: q << 16,
+            out: out << 16,
+            d: 8,
+            d_pad: 8,
+            kv_heads: 1,
+            group: 1,
+            ..Attention::default()
+        };
         let mut direct = chain(&[(1, 2)]);
         direct.attend(attention(2, 1)).unwrap();
         assert_eq!(order(&direct), refused);
@@ -435,8 +466,8 @@ mod tests {
     fn values_of_the_same_launch_are_read_with_their_tag() {
         let mut program = chain(&[(1, 2)]);
         multiply(&mut program, 2, 1, 3).unwrap();
-        assert_eq!(program.list[1].reads(), [(2, Some(0))]);
-        assert_eq!(program.list[0].reads(), [(1, None)]);
+        assert_eq!(program.list[1].reads(), [(2 << 16, Some(0))]);
+        assert_eq!(program.list[0].reads(), [(1 << 16, None)]);
         assert!(multiply(&mut program, 3, 0, 4).is_err());
     }
 }

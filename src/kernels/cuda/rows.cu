@@ -154,6 +154,32 @@ extern "C" __global__ void append_rows(__half *q, const __half *k, const __half 
     }
 }
 
+// x = norm(x + bias), an rms norm of `len` neighbouring values of a row, which `weight` [len] multiplies; a block owns them. Values are rounded
+// once with their bias, where there is one, and once at the end.
+extern "C" __global__ void __launch_bounds__(128) norm_parts(__half *x, const float *bias, const float *weight, float epsilon, int len) {
+    __half *of = x + ((long long)blockIdx.x * gridDim.y + blockIdx.y) * len;
+    const int column = blockIdx.y * len;
+    float squares = 0.0f;
+    for (int at = threadIdx.x; at < len; at += 128) {
+        const float value = biased(of[at], bias, column + at);
+        squares += value * value;
+    }
+    const float factor = rsqrtf(row_sum<128>(squares) / len + epsilon);
+    for (int at = threadIdx.x; at < len; at += 128) of[at] = __float2half_rn(biased(of[at], bias, column + at) * factor * weight[at]);
+}
+
+// Columns start .. start + len of rows of n 16-bit values, one row behind the other.
+extern "C" __global__ void copy_columns(const uint16_t *from, uint16_t *to, int n, int start, int len, long long count) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < count) to[at] = from[at / len * n + start + at % len];
+}
+
+// fp32 to fp16.
+extern "C" __global__ void narrow_rows(const float *from, __half *to, long long count) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < count) to[at] = __float2half_rn(from[at]);
+}
+
 // fp16 to fp32.
 extern "C" __global__ void widen_rows(const __half *from, float *to, long long count) {
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;

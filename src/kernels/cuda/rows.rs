@@ -170,6 +170,53 @@ impl Rows<'_> {
         unsafe { self.launch("append_rows", Grid::new((rows, 1), WIDE_THREADS), parameters) }
     }
 
+    /// fp16 `x = norm(x + bias)` of each of the `parts` parts of a row, an rms norm whose `weight` they share; `bias`, fp32 of a
+    /// row, may be 0.
+    ///
+    /// # Safety
+    /// See [`Rows`].
+    pub unsafe fn norm_parts(
+        self,
+        rows: usize,
+        (parts, len): (usize, usize),
+        x: u64,
+        bias: u64,
+        weight: u64,
+        epsilon: f32,
+    ) -> Result<()> {
+        let len = dimension(len)?;
+        // SAFETY: as rows.cu declares them.
+        unsafe { self.launch("norm_parts", Grid::new((rows, parts), 128), parameters![x, bias, weight, epsilon, len]) }
+    }
+
+    /// Columns `start .. start + len` of rows of `n` 16-bit values.
+    ///
+    /// # Safety
+    /// See [`Rows`].
+    pub unsafe fn copy_columns(
+        self,
+        rows: usize,
+        n: usize,
+        (start, len): (usize, usize),
+        from: u64,
+        to: u64,
+    ) -> Result<()> {
+        let (n, start, width, count) = (dimension(n)?, dimension(start)?, dimension(len)?, (rows * len) as i64);
+        let grid = Grid::over(rows * len, THREADS);
+        // SAFETY: as rows.cu declares them.
+        unsafe { self.launch("copy_columns", grid, parameters![from, to, n, start, width, count]) }
+    }
+
+    /// fp32 to fp16.
+    ///
+    /// # Safety
+    /// See [`Rows`].
+    pub unsafe fn narrow(self, count: usize, from: u64, to: u64) -> Result<()> {
+        let n = count as i64;
+        // SAFETY: as rows.cu declares them.
+        unsafe { self.launch("narrow_rows", Grid::over(count, THREADS), parameters![from, to, n]) }
+    }
+
     /// fp16 to fp32.
     ///
     /// # Safety

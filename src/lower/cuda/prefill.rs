@@ -1,22 +1,22 @@
 //! A call of many rows: prompts, encoders, pictures. One operation of the plan after the other, in memory that lives from the
 //! operation that writes it to the last that reads it.
 
+mod attend;
+
 use anyhow::{Context, Result, bail};
 use half::f16;
 
 use super::call::{CallKind, CallResult, CallShape};
-use super::{Addresses, BiasAt, activation_number};
+use super::{Addresses, activation_number};
 use crate::kernels::cuda::arena::{Arena, Region};
-use crate::kernels::cuda::attend::{Bias, Heads, RowsAttention};
 use crate::kernels::cuda::launch::Launcher;
 use crate::kernels::cuda::matvec::Epilogue;
 use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
 use crate::kernels::cuda::rows::{Addend, Rows, Table};
 use crate::kernels::cuda::shared_input::SharedInput;
 use crate::plan::{
-    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, AttentionSpec, BiasId, BufferId, CacheId, CacheScope, EmbedSpec,
-    FeaturesSpec, KeyValue, Lifetime, LinearPart, LinearSpec, Mask, MatrixId, Model, Norm, NormKind, NormSpec, Op,
-    PatchesSpec, Plan, RopeId, VectorId, feature, refuse,
+    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, BufferId, EmbedSpec, FeaturesSpec, Lifetime, LinearPart,
+    LinearSpec, MatrixId, MatrixRows, Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, VectorId,
 };
 use crate::quant::OutlierColumns;
 
@@ -283,22 +283,26 @@ impl<'a> Prefill<'a> {
     }
 
     fn linear(&mut self, LinearSpec { x, parts }: &LinearSpec) -> Result<()> {
-        if self.buffer(*x)?.is_float {
-            bail!("a matrix reads fp16 activations");
+        // Matrices read fp16: a residual is cast.
+        let (at, count) = (self.read(*x)?, self.shape.rows() * self.width(*x));
+        let cast = if self.buffer(*x)?.is_float { Some(self.arena.take::<f16>(count)?) } else { None };
+        if let Some(cast) = &cast {
+            // SAFETY: both hold as many values.
+            unsafe { self.kernels().narrow(count, at, cast.address) }?;
         }
         let outlier_columns = self.on.session().outlier_columns;
-        let x = SharedInput::new(self.read(*x)?, self.shape.rows(), outlier_columns, self.arena);
-        for &LinearPart { weight, rows, bias, out } in parts {
-            refuse(EXECUTOR, "a linear", &[feature(&rows)])?;
-            let matrix = self.on.matrix(weight);
-            let y = match matrix.family.product_is_float {
-                true => self.float(out)?,
-                false => self.half(out)?,
-            };
-            // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
-            unsafe { matrix.multiply_rows(self.launcher, &x, y.address) }?;
-            let bias = bias.map_or(0, |bias| self.vector(bias));
-            self.buffers[out.0] = Some(Buffer { bias, ..y });
+        let at = cast.as_ref().map_or(at, |cast| cast.address);
+        let x = SharedInput::new(at, self.shape.rows(), outlier_columns, self.arena);
+        for parts in parts.chunk_by(|a, b| a.rows.is_some() && b.rows.is_some() && a.weight == b.weight) {
+            match parts {
+                [part @ LinearPart { rows: None, .. }] => {
+                    let y = self.room(part)?;
+                    // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
+                    unsafe { self.on.matrix(part.weight).multiply_rows(self.launcher, &x, y.address) }?;
+                    self.buffers[part.out.0] = Some(y);
+                }
+                parts => self.cut(&x, parts)?,
+            }
         }
         // The first matrix that has outlier columns finds them for all parts.
         let mut matrices = parts.iter().map(|part| self.on.matrix(part.weight));
@@ -308,84 +312,28 @@ impl<'a> Prefill<'a> {
         Ok(())
     }
 
-    /// Adds the biases of k, v and the queries that it rotates, rotates and writes to the cache.
-    fn append(
-        &mut self,
-        KeyValue { k, v }: KeyValue,
-        cache: CacheId,
-        rotate: Option<(RopeId, BufferId)>,
-    ) -> Result<()> {
-        let heads = self.heads(cache, rotate.map(|(_, q)| q));
-        let (angles, rotary) = match rotate {
-            Some((rope, _)) => (self.on.angles(rope), self.on.model().ropes[rope.0].rotary_dim),
-            None => (0, 0),
-        };
-        let (q, q_bias) = rotate.map_or(Ok((0, 0)), |(_, q)| self.product(q))?;
-        let ((k, k_bias), (v, v_bias)) = (self.product(k)?, self.product(v)?);
-        let (rows, position, at) = (self.shape.rows(), self.first_position(cache), self.on.cache(cache));
-        let (memory, biases) = ([at.keys, at.values], [q_bias, k_bias, v_bias]);
-        // SAFETY: q, k and v hold `rows` rows of their heads; the caller checked that the cache has room.
-        unsafe { self.kernels().append(rows, position, heads, [q, k, v], biases, memory, angles, rotary) }?;
-        if let Some((_, q)) = rotate {
-            self.buffer_mut(q)?.bias = 0;
-        }
-        Ok(())
+    /// Room for the product of a part, whose bias is deferred.
+    fn room(&self, &LinearPart { weight, rows: _, bias, out }: &LinearPart) -> Result<Buffer<'a>> {
+        let y = if self.on.matrix(weight).family.product_is_float { self.float(out)? } else { self.half(out)? };
+        Ok(Buffer { bias: bias.map_or(0, |bias| self.vector(bias)), ..y })
     }
 
-    fn attention(&mut self, index: usize, spec: &AttentionSpec) -> Result<()> {
-        let &AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
-        let features = [feature(&window), feature(&softcap), feature(&qk_norm), feature(&sinks)];
-        refuse(EXECUTOR, "an attention", &features)?;
-        match (append, rope) {
-            (Some(kv), rope) => self.append(kv, cache, rope.map(|rope| (rope, q)))?,
-            (None, Some(_)) => refuse(EXECUTOR, "an attention", &[Some(&"a rope and no keys to append")])?,
-            (None, None) => {}
+    /// The product of one matrix, whose rows are cut into parts.
+    fn cut(&mut self, x: &SharedInput<'a>, parts: &[LinearPart]) -> Result<()> {
+        let (m, matrix) = (self.shape.rows(), self.on.matrix(parts[0].weight));
+        // Values of 16 bits that one product takes.
+        let of_value = if matrix.family.product_is_float { 2 } else { 1 };
+        let whole = self.arena.take::<f16>(m * matrix.n * of_value)?;
+        // SAFETY: as in `linear`.
+        unsafe { matrix.multiply_rows(self.launcher, x, whole.address) }?;
+        for part in parts {
+            let MatrixRows { start, len } = part.rows.context("parts of a matrix")?;
+            let (y, columns) = (self.room(part)?, (start * of_value, len * of_value));
+            // SAFETY: `whole` holds m rows of all columns, y those of the part.
+            unsafe { self.kernels().copy_columns(m, matrix.n * of_value, columns, whole.address, y.address) }?;
+            self.buffers[part.out.0] = Some(y);
         }
-        // Keys and values are in the cache: what follows may have their memory.
-        for id in append.into_iter().flat_map(|KeyValue { k, v }| [k, v]) {
-            self.buffers[id.0].take_if(|_| self.lives[id.0].last == 2 * index);
-        }
-        self.buffers[out.0] = Some(self.attend(q, cache, scale, mask, bias)?);
         Ok(())
-    }
-
-    fn attend(
-        &mut self,
-        q: BufferId,
-        cache: CacheId,
-        scale: f32,
-        mask: Mask,
-        bias: Option<BiasId>,
-    ) -> Result<Buffer<'a>> {
-        let scope = self.on.model().caches[cache.0].scope;
-        let (q_at, out, at) = (self.read(q)?, self.half(q)?, self.on.cache(cache));
-        let call = RowsAttention {
-            rows: self.shape.rows(),
-            heads: self.heads(cache, Some(q)),
-            q: q_at,
-            out: out.address,
-            keys: at.keys,
-            values: at.values,
-            total: match scope {
-                CacheScope::Decoder => self.shape.position() + self.shape.rows(),
-                CacheScope::Encoder => self.shape.encoded,
-            },
-            scale,
-            is_causal: match mask {
-                Mask::Causal => true,
-                Mask::Full => false,
-                Mask::Prefix => self.shape.position() > 0,
-            },
-            // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
-            position: if scope == CacheScope::Decoder { self.shape.position() } else { 0 },
-            bias: bias.map_or(Bias::default(), |bias| {
-                let BiasAt { address, reach } = self.on.bias(bias);
-                Bias { address, reach }
-            }),
-        };
-        // SAFETY: q and out hold rows of all heads, the cache as many keys.
-        unsafe { call.run(self.launcher, self.arena, self.on.properties().multiprocessors) }?;
-        Ok(out)
     }
 
     fn activate(&mut self, index: usize, ActivationSpec { kind, gate, up, out }: ActivationSpec) -> Result<()> {
@@ -425,24 +373,5 @@ impl<'a> Prefill<'a> {
             self.buffers[out.0] = to;
         }
         Ok(())
-    }
-
-    fn first_position(&self, cache: CacheId) -> usize {
-        match self.on.model().caches[cache.0].scope {
-            CacheScope::Decoder => self.shape.position(),
-            CacheScope::Encoder => 0,
-        }
-    }
-
-    fn heads(&self, cache: CacheId, q: Option<BufferId>) -> Heads {
-        let spec = self.on.model().caches[cache.0];
-        let at = self.on.cache(cache);
-        Heads {
-            heads: q.map_or(0, |q| self.width(q) / spec.head_dim),
-            kv_heads: spec.kv_heads,
-            d: spec.head_dim,
-            d_pad: at.d_pad,
-            capacity: at.capacity,
-        }
     }
 }
