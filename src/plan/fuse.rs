@@ -8,8 +8,8 @@
 use candle_core::{Result, bail};
 
 use super::{
-    ActivationKind, ActivationSpec, AddSpec, ArgmaxSpec, AttentionSpec, BufferId, EmbedSpec, LastRowSpec, LinearPart,
-    LinearSpec, MatrixId, MatrixRows, Norm, NormSpec, Op, Plan, Softcap, VectorId,
+    ActivationKind, ActivationSpec, AddSpec, ArgmaxSpec, AttentionSpec, BufferId, EmbedSpec, ExpertsSpec, LastRowSpec,
+    LinearPart, LinearSpec, MatrixId, MatrixRows, Norm, NormSpec, Op, Plan, Softcap, VectorId,
 };
 
 /// Matrices that one operation may hold.
@@ -23,6 +23,17 @@ pub enum FusedOp {
     Matvec(MatvecSpec),
     Attention(AttentionSpec),
     NormAdd(NormAddSpec),
+    Experts(FusedExperts),
+}
+
+/// `residual += experts(input)`
+#[derive(Debug, Clone, PartialEq)]
+pub struct FusedExperts {
+    pub input: FusedInput,
+    /// Its scores are fp32, as [`Join::Floats`] writes them; its result is added to the residual alone.
+    pub spec: ExpertsSpec,
+    /// `None` until the plan says what the result is added to.
+    pub residual: Option<BufferId>,
 }
 
 /// `x += norm(y)`: a residual whose summand is normed, which takes all of the product.
@@ -83,6 +94,9 @@ impl FusedOp {
             FusedOp::Matvec(spec) => spec.inputs.iter().map(|input| input.x).chain(spec.residual()).collect(),
             FusedOp::Attention(spec) => Op::Attention(*spec).reads(),
             FusedOp::NormAdd(spec) => vec![spec.y, spec.x],
+            FusedOp::Experts(FusedExperts { input, spec, residual }) => {
+                [input.x, spec.scores].into_iter().chain(*residual).collect()
+            }
         }
     }
 
@@ -94,6 +108,7 @@ impl FusedOp {
             // The rotated queries stay inside.
             FusedOp::Attention(spec) => vec![spec.out],
             FusedOp::NormAdd(spec) => vec![spec.x],
+            FusedOp::Experts(FusedExperts { residual, .. }) => residual.iter().copied().collect(),
         }
     }
 }
@@ -168,7 +183,7 @@ impl Fusion<'_> {
                 Some(spec) if is_plain_product(spec) => spec.join = Join::Argmax { softcap: *softcap },
                 Some(_) | None => bail!("the logits come from no single matrix"),
             },
-            Op::Experts(spec) => bail!("a decode step cannot run {spec}"),
+            Op::Experts(spec) => self.experts(spec)?,
             Op::Add(_) | Op::Append(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) => {
                 bail!("a decode step cannot hold {op:?}")
             }
@@ -207,6 +222,12 @@ impl Fusion<'_> {
         if let Some(FusedInput { x: y, norm: Some(norm), scale: _ }) = self.views[summand.0] {
             return self.add_norm(NormAddSpec { x, y, norm });
         }
+        if let Some(FusedOp::Experts(experts)) = self.fused.last_mut()
+            && experts.spec.out == summand
+        {
+            experts.residual = Some(x);
+            return Ok(());
+        }
         let feeds = |spec: &MatvecSpec| is_plain_product(spec) && spec.parts[0].out == summand;
         let feeds = |op: &FusedOp| matvec(op).is_some_and(feeds);
         let Some(at) = self.fused.iter().rposition(feeds) else { bail!("a residual is fed by no single matrix") };
@@ -215,6 +236,16 @@ impl Fusion<'_> {
             spec.join = Join::Residual { x };
         }
         self.fused.push(op);
+        Ok(())
+    }
+
+    fn experts(&mut self, spec: &ExpertsSpec) -> Result<()> {
+        match self.producer(spec.scores) {
+            Some(product) if is_plain_product(product) => product.join = Join::Floats,
+            Some(_) | None => bail!("scores of experts come from no single matrix"),
+        }
+        let input = self.input(spec.x);
+        self.fused.push(FusedOp::Experts(FusedExperts { input, spec: spec.clone(), residual: None }));
         Ok(())
     }
 
@@ -299,7 +330,8 @@ fn split_formats(fused: &mut Vec<FusedOp>, format_of: &dyn Fn(MatrixId) -> &'sta
     let split = |op: FusedOp| -> Vec<FusedOp> {
         let MatvecSpec { inputs, parts, join } = match op {
             FusedOp::Matvec(spec) if spec.join == Join::Apart => spec,
-            FusedOp::Embed(_) | FusedOp::Matvec(_) | FusedOp::Attention(_) | FusedOp::NormAdd(_) => return vec![op],
+            FusedOp::Embed(_) | FusedOp::Matvec(_) | FusedOp::Attention(_) => return vec![op],
+            FusedOp::NormAdd(_) | FusedOp::Experts(_) => return vec![op],
         };
         let mut by_format: Vec<Vec<FusedPart>> = Vec::new();
         for part in parts {

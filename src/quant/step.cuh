@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/norm_add.cuh"
+#include "kernels/cuda/route.cuh"
 #include "quant/dense/dense.cuh"
 
 // Side data is copied lane by lane, and then the weights are as well.
@@ -101,8 +102,9 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
                                                             activations.own[matvec.mode == MODE_JOINED ? run : 0], factors.scale[run]);
             else values[run] = total_of<Value>(partials, factors.sums_of[run], of_tile).value;
             values[run] += factors.bias[run];
+            if (matvec.chosen && matvec.mode != MODE_GATED) values[run] *= chosen_experts().weights[matvec.first_chosen + run];
         }
-        store_row(matvec, matvec.parts[factors.part()], factors.row(), values, factors.residual, tags.of(at), best);
+        store_row(matvec, parts_of(matvec)[factors.part()], factors.row(), values, factors.residual, tags.of(at), best);
     }
     stamp(at, STAMP_STORED);
     if (!matvec.logits) return;
@@ -126,7 +128,9 @@ __device__ __forceinline__ void run_step(const Program &program) {
 
     start_trace(program);
     Pipeline pipeline;
-    pipeline.start(shared_address(dynamic), program.stages, min(n, RESIDENT_INSTRUCTIONS), shared_pipeline);
+    // Weights of the instructions before it may be copied.
+    int gate = program.gate;
+    pipeline.start(shared_address(dynamic), program.stages, min(min(n, RESIDENT_INSTRUCTIONS), gate), shared_pipeline);
     uint8_t *room = (uint8_t *)dynamic + WARPS * Pipeline::bytes(program.stages);
     if (warp < RESIDENT_INSTRUCTIONS && warp < n) {
         // A single instruction is a kernel parameter, which asynchronous copies cannot read.
@@ -151,14 +155,14 @@ __device__ __forceinline__ void run_step(const Program &program) {
 #pragma unroll 1
     for (int at = 0; at < n; at++) {
         // Instructions in shared memory before and after the next one is fetched.
-        const int before = min(n, max(at - 2, 0) + RESIDENT_INSTRUCTIONS), behind = min(n, max(at - 1, 0) + RESIDENT_INSTRUCTIONS);
+        const int open = min(n, gate), before = min(open, max(at - 2, 0) + RESIDENT_INSTRUCTIONS), behind = min(open, max(at - 1, 0) + RESIDENT_INSTRUCTIONS);
         // The block has finished the instruction before, whose place in shared memory is free.
         auto ahead = [&]() {
             const int next = at - 1 + RESIDENT_INSTRUCTIONS;
             if (warp != WARPS - 1) return;
             if (at > 1 && next - 1 < n) {
                 compute_share(resident[(next - 1) % RESIDENT_INSTRUCTIONS]);
-                Pipeline::set_instructions_ready(shared_pipeline, next);
+                Pipeline::set_instructions_ready(shared_pipeline, min(next, gate));
             }
             if (at > 0 && next < n) {
                 Pipeline::wait_copied(shared_pipeline, at);
@@ -169,6 +173,13 @@ __device__ __forceinline__ void run_step(const Program &program) {
         if (instruction.opcode == OPCODE_ATTENTION) attend(instruction.attention, tags, at, room, ahead);
         else if (instruction.opcode >= OPCODE_FEATURED_ATTENTION) {
             if (instruction.opcode == OPCODE_NORM_ADD) norm_add(instruction.norm_add, tags, at, room, ahead);
+            else if (instruction.opcode == OPCODE_ROUTE) {
+                route(instruction.route, tags, at, ahead);
+                gate = instruction.route.next_gate;
+                // All warps see the choice.
+                barrier_sync();
+                if (warp == WARPS - 1) Pipeline::set_instructions_ready(shared_pipeline, min(min(n, gate), max(at - 1, 0) + RESIDENT_INSTRUCTIONS));
+            }
             else attend_wide<true>(instruction.attention, tags, at, room, ahead);
             pipeline.leave(at);
         }

@@ -8,7 +8,7 @@ use quantbench::events::Silent;
 use quantbench::kernels::cuda::arena::{Arena, Layout};
 use quantbench::kernels::cuda::launch::MemoryPlanner;
 use quantbench::kernels::cuda::matvec::MatrixDesc;
-use quantbench::kernels::cuda::program::tagged_float;
+use quantbench::kernels::cuda::rows::Rows;
 use quantbench::kernels::cuda::step_kernel::DeviceProperties;
 use quantbench::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 use quantbench::lower::cuda::{
@@ -17,7 +17,7 @@ use quantbench::lower::cuda::{
 use quantbench::plan::fuse::FusedOp;
 use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeByLength, RopeId, VectorId};
 use quantbench::quant::{FormatId, FormatOptions, HalfMatrix, OutlierColumns, Stored};
-use quantbench::weights::policy::Formats;
+use quantbench::weights::policy::{Formats, Selection};
 use quantbench::weights::spec::VectorKind;
 use quantbench::weights::{self, ModelRequest};
 use safetensors::SafeTensors;
@@ -83,11 +83,20 @@ pub fn golden(model: &str, file: &str, name: &str) -> Vec<f32> {
     }
 }
 
+/// Whether transformers' reference at nf4 is the one that leaves experts as they are.
+fn keeps_experts(name: &str) -> bool {
+    name.starts_with("gpt_oss")
+}
+
 impl<'a> Session<'a> {
     pub fn load(name: &str, precision: &str, host: &'a Host<'a>, multiprocessors: usize) -> Self {
         let checkpoint =
             weights::open(&ModelRequest::of(folder(name).display().to_string()), &Silent).expect("a golden model");
-        let model = quantbench::models::build(&checkpoint.config).expect("a golden model");
+        let mut model = quantbench::models::build(&checkpoint.config).expect("a golden model");
+        if keeps_experts(name) {
+            let kept = ["experts", "router"].map(str::to_owned).to_vec();
+            Selection::Without(kept).apply(&mut model.matrices).expect("groups of matrices");
+        }
         let source = checkpoint.source(&model.matrices, &model.vectors).expect("a golden model");
         let formats = Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default());
         let (memory, read) = (host.memory, |name: &str, rows: usize, len: usize| {
@@ -157,6 +166,7 @@ impl<'a> Session<'a> {
                 arrived: 0,
                 best: 0,
                 counters: 0,
+                experts: 0,
             },
             examined: OutlierColumns::default(),
             position: 0,
@@ -191,8 +201,15 @@ impl<'a> Session<'a> {
         self.encoded = rows;
     }
 
-    /// Runs `tokens` in one call, which leaves token, position and embedding to the next step.
+    /// Runs `tokens` in one call, which leaves token, position and embedding to the next step; a mixture's one by one.
     pub fn prefill(&mut self, tokens: &[u32]) {
+        if self.model.experts().is_some() {
+            for token in tokens {
+                self.place(*token);
+                self.step();
+            }
+            return;
+        }
         let input = CallInput::tokens(&self.model, tokens, self.encoded).expect("no more image tokens than features");
         let state = [0, self.position as i32, self.steps as i32, self.encoded as i32];
         self.host.memory.write(self.session.state, &state);
@@ -245,6 +262,7 @@ impl<'a> Session<'a> {
     /// Runs the first `n` operations of a step as one launch.
     pub fn run(&self, n: usize) {
         let program = StepProgram::new(self, &self.fused[..n], &self.buffers).expect("a step");
+        self.host.memory.write(self.buffers.experts, program.experts());
         let at = self.host.memory.hold(program.instructions());
         let planned = program.plan(at).expect("a step");
         // SAFETY: every address in it is of the host's memory.
@@ -259,15 +277,12 @@ impl<'a> Session<'a> {
 
     /// Puts `token` at the session's position, as if a step before had found it. Every call has other tags.
     pub fn place(&mut self, token: u32) {
-        let memory = self.host.memory;
         let output = self.buffers.token_output(self, 1).expect("an embedding");
-        let stride = output.table_stride as usize;
-        let table: Vec<f16> = memory.read(output.table, (token as usize + 1) * stride);
-        let row = &table[token as usize * stride..][..output.hidden as usize];
-        let embedding: Vec<u64> = row.iter().map(|value| tagged_float(value.to_f32() * output.table_scale)).collect();
-        memory.write(output.embedding, &embedding);
         self.steps += 1;
-        memory.write(self.session.state, &[token as i32, self.position as i32, self.steps as i32, self.encoded as i32]);
+        self.host.memory.write(self.session.state + 12, &[self.encoded as i32]);
+        // SAFETY: all is of the host's memory, and the token in the table.
+        unsafe { Rows { on: self.host }.place_token(&output, token, self.position, self.steps as u32) }
+            .expect("a token");
     }
 
     pub fn logits(&self) -> Vec<f32> {

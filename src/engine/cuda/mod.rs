@@ -296,6 +296,24 @@ impl CudaSession {
         Ok(done)
     }
 
+    /// Whether tokens of a prompt are steps: which experts a token goes through is known on the device alone.
+    fn goes_by_steps(&self) -> bool {
+        self.weights.model.experts().is_some()
+    }
+
+    /// Runs `tokens` one by one; `on_step` is called behind each.
+    fn run_by_steps(&mut self, tokens: &[u32], on_step: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
+        for &token in tokens {
+            self.step.place(&self.weights, token, self.position, self.steps)?;
+            self.step.run(&self.weights.device, self.as_graph)?;
+            self.examined += self.step.examined;
+            self.position += 1;
+            self.steps += 1;
+            on_step(self)?;
+        }
+        Ok(())
+    }
+
     /// [`Session::score`] of one call.
     fn score_call(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
         let done = self.call(CallKind::Scored, tokens)?;
@@ -351,6 +369,11 @@ impl Session for CudaSession {
         self.times.restart();
         self.check_call(tokens)?;
         self.weights.set_length(self.position + tokens.len())?;
+        if self.goes_by_steps() {
+            self.run_by_steps(tokens, &mut |_| Ok(()))?;
+            next.fill(self.weights.token_ring.wait(self.steps, &self.weights.device)?);
+            return Ok(());
+        }
         let (before, last) = tokens.split_at((tokens.len() - 1) / self.rows_of_call * self.rows_of_call);
         for part in before.chunks(self.rows_of_call) {
             self.call(CallKind::Scored, part)?;
@@ -397,6 +420,14 @@ impl Session for CudaSession {
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
         self.check_call(tokens)?;
         self.weights.set_length(self.position + tokens.len())?;
+        if self.goes_by_steps() {
+            let mut row = 0;
+            return self.run_by_steps(tokens, &mut |session| {
+                on_row(row, &session.weights.device.clone_dtoh(&session.weights.logits)?);
+                row += 1;
+                Ok(())
+            });
+        }
         let rows_of_call = self.rows_of_call;
         for (at, part) in tokens.chunks(rows_of_call).enumerate() {
             self.score_call(part, &mut |row, logits| on_row(at * rows_of_call + row, logits))?;

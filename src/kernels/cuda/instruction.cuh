@@ -1,4 +1,4 @@
-// The instruction set of the step kernel. kernels/cuda/{program,matvec,attention,norm_add}.rs mirror these structs.
+// The instruction set of the step kernel. kernels/cuda/{program,matvec,attention,norm_add,route}.rs mirror these structs.
 //
 // All blocks of a launch run the same instructions in order, each block at its own pace. There is no grid barrier: a block waits only for
 // the values that it reads.
@@ -23,11 +23,13 @@ constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 112;
 __device__ __forceinline__ void barrier_sync() { barrier_sync_first<THREADS>(); }
 constexpr int MAX_PARTS = 4;
 constexpr int MAX_INPUTS = 2;
+// Experts of a token, and experts that there are.
+constexpr int MAX_CHOSEN = 8, MAX_EXPERTS = 256;
 
 // NORM_CAST: none, but fp32 values of a residual, which are cast to fp16.
 enum Norm { NORM_NONE, NORM_RMS, NORM_LAYER, NORM_CAST };
-// ACT_CAP: softcap * tanh(y / softcap), in fp32.
-enum Activation { ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_RELU, ACT_CAP };
+// ACT_CAP: softcap * tanh(y / softcap), in fp32. ACT_CLAMPED: gpt-oss' gate, whose limit is softcap.
+enum Activation { ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_RELU, ACT_CAP, ACT_CLAMPED };
 enum Mode {
     MODE_PARTS,   // every part is a matrix of its own over input 0
     MODE_GATED,   // two runs a tile, parts 0 and 1 over input 0: out = act(part 0) * part 1
@@ -77,12 +79,16 @@ struct Matvec {
     float *logits;                        // [n] of the LM head, null for every other matrix
     unsigned long long *outlier_columns;  // int8: a count that the outlier columns are added to; or null
     float threshold;                      // int8: NaN where outlier columns are off
-    float softcap;                        // of ACT_CAP
+    float softcap;                        // of ACT_CAP and ACT_CLAMPED
     int stride;                           // bytes from row to row of part 0; of part 1 where inputs are joined: stride_1
     int stride_1;
     int n_inputs, mode, output_type;
     int reuses_input;            // the instruction before has read the same inputs, which are still in shared memory
     RowPartition partitions[2];  // the first rows for the first blocks, the rest for the others
+    // Matrices of experts that the OPCODE_ROUTE before has chosen, in the place of `parts`; 0 of them where there are none. MODE_GATED: of so
+    // many experts the gates and what they gate, `rows_of_expert` rows each. Else: down of one or two, from `first_chosen` on, whose products are
+    // weighed.
+    int chosen, first_chosen, rows_of_expert;
 };
 
 struct Attention {
@@ -121,8 +127,19 @@ struct NormAdd {
     int written_by[2];  // the instructions of this launch that write y and x
 };
 
+// The router's choice. The instructions behind it read the matrices of the experts that it has chosen.
+struct Route {
+    const uint2 *scores;        // [experts] tagged fp32
+    const MatrixPart *experts;  // [experts, 3]: gate, up and down of each
+    uint32_t *hidden;           // [top_k, rows_of_expert] tagged fp16: what the gates write
+    int n_experts, top_k, rows_of_expert;
+    int is_over_all;  // weights are a softmax over all scores, else over the chosen ones
+    int next_gate;    // behind the next Route
+    int written_by;   // the instruction of this launch that writes the scores
+};
+
 // The decoder of a matvec's weights is part of its opcode: fp16, fp32, or the one format that the kernel is compiled for.
-enum Opcode { OPCODE_HALF, OPCODE_FLOAT, OPCODE_FORMAT, OPCODE_ATTENTION, OPCODE_FEATURED_ATTENTION, OPCODE_NORM_ADD };
+enum Opcode { OPCODE_HALF, OPCODE_FLOAT, OPCODE_FORMAT, OPCODE_ATTENTION, OPCODE_FEATURED_ATTENTION, OPCODE_NORM_ADD, OPCODE_ROUTE };
 
 struct Instruction {
     int opcode;
@@ -130,6 +147,7 @@ struct Instruction {
         Matvec matvec;
         Attention attention;
         NormAdd norm_add;
+        Route route;
     };
 };
 
@@ -154,6 +172,7 @@ struct Program {
     TokenOutput token_output;
     int n_instructions;
     int stages;  // of a pipeline that producer warps fill
+    int gate;    // behind the first OPCODE_ROUTE: weights of later instructions are copied once it has ended
 };
 
 // Tags of one launch.

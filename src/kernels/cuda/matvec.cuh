@@ -223,7 +223,7 @@ __device__ __forceinline__ void read_inputs(const Matvec &matvec, const Tags &ta
 template <class Format>
 struct RowFactors {
     float bias[MAX_INPUTS] = {}, scale[MAX_INPUTS] = {}, residual = 0.0f;
-    uint32_t place = 0;                 // of the first run: part << 28 | row
+    uint32_t place = 0;                 // of the first run: part << 27 | row
     uint32_t sums_of[MAX_INPUTS] = {};  // each run's partials: index of the first << 16 | how many follow
     // False where the tile has no such row.
     __device__ __forceinline__ bool load(const ResidentInstruction &resident, int tile, int of_tile) {
@@ -237,7 +237,7 @@ struct RowFactors {
             if (i >= share.runs) continue;
             int in_part = first_row_of(share, tile) + of_tile;
             const MatrixPart &of_run = part_at(resident, i, in_part);
-            if (i == 0) place = (uint32_t)(&of_run - matvec.parts) << 28 | in_part;
+            if (i == 0) place = (uint32_t)(&of_run - parts_of(matvec)) << 27 | in_part;
             if (of_run.bias) bias[i] = load_float(of_run.bias + in_part);
             if (Format::HAS_ROW_SCALES && resident.instruction.opcode == OPCODE_FORMAT) scale[i] = load_float((const float *)of_run.scales + in_part);
             const int first_warp = quotient(begin, share.of_warp, share.per_of_warp);
@@ -248,8 +248,8 @@ struct RowFactors {
         residual = matvec.residual ? __uint_as_float(load_relaxed(&matvec.residual[row()].x)) : 0.0f;
         return true;
     }
-    __device__ __forceinline__ int part() const { return place >> 28; }
-    __device__ __forceinline__ int row() const { return place & 0xfffffff; }
+    __device__ __forceinline__ int part() const { return place >> 27; }
+    __device__ __forceinline__ int row() const { return place & 0x7ffffff; }
 };
 
 // The run that a warp reads, and the lane's row of it.
@@ -351,6 +351,10 @@ __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart
     float y = values[0] + (matvec.mode == MODE_JOINED ? values[1] : 0.0f);
     if (part.activation == ACT_CAP) {
         y = matvec.softcap * tanhf(y / matvec.softcap);
+    } else if (part.activation == ACT_CLAMPED) {
+        const float limit = matvec.softcap, wide = __half2float(__float2half_rn(y)), gate = wide > limit ? limit : wide;
+        const float of_up = __half2float(__float2half_rn(values[1])), up = of_up > limit ? limit : of_up < -limit ? -limit : of_up;
+        y = (up + 1.0f) * gate * logistic(1.702f * gate);
     } else if (part.activation != ACT_NONE) {
         y = activate(part.activation, __half2float(__float2half_rn(y)));
         if (matvec.mode == MODE_GATED) y = __half2float(__float2half_rn(y)) * __half2float(__float2half_rn(values[1]));

@@ -1,5 +1,6 @@
 //! Matrix-vector products of one token: the operands of a matvec instruction of `matvec.cuh`.
 
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{Result, bail};
 
 use super::launch::{Launcher, dimension};
@@ -84,8 +85,9 @@ pub const NORM_RMS: i32 = 1;
 pub const NORM_LAYER: i32 = 2;
 /// No norm: the fp32 values of a residual, cast to fp16.
 pub const NORM_CAST: i32 = 3;
-/// An activation: [`Epilogue::softcap`].
+/// Activations that [`Epilogue::softcap`] belongs to: a cap of logits, and gpt-oss' gate.
 pub const ACT_CAP: i32 = 4;
+pub const ACT_CLAMPED: i32 = 5;
 
 /// A matrix of a matvec, as `struct MatrixPart`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -102,6 +104,9 @@ pub struct MatrixPart {
     activation: i32,
 }
 
+// SAFETY: laid out as the kernels' struct, and made of numbers and of addresses that are the caller's promise at each launch.
+unsafe impl DeviceRepr for MatrixPart {}
+
 impl MatrixDesc {
     /// `y = x · Wᵀ`, by the matrix's family.
     ///
@@ -117,6 +122,11 @@ impl MatrixDesc {
     pub fn part(&self) -> Result<MatrixPart> {
         let Self { n, weight, scales, nested, offset, .. } = *self;
         Ok(MatrixPart { weight, scales, nested, offset, n: dimension(n)?, ..MatrixPart::default() })
+    }
+
+    /// The matrix of an expert: `bias`, fp32 `[n]`, may be 0; `activation` is that of a gate and of what it gates.
+    pub fn expert_part(&self, bias: u64, activation: i32) -> Result<MatrixPart> {
+        Ok(MatrixPart { bias, activation, ..self.part()? })
     }
 }
 
@@ -139,6 +149,7 @@ pub struct Matvec {
     /// 1 where the instruction before has read the same inputs.
     reuses_input: i32,
     partitions: [RowPartition; 2],
+    chosen: Chosen,
 }
 
 /// Rows of neighbouring blocks, as `struct RowPartition`.
@@ -202,8 +213,19 @@ pub struct Epilogue {
     pub output_type: OutputType,
     /// fp32 `[n]` of the LM head, 0 for every other matrix.
     pub logits: u64,
-    /// The cap of products whose activation is [`ACT_CAP`].
+    /// The cap or the limit of [`ACT_CAP`] and [`ACT_CLAMPED`].
     pub softcap: f32,
+    /// The experts whose matrices take the place of the products'.
+    pub chosen: Chosen,
+}
+
+/// Experts that the router has chosen, as the end of `struct Matvec`; all zeros for a matvec that has matrices of its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Chosen {
+    pub count: i32,
+    pub first: i32,
+    pub rows_of_expert: i32,
 }
 
 impl Matvec {
@@ -250,6 +272,7 @@ impl Matvec {
             output_type: epilogue.output_type as i32,
             reuses_input: 0,
             partitions: [RowPartition::default(); 2],
+            chosen: epilogue.chosen,
         };
         matvec.inputs[..inputs.len()].copy_from_slice(&inputs);
         let part_of = |&Product { matrix, first_row, bias, out, activation }: &Product| {
@@ -335,6 +358,11 @@ impl Matvec {
             ""
         };
         format!("{what}{shapes}")
+    }
+
+    /// Whether it reads the matrices of chosen experts.
+    pub(super) fn is_routed(&self) -> bool {
+        self.chosen.count > 0
     }
 
     /// Rows that it examines for outlier columns, and their elements.

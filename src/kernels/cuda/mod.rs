@@ -20,6 +20,7 @@ pub mod matvec;
 pub mod memory;
 pub mod norm_add;
 pub mod program;
+pub mod route;
 pub mod rows;
 pub mod shared_input;
 pub mod staging;

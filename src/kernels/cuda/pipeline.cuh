@@ -23,6 +23,17 @@ constexpr int RESIDENT_INSTRUCTIONS = 4;
 #endif
 constexpr int INSTRUCTION_WORDS = sizeof(Instruction) / sizeof(uint32_t);
 
+// What a block's last OPCODE_ROUTE has chosen: gate and up of each expert in turn, then each down; their weights.
+struct Chosen {
+    MatrixPart parts[3 * MAX_CHOSEN];
+    float weights[MAX_CHOSEN];
+    int experts[MAX_CHOSEN];
+};
+__device__ __forceinline__ Chosen &chosen_experts() {
+    __shared__ Chosen chosen;
+    return chosen;
+}
+
 // A block's part of an instruction, and the step at which each warp starts. Instructions without weights have no steps.
 struct BlockShare {
     int first_row, rows;       // in the rows of all parts
@@ -82,9 +93,18 @@ __device__ __forceinline__ int part_of(const Matvec &matvec, int row) {
 __device__ __forceinline__ int rows_of(const BlockShare &share, int tile) { return share.of_tile + (tile < share.extra_rows); }
 __device__ __forceinline__ int first_row_of(const BlockShare &share, int tile) { return share.first_row + tile * share.of_tile + min(tile, share.extra_rows); }
 
+// The parts that an instruction reads: its own, or those of the chosen experts.
+__device__ __forceinline__ const MatrixPart *parts_of(const Matvec &matvec) { return matvec.chosen ? chosen_experts().parts : matvec.parts; }
+
 // The part that a run reads for row `row` of all parts; `row` becomes the row of that part.
 __device__ __forceinline__ const MatrixPart &part_at(const ResidentInstruction &resident, int second, int &row) {
     const Matvec &matvec = resident.instruction.matvec;
+    if (matvec.chosen) {
+        if (matvec.mode != MODE_GATED) return chosen_experts().parts[2 * MAX_CHOSEN + matvec.first_chosen + second];
+        const int expert = (unsigned)row / (unsigned)matvec.rows_of_expert;
+        row -= expert * matvec.rows_of_expert;
+        return chosen_experts().parts[2 * expert + second];
+    }
     const MatrixPart &part = matvec.parts[matvec.mode == MODE_PARTS ? part_of(matvec, row) : second];
     row -= part.first_row;
     return part;

@@ -7,11 +7,14 @@ use super::attention::Attention;
 use super::launch::{Grid, Kernel, Launcher, dimension, launch};
 use super::matvec::{Epilogue, Family, InputDesc, Matvec, Mode, Product};
 use super::norm_add::NormAdd;
+use super::route::Route;
 use super::step_kernel::{DeviceProperties, StepKernel, WARPS, WeightDecoder};
 use crate::parameters;
 
 /// `written_by` of values that were there before the launch.
 const NONE: i32 = -1;
+/// The gate of a program, or of its end, without a router's choice.
+const NO_GATE: i32 = i32::MAX;
 /// Tags of fp16 values have 16 bits, and those of two steps must differ.
 const MAX_INSTRUCTIONS: usize = (1 << 16) / 2 - 1;
 /// Time that attention and the wait in front of it take of a block, beside reading keys and values (docs/benchmarks.md).
@@ -27,6 +30,7 @@ pub enum Instruction {
     Attention(Attention),
     FeaturedAttention(Attention),
     NormAdd(NormAdd),
+    Route(Route),
 }
 
 // SAFETY: laid out as the kernels' struct, and made of numbers and of addresses that are the caller's promise at each launch.
@@ -64,6 +68,7 @@ pub struct Program {
     pub token_output: TokenOutput,
     n_instructions: i32,
     stages: i32,
+    gate: i32,
 }
 
 /// Blocks that have ended the launch, zero between launches, and launches of several instructions.
@@ -84,6 +89,7 @@ impl Instruction {
             Self::Attention(attention) | Self::FeaturedAttention(attention) => return attention.shared_bytes(),
             // A float a warp.
             Self::NormAdd(_) => return WARPS * size_of::<f32>(),
+            Self::Route(_) => return 0,
         };
         let x_eighths = 8 * size_of::<half::f16>() + converted_eighths;
         matvec.partials() * kernel.partial_bytes + matvec.padded() * x_eighths / 8
@@ -95,6 +101,7 @@ impl Instruction {
             Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.label(),
             Self::Attention(_) | Self::FeaturedAttention(_) => "attention".to_owned(),
             Self::NormAdd(_) => "norm and addition".to_owned(),
+            Self::Route(_) => "router's choice".to_owned(),
         }
     }
 
@@ -111,7 +118,7 @@ impl Instruction {
     fn matvec(&self) -> Option<&Matvec> {
         match self {
             Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => Some(matvec),
-            Self::Attention(_) | Self::FeaturedAttention(_) | Self::NormAdd(_) => None,
+            Self::Attention(_) | Self::FeaturedAttention(_) | Self::NormAdd(_) | Self::Route(_) => None,
         }
     }
 
@@ -122,6 +129,8 @@ impl Instruction {
                 Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.writes(address),
                 Self::Attention(attention) | Self::FeaturedAttention(attention) => attention.out == address,
                 Self::NormAdd(norm) => norm.x == address,
+                // The choice stays in each block.
+                Self::Route(_) => false,
             }
     }
 
@@ -138,6 +147,7 @@ impl Instruction {
             }
             // Of x a thread reads what it alone writes.
             Self::NormAdd(norm) => vec![of(norm.y, norm.written_by[0])],
+            Self::Route(route) => vec![of(route.scores, route.written_by)],
         }
     }
 
@@ -154,7 +164,7 @@ impl Instruction {
             Self::Half(_) => Some(WeightDecoder::Half),
             Self::Float(_) => Some(WeightDecoder::Float),
             Self::Format(_) => Some(WeightDecoder::Format),
-            Self::Attention(_) | Self::FeaturedAttention(_) | Self::NormAdd(_) => None,
+            Self::Attention(_) | Self::FeaturedAttention(_) | Self::NormAdd(_) | Self::Route(_) => None,
         }
     }
 }
@@ -236,6 +246,15 @@ impl ProgramBuilder {
         self.push(Instruction::NormAdd(norm))
     }
 
+    /// Adds a router's choice, which the matvecs of chosen experts behind it read.
+    pub fn route(&mut self, route: Route) -> Result<()> {
+        let gate = dimension(self.list.len() + 1)?;
+        let before =
+            self.list.iter_mut().rev().find_map(|i| if let Instruction::Route(route) = i { Some(route) } else { None });
+        before.into_iter().for_each(|before| before.next_gate = gate);
+        self.push(Instruction::Route(route))
+    }
+
     /// The last instruction that writes to `address`.
     fn writer(&self, address: u64) -> i32 {
         self.list.iter().rposition(|instruction| instruction.writes(address)).map_or(NONE, |at| at as i32)
@@ -252,6 +271,9 @@ impl ProgramBuilder {
                 attention.written_by = [attention.q, attention.k, attention.v].map(writer)
             }
             Instruction::NormAdd(norm) => norm.written_by = [norm.y, norm.x].map(writer),
+            Instruction::Route(route) => {
+                (route.written_by, route.next_gate) = (writer(route.scores), NO_GATE);
+            }
         }
         self.list.push(instruction);
         Ok(())
@@ -267,8 +289,14 @@ impl ProgramBuilder {
         let reads: Vec<_> = self.list.iter().map(Instruction::reads).collect();
         // By instruction, those that it depends on.
         let mut depends = vec![vec![false; n]; n];
+        let mut route = None;
         for at in 0..n {
-            for writer in reads[at].iter().filter_map(|(_, writer)| *writer) {
+            if matches!(self.list[at], Instruction::Route(_)) {
+                route = Some(at);
+            }
+            // A block reads the matrices that it has chosen before.
+            let chosen = route.filter(|_| self.list[at].matvec().is_some_and(Matvec::is_routed));
+            for writer in reads[at].iter().filter_map(|(_, writer)| *writer).chain(chosen) {
                 let of_writer = depends[writer].clone();
                 depends[at].iter_mut().zip(of_writer).for_each(|(depends, of_writer)| *depends |= of_writer);
                 depends[at][writer] = true;
@@ -314,6 +342,7 @@ impl ProgramBuilder {
             ..Grid::new((self.properties.multiprocessors, 1), self.properties.threads(kernel) as u32)
         };
         let (n_instructions, stages) = (dimension(self.list.len())?, dimension(stages)?);
+        let route = self.list.iter().position(|instruction| matches!(instruction, Instruction::Route(_)));
         let program = Program {
             only,
             instructions: at,
@@ -323,6 +352,7 @@ impl ProgramBuilder {
             token_output: TokenOutput::default(),
             n_instructions,
             stages,
+            gate: route.map_or(Ok(NO_GATE), |route| dimension(route + 1))?,
         };
         Ok(PlannedLaunch { kernel, grid, program })
     }

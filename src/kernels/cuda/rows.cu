@@ -32,6 +32,12 @@ extern "C" __global__ void embed_rows(const int *tokens, const int *feature_of_r
     }
 }
 
+// A token as a step finds it: its embedding, scale * row [width] in tagged fp32 without a tag, and the state. One block.
+extern "C" __global__ void place_token(const __half *row, uint2 *embedding, float scale, int width, int *state, int token, int position, int step) {
+    for (int at = threadIdx.x; at < width; at += blockDim.x) embedding[at] = make_uint2(__float_as_uint(__half2float(row[at]) * scale), 0);
+    if (threadIdx.x == 0) state[0] = token, state[1] = position, state[2] = step;
+}
+
 // x[t] += table[t]
 extern "C" __global__ void add_table_rows(float *x, const __half *table, int stride, int width) {
     for (int at = threadIdx.x; at < width; at += blockDim.x)

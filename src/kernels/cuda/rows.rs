@@ -6,6 +6,7 @@ use candle_core::Result;
 
 use super::attend::Heads;
 use super::launch::{Fatbin, Grid, Launcher, dimension};
+use super::program::TokenOutput;
 use crate::parameters;
 
 pub static KERNELS: Fatbin = Fatbin { name: "rows", image: include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")) };
@@ -63,6 +64,20 @@ impl Rows<'_> {
         let parameters = parameters![tokens, feature_of_row, table.address, features, out, scale, image, stride, width];
         // SAFETY: as rows.cu declares them.
         unsafe { self.launch("embed_rows", Grid::new((rows, 1), THREADS), parameters) }
+    }
+
+    /// Puts a token where the next step reads it, as that of the step numbered `step`: `output` says where its state and its embedding
+    /// lie.
+    ///
+    /// # Safety
+    /// See [`Rows`].
+    pub unsafe fn place_token(self, output: &TokenOutput, token: u32, position: usize, step: u32) -> Result<()> {
+        let TokenOutput { state, table, embedding, table_scale, table_stride, hidden, .. } = *output;
+        let row = table + u64::from(token) * (table_stride as usize * size_of::<half::f16>()) as u64;
+        let (token, position, step) = (dimension(token as usize)?, dimension(position)?, step as i32);
+        let parameters = parameters![row, embedding, table_scale, hidden, state, token, position, step];
+        // SAFETY: as rows.cu declares them.
+        unsafe { self.launch("place_token", Grid::new((1, 1), WIDE_THREADS), parameters) }
     }
 
     /// fp32 `x[t] += table[t]`

@@ -27,7 +27,9 @@ pub fn check(model: &Model, properties: DeviceProperties) -> Result<()> {
         next
     });
     StepProgram::new(&on, &fused, &memory)?;
-    let kinds = model.encoder.iter().map(|_| CallKind::Encoder).chain([CallKind::Prompt]);
+    // A mixture's prompt is steps.
+    let prompt = model.experts().is_none().then_some(CallKind::Prompt);
+    let kinds = model.encoder.iter().map(|_| CallKind::Encoder).chain(prompt);
     for kind in kinds {
         let shape = CallShape { kind, batch: Batch::step(0), encoded: 1 };
         let input = CallInput::Tokens(vec![0; 2]);

@@ -6,14 +6,17 @@ use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_
 use crate::kernels::cuda::attention::{Attention, Features, Split};
 use crate::kernels::cuda::launch::dimension;
 use crate::kernels::cuda::matvec::{
-    ACT_CAP, Epilogue, InputDesc, MatrixDesc, Mode, NORM_CAST, NORM_LAYER, NORM_RMS, OutputType, Product,
+    ACT_CAP, ACT_CLAMPED, Chosen, Epilogue, InputDesc, MatrixDesc, Mode, NORM_CAST, NORM_LAYER, NORM_RMS, OutputType,
+    Product,
 };
 use crate::kernels::cuda::norm_add::NormAdd;
 use crate::kernels::cuda::program::{COUNTERS, Instruction, PlannedLaunch, ProgramBuilder, TokenOutput};
-use crate::plan::fuse::{FusedInput, FusedOp, FusedPart, Join, MatvecSpec, NormAddSpec, fuse};
+use crate::kernels::cuda::route::{ExpertParts, Route};
+use crate::plan::fuse::{FusedExperts, FusedInput, FusedOp, FusedPart, Join, MatvecSpec, NormAddSpec, fuse};
 use crate::plan::{
-    ActivationKind, AttentionSpec, BufferId, KeyValue, Mask, MatrixId, MatrixRows, Model, Norm, NormKind, QkNorm,
-    QkNormOver, Sinks, Softcap, VectorId, Window, feature, refuse,
+    ActivationKind, AttentionSpec, BufferId, Expert, ExpertMatrix, ExpertWeighting, ExpertsSpec, GatedActivation,
+    KeyValue, Mask, MatrixId, MatrixRows, Model, Norm, NormKind, QkNorm, QkNormOver, Sinks, Softcap, VectorId, Window,
+    feature, refuse,
 };
 use crate::quant::OutlierColumns;
 
@@ -45,6 +48,8 @@ pub struct StepMemory<T> {
     pub best: T,
     /// [`COUNTERS`].
     pub counters: T,
+    /// Tables of all experts, one layer behind the other: [`StepProgram::experts`].
+    pub experts: T,
 }
 
 /// The place of a buffer in another one.
@@ -70,7 +75,7 @@ impl StepMemory<Allocation> {
         let zeros = |bytes: usize| Allocation { bytes, is_zeroed: true };
         let mut buffers = vec![None; model.decoder.buffers.len()];
         let mut views = vec![None; model.decoder.buffers.len()];
-        let (mut partials, mut counters) = (1, 1);
+        let (mut partials, mut counters, mut experts) = (1, 1, 1);
         for op in fused {
             match op {
                 FusedOp::Embed(spec) => {
@@ -81,6 +86,12 @@ impl StepMemory<Allocation> {
                     partials = partials.max(split.partials(heads, d));
                     counters = counters.max(heads);
                     buffers[spec.out.0] = Some(zeros(size_of::<u32>() * width(spec.out)));
+                }
+                // The result is added where it is made: its buffer is what the gates of the chosen experts write.
+                FusedOp::Experts(FusedExperts { spec, .. }) => {
+                    let rows = spec.experts.first().map_or(0, |expert| model.matrices[expert.gate.weight.0].n);
+                    buffers[spec.out.0] = Some(zeros(size_of::<u32>() * spec.top_k * rows));
+                    experts += size_of::<ExpertParts>() * spec.experts.len();
                 }
                 // A residual is an embedding's.
                 FusedOp::NormAdd(_) => {}
@@ -110,6 +121,7 @@ impl StepMemory<Allocation> {
             arrived: zeros(size_of::<i32>() * counters),
             best: zeros(size_of::<u64>() * on.properties().multiprocessors),
             counters: zeros(size_of::<u32>() * COUNTERS),
+            experts: Allocation { bytes: experts, is_zeroed: false },
         }
     }
 }
@@ -128,12 +140,13 @@ impl<T> StepMemory<T> {
             arrived: make(&self.arrived)?,
             best: make(&self.best)?,
             counters: make(&self.counters)?,
+            experts: make(&self.experts)?,
         })
     }
 
     /// [`Self::try_map`] where nothing fails.
     pub fn map<U>(&self, mut make: impl FnMut(&T) -> U) -> StepMemory<U> {
-        let Self { buffers, views, partials, arrived, best, counters } = self;
+        let Self { buffers, views, partials, arrived, best, counters, experts } = self;
         StepMemory {
             buffers: buffers.iter().map(|buffer| buffer.as_ref().map(&mut make)).collect(),
             views: views.clone(),
@@ -141,12 +154,13 @@ impl<T> StepMemory<T> {
             arrived: make(arrived),
             best: make(best),
             counters: make(counters),
+            experts: make(experts),
         }
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &T> {
-        let Self { buffers, views: _, partials, arrived, best, counters } = self;
-        buffers.iter().flatten().chain([partials, arrived, best, counters])
+        let Self { buffers, views: _, partials, arrived, best, counters, experts } = self;
+        buffers.iter().flatten().chain([partials, arrived, best, counters, experts])
     }
 }
 
@@ -184,6 +198,7 @@ impl StepMemory<u64> {
 /// A step's instructions, and the other parameters of its launch.
 pub struct StepProgram {
     instructions: ProgramBuilder,
+    experts: Vec<ExpertParts>,
     counters: u64,
     token: TokenOutput,
 }
@@ -195,7 +210,8 @@ impl StepProgram {
     /// If no instruction computes an operation, by its name.
     pub fn new(on: &dyn Addresses, fused: &[FusedOp], memory: &StepMemory<u64>) -> Result<Self> {
         check_residuals(fused)?;
-        let mut lowering = Lowering { on, memory, instructions: ProgramBuilder::new(on.properties()) };
+        let instructions = ProgramBuilder::new(on.properties());
+        let mut lowering = Lowering { on, memory, instructions, experts: Vec::new() };
         for op in fused {
             lowering.add(op).with_context(|| format!("at {op:?}"))?;
         }
@@ -204,12 +220,18 @@ impl StepProgram {
             .iter()
             .any(|op| matches!(op, FusedOp::Matvec(spec) if matches!(spec.join, Join::Argmax { softcap: _ })));
         let token = if finds_token { memory.token_output(on, 1)? } else { TokenOutput::default() };
-        Ok(Self { instructions: lowering.instructions, counters: memory.counters, token })
+        let Lowering { instructions, experts, .. } = lowering;
+        Ok(Self { instructions, experts, counters: memory.counters, token })
     }
 
     /// The instructions, which the launch reads at one address.
     pub fn instructions(&self) -> &[Instruction] {
         self.instructions.list()
+    }
+
+    /// Tables of experts, which the launch reads at [`StepMemory::experts`].
+    pub fn experts(&self) -> &[ExpertParts] {
+        &self.experts
     }
 
     /// The launch, which finds [`Self::instructions`] at `at`.
@@ -237,6 +259,7 @@ struct Lowering<'a> {
     on: &'a dyn Addresses,
     memory: &'a StepMemory<u64>,
     instructions: ProgramBuilder,
+    experts: Vec<ExpertParts>,
 }
 
 impl Lowering<'_> {
@@ -247,6 +270,7 @@ impl Lowering<'_> {
             FusedOp::Matvec(spec) => self.multiply(spec),
             FusedOp::Attention(spec) => self.attend(spec),
             FusedOp::NormAdd(spec) => self.add_norm(spec),
+            FusedOp::Experts(spec) => self.choose(spec),
         }
     }
 
@@ -356,6 +380,70 @@ impl Lowering<'_> {
         };
         let inputs = inputs.iter().map(|input| self.input(input)).collect::<Result<_>>()?;
         Ok(self.instructions.multiply(mode, inputs, &products, epilogue)?)
+    }
+
+    /// The router's choice, the gates of all chosen experts together, and their downs, two at a time.
+    fn choose(&mut self, FusedExperts { input, spec, residual }: &FusedExperts) -> Result<()> {
+        let ExpertsSpec { x: _, scores, experts, top_k, weighting, activation, out } = spec;
+        let x = residual.context("a mixture that is added to no residual")?;
+        let (activation, limit) = match *activation {
+            GatedActivation::Plain(kind) => (activation_number(kind), 0.0),
+            GatedActivation::ClampedSwiglu { limit } => (ACT_CLAMPED, limit),
+        };
+        let table = self.memory.experts + (size_of::<ExpertParts>() * self.experts.len()) as u64;
+        for expert in experts {
+            self.check_alike(spec, expert)?;
+            let part = |ExpertMatrix { weight, bias }: ExpertMatrix, activation| {
+                self.on.matrix(weight).expert_part(bias.map_or(0, |bias| self.on.vector(bias)), activation)
+            };
+            let parts = [part(expert.gate, activation)?, part(expert.up, activation)?, part(expert.down, 0)?];
+            self.experts.push(parts);
+        }
+        let first = experts.first().context("a mixture without experts")?;
+        let [gate, up, down] = first.matrices().map(|part| self.on.matrix(part.weight));
+        let (rows, hidden) = (gate.n, self.memory.at(*out)?);
+        let rows_of_expert = dimension(rows)?;
+        let route =
+            Route { scores: self.memory.at(*scores)?, experts: table, hidden, rows_of_expert, ..Route::default() };
+        let is_over_all = i32::from(*weighting == ExpertWeighting::All);
+        self.instructions.route(Route { is_over_all, ..route.choosing(*top_k, experts.len())? })?;
+
+        let session = self.on.session();
+        let plain = Epilogue {
+            outlier_columns: session.outlier_columns,
+            output_type: OutputType::TaggedHalves,
+            softcap: limit,
+            ..Epilogue::default()
+        };
+        // Operands that the chosen experts' replace, but for shapes, formats and the place of the results.
+        let product = |matrix: MatrixDesc, out| Product { matrix, first_row: 0, bias: 0, out, activation: 0 };
+        let of_all = [gate, up].map(|matrix| product(MatrixDesc { n: top_k * rows, ..matrix }, hidden));
+        let chosen = Chosen { count: dimension(*top_k)?, first: 0, rows_of_expert };
+        self.instructions.multiply(Mode::Gated, vec![self.input(input)?], &of_all, Epilogue { chosen, ..plain })?;
+        let residual = self.memory.at(x)?;
+        for first in (0..*top_k).step_by(2) {
+            let chosen_here = first..(first + 2).min(*top_k);
+            let inputs = chosen_here.clone().map(|at| {
+                let x = hidden + (size_of::<u32>() * at * rows) as u64;
+                InputDesc { x, scale: 1.0, is_tagged: 1, ..InputDesc::default() }
+            });
+            let products = vec![product(down, 0); chosen_here.len()];
+            let chosen = Chosen { count: dimension(chosen_here.len())?, first: dimension(first)?, rows_of_expert };
+            let epilogue = Epilogue { residual, chosen, ..plain };
+            self.instructions.multiply(Mode::Joined, inputs.collect(), &products, epilogue)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses experts that are not alike: one instruction reads whichever are chosen.
+    fn check_alike(&self, spec: &ExpertsSpec, expert: &Expert) -> Result<()> {
+        let layout = |part: ExpertMatrix| {
+            let matrix = self.on.matrix(part.weight);
+            (matrix.family.name, matrix.n, matrix.k, matrix.stride_bytes, matrix.threshold.to_bits())
+        };
+        let [gate, up, down] = expert.matrices().map(layout);
+        let is_alike = spec.experts[0].matrices().map(layout) == [gate, up, down] && gate == up;
+        Ok(refuse(EXECUTOR, "a mixture", &[(!is_alike).then_some(&"experts of several formats or sizes")])?)
     }
 
     /// The matrices, all rows of each.
