@@ -1,22 +1,22 @@
 //! One decode step: fused operations as the instructions of one launch, and the memory between these.
 
+mod experts;
+
 use anyhow::{Context, Result};
 
 use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_floats, token_output};
 use crate::kernels::cuda::attention::{Attention, Features, Split};
 use crate::kernels::cuda::launch::dimension;
 use crate::kernels::cuda::matvec::{
-    ACT_CAP, ACT_CLAMPED, Chosen, Epilogue, InputDesc, MatrixDesc, Mode, NORM_CAST, NORM_LAYER, NORM_RMS, OutputType,
-    Product,
+    ACT_CAP, Epilogue, InputDesc, MatrixDesc, Mode, NORM_CAST, NORM_LAYER, NORM_RMS, OutputType, Product,
 };
 use crate::kernels::cuda::norm_add::NormAdd;
 use crate::kernels::cuda::program::{COUNTERS, Instruction, PlannedLaunch, ProgramBuilder, TokenOutput};
-use crate::kernels::cuda::route::{ExpertParts, Route};
+use crate::kernels::cuda::route::ExpertParts;
 use crate::plan::fuse::{FusedExperts, FusedInput, FusedOp, FusedPart, Join, MatvecSpec, NormAddSpec, fuse};
 use crate::plan::{
-    ActivationKind, AttentionSpec, BufferId, Expert, ExpertMatrix, ExpertWeighting, ExpertsSpec, GatedActivation,
-    KeyValue, Mask, MatrixId, MatrixRows, Model, Norm, NormKind, QkNorm, QkNormOver, Sinks, Softcap, VectorId, Window,
-    feature, refuse,
+    ActivationKind, AttentionSpec, BufferId, KeyValue, Mask, MatrixId, MatrixRows, Model, Norm, NormKind, QkNorm,
+    QkNormOver, Sinks, Softcap, VectorId, Window, feature, refuse,
 };
 use crate::quant::OutlierColumns;
 
@@ -380,70 +380,6 @@ impl Lowering<'_> {
         };
         let inputs = inputs.iter().map(|input| self.input(input)).collect::<Result<_>>()?;
         Ok(self.instructions.multiply(mode, inputs, &products, epilogue)?)
-    }
-
-    /// The router's choice, the gates of all chosen experts together, and their downs, two at a time.
-    fn choose(&mut self, FusedExperts { input, spec, residual }: &FusedExperts) -> Result<()> {
-        let ExpertsSpec { x: _, scores, experts, top_k, weighting, activation, out } = spec;
-        let x = residual.context("a mixture that is added to no residual")?;
-        let (activation, limit) = match *activation {
-            GatedActivation::Plain(kind) => (activation_number(kind), 0.0),
-            GatedActivation::ClampedSwiglu { limit } => (ACT_CLAMPED, limit),
-        };
-        let table = self.memory.experts + (size_of::<ExpertParts>() * self.experts.len()) as u64;
-        for expert in experts {
-            self.check_alike(spec, expert)?;
-            let part = |ExpertMatrix { weight, bias }: ExpertMatrix, activation| {
-                self.on.matrix(weight).expert_part(bias.map_or(0, |bias| self.on.vector(bias)), activation)
-            };
-            let parts = [part(expert.gate, activation)?, part(expert.up, activation)?, part(expert.down, 0)?];
-            self.experts.push(parts);
-        }
-        let first = experts.first().context("a mixture without experts")?;
-        let [gate, up, down] = first.matrices().map(|part| self.on.matrix(part.weight));
-        let (rows, hidden) = (gate.n, self.memory.at(*out)?);
-        let rows_of_expert = dimension(rows)?;
-        let route =
-            Route { scores: self.memory.at(*scores)?, experts: table, hidden, rows_of_expert, ..Route::default() };
-        let is_over_all = i32::from(*weighting == ExpertWeighting::All);
-        self.instructions.route(Route { is_over_all, ..route.choosing(*top_k, experts.len())? })?;
-
-        let session = self.on.session();
-        let plain = Epilogue {
-            outlier_columns: session.outlier_columns,
-            output_type: OutputType::TaggedHalves,
-            softcap: limit,
-            ..Epilogue::default()
-        };
-        // Operands that the chosen experts' replace, but for shapes, formats and the place of the results.
-        let product = |matrix: MatrixDesc, out| Product { matrix, first_row: 0, bias: 0, out, activation: 0 };
-        let of_all = [gate, up].map(|matrix| product(MatrixDesc { n: top_k * rows, ..matrix }, hidden));
-        let chosen = Chosen { count: dimension(*top_k)?, first: 0, rows_of_expert };
-        self.instructions.multiply(Mode::Gated, vec![self.input(input)?], &of_all, Epilogue { chosen, ..plain })?;
-        let residual = self.memory.at(x)?;
-        for first in (0..*top_k).step_by(2) {
-            let chosen_here = first..(first + 2).min(*top_k);
-            let inputs = chosen_here.clone().map(|at| {
-                let x = hidden + (size_of::<u32>() * at * rows) as u64;
-                InputDesc { x, scale: 1.0, is_tagged: 1, ..InputDesc::default() }
-            });
-            let products = vec![product(down, 0); chosen_here.len()];
-            let chosen = Chosen { count: dimension(chosen_here.len())?, first: dimension(first)?, rows_of_expert };
-            let epilogue = Epilogue { residual, chosen, ..plain };
-            self.instructions.multiply(Mode::Joined, inputs.collect(), &products, epilogue)?;
-        }
-        Ok(())
-    }
-
-    /// Refuses experts that are not alike: one instruction reads whichever are chosen.
-    fn check_alike(&self, spec: &ExpertsSpec, expert: &Expert) -> Result<()> {
-        let layout = |part: ExpertMatrix| {
-            let matrix = self.on.matrix(part.weight);
-            (matrix.family.name, matrix.n, matrix.k, matrix.stride_bytes, matrix.threshold.to_bits())
-        };
-        let [gate, up, down] = expert.matrices().map(layout);
-        let is_alike = spec.experts[0].matrices().map(layout) == [gate, up, down] && gate == up;
-        Ok(refuse(EXECUTOR, "a mixture", &[(!is_alike).then_some(&"experts of several formats or sizes")])?)
     }
 
     /// The matrices, all rows of each.
