@@ -26,7 +26,7 @@ mod step;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tests that launch kernels.
-const GROUPS: usize = 21;
+const GROUPS: usize = 22;
 
 /// Runs the cases of a group; the last group to end checks that none of the sources' kernels was left out.
 #[track_caller]
@@ -125,6 +125,11 @@ fn products_of_a_step_follow_their_reference() {
 #[test]
 fn decode_steps_of_families_follow_the_reference() {
     group(step::decode_steps_of_families_follow_the_reference);
+}
+
+#[test]
+fn products_of_families_follow_their_reference() {
+    group(step::products_of_families_follow_their_reference);
 }
 
 #[test]

@@ -3,8 +3,8 @@
 
 use quantbench::kernels::cuda::matvec::{InputDesc, NORM_CAST, NORM_LAYER, NORM_RMS};
 use quantbench::lower::cuda::Addresses;
-use quantbench::plan::fuse::{FusedInput, FusedOp, FusedPart, Join, MatvecSpec};
-use quantbench::plan::{ActivationKind, BufferId, NormKind, VectorId};
+use quantbench::plan::fuse::{FusedInput, FusedOp, FusedPart, Join, MatvecSpec, NormAddSpec};
+use quantbench::plan::{ActivationKind, BufferId, NormKind, Softcap, VectorId};
 use quantbench::quant::FormatOptions;
 
 use super::coverage::combinations;
@@ -127,28 +127,47 @@ pub fn products_of_a_step_follow_their_reference() {
     for (turn, (model, precision)) in
         [("llama-tiny", "int8"), ("phi-odd", "int8"), ("phi-tiny", "nf4")].into_iter().enumerate()
     {
-        let memory = Memory::default();
-        let host = Host { chip: CHIPS[turn % CHIPS.len()], memory: &memory };
-        let mut session = Session::load(model, precision, &host, [5, 16][turn % 2]);
-        let ids = golden(model, "golden", "p1.input_ids");
-        for id in &ids[..2] {
-            session.place(*id as u32);
-            session.step();
+        products_of(model, precision, CHIPS[turn % CHIPS.len()], [5, 16][turn % 2]);
+    }
+}
+
+/// Products in front of a norm, of a residual that is cast, and of capped logits; what norms add to a residual.
+pub fn products_of_families_follow_their_reference() {
+    for (turn, (model, precision)) in
+        [("gemma2-odd", "int8"), ("olmo2-odd", "nf4"), ("gemma3-odd", "nf4")].into_iter().enumerate()
+    {
+        products_of(model, precision, CHIPS[turn % CHIPS.len()], [16, 5][turn % 2]);
+    }
+}
+
+fn products_of(model: &str, precision: &str, chip: u32, multiprocessors: usize) {
+    let memory = Memory::default();
+    let host = Host { chip, memory: &memory };
+    let mut session = Session::load(model, precision, &host, multiprocessors);
+    let ids = golden(model, "golden", "p1.input_ids");
+    for id in &ids[..2] {
+        session.place(*id as u32);
+        session.step();
+    }
+    let last = ids[2] as u32;
+    // A launch takes its kernel from its matrices: the operations before the first product have none, and need no launch.
+    let first = session.fused.iter().position(|op| matches!(op, FusedOp::Matvec(_))).expect("a product");
+    for n in first..session.fused.len() {
+        session.place(last);
+        if n > first {
+            session.run(n);
         }
-        let last = ids[2] as u32;
-        // A launch takes its kernel from its matrices: the operations before the first product have none, and need no launch.
-        let first = session.fused.iter().position(|op| matches!(op, FusedOp::Matvec(_))).expect("a product");
-        for n in first..session.fused.len() {
+        if let FusedOp::Matvec(spec) = session.fused[n].clone() {
+            let before = Products::of(&session, &spec);
             session.place(last);
-            if n > first {
-                session.run(n);
-            }
-            if let FusedOp::Matvec(spec) = session.fused[n].clone() {
-                let before = Products::of(&session, &spec);
-                session.place(last);
-                session.run(n + 1);
-                before.check(&session, &spec, &format!("{model} {precision}, operation {n}"));
-            }
+            session.run(n + 1);
+            before.check(&session, &spec, &format!("{model} {precision}, operation {n}"));
+        }
+        if let FusedOp::NormAdd(spec) = session.fused[n].clone() {
+            let (before, y) = (residual(&session, spec.x), residual(&session, spec.y));
+            session.place(last);
+            session.run(n + 1);
+            check_norm_add(&session, &spec, (&before, &y), &format!("{model} {precision}, operation {n}"));
         }
     }
 }
@@ -223,8 +242,31 @@ impl Products {
                     value(0, at).check(y, &format!("{what}, logit {at}"));
                 }
             }
-            Join::Argmax { softcap: Some(_) } => panic!("capped logits"),
+            Join::Argmax { softcap: Some(Softcap(cap)) } => {
+                let cap = f64::from(cap);
+                for (at, y) in session.logits().into_iter().enumerate() {
+                    let Bounded { value, error } = value(0, at);
+                    // The slope of a tanh is 1 at most; it adds some units in the last place of the cap.
+                    let capped = Bounded { value: cap * (value / cap).tanh(), error: error + 2f64.powi(-20) * cap };
+                    capped.check(y, &format!("{what}, capped logit {at}"));
+                }
+            }
         }
+    }
+}
+
+/// A sum of squares in any order is off by (n + 8) · 2⁻²⁴ of it, which moves the factor by half as much; some roundings more, and that of
+/// the sum.
+fn check_norm_add(session: &Session, spec: &NormAddSpec, (before, y): (&[f32], &[f32]), what: &str) {
+    let weight: Vec<f32> = session.host.memory.read(session.vector(spec.norm.weight), y.len());
+    let n = y.len() as f64;
+    let squares: f64 = y.iter().map(|y| f64::from(*y).powi(2)).sum();
+    let factor = 1.0 / (squares / n + f64::from(spec.norm.epsilon)).sqrt();
+    for (at, made) in residual(session, spec.x).into_iter().enumerate() {
+        let added = f64::from(y[at]) * factor * f64::from(weight[at]);
+        let sum = f64::from(before[at]) + added;
+        let error = added.abs() * ((n + 8.0) * 2f64.powi(-24) + 2f64.powi(-21)) + sum.abs() * 2f64.powi(-24);
+        Bounded { value: sum, error }.check(made, &format!("{what} [{at}]"));
     }
 }
 
