@@ -101,7 +101,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
             if (opcode == OPCODE_FORMAT) values[run] = Format::result(total_of<typename Format::Partial>(partials, factors.sums_of[run], of_tile),
                                                             activations.own[matvec.mode == MODE_JOINED ? run : 0], factors.scale[run]);
             else values[run] = total_of<Value>(partials, factors.sums_of[run], of_tile).value;
-            values[run] += factors.bias[run];
+            values[run] = values[run] * matvec.product_scale + factors.bias[run];
             if (matvec.chosen && matvec.mode != MODE_GATED) values[run] *= chosen_experts().weights[matvec.first_chosen + run];
         }
         store_row(matvec, parts_of(matvec)[factors.part()], factors.row(), values, factors.residual, tags.of(at), best);

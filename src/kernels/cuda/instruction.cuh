@@ -89,6 +89,8 @@ struct Matvec {
     // many experts the gates and what they gate, `rows_of_expert` rows each. Else: down of one or two, from `first_chosen` on, whose products are
     // weighed.
     int chosen, first_chosen, rows_of_expert;
+    // Exact powers of two that keep fp16 in range: of what MODE_GATED stores, and of products whose input was stored so.
+    float out_scale, product_scale;
 };
 
 struct Attention {

@@ -357,7 +357,7 @@ __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart
         y = (up + 1.0f) * gate * logistic(1.702f * gate);
     } else if (part.activation != ACT_NONE) {
         y = activate(part.activation, __half2float(__float2half_rn(y)));
-        if (matvec.mode == MODE_GATED) y = __half2float(__float2half_rn(y)) * __half2float(__float2half_rn(values[1]));
+        if (matvec.mode == MODE_GATED) y = __half2float(__float2half_rn(y)) * __half2float(__float2half_rn(values[1] * matvec.out_scale));
     }
     if (matvec.logits) {
         matvec.logits[row] = y;

@@ -150,6 +150,8 @@ pub struct Matvec {
     reuses_input: i32,
     partitions: [RowPartition; 2],
     chosen: Chosen,
+    out_scale: f32,
+    product_scale: f32,
 }
 
 /// Rows of neighbouring blocks, as `struct RowPartition`.
@@ -215,8 +217,24 @@ pub struct Epilogue {
     pub logits: u64,
     /// The cap or the limit of [`ACT_CAP`] and [`ACT_CLAMPED`].
     pub softcap: f32,
+    pub range: Range,
     /// The experts whose matrices take the place of the products'.
     pub chosen: Chosen,
+}
+
+/// Exact powers of two that keep fp16 values in range.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Range {
+    /// That the inputs were stored by; products are divided by it.
+    pub read: f32,
+    /// That a gate's results are stored by.
+    pub stored: f32,
+}
+
+impl Default for Range {
+    fn default() -> Self {
+        Self { read: 1.0, stored: 1.0 }
+    }
 }
 
 /// Experts that the router has chosen, as the end of `struct Matvec`; all zeros for a matvec that has matrices of its own.
@@ -263,7 +281,8 @@ impl Matvec {
             residual: epilogue.residual,
             logits: epilogue.logits,
             outlier_columns: epilogue.outlier_columns,
-            threshold: first.threshold,
+            // Outliers of what was stored by a power of two are at least that part of the threshold.
+            threshold: first.threshold * epilogue.range.read,
             softcap: epilogue.softcap,
             stride: dimension(first.stride_bytes)?,
             stride_1: dimension(products.last().map_or(0, |p| p.matrix.stride_bytes))?,
@@ -273,6 +292,8 @@ impl Matvec {
             reuses_input: 0,
             partitions: [RowPartition::default(); 2],
             chosen: epilogue.chosen,
+            out_scale: epilogue.range.stored,
+            product_scale: 1.0 / epilogue.range.read,
         };
         matvec.inputs[..inputs.len()].copy_from_slice(&inputs);
         let part_of = |&Product { matrix, first_row, bias, out, activation }: &Product| {

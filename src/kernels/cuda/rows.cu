@@ -49,6 +49,7 @@ struct Addend {
     const void *values;  // [t, n], or null for none
     const float *bias;   // [n], or null
     int is_float;        // values are fp32, else fp16
+    float scale;         // that multiplies values and bias
 };
 
 // A half plus its bias, rounded as add_bias_rows rounds it.
@@ -57,9 +58,9 @@ __device__ __forceinline__ float biased(__half y, const float *bias, int column)
 }
 
 __device__ __forceinline__ float added(const Addend &addend, long long at, int column) {
-    if (!addend.is_float) return biased(((const __half *)addend.values)[at], addend.bias, column);
+    if (!addend.is_float) return biased(((const __half *)addend.values)[at], addend.bias, column) * addend.scale;
     float y = ((const float *)addend.values)[at];
-    return addend.bias ? y + addend.bias[column] : y;
+    return (addend.bias ? y + addend.bias[column] : y) * addend.scale;
 }
 
 // x += first + second, where there are any; out = norm(x), fp16. A block owns a row.
@@ -115,13 +116,13 @@ __device__ __forceinline__ float activated(int kind, float x) {
     return x > 0.0f || isnan(x) ? x : 0.0f;
 }
 
-// out = act(gate + bias), times up where there is one.
-extern "C" __global__ void activate_rows(const __half *gate, const float *bias, const __half *up, __half *out, int kind, int n,
+// out = act(gate + bias), times scale * up where there is one.
+extern "C" __global__ void activate_rows(const __half *gate, const float *bias, const __half *up, __half *out, float scale, int kind, int n,
                                          long long count) {
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= count) return;
     __half y = __float2half_rn(activated(kind, biased(gate[at], bias, bias ? (int)(at % n) : 0)));
-    out[at] = up ? __float2half_rn(__half2float(y) * __half2float(up[at])) : y;
+    out[at] = up ? __float2half_rn(__half2float(y) * __half2float(__float2half_rn(__half2float(up[at]) * scale))) : y;
 }
 
 // Adds biases, if there are any, rotates q [t, h, d] in place and writes k, v [t, g, d] to the cache [g, capacity, d_pad]. A block owns a
@@ -186,10 +187,10 @@ extern "C" __global__ void narrow_rows(const float *from, __half *to, long long 
     if (at < count) to[at] = __float2half_rn(from[at]);
 }
 
-// fp16 to fp32.
-extern "C" __global__ void widen_rows(const __half *from, float *to, long long count) {
+// fp16 to fp32, scaled.
+extern "C" __global__ void widen_rows(const __half *from, float *to, float scale, long long count) {
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (at < count) to[at] = __half2float(from[at]);
+    if (at < count) to[at] = __half2float(from[at]) * scale;
 }
 
 // Reads `count` 16-byte words and writes almost nothing: measures the read bandwidth.

@@ -40,6 +40,8 @@ pub struct Addend {
     pub bias: u64,
     /// 1 where the values are fp32, 0 where they are fp16.
     pub is_float: i32,
+    /// It multiplies values and bias.
+    pub scale: f32,
 }
 
 impl Rows<'_> {
@@ -137,7 +139,7 @@ impl Rows<'_> {
         unsafe { self.launch("add_rows", Grid::over(rows * width, THREADS), parameters) }
     }
 
-    /// fp16 `out = act(gate + bias) · up`, the sum rounded to fp16; `bias`, fp32 `[width]`, and `up` may be 0.
+    /// fp16 `out = act(gate + bias) · scale · up`, the sum and what is scaled rounded to fp16; `bias`, fp32 `[width]`, and `up` may be 0.
     ///
     /// # Safety
     /// See [`Rows`].
@@ -150,10 +152,11 @@ impl Rows<'_> {
         gate: u64,
         bias: u64,
         up: u64,
+        scale: f32,
         out: u64,
     ) -> Result<()> {
         let (n, count) = (dimension(width)?, (rows * width) as i64);
-        let parameters = parameters![gate, bias, up, out, kind, n, count];
+        let parameters = parameters![gate, bias, up, out, scale, kind, n, count];
         // SAFETY: as rows.cu declares them.
         unsafe { self.launch("activate_rows", Grid::over(rows * width, THREADS), parameters) }
     }
@@ -232,14 +235,14 @@ impl Rows<'_> {
         unsafe { self.launch("narrow_rows", Grid::over(count, THREADS), parameters![from, to, n]) }
     }
 
-    /// fp16 to fp32.
+    /// fp16 to fp32, multiplied by `scale`.
     ///
     /// # Safety
     /// See [`Rows`].
-    pub unsafe fn widen(self, count: usize, from: u64, to: u64) -> Result<()> {
+    pub unsafe fn widen(self, count: usize, from: u64, scale: f32, to: u64) -> Result<()> {
         let n = count as i64;
         // SAFETY: as rows.cu declares them.
-        unsafe { self.launch("widen_rows", Grid::over(count, THREADS), parameters![from, to, n]) }
+        unsafe { self.launch("widen_rows", Grid::over(count, THREADS), parameters![from, to, scale, n]) }
     }
 
     /// Reads `words` of 16 bytes and writes one of 4 bytes now and then.

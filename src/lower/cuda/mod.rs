@@ -4,11 +4,13 @@
 mod call;
 mod check;
 pub mod prefill;
+mod range;
 pub mod step;
 mod tables;
 
 pub use call::{CallInput, CallKind, CallResult, CallShape};
 pub use check::check;
+pub use range::scales;
 pub use tables::{by_distance, call_angles, length_class, padded, padded_floats, step_angles};
 
 use candle_core::{Result, bail};

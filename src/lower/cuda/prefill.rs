@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail};
 use half::f16;
 
 use super::call::{CallKind, CallResult, CallShape};
-use super::{Addresses, activation_number};
+use super::{Addresses, activation_number, scales};
 use crate::kernels::cuda::arena::{Arena, Region};
 use crate::kernels::cuda::launch::Launcher;
-use crate::kernels::cuda::matvec::Epilogue;
+use crate::kernels::cuda::matvec::{Epilogue, MatrixDesc};
 use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
 use crate::kernels::cuda::rows::{Addend, Rows, Table};
 use crate::kernels::cuda::shared_input::SharedInput;
@@ -47,7 +47,12 @@ pub fn run(
     };
     let buffers = plan.buffers.iter().map(|_| None).collect();
     let (lives, examined) = (plan.lifetimes(), OutlierColumns::default());
-    Prefill { on, plan, shape, launcher, arena, input: Some(input), buffers, lives, examined }.run(len, kept)
+    // Of the decoder's gates alone.
+    let scales = match shape.kind {
+        CallKind::Encoder => vec![1.0; plan.buffers.len()],
+        CallKind::Prompt | CallKind::Scored => scales(model),
+    };
+    Prefill { on, plan, shape, launcher, arena, input: Some(input), buffers, lives, scales, examined }.run(len, kept)
 }
 
 /// The head of the last row, which finds the token of a prompt and puts it where `token` says.
@@ -83,6 +88,8 @@ struct Buffer<'a> {
     is_float: bool,
     /// The bias of a product, not added yet; or 0.
     bias: u64,
+    /// A power of two that values and bias are stored by, where that is not 1.
+    scale: f32,
     /// Products that have not been added to a residual yet, in their order.
     addends: Vec<Buffer<'a>>,
     _region: Option<Region<'a>>,
@@ -93,12 +100,18 @@ const MAX_DEFERRED_ADDS: usize = 2;
 
 impl<'a> Buffer<'a> {
     fn new(address: u64, is_float: bool, region: Option<Region<'a>>) -> Self {
-        Self { address, is_float, bias: 0, addends: Vec::new(), _region: region }
+        Self { address, is_float, bias: 0, scale: 1.0, addends: Vec::new(), _region: region }
     }
 
     fn addend(&self) -> Addend {
-        Addend { values: self.address, bias: self.bias, is_float: i32::from(self.is_float) }
+        let is_float = i32::from(self.is_float);
+        Addend { values: self.address, bias: self.bias, is_float, scale: 1.0 / self.scale }
     }
+}
+
+/// The matrix as it multiplies what was stored by `scale`: LLM.int8's outliers are at least that part of the threshold.
+fn scaled(matrix: MatrixDesc, scale: f32) -> MatrixDesc {
+    MatrixDesc { threshold: matrix.threshold * scale, ..matrix }
 }
 
 fn addends(buffers: &[Buffer]) -> [Addend; MAX_DEFERRED_ADDS] {
@@ -116,6 +129,8 @@ struct Prefill<'a> {
     input: Option<Region<'a>>,
     buffers: Vec<Option<Buffer<'a>>>,
     lives: Vec<Lifetime>,
+    /// By the decoder's buffers: [`scales`].
+    scales: Vec<f32>,
     examined: OutlierColumns,
 }
 
@@ -167,8 +182,8 @@ impl<'a> Prefill<'a> {
     /// The address of an fp16 product, and the bias that is not added to it yet.
     fn product(&self, id: BufferId) -> Result<(u64, u64)> {
         match self.buffer(id)? {
-            Buffer { address, is_float: false, bias, .. } => Ok((*address, *bias)),
-            _ => bail!("an fp32 buffer where fp16 is read"),
+            Buffer { address, is_float: false, bias, scale: 1.0, .. } => Ok((*address, *bias)),
+            _ => bail!("an fp32 or a scaled buffer where fp16 is read"),
         }
     }
 
@@ -210,11 +225,11 @@ impl<'a> Prefill<'a> {
         if is_float && bias == 0 {
             return Ok(());
         }
-        let from = self.read(id)?;
+        let (scale, from) = (self.buffer(id)?.scale, self.read(id)?);
         if !is_float {
             let wide = self.float(id)?;
             // SAFETY: both hold rows · width values.
-            unsafe { self.kernels().widen(self.shape.rows() * self.width(id), from, wide.address) }?;
+            unsafe { self.kernels().widen(self.shape.rows() * self.width(id), from, 1.0 / scale, wide.address) }?;
             self.buffers[id.0] = Some(wide);
         }
         Ok(())
@@ -292,13 +307,16 @@ impl<'a> Prefill<'a> {
         }
         let outlier_columns = self.on.session().outlier_columns;
         let at = cast.as_ref().map_or(at, |cast| cast.address);
-        let x = SharedInput::new(at, self.shape.rows(), outlier_columns, self.arena);
+        let (x, scale) = (SharedInput::new(at, self.shape.rows(), outlier_columns, self.arena), self.buffer(*x)?.scale);
         for parts in parts.chunk_by(|a, b| a.rows.is_some() && b.rows.is_some() && a.weight == b.weight) {
             match parts {
                 [part @ LinearPart { rows: None, .. }] => {
-                    let y = self.room(part)?;
+                    let y = Buffer { scale, ..self.room(part)? };
+                    if y.is_float && scale != 1.0 {
+                        bail!("an fp32 product of what is stored by a scale");
+                    }
                     // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
-                    unsafe { self.on.matrix(part.weight).multiply_rows(self.launcher, &x, y.address) }?;
+                    unsafe { scaled(self.on.matrix(part.weight), scale).multiply_rows(self.launcher, &x, y.address) }?;
                     self.buffers[part.out.0] = Some(y);
                 }
                 parts => self.cut(&x, parts)?,
@@ -342,11 +360,12 @@ impl<'a> Prefill<'a> {
         // In its place, if nobody reads it again.
         let is_last = self.lives[gate.0].last_op() == index && self.width(gate) == width;
         let y = match self.buffers[gate.0].take_if(|_| is_last) {
-            Some(gate) => Buffer { bias: 0, ..gate },
-            None => self.half(out)?,
+            Some(gate) => Buffer { bias: 0, scale: self.scales[out.0], ..gate },
+            None => Buffer { scale: self.scales[out.0], ..self.half(out)? },
         };
+        let (kind, scale) = (activation_number(kind), y.scale);
         // SAFETY: all hold rows · width values, the bias width; each thread reads what it writes.
-        unsafe { self.kernels().activate(rows, width, activation_number(kind), from, bias, up, y.address) }?;
+        unsafe { self.kernels().activate(rows, width, kind, from, bias, up, scale, y.address) }?;
         self.buffers[out.0] = Some(y);
         Ok(())
     }

@@ -4,11 +4,11 @@ mod experts;
 
 use anyhow::{Context, Result};
 
-use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_floats, token_output};
+use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_floats, scales, token_output};
 use crate::kernels::cuda::attention::{Attention, Features, Split};
 use crate::kernels::cuda::launch::dimension;
 use crate::kernels::cuda::matvec::{
-    ACT_CAP, Epilogue, InputDesc, MatrixDesc, Mode, NORM_CAST, NORM_LAYER, NORM_RMS, OutputType, Product,
+    ACT_CAP, Epilogue, InputDesc, MatrixDesc, Mode, NORM_CAST, NORM_LAYER, NORM_RMS, OutputType, Product, Range,
 };
 use crate::kernels::cuda::norm_add::NormAdd;
 use crate::kernels::cuda::program::{COUNTERS, Instruction, PlannedLaunch, ProgramBuilder, TokenOutput};
@@ -211,7 +211,8 @@ impl StepProgram {
     pub fn new(on: &dyn Addresses, fused: &[FusedOp], memory: &StepMemory<u64>) -> Result<Self> {
         check_residuals(fused)?;
         let instructions = ProgramBuilder::new(on.properties());
-        let mut lowering = Lowering { on, memory, instructions, experts: Vec::new() };
+        let scales = scales(on.model());
+        let mut lowering = Lowering { on, memory, scales, instructions, experts: Vec::new() };
         for op in fused {
             lowering.add(op).with_context(|| format!("at {op:?}"))?;
         }
@@ -258,6 +259,8 @@ impl StepProgram {
 struct Lowering<'a> {
     on: &'a dyn Addresses,
     memory: &'a StepMemory<u64>,
+    /// By the plan's buffers: [`scales`].
+    scales: Vec<f32>,
     instructions: ProgramBuilder,
     experts: Vec<ExpertParts>,
 }
@@ -354,9 +357,14 @@ impl Lowering<'_> {
 
     fn multiply(&mut self, spec @ MatvecSpec { inputs, parts: _, join }: &MatvecSpec) -> Result<()> {
         let session = self.on.session();
+        let read = inputs.first().map_or(1.0, |input| self.scales[input.x.0]);
+        if inputs.iter().any(|input| self.scales[input.x.0] != read) {
+            refuse(EXECUTOR, "a matvec", &[Some(&"inputs of several scales")])?;
+        }
         let plain = Epilogue {
             outlier_columns: session.outlier_columns,
             output_type: OutputType::TaggedHalves,
+            range: Range { read, ..Range::default() },
             ..Epilogue::default()
         };
         let (mode, products, epilogue) = match *join {
@@ -364,7 +372,10 @@ impl Lowering<'_> {
             Join::Floats => {
                 (Mode::Apart, self.products(spec)?, Epilogue { output_type: OutputType::TaggedFloats, ..plain })
             }
-            Join::Gated { kind, out } => (Mode::Gated, self.gated(spec, kind, out)?, plain),
+            Join::Gated { kind, out } => {
+                let range = Range { read, stored: self.scales[out.0] };
+                (Mode::Gated, self.gated(spec, kind, out)?, Epilogue { range, ..plain })
+            }
             Join::Residual { x } => {
                 let residual = self.memory.at(x)?;
                 (Mode::Joined, self.products(spec)?, Epilogue { residual, ..plain })

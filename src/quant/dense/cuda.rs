@@ -131,7 +131,7 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
     let (ty, element_bytes, a) = if is_float {
         let at = widened.insert(arena.take::<f32>(m * k)?).address;
         // SAFETY: both hold m * k values.
-        unsafe { Rows { on }.widen(m * k, x, at) }?;
+        unsafe { Rows { on }.widen(m * k, x, 1.0, at) }?;
         (Type::Float, size_of::<f32>(), at)
     } else {
         (Type::Half, size_of::<f16>(), x)

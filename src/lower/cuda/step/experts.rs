@@ -4,7 +4,9 @@ use anyhow::{Context, Result};
 
 use super::{EXECUTOR, Lowering};
 use crate::kernels::cuda::launch::dimension;
-use crate::kernels::cuda::matvec::{ACT_CLAMPED, Chosen, Epilogue, InputDesc, MatrixDesc, Mode, OutputType, Product};
+use crate::kernels::cuda::matvec::{
+    ACT_CLAMPED, Chosen, Epilogue, InputDesc, MatrixDesc, Mode, OutputType, Product, Range,
+};
 use crate::kernels::cuda::route::{ExpertParts, Route};
 use crate::lower::cuda::activation_number;
 use crate::plan::fuse::FusedExperts;
@@ -37,7 +39,7 @@ impl Lowering<'_> {
         let is_over_all = i32::from(*weighting == ExpertWeighting::All);
         self.instructions.route(Route { is_over_all, ..route.choosing(*top_k, experts.len())? })?;
 
-        let session = self.on.session();
+        let (session, scale) = (self.on.session(), self.scales[out.0]);
         let plain = Epilogue {
             outlier_columns: session.outlier_columns,
             output_type: OutputType::TaggedHalves,
@@ -48,7 +50,12 @@ impl Lowering<'_> {
         let product = |matrix: MatrixDesc, out| Product { matrix, first_row: 0, bias: 0, out, activation: 0 };
         let of_all = [gate, up].map(|matrix| product(MatrixDesc { n: top_k * rows, ..matrix }, hidden));
         let chosen = Chosen { count: dimension(*top_k)?, first: 0, rows_of_expert };
-        self.instructions.multiply(Mode::Gated, vec![self.input(input)?], &of_all, Epilogue { chosen, ..plain })?;
+        self.instructions.multiply(
+            Mode::Gated,
+            vec![self.input(input)?],
+            &of_all,
+            Epilogue { chosen, range: Range { read: 1.0, stored: scale }, ..plain },
+        )?;
         let residual = self.memory.at(x)?;
         for first in (0..*top_k).step_by(2) {
             let chosen_here = first..(first + 2).min(*top_k);
@@ -58,7 +65,8 @@ impl Lowering<'_> {
             });
             let products = vec![product(down, 0); chosen_here.len()];
             let chosen = Chosen { count: dimension(chosen_here.len())?, first: dimension(first)?, rows_of_expert };
-            let epilogue = Epilogue { residual, chosen, ..plain };
+            let range = Range { read: scale, stored: 1.0 };
+            let epilogue = Epilogue { residual, chosen, range, ..plain };
             self.instructions.multiply(Mode::Joined, inputs.collect(), &products, epilogue)?;
         }
         Ok(())
