@@ -42,6 +42,8 @@ pub struct Family {
     pub kernels: &'static [&'static StepKernel],
     /// Products of many rows are fp32 if set, fp16 otherwise.
     pub product_is_float: bool,
+    /// Whether they may be fp32 where a call wants that ([`SharedInput::to_floats`]).
+    pub has_float_products: bool,
     pub multiply_rows: MultiplyRows,
 }
 

@@ -290,6 +290,8 @@ impl<'a> Prefill<'a> {
         let (rows, kernels) = (self.shape.rows(), self.kernels());
         let (width, weight) = (self.width(x), self.vector(weight));
         let x = self.buffer_mut(x)?;
+        // A norm of values by a power of two is that of the values, with an epsilon by its square.
+        let epsilon = epsilon * x.scale * x.scale;
         let (x, deferred) = (x.address, std::mem::take(&mut x.addends));
         // SAFETY: x, its deferred additions and y hold rows · width values, the vectors width.
         unsafe { kernels.norm(rows, width, x, addends(&deferred), weight, bias, epsilon, y.address) }?;
@@ -312,9 +314,7 @@ impl<'a> Prefill<'a> {
             match parts {
                 [part @ LinearPart { rows: None, .. }] => {
                     let y = Buffer { scale, ..self.room(part)? };
-                    if y.is_float && scale != 1.0 {
-                        bail!("an fp32 product of what is stored by a scale");
-                    }
+                    x.to_floats.set(y.is_float);
                     // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
                     unsafe { scaled(self.on.matrix(part.weight), scale).multiply_rows(self.launcher, &x, y.address) }?;
                     self.buffers[part.out.0] = Some(y);
@@ -332,7 +332,11 @@ impl<'a> Prefill<'a> {
 
     /// Room for the product of a part, whose bias is deferred.
     fn room(&self, &LinearPart { weight, rows: _, bias, out }: &LinearPart) -> Result<Buffer<'a>> {
-        let y = if self.on.matrix(weight).family.product_is_float { self.float(out)? } else { self.half(out)? };
+        let family = self.on.matrix(weight).family;
+        // In front of a norm values may exceed fp16.
+        let is_normed = || self.plan.ops.iter().any(|op| matches!(op, Op::Norm(spec) if spec.x == out));
+        let is_float = family.product_is_float || (family.has_float_products && is_normed());
+        let y = if is_float { self.float(out)? } else { self.half(out)? };
         Ok(Buffer { bias: bias.map_or(0, |bias| self.vector(bias)), ..y })
     }
 
