@@ -90,10 +90,21 @@ fn keeps_experts(name: &str) -> bool {
 
 impl<'a> Session<'a> {
     pub fn load(name: &str, precision: &str, host: &'a Host<'a>, multiprocessors: usize) -> Self {
+        Self::open(&folder(name), keeps_experts(name), precision, host, multiprocessors)
+    }
+
+    /// Loads the model of a folder.
+    pub fn open(
+        folder: &Path,
+        keeps_experts: bool,
+        precision: &str,
+        host: &'a Host<'a>,
+        multiprocessors: usize,
+    ) -> Self {
         let checkpoint =
-            weights::open(&ModelRequest::of(folder(name).display().to_string()), &Silent).expect("a golden model");
+            weights::open(&ModelRequest::of(folder.display().to_string()), &Silent).expect("a golden model");
         let mut model = quantbench::models::build(&checkpoint.config).expect("a golden model");
-        if keeps_experts(name) {
+        if keeps_experts {
             let kept = ["experts", "router"].map(str::to_owned).to_vec();
             Selection::Without(kept).apply(&mut model.matrices).expect("groups of matrices");
         }

@@ -333,8 +333,12 @@ impl<'a> Prefill<'a> {
     /// Room for the product of a part, whose bias is deferred.
     fn room(&self, &LinearPart { weight, rows: _, bias, out }: &LinearPart) -> Result<Buffer<'a>> {
         let family = self.on.matrix(weight).family;
-        // In front of a norm values may exceed fp16.
-        let is_normed = || self.plan.ops.iter().any(|op| matches!(op, Op::Norm(spec) if spec.x == out));
+        // Values of a product that a norm alone reads may exceed fp16.
+        let is_normed = || {
+            let has = |reads: &dyn Fn(&Op) -> bool| self.plan.ops.iter().any(reads);
+            has(&|op| matches!(op, Op::Norm(spec) if spec.x == out))
+                && !has(&|op| matches!(op, Op::Add(spec) if spec.a == out))
+        };
         let is_float = family.product_is_float || (family.has_float_products && is_normed());
         let y = if is_float { self.float(out)? } else { self.half(out)? };
         Ok(Buffer { bias: bias.map_or(0, |bias| self.vector(bias)), ..y })
