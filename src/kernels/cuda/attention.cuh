@@ -392,15 +392,15 @@ __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tag
 #pragma unroll 1
     while (index < n_units) {
         const bool has_own = cached < count;
-        HeadNorm norms[2];
+        HeadNorm of_q, of_k;
         if (FEATURED && op.q_norm) {
             __shared__ float room_of_norms[2 * WARPS];
             const bool all = op.norms_all_heads;
-            norms[0].weights = op.q_norm + (all ? head * d : 0);
-            norms[0].factor = norm_factor(op.q + (all ? 0 : head * d), all ? op.kv_heads * op.group * d : d, ExpectedTag(tags, op.written_by[0]), op.epsilon, room_of_norms);
+            of_q.weights = op.q_norm + (all ? head * d : 0);
+            of_q.factor = norm_factor(op.q + (all ? 0 : head * d), all ? op.kv_heads * op.group * d : d, ExpectedTag(tags, op.written_by[0]), op.epsilon, room_of_norms);
             if (has_own) {
-                norms[1].weights = op.k_norm + (all ? kv_head * d : 0);
-                norms[1].factor = norm_factor(op.k + (all ? 0 : kv_head * d), all ? op.kv_heads * d : d, ExpectedTag(tags, op.written_by[1]), op.epsilon, room_of_norms + WARPS);
+                of_k.weights = op.k_norm + (all ? kv_head * d : 0);
+                of_k.factor = norm_factor(op.k + (all ? 0 : kv_head * d), all ? op.kv_heads * d : d, ExpectedTag(tags, op.written_by[1]), op.epsilon, room_of_norms + WARPS);
             }
         }
 #pragma unroll 1
@@ -412,7 +412,8 @@ __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tag
             auto read = [&](auto norm) { return rotated(from, element, which == 2 ? 0 : op.rotary, angles, expected, norm); };
             float unrounded = 0.0f;
             if (element < d) {
-                if constexpr (FEATURED) unrounded = read(which == 0 ? norms[0] : which == 1 ? norms[1] : HeadNorm());
+                // By its members: a choice among structs would put them into local memory.
+                if constexpr (FEATURED) unrounded = read(HeadNorm{which == 0 ? of_q.factor : of_k.factor, which == 0 ? of_q.weights : which == 1 ? of_k.weights : nullptr});
                 else unrounded = read(Unnormed());
             }
             const __half value = __float2half_rn(unrounded);
