@@ -128,9 +128,10 @@ __device__ __forceinline__ void run_step(const Program &program) {
 
     start_trace(program);
     Pipeline pipeline;
-    // Weights of the instructions before it may be copied.
-    int gate = program.gate;
-    pipeline.start(shared_address(dynamic), program.stages, min(min(n, RESIDENT_INSTRUCTIONS), gate), shared_pipeline);
+    // Weights of the instructions before it may be copied. In shared memory: nf4 on Hopper has no register left for it.
+    __shared__ int gate;
+    if (threadIdx.x == 0) gate = program.gate;
+    pipeline.start(shared_address(dynamic), program.stages, min(min(n, RESIDENT_INSTRUCTIONS), program.gate), shared_pipeline);
     uint8_t *room = (uint8_t *)dynamic + WARPS * Pipeline::bytes(program.stages);
     if (warp < RESIDENT_INSTRUCTIONS && warp < n) {
         // A single instruction is a kernel parameter, which asynchronous copies cannot read.
@@ -175,7 +176,7 @@ __device__ __forceinline__ void run_step(const Program &program) {
             if (instruction.opcode == OPCODE_NORM_ADD) norm_add(instruction.norm_add, tags, at, room, ahead);
             else if (instruction.opcode == OPCODE_ROUTE) {
                 route(instruction.route, tags, at, ahead);
-                gate = instruction.route.next_gate;
+                if (threadIdx.x == 0) gate = instruction.route.next_gate;
                 // All warps see the choice.
                 barrier_sync();
                 if (warp == WARPS - 1) Pipeline::set_instructions_ready(shared_pipeline, min(min(n, gate), max(at - 1, 0) + RESIDENT_INSTRUCTIONS));

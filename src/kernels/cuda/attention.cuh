@@ -456,7 +456,7 @@ __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tag
 #pragma unroll 1
                 for (int distance = width / 2; distance > 0; distance /= 2) score += __shfl_xor_sync(ALL_LANES, score, distance);
                 if (key >= count) continue;
-                if (FEATURED && op.softcap > 0.0f) score = op.softcap * tanhf(score / op.softcap);
+                if (FEATURED && op.softcap > 0.0f) score = capped(score, op.softcap);
                 state.add_key(op.bias ? score + __ldg(bias + key) : score, value_values);
             }
         }

@@ -27,6 +27,9 @@
 // 1 / (1 + exp(-x)), a few units in the last place of fp32.
 __device__ __forceinline__ float logistic(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
+// cap * tanh(x / cap), within some units in the last place of cap.
+__device__ __forceinline__ float capped(float x, float cap) { return cap * (1.0f - __fdividef(2.0f, __expf(2.0f * __fdividef(x, cap)) + 1.0f)); }
+
 __device__ __forceinline__ float activate(int kind, float x) {
     if (kind == ACT_RELU) return x > 0.0f || isnan(x) ? x : 0.0f;
     // (1 + tanh(z)) / 2 is the logistic function of 2 z.
@@ -350,7 +353,7 @@ __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart
                                         uint32_t tag, unsigned long long &best) {
     float y = values[0] + (matvec.mode == MODE_JOINED ? values[1] : 0.0f);
     if (part.activation == ACT_CAP) {
-        y = matvec.softcap * tanhf(y / matvec.softcap);
+        y = capped(y, matvec.softcap);
     } else if (part.activation == ACT_CLAMPED) {
         const float limit = matvec.softcap, wide = __half2float(__float2half_rn(y)), gate = wide > limit ? limit : wide;
         const float of_up = __half2float(__float2half_rn(values[1])), up = of_up > limit ? limit : of_up < -limit ? -limit : of_up;
