@@ -59,6 +59,13 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
         Pipeline::begin(shared_pipeline, at);
         stamp(at, STAMP_READY);
     };
+    if (matvec.chosen && matvec.mode != MODE_GATED && matvec.first_chosen == 0) {
+        // The first downs add to what all gates have read, and read the results of some gates alone: they wait for the others.
+        const ExpectedTag expected(tags, matvec.inputs[0].written_by);
+#pragma unroll 1
+        for (int at = threadIdx.x; at < chosen_experts().hidden; at += THREADS) wait_half((const uint32_t *)matvec.inputs[0].x + at, expected);
+        barrier_sync();
+    }
     if (!matvec.reuses_input && has_rows) {
         if (matvec.inputs[0].norm == NORM_CAST) cast_input(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, begin);
         else if (is_normed) normalize(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, sums_of_warps, begin);

@@ -28,6 +28,7 @@ struct Chosen {
     MatrixPart parts[3 * MAX_CHOSEN];
     float weights[MAX_CHOSEN];
     int experts[MAX_CHOSEN];
+    int hidden;  // values that all their gates write
 };
 __device__ __forceinline__ Chosen &chosen_experts() {
     __shared__ Chosen chosen;

@@ -70,6 +70,7 @@ __device__ __forceinline__ void route(const Route &op, const Tags &tags, int ins
         ((uint32_t *)(chosen.parts + (which == 2 ? 2 * MAX_CHOSEN + expert : 2 * expert + which)))[word] = __ldg(from + word);
     }
     barrier_sync();
+    if (threadIdx.x == 0) chosen.hidden = op.top_k * op.rows_of_expert;
     if ((int)threadIdx.x < 2 * op.top_k) chosen.parts[threadIdx.x].out = op.hidden + (long long)(threadIdx.x / 2) * op.rows_of_expert;
     stamp_rest(instruction, STAMP_READ);
 }
