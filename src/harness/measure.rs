@@ -90,8 +90,8 @@ impl<C: Clock> Bench<C> {
     }
 
     /// Fills the cache to the depth, finds where the text ends if it may end early, and runs at full shape and length until
-    /// flat. Afterwards `peak` starts again.
-    pub fn warm_up(&mut self) -> Result<WarmupReport> {
+    /// flat. Afterwards `peak` starts again. A task that streams gives `show` each token of its first run, and then `None`.
+    pub fn warm_up(&mut self, show: &mut dyn FnMut(Option<u32>)) -> Result<WarmupReport> {
         if let Some(pool) = self.session.pool() {
             // Memory that only loading needed.
             pool.release_unused()?;
@@ -101,7 +101,7 @@ impl<C: Clock> Bench<C> {
             self.session.prefill(&self.task.depth).context("filling the cache to the depth")?;
         }
         let began_ns = self.clock.now_ns();
-        self.stop_at_end_of_text()?;
+        self.first_run(show)?;
         let mut runs_ns = Vec::new();
         let ended = loop {
             let elapsed_s = (self.clock.now_ns() - began_ns) as f64 / 1e9;
@@ -166,16 +166,38 @@ impl<C: Clock> Bench<C> {
         pool.reset_high_marks()
     }
 
-    /// Greedy decoding always ends at the same token, so one untimed run finds the length and the measured runs are
-    /// of that fixed count.
-    fn stop_at_end_of_text(&mut self) -> Result<()> {
-        if self.task.stop_at.is_empty() {
-            return Ok(());
+    /// The untimed run of a text that is shown or may end early; else none. Greedy decoding always ends at the same token, so one run finds
+    /// the length and the measured runs are of that fixed count.
+    fn first_run(&mut self, show: &mut dyn FnMut(Option<u32>)) -> Result<()> {
+        match (self.task.stream, self.task.stop_at.is_empty()) {
+            (true, _) => self.stream(show)?,
+            (false, false) => self.run(self.task.wait)?,
+            (false, true) => return Ok(()),
         }
-        self.run(self.task.wait)?;
         let end = self.stamps.ids.iter().position(|id| self.task.stop_at.contains(id));
         self.task.n_gen = end.map_or(self.task.n_gen, |at| at + 1);
         Ok(())
+    }
+
+    /// A run that gives `show` each token as it comes, up to the end of the text.
+    fn stream(&mut self, show: &mut dyn FnMut(Option<u32>)) -> Result<()> {
+        let Self { session, task, pixels, stamps, .. } = self;
+        session.rewind(task.depth.len());
+        stamps.clear(task.n_gen);
+        encode(session.as_mut(), task, pixels)?;
+        let mut has_ended = false;
+        let mut push = |id: u32| {
+            stamps.ids.push(id);
+            if !has_ended {
+                show(Some(id));
+                has_ended = task.stop_at.contains(&id);
+            }
+        };
+        push(session.prefill(&task.prompt)?);
+        let decoded = session.decode(task.n_gen - 1, &mut push);
+        show(None);
+        decoded?;
+        session.synchronize()
     }
 
     /// One counted repeat, and the checks of it that are not timed.

@@ -26,6 +26,7 @@ mod run_context;
 pub mod schedule;
 mod scoring;
 pub mod stopping;
+mod streaming;
 mod validity;
 pub mod warnings;
 pub mod watch;

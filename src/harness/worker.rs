@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
+use super::case::Variant;
 use super::clock::Monotonic;
 use super::measure::Bench;
 use super::open_model::{OpenModel, open, pixels};
@@ -12,7 +13,7 @@ use super::scoring;
 use super::validity::check_kernels;
 use super::worker_process::SUBCOMMAND;
 use crate::engine::{self, Engine, Setup, check};
-use crate::events::{Listener, WithoutWarnings};
+use crate::events::{Event, Listener, WithoutWarnings};
 use crate::ipc;
 use crate::kernels::cpu::rlimit;
 use crate::os::cpu_usage::CpuAccounts;
@@ -45,7 +46,14 @@ fn answer(request: WorkerRequest, state: &mut Option<State>, events: &dyn Listen
             *state = Some(loaded);
             WorkerReply::Loaded(report)
         }
-        WorkerRequest::WarmUp => WorkerReply::Warmed(loaded?.bench.warm_up()?),
+        WorkerRequest::WarmUp => {
+            let State { bench, request } = loaded?;
+            let label = Variant { engine: request.engine, precision: request.precision }.label();
+            let show = |token: Option<u32>| {
+                events.on(token.map_or(Event::TextEnd, |id| Event::Token { label: label.clone(), id }));
+            };
+            WorkerReply::Warmed(bench.warm_up(&mut { show })?)
+        }
         WorkerRequest::Repeat => WorkerReply::Sample(loaded?.bench.repeat()?),
         WorkerRequest::Finish => {
             let State { bench, request } = loaded?;
@@ -144,7 +152,7 @@ mod tests {
     use crate::call::KvFormat;
     use crate::engine::Device;
     use crate::events::Silent;
-    use crate::harness::case::{Case, Variant};
+    use crate::harness::case::Case;
     use crate::harness::prompt::TokenizedWorkload;
     use crate::protocol::{DeviceAssignment, Task};
     use crate::quant;

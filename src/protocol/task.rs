@@ -21,6 +21,9 @@ pub struct Task {
     /// Warm-up starts no further run after this long.
     pub max_time_s: f64,
     pub wait: Wait,
+    /// An untimed run before the warm-up sends each token as it comes.
+    #[serde(default)]
+    pub stream: bool,
 }
 
 /// The points at which a run waits for the device.

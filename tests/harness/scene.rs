@@ -83,7 +83,7 @@ impl WorkerHandle for Local {
 
     fn warm_up(&mut self, _events: &dyn Listener) -> Result<WarmupReport, Failure> {
         self.note("warm");
-        self.bench.warm_up().map_err(|error| Failure::of(&error))
+        self.bench.warm_up(&mut |_| {}).map_err(|error| Failure::of(&error))
     }
 
     fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
@@ -108,6 +108,7 @@ pub fn task() -> Task {
         warmup: Some(0),
         max_time_s: 20.0,
         wait: Wait::AtEnd,
+        stream: false,
     }
 }
 
@@ -154,6 +155,7 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         n_depth: 2,
         stop_at_eos: false,
         protocol,
+        stream: false,
         save_logits: None,
         keep_fp16: Vec::new(),
         quality: None,

@@ -5,15 +5,17 @@ use serde::Serialize;
 
 use super::super::compare::pairs;
 use crate::record::{Record, Status};
+use crate::report::Terminal;
 use crate::report::case::{self, plain};
-use crate::report::grid::{self, Line, decimals};
+use crate::report::grid::{self, Line, decimals, wrap};
 use crate::stats;
 
 /// A row of [`FORMATS`].
 pub struct ListFormat {
     /// As `--format` takes it.
     pub name: &'static str,
-    pub write: fn(&[Record]) -> Result<String>,
+    /// The terminal that shows it; a file has none.
+    pub write: fn(&[Record], &Terminal) -> Result<String>,
 }
 
 /// The formats of a list, the default first.
@@ -80,7 +82,7 @@ fn series(records: &[&Record]) -> Series {
     }
 }
 
-fn json(records: &[Record]) -> Result<String> {
+fn json(records: &[Record], _: &Terminal) -> Result<String> {
     Ok(serde_json::to_string_pretty(&all(records))? + "\n")
 }
 
@@ -96,14 +98,14 @@ const HEADERS: [[&str; 2]; 9] = [
     ["spread", "%"],
 ];
 
-fn table(records: &[Record]) -> Result<String> {
+fn table(records: &[Record], terminal: &Terminal) -> Result<String> {
     let series = all(records);
     let title = |series: &Series| plain(&format!("{} on {}: {}", series.model, series.device, series.workload));
     let block = |group: &[Series]| {
         let digits = decimals(group.iter().filter_map(|series| series.decode_tps).fold(0.0, f64::max));
         let heads = [0, 1].map(|line| Line::Cells(HEADERS.iter().map(|head| head[line].to_owned()).collect()));
         let lines: Vec<Line> = heads.into_iter().chain(group.iter().map(|series| row(series, digits))).collect();
-        format!("{}\n\n{}", title(&group[0]), grid::render(&lines))
+        format!("{}\n\n{}", wrap(&title(&group[0]), terminal.columns, 2), grid::folded(&lines, terminal.columns, 1))
     };
     Ok(series.chunk_by(|a, b| title(a) == title(b)).map(block).collect::<Vec<_>>().join("\n"))
 }
