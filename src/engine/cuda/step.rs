@@ -12,7 +12,7 @@ use crate::kernels::cuda::program::{Instruction, LoadedLaunch, TokenOutput};
 use crate::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 
 /// The launch of a step and the memory between its instructions.
-pub struct DecodeStep {
+pub struct Step {
     launch: LoadedLaunch,
     graph: Option<CudaGraph>,
     memory: StepMemory<CudaSlice<u8>>,
@@ -23,7 +23,7 @@ pub struct DecodeStep {
     pub examined: OutlierColumns,
 }
 
-impl DecodeStep {
+impl Step {
     /// `name` is what a trace is called, if one is wanted.
     pub fn new(weights: &Weights, name: &str) -> Result<Self> {
         let device = &weights.device;
