@@ -16,7 +16,7 @@ mod suite;
 mod words;
 
 pub use compare::{Against, AgainstArgs, CompareArgs, CompareRequest, GateArgs, Judgement};
-pub use export::{ExportArgs, ExportRequest};
+pub use export::{ExportArgs, ExportForm, ExportRequest};
 pub use groups::{
     DeviceArgs, ModelArgs, OutputArgs, PathWord, PictureArgs, PlainFormat, PrecisionArgs, PromptArgs, TextArgs,
     WeightsWord,

@@ -14,11 +14,12 @@ use super::watch::machine::MachineWatch;
 use super::worker_process::ProcessWorker;
 use crate::error::BadInput;
 use crate::events::Listener;
-use crate::protocol::Failure;
+use crate::ipc;
+
 use crate::record::{self, Record};
 
 /// Measures every variant of `case` with this build and with another one, repeat by repeat in turn: the records of the other
-/// build, then those of this one. Both speak the same worker protocol or the other's records say that they do not.
+/// build, then those of this one. Both speak the same engine protocol or the other's records say that they do not.
 pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<Record>, Vec<Record>)> {
     let chosen = checks::check(case)?;
     let engine = engine_of(other)?;
@@ -44,7 +45,7 @@ pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<R
     };
     let (n_workers, order) = (2 * variants.len(), RunOrder::Interleaved);
     let mut schedule_context = ScheduleContext { start: &start, n_workers, order, watch: &mut watch, events };
-    let outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(Failure::into_error)?;
+    let outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(ipc::into_error)?;
     let of_side = |side: usize| outcomes.iter().skip(side).step_by(2).cloned().collect::<Vec<_>>();
     let records =
         |context: &RunContext, side: usize| assemble::records(context, case, &of_side(side), &|ids| prepared.text(ids));

@@ -9,6 +9,7 @@ use super::case::{Case, Variant};
 use super::checks::{self, Chosen};
 use super::environment::{self, Machine};
 use super::estimate::{self, Work};
+use super::load::DeviceAssignment;
 use super::open_model::{self, OpenModel};
 use super::prompt::{self, TokenizedWorkload, Words};
 use super::quality::EvalText;
@@ -23,6 +24,7 @@ use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::needs::Needs;
 use crate::engine::{self, Device, Engine};
 use crate::events::{Collector, Event, Listener, Unit};
+use crate::ipc;
 use crate::kernels::cpu::bandwidth::WorkingSet;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
@@ -30,7 +32,7 @@ use crate::kernels::isa::Isa;
 use crate::kernels::nvml::Gpu;
 use crate::os::memory::ProcessMemory;
 use crate::plan::Model;
-use crate::protocol::{DeviceAssignment, Failure};
+use crate::protocol::Failure;
 use crate::record;
 
 /// Source of a device's bandwidth.
@@ -205,7 +207,7 @@ impl PreparedCase {
         events.on(Event::Begin { label: "memory bandwidth".to_owned(), total: 2, unit: Unit::Runs });
         let measured = match self.assignment.device {
             Device::Cuda(ordinal) => match worker_process::bandwidth(ordinal, case.protocol.deadline) {
-                Err(bad @ Failure::BadInput { .. }) => Err(bad.into_error()),
+                Err(bad @ Failure::BadInput { .. }) => Err(ipc::into_error(bad)),
                 // The precisions can do without it, and fail on their own where the device does.
                 measured => Ok(measured.unwrap_or_default()),
             },
@@ -256,7 +258,7 @@ impl PreparedCase {
         let variants = case.variants();
         let start = |at: usize| self.worker(case, &variants[at], self.room.needs[at]);
         let mut schedule_context = ScheduleContext { start: &start, n_workers: variants.len(), order, watch, events };
-        let mut outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(Failure::into_error)?;
+        let mut outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(ipc::into_error)?;
         for (outcome, needs) in outcomes.iter_mut().zip(&self.room.needs) {
             outcome.needed_bytes = needs.bytes();
         }

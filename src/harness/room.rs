@@ -3,6 +3,8 @@
 use anyhow::Result;
 
 use super::case::{Case, Variant};
+use super::load::LoadReport;
+use super::measured::{FinishReport, Sample, WarmupReport};
 use super::prompt::TokenizedWorkload;
 use super::schedule::{RunOrder, WorkerHandle};
 use crate::engine::Device;
@@ -12,7 +14,7 @@ use crate::events::Listener;
 use crate::kernels::nvml::Gpu;
 use crate::os::memory::ProcessMemory;
 use crate::plan::Model;
-use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
+use crate::protocol::Failure;
 use crate::weights::policy::Formats;
 
 /// Host memory of a worker beside its session: code, stacks, tables.

@@ -1,12 +1,14 @@
 //! The order of work: workers load and warm up one after the other, then run repeats ABC BCA CAB. Where they do not fit
 //! together, each runs to its end before the next one starts. Several launches do all of this several times.
 
+use super::load::LoadReport;
+use super::measured::{FinishReport, Sample, WarmupReport};
 use super::measurement_protocol::MeasurementProtocol;
 use super::stopping::{RepeatTally, RepeatsEnd, repeats_ended, repeats_left};
 use super::watch::energy::EnergyWindow;
 use super::watch::{Watch, Watched};
 use crate::events::{Event, Listener, Unit};
-use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
+use crate::protocol::Failure;
 use crate::stats;
 
 /// One variant, in a process of its own or, in tests, in this one.

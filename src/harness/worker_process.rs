@@ -1,17 +1,26 @@
 //! A worker in a process of its own, seen from the parent.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use super::case::Variant;
+use super::clock::Monotonic;
+use super::load::{LoadReport, LoadRequest, OwnLoaded};
+use super::measure::Bench;
+use super::measured::{FinishReport, Sample, WarmupReport};
+use super::port::EnginePort;
 use super::room::free_bytes;
 use super::schedule::WorkerHandle;
-use crate::engine::Device;
+use super::served::OwnRows;
 use crate::engine::memory::MeasuredBandwidth;
+use crate::engine::{Device, OutlierColumns};
 use crate::events::{Listener, Silent};
-use crate::ipc::{self, Child, Deadline, OomScope};
+use crate::ipc::{self, Deadline, EngineCommand, EngineProcess};
+use crate::os::cpu_usage::CpuAccounts;
+use crate::os::memory::ProcessMemory;
 use crate::protocol::{
-    self, Failure, FinishReport, LoadReport, LoadRequest, Sample, ScoreReport, ScoreRequest, WarmupReport, WorkerReply,
-    WorkerRequest,
+    Bandwidth, BandwidthRequest, Failure, Finish, Finished, Logits, MemoryReport, MemoryRequest, Reply, Request, Rows,
+    Run, RunReport, Score,
 };
 
 /// The hidden subcommand that runs [`super::worker_main`].
@@ -31,13 +40,19 @@ pub struct ProcessWorker {
     needed_bytes: u64,
     deadline: Option<Deadline>,
     /// `None` until [`WorkerHandle::load`].
-    child: Option<Child>,
+    running: Option<Running>,
+}
+
+/// A loaded engine.
+struct Running {
+    engine: EngineProcess,
+    bench: Bench<Monotonic>,
 }
 
 impl ProcessWorker {
     pub fn new(request: LoadRequest, needed_bytes: u64, deadline: Option<Deadline>) -> Self {
-        let label = Variant { engine: request.engine, precision: request.precision }.label();
-        Self { request, label, binary: None, needed_bytes, deadline, child: None }
+        let label = Variant { engine: request.options.engine, precision: request.precision }.label();
+        Self { request, label, binary: None, needed_bytes, deadline, running: None }
     }
 
     /// The same in the worker process of another build.
@@ -45,18 +60,68 @@ impl ProcessWorker {
         Self { binary: Some(binary), ..self }
     }
 
-    fn ask(&mut self, request: &WorkerRequest, events: &dyn Listener) -> Result<WorkerReply, Failure> {
-        let child = self.child.as_mut().ok_or_else(|| error("the worker was not started"))?;
-        let (needed_bytes, device) = (self.needed_bytes, self.request.device);
-        child
-            .ask(request, events, || (needed_bytes, free_bytes(device).unwrap_or(0)))
-            .map_err(|failure| with_sizes(failure, needed_bytes, || free_bytes(device)))
+    fn port(&mut self) -> Result<(Port<'_>, &mut Bench<Monotonic>), Failure> {
+        let Running { engine, bench } = self.running.as_mut().ok_or_else(|| error("the worker was not started"))?;
+        Ok((Port { engine, needed_bytes: self.needed_bytes, device: self.request.device, events: &Silent }, bench))
     }
 
-    /// Scores one window of a text, after [`WorkerHandle::load`].
-    pub fn score(&mut self, request: ScoreRequest) -> Result<ScoreReport, Failure> {
-        match self.ask(&WorkerRequest::Score(Box::new(request)), &Silent)? {
-            WorkerReply::Scored(report) => Ok(report),
+    /// Writes the logits that predict the scored tokens of a window, after [`WorkerHandle::load`], and gives the outlier columns of all
+    /// calls so far.
+    pub fn score(&mut self, score: Score) -> Result<OutlierColumns, Failure> {
+        match self.port()?.0.ask(&Request::Score(score))? {
+            Reply::Score(rows) => Ok(serde_json::from_value::<OwnRows>(rows.details).unwrap_or_default().outliers),
+            other => unexpected(&other),
+        }
+    }
+
+    /// Greedy ids of one run, after [`WorkerHandle::load`].
+    pub fn generate(&mut self, run: &Run) -> Result<Vec<u32>, Failure> {
+        Ok(self.port()?.0.run(run)?.ids)
+    }
+}
+
+/// The engine of a worker, with what its failures need.
+struct Port<'a> {
+    engine: &'a mut EngineProcess,
+    needed_bytes: u64,
+    device: Device,
+    events: &'a dyn Listener,
+}
+
+impl Port<'_> {
+    fn ask(&mut self, request: &Request) -> Result<Reply, Failure> {
+        let (needed_bytes, device) = (self.needed_bytes, self.device);
+        self.engine
+            .ask(request, self.events, || (needed_bytes, free_bytes(device).unwrap_or(0)))
+            .map_err(|failure| with_sizes(failure, needed_bytes, || free_bytes(device)))
+    }
+}
+
+impl EnginePort for Port<'_> {
+    fn run(&mut self, run: &Run) -> Result<RunReport, Failure> {
+        match self.ask(&Request::Run(run.clone()))? {
+            Reply::Run(report) => Ok(report),
+            other => unexpected(&other),
+        }
+    }
+
+    fn memory(&mut self) -> Result<MemoryReport, Failure> {
+        match self.ask(&Request::Memory(MemoryRequest {}))? {
+            Reply::Memory(report) => Ok(report),
+            other => unexpected(&other),
+        }
+    }
+
+    fn finish(&mut self, finish: &Finish) -> Result<Finished, Failure> {
+        match self.ask(&Request::Finish(finish.clone()))? {
+            Reply::Finish(finished) => Ok(finished),
+            other => unexpected(&other),
+        }
+    }
+
+    fn logits(&mut self, logits: &Logits) -> Result<Rows, Failure> {
+        match self.ask(&Request::Logits(logits.clone()))? {
+            Reply::Logits(rows) => Ok(rows),
             other => unexpected(&other),
         }
     }
@@ -78,41 +143,37 @@ fn with_sizes(failure: Failure, needed_bytes: u64, free: impl Fn() -> Option<u64
 /// Read and copy bandwidth of a CUDA device, measured by a process that ends with it: a context takes memory.
 pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredBandwidth, Failure> {
     let free_bytes = || free_bytes(Device::Cuda(ordinal)).unwrap_or(0);
-    match start(None, 1, deadline)?.ask(&WorkerRequest::Bandwidth(ordinal), &Silent, || (0, free_bytes()))? {
-        WorkerReply::Bandwidth(bandwidth) => Ok(bandwidth),
+    let mut engine = EngineProcess::start(command(None, 1)?, deadline, None)?;
+    let request = Request::Bandwidth(BandwidthRequest { device: ordinal });
+    match engine.ask(&request, &Silent, || (0, free_bytes()))? {
+        Reply::Bandwidth(Bandwidth { read_gb_s, copy_gb_s }) => Ok(MeasuredBandwidth { read_gb_s, copy_gb_s }),
         other => unexpected(&other),
     }
 }
 
-fn start(binary: Option<&std::path::Path>, threads: usize, deadline: Option<Deadline>) -> Result<Child, Failure> {
-    let threads = threads.to_string();
-    let environment = [
-        ("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD_BYTES),
-        // The number of threads of candle's own kernels.
-        ("RAYON_NUM_THREADS", threads.as_str()),
-    ];
-    Child::start(("worker", SUBCOMMAND), (binary, &environment), deadline, OomScope::Request)
+/// The worker of this build or another one.
+fn command(binary: Option<&Path>, threads: usize) -> Result<EngineCommand, Failure> {
+    let own = || std::env::current_exe().map_err(|cause| error(format!("finding this program: {cause}")));
+    Ok(EngineCommand {
+        role: "worker",
+        program: binary.map_or_else(own, |binary| Ok(binary.to_owned()))?,
+        arguments: vec![SUBCOMMAND.into()],
+        environment: vec![
+            ("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD_BYTES.into()),
+            // The number of threads of candle's own kernels.
+            ("RAYON_NUM_THREADS", threads.to_string().into()),
+        ],
+        timeout: None,
+    })
 }
 
-/// Fails for a reply of another kind than the request: two versions of the program met.
-fn unexpected<T>(reply: &WorkerReply) -> Result<T, Failure> {
-    Err(error(format!("the worker gave an unexpected answer: {reply:?}")))
-}
-
-/// Fails for a worker whose replies this build may not understand.
-fn check_version(report: LoadReport) -> Result<LoadReport, Failure> {
-    match report.protocol_version {
-        0..=protocol::VERSION => Ok(report),
-        newer => Err(error(format!(
-            "the worker speaks version {newer} of the worker protocol, and this build reads versions up to {}; measure with the newer \
-             build",
-            protocol::VERSION
-        ))),
-    }
+/// Fails for a reply of another kind than the request, which [`EngineProcess::ask`] checked.
+fn unexpected<T>(reply: &Reply) -> Result<T, Failure> {
+    Err(error(format!("the worker answered with `{}`", reply.name())))
 }
 
 fn error(message: impl Into<String>) -> Failure {
-    Failure::Error { message: message.into() }
+    Failure::error(message)
 }
 
 impl WorkerHandle for ProcessWorker {
@@ -121,53 +182,57 @@ impl WorkerHandle for ProcessWorker {
     }
 
     fn pid(&self) -> Option<u32> {
-        self.child.as_ref().map(Child::id)
+        self.running.as_ref().map(|running| running.engine.id())
     }
 
     fn load(&mut self, events: &dyn Listener) -> Result<LoadReport, Failure> {
-        self.child = Some(start(self.binary.as_deref(), self.request.threads, self.deadline)?);
-        match self.ask(&WorkerRequest::Load(Box::new(self.request.clone())), events)? {
-            WorkerReply::Loaded(report) => check_version(report),
-            other => unexpected(&other),
-        }
+        self.running = None;
+        let (needed_bytes, device) = (self.needed_bytes, self.request.device);
+        let mut engine =
+            EngineProcess::start(command(self.binary.as_deref(), self.request.threads)?, self.deadline, None)?;
+        let load = self.request.wire(engine.directory());
+        let load = load.map_err(|cause| error(format!("writing the request to load: {cause}")))?;
+        let mut port = Port { engine: &mut engine, needed_bytes, device, events };
+        let began = Instant::now();
+        let loaded = match port.ask(&Request::Load(Box::new(load)))? {
+            Reply::Load(loaded) => *loaded,
+            other => return unexpected(&other),
+        };
+        let seconds = began.elapsed().as_secs_f64();
+        let memory = ProcessMemory::of("/", engine.id());
+        let own: OwnLoaded = serde_json::from_value(loaded.details).unwrap_or_default();
+        let report = LoadReport {
+            load_s: loaded.load_s.unwrap_or(seconds),
+            isa: loaded.kernels,
+            load_peak_bytes: own.load_peak_bytes.or_else(|| memory.peak_bytes()),
+            own,
+        };
+        let (accounts, task) = (CpuAccounts::of("/", engine.id()), self.request.task.clone());
+        let bench = Bench::new(Monotonic::start(), memory, accounts, task, report.own.pool);
+        self.running = Some(Running { engine, bench });
+        Ok(report)
     }
 
-    fn warm_up(&mut self, events: &dyn Listener) -> Result<WarmupReport, Failure> {
-        match self.ask(&WorkerRequest::WarmUp, events)? {
-            WorkerReply::Warmed(report) => Ok(report),
-            other => unexpected(&other),
-        }
+    fn warm_up(&mut self, _events: &dyn Listener) -> Result<WarmupReport, Failure> {
+        let (mut port, bench) = self.port()?;
+        bench.warm_up(&mut port)
     }
 
-    fn repeat(&mut self, events: &dyn Listener) -> Result<Sample, Failure> {
-        match self.ask(&WorkerRequest::Repeat, events)? {
-            WorkerReply::Sample(sample) => Ok(sample),
-            other => unexpected(&other),
-        }
+    fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
+        let (mut port, bench) = self.port()?;
+        bench.repeat(&mut port)
     }
 
-    fn finish(&mut self, events: &dyn Listener) -> Result<FinishReport, Failure> {
-        match self.ask(&WorkerRequest::Finish, events)? {
-            WorkerReply::Finished(report) => Ok(report),
-            other => unexpected(&other),
-        }
+    fn finish(&mut self, _events: &dyn Listener) -> Result<FinishReport, Failure> {
+        let save_logits = self.request.save_logits.clone();
+        let (mut port, bench) = self.port()?;
+        bench.finish(&mut port, save_logits.as_deref())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_worker_of_a_newer_protocol_is_refused_by_name() {
-        let report = |protocol_version| LoadReport { protocol_version, ..LoadReport::default() };
-        assert!(check_version(report(1)).is_ok());
-        let refused = check_version(report(protocol::VERSION + 1)).unwrap_err();
-        let expected = format!("speaks version {} of the worker protocol", protocol::VERSION + 1);
-        assert!(refused.message().contains(&expected), "{refused:?}");
-        let before_the_field: LoadReport = serde_json::from_str(r#"{"load_s": 2.5, "isa": "avx2"}"#).unwrap();
-        assert_eq!((before_the_field.protocol_version, before_the_field.load_s), (1, 2.5));
-    }
 
     #[test]
     fn sizes_that_a_worker_does_not_know_are_added() {

@@ -71,6 +71,19 @@ fn layers_import_downwards() {
     fail_on(problems);
 }
 
+/// Other programs are written against the wire types, so nothing of this crate may be meant by one.
+#[test]
+fn the_protocol_imports_nothing() {
+    let files = rust_files(&["src/protocol"]);
+    assert!(files.len() > 2, "the wire types are elsewhere");
+    let own = |to: &String| to != "protocol";
+    let problems = files.iter().flat_map(|file| {
+        let others = imports(&file.text).into_iter().filter(own);
+        others.map(|to| format!("{}: the protocol must not import `{to}`", file.path)).collect::<Vec<_>>()
+    });
+    fail_on(problems.collect());
+}
+
 #[test]
 fn the_layer_checker_sees_what_it_should() {
     assert_eq!(imports("use crate::engine::Session; // crate::ui"), ["engine"]);

@@ -23,7 +23,7 @@ pub fn memory(outcome: &VariantOutcome, device_kind: &str) -> Memory {
     let reserved = finished.and_then(|finished| finished.pool.get("run")).map(|run| run.reserved_high_bytes);
     Memory {
         weights_bytes: footprint.map(|footprint| footprint.weights_bytes),
-        weights_by_format: loaded.map(|loaded| loaded.weights_by_format.clone()).unwrap_or_default(),
+        weights_by_format: loaded.map(|loaded| loaded.own.weights_by_format.clone()).unwrap_or_default(),
         weights_resident_bytes: footprint.map(|footprint| footprint.weights_resident_bytes),
         kv_cache_bytes: footprint.map(|footprint| footprint.kv_cache_bytes),
         scratch_bytes: footprint.map(|footprint| footprint.scratch_bytes),

@@ -9,13 +9,15 @@ use std::collections::BTreeMap;
 
 use super::case::{Case, Variant};
 use super::environment::engine_info;
+use super::measured::Sample;
 use super::run_context::RunContext;
 use super::schedule::{RunOrder, VariantOutcome};
 use super::validity::invalid_reason;
 use super::warnings::Warning;
 use crate::call::KvFormat;
 use crate::engine::{self, Engine};
-use crate::protocol::{Failure, Sample};
+use crate::ipc::status_of;
+use crate::protocol::Failure;
 use crate::quant::{self, FormatId};
 use crate::record::{self, Bandwidth, Record, Samples, Status, metrics};
 use crate::stats;
@@ -108,7 +110,7 @@ fn base(
         command: context.command.clone(),
         timestamp: context.timestamp.clone(),
         model: context.model.clone(),
-        weights: record::WeightFacts { fp16_overflow: loaded.fp16_overflow, ..context.weights.clone() },
+        weights: record::WeightFacts { fp16_overflow: loaded.own.fp16_overflow, ..context.weights.clone() },
         precision: variant.precision.to_string(),
         keep_fp16: context.keep_fp16.clone(),
         int8: int8(context, variant.precision, outcome),
@@ -118,7 +120,7 @@ fn base(
         phases: phases(context, outcome),
         samples: samples(outcome),
         metrics: BTreeMap::new(),
-        dtypes: dtypes(context, variant, loaded.kv_format),
+        dtypes: dtypes(context, variant, loaded.own.kv_format),
         ratio_to_fp16: None,
         memory: memory::memory(outcome, &context.device.kind),
         bandwidth: Bandwidth::default(),
@@ -127,6 +129,7 @@ fn base(
         series: if context.protocol.keep_series { monitor::series(outcome) } else { Vec::new() },
         output: record::Output { token_ids, text },
         self_check: loaded
+            .own
             .self_check
             .as_ref()
             .map(|c| record::SelfCheck { matrix: c.matrix.clone(), error_share: c.error_share }),
@@ -154,7 +157,7 @@ fn engine_of(context: &RunContext, engine: Engine) -> record::EngineInfo {
 
 /// Writes the reason for a missing result into a record.
 pub fn fail(record: &mut Record, failure: &Failure) {
-    record.status = failure.status();
+    record.status = status_of(failure);
     record.reason = Some(failure.message().to_owned());
     if let Failure::OutOfMemory { wanted_bytes, free_bytes, .. } = *failure {
         let known = |bytes: u64| (bytes > 0).then_some(bytes);
@@ -188,7 +191,7 @@ fn phases(context: &RunContext, outcome: &VariantOutcome) -> BTreeMap<String, f6
     let mut phases = BTreeMap::from([("resolve".to_owned(), context.resolve_s)]);
     if let Some(loaded) = &outcome.loaded {
         phases.insert("load".to_owned(), loaded.load_s);
-        phases.insert("quantize".to_owned(), loaded.quantize_s);
+        phases.insert("quantize".to_owned(), loaded.own.quantize_s);
     }
     if let Some(warmed) = &outcome.warmed {
         phases.insert("warmup".to_owned(), warmed.duration_s);

@@ -11,9 +11,10 @@ use anyhow::Result;
 pub use self::eval_text::{EvalText, check};
 use self::reference::ReferenceWorker;
 use super::case::Case;
+use super::load::DeviceAssignment;
 use crate::events::{Event, Listener, Unit};
 use crate::plan::Model;
-use crate::protocol::{DeviceAssignment, Failure};
+use crate::protocol::Failure;
 use crate::quant;
 use crate::record::{Record, Status};
 

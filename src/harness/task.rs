@@ -1,14 +1,15 @@
 //! The work of one repeat.
 
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
+
+use crate::protocol::{self, Encode, Run};
 
 /// The work of every repeat.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Task {
     /// Ids in the cache before the prompt, prefilled untimed.
     pub depth: Vec<u32>,
+    /// The encoder's input in each repeat, inside the timed prefill.
     pub encode: Encode,
     /// Ids that the decoder starts from: the prompt after its image tokens, or an encoder-decoder model's start token. At least one.
     pub prompt: Vec<u32>,
@@ -35,14 +36,16 @@ pub enum Wait {
     EachToken,
 }
 
-/// The encoder's input in each repeat, inside the timed prefill.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub enum Encode {
-    #[default]
-    Nothing,
-    Tokens(Vec<u32>),
-    /// The picture in this file; `None`: the generated test picture.
-    Picture {
-        image: Option<PathBuf>,
-    },
+impl Task {
+    /// One repeat on the wire.
+    pub fn run(&self, each_token: bool) -> Run {
+        Run {
+            depth: self.depth.clone(),
+            encode: self.encode.clone(),
+            prompt: self.prompt.clone(),
+            n_gen: self.n_gen,
+            proceed: false,
+            wait: if each_token { protocol::Wait::EachToken } else { protocol::Wait::AtEnd },
+        }
+    }
 }

@@ -1,0 +1,12 @@
+//! A loaded engine as the harness asks it, in a process of its own or, in tests, in this one.
+
+use crate::protocol::{Failure, Finish, Finished, Logits, MemoryReport, Rows, Run, RunReport};
+
+/// A loaded engine.
+pub trait EnginePort {
+    fn run(&mut self, run: &Run) -> Result<RunReport, Failure>;
+    /// Use of the device's pool; nothing where there is none.
+    fn memory(&mut self) -> Result<MemoryReport, Failure>;
+    fn finish(&mut self, finish: &Finish) -> Result<Finished, Failure>;
+    fn logits(&mut self, logits: &Logits) -> Result<Rows, Failure>;
+}
