@@ -176,9 +176,17 @@ pub struct RunArgs {
 
     #[arg(
         long, value_name = "LIST", value_delimiter = ',', default_value = Engine::Quantbench.name(), help_heading = "Device",
-        help = engine_help(), value_parser = engine_names(), hide_possible_values = true
+        help = engine_help(), value_parser = engine_names()
     )]
     pub engine: Vec<String>,
+
+    /// Interpreter of the engines in Python [default: QUANTBENCH_PYTHON, the active virtual environment's, python3].
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Device")]
+    pub python: Option<PathBuf>,
+
+    /// Seconds that another engine may take for one answer, loading included.
+    #[arg(long, value_name = "S", default_value_t = crate::harness::engine_timeout_s(), help_heading = "Device")]
+    pub engine_timeout: f64,
 
     /// Warm-up runs [default: until two agree].
     #[arg(long, value_name = "N", help_heading = "Protocol")]

@@ -11,7 +11,8 @@ use super::{
     DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, QualityArgs,
     RunArgs, TextArgs, WeightsWord,
 };
-use crate::engine::{Device, ENGINES, Engine};
+use crate::engine::{Device, Engine};
+use crate::engines::{self, Asked, EngineChoice, Width};
 use crate::error::BadInput;
 use crate::harness::{
     self, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice,
@@ -51,6 +52,7 @@ impl Request {
             protocol: args.method.protocol(protocol(args)?)?,
             save_logits: args.save_logits.clone(),
             engines: engines(args)?,
+            engine_timeout_s: not_negative("--engine-timeout", args.engine_timeout)?,
             quality: if wants_quality { Some(quality(&args.text)?) } else { None },
             ..case(&args.model, &args.precision, &args.device, command)?
         };
@@ -122,7 +124,9 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
     Ok(Case {
         model: model(model_args, device),
         precisions: precisions(&precision.precision, precision.no_double_quant)?,
-        engines: vec![Engine::Quantbench],
+        engines: vec![Engine::Quantbench.into()],
+        asked: asked(&precision.precision, precision.no_double_quant),
+        engine_timeout_s: harness::engine_timeout_s(),
         precision_selection: precision_selection(&precision.precision, precision.no_double_quant),
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device,
@@ -146,20 +150,35 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
 }
 
 /// In the order asked, each once.
-fn engines(args: &RunArgs) -> Result<Vec<Engine>, BadInput> {
-    let mut engines: Vec<Engine> = Vec::new();
-    for engine in args.engine.iter().flat_map(|word| ENGINES.iter().filter(move |engine| engine.name() == word)) {
-        if !engines.contains(engine) {
-            engines.push(*engine);
+fn engines(args: &RunArgs) -> Result<Vec<EngineChoice>, BadInput> {
+    let mut engines: Vec<EngineChoice> = Vec::new();
+    for word in &args.engine {
+        let engine = EngineChoice::parse(word, args.python.as_deref())?;
+        if let Some(same) = engines.iter().find(|known| known.name() == engine.name() && **known != engine) {
+            return Err(BadInput::new(format!("`--engine {word}`: another engine is named `{}`", same.name())));
+        }
+        if !engines.contains(&engine) {
+            engines.push(engine);
         }
     }
-    if engines.contains(&Engine::Candle) && (args.quality || args.text.is_given()) {
+    let others = engines.iter().any(|engine| matches!(engine, EngineChoice::Other(_)));
+    if others && args.keeps_matrices() {
+        return Err(BadInput::new("`--keep-fp16` is for quantbench's own engine alone")
+            .hint("drop `--keep-fp16`, or the other engines"));
+    }
+    if engines.contains(&Engine::Candle.into()) && (args.quality || args.text.is_given()) {
         return Err(BadInput::new(
             "`--engine candle` measures speed alone: quality is that of quantbench's own precisions",
         )
         .hint("drop `--engine candle`, or the options of quality"));
     }
     Ok(engines)
+}
+
+impl RunArgs {
+    fn keeps_matrices(&self) -> bool {
+        !self.precision.keep_fp16.is_empty()
+    }
 }
 
 impl TextArgs {
@@ -237,7 +256,12 @@ fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<FormatId>, 
     for word in words {
         let formats: Vec<FormatId> = match word.trim().to_lowercase().as_str() {
             "all" => FORMATS.iter().copied().filter(|format| !format.is_variant).collect(),
-            word => vec![FormatId::parse(word).ok_or_else(|| unknown_precision(word, Takes::Many))?],
+            word => match Width::parse(word) {
+                Some(width) => vec![width.own()],
+                // Another engine's, which quantbench does not have.
+                None if engines::is_format(word) && FormatId::parse(word).is_none() => Vec::new(),
+                None => vec![FormatId::parse(word).ok_or_else(|| unknown_precision(word, Takes::Many))?],
+            },
         };
         for format in formats {
             let format = format.without_double_quant.filter(|_| no_double_quant).unwrap_or(format);
@@ -247,6 +271,21 @@ fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<FormatId>, 
         }
     }
     Ok(precisions)
+}
+
+/// What other engines are asked to hold; nothing in particular for `all`.
+fn asked(words: &[String], no_double_quant: bool) -> Vec<Asked> {
+    let words = words.iter().map(|word| word.trim().to_lowercase()).filter(|word| word != "all");
+    let of = |word: String| match Width::parse(&word) {
+        Some(Width::Bits4) if no_double_quant => Asked::Name("nf4-nodq".to_owned()),
+        Some(width) => Asked::Width(width),
+        None => match FormatId::parse(&word).filter(|format| format.name != word && !engines::is_format(&word)) {
+            // An alias of ours.
+            Some(format) => Asked::Name(format.name.to_owned()),
+            None => Asked::Name(word),
+        },
+    };
+    words.map(of).collect()
 }
 
 /// `--no-double-quant` names a precision too.

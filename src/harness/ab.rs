@@ -8,10 +8,10 @@ use super::assemble;
 use super::case::Case;
 use super::checks;
 use super::prepare::PreparedCase;
+use super::room::NeverStarted;
 use super::run_context::RunContext;
 use super::schedule::{self, RunOrder, ScheduleContext, WorkerHandle};
 use super::watch::machine::MachineWatch;
-use super::worker_process::ProcessWorker;
 use crate::error::BadInput;
 use crate::events::Listener;
 use crate::ipc;
@@ -35,10 +35,11 @@ pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<R
         let (variant, needs) = (&variants[at / 2], prepared.room.needs[at / 2]);
         match at % 2 {
             0 => {
-                let request = prepared.workload.load_request(case, variant, prepared.assignment);
-                let worker =
-                    ProcessWorker::new(request, needs.bytes(), case.protocol.deadline).with_binary(other.to_owned());
-                Box::new(worker) as Box<dyn WorkerHandle>
+                let worker = prepared.process(case, variant, needs.bytes());
+                match worker.map(|worker| worker.with_binary(other.to_owned())) {
+                    Ok(worker) => Box::new(worker) as Box<dyn WorkerHandle>,
+                    Err(failure) => Box::new(NeverStarted { label: variant.label(), failure }),
+                }
             }
             _ => prepared.worker(case, variant, needs),
         }

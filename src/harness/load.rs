@@ -1,7 +1,7 @@
 //! Loading a model into a worker.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ use crate::engine::check::SelfCheck;
 use crate::engine::memory::PoolUse;
 use crate::engine::{Device, Engine};
 use crate::error::BadInput;
-use crate::protocol::{self, Encode, Load};
+use crate::protocol::{self, Encode, Held, Load};
 use crate::quant::{FormatId, FormatOptions};
 use crate::weights::ModelRequest;
 use crate::weights::policy::Selection;
@@ -29,8 +29,6 @@ pub struct LoadRequest {
     pub task: Task,
     /// Most bytes that the worker may allocate.
     pub memory_limit_bytes: Option<u64>,
-    /// File for the logits of an untimed pass after the last repeat.
-    pub save_logits: Option<PathBuf>,
     pub options: OwnOptions,
 }
 
@@ -60,8 +58,8 @@ pub struct DeviceAssignment {
 }
 
 impl LoadRequest {
-    /// The request on the wire; `directory` is for the worker's arrays.
-    pub fn wire(&self, directory: &Path) -> Result<Load, serde_json::Error> {
+    /// The request on the wire, without a directory for arrays.
+    pub fn wire(&self) -> Result<Load, serde_json::Error> {
         Ok(Load {
             protocol: protocol::VERSION,
             model: self.options.model.model_id.clone(),
@@ -72,7 +70,7 @@ impl LoadRequest {
             capacity: self.task.depth.len() + self.task.prompt.len() + self.task.n_gen,
             seed: self.options.model.seed,
             memory_limit_bytes: self.memory_limit_bytes,
-            directory: directory.to_owned(),
+            directory: PathBuf::new(),
             options: serde_json::to_value(&self.options)?,
         })
     }
@@ -112,6 +110,12 @@ impl OwnLoad {
 pub struct LoadReport {
     pub load_s: f64,
     pub isa: String,
+    /// Version of the engine, as it said; empty for our own.
+    pub version: String,
+    /// What another engine holds.
+    pub held: Held,
+    /// Resident set just before, with all that the process imports.
+    pub before_bytes: Option<u64>,
     /// Highest resident set while loading.
     pub load_peak_bytes: Option<u64>,
     pub own: OwnLoaded,

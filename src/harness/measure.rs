@@ -13,7 +13,8 @@ use super::task::{Task, Wait};
 use crate::engine::memory::PoolUse;
 use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
-use crate::protocol::{Failure, Finish, Logits, Run, RunReport};
+use crate::protocol::{Failure, Finish, Logits, Run, RunReport, capability};
+use crate::quality::rows;
 
 /// A loaded engine, with the clock and the accounts that measure it.
 pub struct Bench<C: Clock> {
@@ -23,6 +24,8 @@ pub struct Bench<C: Clock> {
     task: Task,
     /// End-to-end time of the run before.
     last_ns: u64,
+    /// The engine does not say itself whether its logits are finite.
+    wants_logits: bool,
     /// Highest resident set seen between repeats: the peak where the kernel's mark cannot be reset.
     seen_peak_bytes: Option<u64>,
     peak_is_exact: bool,
@@ -34,7 +37,17 @@ impl<C: Clock> Bench<C> {
     /// `memory` and `load` are the accounts of the engine's process, `pool` the use of its device's pool after loading.
     pub fn new(clock: C, memory: ProcessMemory, load: CpuAccounts, task: Task, pool: Option<PoolUse>) -> Self {
         let pool = pool.into_iter().map(|pool| ("load".to_owned(), pool)).collect();
-        Self { clock, memory, load, task, last_ns: 0, seen_peak_bytes: None, peak_is_exact: false, pool }
+        Self {
+            clock,
+            memory,
+            load,
+            task,
+            last_ns: 0,
+            wants_logits: false,
+            seen_peak_bytes: None,
+            peak_is_exact: false,
+            pool,
+        }
     }
 
     /// Fills the cache to the depth, finds where the text ends if it may end early, and runs at full shape and length until
@@ -81,7 +94,7 @@ impl<C: Clock> Bench<C> {
     /// The highest memory of prefill and of decode, from a run that is not timed: reading memory between them takes time. Does nothing
     /// where no high-water mark can be reset.
     fn peaks_of_a_run(&mut self, engine: &mut dyn EnginePort) -> Result<(Option<u64>, Option<u64>), Failure> {
-        if !self.peak_is_exact && self.pool.is_empty() {
+        if (!self.peak_is_exact && self.pool.is_empty()) || !engine.can(capability::PROCEED) {
             return Ok((None, None));
         }
         self.end_phase(engine, "warmup")?;
@@ -102,6 +115,9 @@ impl<C: Clock> Bench<C> {
 
     /// Records the use of the device's pool, whose high-water marks start anew.
     fn end_phase(&mut self, engine: &mut dyn EnginePort, phase: &str) -> Result<(), Failure> {
+        if !engine.can(capability::MEMORY) {
+            return Ok(());
+        }
         let report = engine.memory()?;
         if let Some(used_bytes) = report.used_bytes {
             let used = PoolUse {
@@ -135,6 +151,7 @@ impl<C: Clock> Bench<C> {
         self.seen_peak_bytes = self.seen_peak_bytes.max(self.memory.resident_bytes());
         let end_to_end_ns = self.last_ns;
         let RunReport { start_ns, encoded_ns, token_ns, ids, finite_logits, device_step_ns, host_step_ns } = report;
+        self.wants_logits |= finite_logits.is_none();
         let sample = Sample {
             encode_ns: encoded_ns.map_or(0, |encoded| encoded - start_ns),
             prefill_ns: token_ns.first().map_or(0, |first| first - start_ns),
@@ -175,17 +192,30 @@ impl<C: Clock> Bench<C> {
         Ok(report)
     }
 
-    /// Reads memory and outliers once after the last repeat, and runs the passes that are not timed.
-    pub fn finish(&mut self, engine: &mut dyn EnginePort, save_logits: Option<&Path>) -> Result<FinishReport, Failure> {
+    /// Reads memory and outliers once after the last repeat, and runs the passes that are not timed: logits for the user's file, and for a
+    /// file that engines are compared by.
+    pub fn finish(
+        &mut self,
+        engine: &mut dyn EnginePort,
+        (save_logits, compared): (Option<&Path>, Option<&Path>),
+    ) -> Result<FinishReport, Failure> {
         self.end_phase(engine, "run")?;
         let end_bytes = self.memory.resident_bytes();
         let exact_peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
         let options = serde_json::to_value(OwnFinish { alone_max_s: self.task.max_time_s }).unwrap_or_default();
         let finished = engine.finish(&Finish { options })?;
         let own: OwnFinished = serde_json::from_value(finished.details).unwrap_or_default();
-        let saved = save_logits.map_or(Ok(()), |path| {
+        let mut write = |path: &Path| {
+            if !engine.can(capability::LOGITS) {
+                return Err(Failure::error("this engine gives no logits"));
+            }
             engine.logits(&Logits { run: self.task.run(false), file: path.to_owned() }).map(drop)
-        });
+        };
+        let saved = save_logits.map_or(Ok(()), &mut write);
+        let finite_logits = match compared {
+            Some(path) if write(path).is_ok() => rows::all_finite(path).ok().filter(|_| self.wants_logits),
+            _ => None,
+        };
         Ok(FinishReport {
             end_bytes,
             peak_bytes: exact_peak.or(self.seen_peak_bytes.max(end_bytes)),
@@ -196,6 +226,8 @@ impl<C: Clock> Bench<C> {
             release_threshold_bytes: own.release_threshold_bytes,
             pool: std::mem::take(&mut self.pool),
             // What was measured is there all the same.
+            finite_logits,
+            waited_ticks: 0,
             logits_problem: saved.err().map(|failure| failure.message().to_owned()),
         })
     }

@@ -97,6 +97,10 @@ pub struct FinishReport {
     /// Decode steps beside their arithmetic and their memory traffic alone. `None` where the engine cannot separate them, without a
     /// decode step, and where it would take too long.
     pub alone: Option<Alone>,
+    /// Whether the logits of one more run hold numbers alone; `None` where every repeat said so itself.
+    pub finite_logits: Option<bool>,
+    /// Clock ticks of the processor that the engine's processes used while others were measured.
+    pub waited_ticks: u64,
     /// Reason why the logits that were asked for are not in their file.
     pub logits_problem: Option<String>,
 }
@@ -109,6 +113,8 @@ impl FinishReport {
             peak_bytes: self.peak_bytes.max(later.peak_bytes),
             peak_is_exact: self.peak_is_exact && later.peak_is_exact,
             logits_problem: self.logits_problem.or(later.logits_problem.clone()),
+            finite_logits: self.finite_logits.and(later.finite_logits),
+            waited_ticks: self.waited_ticks + later.waited_ticks,
             pool: highest(self.pool, later.pool),
             alone: match (self.alone, later.alone) {
                 (Some(first), Some(later)) => Some(first.and(later)),

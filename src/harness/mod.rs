@@ -3,6 +3,7 @@
 //! Files here import each other, never this façade.
 
 mod ab;
+mod agreement;
 pub mod assemble;
 mod bandwidth_cache;
 mod case;
@@ -12,6 +13,7 @@ pub mod doctor;
 mod dry_run;
 pub mod environment;
 mod estimate;
+mod exports;
 pub mod load;
 mod logits;
 pub mod measure;
@@ -38,7 +40,10 @@ mod worker;
 mod worker_process;
 
 pub use ab::run_ab;
-pub use case::{Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PrecisionSelection, PromptChoice, QualityChoice, Variant};
+pub use case::{
+    Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PrecisionSelection, PromptChoice, QualityChoice, Variant,
+    engine_timeout_s,
+};
 pub use checks::device;
 pub use dry_run::dry_run;
 pub use environment::engine_info;

@@ -4,6 +4,10 @@ use crate::protocol::{Failure, Finish, Finished, Logits, MemoryReport, Rows, Run
 
 /// A loaded engine.
 pub trait EnginePort {
+    /// Whether the engine said that it can do this.
+    fn can(&self, _capability: &str) -> bool {
+        true
+    }
     fn run(&mut self, run: &Run) -> Result<RunReport, Failure>;
     /// Use of the device's pool; nothing where there is none.
     fn memory(&mut self) -> Result<MemoryReport, Failure>;

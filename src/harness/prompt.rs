@@ -1,5 +1,7 @@
 //! The prompt as the exact ids that every precision gets.
 
+use std::path::PathBuf;
+
 use tokenizers::Tokenizer;
 
 use super::case::{Case, PromptChoice, Variant};
@@ -7,9 +9,11 @@ use super::load::{DeviceAssignment, LoadRequest, OwnOptions};
 use super::logits;
 use super::measurement_protocol::{MeasurementProtocol, Method};
 use super::task::{Task, Wait};
+use crate::engine::Engine;
 use crate::error::BadInput;
 use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::Encode;
+use crate::quant::FormatId;
 use crate::record;
 use crate::rng::SplitMix64;
 use crate::weights::Checkpoint;
@@ -42,13 +46,17 @@ pub struct TokenizedWorkload {
 
 impl TokenizedWorkload {
     /// The request to load one variant of a case for this workload.
-    pub fn load_request(&self, case: &Case, variant: &Variant, assignment: DeviceAssignment) -> LoadRequest {
+    pub fn load_request(
+        &self,
+        case: &Case,
+        (engine, precision): (Engine, FormatId),
+        assignment: DeviceAssignment,
+    ) -> LoadRequest {
         let DeviceAssignment { device, threads } = assignment;
-        let save_logits = case.save_logits.as_ref();
         let options = OwnOptions {
             // The parent has fetched whatever was missing.
             model: crate::weights::ModelRequest { offline: true, ..case.model.clone() },
-            engine: variant.engine,
+            engine,
             format_options: case.format_options,
             encoder_capacity: self.n_encoder,
             encode: self.task.encode.clone(),
@@ -57,15 +65,20 @@ impl TokenizedWorkload {
             selection: case.selection(),
         };
         LoadRequest {
-            precision: variant.precision,
+            precision,
             device,
             threads,
             sequences: case.sequences,
             task: self.task.clone(),
             options,
             memory_limit_bytes: case.protocol.memory_limit_bytes,
-            save_logits: save_logits.map(|path| logits::path_of(path, &variant.label(), case.variants().len())),
         }
+    }
+
+    /// File for the logits of a variant, where they were asked for.
+    pub fn logits_file(&self, case: &Case, variant: &Variant) -> Option<PathBuf> {
+        let path = case.save_logits.as_ref()?;
+        Some(logits::path_of(path, &variant.label(), case.variants().len()))
     }
 
     /// The workload for records.

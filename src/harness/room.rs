@@ -7,8 +7,8 @@ use super::load::LoadReport;
 use super::measured::{FinishReport, Sample, WarmupReport};
 use super::prompt::TokenizedWorkload;
 use super::schedule::{RunOrder, WorkerHandle};
-use crate::engine::Device;
 use crate::engine::needs::{self, Holding, Lengths, Needs};
+use crate::engine::{Device, Engine};
 use crate::error::OutOfMemory;
 use crate::events::Listener;
 use crate::kernels::nvml::Gpu;
@@ -71,8 +71,10 @@ pub fn needs(
     (model, workload): (&Model, &TokenizedWorkload),
     device: Device,
 ) -> Result<Needs> {
-    let formats = Formats::new(variant.precision, case.format_options);
-    let holding = Holding { engine: variant.engine, formats: &formats, device };
+    let formats = Formats::new(variant.format(), case.format_options);
+    // Of another engine only this much is known: it reads the 16-bit weights and holds a cache.
+    let engine = variant.own_engine().unwrap_or(Engine::Quantbench);
+    let holding = Holding { engine, formats: &formats, device };
     Ok(needs::needs(model, holding, &lengths(workload)))
 }
 
@@ -89,22 +91,25 @@ pub fn lengths(workload: &TokenizedWorkload) -> Lengths {
     Lengths { depth: task.depth.len(), prompt: task.prompt.len(), gen_tokens: task.n_gen, encoder: workload.n_encoder }
 }
 
-/// A worker that is never started: it refuses every request with the sizes.
-pub struct TooLarge {
+/// A worker that is never started: it refuses every request.
+pub struct NeverStarted {
     pub label: String,
-    pub needed_bytes: u64,
-    pub free_bytes: u64,
+    pub failure: Failure,
 }
 
-impl TooLarge {
+impl NeverStarted {
+    /// It needs more than is free.
+    pub fn too_large(label: String, wanted_bytes: u64, free_bytes: u64) -> Self {
+        let message = OutOfMemory { wanted_bytes, free_bytes }.to_string();
+        Self { label, failure: Failure::OutOfMemory { message, wanted_bytes, free_bytes } }
+    }
+
     fn refuse<T>(&self) -> Result<T, Failure> {
-        let Self { needed_bytes, free_bytes, .. } = *self;
-        let message = OutOfMemory { wanted_bytes: needed_bytes, free_bytes }.to_string();
-        Err(Failure::OutOfMemory { message, wanted_bytes: needed_bytes, free_bytes })
+        Err(self.failure.clone())
     }
 }
 
-impl WorkerHandle for TooLarge {
+impl WorkerHandle for NeverStarted {
     fn label(&self) -> &str {
         &self.label
     }
@@ -157,7 +162,7 @@ mod tests {
 
     #[test]
     fn what_is_too_large_is_refused_with_both_sizes() {
-        let worker = TooLarge { label: "fp16".to_owned(), needed_bytes: 3 * GIB, free_bytes: GIB };
+        let worker = NeverStarted::too_large("fp16".to_owned(), 3 * GIB, GIB);
         let message = "out of memory: wanted 3.00 GiB, 1.00 GiB free".to_owned();
         let expected = Failure::OutOfMemory { message, wanted_bytes: 3 * GIB, free_bytes: GIB };
         assert_eq!(worker.refuse::<()>(), Err(expected));

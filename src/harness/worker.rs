@@ -159,7 +159,7 @@ mod tests {
     use crate::call::KvFormat;
     use crate::engine::Device;
     use crate::events::Silent;
-    use crate::harness::case::{Case, Variant};
+    use crate::harness::case::Case;
     use crate::harness::load::{DeviceAssignment, LoadRequest, OwnOptions};
     use crate::harness::prompt::TokenizedWorkload;
     use crate::harness::task::Task;
@@ -174,13 +174,12 @@ mod tests {
         let (sequences, n_prompt, n_image, n_encoder) = (1, 2, 0, 0);
         let workload = TokenizedWorkload { task, sequences, n_prompt, n_image, n_encoder };
         let assignment = DeviceAssignment { device: Device::Cpu, threads: 1 };
-        let variant = Variant::own(quant::BASELINE);
         let model = crate::weights::ModelRequest { model_id, weights: WeightsChoice::Auto, ..plain.model.clone() };
-        workload.load_request(&Case { model, ..plain }, &variant, assignment)
+        workload.load_request(&Case { model, ..plain }, (Engine::Quantbench, quant::BASELINE), assignment)
     }
 
     fn loaded(request: LoadRequest) -> Result<OwnLoaded> {
-        let line = request.wire(std::path::Path::new("")).unwrap();
+        let line = request.wire().unwrap();
         let (_, report) = load(&line, &Silent)?;
         Ok(serde_json::from_value(report.details).unwrap())
     }
@@ -206,7 +205,7 @@ mod tests {
 
     #[test]
     fn words_and_options_of_another_build_are_refused_by_name() {
-        let line = request().wire(std::path::Path::new("")).unwrap();
+        let line = request().wire().unwrap();
         let message = |line: Load| load(&line, &Silent).err().map(|error| format!("{error:#}")).unwrap_or_default();
         assert_eq!(message(Load { precision: "q9".to_owned(), ..line.clone() }), "this build knows no precision `q9`");
         assert_eq!(message(Load { device: "tpu".to_owned(), ..line.clone() }), "this build knows no device `tpu`");

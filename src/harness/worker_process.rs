@@ -1,6 +1,6 @@
 //! A worker in a process of its own, seen from the parent.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use super::case::Variant;
@@ -12,15 +12,16 @@ use super::port::EnginePort;
 use super::room::free_bytes;
 use super::schedule::WorkerHandle;
 use super::served::OwnRows;
+use super::task::{Task, Wait};
 use crate::engine::memory::MeasuredBandwidth;
-use crate::engine::{Device, OutlierColumns};
+use crate::engine::{Device, Footprint, OutlierColumns};
 use crate::events::{Listener, Silent};
-use crate::ipc::{self, Deadline, EngineCommand, EngineProcess};
+use crate::ipc::{self, Deadline, EngineCommand, EngineProcess, Turns};
 use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
 use crate::protocol::{
-    Bandwidth, BandwidthRequest, Failure, Finish, Finished, Logits, MemoryReport, MemoryRequest, Reply, Request, Rows,
-    Run, RunReport, Score,
+    Bandwidth, BandwidthRequest, Encode, Failure, Finish, Finished, Held, Load, Logits, MemoryReport, MemoryRequest,
+    Reply, Request, Rows, Run, RunReport, Score, capability,
 };
 
 /// The hidden subcommand that runs [`super::worker_main`].
@@ -30,15 +31,25 @@ pub const SUBCOMMAND: &str = "worker";
 /// and keeps memory that is not in use, which would count as resident.
 const MMAP_THRESHOLD_BYTES: &str = "1048576";
 
+/// The role of our own worker in messages.
+const OWN_ROLE: &str = "worker";
+
 pub struct ProcessWorker {
-    request: LoadRequest,
     /// Label of the variant that it measures.
     label: String,
-    /// The program of another build; `None`: this one.
-    binary: Option<PathBuf>,
+    command: EngineCommand,
+    load: Load,
+    task: Task,
+    device: Device,
     /// Estimate of the memory that the worker will hold.
     needed_bytes: u64,
     deadline: Option<Deadline>,
+    /// File of the user's for the logits of an untimed pass after the last repeat.
+    save_logits: Option<PathBuf>,
+    /// File for logits that engines are compared by.
+    compared_logits: Option<PathBuf>,
+    /// The others that it is measured beside, where they are stopped meanwhile.
+    turns: Option<Turns>,
     /// `None` until [`WorkerHandle::load`].
     running: Option<Running>,
 }
@@ -47,22 +58,63 @@ pub struct ProcessWorker {
 struct Running {
     engine: EngineProcess,
     bench: Bench<Monotonic>,
+    /// What another engine holds; `None` for our own.
+    held: Option<Held>,
+    waited_ticks: u64,
 }
 
 impl ProcessWorker {
-    pub fn new(request: LoadRequest, needed_bytes: u64, deadline: Option<Deadline>) -> Self {
-        let label = Variant { engine: request.options.engine, precision: request.precision }.label();
-        Self { request, label, binary: None, needed_bytes, deadline, running: None }
+    /// A worker of our own engines.
+    pub fn new(request: LoadRequest, needed_bytes: u64, deadline: Option<Deadline>) -> Result<Self, Failure> {
+        let variant = Variant::Own { engine: request.options.engine, precision: request.precision };
+        let load = request.wire().map_err(|cause| error(format!("writing the request to load: {cause}")))?;
+        let command = command(request.threads)?;
+        let (task, device) = (request.task, request.device);
+        Ok(Self { deadline, ..Self::of(variant.label(), command, (load, task, device), needed_bytes) })
+    }
+
+    /// Another engine.
+    pub fn of(label: String, command: EngineCommand, work: (Load, Task, Device), needed_bytes: u64) -> Self {
+        let (load, task, device) = work;
+        let (save_logits, compared_logits, deadline, turns, running) = (None, None, None, None, None);
+        Self {
+            label,
+            command,
+            load,
+            task,
+            device,
+            needed_bytes,
+            deadline,
+            save_logits,
+            compared_logits,
+            turns,
+            running,
+        }
     }
 
     /// The same in the worker process of another build.
-    pub fn with_binary(self, binary: PathBuf) -> Self {
-        Self { binary: Some(binary), ..self }
+    pub fn with_binary(mut self, binary: PathBuf) -> Self {
+        self.command.program = binary;
+        self
+    }
+
+    /// The same beside others that are stopped while it runs.
+    pub fn with_turns(self, turns: Option<Turns>) -> Self {
+        Self { turns, ..self }
+    }
+
+    pub fn with_deadline(self, deadline: Option<Deadline>) -> Self {
+        Self { deadline, ..self }
+    }
+
+    /// The same with files for the logits of a pass after the last repeat: the user's, and one to compare engines by.
+    pub fn with_logits(self, save_logits: Option<PathBuf>, compared_logits: Option<PathBuf>) -> Self {
+        Self { save_logits, compared_logits, ..self }
     }
 
     fn port(&mut self) -> Result<(Port<'_>, &mut Bench<Monotonic>), Failure> {
-        let Running { engine, bench } = self.running.as_mut().ok_or_else(|| error("the worker was not started"))?;
-        Ok((Port { engine, needed_bytes: self.needed_bytes, device: self.request.device, events: &Silent }, bench))
+        let Running { engine, bench, .. } = self.running.as_mut().ok_or_else(|| error("the worker was not started"))?;
+        Ok((Port { engine, needed_bytes: self.needed_bytes, device: self.device, events: &Silent }, bench))
     }
 
     /// Writes the logits that predict the scored tokens of a window, after [`WorkerHandle::load`], and gives the outlier columns of all
@@ -98,6 +150,10 @@ impl Port<'_> {
 }
 
 impl EnginePort for Port<'_> {
+    fn can(&self, capability: &str) -> bool {
+        self.engine.can(capability)
+    }
+
     fn run(&mut self, run: &Run) -> Result<RunReport, Failure> {
         match self.ask(&Request::Run(run.clone()))? {
             Reply::Run(report) => Ok(report),
@@ -143,7 +199,7 @@ fn with_sizes(failure: Failure, needed_bytes: u64, free: impl Fn() -> Option<u64
 /// Read and copy bandwidth of a CUDA device, measured by a process that ends with it: a context takes memory.
 pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredBandwidth, Failure> {
     let free_bytes = || free_bytes(Device::Cuda(ordinal)).unwrap_or(0);
-    let mut engine = EngineProcess::start(command(None, 1)?, deadline, None)?;
+    let mut engine = EngineProcess::start(command(1)?, deadline, None)?;
     let request = Request::Bandwidth(BandwidthRequest { device: ordinal });
     match engine.ask(&request, &Silent, || (0, free_bytes()))? {
         Reply::Bandwidth(Bandwidth { read_gb_s, copy_gb_s }) => Ok(MeasuredBandwidth { read_gb_s, copy_gb_s }),
@@ -151,12 +207,11 @@ pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredB
     }
 }
 
-/// The worker of this build or another one.
-fn command(binary: Option<&Path>, threads: usize) -> Result<EngineCommand, Failure> {
-    let own = || std::env::current_exe().map_err(|cause| error(format!("finding this program: {cause}")));
+/// The worker of this build.
+fn command(threads: usize) -> Result<EngineCommand, Failure> {
     Ok(EngineCommand {
-        role: "worker",
-        program: binary.map_or_else(own, |binary| Ok(binary.to_owned()))?,
+        role: OWN_ROLE,
+        program: std::env::current_exe().map_err(|cause| error(format!("finding this program: {cause}")))?,
         arguments: vec![SUBCOMMAND.into()],
         environment: vec![
             ("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD_BYTES.into()),
@@ -187,11 +242,15 @@ impl WorkerHandle for ProcessWorker {
 
     fn load(&mut self, events: &dyn Listener) -> Result<LoadReport, Failure> {
         self.running = None;
-        let (needed_bytes, device) = (self.needed_bytes, self.request.device);
-        let mut engine =
-            EngineProcess::start(command(self.binary.as_deref(), self.request.threads)?, self.deadline, None)?;
-        let load = self.request.wire(engine.directory());
-        let load = load.map_err(|cause| error(format!("writing the request to load: {cause}")))?;
+        let (needed_bytes, device) = (self.needed_bytes, self.device);
+        let mut engine = EngineProcess::start(self.command.clone(), self.deadline, self.turns.clone())?;
+        let is_own = self.command.role == OWN_ROLE;
+        if !is_own {
+            check_capabilities(&engine, &self.task)?;
+        }
+        let load = Load { directory: engine.directory().to_owned(), ..self.load.clone() };
+        let memory = ProcessMemory::of("/", engine.id());
+        let before_bytes = memory.resident_bytes();
         let mut port = Port { engine: &mut engine, needed_bytes, device, events };
         let began = Instant::now();
         let loaded = match port.ask(&Request::Load(Box::new(load)))? {
@@ -199,18 +258,30 @@ impl WorkerHandle for ProcessWorker {
             other => return unexpected(&other),
         };
         let seconds = began.elapsed().as_secs_f64();
-        let memory = ProcessMemory::of("/", engine.id());
         let own: OwnLoaded = serde_json::from_value(loaded.details).unwrap_or_default();
         let report = LoadReport {
             load_s: loaded.load_s.unwrap_or(seconds),
             isa: loaded.kernels,
+            version: if is_own { String::new() } else { engine.hello().version.clone() },
+            held: loaded.held.clone(),
+            before_bytes,
             load_peak_bytes: own.load_peak_bytes.or_else(|| memory.peak_bytes()),
             own,
         };
-        let (accounts, task) = (CpuAccounts::of("/", engine.id()), self.request.task.clone());
-        let bench = Bench::new(Monotonic::start(), memory, accounts, task, report.own.pool);
-        self.running = Some(Running { engine, bench });
+        let accounts = CpuAccounts::of("/", engine.id());
+        let bench = Bench::new(Monotonic::start(), memory, accounts, self.task.clone(), report.own.pool);
+        let held = (!is_own).then_some(loaded.held);
+        self.running = Some(Running { engine, bench, held, waited_ticks: 0 });
         Ok(report)
+    }
+
+    fn take_turn(&mut self, _events: &dyn Listener) -> Result<(), Failure> {
+        let Some(turn) = self.running.as_ref().and_then(|running| running.engine.take_turn()) else { return Ok(()) };
+        if let Some(running) = &mut self.running {
+            running.waited_ticks += turn.waited_ticks;
+        }
+        let (mut port, bench) = self.port()?;
+        bench.untimed(&mut port)
     }
 
     fn warm_up(&mut self, _events: &dyn Listener) -> Result<WarmupReport, Failure> {
@@ -224,9 +295,41 @@ impl WorkerHandle for ProcessWorker {
     }
 
     fn finish(&mut self, _events: &dyn Listener) -> Result<FinishReport, Failure> {
-        let save_logits = self.request.save_logits.clone();
+        let (saved, compared) = (self.save_logits.clone(), self.compared_logits.clone());
         let (mut port, bench) = self.port()?;
-        bench.finish(&mut port, save_logits.as_deref())
+        let report = bench.finish(&mut port, (saved.as_deref(), compared.as_deref()))?;
+        let Some(Running { held, waited_ticks, .. }) = &self.running else { return Ok(report) };
+        let footprint = held.as_ref().map_or(report.footprint, footprint_of);
+        Ok(FinishReport { footprint, waited_ticks: *waited_ticks, ..report })
+    }
+}
+
+/// What another engine said that it holds, as far as our records have a place for it.
+fn footprint_of(held: &Held) -> Footprint {
+    let weights_bytes = held.weights_by_format.values().sum();
+    Footprint {
+        weights_bytes,
+        weights_resident_bytes: weights_bytes,
+        kv_cache_bytes: held.kv_cache.as_ref().map_or(0, |cache| cache.bytes),
+        weight_bytes_per_token: held.weight_bytes_per_token.unwrap_or(0),
+        kv_bytes_per_position: held.kv_bytes_per_position.unwrap_or(0),
+        ..Footprint::default()
+    }
+}
+
+/// Fails for a task that an engine did not say it can do.
+fn check_capabilities(engine: &EngineProcess, task: &Task) -> Result<(), Failure> {
+    let needs = [
+        (!task.depth.is_empty(), capability::DEPTH, "run behind a depth"),
+        (matches!(task.encode, Encode::Tokens(_)), capability::ENCODE_TOKENS, "run an encoder over tokens"),
+        (matches!(task.encode, Encode::Picture { .. }), capability::ENCODE_PICTURE, "run an encoder over a picture"),
+        (task.wait != Wait::AtEnd, capability::WAIT, "wait for the device after every token"),
+    ];
+    match needs.iter().find(|(is_needed, capability, _)| *is_needed && !engine.can(capability)) {
+        None => Ok(()),
+        Some((_, capability, what)) => {
+            Err(error(format!("this engine cannot {what} (it does not say `{capability}`)")))
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! A process that speaks the engine protocol over a Unix socket: the parent's side.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -16,6 +17,7 @@ use super::deadline::{Deadline, Killed, KilledAtDeadline, signal_group};
 use super::exit_reason::{OomBaseline, exit_reason};
 use super::stderr_tail::Tail;
 use crate::events::{Event, Listener};
+use crate::os::cpu_usage::group_ticks;
 use crate::protocol::{self, Failure, Hello, Message, Reply, Request, SOCKET_VARIABLE};
 
 /// Longest line of an engine. The stamps of a million tokens take 20 MB.
@@ -41,29 +43,47 @@ pub struct EngineCommand {
 
 /// The engine whose turn it is, of those that are measured together. The process groups of the others are stopped.
 #[derive(Debug, Clone, Default)]
-pub struct Turns(Arc<Mutex<Option<u32>>>);
+pub struct Turns(Arc<Mutex<Running>>);
+
+#[derive(Debug, Default)]
+struct Running {
+    leader: Option<u32>,
+    /// Ticks of each stopped group when it was stopped.
+    stopped: HashMap<u32, u64>,
+}
+
+/// A group goes on that was stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NewTurn {
+    /// Clock ticks that it used meanwhile.
+    pub waited_ticks: u64,
+}
 
 impl Turns {
-    /// Stops whoever had the turn and continues the group that `id` leads. True where the turn changed.
-    fn take(&self, id: u32) -> bool {
+    /// Stops whoever had the turn and continues the group that `id` leads; `None` where it has the turn.
+    fn take(&self, id: u32) -> Option<NewTurn> {
         let mut running = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if *running == Some(id) {
-            return false;
+        if running.leader == Some(id) {
+            return None;
         }
-        if let Some(other) = running.replace(id) {
+        if let Some(other) = running.leader.replace(id) {
             // It may have ended.
             let _ = signal_group(other, Signal::STOP);
+            running.stopped.insert(other, group_ticks(other));
         }
+        let before = running.stopped.remove(&id);
+        let waited_ticks = before.map_or(0, |before| group_ticks(id).saturating_sub(before));
         let _ = signal_group(id, Signal::CONT);
-        true
+        Some(NewTurn { waited_ticks })
     }
 
     /// The group has ended.
     fn leave(&self, id: u32) {
         let mut running = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if *running == Some(id) {
-            *running = None;
+        if running.leader == Some(id) {
+            running.leader = None;
         }
+        running.stopped.remove(&id);
     }
 }
 
@@ -143,9 +163,9 @@ impl EngineProcess {
         self.directory.path()
     }
 
-    /// Stops the others and lets this one run; true where it had been stopped.
-    pub fn take_turn(&self) -> bool {
-        self.turns.as_ref().is_some_and(|turns| turns.take(self.id()))
+    /// Stops the others and lets this one run; `None` where it runs.
+    pub fn take_turn(&self) -> Option<NewTurn> {
+        self.turns.as_ref()?.take(self.id())
     }
 
     /// Sends a request and gives its reply, after handing on the events before it. A process that ended gives its exit reason;

@@ -72,6 +72,18 @@ impl CpuAccounts {
     }
 }
 
+/// Ticks of all processes of a group so far; those that have ended are not counted.
+pub fn group_ticks(group: u32) -> u64 {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let stats = processes.filter_map(|entry| std::fs::read_to_string(entry.path().join("stat")).ok());
+    let ticks = |stat: String| {
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let number = |at: usize| fields.get(at)?.parse::<u64>().ok();
+        (number(2)? == u64::from(group)).then_some(number(11)? + number(12)?)
+    };
+    stats.filter_map(ticks).sum()
+}
+
 impl CpuReading {
     pub fn since(&self, before: CpuReading) -> CpuUsage {
         CpuUsage {

@@ -105,6 +105,17 @@ impl RowReader {
     }
 }
 
+/// Whether all rows of a file hold numbers alone.
+pub fn all_finite(path: &Path) -> Result<bool> {
+    let mut rows = RowReader::open(path)?;
+    while rows.rows_left() > 0 {
+        if !rows.next_row()?.iter().all(|logit| logit.is_finite()) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

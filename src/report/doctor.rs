@@ -12,7 +12,29 @@ pub struct Examination {
     pub memory: HostMemory,
     pub gpu: GpuSection,
     pub permissions: Permissions,
+    /// Engines in Python that this binary has adapters for.
+    pub engines: Vec<EngineFacts>,
     pub findings: Vec<Finding>,
+}
+
+/// Whether another engine can run here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct EngineFacts {
+    pub name: &'static str,
+    pub can_run: bool,
+    /// Packages with their versions.
+    pub packages: Vec<String>,
+    /// What to do where it cannot run; empty where it can.
+    pub install: String,
+}
+
+impl EngineFacts {
+    fn text(&self) -> String {
+        match self.can_run {
+            true => format!("yes: {}", self.packages.join(", ")),
+            false => format!("no: {}", self.install),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Default, Serialize)]
@@ -135,6 +157,7 @@ impl Examination {
             block("memory", &self.memory.lines()),
             block("gpu", &self.gpu.lines()),
             block("permissions", &self.permissions.lines()),
+            block("other engines", &self.engines.iter().map(|engine| (engine.name, engine.text())).collect::<Vec<_>>()),
         ];
         format!("{}\n{}", blocks.join("\n"), self.advice())
     }

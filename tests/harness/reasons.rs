@@ -90,7 +90,7 @@ fn on_a_gpu_compute_is_never_a_reason() {
 #[test]
 fn of_another_engine_nothing_is_known() {
     let mut case = case(&["fp16"], counted(2));
-    case.engines = vec![quantbench::engine::Engine::Candle];
+    case.engines = vec![quantbench::engine::Engine::Candle.into()];
     let local = Local::with_alone("fp16", task(), vec![filling(), run_ms(50, &[20])], &Journal::default(), None);
     let outcomes =
         measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent);

@@ -107,7 +107,7 @@ impl WorkerHandle for Local {
 
     fn finish(&mut self, _events: &dyn Listener) -> Result<FinishReport, Failure> {
         self.note("finish");
-        self.bench.finish(&mut self.served, None)
+        self.bench.finish(&mut self.served, (None, None))
     }
 }
 
@@ -152,7 +152,9 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         },
         precisions: precisions.iter().filter_map(|name| FormatId::named(name)).collect(),
         precision_selection: PrecisionSelection::ByName,
-        engines: vec![Engine::Quantbench],
+        engines: vec![Engine::Quantbench.into()],
+        asked: Vec::new(),
+        engine_timeout_s: 60.0,
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
         threads: 2,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
+use crate::engine::Engine;
 use crate::error::BadInput;
 use crate::harness::case::{Case, QualityChoice, Variant};
 use crate::harness::load::{DeviceAssignment, LoadRequest, OwnOptions};
@@ -149,9 +150,9 @@ impl EvalText {
         let needed_bytes = room::needs(case, &Variant::own(precision), (&selected, &workload), assignment.device)
             .map_err(|error| failure_of(&error))?
             .bytes();
-        let plain = workload.load_request(case, &Variant::own(precision), assignment);
-        let request = LoadRequest { save_logits: None, options: OwnOptions { selection, ..plain.options }, ..plain };
-        let mut worker = ProcessWorker::new(request, needed_bytes, case.protocol.deadline);
+        let plain = workload.load_request(case, (Engine::Quantbench, precision), assignment);
+        let request = LoadRequest { options: OwnOptions { selection, ..plain.options }, ..plain };
+        let mut worker = ProcessWorker::new(request, needed_bytes, case.protocol.deadline)?;
         worker.load(&crate::events::Silent)?;
         Ok(worker)
     }

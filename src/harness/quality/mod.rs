@@ -38,7 +38,7 @@ pub fn measure(
     events.on(Event::Begin { label: "quality".to_owned(), total, unit: Unit::Runs });
     let mut outcomes = Vec::new();
     for (at, &precision) in case.precisions.iter().enumerate() {
-        let runs = records[at].status == Status::Ok;
+        let runs = records.get(at).is_some_and(|record| record.status == Status::Ok);
         outcomes.push(runs.then(|| precision::score(&mut reference, precision, &case.selection())));
         events.on(Event::Progress { done: at as u64 + 1 });
     }

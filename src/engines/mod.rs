@@ -1,0 +1,335 @@
+//! `ENGINES`: whose code runs a model, each with its formats by width. quantbench's own engines run in a worker of this program; every
+//! other one is a program that speaks the engine protocol.
+
+mod python;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use self::python::{Probe, find_python, probe};
+use crate::engine::Engine;
+use crate::error::BadInput;
+use crate::ipc::EngineCommand;
+use crate::quant::{self, FormatId, int8, nf4};
+
+/// A width in bits, as `16bit` asks for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Width {
+    Bits16,
+    Bits8,
+    Bits4,
+}
+
+/// Every width, the widest first.
+pub const WIDTHS: [Width; 3] = [Width::Bits16, Width::Bits8, Width::Bits4];
+
+impl Width {
+    /// As it is typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Width::Bits16 => "16bit",
+            Width::Bits8 => "8bit",
+            Width::Bits4 => "4bit",
+        }
+    }
+
+    pub fn parse(word: &str) -> Option<Self> {
+        WIDTHS.into_iter().find(|width| width.name() == word)
+    }
+
+    /// Our own format of this width.
+    pub fn own(self) -> FormatId {
+        match self {
+            Width::Bits16 => quant::BASELINE,
+            Width::Bits8 => int8::ID,
+            Width::Bits4 => nf4::ID,
+        }
+    }
+}
+
+/// What an engine is asked to hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Asked {
+    /// Its own format of the width.
+    Width(Width),
+    /// A format by its own name.
+    Name(String),
+}
+
+/// The form in which an engine takes a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModelForm {
+    /// A folder with config.json and safetensors files.
+    Folder,
+    /// One GGUF file in F16.
+    Gguf,
+}
+
+/// An engine that this binary has an adapter for, in Python.
+pub struct Adapter {
+    pub name: &'static str,
+    /// One line for help.
+    pub doc: &'static str,
+    /// The adapter's code, behind the part that all share.
+    source: &'static str,
+    /// Modules that it imports, and the packages that have them.
+    pub packages: &'static [(&'static str, &'static str)],
+    pub form: ModelForm,
+    /// Its formats by width, and those that are asked for by name alone.
+    formats: &'static [(Option<Width>, &'static str)],
+}
+
+impl std::fmt::Debug for Adapter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+const BITSANDBYTES: &[(Option<Width>, &str)] = &[
+    (Some(Width::Bits16), "fp16"),
+    (Some(Width::Bits8), "int8"),
+    (Some(Width::Bits4), "nf4"),
+    (None, "nf4-nodq"),
+    (None, "bf16"),
+    (None, "fp32"),
+];
+
+const TRANSFORMERS: &[(&str, &str)] =
+    &[("torch", "torch"), ("transformers", "transformers"), ("bitsandbytes", "bitsandbytes")];
+
+/// The engines with an adapter.
+pub static ADAPTERS: &[Adapter] = &[
+    Adapter {
+        name: "transformers",
+        doc: "transformers' generate, eager; int8 and nf4 by bitsandbytes",
+        source: include_str!("python/transformers_engine.py"),
+        packages: TRANSFORMERS,
+        form: ModelForm::Folder,
+        formats: BITSANDBYTES,
+    },
+    Adapter {
+        name: "transformers-compile",
+        doc: "the same with a static cache and torch.compile",
+        source: include_str!("python/transformers_engine.py"),
+        packages: TRANSFORMERS,
+        form: ModelForm::Folder,
+        formats: BITSANDBYTES,
+    },
+    Adapter {
+        name: "llama.cpp",
+        doc: "llama.cpp through llama-cpp-python",
+        source: include_str!("python/llama_cpp_engine.py"),
+        packages: &[("llama_cpp", "llama-cpp-python")],
+        form: ModelForm::Gguf,
+        formats: &[(Some(Width::Bits16), "f16"), (Some(Width::Bits8), "q8_0"), (Some(Width::Bits4), "q4_0")],
+    },
+];
+
+/// What all adapters share: the connection and its messages.
+const SHARED: &str = include_str!("python/engine.py");
+
+/// An engine of the command line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EngineChoice {
+    /// In a worker of this program.
+    Own(Engine),
+    Other(Program),
+}
+
+/// A program that speaks the engine protocol.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// In rows.
+    pub name: String,
+    /// What is started; `None`: the adapter of this name.
+    command: Option<String>,
+    /// The interpreter of adapters.
+    python: Option<PathBuf>,
+}
+
+impl From<Engine> for EngineChoice {
+    fn from(engine: Engine) -> Self {
+        EngineChoice::Own(engine)
+    }
+}
+
+/// Names of all engines.
+pub fn names() -> Vec<&'static str> {
+    let own = crate::engine::ENGINES.iter().map(|engine| engine.name());
+    own.chain(ADAPTERS.iter().map(|adapter| adapter.name)).collect()
+}
+
+impl EngineChoice {
+    /// An engine by name, `name=command`, or the path of a program.
+    pub fn parse(word: &str, python: Option<&Path>) -> Result<Self, BadInput> {
+        let word = word.trim();
+        if let Some(own) = crate::engine::ENGINES.iter().find(|engine| engine.name() == word) {
+            return Ok(EngineChoice::Own(*own));
+        }
+        let python = || python.map(Path::to_owned);
+        if ADAPTERS.iter().any(|adapter| adapter.name == word) {
+            return Ok(EngineChoice::Other(Program { name: word.to_owned(), command: None, python: python() }));
+        }
+        let (name, command) = match word.split_once('=') {
+            Some((name, command)) => (name.trim().to_owned(), command.trim().to_owned()),
+            None if word.contains('/') => {
+                let stem = Path::new(word).file_stem().unwrap_or_default();
+                (stem.to_string_lossy().into_owned(), quoted(word))
+            }
+            None => (String::new(), String::new()),
+        };
+        let is_known = names().contains(&name.as_str());
+        if name.is_empty() || command.is_empty() || is_known {
+            let why = if is_known { "that name is an engine of this program" } else { "no engine has this name" };
+            let near =
+                crate::error::nearest(word, names()).map_or(String::new(), |near| format!("; did you mean `{near}`?"));
+            return Err(BadInput::new(format!("`--engine {word}`: {why}")).hint(format!(
+                "known are {}; a program of your own is `./path` or `name=command`{near}",
+                names().join(", ")
+            )));
+        }
+        Ok(EngineChoice::Other(Program { name, command: Some(command), python: None }))
+    }
+
+    pub fn name(&self) -> &str {
+        match self {
+            EngineChoice::Own(engine) => engine.name(),
+            EngineChoice::Other(program) => &program.name,
+        }
+    }
+}
+
+/// A word for a shell.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+impl Program {
+    fn adapter(&self) -> Option<&'static Adapter> {
+        ADAPTERS.iter().find(|adapter| self.command.is_none() && adapter.name == self.name)
+    }
+
+    pub fn form(&self) -> ModelForm {
+        self.adapter().map_or(ModelForm::Folder, |adapter| adapter.form)
+    }
+
+    /// The program's name for what is asked, with its width; `Err` is the nearest format that it has. A program without an adapter is
+    /// asked for our own names, and knows best whether it has them.
+    pub fn format(&self, asked: &Asked) -> Result<(String, Option<Width>), &'static str> {
+        let Some(adapter) = self.adapter() else {
+            return Ok(match asked {
+                Asked::Width(width) => (width.own().to_string(), Some(*width)),
+                Asked::Name(name) => (name.clone(), WIDTHS.into_iter().find(|width| width.own().name == name)),
+            });
+        };
+        let found = adapter.formats.iter().find(|(width, name)| match asked {
+            Asked::Width(asked) => *width == Some(*asked),
+            Asked::Name(asked) => name == asked,
+        });
+        match found {
+            Some((width, name)) => Ok(((*name).to_owned(), *width)),
+            None => Err(adapter.nearest(asked)),
+        }
+    }
+
+    /// How it is started; `threads` is the number of threads that it may use.
+    pub fn command(&self, threads: usize, timeout: Duration) -> EngineCommand {
+        let (program, arguments): (PathBuf, Vec<OsString>) = match (&self.command, self.adapter()) {
+            (Some(command), _) => ("/bin/sh".into(), vec!["-c".into(), format!("exec {command}").into()]),
+            (None, adapter) => {
+                let source = adapter.map_or("", |adapter| adapter.source);
+                let code = format!("{SHARED}\n\n{source}\n");
+                (find_python(self.python.as_deref()), vec!["-c".into(), code.into(), self.name.clone().into()])
+            }
+        };
+        let threads: OsString = threads.to_string().into();
+        EngineCommand {
+            role: "engine",
+            program,
+            arguments,
+            environment: vec![
+                ("OMP_NUM_THREADS", threads.clone()),
+                ("MKL_NUM_THREADS", threads),
+                ("PYTHONUNBUFFERED", "1".into()),
+                // A model is where the parent says, and nothing is fetched.
+                ("HF_HUB_OFFLINE", "1".into()),
+                ("TOKENIZERS_PARALLELISM", "false".into()),
+            ],
+            timeout: Some(timeout),
+        }
+    }
+}
+
+impl Adapter {
+    /// The format that stands nearest: of the same width, else the first.
+    fn nearest(&self, asked: &Asked) -> &'static str {
+        let width = match asked {
+            Asked::Width(width) => Some(*width),
+            Asked::Name(name) => width_of(name),
+        };
+        let same = self.formats.iter().find(|(own, _)| width.is_some() && *own == width);
+        same.or(self.formats.first()).map_or("", |(_, name)| name)
+    }
+}
+
+/// Width of a format that any engine has.
+pub fn width_of(name: &str) -> Option<Width> {
+    let by_adapters = ADAPTERS.iter().flat_map(|adapter| adapter.formats);
+    let known = by_adapters.filter(|(_, own)| *own == name).find_map(|(width, _)| *width);
+    known.or_else(|| WIDTHS.into_iter().find(|width| width.own().name == name)).or(match name {
+        "nf4-nodq" => Some(Width::Bits4),
+        "bf16" => Some(Width::Bits16),
+        _ => None,
+    })
+}
+
+/// True for a name that some adapter has a format of.
+pub fn is_format(name: &str) -> bool {
+    ADAPTERS.iter().flat_map(|adapter| adapter.formats).any(|(_, own)| *own == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn program(word: &str) -> Program {
+        match EngineChoice::parse(word, None).unwrap() {
+            EngineChoice::Other(program) => program,
+            EngineChoice::Own(engine) => panic!("{engine:?}"),
+        }
+    }
+
+    #[test]
+    fn a_width_is_each_engines_own_format() {
+        let name = |engine: &str, width| program(engine).format(&Asked::Width(width)).unwrap().0;
+        assert_eq!(WIDTHS.map(|width| name("llama.cpp", width)), ["f16", "q8_0", "q4_0"]);
+        assert_eq!(WIDTHS.map(|width| name("transformers", width)), ["fp16", "int8", "nf4"]);
+        assert_eq!(WIDTHS.map(|width| name("mine=./mine", width)), ["fp16", "int8", "nf4"]);
+    }
+
+    #[test]
+    fn a_name_is_one_engines_alone_and_others_say_what_is_near() {
+        let asked = |engine: &str, name: &str| program(engine).format(&Asked::Name(name.to_owned()));
+        assert_eq!(asked("llama.cpp", "nf4"), Err("q4_0"));
+        assert_eq!(asked("llama.cpp", "int8"), Err("q8_0"));
+        assert_eq!(asked("transformers", "q4_0"), Err("nf4"));
+        assert_eq!(asked("llama.cpp", "q4_0"), Ok(("q4_0".to_owned(), Some(Width::Bits4))));
+        assert_eq!(asked("transformers", "bf16"), Ok(("bf16".to_owned(), None)));
+    }
+
+    #[test]
+    fn programs_are_named_by_path_or_by_command() {
+        for (word, name) in [("./my-engine", "my-engine"), ("/a/b.py", "b"), ("mine=python3 my engine.py", "mine")] {
+            assert_eq!(program(word).name, name);
+        }
+        assert_eq!(EngineChoice::parse("candle", None).unwrap(), EngineChoice::Own(Engine::Candle));
+        for word in ["lama.cpp", "", "=x", "x=", "candle=./x"] {
+            assert!(EngineChoice::parse(word, None).is_err(), "{word}");
+        }
+        let hint = EngineChoice::parse("lama.cpp", None).unwrap_err();
+        assert!(hint.hint_text().unwrap().ends_with("did you mean `llama.cpp`?"), "{hint:?}");
+    }
+}
