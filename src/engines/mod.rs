@@ -136,12 +136,12 @@ const SHARED: &str = include_str!("python/engine.py");
 pub enum EngineChoice {
     /// In a worker of this program.
     Own(Engine),
-    Other(Program),
+    Other(EngineProgram),
 }
 
 /// A program that speaks the engine protocol.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Program {
+pub struct EngineProgram {
     /// In rows.
     pub name: String,
     /// What is started; `None`: the adapter of this name.
@@ -171,7 +171,7 @@ impl EngineChoice {
         }
         let python = || python.map(Path::to_owned);
         if ADAPTERS.iter().any(|adapter| adapter.name == word) {
-            return Ok(EngineChoice::Other(Program { name: word.to_owned(), command: None, python: python() }));
+            return Ok(EngineChoice::Other(EngineProgram { name: word.to_owned(), command: None, python: python() }));
         }
         let (name, command) = match word.split_once('=') {
             Some((name, command)) => (name.trim().to_owned(), command.trim().to_owned()),
@@ -191,7 +191,7 @@ impl EngineChoice {
                 names().join(", ")
             )));
         }
-        Ok(EngineChoice::Other(Program { name, command: Some(command), python: None }))
+        Ok(EngineChoice::Other(EngineProgram { name, command: Some(command), python: None }))
     }
 
     pub fn name(&self) -> &str {
@@ -207,7 +207,7 @@ fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-impl Program {
+impl EngineProgram {
     fn adapter(&self) -> Option<&'static Adapter> {
         ADAPTERS.iter().find(|adapter| self.command.is_none() && adapter.name == self.name)
     }
@@ -295,7 +295,7 @@ pub fn is_format(name: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn program(word: &str) -> Program {
+    fn program(word: &str) -> EngineProgram {
         match EngineChoice::parse(word, None).unwrap() {
             EngineChoice::Other(program) => program,
             EngineChoice::Own(engine) => panic!("{engine:?}"),

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::measurement_protocol::MeasurementProtocol;
 use crate::call::KvFormat;
 use crate::engine::Engine;
-use crate::engines::{Asked, EngineChoice, Program, WIDTHS, Width};
+use crate::engines::{Asked, EngineChoice, EngineProgram, WIDTHS, Width};
 use crate::quality::CallPath;
 use crate::quality::text::SAMPLE_NAME;
 use crate::quant::{self, FormatId, FormatOptions};
@@ -82,7 +82,7 @@ pub enum Variant {
     /// An engine of our own.
     Own { engine: Engine, precision: FormatId },
     /// Another program, with its own name of the format; `width` is unknown for a format of no width that all engines have.
-    Other { program: Program, precision: String, width: Option<Width> },
+    Other { program: EngineProgram, precision: String, width: Option<Width> },
 }
 
 impl Variant {
@@ -153,7 +153,7 @@ impl Case {
     }
 
     /// What a program holds of what is asked for, each format once, or the nearest that it has instead.
-    fn of_program(&self, program: &Program) -> Vec<Result<Variant, (String, &'static str)>> {
+    fn of_program(&self, program: &EngineProgram) -> Vec<Result<Variant, (String, &'static str)>> {
         let every = WIDTHS.map(Asked::Width);
         let asked = if self.asked.is_empty() { &every } else { self.asked.as_slice() };
         let mut all: Vec<Result<Variant, (String, &'static str)>> = Vec::new();

@@ -12,7 +12,7 @@ use crate::engine::check::SelfCheck;
 use crate::engine::memory::PoolUse;
 use crate::engine::{Device, Engine};
 use crate::error::BadInput;
-use crate::protocol::{self, Encode, Held, Load};
+use crate::protocol::{self, Encode, HeldModel, Load};
 use crate::quant::{FormatId, FormatOptions};
 use crate::weights::ModelRequest;
 use crate::weights::policy::Selection;
@@ -113,7 +113,7 @@ pub struct LoadReport {
     /// Version of the engine, as it said; empty for our own.
     pub version: String,
     /// What another engine holds.
-    pub held: Held,
+    pub held: HeldModel,
     /// Resident set just before, with all that the process imports.
     pub before_bytes: Option<u64>,
     /// Highest resident set while loading.
@@ -121,12 +121,14 @@ pub struct LoadReport {
     pub own: OwnLoaded,
 }
 
-/// What our own worker alone says of a load: the `details` of a [`protocol::Loaded`].
+/// What our own worker alone says of a load: the `details` of a [`protocol::LoadReply`].
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OwnLoaded {
     pub quantize_s: f64,
     pub fp16_overflow: u64,
+    /// The same by tensor; empty where there are none.
+    pub fp16_overflow_by_tensor: BTreeMap<String, u64>,
     /// Format of the key/value cache.
     pub kv_format: Option<KvFormat>,
     /// `None` where no matrix is quantized.

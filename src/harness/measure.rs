@@ -13,7 +13,7 @@ use super::task::{Task, Wait};
 use crate::engine::memory::PoolUse;
 use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
-use crate::protocol::{Failure, Finish, Logits, Run, RunReport, capability};
+use crate::protocol::{Failure, Finish, Logits, RunReport, RunRequest, capability};
 use crate::quality::rows;
 
 /// A loaded engine, with the clock and the accounts that measure it.
@@ -54,7 +54,7 @@ impl<C: Clock> Bench<C> {
     /// flat. Afterwards `peak` starts again.
     pub fn warm_up(&mut self, engine: &mut dyn EnginePort) -> Result<WarmupReport, Failure> {
         if !self.task.depth.is_empty() {
-            self.ask(engine, &Run { prompt: Vec::new(), n_gen: 0, ..self.task.run(false) })?;
+            self.ask(engine, &RunRequest { prompt: Vec::new(), n_gen: 0, ..self.task.run(false) })?;
         }
         let began_ns = self.clock.now_ns();
         self.stop_at_end_of_text(engine)?;
@@ -99,9 +99,9 @@ impl<C: Clock> Bench<C> {
         }
         self.end_phase(engine, "warmup")?;
         let (first, further) = (self.task.run(false), self.task.n_gen - 1);
-        self.ask(engine, &Run { n_gen: 1, ..first })?;
+        self.ask(engine, &RunRequest { n_gen: 1, ..first })?;
         let prefill = self.end_peak(engine, "prefill")?;
-        self.ask(engine, &Run { proceed: true, n_gen: further, ..Run::default() })?;
+        self.ask(engine, &RunRequest { proceed: true, n_gen: further, ..RunRequest::default() })?;
         Ok((prefill, self.end_peak(engine, "decode")?))
     }
 
@@ -184,7 +184,7 @@ impl<C: Clock> Bench<C> {
     }
 
     /// A run whose stamps lie one behind the other between the request and its answer. Fails where they do not.
-    fn ask(&self, engine: &mut dyn EnginePort, run: &Run) -> Result<RunReport, Failure> {
+    fn ask(&self, engine: &mut dyn EnginePort, run: &RunRequest) -> Result<RunReport, Failure> {
         let sent_ns = self.clock.now_ns();
         let report = engine.run(run)?;
         let received_ns = self.clock.now_ns();

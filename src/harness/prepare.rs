@@ -27,7 +27,7 @@ use crate::call::{CacheScope, KvFormat};
 use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::needs::Needs;
 use crate::engine::{self, Device, Engine};
-use crate::engines::Program;
+use crate::engines::EngineProgram;
 use crate::events::{Collector, Event, Listener, Unit};
 use crate::ipc::{self, Turns};
 use crate::kernels::cpu::bandwidth::WorkingSet;
@@ -319,7 +319,7 @@ impl PreparedCase {
     fn other(
         &self,
         case: &Case,
-        (program, precision): (&Program, &str),
+        (program, precision): (&EngineProgram, &str),
         needed_bytes: u64,
     ) -> Result<ProcessWorker, Failure> {
         let DeviceAssignment { device, threads } = self.assignment;
@@ -368,6 +368,7 @@ impl PreparedCase {
             seed: info.seed,
             hash: info.hash.clone(),
             fp16_overflow: 0,
+            fp16_overflow_by_tensor: Default::default(),
         }
     }
 

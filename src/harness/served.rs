@@ -12,7 +12,8 @@ use crate::engine::memory::PoolUse;
 use crate::engine::{Alone, EncoderInput, Footprint, OutlierColumns, Session};
 use crate::ipc::failure_of;
 use crate::protocol::{
-    Encode, Failure, Finish, Finished, Logits, MemoryReport, MemoryRequest, Rows, Run, RunReport, Score, Wait,
+    Encode, Failure, Finish, Finished, Logits, MemoryReport, MemoryRequest, RowsReply, RunReport, RunRequest, RunWait,
+    Score,
 };
 use crate::quality::CallPath;
 use crate::quality::pass::{self, WindowInput};
@@ -90,7 +91,7 @@ impl<C: Clock> ServedSession<C> {
     }
 
     /// One run, and the checks of it that are not timed.
-    pub fn run(&mut self, run: &Run) -> Result<RunReport> {
+    pub fn run(&mut self, run: &RunRequest) -> Result<RunReport> {
         if run.proceed {
             return self.proceed(run.n_gen);
         }
@@ -116,7 +117,7 @@ impl<C: Clock> ServedSession<C> {
     }
 
     /// The timed part; `further` tokens follow the first.
-    fn timed(&mut self, run: &Run, further: usize) -> Result<()> {
+    fn timed(&mut self, run: &RunRequest, further: usize) -> Result<()> {
         let Self { session, clock, pixels, stamps, .. } = self;
         stamps.clear(run.n_gen);
         session.synchronize()?;
@@ -128,8 +129,8 @@ impl<C: Clock> ServedSession<C> {
         let first = session.prefill(&run.prompt)?;
         stamps.push(first, clock.now_ns());
         match run.wait {
-            Wait::AtEnd => session.decode(further, &mut |id| stamps.push(id, clock.now_ns()))?,
-            Wait::EachToken => {
+            RunWait::AtEnd => session.decode(further, &mut |id| stamps.push(id, clock.now_ns()))?,
+            RunWait::EachToken => {
                 for _ in 0..further {
                     let mut token = first;
                     session.decode(1, &mut |id| token = id)?;
@@ -217,7 +218,7 @@ impl<C: Clock> ServedSession<C> {
     }
 
     /// Runs without timing and writes the logits of every token.
-    pub fn logits(&mut self, request: &Logits) -> Result<Rows> {
+    pub fn logits(&mut self, request: &Logits) -> Result<RowsReply> {
         let Logits { run, file } = request;
         self.fill(&run.depth)?;
         encode(self.session.as_mut(), &run.encode, &self.pixels)?;
@@ -227,7 +228,7 @@ impl<C: Clock> ServedSession<C> {
     }
 
     /// Runs a window and writes the logits of every scored token.
-    pub fn score(&mut self, request: &Score) -> Result<Rows> {
+    pub fn score(&mut self, request: &Score) -> Result<RowsReply> {
         encode(self.session.as_mut(), &request.encode, &self.pixels)?;
         self.filled.clear();
         let path = if request.by_token { CallPath::Decode } else { CallPath::Prefill };
@@ -246,14 +247,14 @@ impl<C: Clock> ServedSession<C> {
         self.rows()
     }
 
-    fn rows(&mut self) -> Result<Rows> {
-        Ok(Rows { details: serde_json::to_value(OwnRows { outliers: self.session.outlier_columns()? })? })
+    fn rows(&mut self) -> Result<RowsReply> {
+        Ok(RowsReply { details: serde_json::to_value(OwnRows { outliers: self.session.outlier_columns()? })? })
     }
 }
 
 /// A session in this process.
 impl<C: Clock> EnginePort for ServedSession<C> {
-    fn run(&mut self, run: &Run) -> Result<RunReport, Failure> {
+    fn run(&mut self, run: &RunRequest) -> Result<RunReport, Failure> {
         ServedSession::run(self, run).map_err(|error| failure_of(&error))
     }
 
@@ -265,7 +266,7 @@ impl<C: Clock> EnginePort for ServedSession<C> {
         ServedSession::finish(self, finish).map_err(|error| failure_of(&error))
     }
 
-    fn logits(&mut self, logits: &Logits) -> Result<Rows, Failure> {
+    fn logits(&mut self, logits: &Logits) -> Result<RowsReply, Failure> {
         ServedSession::logits(self, logits).map_err(|error| failure_of(&error))
     }
 }

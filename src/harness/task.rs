@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::{self, Encode, Run};
+use crate::protocol::{self, Encode, RunRequest};
 
 /// The work of every repeat.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -38,14 +38,14 @@ pub enum Wait {
 
 impl Task {
     /// One repeat on the wire.
-    pub fn run(&self, each_token: bool) -> Run {
-        Run {
+    pub fn run(&self, each_token: bool) -> RunRequest {
+        RunRequest {
             depth: self.depth.clone(),
             encode: self.encode.clone(),
             prompt: self.prompt.clone(),
             n_gen: self.n_gen,
             proceed: false,
-            wait: if each_token { protocol::Wait::EachToken } else { protocol::Wait::AtEnd },
+            wait: if each_token { protocol::RunWait::EachToken } else { protocol::RunWait::AtEnd },
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::events::{Listener, WithoutWarnings};
 use crate::ipc;
 use crate::kernels::cpu::rlimit;
 use crate::os::memory::ProcessMemory;
-use crate::protocol::{self, Bandwidth, Hello, Load, Loaded, Reply, Request, capability};
+use crate::protocol::{self, BandwidthReport, EngineReply, EngineRequest, Hello, Load, LoadReply, capability};
 use crate::quant;
 use crate::weights::policy::Formats;
 
@@ -42,22 +42,22 @@ fn hello() -> Hello {
 
 type Served = ServedSession<Monotonic>;
 
-fn answer(request: Request, session: &mut Option<Served>, events: &dyn Listener) -> Result<Reply> {
+fn answer(request: EngineRequest, session: &mut Option<Served>, events: &dyn Listener) -> Result<EngineReply> {
     let loaded = session.as_mut().context("nothing is loaded yet");
     Ok(match request {
-        Request::Load(request) => {
+        EngineRequest::Load(request) => {
             let (served, loaded) = load(&request, events)?;
             *session = Some(served);
-            Reply::Load(Box::new(loaded))
+            EngineReply::Load(Box::new(loaded))
         }
-        Request::Run(run) => Reply::Run(loaded?.run(&run)?),
-        Request::Logits(logits) => Reply::Logits(loaded?.logits(&logits)?),
-        Request::Score(score) => Reply::Score(loaded?.score(&score)?),
-        Request::Memory(memory) => Reply::Memory(loaded?.memory(memory)?),
-        Request::Finish(finish) => Reply::Finish(loaded?.finish(&finish)?),
-        Request::Bandwidth(request) => {
+        EngineRequest::Run(run) => EngineReply::Run(loaded?.run(&run)?),
+        EngineRequest::Logits(logits) => EngineReply::Logits(loaded?.logits(&logits)?),
+        EngineRequest::Score(score) => EngineReply::Score(loaded?.score(&score)?),
+        EngineRequest::Memory(memory) => EngineReply::Memory(loaded?.memory(memory)?),
+        EngineRequest::Finish(finish) => EngineReply::Finish(loaded?.finish(&finish)?),
+        EngineRequest::Bandwidth(request) => {
             let measured = engine::memory::read_bandwidth(request.device)?;
-            Reply::Bandwidth(Bandwidth { read_gb_s: measured.read_gb_s, copy_gb_s: measured.copy_gb_s })
+            EngineReply::Bandwidth(BandwidthReport { read_gb_s: measured.read_gb_s, copy_gb_s: measured.copy_gb_s })
         }
     })
 }
@@ -74,7 +74,7 @@ fn check_version(parent: u32) -> Result<()> {
     Ok(())
 }
 
-fn load(request: &Load, events: &dyn Listener) -> Result<(Served, Loaded)> {
+fn load(request: &Load, events: &dyn Listener) -> Result<(Served, LoadReply)> {
     request.memory_limit_bytes.map_or(Ok(()), rlimit::limit_data_bytes).context("limiting the memory of the worker")?;
     check_version(request.protocol)?;
     let request = OwnLoad::of(request)?;
@@ -116,17 +116,21 @@ fn load(request: &Load, events: &dyn Listener) -> Result<(Served, Loaded)> {
     let details = OwnLoaded {
         quantize_s: loaded.quantize.as_secs_f64(),
         fp16_overflow: loaded.fp16_overflow,
+        fp16_overflow_by_tensor: match loaded.fp16_overflow {
+            0 => BTreeMap::new(),
+            _ => engine::load::fp16_overflow_by_tensor(&setup)?,
+        },
         kv_format: Some(kv_format),
         self_check,
         load_peak_bytes,
         pool,
         weights_by_format: weights_by_format(&opened, &formats),
     };
-    let report = Loaded {
+    let report = LoadReply {
         load_s: Some(loaded.load.as_secs_f64()),
         kernels: loaded.isa,
         details: serde_json::to_value(details)?,
-        ..Loaded::default()
+        ..LoadReply::default()
     };
     Ok((served, report))
 }

@@ -20,8 +20,8 @@ use crate::ipc::{self, Deadline, EngineCommand, EngineProcess, Turns};
 use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
 use crate::protocol::{
-    Bandwidth, BandwidthRequest, Encode, Failure, Finish, Finished, Held, Load, Logits, MemoryReport, MemoryRequest,
-    Reply, Request, Rows, Run, RunReport, Score, capability,
+    BandwidthReport, BandwidthRequest, Encode, EngineReply, EngineRequest, Failure, Finish, Finished, HeldModel, Load,
+    Logits, MemoryReport, MemoryRequest, RowsReply, RunReport, RunRequest, Score, capability,
 };
 
 /// The hidden subcommand that runs [`super::worker_main`].
@@ -59,7 +59,7 @@ struct Running {
     engine: EngineProcess,
     bench: Bench<Monotonic>,
     /// What another engine holds; `None` for our own.
-    held: Option<Held>,
+    held: Option<HeldModel>,
     waited_ticks: u64,
 }
 
@@ -120,14 +120,16 @@ impl ProcessWorker {
     /// Writes the logits that predict the scored tokens of a window, after [`WorkerHandle::load`], and gives the outlier columns of all
     /// calls so far.
     pub fn score(&mut self, score: Score) -> Result<OutlierColumns, Failure> {
-        match self.port()?.0.ask(&Request::Score(score))? {
-            Reply::Score(rows) => Ok(serde_json::from_value::<OwnRows>(rows.details).unwrap_or_default().outliers),
+        match self.port()?.0.ask(&EngineRequest::Score(score))? {
+            EngineReply::Score(rows) => {
+                Ok(serde_json::from_value::<OwnRows>(rows.details).unwrap_or_default().outliers)
+            }
             other => unexpected(&other),
         }
     }
 
     /// Greedy ids of one run, after [`WorkerHandle::load`].
-    pub fn generate(&mut self, run: &Run) -> Result<Vec<u32>, Failure> {
+    pub fn generate(&mut self, run: &RunRequest) -> Result<Vec<u32>, Failure> {
         Ok(self.port()?.0.run(run)?.ids)
     }
 }
@@ -141,7 +143,7 @@ struct Port<'a> {
 }
 
 impl Port<'_> {
-    fn ask(&mut self, request: &Request) -> Result<Reply, Failure> {
+    fn ask(&mut self, request: &EngineRequest) -> Result<EngineReply, Failure> {
         let (needed_bytes, device) = (self.needed_bytes, self.device);
         self.engine
             .ask(request, self.events, || (needed_bytes, free_bytes(device).unwrap_or(0)))
@@ -154,30 +156,30 @@ impl EnginePort for Port<'_> {
         self.engine.can(capability)
     }
 
-    fn run(&mut self, run: &Run) -> Result<RunReport, Failure> {
-        match self.ask(&Request::Run(run.clone()))? {
-            Reply::Run(report) => Ok(report),
+    fn run(&mut self, run: &RunRequest) -> Result<RunReport, Failure> {
+        match self.ask(&EngineRequest::Run(run.clone()))? {
+            EngineReply::Run(report) => Ok(report),
             other => unexpected(&other),
         }
     }
 
     fn memory(&mut self) -> Result<MemoryReport, Failure> {
-        match self.ask(&Request::Memory(MemoryRequest {}))? {
-            Reply::Memory(report) => Ok(report),
+        match self.ask(&EngineRequest::Memory(MemoryRequest {}))? {
+            EngineReply::Memory(report) => Ok(report),
             other => unexpected(&other),
         }
     }
 
     fn finish(&mut self, finish: &Finish) -> Result<Finished, Failure> {
-        match self.ask(&Request::Finish(finish.clone()))? {
-            Reply::Finish(finished) => Ok(finished),
+        match self.ask(&EngineRequest::Finish(finish.clone()))? {
+            EngineReply::Finish(finished) => Ok(finished),
             other => unexpected(&other),
         }
     }
 
-    fn logits(&mut self, logits: &Logits) -> Result<Rows, Failure> {
-        match self.ask(&Request::Logits(logits.clone()))? {
-            Reply::Logits(rows) => Ok(rows),
+    fn logits(&mut self, logits: &Logits) -> Result<RowsReply, Failure> {
+        match self.ask(&EngineRequest::Logits(logits.clone()))? {
+            EngineReply::Logits(rows) => Ok(rows),
             other => unexpected(&other),
         }
     }
@@ -200,9 +202,11 @@ fn with_sizes(failure: Failure, needed_bytes: u64, free: impl Fn() -> Option<u64
 pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredBandwidth, Failure> {
     let free_bytes = || free_bytes(Device::Cuda(ordinal)).unwrap_or(0);
     let mut engine = EngineProcess::start(command(1)?, deadline, None)?;
-    let request = Request::Bandwidth(BandwidthRequest { device: ordinal });
+    let request = EngineRequest::Bandwidth(BandwidthRequest { device: ordinal });
     match engine.ask(&request, &Silent, || (0, free_bytes()))? {
-        Reply::Bandwidth(Bandwidth { read_gb_s, copy_gb_s }) => Ok(MeasuredBandwidth { read_gb_s, copy_gb_s }),
+        EngineReply::Bandwidth(BandwidthReport { read_gb_s, copy_gb_s }) => {
+            Ok(MeasuredBandwidth { read_gb_s, copy_gb_s })
+        }
         other => unexpected(&other),
     }
 }
@@ -223,7 +227,7 @@ fn command(threads: usize) -> Result<EngineCommand, Failure> {
 }
 
 /// Fails for a reply of another kind than the request, which [`EngineProcess::ask`] checked.
-fn unexpected<T>(reply: &Reply) -> Result<T, Failure> {
+fn unexpected<T>(reply: &EngineReply) -> Result<T, Failure> {
     Err(error(format!("the worker answered with `{}`", reply.name())))
 }
 
@@ -253,8 +257,8 @@ impl WorkerHandle for ProcessWorker {
         let before_bytes = memory.resident_bytes();
         let mut port = Port { engine: &mut engine, needed_bytes, device, events };
         let began = Instant::now();
-        let loaded = match port.ask(&Request::Load(Box::new(load)))? {
-            Reply::Load(loaded) => *loaded,
+        let loaded = match port.ask(&EngineRequest::Load(Box::new(load)))? {
+            EngineReply::Load(loaded) => *loaded,
             other => return unexpected(&other),
         };
         let seconds = began.elapsed().as_secs_f64();
@@ -305,7 +309,7 @@ impl WorkerHandle for ProcessWorker {
 }
 
 /// What another engine said that it holds, as far as our records have a place for it.
-fn footprint_of(held: &Held) -> Footprint {
+fn footprint_of(held: &HeldModel) -> Footprint {
     let weights_bytes = held.weights_by_format.values().sum();
     Footprint {
         weights_bytes,

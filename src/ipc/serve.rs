@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use super::failure::failure_of;
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
-use crate::protocol::{Hello, Message, Reply, Request, SOCKET_VARIABLE};
+use crate::protocol::{EngineReply, EngineRequest, Hello, Message, SOCKET_VARIABLE};
 
 /// Answers requests from standard input until the parent closes the pipe. Nothing else may write to standard output. Fails on a
 /// line that no parent writes; `subcommand` names the child there.
@@ -28,7 +28,7 @@ pub fn serve<Q: DeserializeOwned + Send + 'static, R: Serialize>(
 pub fn serve_engine(
     subcommand: &'static str,
     hello: Hello,
-    answer: impl FnMut(Request, &dyn Listener) -> Result<Reply>,
+    answer: impl FnMut(EngineRequest, &dyn Listener) -> Result<EngineReply>,
 ) -> Result<()> {
     let path = std::env::var_os(SOCKET_VARIABLE).ok_or_else(|| {
         BadInput::new(format!(
@@ -38,7 +38,7 @@ pub fn serve_engine(
     let stream = UnixStream::connect(path).context("connecting to the parent")?;
     let requests = requests(BufReader::new(stream.try_clone()?), subcommand);
     let output = Output(Mutex::new(stream));
-    output.send(&Message::Reply(Reply::Hello(hello)));
+    output.send(&Message::Reply(EngineReply::Hello(hello)));
     answer_all(requests, &output, answer)
 }
 

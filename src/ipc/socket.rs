@@ -18,7 +18,7 @@ use super::exit_reason::{OomBaseline, exit_reason};
 use super::stderr_tail::Tail;
 use crate::events::{Event, Listener};
 use crate::os::cpu_usage::group_ticks;
-use crate::protocol::{self, Failure, Hello, Message, Reply, Request, SOCKET_VARIABLE};
+use crate::protocol::{self, EngineReply, EngineRequest, Failure, Hello, Message, SOCKET_VARIABLE};
 
 /// Longest line of an engine. The stamps of a million tokens take 20 MB.
 const MAX_LINE_BYTES: u64 = 64 << 20;
@@ -172,10 +172,10 @@ impl EngineProcess {
     /// `sizes` are the bytes that it needed and those that are free now, 0 where unknown.
     pub fn ask(
         &mut self,
-        request: &Request,
+        request: &EngineRequest,
         events: &dyn Listener,
         sizes: impl FnOnce() -> (u64, u64),
-    ) -> Result<Reply, Failure> {
+    ) -> Result<EngineReply, Failure> {
         self.take_turn();
         self.oom_baseline = OomBaseline::now();
         let sent = self.send(request);
@@ -190,7 +190,7 @@ impl EngineProcess {
     fn greeting(&mut self) -> Result<Hello, Failure> {
         let reply = self.reply(&crate::events::Silent);
         let reply = reply.unwrap_or_else(|cause| Err(self.lost(&cause, "hello", || (0, 0))))?;
-        let Reply::Hello(hello) = reply else {
+        let EngineReply::Hello(hello) = reply else {
             return Err(self.error(format!("began with `{}` and not with `hello`", reply.name())));
         };
         if hello.protocol == 0 || hello.protocol > protocol::VERSION {
@@ -208,21 +208,21 @@ impl EngineProcess {
         Failure::error(format!("the {} {what}", self.command.role))
     }
 
-    fn send(&mut self, request: &Request) -> io::Result<()> {
+    fn send(&mut self, request: &EngineRequest) -> io::Result<()> {
         let mut line = serde_json::to_string(request)?;
         line.push('\n');
         self.stream.get_mut().write_all(line.as_bytes())
     }
 
     /// An error means that the process is gone, or that it took too long.
-    fn reply(&mut self, events: &dyn Listener) -> io::Result<Result<Reply, Failure>> {
+    fn reply(&mut self, events: &dyn Listener) -> io::Result<Result<EngineReply, Failure>> {
         loop {
             let mut line = Vec::new();
             if (&mut self.stream).take(MAX_LINE_BYTES).read_until(b'\n', &mut line)? == 0 {
                 return Err(ErrorKind::UnexpectedEof.into());
             }
             match serde_json::from_slice(&line) {
-                Ok(Message::<Reply, Event>::Event(event)) => events.on(event),
+                Ok(Message::<EngineReply, Event>::Event(event)) => events.on(event),
                 Ok(Message::Failed(failure)) => return Ok(Err(failure)),
                 Ok(Message::Reply(reply)) => return Ok(Ok(reply)),
                 Err(_) => {

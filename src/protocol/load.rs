@@ -41,10 +41,10 @@ pub struct Load {
 /// What an engine loaded.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
-pub struct Loaded {
+pub struct LoadReply {
     /// First byte read to weights usable, imports left out; `null`: the parent's own time from request to reply.
     pub load_s: Option<f64>,
-    pub held: Held,
+    pub held: HeldModel,
     /// Kernels that run, such as an instruction set.
     pub kernels: String,
     /// What one engine alone says.
@@ -54,7 +54,7 @@ pub struct Loaded {
 /// What is held in memory. All is optional: what is missing is shown as unknown.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
-pub struct Held {
+pub struct HeldModel {
     /// Stored bytes of the weights, by the name of their format.
     pub weights_by_format: BTreeMap<String, u64>,
     /// Bytes of weights that a decode step reads: embeddings count one row.

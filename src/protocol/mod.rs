@@ -1,7 +1,7 @@
 //! Wire types of the engine protocol: what the parent and an engine's process send each other, types only.
 //!
 //! An engine connects to the Unix socket whose path is in [`SOCKET_VARIABLE`] and says [`Hello`]. From then on one JSON object is
-//! one line: a [`Request`] from the parent; from the engine any number of [`Message::Event`] and then the [`Reply`] of the same
+//! one line: a [`EngineRequest`] from the parent; from the engine any number of [`Message::Event`] and then the [`EngineReply`] of the same
 //! kind or [`Message::Failed`]. Arrays are safetensors files in the private directory that [`Load`] names. Nothing here imports
 //! from this crate, so that `docs/engine-protocol.md` and its JSON schema say all.
 
@@ -10,10 +10,10 @@ mod load;
 mod run;
 
 pub use failure::Failure;
-pub use load::{Held, HeldPart, Load, Loaded};
+pub use load::{HeldModel, HeldPart, Load, LoadReply};
 pub use run::{
-    Bandwidth, BandwidthRequest, Encode, Finish, Finished, Logits, MemoryReport, MemoryRequest, Rows, Run, RunReport,
-    Score, Wait,
+    BandwidthReport, BandwidthRequest, Encode, Finish, Finished, Logits, MemoryReport, MemoryRequest, RowsReply,
+    RunReport, RunRequest, RunWait, Score,
 };
 
 use schemars::JsonSchema;
@@ -60,12 +60,12 @@ pub struct Hello {
     pub capabilities: Vec<String>,
 }
 
-/// A request of the parent. The engine answers each with the [`Reply`] of the same kind, or with [`Message::Failed`].
+/// A request of the parent. The engine answers each with the [`EngineReply`] of the same kind, or with [`Message::Failed`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Request {
+pub enum EngineRequest {
     Load(Box<Load>),
-    Run(Run),
+    Run(RunRequest),
     Logits(Logits),
     Score(Score),
     Memory(MemoryRequest),
@@ -74,17 +74,17 @@ pub enum Request {
     Bandwidth(BandwidthRequest),
 }
 
-impl Request {
+impl EngineRequest {
     /// Its name on the wire.
     pub fn name(&self) -> &'static str {
         match self {
-            Request::Load(_) => "load",
-            Request::Run(_) => "run",
-            Request::Logits(_) => "logits",
-            Request::Score(_) => "score",
-            Request::Memory(_) => "memory",
-            Request::Finish(_) => "finish",
-            Request::Bandwidth(_) => "bandwidth",
+            EngineRequest::Load(_) => "load",
+            EngineRequest::Run(_) => "run",
+            EngineRequest::Logits(_) => "logits",
+            EngineRequest::Score(_) => "score",
+            EngineRequest::Memory(_) => "memory",
+            EngineRequest::Finish(_) => "finish",
+            EngineRequest::Bandwidth(_) => "bandwidth",
         }
     }
 }
@@ -92,29 +92,29 @@ impl Request {
 /// An answer of an engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Reply {
+pub enum EngineReply {
     Hello(Hello),
-    Load(Box<Loaded>),
+    Load(Box<LoadReply>),
     Run(RunReport),
-    Logits(Rows),
-    Score(Rows),
+    Logits(RowsReply),
+    Score(RowsReply),
     Memory(MemoryReport),
     Finish(Finished),
-    Bandwidth(Bandwidth),
+    Bandwidth(BandwidthReport),
 }
 
-impl Reply {
+impl EngineReply {
     /// Its name on the wire.
     pub fn name(&self) -> &'static str {
         match self {
-            Reply::Hello(_) => "hello",
-            Reply::Load(_) => "load",
-            Reply::Run(_) => "run",
-            Reply::Logits(_) => "logits",
-            Reply::Score(_) => "score",
-            Reply::Memory(_) => "memory",
-            Reply::Finish(_) => "finish",
-            Reply::Bandwidth(_) => "bandwidth",
+            EngineReply::Hello(_) => "hello",
+            EngineReply::Load(_) => "load",
+            EngineReply::Run(_) => "run",
+            EngineReply::Logits(_) => "logits",
+            EngineReply::Score(_) => "score",
+            EngineReply::Memory(_) => "memory",
+            EngineReply::Finish(_) => "finish",
+            EngineReply::Bandwidth(_) => "bandwidth",
         }
     }
 }
@@ -145,16 +145,16 @@ mod tests {
                 r#"{"failed":{"kind":"error","message":"two\nlines"}}"#,
             ),
             (Message::Event(3), r#"{"event":3}"#),
-            (Message::Reply(Reply::Run(report)), r#"{"run":{"#),
-            (Message::Reply(Reply::Hello(hello)), r#"{"hello":{"protocol":2,"engine":"a","version":"1""#),
+            (Message::Reply(EngineReply::Run(report)), r#"{"run":{"#),
+            (Message::Reply(EngineReply::Hello(hello)), r#"{"hello":{"protocol":2,"engine":"a","version":"1""#),
         ] {
             let line = serde_json::to_string(&message).unwrap();
             assert!(line.starts_with(expected) && !line.contains('\n'), "{line}");
-            assert_eq!(serde_json::from_str::<Message<Reply, u64>>(&line).unwrap(), message);
+            assert_eq!(serde_json::from_str::<Message<EngineReply, u64>>(&line).unwrap(), message);
         }
-        let finish = serde_json::to_string(&Request::Finish(Finish::default())).unwrap();
+        let finish = serde_json::to_string(&EngineRequest::Finish(Finish::default())).unwrap();
         assert!(finish.starts_with(r#"{"finish":{"#), "{finish}");
-        let shortest: Request = serde_json::from_str(r#"{"run":{"prompt":[1],"n_gen":2}}"#).unwrap();
-        assert_eq!(shortest, Request::Run(Run { prompt: vec![1], n_gen: 2, ..Run::default() }));
+        let shortest: EngineRequest = serde_json::from_str(r#"{"run":{"prompt":[1],"n_gen":2}}"#).unwrap();
+        assert_eq!(shortest, EngineRequest::Run(RunRequest { prompt: vec![1], n_gen: 2, ..RunRequest::default() }));
     }
 }

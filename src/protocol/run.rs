@@ -9,7 +9,7 @@ use serde_json::Value;
 /// Greedy generation of exactly `n_gen` tokens. End-of-sequence tokens are not special.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
-pub struct Run {
+pub struct RunRequest {
     /// Ids in the cache before the prompt, prefilled before the start is stamped. An engine may keep them from the run before.
     pub depth: Vec<u32>,
     /// Input of the encoder, inside the timed part.
@@ -19,7 +19,7 @@ pub struct Run {
     pub n_gen: usize,
     /// Goes on where the run before ended: `n_gen` further tokens, without a prompt.
     pub proceed: bool,
-    pub wait: Wait,
+    pub wait: RunWait,
 }
 
 /// Input of an encoder.
@@ -42,7 +42,7 @@ pub enum Encode {
 /// The points at which a run waits for the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Wait {
+pub enum RunWait {
     /// Once, at its end; a token counts as soon as the host can read it.
     #[default]
     AtEnd,
@@ -71,7 +71,7 @@ pub struct RunReport {
 /// A run that is not timed, whose logits are kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Logits {
-    pub run: Run,
+    pub run: RunRequest,
     /// File to write: tensor `logits`, fp32 `[n_gen, vocabulary]`, those that each token was chosen from.
     pub file: PathBuf,
 }
@@ -94,10 +94,10 @@ pub struct Score {
     pub file: PathBuf,
 }
 
-/// Rows of logits that were written to the file of the request.
+/// RowsReply of logits that were written to the file of the request.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
-pub struct Rows {
+pub struct RowsReply {
     /// What one engine alone says.
     pub details: Value,
 }
@@ -111,7 +111,7 @@ pub struct MemoryRequest {}
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct MemoryReport {
-    /// Held by live allocations.
+    /// HeldModel by live allocations.
     pub used_bytes: Option<u64>,
     pub used_high_bytes: Option<u64>,
     /// Taken from the device: used bytes and what is kept for later.
@@ -141,9 +141,9 @@ pub struct BandwidthRequest {
     pub device: usize,
 }
 
-/// Bandwidth of a device's memory, in 1e9 bytes a second; `null` where it was not measured.
+/// BandwidthReport of a device's memory, in 1e9 bytes a second; `null` where it was not measured.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
-pub struct Bandwidth {
+pub struct BandwidthReport {
     pub read_gb_s: Option<f64>,
     /// Bytes read plus bytes written.
     pub copy_gb_s: Option<f64>,

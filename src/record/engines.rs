@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct OtherEngine {
     /// `16bit`, `8bit` or `4bit`; absent for a format that was asked for by name and has none of these.
     pub width: Option<String>,
-    pub head: Option<HeldPart>,
-    pub embeddings: Option<HeldPart>,
-    pub kv_cache: Option<HeldPart>,
+    pub head: Option<HeldFormat>,
+    pub embeddings: Option<HeldFormat>,
+    pub kv_cache: Option<HeldFormat>,
     /// Linear layers that stay in 16 bit or wider, where the format is narrower.
     #[serde(default)]
     pub wide_modules: Vec<String>,
@@ -27,7 +27,7 @@ pub struct OtherEngine {
 
 /// A part of a model: its format and its stored bytes.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct HeldPart {
+pub struct HeldFormat {
     pub format: String,
     pub bytes: u64,
 }

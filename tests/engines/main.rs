@@ -158,8 +158,8 @@ fn the_example_of_the_docs_is_measured() {
 /// The schema of the wire types, which `UPDATE_EXPECT=1` writes anew.
 #[test]
 fn the_schema_is_that_of_the_types() {
-    let engine = schemars::schema_for!(quantbench::protocol::Message<quantbench::protocol::Reply, Value>);
-    let parent = schemars::schema_for!(quantbench::protocol::Request);
+    let engine = schemars::schema_for!(quantbench::protocol::Message<quantbench::protocol::EngineReply, Value>);
+    let parent = schemars::schema_for!(quantbench::protocol::EngineRequest);
     let schema = serde_json::json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "The engine protocol: a line of the parent, or a line of an engine",

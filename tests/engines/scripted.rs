@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use quantbench::harness::clock::{Clock, Monotonic};
 use quantbench::protocol::{
-    Failure, Finished, Hello, Loaded, Logits, Message, Reply, Request, Rows, Run, RunReport, SOCKET_VARIABLE, VERSION,
-    capability,
+    EngineReply, EngineRequest, Failure, Finished, Hello, LoadReply, Logits, Message, RowsReply, RunReport, RunRequest,
+    SOCKET_VARIABLE, VERSION, capability,
 };
 use quantbench::quality::rows::RowWriter;
 
@@ -28,32 +28,32 @@ pub fn serve(script: &str) {
         version: "7.0".to_owned(),
         capabilities: vec![capability::LOGITS.to_owned(), "a word of tomorrow".to_owned()],
     };
-    send(&mut stream, Reply::Hello(hello));
+    send(&mut stream, EngineReply::Hello(hello));
     let mut n_runs = 0;
     for line in lines.map_while(Result::ok) {
         println!("{{\"run\":{{}}}} a log line of {script} on standard output");
         eprintln!("a log line of {script} on standard error");
-        let reply = match serde_json::from_str::<Request>(&line).unwrap() {
-            Request::Load(_) if script == "full" => {
+        let reply = match serde_json::from_str::<EngineRequest>(&line).unwrap() {
+            EngineRequest::Load(_) if script == "full" => {
                 let (message, wanted_bytes, free_bytes) = ("CUDA out of memory".to_owned(), 7, 5);
                 let failed = Failure::OutOfMemory { message, wanted_bytes, free_bytes };
-                write(&mut stream, &Message::<Reply, u64>::Failed(failed));
+                write(&mut stream, &Message::<EngineReply, u64>::Failed(failed));
                 continue;
             }
-            Request::Load(load) => {
+            EngineRequest::Load(load) => {
                 let precision = load.precision;
                 assert!(load.directory.is_dir() && std::path::Path::new(&load.model).is_dir(), "{precision}");
-                Reply::Load(Box::new(Loaded::default()))
+                EngineReply::Load(Box::new(LoadReply::default()))
             }
-            Request::Run(run) => {
+            EngineRequest::Run(run) => {
                 n_runs += 1;
-                Reply::Run(self::run(script, n_runs, &run))
+                EngineReply::Run(self::run(script, n_runs, &run))
             }
-            Request::Logits(logits) => {
+            EngineRequest::Logits(logits) => {
                 write_logits(script, &logits);
-                Reply::Logits(Rows::default())
+                EngineReply::Logits(RowsReply::default())
             }
-            Request::Finish(_) => Reply::Finish(Finished::default()),
+            EngineRequest::Finish(_) => EngineReply::Finish(Finished::default()),
             other => panic!("{other:?} was not offered"),
         };
         if script == "garbage" && n_runs == 2 {
@@ -63,17 +63,17 @@ pub fn serve(script: &str) {
     }
 }
 
-fn send(stream: &mut UnixStream, reply: Reply) {
-    write(stream, &Message::<Reply, u64>::Reply(reply));
+fn send(stream: &mut UnixStream, reply: EngineReply) {
+    write(stream, &Message::<EngineReply, u64>::Reply(reply));
 }
 
-fn write(stream: &mut UnixStream, message: &Message<Reply, u64>) {
+fn write(stream: &mut UnixStream, message: &Message<EngineReply, u64>) {
     let line = serde_json::to_string(message).unwrap() + "\n";
     stream.write_all(line.as_bytes()).unwrap();
 }
 
 /// A millisecond a token.
-fn run(script: &str, n_runs: usize, run: &Run) -> RunReport {
+fn run(script: &str, n_runs: usize, run: &RunRequest) -> RunReport {
     let clock = Monotonic::start();
     let start_ns = clock.now_ns();
     let n_gen = if script == "short" { run.n_gen - 1 } else { run.n_gen };

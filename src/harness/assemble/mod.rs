@@ -113,7 +113,11 @@ fn base(
         command: context.command.clone(),
         timestamp: context.timestamp.clone(),
         model: context.model.clone(),
-        weights: record::WeightFacts { fp16_overflow: loaded.own.fp16_overflow, ..context.weights.clone() },
+        weights: record::WeightFacts {
+            fp16_overflow: loaded.own.fp16_overflow,
+            fp16_overflow_by_tensor: loaded.own.fp16_overflow_by_tensor.clone(),
+            ..context.weights.clone()
+        },
         precision: variant.precision(),
         keep_fp16: context.keep_fp16.clone(),
         int8: int8(context, variant, outcome),

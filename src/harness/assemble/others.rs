@@ -4,7 +4,7 @@ use super::limit;
 use crate::harness::case::{Case, Variant};
 use crate::harness::schedule::{RunOrder, VariantOutcome};
 use crate::harness::warnings::Warning;
-use crate::protocol::{Held, HeldPart};
+use crate::protocol::{HeldModel, HeldPart};
 use crate::record::{self, OtherEngine, Record, Status, WidthRatio, metrics};
 use crate::stats;
 
@@ -49,12 +49,12 @@ pub fn add(
     });
 }
 
-fn part(part: &HeldPart) -> record::HeldPart {
-    record::HeldPart { format: part.format.clone(), bytes: part.bytes }
+fn part(part: &HeldPart) -> record::HeldFormat {
+    record::HeldFormat { format: part.format.clone(), bytes: part.bytes }
 }
 
 /// Parts whose format differs from ours. Ours keep head and embeddings in fp16 at every precision.
-fn held_otherwise(held: &Held, own: &Record) -> Vec<String> {
+fn held_otherwise(held: &HeldModel, own: &Record) -> Vec<String> {
     let differs = |part: &&(&str, &Option<HeldPart>, &str)| {
         part.1.as_ref().is_some_and(|theirs| is_other(&theirs.format, part.2))
     };
@@ -100,7 +100,7 @@ fn ratio(record: &Record, own: &Record, order: RunOrder) -> Option<WidthRatio> {
 }
 
 /// As another engine said; what it did not say is unknown.
-pub fn dtypes(variant: &Variant, held: &Held) -> record::Dtypes {
+pub fn dtypes(variant: &Variant, held: &HeldModel) -> record::Dtypes {
     let said = |word: &Option<String>| word.clone().unwrap_or_default();
     record::Dtypes {
         weights: variant.precision(),

@@ -16,7 +16,7 @@ use crate::harness::task::Task;
 use crate::harness::worker_process::ProcessWorker;
 use crate::ipc::failure_of;
 use crate::plan::{EncoderInputKind, Model};
-use crate::protocol::{Encode, Failure, Run, Score};
+use crate::protocol::{Encode, Failure, RunRequest, Score};
 use crate::quality::windows::{self, TextWindow};
 use crate::quality::{CallPath, rows, text};
 use crate::quant::FormatId;
@@ -119,15 +119,15 @@ impl EvalText {
 
     /// Greedy decoding behind the first tokens of the first window, to find where it departs from the reference's; `None` behind the
     /// others, and where the text is too short.
-    pub fn greedy_run(&self, at: usize) -> Option<Run> {
+    pub fn greedy_run(&self, at: usize) -> Option<RunRequest> {
         let Greedy { n_prompt, n_gen } = self.greedy;
         let start = self.windows[at].start;
-        (at == 0 && n_gen > 0).then(|| Run {
+        (at == 0 && n_gen > 0).then(|| RunRequest {
             depth: self.prefix.clone(),
             encode: self.encode.clone(),
             prompt: self.tokens[start..start + n_prompt].to_vec(),
             n_gen,
-            ..Run::default()
+            ..RunRequest::default()
         })
     }
 
