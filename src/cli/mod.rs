@@ -4,6 +4,7 @@
 
 mod brief;
 mod compare;
+mod engines;
 mod export;
 mod groups;
 mod history;
@@ -176,7 +177,7 @@ pub struct RunArgs {
 
     #[arg(
         long, value_name = "LIST", value_delimiter = ',', default_value = Engine::Quantbench.name(), help_heading = "Device",
-        help = engine_help(), value_parser = engine_names()
+        help = engine_help(), value_parser = engine_names(), hide_possible_values = true
     )]
     pub engine: Vec<String>,
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use super::engines::{asked, engines};
 use super::prompt::{prompts, text_file};
 use super::words::{Takes, unknown_precision};
 use super::{
@@ -12,7 +13,7 @@ use super::{
     RunArgs, TextArgs, WeightsWord,
 };
 use crate::engine::{Device, Engine};
-use crate::engines::{self, Asked, EngineChoice, Width};
+use crate::engines::{self, Width};
 use crate::error::BadInput;
 use crate::harness::{
     self, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice,
@@ -149,40 +150,8 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
     })
 }
 
-/// In the order asked, each once.
-fn engines(args: &RunArgs) -> Result<Vec<EngineChoice>, BadInput> {
-    let mut engines: Vec<EngineChoice> = Vec::new();
-    for word in &args.engine {
-        let engine = EngineChoice::parse(word, args.python.as_deref())?;
-        if let Some(same) = engines.iter().find(|known| known.name() == engine.name() && **known != engine) {
-            return Err(BadInput::new(format!("`--engine {word}`: another engine is named `{}`", same.name())));
-        }
-        if !engines.contains(&engine) {
-            engines.push(engine);
-        }
-    }
-    let others = engines.iter().any(|engine| matches!(engine, EngineChoice::Other(_)));
-    if others && args.keeps_matrices() {
-        return Err(BadInput::new("`--keep-fp16` is for quantbench's own engine alone")
-            .hint("drop `--keep-fp16`, or the other engines"));
-    }
-    if engines.contains(&Engine::Candle.into()) && (args.quality || args.text.is_given()) {
-        return Err(BadInput::new(
-            "`--engine candle` measures speed alone: quality is that of quantbench's own precisions",
-        )
-        .hint("drop `--engine candle`, or the options of quality"));
-    }
-    Ok(engines)
-}
-
-impl RunArgs {
-    fn keeps_matrices(&self) -> bool {
-        !self.precision.keep_fp16.is_empty()
-    }
-}
-
 impl TextArgs {
-    fn is_given(&self) -> bool {
+    pub(super) fn is_given(&self) -> bool {
         self.quality_text.is_some() || self.quality_tokens.is_some() || self.quality_path.is_some()
     }
 }
@@ -271,21 +240,6 @@ fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<FormatId>, 
         }
     }
     Ok(precisions)
-}
-
-/// What other engines are asked to hold; nothing in particular for `all`.
-fn asked(words: &[String], no_double_quant: bool) -> Vec<Asked> {
-    let words = words.iter().map(|word| word.trim().to_lowercase()).filter(|word| word != "all");
-    let of = |word: String| match Width::parse(&word) {
-        Some(Width::Bits4) if no_double_quant => Asked::Name("nf4-nodq".to_owned()),
-        Some(width) => Asked::Width(width),
-        None => match FormatId::parse(&word).filter(|format| format.name != word && !engines::is_format(&word)) {
-            // An alias of ours.
-            Some(format) => Asked::Name(format.name.to_owned()),
-            None => Asked::Name(word),
-        },
-    };
-    words.map(of).collect()
 }
 
 /// `--no-double-quant` names a precision too.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::Adapter;
+use super::adapters::Adapter;
 
 /// Overrides the interpreter where `--python` does not.
 const VARIABLE: &str = "QUANTBENCH_PYTHON";

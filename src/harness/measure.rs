@@ -2,7 +2,7 @@
 //! clock. The engine alone stamps its tokens; here each stamp is checked.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::clock::Clock;
 use super::measured::{FinishReport, Sample, WarmupEnd, WarmupReport};
@@ -31,6 +31,15 @@ pub struct Bench<C: Clock> {
     peak_is_exact: bool,
     /// Use of the device's memory pool at the end of each phase so far.
     pool: BTreeMap<String, PoolUse>,
+}
+
+/// Logits of one more run by which engines are compared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ComparedLogits {
+    /// The file for them.
+    pub path: PathBuf,
+    /// Tokens of the run.
+    pub n_gen: usize,
 }
 
 impl<C: Clock> Bench<C> {
@@ -197,7 +206,7 @@ impl<C: Clock> Bench<C> {
     pub fn finish(
         &mut self,
         engine: &mut dyn EnginePort,
-        (save_logits, compared): (Option<&Path>, Option<&Path>),
+        (save_logits, compared): (Option<&Path>, Option<&ComparedLogits>),
     ) -> Result<FinishReport, Failure> {
         self.end_phase(engine, "run")?;
         let end_bytes = self.memory.resident_bytes();
@@ -205,15 +214,19 @@ impl<C: Clock> Bench<C> {
         let options = serde_json::to_value(OwnFinish { alone_max_s: self.task.max_time_s }).unwrap_or_default();
         let finished = engine.finish(&Finish { options })?;
         let own: OwnFinished = serde_json::from_value(finished.details).unwrap_or_default();
-        let mut write = |path: &Path| {
+        let n_gen = self.task.n_gen;
+        let mut write = |path: &Path, n_gen: usize| {
             if !engine.can(capability::LOGITS) {
                 return Err(Failure::error("this engine gives no logits"));
             }
-            engine.logits(&Logits { run: self.task.run(false), file: path.to_owned() }).map(drop)
+            let run = RunRequest { n_gen, ..self.task.run(false) };
+            engine.logits(&Logits { run, file: path.to_owned() }).map(drop)
         };
-        let saved = save_logits.map_or(Ok(()), &mut write);
+        let saved = save_logits.map_or(Ok(()), |path| write(path, n_gen));
         let finite_logits = match compared {
-            Some(path) if write(path).is_ok() => rows::all_finite(path).ok().filter(|_| self.wants_logits),
+            Some(ComparedLogits { path, n_gen }) if write(path, *n_gen).is_ok() => {
+                rows::all_finite(path).ok().filter(|_| self.wants_logits)
+            }
             _ => None,
         };
         Ok(FinishReport {

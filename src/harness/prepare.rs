@@ -13,6 +13,7 @@ use super::environment::{self, Machine};
 use super::estimate::{self, Work};
 use super::exports::Exports;
 use super::load::DeviceAssignment;
+use super::measure::ComparedLogits;
 use super::open_model::{self, OpenModel};
 use super::prompt::{self, TokenizedWorkload, Words};
 use super::quality::EvalText;
@@ -27,7 +28,7 @@ use crate::call::{CacheScope, KvFormat};
 use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::needs::Needs;
 use crate::engine::{self, Device, Engine};
-use crate::engines::EngineProgram;
+use crate::engines::{EngineProgram, Width};
 use crate::events::{Collector, Event, Listener, Unit};
 use crate::ipc::{self, Turns};
 use crate::kernels::cpu::bandwidth::WorkingSet;
@@ -310,9 +311,20 @@ impl PreparedCase {
             }
             Variant::Other { program, precision, .. } => self.other(case, (program, precision), needed_bytes)?,
         };
-        let compared = case.has_others().then(|| self.exports.logits_file(&variant.label()).ok()).flatten();
+        let compared = case.has_others().then(|| self.compared_logits(variant)).flatten();
         let saved = self.workload.logits_file(case, variant);
         Ok(worker.with_turns(self.turns.clone()).with_logits(saved, compared))
+    }
+
+    /// At 16 bit the logits of a whole run are compared; of narrower formats of others a token shows whether they are numbers.
+    fn compared_logits(&self, variant: &Variant) -> Option<ComparedLogits> {
+        let n_gen = match (variant.width(), variant.own_engine()) {
+            (Some(Width::Bits16), _) => self.workload.task.n_gen,
+            (_, None) => 1,
+            (_, Some(_)) => return None,
+        };
+        let path = self.exports.logits_file(&variant.label()).ok()?;
+        Some(ComparedLogits { path, n_gen })
     }
 
     /// Another engine's process, with the same weights and ids.

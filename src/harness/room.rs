@@ -23,6 +23,9 @@ const WORKER_BYTES: u64 = 64 << 20;
 /// Memory that loading may use beyond the final size, for one worker at a time.
 const LOADING_BYTES: u64 = 256 << 20;
 
+/// Host memory of another engine before it loads: an interpreter with torch holds as much.
+const OTHER_ENGINE_BYTES: u64 = 768 << 20;
+
 /// Memory of a device that the variants of a case need, and memory that is free there.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MemoryBudget {
@@ -75,7 +78,9 @@ pub fn needs(
     // Of another engine only this much is known: it reads the 16-bit weights and holds a cache.
     let engine = variant.own_engine().unwrap_or(Engine::Quantbench);
     let holding = Holding { engine, formats: &formats, device };
-    Ok(needs::needs(model, holding, &lengths(workload)))
+    let needs = needs::needs(model, holding, &lengths(workload));
+    let beside = if variant.own_engine().is_none() && device == Device::Cpu { OTHER_ENGINE_BYTES } else { 0 };
+    Ok(Needs { context_bytes: needs.context_bytes + beside, ..needs })
 }
 
 /// Free bytes of the memory that a worker's weights and cache are in. Asks the driver without a context, which would take some of it.

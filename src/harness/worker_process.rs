@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::case::Variant;
 use super::clock::Monotonic;
 use super::load::{LoadReport, LoadRequest, OwnLoaded};
-use super::measure::Bench;
+use super::measure::{Bench, ComparedLogits};
 use super::measured::{FinishReport, Sample, WarmupReport};
 use super::port::EnginePort;
 use super::room::free_bytes;
@@ -47,7 +47,7 @@ pub struct ProcessWorker {
     /// File of the user's for the logits of an untimed pass after the last repeat.
     save_logits: Option<PathBuf>,
     /// File for logits that engines are compared by.
-    compared_logits: Option<PathBuf>,
+    compared_logits: Option<ComparedLogits>,
     /// The others that it is measured beside, where they are stopped meanwhile.
     turns: Option<Turns>,
     /// `None` until [`WorkerHandle::load`].
@@ -108,7 +108,7 @@ impl ProcessWorker {
     }
 
     /// The same with files for the logits of a pass after the last repeat: the user's, and one to compare engines by.
-    pub fn with_logits(self, save_logits: Option<PathBuf>, compared_logits: Option<PathBuf>) -> Self {
+    pub fn with_logits(self, save_logits: Option<PathBuf>, compared_logits: Option<ComparedLogits>) -> Self {
         Self { save_logits, compared_logits, ..self }
     }
 
@@ -301,7 +301,7 @@ impl WorkerHandle for ProcessWorker {
     fn finish(&mut self, _events: &dyn Listener) -> Result<FinishReport, Failure> {
         let (saved, compared) = (self.save_logits.clone(), self.compared_logits.clone());
         let (mut port, bench) = self.port()?;
-        let report = bench.finish(&mut port, (saved.as_deref(), compared.as_deref()))?;
+        let report = bench.finish(&mut port, (saved.as_deref(), compared.as_ref()))?;
         let Some(Running { held, waited_ticks, .. }) = &self.running else { return Ok(report) };
         let footprint = held.as_ref().map_or(report.footprint, footprint_of);
         Ok(FinishReport { footprint, waited_ticks: *waited_ticks, ..report })

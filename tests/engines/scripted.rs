@@ -29,13 +29,21 @@ pub fn serve(script: &str) {
         capabilities: vec![capability::LOGITS.to_owned(), "a word of tomorrow".to_owned()],
     };
     send(&mut stream, EngineReply::Hello(hello));
+    if script == "spins" {
+        // As a pool of threads does that waits for work.
+        std::thread::spawn(|| {
+            loop {
+                std::hint::spin_loop();
+            }
+        });
+    }
     let mut n_runs = 0;
     for line in lines.map_while(Result::ok) {
         println!("{{\"run\":{{}}}} a log line of {script} on standard output");
         eprintln!("a log line of {script} on standard error");
         let reply = match serde_json::from_str::<EngineRequest>(&line).unwrap() {
             EngineRequest::Load(_) if script == "full" => {
-                let (message, wanted_bytes, free_bytes) = ("CUDA out of memory".to_owned(), 7, 5);
+                let (message, wanted_bytes, free_bytes) = ("CUDA out of memory".to_owned(), 7, 0);
                 let failed = Failure::OutOfMemory { message, wanted_bytes, free_bytes };
                 write(&mut stream, &Message::<EngineReply, u64>::Failed(failed));
                 continue;
