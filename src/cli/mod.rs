@@ -25,7 +25,7 @@ pub use groups::{
 pub use history::{AddArgs, HistoryArgs, HistoryCheckArgs, HistoryCheckRequest, HistoryCommand, ListArgs};
 pub use import::{ImportArgs, ImportRequest};
 pub use method::MethodArgs;
-pub use report::{Output, ReportArgs, ReportRequest};
+pub use report::{Destination, ReportArgs, ReportRequest};
 pub use request::Request;
 pub use suite::{MergeArgs, SuiteArgs, suite_keys, suite_task};
 

@@ -93,8 +93,8 @@ fn bounded(case: &Case) -> Option<Case> {
 }
 
 /// Memory that one worker holds, and whether that is free.
-fn row(variant: &Variant, needs: Needs, free_bytes: Option<u64>) -> dry_run::Row {
-    dry_run::Row {
+fn row(variant: &Variant, needs: Needs, free_bytes: Option<u64>) -> dry_run::WorkerRow {
+    dry_run::WorkerRow {
         engine: variant.engine_name().to_owned(),
         precision: variant.precision(),
         weights_bytes: needs.weights_bytes,

@@ -34,7 +34,7 @@ pub struct DryRun {
     pub files: Vec<File>,
     /// Bytes of the files that the cache lacks, as far as the hub reports them.
     pub download_bytes: u64,
-    pub rows: Vec<Row>,
+    pub rows: Vec<WorkerRow>,
     /// What quality will be measured on, where it was asked for.
     pub quality: Option<String>,
     /// Memory of the card that the user named.
@@ -53,7 +53,7 @@ pub struct File {
 
 /// A worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Row {
+pub struct WorkerRow {
     pub engine: String,
     pub precision: String,
     pub weights_bytes: u64,
@@ -68,7 +68,7 @@ pub struct Row {
     pub fits_card: Option<bool>,
 }
 
-impl Row {
+impl WorkerRow {
     pub fn bytes(&self) -> u64 {
         let parts = [self.weights_bytes, self.kv_cache_bytes, self.scratch_bytes, self.context_bytes];
         parts.into_iter().fold(0, u64::saturating_add)

@@ -3,7 +3,7 @@
 use half::f16;
 use quantbench::kernels::cuda::arena::{Arena, Layout};
 use quantbench::kernels::cuda::attend::{Bias, Heads, RowsAttention};
-use quantbench::kernels::cuda::attention::{Attention, Split};
+use quantbench::kernels::cuda::attention::{Attention, KvSplit};
 use quantbench::kernels::cuda::launch::MemoryPlanner;
 use quantbench::kernels::cuda::program::ProgramBuilder;
 use quantbench::quant::dense;
@@ -54,7 +54,7 @@ pub fn attention_of_one_query() {
     for (turn, case) in CASES.iter().enumerate() {
         let (chip, memory) = (CHIPS[turn % CHIPS.len()], Memory::default());
         let properties = Host { chip, memory: &memory }.properties(case.multiprocessors);
-        let split = Split::new(case.capacity, case.kv_heads, case.heads / case.kv_heads, case.d_pad(), properties);
+        let split = KvSplit::new(case.capacity, case.kv_heads, case.heads / case.kv_heads, case.d_pad(), properties);
         let mut lengths = vec![1, 2, split.span - 1, split.span, split.span + 1, case.capacity / 2 + 3, case.capacity];
         lengths.retain(|length| *length <= case.capacity);
         for length in lengths {
@@ -199,7 +199,7 @@ pub fn rotated(head: &[f16], rotary: usize, angles: &[f32], position: usize) -> 
     (0..head.len()).map(of).collect()
 }
 
-fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numbers) {
+fn attend(case: Case, split: KvSplit, length: usize, chip: u32, numbers: &mut Numbers) {
     let what = format!("{case:?} at {length} of {split:?}");
     let Case { heads, kv_heads, d, rotary, capacity, .. } = case;
     let mut cache = case.cache(length, numbers);

@@ -71,7 +71,7 @@ pub fn load(setup: &Setup, config: &Value, dtype: DType, events: &dyn Listener) 
             Device::new_cuda(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?
         }
     };
-    let feed = CandleFeed::new(setup, &config, events);
+    let feed = CandleFeed::new(setup, config.rules(setup.model), events);
     let tally = feed.tally();
     let tensors = VarBuilder::from_backend(Box::new(feed), dtype, device.clone());
     let fresh = CandleFamily::new(&config, tensors).map_err(out_of_memory).context("loading candle's model")?;

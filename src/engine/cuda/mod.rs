@@ -17,7 +17,7 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::f16;
 
 use self::prefill_graphs::{PrefillCall, PrefillGraphs};
-use self::step::Step;
+use self::step::DecodeStep;
 use self::times::StepTimes;
 use self::token_ring::TokenRing;
 use super::memory::{MemoryPool, named};
@@ -43,7 +43,7 @@ use crate::quant::CudaMatrix;
 /// Weights, caches and the step of one loaded model.
 pub struct CudaSession {
     weights: Weights,
-    step: Step,
+    step: DecodeStep,
     prefill_graphs: PrefillGraphs,
     times: StepTimes,
     /// Tokens in the decoder's caches.
@@ -111,7 +111,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
     let tensors = load::stream(setup, &device, events)?;
     let (matrices, learned): (Vec<_>, Vec<_>) = tensors.matrices.into_iter().unzip();
     let weights = Weights::new(setup, device.as_cuda_device()?.clone(), matrices, &learned, &tensors.vectors)?;
-    let step = Step::new(&weights, &format!("{}-{}", setup.model.architecture, setup.formats.precision().name))?;
+    let step = DecodeStep::new(&weights, &format!("{}-{}", setup.model.architecture, setup.formats.precision().name))?;
     weights.device.cuda_stream().synchronize()?;
     let (major, minor) = properties.compute_capability;
     Ok(Loaded {

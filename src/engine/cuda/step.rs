@@ -12,7 +12,7 @@ use crate::kernels::cuda::program::{Instruction, LoadedLaunch, TokenOutput};
 use crate::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 
 /// The launch of a step and the memory between its instructions.
-pub struct Step {
+pub struct DecodeStep {
     launch: LoadedLaunch,
     graph: Option<CudaGraph>,
     memory: StepMemory<CudaSlice<u8>>,
@@ -23,7 +23,7 @@ pub struct Step {
     pub examined: OutlierColumns,
 }
 
-impl Step {
+impl DecodeStep {
     /// `name` is what a trace is called, if one is wanted.
     pub fn new(weights: &Weights, name: &str) -> Result<Self> {
         let device = &weights.device;

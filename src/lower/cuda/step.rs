@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 
 use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_floats, token_output};
-use crate::kernels::cuda::attention::{Attention, Split};
+use crate::kernels::cuda::attention::{Attention, KvSplit};
 use crate::kernels::cuda::launch::dimension;
 use crate::kernels::cuda::matvec::{Epilogue, InputDesc, Mode, NORM_LAYER, NORM_RMS, OutputType, Product};
 use crate::kernels::cuda::program::{COUNTERS, Instruction, PlannedLaunch, ProgramBuilder, TokenOutput};
@@ -302,7 +302,7 @@ impl Lowering<'_> {
 
 /// Heads of an attention, and how their positions are split over blocks.
 struct Shape {
-    split: Split,
+    split: KvSplit,
     kv_heads: usize,
     heads: usize,
     d: usize,
@@ -313,6 +313,6 @@ fn shape(on: &dyn Addresses, spec: &AttentionSpec) -> Shape {
     let (cache, at) = (model.caches[spec.cache.0], on.cache(spec.cache));
     let (kv_heads, d) = (cache.kv_heads, cache.head_dim);
     let heads = model.decoder.buffers[spec.q.0].width / d;
-    let split = Split::new(at.capacity, kv_heads, heads / kv_heads, at.d_pad, on.properties());
+    let split = KvSplit::new(at.capacity, kv_heads, heads / kv_heads, at.d_pad, on.properties());
     Shape { split, kv_heads, heads, d }
 }
