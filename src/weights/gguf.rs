@@ -356,7 +356,7 @@ fn write(file: &mut impl Write, tensor: &Tensor, source: &dyn Source, factors: &
 /// The order of `n` rows: of each head, the rows of the two halves by turns.
 fn order(n: usize, head_rows: Option<usize>) -> Result<Vec<usize>> {
     let Some(head) = head_rows else { return Ok((0..n).collect()) };
-    ensure!(head % 2 == 0 && n % head == 0, "{n} rows are no heads of {head}");
+    ensure!(head.is_multiple_of(2) && n.is_multiple_of(head), "{n} rows are no heads of {head}");
     let within = |at: usize| at / 2 + (at % 2) * head / 2;
     Ok((0..n).map(|row| row / head * head + within(row % head)).collect())
 }
