@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use quantbench::harness::clock::{Clock, Monotonic};
 use quantbench::protocol::{
-    EngineReply, EngineRequest, Failure, Finished, Hello, LoadReply, Logits, Message, RowsReply, RunReport, RunRequest,
+    EngineReply, EngineRequest, Failure, Finished, Hello, Logits, Message, RowsReply, RunReport, RunRequest,
     SOCKET_VARIABLE, VERSION, capability,
 };
 use quantbench::quality::rows::RowWriter;
@@ -51,7 +51,7 @@ pub fn serve(script: &str) {
             EngineRequest::Load(load) => {
                 let precision = load.precision;
                 assert!(load.directory.is_dir() && std::path::Path::new(&load.model).is_dir(), "{precision}");
-                EngineReply::Load(Box::new(LoadReply::default()))
+                EngineReply::Load(Box::default())
             }
             EngineRequest::Run(run) => {
                 n_runs += 1;
