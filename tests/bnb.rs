@@ -97,6 +97,7 @@ fn case(folder: &Path, precisions: &[&str], precision_selection: PrecisionSelect
         n_depth: 0,
         stop_at_eos: false,
         protocol: MeasurementProtocol::default(),
+        stream: false,
         save_logits: None,
         keep_fp16: Vec::new(),
         quality: None,

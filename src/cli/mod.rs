@@ -161,6 +161,10 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Workload")]
     pub stop_at_eos: bool,
 
+    /// Show on stderr what each precision writes while it writes it, in an untimed run before its repeats.
+    #[arg(long, conflicts_with = "ab", help_heading = "Workload")]
+    pub stream: bool,
+
     /// Write fp32 logits [n_gen, vocab] from an untimed pass as tensor `logits`, one file a precision.
     #[arg(long, value_name = "FILE.safetensors", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub save_logits: Option<PathBuf>,

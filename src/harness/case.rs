@@ -51,6 +51,8 @@ pub struct Case {
     pub n_depth: usize,
     pub stop_at_eos: bool,
     pub protocol: MeasurementProtocol,
+    /// What each variant writes is shown while it writes it, in an untimed run before its warm-up.
+    pub stream: bool,
     /// File for the logits of an untimed pass, fp32 `[n_gen, vocab]` as tensor `logits`.
     pub save_logits: Option<PathBuf>,
     /// Patterns of linear layers that every precision leaves in fp16.
@@ -324,6 +326,7 @@ pub mod tests {
             n_depth: 0,
             stop_at_eos: false,
             protocol: MeasurementProtocol::default(),
+            stream: false,
             save_logits: None,
             keep_fp16: Vec::new(),
             quality: None,

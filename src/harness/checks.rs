@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::case::{Case, DeviceChoice, PrecisionSelection};
+use super::case::{Case, DeviceChoice, PrecisionSelection, PromptChoice};
 use super::warnings::Warning;
 use super::{doctor, logits};
 use crate::engine::{Device, Engine};
@@ -15,6 +15,7 @@ use crate::weights::bnb::PreQuantized;
 pub fn check(case: &Case) -> Result<Chosen> {
     check_precisions(case)?;
     check_engines(case)?;
+    check_stream(case)?;
     let chosen = choose(case.device, cfg!(feature = "cuda"), &doctor::gpu)?;
     let variants = case.variants();
     for (variant, path) in variants.iter().flat_map(|variant| case.save_logits.iter().map(move |path| (variant, path)))
@@ -30,6 +31,23 @@ fn check_precisions(case: &Case) -> Result<(), BadInput> {
     }
     let known: Vec<String> = quant::FORMATS.iter().map(|format| format!("`{format}`")).collect();
     Err(BadInput::new("no precision is asked for").hint(format!("known are {}", known.join(", "))))
+}
+
+/// A text is shown where the prompt is one, in a run that is not timed.
+fn check_stream(case: &Case) -> Result<(), BadInput> {
+    let bad = |why: &str, hint: &str| Err(BadInput::new(format!("`--stream` {why}")).hint(hint));
+    match &case.prompt {
+        _ if !case.stream => Ok(()),
+        PromptChoice::Synthetic(_) => bad(
+            "shows what follows a prompt, and `--prompt-tokens` are random ids: what follows them means nothing",
+            "give a prompt with `--prompt`, `--prompt-file` or `--prompt-ids`, or drop `--stream`",
+        ),
+        _ if case.protocol.warmup == Some(0) => bad(
+            "shows a run before the repeats, and without a warm-up the first run is the one that is timed",
+            "drop `--stream`, or what turns the warm-up off: `--warmup 0`, `--method single-cold-run`",
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// candle-transformers runs one precision: quantized ones that were asked for by name need quantbench's own engine beside it.

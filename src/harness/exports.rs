@@ -1,7 +1,7 @@
 //! The same weights for engines that are not our own: the model's folder, or what is written of it, once for all of them.
 
-use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 use safetensors::Dtype;
@@ -20,10 +20,10 @@ use crate::weights::{export, gguf};
 /// What was written, until the case ends.
 #[derive(Default)]
 pub struct Exports {
-    directory: OnceCell<TempDir>,
-    folder: OnceCell<Result<PathBuf, Failure>>,
-    gguf: OnceCell<Result<PathBuf, Failure>>,
-    pixels: OnceCell<Result<PathBuf, Failure>>,
+    directory: OnceLock<TempDir>,
+    folder: OnceLock<Result<PathBuf, Failure>>,
+    gguf: OnceLock<Result<PathBuf, Failure>>,
+    pixels: OnceLock<Result<PathBuf, Failure>>,
 }
 
 impl Exports {

@@ -66,7 +66,7 @@ impl<C: Clock> Bench<C> {
             self.ask(engine, &RunRequest { prompt: Vec::new(), n_gen: 0, ..self.task.run(false) })?;
         }
         let began_ns = self.clock.now_ns();
-        self.stop_at_end_of_text(engine)?;
+        self.first_run(engine)?;
         let mut runs_ns = Vec::new();
         let ended = loop {
             let elapsed_s = (self.clock.now_ns() - began_ns) as f64 / 1e9;
@@ -140,13 +140,14 @@ impl<C: Clock> Bench<C> {
         Ok(())
     }
 
-    /// Greedy decoding always ends at the same token, so one untimed run finds the length and the measured runs are
-    /// of that fixed count.
-    fn stop_at_end_of_text(&mut self, engine: &mut dyn EnginePort) -> Result<(), Failure> {
-        if self.task.stop_at.is_empty() {
-            return Ok(());
-        }
-        let report = self.run(engine)?;
+    /// The untimed run of a text that is shown or may end early; else none. Greedy decoding always ends at the same token, so one run finds
+    /// the length and the measured runs are of that fixed count.
+    fn first_run(&mut self, engine: &mut dyn EnginePort) -> Result<(), Failure> {
+        let report = match (self.task.stream, self.task.stop_at.is_empty()) {
+            (true, _) => self.ask(engine, &RunRequest { stream: true, ..self.task.run(false) })?,
+            (false, false) => self.run(engine)?,
+            (false, true) => return Ok(()),
+        };
         let end = report.ids.iter().position(|id| self.task.stop_at.contains(id));
         self.task.n_gen = end.map_or(self.task.n_gen, |at| at + 1);
         Ok(())

@@ -32,6 +32,7 @@ pub mod schedule;
 mod scoring;
 pub mod served;
 pub mod stopping;
+mod streaming;
 pub mod task;
 mod validity;
 pub mod warnings;

@@ -20,6 +20,7 @@ use super::quality::EvalText;
 use super::room::{MemoryBudget, NeverStarted};
 use super::run_context::RunContext;
 use super::schedule::{self, RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
+use super::streaming::Streaming;
 use super::warnings::Warning;
 use super::watch::Watch;
 use super::watch::machine::Sensors;
@@ -277,6 +278,8 @@ impl PreparedCase {
     ) -> Result<Vec<VariantOutcome>> {
         let variants = case.variants();
         let start = |at: usize| self.worker(case, &variants[at], self.room.needs[at]);
+        let decode = |ids: &[u32]| self.text(ids);
+        let events = &Streaming::new(events, &decode);
         let mut schedule_context = ScheduleContext { start: &start, n_workers: variants.len(), order, watch, events };
         let mut outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(ipc::into_error)?;
         for (outcome, needs) in outcomes.iter_mut().zip(&self.room.needs) {

@@ -143,6 +143,9 @@ pub fn workload(case: &Case, words: Words, model: &Model) -> anyhow::Result<Toke
     let (seed, n_prompt) = (case.model.seed, n_synthetic(case, tokenizer));
     // A length is checked before its ids are made: what a user types may exceed the memory.
     check_lengths(case, n_prompt.unwrap_or(1), model)?;
+    if case.stream && tokenizer.is_none() && !matches!(case.prompt, PromptChoice::Synthetic(_)) {
+        return Err(nothing_to_stream(case).into());
+    }
     let n_image = n_image(model);
     if let Some(image) = case.image.as_ref().filter(|_| n_image == 0) {
         let (image, architecture) = (image.display(), model.architecture);
@@ -202,6 +205,7 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> TokenizedWorkload {
         warmup: case.protocol.warmup,
         max_time_s: case.protocol.one_launch().max_time_s,
         wait: wait(&case.protocol),
+        stream: case.stream,
     };
     TokenizedWorkload { task, sequences: case.sequences, n_prompt, n_image, n_encoder }
 }
@@ -298,6 +302,11 @@ pub fn encode(tokenizer: &Tokenizer, text: &str, adds_special: bool) -> anyhow::
 fn no_tokenizer(case: &Case) -> BadInput {
     BadInput::new(format!("`{}` has no tokenizer here, so a text prompt cannot become tokens", case.model.model_id))
         .hint("give a length with `--prompt-tokens N` or exact ids with `--prompt-ids 1,2,3`")
+}
+
+fn nothing_to_stream(case: &Case) -> BadInput {
+    BadInput::new(format!("`--stream`: `{}` has no tokenizer here, so its tokens have no text", case.model.model_id))
+        .hint("drop `--stream`, or name a model with a tokenizer: a folder that has tokenizer.json, or a hub id")
 }
 
 /// `n` ids that depend on the seed alone. Both ends of the vocabulary are left out where it is large enough, since special

@@ -90,15 +90,32 @@ impl<C: Clock> ServedSession<C> {
         Self { session, clock, pixels, filled: Vec::new(), stamps: Stamps::default() }
     }
 
-    /// One run, and the checks of it that are not timed.
-    pub fn run(&mut self, run: &RunRequest) -> Result<RunReport> {
+    /// One run, and the checks of it that are not timed. One that streams gives `show` each token as it comes.
+    pub fn run(&mut self, run: &RunRequest, show: &mut dyn FnMut(u32)) -> Result<RunReport> {
         if run.proceed {
             return self.proceed(run.n_gen);
         }
         self.fill(&run.depth)?;
         let Some(further) = run.n_gen.checked_sub(1) else { return Ok(RunReport::default()) };
-        self.timed(run, further)?;
+        match run.stream {
+            true => self.streamed(run, further, show)?,
+            false => self.timed(run, further)?,
+        }
         self.report()
+    }
+
+    fn streamed(&mut self, run: &RunRequest, further: usize, show: &mut dyn FnMut(u32)) -> Result<()> {
+        let Self { session, clock, pixels, stamps, .. } = self;
+        stamps.clear(run.n_gen);
+        stamps.start_ns = clock.now_ns();
+        encode(session.as_mut(), &run.encode, pixels)?;
+        let mut push = |id: u32| {
+            stamps.push(id, clock.now_ns());
+            show(id);
+        };
+        push(session.prefill(&run.prompt)?);
+        session.decode(further, &mut push)?;
+        session.synchronize()
     }
 
     /// Empties the cache behind the depth, and fills it where it holds another one.
@@ -255,7 +272,7 @@ impl<C: Clock> ServedSession<C> {
 /// A session in this process.
 impl<C: Clock> EnginePort for ServedSession<C> {
     fn run(&mut self, run: &RunRequest) -> Result<RunReport, Failure> {
-        ServedSession::run(self, run).map_err(|error| failure_of(&error))
+        ServedSession::run(self, run, &mut |_| {}).map_err(|error| failure_of(&error))
     }
 
     fn memory(&mut self) -> Result<MemoryReport, Failure> {

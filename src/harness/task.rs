@@ -22,6 +22,8 @@ pub struct Task {
     /// Warm-up starts no further run after this long.
     pub max_time_s: f64,
     pub wait: Wait,
+    /// An untimed run before the warm-up sends each token as it comes.
+    pub stream: bool,
 }
 
 /// The points at which a run waits for the device.
@@ -45,6 +47,7 @@ impl Task {
             prompt: self.prompt.clone(),
             n_gen: self.n_gen,
             proceed: false,
+            stream: false,
             wait: if each_token { protocol::RunWait::EachToken } else { protocol::RunWait::AtEnd },
         }
     }

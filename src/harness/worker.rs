@@ -13,7 +13,7 @@ use super::validity::check_kernels;
 use super::worker_process::SUBCOMMAND;
 use crate::call::KvFormat;
 use crate::engine::{self, Engine, Setup, check};
-use crate::events::{Listener, WithoutWarnings};
+use crate::events::{Event, Listener, WithoutWarnings};
 use crate::ipc;
 use crate::kernels::cpu::rlimit;
 use crate::os::memory::ProcessMemory;
@@ -50,7 +50,15 @@ fn answer(request: EngineRequest, session: &mut Option<Served>, events: &dyn Lis
             *session = Some(served);
             EngineReply::Load(Box::new(loaded))
         }
-        EngineRequest::Run(run) => EngineReply::Run(loaded?.run(&run)?),
+        EngineRequest::Run(run) => {
+            // The parent knows the label.
+            let show = |id| events.on(Event::Token { label: String::new(), id });
+            let report = loaded?.run(&run, &mut { show });
+            if run.stream {
+                events.on(Event::TextEnd);
+            }
+            EngineReply::Run(report?)
+        }
         EngineRequest::Logits(logits) => EngineReply::Logits(loaded?.logits(&logits)?),
         EngineRequest::Score(score) => EngineReply::Score(loaded?.score(&score)?),
         EngineRequest::Memory(memory) => EngineReply::Memory(loaded?.memory(memory)?),

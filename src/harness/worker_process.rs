@@ -1,6 +1,7 @@
 //! A worker in a process of its own, seen from the parent.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::case::Variant;
@@ -15,7 +16,7 @@ use super::served::OwnRows;
 use super::task::{Task, Wait};
 use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::{Device, Footprint, OutlierColumns};
-use crate::events::{Listener, Silent};
+use crate::events::{Event, Listener, Silent};
 use crate::ipc::{self, Deadline, EngineCommand, EngineProcess, Turns};
 use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
@@ -131,6 +132,24 @@ impl ProcessWorker {
     /// Greedy ids of one run, after [`WorkerHandle::load`].
     pub fn generate(&mut self, run: &RunRequest) -> Result<Vec<u32>, Failure> {
         Ok(self.port()?.0.run(run)?.ids)
+    }
+}
+
+/// Names the variant whose tokens pass, up to the end of its text.
+struct StreamedText<'a> {
+    label: String,
+    stop_at: Vec<u32>,
+    has_ended: AtomicBool,
+    rest: &'a dyn Listener,
+}
+
+impl Listener for StreamedText<'_> {
+    fn on(&self, event: Event) {
+        let Event::Token { id, .. } = event else { return self.rest.on(event) };
+        if !self.has_ended.load(Ordering::Relaxed) {
+            self.rest.on(Event::Token { label: self.label.clone(), id });
+            self.has_ended.store(self.stop_at.contains(&id), Ordering::Relaxed);
+        }
     }
 }
 
@@ -288,9 +307,15 @@ impl WorkerHandle for ProcessWorker {
         bench.untimed(&mut port)
     }
 
-    fn warm_up(&mut self, _events: &dyn Listener) -> Result<WarmupReport, Failure> {
-        let (mut port, bench) = self.port()?;
-        bench.warm_up(&mut port)
+    fn warm_up(&mut self, events: &dyn Listener) -> Result<WarmupReport, Failure> {
+        let streamed = StreamedText {
+            label: self.label.clone(),
+            stop_at: self.task.stop_at.clone(),
+            has_ended: AtomicBool::new(false),
+            rest: events,
+        };
+        let (port, bench) = self.port()?;
+        bench.warm_up(&mut Port { events: &streamed, ..port })
     }
 
     fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {

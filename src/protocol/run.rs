@@ -20,6 +20,8 @@ pub struct RunRequest {
     /// Goes on where the run before ended: `n_gen` further tokens, without a prompt.
     pub proceed: bool,
     pub wait: RunWait,
+    /// Sends the event of each token as it comes, where the engine has such events. Such a run is not timed.
+    pub stream: bool,
 }
 
 /// Input of an encoder.

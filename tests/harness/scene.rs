@@ -121,6 +121,7 @@ pub fn task() -> Task {
         warmup: Some(0),
         max_time_s: 20.0,
         wait: Wait::AtEnd,
+        stream: false,
     }
 }
 
@@ -169,6 +170,7 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         n_depth: 2,
         stop_at_eos: false,
         protocol,
+        stream: false,
         save_logits: None,
         keep_fp16: Vec::new(),
         quality: None,

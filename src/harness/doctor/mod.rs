@@ -234,7 +234,7 @@ fn findings(seen: &Examination, problem: Option<BadInput>) -> Vec<Finding> {
         let what = format!("other programs run: the load was {load:.2} over the last minute");
         found.push(Finding::new(
             what,
-            "stop it, or leave it CPUs with `--threads`; runs it disturbs are marked tainted",
+            "stop it, or leave it CPUs with `--threads`; runs that it affects are marked `*`",
         ));
     }
     if memory.huge_pages.as_deref() == Some("never") {
