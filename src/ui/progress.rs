@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::note;
+use super::{is_coloured, note, print_aside};
 use crate::error::size;
 use crate::events::{Event, Listener, Unit};
 
@@ -42,6 +42,9 @@ struct Phase {
     /// The estimate so far, for people.
     status: String,
     began: Instant,
+    shown: Shown,
+    /// While a text is shown as it is written: whether its last line is empty.
+    text_at_start: Option<bool>,
     /// Hidden where no bar is shown, and between phases.
     bar: ProgressBar,
 }
@@ -63,6 +66,8 @@ impl Progress {
             total: 0,
             status: String::new(),
             began: Instant::now(),
+            shown,
+            text_at_start: None,
             bar: ProgressBar::hidden(),
         };
         let phase = Arc::new(Mutex::new(phase));
@@ -87,7 +92,8 @@ fn write_lines(phase: Arc<Mutex<Phase>>) -> (Sender<()>, JoinHandle<()>) {
     let write = move || {
         while receiver.recv_timeout(LINE_EVERY) == Err(RecvTimeoutError::Timeout) {
             let phase = locked(&phase);
-            if !phase.label.is_empty() {
+            // Not into a text.
+            if !phase.label.is_empty() && phase.text_at_start.is_none() {
                 note(&phase.line(phase.began.elapsed()));
             }
         }
@@ -103,11 +109,22 @@ impl Listener for Progress {
             Event::Hint { .. } | Event::Note { .. } if self.shown == Shown::Nothing => {}
             Event::Hint { message } => self.say(&format!("hint: {message}")),
             Event::Note { message } => self.say(&message),
-            Event::Begin { label, total, unit } => locked(&self.phase).begin(label, total, unit, self.shown),
+            Event::Begin { label, total, unit } => locked(&self.phase).begin(label, total, unit),
             Event::Expect { total } => locked(&self.phase).expect(total),
             Event::Progress { done } => locked(&self.phase).progress(done),
             Event::Status { text } => locked(&self.phase).status(text),
             Event::End => locked(&self.phase).end(),
+            // Asked for by name: quiet runs show it too.
+            Event::Text { label, text } => print_aside(&locked(&self.phase).text(&label, &text)),
+            Event::TextEnd => {
+                let mut phase = locked(&self.phase);
+                print_aside(phase.end_text());
+                if !phase.label.is_empty() {
+                    phase.draw_bar();
+                }
+            }
+            // The harness makes a text of them.
+            Event::Token { .. } => {}
         }
     }
 }
@@ -124,16 +141,44 @@ impl Drop for Progress {
 }
 
 impl Phase {
-    fn begin(&mut self, label: String, total: u64, unit: Unit, shown: Shown) {
+    fn begin(&mut self, label: String, total: u64, unit: Unit) {
         self.end();
         (self.label, self.unit, self.done, self.total) = (label, unit, 0, total);
         self.began = Instant::now();
-        if shown == Shown::Bar {
-            let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(10));
-            bar.set_style(style(unit, total));
+        self.draw_bar();
+    }
+
+    fn draw_bar(&mut self) {
+        if self.shown == Shown::Bar {
+            let bar = ProgressBar::with_draw_target(Some(self.total), ProgressDrawTarget::stderr_with_hz(10));
+            bar.set_style(style(self.unit, self.total));
             bar.set_message(self.label.clone());
             bar.enable_steady_tick(TICK);
             self.bar = bar;
+        }
+    }
+
+    fn hide_bar(&mut self) {
+        self.bar.finish_and_clear();
+        self.bar = ProgressBar::hidden();
+    }
+
+    /// What a piece of a text adds to the terminal: a head before the first one, and nothing that a terminal would obey.
+    fn text(&mut self, label: &str, piece: &str) -> String {
+        let head = if self.text_at_start.is_none() { head(label) } else { String::new() };
+        self.hide_bar();
+        let piece: String = piece.chars().filter(|c| !c.is_control() || ['\n', '\t'].contains(c)).collect();
+        let at_start = piece.chars().last().map_or(self.text_at_start.unwrap_or(true), |last| last == '\n');
+        self.text_at_start = Some(at_start);
+        head + &piece
+    }
+
+    /// What ends the last line of a text.
+    fn end_text(&mut self) -> &'static str {
+        match self.text_at_start.take() {
+            None => "",
+            Some(true) => "\n",
+            Some(false) => "\n\n",
         }
     }
 
@@ -157,8 +202,7 @@ impl Phase {
     }
 
     fn end(&mut self) {
-        self.bar.finish_and_clear();
-        self.bar = ProgressBar::hidden();
+        self.hide_bar();
         self.label.clear();
         self.status.clear();
     }
@@ -185,6 +229,11 @@ impl Phase {
     }
 }
 
+/// Whose text follows.
+fn head(label: &str) -> String {
+    if is_coloured(io::stderr().is_terminal()) { format!("\x1b[1m{label}\x1b[0m\n") } else { format!("{label}\n") }
+}
+
 fn style(unit: Unit, total: u64) -> ProgressStyle {
     let template = match unit {
         Unit::Bytes => {
@@ -205,7 +254,7 @@ mod tests {
 
     fn phase(label: &str, unit: Unit, done: u64, total: u64) -> Phase {
         let (label, bar, began) = (label.to_owned(), ProgressBar::hidden(), Instant::now());
-        Phase { label, unit, done, total, status: String::new(), began, bar }
+        Phase { label, unit, done, total, status: String::new(), began, shown: Shown::Lines, text_at_start: None, bar }
     }
 
     #[test]
@@ -269,6 +318,18 @@ mod tests {
         progress.on(Event::End);
         progress.on(Event::End);
         assert_eq!(seen().0, "", "no line between phases");
+    }
+
+    #[test]
+    fn a_text_has_a_head_and_ends_its_line_and_commands_no_terminal() {
+        let mut phase = phase("warm up fp16", Unit::Runs, 0, 1);
+        let mut say = |piece: &str| phase.text("fp16", piece);
+        assert_eq!(say("Paris"), "fp16\nParis");
+        assert_eq!(say(""), "");
+        assert_eq!(say(", \x1b[2J\x07it\r\n\tis"), ", [2Jit\n\tis");
+        assert_eq!(phase.end_text(), "\n\n");
+        assert_eq!(phase.end_text(), "");
+        assert_eq!(phase.text("nf4", "Rome\n") + phase.end_text(), "nf4\nRome\n\n");
     }
 
     #[test]
