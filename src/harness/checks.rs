@@ -6,6 +6,7 @@ use super::case::{Case, DeviceChoice, PrecisionSelection, PromptChoice};
 use super::warnings::Warning;
 use super::{doctor, logits};
 use crate::engine::{Device, Engine};
+use crate::engines::EngineChoice;
 use crate::error::BadInput;
 use crate::quant::{self, FormatId, FormatOptions};
 use crate::weights::bnb::PreQuantized;
@@ -25,7 +26,7 @@ pub fn check(case: &Case) -> Result<Chosen> {
 }
 
 fn check_precisions(case: &Case) -> Result<(), BadInput> {
-    if !case.precisions.is_empty() {
+    if !case.variants().is_empty() || !case.precisions.is_empty() {
         return Ok(());
     }
     let known: Vec<String> = quant::FORMATS.iter().map(|format| format!("`{format}`")).collect();
@@ -51,10 +52,15 @@ fn check_stream(case: &Case) -> Result<(), BadInput> {
 
 /// candle-transformers runs one precision: quantized ones that were asked for by name need quantbench's own engine beside it.
 pub fn check_engines(case: &Case) -> Result<(), BadInput> {
-    if !case.engines.contains(&Engine::Candle) {
+    if !case.has(Engine::Candle) {
         return Ok(());
     }
-    let runs = |precision: &FormatId| case.engines.iter().any(|engine| engine.runs(*precision));
+    let runs = |precision: &FormatId| {
+        case.engines.iter().any(|choice| match choice {
+            EngineChoice::Own(engine) => engine.runs(*precision),
+            EngineChoice::Other(_) => true,
+        })
+    };
     let lost = case
         .precisions
         .iter()

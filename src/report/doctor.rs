@@ -14,7 +14,29 @@ pub struct Examination {
     pub memory: HostMemory,
     pub gpu: GpuSection,
     pub permissions: Permissions,
+    /// Engines in Python that this binary has adapters for.
+    pub engines: Vec<EngineFacts>,
     pub findings: Vec<Finding>,
+}
+
+/// Whether another engine can run here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct EngineFacts {
+    pub name: &'static str,
+    pub can_run: bool,
+    /// Packages with their versions.
+    pub packages: Vec<String>,
+    /// What to do where it cannot run; empty where it can.
+    pub install: String,
+}
+
+impl EngineFacts {
+    fn text(&self) -> String {
+        match self.can_run {
+            true => format!("yes: {}", self.packages.join(", ")),
+            false => format!("no: {}", self.install),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Default, Serialize)]
@@ -131,12 +153,14 @@ impl Finding {
 impl Examination {
     /// The page: a block for each part, then what to do.
     pub fn page(&self, terminal: &Terminal) -> String {
+        let engines: Vec<Line> = self.engines.iter().map(|engine| (engine.name, engine.text())).collect();
         let blocks = [
             block("build", &self.build.lines(), terminal),
             block("cpu", &self.cpu.lines(), terminal),
             block("memory", &self.memory.lines(), terminal),
             block("gpu", &self.gpu.lines(), terminal),
             block("permissions", &self.permissions.lines(), terminal),
+            block("other engines", &engines, terminal),
         ];
         format!("{}\n{}", blocks.join("\n"), self.advice(terminal))
     }
