@@ -53,7 +53,7 @@ pub struct ImportArgs {
 /// An import as it will be written.
 pub struct ImportRequest {
     pub document: Document,
-    pub output: super::Output,
+    pub output: super::Destination,
     /// What the reader must know of the files, a sentence each.
     pub notes: Vec<String>,
 }

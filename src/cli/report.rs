@@ -49,12 +49,12 @@ pub struct ReportArgs {
 /// A report as it will be written.
 pub struct ReportRequest {
     pub document: Document,
-    pub output: Output,
+    pub output: Destination,
     pub svg: Option<PathBuf>,
     pub options: Options,
 }
 
-pub enum Output {
+pub enum Destination {
     File(PathBuf, &'static Writer),
     Stdout(&'static Writer),
 }
@@ -84,11 +84,11 @@ impl ReportRequest {
 }
 
 /// A file in the format of its extension or the one named, or stdout. Fails before anything is written.
-pub(super) fn output(path: Option<&Path>, format: Option<&str>, usual: &str) -> Result<Output> {
-    let Some(path) = path else { return Ok(Output::Stdout(writer(format.unwrap_or(usual))?)) };
+pub(super) fn output(path: Option<&Path>, format: Option<&str>, usual: &str) -> Result<Destination> {
+    let Some(path) = path else { return Ok(Destination::Stdout(writer(format.unwrap_or(usual))?)) };
     let writer = format.map_or_else(|| report::by_extension(path), |format| Ok(writer(format)?))?;
     report::check_writable(path)?;
-    Ok(Output::File(path.to_owned(), writer))
+    Ok(Destination::File(path.to_owned(), writer))
 }
 
 fn writer(name: &str) -> Result<&'static Writer, BadInput> {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use crate::cli::{Output, ReportArgs, ReportRequest};
+use crate::cli::{Destination, ReportArgs, ReportRequest};
 use crate::error::BadInput;
 use crate::record::Document;
 use crate::report::Options;
@@ -22,10 +22,10 @@ pub fn report(args: &ReportArgs) -> Result<ExitCode> {
 }
 
 /// Writes to a file, atomically, or to stdout.
-pub(super) fn write(document: &Document, output: &Output, options: &Options) -> Result<()> {
+pub(super) fn write(document: &Document, output: &Destination, options: &Options) -> Result<()> {
     match output {
-        Output::File(path, writer) => report::write_file(path, &(writer.write)(document, options)?),
-        Output::Stdout(writer) => {
+        Destination::File(path, writer) => report::write_file(path, &(writer.write)(document, options)?),
+        Destination::Stdout(writer) => {
             ui::print(&(writer.write)(document, &Options { terminal: ui::terminal(), ..*options })?)
         }
     }

@@ -1,5 +1,6 @@
 //! Warnings about a result, each with advice.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::error::size;
@@ -7,6 +8,9 @@ use crate::events::Event;
 
 /// The name of [`Warning::LogitsNotSaved`].
 pub const LOGITS_NOT_SAVED: &str = "logits_not_saved";
+
+/// Tensors that a warning names.
+const NAMED_TENSORS: usize = 3;
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Warning {
@@ -59,8 +63,10 @@ pub enum Warning {
         fp16_n_gen: u64,
     },
     PeakNotExact,
+    /// Weights beyond fp16, and how many are in which tensor.
     Fp16Overflow {
         count: u64,
+        tensors: BTreeMap<String, u64>,
     },
     NoQuality {
         reason: String,
@@ -117,6 +123,11 @@ pub enum Warning {
     RanAlone {
         label: String,
     },
+    /// An engine used the processor while others were measured.
+    WaitingEngine {
+        label: String,
+        ticks: u64,
+    },
     /// Logits that were asked for were computed and could not be saved.
     LogitsNotSaved {
         problem: String,
@@ -159,6 +170,7 @@ impl Warning {
             Warning::NoGpu { .. } => "no_gpu",
             Warning::TooManyThreads { .. } => "too_many_threads",
             Warning::RanAlone { .. } => "ran_alone",
+            Warning::WaitingEngine { .. } => "waiting_engine",
             Warning::LogitsNotSaved { .. } => LOGITS_NOT_SAVED,
             Warning::Model { name, .. } => name,
         }
@@ -184,6 +196,7 @@ impl Warning {
                 | Warning::LowClock { .. }
                 | Warning::GpuShared { .. }
                 | Warning::TooManyThreads { .. }
+                | Warning::WaitingEngine { .. }
         )
     }
 }
@@ -302,10 +315,25 @@ impl fmt::Display for Warning {
                 "`{label}` did not fit in memory beside the others and ran alone after them, so drift does not cancel in its \
                  ratios"
             ),
+            Warning::WaitingEngine { label, ticks } => write!(
+                f,
+                "`{label}` was stopped and still used {:.2} s of processor time while others were measured; look for processes that it \
+                 started outside its group",
+                *ticks as f64 / 100.0
+            ),
             Warning::LogitsNotSaved { problem } => f.write_str(problem),
             Warning::Model { message, .. } => f.write_str(message),
-            Warning::Fp16Overflow { count } => {
-                write!(f, "{count} weights of the checkpoint exceed the range of fp16 and became infinite")
+            Warning::Fp16Overflow { count, tensors } => {
+                write!(f, "{count} weights of the checkpoint exceed the range of fp16 and became infinite")?;
+                let named = tensors.iter().take(NAMED_TENSORS).map(|(name, count)| format!("{count} in `{name}`"));
+                let named: Vec<String> = named.collect();
+                if !named.is_empty() {
+                    write!(f, ": {}", named.join(", "))?;
+                }
+                match tensors.len().saturating_sub(NAMED_TENSORS) {
+                    0 => Ok(()),
+                    more => write!(f, ", and in {more} further tensors"),
+                }
             }
         }
     }

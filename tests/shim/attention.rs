@@ -3,7 +3,7 @@
 use half::f16;
 use quantbench::kernels::cuda::arena::{Arena, Layout};
 use quantbench::kernels::cuda::attend::{Bias, Heads, RowsAttention, RowsFeatures};
-use quantbench::kernels::cuda::attention::{Attention, Features, Split};
+use quantbench::kernels::cuda::attention::{Attention, Features, KvSplit};
 use quantbench::kernels::cuda::launch::MemoryPlanner;
 use quantbench::kernels::cuda::program::ProgramBuilder;
 use quantbench::quant::dense;
@@ -95,8 +95,8 @@ pub fn attention_of_one_query() {
         let properties = Host { chip, memory: &memory }.properties(case.multiprocessors);
         let keys = if case.window > 0 { case.window.min(case.capacity) } else { case.capacity };
         let split = match case.is_featured() {
-            true => Split::featured(keys, case.heads, case.d_pad(), properties),
-            false => Split::new(keys, case.kv_heads, case.heads / case.kv_heads, case.d_pad(), properties),
+            true => KvSplit::featured(keys, case.heads, case.d_pad(), properties),
+            false => KvSplit::new(keys, case.kv_heads, case.heads / case.kv_heads, case.d_pad(), properties),
         };
         let mut lengths = vec![1, 2, split.span - 1, split.span, split.span + 1, case.capacity / 2 + 3, case.capacity];
         lengths.extend([case.window, case.window + 1]);
@@ -287,7 +287,7 @@ fn turned(head: &[f32], rotary: usize, angles: &[f32], position: usize) -> Vec<f
     (0..head.len()).map(of).collect()
 }
 
-fn attend(case: Case, split: Split, length: usize, chip: u32, numbers: &mut Numbers) {
+fn attend(case: Case, split: KvSplit, length: usize, chip: u32, numbers: &mut Numbers) {
     let what = format!("{case:?} at {length} of {split:?}");
     let Case { heads, kv_heads, d, rotary, capacity, .. } = case;
     let mut cache = case.cache(length, numbers);

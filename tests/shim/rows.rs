@@ -2,7 +2,7 @@
 
 use half::f16;
 use quantbench::kernels::cuda::attend::Heads;
-use quantbench::kernels::cuda::rows::{Addend, Rows, Table};
+use quantbench::kernels::cuda::rows::{Addend, RowKernels, Table};
 
 use super::attention::rotated;
 use super::host::{CHIPS, Host};
@@ -31,8 +31,8 @@ pub fn operations_over_rows() {
     read();
 }
 
-fn on<'a>(host: &'a Host<'a>) -> Rows<'a> {
-    Rows { on: host }
+fn on<'a>(host: &'a Host<'a>) -> RowKernels<'a> {
+    RowKernels { on: host }
 }
 
 struct Case<'a> {

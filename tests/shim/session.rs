@@ -8,7 +8,7 @@ use quantbench::events::Silent;
 use quantbench::kernels::cuda::arena::{Arena, Layout};
 use quantbench::kernels::cuda::launch::MemoryPlanner;
 use quantbench::kernels::cuda::matvec::MatrixDesc;
-use quantbench::kernels::cuda::rows::Rows;
+use quantbench::kernels::cuda::rows::RowKernels;
 use quantbench::kernels::cuda::step_kernel::DeviceProperties;
 use quantbench::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 use quantbench::lower::cuda::{
@@ -292,7 +292,7 @@ impl<'a> Session<'a> {
         self.steps += 1;
         self.host.memory.write(self.session.state + 12, &[self.encoded as i32]);
         // SAFETY: all is of the host's memory, and the token in the table.
-        unsafe { Rows { on: self.host }.place_token(&output, token, self.position, self.steps as u32) }
+        unsafe { RowKernels { on: self.host }.place_token(&output, token, self.position, self.steps as u32) }
             .expect("a token");
     }
 

@@ -9,7 +9,6 @@ use candle_nn::Init;
 use candle_nn::var_builder::SimpleBackend;
 use half::f16;
 
-use super::config::Config;
 use crate::engine::Setup;
 use crate::events::{Event, Listener, Unit};
 use crate::weights::Source;
@@ -58,12 +57,12 @@ impl WeightTally {
 }
 
 impl<'a> CandleFeed<'a> {
-    pub fn new(setup: &Setup<'a>, config: &Config, events: &'a dyn Listener) -> Self {
+    pub fn new(setup: &Setup<'a>, rules: HashMap<String, WeightRule>, events: &'a dyn Listener) -> Self {
         let source = setup.source;
         let total = setup.model.matrices.iter().map(|spec| source.stored_bytes(&spec.name)).sum();
         events.on(Event::Begin { label: "load candle's model".to_owned(), total, unit: Unit::Bytes });
         let (made, done_bytes) = (Mutex::default(), AtomicU64::new(0));
-        Self { source, events, rules: config.rules(setup.model), made, tally: WeightTally::default(), done_bytes }
+        Self { source, events, rules, made, tally: WeightTally::default(), done_bytes }
     }
 
     pub fn tally(&self) -> WeightTally {

@@ -71,7 +71,7 @@ pub fn load(setup: &Setup, config: &Value, dtype: DType, events: &dyn Listener) 
             Device::new_cuda(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?
         }
     };
-    let feed = CandleFeed::new(setup, &config, events);
+    let feed = CandleFeed::new(setup, config.rules(setup.model), events);
     let tally = feed.tally();
     let tensors = VarBuilder::from_backend(Box::new(feed), dtype, device.clone());
     let fresh = CandleFamily::new(&config, tensors).map_err(out_of_memory).context("loading candle's model")?;
@@ -235,9 +235,8 @@ impl Session for CandleSession {
     }
 
     fn footprint(&self) -> Footprint {
-        let Footprint { kv_bytes_per_position, windowed_kv_bytes_per_position, .. } = self.footprint;
-        let per_position = kv_bytes_per_position + windowed_kv_bytes_per_position;
-        Footprint { kv_cache_bytes: per_position * self.most as u64, ..self.footprint }
+        let kv_cache_bytes = self.footprint.kv_bytes_per_held_position() * self.most as u64;
+        Footprint { kv_cache_bytes, ..self.footprint.clone() }
     }
 
     fn outlier_columns(&mut self) -> Result<OutlierColumns> {

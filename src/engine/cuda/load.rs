@@ -17,7 +17,7 @@ use crate::engine::memory::is_out_of_memory;
 use crate::error::size;
 use crate::events::{Event, Listener};
 use crate::kernels::cuda::launch::address;
-use crate::kernels::cuda::staging::{Buffer, Staging};
+use crate::kernels::cuda::staging::{Staging, StagingBuffer};
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::{CudaEncoder, SourceValues};
 use crate::weights::spec::MatrixSpec;
@@ -143,7 +143,13 @@ impl Loader<'_> {
         last.map(|encoder| Ok((encoder.finish().with_context(explain)?, None))).transpose()
     }
 
-    fn read(&self, spec: &MatrixSpec, rows: Range<usize>, reading: SourceReading, buffer: &mut Buffer) -> Result<()> {
+    fn read(
+        &self,
+        spec: &MatrixSpec,
+        rows: Range<usize>,
+        reading: SourceReading,
+        buffer: &mut StagingBuffer,
+    ) -> Result<()> {
         let (source, len) = (self.setup.source, rows.len() * spec.k);
         match reading {
             SourceReading::Raw(kind) => source.read_raw(&spec.name, rows, buffer.bytes(len * kind.bytes())),
@@ -162,7 +168,7 @@ impl Loader<'_> {
         spec: &MatrixSpec,
         rows: Range<usize>,
         reading: SourceReading,
-        buffer: Buffer,
+        buffer: StagingBuffer,
     ) -> Result<()> {
         let encoder = match &mut target.encoder {
             Some(encoder) => encoder,

@@ -19,7 +19,7 @@ use half::f16;
 
 use self::angles::Angles;
 use self::prefill_graphs::{PrefillCall, PrefillGraphs};
-use self::step::Step;
+use self::step::DecodeStep;
 use self::times::StepTimes;
 use self::token_ring::TokenRing;
 use super::memory::{MemoryPool, named};
@@ -45,7 +45,7 @@ use crate::quant::CudaMatrix;
 /// Weights, caches and the step of one loaded model.
 pub struct CudaSession {
     weights: Weights,
-    step: Step,
+    step: DecodeStep,
     prefill_graphs: PrefillGraphs,
     times: StepTimes,
     /// Tokens in the decoder's caches.
@@ -112,7 +112,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
     let tensors = load::stream(setup, &device, events)?;
     let (matrices, learned): (Vec<_>, Vec<_>) = tensors.matrices.into_iter().unzip();
     let weights = Weights::new(setup, device.as_cuda_device()?.clone(), matrices, &learned, &tensors.vectors)?;
-    let step = Step::new(&weights, &format!("{}-{}", setup.model.architecture, setup.formats.precision().name))?;
+    let step = DecodeStep::new(&weights, &format!("{}-{}", setup.model.architecture, setup.formats.precision().name))?;
     weights.device.cuda_stream().synchronize()?;
     let (major, minor) = properties.compute_capability;
     let loaded = Loaded {

@@ -8,7 +8,7 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, sys};
 
 use super::Weights;
-use super::step::Step;
+use super::step::DecodeStep;
 use crate::engine::memory::named;
 use crate::kernels::cuda::arena::{Arena, Layout, Region};
 use crate::kernels::cuda::launch::{MemoryPlanner, address, upload};
@@ -20,7 +20,7 @@ const SHAPES: usize = 16;
 /// A call on a session's memory.
 pub struct PrefillCall<'a> {
     pub weights: &'a Weights,
-    pub step: &'a Step,
+    pub step: &'a DecodeStep,
     pub shape: CallShape,
 }
 

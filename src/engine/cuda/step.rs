@@ -9,11 +9,11 @@ use super::trace::Trace;
 use crate::engine::OutlierColumns;
 use crate::kernels::cuda::launch::{address, upload};
 use crate::kernels::cuda::program::{Instruction, LoadedLaunch, TokenOutput};
-use crate::kernels::cuda::rows::Rows;
+use crate::kernels::cuda::rows::RowKernels;
 use crate::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 
 /// The launch of a step and the memory between its instructions.
-pub struct Step {
+pub struct DecodeStep {
     launch: LoadedLaunch,
     graph: Option<CudaGraph>,
     memory: StepMemory<CudaSlice<u8>>,
@@ -24,7 +24,7 @@ pub struct Step {
     pub examined: OutlierColumns,
 }
 
-impl Step {
+impl DecodeStep {
     /// `name` is what a trace is called, if one is wanted.
     pub fn new(weights: &Weights, name: &str) -> Result<Self> {
         let device = &weights.device;
@@ -55,7 +55,7 @@ impl Step {
     pub fn place(&self, weights: &Weights, token: u32, position: usize, step: u32) -> Result<()> {
         let output = self.token_output(weights, 1)?;
         // SAFETY: all addresses are the session's; the token is in the table.
-        Ok(unsafe { Rows { on: &weights.device }.place_token(&output, token, position, step) }?)
+        Ok(unsafe { RowKernels { on: &weights.device }.place_token(&output, token, position, step) }?)
     }
 
     /// The counters that launches share.

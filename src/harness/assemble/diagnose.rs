@@ -2,13 +2,13 @@
 
 use super::limit;
 use crate::harness::bandwidth_cache::SLOW_READ;
+use crate::harness::measured::WarmupEnd;
 use crate::harness::run_context::RunContext;
 use crate::harness::schedule::VariantOutcome;
 use crate::harness::stopping::RepeatsEnd;
 use crate::harness::warnings::Warning;
 use crate::harness::watch::Watched;
 use crate::os::cpu_usage::CpuUsage;
-use crate::protocol::WarmupEnd;
 use crate::record::{Record, metrics};
 use crate::stats;
 
@@ -114,7 +114,8 @@ pub fn memory_warnings(context: &RunContext, record: &Record, outcome: &VariantO
         warnings.push(Warning::PeakNotExact);
     }
     if record.weights.fp16_overflow > 0 {
-        warnings.push(Warning::Fp16Overflow { count: record.weights.fp16_overflow });
+        let tensors = record.weights.fp16_overflow_by_tensor.clone();
+        warnings.push(Warning::Fp16Overflow { count: record.weights.fp16_overflow, tensors });
     }
     warnings
 }

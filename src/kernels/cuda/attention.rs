@@ -60,13 +60,13 @@ pub struct Features {
 
 /// The split of a head's positions into units, which blocks take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Split {
+pub struct KvSplit {
     /// Positions of a unit, and units of a head.
     pub span: usize,
     pub splits: usize,
 }
 
-impl Split {
+impl KvSplit {
     /// At most a unit for each multiprocessor at `capacity` positions where there are as many, none with too little to do. `group` query heads share
     /// each of `kv_heads` key/value heads.
     pub fn new(capacity: usize, kv_heads: usize, group: usize, d_pad: usize, properties: DeviceProperties) -> Self {

@@ -5,7 +5,7 @@ use candle_core::{CudaDevice, Result};
 
 use super::launch::address;
 use super::memory::{driver_error, free_and_total_bytes};
-use super::rows::Rows;
+use super::rows::RowKernels;
 use super::step_kernel::DeviceProperties;
 
 /// Far more than any last-level cache, and little of any device that a model fits on.
@@ -25,7 +25,7 @@ pub fn measure(device: &CudaDevice) -> Result<(f64, f64)> {
     let (source, sink) = (address(&from, device), address(&to, device));
     let read_s = best_s(device, &mut || {
         // SAFETY: `from` holds this many words of 16 bytes, `to` at least one of 4.
-        unsafe { Rows { on: device }.read(blocks, bytes / 16, source, sink) }
+        unsafe { RowKernels { on: device }.read(blocks, bytes / 16, source, sink) }
     })?;
     let copy_s = best_s(device, &mut || device.memcpy_dtod(&from, &mut to))?;
     let gb = bytes as f64 / 1e9;

@@ -18,7 +18,7 @@ const WIDE_THREADS: u32 = 1024;
 /// Addresses where `on` runs. Every method says what lies there; all are `unsafe` for that reason: the caller vouches that the
 /// memory is as large as said and lives until the stream has come past the call.
 #[derive(Clone, Copy)]
-pub struct Rows<'a> {
+pub struct RowKernels<'a> {
     pub on: &'a dyn Launcher,
 }
 
@@ -44,11 +44,11 @@ pub struct Addend {
     pub scale: f32,
 }
 
-impl Rows<'_> {
+impl RowKernels<'_> {
     /// fp32 `out[t] = scale · table[token_t]`; rows whose token is `image` take row `feature_of_row[t]` of `features`.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn embed(
         self,
@@ -72,7 +72,7 @@ impl Rows<'_> {
     /// lie.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     pub unsafe fn place_token(self, output: &TokenOutput, token: u32, position: usize, step: u32) -> Result<()> {
         let TokenOutput { state, table, embedding, table_scale, table_stride, hidden, .. } = *output;
         let row = table + u64::from(token) * (table_stride as usize * size_of::<half::f16>()) as u64;
@@ -85,7 +85,7 @@ impl Rows<'_> {
     /// fp32 `x[t] += table[t]`
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     pub unsafe fn add_table(self, rows: usize, x: u64, table: Table) -> Result<()> {
         let (stride, width) = (dimension(table.stride)?, dimension(table.width)?);
         // SAFETY: as rows.cu declares them.
@@ -97,7 +97,7 @@ impl Rows<'_> {
     /// fp32 `x += addends`, the first of which may be all; fp16 `out = norm(x)`, a layer norm where there is a `bias`.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn norm(
         self,
@@ -119,7 +119,7 @@ impl Rows<'_> {
     /// `y[t] += bias`, fp32 or fp16.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     pub unsafe fn add_bias(self, rows: usize, width: usize, y: u64, is_float: bool, bias: u64) -> Result<()> {
         let (n, count, is_float) = (dimension(width)?, (rows * width) as i64, i32::from(is_float));
         // SAFETY: as rows.cu declares them.
@@ -131,7 +131,7 @@ impl Rows<'_> {
     /// fp32 `out = a + addends`, of which there is one at least.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     pub unsafe fn add(self, rows: usize, width: usize, a: u64, [first, second]: [Addend; 2], out: u64) -> Result<()> {
         let (n, count) = (dimension(width)?, (rows * width) as i64);
         let parameters = parameters![a, first, second, out, n, count];
@@ -142,7 +142,7 @@ impl Rows<'_> {
     /// fp16 `out = act(gate + bias) · scale · up`, the sum and what is scaled rounded to fp16; `bias`, fp32 `[width]`, and `up` may be 0.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn activate(
         self,
@@ -165,7 +165,7 @@ impl Rows<'_> {
     /// on. `rotary` may be 0, `q` then too.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn append(
         self,
@@ -192,7 +192,7 @@ impl Rows<'_> {
     /// row, may be 0.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     pub unsafe fn norm_parts(
         self,
         rows: usize,
@@ -210,7 +210,7 @@ impl Rows<'_> {
     /// Columns `start .. start + len` of rows of `n` 16-bit values.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     pub unsafe fn copy_columns(
         self,
         rows: usize,
@@ -228,7 +228,7 @@ impl Rows<'_> {
     /// fp32 to fp16.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     pub unsafe fn narrow(self, count: usize, from: u64, to: u64) -> Result<()> {
         let n = count as i64;
         // SAFETY: as rows.cu declares them.
@@ -238,7 +238,7 @@ impl Rows<'_> {
     /// fp16 to fp32, multiplied by `scale`.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     pub unsafe fn widen(self, count: usize, from: u64, scale: f32, to: u64) -> Result<()> {
         let n = count as i64;
         // SAFETY: as rows.cu declares them.
@@ -248,7 +248,7 @@ impl Rows<'_> {
     /// Reads `words` of 16 bytes and writes one of 4 bytes now and then.
     ///
     /// # Safety
-    /// See [`Rows`].
+    /// See [`RowKernels`].
     pub unsafe fn read(self, blocks: usize, words: usize, from: u64, out: u64) -> Result<()> {
         let n = words as i64;
         // SAFETY: as rows.cu declares them.

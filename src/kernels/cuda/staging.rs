@@ -68,7 +68,7 @@ impl Staging {
     }
 
     /// A buffer that the device has finished with. Waits where all are in flight.
-    pub fn take(&self) -> Result<Buffer<'_>> {
+    pub fn take(&self) -> Result<StagingBuffer<'_>> {
         self.copies.context().bind_to_thread().map_err(driver_error)?;
         let mut buffers = self.lock();
         // One that the device still reads is worth waiting for only where no other may be made.
@@ -86,7 +86,7 @@ impl Staging {
                 self.make()?
             }
         };
-        let mut buffer = Buffer { staging: self, memory: Some(memory) };
+        let mut buffer = StagingBuffer { staging: self, memory: Some(memory) };
         buffer.wait()?;
         Ok(buffer)
     }
@@ -146,13 +146,13 @@ impl Drop for Staging {
 }
 
 /// A buffer that the host may fill; it goes back when it is sent or dropped.
-pub struct Buffer<'a> {
+pub struct StagingBuffer<'a> {
     staging: &'a Staging,
     /// Always there until the drop.
     memory: Option<Memory>,
 }
 
-impl Buffer<'_> {
+impl StagingBuffer<'_> {
     /// The first `len` bytes, [`BUFFER_BYTES`] at most.
     pub fn bytes(&mut self, len: usize) -> &mut [u8] {
         &mut self.memory().pinned.bytes()[..len]
@@ -220,7 +220,7 @@ impl Buffer<'_> {
     }
 }
 
-impl Drop for Buffer<'_> {
+impl Drop for StagingBuffer<'_> {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
             self.staging.lock().waiting.push_back(memory);

@@ -12,7 +12,7 @@ use crate::kernels::cuda::arena::{Arena, Region};
 use crate::kernels::cuda::launch::Launcher;
 use crate::kernels::cuda::matvec::{Epilogue, MatrixDesc};
 use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
-use crate::kernels::cuda::rows::{Addend, Rows, Table};
+use crate::kernels::cuda::rows::{Addend, RowKernels, Table};
 use crate::kernels::cuda::shared_input::SharedInput;
 use crate::plan::{
     ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, BufferId, EmbedSpec, FeaturesSpec, Lifetime, LinearPart,
@@ -153,8 +153,8 @@ impl<'a> Prefill<'a> {
         self.buffers[id.0].as_ref().context("a buffer is read before it is written")
     }
 
-    fn kernels(&self) -> Rows<'a> {
-        Rows { on: self.launcher }
+    fn kernels(&self) -> RowKernels<'a> {
+        RowKernels { on: self.launcher }
     }
 
     fn buffer_mut(&mut self, id: BufferId) -> Result<&mut Buffer<'a>> {

@@ -5,7 +5,7 @@ mod experts;
 use anyhow::{Context, Result};
 
 use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_floats, scales, token_output};
-use crate::kernels::cuda::attention::{Attention, Features, Split};
+use crate::kernels::cuda::attention::{Attention, Features, KvSplit};
 use crate::kernels::cuda::launch::dimension;
 use crate::kernels::cuda::matvec::{
     ACT_CAP, Epilogue, InputDesc, MatrixDesc, Mode, NORM_CAST, NORM_LAYER, NORM_RMS, OutputType, Product, Range,
@@ -479,7 +479,7 @@ fn is_whole(parts: &[FusedPart], model: &Model) -> bool {
 
 /// Heads of an attention, and how their positions are split over blocks.
 struct Shape {
-    split: Split,
+    split: KvSplit,
     kv_heads: usize,
     heads: usize,
     d: usize,
@@ -493,8 +493,8 @@ fn shape(on: &dyn Addresses, spec: &AttentionSpec) -> Shape {
     let keys = spec.window.map_or(at.capacity, |Window(window)| window.min(at.capacity));
     let is_plain = spec.window.is_none() && spec.softcap.is_none() && spec.qk_norm.is_none() && spec.sinks.is_none();
     let split = match is_plain {
-        true => Split::new(keys, kv_heads, heads / kv_heads, at.d_pad, on.properties()),
-        false => Split::featured(keys, heads, at.d_pad, on.properties()),
+        true => KvSplit::new(keys, kv_heads, heads / kv_heads, at.d_pad, on.properties()),
+        false => KvSplit::featured(keys, heads, at.d_pad, on.properties()),
     };
     Shape { split, kv_heads, heads, d }
 }

@@ -10,7 +10,7 @@ use super::{DenseStored, DenseValue};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Launcher, address, upload_rows};
 use crate::kernels::cuda::matvec::{Family, MatrixDesc};
-use crate::kernels::cuda::rows::Rows;
+use crate::kernels::cuda::rows::RowKernels;
 use crate::kernels::cuda::shared_input::SharedInput;
 use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepKernel, WeightDecoder};
 use crate::quant::cuda::download;
@@ -134,7 +134,7 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
     let (ty, element_bytes, a) = if is_float {
         let at = widened.insert(arena.take::<f32>(m * k)?).address;
         // SAFETY: both hold m * k values.
-        unsafe { Rows { on }.widen(m * k, x, 1.0, at) }?;
+        unsafe { RowKernels { on }.widen(m * k, x, 1.0, at) }?;
         (Type::Float, size_of::<f32>(), at)
     } else {
         (Type::Half, size_of::<f16>(), x)

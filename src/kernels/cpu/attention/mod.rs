@@ -9,7 +9,7 @@ mod tile;
 
 use super::lanes::on;
 use crate::kernels::isa::Isa;
-use tile::{Attend, Combine};
+use tile::{Combine, TiledAttention};
 
 /// Keys and values of one head and how scores are scaled.
 #[derive(Debug, Clone, Copy)]
@@ -110,7 +110,7 @@ pub fn attend_part(
     let (n, t) = context.shape(q, out);
     assert_eq!(n, partials.len());
     assert!(bias.is_none_or(|bias| bias.len() == n * t), "bias is [queries, t]");
-    on(isa, Attend { q, context: *context, first: t, group: n.max(1), bias, out, partials, scratch });
+    on(isa, TiledAttention { q, context: *context, first: t, group: n.max(1), bias, out, partials, scratch });
 }
 
 /// Causal attention of several tokens at once: `q` and `out` are `[rows, group, d]`, and row `r` sees the first
@@ -156,7 +156,7 @@ fn attend_turn(
     }
     let mut partials = [Partial::EMPTY; QUERIES];
     let partials = &mut partials[..n];
-    on(isa, Attend { q, context: *context, first, group, bias: None, out: &mut *out, partials, scratch });
+    on(isa, TiledAttention { q, context: *context, first, group, bias: None, out: &mut *out, partials, scratch });
     add_sinks(partials, context.sinks, 0);
     finish(isa, out, partials, d);
 }

@@ -12,7 +12,7 @@ const TILE: usize = 64;
 const TRANSPOSE_FROM: usize = 16;
 
 /// Fills `out` and `partials` for all queries: query `i` sees the last `window` of the first `first + i / group` positions.
-pub(super) struct Attend<'a> {
+pub(super) struct TiledAttention<'a> {
     pub q: &'a [f32],
     pub context: Context<'a>,
     pub first: usize,
@@ -34,7 +34,7 @@ struct Tile<'a> {
     len: usize,
 }
 
-impl LanesKernel for Attend<'_> {
+impl LanesKernel for TiledAttention<'_> {
     type Output = ();
     #[inline(always)]
     fn run<L: Lanes>(mut self) {
@@ -68,7 +68,7 @@ impl LanesKernel for Attend<'_> {
     }
 }
 
-impl Attend<'_> {
+impl TiledAttention<'_> {
     fn seen(&self, query: usize) -> usize {
         self.first + query / self.group
     }
