@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::{is_coloured, note, print_aside};
 use crate::error::size;
@@ -42,6 +42,10 @@ struct Phase {
     /// The estimate so far, for people.
     status: String,
     began: Instant,
+    /// Time from there to where the last of `done` was done.
+    done_after: Duration,
+    /// When all will be done, for the bar, which draws itself.
+    end: Arc<Mutex<Option<Instant>>>,
     shown: Shown,
     /// While a text is shown as it is written: whether its last line is empty.
     text_at_start: Option<bool>,
@@ -66,6 +70,8 @@ impl Progress {
             total: 0,
             status: String::new(),
             began: Instant::now(),
+            done_after: Duration::ZERO,
+            end: Arc::default(),
             shown,
             text_at_start: None,
             bar: ProgressBar::hidden(),
@@ -82,7 +88,7 @@ impl Progress {
 }
 
 /// A listener that panicked elsewhere leaves a phase that is still fit to show.
-fn locked(phase: &Mutex<Phase>) -> MutexGuard<'_, Phase> {
+fn locked<T>(phase: &Mutex<T>) -> MutexGuard<'_, T> {
     phase.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -145,13 +151,16 @@ impl Phase {
         self.end();
         (self.label, self.unit, self.done, self.total) = (label, unit, 0, total);
         self.began = Instant::now();
+        self.done_after = Duration::ZERO;
+        self.foresee();
         self.draw_bar();
     }
 
     fn draw_bar(&mut self) {
         if self.shown == Shown::Bar {
             let bar = ProgressBar::with_draw_target(Some(self.total), ProgressDrawTarget::stderr_with_hz(10));
-            bar.set_style(style(self.unit, self.total));
+            bar.set_style(style(self.unit, self.total, &self.end));
+            bar.set_position(self.done);
             bar.set_message(self.label.clone());
             bar.enable_steady_tick(TICK);
             self.bar = bar;
@@ -185,14 +194,23 @@ impl Phase {
     fn expect(&mut self, total: u64) {
         self.total = total.max(self.done);
         self.bar.set_length(self.total);
+        self.foresee();
+    }
+
+    fn foresee(&self) {
+        *locked(&self.end) = self.whole().map(|whole| self.began + whole);
+    }
+
+    /// All of it takes as long as what is done took, in proportion; `None` before anything is done, and where one thing is all.
+    fn whole(&self) -> Option<Duration> {
+        let is_known = self.total > 1 && self.done > 0;
+        is_known.then(|| self.done_after.mul_f64(self.total as f64 / self.done as f64))
     }
 
     /// More than was expected was expected wrongly.
     fn progress(&mut self, done: u64) {
-        self.done = done;
-        if done > self.total {
-            self.expect(done);
-        }
+        (self.done, self.done_after) = (done, self.began.elapsed());
+        self.expect(self.total);
         self.bar.set_position(done);
     }
 
@@ -214,18 +232,12 @@ impl Phase {
             Unit::Runs if self.total > 1 => format!(": {} of about {} runs", self.done, self.total),
             Unit::Runs => String::new(),
         };
-        let time = match self.left(elapsed) {
-            Some(left) => format!(", about {:.0} s left", left.as_secs_f64().ceil()),
+        let time = match self.whole() {
+            Some(whole) => format!(", about {}", left(whole.saturating_sub(elapsed))),
             None => format!(", {:.0} s so far", elapsed.as_secs_f64()),
         };
         let status = if self.status.is_empty() { String::new() } else { format!(": {}", self.status) };
         format!("{}{of}{time}{status}", self.label)
-    }
-
-    /// As long as what is done took, in proportion; `None` before anything is done, and where one thing is all.
-    fn left(&self, elapsed: Duration) -> Option<Duration> {
-        let is_known = self.total > 1 && self.done > 0;
-        is_known.then(|| elapsed.mul_f64((self.total - self.done.min(self.total)) as f64 / self.done as f64))
     }
 }
 
@@ -234,17 +246,33 @@ fn head(label: &str) -> String {
     if is_coloured(io::stderr().is_terminal()) { format!("\x1b[1m{label}\x1b[0m\n") } else { format!("{label}\n") }
 }
 
-fn style(unit: Unit, total: u64) -> ProgressStyle {
+/// `20 s left`, or whole minutes; never nothing, since it goes on.
+fn left(time: Duration) -> String {
+    match time.as_secs_f64().ceil().max(1.0) {
+        seconds if seconds < 120.0 => format!("{seconds:.0} s left"),
+        seconds => format!("{:.0} minutes left", seconds / 60.0),
+    }
+}
+
+/// `end` is when all will be done, where that is known.
+fn style(unit: Unit, total: u64, end: &Arc<Mutex<Option<Instant>>>) -> ProgressStyle {
+    // Narrow terminals have room for a short one.
+    let bar = if super::terminal_aside().columns.is_some_and(|columns| columns < 80) { "{bar:6}" } else { "{bar:20}" };
     let template = match unit {
-        Unit::Bytes => {
-            "{msg} [{bar:20}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}, {eta} left{prefix}"
-        }
-        Unit::Runs if total > 1 => "{msg} [{bar:20}] {pos}/{len}, {eta} left{prefix}",
+        Unit::Bytes => format!("{{msg}} [{bar}] {{binary_bytes}}/{{binary_total_bytes}}{{left}}{{prefix}}"),
+        Unit::Runs if total > 1 => format!("{{msg}} [{bar}] {{pos}}/{{len}}{{left}}{{prefix}}"),
         // One thing is done or not.
-        Unit::Runs => "{msg} {spinner} {elapsed}{prefix}",
+        Unit::Runs => "{msg} {spinner} {elapsed}{prefix}".to_owned(),
     };
-    ProgressStyle::with_template(template)
+    let end = end.clone();
+    let write_left = move |_: &ProgressState, out: &mut dyn std::fmt::Write| {
+        let Some(end) = *locked(&end) else { return };
+        // A drawing that fails is drawn again.
+        let _ = write!(out, ", {}", left(end.saturating_duration_since(Instant::now())));
+    };
+    ProgressStyle::with_template(&template)
         .unwrap_or_else(|_| ProgressStyle::default_bar()) // The tests draw all templates.
+        .with_key("left", write_left)
         .progress_chars("=> ")
 }
 
@@ -254,7 +282,9 @@ mod tests {
 
     fn phase(label: &str, unit: Unit, done: u64, total: u64) -> Phase {
         let (label, bar, began) = (label.to_owned(), ProgressBar::hidden(), Instant::now());
-        Phase { label, unit, done, total, status: String::new(), began, shown: Shown::Lines, text_at_start: None, bar }
+        let (done_after, end) = (Duration::from_secs(20), Arc::default());
+        let (status, shown) = (String::new(), Shown::Lines);
+        Phase { label, unit, done, total, status, began, done_after, end, shown, text_at_start: None, bar }
     }
 
     #[test]
@@ -278,17 +308,24 @@ mod tests {
         phase.expect(10);
         assert_eq!((phase.done, phase.total), (20, 20));
         phase.expect(30);
-        assert_eq!(phase.left(Duration::from_secs(20)), Some(Duration::from_secs(10)));
+        phase.done_after = Duration::from_secs(20);
+        assert_eq!(phase.whole(), Some(Duration::from_secs(30)));
+        // Nothing more is done: the time that is left falls, and does not rise.
+        assert_eq!(phase.line(Duration::from_secs(22)), "measure: 20 of about 30 runs, about 8 s left");
+        assert_eq!(phase.line(Duration::from_secs(99)), "measure: 20 of about 30 runs, about 1 s left");
+        phase.expect(400);
+        assert_eq!(phase.line(Duration::from_secs(22)), "measure: 20 of about 400 runs, about 6 minutes left");
     }
 
     #[test]
     fn templates_are_valid() {
         for (unit, total) in [(Unit::Bytes, 9), (Unit::Runs, 9), (Unit::Runs, 1)] {
             let drawn = ProgressBar::hidden();
-            drawn.set_style(style(unit, total));
+            let style = style(unit, total, &Arc::default());
+            drawn.set_style(style.clone());
             drawn.finish_and_clear();
             // A template that is wrong gives the default style, which has another bar.
-            assert!(format!("{:?}", style(unit, total).get_tick_str(0)).len() > 2);
+            assert!(format!("{:?}", style.get_tick_str(0)).len() > 2);
         }
     }
 

@@ -67,9 +67,7 @@ pub fn all_cases(page: &[PageRow], precisions: &Precisions) -> Option<AllCases> 
     let chart = Chart {
         name: "all",
         title: "Speed against memory, all cases".to_owned(),
-        note: Some(
-            "fast and small is the upper left; nothing is faster and smaller than the dashed Pareto line".to_owned(),
-        ),
+        note: Some(note(best.len()).to_owned()),
         description: format!(
             "Decode speed in tokens/s against peak memory in GiB for {} rows of all cases; on the Pareto line: {}.",
             dots.len(),
@@ -80,6 +78,13 @@ pub fn all_cases(page: &[PageRow], precisions: &Precisions) -> Option<AllCases> 
         drawing: drawn(&dots, &best),
     };
     Some(AllCases { chart, rows: found.iter().map(|(at, ..)| *at).collect() })
+}
+
+fn note(n_best: usize) -> &'static str {
+    match n_best {
+        1 => "fast and small is the upper left; nothing is as fast or as small as the dot with a name",
+        _ => "fast and small is the upper left; nothing is faster and smaller than the dashed Pareto line",
+    }
 }
 
 fn drawn(dots: &[Dot], best: &[usize]) -> Drawing {
