@@ -41,11 +41,9 @@ __device__ __forceinline__ void route(const Route &op, const Tags &tags, int ins
                 best = other > best ? other : best;
             }
             const int expert = (int)~(uint32_t)best;
-            float score = 0.0f;
-#pragma unroll
-            for (int i = 0; i < OF_LANE; i++)
-                if (i == expert / LANES) score = scores[i];
-            score = __shfl_sync(ALL_LANES, score, expert % LANES);
+            // From its rank: an index into registers would put them into local memory.
+            const uint32_t ordered = (uint32_t)(best >> 32);
+            const float score = __uint_as_float(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered);
             if (expert % LANES == lane) taken |= 1u << expert / LANES;
             if (at == 0) first = score;
             const float weight = __expf(score - first);
