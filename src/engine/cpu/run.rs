@@ -9,7 +9,7 @@ use super::attend::CallAttention;
 use super::buffers::Buffers;
 use super::experts::SharedMixtures;
 use super::partials::SharedParts;
-use super::schedule::{Attend, Step, needs_barrier, product_rows};
+use super::schedule::{Attend, LinearInput, Step, needs_barrier, product_rows};
 use super::{Memory, Program, Scratch, Weights};
 use crate::call::Batch;
 use crate::engine::OutlierColumns;
@@ -20,7 +20,7 @@ use crate::plan::{
     ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, EmbedSpec, FeaturesSpec, LastRowSpec,
     LinearPart, MatrixId, Norm, NormSpec, PatchesSpec, VectorId,
 };
-use crate::quant::Prepared;
+use crate::quant::{Activations, Prepared};
 
 /// The rows of a call and their inputs.
 #[derive(Clone, Copy)]
@@ -151,7 +151,7 @@ impl Runner<'_> {
                     vector::cap(self.weights.isa, self.buffers.part_mut(*x, row, columns.clone()), *cap);
                 });
             }
-            Step::Linear { parts } => self.linears(index, parts, worker),
+            Step::Linear { input, parts } => self.linears(index, self.input(*input), parts, worker),
             Step::Activate(spec) => self.activate(*spec, worker),
             Step::Add(spec) => self.add(*spec, worker),
             Step::Append(append) => self.attention().append(*append, worker),
@@ -173,9 +173,14 @@ impl Runner<'_> {
         unsafe { &mut self.scratch.range_mut(worker.index()..worker.index() + 1)[0] }
     }
 
-    fn prepared(&self) -> &Prepared {
-        // SAFETY: written by worker 0 in `prepare` only, with a barrier before any linear reads it.
-        unsafe { &self.prepared.range(0..1)[0] }
+    fn input(&self, input: LinearInput) -> Activations<'_> {
+        match input {
+            LinearInput::Plain(x) => {
+                Activations::plain(self.buffers.whole(x), self.buffers.rows(x), self.buffers.width(x))
+            }
+            // SAFETY: written by worker 0 in `prepare` only, with a barrier before any linear reads it.
+            LinearInput::Prepared => unsafe { &self.prepared.range(0..1)[0] }.view(),
+        }
     }
 
     /// Rows of a call with several are split over the workers; a single row is worker 0's.
@@ -247,11 +252,13 @@ impl Runner<'_> {
         self.prepare_into(matrix, self.buffers.whole(x), self.buffers.rows(x), prepared);
     }
 
-    /// Brings `rows` rows of `x` into the form that the kernel of `matrix` reads, and counts outlier columns.
+    /// Keeps `rows` rows of `x` in the form that the kernel of `matrix` reads, and counts outlier columns.
     pub(super) fn prepare_into(&self, matrix: MatrixId, x: &[f32], rows: usize, prepared: &mut Prepared) {
         let matrix = &self.weights.matrices[matrix.0];
-        prepared.outlier_columns.clear();
-        matrix.prepare(x, rows, prepared);
+        match matrix.quantizes_activations() {
+            true => drop(matrix.prepare(x, rows, prepared)),
+            false => prepared.copy(x, rows, matrix.shape().1),
+        }
         if matrix.finds_outliers() {
             self.outlier_calls.fetch_add(1, Ordering::Relaxed);
             self.examined_columns.fetch_add(matrix.shape().1 as u64, Ordering::Relaxed);
@@ -259,28 +266,28 @@ impl Runner<'_> {
         }
     }
 
-    fn linears(&self, index: usize, parts: &[LinearPart], worker: &Worker) {
+    fn linears(&self, index: usize, x: Activations, parts: &[LinearPart], worker: &Worker) {
         let mut before = 0;
         for part in parts {
             let n = product_rows(part, self.buffers.plan);
             let columns = worker.share(n, self.weights.granule);
-            self.linear(part, columns.clone(), worker);
+            self.linear(part, x, columns.clone(), worker);
             self.keep(index, before, part.out, columns);
             before += n;
         }
     }
 
-    fn linear(&self, part: &LinearPart, columns: Range<usize>, worker: &Worker) {
+    fn linear(&self, part: &LinearPart, x: Activations, columns: Range<usize>, worker: &Worker) {
         let y = &self.buffers.slots.region(self.buffers.storage.slot_of[part.out.0]);
         let scratch = &mut self.scratch(worker).kernel;
-        self.multiply(part.weight, self.prepared(), columns, part.bias, y, scratch);
+        self.multiply(part.weight, x, columns, part.bias, y, scratch);
     }
 
-    /// `rows` of a matrix times what was prepared, or of the one that stands in for it.
+    /// `rows` of a matrix times `x`, or of the one that stands in for it.
     pub(super) fn multiply(
         &self,
         weight: MatrixId,
-        x: &Prepared,
+        x: Activations,
         rows: Range<usize>,
         bias: Option<VectorId>,
         y: &SharedSlice<f32>,

@@ -21,7 +21,7 @@ use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PANEL_COLUMNS, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, StripSums, checked, grown, strips, write_strip};
-use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
+use crate::quant::{Activations, CpuMatrix, FormatId, Stored};
 
 /// Codes of one row in a lane of 32 bits. Their nibbles keep the stored order: column `j` of the eight is at bit
 /// `4 · (j ^ 1)`.
@@ -249,10 +249,6 @@ impl CpuMatrix for Nf4Matrix {
         }
     }
 
-    fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared) {
-        prepared.copy(x, m, self.k);
-    }
-
     fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
         let (strips, strip_bytes) = (strips(&rows), self.groups() * GROUP_BYTES);
         piece(&self.codes[strips.start * strip_bytes..strips.end * strip_bytes]);
@@ -267,13 +263,13 @@ impl CpuMatrix for Nf4Matrix {
 
     fn multiply(
         &self,
-        x: &Prepared,
+        x: Activations,
         rows: Range<usize>,
         bias: Option<&[f32]>,
         y: &SharedSlice<'_, f32>,
         scratch: &mut Vec<f32>,
     ) {
-        let x_values = &x.f32s[..];
+        let x_values = x.f32s;
         match &self.absmax {
             PackedAbsmax::Plain(values) if x.m == 1 => {
                 for strip in strips(&rows) {
