@@ -1,5 +1,6 @@
 //! Streams a model's tensors from a source into a format: read, cast, quantize, finish, drop, several at a time.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -65,6 +66,31 @@ pub fn stream<T: Send>(
         quantize: Duration::from_nanos(shared.quantize_ns.load(Ordering::Relaxed) / setup.threads as u64),
         fp16_overflow: shared.overflow.load(Ordering::Relaxed),
     })
+}
+
+/// Finite values that become infinite in fp16, by tensor, those without any left out: reads all tensors that are cast once more. Fails where a read
+/// does.
+pub fn fp16_overflow_by_tensor(setup: &Setup) -> Result<BTreeMap<String, u64>> {
+    let Setup { model, source, formats, .. } = setup;
+    let is_cast = |spec: &&MatrixSpec| !formats.is_exact(spec.role) && source.parts(spec).is_none();
+    let matrices = model.matrices.iter().filter(is_cast).map(|spec| (&spec.name, spec.n, spec.k));
+    let vectors = model.vectors.iter().filter(|_| !formats.has_exact_vectors());
+    let vectors = vectors.map(|spec| (&spec.name, spec.len, 1));
+    let mut found = BTreeMap::new();
+    let mut rows_of_chunk = Vec::new();
+    for (name, n, width) in matrices.chain(vectors) {
+        let rows = (IN_FLIGHT_BYTES / size_of::<f16>() / width.max(1)).max(1);
+        let mut count = 0;
+        for first in (0..n).step_by(rows) {
+            let rows = first..(first + rows).min(n);
+            rows_of_chunk.resize(rows.len() * width, f16::ZERO);
+            count += source.read_rows(name, rows, &mut rows_of_chunk)? as u64;
+        }
+        if count > 0 {
+            found.insert(name.clone(), count);
+        }
+    }
+    Ok(found)
 }
 
 /// One matrix in the form that [`stream`] hands to its `finish`.

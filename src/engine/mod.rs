@@ -12,13 +12,14 @@ mod cuda;
 #[path = "no_cuda.rs"]
 mod cuda;
 pub mod fake;
-mod load;
+pub mod load;
 pub mod memory;
 pub mod needs;
 mod recompute;
 pub mod reference;
 mod routing;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -163,7 +164,7 @@ pub enum EncoderInput<'a> {
 }
 
 /// Exact bytes that a session holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Footprint {
     /// Weights in their stored formats: codes and statistics, no padding.
     pub weights_bytes: u64,
@@ -176,29 +177,44 @@ pub struct Footprint {
     pub weight_bytes_per_token: u64,
     /// Bytes of keys and values for one position, in caches that every step reads whole.
     pub kv_bytes_per_position: u64,
-    /// The same in caches of which a step reads the last `kv_window` positions alone.
+    /// The same in caches of which a step reads a window alone, by window.
     #[serde(default)]
-    pub windowed_kv_bytes_per_position: u64,
-    /// The sliding window of a model that has one.
-    #[serde(default)]
-    pub kv_window: u64,
+    pub windowed_kv: Vec<WindowedKv>,
     /// Bytes of the encoder's keys and values that every decode step reads, whatever its position.
     pub cross_kv_bytes: u64,
+}
+
+/// Caches with one sliding window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct WindowedKv {
+    /// The most positions that a step reads.
+    pub window: u64,
+    /// Bytes of keys and values for one position.
+    pub bytes_per_position: u64,
+}
+
+impl WindowedKv {
+    /// Bytes that `steps` steps read, the first of which sees `before + 1` positions.
+    fn bytes_of_steps(self, before: u64, steps: u64) -> u64 {
+        let growing = self.window.saturating_sub(before).min(steps);
+        let positions = growing * before + growing * (growing + 1) / 2 + (steps - growing) * self.window;
+        self.bytes_per_position * positions
+    }
 }
 
 impl Footprint {
     /// The bytes of keys and values that a step of `model` reads, where its encoder holds `encoded` rows; all else is 0.
     fn of_caches(model: &Model, format: KvFormat, encoded: usize) -> Self {
         let decoder = || model.cache_specs(format).filter(|cache| cache.scope == CacheScope::Decoder);
-        let bytes = |is_windowed: bool| {
-            let caches = decoder().filter(|cache| cache.window.is_some() == is_windowed);
+        let bytes = |window: Option<usize>| {
+            let caches = decoder().filter(|cache| cache.window == window);
             caches.map(|cache| cache.bytes_per_position() as u64).sum()
         };
+        let windows: BTreeSet<usize> = decoder().filter_map(|cache| cache.window).collect();
+        let windowed = |window: usize| WindowedKv { window: window as u64, bytes_per_position: bytes(Some(window)) };
         Self {
-            kv_bytes_per_position: bytes(false),
-            windowed_kv_bytes_per_position: bytes(true),
-            // No family has windows of two sizes.
-            kv_window: decoder().filter_map(|cache| cache.window).max().unwrap_or(0) as u64,
+            kv_bytes_per_position: bytes(None),
+            windowed_kv: windows.into_iter().map(windowed).collect(),
             cross_kv_bytes: (model.cross_bytes_per_position(format) * encoded) as u64,
             ..Self::default()
         }
@@ -209,9 +225,13 @@ impl Footprint {
     pub fn kv_bytes_per_step(&self, before: u64, n_gen: u64) -> u64 {
         let whole = self.kv_bytes_per_position * (2 * before + n_gen) / 2;
         let steps = n_gen.saturating_sub(1).max(1);
-        let growing = self.kv_window.saturating_sub(before).min(steps);
-        let positions = growing * before + growing * (growing + 1) / 2 + (steps - growing) * self.kv_window;
-        whole + self.windowed_kv_bytes_per_position * positions / steps + self.cross_kv_bytes
+        let windowed: u64 = self.windowed_kv.iter().map(|caches| caches.bytes_of_steps(before, steps)).sum();
+        whole + windowed / steps + self.cross_kv_bytes
+    }
+
+    /// Bytes of keys and values for one position in caches that hold every position, whatever their window.
+    fn kv_bytes_per_held_position(&self) -> u64 {
+        self.kv_bytes_per_position + self.windowed_kv.iter().map(|caches| caches.bytes_per_position).sum::<u64>()
     }
 }
 
@@ -283,12 +303,23 @@ mod tests {
     fn bytes_of_a_step_are_the_mean_over_the_run() {
         let plain = Footprint { kv_bytes_per_position: 10, cross_kv_bytes: 7, ..Footprint::default() };
         assert_eq!(plain.kv_bytes_per_step(100, 5), 10 * (100 + 101 + 102 + 103 + 104) / 5 + 5 + 7);
-        let windowed = Footprint { windowed_kv_bytes_per_position: 12, kv_window: 102, ..Footprint::default() };
+        let of_window = |window: u64, bytes_per_position: u64| WindowedKv { window, bytes_per_position };
+        let windowed = Footprint { windowed_kv: vec![of_window(102, 12)], ..Footprint::default() };
         // Steps behind 100 tokens see 101, 102, then 102 twice more.
         assert_eq!(windowed.kv_bytes_per_step(100, 5), 12 * (101 + 3 * 102) / 4);
         assert_eq!(windowed.kv_bytes_per_step(5000, 64), 12 * 102);
         assert_eq!(windowed.kv_bytes_per_step(10, 5), 12 * (11 + 12 + 13 + 14) / 4);
         let both = Footprint { kv_bytes_per_position: 10, ..windowed };
         assert_eq!(both.kv_bytes_per_step(5000, 64), 10 * 5032 + 12 * 102);
+        // gemma-3-1b: 22 layers of 26 have a window of 512; one key/value head of 256.
+        let shape = crate::weights::builtin::by_name("gemma-3-1b").expect("a built-in shape");
+        let gemma = crate::models::build(&shape.config()).unwrap();
+        let position = 2 * 256 * 4;
+        let bytes = Footprint::of_caches(&gemma, KvFormat::Fp32, 0).kv_bytes_per_step(8192, 64);
+        assert_eq!(bytes, position * (4 * (8192 + 32) + 22 * 512));
+        // Layers of two windows, each by its own.
+        let mixed = Footprint { windowed_kv: vec![of_window(8, 3), of_window(102, 12)], ..Footprint::default() };
+        assert_eq!(mixed.kv_bytes_per_step(100, 5), (3 * 4 * 8 + 12 * (101 + 3 * 102)) / 4);
+        assert_eq!(mixed.kv_bytes_per_held_position(), 15);
     }
 }

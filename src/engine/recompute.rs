@@ -6,20 +6,22 @@
 
 use anyhow::Result;
 
-use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, memory};
+use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, memory};
 use crate::call::Batch;
-use crate::plan::{Rope, RopeByLength};
+use crate::plan::RopeByLength;
 
 /// `loaded`, as it is where no length changes the rotation of keys that are in the cache.
-pub fn wrapped(ropes: &[Rope], loaded: Loaded) -> Loaded {
-    let original = ropes.iter().find_map(|rope| match rope.by_length {
+pub fn wrapped(setup: &Setup, loaded: Loaded) -> Loaded {
+    let original = setup.model.ropes.iter().find_map(|rope| match rope.by_length {
         Some(RopeByLength::Switch { original, .. }) => Some(original),
         Some(RopeByLength::DynamicNtk { .. }) | None => None,
     });
     match original {
         Some(original) => {
             let inner = loaded.session;
-            let session = Recompute { inner, original, tokens: Vec::new(), next: Vec::new(), is_long: false };
+            // Room for all: a decode step allocates nothing.
+            let tokens = (0..setup.sequences).map(|_| Vec::with_capacity(setup.capacity)).collect();
+            let session = Recompute { inner, original, tokens, next: Vec::new(), is_long: false };
             Loaded { session: Box::new(session), ..loaded }
         }
         None => loaded,

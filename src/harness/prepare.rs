@@ -299,6 +299,7 @@ impl PreparedCase {
             seed: info.seed,
             hash: info.hash.clone(),
             fp16_overflow: 0,
+            fp16_overflow_by_tensor: Default::default(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Warnings about a result, each with advice.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::error::size;
@@ -7,6 +8,9 @@ use crate::events::Event;
 
 /// The name of [`Warning::LogitsNotSaved`].
 pub const LOGITS_NOT_SAVED: &str = "logits_not_saved";
+
+/// Tensors that a warning names.
+const NAMED_TENSORS: usize = 3;
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Warning {
@@ -59,8 +63,10 @@ pub enum Warning {
         fp16_n_gen: u64,
     },
     PeakNotExact,
+    /// Weights beyond fp16, and how many are in which tensor.
     Fp16Overflow {
         count: u64,
+        tensors: BTreeMap<String, u64>,
     },
     NoQuality {
         reason: String,
@@ -304,8 +310,17 @@ impl fmt::Display for Warning {
             ),
             Warning::LogitsNotSaved { problem } => f.write_str(problem),
             Warning::Model { message, .. } => f.write_str(message),
-            Warning::Fp16Overflow { count } => {
-                write!(f, "{count} weights of the checkpoint exceed the range of fp16 and became infinite")
+            Warning::Fp16Overflow { count, tensors } => {
+                write!(f, "{count} weights of the checkpoint exceed the range of fp16 and became infinite")?;
+                let named = tensors.iter().take(NAMED_TENSORS).map(|(name, count)| format!("{count} in `{name}`"));
+                let named: Vec<String> = named.collect();
+                if !named.is_empty() {
+                    write!(f, ": {}", named.join(", "))?;
+                }
+                match tensors.len().saturating_sub(NAMED_TENSORS) {
+                    0 => Ok(()),
+                    more => write!(f, ", and in {more} further tensors"),
+                }
             }
         }
     }

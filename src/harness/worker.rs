@@ -116,6 +116,10 @@ fn load(request: LoadRequest, events: &dyn Listener) -> Result<(State, LoadRepor
         load_s: loaded.load.as_secs_f64(),
         quantize_s: loaded.quantize.as_secs_f64(),
         fp16_overflow: loaded.fp16_overflow,
+        fp16_overflow_by_tensor: match loaded.fp16_overflow {
+            0 => BTreeMap::new(),
+            _ => engine::load::fp16_overflow_by_tensor(&setup)?,
+        },
         isa: loaded.isa,
         kv_format: Some(kv_format),
         load_peak_bytes,

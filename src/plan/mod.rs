@@ -18,7 +18,6 @@ pub use builder::{Builder, LinearLayer, Mixture, ModelMetadata, Path};
 pub use op::*;
 pub use storage::{Columns, Lifetime, Slot, Storage};
 
-use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt::{Display, Formatter};
 
@@ -131,11 +130,19 @@ impl Display for RopeByLength {
 }
 
 impl Rope {
-    /// The frequencies of a call after which the sequence has `length` positions.
-    pub fn frequencies(&self, length: usize) -> Cow<'_, [f32]> {
+    /// The frequencies of a call after which the sequence has `length` positions, for [`Self::turns_by`].
+    pub fn frequencies(&self, length: usize) -> Vec<f32> {
+        let mut frequencies = Vec::new();
+        self.frequencies_into(length, &mut frequencies);
+        frequencies
+    }
+
+    /// [`Self::frequencies`] in the place of what `out` holds: `rotary_dim / 2` values.
+    pub fn frequencies_into(&self, length: usize, out: &mut Vec<f32>) {
+        out.clear();
         match &self.by_length {
             Some(RopeByLength::Switch { original, inverse_frequencies }) if length > *original => {
-                Cow::Borrowed(inverse_frequencies)
+                out.extend_from_slice(inverse_frequencies);
             }
             Some(RopeByLength::DynamicNtk { original, theta, factor }) if length > *original => {
                 // In fp64 up to the base, in fp32 from there, as transformers computes it.
@@ -143,10 +150,10 @@ impl Rope {
                 let stretch = factor * length as f64 / *original as f64 - (factor - 1.0);
                 let base = theta * stretch.powf(dim / (dim - 2.0));
                 let frequency = |i: usize| 1.0 / (base as f32).powf((2 * i) as f32 / self.rotary_dim as f32);
-                Cow::Owned((0..self.rotary_dim / 2).map(frequency).collect())
+                out.extend((0..self.rotary_dim / 2).map(frequency));
             }
             Some(RopeByLength::Switch { .. } | RopeByLength::DynamicNtk { .. }) | None => {
-                Cow::Borrowed(&self.inverse_frequencies)
+                out.extend_from_slice(&self.inverse_frequencies);
             }
         }
     }

@@ -67,6 +67,8 @@ pub struct LoadReport {
     pub load_s: f64,
     pub quantize_s: f64,
     pub fp16_overflow: u64,
+    /// The same by tensor, those without any left out.
+    pub fp16_overflow_by_tensor: BTreeMap<String, u64>,
     pub isa: String,
     /// Format of the key/value cache; `None` from a worker older than this field.
     pub kv_format: Option<KvFormat>,
@@ -85,6 +87,7 @@ impl Default for LoadReport {
             load_s: 0.0,
             quantize_s: 0.0,
             fp16_overflow: 0,
+            fp16_overflow_by_tensor: BTreeMap::new(),
             isa: String::new(),
             kv_format: None,
             load_peak_bytes: None,

@@ -176,6 +176,9 @@ pub struct WeightFacts {
     pub hash: String,
     /// Finite checkpoint values that became infinite in fp16.
     pub fp16_overflow: u64,
+    /// The same by tensor, where there are any.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub fp16_overflow_by_tensor: BTreeMap<String, u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -94,6 +94,7 @@ fn weights(case: &Case) -> record::WeightFacts {
         seed: random.then_some(case.model.seed),
         hash: String::new(),
         fp16_overflow: 0,
+        fp16_overflow_by_tensor: Default::default(),
     }
 }
 

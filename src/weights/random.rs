@@ -2,8 +2,12 @@
 //!
 //! A value depends on the seed, the tensor's name, its row and its column alone, so any chunking, thread order and
 //! machine gives the same weights. Only integer arithmetic and correctly rounded operations make them.
+//!
+//! A router of independent weights sends most tokens to few experts: what tokens have in common decides, as outlier channels and what attention
+//! averages over a context. A trained router is balanced by its loss. So here a router reads no outlier channel, its rows have one length, and
+//! embeddings are large beside what the blocks add to them: each token's own share decides ([`routers`]).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -11,7 +15,7 @@ use anyhow::{Result, anyhow, ensure};
 use half::f16;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::spec::{MatrixSpec, VectorKind, VectorSpec};
+use super::spec::{MatrixSpec, Role, VectorKind, VectorSpec};
 use super::{Source, SourceInfo, SourceKind};
 
 /// Values of the table that all weights are drawn from: 16 KiB of fp16, half a first-level cache.
@@ -43,6 +47,8 @@ struct Tensor {
 enum Kind {
     /// Draws from a table that carries the standard deviation 1 / √k: sums over k inputs keep their size.
     Matrix(Arc<[f16; TABLE]>),
+    /// The same, with rows of length 1 and nothing in outlier channels.
+    Router(Arc<[f16; TABLE]>),
     Vector(VectorKind, Arc<[f16; TABLE]>),
 }
 
@@ -52,10 +58,18 @@ impl Random {
         let mut by_k = HashMap::new();
         let mut tensors = HashMap::new();
         let key = |name: &str| xxh3_64_with_seed(name.as_bytes(), seed);
+        let routers = routers(matrices);
+        // Twice what as many blocks add, each of which adds about 1 to every channel's variance.
+        let embedding_std = 2.0 * (routers.len() as f64).sqrt();
+        let embedding = (!routers.is_empty()).then(|| Arc::new(scaled(&normal, embedding_std)));
         for spec in matrices {
             let table =
                 by_k.entry(spec.k).or_insert_with(|| Arc::new(scaled(&normal, 1.0 / (spec.k.max(1) as f64).sqrt())));
-            let kind = Kind::Matrix(table.clone());
+            let kind = match &embedding {
+                Some(embedding) if spec.role == Role::Embedding => Kind::Matrix(embedding.clone()),
+                _ if routers.contains(spec.name.as_str()) => Kind::Router(table.clone()),
+                _ => Kind::Matrix(table.clone()),
+            };
             tensors.insert(spec.name.clone(), Tensor { shape: vec![spec.n, spec.k], key: key(&spec.name), kind });
         }
         let table = Arc::new(scaled(&normal, VECTOR_STD));
@@ -85,6 +99,17 @@ impl Random {
             draw += 1;
         }
         channels
+    }
+
+    /// A row of a router.
+    fn router_row(&self, key: u64, row: usize, table: &[f16; TABLE], out: &mut [f16]) {
+        fill_row(key, row as u64, table, out);
+        for channel in self.outliers(out.len()) {
+            out[channel] = f16::ZERO;
+        }
+        let square: f64 = out.iter().map(|value| value.to_f64() * value.to_f64()).sum();
+        let scale = if square > 0.0 { 1.0 / square.sqrt() } else { 0.0 };
+        out.iter_mut().for_each(|value| *value = f16::from_f32((value.to_f64() * scale) as f32));
     }
 
     fn vector(&self, tensor: &Tensor, kind: VectorKind, table: &[f16; TABLE], out: &mut [f16]) {
@@ -126,7 +151,12 @@ impl Source for Random {
         ensure!(rows.start <= rows.end && rows.end <= n, "rows {rows:?} of `{name}`, which has {n}");
         ensure!(out.len() == rows.len() * k, "{} values asked of {} in `{name}`", out.len(), rows.len() * k);
         match &tensor.kind {
-            Kind::Matrix(_) if k == 0 => {}
+            Kind::Matrix(_) | Kind::Router(_) if k == 0 => {}
+            Kind::Router(table) => {
+                for (row, out) in rows.zip(out.chunks_exact_mut(k)) {
+                    self.router_row(tensor.key, row, table, out);
+                }
+            }
             Kind::Matrix(table) => {
                 for (row, out) in rows.zip(out.chunks_exact_mut(k)) {
                     fill_row(tensor.key, row as u64, table, out);
@@ -144,6 +174,19 @@ impl Source for Random {
     fn stored_bytes(&self, name: &str) -> u64 {
         self.tensors.get(name).map_or(0, |tensor| 2 * tensor.shape.iter().product::<usize>() as u64)
     }
+}
+
+/// Names of the routers: matrices of a module that has experts, with a row for each. Whatever role a user gave them.
+fn routers(matrices: &[MatrixSpec]) -> HashSet<&str> {
+    let mut experts: HashMap<&str, HashSet<&str>> = HashMap::new();
+    for (module, expert) in matrices.iter().filter_map(|spec| spec.name.split_once(".experts.")) {
+        experts.entry(module).or_default().insert(expert.split('.').next().unwrap_or_default());
+    }
+    let is_router = |spec: &&MatrixSpec| {
+        let module = spec.name.trim_end_matches(".weight").rsplit_once('.').map(|(module, _)| module);
+        module.and_then(|module| experts.get(module)).is_some_and(|experts| experts.len() == spec.n)
+    };
+    matrices.iter().filter(is_router).map(|spec| spec.name.as_str()).collect()
 }
 
 /// A row's values: four draws from each 64-bit hash of a counter.

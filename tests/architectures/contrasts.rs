@@ -1,10 +1,12 @@
 //! What each family computes matters: with one feature off, a model misses the reference by far more than the tolerance.
 
 use quantbench::plan::{
-    AttentionSpec, ExpertWeighting, ExpertsSpec, Model, Op, Rope, RopeByLength, VectorKind, Window,
+    AttentionSpec, ExpertWeighting, ExpertsSpec, GatedActivation, Model, NormSpec, Op, Rope, RopeByLength, VectorKind,
+    Window,
 };
+use serde_json::Value;
 
-use super::{Executor, FP32_LOGIT_TOLERANCE, Golden, forced, largest_difference, load, models, plan};
+use super::{Executor, FP32_LOGIT_TOLERANCE, Golden, checkpoint, forced, largest_difference, load, models, plan};
 
 /// Ten times the tolerance of a right implementation.
 const LEAST_MISS: f32 = 10.0 * FP32_LOGIT_TOLERANCE;
@@ -141,6 +143,46 @@ fn breaks(model: &mut Model) -> Vec<(&'static str, Break)> {
         };
         found.push(("embedding not scaled", Box::new(unscaled)));
     }
+    let windows: Vec<Option<Window>> = attentions(model).map(|spec| spec.window).collect();
+    if let (Some(window), true) = (windows.iter().copied().find_map(|window| window), windows.contains(&None)) {
+        let everywhere = move |model: &mut Model| attentions(model).for_each(|spec| spec.window = Some(window));
+        found.push(("every layer windowed", Box::new(everywhere)));
+    }
+    let head_dims: Vec<usize> = model.caches.iter().map(|cache| cache.head_dim).collect();
+    if model.ropes.iter().any(|rope| head_dims.iter().any(|head_dim| rope.rotary_dim < *head_dim)) {
+        let head_dim = head_dims[0];
+        found.push((
+            "pairs over the whole head",
+            Box::new(move |model| {
+                for rope in &mut model.ropes {
+                    rope.rotary_dim = head_dim;
+                    rope.inverse_frequencies.resize(head_dim / 2, 0.0);
+                    if let Some(RopeByLength::Switch { inverse_frequencies, .. }) = &mut rope.by_length {
+                        inverse_frequencies.resize(head_dim / 2, 0.0);
+                    }
+                }
+            }),
+        ));
+    }
+    if !norms_after(model).is_empty() {
+        let without = |model: &mut Model| {
+            for norm in norms_after(model) {
+                for op in &mut model.decoder.ops {
+                    if let Op::Add(add) = op
+                        && add.b == norm.out
+                    {
+                        add.b = norm.x;
+                    }
+                }
+            }
+        };
+        found.push(("no norms behind attention and feed-forward", Box::new(without)));
+    }
+    if mixtures(model).any(|spec| matches!(spec.activation, GatedActivation::ClampedSwiglu { .. })) {
+        let unclamped =
+            |spec: &mut ExpertsSpec| spec.activation = GatedActivation::ClampedSwiglu { limit: f32::INFINITY };
+        found.push(("no clamp", each_mixture(unclamped)));
+    }
     if mixtures(model).next().is_some() {
         found.push(("one expert fewer", each_mixture(|spec| spec.top_k -= 1)));
         let flipped = |spec: &mut ExpertsSpec| {
@@ -158,6 +200,53 @@ fn breaks(model: &mut Model) -> Vec<(&'static str, Break)> {
         if model.vectors.iter().any(has) {
             found.push((what, without_biases(names)));
         }
+    }
+    found
+}
+
+/// Norms whose output is added to the residual.
+fn norms_after(model: &Model) -> Vec<NormSpec> {
+    let ops = &model.decoder.ops;
+    let is_added = |out| ops.iter().any(|op| matches!(op, Op::Add(add) if add.b == out));
+    let norm = |op: &Op| if let Op::Norm(spec) = op { Some(*spec) } else { None };
+    ops.iter().filter_map(norm).filter(|spec| is_added(spec.out)).collect()
+}
+
+/// Settings of a config.json, and what they would say if they were not read.
+fn misread_configs(config: &Value) -> Vec<(&'static str, Value)> {
+    let with = |key: &str, value: Value| {
+        let mut changed = config.clone();
+        changed[key] = value;
+        changed
+    };
+    let mut found = Vec::new();
+    if config["rope_scaling"].is_object() {
+        found.push(("no rotary scaling", with("rope_scaling", Value::Null)));
+    }
+    if let Some(parameters) = config["rope_parameters"].as_object() {
+        let theta =
+            |parameters: &Value| serde_json::json!({"rope_type": "default", "rope_theta": parameters["rope_theta"]});
+        let plain = match parameters.contains_key("rope_theta") {
+            true => theta(&config["rope_parameters"]),
+            false => parameters.iter().map(|(kind, parameters)| (kind.clone(), theta(parameters))).collect(),
+        };
+        found.push(("no rotary scaling", with("rope_parameters", plain)));
+        found.push(("no rope_parameters", with("rope_parameters", Value::Null)));
+    }
+    if config["rope_scaling"]["truncate"] == false {
+        let mut scaling = config["rope_scaling"].clone();
+        scaling["truncate"] = true.into();
+        found.push(("a rounded range of corrections", with("rope_scaling", scaling)));
+    }
+    if config["use_sliding_window"] == false && config["sliding_window"].is_u64() {
+        found.push(("a window that is switched off", with("use_sliding_window", true.into())));
+    }
+    if config.get("sliding_window").is_some_and(Value::is_null) && config["model_type"] == "mistral" {
+        found.push(("a window although it is null", with("sliding_window", 16.into())));
+    }
+    if config["layer_types"].is_array() || config["sliding_window_pattern"].is_u64() {
+        let layers = config["num_hidden_layers"].as_u64().unwrap() as usize;
+        found.push(("every layer local", with("layer_types", vec!["sliding_attention"; layers].into())));
     }
     found
 }
@@ -189,9 +278,15 @@ fn a_model_without_one_of_its_features_misses_the_reference() {
     for model in models() {
         let golden = Golden::open(&model, "golden");
         let whole = plan(&model);
-        for (what, change) in breaks(&mut whole.clone()) {
+        let broken = breaks(&mut whole.clone()).into_iter().map(|(what, change)| {
             let mut broken = whole.clone();
             change(&mut broken);
+            (what, broken)
+        });
+        // A family that refuses the other setting cannot take the one for the other.
+        let misread = misread_configs(&checkpoint(&model).config).into_iter();
+        let misread = misread.filter_map(|(what, config)| Some((what, quantbench::models::build(&config).ok()?)));
+        for (what, broken) in broken.chain(misread) {
             let miss = miss(&model, &broken, &golden);
             println!("{model}: {what}: {miss}");
             assert!(miss >= LEAST_MISS, "{model} with {what} misses by {miss} alone");
@@ -199,5 +294,5 @@ fn a_model_without_one_of_its_features_misses_the_reference() {
         }
     }
     // Every kind of feature is in some model.
-    assert!(seen.len() >= 24, "{seen:?}");
+    assert!(seen.len() >= 32, "{seen:?}");
 }

@@ -3,11 +3,16 @@
 //! tests/golden/architectures holds what the default run needs. Where `QUANTBENCH_ARCHITECTURES` names a folder of the same layout,
 //! every model of it is run instead.
 
+mod bitsandbytes;
 mod contrasts;
 #[path = "../coverage/mod.rs"]
 mod coverage;
 mod lengths;
 mod packed;
+#[path = "../range/mod.rs"]
+mod planted;
+mod range;
+mod routing;
 mod windows;
 
 use std::path::{Path, PathBuf};
@@ -20,7 +25,7 @@ use quantbench::kernels::isa::Isa;
 use quantbench::plan::Model;
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::weights::policy::{Formats, Selection};
-use quantbench::weights::{self, ModelRequest};
+use quantbench::weights::{self, ModelRequest, Source};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -82,9 +87,20 @@ fn plan(model: &str) -> Model {
 fn load(model: &str, plan: &Model, precision: &str, executor: Executor) -> anyhow::Result<Box<dyn Session>> {
     let checkpoint = checkpoint(model);
     let source = checkpoint.source(&plan.matrices, &plan.vectors)?;
+    load_from(source.as_ref(), &checkpoint.config, plan, precision, executor)
+}
+
+/// Loads `plan` with the weights of `source`.
+fn load_from(
+    source: &dyn Source,
+    config: &Value,
+    plan: &Model,
+    precision: &str,
+    executor: Executor,
+) -> anyhow::Result<Box<dyn Session>> {
     let setup = Setup {
         model: plan,
-        source: source.as_ref(),
+        source,
         formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: Device::Cpu,
         threads: 2,
@@ -97,7 +113,7 @@ fn load(model: &str, plan: &Model, precision: &str, executor: Executor) -> anyho
     let loaded = match executor {
         Executor::Reference => engine::reference::load(&setup, &Silent)?,
         Executor::Cpu(isa) => engine::cpu::load(&setup, isa, &Silent)?,
-        Executor::Candle => engine::candle::load(&setup, &checkpoint.config, DType::F32, &Silent)?,
+        Executor::Candle => engine::candle::load(&setup, config, DType::F32, &Silent)?,
     };
     Ok(loaded.session)
 }
@@ -134,7 +150,11 @@ struct Golden {
 
 impl Golden {
     fn open(model: &str, file: &str) -> Self {
-        let folder = root().join("golden").join(model);
+        Self::open_in(&root(), model, file)
+    }
+
+    fn open_in(root: &Path, model: &str, file: &str) -> Self {
+        let folder = root.join("golden").join(model);
         let facts = std::fs::read_to_string(folder.join(format!("{file}.json"))).unwrap();
         let bytes = std::fs::read(folder.join(format!("{file}.safetensors"))).unwrap();
         Self { facts: serde_json::from_str(&facts).unwrap(), bytes }
@@ -235,8 +255,12 @@ fn nf4_logits_and_ids_equal_the_reference() {
         for (selection, variant) in nf4_variants(&model, &golden) {
             let mut plan = plan(&model);
             selection.apply(&mut plan.matrices).unwrap();
+            let misread = bitsandbytes::misreads(&plan);
             for executor in in_turn(&executors(), turn + 1) {
-                let mut session = load(&model, &plan, "nf4", executor).unwrap();
+                let mut session = match misread {
+                    true => bitsandbytes::load_misread(&model, &plan, executor),
+                    false => load(&model, &plan, "nf4", executor).unwrap(),
+                };
                 for (i, (prompt, _)) in reference.prompts().iter().enumerate() {
                     let case = format!("{model} {variant} {executor:?} prompt {i}");
                     let expected = golden.steps(&format!("{variant}.p{i}.step_logits"));

@@ -7,7 +7,7 @@ use quantbench::models::{self, ARCHITECTURES, Fate, Files};
 use quantbench::weights::{builtin_models, json};
 use serde_json::{Value, json};
 
-/// The configs in tests/golden/architectures, and the built-in ones.
+/// The configs in tests/golden/architectures, the built-in ones, and those of families that are others under another name.
 fn configs() -> Vec<(String, Value)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut configs: Vec<(String, Value)> = Vec::new();
@@ -19,6 +19,15 @@ fn configs() -> Vec<(String, Value)> {
         }
     }
     configs.extend(builtin_models().iter().map(|shape| (shape.name.to_owned(), shape.config())));
+    let of = |name: &str| configs.iter().find(|(found, _)| found == name).expect("a golden config").1.clone();
+    let renamed = |name: &str, model_type: &str| with(&of(name), "model_type", model_type.into());
+    let derived = [
+        ("mt5", renamed("t5-tiny", "mt5")),
+        ("ministral", renamed("mistral", "ministral")),
+        ("gemma", with(&of("paligemma-tiny")["text_config"], "model_type", "gemma".into())),
+        ("gemma3-nested", json!({"model_type": "gemma3", "text_config": of("gemma3-odd")})),
+    ];
+    configs.extend(derived.map(|(name, config)| (name.to_owned(), config)));
     configs
 }
 
@@ -40,10 +49,8 @@ fn with(config: &Value, key: &str, value: Value) -> Value {
 fn every_family_has_a_config_here() {
     let seen: Vec<String> =
         configs().iter().map(|(_, config)| config["model_type"].as_str().unwrap().to_owned()).collect();
-    // mT5 is T5's code, Gemma is PaliGemma's text, and Gemma 3's nested form has a test of its own.
-    let missing = ARCHITECTURES.iter().map(|family| family.model_type).filter(|family| {
-        !seen.iter().any(|seen| seen == family) && !["mt5", "gemma", "gemma3", "ministral"].contains(family)
-    });
+    let missing = ARCHITECTURES.iter().map(|family| family.model_type);
+    let missing = missing.filter(|family| !seen.iter().any(|seen| seen == family));
     assert_eq!(missing.collect::<Vec<_>>(), Vec::<&str>::new());
 }
 
@@ -120,6 +127,14 @@ fn features_that_a_family_does_not_compute_are_refused() {
 /// Keys whose sections have keys of their own.
 const SECTIONS: &[&str] = &["rope_scaling", "rope_parameters", "text_config", "vision_config"];
 
+/// A model, or an error that says in which file what is wrong.
+fn answers(config: &Value, case: &str) {
+    if let Err(error) = build(config) {
+        let said = crate::first_line(&error);
+        assert!(said.contains("config.json") && (said.contains('`') || said.contains("must")), "{case}: {said}");
+    }
+}
+
 #[test]
 fn values_of_the_wrong_kind_are_named_and_none_panics() {
     for (name, config) in configs() {
@@ -132,19 +147,19 @@ fn values_of_the_wrong_kind_are_named_and_none_panics() {
                 assert!(error.contains(&format!("`{key}`")), "{name} {key} {wrong}: {error}");
             }
             for odd in [json!(0), json!(-1), json!(1), json!(7), json!(1e300), json!(u64::MAX), json!(null)] {
-                // Whatever comes of it, it comes as an answer.
-                let _ = build(&with(&config, key, odd));
+                let changed = with(&config, key, odd.clone());
+                answers(&changed, &format!("{name} {key} {odd}"));
             }
             let mut without = config.clone();
             without.as_object_mut().unwrap().remove(key);
-            let _ = build(&without);
+            answers(&without, &format!("{name} without {key}"));
         }
         for section in SECTIONS {
             for key in config[*section].as_object().into_iter().flatten().map(|(key, _)| key) {
                 for odd in [json!("nonsense"), json!(0), json!(-1), json!(1e300), json!(null), json!([]), json!({})] {
                     let mut changed = config.clone();
-                    changed[*section][key] = odd;
-                    let _ = build(&changed);
+                    changed[*section][key] = odd.clone();
+                    answers(&changed, &format!("{name} {section}.{key} {odd}"));
                 }
             }
         }

@@ -77,6 +77,11 @@ impl Folder {
     }
 }
 
+/// An error without what candle appends.
+fn first_line(error: &str) -> &str {
+    error.lines().next().unwrap_or_default()
+}
+
 fn object(text: &str) -> Object {
     serde_json::from_str(text).unwrap()
 }

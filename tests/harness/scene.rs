@@ -169,6 +169,7 @@ pub fn facts(case: &Case) -> RunContext {
         seed: None,
         hash: "xxh3:0".to_owned(),
         fp16_overflow: 0,
+        fp16_overflow_by_tensor: Default::default(),
     };
     RunContext {
         engine: record::EngineInfo { name: "quantbench".to_owned(), version: "0".to_owned(), commit: "c".to_owned() },

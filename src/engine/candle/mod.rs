@@ -235,9 +235,8 @@ impl Session for CandleSession {
     }
 
     fn footprint(&self) -> Footprint {
-        let Footprint { kv_bytes_per_position, windowed_kv_bytes_per_position, .. } = self.footprint;
-        let per_position = kv_bytes_per_position + windowed_kv_bytes_per_position;
-        Footprint { kv_cache_bytes: per_position * self.most as u64, ..self.footprint }
+        let kv_cache_bytes = self.footprint.kv_bytes_per_held_position() * self.most as u64;
+        Footprint { kv_cache_bytes, ..self.footprint.clone() }
     }
 
     fn outlier_columns(&mut self) -> Result<OutlierColumns> {

@@ -58,6 +58,8 @@ pub struct CpuSession {
     rings: Rings,
     /// Longer prompts are cut.
     rows_of_call: usize,
+    /// Rotary frequencies of a call, where they depend on its length.
+    frequencies: Vec<f32>,
 }
 
 /// Memory that calls only read.
@@ -149,7 +151,7 @@ pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
         fp16_overflow: tensors.fp16_overflow,
         isa: isa.name().to_owned(),
     };
-    Ok(recompute::wrapped(&setup.model.ropes, loaded))
+    Ok(recompute::wrapped(setup, loaded))
 }
 
 impl CpuSession {
@@ -189,6 +191,7 @@ impl CpuSession {
             outliers: OutlierColumns::default(),
             rings: Rings::new(&model, setup.capacity),
             rows_of_call: cpu_rows_of_call(&model),
+            frequencies: Vec::new(),
             weights: Weights {
                 angles: model.ropes.iter().map(angles).collect(),
                 biases: model.biases.iter().map(bias).collect(),
@@ -205,11 +208,11 @@ impl CpuSession {
 
     /// Angles of `rows` positions from `start` on, where they depend on the length that the sequence will have.
     fn turn_angles(&mut self, start: usize, rows: usize) {
-        let Weights { model, angles, .. } = &mut self.weights;
+        let Self { weights: Weights { model, angles, .. }, frequencies, .. } = self;
         let end = start + rows;
         for (rope, angles) in model.ropes.iter().zip(angles).filter(|(rope, _)| rope.by_length.is_some()) {
-            let frequencies = rope.frequencies(end);
-            angles.set(start, (start..end).flat_map(|position| rope.turns_by(&frequencies, position)));
+            rope.frequencies_into(end, frequencies);
+            angles.set(start, (start..end).flat_map(|position| rope.turns_by(frequencies, position)));
         }
     }
 

@@ -95,7 +95,23 @@ pub fn load(setup: &Setup, events: &dyn Listener) -> Result<Loaded> {
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(Box::new(Oracle(stored)) as Box<dyn Linear>);
     let tensors = stream(setup, events, &finish)?;
     let loaded = Reference::loaded(setup, tensors, Device::Cpu, DType::F32, "candle".to_owned())?;
-    Ok(recompute::wrapped(&setup.model.ropes, loaded))
+    Ok(recompute::wrapped(setup, loaded))
+}
+
+/// The largest magnitude that each buffer of the decoder holds behind a prefill of `tokens` on the CPU, by the buffer's name: what a format narrower
+/// than fp32 must hold. Fails where loading does.
+pub fn largest_values(setup: &Setup, tokens: &[u32]) -> Result<Vec<(String, f32)>> {
+    let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(Box::new(Oracle(stored)) as Box<dyn Linear>);
+    let tensors = stream(setup, &crate::events::Silent, &finish)?;
+    let mut reference = Reference::of(setup, tensors.matrices, tensors.vectors, Device::Cpu, DType::F32)?;
+    let plan = setup.model.decoder.clone();
+    let buffers = reference.run(&plan, tokens)?;
+    let largest = |values: &Tensor| values.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+    let of_buffer = |(buffer, values): (&crate::plan::Buffer, &Option<Tensor>)| {
+        let largest = values.as_ref().map(largest).transpose()?;
+        Ok((buffer.name.clone(), largest.unwrap_or(0.0)))
+    };
+    plan.buffers.iter().zip(&buffers.0).map(of_buffer).collect()
 }
 
 impl Reference {
@@ -400,12 +416,11 @@ impl Session for Reference {
     fn footprint(&self) -> Footprint {
         let stored: Vec<usize> = self.matrices.iter().map(|m| m.stored_bytes()).collect();
         let caches = Footprint::of_caches(&self.model, self.kv_format, self.encoded);
-        let kv_per_position = caches.kv_bytes_per_position + caches.windowed_kv_bytes_per_position;
         let weights_bytes = (stored.iter().sum::<usize>() + self.model.vector_bytes()) as u64;
         Footprint {
             weights_bytes,
             weights_resident_bytes: weights_bytes,
-            kv_cache_bytes: kv_per_position * self.position as u64,
+            kv_cache_bytes: caches.kv_bytes_per_held_position() * self.position as u64,
             scratch_bytes: 0,
             weight_bytes_per_token: self.model.weight_bytes_per_token(&stored) as u64,
             ..caches

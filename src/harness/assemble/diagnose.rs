@@ -114,7 +114,8 @@ pub fn memory_warnings(context: &RunContext, record: &Record, outcome: &VariantO
         warnings.push(Warning::PeakNotExact);
     }
     if record.weights.fp16_overflow > 0 {
-        warnings.push(Warning::Fp16Overflow { count: record.weights.fp16_overflow });
+        let tensors = record.weights.fp16_overflow_by_tensor.clone();
+        warnings.push(Warning::Fp16Overflow { count: record.weights.fp16_overflow, tensors });
     }
     warnings
 }

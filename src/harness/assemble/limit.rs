@@ -8,7 +8,7 @@ use crate::stats;
 
 /// The bandwidth of a record, from its metrics and the bytes that the session counted.
 pub fn bandwidth(context: &RunContext, record: &Record, outcome: &VariantOutcome) -> Bandwidth {
-    let footprint = outcome.finished.as_ref().map(|finished| finished.footprint);
+    let footprint = outcome.finished.as_ref().map(|finished| &finished.footprint);
     let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_step(context.n_before, record.workload.n_gen));
     let weight_bytes_per_token = footprint.map(|footprint| footprint.weight_bytes_per_token);
     let decode_tps = record.metrics.get("decode_tps").and_then(|summary| summary.median);

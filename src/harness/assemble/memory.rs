@@ -11,7 +11,7 @@ use crate::record::{Memory, Pool, PoolPhase};
 /// model that did not fit are with its failure.
 pub fn memory(outcome: &VariantOutcome, device_kind: &str) -> Memory {
     let (loaded, warmed, finished) = (outcome.loaded.as_ref(), outcome.warmed.as_ref(), outcome.finished.as_ref());
-    let footprint = finished.map(|finished| finished.footprint);
+    let footprint = finished.map(|finished| &finished.footprint);
     let marks = if device_kind == "cpu" { resident(outcome) } else { pooled(outcome) };
     let rss_peaks = [
         loaded.and_then(|loaded| loaded.load_peak_bytes),

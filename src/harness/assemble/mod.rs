@@ -108,7 +108,11 @@ fn base(
         command: context.command.clone(),
         timestamp: context.timestamp.clone(),
         model: context.model.clone(),
-        weights: record::WeightFacts { fp16_overflow: loaded.fp16_overflow, ..context.weights.clone() },
+        weights: record::WeightFacts {
+            fp16_overflow: loaded.fp16_overflow,
+            fp16_overflow_by_tensor: loaded.fp16_overflow_by_tensor,
+            ..context.weights.clone()
+        },
         precision: variant.precision.to_string(),
         keep_fp16: context.keep_fp16.clone(),
         int8: int8(context, variant.precision, outcome),

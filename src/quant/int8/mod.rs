@@ -138,6 +138,13 @@ fn through_f16(value: f32) -> f32 {
     f16::from_f32(value).to_f32()
 }
 
+/// Whether a cast activation is beyond fp16 and is no outlier, which takes part uncast. bitsandbytes ends in NaN then; here the token's activations
+/// are quantized as they are.
+#[inline(always)]
+fn exceeds_f16(cast: f32, threshold: f32) -> bool {
+    cast.is_infinite() && !is_outlier(cast, threshold)
+}
+
 /// A matrix in the bytes that bitsandbytes stores.
 #[derive(Debug, Clone, PartialEq)]
 struct Int8Stored {
@@ -197,7 +204,12 @@ impl Stored for Int8Stored {
 
     fn multiply(&self, x: &[f32], m: usize) -> Vec<f32> {
         assert_eq!(x.len(), m * self.k, "activations of {m} tokens");
-        let cast: Vec<f32> = x.iter().map(|value| through_f16(*value)).collect();
+        let mut cast: Vec<f32> = x.iter().map(|value| through_f16(*value)).collect();
+        for (x, cast) in x.chunks_exact(self.k).zip(cast.chunks_exact_mut(self.k)) {
+            if cast.iter().any(|cast| exceeds_f16(*cast, self.threshold)) && x.iter().all(|x| x.is_finite()) {
+                cast.copy_from_slice(x);
+            }
+        }
         let is_outlier_column =
             |column: &usize| cast[*column..].iter().step_by(self.k).any(|v| is_outlier(*v, self.threshold));
         let outlier_columns: Vec<usize> = (0..self.k).filter(is_outlier_column).collect();

@@ -1,6 +1,6 @@
 //! Activations of LLM.int8: the cast to fp16, outlier columns, row absmax and codes.
 
-use super::super::{code_scale, encode, encode_values, is_outlier, through_f16};
+use super::super::{code_scale, encode, encode_values, exceeds_f16, is_outlier, through_f16};
 use crate::kernels::isa::Isa;
 use crate::quant::Prepared;
 
@@ -54,6 +54,10 @@ fn quantize(
     for ((x, values), absmax) in x.chunks_exact(*k).zip(f32s.chunks_exact_mut(*k)).zip(&mut *scales) {
         cast(x, values);
         *absmax = scan(values, threshold, outlier_columns);
+        if exceeds_f16(*absmax, threshold) && x.iter().all(|x| x.is_finite()) {
+            values.copy_from_slice(x);
+            *absmax = scan(values, threshold, outlier_columns);
+        }
     }
     outlier_columns.sort_unstable();
     outlier_columns.dedup();

@@ -1,0 +1,104 @@
+//! Random weights of a mixture send tokens to all experts.
+
+use quantbench::engine::{self, Device, Setup};
+use quantbench::events::Silent;
+use quantbench::kernels::isa::Isa;
+use quantbench::plan::{ArgmaxSpec, Buffer, LastRowSpec, LinearPart, LinearSpec, Model, Op, Rows};
+use quantbench::quant::{FormatOptions, fp16};
+use quantbench::weights::builtin;
+use quantbench::weights::policy::Formats;
+use quantbench::weights::random::Random;
+
+const TOKENS: usize = 512;
+
+/// A built-in mixture with fewer and smaller layers.
+fn shape(name: &str, changes: serde_json::Value) -> Model {
+    let mut config = builtin::by_name(name).expect("a built-in shape").config();
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    quantbench::models::build(&config).unwrap()
+}
+
+/// The model up to the router of each mixture, whose scores are its logits.
+fn up_to_routers(model: &Model) -> Vec<(Model, usize)> {
+    let ops = &model.decoder.ops;
+    let routers =
+        ops.iter().filter_map(|op| if let Op::Experts(spec) = op { Some(spec) } else { None }).map(|mixture| {
+            let is_router = |op: &Op| matches!(op, Op::Linear(spec) if spec.parts[0].out == mixture.scores);
+            let index = ops.iter().position(is_router).unwrap();
+            let Op::Linear(LinearSpec { x, parts }) = &ops[index] else { unreachable!() };
+            let mut cut = model.clone();
+            let mut buffer = |name: &str, width: usize| {
+                cut.decoder.buffers.push(Buffer { name: name.to_owned(), width, rows: Rows::Last });
+                quantbench::plan::BufferId(cut.decoder.buffers.len() - 1)
+            };
+            let (last, logits) =
+                (buffer("last", model.decoder.buffers[x.0].width), buffer("logits", mixture.experts.len()));
+            cut.decoder.ops = ops[..index].to_vec();
+            cut.decoder.ops.extend([
+                Op::LastRow(LastRowSpec { x: *x, out: last, scale: 1.0 }),
+                Op::Linear(LinearSpec { x: last, parts: vec![LinearPart { out: logits, ..parts[0] }] }),
+                Op::Argmax(ArgmaxSpec { logits, softcap: None }),
+            ]);
+            (cut, mixture.top_k)
+        });
+    routers.collect()
+}
+
+/// Uses of each expert over different tokens, as a share of the mean.
+fn shares(model: &Model, top_k: usize) -> Vec<f64> {
+    let source = Random::new(0, 6, &model.matrices, &model.vectors);
+    let setup = Setup {
+        model,
+        source: &source,
+        formats: &Formats::new(fp16::ID, FormatOptions::default()),
+        device: Device::Cpu,
+        threads: 2,
+        sequences: 1,
+        kv_format: Device::Cpu.kv_format(),
+        capacity: TOKENS,
+        encoder_capacity: 0,
+        cuda_graph: false,
+    };
+    let mut session = engine::cpu::load(&setup, Isa::detect(), &Silent).unwrap().session;
+    let tokens: Vec<u32> = (0..TOKENS as u32).map(|i| i * 37 % model.vocab as u32).collect();
+    let mut uses = Vec::new();
+    session
+        .score(&tokens, &mut |_, scores| {
+            uses.resize(scores.len(), 0);
+            let mut order: Vec<usize> = (0..scores.len()).collect();
+            order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+            order[..top_k].iter().for_each(|expert| uses[*expert] += 1);
+        })
+        .unwrap();
+    let mean = (TOKENS * top_k) as f64 / uses.len() as f64;
+    uses.iter().map(|uses| f64::from(*uses) / mean).collect()
+}
+
+/// With 64 expected uses an even choice alone spreads by 1/8 (one standard deviation), so by ±0.4 over 32 experts. A batch of a trained and
+/// balanced mixture spreads by about a factor of 2.
+#[test]
+fn experts_of_random_weights_are_used_evenly() {
+    let small = serde_json::json!({"hidden_size": 256, "num_hidden_layers": 8, "vocab_size": 1024, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64});
+    let mut qwen = small.clone();
+    qwen.as_object_mut().unwrap().extend(
+        serde_json::json!({"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 64})
+            .as_object()
+            .unwrap()
+            .clone(),
+    );
+    let mut mixtral = small;
+    mixtral["intermediate_size"] = 128.into();
+    for (name, changes) in [("qwen3-30b-a3b", qwen), ("mixtral-8x7b", mixtral)] {
+        let model = shape(name, changes);
+        let layers = up_to_routers(&model);
+        assert_eq!(layers.len(), 8);
+        for (layer, (cut, top_k)) in layers.iter().enumerate() {
+            let shares = shares(cut, *top_k);
+            let least = shares.iter().copied().fold(f64::INFINITY, f64::min);
+            let most = shares.iter().copied().fold(0.0, f64::max);
+            println!("{name} layer {layer}: {least:.2} to {most:.2} of the mean");
+            assert!(least >= 0.3 && most <= 2.0, "{name} layer {layer}: {least} to {most} of the mean");
+        }
+    }
+}
