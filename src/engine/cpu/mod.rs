@@ -95,7 +95,8 @@ struct Memory {
     caches: Arena,
     /// Image features, `[patches, hidden]`.
     features: Vec<f32>,
-    prepared: Prepared,
+    /// One per worker.
+    prepared: Vec<Prepared>,
     /// One per worker.
     scratch: Vec<Scratch>,
     parts: PartSums,
@@ -180,7 +181,7 @@ impl CpuSession {
             memory: Memory {
                 caches: Arena::new(model.caches.iter().flat_map(cache)),
                 features: Vec::new(),
-                prepared: Prepared::default(),
+                prepared: (0..setup.threads).map(|_| Prepared::default()).collect(),
                 scratch: (0..setup.threads).map(|_| Scratch::default()).collect(),
                 parts: PartSums::new(&model, setup.threads),
                 mixtures: Mixtures::default(),
@@ -479,6 +480,7 @@ impl CpuSession {
         let buffers = programs.map(|program| program.slots.len()).sum::<usize>()
             + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity() + s.window.capacity()).sum::<usize>();
         let floats = buffers + parts.floats() + features.capacity();
-        4 * floats + prepared.capacity_bytes() + mixtures.bytes() + self.rings.bytes()
+        let prepared: usize = prepared.iter().map(Prepared::capacity_bytes).sum();
+        4 * floats + prepared + mixtures.bytes() + self.rings.bytes()
     }
 }

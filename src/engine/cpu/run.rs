@@ -71,7 +71,7 @@ pub fn run(
         },
         caches: memory.caches.share(),
         features: SharedSlice::new(std::slice::from_mut(&mut memory.features)),
-        prepared: SharedSlice::new(std::slice::from_mut(&mut memory.prepared)),
+        prepared: SharedSlice::new(&mut memory.prepared),
         scratch: SharedSlice::new(&mut memory.scratch),
         parts: memory.parts.share(),
         mixtures: memory.mixtures.share(),
@@ -108,7 +108,7 @@ pub(super) struct Runner<'a> {
     caches: SharedArena<'a>,
     /// One element, written by worker 0 at the end of a vision encoder.
     features: SharedSlice<'a, Vec<f32>>,
-    /// One element, written by worker 0.
+    /// One element per worker.
     prepared: SharedSlice<'a, Prepared>,
     /// One element per worker.
     scratch: SharedSlice<'a, Scratch>,
@@ -133,7 +133,7 @@ impl Runner<'_> {
             }
             Step::Features(FeaturesSpec { x }) if first => self.keep_features(*x),
             Step::LastRow(spec) if first => self.last_row(*spec),
-            Step::Prepare { x, matrix } if first => self.prepare(*x, *matrix),
+            Step::Prepare { x, matrix } if first || self.is_single() => self.prepare(*x, *matrix, worker),
             Step::Route(spec) if first => self.route(spec),
             Step::Argmax(ArgmaxSpec { logits, softcap: _ }) if first => {
                 let token =
@@ -151,7 +151,7 @@ impl Runner<'_> {
                     vector::cap(self.weights.isa, self.buffers.part_mut(*x, row, columns.clone()), *cap);
                 });
             }
-            Step::Linear { input, parts } => self.linears(index, self.input(*input), parts, worker),
+            Step::Linear { input, parts } => self.linears(index, self.input(*input, worker), parts, worker),
             Step::Activate(spec) => self.activate(*spec, worker),
             Step::Add(spec) => self.add(*spec, worker),
             Step::Append(append) => self.attention().append(*append, worker),
@@ -173,13 +173,20 @@ impl Runner<'_> {
         unsafe { &mut self.scratch.range_mut(worker.index()..worker.index() + 1)[0] }
     }
 
-    fn input(&self, input: LinearInput) -> Activations<'_> {
+    fn is_single(&self) -> bool {
+        self.call.batch.rows() == 1
+    }
+
+    fn input(&self, input: LinearInput, worker: &Worker) -> Activations<'_> {
         match input {
             LinearInput::Plain(x) => {
                 Activations::plain(self.buffers.whole(x), self.buffers.rows(x), self.buffers.width(x))
             }
-            // SAFETY: written by worker 0 in `prepare` only, with a barrier before any linear reads it.
-            LinearInput::Prepared => unsafe { &self.prepared.range(0..1)[0] }.view(),
+            LinearInput::Prepared => {
+                let own = if self.is_single() { worker.index() } else { 0 };
+                // SAFETY: written in `prepare` by this worker itself, or by worker 0 with a barrier before any linear reads it.
+                unsafe { &self.prepared.range(own..own + 1)[0] }.view()
+            }
         }
     }
 
@@ -246,19 +253,34 @@ impl Runner<'_> {
         }
     }
 
-    fn prepare(&self, x: BufferId, matrix: MatrixId) {
-        // SAFETY: only worker 0 prepares, and the linears that read the last preparation lie behind a barrier.
-        let prepared = unsafe { &mut self.prepared.range_mut(0..1)[0] };
-        self.prepare_into(matrix, self.buffers.whole(x), self.buffers.rows(x), prepared);
+    /// In a call of one row each worker prepares it for itself, which takes less than to wait for one that does; otherwise worker 0 for all.
+    fn prepare(&self, x: BufferId, matrix: MatrixId, worker: &Worker) {
+        let own = worker.index();
+        // SAFETY: each worker takes the element of its own index; linears of others read worker 0's behind a barrier.
+        let prepared = unsafe { &mut self.prepared.range_mut(own..own + 1)[0] };
+        self.keep_form(matrix, self.buffers.whole(x), self.buffers.rows(x), prepared);
+        if own == 0 {
+            self.count_outliers(matrix, prepared);
+        }
     }
 
-    /// Keeps `rows` rows of `x` in the form that the kernel of `matrix` reads, and counts outlier columns.
+    /// [`Self::keep_form`], with its outlier columns counted.
     pub(super) fn prepare_into(&self, matrix: MatrixId, x: &[f32], rows: usize, prepared: &mut Prepared) {
+        self.keep_form(matrix, x, rows, prepared);
+        self.count_outliers(matrix, prepared);
+    }
+
+    /// Keeps `rows` rows of `x` in the form that the kernel of `matrix` reads.
+    fn keep_form(&self, matrix: MatrixId, x: &[f32], rows: usize, prepared: &mut Prepared) {
         let matrix = &self.weights.matrices[matrix.0];
         match matrix.quantizes_activations() {
             true => drop(matrix.prepare(x, rows, prepared)),
             false => prepared.copy(x, rows, matrix.shape().1),
         }
+    }
+
+    fn count_outliers(&self, matrix: MatrixId, prepared: &Prepared) {
+        let matrix = &self.weights.matrices[matrix.0];
         if matrix.finds_outliers() {
             self.outlier_calls.fetch_add(1, Ordering::Relaxed);
             self.examined_columns.fetch_add(matrix.shape().1 as u64, Ordering::Relaxed);

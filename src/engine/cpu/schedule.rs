@@ -103,6 +103,8 @@ pub struct Attend {
 pub enum Split {
     /// Worker 0 alone.
     One,
+    /// Every worker all of it, for itself.
+    Each,
     /// By rows of the call.
     Rows,
     /// By elements of a row, the same for every buffer of one width.
@@ -121,6 +123,7 @@ impl Step {
     /// The split for a call with one row (`single`) or several.
     pub fn split(&self, single: bool) -> Split {
         match self {
+            Step::Prepare { .. } if single => Split::Each,
             Step::Prepare { .. } | Step::Argmax(_) | Step::LastRow(_) => Split::One,
             Step::Patches(_) | Step::Features(_) | Step::Route(_) => Split::One,
             Step::Embed(_) | Step::Norm(_) | Step::NormInPlace { .. } | Step::AddRows(_) if single => Split::One,
@@ -136,11 +139,12 @@ impl Step {
 }
 
 /// Returns whether a barrier stands between two steps. Elements stay with their worker from a linear to what follows it, but a
-/// linear itself reads what all have written; heads stay from append to attention while the call has one row, and with
+/// linear itself reads what all have written, or what each has prepared for itself; heads stay from append to attention while the call has one row, and with
 /// several rows attention reads what others appended.
 pub fn needs_barrier(before: &Step, after: &Step, single: bool) -> bool {
     let (first, second) = (before.split(single), after.split(single));
     match (first, second) {
+        (Split::Each, _) => false,
         (Split::Heads, Split::Heads) => !single,
         (Split::Elements, Split::Elements) => matches!(after, Step::Linear { .. }),
         _ => first != second,
@@ -259,5 +263,36 @@ fn lower_linear(
         }
         steps.push(Step::Linear { input, parts: same });
         parts = rest;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::builtin_models;
+
+    #[test]
+    fn nothing_takes_the_place_of_what_slower_threads_still_multiply() {
+        let mut products = 0;
+        for shape in builtin_models() {
+            let model = crate::models::build(&shape.config()).expect("a model");
+            for plan in model.plans() {
+                let storage = plan.storage();
+                for (index, op) in plan.ops.iter().enumerate() {
+                    let Op::Linear(spec) = op else { continue };
+                    let behind =
+                        plan.ops[index + 1..].iter().take_while(|op| matches!(op, Op::Activation(_) | Op::Add(_)));
+                    for out in std::iter::once(op).chain(behind).flat_map(Op::writes) {
+                        products += 1;
+                        assert_ne!(
+                            storage.slot_of[out.0], storage.slot_of[spec.x.0],
+                            "{} operation {index}",
+                            shape.name
+                        );
+                    }
+                }
+            }
+        }
+        assert!(products > 0);
     }
 }

@@ -23,7 +23,7 @@ impl CpuSession {
         x.iter_mut().for_each(|value| *value *= head.scale);
         let mut logits = vec![0.0; SCORED_ROWS.min(rows) * n];
         for (chunk, x) in x.chunks(SCORED_ROWS * k).enumerate() {
-            let x = matrix.prepare(x, x.len() / k, &mut memory.prepared);
+            let x = matrix.prepare(x, x.len() / k, &mut memory.prepared[0]);
             let y = SharedSlice::new(&mut logits[..x.m * n]);
             let scratch: Vec<Mutex<&mut Vec<f32>>> =
                 memory.scratch.iter_mut().map(|s| Mutex::new(&mut s.kernel)).collect();

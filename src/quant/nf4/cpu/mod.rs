@@ -32,7 +32,10 @@ const GROUP_BYTES: usize = STRIP_ROWS * GROUP / 2;
 const BLOCK_GROUPS: usize = BLOCK / GROUP;
 const BLOCK_BYTES: usize = BLOCK_GROUPS * GROUP_BYTES;
 
-/// Codes as `[strip][group of 8 columns][row]`.
+/// Bytes behind the codes that a kernel may read.
+const SLACK: usize = GROUP / 2 - 1;
+
+/// Codes as `[strip][group of 8 columns][row]`, and [`SLACK`].
 pub struct Nf4Matrix {
     n: usize,
     k: usize,
@@ -82,7 +85,7 @@ impl Nf4Matrix {
     pub fn new(stored: Nf4Stored, isa: Isa) -> Self {
         let (n, k) = stored.shape();
         let groups = k.div_ceil(GROUP);
-        let mut codes = Pages::required(n.div_ceil(STRIP_ROWS) * groups * GROUP_BYTES);
+        let mut codes = Pages::required(n.div_ceil(STRIP_ROWS) * groups * GROUP_BYTES + SLACK);
         for row in 0..n {
             let lane = (row / STRIP_ROWS * groups * STRIP_ROWS + row % STRIP_ROWS) * 4;
             for group in 0..groups {
@@ -102,6 +105,11 @@ impl Nf4Matrix {
     fn strip(&self, strip: usize) -> &[u8] {
         let len = self.groups() * GROUP_BYTES;
         &self.codes[strip * len..][..len]
+    }
+
+    fn strip_and_slack(&self, strip: usize) -> &[u8] {
+        let len = self.groups() * GROUP_BYTES;
+        &self.codes[strip * len..][..len + SLACK]
     }
 
     /// Rows are whole blocks.
@@ -145,7 +153,7 @@ impl Nf4Matrix {
         match self.isa {
             // SAFETY: the instruction set is checked.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::dot_strip(codes, absmax, x) },
+            Isa::Avx512 => unsafe { avx512::dot_strip(self.strip_and_slack(strip), absmax, x) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { avx2::dot_strip(codes, absmax, x) },
