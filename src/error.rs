@@ -58,6 +58,18 @@ impl fmt::Display for OutOfMemory {
 
 impl std::error::Error for OutOfMemory {}
 
+/// A result that cannot be right, found before anything was measured.
+#[derive(Debug)]
+pub struct InvalidResult(pub String);
+
+impl fmt::Display for InvalidResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for InvalidResult {}
+
 /// An allocation that was refused, as the context of the refusal: how large it was, and what for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {

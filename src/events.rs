@@ -16,6 +16,12 @@ pub enum Event {
     Status { text: String },
     /// The current phase ended.
     End,
+    /// A worker generated this token of the text that is shown while it is written; `label` names the variant.
+    Token { label: String, id: u32 },
+    /// The next piece of that text, which the parent makes of the tokens.
+    Text { label: String, text: String },
+    /// That text ended.
+    TextEnd,
     /// A warning about the result; `name` is its spelling in records and filters.
     Warning { name: String, message: String },
     /// A suggestion to the reader; no record keeps it.

@@ -17,6 +17,8 @@ pub mod suite;
 
 pub mod harness;
 
+pub mod engines;
+
 pub mod ipc;
 pub mod protocol;
 

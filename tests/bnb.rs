@@ -8,9 +8,9 @@ use quantbench::error;
 use quantbench::events::Silent;
 use quantbench::harness::{self, Case, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice};
 use quantbench::plan::Model;
-use quantbench::quant::{FormatId, FormatOptions, nf4};
+use quantbench::quant::{self, FormatId, FormatOptions, nf4};
 use quantbench::weights::policy::{Formats, Selection};
-use quantbench::weights::{self, ModelRequest};
+use quantbench::weights::{self, ModelRequest, WeightsChoice};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -80,7 +80,9 @@ fn case(folder: &Path, precisions: &[&str], precision_selection: PrecisionSelect
         model: request(folder),
         precisions: precisions.iter().filter_map(|name| FormatId::named(name)).collect(),
         precision_selection,
-        engines: vec![Engine::Quantbench],
+        engines: vec![Engine::Quantbench.into()],
+        asked: Vec::new(),
+        engine_timeout_s: 60.0,
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
         threads: 1,
@@ -95,6 +97,7 @@ fn case(folder: &Path, precisions: &[&str], precision_selection: PrecisionSelect
         n_depth: 0,
         stop_at_eos: false,
         protocol: MeasurementProtocol::default(),
+        stream: false,
         save_logits: None,
         keep_fp16: Vec::new(),
         quality: None,
@@ -260,7 +263,7 @@ fn an_export_that_cannot_be_leaves_nothing() {
     fs::create_dir(&full).unwrap();
     fs::write(full.join("file"), "kept").unwrap();
     for (model, precision, output, expected) in [
-        (&model, "fp16", &new, "bitsandbytes saves no `fp16`"),
+        (&model, "fp32", &new, "bitsandbytes saves no `fp32`"),
         (&golden("bnb", "llama-tiny-nf4"), "nf4", &new, "saved in `nf4` already"),
         (&PathBuf::from("smollm2-135m"), "nf4", &new, "a shape without weights"),
         (&model, "nf4", &full, "not empty"),
@@ -274,4 +277,112 @@ fn an_export_that_cannot_be_leaves_nothing() {
     }
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
     assert_eq!(fs::read_to_string(full.join("file")).unwrap(), "kept");
+}
+
+/// Other engines load what was exported: the values are those that every precision begins with.
+#[test]
+fn an_fp16_folder_has_the_weights_that_were_measured() {
+    for model in MODELS {
+        let (place, model) = (tempfile::tempdir().unwrap(), golden("models", model));
+        let output = place.path().join("exported");
+        export_to(&model, "fp16", &output).unwrap();
+        assert_eq!(generate(&mut load(&output, "fp16")), generate(&mut load(&model, "fp16")));
+        let config: Value = serde_json::from_slice(&fs::read(output.join("config.json")).unwrap()).unwrap();
+        assert!(config["dtype"] == "float16" && config.get("quantization_config").is_none(), "{config}");
+    }
+    // Random weights of a shape, which no folder holds.
+    let place = tempfile::tempdir().unwrap();
+    let random = ModelRequest { weights: WeightsChoice::Random, seed: 3, ..request(&golden("models", "llama-tiny")) };
+    let checkpoint = weights::open(&random, &Silent).unwrap();
+    let plan = quantbench::models::build(&checkpoint.config).unwrap();
+    let output = place.path().join("random");
+    let tensors = (plan.matrices.as_slice(), plan.vectors.as_slice());
+    weights::export::export(&checkpoint, tensors, quant::BASELINE, &output, &Silent).unwrap();
+    let (source, bytes) =
+        (checkpoint.source(tensors.0, tensors.1).unwrap(), fs::read(output.join("model.safetensors")));
+    let (bytes, name) = (bytes.unwrap(), &plan.matrices[1].name);
+    let mut values = vec![half::f16::ZERO; plan.matrices[1].n * plan.matrices[1].k];
+    source.read_rows(name, 0..plan.matrices[1].n, &mut values).unwrap();
+    let saved = SafeTensors::deserialize(&bytes).unwrap();
+    assert!(saved.tensor(name).unwrap().data() == values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>());
+}
+
+/// Name, dims, type and offset of each tensor of a GGUF file, and where its values begin.
+fn gguf(bytes: &[u8]) -> (Vec<(String, Vec<u64>, u32, u64)>, usize) {
+    let mut at = 8;
+    let mut take = |n: usize| {
+        at += n;
+        bytes[at - n..at].to_vec()
+    };
+    let long = |bytes: Vec<u8>| u64::from_le_bytes(bytes.try_into().unwrap());
+    let short = |bytes: Vec<u8>| u32::from_le_bytes(bytes.try_into().unwrap());
+    let (n_tensors, n_keys) = (long(take(8)), long(take(8)));
+    for _ in 0..n_keys {
+        let length = long(take(8)) as usize;
+        take(length);
+        match short(take(4)) {
+            8 => {
+                let length = long(take(8)) as usize;
+                take(length);
+            }
+            _ => drop(take(4)),
+        }
+    }
+    let mut tensors = Vec::new();
+    for _ in 0..n_tensors {
+        let length = long(take(8)) as usize;
+        let name = String::from_utf8(take(length)).unwrap();
+        let n_dims = short(take(4));
+        let dims = (0..n_dims).map(|_| long(take(8))).collect();
+        tensors.push((name, dims, short(take(4)), long(take(8))));
+    }
+    (tensors, at.next_multiple_of(32))
+}
+
+/// The values of llama.cpp's tensors are the checkpoint's; of keys and queries the two halves of a head lie by turns.
+#[test]
+fn a_gguf_file_has_the_weights_that_were_measured() {
+    let place = tempfile::tempdir().unwrap();
+    let output = place.path().join("model.gguf");
+    let checkpoint = weights::open(&request(&golden("models", "llama-tiny")), &Silent).unwrap();
+    let plan = quantbench::models::build(&checkpoint.config).unwrap();
+    let tensors = (plan.matrices.as_slice(), plan.vectors.as_slice());
+    let (size, _) = weights::gguf::export(&checkpoint, tensors, &output, &Silent).unwrap();
+    let bytes = fs::read(&output).unwrap();
+    assert!(bytes.starts_with(b"GGUF\x03\0\0\0") && size == bytes.len() as u64);
+    let (saved, begin) = gguf(&bytes);
+    let source = checkpoint.source(tensors.0, tensors.1).unwrap();
+    let row = |own: &str, at: usize, k: usize| {
+        let mut values = vec![half::f16::ZERO; k];
+        source.read_rows(own, at..at + 1, &mut values).unwrap();
+        values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>()
+    };
+    let head_dim = checkpoint.config["head_dim"].as_u64().map_or_else(
+        || {
+            (checkpoint.config["hidden_size"].as_u64().unwrap()
+                / checkpoint.config["num_attention_heads"].as_u64().unwrap()) as usize
+        },
+        |dim| dim as usize,
+    );
+    // Row 1 of a head is the first of its second half.
+    for (theirs, own, from, to) in [
+        ("token_embd.weight", "model.embed_tokens.weight", 7, 7),
+        ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight", 3, 3),
+        ("blk.0.attn_q.weight", "model.layers.0.self_attn.q_proj.weight", head_dim / 2, 1),
+        ("blk.0.attn_v.weight", "model.layers.0.self_attn.v_proj.weight", head_dim / 2, head_dim / 2),
+    ] {
+        let (_, dims, kind, offset) = saved.iter().find(|(name, ..)| name == theirs).unwrap();
+        let (k, spec) = (dims[0] as usize, plan.matrices.iter().find(|spec| spec.name == own).unwrap());
+        assert_eq!((dims.as_slice(), *kind), (&[spec.k as u64, spec.n as u64][..], 1), "{theirs}");
+        let at = begin + *offset as usize + to * k * 2;
+        assert!(bytes[at..at + 2 * k] == row(own, from, k), "{theirs}");
+    }
+    let refused = |model: &str| {
+        let checkpoint = weights::open(&request(&golden("models", model)), &Silent).unwrap();
+        let plan = quantbench::models::build(&checkpoint.config).unwrap();
+        let new = place.path().join("other.gguf");
+        weights::gguf::export(&checkpoint, (&plan.matrices, &plan.vectors), &new, &Silent).unwrap_err().to_string()
+    };
+    assert_eq!(refused("t5-tiny"), "no GGUF is written for `t5`");
+    assert!(!place.path().join("other.gguf").exists());
 }

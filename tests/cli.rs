@@ -98,6 +98,10 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("beyond_context", &["-m", "smollm2-135m", "--prompt-tokens", "9000"]),
     ("id_beyond_vocabulary", &["-m", "smollm2-135m", "--prompt-ids", "1,99999999"]),
     ("text_without_tokenizer", &["-m", "smollm2-135m", "--prompt", "The capital of France is"]),
+    ("stream_without_tokenizer", &["-m", "smollm2-135m", "--stream", "--prompt-ids", "1,2"]),
+    ("stream_of_random_ids", &["-m", "./llama-tiny", "--stream", "-p", "8"]),
+    ("stream_without_warm_up", &["-m", "./llama-tiny", "--stream", "--method", "single-cold-run"]),
+    ("stream_beside_another_build", &["-m", "./llama-tiny", "--stream", "--ab", "other"]),
     ("conflicting_prompts", &["--prompt", "a", "--prompt-tokens", "3"]),
     ("output_in_absent_folder", &["--output", "absent/r.json"]),
     ("output_is_a_folder", &["--output", "folder.json"]),
@@ -296,6 +300,42 @@ fn check_record(record: &Value) {
     let weights_bytes: u64 = by_format.map(|bytes| bytes.as_u64().unwrap()).sum();
     assert_eq!(record["memory"]["weights_bytes"], weights_bytes);
     assert_eq!(record["samples"]["decode_step_ns"][1].as_array().unwrap().len(), 3);
+}
+
+/// The texts on stderr are those of the records, whatever stdout is for.
+#[test]
+fn a_text_is_shown_while_it_is_written() {
+    let place = Place::new();
+    let template = "{% for m in messages %}[{{ m.content }}]{% endfor %}";
+    fs::write(place.folder.path().join("llama-tiny/chat_template.jinja"), template).unwrap();
+    for (more, n_texts) in [
+        (&["--prompt", "The capital"][..], 2),
+        (&["--prompt", "The capital", "--chat", "--launches", "2"], 2),
+        (&["-n", "8", "-n", "16", "--stop-at-eos", "--engine", "quantbench,candle"], 6),
+    ] {
+        let mut args: Vec<&str> =
+            "-m ./llama-tiny --precision fp16,nf4 --warmup 1 --repeats 1 --threads 1 --device cpu \
+                                   --format jsonl --quiet --stream"
+                .split_whitespace()
+                .collect();
+        args.extend(more);
+        if !more.contains(&"-n") {
+            args.extend(["-n", "24"]);
+        }
+        let output = place.run(&args);
+        assert_eq!(output.status.code(), Some(0), "{more:?}: {}", streams(&output));
+        let records: Vec<Value> =
+            String::from_utf8_lossy(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(records.len(), n_texts, "{more:?}");
+        let shown = |record: &Value| {
+            let engine = record["engine"]["name"].as_str().filter(|name| *name != "quantbench");
+            let label =
+                engine.map(|name| format!("{name}-")).unwrap_or_default() + record["precision"].as_str().unwrap();
+            let text: String = record["output"]["text"].as_str().unwrap().chars().filter(|c| !c.is_control()).collect();
+            format!("{label}\n{text}\n\n")
+        };
+        assert_eq!(String::from_utf8_lossy(&output.stderr), records.iter().map(shown).collect::<String>(), "{more:?}");
+    }
 }
 
 #[test]

@@ -62,6 +62,14 @@ fn our_kernels_have_code_for_every_chip_and_ptx_for_newer_ones() {
     }
 }
 
+/// CUDA's libraries are opened when a GPU is asked for, wherever they are: the loader finds none of them here.
+#[test]
+fn the_binary_starts_where_the_loader_finds_no_cuda() {
+    let path = env!("CARGO_BIN_EXE_quantbench");
+    let output = std::process::Command::new(path).arg("--version").env_clear().output().expect("start the binary");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 #[test]
 fn candles_kernels_in_the_binary_run_on_every_supported_chip() {
     let path = env!("CARGO_BIN_EXE_quantbench");

@@ -330,8 +330,9 @@ fn packed_matrices_give_back_their_bytes_and_values() {
 /// LLM.int8's corners, each with what the oracle and every kernel must give.
 #[test]
 fn int8_corners() {
-    // 6.0 counts as an outlier, and so does what fp16 rounds up to it; a threshold of 0 turns outliers off.
-    for (value, threshold, columns) in [(6.0, 6.0, 1), (5.999, 6.0, 1), (5.99, 6.0, 0), (-6.0, 6.0, 1), (99.0, 0.0, 0)]
+    // 6.0 counts as an outlier, and so does what fp16 rounds up to it; a threshold of 0 turns outliers off. 1e5 is infinite in fp16.
+    for (value, threshold, columns) in
+        [(6.0, 6.0, 1), (5.999, 6.0, 1), (5.99, 6.0, 0), (-6.0, 6.0, 1), (99.0, 0.0, 0), (1e5, 6.0, 1), (-1e5, 0.0, 0)]
     {
         let int8 = (int8::ID.new)(FormatOptions { int8_threshold: threshold });
         let k = 96;
@@ -346,6 +347,7 @@ fn int8_corners() {
             assert_eq!(prepared.outlier_columns.len(), columns, "{value} at {threshold}, {}", isa.name());
             let y = multiply(&*matrix, &x, 1, None, from_ref(&(0..20)));
             for (y, expected) in y.iter().zip(expected) {
+                assert!(y.is_finite(), "{value} at {threshold}, {}", isa.name());
                 // A handful of fp32 roundings of a dominant term.
                 assert!((y - expected).abs() <= 1e-5 * expected.abs().max(1.0), "{y} for {expected}");
             }

@@ -163,7 +163,7 @@ fn only_undisturbed_runs_of_the_same_work_on_the_same_machine_count() {
     place.expect("history add disturbed.json failed.json", 0);
     place.write("slow.json", &run_of(11, 0.9));
     let said = place.expect("history check slow.json --fail-on decode_tps:-5%", 3);
-    assert!(said.contains("1 disturbed left out, 1 failed left out") && said.contains("the last 8 runs"), "{said}");
+    assert!(said.contains("1 noisy left out, 1 failed left out") && said.contains("the last 8 runs"), "{said}");
     // No more than asked for, and those are the last.
     let said = place.expect("history check slow.json --fail-on decode_tps:-5% --last 4", 3);
     assert!(said.contains("the last 4 runs, to quantbench") && said.contains("2026-03-08"), "{said}");

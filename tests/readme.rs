@@ -76,7 +76,8 @@ fn run(folder: &Path, words: &[String]) -> Output {
     if takes_counts {
         command.args(["--device", "cpu", "--threads", "1"]);
         if !has("quality") {
-            command.args(["--warmup", "0"]);
+            // What is shown while it is written is written in a run before the repeats.
+            command.args(["--warmup", if has("--stream") { "1" } else { "0" }]);
         }
         if !has("-r") && !has("quality") {
             command.args(["--repeats", "6"]);

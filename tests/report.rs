@@ -7,6 +7,7 @@ use std::{env, fs};
 
 use quantbench::record::metrics::{self, METRICS};
 use quantbench::record::{Document, Energy, Protocol, Record, SCHEMA_VERSION};
+use quantbench::report::compare::Order;
 use quantbench::report::{self, Options, Terminal, WRITERS};
 use serde_json::Value;
 
@@ -104,7 +105,33 @@ fn the_table_folds_to_the_terminal() {
 }
 
 /// Examples with the longest lines: notes, warnings, reasons and several cases.
-const FOLDED: &[&str] = &["three_precisions", "tainted", "fp16_oom", "two_cases"];
+const FOLDED: &[&str] = &["three_precisions", "tainted", "fp16_oom", "two_cases", "two_runs", "quality_alone"];
+
+/// What terminals of the same widths show of a comparison, and of the check of a history of the same runs.
+#[test]
+fn comparisons_fold_to_the_terminal() {
+    let recorded = |name: &str| -> Document {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/compare").join(name);
+        report::read(&path).expect("a recording")
+    };
+    let (base, again, noisy) = (recorded("base.json"), recorded("again.json"), recorded("noisy.json"));
+    let gates =
+        || report::compare::gates("decode_tps:-5%,speedup_vs_fp16:-10%,peak_bytes:+3%,weights.hash").expect("gates");
+    let rules = report::compare::Rules { gates: gates(), allow_different_machine: false, order: Order::Apart };
+    let compared = report::compare::compare(&base, &noisy, &rules).expect("compare");
+    let past = [base.records, again.records].concat();
+    let check_rules = report::history::CheckRules { gates: gates(), n_last: 20 };
+    let checked = report::history::check(&past, &noisy.records, &check_rules).expect("check");
+    for columns in [60, 80, 140] {
+        let terminal = Terminal { columns: Some(columns), colour: false };
+        for (name, comparison) in [("compare", &compared), ("history", &checked)] {
+            let text = (report::compare::FORMATS[0].write)(comparison, &terminal).expect("write");
+            check(Path::new(&format!("{RECORDS}/expected/terminal/{name}-{columns}.txt")), &text);
+            let wide: Vec<&str> = text.lines().filter(|line| line.chars().count() > columns).collect();
+            assert!(wide.is_empty(), "{name} at {columns}: {wide:?}");
+        }
+    }
+}
 
 #[test]
 fn colours_change_no_word() {

@@ -3,17 +3,18 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{Args, ValueHint};
+use clap::{Args, ValueEnum, ValueHint};
 
 use super::words::{Takes, unknown_precision};
-use crate::quant::FormatId;
+use crate::error::BadInput;
+use crate::quant::{self, FormatId};
 use crate::weights::policy::Selection;
 use crate::weights::{self, export};
 
 /// What was typed for an export.
 #[derive(Debug, Args)]
 pub struct ExportArgs {
-    /// Hub id or local folder.
+    /// Hub id, local folder or, in fp16, built-in shape.
     #[arg(short, long, alias = "model", value_name = "ID|DIR", value_hint = ValueHint::DirPath, help_heading = "Model")]
     pub model_id: String,
 
@@ -29,15 +30,23 @@ pub struct ExportArgs {
     #[arg(long, help_heading = "Model")]
     pub strict_config: bool,
 
-    /// Precision to write: int8 (8bit), nf4 (4bit) or nf4-nodq.
+    /// Precision to write: fp16, int8 (8bit), nf4 (4bit) or nf4-nodq.
     #[arg(long, value_name = "NAME", help_heading = "Precision")]
     pub precision: String,
+
+    /// What to write: a folder for transformers, or one fp16 file for llama.cpp (llama, qwen2, qwen3, phi).
+    #[arg(long, value_name = "NAME", value_enum, default_value_t = ExportForm::Safetensors, help_heading = "Output")]
+    pub format: ExportForm,
+
+    /// Seed of a shape's random weights.
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Model")]
+    pub seed: u64,
 
     /// Linear layers to keep in fp16, comma separated: name components; `*` matches one.
     #[arg(long, value_name = "PATTERNS", value_delimiter = ',', help_heading = "Precision")]
     pub keep_fp16: Vec<String>,
 
-    /// Folder to make, written atomically.
+    /// Folder or file to make, written atomically.
     #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Output")]
     pub output: PathBuf,
 
@@ -46,12 +55,20 @@ pub struct ExportArgs {
     pub quiet: bool,
 }
 
+/// The form of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportForm {
+    Safetensors,
+    Gguf,
+}
+
 /// An export as it will happen.
 #[derive(Debug)]
 pub struct ExportRequest {
     pub model: weights::ModelRequest,
     pub precision: FormatId,
     pub selection: Selection,
+    pub form: ExportForm,
     pub output: PathBuf,
 }
 
@@ -60,15 +77,21 @@ impl ExportRequest {
     pub fn new(args: &ExportArgs) -> Result<Self> {
         let word = args.precision.trim().to_lowercase();
         let precision = FormatId::parse(&word).ok_or_else(|| unknown_precision(&word, Takes::One))?;
+        if args.format == ExportForm::Gguf && precision != quant::BASELINE {
+            return Err(BadInput::new(format!("`--format gguf` writes fp16, and `{precision}` was asked for"))
+                .hint("write `--precision fp16`; llama.cpp's own quantizer makes its other formats of that file")
+                .into());
+        }
         export::check_output(&args.output)?;
         let model = weights::ModelRequest {
             revision: args.revision.clone(),
             offline: args.offline,
             strict_config: args.strict_config,
+            seed: args.seed,
             ..weights::ModelRequest::of(&args.model_id)
         };
         let patterns: Vec<String> = args.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect();
         let selection = if patterns.is_empty() { Selection::Usual } else { Selection::Without(patterns) };
-        Ok(Self { model, precision, selection, output: args.output.clone() })
+        Ok(Self { model, precision, selection, form: args.format, output: args.output.clone() })
     }
 }

@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum, ValueHint};
 
 use super::{DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, report, words};
-use crate::engine::{ENGINES, Engine};
+use crate::engine::Engine;
+use crate::engines::{self, ADAPTERS, WIDTHS, Width};
 use crate::quant::{FORMATS, FormatOptions};
 use crate::weights;
 
@@ -214,21 +214,30 @@ fn precision_help() -> String {
             aliases => format!("{} ({})", entry.name, aliases.join(", ")),
         })
         .collect();
-    format!("Precisions to measure, comma separated: {} or all", words.join(", "))
+    format!(
+        "Precisions to measure, comma separated: {} or all; 16bit, 8bit and 4bit are each engine's own format of that width",
+        words.join(", ")
+    )
 }
 
-pub(super) fn engine_names() -> PossibleValuesParser {
-    PossibleValuesParser::new(ENGINES.iter().map(|engine| engine.name()))
+/// Any word is taken: an engine may be a program of the user's.
+pub(super) fn engine_names() -> words::Suggested {
+    words::Suggested(engines::names)
 }
 
 pub(super) fn engine_help() -> String {
     let version = Engine::Candle.version();
-    format!("Whose code runs, comma separated: quantbench, candle (the fp16 models of candle-transformers {version})")
+    let adapters: Vec<String> = ADAPTERS.iter().map(|adapter| format!("{} ({})", adapter.name, adapter.doc)).collect();
+    format!(
+        "Whose code runs, comma separated: quantbench, candle (the fp16 models of candle-transformers {version}), {}, or a program \
+         that speaks the engine protocol: ./path or name=command",
+        adapters.join(", ")
+    )
 }
 
 fn precision_words() -> Vec<&'static str> {
     let names = FORMATS.iter().flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
-    names.chain(["all"]).collect()
+    names.chain(WIDTHS.map(Width::name)).chain(["all"]).collect()
 }
 
 fn builtin_names() -> Vec<&'static str> {

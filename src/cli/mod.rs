@@ -4,6 +4,7 @@
 
 mod brief;
 mod compare;
+mod engines;
 mod export;
 mod groups;
 mod history;
@@ -16,7 +17,7 @@ mod suite;
 mod words;
 
 pub use compare::{Against, AgainstArgs, CompareArgs, CompareRequest, GateArgs, Judgement};
-pub use export::{ExportArgs, ExportRequest};
+pub use export::{ExportArgs, ExportForm, ExportRequest};
 pub use groups::{
     DeviceArgs, ModelArgs, OutputArgs, PathWord, PictureArgs, PlainFormat, PrecisionArgs, PromptArgs, TextArgs,
     WeightsWord,
@@ -160,6 +161,10 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Workload")]
     pub stop_at_eos: bool,
 
+    /// Show on stderr what each precision writes while it writes it, in an untimed run before its repeats.
+    #[arg(long, conflicts_with = "ab", help_heading = "Workload")]
+    pub stream: bool,
+
     /// Write fp32 logits [n_gen, vocab] from an untimed pass as tensor `logits`, one file a precision.
     #[arg(long, value_name = "FILE.safetensors", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub save_logits: Option<PathBuf>,
@@ -179,6 +184,14 @@ pub struct RunArgs {
         help = engine_help(), value_parser = engine_names(), hide_possible_values = true
     )]
     pub engine: Vec<String>,
+
+    /// Interpreter of the engines in Python [default: QUANTBENCH_PYTHON, the active virtual environment's, python3].
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Device")]
+    pub python: Option<PathBuf>,
+
+    /// Seconds that another engine may take for one answer, loading included.
+    #[arg(long, value_name = "S", default_value_t = crate::harness::engine_timeout_s(), help_heading = "Device")]
+    pub engine_timeout: f64,
 
     /// Warm-up runs [default: until two agree].
     #[arg(long, value_name = "N", help_heading = "Protocol")]

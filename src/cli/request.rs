@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use super::engines::{asked, engines};
 use super::prompt::{prompts, text_file};
 use super::words::{Takes, unknown_precision};
 use super::{
     DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, QualityArgs,
     RunArgs, TextArgs, WeightsWord,
 };
-use crate::engine::{Device, ENGINES, Engine};
+use crate::engine::{Device, Engine};
+use crate::engines::{self, Width};
 use crate::error::BadInput;
 use crate::harness::{
     self, Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, MeasurementProtocol, PrecisionSelection, PromptChoice,
@@ -48,9 +50,11 @@ impl Request {
             image: args.picture.image.clone(),
             chat: args.prompt.chat,
             stop_at_eos: args.stop_at_eos,
+            stream: args.stream,
             protocol: args.method.protocol(protocol(args)?)?,
             save_logits: args.save_logits.clone(),
             engines: engines(args)?,
+            engine_timeout_s: not_negative("--engine-timeout", args.engine_timeout)?,
             quality: if wants_quality { Some(quality(&args.text)?) } else { None },
             ..case(&args.model, &args.precision, &args.device, command)?
         };
@@ -122,7 +126,9 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
     Ok(Case {
         model: model(model_args, device),
         precisions: precisions(&precision.precision, precision.no_double_quant)?,
-        engines: vec![Engine::Quantbench],
+        engines: vec![Engine::Quantbench.into()],
+        asked: asked(&precision.precision, precision.no_double_quant),
+        engine_timeout_s: harness::engine_timeout_s(),
         precision_selection: precision_selection(&precision.precision, precision.no_double_quant),
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },
         device,
@@ -139,31 +145,15 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
         n_depth: 0,
         stop_at_eos: false,
         protocol: MeasurementProtocol::default(),
+        stream: false,
         save_logits: None,
         quality: None,
         command,
     })
 }
 
-/// In the order asked, each once.
-fn engines(args: &RunArgs) -> Result<Vec<Engine>, BadInput> {
-    let mut engines: Vec<Engine> = Vec::new();
-    for engine in args.engine.iter().flat_map(|word| ENGINES.iter().filter(move |engine| engine.name() == word)) {
-        if !engines.contains(engine) {
-            engines.push(*engine);
-        }
-    }
-    if engines.contains(&Engine::Candle) && (args.quality || args.text.is_given()) {
-        return Err(BadInput::new(
-            "`--engine candle` measures speed alone: quality is that of quantbench's own precisions",
-        )
-        .hint("drop `--engine candle`, or the options of quality"));
-    }
-    Ok(engines)
-}
-
 impl TextArgs {
-    fn is_given(&self) -> bool {
+    pub(super) fn is_given(&self) -> bool {
         self.quality_text.is_some() || self.quality_tokens.is_some() || self.quality_path.is_some()
     }
 }
@@ -237,7 +227,12 @@ fn precisions(words: &[String], no_double_quant: bool) -> Result<Vec<FormatId>, 
     for word in words {
         let formats: Vec<FormatId> = match word.trim().to_lowercase().as_str() {
             "all" => FORMATS.iter().copied().filter(|format| !format.is_variant).collect(),
-            word => vec![FormatId::parse(word).ok_or_else(|| unknown_precision(word, Takes::Many))?],
+            word => match Width::parse(word) {
+                Some(width) => vec![width.own()],
+                // Another engine's, which quantbench does not have.
+                None if engines::is_format(word) && FormatId::parse(word).is_none() => Vec::new(),
+                None => vec![FormatId::parse(word).ok_or_else(|| unknown_precision(word, Takes::Many))?],
+            },
         };
         for format in formats {
             let format = format.without_double_quant.filter(|_| no_double_quant).unwrap_or(format);

@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use crate::cli::{CompareArgs, CompareRequest, Judgement};
 use crate::error::BadInput;
+use crate::report::Terminal;
 use crate::report::compare::{self, Comparison, Verdict};
 use crate::{report, ui};
 
@@ -16,9 +17,11 @@ pub(super) const REGRESSED: u8 = 3;
 pub fn compare(args: &CompareArgs) -> Result<ExitCode> {
     let request = CompareRequest::new(args)?;
     let comparison = compare::compare(&request.base, &request.new, &request.judgement.rules)?;
-    let written =
-        request.file.as_ref().map_or(Ok(()), |(path, format)| report::write_file(path, &(format.write)(&comparison)?));
-    ui::print_measured(&(request.stdout.write)(&comparison)?)?;
+    let written = request
+        .file
+        .as_ref()
+        .map_or(Ok(()), |(path, format)| report::write_file(path, &(format.write)(&comparison, &Terminal::default())?));
+    ui::print_measured(&(request.stdout.write)(&comparison, &ui::terminal())?)?;
     written?;
     exit_code(&comparison, &request.judgement)
 }

@@ -11,7 +11,7 @@ use crate::{harness, ui};
 pub fn doctor(args: &DoctorArgs) -> Result<ExitCode> {
     let examination = harness::doctor::examine();
     ui::print(&match args.format {
-        PlainFormat::Table => examination.page(),
+        PlainFormat::Table => examination.page(&ui::terminal()),
         PlainFormat::Json => examination.json()?,
     })?;
     Ok(ExitCode::SUCCESS)

@@ -21,7 +21,7 @@ pub fn dry_run(args: &RunArgs) -> Result<ExitCode> {
     };
     let dry_runs: Vec<DryRun> = request.cases.iter().map(of).collect::<Result<_>>()?;
     let text = match (request.stdout.name, dry_runs.as_slice()) {
-        ("table", _) => dry_runs.iter().map(DryRun::text).collect::<Vec<_>>().join("\n"),
+        ("table", _) => dry_runs.iter().map(|one| one.text(&ui::terminal())).collect::<Vec<_>>().join("\n"),
         ("json", [one]) => one.json()?,
         ("json", all) => serde_json::to_string_pretty(all)? + "\n",
         (other, _) => {

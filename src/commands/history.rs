@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::compare::exit_code;
 use crate::cli::{AddArgs, HistoryArgs, HistoryCheckArgs, HistoryCheckRequest, HistoryCommand, ListArgs};
 use crate::record::Document;
-use crate::report::history;
+use crate::report::{Terminal, history};
 use crate::{report, ui};
 
 pub fn history(args: &HistoryArgs) -> Result<ExitCode> {
@@ -46,9 +46,11 @@ fn check(args: &HistoryCheckArgs) -> Result<ExitCode> {
         None => history::newest(kept),
     };
     let comparison = history::check(&past, &new, &request.rules)?;
-    let written =
-        request.file.as_ref().map_or(Ok(()), |(path, format)| report::write_file(path, &(format.write)(&comparison)?));
-    ui::print_measured(&(request.stdout.write)(&comparison)?)?;
+    let written = request
+        .file
+        .as_ref()
+        .map_or(Ok(()), |(path, format)| report::write_file(path, &(format.write)(&comparison, &Terminal::default())?));
+    ui::print_measured(&(request.stdout.write)(&comparison, &ui::terminal())?)?;
     written?;
     match comparison.checks.is_empty() && comparison.empty_gates.is_empty() {
         // The first run of a history has nothing before it, which is no mistake.
@@ -60,6 +62,6 @@ fn check(args: &HistoryCheckArgs) -> Result<ExitCode> {
 
 fn list(args: &ListArgs) -> Result<ExitCode> {
     let format = args.format()?;
-    ui::print(&(format.write)(&report::read(&args.folder.dir)?.records)?)?;
+    ui::print(&(format.write)(&report::read(&args.folder.dir)?.records, &ui::terminal())?)?;
     Ok(ExitCode::SUCCESS)
 }

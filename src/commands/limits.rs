@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use crate::plan::Model;
 use crate::quant::{FormatId, FormatOptions};
 use crate::record::Record;
-use crate::report::{self, ModelBytes, PrecisionBytes};
+use crate::report::{self, ModelBytes, PrecisionBytes, Terminal};
 use crate::weights;
 use crate::weights::policy::Formats;
 use crate::{cli, models};
@@ -17,7 +17,7 @@ const NEXT_MODEL_IDS: [&str; 2] = ["llama-3.2-1b", "phi-2"];
 
 /// The block under the table, empty where no record measured a bandwidth. `measured` is the built-in shape that the records
 /// are about.
-pub fn block(records: &[Record], measured: &str) -> Result<String> {
+pub fn block(records: &[Record], measured: &str, terminal: &Terminal) -> Result<String> {
     let Some(read_gb_s) = records.iter().filter_map(|record| record.bandwidth.read_gb_s).reduce(f64::max) else {
         return Ok(String::new());
     };
@@ -33,7 +33,7 @@ pub fn block(records: &[Record], measured: &str) -> Result<String> {
         })
         .collect::<Result<_>>()?;
     let next = NEXT_MODEL_IDS.iter().find(|name| **name != measured).unwrap_or(&NEXT_MODEL_IDS[0]);
-    Ok(format!("\n{}", report::limits(read_gb_s, &models, &format!("{} --model-id {next}", program()))))
+    Ok(format!("\n{}", report::limits(read_gb_s, &models, &format!("{} --model-id {next}", program()), terminal)))
 }
 
 /// This program as it was typed, so that the next command works. Not where that says whose machine this is.

@@ -104,9 +104,9 @@ fn judge(request: &Request, sides: (&Document, &Document), judgement: &Judgement
 fn show_comparison(request: &Request, comparison: &Comparison) -> Result<()> {
     let own = report::compare::find(request.stdout.name).filter(|format| format.name != "json");
     match own {
-        Some(format) => Ok(ui::print(&format!("\n{}", (format.write)(comparison)?))?),
+        Some(format) => Ok(ui::print(&format!("\n{}", (format.write)(comparison, &ui::terminal())?))?),
         None => {
-            ui::print_aside(&(report::compare::FORMATS[0].write)(comparison)?);
+            ui::print_aside(&(report::compare::FORMATS[0].write)(comparison, &ui::terminal_aside())?);
             Ok(())
         }
     }
@@ -184,7 +184,7 @@ fn print(request: &Request, document: &Document) -> Result<()> {
     let mut text = (request.stdout.write)(document, &options)?;
     let is_sound = document.records.iter().all(|record| record.status == Status::Ok);
     if request.is_first_look && is_sound && ui::shows_people() {
-        text += &limits::block(&document.records, &request.cases[0].model.model_id)?;
+        text += &limits::block(&document.records, &request.cases[0].model.model_id, &options.terminal)?;
     }
     ui::print_measured(&text)
 }

@@ -264,6 +264,23 @@ pub enum Device {
 }
 
 impl Device {
+    /// Its spelling in messages between processes: `cpu`, `cuda:0`.
+    pub fn name(self) -> String {
+        match self {
+            Device::Cpu => "cpu".to_owned(),
+            Device::Cuda(ordinal) => format!("cuda:{ordinal}"),
+        }
+    }
+
+    /// The device of this [`Self::name`].
+    pub fn named(name: &str) -> Option<Self> {
+        match name.split_once(':') {
+            None if name == "cpu" => Some(Device::Cpu),
+            Some(("cuda", ordinal)) => ordinal.parse().ok().map(Device::Cuda),
+            _ => None,
+        }
+    }
+
     /// The format in which our own engines hold keys and values.
     pub fn kv_format(self) -> KvFormat {
         match self {

@@ -8,17 +8,18 @@ use super::assemble;
 use super::case::Case;
 use super::checks;
 use super::prepare::PreparedCase;
+use super::room::NeverStarted;
 use super::run_context::RunContext;
 use super::schedule::{self, RunOrder, ScheduleContext, WorkerHandle};
 use super::watch::machine::MachineWatch;
-use super::worker_process::ProcessWorker;
 use crate::error::BadInput;
 use crate::events::Listener;
-use crate::protocol::Failure;
+use crate::ipc;
+
 use crate::record::{self, Record};
 
 /// Measures every variant of `case` with this build and with another one, repeat by repeat in turn: the records of the other
-/// build, then those of this one. Both speak the same worker protocol or the other's records say that they do not.
+/// build, then those of this one. Both speak the same engine protocol or the other's records say that they do not.
 pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<Record>, Vec<Record>)> {
     let chosen = checks::check(case)?;
     let engine = engine_of(other)?;
@@ -34,17 +35,18 @@ pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<R
         let (variant, needs) = (&variants[at / 2], prepared.room.needs[at / 2]);
         match at % 2 {
             0 => {
-                let request = prepared.workload.load_request(case, variant, prepared.assignment);
-                let worker =
-                    ProcessWorker::new(request, needs.bytes(), case.protocol.deadline).with_binary(other.to_owned());
-                Box::new(worker) as Box<dyn WorkerHandle>
+                let worker = prepared.process(case, variant, needs.bytes());
+                match worker.map(|worker| worker.with_binary(other.to_owned())) {
+                    Ok(worker) => Box::new(worker) as Box<dyn WorkerHandle>,
+                    Err(failure) => Box::new(NeverStarted { label: variant.label(), failure }),
+                }
             }
             _ => prepared.worker(case, variant, needs),
         }
     };
     let (n_workers, order) = (2 * variants.len(), RunOrder::Interleaved);
     let mut schedule_context = ScheduleContext { start: &start, n_workers, order, watch: &mut watch, events };
-    let outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(Failure::into_error)?;
+    let outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(ipc::into_error)?;
     let of_side = |side: usize| outcomes.iter().skip(side).step_by(2).cloned().collect::<Vec<_>>();
     let records =
         |context: &RunContext, side: usize| assemble::records(context, case, &of_side(side), &|ids| prepared.text(ids));

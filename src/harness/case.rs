@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::measurement_protocol::MeasurementProtocol;
 use crate::call::KvFormat;
 use crate::engine::Engine;
+use crate::engines::{Asked, EngineChoice, EngineProgram, WIDTHS, Width};
 use crate::quality::CallPath;
 use crate::quality::text::SAMPLE_NAME;
 use crate::quant::{self, FormatId, FormatOptions};
@@ -20,7 +21,13 @@ pub struct Case {
     pub precisions: Vec<FormatId>,
     pub precision_selection: PrecisionSelection,
     /// In the order of the command line.
-    pub engines: Vec<Engine>,
+    pub engines: Vec<EngineChoice>,
+    /// What engines other than our own are asked to hold; empty: a format of each width.
+    #[serde(default)]
+    pub asked: Vec<Asked>,
+    /// Longest time for one answer of another engine.
+    #[serde(default = "engine_timeout_s")]
+    pub engine_timeout_s: f64,
     pub format_options: FormatOptions,
     pub device: DeviceChoice,
     /// 0: physical cores within the cgroup's limit.
@@ -44,6 +51,8 @@ pub struct Case {
     pub n_depth: usize,
     pub stop_at_eos: bool,
     pub protocol: MeasurementProtocol,
+    /// What each variant writes is shown while it writes it, in an untimed run before its warm-up.
+    pub stream: bool,
     /// File for the logits of an untimed pass, fp32 `[n_gen, vocab]` as tensor `logits`.
     pub save_logits: Option<PathBuf>,
     /// Patterns of linear layers that every precision leaves in fp16.
@@ -64,24 +73,68 @@ pub enum PrecisionSelection {
     All,
 }
 
+/// Longest time for one answer of another engine, by default: loading may quantize a large model.
+pub fn engine_timeout_s() -> f64 {
+    1800.0
+}
+
 /// An engine at a precision: one record.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Variant {
-    pub engine: Engine,
-    pub precision: FormatId,
+pub enum Variant {
+    /// An engine of our own.
+    Own { engine: Engine, precision: FormatId },
+    /// Another program, with its own name of the format; `width` is unknown for a format of no width that all engines have.
+    Other { program: EngineProgram, precision: String, width: Option<Width> },
 }
 
 impl Variant {
     /// `precision` on quantbench's own engine.
     pub fn own(precision: FormatId) -> Self {
-        Self { engine: Engine::Quantbench, precision }
+        Variant::Own { engine: Engine::Quantbench, precision }
+    }
+
+    pub fn engine_name(&self) -> &str {
+        match self {
+            Variant::Own { engine, .. } => engine.name(),
+            Variant::Other { program, .. } => &program.name,
+        }
+    }
+
+    pub fn precision(&self) -> String {
+        match self {
+            Variant::Own { precision, .. } => precision.to_string(),
+            Variant::Other { precision, .. } => precision.clone(),
+        }
+    }
+
+    /// The engine of our own.
+    pub fn own_engine(&self) -> Option<Engine> {
+        match self {
+            Variant::Own { engine, .. } => Some(*engine),
+            Variant::Other { .. } => None,
+        }
+    }
+
+    /// The format of our own; the widest one for another engine, whose needs are unknown.
+    pub fn format(&self) -> FormatId {
+        match self {
+            Variant::Own { precision, .. } => *precision,
+            Variant::Other { .. } => quant::BASELINE,
+        }
+    }
+
+    pub fn width(&self) -> Option<Width> {
+        match self {
+            Variant::Own { precision, .. } => crate::engines::width_of(precision.name),
+            Variant::Other { width, .. } => *width,
+        }
     }
 
     /// Name in labels and file names; quantbench's own engine is left out.
     pub fn label(&self) -> String {
-        match self.engine {
-            Engine::Quantbench => self.precision.to_string(),
-            other => format!("{}-{}", other.name(), self.precision),
+        match self.own_engine() {
+            Some(Engine::Quantbench) => self.precision(),
+            _ => format!("{}-{}", self.engine_name(), self.precision()),
         }
     }
 }
@@ -89,18 +142,103 @@ impl Variant {
 impl Case {
     /// Each engine at each precision that it runs, in the order of the command line.
     pub fn variants(&self) -> Vec<Variant> {
-        let of = |&engine: &Engine| {
-            let precisions = self.precisions.iter().filter(move |precision| engine.runs(**precision));
-            precisions.map(move |&precision| Variant { engine, precision })
+        let of = |choice: &EngineChoice| -> Vec<Variant> {
+            match choice {
+                EngineChoice::Own(engine) => {
+                    let precisions = self.precisions.iter().filter(|precision| engine.runs(**precision));
+                    precisions.map(|&precision| Variant::Own { engine: *engine, precision }).collect()
+                }
+                EngineChoice::Other(program) => self.of_program(program).into_iter().flatten().collect(),
+            }
         };
         self.engines.iter().flat_map(of).collect()
     }
 
-    /// Index of the variant that the others are compared with: fp16 on quantbench's own engine, else any fp16.
+    /// What a program holds of what is asked for, each format once, or the nearest that it has instead.
+    fn of_program(&self, program: &EngineProgram) -> Vec<Result<Variant, (String, &'static str)>> {
+        let every = WIDTHS.map(Asked::Width);
+        let asked = if self.asked.is_empty() { &every } else { self.asked.as_slice() };
+        let mut all: Vec<Result<Variant, (String, &'static str)>> = Vec::new();
+        for asked in asked {
+            let found = match program.format(asked) {
+                Ok((precision, width)) => Ok(Variant::Other { program: program.clone(), precision, width }),
+                Err(nearest) => Err((
+                    match asked {
+                        Asked::Width(width) => width.name().to_owned(),
+                        Asked::Name(name) => name.clone(),
+                    },
+                    nearest,
+                )),
+            };
+            if !all.contains(&found) {
+                all.push(found);
+            }
+        }
+        all
+    }
+
+    /// One line for each format that was asked for by name and that an engine does not have.
+    pub fn not_offered(&self) -> Vec<String> {
+        let line = |engine: &str, asked: &str, nearest: &str| {
+            format!("`{asked}` is not offered by {engine}; nearest: {nearest}")
+        };
+        let of = |choice: &EngineChoice| -> Vec<String> {
+            match choice {
+                EngineChoice::Other(program) => {
+                    let missing = self.of_program(program).into_iter().filter_map(Result::err);
+                    missing.map(|(asked, nearest)| line(&program.name, &asked, nearest)).collect()
+                }
+                EngineChoice::Own(Engine::Candle) => Vec::new(),
+                EngineChoice::Own(Engine::Quantbench) => {
+                    let foreign = self.asked.iter().filter_map(|asked| match asked {
+                        Asked::Name(name) if FormatId::parse(name).is_none() => Some(name),
+                        Asked::Name(_) | Asked::Width(_) => None,
+                    });
+                    let near = |name: &str| crate::engines::width_of(name).map_or(quant::BASELINE, Width::own);
+                    foreign.map(|name| line("quantbench", name, near(name).name)).collect()
+                }
+            }
+        };
+        self.engines.iter().flat_map(of).collect()
+    }
+
+    pub fn has(&self, engine: Engine) -> bool {
+        self.engines.contains(&EngineChoice::Own(engine))
+    }
+
+    /// True where a program that is not our own is measured.
+    pub fn has_others(&self) -> bool {
+        self.engines.iter().any(|choice| matches!(choice, EngineChoice::Other(_)))
+    }
+
+    /// Index of the variant that our own are compared with: fp16 on quantbench's own engine, else any fp16 of our own.
     pub fn baseline(&self) -> Option<usize> {
         let variants = self.variants();
         let own = variants.iter().position(|variant| *variant == Variant::own(quant::BASELINE));
-        own.or_else(|| variants.iter().position(|variant| variant.precision == quant::BASELINE))
+        own.or_else(|| {
+            let is_fp16 = |variant: &Variant| variant.own_engine().is_some() && variant.format() == quant::BASELINE;
+            variants.iter().position(is_fp16)
+        })
+    }
+
+    /// Index of the variant that one is compared with: our own engines' fp16, or the 16-bit format of the same other engine.
+    pub fn baseline_of(&self, at: usize) -> Option<usize> {
+        let variants = self.variants();
+        match &variants[at] {
+            Variant::Own { .. } => self.baseline(),
+            Variant::Other { program, .. } => variants.iter().position(|variant| {
+                matches!(variant, Variant::Other { program: of, width: Some(Width::Bits16), .. } if of == program)
+            }),
+        }
+    }
+
+    /// Index of quantbench's own variant of the same width.
+    pub fn own_of_width(&self, at: usize) -> Option<usize> {
+        let variants = self.variants();
+        let width = variants[at].width()?;
+        variants
+            .iter()
+            .position(|variant| variant.own_engine() == Some(Engine::Quantbench) && variant.width() == Some(width))
     }
 
     /// Matrices that every precision quantizes.
@@ -171,7 +309,9 @@ pub mod tests {
             },
             precisions: vec![quant::BASELINE],
             precision_selection: PrecisionSelection::ByName,
-            engines: vec![Engine::Quantbench],
+            engines: vec![Engine::Quantbench.into()],
+            asked: Vec::new(),
+            engine_timeout_s: engine_timeout_s(),
             format_options: FormatOptions::default(),
             device: DeviceChoice::Cpu,
             threads: 1,
@@ -186,6 +326,7 @@ pub mod tests {
             n_depth: 0,
             stop_at_eos: false,
             protocol: MeasurementProtocol::default(),
+            stream: false,
             save_logits: None,
             keep_fp16: Vec::new(),
             quality: None,
@@ -196,11 +337,11 @@ pub mod tests {
     #[test]
     fn variants_are_each_engine_at_each_precision_that_it_runs() {
         let precisions = vec![nf4::ID, quant::BASELINE];
-        let case = Case { precisions, engines: vec![Engine::Candle, Engine::Quantbench], ..case() };
+        let case = Case { precisions, engines: vec![Engine::Candle.into(), Engine::Quantbench.into()], ..case() };
         let labels: Vec<String> = case.variants().iter().map(Variant::label).collect();
         assert_eq!(labels, ["candle-fp16", "nf4", "fp16"]);
         assert_eq!(case.baseline(), Some(2), "fp16 of the own engine");
-        assert_eq!(Case { engines: vec![Engine::Candle], ..case.clone() }.baseline(), Some(0));
+        assert_eq!(Case { engines: vec![Engine::Candle.into()], ..case.clone() }.baseline(), Some(0));
         assert_eq!(Case { precisions: vec![nf4::ID], ..case }.baseline(), None);
     }
 }

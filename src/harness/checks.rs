@@ -2,10 +2,11 @@
 
 use anyhow::Result;
 
-use super::case::{Case, DeviceChoice, PrecisionSelection};
+use super::case::{Case, DeviceChoice, PrecisionSelection, PromptChoice};
 use super::warnings::Warning;
 use super::{doctor, logits};
 use crate::engine::{Device, Engine};
+use crate::engines::EngineChoice;
 use crate::error::BadInput;
 use crate::quant::{self, FormatId, FormatOptions};
 use crate::weights::bnb::PreQuantized;
@@ -14,6 +15,7 @@ use crate::weights::bnb::PreQuantized;
 pub fn check(case: &Case) -> Result<Chosen> {
     check_precisions(case)?;
     check_engines(case)?;
+    check_stream(case)?;
     let chosen = choose(case.device, cfg!(feature = "cuda"), &doctor::gpu)?;
     let variants = case.variants();
     for (variant, path) in variants.iter().flat_map(|variant| case.save_logits.iter().map(move |path| (variant, path)))
@@ -24,19 +26,41 @@ pub fn check(case: &Case) -> Result<Chosen> {
 }
 
 fn check_precisions(case: &Case) -> Result<(), BadInput> {
-    if !case.precisions.is_empty() {
+    if !case.variants().is_empty() || !case.precisions.is_empty() {
         return Ok(());
     }
     let known: Vec<String> = quant::FORMATS.iter().map(|format| format!("`{format}`")).collect();
     Err(BadInput::new("no precision is asked for").hint(format!("known are {}", known.join(", "))))
 }
 
+/// A text is shown where the prompt is one, in a run that is not timed.
+fn check_stream(case: &Case) -> Result<(), BadInput> {
+    let bad = |why: &str, hint: &str| Err(BadInput::new(format!("`--stream` {why}")).hint(hint));
+    match &case.prompt {
+        _ if !case.stream => Ok(()),
+        PromptChoice::Synthetic(_) => bad(
+            "shows what follows a prompt, and `--prompt-tokens` are random ids: what follows them means nothing",
+            "give a prompt with `--prompt`, `--prompt-file` or `--prompt-ids`, or drop `--stream`",
+        ),
+        _ if case.protocol.warmup == Some(0) => bad(
+            "shows a run before the repeats, and without a warm-up the first run is the one that is timed",
+            "drop `--stream`, or what turns the warm-up off: `--warmup 0`, `--method single-cold-run`",
+        ),
+        _ => Ok(()),
+    }
+}
+
 /// candle-transformers runs one precision: quantized ones that were asked for by name need quantbench's own engine beside it.
 pub fn check_engines(case: &Case) -> Result<(), BadInput> {
-    if !case.engines.contains(&Engine::Candle) {
+    if !case.has(Engine::Candle) {
         return Ok(());
     }
-    let runs = |precision: &FormatId| case.engines.iter().any(|engine| engine.runs(*precision));
+    let runs = |precision: &FormatId| {
+        case.engines.iter().any(|choice| match choice {
+            EngineChoice::Own(engine) => engine.runs(*precision),
+            EngineChoice::Other(_) => true,
+        })
+    };
     let lost = case
         .precisions
         .iter()

@@ -36,7 +36,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     open_model::select(&mut model, &checkpoint, &case.selection())?;
     let case = &checks::in_own_precision(case, checkpoint.quantized.as_ref())?;
     checks::check_engines(case)?;
-    if case.engines.contains(&Engine::Candle) {
+    if case.has(Engine::Candle) {
         engine::candle::check(&model, &checkpoint.config)?;
     }
     let tokenizer_comes = files.iter().any(|file| file.name == "tokenizer.json" && !file.is_cached);
@@ -95,8 +95,8 @@ fn bounded(case: &Case) -> Option<Case> {
 /// Memory that one worker holds, and whether that is free.
 fn row(variant: &Variant, needs: Needs, free_bytes: Option<u64>) -> dry_run::WorkerRow {
     dry_run::WorkerRow {
-        engine: variant.engine.name().to_owned(),
-        precision: variant.precision.to_string(),
+        engine: variant.engine_name().to_owned(),
+        precision: variant.precision(),
         weights_bytes: needs.weights_bytes,
         kv_cache_bytes: needs.kv_cache_bytes,
         scratch_bytes: needs.scratch_bytes,

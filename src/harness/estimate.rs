@@ -50,6 +50,8 @@ pub struct Work<'a> {
     pub n_depth: usize,
     pub device: Device,
     pub threads: usize,
+    /// A run more, which shows its text.
+    pub streams: bool,
 }
 
 impl<'a> Work<'a> {
@@ -61,6 +63,7 @@ impl<'a> Work<'a> {
             n_depth: workload.task.depth.len(),
             device: room.device,
             threads,
+            streams: workload.task.stream,
         }
     }
 
@@ -79,7 +82,7 @@ impl<'a> Work<'a> {
     /// The longest of the usual lengths, at most `most`, with which every precision gets enough repeats within the budget; else the
     /// shortest.
     pub fn affordable_n_gen(&self, most: usize, protocol: &MeasurementProtocol) -> usize {
-        let n_runs = (OTHER_RUNS + protocol.min_repeats) as f64;
+        let n_runs = (OTHER_RUNS + usize::from(self.streams) + protocol.min_repeats) as f64;
         let fits = |n_gen: &usize| n_runs * self.run_s(*n_gen).iter().sum::<f64>() <= BUDGET_S;
         let shorter = LENGTHS.into_iter().filter(|n_gen| *n_gen < most);
         std::iter::once(most).chain(shorter).find(fits).unwrap_or(LENGTHS[LENGTHS.len() - 1].min(most))
@@ -95,8 +98,8 @@ impl<'a> Work<'a> {
         let adaptive = protocol.min_repeats.max(within(protocol.min_time_s, quickest_s));
         let capped = adaptive.min(within(protocol.max_time_s, slowest_s)).max(MIN_SPREAD_REPEATS);
         let repeats = protocol.repeats.unwrap_or(capped * protocol.launches.max(1));
-        let others = protocol.warmup.map_or(OTHER_RUNS, |warmup| warmup + 1) * protocol.launches.max(1);
-        let runs_s = (repeats + others) as f64 * runs.iter().sum::<f64>();
+        let others = protocol.warmup.map_or(OTHER_RUNS, |warmup| warmup + 1) + usize::from(self.streams);
+        let runs_s = (repeats + others * protocol.launches.max(1)) as f64 * runs.iter().sum::<f64>();
         let waits = if protocol.sync_each_token { 2.0 } else { 1.0 };
         self.start_s(protocol) + waits * runs_s
     }
@@ -157,7 +160,7 @@ mod tests {
     }
 
     fn work(needs: &[Needs], billions: f64, device: Device, threads: usize) -> Work<'_> {
-        Work { needs, parameters: (billions * 1e9) as u64, n_prompt: 8, n_depth: 0, device, threads }
+        Work { needs, parameters: (billions * 1e9) as u64, n_prompt: 8, n_depth: 0, device, threads, streams: false }
     }
 
     #[test]
@@ -190,6 +193,7 @@ mod tests {
         close(&MeasurementProtocol { repeats: Some(20), warmup: Some(0), ..plain.clone() }, 5.0 + 21.0);
         close(&MeasurementProtocol { launches: 2, ..plain.clone() }, 2.0 * (5.0 + 9.0));
         close(&MeasurementProtocol { sync_each_token: true, ..plain.clone() }, 5.0 + 18.0);
+        assert!((Work { streams: true, ..work }.seconds(18, &plain) - 15.0).abs() < 1e-6, "a run more");
         // Three repeats, though the time allows one.
         close(&MeasurementProtocol { max_time_s: 0.5, min_time_s: 0.0, ..plain }, 5.0 + 6.0);
     }

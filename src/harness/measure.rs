@@ -1,34 +1,31 @@
-//! One precision in its process: warm-up, repeats and the passes that are not timed, over any session and clock.
-//!
-//! Inside the timed region there are only the session's calls and the stamps: nothing is allocated, checked or sent.
+//! One engine at one precision as the parent measures it: warm-up, repeats, and what is read between them, over any engine and
+//! clock. The engine alone stamps its tokens; here each stamp is checked.
 
 use std::collections::BTreeMap;
-use std::path::Path;
-
-use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
 
 use super::clock::Clock;
-use super::logits;
+use super::measured::{FinishReport, Sample, WarmupEnd, WarmupReport};
+use super::port::EnginePort;
+use super::served::{OwnFinish, OwnFinished};
 use super::stopping::warm_up_ended;
+use super::task::{Task, Wait};
 use crate::engine::memory::PoolUse;
-use crate::engine::{Alone, EncoderInput, Session};
 use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
-use crate::protocol::{Encode, FinishReport, Sample, Task, Wait, WarmupEnd, WarmupReport};
+use crate::protocol::{Failure, Finish, Logits, RunReport, RunRequest, capability};
+use crate::quality::rows;
 
-/// Least time of a session's [`Session::alone`], in decode steps: three rounds, each of which runs a step and its parts twice.
-const ALONE_STEPS: u64 = 18;
-
-/// A loaded session, with the clock and the accounts that measure it.
+/// A loaded engine, with the clock and the accounts that measure it.
 pub struct Bench<C: Clock> {
-    session: Box<dyn Session>,
     clock: C,
     memory: ProcessMemory,
     load: CpuAccounts,
     task: Task,
-    /// The picture that is encoded; empty without one.
-    pixels: Vec<f32>,
-    stamps: Stamps,
+    /// End-to-end time of the run before.
+    last_ns: u64,
+    /// The engine does not say itself whether its logits are finite.
+    wants_logits: bool,
     /// Highest resident set seen between repeats: the peak where the kernel's mark cannot be reset.
     seen_peak_bytes: Option<u64>,
     peak_is_exact: bool,
@@ -36,80 +33,48 @@ pub struct Bench<C: Clock> {
     pool: BTreeMap<String, PoolUse>,
 }
 
-/// Room for the times and tokens of one run, filled without allocating.
-#[derive(Default)]
-struct Stamps {
-    start_ns: u64,
-    /// Time at which the encoder was done; the start where there is none.
-    encoded_ns: u64,
-    /// Time at which each token was known on the host, the first token included.
-    token_ns: Vec<u64>,
-    ids: Vec<u32>,
-}
-
-impl Stamps {
-    fn clear(&mut self, n_gen: usize) {
-        self.token_ns.clear();
-        self.ids.clear();
-        self.token_ns.reserve(n_gen);
-        self.ids.reserve(n_gen);
-    }
-
-    fn push(&mut self, id: u32, ns: u64) {
-        self.ids.push(id);
-        self.token_ns.push(ns);
-    }
-
-    fn step_ns(&self) -> Vec<u64> {
-        self.token_ns.windows(2).map(|pair| pair[1] - pair[0]).collect()
-    }
-
-    fn end_to_end_ns(&self) -> u64 {
-        self.token_ns.last().map_or(0, |last| last - self.start_ns)
-    }
+/// Logits of one more run by which engines are compared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ComparedLogits {
+    /// The file for them.
+    pub path: PathBuf,
+    /// Tokens of the run.
+    pub n_gen: usize,
 }
 
 impl<C: Clock> Bench<C> {
-    /// `pixels` is the picture of [`Encode::Picture`], `[3, size, size]`.
-    pub fn new(
-        session: Box<dyn Session>,
-        clock: C,
-        memory: ProcessMemory,
-        load: CpuAccounts,
-        task: Task,
-        pixels: Vec<f32>,
-    ) -> Self {
-        let stamps = Stamps::default();
-        let pool = BTreeMap::new();
-        Self { session, clock, memory, load, task, pixels, stamps, seen_peak_bytes: None, peak_is_exact: false, pool }
-    }
-
-    /// Records the device memory of loading.
-    pub fn loaded(&mut self) -> Result<()> {
-        self.end_phase("load")
+    /// `memory` and `load` are the accounts of the engine's process, `pool` the use of its device's pool after loading.
+    pub fn new(clock: C, memory: ProcessMemory, load: CpuAccounts, task: Task, pool: Option<PoolUse>) -> Self {
+        let pool = pool.into_iter().map(|pool| ("load".to_owned(), pool)).collect();
+        Self {
+            clock,
+            memory,
+            load,
+            task,
+            last_ns: 0,
+            wants_logits: false,
+            seen_peak_bytes: None,
+            peak_is_exact: false,
+            pool,
+        }
     }
 
     /// Fills the cache to the depth, finds where the text ends if it may end early, and runs at full shape and length until
     /// flat. Afterwards `peak` starts again.
-    pub fn warm_up(&mut self) -> Result<WarmupReport> {
-        if let Some(pool) = self.session.pool() {
-            // Memory that only loading needed.
-            pool.release_unused()?;
-        }
-        self.session.rewind(0);
+    pub fn warm_up(&mut self, engine: &mut dyn EnginePort) -> Result<WarmupReport, Failure> {
         if !self.task.depth.is_empty() {
-            self.session.prefill(&self.task.depth).context("filling the cache to the depth")?;
+            self.ask(engine, &RunRequest { prompt: Vec::new(), n_gen: 0, ..self.task.run(false) })?;
         }
         let began_ns = self.clock.now_ns();
-        self.stop_at_end_of_text()?;
+        self.first_run(engine)?;
         let mut runs_ns = Vec::new();
         let ended = loop {
             let elapsed_s = (self.clock.now_ns() - began_ns) as f64 / 1e9;
             if let Some(ended) = warm_up_ended(&runs_ns, self.task.warmup, elapsed_s, self.task.max_time_s) {
                 break ended;
             }
-            self.run(self.task.wait)?;
-            runs_ns.push(self.stamps.end_to_end_ns());
+            self.run(engine)?;
+            runs_ns.push(self.last_ns);
         };
         let duration_s = (self.clock.now_ns() - began_ns) as f64 / 1e9;
         let warmup_peak_bytes = self.memory.peak_bytes();
@@ -117,11 +82,11 @@ impl<C: Clock> Bench<C> {
         let (prefill_peak_bytes, decode_peak_bytes) = match ended {
             // Without a warm-up the next run must be the first.
             WarmupEnd::Count if runs_ns.is_empty() => (None, None),
-            _ => self.peaks_of_a_run()?,
+            _ => self.peaks_of_a_run(engine)?,
         };
         let start_bytes = self.memory.resident_bytes();
         self.seen_peak_bytes = start_bytes;
-        self.end_phase("start")?;
+        self.end_phase(engine, "start")?;
         let n_gen = self.task.n_gen;
         Ok(WarmupReport {
             runs_ns,
@@ -137,160 +102,204 @@ impl<C: Clock> Bench<C> {
 
     /// The highest memory of prefill and of decode, from a run that is not timed: reading memory between them takes time. Does nothing
     /// where no high-water mark can be reset.
-    fn peaks_of_a_run(&mut self) -> Result<(Option<u64>, Option<u64>)> {
-        if !self.peak_is_exact && self.session.pool().is_none() {
+    fn peaks_of_a_run(&mut self, engine: &mut dyn EnginePort) -> Result<(Option<u64>, Option<u64>), Failure> {
+        if (!self.peak_is_exact && self.pool.is_empty()) || !engine.can(capability::PROCEED) {
             return Ok((None, None));
         }
-        self.end_phase("warmup")?;
-        self.session.rewind(self.task.depth.len());
-        encode(self.session.as_mut(), &self.task, &self.pixels)?;
-        self.session.prefill(&self.task.prompt)?;
-        let prefill = self.end_peak("prefill")?;
-        self.session.decode(self.task.n_gen - 1, &mut |_| {})?;
-        self.session.synchronize()?;
-        Ok((prefill, self.end_peak("decode")?))
+        self.end_phase(engine, "warmup")?;
+        let (first, further) = (self.task.run(false), self.task.n_gen - 1);
+        self.ask(engine, &RunRequest { n_gen: 1, ..first })?;
+        let prefill = self.end_peak(engine, "prefill")?;
+        self.ask(engine, &RunRequest { proceed: true, n_gen: further, ..RunRequest::default() })?;
+        Ok((prefill, self.end_peak(engine, "decode")?))
     }
 
     /// The resident set's highest value since the last mark, where marks can be reset.
-    fn end_peak(&mut self, phase: &str) -> Result<Option<u64>> {
-        self.end_phase(phase)?;
+    fn end_peak(&mut self, engine: &mut dyn EnginePort, phase: &str) -> Result<Option<u64>, Failure> {
+        self.end_phase(engine, phase)?;
         let peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
         self.peak_is_exact = self.peak_is_exact && self.memory.reset_peak();
         Ok(peak)
     }
 
-    /// Records the use of the device's pool and resets its high-water marks.
-    fn end_phase(&mut self, phase: &str) -> Result<()> {
-        let Some(pool) = self.session.pool() else { return Ok(()) };
-        self.pool.insert(phase.to_owned(), pool.read()?);
-        pool.reset_high_marks()
-    }
-
-    /// Greedy decoding always ends at the same token, so one untimed run finds the length and the measured runs are
-    /// of that fixed count.
-    fn stop_at_end_of_text(&mut self) -> Result<()> {
-        if self.task.stop_at.is_empty() {
+    /// Records the use of the device's pool, whose high-water marks start anew.
+    fn end_phase(&mut self, engine: &mut dyn EnginePort, phase: &str) -> Result<(), Failure> {
+        if !engine.can(capability::MEMORY) {
             return Ok(());
         }
-        self.run(self.task.wait)?;
-        let end = self.stamps.ids.iter().position(|id| self.task.stop_at.contains(id));
+        let report = engine.memory()?;
+        if let Some(used_bytes) = report.used_bytes {
+            let used = PoolUse {
+                used_bytes,
+                used_high_bytes: report.used_high_bytes.unwrap_or(used_bytes),
+                reserved_bytes: report.reserved_bytes.unwrap_or(used_bytes),
+                reserved_high_bytes: report.reserved_high_bytes.unwrap_or(used_bytes),
+            };
+            self.pool.insert(phase.to_owned(), used);
+        }
+        Ok(())
+    }
+
+    /// The untimed run of a text that is shown or may end early; else none. Greedy decoding always ends at the same token, so one run finds
+    /// the length and the measured runs are of that fixed count.
+    fn first_run(&mut self, engine: &mut dyn EnginePort) -> Result<(), Failure> {
+        let report = match (self.task.stream, self.task.stop_at.is_empty()) {
+            (true, _) => self.ask(engine, &RunRequest { stream: true, ..self.task.run(false) })?,
+            (false, false) => self.run(engine)?,
+            (false, true) => return Ok(()),
+        };
+        let end = report.ids.iter().position(|id| self.task.stop_at.contains(id));
         self.task.n_gen = end.map_or(self.task.n_gen, |at| at + 1);
         Ok(())
     }
 
-    /// One counted repeat, and the checks of it that are not timed.
-    pub fn repeat(&mut self) -> Result<Sample> {
+    /// One counted repeat.
+    pub fn repeat(&mut self, engine: &mut dyn EnginePort) -> Result<Sample, Failure> {
         let load_before = self.load.read();
-        self.run(self.task.wait)?;
+        let report = self.run(engine)?;
         let load = load_before.zip(self.load.read()).map(|(before, after)| after.since(before));
         self.seen_peak_bytes = self.seen_peak_bytes.max(self.memory.resident_bytes());
-        // A value that is not finite stays in the key/value cache and reaches the logits of every later step, so that
-        // looking at the last ones is enough.
-        let finite_logits = self.session.logits()?.iter().all(|logit| logit.is_finite());
-        let device_step_ns = self.session.device_step_ns()?;
-        let stamps = &self.stamps;
-        let prefill_ns = stamps.token_ns.first().map_or(0, |first| first - stamps.start_ns);
+        let end_to_end_ns = self.last_ns;
+        let RunReport { start_ns, encoded_ns, token_ns, ids, finite_logits, device_step_ns, host_step_ns } = report;
+        self.wants_logits |= finite_logits.is_none();
         let sample = Sample {
-            encode_ns: stamps.encoded_ns - stamps.start_ns,
-            prefill_ns,
-            step_ns: stamps.step_ns(),
-            end_to_end_ns: stamps.end_to_end_ns(),
+            encode_ns: encoded_ns.map_or(0, |encoded| encoded - start_ns),
+            prefill_ns: token_ns.first().map_or(0, |first| first - start_ns),
+            step_ns: steps(&token_ns),
+            end_to_end_ns,
             device_step_ns,
+            host_step_ns,
             synced_step_ns: Vec::new(),
-            ids: stamps.ids.clone(),
-            finite_logits,
+            ids,
+            finite_logits: finite_logits.unwrap_or(true),
             load,
         };
         if self.task.wait != Wait::BothWays {
             return Ok(sample);
         }
-        self.run(Wait::EachToken)?;
-        Ok(Sample { synced_step_ns: self.stamps.step_ns(), ..sample })
+        let synced = self.ask(engine, &self.task.run(true))?;
+        Ok(Sample { synced_step_ns: steps(&synced.token_ns), ..sample })
+    }
+
+    /// One run of the task that counts for nothing.
+    pub fn untimed(&mut self, engine: &mut dyn EnginePort) -> Result<(), Failure> {
+        self.run(engine).map(drop)
     }
 
     /// The timed run.
-    fn run(&mut self, wait: Wait) -> Result<()> {
-        let Self { session, clock, task, pixels, stamps, .. } = self;
-        session.rewind(task.depth.len());
-        stamps.clear(task.n_gen);
-        session.synchronize()?;
-        stamps.start_ns = clock.now_ns();
-        encode(session.as_mut(), task, pixels)?;
-        stamps.encoded_ns = if task.encode == Encode::Nothing { stamps.start_ns } else { clock.now_ns() };
-        let first = session.prefill(&task.prompt)?;
-        stamps.push(first, clock.now_ns());
-        match wait {
-            Wait::AtEnd | Wait::BothWays => {
-                session.decode(task.n_gen - 1, &mut |id| stamps.push(id, clock.now_ns()))?;
-            }
-            Wait::EachToken => {
-                for _ in 1..task.n_gen {
-                    let mut token = first;
-                    session.decode(1, &mut |id| token = id)?;
-                    session.synchronize()?;
-                    stamps.push(token, clock.now_ns());
-                }
-            }
-        }
-        session.synchronize()
+    fn run(&mut self, engine: &mut dyn EnginePort) -> Result<RunReport, Failure> {
+        let report = self.ask(engine, &self.task.run(self.task.wait == Wait::EachToken))?;
+        self.last_ns = report.token_ns.last().map_or(0, |last| last - report.start_ns);
+        Ok(report)
     }
 
-    /// The session with the task's input in its encoder, for what is not measured.
-    pub fn encoded(&mut self) -> Result<&mut dyn Session> {
-        encode(self.session.as_mut(), &self.task, &self.pixels)?;
-        Ok(self.session.as_mut())
+    /// A run whose stamps lie one behind the other between the request and its answer. Fails where they do not.
+    fn ask(&self, engine: &mut dyn EnginePort, run: &RunRequest) -> Result<RunReport, Failure> {
+        let sent_ns = self.clock.now_ns();
+        let report = engine.run(run)?;
+        let received_ns = self.clock.now_ns();
+        check_stamps(&report, (sent_ns, received_ns)).map_err(|message| Failure::Invalid { message })?;
+        Ok(report)
     }
 
-    /// Decode steps in the middle of the run beside their parts alone. It runs after all that is timed and after memory was read, since it takes some.
-    /// Not where the rounds would take longer than the time that the user gives to one precision. What cannot be measured is not known; the
-    /// repeats count all the same.
-    fn alone(&mut self) -> Option<Alone> {
-        let mut steps_ns = self.stamps.step_ns();
-        steps_ns.sort_unstable();
-        let step_ns = *steps_ns.get(steps_ns.len() / 2)?;
-        if (ALONE_STEPS * step_ns) as f64 / 1e9 > self.task.max_time_s {
-            return None;
-        }
-        let middle = self.session.position().saturating_sub(steps_ns.len().div_ceil(2));
-        self.session.alone(middle).ok().flatten()
-    }
-
-    /// Reads memory and outliers once after the last repeat, and runs the passes that are not timed.
-    pub fn finish(&mut self, save_logits: Option<&Path>) -> Result<FinishReport> {
-        self.end_phase("run")?;
+    /// Reads memory and outliers once after the last repeat, and runs the passes that are not timed: logits for the user's file, and for a
+    /// file that engines are compared by.
+    pub fn finish(
+        &mut self,
+        engine: &mut dyn EnginePort,
+        (save_logits, compared): (Option<&Path>, Option<&ComparedLogits>),
+    ) -> Result<FinishReport, Failure> {
+        self.end_phase(engine, "run")?;
         let end_bytes = self.memory.resident_bytes();
         let exact_peak = self.peak_is_exact.then(|| self.memory.peak_bytes()).flatten();
-        let (outliers, footprint) = (self.session.outlier_columns()?, self.session.footprint());
-        let alone = self.alone();
-        let saved = save_logits.map_or(Ok(()), |path| self.save_logits(path));
+        let options = serde_json::to_value(OwnFinish { alone_max_s: self.task.max_time_s }).unwrap_or_default();
+        let finished = engine.finish(&Finish { options })?;
+        let own: OwnFinished = serde_json::from_value(finished.details).unwrap_or_default();
+        let n_gen = self.task.n_gen;
+        let mut write = |path: &Path, n_gen: usize| {
+            if !engine.can(capability::LOGITS) {
+                return Err(Failure::error("this engine gives no logits"));
+            }
+            let run = RunRequest { n_gen, ..self.task.run(false) };
+            engine.logits(&Logits { run, file: path.to_owned() }).map(drop)
+        };
+        let saved = save_logits.map_or(Ok(()), |path| write(path, n_gen));
+        let finite_logits = match compared {
+            Some(ComparedLogits { path, n_gen }) if write(path, *n_gen).is_ok() => {
+                rows::all_finite(path).ok().filter(|_| self.wants_logits)
+            }
+            _ => None,
+        };
         Ok(FinishReport {
             end_bytes,
             peak_bytes: exact_peak.or(self.seen_peak_bytes.max(end_bytes)),
             peak_is_exact: exact_peak.is_some(),
-            footprint,
-            outliers,
-            alone,
-            release_threshold_bytes: self.session.pool().map(|pool| pool.release_threshold_bytes()),
+            footprint: own.footprint,
+            outliers: own.outliers,
+            alone: own.alone,
+            release_threshold_bytes: own.release_threshold_bytes,
             pool: std::mem::take(&mut self.pool),
             // What was measured is there all the same.
-            logits_problem: saved.err().map(|error| format!("{error:#}")),
+            finite_logits,
+            waited_ticks: 0,
+            logits_problem: saved.err().map(|failure| failure.message().to_owned()),
         })
-    }
-
-    fn save_logits(&mut self, path: &Path) -> Result<()> {
-        self.session.rewind(self.task.depth.len());
-        encode(self.session.as_mut(), &self.task, &self.pixels)?;
-        self.session.prefill(&self.task.prompt)?;
-        logits::save(self.session.as_mut(), self.task.n_gen, path)
     }
 }
 
-/// The encoder where there is one, until the device is done, so that its time is its own.
-fn encode(session: &mut dyn Session, task: &Task, pixels: &[f32]) -> Result<()> {
-    match &task.encode {
-        Encode::Nothing => return Ok(()),
-        Encode::Tokens(tokens) => session.encode(EncoderInput::Tokens(tokens))?,
-        Encode::Picture { .. } => session.encode(EncoderInput::Pixels(pixels))?,
+fn steps(token_ns: &[u64]) -> Vec<u64> {
+    token_ns.windows(2).map(|pair| pair[1] - pair[0]).collect()
+}
+
+/// Two processes that read one clock through anchors of their own differ by less: each anchor is off by 10 µs at most.
+const CLOCK_SLACK_NS: u64 = 100_000;
+
+/// Fails where an engine's stamps cannot be times of the run between `sent_ns` and `received_ns`, by the same clock.
+fn check_stamps(report: &RunReport, (sent_ns, received_ns): (u64, u64)) -> Result<(), String> {
+    let RunReport { start_ns, encoded_ns, token_ns, ids, .. } = report;
+    if token_ns.len() != ids.len() {
+        return Err(format!("the engine gave {} ids and {} stamps", ids.len(), token_ns.len()));
     }
-    session.synchronize()
+    let (Some(first), Some(last)) = (token_ns.first(), token_ns.last()) else { return Ok(()) };
+    let outside = |what: &str, (early, late): (u64, u64)| {
+        let off_ms = early.saturating_sub(late) as f64 / 1e6;
+        Err(format!("the engine's clock is not CLOCK_MONOTONIC: {what} by {off_ms:.3} ms"))
+    };
+    if start_ns + CLOCK_SLACK_NS < sent_ns {
+        return outside("its start lies before the request", (sent_ns, *start_ns));
+    }
+    if *last > received_ns + CLOCK_SLACK_NS {
+        return outside("its last token lies behind the answer", (*last, received_ns));
+    }
+    let encoded_ns = encoded_ns.unwrap_or(*start_ns);
+    if encoded_ns < *start_ns || *first < encoded_ns || token_ns.windows(2).any(|pair| pair[1] < pair[0]) {
+        return Err("the engine's stamps run backwards".to_owned());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stamps_lie_in_order_between_request_and_answer() {
+        let report = |start_ns, token_ns: &[u64]| RunReport {
+            start_ns,
+            token_ns: token_ns.to_vec(),
+            ids: vec![1; token_ns.len()],
+            ..RunReport::default()
+        };
+        let said = |report: RunReport| check_stamps(&report, (1_000_000, 9_000_000)).err().unwrap_or_default();
+        assert_eq!(said(report(1_000_000, &[1_000_000, 5_000_000, 9_000_000])), "");
+        let clock = "the engine's clock is not CLOCK_MONOTONIC: ";
+        assert_eq!(said(report(0, &[2_000_000])), format!("{clock}its start lies before the request by 1.000 ms"));
+        let late = format!("{clock}its last token lies behind the answer by 0.500 ms");
+        assert_eq!(said(report(1_000_000, &[2_000_000, 9_500_000])), late);
+        let backwards = "the engine's stamps run backwards";
+        assert_eq!(said(report(2_000_000, &[5_000_000, 4_000_000])), backwards);
+        assert_eq!(said(RunReport { encoded_ns: Some(6_000_000), ..report(2_000_000, &[5_000_000]) }), backwards);
+        let few = RunReport { ids: vec![1, 2], ..report(2_000_000, &[5_000_000]) };
+        assert_eq!(said(few), "the engine gave 2 ids and 1 stamps");
+    }
 }

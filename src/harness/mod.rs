@@ -3,6 +3,7 @@
 //! Files here import each other, never this façade.
 
 mod ab;
+mod agreement;
 pub mod assemble;
 mod bandwidth_cache;
 mod case;
@@ -12,12 +13,16 @@ pub mod doctor;
 mod dry_run;
 pub mod environment;
 mod estimate;
+mod exports;
+pub mod load;
 mod logits;
 pub mod measure;
+pub mod measured;
 mod measurement_protocol;
 mod open_model;
 mod parent;
 pub mod picture;
+pub mod port;
 mod prepare;
 mod prompt;
 mod quality;
@@ -25,7 +30,10 @@ mod room;
 mod run_context;
 pub mod schedule;
 mod scoring;
+pub mod served;
 pub mod stopping;
+mod streaming;
+pub mod task;
 mod validity;
 pub mod warnings;
 pub mod watch;
@@ -33,7 +41,10 @@ mod worker;
 mod worker_process;
 
 pub use ab::run_ab;
-pub use case::{Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PrecisionSelection, PromptChoice, QualityChoice, Variant};
+pub use case::{
+    Case, DEFAULT_QUALITY_TOKENS, DeviceChoice, PrecisionSelection, PromptChoice, QualityChoice, Variant,
+    engine_timeout_s,
+};
 pub use checks::device;
 pub use dry_run::dry_run;
 pub use environment::engine_info;

@@ -79,7 +79,7 @@ fn last_linear(model: &Model) -> &str {
 
 /// The pixels of a task's picture, `[3, size, size]`; empty without one. Fails on a picture that cannot be used.
 pub fn pixels(model: &Model, checkpoint: &Checkpoint, encode: &Encode) -> Result<Vec<f32>> {
-    let Encode::Picture { image } = encode else { return Ok(Vec::new()) };
+    let Encode::Picture { image, .. } = encode else { return Ok(Vec::new()) };
     let Some(EncoderInputKind::Picture(picture)) = model.encoder.as_ref().map(|encoder| encoder.input) else {
         bail!("`{}` has no image input", model.architecture)
     };

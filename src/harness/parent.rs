@@ -7,7 +7,7 @@ use super::prepare::{BandwidthSource, PreparedCase};
 use super::quality::{self, EvalText, Failed};
 use super::warnings::Warning;
 use super::watch::machine::MachineWatch;
-use super::{assemble, checks};
+use super::{agreement, assemble, checks};
 use crate::events::{Listener, Silent};
 use crate::record::Record;
 
@@ -29,6 +29,7 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
         context.read_gb_s = Some(higher.unwrap_or(read_gb_s));
         records = assemble::records(&context, case, &outcomes, &decode);
     }
+    agreement::add(&mut records, case, &prepared.exports, prepared.layers());
     add_quality(prepared, case, text.as_ref(), &mut records, events)?;
     Ok(records)
 }

@@ -1,6 +1,8 @@
 //! Everything of a case before the first worker starts: checks, the opened model, the prompt's ids, memory and bandwidth.
 
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::Result;
 
@@ -9,20 +11,27 @@ use super::case::{Case, Variant};
 use super::checks::{self, Chosen};
 use super::environment::{self, Machine};
 use super::estimate::{self, Work};
+use super::exports::Exports;
+use super::load::DeviceAssignment;
+use super::measure::ComparedLogits;
 use super::open_model::{self, OpenModel};
 use super::prompt::{self, TokenizedWorkload, Words};
 use super::quality::EvalText;
-use super::room::{MemoryBudget, TooLarge};
+use super::room::{MemoryBudget, NeverStarted};
 use super::run_context::RunContext;
 use super::schedule::{self, RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
+use super::streaming::Streaming;
 use super::warnings::Warning;
 use super::watch::Watch;
 use super::watch::machine::Sensors;
 use super::worker_process::{self, ProcessWorker};
+use crate::call::{CacheScope, KvFormat};
 use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::needs::Needs;
 use crate::engine::{self, Device, Engine};
+use crate::engines::{EngineProgram, Width};
 use crate::events::{Collector, Event, Listener, Unit};
+use crate::ipc::{self, Turns};
 use crate::kernels::cpu::bandwidth::WorkingSet;
 use crate::kernels::cpu::pool::{Pool, default_threads};
 use crate::kernels::cpu::topology::last_level_cache_bytes;
@@ -30,7 +39,7 @@ use crate::kernels::isa::Isa;
 use crate::kernels::nvml::Gpu;
 use crate::os::memory::ProcessMemory;
 use crate::plan::Model;
-use crate::protocol::{DeviceAssignment, Failure};
+use crate::protocol::{self, Failure, Load};
 use crate::record;
 
 /// Source of a device's bandwidth.
@@ -53,6 +62,10 @@ pub struct PreparedCase {
     pub room: MemoryBudget,
     /// Warnings of the device's choice and of the model's files.
     warnings: Vec<Warning>,
+    /// What other engines load.
+    pub exports: Exports,
+    /// Set where another engine is measured: whoever waits is stopped.
+    turns: Option<Turns>,
 }
 
 impl PreparedCase {
@@ -64,6 +77,9 @@ impl PreparedCase {
         let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
         checks::check_engines(&case)?;
         let (case, mut prepared) = Self::new(&case, chosen.device, opened)?;
+        for message in case.not_offered() {
+            events.on(Event::Hint { message });
+        }
         if let Some(message) = Words::of(&prepared.opened.checkpoint).hint(&case) {
             events.on(Event::Hint { message: message.to_owned() });
         }
@@ -75,7 +91,7 @@ impl PreparedCase {
 
     /// The checks that need the model but no weights in memory, and the case with as many tokens as it affords.
     fn new(case: &Case, device: Device, opened: OpenModel) -> Result<(Case, Self)> {
-        if case.engines.contains(&Engine::Candle) {
+        if case.has(Engine::Candle) {
             engine::candle::check(&opened.model, &opened.checkpoint.config)?;
         }
         let workload = prompt::workload(case, Words::of(&opened.checkpoint), &opened.model)?;
@@ -89,7 +105,9 @@ impl PreparedCase {
         // A shorter workload needs less of everything.
         let workload = prompt::workload(&case, Words::of(&opened.checkpoint), &opened.model)?;
         let room = MemoryBudget::new(&case, (&opened.model, &workload), device)?;
-        Ok((case, Self { opened, assignment, workload, room, warnings: Vec::new() }))
+        let turns = case.has_others().then(Turns::default);
+        let exports = Exports::default();
+        Ok((case, Self { opened, assignment, workload, room, warnings: Vec::new(), exports, turns }))
     }
 
     /// Announces the work and its estimated time before it starts.
@@ -100,6 +118,11 @@ impl PreparedCase {
 
     pub fn model(&self) -> &Model {
         &self.opened.model
+    }
+
+    /// Layers of the decoder.
+    pub fn layers(&self) -> usize {
+        self.model().cache_specs(KvFormat::Fp16).filter(|cache| cache.scope == CacheScope::Decoder).count()
     }
 
     /// The text that quality is measured on; `None` where quality was not asked for. Fails on a model whose quality cannot be measured.
@@ -205,7 +228,7 @@ impl PreparedCase {
         events.on(Event::Begin { label: "memory bandwidth".to_owned(), total: 2, unit: Unit::Runs });
         let measured = match self.assignment.device {
             Device::Cuda(ordinal) => match worker_process::bandwidth(ordinal, case.protocol.deadline) {
-                Err(bad @ Failure::BadInput { .. }) => Err(bad.into_error()),
+                Err(bad @ Failure::BadInput { .. }) => Err(ipc::into_error(bad)),
                 // The precisions can do without it, and fail on their own where the device does.
                 measured => Ok(measured.unwrap_or_default()),
             },
@@ -255,26 +278,87 @@ impl PreparedCase {
     ) -> Result<Vec<VariantOutcome>> {
         let variants = case.variants();
         let start = |at: usize| self.worker(case, &variants[at], self.room.needs[at]);
+        let decode = |ids: &[u32]| self.text(ids);
+        let events = &Streaming::new(events, &decode);
         let mut schedule_context = ScheduleContext { start: &start, n_workers: variants.len(), order, watch, events };
-        let mut outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(Failure::into_error)?;
+        let mut outcomes = schedule::measure(&mut schedule_context, &case.protocol).map_err(ipc::into_error)?;
         for (outcome, needs) in outcomes.iter_mut().zip(&self.room.needs) {
             outcome.needed_bytes = needs.bytes();
         }
         Ok(outcomes)
     }
 
-    /// A worker process; a stand-in that refuses where the variant alone exceeds the free memory of the host. A GPU refuses by
-    /// itself.
+    /// A worker process; a stand-in that refuses where the variant cannot be started, or of our own engines alone exceeds the free memory
+    /// of the host. A GPU refuses by itself.
     pub fn worker(&self, case: &Case, variant: &Variant, needs: Needs) -> Box<dyn WorkerHandle> {
         let needed_bytes = needs.bytes();
         let room_bytes = [ProcessMemory::default().room_bytes(), case.protocol.memory_limit_bytes];
         let room_bytes = room_bytes.into_iter().flatten().min();
-        let too_little = room_bytes.filter(|room| self.assignment.device == Device::Cpu && needed_bytes > *room);
+        let is_own_on_host = self.assignment.device == Device::Cpu && variant.own_engine().is_some();
+        let too_little = room_bytes.filter(|room| is_own_on_host && needed_bytes > *room);
         if let Some(free_bytes) = too_little {
-            return Box::new(TooLarge { label: variant.label(), needed_bytes, free_bytes });
+            return Box::new(NeverStarted::too_large(variant.label(), needed_bytes, free_bytes));
         }
-        let request = self.workload.load_request(case, variant, self.assignment);
-        Box::new(ProcessWorker::new(request, needed_bytes, case.protocol.deadline))
+        match self.process(case, variant, needed_bytes) {
+            Ok(worker) => Box::new(worker),
+            Err(failure) => Box::new(NeverStarted { label: variant.label(), failure }),
+        }
+    }
+
+    /// The process of a variant, not started yet.
+    pub fn process(&self, case: &Case, variant: &Variant, needed_bytes: u64) -> Result<ProcessWorker, Failure> {
+        let worker = match variant {
+            Variant::Own { engine, precision } => {
+                let request = self.workload.load_request(case, (*engine, *precision), self.assignment);
+                ProcessWorker::new(request, needed_bytes, case.protocol.deadline)?
+            }
+            Variant::Other { program, precision, .. } => self.other(case, (program, precision), needed_bytes)?,
+        };
+        let compared = case.has_others().then(|| self.compared_logits(variant)).flatten();
+        let saved = self.workload.logits_file(case, variant);
+        Ok(worker.with_turns(self.turns.clone()).with_logits(saved, compared))
+    }
+
+    /// At 16 bit the logits of a whole run are compared; of narrower formats of others a token shows whether they are numbers.
+    fn compared_logits(&self, variant: &Variant) -> Option<ComparedLogits> {
+        let n_gen = match (variant.width(), variant.own_engine()) {
+            (Some(Width::Bits16), _) => self.workload.task.n_gen,
+            (_, None) => 1,
+            (_, Some(_)) => return None,
+        };
+        let path = self.exports.logits_file(&variant.label()).ok()?;
+        Some(ComparedLogits { path, n_gen })
+    }
+
+    /// Another engine's process, with the same weights and ids.
+    fn other(
+        &self,
+        case: &Case,
+        (program, precision): (&EngineProgram, &str),
+        needed_bytes: u64,
+    ) -> Result<ProcessWorker, Failure> {
+        let DeviceAssignment { device, threads } = self.assignment;
+        let task = self.exports.task(&self.workload.task, || {
+            open_model::pixels(&self.opened.model, &self.opened.checkpoint, &self.workload.task.encode)
+        })?;
+        let load = Load {
+            protocol: protocol::VERSION,
+            model: self.exports.model(program.form(), &self.opened)?.to_string_lossy().into_owned(),
+            precision: precision.to_owned(),
+            device: device.name(),
+            threads,
+            batch: case.sequences,
+            capacity: task.depth.len() + task.prompt.len() + task.n_gen,
+            seed: case.model.seed,
+            memory_limit_bytes: case.protocol.memory_limit_bytes,
+            directory: PathBuf::new(),
+            options: serde_json::Value::Null,
+        };
+        let timeout = Duration::try_from_secs_f64(case.engine_timeout_s).unwrap_or(Duration::MAX);
+        let command = program.command(threads, timeout);
+        let label = format!("{}-{precision}", program.name);
+        let worker = ProcessWorker::of(label, command, (load, task, device), needed_bytes);
+        Ok(worker.with_deadline(case.protocol.deadline))
     }
 
     fn model_facts(&self) -> record::ModelFacts {

@@ -1,13 +1,19 @@
 //! The prompt as the exact ids that every precision gets.
 
+use std::path::PathBuf;
+
 use tokenizers::Tokenizer;
 
 use super::case::{Case, PromptChoice, Variant};
+use super::load::{DeviceAssignment, LoadRequest, OwnOptions};
 use super::logits;
 use super::measurement_protocol::{MeasurementProtocol, Method};
+use super::task::{Task, Wait};
+use crate::engine::Engine;
 use crate::error::BadInput;
 use crate::plan::{EncoderInputKind, Model};
-use crate::protocol::{self, DeviceAssignment, Encode, LoadRequest, Task, Wait};
+use crate::protocol::Encode;
+use crate::quant::FormatId;
 use crate::record;
 use crate::rng::SplitMix64;
 use crate::weights::Checkpoint;
@@ -40,27 +46,39 @@ pub struct TokenizedWorkload {
 
 impl TokenizedWorkload {
     /// The request to load one variant of a case for this workload.
-    pub fn load_request(&self, case: &Case, variant: &Variant, assignment: DeviceAssignment) -> LoadRequest {
+    pub fn load_request(
+        &self,
+        case: &Case,
+        (engine, precision): (Engine, FormatId),
+        assignment: DeviceAssignment,
+    ) -> LoadRequest {
         let DeviceAssignment { device, threads } = assignment;
-        let save_logits = case.save_logits.as_ref();
-        LoadRequest {
-            protocol_version: protocol::VERSION,
+        let options = OwnOptions {
             // The parent has fetched whatever was missing.
             model: crate::weights::ModelRequest { offline: true, ..case.model.clone() },
-            engine: variant.engine,
-            cuda_graph: case.cuda_graph,
-            sequences: case.sequences,
-            kv_format: case.kv_format,
-            precision: variant.precision,
+            engine,
             format_options: case.format_options,
             encoder_capacity: self.n_encoder,
+            encode: self.task.encode.clone(),
+            kv_format: case.kv_format,
+            cuda_graph: case.cuda_graph,
+            selection: case.selection(),
+        };
+        LoadRequest {
+            precision,
             device,
             threads,
+            sequences: case.sequences,
             task: self.task.clone(),
-            selection: case.selection(),
+            options,
             memory_limit_bytes: case.protocol.memory_limit_bytes,
-            save_logits: save_logits.map(|path| logits::path_of(path, &variant.label(), case.variants().len())),
         }
+    }
+
+    /// File for the logits of a variant, where they were asked for.
+    pub fn logits_file(&self, case: &Case, variant: &Variant) -> Option<PathBuf> {
+        let path = case.save_logits.as_ref()?;
+        Some(logits::path_of(path, &variant.label(), case.variants().len()))
     }
 
     /// The workload for records.
@@ -72,8 +90,8 @@ impl TokenizedWorkload {
             n_depth: task.depth.len() as u64,
             n_image: *n_image as u64,
             image: match &task.encode {
-                Encode::Picture { image: None } => Some(record::ImageSource::Generated),
-                Encode::Picture { image: Some(_) } => Some(record::ImageSource::File),
+                Encode::Picture { image: None, .. } => Some(record::ImageSource::Generated),
+                Encode::Picture { image: Some(_), .. } => Some(record::ImageSource::File),
                 Encode::Nothing | Encode::Tokens(_) => None,
             },
             batch_size: *sequences as u64,
@@ -125,6 +143,9 @@ pub fn workload(case: &Case, words: Words, model: &Model) -> anyhow::Result<Toke
     let (seed, n_prompt) = (case.model.seed, n_synthetic(case, tokenizer));
     // A length is checked before its ids are made: what a user types may exceed the memory.
     check_lengths(case, n_prompt.unwrap_or(1), model)?;
+    if case.stream && tokenizer.is_none() && !matches!(case.prompt, PromptChoice::Synthetic(_)) {
+        return Err(nothing_to_stream(case).into());
+    }
     let n_image = n_image(model);
     if let Some(image) = case.image.as_ref().filter(|_| n_image == 0) {
         let (image, architecture) = (image.display(), model.architecture);
@@ -171,7 +192,7 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> TokenizedWorkload {
         Some(EncoderInputKind::Tokens) => (Encode::Tokens(prompt), vec![model.decoder_start.unwrap_or(0)]),
         Some(EncoderInputKind::Picture(picture)) => {
             let image = std::iter::repeat_n(picture.token, n_image);
-            (Encode::Picture { image: case.image.clone() }, image.chain(prompt).collect())
+            (Encode::Picture { image: case.image.clone(), pixels: None }, image.chain(prompt).collect())
         }
     };
     let n_encoder = if let Encode::Tokens(tokens) = &encode { tokens.len() } else { n_image };
@@ -184,6 +205,7 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> TokenizedWorkload {
         warmup: case.protocol.warmup,
         max_time_s: case.protocol.one_launch().max_time_s,
         wait: wait(&case.protocol),
+        stream: case.stream,
     };
     TokenizedWorkload { task, sequences: case.sequences, n_prompt, n_image, n_encoder }
 }
@@ -282,6 +304,11 @@ fn no_tokenizer(case: &Case) -> BadInput {
         .hint("give a length with `--prompt-tokens N` or exact ids with `--prompt-ids 1,2,3`")
 }
 
+fn nothing_to_stream(case: &Case) -> BadInput {
+    BadInput::new(format!("`--stream`: `{}` has no tokenizer here, so its tokens have no text", case.model.model_id))
+        .hint("drop `--stream`, or name a model with a tokenizer: a folder that has tokenizer.json, or a hub id")
+}
+
 /// `n` ids that depend on the seed alone. Both ends of the vocabulary are left out where it is large enough, since special
 /// tokens lie there.
 fn synthetic(n: usize, vocab: usize, seed: u64) -> Vec<u32> {
@@ -350,7 +377,7 @@ mod tests {
         let seen =
             workload(&case(), Words::default(), &with_encoder(EncoderInputKind::Picture(picture), None)).unwrap();
         assert_eq!(seen.task.prompt, [9, 9, 9, 9, 7, 8]);
-        assert_eq!(seen.task.encode, Encode::Picture { image: None });
+        assert_eq!(seen.task.encode, Encode::Picture { image: None, pixels: None });
         assert_eq!((seen.n_prompt, seen.n_image, seen.n_encoder), (2, 4, 4));
         let whole = Case { prompt: PromptChoice::Ids(vec![9, 9, 9, 9, 7, 8]), ..case() };
         assert_eq!(

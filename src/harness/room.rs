@@ -3,16 +3,18 @@
 use anyhow::Result;
 
 use super::case::{Case, Variant};
+use super::load::LoadReport;
+use super::measured::{FinishReport, Sample, WarmupReport};
 use super::prompt::TokenizedWorkload;
 use super::schedule::{RunOrder, WorkerHandle};
-use crate::engine::Device;
 use crate::engine::needs::{self, Holding, Lengths, Needs};
+use crate::engine::{Device, Engine};
 use crate::error::OutOfMemory;
 use crate::events::Listener;
 use crate::kernels::nvml::Gpu;
 use crate::os::memory::ProcessMemory;
 use crate::plan::Model;
-use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
+use crate::protocol::Failure;
 use crate::weights::policy::Formats;
 
 /// Host memory of a worker beside its session: code, stacks, tables.
@@ -20,6 +22,9 @@ const WORKER_BYTES: u64 = 64 << 20;
 
 /// Memory that loading may use beyond the final size, for one worker at a time.
 const LOADING_BYTES: u64 = 256 << 20;
+
+/// Host memory of another engine before it loads: an interpreter with torch holds as much.
+const OTHER_ENGINE_BYTES: u64 = 768 << 20;
 
 /// Memory of a device that the variants of a case need, and memory that is free there.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,9 +74,13 @@ pub fn needs(
     (model, workload): (&Model, &TokenizedWorkload),
     device: Device,
 ) -> Result<Needs> {
-    let formats = Formats::new(variant.precision, case.format_options);
-    let holding = Holding { engine: variant.engine, formats: &formats, device };
-    Ok(needs::needs(model, holding, &lengths(workload)))
+    let formats = Formats::new(variant.format(), case.format_options);
+    // Of another engine only this much is known: it reads the 16-bit weights and holds a cache.
+    let engine = variant.own_engine().unwrap_or(Engine::Quantbench);
+    let holding = Holding { engine, formats: &formats, device };
+    let needs = needs::needs(model, holding, &lengths(workload));
+    let beside = if variant.own_engine().is_none() && device == Device::Cpu { OTHER_ENGINE_BYTES } else { 0 };
+    Ok(Needs { context_bytes: needs.context_bytes + beside, ..needs })
 }
 
 /// Free bytes of the memory that a worker's weights and cache are in. Asks the driver without a context, which would take some of it.
@@ -87,22 +96,25 @@ pub fn lengths(workload: &TokenizedWorkload) -> Lengths {
     Lengths { depth: task.depth.len(), prompt: task.prompt.len(), gen_tokens: task.n_gen, encoder: workload.n_encoder }
 }
 
-/// A worker that is never started: it refuses every request with the sizes.
-pub struct TooLarge {
+/// A worker that is never started: it refuses every request.
+pub struct NeverStarted {
     pub label: String,
-    pub needed_bytes: u64,
-    pub free_bytes: u64,
+    pub failure: Failure,
 }
 
-impl TooLarge {
+impl NeverStarted {
+    /// It needs more than is free.
+    pub fn too_large(label: String, wanted_bytes: u64, free_bytes: u64) -> Self {
+        let message = OutOfMemory { wanted_bytes, free_bytes }.to_string();
+        Self { label, failure: Failure::OutOfMemory { message, wanted_bytes, free_bytes } }
+    }
+
     fn refuse<T>(&self) -> Result<T, Failure> {
-        let Self { needed_bytes, free_bytes, .. } = *self;
-        let message = OutOfMemory { wanted_bytes: needed_bytes, free_bytes }.to_string();
-        Err(Failure::OutOfMemory { message, wanted_bytes: needed_bytes, free_bytes })
+        Err(self.failure.clone())
     }
 }
 
-impl WorkerHandle for TooLarge {
+impl WorkerHandle for NeverStarted {
     fn label(&self) -> &str {
         &self.label
     }
@@ -155,7 +167,7 @@ mod tests {
 
     #[test]
     fn what_is_too_large_is_refused_with_both_sizes() {
-        let worker = TooLarge { label: "fp16".to_owned(), needed_bytes: 3 * GIB, free_bytes: GIB };
+        let worker = NeverStarted::too_large("fp16".to_owned(), 3 * GIB, GIB);
         let message = "out of memory: wanted 3.00 GiB, 1.00 GiB free".to_owned();
         let expected = Failure::OutOfMemory { message, wanted_bytes: 3 * GIB, free_bytes: GIB };
         assert_eq!(worker.refuse::<()>(), Err(expected));

@@ -1,12 +1,14 @@
 //! The order of work: workers load and warm up one after the other, then run repeats ABC BCA CAB. Where they do not fit
 //! together, each runs to its end before the next one starts. Several launches do all of this several times.
 
+use super::load::LoadReport;
+use super::measured::{FinishReport, Sample, WarmupReport};
 use super::measurement_protocol::MeasurementProtocol;
 use super::stopping::{RepeatTally, RepeatsEnd, repeats_ended, repeats_left};
 use super::watch::energy::EnergyWindow;
 use super::watch::{Watch, Watched};
 use crate::events::{Event, Listener, Unit};
-use crate::protocol::{Failure, FinishReport, LoadReport, Sample, WarmupReport};
+use crate::protocol::Failure;
 use crate::stats;
 
 /// One variant, in a process of its own or, in tests, in this one.
@@ -18,6 +20,10 @@ pub trait WorkerHandle {
         None
     }
     fn load(&mut self, events: &dyn Listener) -> Result<LoadReport, Failure>;
+    /// Makes ready for a counted run: one that was stopped while others ran goes on, with one run that counts for nothing.
+    fn take_turn(&mut self, _events: &dyn Listener) -> Result<(), Failure> {
+        Ok(())
+    }
     fn warm_up(&mut self, events: &dyn Listener) -> Result<WarmupReport, Failure>;
     fn repeat(&mut self, events: &dyn Listener) -> Result<Sample, Failure>;
     fn finish(&mut self, events: &dyn Listener) -> Result<FinishReport, Failure>;
@@ -220,6 +226,7 @@ impl<'a> WorkerSlot<'a> {
     /// One counted repeat. A repeat whose clock was held down is repeated after a pause. `run_pids` are the processes of all workers.
     fn repeat(&mut self, run_pids: &[u32], watch: &mut dyn Watch, events: &dyn Listener) -> Result<(), Failure> {
         while self.worker.is_some() {
+            self.ask(|worker| worker.take_turn(events))?;
             watch.begin(self.pid(), run_pids);
             let sample = self.ask(|worker| worker.repeat(events));
             let watched = watch.end();
@@ -246,6 +253,7 @@ impl<'a> WorkerSlot<'a> {
         }
         let label = self.worker.as_ref().map_or("", |worker| worker.label());
         events.on(Event::Begin { label: format!("energy {label}"), total: 1, unit: Unit::Runs });
+        self.ask(|worker| worker.take_turn(events))?;
         let begin = watch.energy_mark();
         let tokens = if begin.is_some() { self.block(needed_s, events)? } else { None };
         let end = tokens.and_then(|_| watch.energy_mark());

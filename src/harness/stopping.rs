@@ -1,7 +1,8 @@
 //! Ends of warm-up and repeats, as functions of what was measured so far.
 
+use super::measured::WarmupEnd;
 use super::measurement_protocol::MeasurementProtocol;
-use crate::protocol::WarmupEnd;
+
 use crate::stats;
 
 /// Two warm-up runs that differ by no more than this are flat.

@@ -1,7 +1,8 @@
 //! Checks of whether a result can be right at all. Garbage is fast, too.
 
+use super::measured::Sample;
 use crate::engine::check::SelfCheck;
-use crate::protocol::{InvalidResult, Sample};
+use crate::error::InvalidResult;
 use crate::quant::FormatId;
 
 /// A text this short may repeat one token by chance or by sense.

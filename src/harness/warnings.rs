@@ -123,6 +123,11 @@ pub enum Warning {
     RanAlone {
         label: String,
     },
+    /// An engine used the processor while others were measured.
+    WaitingEngine {
+        label: String,
+        ticks: u64,
+    },
     /// Logits that were asked for were computed and could not be saved.
     LogitsNotSaved {
         problem: String,
@@ -165,6 +170,7 @@ impl Warning {
             Warning::NoGpu { .. } => "no_gpu",
             Warning::TooManyThreads { .. } => "too_many_threads",
             Warning::RanAlone { .. } => "ran_alone",
+            Warning::WaitingEngine { .. } => "waiting_engine",
             Warning::LogitsNotSaved { .. } => LOGITS_NOT_SAVED,
             Warning::Model { name, .. } => name,
         }
@@ -190,6 +196,7 @@ impl Warning {
                 | Warning::LowClock { .. }
                 | Warning::GpuShared { .. }
                 | Warning::TooManyThreads { .. }
+                | Warning::WaitingEngine { .. }
         )
     }
 }
@@ -307,6 +314,12 @@ impl fmt::Display for Warning {
                 f,
                 "`{label}` did not fit in memory beside the others and ran alone after them, so drift does not cancel in its \
                  ratios"
+            ),
+            Warning::WaitingEngine { label, ticks } => write!(
+                f,
+                "`{label}` was stopped and still used {:.2} s of processor time while others were measured; look for processes that it \
+                 started outside its group",
+                *ticks as f64 / 100.0
             ),
             Warning::LogitsNotSaved { problem } => f.write_str(problem),
             Warning::Model { message, .. } => f.write_str(message),

@@ -1,4 +1,4 @@
-//! The worker process: loads a model and measures it as the parent asks.
+//! The worker process: our own engines as an engine of the protocol.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,53 +6,67 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 
 use super::clock::Monotonic;
-use super::measure::Bench;
+use super::load::{OwnLoad, OwnLoaded};
 use super::open_model::{OpenModel, open, pixels};
-use super::scoring;
+use super::served::ServedSession;
 use super::validity::check_kernels;
 use super::worker_process::SUBCOMMAND;
+use crate::call::KvFormat;
 use crate::engine::{self, Engine, Setup, check};
-use crate::events::{Listener, WithoutWarnings};
+use crate::events::{Event, Listener, WithoutWarnings};
 use crate::ipc;
 use crate::kernels::cpu::rlimit;
-use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
-use crate::protocol::{self, LoadReport, LoadRequest, WorkerReply, WorkerRequest};
+use crate::protocol::{self, BandwidthReport, EngineReply, EngineRequest, Hello, Load, LoadReply, capability};
 use crate::quant;
 use crate::weights::policy::Formats;
 
-/// The hidden subcommand: answers the parent until it closes the pipe. Fails on input that no parent writes.
+/// The hidden subcommand: answers the parent until it closes the connection. Fails on input that no parent writes.
 pub fn worker_main() -> Result<()> {
-    // The kernel should end a worker, not the parent, when memory runs out. Raising one's own score needs no right; where it
-    // fails nothing is lost.
-    let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
     // Ctrl-C reaches all processes of a terminal; the parent decides what it means, and a worker ends with its parent.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::default());
-    let mut state = None;
-    ipc::serve(SUBCOMMAND, |request, events| answer(request, &mut state, events))
+    let mut session = None;
+    ipc::serve_engine(SUBCOMMAND, hello(), |request, events| answer(request, &mut session, events))
 }
 
-struct State {
-    bench: Bench<Monotonic>,
-    request: LoadRequest,
+fn hello() -> Hello {
+    use capability::{DEPTH, ENCODE_PICTURE, ENCODE_TOKENS, LOGITS, MEMORY, PROCEED, SCORE, WAIT};
+    let all = [LOGITS, SCORE, MEMORY, DEPTH, PROCEED, ENCODE_TOKENS, ENCODE_PICTURE, WAIT];
+    Hello {
+        protocol: protocol::VERSION,
+        engine: Engine::Quantbench.name().to_owned(),
+        version: Engine::Quantbench.version().to_owned(),
+        capabilities: all.map(str::to_owned).to_vec(),
+    }
 }
 
-fn answer(request: WorkerRequest, state: &mut Option<State>, events: &dyn Listener) -> Result<WorkerReply> {
-    let loaded = state.as_mut().context("nothing is loaded yet");
+type Served = ServedSession<Monotonic>;
+
+fn answer(request: EngineRequest, session: &mut Option<Served>, events: &dyn Listener) -> Result<EngineReply> {
+    let loaded = session.as_mut().context("nothing is loaded yet");
     Ok(match request {
-        WorkerRequest::Load(request) => {
-            let (loaded, report) = load(*request, events)?;
-            *state = Some(loaded);
-            WorkerReply::Loaded(report)
+        EngineRequest::Load(request) => {
+            let (served, loaded) = load(&request, events)?;
+            *session = Some(served);
+            EngineReply::Load(Box::new(loaded))
         }
-        WorkerRequest::WarmUp => WorkerReply::Warmed(loaded?.bench.warm_up()?),
-        WorkerRequest::Repeat => WorkerReply::Sample(loaded?.bench.repeat()?),
-        WorkerRequest::Finish => {
-            let State { bench, request } = loaded?;
-            WorkerReply::Finished(bench.finish(request.save_logits.as_deref())?)
+        EngineRequest::Run(run) => {
+            // The parent knows the label.
+            let show = |id| events.on(Event::Token { label: String::new(), id });
+            let report = loaded?.run(&run, &mut { show });
+            if run.stream {
+                events.on(Event::TextEnd);
+            }
+            EngineReply::Run(report?)
         }
-        WorkerRequest::Bandwidth(ordinal) => WorkerReply::Bandwidth(engine::memory::read_bandwidth(ordinal)?),
-        WorkerRequest::Score(request) => WorkerReply::Scored(scoring::score(loaded?.bench.encoded()?, &request)?),
+        EngineRequest::Logits(logits) => EngineReply::Logits(loaded?.logits(&logits)?),
+        EngineRequest::Score(score) => EngineReply::Score(loaded?.score(&score)?),
+        EngineRequest::Memory(memory) => EngineReply::Memory(loaded?.memory(memory)?),
+        EngineRequest::Finish(finish) => EngineReply::Finish(loaded?.finish(&finish)?),
+        EngineRequest::Bandwidth(request) => {
+            let measured = engine::memory::read_bandwidth(request.device)?;
+            EngineReply::Bandwidth(BandwidthReport { read_gb_s: measured.read_gb_s, copy_gb_s: measured.copy_gb_s })
+        }
     })
 }
 
@@ -60,7 +74,7 @@ fn answer(request: WorkerRequest, state: &mut Option<State>, events: &dyn Listen
 fn check_version(parent: u32) -> Result<()> {
     if parent > protocol::VERSION {
         bail!(
-            "the parent speaks version {parent} of the worker protocol, and this build reads versions up to {}; use two builds of \
+            "the parent speaks version {parent} of the engine protocol, and this build reads versions up to {}; use two builds of \
              one version",
             protocol::VERSION
         );
@@ -68,18 +82,16 @@ fn check_version(parent: u32) -> Result<()> {
     Ok(())
 }
 
-fn load(request: LoadRequest, events: &dyn Listener) -> Result<(State, LoadReport)> {
+fn load(request: &Load, events: &dyn Listener) -> Result<(Served, LoadReply)> {
     request.memory_limit_bytes.map_or(Ok(()), rlimit::limit_data_bytes).context("limiting the memory of the worker")?;
-    check_version(request.protocol_version)?;
-    let mut opened = open(&request.model, &WithoutWarnings(events))?;
-    opened.select(&request.selection)?;
-    let pixels = pixels(&opened.model, &opened.checkpoint, &request.task.encode)?;
-    let formats = Formats::new(request.precision, request.format_options);
-    let own_kv_format = match request.engine {
-        Engine::Quantbench => request.device.kv_format(),
-        Engine::Candle => engine::candle::kv_format(opened.model.architecture),
-    };
-    let kv_format = request.kv_format.unwrap_or(own_kv_format);
+    check_version(request.protocol)?;
+    let request = OwnLoad::of(request)?;
+    let options = &request.options;
+    let mut opened = open(&options.model, &WithoutWarnings(events))?;
+    opened.select(&options.selection)?;
+    let pixels = pixels(&opened.model, &opened.checkpoint, &options.encode)?;
+    let formats = Formats::new(request.precision, options.format_options);
+    let kv_format = kv_format(&request, &opened);
     let setup = Setup {
         model: &opened.model,
         source: opened.source.as_ref(),
@@ -88,45 +100,56 @@ fn load(request: LoadRequest, events: &dyn Listener) -> Result<(State, LoadRepor
         threads: request.threads,
         sequences: request.sequences,
         kv_format,
-        capacity: request.capacity(),
-        encoder_capacity: request.encoder_capacity,
-        cuda_graph: request.cuda_graph,
+        capacity: request.capacity,
+        encoder_capacity: options.encoder_capacity,
+        cuda_graph: options.cuda_graph,
     };
-    let loaded = match request.engine {
+    let loaded = match options.engine {
         Engine::Quantbench => engine::load(&setup, events)?,
         Engine::Candle => {
             let dtype = engine::candle::dtype(opened.model.architecture);
             engine::candle::load(&setup, &opened.checkpoint.config, dtype, events)?
         }
     };
-    let memory = ProcessMemory::default();
-    let load_peak_bytes = memory.peak_bytes();
-    let task = request.task.clone();
-    let accounts = CpuAccounts::default();
-    let mut bench = Bench::new(loaded.session, Monotonic::start(), memory, accounts, task, pixels);
-    bench.loaded()?;
-    let self_check = match request.engine {
+    let load_peak_bytes = ProcessMemory::default().peak_bytes();
+    let mut served = ServedSession::new(loaded.session, Monotonic::start(), pixels);
+    let pool = served.pool()?;
+    let self_check = match options.engine {
         Engine::Quantbench => check::self_check(&setup)?,
         // Not our kernels.
         Engine::Candle => None,
     };
     check_kernels(request.precision, self_check.as_ref())?;
-    let report = LoadReport {
-        protocol_version: protocol::VERSION,
-        load_s: loaded.load.as_secs_f64(),
+    served.release_unused()?;
+    let details = OwnLoaded {
         quantize_s: loaded.quantize.as_secs_f64(),
         fp16_overflow: loaded.fp16_overflow,
         fp16_overflow_by_tensor: match loaded.fp16_overflow {
             0 => BTreeMap::new(),
             _ => engine::load::fp16_overflow_by_tensor(&setup)?,
         },
-        isa: loaded.isa,
         kv_format: Some(kv_format),
-        load_peak_bytes,
         self_check,
+        load_peak_bytes,
+        pool,
         weights_by_format: weights_by_format(&opened, &formats),
     };
-    Ok((State { bench, request }, report))
+    let report = LoadReply {
+        load_s: Some(loaded.load.as_secs_f64()),
+        kernels: loaded.isa,
+        details: serde_json::to_value(details)?,
+        ..LoadReply::default()
+    };
+    Ok((served, report))
+}
+
+/// What was asked for, else the engine's own.
+fn kv_format(request: &OwnLoad, opened: &OpenModel) -> KvFormat {
+    let own = match request.options.engine {
+        Engine::Quantbench => request.device.kv_format(),
+        Engine::Candle => engine::candle::kv_format(opened.model.architecture),
+    };
+    request.options.kv_format.unwrap_or(own)
 }
 
 /// Stored bytes of the weights by the format that holds them; vectors count as fp16.
@@ -148,9 +171,10 @@ mod tests {
     use crate::call::KvFormat;
     use crate::engine::Device;
     use crate::events::Silent;
-    use crate::harness::case::{Case, Variant};
+    use crate::harness::case::Case;
+    use crate::harness::load::{DeviceAssignment, LoadRequest, OwnOptions};
     use crate::harness::prompt::TokenizedWorkload;
-    use crate::protocol::{DeviceAssignment, Task};
+    use crate::harness::task::Task;
     use crate::quant;
     use crate::weights::WeightsChoice;
 
@@ -162,42 +186,49 @@ mod tests {
         let (sequences, n_prompt, n_image, n_encoder) = (1, 2, 0, 0);
         let workload = TokenizedWorkload { task, sequences, n_prompt, n_image, n_encoder };
         let assignment = DeviceAssignment { device: Device::Cpu, threads: 1 };
-        let variant = Variant::own(quant::BASELINE);
         let model = crate::weights::ModelRequest { model_id, weights: WeightsChoice::Auto, ..plain.model.clone() };
-        workload.load_request(&Case { model, ..plain }, &variant, assignment)
+        workload.load_request(&Case { model, ..plain }, (Engine::Quantbench, quant::BASELINE), assignment)
+    }
+
+    fn loaded(request: LoadRequest) -> Result<OwnLoaded> {
+        let line = request.wire().unwrap();
+        let (_, report) = load(&line, &Silent)?;
+        Ok(serde_json::from_value(report.details).unwrap())
     }
 
     #[test]
     fn a_batch_or_a_cache_that_an_engine_cannot_run_is_refused_by_name() {
-        let message = |request| load(request, &Silent).err().map(|error| format!("{error:#}")).unwrap_or_default();
-        let fine = load(request(), &Silent).map(|(_, report)| report.kv_format).unwrap();
-        assert_eq!(fine, Some(KvFormat::Fp32));
-        assert_eq!(message(LoadRequest { kv_format: Some(KvFormat::Fp32), ..request() }), "");
+        let with = |sequences, kv_format| {
+            let plain = request();
+            LoadRequest { sequences, options: OwnOptions { kv_format, ..plain.options.clone() }, ..plain }
+        };
+        let message = |request| loaded(request).err().map(|error| format!("{error:#}")).unwrap_or_default();
+        assert_eq!(loaded(request()).unwrap().kv_format, Some(KvFormat::Fp32));
+        assert_eq!(message(with(1, Some(KvFormat::Fp32))), "");
         for (sequences, kv_format, expected) in [
             (4, None, "the CPU engine cannot run a batch of 4 sequences; it runs 1"),
             (0, None, "the CPU engine cannot run a batch of 0 sequences; it runs 1"),
             (1, Some(KvFormat::Fp8), "the CPU engine cannot run a cache in fp8; it runs fp32"),
             (1, Some(KvFormat::Bf16), "the CPU engine cannot run a cache in bf16; it runs fp32"),
         ] {
-            assert_eq!(message(LoadRequest { sequences, kv_format, ..request() }), expected);
+            assert_eq!(message(with(sequences, kv_format)), expected);
         }
     }
 
     #[test]
-    fn a_request_without_a_batch_is_for_one_sequence_in_the_engines_own_cache() {
-        let mut line = serde_json::to_value(request()).unwrap();
-        let fields = line.as_object_mut().unwrap();
-        for added in ["sequences", "kv_format", "protocol_version"] {
-            assert!(fields.remove(added).is_some(), "{added}");
-        }
-        let older: LoadRequest = serde_json::from_value(line).unwrap();
-        assert_eq!((older.sequences, older.kv_format, older.protocol_version), (1, None, 1));
+    fn words_and_options_of_another_build_are_refused_by_name() {
+        let line = request().wire().unwrap();
+        let message = |line: Load| load(&line, &Silent).err().map(|error| format!("{error:#}")).unwrap_or_default();
+        assert_eq!(message(Load { precision: "q9".to_owned(), ..line.clone() }), "this build knows no precision `q9`");
+        assert_eq!(message(Load { device: "tpu".to_owned(), ..line.clone() }), "this build knows no device `tpu`");
+        let other = message(Load { options: serde_json::Value::Null, ..line });
+        assert!(other.starts_with("the options of the worker come from another build"), "{other}");
     }
 
     #[test]
     fn a_parent_of_a_newer_protocol_is_refused_by_name() {
         assert!(check_version(1).is_ok() && check_version(protocol::VERSION).is_ok());
         let refused = check_version(protocol::VERSION + 1).unwrap_err().to_string();
-        assert!(refused.starts_with("the parent speaks version 2 of the worker protocol"), "{refused}");
+        assert!(refused.starts_with("the parent speaks version 3 of the engine protocol"), "{refused}");
     }
 }

@@ -8,6 +8,8 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process_group};
+
 /// A point in time, with the limit that it comes from.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Deadline {
@@ -33,9 +35,19 @@ impl Deadline {
     }
 }
 
+/// What is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Killed {
+    Process,
+    /// The process and those of its group, which it leads.
+    Group,
+}
+
 /// A child process that does not outlive its deadline. Dropping this neither kills nor waits.
 pub struct KilledAtDeadline {
     child: Arc<Mutex<Child>>,
+    id: u32,
+    scope: Killed,
     deadline: Option<Deadline>,
     killed: Arc<AtomicBool>,
     /// Wakes and ends the watching thread when it goes.
@@ -43,14 +55,15 @@ pub struct KilledAtDeadline {
 }
 
 impl KilledAtDeadline {
-    pub fn new(child: Child, deadline: Option<Deadline>) -> Self {
+    pub fn new(child: Child, deadline: Option<Deadline>, scope: Killed) -> Self {
+        let id = child.id();
         let (child, killed) = (Arc::new(Mutex::new(child)), Arc::new(AtomicBool::new(false)));
-        let _watcher = deadline.map(|deadline| watch(deadline, child.clone(), killed.clone()));
-        Self { child, deadline, killed, _watcher }
+        let _watcher = deadline.map(|deadline| watch(deadline, (child.clone(), scope), killed.clone()));
+        Self { child, id, scope, deadline, killed, _watcher }
     }
 
     pub fn id(&self) -> u32 {
-        lock(&self.child).id()
+        self.id
     }
 
     /// The deadline, if it was what killed the process.
@@ -62,12 +75,30 @@ impl KilledAtDeadline {
         lock(&self.child).wait()
     }
 
+    /// Kills what runs; a process that has ended and was not waited for still stands for its group.
     pub fn kill(&self) -> io::Result<()> {
-        lock(&self.child).kill()
+        kill(&mut lock(&self.child), self.scope)
     }
 }
 
-fn watch(deadline: Deadline, child: Arc<Mutex<Child>>, killed: Arc<AtomicBool>) -> Sender<Infallible> {
+fn kill(child: &mut Child, scope: Killed) -> io::Result<()> {
+    match scope {
+        Killed::Process => child.kill(),
+        Killed::Group => signal_group(child.id(), Signal::KILL),
+    }
+}
+
+/// Sends a signal to the process group that a process leads.
+pub fn signal_group(id: u32, signal: Signal) -> io::Result<()> {
+    let leader = i32::try_from(id).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(kill_process_group(leader, signal)?)
+}
+
+fn watch(
+    deadline: Deadline,
+    (child, scope): (Arc<Mutex<Child>>, Killed),
+    killed: Arc<AtomicBool>,
+) -> Sender<Infallible> {
     let (watching, ended) = channel();
     std::thread::spawn(move || {
         let left = deadline.at.saturating_duration_since(Instant::now());
@@ -76,7 +107,7 @@ fn watch(deadline: Deadline, child: Arc<Mutex<Child>>, killed: Arc<AtomicBool>) 
             // One that ended by itself keeps its own reason.
             if matches!(child.try_wait(), Ok(None)) {
                 killed.store(true, Ordering::Release);
-                let _ = child.kill();
+                let _ = kill(&mut child, scope);
             }
         }
     });
@@ -101,14 +132,14 @@ mod tests {
         let deadline = Deadline::after_s(0.0);
         let sleeper = start("sleep", &["600"]);
         // Waiting first would hold the lock that killing needs; a worker is waited for when its pipe has closed.
-        let watched = KilledAtDeadline::new(sleeper, deadline);
+        let watched = KilledAtDeadline::new(sleeper, deadline, Killed::Process);
         while watched.overran().is_none() {
             std::thread::yield_now();
         }
         assert_eq!(watched.wait().unwrap().signal(), Some(9));
         assert!(watched.overran().unwrap().message().contains("its limit of 0 s"));
 
-        let quick = KilledAtDeadline::new(start("true", &[]), Deadline::after_s(600.0));
+        let quick = KilledAtDeadline::new(start("true", &[]), Deadline::after_s(600.0), Killed::Process);
         assert!(quick.wait().unwrap().success() && quick.overran().is_none());
         for never in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
             assert_eq!(Deadline::after_s(never), None);

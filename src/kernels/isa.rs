@@ -19,19 +19,22 @@ impl Isa {
 
     /// All that this machine can run, in rising order; never empty. Tests loop over it.
     pub fn available() -> Vec<Self> {
-        let mut found = vec![Isa::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::is_x86_feature_detected as has;
-            if has!("avx2") && has!("fma") && has!("f16c") {
-                found.push(Isa::Avx2);
-                let avx512 = has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq");
-                if avx512 && has!("avx512vnni") {
-                    found.push(Isa::Avx512);
-                }
-            }
-        }
-        found
+        [Isa::Portable].into_iter().chain(Self::of_x86()).collect()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn of_x86() -> Vec<Self> {
+        use std::is_x86_feature_detected as has;
+        let has_avx2 = has!("avx2") && has!("fma") && has!("f16c");
+        let has_avx512 =
+            has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") && has!("avx512vnni");
+        let found = [(Isa::Avx2, has_avx2), (Isa::Avx512, has_avx2 && has_avx512)];
+        found.into_iter().filter(|(_, has)| *has).map(|(isa, _)| isa).collect()
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn of_x86() -> Vec<Self> {
+        Vec::new()
     }
 
     /// The name in records.

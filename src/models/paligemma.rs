@@ -36,7 +36,10 @@ impl Config {
         let image_token = keys.size_by("image_token_index", "image_token_id", 256_000)?;
         let image_token = match u32::try_from(image_token) {
             Ok(token) if image_token < text.decoder.vocab_size => token,
-            _ => bail!("config.json says image token {image_token} of a vocabulary of {}", text.decoder.vocab_size),
+            _ => bail!(
+                "config.json says `image_token_index` {image_token}; it must be in the vocabulary of {}",
+                text.decoder.vocab_size
+            ),
         };
         if keys.optional_size("projection_dim")?.is_some_and(|width| width != text.decoder.hidden_size) {
             return Err(

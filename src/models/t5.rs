@@ -131,7 +131,7 @@ impl Config {
         let (buckets, distance) = (self.relative_attention_num_buckets, self.relative_attention_max_distance);
         if buckets < 4 || distance <= buckets / 2 {
             bail!(
-                "config.json's relative attention has {buckets} buckets and a distance of {distance}; it needs at least 4, and more than half of them"
+                "config.json says `relative_attention_num_buckets` {buckets} and `relative_attention_max_distance` {distance}; these must be at least 4, and more than half as many"
             );
         }
         Ok(())

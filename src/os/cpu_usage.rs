@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone)]
 pub struct CpuAccounts {
     root: PathBuf,
+    /// Below /proc: `self` or a number.
+    process: String,
 }
 
 impl Default for CpuAccounts {
@@ -23,7 +25,7 @@ pub struct CpuReading {
     /// Over all processors, idle included.
     total: u64,
     busy: u64,
-    /// Ticks of this process.
+    /// Ticks of the process.
     own: u64,
 }
 
@@ -38,7 +40,12 @@ pub struct CpuUsage {
 
 impl CpuAccounts {
     pub fn below(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), process: "self".to_owned() }
+    }
+
+    /// Accounts in which `own` are the ticks of another process.
+    pub fn of(root: impl Into<PathBuf>, pid: u32) -> Self {
+        Self { root: root.into(), process: pid.to_string() }
     }
 
     /// `None` where the system keeps no such accounts.
@@ -55,7 +62,7 @@ impl CpuAccounts {
 
     /// User and system ticks: fields 14 and 15 of the line, counted after the name, which may hold spaces.
     fn own_ticks(&self) -> Option<u64> {
-        let own = self.text("proc/self/stat")?;
+        let own = self.text(&format!("proc/{}/stat", self.process))?;
         let fields: Vec<&str> = own.rsplit_once(')')?.1.split_whitespace().collect();
         Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
     }
@@ -63,6 +70,18 @@ impl CpuAccounts {
     fn text(&self, file: &str) -> Option<String> {
         std::fs::read_to_string(self.root.join(Path::new(file))).ok()
     }
+}
+
+/// Ticks of all processes of a group so far; those that have ended are not counted.
+pub fn group_ticks(group: u32) -> u64 {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let stats = processes.filter_map(|entry| std::fs::read_to_string(entry.path().join("stat")).ok());
+    let ticks = |stat: String| {
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let number = |at: usize| fields.get(at)?.parse::<u64>().ok();
+        (number(2)? == u64::from(group)).then_some(number(11)? + number(12)?)
+    };
+    stats.filter_map(ticks).sum()
 }
 
 impl CpuReading {

@@ -57,7 +57,7 @@ impl ProcessMemory {
 
     /// Resets the peak; false where the kernel does not allow it.
     pub fn reset_peak(&self) -> bool {
-        std::fs::write(self.root.join("proc/self/clear_refs"), "5").is_ok()
+        std::fs::write(self.root.join(format!("proc/{}/clear_refs", self.process)), "5").is_ok()
     }
 
     /// All memory of the machine.

@@ -1,27 +1,32 @@
-//! Reasons why a child process gives no result, as the parent distinguishes them.
+//! Reasons why a process gives no result, as the parent distinguishes them.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{BadInput, OutOfMemory, Refused};
-use crate::record::Status;
-
 /// Reason why a process gives no result.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Failure {
+    /// What was asked for cannot be done by any precision: the whole run ends.
     BadInput {
         message: String,
+        #[serde(default)]
         hint: Option<String>,
     },
     OutOfMemory {
         message: String,
+        /// Bytes of the allocation that failed; 0 where unknown.
+        #[serde(default)]
         wanted_bytes: u64,
+        /// Bytes that were free; 0 where unknown.
+        #[serde(default)]
         free_bytes: u64,
     },
-    /// The worker runs, and what it computes is wrong.
+    /// The engine runs, and what it computes is wrong.
     Invalid {
         message: String,
     },
-    /// The process was still running at the deadline of the case.
+    /// The process was still running at the end of its time.
     Timeout {
         message: String,
     },
@@ -30,50 +35,19 @@ pub enum Failure {
     },
 }
 
-/// Error for a result that cannot be right, found before anything was measured.
-#[derive(Debug)]
-pub struct InvalidResult(pub String);
-
-impl std::fmt::Display for InvalidResult {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for InvalidResult {}
-
 impl Failure {
-    /// Sorts an error by what the parent does about it.
-    pub fn of(error: &anyhow::Error) -> Self {
-        let message = crate::error::plain_driver_errors(crate::error::without_backtrace(&format!("{error:#}")));
-        if error.downcast_ref::<BadInput>().is_some() {
-            return Failure::BadInput { message, hint: crate::error::hint(error) };
-        }
-        if let Some(oom) = error.downcast_ref::<OutOfMemory>() {
-            let (wanted_bytes, free_bytes) = (oom.wanted_bytes, oom.free_bytes);
-            return Failure::OutOfMemory { message, wanted_bytes, free_bytes };
-        }
-        if error.downcast_ref::<InvalidResult>().is_some() {
-            return Failure::Invalid { message };
-        }
-        let refused = |cause: &std::io::Error| cause.kind() == std::io::ErrorKind::OutOfMemory;
-        // cuBLAS allocates by itself, and its error is no driver's.
-        let by_library = message.contains("CUBLAS_STATUS_ALLOC_FAILED");
-        let by_system = error.chain().filter_map(|cause| cause.downcast_ref()).any(refused);
-        if by_system || by_library || crate::engine::memory::is_out_of_memory(error) {
-            let wanted_bytes = error.downcast_ref::<Refused>().map_or(0, |refused| refused.bytes);
-            return Failure::OutOfMemory { message, wanted_bytes, free_bytes: 0 };
-        }
-        Failure::Error { message }
+    /// A failure of no special kind.
+    pub fn error(message: impl Into<String>) -> Self {
+        Failure::Error { message: message.into() }
     }
 
-    /// Status of the record that reports the failure.
-    pub fn status(&self) -> Status {
+    pub fn message(&self) -> &str {
         match self {
-            Failure::OutOfMemory { .. } => Status::Oom,
-            Failure::Invalid { .. } => Status::Invalid,
-            Failure::Timeout { .. } => Status::Timeout,
-            Failure::BadInput { .. } | Failure::Error { .. } => Status::Error,
+            Failure::BadInput { message, .. }
+            | Failure::OutOfMemory { message, .. }
+            | Failure::Invalid { message }
+            | Failure::Timeout { message }
+            | Failure::Error { message } => message,
         }
     }
 
@@ -86,57 +60,5 @@ impl Failure {
         | Failure::Error { message }) = &mut self;
         *message = format!("{what}: {message}");
         self
-    }
-
-    /// The failure as an error of the command: for what no precision can run with.
-    pub fn into_error(self) -> anyhow::Error {
-        match self {
-            Failure::BadInput { message, hint: Some(hint) } => BadInput::new(message).hint(hint).into(),
-            Failure::BadInput { message, hint: None } => BadInput::new(message).into(),
-            other => anyhow::anyhow!(other.message().to_owned()),
-        }
-    }
-
-    pub fn message(&self) -> &str {
-        match self {
-            Failure::BadInput { message, .. }
-            | Failure::OutOfMemory { message, .. }
-            | Failure::Invalid { message }
-            | Failure::Timeout { message }
-            | Failure::Error { message } => message,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use anyhow::Context;
-
-    use super::*;
-
-    #[test]
-    fn errors_are_sorted_through_context() {
-        let bad = Err::<(), _>(BadInput::new("no such folder").hint("look again")).context("loading").unwrap_err();
-        let bad = Failure::of(&bad);
-        assert_eq!(bad.message(), "loading: no such folder");
-        assert!(matches!(bad, Failure::BadInput { hint: Some(hint), .. } if hint == "look again"));
-        let oom = Err::<(), _>(OutOfMemory { wanted_bytes: 7, free_bytes: 5 }).context("loading").unwrap_err();
-        assert!(matches!(Failure::of(&oom), Failure::OutOfMemory { wanted_bytes: 7, free_bytes: 5, .. }));
-        let os = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::OutOfMemory)).context("reading");
-        assert!(matches!(Failure::of(&os), Failure::OutOfMemory { wanted_bytes: 0, .. }));
-        let what = "the attention scores".to_owned();
-        let refused = anyhow::Error::from(std::io::Error::from(std::io::ErrorKind::OutOfMemory))
-            .context(Refused { bytes: 3 << 30, what })
-            .context("filling the cache");
-        let refused = Failure::of(&refused);
-        assert!(refused.message().starts_with("filling the cache: 3.00 GiB for the attention scores could not be"));
-        assert!(matches!(refused, Failure::OutOfMemory { wanted_bytes, .. } if wanted_bytes == 3 << 30));
-        assert!(matches!(Failure::of(&InvalidResult("no".into()).into()), Failure::Invalid { .. }));
-        let blas = Failure::of(&anyhow::anyhow!("CublasError(CUBLAS_STATUS_ALLOC_FAILED)"));
-        assert_eq!(blas.message(), "cuBLAS had too little free memory (CUBLAS_STATUS_ALLOC_FAILED)");
-        assert!(matches!(blas, Failure::OutOfMemory { .. }));
-        let other = Failure::of(&anyhow::anyhow!("other"));
-        assert!(matches!(&other, Failure::Error { .. }));
-        assert_eq!(other.within("the reference").message(), "the reference: other");
     }
 }

@@ -1,106 +1,85 @@
-//! Loading a model into a worker.
+//! Loading a model into an engine, and what the engine then holds.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::task::Task;
-use crate::call::KvFormat;
-use crate::engine::check::SelfCheck;
-use crate::engine::{Device, Engine};
-use crate::quant::{FormatId, FormatOptions};
-use crate::weights::policy::Selection;
-
-/// All that one worker needs. The parent has checked it and turned the prompt into ids.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct LoadRequest {
-    /// [`super::VERSION`] of the parent; a parent older than this field speaks version 1.
-    #[serde(default = "first_version")]
-    pub protocol_version: u32,
-    pub model: crate::weights::ModelRequest,
-    pub engine: Engine,
-    pub precision: FormatId,
-    pub format_options: FormatOptions,
-    /// Rows that the encoder must hold; 0 without one.
-    pub encoder_capacity: usize,
-    pub device: Device,
+/// All that an engine needs to load. The parent has checked it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Load {
+    /// Version of the protocol that the parent speaks.
+    pub protocol: u32,
+    /// A folder with config.json and safetensors files, or a GGUF file.
+    pub model: String,
+    /// A name of the engine's own, as its row shows it: `fp16`, `q4_0`.
+    pub precision: String,
+    /// `cpu`, or `cuda:N`.
+    pub device: String,
     /// At least 1.
     pub threads: usize,
-    /// Sequences that a call runs at once; every engine runs one today and refuses others by name.
-    #[serde(default = "one_sequence")]
-    pub sequences: usize,
-    /// Format of the key/value cache; `None`: the engine's own.
+    /// Sequences that a run generates at once; 1 today.
+    #[serde(default = "one")]
+    pub batch: usize,
+    /// Tokens that the decoder's cache must hold: depth, prompt and generated ones.
+    pub capacity: usize,
+    /// Seed of whatever is random; decoding is greedy.
     #[serde(default)]
-    pub kv_format: Option<KvFormat>,
-    pub cuda_graph: bool,
-    pub task: Task,
-    /// The matrices that are quantized.
-    pub selection: Selection,
-    /// Most bytes that the worker may allocate.
+    pub seed: u64,
+    /// Most bytes that the engine may allocate; `null`: no limit.
+    #[serde(default)]
     pub memory_limit_bytes: Option<u64>,
-    /// File for the logits of an untimed pass after the last repeat.
-    pub save_logits: Option<PathBuf>,
+    /// A directory of this engine's own for arrays. The parent removes it at the end.
+    pub directory: PathBuf,
+    /// What one engine alone understands.
+    #[serde(default)]
+    pub options: Value,
 }
 
-/// The device and the threads that a worker uses.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct DeviceAssignment {
-    pub device: Device,
-    /// At least 1.
-    pub threads: usize,
-}
-
-impl LoadRequest {
-    /// Tokens that the decoder's key/value cache must hold.
-    pub fn capacity(&self) -> usize {
-        self.task.depth.len() + self.task.prompt.len() + self.task.n_gen
-    }
-}
-
-/// Time, kernels and sizes of a load.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// What an engine loaded.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
-pub struct LoadReport {
-    /// [`super::VERSION`] of the worker; a worker older than this field speaks version 1.
-    pub protocol_version: u32,
-    pub load_s: f64,
-    pub quantize_s: f64,
-    pub fp16_overflow: u64,
-    /// The same by tensor, those without any left out.
-    pub fp16_overflow_by_tensor: BTreeMap<String, u64>,
-    pub isa: String,
-    /// Format of the key/value cache; `None` from a worker older than this field.
-    pub kv_format: Option<KvFormat>,
-    /// Highest resident set while loading.
-    pub load_peak_bytes: Option<u64>,
-    /// `None` where no matrix is quantized.
-    pub self_check: Option<SelfCheck>,
-    /// Stored bytes of the weights by format.
+pub struct LoadReply {
+    /// First byte read to weights usable, imports left out; `null`: the parent's own time from request to reply.
+    pub load_s: Option<f64>,
+    pub held: HeldModel,
+    /// Kernels that run, such as an instruction set.
+    pub kernels: String,
+    /// What one engine alone says.
+    pub details: Value,
+}
+
+/// What is held in memory. All is optional: what is missing is shown as unknown.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct HeldModel {
+    /// Stored bytes of the weights, by the name of their format.
     pub weights_by_format: BTreeMap<String, u64>,
+    /// Bytes of weights that a decode step reads: embeddings count one row.
+    pub weight_bytes_per_token: Option<u64>,
+    /// Dtype of products and activations.
+    pub compute: Option<String>,
+    /// Dtype of the logits.
+    pub logits: Option<String>,
+    pub head: Option<HeldPart>,
+    pub embeddings: Option<HeldPart>,
+    /// Format of keys and values, and the bytes of the whole cache.
+    pub kv_cache: Option<HeldPart>,
+    /// Bytes of keys and values of one position.
+    pub kv_bytes_per_position: Option<u64>,
+    /// Linear layers that a quantized precision leaves in 16 bit or wider.
+    pub wide_modules: Vec<String>,
 }
 
-impl Default for LoadReport {
-    fn default() -> Self {
-        Self {
-            protocol_version: first_version(),
-            load_s: 0.0,
-            quantize_s: 0.0,
-            fp16_overflow: 0,
-            fp16_overflow_by_tensor: BTreeMap::new(),
-            isa: String::new(),
-            kv_format: None,
-            load_peak_bytes: None,
-            self_check: None,
-            weights_by_format: BTreeMap::new(),
-        }
-    }
+/// A part of the model: its format and its stored bytes.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct HeldPart {
+    pub format: String,
+    pub bytes: u64,
 }
 
-fn first_version() -> u32 {
-    1
-}
-
-fn one_sequence() -> usize {
+fn one() -> usize {
     1
 }

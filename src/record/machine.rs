@@ -43,6 +43,9 @@ pub struct Memory {
     /// CUDA: the memory pool's counters at the end of each phase: `load`, `warmup`, `prefill`, `decode`, `start`, `run`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<Pool>,
+    /// Resident set of the process before it loaded anything: programs and libraries. What lies above it is the model's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before_load_bytes: Option<u64>,
     /// Highest resident set of the process from start to end.
     pub process_peak_rss_bytes: Option<u64>,
     /// For a model that did not fit: the estimated bytes of weights, cache, scratch and a GPU's context.

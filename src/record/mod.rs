@@ -4,6 +4,7 @@
 //! that tables, gates and reports can name. `docs/record.schema.json` is generated from these types.
 
 mod bound;
+mod engines;
 pub mod import;
 mod machine;
 pub mod metrics;
@@ -12,6 +13,7 @@ mod summary;
 mod unknown;
 
 pub use bound::Bound;
+pub use engines::{Agreement, HeldFormat, OtherEngine, WidthRatio};
 pub use machine::{Energy, Memory, Pool, PoolPhase, Range, Series};
 pub use quality::{ModuleQuality, Quality};
 pub use summary::Summary;
@@ -75,7 +77,7 @@ pub struct Record {
     /// By METRICS key.
     pub metrics: BTreeMap<String, Summary>,
     pub dtypes: Dtypes,
-    /// Speed-up in `decode_tps` over the fp16 record of the same run, from paired repeats.
+    /// Speed-up in `decode_tps` over the fp16 record of the same run, from paired repeats; of another engine over its own 16-bit record.
     pub ratio_to_fp16: Option<Ratio>,
     pub memory: Memory,
     pub bandwidth: Bandwidth,
@@ -95,6 +97,9 @@ pub struct Record {
     /// Cost of the precision in quality, where it was measured.
     #[serde(default)]
     pub quality: Option<Quality>,
+    /// What is known of an engine that is no code of quantbench's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_engine: Option<OtherEngine>,
     pub environment: Environment,
     /// Memory of the card that the user named with `--card`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -273,6 +278,9 @@ pub struct Samples {
     /// Every decode step by the device's own clock, where it has one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub device_step_ns: Vec<Vec<u64>>,
+    /// Time of each decode step that the host spent outside the engine's call into the model, where an engine tells it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_step_ns: Vec<Vec<u64>>,
     /// Every decode step of a second run after each repeat, which waited for the device after every token; absent unless asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub synced_step_ns: Vec<Vec<u64>>,

@@ -47,6 +47,7 @@ impl Record {
             output: Output::default(),
             self_check: None,
             quality: None,
+            other_engine: None,
             environment: Environment::default(),
             card_bytes: None,
             warnings: Vec::new(),

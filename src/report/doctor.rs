@@ -2,7 +2,9 @@
 
 use serde::Serialize;
 
+use super::Terminal;
 use super::case::{GIB, plain};
+use super::grid::wrap;
 
 /// All that was looked at.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -12,7 +14,29 @@ pub struct Examination {
     pub memory: HostMemory,
     pub gpu: GpuSection,
     pub permissions: Permissions,
+    /// Engines in Python that this binary has adapters for.
+    pub engines: Vec<EngineFacts>,
     pub findings: Vec<Finding>,
+}
+
+/// Whether another engine can run here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct EngineFacts {
+    pub name: &'static str,
+    pub can_run: bool,
+    /// Packages with their versions.
+    pub packages: Vec<String>,
+    /// What to do where it cannot run; empty where it can.
+    pub install: String,
+}
+
+impl EngineFacts {
+    fn text(&self) -> String {
+        match self.can_run {
+            true => format!("yes: {}", self.packages.join(", ")),
+            false => format!("no: {}", self.install),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Default, Serialize)]
@@ -132,26 +156,31 @@ impl Finding {
 
 impl Examination {
     /// The page: a block for each part, then what to do.
-    pub fn page(&self) -> String {
+    pub fn page(&self, terminal: &Terminal) -> String {
+        let engines: Vec<Line> = self.engines.iter().map(|engine| (engine.name, engine.text())).collect();
         let blocks = [
-            block("build", &self.build.lines()),
-            block("cpu", &self.cpu.lines()),
-            block("memory", &self.memory.lines()),
-            block("gpu", &self.gpu.lines()),
-            block("permissions", &self.permissions.lines()),
+            block("build", &self.build.lines(), terminal),
+            block("cpu", &self.cpu.lines(), terminal),
+            block("memory", &self.memory.lines(), terminal),
+            block("gpu", &self.gpu.lines(), terminal),
+            block("permissions", &self.permissions.lines(), terminal),
+            block("other engines", &engines, terminal),
         ];
-        format!("{}\n{}", blocks.join("\n"), self.advice())
+        format!("{}\n{}", blocks.join("\n"), self.advice(terminal))
     }
 
     pub fn json(&self) -> serde_json::Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
 
-    fn advice(&self) -> String {
+    fn advice(&self, terminal: &Terminal) -> String {
         if self.findings.is_empty() {
             return "what to do\n  nothing: all that quantbench uses is there\n".to_owned();
         }
-        let line = |finding: &Finding| format!("  {}\n    {}\n", plain(&finding.what), plain(&finding.advice));
+        let wrapped = |text: String| wrap(&text, terminal.columns, 4) + "\n";
+        let line = |finding: &Finding| {
+            wrapped(format!("  {}", plain(&finding.what))) + &wrapped(format!("    {}", plain(&finding.advice)))
+        };
         format!("what to do\n{}", self.findings.iter().map(line).collect::<String>())
     }
 }
@@ -159,9 +188,11 @@ impl Examination {
 /// A name and what is known about it.
 type Line = (&'static str, String);
 
-fn block(title: &str, lines: &[Line]) -> String {
+fn block(title: &str, lines: &[Line], terminal: &Terminal) -> String {
     let width = lines.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    let text: String = lines.iter().map(|(name, value)| format!("  {name:<width$}  {}\n", plain(value))).collect();
+    let line =
+        |(name, value): &Line| wrap(&format!("  {name:<width$}  {}", plain(value)), terminal.columns, width + 4) + "\n";
+    let text: String = lines.iter().map(line).collect();
     format!("{title}\n{text}")
 }
 

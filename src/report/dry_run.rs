@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::Terminal;
 use super::case::{self, GIB, plain};
 use super::grid::{self, Line};
 use crate::record::Workload;
@@ -86,7 +87,7 @@ impl DryRun {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
 
-    pub fn text(&self) -> String {
+    pub fn text(&self, terminal: &Terminal) -> String {
         let million = self.parameters as f64 / 1e6;
         let random = if self.weights == "random" { ", random weights" } else { "" };
         let threads = if self.device == "cpu" { format!(", {} threads", self.threads) } else { String::new() };
@@ -106,10 +107,11 @@ impl DryRun {
             takes.lines().map(plain).collect::<Vec<_>>().join("\n"),
             quality.unwrap_or_default()
         );
-        format!("{head}\n{}\n{}", self.downloads(), self.fit())
+        let head = grid::wrap_lines(&head, terminal.columns, 2);
+        format!("{head}\n{}\n{}", self.downloads(terminal), self.fit(terminal))
     }
 
-    fn downloads(&self) -> String {
+    fn downloads(&self, terminal: &Terminal) -> String {
         let missing: Vec<_> = self.files.iter().filter(|file| !file.is_cached).collect();
         match (self.weights.as_str(), missing.as_slice()) {
             (_, []) if !self.files.is_empty() => "no download: the cache has every file\n".to_owned(),
@@ -119,12 +121,16 @@ impl DryRun {
                 let line =
                     |file: &&File| Line::Cells(vec![format!("  {}", plain(&file.name)), mib(file.bytes), "MiB".into()]);
                 let lines: Vec<_> = missing.iter().map(line).collect();
-                format!("download {} MiB:\n{}", mib(Some(self.download_bytes)), grid::render(&lines))
+                format!(
+                    "download {} MiB:\n{}",
+                    mib(Some(self.download_bytes)),
+                    grid::folded(&lines, terminal.columns, 1)
+                )
             }
         }
     }
 
-    fn fit(&self) -> String {
+    fn fit(&self, terminal: &Terminal) -> String {
         let on_gpu = self.rows.iter().any(|row| row.context_bytes > 0);
         let card = self.card_bytes.map(|bytes| format!("{:.2} GiB", bytes as f64 / GIB));
         let columns = |texts: [&str; 7], card: Option<&str>| {
@@ -154,7 +160,8 @@ impl DryRun {
             (Some(free), Some(total)) => format!("{} of{of} {} GiB of {place} are free", gib(free), gib(total)),
             (Some(free), None) => format!("{} GiB of {place} are free", gib(free)),
         };
-        format!("{}{free}\n", grid::render(&lines))
+        let free = grid::wrap_lines(&free, terminal.columns, 2);
+        grid::folded(&lines, terminal.columns, 1) + &free
     }
 }
 

@@ -65,6 +65,17 @@ pub fn fold(lines: &[Line], columns: Option<usize>, n_fixed: usize) -> Vec<Vec<(
     blocks.iter().map(block).collect()
 }
 
+/// As [`fold`], as one text with an empty line between blocks.
+pub fn folded(lines: &[Line], columns: Option<usize>, n_fixed: usize) -> String {
+    let block = |block: Vec<(usize, String)>| block.into_iter().map(|(_, text)| text + "\n").collect::<String>();
+    fold(lines, columns, n_fixed).into_iter().map(block).collect::<Vec<_>>().join("\n")
+}
+
+/// Each line of `text` as [`wrap`] cuts it.
+pub fn wrap_lines(text: &str, columns: Option<usize>, indent: usize) -> String {
+    text.lines().map(|line| wrap(line, columns, indent) + "\n").collect()
+}
+
 /// `text` in lines of at most `columns`, cut between words; those after the first begin with `indent` spaces. A word that is longer stays
 /// whole.
 pub fn wrap(text: &str, columns: Option<usize>, indent: usize) -> String {

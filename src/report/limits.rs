@@ -1,7 +1,8 @@
 //! What a measured bandwidth allows for models that were not run.
 
+use super::Terminal;
 use super::case::{GIB, plain};
-use super::grid::{self, Line};
+use super::grid::{self, Line, wrap};
 
 /// A model by name, and the bytes of each precision.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,7 +21,7 @@ pub struct PrecisionBytes {
 
 /// A block that says, for each model and precision, how many tokens/s `read_gb_s` (1e9 bytes/s, measured) allows at most
 /// and how many GiB the weights take; it ends with the command to type next. Never part of a record.
-pub fn limits(read_gb_s: f64, models: &[ModelBytes], next_command: &str) -> String {
+pub fn limits(read_gb_s: f64, models: &[ModelBytes], next_command: &str, terminal: &Terminal) -> String {
     let precisions = precisions(models);
     let pair = |a: &str, b: &str| [a.to_owned(), b.to_owned()];
     let names = precisions.iter().flat_map(|p| pair(&plain(p), ""));
@@ -33,12 +34,11 @@ pub fn limits(read_gb_s: f64, models: &[ModelBytes], next_command: &str) -> Stri
         let cells = precisions.iter().flat_map(|precision| cells(model, precision, read_gb_s));
         Line::Cells(std::iter::once(plain(&model.name)).chain(cells).collect())
     }));
-    format!(
-        "What {read_gb_s:.1} GB/s of read bandwidth allows at batch 1 \
-         (limit, not measured; weights alone, no KV cache):\n\n\
-         {}\nMeasure one of them with:\n  {next_command}\n",
-        grid::render(&lines)
-    )
+    let head = format!(
+        "What {read_gb_s:.1} GB/s of read bandwidth allows at batch 1 (limit, not measured; weights alone, no KV cache):"
+    );
+    let (head, grid) = (wrap(&head, terminal.columns, 2), grid::folded(&lines, terminal.columns, 1));
+    format!("{head}\n\n{grid}\nMeasure one of them with:\n  {next_command}\n")
 }
 
 /// In order of first mention.
@@ -92,6 +92,6 @@ large              2.0  10.00         -     -
 Measure one of them with:
   quantbench --model-id large
 ";
-        assert_eq!(limits(20.0, &models, "quantbench --model-id large"), expected);
+        assert_eq!(limits(20.0, &models, "quantbench --model-id large", &Terminal::default()), expected);
     }
 }

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::case::{self, Case};
 use super::columns::{self, Extent, Row, Sheet};
-use super::{Options, Writer, modules, verdict};
+use super::{Options, Terminal, Writer, modules, verdict};
 use crate::record::Document;
 
 pub const WRITER: Writer = Writer {
@@ -29,7 +29,7 @@ fn block(case: &Case, options: &Options) -> String {
     if !sheet.notes.is_empty() {
         text += &format!("\n{}.\n", escape(&sheet.notes.join(". ")));
     }
-    let modules = modules::tables(case);
+    let modules = modules::tables(case, &Terminal::default());
     if !modules.is_empty() {
         text += &format!("\n{}", fenced(modules.trim_matches('\n')));
     }

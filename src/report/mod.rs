@@ -13,7 +13,7 @@ mod csv;
 pub mod doctor;
 pub mod dry_run;
 mod file;
-mod grid;
+pub mod grid;
 pub mod history;
 mod html;
 mod json;

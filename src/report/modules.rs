@@ -1,17 +1,18 @@
 //! The parts of a model by what quantizing them costs, below the table of a case.
 
+use super::Terminal;
 use super::case::{Case, plain};
-use super::grid::{self, Line};
+use super::grid::{self, Line, wrap_lines};
 use crate::record::{ModuleQuality, Record};
 
 const MIB: f64 = (1u64 << 20) as f64;
 
 /// A table for each precision that was measured by module, empty where none was.
-pub fn tables(case: &Case) -> String {
-    case.rows().filter_map(|(run, record)| table(&case.label(run, record), record)).collect()
+pub fn tables(case: &Case, terminal: &Terminal) -> String {
+    case.rows().filter_map(|(run, record)| table(&case.label(run, record), record, terminal)).collect()
 }
 
-fn table(label: &str, record: &Record) -> Option<String> {
+fn table(label: &str, record: &Record, terminal: &Terminal) -> Option<String> {
     let quality = record.quality.as_ref().filter(|quality| !quality.modules.is_empty())?;
     let outliers = quality.modules.iter().any(|module| module.outlier_share.is_some());
     let head = |names: &[&str]| {
@@ -31,7 +32,9 @@ fn table(label: &str, record: &Record) -> Option<String> {
         true => "\nno precision quantizes the head or the embeddings: their rows say what that would cost",
         false => "",
     };
-    Some(plain_lines(&format!("\n{label} by module\n\n{}\n{suggestion}{note}\n", grid::render(&lines))))
+    let grid = grid::folded(&lines, terminal.columns, 1);
+    let below = wrap_lines(&format!("{suggestion}{note}"), terminal.columns, 2);
+    Some(plain_lines(&format!("\n{label} by module\n\n{grid}\n{below}")))
 }
 
 fn line(module: &ModuleQuality, outliers: bool) -> Line {

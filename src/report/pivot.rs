@@ -1,15 +1,14 @@
 //! Many cases at a glance: a row for each, a column for each precision.
 
 use super::Terminal;
-use super::case::{self, Case, OWN, plain};
+use super::case::{self, Case, OWN, Run, plain};
 use super::grid::{self, Line};
 use super::table::TextStyle;
 use crate::record::{Record, Status};
 
 /// The decode speed of every case and precision, and its speed-up; `None` where there are not several cases with a speed.
 pub fn table(cases: &[Case], terminal: &Terminal) -> Option<String> {
-    let rows: Vec<(&Case, &super::case::Run)> =
-        cases.iter().flat_map(|case| case.runs.iter().map(move |run| (case, run))).collect();
+    let rows: Vec<&Run> = cases.iter().flat_map(|case| &case.runs).collect();
     let has_speed = |case: &&Case| case.records.iter().any(|record| speed(record).is_some());
     if cases.len() < 2 || cases.iter().filter(has_speed).count() < 2 {
         return None;
@@ -21,20 +20,12 @@ pub fn table(cases: &[Case], terminal: &Terminal) -> Option<String> {
             names.push(name);
         }
     }
-    let models = differs(cases, |record| plain(&record.model.id));
-    let devices = differs(cases, |record| plain(&record.device.name));
-    let has_runs = cases.iter().any(|case| case.runs.len() > 1);
-    let head = |record: &Record, run: &str| {
-        let (model, device) = (plain(&record.model.id), plain(&record.device.name));
-        let parts =
-            [(models, model), (devices, device), (true, case::lengths(&record.workload)), (has_runs, run.to_owned())];
-        parts.into_iter().filter(|(shown, _)| *shown).map(|(_, text)| text).collect::<Vec<_>>().join(", ")
-    };
+    let telling = Telling::of(&cases.iter().collect::<Vec<_>>());
     let header = std::iter::once("decode tokens/s".to_owned()).chain(names.iter().cloned()).collect();
-    let row = |(_, run): &(&Case, &super::case::Run)| {
+    let row = |run: &&Run| {
         let cell =
             |name: &String| run.records.iter().find(|record| case::name(record) == *name).map_or("-".to_owned(), cell);
-        let first = head(&run.records[0], &run.short);
+        let first = telling.name(run);
         Line::Cells(std::iter::once(first).chain(names.iter().map(cell)).collect())
     };
     let lines: Vec<Line> = std::iter::once(Line::Cells(header)).chain(rows.iter().map(row)).collect();
@@ -45,9 +36,35 @@ pub fn table(cases: &[Case], terminal: &Terminal) -> Option<String> {
     Some(text)
 }
 
-fn differs(cases: &[Case], of: fn(&Record) -> String) -> bool {
-    let first = of(&cases[0].records[0]);
-    cases.iter().flat_map(|case| case.records).any(|record| of(record) != first)
+/// What distinguishes the cases of a document from each other.
+pub struct Telling {
+    models: bool,
+    devices: bool,
+    runs: bool,
+}
+
+impl Telling {
+    /// `cases` is not empty.
+    pub fn of(cases: &[&Case]) -> Self {
+        let differs = |of: fn(&Record) -> &str| {
+            let first = of(&cases[0].records[0]);
+            cases.iter().flat_map(|case| case.records).any(|record| of(record) != first)
+        };
+        Self {
+            models: differs(|record| &record.model.id),
+            devices: differs(|record| &record.device.name),
+            runs: cases.iter().any(|case| case.runs.len() > 1),
+        }
+    }
+
+    /// Lengths, and before them model and device, behind them the run, where these differ.
+    pub fn name(&self, run: &Run) -> String {
+        let record = &run.records[0];
+        let (model, device) = (plain(&record.model.id), plain(&record.device.name));
+        let lengths = case::lengths(&record.workload);
+        let parts = [(self.models, model), (self.devices, device), (true, lengths), (self.runs, run.short.clone())];
+        parts.into_iter().filter(|(shown, _)| *shown).map(|(_, text)| text).collect::<Vec<_>>().join(", ")
+    }
 }
 
 fn speed(record: &Record) -> Option<f64> {

@@ -32,7 +32,7 @@ fn block(case: &Case, options: &Options) -> String {
     let title = terminal.paint(TextStyle::Bold, &wrap(&case.title(), terminal.columns, 2));
     let mut text = format!("{title}\n{verdicts}\n{}", grid(sheet, case.runs.len(), terminal));
     text += &paragraph(&notes, terminal);
-    text += &modules::tables(case);
+    text += &modules::tables(case, terminal);
     if options.show_text {
         text += &texts::side_by_side(case, terminal);
     }
@@ -62,7 +62,7 @@ fn paragraph(lines: &[String], terminal: &Terminal) -> String {
 const N_HEADER: usize = 2;
 
 fn grid(sheet: Sheet, n_runs: usize, terminal: &Terminal) -> String {
-    let lines = lines(sheet);
+    let lines = lines(with_short_runs(sheet, terminal));
     let n_fixed = if n_runs > 1 { 2 } else { 1 };
     let painted = |(index, text): (usize, String)| match &lines[index] {
         Line::Span(..) => terminal.paint(TextStyle::Red, &wrap(&text, terminal.columns, 2)) + "\n",
@@ -71,6 +71,18 @@ fn grid(sheet: Sheet, n_runs: usize, terminal: &Terminal) -> String {
     };
     let blocks = grid::fold(&lines, terminal.columns, n_fixed).into_iter();
     blocks.map(|block| block.into_iter().map(painted).collect::<String>()).collect::<Vec<_>>().join("\n")
+}
+
+/// Names each run by its short name, which the verdicts explain, where names would take more than half of the terminal.
+fn with_short_runs(mut sheet: Sheet, terminal: &Terminal) -> Sheet {
+    let width = |row: &Row| row.precision.chars().count() + row.run.as_ref().map_or(0, |run| run.chars().count() + 2);
+    let widest = sheet.rows.iter().map(width).max().unwrap_or(0);
+    if terminal.columns.is_some_and(|columns| widest > columns / 2) {
+        for row in sheet.rows.iter_mut().filter(|row| row.run.is_some()) {
+            row.run = Some(row.short_run.clone());
+        }
+    }
+    sheet
 }
 
 fn lines(sheet: Sheet) -> Vec<Line> {

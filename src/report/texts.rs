@@ -1,8 +1,9 @@
 //! What each precision wrote, side by side.
 
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
+
 use super::Terminal;
 use super::case::Case;
-use super::grid::wrap;
 use super::table::TextStyle;
 use crate::record::{Record, Status};
 
@@ -52,7 +53,7 @@ fn head(label: &str, record: &Record, base: Option<&Record>) -> String {
 }
 
 fn column(head: &str, text: &str, width: usize) -> Vec<String> {
-    let mut column: Vec<String> = wrap(head, Some(width), 0).split('\n').map(|line| cut(line, width)).collect();
+    let mut column = folded(head, width);
     // All texts begin in one line.
     column.resize(2, String::new());
     column.extend(lines(text, width));
@@ -62,9 +63,8 @@ fn column(head: &str, text: &str, width: usize) -> Vec<String> {
 /// Lines of a text, without what a terminal would obey.
 fn lines(text: &str, width: usize) -> Vec<String> {
     let clean = |line: &str| line.chars().filter(|c| !c.is_control()).collect::<String>();
-    let wrapped = text.trim_end().lines().map(|line| wrap(clean(line).trim_end(), Some(width), 0));
     let mut lines: Vec<String> =
-        wrapped.flat_map(|text| text.split('\n').map(|line| cut(line, width)).collect::<Vec<_>>()).collect();
+        text.trim_end().lines().flat_map(|line| folded(clean(line).trim_end(), width)).collect();
     if lines.len() > MOST_LINES {
         lines.truncate(MOST_LINES);
         lines.push("…".to_owned());
@@ -72,15 +72,34 @@ fn lines(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// A word may be longer than a column.
-fn cut(line: &str, width: usize) -> String {
-    if line.chars().count() <= width { line.to_owned() } else { line.chars().take(width - 1).chain(['…']).collect() }
+/// A line in lines of at most `width` columns, cut between words, and within those that are wider: text of some languages has no blanks. A
+/// character of these takes two columns.
+fn folded(line: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    let mut used = 0;
+    for word in line.split_inclusive(' ') {
+        if used > 0 && used + word.trim_end().width() > width {
+            lines.push(String::new());
+            used = 0;
+        }
+        for c in word.chars() {
+            let columns = c.width().unwrap_or(0);
+            if used + columns > width && c != ' ' {
+                lines.push(String::new());
+                used = 0;
+            }
+            lines.last_mut().expect("never empty").push(c);
+            used += columns;
+        }
+    }
+    lines.into_iter().map(|line| line.trim_end().to_owned()).collect()
 }
 
 fn beside(columns: &[Vec<String>], width: usize, terminal: &Terminal) -> String {
     let n_lines = columns.iter().map(Vec::len).max().unwrap_or(0);
+    let cell = |text: &str| format!("{text}{}", " ".repeat(width.saturating_sub(text.width())));
     let line = |at: usize| {
-        let cells = columns.iter().map(|column| format!("{:<width$}", column.get(at).map_or("", String::as_str)));
+        let cells = columns.iter().map(|column| cell(column.get(at).map_or("", String::as_str)));
         let line = cells.collect::<Vec<_>>().join("  ");
         let line = line.trim_end();
         (if at < 2 && !line.is_empty() { terminal.paint(TextStyle::Bold, line) } else { line.to_owned() }) + "\n"
@@ -109,6 +128,18 @@ mod tests {
             record.output.token_ids = ids.to_vec();
         }
         document
+    }
+
+    #[test]
+    fn lines_are_cut_by_columns_and_lose_nothing() {
+        assert_eq!(folded("one two three", 8), ["one two", "three"]);
+        assert_eq!(folded("extraordinary word", 6), ["extrao", "rdinar", "y word"]);
+        assert_eq!(folded("巴黎是法国的首都。", 10), ["巴黎是法国", "的首都。"]);
+        assert_eq!(folded("a 巴黎是法国的首都。", 9), ["a", "巴黎是法", "国的首都", "。"]);
+        assert_eq!(folded("", 9), [""]);
+        let columns = [vec!["a".to_owned(), "巴黎".to_owned()], vec!["b".to_owned(), "Paris".to_owned()]];
+        let text = beside(&columns, 6, &Terminal::default());
+        assert_eq!(text, "a       b\n巴黎    Paris\n");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! saves, what quality it costs, and which fits a card that was named. It claims no more than the intervals carry, and says what it is a
 //! claim about.
 
+mod engines;
 mod memory;
 mod quality;
 mod speed;
@@ -49,7 +50,8 @@ fn verdict(records: &[Record], card_bytes: Option<u64>) -> String {
     }
     let claim = if ok.is_empty() { nothing(&records) } else { speed::claim(&ok) };
     let fit = card_bytes.map(|bytes| memory::fit(&records, bytes)).unwrap_or_default();
-    let (cost, others) = (quality::cost(&ok), beside(&others));
+    let (programs, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|record| record.other_engine.is_some());
+    let (cost, others) = (quality::cost(&ok), beside(&others) + &list(engines::claims(&programs).into_iter()));
     plain(&format!("{claim}{cost}{fit}{missing}{others} ({})", scope(records[0])))
 }
 

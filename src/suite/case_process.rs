@@ -65,7 +65,7 @@ impl RowStatus {
 pub fn measure(case: &Case, info: &CaseInfo, limits: Limits, events: &dyn Listener) -> Result<CaseReply> {
     let request = CaseRequest { case: case.clone(), info: info.clone(), limits };
     let role = ("process of the case", SUBCOMMAND);
-    let child = Child::start(role, (None, &[]), deadline_of_process(limits), OomScope::Phase);
+    let child = Child::start(role, deadline_of_process(limits), OomScope::Phase);
     let reply = child.and_then(|mut child| child.ask(&request, events, || (0, 0)));
     events.on(Event::End);
     reply.or_else(|failure| {

@@ -1,6 +1,7 @@
 //! The rows of a case that gave none: its settings, and the reason for the missing results.
 
-use crate::engine::{Device, Engine};
+use crate::engine::Device;
+use crate::engines::EngineChoice;
 use crate::harness::assemble;
 use crate::harness::{self, Case, DeviceChoice, PromptChoice, Variant};
 use crate::kernels::isa::Isa;
@@ -17,7 +18,14 @@ pub fn records(case: &Case, failure: &Failure) -> Vec<Record> {
 
 /// The variants of a case; never empty: engines that run none of the precisions count for all of them.
 fn variants(case: &Case) -> Vec<Variant> {
-    let refused = |&engine: &Engine| case.precisions.iter().map(move |&precision| Variant { engine, precision });
+    let refused = |choice: &EngineChoice| {
+        let own = match choice {
+            EngineChoice::Own(engine) => Some(*engine),
+            EngineChoice::Other(_) => None,
+        };
+        let of = move |engine| case.precisions.iter().map(move |&precision| Variant::Own { engine, precision });
+        own.into_iter().flat_map(of).collect::<Vec<_>>()
+    };
     Some(case.variants())
         .filter(|variants| !variants.is_empty())
         .unwrap_or_else(|| case.engines.iter().flat_map(refused).collect())
@@ -35,7 +43,7 @@ fn record(case: &Case, variant: &Variant, failure: &Failure, timestamp: &str) ->
         Device::Cpu => (record::DeviceFacts { kind: cpu, name: machine.cpu_name() }, Isa::detect().name().to_owned()),
     };
     let threads = if case.threads == 0 { crate::kernels::cpu::pool::default_threads() } else { case.threads };
-    let nothing = Record::unknown(harness::engine_info(variant.engine));
+    let nothing = Record::unknown(engine_info(variant));
     let mut record = Record {
         command: case.command.clone(),
         timestamp: timestamp.to_owned(),
@@ -45,17 +53,27 @@ fn record(case: &Case, variant: &Variant, failure: &Failure, timestamp: &str) ->
             ..nothing.model
         },
         weights: weights(case),
-        precision: variant.precision.to_string(),
+        precision: variant.precision(),
         keep_fp16: case.keep_fp16.clone(),
         device,
         workload: workload(case),
-        dtypes: record::Dtypes { weights: variant.precision.to_string(), ..nothing.dtypes },
+        dtypes: record::Dtypes { weights: variant.precision(), ..nothing.dtypes },
         environment: machine.environment(&isa, threads),
         ..nothing
     };
     assemble::fail(&mut record, failure);
     record.reason = Some(shareable_reason(case, failure.message()));
     record
+}
+
+/// The version of another engine is not known before it runs.
+fn engine_info(variant: &Variant) -> record::EngineInfo {
+    match variant.own_engine() {
+        Some(engine) => harness::engine_info(engine),
+        None => {
+            record::EngineInfo { name: variant.engine_name().to_owned(), version: String::new(), commit: String::new() }
+        }
+    }
 }
 
 /// The device of a choice that cannot be had here.

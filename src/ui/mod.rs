@@ -39,10 +39,23 @@ fn is_coloured(is_terminal: bool) -> bool {
 
 /// Columns and colour of stdout, for what people read there.
 pub fn terminal() -> Terminal {
-    let stdout = io::stdout();
-    let is_terminal = stdout.is_terminal();
+    terminal_of(&io::stdout())
+}
+
+/// The same of stderr, for what stands beside a result that a program reads.
+pub fn terminal_aside() -> Terminal {
+    terminal_of(&io::stderr())
+}
+
+#[cfg(unix)]
+use std::os::fd::AsFd as Handle;
+#[cfg(windows)]
+use std::os::windows::io::AsHandle as Handle;
+
+fn terminal_of<S: IsTerminal + Handle>(stream: &S) -> Terminal {
+    let is_terminal = stream.is_terminal();
     let typed = || std::env::var("COLUMNS").ok()?.parse::<usize>().ok().filter(|columns| *columns > 0);
-    let seen = || terminal_size::terminal_size_of(&stdout).map(|(width, _)| usize::from(width.0));
+    let seen = || terminal_size::terminal_size_of(stream).map(|(width, _)| usize::from(width.0));
     let columns = if is_terminal { typed().or_else(seen) } else { None };
     Terminal { columns, colour: is_coloured(is_terminal) }
 }

@@ -1,4 +1,4 @@
-//! A checkpoint as transformers and bitsandbytes save it quantized: a folder that they load unchanged.
+//! A checkpoint as transformers and bitsandbytes save it, in fp16 or quantized: a folder that they load unchanged.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -16,7 +16,7 @@ use super::spec::{MatrixSpec, Role, VectorSpec};
 use super::{Checkpoint, Source};
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
-use crate::quant::{FormatId, FormatOptions, HalfMatrix};
+use crate::quant::{self, FormatId, FormatOptions, HalfMatrix};
 
 /// Files that belong to a model besides its weights and config.json; those that are there are copied.
 const COPIED: &[&str] = &[
@@ -50,8 +50,10 @@ pub struct Exported {
 /// Writes `checkpoint`, whose model needs these tensors, quantized to `precision` into the new folder `output`, which
 /// is written atomically. The tensors pass through a file beside it one by one.
 ///
+/// fp16 is written of random weights, too, so that other engines run the same ones.
+///
 /// Fails with [`BadInput`] where nothing can be written at `output`, where bitsandbytes has no such precision, and where
-/// the checkpoint has no weights of its own or is quantized already.
+/// the checkpoint is quantized already or would be quantized and has no weights of its own.
 pub fn export(
     checkpoint: &Checkpoint,
     (matrices, vectors): (&[MatrixSpec], &[VectorSpec]),
@@ -59,13 +61,13 @@ pub fn export(
     output: &Path,
     events: &dyn Listener,
 ) -> Result<Exported> {
-    check_experts(checkpoint, matrices)?;
     let options = FormatOptions::default();
-    let mut section = config::section(precision, options.int8_threshold).ok_or_else(|| no_such_form(precision))?;
-    if let Some(names) = left_alone(checkpoint, matrices)? {
-        section["llm_int8_skip_modules"] = json!(names);
-    }
-    let from = folder_of(checkpoint)?;
+    let section = match precision == quant::BASELINE {
+        true => None,
+        false => Some(section(checkpoint, matrices, precision)?),
+    };
+    check_experts(checkpoint, matrices, section.is_some())?;
+    let from = folder_of(checkpoint, section.is_some())?;
     let parent = check_output(output)?;
     let source = checkpoint.source_with(matrices, vectors, events)?;
     // A temporary folder is private; the folder inside it has the usual permissions.
@@ -79,20 +81,31 @@ pub fn export(
     writer.all(matrices, vectors, precision, events)?;
     let bytes = writer.spool.finish(&folder.join(SINGLE)).with_context(|| format!("writing `{SINGLE}`"))?;
     fs::write(folder.join("config.json"), config_json(&checkpoint.config, section)).context("writing `config.json`")?;
-    for name in COPIED.iter().filter(|name| from.join(name).is_file()) {
-        fs::copy(from.join(name), folder.join(name)).with_context(|| format!("copying `{name}`"))?;
+    let copied = COPIED.iter().filter_map(|name| from.map(|from| (name, from.join(name))));
+    for (name, path) in copied.filter(|(_, path)| path.is_file()) {
+        fs::copy(path, folder.join(name)).with_context(|| format!("copying `{name}`"))?;
     }
     fs::rename(&folder, output).map_err(|error| unwritable(output, &error.to_string()))?;
     Ok(Exported { bytes, fp16_overflow: writer.fp16_overflow })
 }
 
+/// The `quantization_config` of a quantized checkpoint.
+fn section(checkpoint: &Checkpoint, matrices: &[MatrixSpec], precision: FormatId) -> Result<Value, BadInput> {
+    let threshold = FormatOptions::default().int8_threshold;
+    let mut section = config::section(precision, threshold).ok_or_else(|| no_such_form(precision))?;
+    if let Some(names) = left_alone(checkpoint, matrices)? {
+        section["llm_int8_skip_modules"] = json!(names);
+    }
+    Ok(section)
+}
+
 /// transformers 5 has experts in 3-D parameters, which bitsandbytes does not convert.
-fn check_experts(checkpoint: &Checkpoint, matrices: &[MatrixSpec]) -> Result<(), BadInput> {
+fn check_experts(checkpoint: &Checkpoint, matrices: &[MatrixSpec], is_quantized: bool) -> Result<(), BadInput> {
     if checkpoint.config["model_type"] == "gpt_oss" {
         let message = "`export` writes no gpt-oss: transformers has its experts in 3-D tensors alone";
         return Err(BadInput::new(message).hint("measure it as it is; its experts are quantized as it loads"));
     }
-    match matrices.iter().find(|spec| matches!(spec.role, Role::Expert | Role::Router)) {
+    match matrices.iter().find(|spec| is_quantized && matches!(spec.role, Role::Expert | Role::Router)) {
         Some(spec) => Err(BadInput::new(format!(
             "transformers 5 loads no quantized experts and no quantized router, such as `{}`",
             spec.name
@@ -103,7 +116,8 @@ fn check_experts(checkpoint: &Checkpoint, matrices: &[MatrixSpec]) -> Result<(),
 }
 
 fn no_such_form(precision: FormatId) -> BadInput {
-    let written: Vec<&str> = bnb::forms().map(|(format, _)| format.name).collect();
+    let quantized = bnb::forms().map(|(format, _)| format.name);
+    let written: Vec<&str> = std::iter::once(quant::BASELINE.name).chain(quantized).collect();
     BadInput::new(format!("bitsandbytes saves no `{precision}`: `export` writes {}", written.join(", ")))
         .hint("name one of them with `--precision`")
 }
@@ -124,15 +138,20 @@ fn left_alone(checkpoint: &Checkpoint, matrices: &[MatrixSpec]) -> Result<Option
     Ok(Some(kept.into_iter().chain(["lm_head".to_owned()]).collect()))
 }
 
-fn folder_of(checkpoint: &Checkpoint) -> Result<&Path, BadInput> {
+/// Where the small files come from; `None` for random weights.
+fn folder_of(checkpoint: &Checkpoint, is_quantized: bool) -> Result<Option<&Path>, BadInput> {
     if let Some(own) = &checkpoint.quantized {
         return Err(BadInput::new(format!("`{}` is saved in `{}` already", checkpoint.id, own.precision))
             .hint("name the model that it was made from"));
     }
-    checkpoint.folder().ok_or_else(|| {
-        BadInput::new(format!("`{}` is a shape without weights, so there is nothing to export", checkpoint.id))
-            .hint("name a folder or a hub repository with weights")
-    })
+    match checkpoint.folder() {
+        None if is_quantized => Err(BadInput::new(format!(
+            "`{}` is a shape without weights, so there is nothing to quantize",
+            checkpoint.id
+        ))
+        .hint("name a folder or a hub repository with weights, or write random ones with `--precision fp16`")),
+        folder => Ok(folder),
+    }
 }
 
 /// The folder that will hold `output`. An empty folder at `output` is replaced.
@@ -157,8 +176,8 @@ fn unwritable(output: &Path, why: &str) -> BadInput {
         .hint("name a new folder with `--output`; its parent folder must exist")
 }
 
-/// The model's own config.json with the section, keys sorted as transformers sorts them.
-fn config_json(config: &Value, section: Value) -> String {
+/// The model's own config.json with the section, if it has one; keys sorted as transformers sorts them.
+fn config_json(config: &Value, section: Option<Value>) -> String {
     let mut config = config.clone();
     if let Some(keys) = config.as_object_mut() {
         // Older releases read the second name; it is kept where the model has it.
@@ -166,7 +185,9 @@ fn config_json(config: &Value, section: Value) -> String {
             keys.insert("torch_dtype".to_owned(), json!("float16"));
         }
         keys.insert("dtype".to_owned(), json!("float16"));
-        keys.insert("quantization_config".to_owned(), section);
+        if let Some(section) = section {
+            keys.insert("quantization_config".to_owned(), section);
+        }
     }
     format!("{:#}\n", sorted(config))
 }
@@ -217,6 +238,7 @@ impl Writer<'_> {
     fn matrix(&mut self, spec: &MatrixSpec) -> Result<()> {
         let &MatrixSpec { ref name, n, k, role, others: _ } = spec;
         match role {
+            _ if self.formats.precision() == quant::BASELINE && role != Role::HighPrecision => self.half(name, n, k),
             Role::Embedding | Role::Head | Role::Patches | Role::Kept => self.half(name, n, k),
             Role::HighPrecision => self.full(name, n, k),
             Role::Projection | Role::Expert | Role::Router => {
@@ -233,7 +255,7 @@ impl Writer<'_> {
     /// Values cast to fp16.
     fn half(&mut self, name: &str, n: usize, k: usize) -> Result<()> {
         let shape = self.source.shape(name).unwrap_or_else(|| vec![n, k]);
-        self.spool.begin(name, Dtype::F16, shape);
+        self.spool.begin(name, Dtype::F16, self.as_checkpoints(name, shape));
         let rows_at_once = (CHUNK_BYTES / size_of::<f16>() / k).max(1);
         for first in (0..n).step_by(rows_at_once) {
             let rows = first..(first + rows_at_once).min(n);
@@ -242,6 +264,17 @@ impl Writer<'_> {
             self.spool.append(&data.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
         }
         Ok(())
+    }
+
+    /// Random weights have each matrix as `[n, k]`, where checkpoints have patches as `[n, 3, size, size]`.
+    fn as_checkpoints(&self, name: &str, shape: Vec<usize>) -> Vec<usize> {
+        match *shape.as_slice() {
+            [n, k] if name.ends_with("patch_embedding.weight") => {
+                let size = (k / 3).isqrt();
+                vec![n, 3, size, size]
+            }
+            _ => shape,
+        }
     }
 
     /// Values as they are, in fp32.

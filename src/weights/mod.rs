@@ -9,6 +9,7 @@ pub mod builtin;
 mod cast;
 pub mod export;
 pub mod foreign;
+pub mod gguf;
 pub mod hub;
 pub mod json;
 mod names;

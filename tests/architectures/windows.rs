@@ -1,16 +1,36 @@
 //! Caches with a sliding window hold no more than the window, and a session goes back behind it all the same.
 
 use quantbench::engine::Session;
-use quantbench::plan::Model;
+use quantbench::plan::{AttentionSpec, Model, Op, Window};
 
 use super::{Executor, FP32_LOGIT_TOLERANCE, executors, largest_difference, load, models, plan};
 
 /// As `load` asks for.
 const CAPACITY: usize = 64;
 
+/// Models with windows as they are, and with windows of two sizes.
 fn windowed() -> impl Iterator<Item = (String, Model)> {
     let is_windowed = |(_, model): &(String, Model)| model.caches.iter().any(|cache| cache.window.is_some());
-    models().into_iter().map(|name| (name.clone(), plan(&name))).filter(is_windowed)
+    let windowed = models().into_iter().map(|name| (name.clone(), plan(&name))).filter(is_windowed);
+    windowed.flat_map(|(name, model)| {
+        let mixed = with_another_window(model.clone());
+        [(name.clone(), model), (name, mixed)]
+    })
+}
+
+/// The first window is half as long, and the last layer's three times.
+fn with_another_window(mut model: Model) -> Model {
+    let attentions = model.decoder.ops.iter_mut();
+    let mut attentions: Vec<&mut AttentionSpec> =
+        attentions.filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None }).collect();
+    let window = attentions.iter().find_map(|spec| spec.window).expect("a window").0;
+    let first = attentions.iter().position(|spec| spec.window.is_some()).expect("a window");
+    let last = attentions.len() - 1;
+    for (index, len) in [(first, window.div_ceil(2)), (last, 3 * window)] {
+        attentions[index].window = Some(Window(len));
+        model.caches[attentions[index].cache.0].window = Some(len);
+    }
+    model
 }
 
 fn tokens(model: &Model, count: usize) -> Vec<u32> {

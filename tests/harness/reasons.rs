@@ -90,7 +90,7 @@ fn on_a_gpu_compute_is_never_a_reason() {
 #[test]
 fn of_another_engine_nothing_is_known() {
     let mut case = case(&["fp16"], counted(2));
-    case.engines = vec![quantbench::engine::Engine::Candle];
+    case.engines = vec![quantbench::engine::Engine::Candle.into()];
     let local = Local::with_alone("fp16", task(), vec![filling(), run_ms(50, &[20])], &Journal::default(), None);
     let outcomes =
         measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent);
@@ -103,7 +103,7 @@ fn of_another_engine_nothing_is_known() {
 #[test]
 fn what_does_not_decode_has_no_reason() {
     let case = Case { n_gen: 1, ..case(&["fp16"], counted(2)) };
-    let single = quantbench::protocol::Task { n_gen: 1, ..task() };
+    let single = quantbench::harness::task::Task { n_gen: 1, ..task() };
     let local =
         Local::with_alone("fp16", single, vec![filling(), run_ms(50, &[])], &Journal::default(), alone(0.9, 0.1));
     let outcomes =
@@ -117,7 +117,7 @@ fn what_does_not_decode_has_no_reason() {
 #[test]
 fn rounds_are_left_out_where_they_would_take_too_long() {
     let of = |step_ms, max_time_s| {
-        let task = quantbench::protocol::Task { max_time_s, ..task() };
+        let task = quantbench::harness::task::Task { max_time_s, ..task() };
         let runs = vec![filling(), run_ms(50, &[step_ms])];
         let local = Local::with_alone("fp16", task, runs, &Journal::default(), alone(0.9, 0.1));
         let outcomes =

@@ -6,12 +6,15 @@ use std::collections::BTreeMap;
 use quantbench::engine::fake::FakeRun;
 use quantbench::events::{Event, Listener, Silent};
 use quantbench::harness::assemble::records;
+use quantbench::harness::load::LoadReport;
+use quantbench::harness::measured::WarmupEnd;
 use quantbench::harness::schedule::{RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
+use quantbench::harness::task::Task;
 use quantbench::harness::warnings::Warning;
 use quantbench::harness::watch::NoWatch;
 use quantbench::harness::{Case, MeasurementProtocol, RunContext, schedule};
 use quantbench::os::cpu_usage::CpuUsage;
-use quantbench::protocol::{Encode, Failure, LoadReport, Task, WarmupEnd};
+use quantbench::protocol::{Encode, Failure};
 use quantbench::record::metrics::METRICS;
 use quantbench::record::{self, Record, Status};
 
@@ -283,7 +286,7 @@ fn facts_and_outcomes_raise_their_warnings() {
         outcome.samples.iter_mut().for_each(|sample| sample.ids.truncate(3));
     };
     let inexact = |outcome: &mut VariantOutcome| outcome.finished.as_mut().unwrap().peak_bytes = Some(7);
-    let overflow = |outcome: &mut VariantOutcome| outcome.loaded.as_mut().unwrap().fp16_overflow = 3;
+    let overflow = |outcome: &mut VariantOutcome| outcome.loaded.as_mut().unwrap().own.fp16_overflow = 3;
     assert_eq!(names(&facts, &changed(&|outcome| outcome.samples[0].load = Some(busy))), ["busy_cpus"]);
     assert_eq!(names(&facts, &changed(&cap)), ["warmup_not_flat"]);
     assert_eq!(names(&facts, &changed(&ended)), ["unequal_lengths", "end_of_text"]);

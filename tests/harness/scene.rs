@@ -9,8 +9,12 @@ use quantbench::engine::fake::{FakeRun, FakeSession, FakeTime};
 use quantbench::engine::{Alone, Engine};
 use quantbench::events::{Listener, Silent};
 use quantbench::harness::assemble::records;
+use quantbench::harness::load::LoadReport;
 use quantbench::harness::measure::Bench;
+use quantbench::harness::measured::{FinishReport, Sample, WarmupReport};
 use quantbench::harness::schedule::{RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
+use quantbench::harness::served::ServedSession;
+use quantbench::harness::task::{Task, Wait};
 use quantbench::harness::watch::energy::Mark;
 use quantbench::harness::watch::{NoWatch, Watch, Watched};
 use quantbench::harness::{
@@ -18,7 +22,7 @@ use quantbench::harness::{
 };
 use quantbench::os::cpu_usage::{CpuAccounts, CpuUsage};
 use quantbench::os::memory::ProcessMemory;
-use quantbench::protocol::{Encode, Failure, FinishReport, LoadReport, Sample, Task, Wait, WarmupReport};
+use quantbench::protocol::{Encode, Failure};
 use quantbench::quant::{FormatId, FormatOptions};
 use quantbench::record::metrics::find;
 use quantbench::record::{self, Record};
@@ -34,6 +38,7 @@ pub type Journal = Rc<RefCell<Vec<String>>>;
 pub struct Local {
     pub precision: String,
     pub bench: Bench<FakeTime>,
+    pub served: ServedSession<FakeTime>,
     pub journal: Journal,
     pub loading: Result<LoadReport, Failure>,
     pub load: Option<CpuUsage>,
@@ -56,10 +61,18 @@ impl Local {
         let time = FakeTime::default();
         let nowhere = PathBuf::from("no such folder");
         let session = Box::new(FakeSession::new(time.clone(), runs).with_alone(alone));
-        let bench =
-            Bench::new(session, time, ProcessMemory::below(&nowhere), CpuAccounts::below(&nowhere), task, Vec::new());
+        let served = ServedSession::new(session, time.clone(), Vec::new());
+        let bench = Bench::new(time, ProcessMemory::below(&nowhere), CpuAccounts::below(&nowhere), task, None);
         let loading = Ok(LoadReport { load_s: 2.5, ..LoadReport::default() });
-        Self { precision: precision.to_owned(), bench, journal: journal.clone(), loading, load: None, pid: None }
+        Self {
+            precision: precision.to_owned(),
+            bench,
+            served,
+            journal: journal.clone(),
+            loading,
+            load: None,
+            pid: None,
+        }
     }
 
     fn note(&self, what: &str) {
@@ -83,18 +96,18 @@ impl WorkerHandle for Local {
 
     fn warm_up(&mut self, _events: &dyn Listener) -> Result<WarmupReport, Failure> {
         self.note("warm");
-        self.bench.warm_up().map_err(|error| Failure::of(&error))
+        self.bench.warm_up(&mut self.served)
     }
 
     fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
         self.note("repeat");
-        let sample = self.bench.repeat().map_err(|error| Failure::of(&error))?;
+        let sample = self.bench.repeat(&mut self.served)?;
         Ok(Sample { load: self.load, ..sample })
     }
 
     fn finish(&mut self, _events: &dyn Listener) -> Result<FinishReport, Failure> {
         self.note("finish");
-        self.bench.finish(None).map_err(|error| Failure::of(&error))
+        self.bench.finish(&mut self.served, (None, None))
     }
 }
 
@@ -108,6 +121,7 @@ pub fn task() -> Task {
         warmup: Some(0),
         max_time_s: 20.0,
         wait: Wait::AtEnd,
+        stream: false,
     }
 }
 
@@ -139,7 +153,9 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         },
         precisions: precisions.iter().filter_map(|name| FormatId::named(name)).collect(),
         precision_selection: PrecisionSelection::ByName,
-        engines: vec![Engine::Quantbench],
+        engines: vec![Engine::Quantbench.into()],
+        asked: Vec::new(),
+        engine_timeout_s: 60.0,
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,
         threads: 2,
@@ -154,6 +170,7 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         n_depth: 2,
         stop_at_eos: false,
         protocol,
+        stream: false,
         save_logits: None,
         keep_fp16: Vec::new(),
         quality: None,

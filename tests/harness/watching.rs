@@ -7,11 +7,11 @@ use quantbench::engine::memory::PoolUse;
 use quantbench::events::Silent;
 use quantbench::harness::assemble::records;
 use quantbench::harness::schedule::{RunOrder, VariantOutcome, WorkerHandle};
+use quantbench::harness::task::{Task, Wait};
 use quantbench::harness::watch::energy::Counter;
 use quantbench::harness::watch::{GpuReading, MachineReading, Watched};
 use quantbench::harness::{Case, MeasurementProtocol, Method, RunContext};
 use quantbench::protocol::Failure;
-use quantbench::protocol::{Task, Wait};
 use quantbench::record::{self, Record, Status};
 
 use super::scene::*;
@@ -314,7 +314,7 @@ fn a_pools_marks_become_the_memory_of_a_device() {
     finished.release_threshold_bytes = Some(u64::MAX);
     outcome.loaded.as_mut().unwrap().load_peak_bytes = Some(77);
     let by_format = BTreeMap::from([("fp16".to_owned(), 400), ("nf4".to_owned(), 600)]);
-    outcome.loaded.as_mut().unwrap().weights_by_format = by_format.clone();
+    outcome.loaded.as_mut().unwrap().own.weights_by_format = by_format.clone();
     let case = case(&["fp16"], counted(2));
     let device = record::DeviceFacts { kind: "cuda".to_owned(), name: "cuda:0".to_owned() };
     let memory = &records(&RunContext { device, ..facts(&case) }, &case, &[outcome.clone()], &|_| None)[0].memory;

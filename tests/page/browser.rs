@@ -219,6 +219,58 @@ fn rows_and_cases_are_filtered() {
     assert_eq!(browser.console(), Vec::<String>::new());
 }
 
+/// Precisions of the rows that no other row of `records` is as small and as fast as.
+fn unbeaten<'a>(records: impl Iterator<Item = &'a Record> + Clone) -> Vec<String> {
+    let value = |record: &Record| {
+        let tps = record.metrics.get("decode_tps")?.median.filter(|_| record.status == Status::Ok)?;
+        Some((record.memory.peak_bytes?, tps))
+    };
+    let is_beaten = |(bytes, tps): (u64, f64)| {
+        let mut others = records.clone().filter_map(value);
+        others.any(|(b, t)| b <= bytes && t >= tps && (b, t) != (bytes, tps))
+    };
+    let best = records.clone().filter_map(|record| Some((record, value(record).filter(|pair| !is_beaten(*pair))?)));
+    let mut best: Vec<(u64, String)> = best.map(|(record, (bytes, _))| (bytes, record.precision.clone())).collect();
+    // The page draws a place once.
+    best.sort();
+    best.dedup_by_key(|(bytes, _)| *bytes);
+    let mut names: Vec<String> = best.into_iter().map(|(_, name)| name).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_pareto_line_over_all_cases_follows_the_filter() {
+    let Some((mut browser, folder)) = browser() else { return };
+    let document = several_cases();
+    browser.open(&write(&folder, "page", &document), 1200, false);
+    let on_line = |browser: &mut Browser| {
+        let mut names = texts(browser, ".front tbody tr td:nth-child(2)");
+        names.sort();
+        names
+    };
+    let line = "document.querySelector('figure.all polyline[stroke-dasharray]').getAttribute('points')";
+    let dots = "[...document.querySelectorAll('figure.all .mark')].filter(mark => getComputedStyle(mark).display !== 'none').length";
+    let (all, drawn) = (document.records.iter(), browser.value(line));
+    let n_ok = all.clone().filter(|record| record.status == Status::Ok).count();
+    assert_eq!((on_line(&mut browser), browser.value(dots)), (unbeaten(all.clone()), json!(n_ok)));
+    browser.type_into("#filter", "another");
+    let others = || all.clone().filter(|record| record.model.id == "another-model");
+    assert_eq!((on_line(&mut browser), browser.value(dots)), (unbeaten(others()), json!(others().count())));
+    browser.click(".chips input[value=nf4]");
+    let without = || others().filter(|record| record.precision != "nf4");
+    assert_eq!(on_line(&mut browser), unbeaten(without()));
+    assert_ne!(browser.value(line), drawn);
+    browser.type_into("#filter", "no such row");
+    assert_eq!((on_line(&mut browser).len(), browser.value(dots)), (0, json!(0)));
+    browser.type_into("#filter", "");
+    browser.click(".chips input[value=nf4]");
+    assert_eq!((on_line(&mut browser), browser.value(line)), (unbeaten(all), drawn));
+    browser.hover("figure.all .mark circle");
+    assert!(browser.value("document.getElementById('tip').textContent").as_str().unwrap().contains(" tokens/s, "));
+    assert_eq!(browser.console(), Vec::<String>::new());
+}
+
 #[test]
 fn data_can_be_saved() {
     let Some((mut browser, folder)) = browser() else { return };

@@ -161,6 +161,23 @@ fn what_was_disturbed_is_marked() {
 }
 
 #[test]
+fn several_cases_share_a_chart_of_speed_against_memory() {
+    let several = page(&browser::several_cases());
+    for words in ["<h3>Speed against memory, all cases</h3>", "<h3>On the Pareto line</h3>", "<p class=\"legend\">"] {
+        assert_eq!(several.matches(words).count(), 1, "{words}");
+        assert!(!page(&example("three_precisions")).contains(words), "{words}");
+    }
+    // Without the script, too, only rows on the line stand beside it.
+    let front = several
+        .split("<table class=\"front\">")
+        .nth(1)
+        .and_then(|rest| rest.split("</table>").next())
+        .expect("a table");
+    let (shown, hidden) = (front.matches("<tr><td").count(), front.matches("<tr hidden><td").count());
+    assert!(shown > 0 && hidden > 0 && shown + hidden == several.matches(" data-dot=\"").count(), "{front}");
+}
+
+#[test]
 fn a_chart_is_there_only_where_it_has_data() {
     let (with, without) = (page(&example("with_quality")), page(&example("three_precisions")));
     assert!(with.contains("class=\"divergence\"") && !without.contains("class=\"divergence\""));

@@ -4,8 +4,8 @@ use super::{code, fail_on, rust_files};
 
 /// A module imports nothing to its left.
 const LAYERS: &[&str] = &[
-    "main", "commands", "cli", "ui", "suite", "harness", "ipc", "protocol", "quality", "engine", "lower", "models",
-    "plan", "call", "weights", "quant", "kernels", "os", "error",
+    "main", "commands", "cli", "ui", "suite", "harness", "engines", "ipc", "protocol", "quality", "engine", "lower",
+    "models", "plan", "call", "weights", "quant", "kernels", "os", "error",
 ];
 
 /// Every layer may import these; they import each other and `error`.
@@ -71,6 +71,19 @@ fn layers_import_downwards() {
     fail_on(problems);
 }
 
+/// Other programs are written against the wire types, so nothing of this crate may be meant by one.
+#[test]
+fn the_protocol_imports_nothing() {
+    let files = rust_files(&["src/protocol"]);
+    assert!(files.len() > 2, "the wire types are elsewhere");
+    let own = |to: &String| to != "protocol";
+    let problems = files.iter().flat_map(|file| {
+        let others = imports(&file.text).into_iter().filter(own);
+        others.map(|to| format!("{}: the protocol must not import `{to}`", file.path)).collect::<Vec<_>>()
+    });
+    fail_on(problems.collect());
+}
+
 #[test]
 fn the_layer_checker_sees_what_it_should() {
     assert_eq!(imports("use crate::engine::Session; // crate::ui"), ["engine"]);
@@ -95,7 +108,7 @@ fn the_layer_checker_sees_what_it_should() {
 }
 
 /// Modules whose files import each other without a circle, and never their own façade.
-const WITHOUT_CIRCLES: &[&str] = &["harness", "ipc", "protocol", "suite", "os"];
+const WITHOUT_CIRCLES: &[&str] = &["harness", "engines", "ipc", "protocol", "suite", "os"];
 
 /// Every path of `use` items, with groups taken apart: `use a::{b, c::d};` gives `a::b` and `a::c::d`. Tests are left out.
 fn used_paths(text: &str) -> Vec<String> {

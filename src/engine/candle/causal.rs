@@ -2,7 +2,9 @@
 
 use candle_core::{Error, Result, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe};
+#[cfg(not(feature = "cuda"))]
+use candle_transformers::models::qwen3_moe;
+use candle_transformers::models::{mistral, mixtral, olmo2, phi3, qwen2, qwen3};
 use serde_json::Value;
 
 /// A model with its caches.
@@ -34,18 +36,23 @@ macro_rules! causal {
     };
 }
 
-causal!(
-    qwen2::ModelForCausalLM,
-    qwen3::ModelForCausalLM,
-    qwen3_moe::ModelForCausalLM,
-    mistral::Model,
-    mixtral::Model,
-    olmo2::Model,
-    phi3::Model
-);
+causal!(qwen2::ModelForCausalLM, qwen3::ModelForCausalLM, mistral::Model, mixtral::Model, olmo2::Model, phi3::Model);
+
+// With CUDA its experts are kernels that are linked with CUDA's runtime, so that a binary with them starts on no machine without it.
+#[cfg(not(feature = "cuda"))]
+causal!(qwen3_moe::ModelForCausalLM);
 
 /// Those that run here.
-pub const ARCHITECTURES: &[&str] = &["qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "olmo2", "phi3"];
+pub const ARCHITECTURES: &[&str] = &[
+    "qwen2",
+    "qwen3",
+    #[cfg(not(feature = "cuda"))]
+    "qwen3_moe",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+];
 
 /// candle's model of `architecture`.
 ///
@@ -59,6 +66,7 @@ pub fn load(architecture: &str, config: &Value, tensors: VarBuilder) -> Result<B
     Ok(match architecture {
         "qwen2" => Box::new(qwen2::ModelForCausalLM::new(&of(config)?, tensors)?),
         "qwen3" => Box::new(qwen3::ModelForCausalLM::new(&of(config)?, tensors)?),
+        #[cfg(not(feature = "cuda"))]
         "qwen3_moe" => Box::new(qwen3_moe::ModelForCausalLM::new(&of(config)?, tensors)?),
         "mistral" => Box::new(mistral::Model::new(&of(config)?, tensors)?),
         "mixtral" => Box::new(mixtral::Model::new(&of(config)?, tensors)?),

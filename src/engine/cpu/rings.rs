@@ -8,7 +8,7 @@ use crate::plan::{CacheId, Model};
 pub(super) struct Rings {
     /// The caches that are rings.
     caches: Vec<CacheId>,
-    /// The widest ring's positions; 0 without one.
+    /// The narrowest ring's positions, the first to be written over; 0 without one.
     window: usize,
     /// Tokens in the caches, and those behind them that a rewind has forgotten.
     history: Vec<u32>,
@@ -28,7 +28,7 @@ impl Rings {
         let caches: Vec<CacheId> = (0..model.caches.len()).map(CacheId).collect();
         let is_ring = |id: &CacheId| model.caches[id.0].window.is_some_and(|window| window < capacity);
         let caches: Vec<CacheId> = caches.into_iter().filter(is_ring).collect();
-        let window = caches.iter().filter_map(|id| model.caches[id.0].window).max().unwrap_or(0);
+        let window = caches.iter().filter_map(|id| model.caches[id.0].window).min().unwrap_or(0);
         let history = Vec::with_capacity(if caches.is_empty() { 0 } else { capacity });
         Self { caches, window, history, written: 0, mark: None, saved: Vec::new(), is_stale: false }
     }

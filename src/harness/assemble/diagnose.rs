@@ -2,13 +2,13 @@
 
 use super::limit;
 use crate::harness::bandwidth_cache::SLOW_READ;
+use crate::harness::measured::WarmupEnd;
 use crate::harness::run_context::RunContext;
 use crate::harness::schedule::VariantOutcome;
 use crate::harness::stopping::RepeatsEnd;
 use crate::harness::warnings::Warning;
 use crate::harness::watch::Watched;
 use crate::os::cpu_usage::CpuUsage;
-use crate::protocol::WarmupEnd;
 use crate::record::{Record, metrics};
 use crate::stats;
 

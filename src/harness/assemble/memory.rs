@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::engine::memory::PoolUse;
+use crate::harness::load::LoadReport;
 use crate::harness::schedule::VariantOutcome;
 use crate::harness::watch::Watched;
 use crate::record::{Memory, Pool, PoolPhase};
@@ -23,7 +24,8 @@ pub fn memory(outcome: &VariantOutcome, device_kind: &str) -> Memory {
     let reserved = finished.and_then(|finished| finished.pool.get("run")).map(|run| run.reserved_high_bytes);
     Memory {
         weights_bytes: footprint.map(|footprint| footprint.weights_bytes),
-        weights_by_format: loaded.map(|loaded| loaded.weights_by_format.clone()).unwrap_or_default(),
+        weights_by_format: loaded.map(weights_by_format).unwrap_or_default(),
+        before_load_bytes: loaded.and_then(|loaded| loaded.before_bytes),
         weights_resident_bytes: footprint.map(|footprint| footprint.weights_resident_bytes),
         kv_cache_bytes: footprint.map(|footprint| footprint.kv_cache_bytes),
         scratch_bytes: footprint.map(|footprint| footprint.scratch_bytes),
@@ -33,6 +35,12 @@ pub fn memory(outcome: &VariantOutcome, device_kind: &str) -> Memory {
         process_peak_rss_bytes: rss_peaks.into_iter().flatten().max(),
         ..marks
     }
+}
+
+/// Ours, or what another engine said.
+fn weights_by_format(loaded: &LoadReport) -> BTreeMap<String, u64> {
+    let own = &loaded.own.weights_by_format;
+    if own.is_empty() { loaded.held.weights_by_format.clone() } else { own.clone() }
 }
 
 fn resident(outcome: &VariantOutcome) -> Memory {

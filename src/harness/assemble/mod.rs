@@ -4,18 +4,21 @@ mod diagnose;
 mod limit;
 mod memory;
 mod monitor;
+mod others;
 
 use std::collections::BTreeMap;
 
 use super::case::{Case, Variant};
 use super::environment::engine_info;
+use super::load::LoadReport;
+use super::measured::Sample;
 use super::run_context::RunContext;
 use super::schedule::{RunOrder, VariantOutcome};
 use super::validity::invalid_reason;
 use super::warnings::Warning;
-use crate::call::KvFormat;
 use crate::engine::{self, Engine};
-use crate::protocol::{Failure, Sample};
+use crate::ipc::status_of;
+use crate::protocol::Failure;
 use crate::quant::{self, FormatId};
 use crate::record::{self, Bandwidth, Record, Samples, Status, metrics};
 use crate::stats;
@@ -31,22 +34,24 @@ pub fn records(
     let mut records: Vec<Record> =
         variants.iter().zip(outcomes).map(|(variant, outcome)| base(context, variant, outcome, decode)).collect();
     instruction_set_of_all(&variants, &mut records);
-    let fp16 = case.baseline();
     let real = context.weights.source != "random";
-    for (record, outcome) in records.iter_mut().zip(outcomes) {
+    for (at, (record, outcome)) in records.iter_mut().zip(outcomes).enumerate() {
+        let fp16 = case.baseline_of(at);
         let fp16_samples = fp16.filter(|_| real).map(|at| outcomes[at].samples.as_slice());
         let n_gen = record.workload.n_gen as usize;
         if record.status == Status::Ok
-            && let Some(reason) = invalid_reason(&outcome.samples, n_gen, fp16_samples)
+            && let Some(reason) = invalid_reason(&outcome.samples, n_gen, fp16_samples).or(others::not_finite(outcome))
         {
             (record.status, record.reason) = (Status::Invalid, Some(reason));
         }
     }
-    let baseline = fp16.map(|at| records[at].clone());
+    let plain = records.clone();
     for (at, (record, outcome)) in records.iter_mut().zip(outcomes).enumerate() {
         let mut warnings = context.warnings.clone();
         let alone = |index: usize| outcomes[index].alone;
-        if let Some(baseline) = baseline.as_ref().filter(|_| fp16 != Some(at)) {
+        let fp16 = case.baseline_of(at);
+        others::add(record, (case, at), (&plain, outcomes), context.order, &mut warnings);
+        if let Some(baseline) = fp16.map(|of| &plain[of]).filter(|_| fp16 != Some(at)) {
             let unpaired = alone(at) || fp16.is_some_and(alone);
             compare(record, baseline, if unpaired { RunOrder::InTurn } else { context.order }, &mut warnings);
         }
@@ -65,7 +70,7 @@ pub fn records(
 
 /// Fills in the instruction set of variants that failed before they reported it: all ran on one device.
 fn instruction_set_of_all(variants: &[Variant], records: &mut [Record]) {
-    let own = |at: &usize| variants[*at].engine == Engine::Quantbench;
+    let own = |at: &usize| variants[*at].own_engine() == Some(Engine::Quantbench);
     let isas = (0..records.len()).filter(own).map(|at| records[at].environment.isa.clone());
     let Some(isa) = isas.into_iter().find(|isa| !isa.is_empty()) else { return };
     for at in (0..records.len()).filter(own) {
@@ -103,26 +108,26 @@ fn base(
         status: Status::Ok,
         reason: None,
         tainted: false,
-        engine: engine_of(context, variant.engine),
+        engine: engine_of(context, variant, &loaded),
         file: String::new(),
         command: context.command.clone(),
         timestamp: context.timestamp.clone(),
         model: context.model.clone(),
         weights: record::WeightFacts {
-            fp16_overflow: loaded.fp16_overflow,
-            fp16_overflow_by_tensor: loaded.fp16_overflow_by_tensor,
+            fp16_overflow: loaded.own.fp16_overflow,
+            fp16_overflow_by_tensor: loaded.own.fp16_overflow_by_tensor.clone(),
             ..context.weights.clone()
         },
-        precision: variant.precision.to_string(),
+        precision: variant.precision(),
         keep_fp16: context.keep_fp16.clone(),
-        int8: int8(context, variant.precision, outcome),
+        int8: int8(context, variant, outcome),
         device: context.device.clone(),
         workload: record::Workload { n_gen, ..context.workload },
         protocol: protocol(context, outcome),
         phases: phases(context, outcome),
         samples: samples(outcome),
         metrics: BTreeMap::new(),
-        dtypes: dtypes(context, variant, loaded.kv_format),
+        dtypes: dtypes(context, variant, &loaded),
         ratio_to_fp16: None,
         memory: memory::memory(outcome, &context.device.kind),
         bandwidth: Bandwidth::default(),
@@ -131,6 +136,7 @@ fn base(
         series: if context.protocol.keep_series { monitor::series(outcome) } else { Vec::new() },
         output: record::Output { token_ids, text },
         self_check: loaded
+            .own
             .self_check
             .as_ref()
             .map(|c| record::SelfCheck { matrix: c.matrix.clone(), error_share: c.error_share }),
@@ -138,6 +144,7 @@ fn base(
         card_bytes: None,
         warnings: Vec::new(),
         quality: None,
+        other_engine: None,
     };
     if let Some(failure) = &outcome.failure {
         fail(&mut record, failure);
@@ -149,16 +156,20 @@ fn base(
     record
 }
 
-fn engine_of(context: &RunContext, engine: Engine) -> record::EngineInfo {
-    match engine {
-        Engine::Quantbench => context.engine.clone(),
-        other => engine_info(other),
+fn engine_of(context: &RunContext, variant: &Variant, loaded: &LoadReport) -> record::EngineInfo {
+    match variant {
+        Variant::Own { engine: Engine::Quantbench, .. } => context.engine.clone(),
+        Variant::Own { engine, .. } => engine_info(*engine),
+        Variant::Other { program, .. } => {
+            let (name, version, commit) = (program.name.clone(), loaded.version.clone(), String::new());
+            record::EngineInfo { name, version, commit }
+        }
     }
 }
 
 /// Writes the reason for a missing result into a record.
 pub fn fail(record: &mut Record, failure: &Failure) {
-    record.status = failure.status();
+    record.status = status_of(failure);
     record.reason = Some(failure.message().to_owned());
     if let Failure::OutOfMemory { wanted_bytes, free_bytes, .. } = *failure {
         let known = |bytes: u64| (bytes > 0).then_some(bytes);
@@ -166,7 +177,9 @@ pub fn fail(record: &mut Record, failure: &Failure) {
     }
 }
 
-fn int8(context: &RunContext, precision: FormatId, outcome: &VariantOutcome) -> Option<record::Int8Facts> {
+fn int8(context: &RunContext, variant: &Variant, outcome: &VariantOutcome) -> Option<record::Int8Facts> {
+    variant.own_engine()?;
+    let precision = variant.format();
     let counts = outcome.finished.as_ref().map(|finished| finished.outliers).filter(|counts| counts.calls > 0);
     precision.finds_outliers.then(|| record::Int8Facts {
         threshold: f64::from(context.format_options.int8_threshold),
@@ -192,7 +205,7 @@ fn phases(context: &RunContext, outcome: &VariantOutcome) -> BTreeMap<String, f6
     let mut phases = BTreeMap::from([("resolve".to_owned(), context.resolve_s)]);
     if let Some(loaded) = &outcome.loaded {
         phases.insert("load".to_owned(), loaded.load_s);
-        phases.insert("quantize".to_owned(), loaded.quantize_s);
+        phases.insert("quantize".to_owned(), loaded.own.quantize_s);
     }
     if let Some(warmed) = &outcome.warmed {
         phases.insert("warmup".to_owned(), warmed.duration_s);
@@ -242,6 +255,7 @@ fn samples(outcome: &VariantOutcome) -> Samples {
             Vec::new()
         },
         device_step_ns: kept(|sample| &sample.device_step_ns),
+        host_step_ns: kept(|sample| &sample.host_step_ns),
         synced_step_ns: kept(|sample| &sample.synced_step_ns),
         alone_step_ns: alone.step_ns,
         alone_arithmetic_ns: alone.arithmetic_ns,
@@ -259,14 +273,16 @@ fn samples(outcome: &VariantOutcome) -> Samples {
 }
 
 /// candle computes in what its weights have.
-fn dtypes(context: &RunContext, variant: &Variant, kv_format: Option<KvFormat>) -> record::Dtypes {
-    let fp32 = match variant.engine {
-        Engine::Quantbench => context.device.kind == "cpu",
-        Engine::Candle => engine::candle::runs_in_fp32(&context.model.architecture),
+fn dtypes(context: &RunContext, variant: &Variant, loaded: &LoadReport) -> record::Dtypes {
+    let fp32 = match variant.own_engine() {
+        None => return others::dtypes(variant, &loaded.held),
+        Some(Engine::Quantbench) => context.device.kind == "cpu",
+        Some(Engine::Candle) => engine::candle::runs_in_fp32(&context.model.architecture),
     };
     let computed = if fp32 { quant::EXACT } else { quant::BASELINE }.to_string();
-    let weights = if variant.engine == Engine::Candle { computed.clone() } else { variant.precision.to_string() };
-    let kv_cache = kv_format.map_or(computed.clone(), |format| format.name().to_owned());
+    let is_candle = variant.own_engine() == Some(Engine::Candle);
+    let weights = if is_candle { computed.clone() } else { variant.precision() };
+    let kv_cache = loaded.own.kv_format.map_or(computed.clone(), |format| format.name().to_owned());
     record::Dtypes { weights, compute: computed.clone(), kv_cache, logits: computed }
 }
 

@@ -10,6 +10,7 @@ use std::fs::OpenOptions;
 use std::path::PathBuf;
 
 use super::environment::Machine;
+use crate::engines::{self, ADAPTERS, Adapter, Probe};
 use crate::error::BadInput;
 use crate::kernels::cpu::arithmetic;
 use crate::kernels::cpu::bandwidth::WorkingSet;
@@ -19,7 +20,7 @@ use crate::kernels::cpu::topology::last_level_cache_bytes;
 use crate::kernels::isa::Isa;
 use crate::os::memory::ProcessMemory;
 use crate::report::doctor::{
-    Build, Cpu, DeviceFile, Examination, Finding, GpuDevice, GpuSection, HostMemory, Permissions,
+    Build, Cpu, DeviceFile, EngineFacts, Examination, Finding, GpuDevice, GpuSection, HostMemory, Permissions,
 };
 
 /// A mean load below half a CPU is the system itself.
@@ -42,6 +43,7 @@ pub fn examine() -> Examination {
         memory: system.memory(),
         gpu: system.gpu(devices),
         permissions: system.permissions(),
+        engines: engines(),
         findings: Vec::new(),
     };
     let pool = Pool::new(threads);
@@ -60,6 +62,27 @@ pub fn examine() -> Examination {
         Finding::new(what, advice)
     }));
     examination
+}
+
+/// Which adapters the usual Python has the packages for. Looked at before anything is measured.
+fn engines() -> Vec<EngineFacts> {
+    let python = engines::find_python(None);
+    let facts = |adapter: &'static Adapter| {
+        let Probe { found, missing, problem } = engines::probe(adapter, &python);
+        let packages = found.iter().map(|(package, version)| format!("{package} {version}")).collect();
+        // No path: the page is meant to be shown.
+        let install = match (problem, missing.as_slice()) {
+            (Some(_), _) => {
+                "no Python was found; name one with QUANTBENCH_PYTHON, or make one with scripts/engines.sh".to_owned()
+            }
+            (None, []) => String::new(),
+            (None, missing) => {
+                format!("install {} for that Python, or make one with scripts/engines.sh", missing.join(", "))
+            }
+        };
+        EngineFacts { name: adapter.name, can_run: install.is_empty(), packages, install }
+    };
+    ADAPTERS.iter().map(facts).collect()
 }
 
 /// Checks that this build can use the GPU of this number. Fails with the reason why it cannot. Creates no context.
@@ -219,7 +242,7 @@ fn findings(seen: &Examination, problem: Option<BadInput>) -> Vec<Finding> {
         let what = format!("other programs run: the load was {load:.2} over the last minute");
         found.push(Finding::new(
             what,
-            "stop it, or leave it CPUs with `--threads`; runs it disturbs are marked tainted",
+            "stop it, or leave it CPUs with `--threads`; runs that it affects are marked `*`",
         ));
     }
     let scaling = cpu.scaling.filter(|&scaling| scaling < SHARED_CORES * cpu.threads as f64);

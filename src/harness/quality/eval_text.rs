@@ -1,16 +1,22 @@
 //! The text that quality is measured on, as the ids that every precision is scored on.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
 
+use crate::engine::Engine;
 use crate::error::BadInput;
 use crate::harness::case::{Case, QualityChoice, Variant};
+use crate::harness::load::{DeviceAssignment, LoadRequest, OwnOptions};
 use crate::harness::open_model::OpenModel;
 use crate::harness::prompt::{self, TokenizedWorkload};
 use crate::harness::room;
 use crate::harness::schedule::WorkerHandle;
+use crate::harness::task::Task;
 use crate::harness::worker_process::ProcessWorker;
+use crate::ipc::failure_of;
 use crate::plan::{EncoderInputKind, Model};
-use crate::protocol::{DeviceAssignment, Encode, Failure, Greedy, LoadRequest, LogitsFile, ScoreRequest, Task};
+use crate::protocol::{Encode, Failure, RunRequest, Score};
 use crate::quality::windows::{self, TextWindow};
 use crate::quality::{CallPath, rows, text};
 use crate::quant::FormatId;
@@ -40,6 +46,14 @@ pub fn check(checkpoint: &Checkpoint, tokenizer_comes: bool) -> Result<(), BadIn
         return refused(reason, "put tokenizer.json beside the weights");
     }
     Ok(())
+}
+
+/// Lengths of greedy decoding behind the window's first tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Greedy {
+    pub n_prompt: usize,
+    /// 0: none.
+    pub n_gen: usize,
 }
 
 /// A tokenized text and its windows.
@@ -91,16 +105,30 @@ impl EvalText {
     }
 
     /// The request to score the window of index `at`.
-    pub fn request(&self, at: usize, path: CallPath, logits: LogitsFile) -> ScoreRequest {
+    pub fn score(&self, at: usize, path: CallPath, file: PathBuf) -> Score {
         let TextWindow { start, first, end } = self.windows[at];
-        ScoreRequest {
+        Score {
+            encode: self.encode.clone(),
             prefix: self.prefix.clone(),
             tokens: self.tokens[start..end].to_vec(),
             first: first - start,
-            path,
-            logits,
-            greedy: if at == 0 { self.greedy } else { Greedy::default() },
+            by_token: path == CallPath::Decode,
+            file,
         }
+    }
+
+    /// Greedy decoding behind the first tokens of the first window, to find where it departs from the reference's; `None` behind the
+    /// others, and where the text is too short.
+    pub fn greedy_run(&self, at: usize) -> Option<RunRequest> {
+        let Greedy { n_prompt, n_gen } = self.greedy;
+        let start = self.windows[at].start;
+        (at == 0 && n_gen > 0).then(|| RunRequest {
+            depth: self.prefix.clone(),
+            encode: self.encode.clone(),
+            prompt: self.tokens[start..start + n_prompt].to_vec(),
+            n_gen,
+            ..RunRequest::default()
+        })
     }
 
     /// A loaded worker whose cache holds the longest window.
@@ -120,11 +148,11 @@ impl EvalText {
         // Patterns were checked when the model was opened.
         let _ = selection.apply(&mut selected.matrices);
         let needed_bytes = room::needs(case, &Variant::own(precision), (&selected, &workload), assignment.device)
-            .map_err(|error| Failure::of(&error))?
+            .map_err(|error| failure_of(&error))?
             .bytes();
-        let plain = workload.load_request(case, &Variant::own(precision), assignment);
-        let request = LoadRequest { save_logits: None, selection, ..plain };
-        let mut worker = ProcessWorker::new(request, needed_bytes, case.protocol.deadline);
+        let plain = workload.load_request(case, (Engine::Quantbench, precision), assignment);
+        let request = LoadRequest { options: OwnOptions { selection, ..plain.options }, ..plain };
+        let mut worker = ProcessWorker::new(request, needed_bytes, case.protocol.deadline)?;
         worker.load(&crate::events::Silent)?;
         Ok(worker)
     }

@@ -11,9 +11,10 @@ use anyhow::Result;
 pub use self::eval_text::{EvalText, check};
 use self::reference::ReferenceWorker;
 use super::case::Case;
+use super::load::DeviceAssignment;
 use crate::events::{Event, Listener, Unit};
 use crate::plan::Model;
-use crate::protocol::{DeviceAssignment, Failure};
+use crate::protocol::Failure;
 use crate::quant;
 use crate::record::{Record, Status};
 
@@ -37,7 +38,7 @@ pub fn measure(
     events.on(Event::Begin { label: "quality".to_owned(), total, unit: Unit::Runs });
     let mut outcomes = Vec::new();
     for (at, &precision) in case.precisions.iter().enumerate() {
-        let runs = records[at].status == Status::Ok;
+        let runs = records.get(at).is_some_and(|record| record.status == Status::Ok);
         outcomes.push(runs.then(|| precision::score(&mut reference, precision, &case.selection())));
         events.on(Event::Progress { done: at as u64 + 1 });
     }

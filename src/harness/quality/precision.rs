@@ -2,8 +2,10 @@
 
 use super::reference::ReferenceWorker;
 use crate::engine::OutlierColumns;
+use crate::harness::scoring;
 use crate::harness::worker_process::ProcessWorker;
-use crate::protocol::{Failure, LogitsFile, ScoreReport};
+use crate::ipc::failure_of;
+use crate::protocol::Failure;
 use crate::quality::cost::TokenCost;
 use crate::quality::{CallPath, pass, summary};
 use crate::quant::FormatId;
@@ -38,15 +40,20 @@ pub fn score(reference: &mut ReferenceWorker, precision: FormatId, selection: &S
     let mut scores = Scores { costs, greedy_ids, path, outliers };
     for (at, _) in text.windows.iter().enumerate() {
         // The reference first: where one window is all, it is gone before the precision loads.
-        let logits = LogitsFile::Compare(reference.file_of(at)?);
+        let expected = reference.file_of(at)?;
         let worker = match &mut worker {
             Some(worker) => worker,
             none => none.insert(text.worker((case, reference.model), precision, assignment, selection.clone())?),
         };
-        let ScoreReport { costs, greedy_ids, outliers } = worker.score(text.request(at, path, logits))?;
+        let measured = reference.measured_file();
+        let score = text.score(at, path, measured.clone());
+        let (tokens, first) = (score.tokens.clone(), score.first);
+        scores.outliers = worker.score(score)?;
+        if let Some(run) = text.greedy_run(at) {
+            scores.greedy_ids = worker.generate(&run)?;
+        }
+        let costs = scoring::compare(&expected, &measured, &tokens, first).map_err(|error| failure_of(&error))?;
         scores.costs.extend(costs);
-        scores.greedy_ids.extend(greedy_ids);
-        scores.outliers = outliers;
     }
     Ok(scores)
 }

@@ -8,9 +8,10 @@ use tempfile::TempDir;
 use super::eval_text::EvalText;
 use crate::engine::Device;
 use crate::harness::case::Case;
+use crate::harness::load::DeviceAssignment;
 use crate::harness::worker_process::ProcessWorker;
 use crate::plan::Model;
-use crate::protocol::{DeviceAssignment, Failure, LogitsFile};
+use crate::protocol::Failure;
 use crate::quality::CallPath;
 use crate::quant::{self, FormatId};
 use crate::weights::policy::Selection;
@@ -48,6 +49,11 @@ impl<'a> ReferenceWorker<'a> {
         self.held.as_ref().map(|held| held.greedy_ids.as_slice())
     }
 
+    /// The file for the logits of the precision that is compared.
+    pub fn measured_file(&self) -> PathBuf {
+        self.folder.path().join("measured.logits")
+    }
+
     /// The file with the logits of a window, which is computed where the file holds another one.
     pub fn file_of(&mut self, window: usize) -> Result<PathBuf, Failure> {
         let path = self.folder.path().join("reference.logits");
@@ -65,9 +71,10 @@ impl<'a> ReferenceWorker<'a> {
         };
         // Gone until the new one is whole.
         let known = self.held.take().map(|held| held.greedy_ids).filter(|_| window > 0);
-        let scored = worker.score(text.request(window, CallPath::Prefill, LogitsFile::Write(path.clone())));
-        let scored = scored.map_err(|failure| failure.within("the fp32 reference"))?;
-        self.held = Some(WindowFile { window, greedy_ids: known.unwrap_or(scored.greedy_ids) });
+        let of_reference = |failure: Failure| failure.within("the fp32 reference");
+        worker.score(text.score(window, CallPath::Prefill, path.clone())).map_err(of_reference)?;
+        let generated = text.greedy_run(window).map(|run| worker.generate(&run)).transpose().map_err(of_reference)?;
+        self.held = Some(WindowFile { window, greedy_ids: known.or(generated).unwrap_or_default() });
         if text.windows.len() == 1 {
             self.worker = None;
         }

@@ -21,6 +21,8 @@ pub struct Axis {
     high: f64,
     step: f64,
     decimals: usize,
+    /// Equal factors are equally far apart.
+    is_logarithmic: bool,
 }
 
 impl Axis {
@@ -29,7 +31,13 @@ impl Axis {
         let step = round_step((high - low) / marks as f64);
         // As many decimals as the step has: that of 0.25 has two.
         let decimals = (0..9).find(|&d| (step * 10f64.powi(d) - (step * 10f64.powi(d)).round()).abs() < 1e-6);
-        Self { name: name.into(), low, high, step, decimals: decimals.unwrap_or(9) as usize }
+        Self { name: name.into(), low, high, step, decimals: decimals.unwrap_or(9) as usize, is_logarithmic: false }
+    }
+
+    /// From `low` to `high`, which are above 0 and apart, with marks at 1, 2 and 5 times a power of ten, or at the powers alone where these
+    /// are many.
+    pub fn logarithmic(name: impl Into<String>, (low, high): (f64, f64)) -> Self {
+        Self { name: name.into(), low, high, step: 0.0, decimals: 0, is_logarithmic: true }
     }
 
     /// From the first to the `n`-th of things that are counted: no mark stands between two of them.
@@ -45,7 +53,27 @@ impl Axis {
         axis
     }
 
-    fn marks(&self) -> impl Iterator<Item = (f64, String)> {
+    fn marks(&self) -> Vec<(f64, String)> {
+        if self.is_logarithmic { self.logarithmic_marks() } else { self.linear_marks().collect() }
+    }
+
+    fn logarithmic_marks(&self) -> Vec<(f64, String)> {
+        let (first, last) = (self.low.log10().floor() as i32, self.high.log10().ceil() as i32);
+        let within = |value: &f64| *value >= self.low && *value <= self.high;
+        let mark = |power: i32, factor: f64| {
+            let decimals = usize::try_from(-power).unwrap_or(0);
+            let value = factor * 10f64.powi(power);
+            within(&value).then(|| (value, format!("{value:.decimals$}")))
+        };
+        let marks = |(factors, every): (&[f64], i32)| -> Vec<(f64, String)> {
+            let powers = (first..=last).filter(|power| power % every == 0);
+            powers.flat_map(|power| factors.iter().filter_map(move |factor| mark(power, *factor))).collect()
+        };
+        let ways = [(&[1.0, 2.0, 5.0][..], 1), (&[1.0, 3.0], 1), (&[1.0], 1), (&[1.0], 2), (&[1.0], 4), (&[1.0], 8)];
+        ways.into_iter().map(marks).find(|marks| marks.len() <= 6).unwrap_or_default()
+    }
+
+    fn linear_marks(&self) -> impl Iterator<Item = (f64, String)> {
         let first = (self.low / self.step - 1e-9).ceil() as i64;
         let values = (first..).map(|at| at as f64 * self.step);
         values.take_while(|value| *value <= self.high + 1e-9 * self.step).map(|value| {
@@ -55,6 +83,9 @@ impl Axis {
     }
 
     fn share(&self, value: f64) -> f64 {
+        if self.is_logarithmic {
+            return (value / self.low).ln() / (self.high / self.low).ln();
+        }
         (value - self.low) / (self.high - self.low)
     }
 }
@@ -79,7 +110,7 @@ pub struct Plot {
 impl Plot {
     /// As wide as `width` allows, `height` units high with all its words.
     pub fn new(width: f64, height: f64, x: Axis, y: Axis) -> Self {
-        let numbers = y.marks().map(|(_, text)| text_width(&text)).fold(0.0, f64::max);
+        let numbers = y.marks().iter().map(|(_, text)| text_width(&text)).fold(0.0, f64::max);
         let (left, right) = (numbers + GAP, width - MARGIN);
         Self { x, y: Some(y), left, right, top: TITLE, bottom: height - FOOT }
     }
@@ -125,7 +156,7 @@ mod tests {
     use super::*;
 
     fn marks(axis: &Axis) -> Vec<String> {
-        axis.marks().map(|(_, text)| text).collect()
+        axis.marks().into_iter().map(|(_, text)| text).collect()
     }
 
     #[test]
@@ -136,6 +167,9 @@ mod tests {
         assert_eq!(marks(&Axis::counting("", 8)), ["2", "4", "6", "8"]);
         assert_eq!(marks(&Axis::counting("", 3)), ["1", "2", "3"]);
         assert_eq!(marks(&Axis::from_zero("", 0.3, 3)), ["0.0", "0.1", "0.2", "0.3"]);
+        assert_eq!(marks(&Axis::logarithmic("", (0.09, 16.0))), ["0.1", "0.3", "1", "3", "10"]);
+        assert_eq!(marks(&Axis::logarithmic("", (4.0, 110.0))), ["5", "10", "20", "50", "100"]);
+        assert_eq!(marks(&Axis::logarithmic("", (0.9, 1e6))), ["1", "100", "10000", "1000000"]);
     }
 
     #[test]
@@ -143,5 +177,7 @@ mod tests {
         let plot = Plot::new(300.0, 200.0, Axis::from_zero("x", 10.0, 5), Axis::from_zero("y", 4.0, 4));
         assert_eq!(plot.at((0.0, 0.0)), (plot.left, plot.bottom));
         assert_eq!(plot.at((10.0, 4.0)), (plot.right, plot.top));
+        let log = Axis::logarithmic("", (0.5, 50.0));
+        assert!((log.share(5.0) - 0.5).abs() < 1e-12 && log.share(0.5) == 0.0, "a factor of 10 is half of one of 100");
     }
 }

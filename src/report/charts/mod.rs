@@ -1,5 +1,6 @@
 //! Charts of one case as SVG: each with a title, a description and the numbers behind it.
 
+mod all_cases;
 mod axes;
 mod bars;
 mod distribution;
@@ -10,6 +11,8 @@ mod parts;
 mod scatter;
 mod series;
 mod trend;
+
+pub use all_cases::{AllCases, PageRow, all_cases};
 
 use super::case::{self, Case};
 use super::markup::escape;

@@ -3,17 +3,18 @@
 use super::axes::{Axis, Plot};
 use super::drawing::{Anchor, Drawing, Paint, fitted, text_width};
 use super::{Chart, ChartRow, WIDTH, headers};
+use crate::record::Record;
 use crate::report::case::GIB;
 use crate::report::grid::decimals;
 
 const HEIGHT: f64 = 270.0;
-const RADIUS: f64 = 6.0;
+pub const RADIUS: f64 = 6.0;
 
 /// Height of a line of text.
 const LINE: f64 = 14.0;
 
 /// Greatest width of a name beside its point.
-const NAME: f64 = 150.0;
+pub const NAME: f64 = 150.0;
 
 struct Point<'a> {
     row: &'a ChartRow<'a>,
@@ -66,15 +67,11 @@ fn drawn(points: &[Point], best: &[usize], (gib, tps): (f64, f64)) -> Drawing {
     let plot = Plot::new(WIDTH, HEIGHT, x, Axis::from_zero("decode, tokens/s", tps * 1.08, 4));
     let mut drawing = Drawing::new(WIDTH, HEIGHT);
     plot.draw(&mut drawing);
-    if best.len() > 1 {
-        let corners = best.windows(2).flat_map(|pair| {
-            let (small, fast) = (&points[pair[0]], &points[pair[1]]);
-            [plot.at((small.gib, small.tps)), plot.at((fast.gib, small.tps)), plot.at((fast.gib, fast.tps))]
-        });
-        drawing.dashes(corners.collect(), 1.5, Paint::Muted);
-    }
     let names: Vec<String> = points.iter().map(|point| fitted(&point.row.label, NAME)).collect();
     let places: Vec<(f64, f64)> = points.iter().map(|point| plot.at((point.gib, point.tps))).collect();
+    if best.len() > 1 {
+        drawing.dashes(corners(&best.iter().map(|at| places[*at]).collect::<Vec<_>>()), 1.5, Paint::Muted);
+    }
     let widths: Vec<f64> = names.iter().map(|name| text_width(name)).collect();
     for (at, (point, label)) in points.iter().zip(labels(&places, &widths)).enumerate() {
         let words = format!("{}: {:.2} tokens/s, {:.3} GiB", point.row.label, point.tps, point.gib);
@@ -87,7 +84,7 @@ fn drawn(points: &[Point], best: &[usize], (gib, tps): (f64, f64)) -> Drawing {
 }
 
 /// Finds the pairs of size and speed that no other is as small and as fast as, the smallest first.
-fn pareto(points: &[(f64, f64)]) -> Vec<usize> {
+pub fn pareto(points: &[(f64, f64)]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..points.len()).collect();
     order.sort_by(|&a, &b| points[a].0.total_cmp(&points[b].0).then(points[b].1.total_cmp(&points[a].1)));
     let mut fastest = f64::NEG_INFINITY;
@@ -97,6 +94,12 @@ fn pareto(points: &[(f64, f64)]) -> Vec<usize> {
         is_faster
     });
     order
+}
+
+/// A line of steps through `places`, of which each is further to the right and further up than the one before: what lies under it is beaten.
+pub fn corners(places: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let steps = places.windows(2).flat_map(|pair| [(pair[1].0, pair[0].1), pair[1]]);
+    places.first().copied().into_iter().chain(steps).collect()
 }
 
 /// Middle and half extent of a place in the picture.
@@ -115,18 +118,29 @@ impl Place {
     }
 }
 
-/// Places the middle of the name of each dot: to the right or left of it, on its height or some lines off, where it covers no dot and no
-/// name, within the picture.
+/// Places the middle of the name of each dot. Where there is no free place, names overprint rather than vanish.
 fn labels(dots: &[(f64, f64)], widths: &[f64]) -> Vec<(f64, f64)> {
+    let named: Vec<(usize, f64)> = widths.iter().copied().enumerate().collect();
+    let beside = |&(at, width): &(usize, f64)| {
+        let (x, y) = dots[at];
+        ((x + RADIUS + 5.0 + width / 2.0).min(WIDTH - width / 2.0), y)
+    };
+    let found = free_places(dots, &named);
+    found.into_iter().zip(&named).map(|(place, named)| place.unwrap_or_else(|| beside(named))).collect()
+}
+
+/// The middles of the names of some of the dots, each given by index and width: to the right or left of it, on its height or some lines off,
+/// where it covers no dot and no name, within the picture; `None` where there is no such place.
+pub fn free_places(dots: &[(f64, f64)], named: &[(usize, f64)]) -> Vec<Option<(f64, f64)>> {
     let dot = |&(x, y): &(f64, f64)| Place { x, y, half_width: RADIUS, half_height: RADIUS };
     let mut taken: Vec<Place> = dots.iter().map(dot).collect();
     let mut labels = Vec::new();
-    for (&(x, y), width) in dots.iter().zip(widths) {
-        let half_width = width / 2.0;
+    for &(at, width) in named {
+        let ((x, y), half_width) = (dots[at], width / 2.0);
         let away = RADIUS + 5.0 + half_width;
         let place = |x: f64, y: f64| Place { x, y, half_width, half_height: LINE / 2.0 };
         // 0, 1, -1, 2, -2, … lines further down.
-        let lines = (1..=2 * dots.len() as i32 + 1).map(|at| f64::from(if at % 2 == 0 { at / 2 } else { -(at / 2) }));
+        let lines = (1..=2 * named.len() as i32 + 1).map(|at| f64::from(if at % 2 == 0 { at / 2 } else { -(at / 2) }));
         let mut beside = lines.flat_map(|line| [place(x + away, y + LINE * line), place(x - away, y + LINE * line)]);
         let is_within = |place: &Place| {
             let sides = place.x - half_width >= 0.0 && place.x + half_width <= WIDTH;
@@ -134,18 +148,21 @@ fn labels(dots: &[(f64, f64)], widths: &[f64]) -> Vec<(f64, f64)> {
         };
         let is_free = |place: &Place| !taken.iter().any(|other| place.overlaps(other));
         let found = beside.find(|place| is_within(place) && is_free(place));
-        // Where there is no such place, names overprint rather than vanish.
-        let found = found.unwrap_or_else(|| place((x + away).min(WIDTH - half_width), y));
-        taken.push(found);
-        labels.push((found.x, found.y));
+        taken.extend(found);
+        labels.push(found.map(|place| (place.x, place.y)));
     }
     labels
 }
 
 fn point<'a>(row: &'a ChartRow<'a>) -> Option<Point<'a>> {
-    let tps = row.record.metrics.get("decode_tps")?.median?;
-    let bytes = row.record.memory.peak_bytes.or(row.record.memory.weights_bytes)?;
-    tps.is_finite().then_some(Point { row, tps, gib: bytes as f64 / GIB })
+    speed_and_memory(row.record).map(|(tps, gib)| Point { row, tps, gib })
+}
+
+/// Decode speed in tokens/s, and peak memory, or that of the weights where the peak is not known, in GiB.
+pub fn speed_and_memory(record: &Record) -> Option<(f64, f64)> {
+    let tps = record.metrics.get("decode_tps")?.median?;
+    let bytes = record.memory.peak_bytes.or(record.memory.weights_bytes)?;
+    tps.is_finite().then_some((tps, bytes as f64 / GIB))
 }
 
 #[cfg(test)]

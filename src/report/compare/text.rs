@@ -4,14 +4,15 @@ use anyhow::Result;
 
 use super::{Check, Comparison, Kind, Verdict};
 use crate::report::case::{self, GIB, plain};
-use crate::report::grid::{self, Line};
-use crate::report::markdown;
+use crate::report::grid::{self, Line, wrap_lines};
+use crate::report::{Terminal, markdown};
 
 /// A row of [`FORMATS`].
 pub struct CompareFormat {
     /// As `--format` takes it.
     pub name: &'static str,
-    pub write: fn(&Comparison) -> Result<String>,
+    /// The terminal that shows it; a file has none.
+    pub write: fn(&Comparison, &Terminal) -> Result<String>,
 }
 
 /// The formats of a comparison, the default first.
@@ -28,35 +29,51 @@ pub fn find(name: &str) -> Option<&'static CompareFormat> {
 
 const HEADERS: [&str; 7] = ["precision", "metric", "base", "new", "change [95 % interval]", "limit", "verdict"];
 
-fn json(comparison: &Comparison) -> Result<String> {
+fn json(comparison: &Comparison, _: &Terminal) -> Result<String> {
     Ok(serde_json::to_string_pretty(comparison)? + "\n")
 }
 
-fn table(comparison: &Comparison) -> Result<String> {
-    let mut text = format!("{}\n{}\n", headline(comparison), sides(comparison));
+fn table(comparison: &Comparison, terminal: &Terminal) -> Result<String> {
+    let wrapped = |text: &str| wrap_lines(text, terminal.columns, 2);
+    let mut text = wrapped(&headline(comparison)) + &wrapped(&sides(comparison));
     // A grid aligns its first column to the left only: precision and metric share it.
     let precisions = comparison.checks.iter().map(|check| label(check).chars().count());
     let width = precisions.chain([HEADERS[0].len()]).max().unwrap_or(0);
-    let joined = |cells: Vec<String>| {
+    let joined = |cells: Vec<String>| -> Vec<String> {
         let first = format!("{:width$}  {}", cells[0], cells[1]);
-        Line::Cells(std::iter::once(first).chain(cells.into_iter().skip(2)).collect())
+        std::iter::once(first).chain(cells.into_iter().skip(2)).collect()
     };
     for checks in cases(comparison) {
+        let mut rows: Vec<Vec<String>> = checks.iter().map(|check| joined(cells(check))).collect();
+        let first = rows.iter().map(|cells| cells[0].chars().count()).max().unwrap_or(0);
+        let has_room = |cells: &Vec<String>| {
+            let last = cells.last().map_or(0, |verdict| verdict.chars().count());
+            terminal.columns.is_none_or(|columns| first + 2 + last <= columns)
+        };
+        let mut reasons = String::new();
+        // Where a reason has no room beside its check, all stand below.
+        if !rows.iter().all(has_room) {
+            for (cells, check) in rows.iter_mut().zip(checks).filter(|(_, check)| has_reason(check)) {
+                reasons += &wrapped(&format!("{} {}: {}", label(check), check.metric, verdict(check)));
+                *cells.last_mut().expect("never empty") = word(check.verdict).to_owned();
+            }
+        }
         let header = joined(HEADERS.map(String::from).to_vec());
-        let lines: Vec<Line> = std::iter::once(header).chain(checks.iter().map(|check| joined(cells(check)))).collect();
-        text += &format!("\n{}\n\n{}", case_title(&checks[0]), grid::render(&lines));
+        let lines: Vec<Line> = std::iter::once(header).chain(rows).map(Line::Cells).collect();
+        text += &format!("\n{}\n{}", wrapped(&case_title(&checks[0])), grid::folded(&lines, terminal.columns, 1));
+        text += &(if reasons.is_empty() { reasons } else { format!("\n{reasons}") });
     }
     let remarks = remarks(comparison);
     if !remarks.is_empty() {
         text.push('\n');
     }
     for remark in remarks {
-        text += &format!("note: {remark}\n");
+        text += &wrapped(&format!("note: {remark}"));
     }
     Ok(text)
 }
 
-fn markdown(comparison: &Comparison) -> Result<String> {
+fn markdown(comparison: &Comparison, _: &Terminal) -> Result<String> {
     let mark = match comparison.verdict {
         Verdict::Ok => "✅",
         Verdict::CannotTell => "❔",
@@ -142,14 +159,23 @@ fn label(check: &Check) -> String {
     }
 }
 
-fn verdict(check: &Check) -> String {
-    let word = match check.verdict {
+fn word(verdict: Verdict) -> &'static str {
+    match verdict {
         Verdict::Ok => "ok",
         Verdict::CannotTell => "can't tell",
         Verdict::Regressed => "regressed",
-    };
+    }
+}
+
+/// What is fine needs none.
+fn has_reason(check: &Check) -> bool {
+    check.verdict != Verdict::Ok && check.reason.is_some()
+}
+
+fn verdict(check: &Check) -> String {
+    let word = word(check.verdict);
     match &check.reason {
-        Some(reason) if check.verdict != Verdict::Ok => plain(&format!("{word}: {reason}")),
+        Some(reason) if has_reason(check) => plain(&format!("{word}: {reason}")),
         _ => word.to_owned(),
     }
 }

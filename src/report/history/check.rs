@@ -85,9 +85,9 @@ pub fn check(past: &[Record], new: &[Record], rules: &CheckRules) -> Result<Comp
 /// A record and the runs of the same work on the same machine before it, the oldest first.
 struct Series<'a> {
     new: &'a Record,
-    /// Those that ran undisturbed, the last of them.
+    /// Those that nothing affected, the last of them.
     past: Vec<&'a Record>,
-    n_disturbed: usize,
+    n_noisy: usize,
     n_failed: usize,
     /// Number of runs of the same work on other machines.
     n_elsewhere: usize,
@@ -102,16 +102,15 @@ impl<'a> Series<'a> {
             .partition(|record| pairs::same_series(record, new));
         same.sort_by(|a, b| a.timestamp.cmp(&b.timestamp));
         let count = |is_meant: fn(&Record) -> bool| same.iter().filter(|record| is_meant(record)).count();
-        let (n_failed, n_disturbed) =
-            (count(|r| r.status != Status::Ok), count(|r| r.status == Status::Ok && r.tainted));
+        let (n_failed, n_noisy) = (count(|r| r.status != Status::Ok), count(|r| r.status == Status::Ok && r.tainted));
         same.retain(|record| record.status == Status::Ok && !record.tainted);
         let past = same.split_off(same.len().saturating_sub(n_last));
-        Self { new, past, n_disturbed, n_failed, n_elsewhere: elsewhere.len() }
+        Self { new, past, n_noisy, n_failed, n_elsewhere: elsewhere.len() }
     }
 
     fn why_empty(&self) -> String {
         let counts = [
-            (self.n_disturbed, "were disturbed"),
+            (self.n_noisy, "were noisy"),
             (self.n_failed, "failed"),
             (self.n_elsewhere, "ran on another machine or build profile"),
         ];
@@ -169,10 +168,10 @@ fn notes(series: &[Series]) -> Vec<String> {
     let note = |series: &Series| {
         let fewer = (series.past.len() < longest && !series.past.is_empty())
             .then(|| format!("{} earlier {}", series.past.len(), if series.past.len() == 1 { "run" } else { "runs" }));
-        let disturbed = (series.n_disturbed > 0).then(|| format!("{} disturbed left out", series.n_disturbed));
+        let noisy = (series.n_noisy > 0).then(|| format!("{} noisy left out", series.n_noisy));
         let failed = (series.n_failed > 0).then(|| format!("{} failed left out", series.n_failed));
-        let new = series.new.tainted.then(|| "the newest run was disturbed; its warnings say how".to_owned());
-        let parts: Vec<String> = [fewer, disturbed, failed, new].into_iter().flatten().collect();
+        let new = series.new.tainted.then(|| "the newest run was noisy; its warnings say how".to_owned());
+        let parts: Vec<String> = [fewer, noisy, failed, new].into_iter().flatten().collect();
         (!parts.is_empty()).then(|| format!("{}: {}", pairs::name(series.new), parts.join(", ")))
     };
     let of_all = (longest > 0).then(|| {

@@ -5,15 +5,17 @@ use serde::Serialize;
 
 use super::super::compare::pairs;
 use crate::record::{Record, Status};
+use crate::report::Terminal;
 use crate::report::case::{self, plain};
-use crate::report::grid::{self, Line, decimals};
+use crate::report::grid::{self, Line, decimals, wrap};
 use crate::stats;
 
 /// A row of [`FORMATS`].
 pub struct ListFormat {
     /// As `--format` takes it.
     pub name: &'static str,
-    pub write: fn(&[Record]) -> Result<String>,
+    /// The terminal that shows it; a file has none.
+    pub write: fn(&[Record], &Terminal) -> Result<String>,
 }
 
 /// The formats of a list, the default first.
@@ -34,7 +36,7 @@ struct Series {
     precision: String,
     n_runs: usize,
     n_failed: usize,
-    n_disturbed: usize,
+    n_noisy: usize,
     first: String,
     last: String,
     commit: String,
@@ -70,7 +72,7 @@ fn series(records: &[&Record]) -> Series {
         precision: case::name(first),
         n_runs: records.len(),
         n_failed: count(|record| record.status != Status::Ok),
-        n_disturbed: count(|record| record.status == Status::Ok && record.tainted),
+        n_noisy: count(|record| record.status == Status::Ok && record.tainted),
         first: first.timestamp.clone(),
         last: last.timestamp.clone(),
         commit: last.engine.commit.clone(),
@@ -80,7 +82,7 @@ fn series(records: &[&Record]) -> Series {
     }
 }
 
-fn json(records: &[Record]) -> Result<String> {
+fn json(records: &[Record], _: &Terminal) -> Result<String> {
     Ok(serde_json::to_string_pretty(&all(records))? + "\n")
 }
 
@@ -88,7 +90,7 @@ const HEADERS: [[&str; 2]; 9] = [
     ["precision", ""],
     ["runs", ""],
     ["failed", ""],
-    ["disturbed", ""],
+    ["noisy", ""],
     ["from", ""],
     ["to", ""],
     ["newest", "tokens/s"],
@@ -96,14 +98,14 @@ const HEADERS: [[&str; 2]; 9] = [
     ["spread", "%"],
 ];
 
-fn table(records: &[Record]) -> Result<String> {
+fn table(records: &[Record], terminal: &Terminal) -> Result<String> {
     let series = all(records);
     let title = |series: &Series| plain(&format!("{} on {}: {}", series.model, series.device, series.workload));
     let block = |group: &[Series]| {
         let digits = decimals(group.iter().filter_map(|series| series.decode_tps).fold(0.0, f64::max));
         let heads = [0, 1].map(|line| Line::Cells(HEADERS.iter().map(|head| head[line].to_owned()).collect()));
         let lines: Vec<Line> = heads.into_iter().chain(group.iter().map(|series| row(series, digits))).collect();
-        format!("{}\n\n{}", title(&group[0]), grid::render(&lines))
+        format!("{}\n\n{}", wrap(&title(&group[0]), terminal.columns, 2), grid::folded(&lines, terminal.columns, 1))
     };
     Ok(series.chunk_by(|a, b| title(a) == title(b)).map(block).collect::<Vec<_>>().join("\n"))
 }
@@ -114,7 +116,7 @@ fn row(series: &Series, digits: usize) -> Line {
         plain(&series.precision),
         series.n_runs.to_string(),
         series.n_failed.to_string(),
-        series.n_disturbed.to_string(),
+        series.n_noisy.to_string(),
         plain(case::day(&series.first)),
         plain(case::day(&series.last)),
         number(series.decode_tps, digits),

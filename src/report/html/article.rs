@@ -49,13 +49,14 @@ fn sentence(verdict: &str) -> String {
 }
 
 fn figures(part: &Part) -> String {
-    let charts: String = part.charts.iter().map(|chart| figure(part.number, chart)).collect();
+    let charts: String = part.charts.iter().map(|chart| figure(&part.number.to_string(), chart)).collect();
     if charts.is_empty() { charts } else { format!("<div class=\"charts\">\n{charts}</div>\n") }
 }
 
 /// A chart; the numbers behind it open over the page, so that nothing moves.
-fn figure(number: usize, chart: &Chart) -> String {
-    let id = format!("c{number}-{}", chart.name);
+/// `part` is unique on the page.
+pub(super) fn figure(part: &str, chart: &Chart) -> String {
+    let id = format!("c{part}-{}", chart.name);
     let head: String = chart.headers.iter().map(|header| format!("<th scope=\"col\">{}</th>", line(header))).collect();
     let row = |row: &Vec<String>| {
         let cells: String = row.iter().map(|cell| format!("<td>{}</td>", line(cell))).collect();

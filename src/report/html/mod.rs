@@ -73,12 +73,15 @@ const FOOTER: &str = "<footer>Medians with 95 % intervals; GiB are 2<sup>30</sup
 
 /// Every chart of a document as a picture of its own: file name and SVG.
 pub fn pictures(document: &Document) -> Vec<(String, String)> {
+    let precisions = Precisions::of(&document.records);
+    let parts = parts(document, &precisions);
+    let all = overview::chart(&parts, &precisions).map(|chart| ("00-all-cases.svg".to_owned(), chart.file()));
     let named = |part: &Part| {
         let model = file_word(&part.case.records[0].model.id);
         let name = |chart: &Chart| (format!("{:02}-{model}-{}.svg", part.number, chart.name), chart.file());
         part.charts.iter().map(name).collect::<Vec<_>>()
     };
-    parts(document, &Precisions::of(&document.records)).iter().flat_map(named).collect()
+    all.into_iter().chain(parts.iter().flat_map(named)).collect()
 }
 
 /// Letters, digits, dots and hyphens, so that a name is one on every file system.

@@ -52,6 +52,28 @@
     all("article").forEach((article) => { article.hidden = !cases.has(article.id.replace("case-", "")); });
     byId("shown").textContent = `${shown.length} of ${rows.length} rows`;
     mend();
+    lead(shown.filter((row) => row.dataset.dot).map((row) => Number(row.dataset.dot)));
+  };
+  // The chart of all cases: the dots of the rows that are shown, and the line of those that nothing beats at both.
+  const marks = all("figure.all .mark");
+  const lead = (dots) => {
+    const place = (at) => {
+      const circle = marks[at].querySelector("circle");
+      return { at, x: Number(circle.getAttribute("cx")), y: Number(circle.getAttribute("cy")) };
+    };
+    const best = [];
+    // Up is less, in an SVG.
+    for (const dot of dots.map(place).sort((a, b) => a.x - b.x || a.y - b.y)) {
+      if (!best.length || dot.y < best[best.length - 1].y) best.push(dot);
+    }
+    const onLine = new Set(best.map((dot) => dot.at));
+    marks.forEach((mark, at) => {
+      mark.toggleAttribute("hidden", !dots.includes(at));
+      all("text", mark).forEach((name) => name.toggleAttribute("hidden", !onLine.has(at)));
+    });
+    all(".front tbody tr").forEach((row, at) => { row.hidden = !onLine.has(at); });
+    const steps = best.flatMap((dot, at) => (at ? [`${dot.x},${best[at - 1].y}`] : []).concat(`${dot.x},${dot.y}`));
+    all("figure.all polyline[stroke-dasharray]").forEach((line) => line.setAttribute("points", steps.join(" ")));
   };
   const sort = (button) => {
     const head = button.closest("th");

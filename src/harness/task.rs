@@ -1,14 +1,15 @@
 //! The work of one repeat.
 
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
+
+use crate::protocol::{self, Encode, RunRequest};
 
 /// The work of every repeat.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Task {
     /// Ids in the cache before the prompt, prefilled untimed.
     pub depth: Vec<u32>,
+    /// The encoder's input in each repeat, inside the timed prefill.
     pub encode: Encode,
     /// Ids that the decoder starts from: the prompt after its image tokens, or an encoder-decoder model's start token. At least one.
     pub prompt: Vec<u32>,
@@ -21,6 +22,8 @@ pub struct Task {
     /// Warm-up starts no further run after this long.
     pub max_time_s: f64,
     pub wait: Wait,
+    /// An untimed run before the warm-up sends each token as it comes.
+    pub stream: bool,
 }
 
 /// The points at which a run waits for the device.
@@ -35,14 +38,17 @@ pub enum Wait {
     EachToken,
 }
 
-/// The encoder's input in each repeat, inside the timed prefill.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub enum Encode {
-    #[default]
-    Nothing,
-    Tokens(Vec<u32>),
-    /// The picture in this file; `None`: the generated test picture.
-    Picture {
-        image: Option<PathBuf>,
-    },
+impl Task {
+    /// One repeat on the wire.
+    pub fn run(&self, each_token: bool) -> RunRequest {
+        RunRequest {
+            depth: self.depth.clone(),
+            encode: self.encode.clone(),
+            prompt: self.prompt.clone(),
+            n_gen: self.n_gen,
+            proceed: false,
+            stream: false,
+            wait: if each_token { protocol::RunWait::EachToken } else { protocol::RunWait::AtEnd },
+        }
+    }
 }

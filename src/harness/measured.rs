@@ -1,15 +1,13 @@
-//! Measurements of a worker: warm-up, repeats, and what is read once after the last repeat.
+//! Measurements of an engine: warm-up, repeats, and what is read once after the last repeat.
 
 use std::collections::BTreeMap;
-
-use serde::{Deserialize, Serialize};
 
 use crate::engine::memory::PoolUse;
 use crate::engine::{Alone, Footprint, OutlierColumns};
 use crate::os::cpu_usage::CpuUsage;
 
 /// The warm-up of a worker.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct WarmupReport {
     /// End-to-end time of each run, in order.
     pub runs_ns: Vec<u64>,
@@ -22,15 +20,13 @@ pub struct WarmupReport {
     pub warmup_peak_bytes: Option<u64>,
     /// Highest resident set of the prefill of an untimed run; `None` without a warm-up, and where the kernel's high-water mark
     /// cannot be reset.
-    #[serde(default)]
     pub prefill_peak_bytes: Option<u64>,
     /// The same for its decode steps.
-    #[serde(default)]
     pub decode_peak_bytes: Option<u64>,
 }
 
 /// The criterion that ended a warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WarmupEnd {
     /// The last two runs agree.
     Agreed,
@@ -54,8 +50,7 @@ impl std::fmt::Display for WarmupEnd {
 }
 
 /// One counted repeat.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Sample {
     /// The encoder's part of `prefill_ns`; 0 without one.
     pub encode_ns: u64,
@@ -65,6 +60,8 @@ pub struct Sample {
     pub end_to_end_ns: u64,
     /// Time of each decode step by the device's own clock; empty where it has none.
     pub device_step_ns: Vec<u64>,
+    /// Time of each decode step that the host spent outside the engine's model; empty where unknown.
+    pub host_step_ns: Vec<u64>,
     /// Decode steps of a second run, which waits for the device after every token; empty unless asked for.
     pub synced_step_ns: Vec<u64>,
     pub ids: Vec<u32>,
@@ -86,7 +83,7 @@ impl Sample {
 }
 
 /// Memory, outliers and the untimed passes, read once after the last repeat.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct FinishReport {
     pub end_bytes: Option<u64>,
     pub peak_bytes: Option<u64>,
@@ -95,16 +92,16 @@ pub struct FinishReport {
     pub footprint: Footprint,
     pub outliers: OutlierColumns,
     /// Use of the device's memory pool at the end of each phase, with the phase's maximum; empty on the CPU.
-    #[serde(default)]
     pub pool: BTreeMap<String, PoolUse>,
-    #[serde(default)]
     pub release_threshold_bytes: Option<u64>,
     /// Decode steps beside their arithmetic and their memory traffic alone. `None` where the engine cannot separate them, without a
     /// decode step, and where it would take too long.
-    #[serde(default)]
     pub alone: Option<Alone>,
+    /// Whether the logits of one more run hold numbers alone; `None` where every repeat said so itself.
+    pub finite_logits: Option<bool>,
+    /// Clock ticks of the processor that the engine's processes used while others were measured.
+    pub waited_ticks: u64,
     /// Reason why the logits that were asked for are not in their file.
-    #[serde(default)]
     pub logits_problem: Option<String>,
 }
 
@@ -116,6 +113,8 @@ impl FinishReport {
             peak_bytes: self.peak_bytes.max(later.peak_bytes),
             peak_is_exact: self.peak_is_exact && later.peak_is_exact,
             logits_problem: self.logits_problem.or(later.logits_problem.clone()),
+            finite_logits: self.finite_logits.and(later.finite_logits),
+            waited_ticks: self.waited_ticks + later.waited_ticks,
             pool: highest(self.pool, later.pool),
             alone: match (self.alone, later.alone) {
                 (Some(first), Some(later)) => Some(first.and(later)),

@@ -1,0 +1,401 @@
+//! A checkpoint as one GGUF file in F16, with which llama.cpp runs the same weights. Its quantizer makes its other formats of it.
+//!
+//! The file has no vocabulary (`no_vocab`): it is for token ids. Names and metadata are those of llama.cpp's `constants.py` and
+//! `convert_hf_to_gguf.py`.
+
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use half::f16;
+use serde_json::Value;
+
+use super::spec::{MatrixSpec, VectorSpec};
+use super::{Checkpoint, Source};
+use crate::error::{BadInput, nearest};
+use crate::events::{Event, Listener, Unit};
+
+const MAGIC: &[u8; 4] = b"GGUF";
+const VERSION: u32 = 3;
+/// Where tensors begin, unless a key says otherwise.
+const ALIGNMENT: u64 = 32;
+/// Types of tensors and `general.file_type`, in ggml's numbers.
+const F32: u32 = 0;
+const F16: u32 = 1;
+const MOSTLY_F16: u32 = 1;
+/// Types of values, in GGUF's numbers.
+const UINT32: u32 = 4;
+const FLOAT32: u32 = 6;
+const STRING: u32 = 8;
+
+/// A family of models as llama.cpp knows it.
+struct Family {
+    /// `model_type` of config.json.
+    model_type: &'static str,
+    /// `general.architecture`.
+    name: &'static str,
+    /// Keys and queries turn neighbouring elements, where checkpoints turn the two halves of a head.
+    turns_neighbours: bool,
+}
+
+const FAMILIES: &[Family] = &[
+    Family { model_type: "llama", name: "llama", turns_neighbours: true },
+    Family { model_type: "qwen2", name: "qwen2", turns_neighbours: false },
+    Family { model_type: "qwen3", name: "qwen3", turns_neighbours: false },
+    Family { model_type: "phi", name: "phi2", turns_neighbours: false },
+];
+
+/// Parts of names, the checkpoint's and llama.cpp's.
+const NAMES: &[(&str, &str)] = &[
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("model.final_layernorm", "output_norm"),
+    ("lm_head", "output"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.dense", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("mlp.fc1", "ffn_up"),
+    ("mlp.fc2", "ffn_down"),
+];
+
+/// A tensor of the file.
+struct Tensor {
+    name: String,
+    /// Its name in the checkpoint; `None` for the divisors of long contexts.
+    from: Option<String>,
+    /// Rows and their length; a vector has one.
+    n: usize,
+    k: usize,
+    dtype: u32,
+    /// Rows of a head, where its rows are put in another order.
+    head_rows: Option<usize>,
+}
+
+impl Tensor {
+    fn bytes(&self) -> u64 {
+        let element = if self.dtype == F16 { 2 } else { 4 };
+        (self.n * self.k * element) as u64
+    }
+}
+
+/// Writes `checkpoint`, whose model needs these tensors, to the new file `output`, which is written atomically. Gives its size and how many
+/// finite values became infinite in fp16.
+///
+/// Fails with [`BadInput`] for a family or a setting that llama.cpp computes otherwise or that is not written yet, for a checkpoint that is
+/// quantized already, and where nothing can be written at `output`.
+pub fn export(
+    checkpoint: &Checkpoint,
+    (matrices, vectors): (&[MatrixSpec], &[VectorSpec]),
+    output: &Path,
+    events: &dyn Listener,
+) -> Result<(u64, usize)> {
+    if let Some(own) = &checkpoint.quantized {
+        let message = format!("`{}` is saved in `{}`, and a GGUF is made of fp16", checkpoint.id, own.precision);
+        return Err(BadInput::new(message).hint("name the model that it was made from").into());
+    }
+    let config = Config(&checkpoint.config);
+    let family = config.family()?;
+    let factors = config.rope_factors()?;
+    let tensors = tensors(family, &config, (matrices, vectors), factors.as_deref())?;
+    let source = checkpoint.source_with(matrices, vectors, events)?;
+    let folder = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let unwritable = |error: std::io::Error| BadInput::new(format!("cannot write `{}`: {error}", output.display()));
+    let temporary = tempfile::NamedTempFile::new_in(folder).map_err(unwritable)?;
+    let mut file = BufWriter::with_capacity(1 << 20, temporary.as_file());
+    let header = header(&config.metadata(family, &checkpoint.id)?, &tensors);
+    file.write_all(&header)?;
+    let total = tensors.iter().map(Tensor::bytes).sum();
+    events.on(Event::Begin { label: "export gguf".to_owned(), total, unit: Unit::Bytes });
+    let (mut done, mut overflow) = (0, 0);
+    for tensor in &tensors {
+        overflow += write(&mut file, tensor, source.as_ref(), factors.as_deref().unwrap_or_default())?;
+        done += tensor.bytes();
+        events.on(Event::Progress { done });
+    }
+    events.on(Event::End);
+    file.flush().context("writing the GGUF file")?;
+    drop(file);
+    let written = temporary.persist_noclobber(output).map_err(|failed| unwritable(failed.error))?;
+    // Temporary files are private; this one is like any other.
+    let bytes = written.metadata()?.len();
+    make_readable(output)?;
+    Ok((bytes, overflow))
+}
+
+#[cfg(unix)]
+fn make_readable(path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o644))?)
+}
+
+/// The families that are written, as messages list them.
+pub fn families() -> String {
+    FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ")
+}
+
+/// config.json, read for llama.cpp's metadata.
+struct Config<'a>(&'a Value);
+
+impl Config<'_> {
+    fn family(&self) -> Result<&'static Family, BadInput> {
+        let own = self.0["model_type"].as_str().unwrap_or_default();
+        let found = FAMILIES.iter().find(|family| family.model_type == own);
+        found.ok_or_else(|| {
+            let near = nearest(own, FAMILIES.iter().map(|family| family.model_type));
+            let near = near.map_or(String::new(), |near| format!("; the nearest is `{near}`"));
+            BadInput::new(format!("no GGUF is written for `{own}`"))
+                .hint(format!("`--format gguf` writes {}{near}", families()))
+        })
+    }
+
+    fn number(&self, key: &str) -> Option<u32> {
+        self.0[key].as_u64().and_then(|n| u32::try_from(n).ok())
+    }
+
+    fn needed(&self, key: &str) -> Result<u32, BadInput> {
+        self.number(key).ok_or_else(|| BadInput::new(format!("config.json has no number `{key}`")))
+    }
+
+    fn float(&self, key: &str) -> Option<f64> {
+        let of_rope = || self.0["rope_parameters"][key].as_f64();
+        self.0[key].as_f64().or_else(of_rope)
+    }
+
+    fn head_dim(&self) -> Result<u32, BadInput> {
+        let by_width = || Ok(self.needed("hidden_size")? / self.needed("num_attention_heads")?.max(1));
+        self.number("head_dim").map_or_else(by_width, Ok)
+    }
+
+    /// Elements of a head that turn.
+    fn turned(&self) -> Result<u32, BadInput> {
+        let share = self.float("partial_rotary_factor").unwrap_or(1.0);
+        Ok((f64::from(self.head_dim()?) * share) as u32)
+    }
+
+    fn theta(&self) -> f64 {
+        self.float("rope_theta").unwrap_or(10_000.0)
+    }
+
+    /// Llama 3's divisors of the frequencies, one for each pair of elements; `None` without scaling. Other scalings are refused.
+    fn rope_factors(&self) -> Result<Option<Vec<f32>>, BadInput> {
+        let of = |key: &str| self.0.get(key).filter(|rope| rope.is_object());
+        let Some(rope) = of("rope_scaling").or_else(|| of("rope_parameters")) else { return Ok(None) };
+        let kind = rope["rope_type"].as_str().or(rope["type"].as_str()).unwrap_or("default");
+        match kind {
+            "default" => return Ok(None),
+            "llama3" => {}
+            other => return Err(BadInput::new(format!("no GGUF is written with the rope scaling `{other}`"))),
+        }
+        let number = |key: &str| {
+            rope[key]
+                .as_f64()
+                .ok_or_else(|| BadInput::new(format!("config.json has no number `{key}` of rope scaling")))
+        };
+        let (factor, low, high) = (number("factor")?, number("low_freq_factor")?, number("high_freq_factor")?);
+        let (context, turned) = (number("original_max_position_embeddings")?, self.turned()?);
+        let (low_wavelength, high_wavelength) = (context / low, context / high);
+        let divisor = |pair: u32| {
+            let wavelength = 2.0 * std::f64::consts::PI * self.theta().powf(f64::from(2 * pair) / f64::from(turned));
+            if wavelength < high_wavelength {
+                1.0
+            } else if wavelength > low_wavelength {
+                factor
+            } else {
+                let smooth = (context / wavelength - low) / (high - low);
+                1.0 / ((1.0 - smooth) / factor + smooth)
+            }
+        };
+        Ok(Some((0..turned / 2).map(|pair| divisor(pair) as f32).collect()))
+    }
+
+    fn metadata(&self, family: &Family, name: &str) -> Result<Vec<(String, Meta)>, BadInput> {
+        let of = |key: &str, value| (format!("{}.{key}", family.name), value);
+        let (heads, head_dim) = (self.needed("num_attention_heads")?, self.head_dim()?);
+        let mut all = vec![
+            ("general.architecture".to_owned(), Meta::Text(family.name.to_owned())),
+            ("general.name".to_owned(), Meta::Text(name.to_owned())),
+            ("general.file_type".to_owned(), Meta::Number(MOSTLY_F16)),
+            ("general.quantization_version".to_owned(), Meta::Number(2)),
+            of("vocab_size", Meta::Number(self.needed("vocab_size")?)),
+            of("context_length", Meta::Number(self.needed("max_position_embeddings")?)),
+            of("embedding_length", Meta::Number(self.needed("hidden_size")?)),
+            of("block_count", Meta::Number(self.needed("num_hidden_layers")?)),
+            of("feed_forward_length", Meta::Number(self.needed("intermediate_size")?)),
+            of("attention.head_count", Meta::Number(heads)),
+            of("attention.head_count_kv", Meta::Number(self.number("num_key_value_heads").unwrap_or(heads))),
+            of("attention.key_length", Meta::Number(head_dim)),
+            of("attention.value_length", Meta::Number(head_dim)),
+            of("rope.dimension_count", Meta::Number(self.turned()?)),
+            of("rope.freq_base", Meta::Float(self.theta() as f32)),
+            ("tokenizer.ggml.model".to_owned(), Meta::Text("no_vocab".to_owned())),
+        ];
+        all.push(match self.float("rms_norm_eps") {
+            Some(eps) => of("attention.layer_norm_rms_epsilon", Meta::Float(eps as f32)),
+            None => {
+                of("attention.layer_norm_epsilon", Meta::Float(self.float("layer_norm_eps").unwrap_or(1e-5) as f32))
+            }
+        });
+        Ok(all)
+    }
+}
+
+enum Meta {
+    Number(u32),
+    Float(f32),
+    Text(String),
+}
+
+/// Fails for a tensor that no name is known for.
+fn tensors(
+    family: &Family,
+    config: &Config,
+    (matrices, vectors): (&[MatrixSpec], &[VectorSpec]),
+    factors: Option<&[f32]>,
+) -> Result<Vec<Tensor>, BadInput> {
+    let head_dim = config.head_dim()? as usize;
+    let mut all = Vec::new();
+    for (from, n, k, dtype) in matrices
+        .iter()
+        .map(|spec| (&spec.name, spec.n, spec.k, F16))
+        .chain(vectors.iter().map(|spec| (&spec.name, 1, spec.len, F32)))
+    {
+        let name = gguf_name(from).ok_or_else(|| BadInput::new(format!("no GGUF has a tensor for `{from}`")))?;
+        let is_turned = family.turns_neighbours && [".attn_q.", ".attn_k."].iter().any(|part| name.contains(part));
+        all.push(Tensor { name, from: Some(from.clone()), n, k, dtype, head_rows: is_turned.then_some(head_dim) });
+    }
+    if let Some(factors) = factors {
+        let (name, k) = ("rope_freqs.weight".to_owned(), factors.len());
+        all.push(Tensor { name, from: None, n: 1, k, dtype: F32, head_rows: None });
+    }
+    Ok(all)
+}
+
+/// `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`.
+fn gguf_name(name: &str) -> Option<String> {
+    let (stem, kind) = name.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
+    let known = |part: &str| NAMES.iter().find(|(own, _)| *own == part).map(|(_, theirs)| *theirs);
+    match stem.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+        Some((layer, part)) => Some(format!("blk.{layer}.{}.{kind}", known(part)?)),
+        None => Some(format!("{}.{kind}", known(stem)?)),
+    }
+}
+
+fn header(metadata: &[(String, Meta)], tensors: &[Tensor]) -> Vec<u8> {
+    let mut out = MAGIC.to_vec();
+    out.extend(VERSION.to_le_bytes());
+    out.extend((tensors.len() as u64).to_le_bytes());
+    out.extend((metadata.len() as u64).to_le_bytes());
+    let text = |out: &mut Vec<u8>, text: &str| {
+        out.extend((text.len() as u64).to_le_bytes());
+        out.extend(text.as_bytes());
+    };
+    for (key, value) in metadata {
+        text(&mut out, key);
+        match value {
+            Meta::Number(n) => out.extend([UINT32.to_le_bytes(), n.to_le_bytes()].concat()),
+            Meta::Float(x) => out.extend([FLOAT32.to_le_bytes(), x.to_le_bytes()].concat()),
+            Meta::Text(value) => {
+                out.extend(STRING.to_le_bytes());
+                text(&mut out, value);
+            }
+        }
+    }
+    let mut offset = 0;
+    for tensor in tensors {
+        text(&mut out, &tensor.name);
+        // The length of a row first.
+        let dims: &[usize] = if tensor.dtype == F32 { &[tensor.k] } else { &[tensor.k, tensor.n] };
+        out.extend((dims.len() as u32).to_le_bytes());
+        dims.iter().for_each(|dim| out.extend((*dim as u64).to_le_bytes()));
+        out.extend(tensor.dtype.to_le_bytes());
+        out.extend(u64::to_le_bytes(offset));
+        offset = (offset + tensor.bytes()).next_multiple_of(ALIGNMENT);
+    }
+    out.resize(out.len().next_multiple_of(ALIGNMENT as usize), 0);
+    out
+}
+
+/// Writes the values and the gap behind them; gives how many became infinite.
+fn write(file: &mut impl Write, tensor: &Tensor, source: &dyn Source, factors: &[f32]) -> Result<usize> {
+    let mut overflow = 0;
+    match (&tensor.from, tensor.dtype) {
+        (None, _) => factors.iter().try_for_each(|value| file.write_all(&value.to_le_bytes()))?,
+        (Some(from), F16) => {
+            let mut values = vec![f16::ZERO; tensor.n * tensor.k];
+            overflow = source.read_rows(from, 0..tensor.n, &mut values)?;
+            for row in order(tensor.n, tensor.head_rows)? {
+                let row = &values[row * tensor.k..(row + 1) * tensor.k];
+                file.write_all(bytemuck::cast_slice(row))?;
+            }
+        }
+        (Some(from), _) => {
+            // Of vectors, too, the values that our fp16 has.
+            let mut values = vec![f16::ZERO; tensor.k];
+            let rows = source.shape(from).and_then(|shape| shape.first().copied()).unwrap_or(tensor.k);
+            overflow = source.read_rows(from, 0..rows, &mut values)?;
+            for at in order(tensor.k, tensor.head_rows)? {
+                file.write_all(&values[at].to_f32().to_le_bytes())?;
+            }
+        }
+    }
+    let gap = tensor.bytes().next_multiple_of(ALIGNMENT) - tensor.bytes();
+    file.write_all(&[0; ALIGNMENT as usize][..gap as usize])?;
+    Ok(overflow)
+}
+
+/// The order of `n` rows: of each head, the rows of the two halves by turns.
+fn order(n: usize, head_rows: Option<usize>) -> Result<Vec<usize>> {
+    let Some(head) = head_rows else { return Ok((0..n).collect()) };
+    ensure!(head.is_multiple_of(2) && n.is_multiple_of(head), "{n} rows are no heads of {head}");
+    let within = |at: usize| at / 2 + (at % 2) * head / 2;
+    Ok((0..n).map(|row| row / head * head + within(row % head)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_llama_cpps() {
+        for (own, theirs) in [
+            ("model.embed_tokens.weight", Some("token_embd.weight")),
+            ("model.layers.3.mlp.up_proj.weight", Some("blk.3.ffn_up.weight")),
+            ("model.layers.12.self_attn.q_proj.bias", Some("blk.12.attn_q.bias")),
+            ("model.final_layernorm.bias", Some("output_norm.bias")),
+            ("model.layers.0.mlp.experts.0.w1.weight", None),
+            ("model.norm.scale", None),
+        ] {
+            assert_eq!(gguf_name(own).as_deref(), theirs, "{own}");
+        }
+    }
+
+    /// What `permute` of convert_hf_to_gguf.py does to two heads of four rows.
+    #[test]
+    fn halves_of_a_head_become_neighbours() {
+        assert_eq!(order(8, Some(4)).unwrap(), [0, 2, 1, 3, 4, 6, 5, 7]);
+        assert_eq!(order(3, None).unwrap(), [0, 1, 2]);
+        assert!(order(6, Some(4)).is_err());
+    }
+
+    /// Between both wavelengths the divisor goes smoothly from 1 to the factor; the frequencies are those that our rope has.
+    #[test]
+    fn divisors_of_llama_3_go_from_1_to_the_factor() {
+        let shape = crate::weights::builtin_models().iter().find(|shape| shape.name == "llama-3.2-1b").unwrap();
+        let config = shape.config();
+        let factors = Config(&config).rope_factors().unwrap().unwrap();
+        assert_eq!((factors.len(), factors[0], factors[31]), (32, 1.0, 32.0));
+        assert!(factors.windows(2).all(|pair| pair[0] <= pair[1]));
+        let other = serde_json::json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}});
+        assert!(Config(&other).rope_factors().unwrap_err().to_string().contains("`yarn`"));
+    }
+}
