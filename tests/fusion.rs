@@ -5,8 +5,19 @@ use quantbench::plan::{AppendSpec, AttentionSpec, MatrixId, Model, Op, Window};
 use quantbench::weights::builtin;
 
 /// Built-in shapes, and fused operations of one token: the embedding is fetched by the operation that finds the token.
-const SHAPES: [(&str, usize); 5] =
-    [("smollm2-135m", 151), ("llama-3.2-1b", 81), ("phi-2", 97), ("flan-t5-base", 97), ("paligemma-3b-pt-224", 91)];
+const SHAPES: [(&str, usize); 11] = [
+    ("smollm2-135m", 151),
+    ("llama-3.2-1b", 81),
+    ("phi-2", 97),
+    ("flan-t5-base", 97),
+    ("paligemma-3b-pt-224", 91),
+    ("qwen3-0.6b", 141),
+    ("gemma-3-1b", 183),
+    ("olmo-2-1b", 113),
+    ("phi-4-mini", 161),
+    ("smollm3-3b", 181),
+    ("mixtral-8x7b", 161),
+];
 
 fn shape(name: &str) -> Model {
     let config = builtin::by_name(name).expect("a built-in shape").config();

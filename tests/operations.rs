@@ -48,20 +48,43 @@ fn the_cuda_lowering_refuses_by_name_what_it_cannot_run() {
         let error = quantbench::lower::cuda::check(model, properties).expect_err("a refusal");
         error.root_cause().to_string().lines().next().unwrap_or_default().to_owned()
     };
-    for (model, feature) in unusual_models() {
-        assert_eq!(refusal(&model), format!("the CUDA step cannot run an attention with {feature}"));
+    for (model, _) in unusual_models() {
+        quantbench::lower::cuda::check(&model, properties).expect("each feature has code");
     }
+    let (mut layer_normed, _) = unusual_models().remove(2);
+    for op in &mut layer_normed.decoder.ops {
+        if let Op::Attention(AttentionSpec { qk_norm: Some(norms), .. }) = op {
+            norms.k.kind = NormKind::Layer { bias: VectorId(0) };
+        }
+    }
+    let norms = "norms of queries and keys that are no rms norms of one epsilon";
+    assert_eq!(refusal(&layer_normed), format!("the CUDA step cannot run an attention with {norms}"));
+    let mut unequal = shape("mixtral-8x7b");
+    let odd = unequal
+        .decoder
+        .ops
+        .iter()
+        .find_map(|op| if let Op::Experts(spec) = op { Some(spec.experts[5].up) } else { None });
+    unequal.matrices[odd.expect("experts").weight.0].n += 1;
+    assert_eq!(refusal(&unequal), "the CUDA step cannot run a mixture with experts of several formats or sizes");
+    let mut many = shape("mixtral-8x7b");
+    for op in &mut many.decoder.ops {
+        if let Op::Experts(spec) = op {
+            spec.experts.resize(300, spec.experts[0]);
+        }
+    }
+    assert_eq!(refusal(&many), "2 of 300 experts for a token, allowed are 8 of 256");
     // An encoder's attention is no part of a step.
     let mut model = shape("flan-t5-base");
     let encoder = &mut model.encoder.as_mut().expect("an encoder").plan;
     let mut specs =
         encoder.ops.iter_mut().filter_map(|op| if let Op::Attention(spec) = op { Some(spec) } else { None });
     specs.next().expect("an attention").window = Some(Window(128));
-    assert_eq!(refusal(&model), "the CUDA prefill cannot run an attention with a window of 128");
-    for name in
-        ["smollm2-135m", "llama-3.2-1b", "llama-3.1-8b", "mistral-7b", "phi-2", "flan-t5-base", "paligemma-3b-pt-224"]
-    {
-        quantbench::lower::cuda::check(&shape(name), properties).expect("this shape can be run");
+    let refused = "the CUDA prefill cannot run an attention that sees what follows with a window of 128";
+    assert_eq!(refusal(&model), refused);
+    for built_in in builtin::builtin_models() {
+        let model = shape(built_in.name);
+        quantbench::lower::cuda::check(&model, properties).expect("this shape can be run");
     }
 }
 

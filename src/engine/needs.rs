@@ -4,7 +4,9 @@
 use super::{Device, Engine, candle};
 use crate::call::KvFormat;
 use crate::lower::prompt;
-use crate::plan::{CacheScope, CacheSpec, LinearPart, Model, Op, Plan, Rows};
+use crate::plan::{
+    BufferId, CacheScope, CacheSpec, LinearPart, LinearSpec, Model, NormSpec, Op, Plan, Rope, RopeByLength, Rows,
+};
 use crate::weights::policy::Formats;
 
 /// Bytes that a process takes of a GPU beside its own allocations: the driver's context, the kernels and cuBLAS. An H200 with driver 580
@@ -173,7 +175,10 @@ fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, formats: &Formats) -> u6
     let encoder = model.encoder.as_ref().map(|encoder| bytes(&encoder.plan, lengths.encoder));
     let longest = decoder.into_iter().chain(encoder).max().unwrap_or(0);
     let reach = lengths.capacity().max(lengths.encoder);
-    let angles = model.ropes.iter().map(|rope| product(&[size_of::<f32>(), rope.rotary_dim, lengths.capacity()]));
+    // Steps and calls have tables of their own where frequencies change with each position.
+    let tables = |rope: &Rope| if matches!(rope.by_length, Some(RopeByLength::DynamicNtk { .. })) { 2 } else { 1 };
+    let angles = |rope| product(&[size_of::<f32>(), tables(rope), rope.rotary_dim, lengths.capacity()]);
+    let angles = model.ropes.iter().map(angles);
     let biases = model.biases.iter().map(|bias| product(&[size_of::<f32>(), model.matrices[bias.table.0].k, 2, reach]));
     let logits = product(&[size_of::<f32>(), model.vocab]);
     angles.chain(biases).chain([logits]).fold(longest, u64::saturating_add)
@@ -232,12 +237,33 @@ impl CudaCall<'_> {
 
     /// Bytes that an operation takes while it runs.
     fn beside(&self, op: &Op) -> u64 {
-        let Op::Linear(spec) = op else { return 0 };
+        let halves = |width: usize| product(&[size_of::<half::f16>(), self.rows, width]);
+        match op {
+            // A residual is cast for its matrices.
+            Op::Linear(spec) if self.is_residual(spec.x) => {
+                halves(self.plan.buffers[spec.x.0].width).saturating_add(self.beside_product(spec))
+            }
+            Op::Linear(spec) => self.beside_product(spec),
+            // A product becomes fp32.
+            Op::Norm(NormSpec { x, .. }) if !self.is_residual(*x) => halves(self.plan.buffers[x.0].width),
+            Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Norm(_) | Op::Append(_) => 0,
+            Op::Attention(_) | Op::Activation(_) | Op::Experts(_) | Op::Add(_) => 0,
+            Op::LastRow(_) | Op::Argmax(_) => 0,
+        }
+    }
+
+    fn beside_product(&self, spec: &LinearSpec) -> u64 {
         let of_part = |part: &LinearPart| {
             let matrix = &self.model.matrices[part.weight.0];
-            (self.formats.of(matrix.role).id().prefill_bytes)(self.rows, (matrix.n, matrix.k))
+            // Products of a matrix that is cut are made together.
+            let whole = if part.rows.is_some() { product(&[size_of::<half::f16>(), self.rows, matrix.n]) } else { 0 };
+            whole.saturating_add((self.formats.of(matrix.role).id().prefill_bytes)(self.rows, (matrix.n, matrix.k)))
         };
         spec.parts.iter().map(of_part).max().unwrap_or(0)
+    }
+
+    fn is_residual(&self, buffer: BufferId) -> bool {
+        self.plan.ops.iter().any(|op| matches!(op, Op::Add(spec) if spec.a == buffer))
     }
 }
 

@@ -138,7 +138,10 @@ pub fn announcement(case: &Case, work: &Work, model_id: &str) -> String {
         false => String::new(),
     };
     let lengths = format!("{} prompt + {} new tokens{shorter}", work.n_prompt, case.n_gen);
-    format!("{model_id} at {}: {lengths}, {}", labels.join(", "), about(work.seconds(case.n_gen, &case.protocol)))
+    let takes = about(work.seconds(case.n_gen, &case.protocol));
+    // How long other engines take is what the run finds out.
+    let takes = if case.has_others() { format!("{takes} at quantbench's own speed") } else { takes };
+    format!("{model_id} at {}: {lengths}, {takes}", labels.join(", "))
 }
 
 /// `about 50 s`, `about 3 minutes`, `about 2.5 hours`: no more digits than are known.

@@ -2,14 +2,14 @@
 //! other.
 //!
 //! A norm goes into the matrices that read it, activation and residual into those that feed them. Matrices that read the same
-//! activations become one operation, two whose products meet in one residual become another. Values do not change: every
-//! matrix keeps its own blocks, scales and rounding.
+//! activations become one operation, two whose products meet in one residual become another. A norm behind a product is added
+//! to the residual by an operation of its own. Values do not change: every matrix keeps its own blocks, scales and rounding.
 
 use candle_core::{Result, bail};
 
 use super::{
-    ActivationKind, ActivationSpec, AddSpec, ArgmaxSpec, AttentionSpec, BufferId, EmbedSpec, LastRowSpec, LinearPart,
-    LinearSpec, MatrixId, Norm, NormSpec, Op, Plan, VectorId, feature, refuse,
+    ActivationKind, ActivationSpec, AddSpec, ArgmaxSpec, AttentionSpec, BufferId, EmbedSpec, ExpertsSpec, LastRowSpec,
+    LinearPart, LinearSpec, MatrixId, MatrixRows, Norm, NormSpec, Op, Plan, Softcap, VectorId,
 };
 
 /// Matrices that one operation may hold.
@@ -22,6 +22,27 @@ pub enum FusedOp {
     Embed(EmbedSpec),
     Matvec(MatvecSpec),
     Attention(AttentionSpec),
+    NormAdd(NormAddSpec),
+    Experts(FusedExperts),
+}
+
+/// `residual += experts(input)`
+#[derive(Debug, Clone, PartialEq)]
+pub struct FusedExperts {
+    pub input: FusedInput,
+    /// Its scores are fp32, as [`Join::Floats`] writes them; its result is added to the residual alone.
+    pub spec: ExpertsSpec,
+    /// `None` until the plan says what the result is added to.
+    pub residual: Option<BufferId>,
+}
+
+/// `x += norm(y)`: a residual whose summand is normed, which takes all of the product.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NormAddSpec {
+    pub x: BufferId,
+    /// fp32, as [`Join::Floats`] writes it.
+    pub y: BufferId,
+    pub norm: Norm,
 }
 
 /// Matrices that are multiplied with one row of activations.
@@ -40,10 +61,11 @@ pub struct FusedInput {
     pub scale: f32,
 }
 
-/// One matrix of an operation.
+/// One matrix of an operation, or some of its rows.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FusedPart {
     pub weight: MatrixId,
+    pub rows: Option<MatrixRows>,
     pub bias: Option<VectorId>,
     pub out: BufferId,
     pub activation: Option<ActivationKind>,
@@ -54,12 +76,14 @@ pub struct FusedPart {
 pub enum Join {
     /// Each part writes its own buffer, from the only input.
     Apart,
+    /// The same in fp32, for a norm.
+    Floats,
     /// `out = act(part 0) · part 1`, from the only input.
     Gated { kind: ActivationKind, out: BufferId },
     /// `x += Σ part i (input i)`
     Residual { x: BufferId },
-    /// The only part's largest output is the next token.
-    Argmax,
+    /// The only part's largest output is the next token; `softcap` takes the place of each output first.
+    Argmax { softcap: Option<Softcap> },
 }
 
 impl FusedOp {
@@ -69,6 +93,10 @@ impl FusedOp {
             FusedOp::Embed(_) => vec![],
             FusedOp::Matvec(spec) => spec.inputs.iter().map(|input| input.x).chain(spec.residual()).collect(),
             FusedOp::Attention(spec) => Op::Attention(*spec).reads(),
+            FusedOp::NormAdd(spec) => vec![spec.y, spec.x],
+            FusedOp::Experts(FusedExperts { input, spec, residual }) => {
+                [input.x, spec.scores].into_iter().chain(*residual).collect()
+            }
         }
     }
 
@@ -79,6 +107,8 @@ impl FusedOp {
             FusedOp::Matvec(spec) => spec.writes(),
             // The rotated queries stay inside.
             FusedOp::Attention(spec) => vec![spec.out],
+            FusedOp::NormAdd(spec) => vec![spec.x],
+            FusedOp::Experts(FusedExperts { residual, .. }) => residual.iter().copied().collect(),
         }
     }
 }
@@ -87,17 +117,17 @@ impl MatvecSpec {
     /// Buffers that the products go to.
     pub fn writes(&self) -> Vec<BufferId> {
         match self.join {
-            Join::Apart => self.parts.iter().map(|part| part.out).collect(),
+            Join::Apart | Join::Floats => self.parts.iter().map(|part| part.out).collect(),
             Join::Gated { kind: _, out } => vec![out],
             Join::Residual { x } => vec![x],
-            Join::Argmax => vec![],
+            Join::Argmax { softcap: _ } => vec![],
         }
     }
 
     fn residual(&self) -> Option<BufferId> {
         match self.join {
             Join::Residual { x } => Some(x),
-            Join::Apart | Join::Gated { .. } | Join::Argmax => None,
+            Join::Apart | Join::Floats | Join::Gated { .. } | Join::Argmax { .. } => None,
         }
     }
 }
@@ -136,24 +166,24 @@ impl Fusion<'_> {
                 self.views[out.0] = Some(FusedInput { scale: input.scale * scale, ..input });
             }
             Op::Linear(LinearSpec { x, parts }) => {
-                let part = |&LinearPart { weight, rows, bias, out }: &LinearPart| {
-                    refuse("a decode step", "a linear", &[feature(&rows)])?;
-                    Ok(FusedPart { weight, bias, out, activation: None })
+                let part = |&LinearPart { weight, rows, bias, out }: &LinearPart| FusedPart {
+                    weight,
+                    rows,
+                    bias,
+                    out,
+                    activation: None,
                 };
-                let (inputs, parts) = (vec![self.input(*x)], parts.iter().map(part).collect::<Result<_>>()?);
+                let (inputs, parts) = (vec![self.input(*x)], parts.iter().map(part).collect());
                 self.fused.push(FusedOp::Matvec(MatvecSpec { inputs, parts, join: Join::Apart }));
             }
             Op::Attention(spec) => self.fused.push(FusedOp::Attention(*spec)),
             Op::Activation(spec) => self.activate(*spec)?,
             Op::Add(AddSpec { a, b, out }) if a == out => self.add(*a, *b)?,
-            Op::Argmax(ArgmaxSpec { logits, softcap }) => {
-                refuse("a decode step", "a choice of the token", &[feature(softcap)])?;
-                match self.producer(*logits) {
-                    Some(spec) if is_plain_product(spec) => spec.join = Join::Argmax,
-                    Some(_) | None => bail!("the logits come from no single matrix"),
-                }
-            }
-            Op::Experts(spec) => bail!("a decode step cannot run {spec}"),
+            Op::Argmax(ArgmaxSpec { logits, softcap }) => match self.producer(*logits) {
+                Some(spec) if is_plain_product(spec) => spec.join = Join::Argmax { softcap: *softcap },
+                Some(_) | None => bail!("the logits come from no single matrix"),
+            },
+            Op::Experts(spec) => self.experts(spec)?,
             Op::Add(_) | Op::Append(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) => {
                 bail!("a decode step cannot hold {op:?}")
             }
@@ -189,6 +219,15 @@ impl Fusion<'_> {
     /// The summand's operation moves to the end, behind all that still read `x` as it was.
     fn add(&mut self, x: BufferId, summand: BufferId) -> Result<()> {
         share_inputs(&mut self.fused, self.format_of);
+        if let Some(FusedInput { x: y, norm: Some(norm), scale: _ }) = self.views[summand.0] {
+            return self.add_norm(NormAddSpec { x, y, norm });
+        }
+        if let Some(FusedOp::Experts(experts)) = self.fused.last_mut()
+            && experts.spec.out == summand
+        {
+            experts.residual = Some(x);
+            return Ok(());
+        }
         let feeds = |spec: &MatvecSpec| is_plain_product(spec) && spec.parts[0].out == summand;
         let feeds = |op: &FusedOp| matvec(op).is_some_and(feeds);
         let Some(at) = self.fused.iter().rposition(feeds) else { bail!("a residual is fed by no single matrix") };
@@ -197,6 +236,25 @@ impl Fusion<'_> {
             spec.join = Join::Residual { x };
         }
         self.fused.push(op);
+        Ok(())
+    }
+
+    fn experts(&mut self, spec: &ExpertsSpec) -> Result<()> {
+        match self.producer(spec.scores) {
+            Some(product) if is_plain_product(product) => product.join = Join::Floats,
+            Some(_) | None => bail!("scores of experts come from no single matrix"),
+        }
+        let input = self.input(spec.x);
+        self.fused.push(FusedOp::Experts(FusedExperts { input, spec: spec.clone(), residual: None }));
+        Ok(())
+    }
+
+    fn add_norm(&mut self, spec: NormAddSpec) -> Result<()> {
+        match self.producer(spec.y) {
+            Some(product) if is_plain_product(product) => product.join = Join::Floats,
+            Some(_) | None => bail!("a residual is fed by the norm of no single matrix"),
+        }
+        self.fused.push(FusedOp::NormAdd(spec));
         Ok(())
     }
 }
@@ -273,6 +331,7 @@ fn split_formats(fused: &mut Vec<FusedOp>, format_of: &dyn Fn(MatrixId) -> &'sta
         let MatvecSpec { inputs, parts, join } = match op {
             FusedOp::Matvec(spec) if spec.join == Join::Apart => spec,
             FusedOp::Embed(_) | FusedOp::Matvec(_) | FusedOp::Attention(_) => return vec![op],
+            FusedOp::NormAdd(_) | FusedOp::Experts(_) => return vec![op],
         };
         let mut by_format: Vec<Vec<FusedPart>> = Vec::new();
         for part in parts {

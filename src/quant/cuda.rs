@@ -126,7 +126,7 @@ pub fn multiply(matrix: &dyn CudaMatrix, x: &Tensor) -> Result<Tensor> {
             let memory = unsafe { device.alloc::<u8>(layout.bytes().max(1)) }?;
             return multiply(device, &Arena::at(address(&memory, device), &layout));
         }
-        let product = Product { matrix: matrix.desc(), bias: 0, out: y, activation: 0 };
+        let product = Product { matrix: matrix.desc(), first_row: 0, bias: 0, out: y, activation: 0 };
         let output_type = if matrix.product_is_float() { OutputType::Floats } else { OutputType::Halves };
         let epilogue = Epilogue { output_type, ..Epilogue::default() };
         let input = InputDesc { x, scale: 1.0, ..InputDesc::default() };

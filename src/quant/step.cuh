@@ -5,6 +5,8 @@
 #include <type_traits>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/norm_add.cuh"
+#include "kernels/cuda/route.cuh"
 #include "quant/dense/dense.cuh"
 
 // Side data is copied lane by lane, and then the weights are as well.
@@ -41,7 +43,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
     uint8_t *converted = (uint8_t *)(x + padded);
     const int eighths = opcode == OPCODE_HALF ? HalfDecoder::CONVERTED_EIGHTHS : opcode == OPCODE_FLOAT ? FloatDecoder::CONVERTED_EIGHTHS : Format::CONVERTED_EIGHTHS;
     uint8_t *partials = converted + padded * eighths / 8;
-    const bool is_normed = matvec.inputs[0].norm != NORM_NONE;
+    const bool is_normed = matvec.inputs[0].norm == NORM_RMS || matvec.inputs[0].norm == NORM_LAYER;
     if (is_normed) prefetch_norm(matvec.inputs[0]);
     // Everything that needs no input values is done before they are ready.
     constexpr bool FORMAT_NEEDS_VALUES = Format::CONVERTED_EIGHTHS > 0;
@@ -57,8 +59,16 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
         Pipeline::begin(shared_pipeline, at);
         stamp(at, STAMP_READY);
     };
+    if (matvec.chosen && matvec.mode != MODE_GATED && matvec.first_chosen == 0) {
+        // The first downs add to what all gates have read, and read the results of some gates alone: they wait for the others.
+        const ExpectedTag expected(tags, matvec.inputs[0].written_by);
+#pragma unroll 1
+        for (int at = threadIdx.x; at < chosen_experts().hidden; at += THREADS) wait_half((const uint32_t *)matvec.inputs[0].x + at, expected);
+        barrier_sync();
+    }
     if (!matvec.reuses_input && has_rows) {
-        if (is_normed) normalize(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, sums_of_warps, begin);
+        if (matvec.inputs[0].norm == NORM_CAST) cast_input(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, begin);
+        else if (is_normed) normalize(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, sums_of_warps, begin);
         else if (matvec.inputs[0].is_tagged) read_inputs<true, Format::WORDS_HELD>(matvec, tags, x, begin);
         else read_inputs<false, Format::WORDS_HELD>(matvec, tags, x, begin);
         barrier_sync();
@@ -98,9 +108,10 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
             if (opcode == OPCODE_FORMAT) values[run] = Format::result(total_of<typename Format::Partial>(partials, factors.sums_of[run], of_tile),
                                                             activations.own[matvec.mode == MODE_JOINED ? run : 0], factors.scale[run]);
             else values[run] = total_of<Value>(partials, factors.sums_of[run], of_tile).value;
-            values[run] += factors.bias[run];
+            values[run] = values[run] * matvec.product_scale + factors.bias[run];
+            if (matvec.chosen && matvec.mode != MODE_GATED) values[run] *= chosen_experts().weights[matvec.first_chosen + run];
         }
-        store_row(matvec, matvec.parts[factors.part()], factors.row(), values, factors.residual, tags.of(at), best);
+        store_row(matvec, parts_of(matvec)[factors.part()], factors.row(), values, factors.residual, tags.of(at), best);
     }
     stamp(at, STAMP_STORED);
     if (!matvec.logits) return;
@@ -124,7 +135,10 @@ __device__ __forceinline__ void run_step(const Program &program) {
 
     start_trace(program);
     Pipeline pipeline;
-    pipeline.start(shared_address(dynamic), program.stages, min(n, RESIDENT_INSTRUCTIONS), shared_pipeline);
+    // Weights of the instructions before it may be copied. In shared memory: nf4 on Hopper has no register left for it.
+    __shared__ int gate;
+    if (threadIdx.x == 0) gate = program.gate;
+    pipeline.start(shared_address(dynamic), program.stages, min(min(n, RESIDENT_INSTRUCTIONS), program.gate), shared_pipeline);
     uint8_t *room = (uint8_t *)dynamic + WARPS * Pipeline::bytes(program.stages);
     if (warp < RESIDENT_INSTRUCTIONS && warp < n) {
         // A single instruction is a kernel parameter, which asynchronous copies cannot read.
@@ -149,14 +163,14 @@ __device__ __forceinline__ void run_step(const Program &program) {
 #pragma unroll 1
     for (int at = 0; at < n; at++) {
         // Instructions in shared memory before and after the next one is fetched.
-        const int before = min(n, max(at - 2, 0) + RESIDENT_INSTRUCTIONS), behind = min(n, max(at - 1, 0) + RESIDENT_INSTRUCTIONS);
+        const int open = min(n, gate), before = min(open, max(at - 2, 0) + RESIDENT_INSTRUCTIONS), behind = min(open, max(at - 1, 0) + RESIDENT_INSTRUCTIONS);
         // The block has finished the instruction before, whose place in shared memory is free.
         auto ahead = [&]() {
             const int next = at - 1 + RESIDENT_INSTRUCTIONS;
             if (warp != WARPS - 1) return;
             if (at > 1 && next - 1 < n) {
                 compute_share(resident[(next - 1) % RESIDENT_INSTRUCTIONS]);
-                Pipeline::set_instructions_ready(shared_pipeline, next);
+                Pipeline::set_instructions_ready(shared_pipeline, min(next, gate));
             }
             if (at > 0 && next < n) {
                 Pipeline::wait_copied(shared_pipeline, at);
@@ -165,6 +179,18 @@ __device__ __forceinline__ void run_step(const Program &program) {
         };
         const Instruction &instruction = resident[at % RESIDENT_INSTRUCTIONS].instruction;
         if (instruction.opcode == OPCODE_ATTENTION) attend(instruction.attention, tags, at, room, ahead);
+        else if (instruction.opcode >= OPCODE_FEATURED_ATTENTION) {
+            if (instruction.opcode == OPCODE_NORM_ADD) norm_add(instruction.norm_add, tags, at, room, ahead);
+            else if (instruction.opcode == OPCODE_ROUTE) {
+                route(instruction.route, tags, at, ahead);
+                if (threadIdx.x == 0) gate = instruction.route.next_gate;
+                // All warps see the choice.
+                barrier_sync();
+                if (warp == WARPS - 1) Pipeline::set_instructions_ready(shared_pipeline, min(min(n, gate), max(at - 1, 0) + RESIDENT_INSTRUCTIONS));
+            }
+            else attend_wide<true>(instruction.attention, tags, at, room, ahead);
+            pipeline.leave(at);
+        }
         else multiply<Format>(program, resident, at, tags, before, behind, pipeline, shared_pipeline, shared, room, ahead);
         if (at + 1 == n) break;
         // The next instruction reuses shared memory.

@@ -138,8 +138,8 @@ fn make_readable(path: &Path) -> Result<()> {
     Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o644))?)
 }
 
-/// The families that are written, as messages list them.
-pub fn families() -> String {
+/// As messages list them.
+fn families() -> String {
     FAMILIES.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ")
 }
 

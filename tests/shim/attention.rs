@@ -2,8 +2,8 @@
 
 use half::f16;
 use quantbench::kernels::cuda::arena::{Arena, Layout};
-use quantbench::kernels::cuda::attend::{Bias, Heads, RowsAttention};
-use quantbench::kernels::cuda::attention::{Attention, KvSplit};
+use quantbench::kernels::cuda::attend::{Bias, Heads, RowsAttention, RowsFeatures};
+use quantbench::kernels::cuda::attention::{Attention, Features, KvSplit};
 use quantbench::kernels::cuda::launch::MemoryPlanner;
 use quantbench::kernels::cuda::program::ProgramBuilder;
 use quantbench::quant::dense;
@@ -23,7 +23,23 @@ struct Case {
     has_bias: bool,
     capacity: usize,
     multiprocessors: usize,
+    /// Keys that a query sees, or 0 for all.
+    window: usize,
+    /// 0 for none.
+    softcap: f32,
+    has_sinks: bool,
+    norms: Norms,
 }
+
+/// Norms of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Norms {
+    None,
+    OfHeads,
+    OfAll,
+}
+
+const EPSILON: f32 = 1e-6;
 
 const CASES: &[Case] = &[
     // Query heads of a key/value head: one, some, and all of them.
@@ -43,10 +59,33 @@ const CASES: &[Case] = &[
     Case { appends: false, ..case(4, 2, 24, 0, 100, 3) },
     // More splits than the span has positions.
     case(1, 1, 8, 0, 4500, 132),
+    // Features, each alone and together: windows within a unit and over some, and one that no sequence outgrows.
+    Case { window: 16, ..case(4, 2, 64, 64, 100, 1) },
+    Case { window: 130, ..case(4, 1, 40, 40, 300, 132) },
+    Case { window: 500, ..case(2, 2, 128, 64, 200, 7) },
+    Case { softcap: 2.0, ..case(4, 2, 64, 64, 200, 132) },
+    Case { has_sinks: true, ..case(8, 1, 64, 64, 300, 132) },
+    Case { has_sinks: true, appends: false, ..case(4, 2, 24, 0, 100, 3) },
+    Case { norms: Norms::OfHeads, ..case(6, 2, 20, 20, 150, 132) },
+    Case { norms: Norms::OfAll, ..case(6, 2, 36, 18, 150, 5) },
+    Case { window: 70, softcap: 3.0, has_sinks: true, norms: Norms::OfHeads, ..case(4, 2, 256, 256, 300, 132) },
 ];
 
 const fn case(heads: usize, kv_heads: usize, d: usize, rotary: usize, capacity: usize, multiprocessors: usize) -> Case {
-    Case { heads, kv_heads, d, rotary, appends: true, has_bias: false, capacity, multiprocessors }
+    Case {
+        heads,
+        kv_heads,
+        d,
+        rotary,
+        appends: true,
+        has_bias: false,
+        capacity,
+        multiprocessors,
+        window: 0,
+        softcap: 0.0,
+        has_sinks: false,
+        norms: Norms::None,
+    }
 }
 
 pub fn attention_of_one_query() {
@@ -54,9 +93,14 @@ pub fn attention_of_one_query() {
     for (turn, case) in CASES.iter().enumerate() {
         let (chip, memory) = (CHIPS[turn % CHIPS.len()], Memory::default());
         let properties = Host { chip, memory: &memory }.properties(case.multiprocessors);
-        let split = KvSplit::new(case.capacity, case.kv_heads, case.heads / case.kv_heads, case.d_pad(), properties);
+        let keys = if case.window > 0 { case.window.min(case.capacity) } else { case.capacity };
+        let split = match case.is_featured() {
+            true => KvSplit::featured(keys, case.heads, case.d_pad(), properties),
+            false => KvSplit::new(keys, case.kv_heads, case.heads / case.kv_heads, case.d_pad(), properties),
+        };
         let mut lengths = vec![1, 2, split.span - 1, split.span, split.span + 1, case.capacity / 2 + 3, case.capacity];
-        lengths.retain(|length| *length <= case.capacity);
+        lengths.extend([case.window, case.window + 1]);
+        lengths.retain(|length| (1..=case.capacity).contains(length));
         for length in lengths {
             attend(*case, split, length, chip, &mut numbers);
         }
@@ -81,6 +125,14 @@ pub fn attention_of_many_rows() {
         // Few rows over so many keys that blocks share them: two splits of 64-key tiles, and the last of some 16-key tiles has none for a row.
         (case(2, 1, 64, 0, 1110, 132), 3, 1100, true),
         (case(1, 1, 200, 0, 2100, 132), 20, 2060, true),
+        // Windows that begin in the middle of a tile and of a warp's rows, in calls of several tiles of rows.
+        (Case { window: 12, ..case(4, 2, 18, 0, 60, 1) }, 40, 0, true),
+        (Case { window: 70, softcap: 2.0, ..case(2, 1, 80, 0, 300, 1) }, 150, 100, true),
+        (Case { window: 33, has_sinks: true, ..case(2, 1, 64, 0, 200, 1) }, 90, 71, true),
+        (Case { softcap: 3.0, ..case(2, 2, 128, 0, 60, 1) }, 9, 40, true),
+        (Case { window: 20, softcap: 2.5, ..case(2, 1, 256, 0, 100, 1) }, 70, 10, true),
+        (Case { has_sinks: true, ..case(2, 1, 64, 0, 1110, 132) }, 3, 1100, true),
+        (Case { window: 900, has_sinks: true, ..case(2, 1, 64, 0, 2110, 132) }, 3, 2100, true),
     ]
     .into_iter()
     .enumerate()
@@ -112,6 +164,11 @@ pub fn attention_of_many_rows() {
             is_causal,
             position,
             bias,
+            features: RowsFeatures {
+                window: case.window as i32,
+                softcap: case.softcap,
+                sinks: if case.has_sinks { memory.hold(&cache.sinks) } else { 0 },
+            },
         };
         // SAFETY: the planner launches nothing.
         let layout =
@@ -148,6 +205,10 @@ struct Cache {
     angles: Vec<f32>,
     /// `[h, 2 · reach + 1]`
     bias: Vec<f32>,
+    /// `[h]`
+    sinks: Vec<f32>,
+    /// Weights of the norms of all heads' queries and keys.
+    norms: [Vec<f32>; 2],
 }
 
 impl Case {
@@ -179,21 +240,48 @@ impl Case {
         let bias = (0..if self.has_bias { self.heads * (2 * self.reach() + 1) } else { 0 })
             .map(|_| numbers.normal())
             .collect();
-        Cache { q, k, v, keys, values, angles, bias }
+        let sinks = (0..self.heads).map(|_| numbers.normal()).collect();
+        let norms = [self.heads, self.kv_heads]
+            .map(|heads| (0..heads * self.d).map(|_| 1.0 + 0.3 * numbers.normal()).collect());
+        Cache { q, k, v, keys, values, angles, bias, sinks, norms }
+    }
+
+    fn is_featured(self) -> bool {
+        self.window > 0 || self.softcap > 0.0 || self.has_sinks || self.norms != Norms::None
+    }
+
+    /// Queries (0) or keys (1) as they are rotated, not rounded.
+    fn normed(self, all: &[f16], which: usize, cache: &Cache) -> Vec<f32> {
+        let part = match self.norms {
+            Norms::None => return all.iter().map(|value| value.to_f32()).collect(),
+            Norms::OfHeads => self.d,
+            Norms::OfAll => all.len(),
+        };
+        let weights = cache.norms[which][..part].iter().cycle();
+        let normed = all.chunks_exact(part).flat_map(|values| {
+            let squares: f64 = values.iter().map(|value| value.to_f64().powi(2)).sum();
+            let factor = 1.0 / (squares / part as f64 + f64::from(EPSILON)).sqrt();
+            values.iter().map(move |value| value.to_f64() * factor)
+        });
+        normed.zip(weights).map(|(value, weight)| (value * f64::from(*weight)) as f32).collect()
     }
 }
 
 /// One head's elements rotated by the angles of `position`: the kernel's own fp32 expression, so that it gives the same bits.
 pub fn rotated(head: &[f16], rotary: usize, angles: &[f32], position: usize) -> Vec<f16> {
+    turned(&head.iter().map(|value| value.to_f32()).collect::<Vec<_>>(), rotary, angles, position)
+}
+
+fn turned(head: &[f32], rotary: usize, angles: &[f32], position: usize) -> Vec<f16> {
     let half = rotary / 2;
     let of = |at: usize| {
-        let value = head[at].to_f32();
+        let value = head[at];
         if at >= rotary {
-            return head[at];
+            return f16::from_f32(value);
         }
         let (pair, other) = if at < half { (at, at + half) } else { (at - half, at - half) };
         let (cos, sin) = (angles[2 * (position * half + pair)], angles[2 * (position * half + pair) + 1]);
-        let turned = head[other].to_f32() * sin;
+        let turned = head[other] * sin;
         f16::from_f32(if at < half { value * cos - turned } else { value * cos + turned })
     };
     (0..head.len()).map(of).collect()
@@ -229,6 +317,15 @@ fn attend(case: Case, split: KvSplit, length: usize, chip: u32, numbers: &mut Nu
         capacity: capacity as i32,
         span: split.span as i32,
         splits: split.splits as i32,
+        features: Features {
+            window: case.window as i32,
+            softcap: case.softcap,
+            sinks: optional(case.has_sinks, memory.hold(&cache.sinks)),
+            q_norm: optional(case.norms != Norms::None, memory.hold(&cache.norms[0])),
+            k_norm: optional(case.norms != Norms::None, memory.hold(&cache.norms[1])),
+            epsilon: if case.norms == Norms::None { 0.0 } else { EPSILON },
+            norms_all_heads: i32::from(case.norms == Norms::OfAll),
+        },
         ..Attention::default()
     };
     let host = Host { chip, memory: &memory };
@@ -239,10 +336,18 @@ fn attend(case: Case, split: KvSplit, length: usize, chip: u32, numbers: &mut Nu
     unsafe { planned.launch_on(&host) }.unwrap_or_else(|error| panic!("{what}: {error}"));
 
     if case.appends {
+        let keys: Vec<f16> = memory.read(operands.keys, cache.keys.len());
         for head in 0..kv_heads {
             let at = (head * capacity + position) * case.d_pad();
-            let turned = rotated(&cache.k[head * d..][..d], rotary, &cache.angles, position);
-            cache.keys[at..at + d].copy_from_slice(&turned);
+            let normed = case.normed(&cache.k, 1, &cache);
+            let own = turned(&normed[head * d..][..d], rotary, &cache.angles, position);
+            // Norms are summed in another order, which may round an element to its neighbour.
+            let is_near = |(made, own): (&f16, &f16)| {
+                (made.to_f32() - own.to_f32()).abs() <= 2.0 * rounding(own.to_f32()) && case.norms != Norms::None
+            };
+            let made = &keys[at..at + d];
+            let are_near = made.iter().zip(&own).all(is_near);
+            cache.keys[at..at + d].copy_from_slice(if are_near { made } else { &own });
             cache.values[at..at + d].copy_from_slice(&cache.v[head * d..][..d]);
         }
     }
@@ -255,7 +360,8 @@ fn attend(case: Case, split: KvSplit, length: usize, chip: u32, numbers: &mut Nu
     for head in 0..heads {
         let (y, error) = expected(case, &cache, head, length, position, operands.scale);
         // Tensor cores take weights in fp16.
-        let rounded = if case.d_pad() <= 64 { rounded_weights(length, &cache.values) } else { 0.0 };
+        let rounded =
+            if case.d_pad() <= 64 && !case.is_featured() { rounded_weights(length, &cache.values) } else { 0.0 };
         for (at, (y, out)) in y.iter().zip(&out[head * d..]).enumerate() {
             let (off, allowed) = ((out.to_f64() - y).abs(), 1.01 * (error + rounded + f64::from(rounding(*y as f32))));
             assert!(off <= allowed, "{what}: [{head}, {at}] is {out}, not {y}: off by {off:e}, allowed {allowed:e}");
@@ -280,9 +386,10 @@ fn tagged_halves(values: &[f16]) -> Vec<u32> {
 /// weights and of weighted values add (length + 16) · 2⁻²⁴ each. All are parts of the mean magnitude of the values.
 fn expected(case: Case, cache: &Cache, head: usize, length: usize, position: usize, scale: f32) -> (Vec<f64>, f64) {
     let (d, row) = (case.d, |key: usize| (head / (case.heads / case.kv_heads) * case.capacity + key) * case.d_pad());
-    let q = rotated(&cache.q[head * d..][..d], case.rotary, &cache.angles, position);
+    let q = turned(&case.normed(&cache.q, 0, cache)[head * d..][..d], case.rotary, &cache.angles, position);
+    let first = if case.window > 0 { length.saturating_sub(case.window) } else { 0 };
     let mut score_error = 0.0f64;
-    let scores: Vec<f64> = (0..length)
+    let scores: Vec<f64> = (first..length)
         .map(|key| {
             let products =
                 q.iter().zip(&cache.keys[row(key)..]).map(|(q, k)| f64::from(q.to_f32() * scale) * k.to_f64());
@@ -293,15 +400,27 @@ fn expected(case: Case, cache: &Cache, head: usize, length: usize, position: usi
             };
             let score = sum + f64::from(bias);
             score_error = score_error.max((d as f64 + 8.0) * 2f64.powi(-24) * magnitude + 2f64.powi(-23) * score.abs());
-            score
+            if case.norms != Norms::None {
+                // An element of the query may have been rounded to its neighbour, too.
+                score_error = score_error.max(2f64.powi(-10) * magnitude);
+            }
+            if case.softcap == 0.0 {
+                return score;
+            }
+            // A tanh adds some units in the last place of the cap; its slope is 1 at most.
+            score_error += 2f64.powi(-21) * f64::from(case.softcap);
+            f64::from(case.softcap) * (score / f64::from(case.softcap)).tanh()
         })
         .collect();
-    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let smallest = scores.iter().copied().fold(f64::INFINITY, f64::min);
+    let sink = case.has_sinks.then(|| f64::from(cache.sinks[head]));
+    let all = || scores.iter().copied().chain(sink);
+    let largest = all().fold(f64::NEG_INFINITY, f64::max);
+    let smallest = all().fold(f64::INFINITY, f64::min);
     let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
-    let total: f64 = weights.iter().sum();
+    let total: f64 = all().map(|score| (score - largest).exp()).sum();
     let sum = |of: &dyn Fn(f64) -> f64, at: usize| -> f64 {
-        (0..length).map(|key| weights[key] / total * of(cache.values[row(key) + at].to_f64())).sum()
+        let weighed = |(key, weight): (usize, &f64)| weight / total * of(cache.values[row(first + key) + at].to_f64());
+        weights.iter().enumerate().map(weighed).sum()
     };
     let y: Vec<f64> = (0..d).map(|at| sum(&|value| value, at)).collect();
     let magnitude = (0..d).map(|at| sum(&f64::abs, at)).fold(0.0, f64::max);

@@ -74,7 +74,7 @@ fn find_token(name: &str, k: usize, chip: u32, multiprocessors: usize, logits: L
         advance: 1,
     };
     let input = InputDesc { x: memory.hold(&x), scale: 1.0, ..InputDesc::default() };
-    let product = Product { matrix: desc, bias: 0, out: 0, activation: 0 };
+    let product = Product { matrix: desc, first_row: 0, bias: 0, out: 0, activation: 0 };
     // The second step finds the counters as the first one left them.
     for step in [6, 7] {
         let epilogue = Epilogue { logits: logits_at, ..Epilogue::default() };

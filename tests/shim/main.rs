@@ -17,6 +17,7 @@ mod plain;
 mod prefill;
 mod products;
 mod prompt;
+mod range;
 mod rows;
 mod session;
 #[path = "../skips/mod.rs"]
@@ -26,7 +27,7 @@ mod step;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tests that launch kernels.
-const GROUPS: usize = 19;
+const GROUPS: usize = 23;
 
 /// Runs the cases of a group; the last group to end checks that none of the sources' kernels was left out.
 #[track_caller]
@@ -120,6 +121,26 @@ fn decode_steps_of_every_kind_follow_the_reference() {
 #[test]
 fn products_of_a_step_follow_their_reference() {
     group(step::products_of_a_step_follow_their_reference);
+}
+
+#[test]
+fn decode_steps_of_families_follow_the_reference() {
+    group(step::decode_steps_of_families_follow_the_reference);
+}
+
+#[test]
+fn products_of_families_follow_their_reference() {
+    group(step::products_of_families_follow_their_reference);
+}
+
+#[test]
+fn values_beyond_fp16_stay_in_range() {
+    group(range::values_beyond_fp16_stay_in_range);
+}
+
+#[test]
+fn prompts_of_families_follow_the_reference() {
+    group(prefill::prompts_of_families_follow_the_reference);
 }
 
 #[test]

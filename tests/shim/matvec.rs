@@ -66,7 +66,7 @@ impl Single<'_> {
         let outlier_columns = memory.hold(&[0u64]);
         let output_type = if self.is_float() { OutputType::Floats } else { OutputType::Halves };
         let epilogue = Epilogue { output_type, outlier_columns, ..Epilogue::default() };
-        let part = Product { matrix, bias: 0, out, activation: 0 };
+        let part = Product { matrix, first_row: 0, bias: 0, out, activation: 0 };
         program.multiply(Mode::Apart, vec![input], &[part], epilogue).expect("an instruction");
         [out, outlier_columns]
     }
@@ -262,7 +262,7 @@ impl Scene<'_> {
         let at = if has_bias { self.memory.hold(&bias) } else { 0 };
         let out = self.memory.room::<f16>(n);
         Part {
-            product: Product { matrix, bias: at, out, activation },
+            product: Product { matrix, first_row: 0, bias: at, out, activation },
             bias,
             expected: expected(name, &*stored, &widened(x), threshold()),
         }

@@ -98,7 +98,7 @@ pub fn shown(host: &Host, input: InputDesc, k: usize) -> Vec<f16> {
     let identity = quantize(fp16::ID, HalfMatrix { n: k, k, data });
     let matrix = place(host.memory, "fp16", &*identity, f32::NAN);
     let out = host.memory.room::<f16>(k);
-    let product = Product { matrix, bias: 0, out, activation: 0 };
+    let product = Product { matrix, first_row: 0, bias: 0, out, activation: 0 };
     launch(host, 3, Mode::Apart, &[input], &[product], Epilogue::default());
     host.memory.read(out, k)
 }

@@ -14,7 +14,7 @@ use super::coverage::combinations;
 use super::host::{CHIPS, Host};
 use super::memory::Memory;
 use super::session::{Session, folder, golden};
-use super::step::{Case, RUNS, follow};
+use super::step::{Case, RUNS, families, follow, of_family};
 
 /// Steps behind a prompt, the first of which it makes itself.
 const N_GEN: usize = 2;
@@ -25,6 +25,14 @@ pub fn prompts_follow_the_reference() {
     let runs = RUNS.map(|run| ["p1", "p2"].map(|prompt| (run, prompt)));
     for (turn, (model, (run, prompt))) in combinations(&models, runs.as_flattened(), 1).into_iter().enumerate() {
         prompt_of(model, run, prompt, CHIPS[turn % CHIPS.len()]);
+    }
+}
+
+/// Prompts that fit a family's window or original length, and longer ones.
+pub fn prompts_of_families_follow_the_reference() {
+    let runs = RUNS.map(|run| ["p1", "p2"].map(|prompt| (run, prompt)));
+    for (turn, (model, (run, prompt))) in combinations(&families(), runs.as_flattened(), 1).into_iter().enumerate() {
+        prompt_of(model, of_family(model, run), prompt, CHIPS[turn % CHIPS.len()]);
     }
 }
 

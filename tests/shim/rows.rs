@@ -11,6 +11,9 @@ use super::norms::normed;
 use super::place::widened;
 use super::products::{Numbers, rounding};
 
+/// Of a gate's results; no value of these cases becomes subnormal by it.
+const SCALE: f32 = 0.25;
+
 pub fn operations_over_rows() {
     let mut numbers = Numbers(0x70e5);
     for (rows, width) in [(1, 1), (3, 7), (5, 256), (2, 1000)] {
@@ -21,6 +24,8 @@ pub fn operations_over_rows() {
         case.norm();
         case.add_and_widen();
         case.activate();
+        case.narrow_and_cut();
+        case.norm_parts();
     }
     append(&mut numbers);
     read();
@@ -91,7 +96,10 @@ impl Case<'_> {
             (false, true) => f16::from_f32(halves[at].to_f32() + bias[at % width]).to_f32(),
             (false, false) => halves[at].to_f32(),
         });
-        (Addend { values, bias: bias_at, is_float: i32::from(is_float) }, added.collect())
+        (
+            Addend { values, bias: bias_at, is_float: i32::from(is_float), scale: 2.0 },
+            added.map(|value| 2.0 * value).collect(),
+        )
     }
 
     /// None, one and two, of every kind, with what they add up to on `a`.
@@ -148,16 +156,60 @@ impl Case<'_> {
         let host = self.host();
         // SAFETY: as above.
         unsafe {
-            on(&host).widen(count, halves_at, wide).expect("widen");
+            on(&host).widen(count, halves_at, 4.0, wide).expect("widen");
             on(&host).add_bias(rows, width, biased, true, bias_at).expect("add_bias");
             on(&host).add_bias(rows, width, biased_halves, false, bias_at).expect("add_bias");
         }
         let halves = widened(&halves);
         let all = |value: &dyn Fn(usize) -> f32| (0..count).map(value).collect::<Vec<_>>();
-        assert_eq!(memory.read::<f32>(wide, count), halves);
+        assert_eq!(memory.read::<f32>(wide, count), all(&|at| 4.0 * halves[at]));
         assert_eq!(memory.read::<f32>(biased, count), all(&|at| a[at] + bias[at % width]));
         let rounded = all(&|at| f16::from_f32(halves[at] + bias[at % width]).to_f32());
         assert_eq!(widened(&memory.read(biased_halves, count)), rounded);
+    }
+
+    fn narrow_and_cut(&mut self) {
+        let (rows, width, count) = (self.rows, self.width, self.rows * self.width);
+        let (floats, halves) = (self.floats(count), self.halves(count));
+        let (start, len) = (width / 3, width - width / 3 - width / 4);
+        let memory = self.memory;
+        let (narrow, cut) = (memory.room::<f16>(count), memory.room::<f16>(rows * len));
+        let host = self.host();
+        // SAFETY: as above.
+        unsafe {
+            on(&host).narrow(count, memory.hold(&floats), narrow).expect("narrow");
+            on(&host).copy_columns(rows, width, (start, len), memory.hold(&halves), cut).expect("copy_columns");
+        }
+        let bits = |values: &[f16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        let rounded: Vec<f16> = floats.into_iter().map(f16::from_f32).collect();
+        assert_eq!(bits(&memory.read(narrow, count)), bits(&rounded));
+        let columns: Vec<f16> = halves.chunks_exact(width).flat_map(|row| row[start..start + len].to_vec()).collect();
+        assert_eq!(bits(&memory.read(cut, rows * len)), bits(&columns));
+    }
+
+    /// Rows of three parts.
+    fn norm_parts(&mut self) {
+        let (rows, len) = (self.rows, self.width);
+        let (x, weight) = (self.halves(rows * 3 * len), self.floats(len));
+        for bias in [None, Some(self.floats(3 * len))] {
+            let at = self.memory.hold(&x);
+            let bias_at = bias.as_ref().map_or(0, |bias| self.memory.hold(bias));
+            // SAFETY: as above.
+            unsafe { on(&self.host()).norm_parts(rows, (3, len), at, bias_at, self.memory.hold(&weight), 1e-5) }
+                .expect("norm_parts");
+            let biased = x.iter().enumerate().map(|(at, x)| match &bias {
+                Some(bias) => f16::from_f32(x.to_f32() + bias[at % (3 * len)]).to_f32(),
+                None => x.to_f32(),
+            });
+            let biased: Vec<f32> = biased.collect();
+            let made = self.memory.read::<f16>(at, x.len());
+            for (x, made) in biased.chunks_exact(len).zip(made.chunks_exact(len)) {
+                for (made, (y, error)) in made.iter().zip(normed(x, &weight, &vec![0.0; len], 0.0)) {
+                    let allowed = 1.01 * (error + f64::from(rounding(y as f32)));
+                    assert!((made.to_f64() - y).abs() <= allowed, "norm of {len}: {made} for {y} within {allowed:e}");
+                }
+            }
+        }
     }
 
     fn activate(&mut self) {
@@ -171,7 +223,8 @@ impl Case<'_> {
             let out = self.memory.room::<f16>(count);
             let (bias_at, up_at) = (if has_bias { bias_at } else { 0 }, if has_up { up_at } else { 0 });
             // SAFETY: as above.
-            unsafe { on(&self.host()).activate(rows, width, kind, gate_at, bias_at, up_at, out) }.expect("activate");
+            unsafe { on(&self.host()).activate(rows, width, kind, gate_at, bias_at, up_at, SCALE, out) }
+                .expect("activate");
             for (at, made) in self.memory.read::<f16>(out, count).into_iter().enumerate() {
                 let biased = f16::from_f32(gate[at].to_f32() + bias[at % width]);
                 let x = if has_bias { biased } else { gate[at] }.to_f64();
@@ -182,7 +235,8 @@ impl Case<'_> {
                 };
                 // fp32's part is as in a product's epilogue; both results are rounded.
                 let error = 2f64.powi(-18) * x.abs() + f64::from(rounding(y as f32));
-                let (y, error) = if has_up { (y * up[at].to_f64(), error * up[at].to_f64().abs()) } else { (y, error) };
+                let up = f64::from(SCALE) * up[at].to_f64();
+                let (y, error) = if has_up { (y * up, error * up.abs()) } else { (y, error) };
                 let allowed = 1.01 * (error + if has_up { f64::from(rounding(y as f32)) } else { 0.0 });
                 assert!(
                     (made.to_f64() - y).abs() <= allowed,

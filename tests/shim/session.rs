@@ -1,6 +1,6 @@
 //! A golden model in host memory, run by the lowering that the engine runs on a GPU.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use half::f16;
 use quantbench::call::Batch;
@@ -8,16 +8,16 @@ use quantbench::events::Silent;
 use quantbench::kernels::cuda::arena::{Arena, Layout};
 use quantbench::kernels::cuda::launch::MemoryPlanner;
 use quantbench::kernels::cuda::matvec::MatrixDesc;
-use quantbench::kernels::cuda::program::tagged_float;
+use quantbench::kernels::cuda::rows::RowKernels;
 use quantbench::kernels::cuda::step_kernel::DeviceProperties;
 use quantbench::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 use quantbench::lower::cuda::{
     self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, SessionAt, padded, padded_head, prefill,
 };
 use quantbench::plan::fuse::FusedOp;
-use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeId, VectorId};
+use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeByLength, RopeId, VectorId};
 use quantbench::quant::{FormatId, FormatOptions, HalfMatrix, OutlierColumns, Stored};
-use quantbench::weights::policy::Formats;
+use quantbench::weights::policy::{Formats, Selection};
 use quantbench::weights::spec::VectorKind;
 use quantbench::weights::{self, ModelRequest};
 use safetensors::SafeTensors;
@@ -41,7 +41,8 @@ pub struct Session<'a> {
     matrices: Vec<MatrixDesc>,
     vectors: Vec<u64>,
     caches: Vec<CacheAt>,
-    angles: Vec<u64>,
+    /// Of steps, of calls, and [`lower::length_class`].
+    angles: Vec<(u64, u64, usize)>,
     biases: Vec<BiasAt>,
     session: SessionAt,
     position: usize,
@@ -49,14 +50,30 @@ pub struct Session<'a> {
     steps: usize,
 }
 
+/// The folder of `name` in the first of the golden sets that has one.
+fn find(places: [PathBuf; 2], name: &str) -> PathBuf {
+    let [first, second] = places.map(|folder| folder.join(name));
+    if first.exists() { first } else { second }
+}
+
+fn golden_root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+/// The families' models, as tests/architectures has them: `models/` and `golden/`.
+pub fn architectures() -> PathBuf {
+    std::env::var_os("QUANTBENCH_ARCHITECTURES").map_or(golden_root().join("architectures"), PathBuf::from)
+}
+
 /// The folder of a golden model.
-pub fn folder(name: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(name)
+pub fn folder(name: &str) -> PathBuf {
+    find([golden_root().join("models"), architectures().join("models")], name)
 }
 
 /// Values of a golden tensor, fp32 or int32.
 pub fn golden(model: &str, file: &str, name: &str) -> Vec<f32> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/expected/{model}/{file}.safetensors"));
+    let folder = find([golden_root().join("expected"), architectures().join("golden")], model);
+    let path = folder.join(format!("{file}.safetensors"));
     let bytes = std::fs::read(path).expect("a golden file");
     let tensors = SafeTensors::deserialize(&bytes).expect("a golden file");
     let tensor = tensors.tensor(name).expect("a golden tensor");
@@ -66,11 +83,31 @@ pub fn golden(model: &str, file: &str, name: &str) -> Vec<f32> {
     }
 }
 
+/// Whether transformers' reference at nf4 is the one that leaves experts as they are.
+fn keeps_experts(name: &str) -> bool {
+    name.starts_with("gpt_oss")
+}
+
 impl<'a> Session<'a> {
     pub fn load(name: &str, precision: &str, host: &'a Host<'a>, multiprocessors: usize) -> Self {
+        Self::open(&folder(name), keeps_experts(name), precision, host, multiprocessors)
+    }
+
+    /// Loads the model of a folder.
+    pub fn open(
+        folder: &Path,
+        keeps_experts: bool,
+        precision: &str,
+        host: &'a Host<'a>,
+        multiprocessors: usize,
+    ) -> Self {
         let checkpoint =
-            weights::open(&ModelRequest::of(folder(name).display().to_string()), &Silent).expect("a golden model");
-        let model = quantbench::models::build(&checkpoint.config).expect("a golden model");
+            weights::open(&ModelRequest::of(folder.display().to_string()), &Silent).expect("a golden model");
+        let mut model = quantbench::models::build(&checkpoint.config).expect("a golden model");
+        if keeps_experts {
+            let kept = ["experts", "router"].map(str::to_owned).to_vec();
+            Selection::Without(kept).apply(&mut model.matrices).expect("groups of matrices");
+        }
         let source = checkpoint.source(&model.matrices, &model.vectors).expect("a golden model");
         let formats = Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default());
         let (memory, read) = (host.memory, |name: &str, rows: usize, len: usize| {
@@ -121,10 +158,27 @@ impl<'a> Session<'a> {
             matrices: matrices.collect(),
             vectors: vectors.collect(),
             caches: caches.collect(),
-            angles: model.ropes.iter().map(|rope| memory.hold(&lower::angles(rope, CAPACITY))).collect(),
+            angles: model
+                .ropes
+                .iter()
+                .map(|rope| {
+                    let steps = memory.hold(&lower::step_angles(rope, CAPACITY, 0));
+                    let has_others = matches!(rope.by_length, Some(RopeByLength::DynamicNtk { .. }));
+                    let calls = if has_others { memory.hold(&lower::call_angles(rope, CAPACITY, 0)) } else { steps };
+                    (steps, calls, lower::length_class(rope, 0))
+                })
+                .collect(),
             biases: biases.collect(),
             fused: Vec::new(),
-            buffers: StepMemory { buffers: Vec::new(), partials: 0, arrived: 0, best: 0, counters: 0 },
+            buffers: StepMemory {
+                buffers: Vec::new(),
+                views: Vec::new(),
+                partials: 0,
+                arrived: 0,
+                best: 0,
+                counters: 0,
+                experts: 0,
+            },
             examined: OutlierColumns::default(),
             position: 0,
             encoded: 0,
@@ -158,15 +212,38 @@ impl<'a> Session<'a> {
         self.encoded = rows;
     }
 
-    /// Runs `tokens` in one call, which leaves token, position and embedding to the next step.
+    /// Runs `tokens` in one call, which leaves token, position and embedding to the next step; a mixture's one by one.
     pub fn prefill(&mut self, tokens: &[u32]) {
+        if self.model.experts().is_some() {
+            for token in tokens {
+                self.place(*token);
+                self.step();
+            }
+            return;
+        }
         let input = CallInput::tokens(&self.model, tokens, self.encoded).expect("no more image tokens than features");
         let state = [0, self.position as i32, self.steps as i32, self.encoded as i32];
         self.host.memory.write(self.session.state, &state);
         let (rows, position, encoded) = (tokens.len(), self.position, self.encoded);
+        self.set_length(position + rows);
         self.call(CallShape { kind: CallKind::Prompt, batch: Batch::one(position..position + rows), encoded }, &input);
         self.position += rows;
         self.steps += 1;
+    }
+
+    /// Makes the tables those of a sequence that has `length` positions, as the engine does.
+    fn set_length(&mut self, length: usize) {
+        for ((steps, calls, class), rope) in self.angles.iter_mut().zip(&self.model.ropes) {
+            let new = lower::length_class(rope, length);
+            if new != std::mem::replace(class, new) {
+                let angles = if steps == calls {
+                    lower::step_angles(rope, CAPACITY, length)
+                } else {
+                    lower::call_angles(rope, length, length)
+                };
+                self.host.memory.write(*calls, &angles);
+            }
+        }
     }
 
     fn call(&mut self, shape: CallShape, input: &CallInput) {
@@ -196,6 +273,7 @@ impl<'a> Session<'a> {
     /// Runs the first `n` operations of a step as one launch.
     pub fn run(&self, n: usize) {
         let program = StepProgram::new(self, &self.fused[..n], &self.buffers).expect("a step");
+        self.host.memory.write(self.buffers.experts, program.experts());
         let at = self.host.memory.hold(program.instructions());
         let planned = program.plan(at).expect("a step");
         // SAFETY: every address in it is of the host's memory.
@@ -210,15 +288,12 @@ impl<'a> Session<'a> {
 
     /// Puts `token` at the session's position, as if a step before had found it. Every call has other tags.
     pub fn place(&mut self, token: u32) {
-        let memory = self.host.memory;
         let output = self.buffers.token_output(self, 1).expect("an embedding");
-        let stride = output.table_stride as usize;
-        let table: Vec<f16> = memory.read(output.table, (token as usize + 1) * stride);
-        let row = &table[token as usize * stride..][..output.hidden as usize];
-        let embedding: Vec<u64> = row.iter().map(|value| tagged_float(value.to_f32() * output.table_scale)).collect();
-        memory.write(output.embedding, &embedding);
         self.steps += 1;
-        memory.write(self.session.state, &[token as i32, self.position as i32, self.steps as i32, self.encoded as i32]);
+        self.host.memory.write(self.session.state + 12, &[self.encoded as i32]);
+        // SAFETY: all is of the host's memory, and the token in the table.
+        unsafe { RowKernels { on: self.host }.place_token(&output, token, self.position, self.steps as u32) }
+            .expect("a token");
     }
 
     pub fn logits(&self) -> Vec<f32> {
@@ -258,8 +333,12 @@ impl Addresses for Session<'_> {
         self.caches[id.0]
     }
 
-    fn angles(&self, id: RopeId) -> u64 {
-        self.angles[id.0]
+    fn step_angles(&self, id: RopeId) -> u64 {
+        self.angles[id.0].0
+    }
+
+    fn call_angles(&self, id: RopeId) -> u64 {
+        self.angles[id.0].1
     }
 
     fn bias(&self, id: BiasId) -> BiasAt {

@@ -3,6 +3,7 @@
 //!
 //! fp16 activations and cache, fp32 sums and residual stream.
 
+mod angles;
 mod load;
 mod load_chunks;
 mod prefill_graphs;
@@ -16,13 +17,14 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::f16;
 
+use self::angles::Angles;
 use self::prefill_graphs::{PrefillCall, PrefillGraphs};
 use self::step::DecodeStep;
 use self::times::StepTimes;
 use self::token_ring::TokenRing;
 use super::memory::{MemoryPool, named};
 use super::needs::cuda_rows_of_call;
-use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup};
+use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
 use crate::call::{Batch, KvFormat};
 use crate::events::Listener;
 use crate::kernels::cuda::cublas::{WORKSPACE_BYTES, Workspace};
@@ -69,8 +71,7 @@ struct Weights {
     matrices: Vec<Box<dyn CudaMatrix>>,
     vectors: Vec<CudaSlice<f32>>,
     caches: Vec<Cache>,
-    /// Laid out by [`lower::angles`].
-    angles: Vec<CudaSlice<f32>>,
+    angles: Vec<Angles>,
     biases: Vec<BiasTable>,
     /// Token, position, step, rows of the encoder.
     state: CudaSlice<i32>,
@@ -114,7 +115,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
     let step = DecodeStep::new(&weights, &format!("{}-{}", setup.model.architecture, setup.formats.precision().name))?;
     weights.device.cuda_stream().synchronize()?;
     let (major, minor) = properties.compute_capability;
-    Ok(Loaded {
+    let loaded = Loaded {
         session: Box::new(CudaSession {
             weights,
             step,
@@ -131,7 +132,8 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
         quantize: tensors.quantize,
         fp16_overflow: tensors.fp16_overflow,
         isa: format!("sm_{major}{minor}"),
-    })
+    };
+    Ok(recompute::wrapped(&setup.model.ropes, loaded))
 }
 
 impl Weights {
@@ -151,7 +153,7 @@ impl Weights {
                 || named(device.alloc_zeros(len), len * size_of::<f16>(), || format!("a cache of {capacity} tokens"));
             Ok(Cache { keys: half()?, values: half()?, capacity, d_pad })
         };
-        let angles = |rope: &Rope| device.clone_htod(&lower::angles(rope, setup.capacity));
+        let angles = |rope: &Rope| Angles::new(rope, setup.capacity, &device);
         let vector = |values: &Vec<f32>| device.clone_htod(&padded(values));
         let reach = setup.capacity.max(setup.encoder_capacity);
         let bias = |bias: &RelativeBias| -> Result<BiasTable> {
@@ -170,7 +172,7 @@ impl Weights {
             features,
             vectors: vectors.iter().map(vector).collect::<Result<_, _>>()?,
             caches: model.caches.iter().map(cache).collect::<Result<_>>()?,
-            angles: model.ropes.iter().map(angles).collect::<Result<_, _>>()?,
+            angles: model.ropes.iter().map(angles).collect::<Result<_>>()?,
             biases: model.biases.iter().map(bias).collect::<Result<_>>()?,
             state: device.alloc_zeros(4)?,
             logits: device.alloc_zeros(model.vocab)?,
@@ -191,6 +193,20 @@ impl Weights {
             Some(token) => bail!("token {token} is outside the vocabulary of {}", self.model.vocab),
             None => Ok(()),
         }
+    }
+
+    /// Makes the calls and steps from now on those of a sequence that has `length` positions behind them.
+    fn set_length(&mut self, length: usize) -> Result<()> {
+        let Self { angles, model, capacity, device, .. } = self;
+        let mut ropes = angles.iter_mut().zip(&model.ropes);
+        ropes.try_for_each(|(angles, rope)| angles.set_length(rope, *capacity, length, device))
+    }
+
+    /// The same for steps alone: where each has its frequencies in the table, nothing changes.
+    fn set_step_length(&mut self, length: usize) -> Result<()> {
+        let Self { angles, model, capacity, device, .. } = self;
+        let mut ropes = angles.iter_mut().zip(&model.ropes).filter(|(angles, _)| angles.calls.is_none());
+        ropes.try_for_each(|(angles, rope)| angles.set_length(rope, *capacity, length, device))
     }
 
     /// Token, position, step and encoder rows, before all that is launched from now on.
@@ -223,8 +239,13 @@ impl Addresses for Weights {
         CacheAt { keys, values, capacity: *capacity, d_pad: *d_pad }
     }
 
-    fn angles(&self, id: RopeId) -> u64 {
-        address(&self.angles[id.0], &self.device)
+    fn step_angles(&self, id: RopeId) -> u64 {
+        address(&self.angles[id.0].steps, &self.device)
+    }
+
+    fn call_angles(&self, id: RopeId) -> u64 {
+        let Angles { steps, calls, .. } = &self.angles[id.0];
+        address(calls.as_ref().unwrap_or(steps), &self.device)
     }
 
     fn bias(&self, id: BiasId) -> BiasAt {
@@ -273,6 +294,24 @@ impl CudaSession {
         let done = self.prefill_graphs.run(&call, input, self.as_graph)?;
         self.examined += done.examined;
         Ok(done)
+    }
+
+    /// Whether tokens of a prompt are steps: which experts a token goes through is known on the device alone.
+    fn goes_by_steps(&self) -> bool {
+        self.weights.model.experts().is_some()
+    }
+
+    /// Runs `tokens` one by one; `on_step` is called behind each.
+    fn run_by_steps(&mut self, tokens: &[u32], on_step: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
+        for &token in tokens {
+            self.step.place(&self.weights, token, self.position, self.steps)?;
+            self.step.run(&self.weights.device, self.as_graph)?;
+            self.examined += self.step.examined;
+            self.position += 1;
+            self.steps += 1;
+            on_step(self)?;
+        }
+        Ok(())
     }
 
     /// [`Session::score`] of one call.
@@ -329,6 +368,12 @@ impl Session for CudaSession {
         lower::CALLS.check_batch(batch, tokens.len(), self.position)?;
         self.times.restart();
         self.check_call(tokens)?;
+        self.weights.set_length(self.position + tokens.len())?;
+        if self.goes_by_steps() {
+            self.run_by_steps(tokens, &mut |_| Ok(()))?;
+            next.fill(self.weights.token_ring.wait(self.steps, &self.weights.device)?);
+            return Ok(());
+        }
         let (before, last) = tokens.split_at((tokens.len() - 1) / self.rows_of_call * self.rows_of_call);
         for part in before.chunks(self.rows_of_call) {
             self.call(CallKind::Scored, part)?;
@@ -344,6 +389,7 @@ impl Session for CudaSession {
             let capacity = self.weights.capacity;
             bail!("{n} steps at position {} do not fit a cache of {capacity}", self.position);
         }
+        self.weights.set_step_length(self.position + n)?;
         let first = self.steps;
         let mut arrived = 0;
         for queued in 1..=n {
@@ -373,6 +419,15 @@ impl Session for CudaSession {
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
         self.check_call(tokens)?;
+        self.weights.set_length(self.position + tokens.len())?;
+        if self.goes_by_steps() {
+            let mut row = 0;
+            return self.run_by_steps(tokens, &mut |session| {
+                on_row(row, &session.weights.device.clone_dtoh(&session.weights.logits)?);
+                row += 1;
+                Ok(())
+            });
+        }
         let rows_of_call = self.rows_of_call;
         for (at, part) in tokens.chunks(rows_of_call).enumerate() {
             self.score_call(part, &mut |row, logits| on_row(at * rows_of_call + row, logits))?;

@@ -7,8 +7,9 @@ use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, sys};
 use super::Weights;
 use super::trace::Trace;
 use crate::engine::OutlierColumns;
-use crate::kernels::cuda::launch::address;
+use crate::kernels::cuda::launch::{address, upload};
 use crate::kernels::cuda::program::{Instruction, LoadedLaunch, TokenOutput};
+use crate::kernels::cuda::rows::RowKernels;
 use crate::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 
 /// The launch of a step and the memory between its instructions.
@@ -32,6 +33,11 @@ impl DecodeStep {
         let memory =
             StepMemory::of(weights, &fused).try_map(|Allocation { bytes, .. }| device.alloc_zeros::<u8>(*bytes))?;
         let program = StepProgram::new(weights, &fused, &addresses(&memory, device))?;
+        let experts = program.experts().as_flattened();
+        if !experts.is_empty() {
+            // SAFETY: the tables have the room that the memory was planned with.
+            unsafe { upload(experts, address(&memory.experts, device), device) }?;
+        }
         let instructions = device.clone_htod(program.instructions())?;
         let mut planned = program.plan(address(&instructions, device))?;
         let trace = Trace::wanted(name, program.instructions(), weights.properties.multiprocessors, device)?;
@@ -43,6 +49,13 @@ impl DecodeStep {
     /// The token output of a call outside of a step; the token stands `advance` positions further on.
     pub fn token_output(&self, weights: &Weights, advance: usize) -> Result<TokenOutput> {
         addresses(&self.memory, &weights.device).token_output(weights, advance)
+    }
+
+    /// Puts a token where the next step reads it.
+    pub fn place(&self, weights: &Weights, token: u32, position: usize, step: u32) -> Result<()> {
+        let output = self.token_output(weights, 1)?;
+        // SAFETY: all addresses are the session's; the token is in the table.
+        Ok(unsafe { RowKernels { on: &weights.device }.place_token(&output, token, position, step) }?)
     }
 
     /// The counters that launches share.

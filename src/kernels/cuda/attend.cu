@@ -11,6 +11,8 @@
 // Few rows over many keys leave multiprocessors without a block: then `splits` blocks share the keys of a tile of rows, each leaves (max, sum, out),
 // and `attend_merge` merges them.
 //
+// Featured kernels have some of: a window, capped scores, sinks.
+//
 // Weights P are rounded to fp16 before their sum divides them. Elements behind d and keys behind the last are zeros. Bytes moved: K and V of a
 // head once for each block, from L2.
 
@@ -34,6 +36,10 @@ struct RowsAttention {
     int reach;
     int splits;
     float *partials;  // [splits, rows, heads, 2 + d], where there are several splits: max in powers of two, sum, out
+    // Of featured kernels alone.
+    const float *sinks;  // [heads]: scores that join the softmax and weigh no value; null without
+    float softcap;       // of scores: softcap * tanh(score / softcap); 0 for none
+    int window;          // keys that a row sees, its own the last; 0 for all
 };
 
 __device__ __forceinline__ uint32_t pair_of(float low, float high) {
@@ -56,7 +62,7 @@ __device__ __forceinline__ float quad_max(float value) {
 }
 
 // Heads of up to D elements, a multiple of 16; tiles of KEYS keys. A block makes OUT elements of the output: all, or as many as registers hold.
-template <int D, int KEYS, int OUT = D>
+template <int D, int KEYS, int OUT = D, bool FEATURED = false>
 __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
     // A row of shared memory: an odd number of 16-byte words, so that neighbouring rows have no bank conflicts.
     constexpr int WORDS = D / 8, ROW_BYTES = (WORDS | 1) * 16, TILE_BYTES = KEYS * ROW_BYTES, PARTS = D / OUT;
@@ -67,7 +73,9 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
     // The longest blocks go first.
     const int first_row = (gridDim.x - 1 - blockIdx.x) * TILE_QUERIES, last_row = min(first_row + TILE_QUERIES, op.rows) - 1;
     const int seen = op.is_causal ? min(op.total, op.position + last_row + 1) : op.total, all_tiles = (seen + KEYS - 1) / KEYS;
-    const int of_split = (all_tiles + op.splits - 1) / op.splits, first_tile = split * of_split, n_tiles = min(all_tiles, first_tile + of_split);
+    // The tile with the first key that a row of the block sees.
+    const int begin = FEATURED && op.window > 0 ? max(0, op.position + first_row + 1 - op.window) / KEYS : 0;
+    const int of_split = (all_tiles - begin + op.splits - 1) / op.splits, first_tile = begin + split * of_split, n_tiles = min(all_tiles, first_tile + of_split);
     const long long cache = (long long)(head / op.group) * op.capacity * op.d_pad;
     // Copies a tile's keys and values: 16 bytes a thread at a time.
     auto copy = [&](int tile) {
@@ -97,7 +105,8 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
             of_query[step][i + 2] = two_of(row, step * 16 + 2 * q + 8, op.d);
         }
     }
-    const float factor = op.bias ? 1.0f : op.scale * LOG2_E;
+    const bool is_capped = FEATURED && op.softcap > 0.0f;
+    const float factor = op.bias || is_capped ? 1.0f : op.scale * LOG2_E;
     float out[OUT / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 
 #pragma unroll 1
@@ -141,6 +150,9 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
                 return score * op.scale * LOG2_E + bias * LOG2_E;
             });
         }
+        if (is_capped) for_all([&](float score, int, int) { return op.softcap * tanhf(score * op.scale / op.softcap) * LOG2_E; });
+        if (FEATURED && op.window > 0 && first_key + op.window <= op.position + first_row + (warp + 1) * WARP_QUERIES - 1)
+            for_all([&](float score, int at, int i) { return distance_of(at, i) <= -op.window ? -INFINITY : score; });
         const bool is_edge = first_key + KEYS > op.total || (op.is_causal && first_key + KEYS > op.position + first_row + warp * WARP_QUERIES + 1);
         if (is_edge)
             for_all([&](float score, int at, int i) { return key_of(at, i) >= op.total || (op.is_causal && distance_of(at, i) > 0) ? -INFINITY : score; });
@@ -200,7 +212,11 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
             }
             continue;
         }
-        const float by = 1.0f / of_row;
+        float by = 1.0f / of_row;
+        if (FEATURED && op.sinks) {
+            const float own = most[i] == -INFINITY ? -INFINITY : most[i] * factor, sink = op.sinks[head] * LOG2_E, all = fmaxf(own, sink), kept = power_of_two(own - all);
+            by = kept / (of_row * kept + power_of_two(sink - all));
+        }
         __half *to = op.out + ((long long)row * op.heads + head) * op.d;
 #pragma unroll
         for (int at = 0; at < OUT / 8; at++) {
@@ -215,8 +231,10 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
 extern "C" __global__ void __launch_bounds__(TILE_THREADS) attend_merge(const __grid_constant__ RowsAttention op) {
     const long long row = (long long)blockIdx.x * op.heads + blockIdx.y, step = (long long)op.rows * op.heads * (2 + op.d);
     const float *first = op.partials + row * (2 + op.d);
-    float most = -INFINITY, sum = 0.0f;
+    const float sink = op.sinks ? op.sinks[blockIdx.y] * LOG2_E : -INFINITY;
+    float most = sink, sum = 0.0f;
     for (int split = 0; split < op.splits; split++) most = fmaxf(most, first[split * step]);
+    if (op.sinks) sum = power_of_two(sink - most);
     for (int split = 0; split < op.splits; split++) sum += power_of_two(first[split * step] - most) * first[split * step + 1];
     for (int at = threadIdx.x; at < op.d; at += TILE_THREADS) {
         float merged = 0.0f;
@@ -236,3 +254,9 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, THREE) attend_64(cons
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, THREE) attend_80(const __grid_constant__ RowsAttention op) { attend_tile<80, 64>(op); }
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, THREE) attend_128(const __grid_constant__ RowsAttention op) { attend_tile<128, 32>(op); }
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, THREE) attend_256(const __grid_constant__ RowsAttention op) { attend_tile<256, 16, 128>(op); }
+
+// Their registers are not bounded: what they compute beside the products would spill.
+extern "C" __global__ void __launch_bounds__(TILE_THREADS) attend_64_featured(const __grid_constant__ RowsAttention op) { attend_tile<64, 64, 64, true>(op); }
+extern "C" __global__ void __launch_bounds__(TILE_THREADS) attend_80_featured(const __grid_constant__ RowsAttention op) { attend_tile<80, 64, 80, true>(op); }
+extern "C" __global__ void __launch_bounds__(TILE_THREADS) attend_128_featured(const __grid_constant__ RowsAttention op) { attend_tile<128, 32, 128, true>(op); }
+extern "C" __global__ void __launch_bounds__(TILE_THREADS) attend_256_featured(const __grid_constant__ RowsAttention op) { attend_tile<256, 16, 128, true>(op); }

@@ -52,6 +52,19 @@ pub struct RowsAttention {
     /// The first row's.
     pub position: usize,
     pub bias: Bias,
+    pub features: RowsFeatures,
+}
+
+/// What featured kernels compute beside plain attention; all zeros for none.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[repr(C)]
+pub struct RowsFeatures {
+    /// fp32 `[h]`: scores that join the softmax and weigh no value; 0 for none.
+    pub sinks: u64,
+    /// `softcap · tanh(score / softcap)` in place of each score; 0 for none.
+    pub softcap: f32,
+    /// Keys that a row sees, its own the last; 0 for all. Calls with one are causal.
+    pub window: i32,
 }
 
 /// As `struct RowsAttention` of attend.cu.
@@ -76,21 +89,23 @@ struct Operands {
     reach: i32,
     splits: i32,
     partials: u64,
+    features: RowsFeatures,
 }
 
 /// A kernel for heads of up to `d` elements, in tiles of `keys` keys; `parts` blocks share a head's output.
 struct Kernel {
     name: &'static str,
+    featured: &'static str,
     d: usize,
     keys: usize,
     parts: usize,
 }
 
 const ATTEND: [Kernel; 4] = [
-    Kernel { name: "attend_64", d: 64, keys: 64, parts: 1 },
-    Kernel { name: "attend_80", d: 80, keys: 64, parts: 1 },
-    Kernel { name: "attend_128", d: 128, keys: 32, parts: 1 },
-    Kernel { name: "attend_256", d: 256, keys: 16, parts: 2 },
+    Kernel { name: "attend_64", featured: "attend_64_featured", d: 64, keys: 64, parts: 1 },
+    Kernel { name: "attend_80", featured: "attend_80_featured", d: 80, keys: 64, parts: 1 },
+    Kernel { name: "attend_128", featured: "attend_128_featured", d: 128, keys: 32, parts: 1 },
+    Kernel { name: "attend_256", featured: "attend_256_featured", d: 256, keys: 16, parts: 2 },
 ];
 
 impl Kernel {
@@ -113,7 +128,7 @@ impl RowsAttention {
     /// # Safety
     /// Everything that it names is as large as it says where `on` runs, and good until its stream has come past this call.
     pub unsafe fn run(&self, on: &dyn Launcher, arena: &Arena, multiprocessors: usize) -> Result<()> {
-        let Self { rows, heads, q, out, keys, values, total, scale, is_causal, position, bias } = *self;
+        let Self { rows, heads, q, out, keys, values, total, scale, is_causal, position, bias, features } = *self;
         let Some(kernel) = ATTEND.iter().find(|kernel| heads.d <= kernel.d) else {
             bail!("heads of {} elements, allowed are up to {}", heads.d, ATTEND[ATTEND.len() - 1].d)
         };
@@ -141,13 +156,15 @@ impl RowsAttention {
             reach: dimension(bias.reach)?,
             splits: dimension(splits)?,
             partials: partials.as_ref().map_or(0, |partials| partials.address),
+            features,
         };
+        let name = if features == RowsFeatures::default() { kernel.name } else { kernel.featured };
         let blocks = (rows.div_ceil(TILE_QUERIES), heads.heads * kernel.parts * splits);
         let grid = Grid { shared_bytes: kernel.shared_bytes(), ..Grid::new(blocks, THREADS) };
         // SAFETY: the kernels take one struct, which `Operands` mirrors; the caller's promise for what it names. Each block of the first writes its
         // partials, if there are any.
         unsafe {
-            on.launch(&KERNELS, kernel.name, grid, parameters![operands])?;
+            on.launch(&KERNELS, name, grid, parameters![operands])?;
             if splits > 1 {
                 let merge = Grid::new((rows, heads.heads), THREADS);
                 on.launch(&KERNELS, "attend_merge", merge, parameters![operands])?;

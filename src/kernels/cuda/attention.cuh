@@ -18,15 +18,31 @@
 //   positions |0 .. span|span .. 2 span|...|.. length|      lanes of a warp: 32 / L keys at a time, L lanes of 16 bytes each
 //
 // The L lanes of a key keep an online softmax of their own, (max, sum, out) over their keys, so that lanes synchronize only after all keys.
+//
+// A featured attention (OPCODE_FEATURED_ATTENTION) has some of: norms of queries and keys before the rotation, a window, capped scores, sinks. It
+// is `attend_wide` at every width, in code of its own.
 #pragma once
 
-#include "kernels/cuda/trace.cuh"
+#include "kernels/cuda/matvec.cuh"
 
 // Keys and values of a lane, 8 elements each, that are in flight at once; more do not fit into registers.
 constexpr int KEYS_AHEAD = 2;
 
-// Waits for element `at` of a head and rotates it.
-__device__ __forceinline__ float rotated(const uint32_t *head, int at, int rotary, const float2 *angles, const ExpectedTag &expected) {
+// A head's elements as they are.
+struct Unnormed {
+    __device__ __forceinline__ float operator()(float value, int) const { return value; }
+};
+
+// An rms norm of a head's elements; without weights: as they are.
+struct HeadNorm {
+    float factor = 1.0f;
+    const float *weights = nullptr;
+    __device__ __forceinline__ float operator()(float value, int at) const { return weights ? value * factor * __ldg(weights + at) : value; }
+};
+
+// Waits for element `at` of a head, norms it and rotates it.
+template <class Norm>
+__device__ __forceinline__ float rotated(const uint32_t *head, int at, int rotary, const float2 *angles, const ExpectedTag &expected, const Norm &norm) {
     const int half = rotary / 2, pair = at < half ? at : at - half;
     const bool turns = at < rotary;
     const float2 angle = turns ? __ldg(angles + pair) : make_float2(1.0f, 0.0f);
@@ -36,7 +52,7 @@ __device__ __forceinline__ float rotated(const uint32_t *head, int at, int rotar
         backoff();
         word = load_relaxed(head + at), of_other = load_relaxed(with);
     }
-    const float value = __half2float(untagged(word)), other = __half2float(untagged(of_other));
+    const float value = norm(__half2float(untagged(word)), at), other = norm(__half2float(untagged(of_other)), (int)(with - head));
     if (!turns) return value;
     return at < half ? value * angle.x - other * angle.y : value * angle.x + other * angle.y;
 }
@@ -80,15 +96,45 @@ struct SoftmaxState {
     }
 };
 
+// Waits for `len` values, and returns the factor of their rms norm. `room` holds a float a warp and is free again after the next barrier.
+__device__ __forceinline__ float norm_factor(const uint32_t *from, int len, const ExpectedTag &expected, float epsilon, float *room) {
+    constexpr int HELD = 4;
+    float squares = 0.0f;
+#pragma unroll 1
+    for (int start = threadIdx.x; start < len; start += HELD * THREADS) {
+        uint32_t loaded[HELD] = {};
+        for (;;) {
+            uint32_t mismatch = 0;
+#pragma unroll
+            for (int i = 0; i < HELD; i++)
+                if (start + i * THREADS < len) loaded[i] = load_relaxed(from + start + i * THREADS);
+#pragma unroll
+            for (int i = 0; i < HELD; i++)
+                if (start + i * THREADS < len) mismatch |= expected.mismatch_half(loaded[i]);
+            if (expected.ready(mismatch)) break;
+            backoff();
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            // Zeros behind the last one.
+            const float value = __half2float(untagged(loaded[i]));
+            squares += value * value;
+        }
+    }
+    return rsqrtf(block_sum(squares, room) / len + epsilon);
+}
+
 // Merges the units of `heads` heads, whose partials lie behind each other, in the block that ended last. A unit's partial is [2 + d]: max, sum, out.
-__device__ __forceinline__ void merge_splits(const float *of_heads, int heads, int splits, int d, int active, uint32_t *out, uint32_t tag) {
+// `sinks` are those of the heads, or null.
+__device__ __forceinline__ void merge_splits(const float *of_heads, int heads, int splits, int d, int active, const float *sinks, uint32_t *out, uint32_t tag) {
 #pragma unroll 1
     for (int at = threadIdx.x; at < heads * d; at += THREADS) {
         const int head = (unsigned)at / (unsigned)d, element = at - head * d;
         const float *first_split = of_heads + head * splits * (2 + d);
-        float max = -INFINITY, sum = 0.0f, merged = 0.0f;
+        float max = sinks ? __ldg(sinks + head) : -INFINITY, sum = 0.0f, merged = 0.0f;
 #pragma unroll 4
         for (int split = 0; split < active; split++) max = larger(max, __ldcg(first_split + split * (2 + d)));
+        if (sinks) sum = __expf(__ldg(sinks + head) - max);
 #pragma unroll 4
         for (int split = 0; split < active; split++) {
             const float *partial = first_split + split * (2 + d);
@@ -168,7 +214,7 @@ __device__ __forceinline__ void attend_together(const Attention &op, const Tags 
             const uint32_t *from = which == 0 ? op.q + (first_head + row) * d : (which == 1 ? op.k : op.v) + kv_head * d;
             const ExpectedTag expected(tags, op.written_by[which]);
             const float2 *angles = op.angles + (long long)position * (op.rotary / 2);
-            const __half value = __float2half_rn(element < d ? rotated(from, element, which == 2 ? 0 : op.rotary, angles, expected) : 0.0f);
+            const __half value = __float2half_rn(element < d ? rotated(from, element, which == 2 ? 0 : op.rotary, angles, expected, Unnormed()) : 0.0f);
             (which == 0 ? q + row * d_pad : which == 1 ? own_k : own_v)[element] = value;
             // The first query heads of a key/value head append.
             if (which == 0 || first_head != kv_head * op.group || element >= d) continue;
@@ -274,7 +320,7 @@ __device__ __forceinline__ void attend_together(const Attention &op, const Tags 
             barrier_sync();
             if (is_last) {
                 __threadfence();
-                merge_splits(first_split, heads, op.splits, d, active, op.out + first_head * d, own);
+                merge_splits(first_split, heads, op.splits, d, active, nullptr, op.out + first_head * d, own);
             }
         }
         stamp(instruction, STAMP_STORED);
@@ -283,9 +329,9 @@ __device__ __forceinline__ void attend_together(const Attention &op, const Tags 
     }
 }
 
-// Runs instruction `instruction`, an attention of heads of any width, as `attend_together` does. `room`: q [d_pad] fp32, the query's own k and v
+// Runs instruction `instruction`, an attention of heads of any width, as `attend_together` does; only a FEATURED one has the features. `room`: q [d_pad] fp32, the query's own k and v
 // [d_pad] fp16, then the warps' states: max and sum [WARPS], out [WARPS, d_pad] fp32.
-template <class Ahead>
+template <bool FEATURED, class Ahead>
 __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tags, int instruction, uint8_t *room, Ahead ahead) {
     __shared__ bool is_last;
     const uint32_t own = tags.of(instruction);
@@ -306,7 +352,9 @@ __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tag
 
     const int position = appended ? load_l2(op.position) : 0;
     const int length = appended ? position + 1 : load_l2(op.length);
-    const int active = (length + span - 1) / span;
+    // The first position that the query sees.
+    const int seen = FEATURED && op.window > 0 ? max(0, length - op.window) : 0;
+    const int active = (length - seen + span - 1) / span;
 
     // A unit: its head, its part of the cache, and how many positions it has there; the query's own position is not in the cache yet.
     // `place` is the index of the part's first element, in units of eight.
@@ -316,7 +364,7 @@ __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tag
         head = (unsigned)index / (unsigned)active;
         split = index - head * active;
         kv_head = head / op.group;
-        first = split * span;
+        first = seen + split * span;
         count = min(span, length - first);
         cached = min(count, length - appended - first);
         place = (kv_head * op.capacity + first) * units;
@@ -344,13 +392,31 @@ __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tag
 #pragma unroll 1
     while (index < n_units) {
         const bool has_own = cached < count;
+        HeadNorm of_q, of_k;
+        if (FEATURED && op.q_norm) {
+            __shared__ float room_of_norms[2 * WARPS];
+            const bool all = op.norms_all_heads;
+            of_q.weights = op.q_norm + (all ? head * d : 0);
+            of_q.factor = norm_factor(op.q + (all ? 0 : head * d), all ? op.kv_heads * op.group * d : d, ExpectedTag(tags, op.written_by[0]), op.epsilon, room_of_norms);
+            if (has_own) {
+                of_k.weights = op.k_norm + (all ? kv_head * d : 0);
+                of_k.factor = norm_factor(op.k + (all ? 0 : kv_head * d), all ? op.kv_heads * d : d, ExpectedTag(tags, op.written_by[1]), op.epsilon, room_of_norms + WARPS);
+            }
+        }
 #pragma unroll 1
         for (int at = threadIdx.x; at < (has_own ? 3 : 1) * d_pad; at += THREADS) {
             const int which = (unsigned)at / (unsigned)d_pad, element = at - which * d_pad;
             const uint32_t *from = which == 0 ? op.q + head * d : (which == 1 ? op.k : op.v) + kv_head * d;
             const ExpectedTag expected(tags, op.written_by[which]);
             const float2 *angles = op.angles + (long long)position * (op.rotary / 2);
-            const __half value = __float2half_rn(element < d ? rotated(from, element, which == 2 ? 0 : op.rotary, angles, expected) : 0.0f);
+            auto read = [&](auto norm) { return rotated(from, element, which == 2 ? 0 : op.rotary, angles, expected, norm); };
+            float unrounded = 0.0f;
+            if (element < d) {
+                // By its members: a choice among structs would put them into local memory.
+                if constexpr (FEATURED) unrounded = read(HeadNorm{which == 0 ? of_q.factor : of_k.factor, which == 0 ? of_q.weights : which == 1 ? of_k.weights : nullptr});
+                else unrounded = read(Unnormed());
+            }
+            const __half value = __float2half_rn(unrounded);
             if (which == 0) {
                 q[element] = __half2float(value) * op.scale;
                 continue;
@@ -390,6 +456,7 @@ __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tag
 #pragma unroll 1
                 for (int distance = width / 2; distance > 0; distance /= 2) score += __shfl_xor_sync(ALL_LANES, score, distance);
                 if (key >= count) continue;
+                if (FEATURED && op.softcap > 0.0f) score = capped(score, op.softcap);
                 state.add_key(op.bias ? score + __ldg(bias + key) : score, value_values);
             }
         }
@@ -420,7 +487,13 @@ __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tag
                 if (element < d) merged += of_warp * outs[w * d_pad + element];
             }
             if (element < d) {
-                if (active == 1) store_relaxed(out + element, tagged(__float2half_rn(merged / sum), own));
+                float total = sum;
+                if (FEATURED && op.sinks && active == 1) {
+                    const float sink = __ldg(op.sinks + head), most = larger(largest, sink), kept = SoftmaxState::factor(largest, most);
+                    total = sum * kept + __expf(sink - most);
+                    merged *= kept;
+                }
+                if (active == 1) store_relaxed(out + element, tagged(__float2half_rn(merged / total), own));
                 else partial[2 + element] = merged;
             }
             if (active > 1 && element == 0) partial[0] = largest, partial[1] = sum;
@@ -436,7 +509,7 @@ __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tag
             barrier_sync();
             if (is_last) {
                 __threadfence();
-                merge_splits(first_split, 1, op.splits, d, active, out, own);
+                merge_splits(first_split, 1, op.splits, d, active, FEATURED && op.sinks ? op.sinks + head : nullptr, out, own);
             }
         }
         stamp(instruction, STAMP_STORED);
@@ -445,9 +518,9 @@ __device__ __forceinline__ void attend_wide(const Attention &op, const Tags &tag
     }
 }
 
-// Runs instruction `instruction`, an attention; every thread calls `ahead` once.
+// Runs instruction `instruction`, an attention without features; every thread calls `ahead` once.
 template <class Ahead>
 __device__ __forceinline__ void attend(const Attention &op, const Tags &tags, int instruction, uint8_t *room, Ahead ahead) {
     if (op.d_pad <= TENSOR_D) attend_together(op, tags, instruction, room, ahead);
-    else attend_wide(op, tags, instruction, room, ahead);
+    else attend_wide<false>(op, tags, instruction, room, ahead);
 }

@@ -42,6 +42,20 @@ pub struct Attention {
     pub splits: i32,
     /// Set by [`super::program::ProgramBuilder`].
     pub written_by: [i32; 3],
+    pub features: Features,
+}
+
+/// What a featured attention has beside a plain one, as the end of `struct Attention`; all zeros for none.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[repr(C)]
+pub struct Features {
+    pub sinks: u64,
+    pub q_norm: u64,
+    pub k_norm: u64,
+    pub softcap: f32,
+    pub epsilon: f32,
+    pub window: i32,
+    pub norms_all_heads: i32,
 }
 
 /// The split of a head's positions into units, which blocks take.
@@ -56,7 +70,15 @@ impl KvSplit {
     /// At most a unit for each multiprocessor at `capacity` positions where there are as many, none with too little to do. `group` query heads share
     /// each of `kv_heads` key/value heads.
     pub fn new(capacity: usize, kv_heads: usize, group: usize, d_pad: usize, properties: DeviceProperties) -> Self {
-        let heads = kv_heads * parts(group, d_pad);
+        Self::of_units(capacity, kv_heads * parts(group, d_pad), d_pad, properties)
+    }
+
+    /// The split of a featured attention, whose units have one of `heads` query heads.
+    pub fn featured(capacity: usize, heads: usize, d_pad: usize, properties: DeviceProperties) -> Self {
+        Self::of_units(capacity, heads, d_pad, properties)
+    }
+
+    fn of_units(capacity: usize, heads: usize, d_pad: usize, properties: DeviceProperties) -> Self {
         let least = SPAN_BYTES / (size_of::<half::f16>() * d_pad) / SPAN_STEP * SPAN_STEP;
         let most_splits = (properties.multiprocessors / heads).max(1);
         let span = capacity.div_ceil(most_splits).next_multiple_of(SPAN_STEP).max(least).max(SPAN_STEP);
@@ -86,9 +108,16 @@ impl Attention {
         }
     }
 
+    /// Whether it takes an instruction of its own.
+    pub(super) fn is_featured(&self) -> bool {
+        self.features != Features::default()
+    }
+
     /// Units where the cache is full: as many blocks have work.
     pub(super) fn units(&self) -> usize {
-        self.kv_heads as usize * parts(self.group as usize, self.d_pad as usize) * self.splits as usize
+        let (group, d_pad) = (self.group as usize, self.d_pad as usize);
+        let parts = if self.is_featured() { group } else { parts(group, d_pad) };
+        self.kv_heads as usize * parts * self.splits as usize
     }
 
     /// Bytes of keys and values of a unit.
@@ -99,7 +128,7 @@ impl Attention {
     /// Bytes of `room` in attention.cuh's `attend_together` and `attend_wide`.
     pub(super) fn shared_bytes(&self) -> usize {
         let d_pad = self.d_pad as usize;
-        if d_pad <= TENSOR_D {
+        if d_pad <= TENSOR_D && !self.is_featured() {
             let heads = heads_together(self.group as usize, d_pad);
             let states = WARPS * (2 * HEADS_TOGETHER + heads * d_pad);
             return size_of::<f32>() * states + size_of::<half::f16>() * (heads + 2) * d_pad;

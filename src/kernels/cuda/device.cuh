@@ -248,6 +248,16 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *at) {
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
     return word;
 }
+__device__ __forceinline__ uint2 load_relaxed(const uint2 *at) {
+    uint2 word;
+    asm volatile("{.reg .b64 word;\n"
+                 "ld.relaxed.gpu.global.b64 word, [%2];\n"
+                 "mov.b64 {%0, %1}, word;}"
+                 : "=r"(word.x), "=r"(word.y)
+                 : "l"(at)
+                 : "memory");
+    return word;
+}
 // Two words of 8 bytes, or four of 4.
 __device__ __forceinline__ uint4 load_relaxed(const uint4 *at) {
     uint4 words;

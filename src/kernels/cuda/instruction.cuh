@@ -1,4 +1,4 @@
-// The instruction set of the step kernel. kernels/cuda/{program,matvec,attention}.rs mirror these structs.
+// The instruction set of the step kernel. kernels/cuda/{program,matvec,attention,norm_add,route}.rs mirror these structs.
 //
 // All blocks of a launch run the same instructions in order, each block at its own pace. There is no grid barrier: a block waits only for
 // the values that it reads.
@@ -23,9 +23,13 @@ constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 112;
 __device__ __forceinline__ void barrier_sync() { barrier_sync_first<THREADS>(); }
 constexpr int MAX_PARTS = 4;
 constexpr int MAX_INPUTS = 2;
+// Experts of a token, and experts that there are.
+constexpr int MAX_CHOSEN = 8, MAX_EXPERTS = 256;
 
-enum Norm { NORM_NONE, NORM_RMS, NORM_LAYER };
-enum Activation { ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_RELU };
+// NORM_CAST: none, but fp32 values of a residual, which are cast to fp16.
+enum Norm { NORM_NONE, NORM_RMS, NORM_LAYER, NORM_CAST };
+// ACT_CAP: softcap * tanh(y / softcap), in fp32. ACT_CLAMPED: gpt-oss' gate, whose limit is softcap.
+enum Activation { ACT_NONE, ACT_SILU, ACT_GELU_TANH, ACT_RELU, ACT_CAP, ACT_CLAMPED };
 enum Mode {
     MODE_PARTS,   // every part is a matrix of its own over input 0
     MODE_GATED,   // two runs a tile, parts 0 and 1 over input 0: out = act(part 0) * part 1
@@ -41,12 +45,13 @@ struct MatrixPart {
     void *out;            // [n], of `output_type`
     float offset;         // nf4: mean of absmax
     int n;
-    int first_row;  // in the rows of all parts; behind all of them where there is no such part
+    int first_row;  // MODE_PARTS: in the rows of all parts; behind all of them where there is no such part. Else less than 0 where the part
+                    // is the rows of a matrix from -first_row on.
     int activation;
 };
 
 struct InputDesc {
-    const void *x;             // [k]: tagged fp32 where it is normed, fp16 otherwise
+    const void *x;             // [k]: tagged fp32 where it is normed or cast, fp16 otherwise
     const float *norm_weight;  // [k]
     const float *norm_bias;    // [k]
     float epsilon;
@@ -60,7 +65,7 @@ struct InputDesc {
     int written_by;  // the instruction of this launch that writes it; negative where it was there before
 };
 
-enum OutputType { OUTPUT_HALVES, OUTPUT_FLOATS, OUTPUT_TAGGED_HALVES };
+enum OutputType { OUTPUT_HALVES, OUTPUT_FLOATS, OUTPUT_TAGGED_HALVES, OUTPUT_TAGGED_FLOATS };
 
 // Rows of neighbouring blocks: `rows_per_block` each, and one more for the last `extra_rows` of the blocks.
 struct RowPartition {
@@ -74,11 +79,18 @@ struct Matvec {
     float *logits;                        // [n] of the LM head, null for every other matrix
     unsigned long long *outlier_columns;  // int8: a count that the outlier columns are added to; or null
     float threshold;                      // int8: NaN where outlier columns are off
+    float softcap;                        // of ACT_CAP and ACT_CLAMPED
     int stride;                           // bytes from row to row of part 0; of part 1 where inputs are joined: stride_1
     int stride_1;
     int n_inputs, mode, output_type;
     int reuses_input;            // the instruction before has read the same inputs, which are still in shared memory
     RowPartition partitions[2];  // the first rows for the first blocks, the rest for the others
+    // Matrices of experts that the OPCODE_ROUTE before has chosen, in the place of `parts`; 0 of them where there are none. MODE_GATED: of so
+    // many experts the gates and what they gate, `rows_of_expert` rows each. Else: down of one or two, from `first_chosen` on, whose products are
+    // weighed.
+    int chosen, first_chosen, rows_of_expert;
+    // Exact powers of two that keep fp16 in range: of what MODE_GATED stores, and of products whose input was stored so.
+    float out_scale, product_scale;
 };
 
 struct Attention {
@@ -97,16 +109,47 @@ struct Attention {
     float scale;
     int kv_heads, group, d, d_pad, rotary, reach, capacity, span, splits;
     int written_by[3];  // the instructions of this launch that write q, k and v
+    // Of OPCODE_FEATURED_ATTENTION alone.
+    const float *sinks;   // [h]: scores that join the softmax and weigh no value; null without
+    const float *q_norm;  // weights of rms norms before the rotation, [d], or [h, d] over all heads; null without
+    const float *k_norm;  // [d] or [g, d]
+    float softcap;        // of scores: softcap * tanh(score / softcap); 0 for none
+    float epsilon;        // of the norms
+    int window;           // positions that the query sees, itself the last; 0 for all
+    int norms_all_heads;  // one norm over all heads of q, and one over those of k
+};
+
+// x += norm(y), an rms norm.
+struct NormAdd {
+    const uint2 *y;       // [n] tagged fp32
+    uint2 *x;             // [n] tagged fp32
+    const float *weight;  // [n]
+    float epsilon;
+    int n;
+    int written_by[2];  // the instructions of this launch that write y and x
+};
+
+// The router's choice. The instructions behind it read the matrices of the experts that it has chosen.
+struct Route {
+    const uint2 *scores;        // [experts] tagged fp32
+    const MatrixPart *experts;  // [experts, 3]: gate, up and down of each
+    uint32_t *hidden;           // [top_k, rows_of_expert] tagged fp16: what the gates write
+    int n_experts, top_k, rows_of_expert;
+    int is_over_all;  // weights are a softmax over all scores, else over the chosen ones
+    int next_gate;    // behind the next Route
+    int written_by;   // the instruction of this launch that writes the scores
 };
 
 // The decoder of a matvec's weights is part of its opcode: fp16, fp32, or the one format that the kernel is compiled for.
-enum Opcode { OPCODE_HALF, OPCODE_FLOAT, OPCODE_FORMAT, OPCODE_ATTENTION };
+enum Opcode { OPCODE_HALF, OPCODE_FLOAT, OPCODE_FORMAT, OPCODE_ATTENTION, OPCODE_FEATURED_ATTENTION, OPCODE_NORM_ADD, OPCODE_ROUTE };
 
 struct Instruction {
     int opcode;
     union {
         Matvec matvec;
         Attention attention;
+        NormAdd norm_add;
+        Route route;
     };
 };
 
@@ -131,6 +174,7 @@ struct Program {
     TokenOutput token_output;
     int n_instructions;
     int stages;  // of a pipeline that producer warps fill
+    int gate;    // behind the first OPCODE_ROUTE: weights of later instructions are copied once it has ended
 };
 
 // Tags of one launch.
@@ -161,4 +205,14 @@ __device__ __forceinline__ __half wait_half(const uint32_t *at, const ExpectedTa
         word = load_relaxed(at);
     }
     return untagged(word);
+}
+
+// Polls for a tagged float.
+__device__ __forceinline__ float wait_float(const uint2 *at, const ExpectedTag &expected) {
+    uint2 word = load_relaxed(at);
+    while (!expected.ready(expected.mismatch(word.y))) {
+        backoff();
+        word = load_relaxed(at);
+    }
+    return __uint_as_float(word.x);
 }

@@ -27,6 +27,9 @@
 // 1 / (1 + exp(-x)), a few units in the last place of fp32.
 __device__ __forceinline__ float logistic(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
+// cap * tanh(x / cap), within some units in the last place of cap.
+__device__ __forceinline__ float capped(float x, float cap) { return cap * (1.0f - __fdividef(2.0f, __expf(2.0f * __fdividef(x, cap)) + 1.0f)); }
+
 __device__ __forceinline__ float activate(int kind, float x) {
     if (kind == ACT_RELU) return x > 0.0f || isnan(x) ? x : 0.0f;
     // (1 + tanh(z)) / 2 is the logistic function of 2 z.
@@ -130,6 +133,31 @@ __device__ __forceinline__ void normalize(const InputDesc &input, const Expected
     for (int at = rest; at < twos; at += THREADS) store(at, two_at(at));
 }
 
+// Waits for x, fp32, and stores it in fp16; zeros behind k up to a multiple of 2.
+template <class OnReady>
+__device__ __forceinline__ void cast_input(const InputDesc &input, const ExpectedTag &expected, __half *out, OnReady on_ready) {
+    constexpr int HELD = 4;
+#pragma unroll 1
+    for (int start = threadIdx.x; start < input.k; start += HELD * THREADS) {
+        uint2 loaded[HELD] = {};
+        for (;;) {
+            uint32_t mismatch = 0;
+#pragma unroll
+            for (int i = 0; i < HELD; i++)
+                if (start + i * THREADS < input.k) loaded[i] = load_relaxed((const uint2 *)input.x + start + i * THREADS);
+#pragma unroll
+            for (int i = 0; i < HELD; i++)
+                if (start + i * THREADS < input.k) mismatch |= expected.mismatch(loaded[i].y);
+            if (expected.ready(mismatch)) break;
+            backoff();
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            if (start + i * THREADS < input.k) out[start + i * THREADS] = __float2half_rn(__half2float(__float2half_rn(__uint_as_float(loaded[i].x))) * input.scale);
+    }
+    on_ready();
+}
+
 // Waits for all inputs without a norm and stores them in fp16, one behind the other: 16 bytes at a time, HELD of them in a thread's registers
 // so that one latency covers them, and the rest one by one. The second input is ready no sooner than the first. A thread calls `on_ready` once
 // it has read its words of 16 bytes.
@@ -198,7 +226,7 @@ __device__ __forceinline__ void read_inputs(const Matvec &matvec, const Tags &ta
 template <class Format>
 struct RowFactors {
     float bias[MAX_INPUTS] = {}, scale[MAX_INPUTS] = {}, residual = 0.0f;
-    uint32_t place = 0;                 // of the first run: part << 28 | row
+    uint32_t place = 0;                 // of the first run: part << 27 | row
     uint32_t sums_of[MAX_INPUTS] = {};  // each run's partials: index of the first << 16 | how many follow
     // False where the tile has no such row.
     __device__ __forceinline__ bool load(const ResidentInstruction &resident, int tile, int of_tile) {
@@ -212,7 +240,7 @@ struct RowFactors {
             if (i >= share.runs) continue;
             int in_part = first_row_of(share, tile) + of_tile;
             const MatrixPart &of_run = part_at(resident, i, in_part);
-            if (i == 0) place = (uint32_t)(&of_run - matvec.parts) << 28 | in_part;
+            if (i == 0) place = (uint32_t)(&of_run - parts_of(matvec)) << 27 | in_part;
             if (of_run.bias) bias[i] = load_float(of_run.bias + in_part);
             if (Format::HAS_ROW_SCALES && resident.instruction.opcode == OPCODE_FORMAT) scale[i] = load_float((const float *)of_run.scales + in_part);
             const int first_warp = quotient(begin, share.of_warp, share.per_of_warp);
@@ -223,8 +251,8 @@ struct RowFactors {
         residual = matvec.residual ? __uint_as_float(load_relaxed(&matvec.residual[row()].x)) : 0.0f;
         return true;
     }
-    __device__ __forceinline__ int part() const { return place >> 28; }
-    __device__ __forceinline__ int row() const { return place & 0xfffffff; }
+    __device__ __forceinline__ int part() const { return place >> 27; }
+    __device__ __forceinline__ int row() const { return place & 0x7ffffff; }
 };
 
 // The run that a warp reads, and the lane's row of it.
@@ -324,9 +352,15 @@ __device__ __forceinline__ Partial total_of(const void *room, uint32_t sums_of, 
 __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart &part, int row, const float (&values)[MAX_INPUTS], float residual,
                                         uint32_t tag, unsigned long long &best) {
     float y = values[0] + (matvec.mode == MODE_JOINED ? values[1] : 0.0f);
-    if (part.activation != ACT_NONE) {
+    if (part.activation == ACT_CAP) {
+        y = capped(y, matvec.softcap);
+    } else if (part.activation == ACT_CLAMPED) {
+        const float limit = matvec.softcap, wide = __half2float(__float2half_rn(y)), gate = wide > limit ? limit : wide;
+        const float of_up = __half2float(__float2half_rn(values[1])), up = of_up > limit ? limit : of_up < -limit ? -limit : of_up;
+        y = (up + 1.0f) * gate * logistic(1.702f * gate);
+    } else if (part.activation != ACT_NONE) {
         y = activate(part.activation, __half2float(__float2half_rn(y)));
-        if (matvec.mode == MODE_GATED) y = __half2float(__float2half_rn(y)) * __half2float(__float2half_rn(values[1]));
+        if (matvec.mode == MODE_GATED) y = __half2float(__float2half_rn(y)) * __half2float(__float2half_rn(values[1] * matvec.out_scale));
     }
     if (matvec.logits) {
         matvec.logits[row] = y;
@@ -336,6 +370,8 @@ __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart
         store_relaxed(matvec.residual + row, tagged(residual + y, tag));
     } else if (matvec.output_type == OUTPUT_TAGGED_HALVES) {
         store_relaxed((uint32_t *)part.out + row, tagged(__float2half_rn(y), tag));
+    } else if (matvec.output_type == OUTPUT_TAGGED_FLOATS) {
+        store_relaxed((uint2 *)part.out + row, tagged(y, tag));
     } else if (matvec.output_type == OUTPUT_FLOATS) {
         ((float *)part.out)[row] = y;
     } else {

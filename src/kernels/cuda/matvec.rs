@@ -1,5 +1,6 @@
 //! Matrix-vector products of one token: the operands of a matvec instruction of `matvec.cuh`.
 
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{Result, bail};
 
 use super::launch::{Launcher, dimension};
@@ -41,6 +42,8 @@ pub struct Family {
     pub kernels: &'static [&'static StepKernel],
     /// Products of many rows are fp32 if set, fp16 otherwise.
     pub product_is_float: bool,
+    /// Whether they may be fp32 where a call wants that ([`SharedInput::to_floats`]).
+    pub has_float_products: bool,
     pub multiply_rows: MultiplyRows,
 }
 
@@ -60,7 +63,7 @@ impl PartialEq for Family {
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct InputDesc {
-    /// Tagged fp32 `[k]` where it is normed, fp16 otherwise.
+    /// Tagged fp32 `[k]` where it is normed or cast, fp16 otherwise.
     pub x: u64,
     pub norm_weight: u64,
     /// Zeros for an rms norm.
@@ -82,6 +85,11 @@ pub struct InputDesc {
 
 pub const NORM_RMS: i32 = 1;
 pub const NORM_LAYER: i32 = 2;
+/// No norm: the fp32 values of a residual, cast to fp16.
+pub const NORM_CAST: i32 = 3;
+/// Activations that [`Epilogue::softcap`] belongs to: a cap of logits, and gpt-oss' gate.
+pub const ACT_CAP: i32 = 4;
+pub const ACT_CLAMPED: i32 = 5;
 
 /// A matrix of a matvec, as `struct MatrixPart`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -97,6 +105,9 @@ pub struct MatrixPart {
     first_row: i32,
     activation: i32,
 }
+
+// SAFETY: laid out as the kernels' struct, and made of numbers and of addresses that are the caller's promise at each launch.
+unsafe impl DeviceRepr for MatrixPart {}
 
 impl MatrixDesc {
     /// `y = x · Wᵀ`, by the matrix's family.
@@ -114,6 +125,11 @@ impl MatrixDesc {
         let Self { n, weight, scales, nested, offset, .. } = *self;
         Ok(MatrixPart { weight, scales, nested, offset, n: dimension(n)?, ..MatrixPart::default() })
     }
+
+    /// The matrix of an expert: `bias`, fp32 `[n]`, may be 0; `activation` is that of a gate and of what it gates.
+    pub fn expert_part(&self, bias: u64, activation: i32) -> Result<MatrixPart> {
+        Ok(MatrixPart { bias, activation, ..self.part()? })
+    }
 }
 
 /// The operands of a matvec, as `struct Matvec`.
@@ -126,6 +142,7 @@ pub struct Matvec {
     logits: u64,
     outlier_columns: u64,
     threshold: f32,
+    softcap: f32,
     stride: i32,
     stride_1: i32,
     n_inputs: i32,
@@ -134,6 +151,9 @@ pub struct Matvec {
     /// 1 where the instruction before has read the same inputs.
     reuses_input: i32,
     partitions: [RowPartition; 2],
+    chosen: Chosen,
+    out_scale: f32,
+    product_scale: f32,
 }
 
 /// Rows of neighbouring blocks, as `struct RowPartition`.
@@ -159,6 +179,8 @@ impl RowPartition {
 #[derive(Clone, Copy)]
 pub struct Product {
     pub matrix: MatrixDesc,
+    /// The first of the `n` rows in its matrix, whose addresses `matrix` has; 0 in [`Mode::Apart`].
+    pub first_row: usize,
     /// fp32 `[n]`, or 0.
     pub bias: u64,
     pub out: u64,
@@ -181,6 +203,8 @@ pub enum OutputType {
     Floats = 1,
     /// For a later instruction of the same launch.
     TaggedHalves = 2,
+    /// The same in fp32, for a norm.
+    TaggedFloats = 3,
 }
 
 /// The epilogue of all products of an instruction.
@@ -193,6 +217,35 @@ pub struct Epilogue {
     pub output_type: OutputType,
     /// fp32 `[n]` of the LM head, 0 for every other matrix.
     pub logits: u64,
+    /// The cap or the limit of [`ACT_CAP`] and [`ACT_CLAMPED`].
+    pub softcap: f32,
+    pub range: Range,
+    /// The experts whose matrices take the place of the products'.
+    pub chosen: Chosen,
+}
+
+/// Exact powers of two that keep fp16 values in range.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Range {
+    /// That the inputs were stored by; products are divided by it.
+    pub read: f32,
+    /// That a gate's results are stored by.
+    pub stored: f32,
+}
+
+impl Default for Range {
+    fn default() -> Self {
+        Self { read: 1.0, stored: 1.0 }
+    }
+}
+
+/// Experts that the router has chosen, as the end of `struct Matvec`; all zeros for a matvec that has matrices of its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Chosen {
+    pub count: i32,
+    pub first: i32,
+    pub rows_of_expert: i32,
 }
 
 impl Matvec {
@@ -230,7 +283,9 @@ impl Matvec {
             residual: epilogue.residual,
             logits: epilogue.logits,
             outlier_columns: epilogue.outlier_columns,
-            threshold: first.threshold,
+            // Outliers of what was stored by a power of two are at least that part of the threshold.
+            threshold: first.threshold * epilogue.range.read,
+            softcap: epilogue.softcap,
             stride: dimension(first.stride_bytes)?,
             stride_1: dimension(products.last().map_or(0, |p| p.matrix.stride_bytes))?,
             n_inputs: inputs.len() as i32,
@@ -238,10 +293,13 @@ impl Matvec {
             output_type: epilogue.output_type as i32,
             reuses_input: 0,
             partitions: [RowPartition::default(); 2],
+            chosen: epilogue.chosen,
+            out_scale: epilogue.range.stored,
+            product_scale: 1.0 / epilogue.range.read,
         };
         matvec.inputs[..inputs.len()].copy_from_slice(&inputs);
-        let part_of = |&Product { matrix, bias, out, activation }: &Product| {
-            Ok(MatrixPart { bias, out, activation, ..matrix.part()? })
+        let part_of = |&Product { matrix, first_row, bias, out, activation }: &Product| {
+            Ok(MatrixPart { bias, out, activation, first_row: -dimension(first_row)?, ..matrix.part()? })
         };
         matvec.set_parts(&products.iter().map(part_of).collect::<Result<Vec<_>>>()?, properties);
         Ok(matvec)
@@ -272,7 +330,7 @@ impl Matvec {
         self.parts = [MatrixPart { first_row: NO_ROW, ..MatrixPart::default() }; MAX_PARTS];
         let (is_apart, mut rows) = (self.mode == Mode::Apart as i32, 0);
         for (place, part) in self.parts.iter_mut().zip(parts) {
-            *place = MatrixPart { first_row: if is_apart { rows } else { 0 }, ..*part };
+            *place = MatrixPart { first_row: if is_apart { rows } else { part.first_row }, ..*part };
             rows = if is_apart { rows + part.n } else { parts[0].n };
         }
         self.partitions = [RowPartition::default(), RowPartition::new(rows as usize, properties.multiprocessors)];
@@ -325,6 +383,11 @@ impl Matvec {
         format!("{what}{shapes}")
     }
 
+    /// Whether it reads the matrices of chosen experts.
+    pub(super) fn is_routed(&self) -> bool {
+        self.chosen.count > 0
+    }
+
     /// Rows that it examines for outlier columns, and their elements.
     pub(super) fn examines(&self) -> (usize, usize) {
         let inputs = if self.threshold.is_nan() || self.reuses_input != 0 { &[][..] } else { self.inputs() };
@@ -335,9 +398,11 @@ impl Matvec {
         &self.inputs[..self.n_inputs as usize]
     }
 
-    /// Returns whether results go to `address`, which is not 0.
+    /// Returns whether results go to `address`, which is not 0: those of a matrix may be several buffers in a row.
     pub(super) fn writes(&self, address: u64) -> bool {
-        self.residual == address || self.parts.iter().any(|part| part.out == address)
+        let word_bytes = if self.output_type == OutputType::TaggedFloats as i32 { 8 } else { 4 };
+        let is_in = |part: &MatrixPart| (part.out..part.out + word_bytes * part.n as u64).contains(&address);
+        self.residual == address || self.parts.iter().any(|part| part.out != 0 && is_in(part))
     }
 
     /// Links inputs to the instructions that write them.

@@ -23,7 +23,19 @@ constexpr int RESIDENT_INSTRUCTIONS = 4;
 #endif
 constexpr int INSTRUCTION_WORDS = sizeof(Instruction) / sizeof(uint32_t);
 
-// A block's part of an instruction, and the step at which each warp starts. Attention has no steps.
+// What a block's last OPCODE_ROUTE has chosen: gate and up of each expert in turn, then each down; their weights.
+struct Chosen {
+    MatrixPart parts[3 * MAX_CHOSEN];
+    float weights[MAX_CHOSEN];
+    int experts[MAX_CHOSEN];
+    int hidden;  // values that all their gates write
+};
+__device__ __forceinline__ Chosen &chosen_experts() {
+    __shared__ Chosen chosen;
+    return chosen;
+}
+
+// A block's part of an instruction, and the step at which each warp starts. Instructions without weights have no steps.
 struct BlockShare {
     int first_row, rows;       // in the rows of all parts
     int tiles, of_tile, extra_rows;  // rows of a tile, and how many of the first tiles have one more
@@ -82,11 +94,20 @@ __device__ __forceinline__ int part_of(const Matvec &matvec, int row) {
 __device__ __forceinline__ int rows_of(const BlockShare &share, int tile) { return share.of_tile + (tile < share.extra_rows); }
 __device__ __forceinline__ int first_row_of(const BlockShare &share, int tile) { return share.first_row + tile * share.of_tile + min(tile, share.extra_rows); }
 
+// The parts that an instruction reads: its own, or those of the chosen experts.
+__device__ __forceinline__ const MatrixPart *parts_of(const Matvec &matvec) { return matvec.chosen ? chosen_experts().parts : matvec.parts; }
+
 // The part that a run reads for row `row` of all parts; `row` becomes the row of that part.
 __device__ __forceinline__ const MatrixPart &part_at(const ResidentInstruction &resident, int second, int &row) {
     const Matvec &matvec = resident.instruction.matvec;
+    if (matvec.chosen) {
+        if (matvec.mode != MODE_GATED) return chosen_experts().parts[2 * MAX_CHOSEN + matvec.first_chosen + second];
+        const int expert = (unsigned)row / (unsigned)matvec.rows_of_expert;
+        row -= expert * matvec.rows_of_expert;
+        return chosen_experts().parts[2 * expert + second];
+    }
     const MatrixPart &part = matvec.parts[matvec.mode == MODE_PARTS ? part_of(matvec, row) : second];
-    if (matvec.mode == MODE_PARTS) row -= part.first_row;
+    row -= part.first_row;
     return part;
 }
 
@@ -103,7 +124,7 @@ __device__ __forceinline__ void compute_share(ResidentInstruction &resident) {
     wait_all_copies();
     __syncwarp();
     BlockShare &share = resident.share;
-    if (resident.instruction.opcode == OPCODE_ATTENTION) {
+    if (resident.instruction.opcode >= OPCODE_ATTENTION) {
         if (lane == 0) share.steps = share.of_warp = 0;
         return;
     }

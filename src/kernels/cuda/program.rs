@@ -6,11 +6,15 @@ use candle_core::{CudaDevice, Result, bail};
 use super::attention::Attention;
 use super::launch::{Grid, Kernel, Launcher, dimension, launch};
 use super::matvec::{Epilogue, Family, InputDesc, Matvec, Mode, Product};
+use super::norm_add::NormAdd;
+use super::route::Route;
 use super::step_kernel::{DeviceProperties, StepKernel, WARPS, WeightDecoder};
 use crate::parameters;
 
 /// `written_by` of values that were there before the launch.
 const NONE: i32 = -1;
+/// The gate of a program, or of its end, without a router's choice.
+const NO_GATE: i32 = i32::MAX;
 /// Tags of fp16 values have 16 bits, and those of two steps must differ.
 const MAX_INSTRUCTIONS: usize = (1 << 16) / 2 - 1;
 /// Time that attention and the wait in front of it take of a block, beside reading keys and values (docs/benchmarks.md).
@@ -24,6 +28,9 @@ pub enum Instruction {
     Float(Matvec),
     Format(Matvec),
     Attention(Attention),
+    FeaturedAttention(Attention),
+    NormAdd(NormAdd),
+    Route(Route),
 }
 
 // SAFETY: laid out as the kernels' struct, and made of numbers and of addresses that are the caller's promise at each launch.
@@ -61,6 +68,7 @@ pub struct Program {
     pub token_output: TokenOutput,
     n_instructions: i32,
     stages: i32,
+    gate: i32,
 }
 
 /// Blocks that have ended the launch, zero between launches, and launches of several instructions.
@@ -78,7 +86,10 @@ impl Instruction {
             Self::Half(matvec) => (matvec, 0),
             Self::Float(matvec) => (matvec, 8 * size_of::<f32>()),
             Self::Format(matvec) => (matvec, kernel.converted_eighths),
-            Self::Attention(attention) => return attention.shared_bytes(),
+            Self::Attention(attention) | Self::FeaturedAttention(attention) => return attention.shared_bytes(),
+            // A float a warp.
+            Self::NormAdd(_) => return WARPS * size_of::<f32>(),
+            Self::Route(_) => return 0,
         };
         let x_eighths = 8 * size_of::<half::f16>() + converted_eighths;
         matvec.partials() * kernel.partial_bytes + matvec.padded() * x_eighths / 8
@@ -86,7 +97,12 @@ impl Instruction {
 
     /// Name of the instruction in a trace: `2048 x 8192` outputs and inputs of a matrix, several of them joined by `+`.
     pub fn label(&self) -> String {
-        self.matvec().map_or_else(|| "attention".to_owned(), Matvec::label)
+        match self {
+            Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.label(),
+            Self::Attention(_) | Self::FeaturedAttention(_) => "attention".to_owned(),
+            Self::NormAdd(_) => "norm and addition".to_owned(),
+            Self::Route(_) => "router's choice".to_owned(),
+        }
     }
 
     /// The instructions that write what it reads.
@@ -102,7 +118,7 @@ impl Instruction {
     fn matvec(&self) -> Option<&Matvec> {
         match self {
             Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => Some(matvec),
-            Self::Attention(_) => None,
+            Self::Attention(_) | Self::FeaturedAttention(_) | Self::NormAdd(_) | Self::Route(_) => None,
         }
     }
 
@@ -111,7 +127,10 @@ impl Instruction {
         address != 0
             && match self {
                 Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.writes(address),
-                Self::Attention(attention) => attention.out == address,
+                Self::Attention(attention) | Self::FeaturedAttention(attention) => attention.out == address,
+                Self::NormAdd(norm) => norm.x == address,
+                // The choice stays in each block.
+                Self::Route(_) => false,
             }
     }
 
@@ -122,10 +141,13 @@ impl Instruction {
             Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => {
                 matvec.inputs().iter().map(|input| of(input.x, input.written_by)).collect()
             }
-            Self::Attention(attention) => {
+            Self::Attention(attention) | Self::FeaturedAttention(attention) => {
                 let addresses = [attention.q, attention.k, attention.v].into_iter();
                 addresses.zip(attention.written_by).map(|(address, writer)| of(address, writer)).collect()
             }
+            // Of x a thread reads what it alone writes.
+            Self::NormAdd(norm) => vec![of(norm.y, norm.written_by[0])],
+            Self::Route(route) => vec![of(route.scores, route.written_by)],
         }
     }
 
@@ -142,7 +164,7 @@ impl Instruction {
             Self::Half(_) => Some(WeightDecoder::Half),
             Self::Float(_) => Some(WeightDecoder::Float),
             Self::Format(_) => Some(WeightDecoder::Format),
-            Self::Attention(_) => None,
+            Self::Attention(_) | Self::FeaturedAttention(_) | Self::NormAdd(_) | Self::Route(_) => None,
         }
     }
 }
@@ -213,7 +235,24 @@ impl ProgramBuilder {
             beside.rebalance(attention.units(), bytes_per_block + attention.unit_bytes(), self.properties);
             self.list.push(Instruction::of(decoder, beside));
         }
-        self.push(Instruction::Attention(attention))
+        match attention.is_featured() {
+            true => self.push(Instruction::FeaturedAttention(attention)),
+            false => self.push(Instruction::Attention(attention)),
+        }
+    }
+
+    /// Adds a normed product to a residual.
+    pub fn add_norm(&mut self, norm: NormAdd) -> Result<()> {
+        self.push(Instruction::NormAdd(norm))
+    }
+
+    /// Adds a router's choice, which the matvecs of chosen experts behind it read.
+    pub fn route(&mut self, route: Route) -> Result<()> {
+        let gate = dimension(self.list.len() + 1)?;
+        let before =
+            self.list.iter_mut().rev().find_map(|i| if let Instruction::Route(route) = i { Some(route) } else { None });
+        before.into_iter().for_each(|before| before.next_gate = gate);
+        self.push(Instruction::Route(route))
     }
 
     /// The last instruction that writes to `address`.
@@ -228,8 +267,12 @@ impl ProgramBuilder {
             Instruction::Half(matvec) | Instruction::Float(matvec) | Instruction::Format(matvec) => {
                 matvec.link(writer)?
             }
-            Instruction::Attention(attention) => {
+            Instruction::Attention(attention) | Instruction::FeaturedAttention(attention) => {
                 attention.written_by = [attention.q, attention.k, attention.v].map(writer)
+            }
+            Instruction::NormAdd(norm) => norm.written_by = [norm.y, norm.x].map(writer),
+            Instruction::Route(route) => {
+                (route.written_by, route.next_gate) = (writer(route.scores), NO_GATE);
             }
         }
         self.list.push(instruction);
@@ -246,8 +289,14 @@ impl ProgramBuilder {
         let reads: Vec<_> = self.list.iter().map(Instruction::reads).collect();
         // By instruction, those that it depends on.
         let mut depends = vec![vec![false; n]; n];
+        let mut route = None;
         for at in 0..n {
-            for writer in reads[at].iter().filter_map(|(_, writer)| *writer) {
+            if matches!(self.list[at], Instruction::Route(_)) {
+                route = Some(at);
+            }
+            // A block reads the matrices that it has chosen before.
+            let chosen = route.filter(|_| self.list[at].matvec().is_some_and(Matvec::is_routed));
+            for writer in reads[at].iter().filter_map(|(_, writer)| *writer).chain(chosen) {
                 let of_writer = depends[writer].clone();
                 depends[at].iter_mut().zip(of_writer).for_each(|(depends, of_writer)| *depends |= of_writer);
                 depends[at][writer] = true;
@@ -293,6 +342,7 @@ impl ProgramBuilder {
             ..Grid::new((self.properties.multiprocessors, 1), self.properties.threads(kernel) as u32)
         };
         let (n_instructions, stages) = (dimension(self.list.len())?, dimension(stages)?);
+        let route = self.list.iter().position(|instruction| matches!(instruction, Instruction::Route(_)));
         let program = Program {
             only,
             instructions: at,
@@ -302,6 +352,7 @@ impl ProgramBuilder {
             token_output: TokenOutput::default(),
             n_instructions,
             stages,
+            gate: route.map_or(Ok(NO_GATE), |route| dimension(route + 1))?,
         };
         Ok(PlannedLaunch { kernel, grid, program })
     }
@@ -368,75 +419,4 @@ impl LoadedLaunch {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::matvec::{MatrixDesc, OutputType};
-    use super::*;
-
-    static HALVES: Family = Family {
-        name: "halves",
-        decoder: WeightDecoder::Half,
-        chunk: 64,
-        kernels: &[],
-        product_is_float: false,
-        multiply_rows: |_, _, _, _| Ok(()),
-    };
-
-    fn multiply(program: &mut ProgramBuilder, x: u64, is_tagged: i32, out: u64) -> Result<()> {
-        let matrix = MatrixDesc {
-            family: &HALVES,
-            n: 64,
-            k: 64,
-            weight: 99,
-            stride_bytes: 128,
-            scales: 0,
-            nested: 0,
-            offset: 0.0,
-            constants: 0,
-            threshold: f32::NAN,
-        };
-        let input = InputDesc { x, scale: 1.0, is_tagged, ..InputDesc::default() };
-        let product = Product { matrix, bias: 0, out, activation: 0 };
-        program.multiply(
-            Mode::Apart,
-            vec![input],
-            &[product],
-            Epilogue { output_type: OutputType::TaggedHalves, ..Epilogue::default() },
-        )
-    }
-
-    /// A program of matvecs, by the addresses that each reads and writes.
-    fn chain(matvecs: &[(u64, u64)]) -> ProgramBuilder {
-        let mut made =
-            ProgramBuilder::new(DeviceProperties { multiprocessors: 4, bytes_per_us: 0, compute_capability: (9, 0) });
-        matvecs.iter().for_each(|(x, out)| multiply(&mut made, *x, 1, *out).unwrap());
-        made
-    }
-
-    #[test]
-    fn write_after_read_hazards_are_refused() {
-        // Its first line: the rest may be a backtrace.
-        let said = |error: candle_core::Error| error.to_string().lines().next().unwrap_or_default().to_owned();
-        let order = |program: &ProgramBuilder| program.check_hazards().map_err(said);
-        assert_eq!(order(&chain(&[(1, 2), (2, 3), (3, 1)])), Ok(()));
-        let refused = Err("instruction 1 may overwrite what instruction 0 has not read yet".to_string());
-        assert_eq!(order(&chain(&[(1, 2), (3, 1)])), refused);
-        // A unit of attention reads a part of q; an instruction behind it depends on all units.
-        let attention = |q, out| Attention { q, out, d: 8, d_pad: 8, kv_heads: 1, group: 1, ..Attention::default() };
-        let mut direct = chain(&[(1, 2)]);
-        direct.attend(attention(2, 1)).unwrap();
-        assert_eq!(order(&direct), refused);
-        let mut behind = chain(&[(1, 2)]);
-        behind.attend(attention(2, 3)).unwrap();
-        multiply(&mut behind, 3, 1, 1).unwrap();
-        assert_eq!(order(&behind), Ok(()));
-    }
-
-    #[test]
-    fn values_of_the_same_launch_are_read_with_their_tag() {
-        let mut program = chain(&[(1, 2)]);
-        multiply(&mut program, 2, 1, 3).unwrap();
-        assert_eq!(program.list[1].reads(), [(2, Some(0))]);
-        assert_eq!(program.list[0].reads(), [(1, None)]);
-        assert!(multiply(&mut program, 3, 0, 4).is_err());
-    }
-}
+mod tests;

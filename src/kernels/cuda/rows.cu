@@ -32,6 +32,12 @@ extern "C" __global__ void embed_rows(const int *tokens, const int *feature_of_r
     }
 }
 
+// A token as a step finds it: its embedding, scale * row [width] in tagged fp32 without a tag, and the state. One block.
+extern "C" __global__ void place_token(const __half *row, uint2 *embedding, float scale, int width, int *state, int token, int position, int step) {
+    for (int at = threadIdx.x; at < width; at += blockDim.x) embedding[at] = make_uint2(__float_as_uint(__half2float(row[at]) * scale), 0);
+    if (threadIdx.x == 0) state[0] = token, state[1] = position, state[2] = step;
+}
+
 // x[t] += table[t]
 extern "C" __global__ void add_table_rows(float *x, const __half *table, int stride, int width) {
     for (int at = threadIdx.x; at < width; at += blockDim.x)
@@ -43,6 +49,7 @@ struct Addend {
     const void *values;  // [t, n], or null for none
     const float *bias;   // [n], or null
     int is_float;        // values are fp32, else fp16
+    float scale;         // that multiplies values and bias
 };
 
 // A half plus its bias, rounded as add_bias_rows rounds it.
@@ -51,9 +58,9 @@ __device__ __forceinline__ float biased(__half y, const float *bias, int column)
 }
 
 __device__ __forceinline__ float added(const Addend &addend, long long at, int column) {
-    if (!addend.is_float) return biased(((const __half *)addend.values)[at], addend.bias, column);
+    if (!addend.is_float) return biased(((const __half *)addend.values)[at], addend.bias, column) * addend.scale;
     float y = ((const float *)addend.values)[at];
-    return addend.bias ? y + addend.bias[column] : y;
+    return (addend.bias ? y + addend.bias[column] : y) * addend.scale;
 }
 
 // x += first + second, where there are any; out = norm(x), fp16. A block owns a row.
@@ -109,13 +116,13 @@ __device__ __forceinline__ float activated(int kind, float x) {
     return x > 0.0f || isnan(x) ? x : 0.0f;
 }
 
-// out = act(gate + bias), times up where there is one.
-extern "C" __global__ void activate_rows(const __half *gate, const float *bias, const __half *up, __half *out, int kind, int n,
+// out = act(gate + bias), times scale * up where there is one.
+extern "C" __global__ void activate_rows(const __half *gate, const float *bias, const __half *up, __half *out, float scale, int kind, int n,
                                          long long count) {
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= count) return;
     __half y = __float2half_rn(activated(kind, biased(gate[at], bias, bias ? (int)(at % n) : 0)));
-    out[at] = up ? __float2half_rn(__half2float(y) * __half2float(up[at])) : y;
+    out[at] = up ? __float2half_rn(__half2float(y) * __half2float(__float2half_rn(__half2float(up[at]) * scale))) : y;
 }
 
 // Adds biases, if there are any, rotates q [t, h, d] in place and writes k, v [t, g, d] to the cache [g, capacity, d_pad]. A block owns a
@@ -154,10 +161,36 @@ extern "C" __global__ void append_rows(__half *q, const __half *k, const __half 
     }
 }
 
-// fp16 to fp32.
-extern "C" __global__ void widen_rows(const __half *from, float *to, long long count) {
+// x = norm(x + bias), an rms norm of `len` neighbouring values of a row, which `weight` [len] multiplies; a block owns them. Values are rounded
+// once with their bias, where there is one, and once at the end.
+extern "C" __global__ void __launch_bounds__(128) norm_parts(__half *x, const float *bias, const float *weight, float epsilon, int len) {
+    __half *of = x + ((long long)blockIdx.x * gridDim.y + blockIdx.y) * len;
+    const int column = blockIdx.y * len;
+    float squares = 0.0f;
+    for (int at = threadIdx.x; at < len; at += 128) {
+        const float value = biased(of[at], bias, column + at);
+        squares += value * value;
+    }
+    const float factor = rsqrtf(row_sum<128>(squares) / len + epsilon);
+    for (int at = threadIdx.x; at < len; at += 128) of[at] = __float2half_rn(biased(of[at], bias, column + at) * factor * weight[at]);
+}
+
+// Columns start .. start + len of rows of n 16-bit values, one row behind the other.
+extern "C" __global__ void copy_columns(const uint16_t *from, uint16_t *to, int n, int start, int len, long long count) {
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (at < count) to[at] = __half2float(from[at]);
+    if (at < count) to[at] = from[at / len * n + start + at % len];
+}
+
+// fp32 to fp16.
+extern "C" __global__ void narrow_rows(const float *from, __half *to, long long count) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < count) to[at] = __float2half_rn(from[at]);
+}
+
+// fp16 to fp32, scaled.
+extern "C" __global__ void widen_rows(const __half *from, float *to, float scale, long long count) {
+    long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < count) to[at] = __half2float(from[at]) * scale;
 }
 
 // Reads `count` 16-byte words and writes almost nothing: measures the read bandwidth.

@@ -6,6 +6,7 @@ use candle_core::Result;
 
 use super::attend::Heads;
 use super::launch::{Fatbin, Grid, Launcher, dimension};
+use super::program::TokenOutput;
 use crate::parameters;
 
 pub static KERNELS: Fatbin = Fatbin { name: "rows", image: include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")) };
@@ -39,6 +40,8 @@ pub struct Addend {
     pub bias: u64,
     /// 1 where the values are fp32, 0 where they are fp16.
     pub is_float: i32,
+    /// It multiplies values and bias.
+    pub scale: f32,
 }
 
 impl RowKernels<'_> {
@@ -63,6 +66,20 @@ impl RowKernels<'_> {
         let parameters = parameters![tokens, feature_of_row, table.address, features, out, scale, image, stride, width];
         // SAFETY: as rows.cu declares them.
         unsafe { self.launch("embed_rows", Grid::new((rows, 1), THREADS), parameters) }
+    }
+
+    /// Puts a token where the next step reads it, as that of the step numbered `step`: `output` says where its state and its embedding
+    /// lie.
+    ///
+    /// # Safety
+    /// See [`RowKernels`].
+    pub unsafe fn place_token(self, output: &TokenOutput, token: u32, position: usize, step: u32) -> Result<()> {
+        let TokenOutput { state, table, embedding, table_scale, table_stride, hidden, .. } = *output;
+        let row = table + u64::from(token) * (table_stride as usize * size_of::<half::f16>()) as u64;
+        let (token, position, step) = (dimension(token as usize)?, dimension(position)?, step as i32);
+        let parameters = parameters![row, embedding, table_scale, hidden, state, token, position, step];
+        // SAFETY: as rows.cu declares them.
+        unsafe { self.launch("place_token", Grid::new((1, 1), WIDE_THREADS), parameters) }
     }
 
     /// fp32 `x[t] += table[t]`
@@ -122,7 +139,7 @@ impl RowKernels<'_> {
         unsafe { self.launch("add_rows", Grid::over(rows * width, THREADS), parameters) }
     }
 
-    /// fp16 `out = act(gate + bias) · up`, the sum rounded to fp16; `bias`, fp32 `[width]`, and `up` may be 0.
+    /// fp16 `out = act(gate + bias) · scale · up`, the sum and what is scaled rounded to fp16; `bias`, fp32 `[width]`, and `up` may be 0.
     ///
     /// # Safety
     /// See [`RowKernels`].
@@ -135,10 +152,11 @@ impl RowKernels<'_> {
         gate: u64,
         bias: u64,
         up: u64,
+        scale: f32,
         out: u64,
     ) -> Result<()> {
         let (n, count) = (dimension(width)?, (rows * width) as i64);
-        let parameters = parameters![gate, bias, up, out, kind, n, count];
+        let parameters = parameters![gate, bias, up, out, scale, kind, n, count];
         // SAFETY: as rows.cu declares them.
         unsafe { self.launch("activate_rows", Grid::over(rows * width, THREADS), parameters) }
     }
@@ -170,14 +188,61 @@ impl RowKernels<'_> {
         unsafe { self.launch("append_rows", Grid::new((rows, 1), WIDE_THREADS), parameters) }
     }
 
-    /// fp16 to fp32.
+    /// fp16 `x = norm(x + bias)` of each of the `parts` parts of a row, an rms norm whose `weight` they share; `bias`, fp32 of a
+    /// row, may be 0.
     ///
     /// # Safety
     /// See [`RowKernels`].
-    pub unsafe fn widen(self, count: usize, from: u64, to: u64) -> Result<()> {
+    pub unsafe fn norm_parts(
+        self,
+        rows: usize,
+        (parts, len): (usize, usize),
+        x: u64,
+        bias: u64,
+        weight: u64,
+        epsilon: f32,
+    ) -> Result<()> {
+        let len = dimension(len)?;
+        // SAFETY: as rows.cu declares them.
+        unsafe { self.launch("norm_parts", Grid::new((rows, parts), 128), parameters![x, bias, weight, epsilon, len]) }
+    }
+
+    /// Columns `start .. start + len` of rows of `n` 16-bit values.
+    ///
+    /// # Safety
+    /// See [`RowKernels`].
+    pub unsafe fn copy_columns(
+        self,
+        rows: usize,
+        n: usize,
+        (start, len): (usize, usize),
+        from: u64,
+        to: u64,
+    ) -> Result<()> {
+        let (n, start, width, count) = (dimension(n)?, dimension(start)?, dimension(len)?, (rows * len) as i64);
+        let grid = Grid::over(rows * len, THREADS);
+        // SAFETY: as rows.cu declares them.
+        unsafe { self.launch("copy_columns", grid, parameters![from, to, n, start, width, count]) }
+    }
+
+    /// fp32 to fp16.
+    ///
+    /// # Safety
+    /// See [`RowKernels`].
+    pub unsafe fn narrow(self, count: usize, from: u64, to: u64) -> Result<()> {
         let n = count as i64;
         // SAFETY: as rows.cu declares them.
-        unsafe { self.launch("widen_rows", Grid::over(count, THREADS), parameters![from, to, n]) }
+        unsafe { self.launch("narrow_rows", Grid::over(count, THREADS), parameters![from, to, n]) }
+    }
+
+    /// fp16 to fp32, multiplied by `scale`.
+    ///
+    /// # Safety
+    /// See [`RowKernels`].
+    pub unsafe fn widen(self, count: usize, from: u64, scale: f32, to: u64) -> Result<()> {
+        let n = count as i64;
+        // SAFETY: as rows.cu declares them.
+        unsafe { self.launch("widen_rows", Grid::over(count, THREADS), parameters![from, to, scale, n]) }
     }
 
     /// Reads `words` of 16 bytes and writes one of 4 bytes now and then.

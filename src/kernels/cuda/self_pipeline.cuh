@@ -47,8 +47,9 @@ struct SelfPipeline {
         const Instruction &instruction = instructions[cursor.index % RESIDENT_INSTRUCTIONS].instruction;
         if (!SideData::WORDS || instruction.opcode != OPCODE_FORMAT) return;
         copies |= 4;
-        const int asked = SideData::row_of(lane), index = __shfl_sync(ALL_LANES, (int)(rows.part - instruction.matvec.parts), asked);
-        side_data.set(instruction.matvec.parts[index], rows.k, __shfl_sync(ALL_LANES, rows.row, asked), cursor.iterator.chunk);
+        const MatrixPart *parts = parts_of(instruction.matvec);
+        const int asked = SideData::row_of(lane), index = __shfl_sync(ALL_LANES, (int)(rows.part - parts), asked);
+        side_data.set(parts[index], rows.k, __shfl_sync(ALL_LANES, rows.row, asked), cursor.iterator.chunk);
     }
 
     // Instruction `done` is read to its end and may be overwritten in shared memory.

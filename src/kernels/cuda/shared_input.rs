@@ -1,7 +1,7 @@
 //! Activations of many rows, which several matrices read.
 
 use std::any::Any;
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 
 use candle_core::Result;
 
@@ -14,6 +14,8 @@ pub struct SharedInput<'a> {
     pub m: usize,
     /// A count of 64 bits that LLM.int8's outlier columns are added to, or 0.
     pub outlier_columns: u64,
+    /// Whether the next product is fp32, of a family that has such.
+    pub to_floats: Cell<bool>,
     pub arena: &'a Arena<'a>,
     made: OnceCell<Box<dyn Any>>,
     /// The memory of it.
@@ -22,7 +24,8 @@ pub struct SharedInput<'a> {
 
 impl<'a> SharedInput<'a> {
     pub fn new(at: u64, m: usize, outlier_columns: u64, arena: &'a Arena<'a>) -> Self {
-        Self { at, m, outlier_columns, arena, made: OnceCell::new(), kept: RefCell::default() }
+        let (to_floats, made, kept) = (Cell::new(false), OnceCell::new(), RefCell::default());
+        Self { at, m, outlier_columns, to_floats, arena, made, kept }
     }
 
     /// Room that stays as long as these rows.

@@ -10,7 +10,7 @@ use crate::kernels::cuda::arena::Layout;
 use crate::kernels::cuda::launch::MemoryPlanner;
 use crate::kernels::cuda::matvec::MatrixDesc;
 use crate::kernels::cuda::step_kernel::DeviceProperties;
-use crate::plan::{BiasId, CacheId, MatrixId, Model, RopeId, VectorId, feature, refuse};
+use crate::plan::{BiasId, CacheId, MatrixId, Model, RopeId, VectorId};
 use crate::quant::dense;
 
 /// Lowers a decode step, a prompt and an encoder call of one row each.
@@ -18,19 +18,18 @@ use crate::quant::dense;
 /// # Errors
 /// If one of them holds an operation that the device has no code for.
 pub fn check(model: &Model, properties: DeviceProperties) -> Result<()> {
-    for rope in &model.ropes {
-        refuse("the CUDA step", "a model", &[feature(&rope.by_length)])?;
-    }
     let on = Nowhere { model, properties };
     let fused = fused(&on)?;
-    // Every buffer has an address of its own, and none is 0.
+    // No two buffers overlap, and none is at 0.
     let mut next = 0;
     let memory = StepMemory::of(&on, &fused).map(|_| {
-        next += 1;
+        next += BUFFER_BYTES;
         next
     });
     StepProgram::new(&on, &fused, &memory)?;
-    let kinds = model.encoder.iter().map(|_| CallKind::Encoder).chain([CallKind::Prompt]);
+    // A mixture's prompt is steps.
+    let prompt = model.experts().is_none().then_some(CallKind::Prompt);
+    let kinds = model.encoder.iter().map(|_| CallKind::Encoder).chain(prompt);
     for kind in kinds {
         let shape = CallShape { kind, batch: Batch::step(0), encoded: 1 };
         let input = CallInput::Tokens(vec![0; 2]);
@@ -48,6 +47,8 @@ struct Nowhere<'a> {
     properties: DeviceProperties,
 }
 
+/// More than any buffer of a step has.
+const BUFFER_BYTES: u64 = 1 << 40;
 /// Any aligned address.
 const ADDRESS: u64 = 1 << 20;
 const CAPACITY: usize = 1;
@@ -75,7 +76,11 @@ impl Addresses for Nowhere<'_> {
         CacheAt { keys: ADDRESS, values: ADDRESS, capacity: CAPACITY, d_pad }
     }
 
-    fn angles(&self, _: RopeId) -> u64 {
+    fn step_angles(&self, _: RopeId) -> u64 {
+        ADDRESS
+    }
+
+    fn call_angles(&self, _: RopeId) -> u64 {
         ADDRESS
     }
 

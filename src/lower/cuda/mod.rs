@@ -4,12 +4,14 @@
 mod call;
 mod check;
 pub mod prefill;
+mod range;
 pub mod step;
 mod tables;
 
 pub use call::{CallInput, CallKind, CallResult, CallShape};
 pub use check::check;
-pub use tables::{angles, by_distance, padded, padded_floats};
+pub use range::scales;
+pub use tables::{by_distance, call_angles, length_class, padded, padded_floats, step_angles};
 
 use candle_core::{Result, bail};
 
@@ -18,7 +20,7 @@ use crate::kernels::cuda::launch::dimension;
 use crate::kernels::cuda::matvec::{self, Epilogue, MatrixDesc, Mode, Product};
 use crate::kernels::cuda::program::{self, PlannedLaunch, ProgramBuilder};
 use crate::kernels::cuda::step_kernel::DeviceProperties;
-use crate::plan::{ActivationKind, BiasId, CacheId, EmbedSpec, LmHead, MatrixId, Model, Op, RopeId, VectorId};
+use crate::plan::{ActivationKind, BiasId, CacheId, EmbedSpec, LmHead, MatrixId, Model, Op, RopeId, Softcap, VectorId};
 
 /// The calls that the device runs.
 pub const CALLS: Supported = Supported { executor: "the CUDA engine", kv_formats: &[KvFormat::Fp16] };
@@ -36,8 +38,11 @@ pub trait Addresses {
 
     fn cache(&self, id: CacheId) -> CacheAt;
 
-    /// Laid out by [`angles`].
-    fn angles(&self, id: RopeId) -> u64;
+    /// Laid out by [`step_angles`].
+    fn step_angles(&self, id: RopeId) -> u64;
+
+    /// Laid out by [`call_angles`], up to the last row of the call.
+    fn call_angles(&self, id: RopeId) -> u64;
 
     fn bias(&self, id: BiasId) -> BiasAt;
 
@@ -118,7 +123,9 @@ pub fn head(
     counters: u64,
 ) -> Result<PlannedLaunch> {
     let bias = head.bias.map_or(0, |bias| on.vector(bias));
-    let product = Product { matrix: on.matrix(head.weight), bias, out, activation: 0 };
+    let activation = if head.softcap.is_some() { matvec::ACT_CAP } else { 0 };
+    let epilogue = Epilogue { softcap: head.softcap.map_or(0.0, |Softcap(cap)| cap), ..epilogue };
+    let product = Product { matrix: on.matrix(head.weight), first_row: 0, bias, out, activation };
     let input = matvec::InputDesc { x, scale: head.scale, ..matvec::InputDesc::default() };
     let mut planned = ProgramBuilder::single(on.properties(), Mode::Apart, vec![input], &[product], epilogue)?;
     planned.program.token_output = token;

@@ -1,22 +1,22 @@
 //! A call of many rows: prompts, encoders, pictures. One operation of the plan after the other, in memory that lives from the
 //! operation that writes it to the last that reads it.
 
+mod attend;
+
 use anyhow::{Context, Result, bail};
 use half::f16;
 
 use super::call::{CallKind, CallResult, CallShape};
-use super::{Addresses, BiasAt, activation_number};
+use super::{Addresses, activation_number, scales};
 use crate::kernels::cuda::arena::{Arena, Region};
-use crate::kernels::cuda::attend::{Bias, Heads, RowsAttention};
 use crate::kernels::cuda::launch::Launcher;
-use crate::kernels::cuda::matvec::Epilogue;
+use crate::kernels::cuda::matvec::{Epilogue, MatrixDesc};
 use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
 use crate::kernels::cuda::rows::{Addend, RowKernels, Table};
 use crate::kernels::cuda::shared_input::SharedInput;
 use crate::plan::{
-    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, AttentionSpec, BiasId, BufferId, CacheId, CacheScope, EmbedSpec,
-    FeaturesSpec, KeyValue, Lifetime, LinearPart, LinearSpec, Mask, MatrixId, Model, Norm, NormKind, NormSpec, Op,
-    PatchesSpec, Plan, RopeId, VectorId, feature, refuse,
+    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, BufferId, EmbedSpec, FeaturesSpec, Lifetime, LinearPart,
+    LinearSpec, MatrixId, MatrixRows, Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, VectorId,
 };
 use crate::quant::OutlierColumns;
 
@@ -47,7 +47,12 @@ pub fn run(
     };
     let buffers = plan.buffers.iter().map(|_| None).collect();
     let (lives, examined) = (plan.lifetimes(), OutlierColumns::default());
-    Prefill { on, plan, shape, launcher, arena, input: Some(input), buffers, lives, examined }.run(len, kept)
+    // Of the decoder's gates alone.
+    let scales = match shape.kind {
+        CallKind::Encoder => vec![1.0; plan.buffers.len()],
+        CallKind::Prompt | CallKind::Scored => scales(model),
+    };
+    Prefill { on, plan, shape, launcher, arena, input: Some(input), buffers, lives, scales, examined }.run(len, kept)
 }
 
 /// The head of the last row, which finds the token of a prompt and puts it where `token` says.
@@ -83,6 +88,8 @@ struct Buffer<'a> {
     is_float: bool,
     /// The bias of a product, not added yet; or 0.
     bias: u64,
+    /// A power of two that values and bias are stored by, where that is not 1.
+    scale: f32,
     /// Products that have not been added to a residual yet, in their order.
     addends: Vec<Buffer<'a>>,
     _region: Option<Region<'a>>,
@@ -93,12 +100,18 @@ const MAX_DEFERRED_ADDS: usize = 2;
 
 impl<'a> Buffer<'a> {
     fn new(address: u64, is_float: bool, region: Option<Region<'a>>) -> Self {
-        Self { address, is_float, bias: 0, addends: Vec::new(), _region: region }
+        Self { address, is_float, bias: 0, scale: 1.0, addends: Vec::new(), _region: region }
     }
 
     fn addend(&self) -> Addend {
-        Addend { values: self.address, bias: self.bias, is_float: i32::from(self.is_float) }
+        let is_float = i32::from(self.is_float);
+        Addend { values: self.address, bias: self.bias, is_float, scale: 1.0 / self.scale }
     }
+}
+
+/// The matrix as it multiplies what was stored by `scale`: LLM.int8's outliers are at least that part of the threshold.
+fn scaled(matrix: MatrixDesc, scale: f32) -> MatrixDesc {
+    MatrixDesc { threshold: matrix.threshold * scale, ..matrix }
 }
 
 fn addends(buffers: &[Buffer]) -> [Addend; MAX_DEFERRED_ADDS] {
@@ -116,6 +129,8 @@ struct Prefill<'a> {
     input: Option<Region<'a>>,
     buffers: Vec<Option<Buffer<'a>>>,
     lives: Vec<Lifetime>,
+    /// By the decoder's buffers: [`scales`].
+    scales: Vec<f32>,
     examined: OutlierColumns,
 }
 
@@ -167,8 +182,8 @@ impl<'a> Prefill<'a> {
     /// The address of an fp16 product, and the bias that is not added to it yet.
     fn product(&self, id: BufferId) -> Result<(u64, u64)> {
         match self.buffer(id)? {
-            Buffer { address, is_float: false, bias, .. } => Ok((*address, *bias)),
-            _ => bail!("an fp32 buffer where fp16 is read"),
+            Buffer { address, is_float: false, bias, scale: 1.0, .. } => Ok((*address, *bias)),
+            _ => bail!("an fp32 or a scaled buffer where fp16 is read"),
         }
     }
 
@@ -210,11 +225,11 @@ impl<'a> Prefill<'a> {
         if is_float && bias == 0 {
             return Ok(());
         }
-        let from = self.read(id)?;
+        let (scale, from) = (self.buffer(id)?.scale, self.read(id)?);
         if !is_float {
             let wide = self.float(id)?;
             // SAFETY: both hold rows · width values.
-            unsafe { self.kernels().widen(self.shape.rows() * self.width(id), from, wide.address) }?;
+            unsafe { self.kernels().widen(self.shape.rows() * self.width(id), from, 1.0 / scale, wide.address) }?;
             self.buffers[id.0] = Some(wide);
         }
         Ok(())
@@ -275,6 +290,8 @@ impl<'a> Prefill<'a> {
         let (rows, kernels) = (self.shape.rows(), self.kernels());
         let (width, weight) = (self.width(x), self.vector(weight));
         let x = self.buffer_mut(x)?;
+        // A norm of values by a power of two is that of the values, with an epsilon by its square.
+        let epsilon = epsilon * x.scale * x.scale;
         let (x, deferred) = (x.address, std::mem::take(&mut x.addends));
         // SAFETY: x, its deferred additions and y hold rows · width values, the vectors width.
         unsafe { kernels.norm(rows, width, x, addends(&deferred), weight, bias, epsilon, y.address) }?;
@@ -283,22 +300,27 @@ impl<'a> Prefill<'a> {
     }
 
     fn linear(&mut self, LinearSpec { x, parts }: &LinearSpec) -> Result<()> {
-        if self.buffer(*x)?.is_float {
-            bail!("a matrix reads fp16 activations");
+        // Matrices read fp16: a residual is cast.
+        let (at, count) = (self.read(*x)?, self.shape.rows() * self.width(*x));
+        let cast = if self.buffer(*x)?.is_float { Some(self.arena.take::<f16>(count)?) } else { None };
+        if let Some(cast) = &cast {
+            // SAFETY: both hold as many values.
+            unsafe { self.kernels().narrow(count, at, cast.address) }?;
         }
         let outlier_columns = self.on.session().outlier_columns;
-        let x = SharedInput::new(self.read(*x)?, self.shape.rows(), outlier_columns, self.arena);
-        for &LinearPart { weight, rows, bias, out } in parts {
-            refuse(EXECUTOR, "a linear", &[feature(&rows)])?;
-            let matrix = self.on.matrix(weight);
-            let y = match matrix.family.product_is_float {
-                true => self.float(out)?,
-                false => self.half(out)?,
-            };
-            // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
-            unsafe { matrix.multiply_rows(self.launcher, &x, y.address) }?;
-            let bias = bias.map_or(0, |bias| self.vector(bias));
-            self.buffers[out.0] = Some(Buffer { bias, ..y });
+        let at = cast.as_ref().map_or(at, |cast| cast.address);
+        let (x, scale) = (SharedInput::new(at, self.shape.rows(), outlier_columns, self.arena), self.buffer(*x)?.scale);
+        for parts in parts.chunk_by(|a, b| a.rows.is_some() && b.rows.is_some() && a.weight == b.weight) {
+            match parts {
+                [part @ LinearPart { rows: None, .. }] => {
+                    let y = Buffer { scale, ..self.room(part)? };
+                    x.to_floats.set(y.is_float);
+                    // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
+                    unsafe { scaled(self.on.matrix(part.weight), scale).multiply_rows(self.launcher, &x, y.address) }?;
+                    self.buffers[part.out.0] = Some(y);
+                }
+                parts => self.cut(&x, parts)?,
+            }
         }
         // The first matrix that has outlier columns finds them for all parts.
         let mut matrices = parts.iter().map(|part| self.on.matrix(part.weight));
@@ -308,84 +330,36 @@ impl<'a> Prefill<'a> {
         Ok(())
     }
 
-    /// Adds the biases of k, v and the queries that it rotates, rotates and writes to the cache.
-    fn append(
-        &mut self,
-        KeyValue { k, v }: KeyValue,
-        cache: CacheId,
-        rotate: Option<(RopeId, BufferId)>,
-    ) -> Result<()> {
-        let heads = self.heads(cache, rotate.map(|(_, q)| q));
-        let (angles, rotary) = match rotate {
-            Some((rope, _)) => (self.on.angles(rope), self.on.model().ropes[rope.0].rotary_dim),
-            None => (0, 0),
+    /// Room for the product of a part, whose bias is deferred.
+    fn room(&self, &LinearPart { weight, rows: _, bias, out }: &LinearPart) -> Result<Buffer<'a>> {
+        let family = self.on.matrix(weight).family;
+        // Values of a product that a norm alone reads may exceed fp16.
+        let is_normed = || {
+            let has = |reads: &dyn Fn(&Op) -> bool| self.plan.ops.iter().any(reads);
+            has(&|op| matches!(op, Op::Norm(spec) if spec.x == out))
+                && !has(&|op| matches!(op, Op::Add(spec) if spec.a == out))
         };
-        let (q, q_bias) = rotate.map_or(Ok((0, 0)), |(_, q)| self.product(q))?;
-        let ((k, k_bias), (v, v_bias)) = (self.product(k)?, self.product(v)?);
-        let (rows, position, at) = (self.shape.rows(), self.first_position(cache), self.on.cache(cache));
-        let (memory, biases) = ([at.keys, at.values], [q_bias, k_bias, v_bias]);
-        // SAFETY: q, k and v hold `rows` rows of their heads; the caller checked that the cache has room.
-        unsafe { self.kernels().append(rows, position, heads, [q, k, v], biases, memory, angles, rotary) }?;
-        if let Some((_, q)) = rotate {
-            self.buffer_mut(q)?.bias = 0;
-        }
-        Ok(())
+        let is_float = family.product_is_float || (family.has_float_products && is_normed());
+        let y = if is_float { self.float(out)? } else { self.half(out)? };
+        Ok(Buffer { bias: bias.map_or(0, |bias| self.vector(bias)), ..y })
     }
 
-    fn attention(&mut self, index: usize, spec: &AttentionSpec) -> Result<()> {
-        let &AttentionSpec { q, append, cache, out, scale, mask, rope, bias, window, softcap, qk_norm, sinks } = spec;
-        let features = [feature(&window), feature(&softcap), feature(&qk_norm), feature(&sinks)];
-        refuse(EXECUTOR, "an attention", &features)?;
-        match (append, rope) {
-            (Some(kv), rope) => self.append(kv, cache, rope.map(|rope| (rope, q)))?,
-            (None, Some(_)) => refuse(EXECUTOR, "an attention", &[Some(&"a rope and no keys to append")])?,
-            (None, None) => {}
+    /// The product of one matrix, whose rows are cut into parts.
+    fn cut(&mut self, x: &SharedInput<'a>, parts: &[LinearPart]) -> Result<()> {
+        let (m, matrix) = (self.shape.rows(), self.on.matrix(parts[0].weight));
+        // Values of 16 bits that one product takes.
+        let of_value = if matrix.family.product_is_float { 2 } else { 1 };
+        let whole = self.arena.take::<f16>(m * matrix.n * of_value)?;
+        // SAFETY: as in `linear`.
+        unsafe { matrix.multiply_rows(self.launcher, x, whole.address) }?;
+        for part in parts {
+            let MatrixRows { start, len } = part.rows.context("parts of a matrix")?;
+            let (y, columns) = (self.room(part)?, (start * of_value, len * of_value));
+            // SAFETY: `whole` holds m rows of all columns, y those of the part.
+            unsafe { self.kernels().copy_columns(m, matrix.n * of_value, columns, whole.address, y.address) }?;
+            self.buffers[part.out.0] = Some(y);
         }
-        // Keys and values are in the cache: what follows may have their memory.
-        for id in append.into_iter().flat_map(|KeyValue { k, v }| [k, v]) {
-            self.buffers[id.0].take_if(|_| self.lives[id.0].last == 2 * index);
-        }
-        self.buffers[out.0] = Some(self.attend(q, cache, scale, mask, bias)?);
         Ok(())
-    }
-
-    fn attend(
-        &mut self,
-        q: BufferId,
-        cache: CacheId,
-        scale: f32,
-        mask: Mask,
-        bias: Option<BiasId>,
-    ) -> Result<Buffer<'a>> {
-        let scope = self.on.model().caches[cache.0].scope;
-        let (q_at, out, at) = (self.read(q)?, self.half(q)?, self.on.cache(cache));
-        let call = RowsAttention {
-            rows: self.shape.rows(),
-            heads: self.heads(cache, Some(q)),
-            q: q_at,
-            out: out.address,
-            keys: at.keys,
-            values: at.values,
-            total: match scope {
-                CacheScope::Decoder => self.shape.position() + self.shape.rows(),
-                CacheScope::Encoder => self.shape.encoded,
-            },
-            scale,
-            is_causal: match mask {
-                Mask::Causal => true,
-                Mask::Full => false,
-                Mask::Prefix => self.shape.position() > 0,
-            },
-            // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
-            position: if scope == CacheScope::Decoder { self.shape.position() } else { 0 },
-            bias: bias.map_or(Bias::default(), |bias| {
-                let BiasAt { address, reach } = self.on.bias(bias);
-                Bias { address, reach }
-            }),
-        };
-        // SAFETY: q and out hold rows of all heads, the cache as many keys.
-        unsafe { call.run(self.launcher, self.arena, self.on.properties().multiprocessors) }?;
-        Ok(out)
     }
 
     fn activate(&mut self, index: usize, ActivationSpec { kind, gate, up, out }: ActivationSpec) -> Result<()> {
@@ -394,11 +368,12 @@ impl<'a> Prefill<'a> {
         // In its place, if nobody reads it again.
         let is_last = self.lives[gate.0].last_op() == index && self.width(gate) == width;
         let y = match self.buffers[gate.0].take_if(|_| is_last) {
-            Some(gate) => Buffer { bias: 0, ..gate },
-            None => self.half(out)?,
+            Some(gate) => Buffer { bias: 0, scale: self.scales[out.0], ..gate },
+            None => Buffer { scale: self.scales[out.0], ..self.half(out)? },
         };
+        let (kind, scale) = (activation_number(kind), y.scale);
         // SAFETY: all hold rows · width values, the bias width; each thread reads what it writes.
-        unsafe { self.kernels().activate(rows, width, activation_number(kind), from, bias, up, y.address) }?;
+        unsafe { self.kernels().activate(rows, width, kind, from, bias, up, scale, y.address) }?;
         self.buffers[out.0] = Some(y);
         Ok(())
     }
@@ -425,24 +400,5 @@ impl<'a> Prefill<'a> {
             self.buffers[out.0] = to;
         }
         Ok(())
-    }
-
-    fn first_position(&self, cache: CacheId) -> usize {
-        match self.on.model().caches[cache.0].scope {
-            CacheScope::Decoder => self.shape.position(),
-            CacheScope::Encoder => 0,
-        }
-    }
-
-    fn heads(&self, cache: CacheId, q: Option<BufferId>) -> Heads {
-        let spec = self.on.model().caches[cache.0];
-        let at = self.on.cache(cache);
-        Heads {
-            heads: q.map_or(0, |q| self.width(q) / spec.head_dim),
-            kv_heads: spec.kv_heads,
-            d: spec.head_dim,
-            d_pad: at.d_pad,
-            capacity: at.capacity,
-        }
     }
 }

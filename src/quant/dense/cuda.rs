@@ -39,6 +39,7 @@ static HALVES: Family = Family {
     chunk: CHUNK_BYTES / size_of::<f16>(),
     kernels: &[&STEP],
     product_is_float: false,
+    has_float_products: true,
     multiply_rows,
 };
 static FLOATS: Family = Family {
@@ -47,6 +48,7 @@ static FLOATS: Family = Family {
     chunk: CHUNK_BYTES / size_of::<f32>(),
     kernels: &[&STEP],
     product_is_float: true,
+    has_float_products: true,
     multiply_rows,
 };
 
@@ -124,6 +126,7 @@ impl CudaMatrix for DenseOnDevice {
 /// # Safety
 /// As [`MatrixDesc::multiply_rows`].
 unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+    let to_floats = x.to_floats.get();
     let SharedInput { at: x, m, arena, .. } = *x;
     let (k, is_float) = (matrix.k, matrix.family.product_is_float);
     let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
@@ -131,7 +134,7 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
     let (ty, element_bytes, a) = if is_float {
         let at = widened.insert(arena.take::<f32>(m * k)?).address;
         // SAFETY: both hold m * k values.
-        unsafe { RowKernels { on }.widen(m * k, x, at) }?;
+        unsafe { RowKernels { on }.widen(m * k, x, 1.0, at) }?;
         (Type::Float, size_of::<f32>(), at)
     } else {
         (Type::Half, size_of::<f16>(), x)
@@ -146,7 +149,7 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
         b_is_transposed: true,
         out: operand(y, matrix.n),
         from: ty,
-        to: ty,
+        to: if to_floats { Type::Float } else { ty },
     };
     // SAFETY: the caller's promise.
     unsafe { on.multiply(&gemm) }

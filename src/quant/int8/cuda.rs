@@ -40,6 +40,8 @@ static BYTES: Family = Family {
     chunk: CHUNK_BYTES,
     kernels: &[&STEP],
     product_is_float: false,
+    // LLM.int8 rounds its sums to fp16.
+    has_float_products: false,
     multiply_rows,
 };
 

@@ -50,6 +50,7 @@ const fn family(name: &'static str, kernels: &'static [&'static StepKernel]) -> 
         chunk: CHUNK_ELEMENTS,
         kernels,
         product_is_float: false,
+        has_float_products: true,
         multiply_rows,
     }
 }
@@ -233,7 +234,9 @@ impl CudaMatrix for Nf4OnDevice {
 /// # Safety
 /// As [`MatrixDesc::multiply_rows`].
 unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+    let to_floats = x.to_floats.get();
     let SharedInput { at: x, m, arena, .. } = *x;
+    let (to, value_bytes) = if to_floats { (Type::Float, size_of::<f32>()) } else { (Type::Half, size_of::<f16>()) };
     let &MatrixDesc { n, k, .. } = matrix;
     let step = tile_rows(m, n, k);
     let tile = arena.take::<f16>(step * k)?;
@@ -249,9 +252,9 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
             a: operand(x, k),
             b: operand(weight, k),
             b_is_transposed: true,
-            out: operand(y + (size_of::<f16>() * first) as u64, n),
+            out: operand(y + (value_bytes * first) as u64, n),
             from: Type::Half,
-            to: Type::Half,
+            to,
         };
         // SAFETY: the caller's promise for the matrix, x and y; the weight has room for these rows, and what overwrites it comes
         // later on the same stream.

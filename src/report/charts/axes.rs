@@ -110,7 +110,7 @@ pub struct Plot {
 impl Plot {
     /// As wide as `width` allows, `height` units high with all its words.
     pub fn new(width: f64, height: f64, x: Axis, y: Axis) -> Self {
-        let numbers = y.marks().iter().map(|(_, text)| text_width(&text)).fold(0.0, f64::max);
+        let numbers = y.marks().iter().map(|(_, text)| text_width(text)).fold(0.0, f64::max);
         let (left, right) = (numbers + GAP, width - MARGIN);
         Self { x, y: Some(y), left, right, top: TITLE, bottom: height - FOOT }
     }

@@ -28,6 +28,7 @@ inline uint32_t multiprocessor() { return blockIdx.x; }
 // Relaxed loads and stores between the blocks of a launch. A poll that fails lets other fibers run.
 #define backoff shim::give_way
 inline uint32_t load_relaxed(const uint32_t *at) { return *shim::at_global<const uint32_t>(at); }
+inline uint2 load_relaxed(const uint2 *at) { return *shim::at_global<const uint2>(at); }
 inline uint4 load_relaxed(const uint4 *at) { return *shim::at_global<const uint4>(at); }
 inline void store_relaxed(uint32_t *at, uint32_t word) { shim::change(shim::at_global<uint32_t>(at), word); }
 inline void store_relaxed(uint2 *at, uint2 word) { shim::change(shim::at_global<uint2>(at), word); }

@@ -1,0 +1,41 @@
+//! Powers of two by which fp16 values are stored where they may be out of range.
+
+use crate::plan::{ActivationSpec, BufferId, ExpertsSpec, GatedActivation, LinearPart, LinearSpec, Model, Op};
+
+/// What results of gates are stored by: up to 2 million are in range then, and values below 0.002 lose places.
+const GATE_SCALE: f32 = 1.0 / 32.0;
+
+/// By the decoder's buffers, the power of two that fp16 values are stored by. Gates of models that norm queries, keys or products, or add
+/// biases to queries, have a scale: their checkpoints were trained in bf16, and have gates of 10^5 and more (Gemma 2 and 3, Qwen).
+pub fn scales(model: &Model) -> Vec<f32> {
+    let plan = &model.decoder;
+    let mut scales = vec![1.0; plan.buffers.len()];
+    let linears = || plan.ops.iter().filter_map(|op| if let Op::Linear(spec) = op { Some(spec) } else { None });
+    let parts_of =
+        |buffer: BufferId| linears().flat_map(|spec| &spec.parts).filter(move |part: &&LinearPart| part.out == buffer);
+    let is_wide = |op: &Op| match op {
+        Op::Attention(spec) => spec.qk_norm.is_some() || parts_of(spec.q).any(|part| part.bias.is_some()),
+        Op::Norm(spec) => parts_of(spec.x).next().is_some(),
+        Op::Embed(_) | Op::Patches(_) | Op::AddRows(_) | Op::Features(_) | Op::Linear(_) | Op::Append(_) => false,
+        Op::Activation(_) | Op::Experts(_) | Op::Add(_) | Op::LastRow(_) | Op::Argmax(_) => false,
+    };
+    if !plan.ops.iter().any(is_wide) {
+        return scales;
+    }
+    // A bias behind it would have to be stored so too.
+    let has_bias = |spec: &LinearSpec| spec.parts.iter().any(|part| part.bias.is_some());
+    let is_biased = |out: BufferId| linears().any(|spec| spec.x == out && has_bias(spec));
+    for op in &plan.ops {
+        let out = match op {
+            Op::Activation(ActivationSpec { up: Some(_), out, .. }) if !is_biased(*out) => *out,
+            Op::Experts(ExpertsSpec { activation: GatedActivation::Plain(_), out, .. }) => *out,
+            Op::Activation(_) | Op::Experts(_) | Op::Attention(_) | Op::Norm(_) | Op::Embed(_) | Op::Patches(_) => {
+                continue;
+            }
+            Op::AddRows(_) | Op::Features(_) | Op::Linear(_) | Op::Append(_) | Op::Add(_) => continue,
+            Op::LastRow(_) | Op::Argmax(_) => continue,
+        };
+        scales[out.0] = GATE_SCALE;
+    }
+    scales
+}
