@@ -133,7 +133,7 @@ pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Load
         fp16_overflow: tensors.fp16_overflow,
         isa: format!("sm_{major}{minor}"),
     };
-    Ok(recompute::wrapped(&setup.model.ropes, loaded))
+    Ok(recompute::wrapped(setup, loaded))
 }
 
 impl Weights {
