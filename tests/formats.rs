@@ -229,9 +229,9 @@ fn multiply(matrix: &dyn CpuMatrix, x: &[f32], m: usize, bias: Option<&[f32]>, p
     let (n, _) = matrix.shape();
     let mut y = vec![f32::NAN; m * n];
     let (mut prepared, mut scratch) = (Prepared::default(), Vec::new());
-    matrix.prepare(x, m, &mut prepared);
+    let prepared = matrix.prepare(x, m, &mut prepared);
     for rows in parts {
-        matrix.multiply(&prepared, rows.clone(), bias, &SharedSlice::new(&mut y), &mut scratch);
+        matrix.multiply(prepared, rows.clone(), bias, &SharedSlice::new(&mut y), &mut scratch);
     }
     y
 }
@@ -343,7 +343,7 @@ fn int8_corners() {
             let expected = stored.multiply(&x, 1);
             let matrix = stored.pack(isa);
             let mut prepared = Prepared::default();
-            matrix.prepare(&x, 1, &mut prepared);
+            let prepared = matrix.prepare(&x, 1, &mut prepared);
             assert_eq!(prepared.outlier_columns.len(), columns, "{value} at {threshold}, {}", isa.name());
             let y = multiply(&*matrix, &x, 1, None, from_ref(&(0..20)));
             for (y, expected) in y.iter().zip(expected) {

@@ -3,7 +3,7 @@
 
 use super::{Device, Engine, candle};
 use crate::call::KvFormat;
-use crate::lower::prompt;
+use crate::lower::prompt::{self, CPU_CALLS, CUDA_CALLS};
 use crate::plan::{
     BufferId, CacheScope, CacheSpec, LinearPart, LinearSpec, Model, NormSpec, Op, Plan, Rope, RopeByLength, Rows,
 };
@@ -54,7 +54,7 @@ impl Lengths {
         self.depth.saturating_add(self.prompt).saturating_add(self.gen_tokens)
     }
 
-    /// The calls of many rows that the decoder gets: their rows, and the positions that their last row sees. A GPU cuts them.
+    /// The calls of many rows that the decoder gets: their rows, and the positions that their last row sees. Our engines cut them.
     fn calls(&self) -> [(usize, usize); 2] {
         [(self.depth, self.depth), (self.prompt, self.depth.saturating_add(self.prompt))]
     }
@@ -121,8 +121,21 @@ fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
 /// Regions of fp32 as the engine lays them out: each side's for its longest call.
 fn cpu_scratch_bytes(model: &Model, lengths: &Lengths) -> u64 {
     let longest = lengths.calls().map(|(rows, _)| rows).into_iter().max().unwrap_or(0);
-    let encoder = model.encoder.as_ref().map_or(0, |encoder| slot_bytes(&encoder.plan, lengths.encoder));
-    slot_bytes(&model.decoder, longest).saturating_add(encoder).saturating_add(mixture_bytes(model, longest))
+    let encoder = model.encoder.as_ref().map_or(0, |encoder| cpu_call_bytes(&encoder.plan, lengths.encoder));
+    let rows = longest.min(cpu_rows_of_call(model));
+    cpu_call_bytes(&model.decoder, rows).saturating_add(encoder).saturating_add(mixture_bytes(model, rows))
+}
+
+/// Rows of a call of the decoder on a CPU at most: longer prompts are cut.
+pub fn cpu_rows_of_call(model: &Model) -> usize {
+    let bytes = |rows| cpu_call_bytes(&model.decoder, rows).saturating_add(mixture_bytes(model, rows));
+    prompt::rows_of_call(model, CPU_CALLS, bytes)
+}
+
+/// Buffers of a call, and the widest of them once more in the form that a matrix reads.
+fn cpu_call_bytes(plan: &Plan, rows: usize) -> u64 {
+    let widest = plan.buffers.iter().filter(|buffer| buffer.rows == Rows::Tokens).map(|buffer| buffer.width).max();
+    slot_bytes(plan, rows).saturating_add(product(&[size_of::<f32>(), widest.unwrap_or(0), rows]))
 }
 
 /// Bytes that the CPU engine holds of a mixture of experts in a call of `rows` rows; all layers use the same memory.
@@ -164,7 +177,7 @@ fn candle_scratch_bytes(model: &Model, lengths: &Lengths, element_bytes: usize) 
 
 /// Rows of a call of the decoder on a GPU at most: longer prompts are cut.
 pub fn cuda_rows_of_call(model: &Model, formats: &Formats) -> usize {
-    prompt::rows_of_call(model, |rows| CudaCall { model, plan: &model.decoder, rows, formats }.bytes())
+    prompt::rows_of_call(model, CUDA_CALLS, |rows| CudaCall { model, plan: &model.decoder, rows, formats }.bytes())
 }
 
 /// The memory of the longest call, which is one for all calls, and the tables that last.
@@ -329,7 +342,7 @@ mod tests {
             for name in ["llama-3.2-1b", "phi-2"] {
                 let (long, longer) = (scratch(name, precision, 40_000), scratch(name, precision, 120_000));
                 assert!(longer - long <= angles(80_000), "{name} {precision}: {long} {longer}");
-                assert!(longer < prompt::CALL_BYTES + angles(120_072) + (4 << 20), "{name} {precision}: {longer}");
+                assert!(longer < CUDA_CALLS.bytes + angles(120_072) + (4 << 20), "{name} {precision}: {longer}");
             }
         }
         // One row of each residual (fp32) and the widest pair of activations (fp16).

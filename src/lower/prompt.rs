@@ -1,27 +1,64 @@
-//! How a long prompt on a GPU is cut into calls, so that what they hold does not grow with it.
+//! How a long prompt is cut into calls, so that what they hold does not grow with it.
 
 use crate::plan::{CacheScope, Mask, Model, Op};
 
-/// Rows of a call at most: a matrix is read once for as many, and more would not make products faster.
-const MOST_ROWS: usize = 4096;
-/// No call is cut below this.
-const LEAST_ROWS: usize = 256;
-/// Bound on the activations of a call, where fewer rows help.
-pub const CALL_BYTES: u64 = 448 << 20;
+/// Bounds of a call of many rows.
+#[derive(Debug, Clone, Copy)]
+pub struct CallLimits {
+    /// A matrix is read once for as many rows, and more would not make products faster.
+    pub most_rows: usize,
+    /// No call is cut below this.
+    pub least_rows: usize,
+    /// Of the activations of a call, where fewer rows help.
+    pub bytes: u64,
+}
 
-/// The most rows of a decoder's call, where `bytes` says what a call of so many holds: a power of two, or no limit where rows see later ones.
-pub fn rows_of_call(model: &Model, bytes: impl Fn(usize) -> u64) -> usize {
+pub const CUDA_CALLS: CallLimits = CallLimits { most_rows: 4096, least_rows: 256, bytes: 448 << 20 };
+
+/// A weight is decoded in the time that it takes to multiply a few rows.
+pub const CPU_CALLS: CallLimits = CallLimits { most_rows: 2048, least_rows: 256, bytes: 96 << 20 };
+
+/// The most rows of a decoder's call, where `bytes` says what a call of so many holds: a power of two, or no limit where rows see later ones or
+/// rotate by the number of all.
+pub fn rows_of_call(model: &Model, limits: CallLimits, bytes: impl Fn(usize) -> u64) -> usize {
     // Rows that see later ones belong together.
     let sees_later = |op: &Op| {
         matches!(op, Op::Attention(spec)
             if spec.mask != Mask::Causal && model.caches[spec.cache.0].scope == CacheScope::Decoder)
     };
-    if model.decoder.ops.iter().any(sees_later) {
+    let is_one = model.ropes.iter().any(|rope| rope.by_length.is_some());
+    if is_one || model.decoder.ops.iter().any(sees_later) {
         return usize::MAX;
     }
-    let mut rows = MOST_ROWS;
-    while rows > LEAST_ROWS && bytes(rows) > CALL_BYTES {
+    let mut rows = limits.most_rows;
+    while rows > limits.least_rows && bytes(rows) > limits.bytes {
         rows /= 2;
     }
     rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::RopeByLength;
+    use crate::weights::builtin_models;
+
+    #[test]
+    fn calls_are_cut_where_rows_see_none_behind_them() {
+        let model = |name: &str| {
+            let shape = builtin_models().iter().find(|shape| shape.name == name).expect("a built-in shape");
+            crate::models::build(&shape.config()).expect("a model")
+        };
+        let limits = CallLimits { most_rows: 2048, least_rows: 256, bytes: 1 << 20 };
+        let rows = |model: &Model, bytes: u64| rows_of_call(model, limits, |rows| rows as u64 * bytes);
+        let mut llama = model("llama-3.2-1b");
+        assert_eq!(
+            [0, 512, 1024, 1025, 4096, 1 << 20].map(|bytes| rows(&llama, bytes)),
+            [2048, 2048, 1024, 512, 256, 256]
+        );
+        // The image and the prompt see each other.
+        assert_eq!(rows(&model("paligemma-3b-pt-224"), 1024), usize::MAX);
+        llama.ropes[0].by_length = Some(RopeByLength::DynamicNtk { original: 2048, theta: 10000.0, factor: 2.0 });
+        assert_eq!(rows(&llama, 1024), usize::MAX);
+    }
 }

@@ -118,7 +118,7 @@ impl RopeSettings {
             let part = if let Rotary::Part(part) = basis.rotary { part } else { 1.0 };
             let at = if scaling.has("partial_rotary_factor") { scaling } else { keys };
             let partial = at.optional_number("partial_rotary_factor")?;
-            tell_of_both(keys, parameters, settings.theta, partial.unwrap_or(part))?;
+            warn_of_both(keys, parameters, settings.theta, partial.unwrap_or(part))?;
         }
         Ok(settings)
     }
@@ -227,7 +227,7 @@ fn section<'a>(keys: &Keys<'a>, key: &'static str) -> Result<Option<Keys<'a>>> {
 }
 
 /// Says which of the two spellings is computed, where the other one says something else.
-fn tell_of_both(keys: &Keys, parameters: &Keys, theta: f64, part: f64) -> Result<()> {
+fn warn_of_both(keys: &Keys, parameters: &Keys, theta: f64, part: f64) -> Result<()> {
     let kind = kind_name(parameters)?;
     let differs = |key, computed: f64| -> Result<Option<String>> {
         let other = parameters.optional_number(key)?.filter(|other| *other != computed);

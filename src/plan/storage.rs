@@ -76,9 +76,23 @@ impl Plan {
         groups
     }
 
+    /// Lifetimes where threads share each operation and meet only where one needs what others wrote. A thread that is done with its rows of a
+    /// product goes on to the activation or the addition behind it while others still read what is multiplied, which therefore lives on.
+    fn lifetimes_over_threads(&self) -> Vec<Lifetime> {
+        let mut lives = self.lifetimes();
+        for (index, op) in self.ops.iter().enumerate() {
+            let Op::Linear(spec) = op else { continue };
+            let by_element = |op: &&Op| matches!(op, Op::Activation(_) | Op::Add(_));
+            let end = index + self.ops[index + 1..].iter().take_while(by_element).count();
+            let last = &mut lives[spec.x.0].last;
+            *last = (*last).max(2 * end + 1);
+        }
+        lives
+    }
+
     /// Assigns slots first come, first served; the logits keep theirs to the end, since the session reads them later.
     pub fn storage(&self) -> Storage {
-        let lives = self.lifetimes();
+        let lives = self.lifetimes_over_threads();
         let life = |group: &[(usize, Columns)]| {
             let lives = group.iter().map(|(buffer, _)| lives[*buffer]);
             lives.fold(Lifetime::NEVER, |all, one| Lifetime {

@@ -190,37 +190,73 @@ pub trait Stored: Send + Sync {
     fn upload(&self, device: &candle_core::Device) -> Result<Box<dyn CudaMatrix>>;
 }
 
-/// Activations of one call in the forms that the kernels read. Buffers are reused, so that a decode step allocates nothing.
-#[derive(Debug, Default)]
-pub struct Prepared {
+/// Activations of one call in the form that a kernel reads.
+#[derive(Debug, Clone, Copy)]
+pub struct Activations<'a> {
     /// Rows.
     pub m: usize,
     /// Columns.
     pub k: usize,
     /// fp32: `[m, k]`, and for LLM.int8 the outlier columns' `[m, outlier_columns]`.
-    pub f32s: Vec<f32>,
+    pub f32s: &'a [f32],
     /// Codes of LLM.int8, rows padded as the kernel wants.
-    pub i8s: Vec<i8>,
+    pub i8s: &'a [i8],
     /// Per row.
-    pub scales: Vec<f32>,
+    pub scales: &'a [f32],
     /// LLM.int8's outlier columns of this call, ascending.
+    pub outlier_columns: &'a [u32],
+}
+
+impl<'a> Activations<'a> {
+    /// `x` `[m, k]` as it is.
+    ///
+    /// # Panics
+    /// If `x` has another length.
+    pub fn plain(x: &'a [f32], m: usize, k: usize) -> Self {
+        assert_eq!(x.len(), m * k, "activations of {m} tokens");
+        Self { m, k, f32s: x, i8s: &[], scales: &[], outlier_columns: &[] }
+    }
+}
+
+/// Memory of activations that were brought into a form of their own, as [`Activations`] has it. It is reused, so that a decode step
+/// allocates nothing.
+#[derive(Debug, Default)]
+pub struct Prepared {
+    pub m: usize,
+    pub k: usize,
+    pub f32s: Vec<f32>,
+    pub i8s: Vec<i8>,
+    pub scales: Vec<f32>,
     pub outlier_columns: Vec<u32>,
 }
 
 impl Prepared {
-    /// The activations as they are.
-    fn copy(&mut self, x: &[f32], m: usize, k: usize) {
+    /// Keeps `x` `[m, k]` as it is.
+    pub fn copy(&mut self, x: &[f32], m: usize, k: usize) {
         assert_eq!(x.len(), m * k, "activations of {m} tokens");
         (self.m, self.k) = (m, k);
         self.f32s.clear();
         self.f32s.extend_from_slice(x);
+        self.i8s.clear();
+        self.scales.clear();
         self.outlier_columns.clear();
+    }
+
+    pub fn view(&self) -> Activations<'_> {
+        let Self { m, k, f32s, i8s, scales, outlier_columns } = self;
+        Activations { m: *m, k: *k, f32s, i8s, scales, outlier_columns }
+    }
+
+    /// Bytes of the memory that is held.
+    pub fn capacity_bytes(&self) -> usize {
+        let words = self.f32s.capacity() + self.scales.capacity() + self.outlier_columns.capacity();
+        size_of::<f32>() * words + self.i8s.capacity()
     }
 }
 
 /// A matrix in the layout that a CPU kernel streams. The stored bytes stay recoverable bit for bit.
 pub trait CpuMatrix: Send + Sync {
-    /// The format whose arithmetic this is; matrices of one format and k share a [`Prepared`].
+    /// The format whose arithmetic this is; matrices of one format and k read the same [`Activations`].
     fn format(&self) -> FormatId;
 
     /// `(n, k)`.
@@ -238,8 +274,16 @@ pub trait CpuMatrix: Send + Sync {
     /// Dequantized rows, fp32 `[rows, k]` into `out`: embedding rows and tests.
     fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]);
 
-    /// Brings `x` `[m, k]` into the kernel's form. Called by one thread, before [`Self::multiply`] on all.
-    fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared);
+    /// Whether [`Self::multiply`] reads activations in another form than fp32.
+    fn quantizes_activations(&self) -> bool {
+        false
+    }
+
+    /// Brings `x` `[m, k]` into the kernel's form: into `room` where that is another one. Called by one thread, before [`Self::multiply`] on all.
+    fn prepare<'a>(&self, x: &'a [f32], m: usize, room: &'a mut Prepared) -> Activations<'a> {
+        let _ = room;
+        Activations::plain(x, m, self.shape().1)
+    }
 
     /// Hands out the memory that [`Self::multiply`] reads of `rows` for one token, piece by piece.
     fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8]));
@@ -258,7 +302,7 @@ pub trait CpuMatrix: Send + Sync {
     /// `scratch` belongs to the calling thread and is only ever grown.
     fn multiply(
         &self,
-        x: &Prepared,
+        x: Activations,
         rows: Range<usize>,
         bias: Option<&[f32]>,
         y: &SharedSlice<'_, f32>,

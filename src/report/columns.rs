@@ -256,13 +256,13 @@ fn median(record: &Record, key: &str) -> Cell {
 }
 
 /// A speed that no other column of the narrow table shows: of a row from another tool, which times nothing else.
-fn shown_by_nothing_else(record: &Record, key: &str, teller: &str) -> Cell {
-    if median(record, teller) == Cell::Unknown { interval(record, key) } else { Cell::Unknown }
+fn shown_by_nothing_else(record: &Record, key: &str, better: &str) -> Cell {
+    if median(record, better) == Cell::Unknown { interval(record, key) } else { Cell::Unknown }
 }
 
 /// The others, in the wide table.
-fn unless_shown(record: &Record, key: &str, teller: &str) -> Cell {
-    if median(record, teller) == Cell::Unknown { Cell::Unknown } else { median(record, key) }
+fn unless_shown(record: &Record, key: &str, better: &str) -> Cell {
+    if median(record, better) == Cell::Unknown { Cell::Unknown } else { median(record, key) }
 }
 
 fn percent_of_bandwidth(record: &Record) -> Cell {

@@ -66,6 +66,10 @@ pub struct Cpu {
     pub governor: Option<String>,
     /// Mean number of processes that ran or wanted to, over the last minute.
     pub load: Option<f64>,
+    /// fp32 operations of all threads a second / 1e9, measured.
+    pub gflop_s: Option<f64>,
+    /// How many times as fast all threads compute as one: below their number where they share cores, whatever the system says.
+    pub scaling: Option<f64>,
 }
 
 #[derive(Debug, Clone, Default, Serialize)]
@@ -213,6 +217,12 @@ impl Build {
 }
 
 impl Cpu {
+    fn arithmetic(&self) -> String {
+        let Some(rate) = self.gflop_s else { return "not measured".to_owned() };
+        let scaling = self.scaling.filter(|_| self.threads > 1).map(|times| format!(", {times:.2} times one thread's"));
+        format!("{rate:.0} GFLOP/s in fp32{}", scaling.unwrap_or_default())
+    }
+
     fn lines(&self) -> Vec<Line> {
         let limit = self.group_limit.map_or_else(|| "no limit".to_owned(), |cpus| format!("{cpus:.2} CPUs"));
         let cache = self.last_level_cache_bytes.map(|bytes| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64));
@@ -222,6 +232,7 @@ impl Cpu {
             ("threads", format!("{} of {} CPUs that this process may use", self.threads, self.allowed)),
             ("control group", limit),
             ("last-level cache", or_unknown(&cache)),
+            ("arithmetic", self.arithmetic()),
             ("governor", self.governor.clone().unwrap_or_else(|| "none here".to_owned())),
             ("load", self.load.map_or_else(|| "unknown".to_owned(), |load| format!("{load:.2} over the last minute"))),
         ]

@@ -293,7 +293,7 @@ fn from_folder(
     let tokenizer = tokenizer::open(folder, &config, events)?;
     let preprocessor_config = processor::open(folder, &config, events)?;
     if needs_weights {
-        processor::tell_defaults(&config, preprocessor_config.as_ref(), events);
+        processor::report_defaults(&config, preprocessor_config.as_ref(), events);
     }
     // What it says is of use to a run, but none needs it. A file that is another is a sign of a broken download.
     let generation_json = folder.join("generation_config.json");

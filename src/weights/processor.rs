@@ -66,7 +66,7 @@ pub fn open(folder: &Path, config: &Value, events: &dyn Listener) -> Result<Opti
 }
 
 /// Warns that a vision-language model has no image processor settings.
-pub fn tell_defaults(config: &Value, settings: Option<&Value>, events: &dyn Listener) {
+pub fn report_defaults(config: &Value, settings: Option<&Value>, events: &dyn Listener) {
     if config.get("vision_config").is_some() && settings.is_none() {
         let message =
             "neither processor_config.json nor preprocessor_config.json says how a picture is read: the usual way of \

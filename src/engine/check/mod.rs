@@ -86,8 +86,8 @@ fn on_cpu(stored: Box<dyn Stored>, calls: &[Call]) -> Vec<Vec<f32>> {
     let (mut prepared, mut scratch) = (Prepared::default(), Vec::new());
     let mut one = |call: &Call| {
         let mut y = vec![f32::NAN; call.m * n];
-        matrix.prepare(&call.x, call.m, &mut prepared);
-        matrix.multiply(&prepared, 0..n, None, &SharedSlice::new(&mut y), &mut scratch);
+        let x = matrix.prepare(&call.x, call.m, &mut prepared);
+        matrix.multiply(x, 0..n, None, &SharedSlice::new(&mut y), &mut scratch);
         y
     };
     calls.iter().map(&mut one).collect()

@@ -139,7 +139,7 @@ fn multiplied(step: &Step) -> Vec<MatrixId> {
 }
 
 fn parts(step: &Step) -> &[crate::plan::LinearPart] {
-    if let Step::Linear { parts } = step { parts } else { &[] }
+    if let Step::Linear { input: _, parts } = step { parts } else { &[] }
 }
 
 /// `range` as windows that all begin where it does, of `most` at a time: as many in all.
@@ -201,7 +201,7 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
         let mut piece = |bytes: &[u8]| folded ^= read_through(weights.isa, bytes);
         for step in steps {
             match step {
-                Step::Linear { parts } => {
+                Step::Linear { input: _, parts } => {
                     for part in parts {
                         let matrix = &weights.matrices[part.weight.0];
                         let rows = worker.share(matrix.shape().0, weights.granule);
@@ -275,7 +275,7 @@ mod tests {
     use crate::events::Silent;
     use crate::kernels::isa::Isa;
     use crate::plan::Op;
-    use crate::quant::{CpuMatrix, FORMATS, FormatId, FormatOptions, Prepared, Stored};
+    use crate::quant::{Activations, CpuMatrix, FORMATS, FormatId, FormatOptions, Prepared, Stored};
     use crate::weights::policy::Formats;
     use crate::weights::{self, ModelRequest};
 
@@ -317,8 +317,11 @@ mod tests {
         fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
             self.inner.dequantize_rows(rows, out);
         }
-        fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared) {
-            self.inner.prepare(x, m, prepared);
+        fn quantizes_activations(&self) -> bool {
+            self.inner.quantizes_activations()
+        }
+        fn prepare<'a>(&self, x: &'a [f32], m: usize, room: &'a mut Prepared) -> Activations<'a> {
+            self.inner.prepare(x, m, room)
         }
         fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
             let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
@@ -335,7 +338,7 @@ mod tests {
         }
         fn multiply(
             &self,
-            x: &Prepared,
+            x: Activations,
             rows: Range<usize>,
             bias: Option<&[f32]>,
             y: &SharedSlice<'_, f32>,

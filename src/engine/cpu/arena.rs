@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
+use crate::kernels::cpu::pages::Pages;
 use crate::kernels::cpu::shared::SharedSlice;
 
-/// Zeroed regions, one behind the other.
-#[derive(Default)]
+/// Zeroed regions, one behind the other, in huge pages: attention streams caches as products stream weights.
 pub struct Arena {
-    floats: Vec<f32>,
+    memory: Pages,
     /// The end of each region.
     ends: Vec<usize>,
 }
@@ -22,24 +22,31 @@ impl Arena {
                 end
             })
             .collect();
-        Self { floats: vec![0.0; end], ends }
+        Self { memory: Pages::required(end * size_of::<f32>()), ends }
     }
 
     /// Floats of all regions.
     pub fn len(&self) -> usize {
-        self.floats.len()
+        self.ends.last().copied().unwrap_or(0)
     }
 
     pub fn region(&self, index: usize) -> &[f32] {
-        &self.floats[region(&self.ends, index)]
+        &self.memory.as_values()[region(&self.ends, index)]
     }
 
     pub fn region_mut(&mut self, index: usize) -> &mut [f32] {
-        &mut self.floats[region(&self.ends, index)]
+        &mut self.memory.as_values_mut()[region(&self.ends, index)]
     }
 
     pub fn share(&mut self) -> SharedArena<'_> {
-        SharedArena { floats: SharedSlice::new(&mut self.floats), ends: &self.ends }
+        SharedArena { floats: SharedSlice::new(self.memory.as_values_mut()), ends: &self.ends }
+    }
+}
+
+impl Default for Arena {
+    /// No region.
+    fn default() -> Self {
+        Self::new([])
     }
 }
 

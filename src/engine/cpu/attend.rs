@@ -15,7 +15,7 @@ use crate::kernels::cpu::pool::Worker;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::plan::{CacheId, CacheScope, Mask};
 
-/// A prefill hands out attention in blocks of this many query rows of one key/value head.
+/// A prefill hands out attention in blocks of at least this many query rows of one key/value head.
 const QUERY_BLOCK: usize = 16;
 
 /// The same where the keys of a block are brought together first: a window of 512 then costs an eighth more to copy than to read.
@@ -54,7 +54,9 @@ impl CallAttention<'_> {
             return;
         }
         let reads_ring = self.reads_ring_of_several(attend.cache);
-        let block_rows = if reads_ring { GATHERED_QUERY_BLOCK } else { QUERY_BLOCK };
+        let group = self.buffers.width(attend.q) / heads / self.weights.model.caches[attend.cache.0].head_dim;
+        let least = if reads_ring { GATHERED_QUERY_BLOCK } else { QUERY_BLOCK };
+        let block_rows = (attention::QUERIES / group).max(least);
         let blocks = rows.div_ceil(block_rows);
         for item in (worker.index()..heads * blocks).step_by(worker.count()) {
             let (block, head) = (item / heads, item % heads);

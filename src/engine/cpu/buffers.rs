@@ -51,11 +51,12 @@ impl Buffers<'_> {
         self.part_mut(buffer, row, 0..self.width(buffer))
     }
 
-    /// All rows: for worker 0 in a step of its own.
+    /// All rows, in a step in which nobody writes them.
     pub fn whole(&self, buffer: BufferId) -> &[f32] {
         self.part(buffer, 0, 0..self.rows(buffer) * self.width(buffer))
     }
 
+    /// All rows: for worker 0 in a step of its own.
     pub fn whole_mut(&self, buffer: BufferId) -> &mut [f32] {
         self.part_mut(buffer, 0, 0..self.rows(buffer) * self.width(buffer))
     }

@@ -12,7 +12,7 @@ use crate::kernels::cpu::pool::Worker;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::cpu::{activation, vector};
 use crate::plan::{ActivationKind, CLAMPED_SWIGLU_ALPHA, Expert, ExpertMatrix, ExpertsSpec, GatedActivation, MatrixId};
-use crate::quant::Prepared;
+use crate::quant::{Activations, Prepared};
 
 /// Memory that mixtures write, grown to what the longest call needs.
 #[derive(Default)]
@@ -67,8 +67,7 @@ impl Mixtures {
 
     pub fn bytes(&self) -> usize {
         let floats = self.gates.len() + self.ups.len() + self.downs.len() + self.routes.gathered.capacity();
-        let prepared = self.inputs.iter().chain(&self.betweens);
-        let prepared: usize = prepared.map(|p| 4 * (p.f32s.capacity() + p.scales.capacity()) + p.i8s.capacity()).sum();
+        let prepared: usize = self.inputs.iter().chain(&self.betweens).map(Prepared::capacity_bytes).sum();
         4 * floats + prepared
     }
 
@@ -144,7 +143,7 @@ impl Runner<'_> {
             let columns = worker.share(n, self.weights.granule);
             let of_group = group.choices.start * n..group.choices.end * n;
             // SAFETY: written by worker 0 before a barrier.
-            let prepared = unsafe { &self.mixtures.inputs.range(index..index + 1)[0] };
+            let prepared = unsafe { &self.mixtures.inputs.range(index..index + 1)[0] }.view();
             let (gates, ups) = (self.mixtures.gates.part(of_group.clone()), self.mixtures.ups.part(of_group));
             self.multiply_expert(gate, prepared, columns.clone(), &gates, worker);
             self.multiply_expert(up, prepared, columns.clone(), &ups, worker);
@@ -197,7 +196,7 @@ impl Runner<'_> {
         let (groups, choices) = self.groups();
         for (index, group) in groups.iter().enumerate() {
             // SAFETY: written before a barrier.
-            let prepared = unsafe { &self.mixtures.betweens.range(index..index + 1)[0] };
+            let prepared = unsafe { &self.mixtures.betweens.range(index..index + 1)[0] }.view();
             let downs = self.mixtures.downs.part(0..group.choices.len() * n);
             self.multiply_expert(spec.experts[group.expert].down, prepared, columns.clone(), &downs, worker);
             for (at, (_, row, weight)) in choices[group.choices.clone()].iter().enumerate() {
@@ -212,7 +211,7 @@ impl Runner<'_> {
     fn multiply_expert(
         &self,
         ExpertMatrix { weight, bias }: ExpertMatrix,
-        x: &Prepared,
+        x: Activations,
         rows: Range<usize>,
         y: &SharedSlice<f32>,
         worker: &Worker,

@@ -12,8 +12,9 @@ mod partials;
 mod rings;
 mod run;
 mod schedule;
+mod score;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
@@ -26,23 +27,20 @@ use self::rings::Rings;
 use self::run::{Call, Outcome};
 use self::schedule::{Step, lower};
 use super::load::stream;
+use super::needs::cpu_rows_of_call;
 use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
 use crate::call::{Batch, KvFormat, Supported};
 use crate::events::Listener;
-use crate::kernels::cpu::pool::{Pool, Worker};
+use crate::kernels::cpu::norm;
+use crate::kernels::cpu::pool::Pool;
 use crate::kernels::cpu::rope::Angles;
-use crate::kernels::cpu::shared::SharedSlice;
-use crate::kernels::cpu::{norm, vector};
 use crate::kernels::isa::Isa;
 use crate::plan::{
-    CacheId, CacheScope, CacheShape, EncoderInputKind, LmHead, Model, Norm, NormKind, Op, Plan, RelativeBias, Rope,
-    Rows, Slot, Softcap, Storage, Window,
+    CacheId, CacheScope, CacheShape, EncoderInputKind, Model, Norm, NormKind, Op, Plan, RelativeBias, Rope, Rows, Slot,
+    Storage, Window,
 };
-use crate::quant::{CpuMatrix, Prepared, Stored};
+use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
-
-/// Rows whose logits are held at once when all are asked for: 16 MB at a vocabulary of 256k.
-const SCORED_ROWS: usize = 16;
 
 /// Weights, caches and activations of one loaded model.
 pub struct CpuSession {
@@ -58,6 +56,8 @@ pub struct CpuSession {
     last_token: u32,
     outliers: OutlierColumns,
     rings: Rings,
+    /// Longer prompts are cut.
+    rows_of_call: usize,
     /// Rotary frequencies of a call, where they depend on its length.
     frequencies: Vec<f32>,
 }
@@ -95,7 +95,8 @@ struct Memory {
     caches: Arena,
     /// Image features, `[patches, hidden]`.
     features: Vec<f32>,
-    prepared: Prepared,
+    /// One per worker.
+    prepared: Vec<Prepared>,
     /// One per worker.
     scratch: Vec<Scratch>,
     parts: PartSums,
@@ -138,7 +139,7 @@ fn check_windows(model: &Model) -> Result<()> {
 pub fn load(setup: &Setup, isa: Isa, events: &dyn Listener) -> Result<Loaded> {
     // What no kernel computes is refused before any weight is read.
     CALLS.check(setup.sequences, setup.kv_format)?;
-    setup.model.plans().try_for_each(|plan| lower(plan, |_| setup.formats.precision()).map(|_| ()))?;
+    setup.model.plans().try_for_each(|plan| lower(plan, |_| Some(setup.formats.precision())).map(|_| ()))?;
     check_windows(setup.model)?;
     let pool = Pool::try_new(setup.threads).with_context(|| format!("starting {} threads", setup.threads))?;
     let finish = |_: &MatrixSpec, stored: Box<dyn Stored>| Ok(stored.pack(isa));
@@ -180,7 +181,7 @@ impl CpuSession {
             memory: Memory {
                 caches: Arena::new(model.caches.iter().flat_map(cache)),
                 features: Vec::new(),
-                prepared: Prepared::default(),
+                prepared: (0..setup.threads).map(|_| Prepared::default()).collect(),
                 scratch: (0..setup.threads).map(|_| Scratch::default()).collect(),
                 parts: PartSums::new(&model, setup.threads),
                 mixtures: Mixtures::default(),
@@ -190,6 +191,7 @@ impl CpuSession {
             last_token: 0,
             outliers: OutlierColumns::default(),
             rings: Rings::new(&model, setup.capacity),
+            rows_of_call: cpu_rows_of_call(&model),
             frequencies: Vec::new(),
             weights: Weights {
                 angles: model.ropes.iter().map(angles).collect(),
@@ -215,16 +217,20 @@ impl CpuSession {
         }
     }
 
-    /// Checks that `tokens` fit behind the cache and gives the decoder's call.
-    fn decoder_call<'a>(&self, tokens: &'a [u32]) -> Result<Call<'a>> {
-        let end = self.position + tokens.len();
-        if tokens.is_empty() || end > self.weights.capacity {
+    /// Checks that `tokens` fit behind the cache.
+    fn check_room(&self, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() || self.position + tokens.len() > self.weights.capacity {
             let (n, capacity) = (tokens.len(), self.weights.capacity);
             bail!("a call of {n} tokens at position {} does not fit a cache of {capacity}", self.position);
         }
-        self.weights.check_tokens(tokens)?;
+        self.weights.check_tokens(tokens)
+    }
+
+    /// The decoder's call of `tokens`, which fit behind the cache.
+    fn decoder_call<'a>(&self, tokens: &'a [u32]) -> Result<Call<'a>> {
+        self.check_room(tokens)?;
         Ok(Call {
-            batch: Batch::one(self.position..end),
+            batch: Batch::one(self.position..self.position + tokens.len()),
             tokens,
             patches: &[],
             encoded: self.encoded,
@@ -232,10 +238,17 @@ impl CpuSession {
         })
     }
 
-    /// Runs `tokens` through the decoder in one call and returns the next one.
+    /// Runs `tokens` through the decoder and returns the next one.
     fn step(&mut self, tokens: &[u32]) -> Result<u32> {
         let steps = Arc::clone(&self.decoder.steps);
-        self.last_token = self.call(tokens, &steps)?;
+        let last = tokens.len().saturating_sub(1) / self.rows_of_call * self.rows_of_call;
+        let (before, last) = tokens.split_at(last);
+        if !before.is_empty() {
+            self.check_room(tokens)?;
+            let body = body(&steps);
+            before.chunks(self.rows_of_call).try_for_each(|part| self.call(part, body).map(drop))?;
+        }
+        self.last_token = self.call(last, &steps)?;
         Ok(self.last_token)
     }
 
@@ -244,10 +257,13 @@ impl CpuSession {
         let call = self.decoder_call(tokens)?;
         let _pinned = self.pool.pin_caller();
         if let Some(before) = self.rings.restart(self.position) {
-            self.turn_angles(0, before.len());
-            let again = Call { batch: Batch::one(0..before.len()), tokens: &before, ..call };
-            self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, again);
-            self.rings.extend(0, &before);
+            for (at, part) in before.chunks(self.rows_of_call).enumerate() {
+                let first = at * self.rows_of_call;
+                self.turn_angles(first, part.len());
+                let again = Call { batch: Batch::one(first..first + part.len()), tokens: part, ..call };
+                self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, again);
+                self.rings.extend(first, part);
+            }
         }
         self.turn_angles(self.position, tokens.len());
         let outcome = self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, call);
@@ -271,6 +287,16 @@ impl CpuSession {
         self.encoded = rows;
         Ok(())
     }
+}
+
+/// The format whose form of activations a matrix reads; `None` for fp32.
+fn form(matrix: &dyn CpuMatrix) -> Option<FormatId> {
+    matrix.quantizes_activations().then(|| matrix.format())
+}
+
+/// Steps before those of the last row alone.
+fn body(steps: &[Step]) -> &[Step] {
+    &steps[..steps.iter().position(|step| matches!(step, Step::LastRow(_))).unwrap_or(steps.len())]
 }
 
 /// Positions that a cache holds: no more than its window.
@@ -326,7 +352,7 @@ impl Program {
     fn new(plan: &Plan, matrices: &[Box<dyn CpuMatrix>]) -> Result<Self> {
         let storage = plan.storage();
         Ok(Self {
-            steps: lower(plan, |matrix| matrices[matrix.0].format())?.into(),
+            steps: lower(plan, |matrix| form(matrices[matrix.0].as_ref()))?.into(),
             slots: Arena::default(),
             rows: 0,
             storage: Arc::new(storage),
@@ -400,9 +426,12 @@ impl Session for CpuSession {
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
         let Some(head) = self.decoder.plan.head() else { bail!("this plan has no head") };
         let steps = Arc::clone(&self.decoder.steps);
-        let body = steps.iter().position(|step| matches!(step, Step::LastRow(_))).unwrap_or(steps.len());
-        self.call(tokens, &steps[..body])?;
-        self.score_rows(head, tokens.len(), on_row);
+        self.check_room(tokens)?;
+        let rows_of_call = self.rows_of_call;
+        for (at, part) in tokens.chunks(rows_of_call).enumerate() {
+            self.call(part, body(&steps))?;
+            self.score_rows(head, part.len(), &mut |row, logits| on_row(at * rows_of_call + row, logits));
+        }
         Ok(())
     }
 
@@ -445,43 +474,13 @@ impl Session for CpuSession {
 }
 
 impl CpuSession {
-    /// The head over all `rows` that the body left, some at a time.
-    fn score_rows(&mut self, head: LmHead, rows: usize, on_row: &mut dyn FnMut(usize, &[f32])) {
-        let Self { pool, weights, decoder, memory, .. } = self;
-        let matrix = &weights.matrices[head.weight.0];
-        let bias = head.bias.map(|bias| weights.vectors[bias.0].as_slice());
-        let (n, k) = matrix.shape();
-        let softcap = head.softcap;
-        let mut x = decoder.slots.region(decoder.storage.slot_of[head.x.0])[..rows * k].to_vec();
-        x.iter_mut().for_each(|value| *value *= head.scale);
-        let mut logits = vec![0.0; SCORED_ROWS.min(rows) * n];
-        for (chunk, x) in x.chunks(SCORED_ROWS * k).enumerate() {
-            matrix.prepare(x, x.len() / k, &mut memory.prepared);
-            let y = SharedSlice::new(&mut logits[..x.len() / k * n]);
-            let scratch: Vec<Mutex<&mut Vec<f32>>> =
-                memory.scratch.iter_mut().map(|s| Mutex::new(&mut s.kernel)).collect();
-            pool.run(&|worker: &Worker| {
-                let mut scratch = scratch[worker.index()].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                matrix.multiply(&memory.prepared, worker.share(n, weights.granule), bias, &y, &mut scratch);
-            });
-            if let Some(Softcap(cap)) = softcap {
-                vector::cap(weights.isa, &mut logits[..x.len() / k * n], cap);
-            }
-            logits
-                .chunks_exact(n)
-                .take(x.len() / k)
-                .enumerate()
-                .for_each(|(row, l)| on_row(chunk * SCORED_ROWS + row, l));
-        }
-    }
-
     fn scratch_bytes(&self) -> usize {
         let Memory { features, prepared, scratch, parts, mixtures, caches: _ } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
         let buffers = programs.map(|program| program.slots.len()).sum::<usize>()
             + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity() + s.window.capacity()).sum::<usize>();
-        let floats =
-            buffers + parts.floats() + features.capacity() + prepared.f32s.capacity() + prepared.scales.capacity();
-        4 * floats + prepared.i8s.capacity() + mixtures.bytes() + self.rings.bytes()
+        let floats = buffers + parts.floats() + features.capacity();
+        let prepared: usize = prepared.iter().map(Prepared::capacity_bytes).sum();
+        4 * floats + prepared + mixtures.bytes() + self.rings.bytes()
     }
 }

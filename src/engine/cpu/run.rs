@@ -9,7 +9,7 @@ use super::attend::CallAttention;
 use super::buffers::Buffers;
 use super::experts::SharedMixtures;
 use super::partials::SharedParts;
-use super::schedule::{Attend, Step, needs_barrier, product_rows};
+use super::schedule::{Attend, LinearInput, Step, needs_barrier, product_rows};
 use super::{Memory, Program, Scratch, Weights};
 use crate::call::Batch;
 use crate::engine::OutlierColumns;
@@ -20,7 +20,7 @@ use crate::plan::{
     ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, ArgmaxSpec, BufferId, EmbedSpec, FeaturesSpec, LastRowSpec,
     LinearPart, MatrixId, Norm, NormSpec, PatchesSpec, VectorId,
 };
-use crate::quant::Prepared;
+use crate::quant::{Activations, Prepared};
 
 /// The rows of a call and their inputs.
 #[derive(Clone, Copy)]
@@ -71,7 +71,7 @@ pub fn run(
         },
         caches: memory.caches.share(),
         features: SharedSlice::new(std::slice::from_mut(&mut memory.features)),
-        prepared: SharedSlice::new(std::slice::from_mut(&mut memory.prepared)),
+        prepared: SharedSlice::new(&mut memory.prepared),
         scratch: SharedSlice::new(&mut memory.scratch),
         parts: memory.parts.share(),
         mixtures: memory.mixtures.share(),
@@ -108,7 +108,7 @@ pub(super) struct Runner<'a> {
     caches: SharedArena<'a>,
     /// One element, written by worker 0 at the end of a vision encoder.
     features: SharedSlice<'a, Vec<f32>>,
-    /// One element, written by worker 0.
+    /// One element per worker.
     prepared: SharedSlice<'a, Prepared>,
     /// One element per worker.
     scratch: SharedSlice<'a, Scratch>,
@@ -133,7 +133,7 @@ impl Runner<'_> {
             }
             Step::Features(FeaturesSpec { x }) if first => self.keep_features(*x),
             Step::LastRow(spec) if first => self.last_row(*spec),
-            Step::Prepare { x, matrix } if first => self.prepare(*x, *matrix),
+            Step::Prepare { x, matrix } if first || self.is_single() => self.prepare(*x, *matrix, worker),
             Step::Route(spec) if first => self.route(spec),
             Step::Argmax(ArgmaxSpec { logits, softcap: _ }) if first => {
                 let token =
@@ -151,7 +151,7 @@ impl Runner<'_> {
                     vector::cap(self.weights.isa, self.buffers.part_mut(*x, row, columns.clone()), *cap);
                 });
             }
-            Step::Linear { parts } => self.linears(index, parts, worker),
+            Step::Linear { input, parts } => self.linears(index, self.input(*input, worker), parts, worker),
             Step::Activate(spec) => self.activate(*spec, worker),
             Step::Add(spec) => self.add(*spec, worker),
             Step::Append(append) => self.attention().append(*append, worker),
@@ -173,9 +173,21 @@ impl Runner<'_> {
         unsafe { &mut self.scratch.range_mut(worker.index()..worker.index() + 1)[0] }
     }
 
-    fn prepared(&self) -> &Prepared {
-        // SAFETY: written by worker 0 in `prepare` only, with a barrier before any linear reads it.
-        unsafe { &self.prepared.range(0..1)[0] }
+    fn is_single(&self) -> bool {
+        self.call.batch.rows() == 1
+    }
+
+    fn input(&self, input: LinearInput, worker: &Worker) -> Activations<'_> {
+        match input {
+            LinearInput::Plain(x) => {
+                Activations::plain(self.buffers.whole(x), self.buffers.rows(x), self.buffers.width(x))
+            }
+            LinearInput::Prepared => {
+                let own = if self.is_single() { worker.index() } else { 0 };
+                // SAFETY: written in `prepare` by this worker itself, or by worker 0 with a barrier before any linear reads it.
+                unsafe { &self.prepared.range(own..own + 1)[0] }.view()
+            }
+        }
     }
 
     /// Rows of a call with several are split over the workers; a single row is worker 0's.
@@ -241,17 +253,34 @@ impl Runner<'_> {
         }
     }
 
-    fn prepare(&self, x: BufferId, matrix: MatrixId) {
-        // SAFETY: only worker 0 prepares, and the linears that read the last preparation lie behind a barrier.
-        let prepared = unsafe { &mut self.prepared.range_mut(0..1)[0] };
-        self.prepare_into(matrix, self.buffers.whole(x), self.buffers.rows(x), prepared);
+    /// In a call of one row each worker prepares it for itself, which takes less than to wait for one that does; otherwise worker 0 for all.
+    fn prepare(&self, x: BufferId, matrix: MatrixId, worker: &Worker) {
+        let own = worker.index();
+        // SAFETY: each worker takes the element of its own index; linears of others read worker 0's behind a barrier.
+        let prepared = unsafe { &mut self.prepared.range_mut(own..own + 1)[0] };
+        self.keep_form(matrix, self.buffers.whole(x), self.buffers.rows(x), prepared);
+        if own == 0 {
+            self.count_outliers(matrix, prepared);
+        }
     }
 
-    /// Brings `rows` rows of `x` into the form that the kernel of `matrix` reads, and counts outlier columns.
+    /// [`Self::keep_form`], with its outlier columns counted.
     pub(super) fn prepare_into(&self, matrix: MatrixId, x: &[f32], rows: usize, prepared: &mut Prepared) {
+        self.keep_form(matrix, x, rows, prepared);
+        self.count_outliers(matrix, prepared);
+    }
+
+    /// Keeps `rows` rows of `x` in the form that the kernel of `matrix` reads.
+    fn keep_form(&self, matrix: MatrixId, x: &[f32], rows: usize, prepared: &mut Prepared) {
         let matrix = &self.weights.matrices[matrix.0];
-        prepared.outlier_columns.clear();
-        matrix.prepare(x, rows, prepared);
+        match matrix.quantizes_activations() {
+            true => drop(matrix.prepare(x, rows, prepared)),
+            false => prepared.copy(x, rows, matrix.shape().1),
+        }
+    }
+
+    fn count_outliers(&self, matrix: MatrixId, prepared: &Prepared) {
+        let matrix = &self.weights.matrices[matrix.0];
         if matrix.finds_outliers() {
             self.outlier_calls.fetch_add(1, Ordering::Relaxed);
             self.examined_columns.fetch_add(matrix.shape().1 as u64, Ordering::Relaxed);
@@ -259,28 +288,28 @@ impl Runner<'_> {
         }
     }
 
-    fn linears(&self, index: usize, parts: &[LinearPart], worker: &Worker) {
+    fn linears(&self, index: usize, x: Activations, parts: &[LinearPart], worker: &Worker) {
         let mut before = 0;
         for part in parts {
             let n = product_rows(part, self.buffers.plan);
             let columns = worker.share(n, self.weights.granule);
-            self.linear(part, columns.clone(), worker);
+            self.linear(part, x, columns.clone(), worker);
             self.keep(index, before, part.out, columns);
             before += n;
         }
     }
 
-    fn linear(&self, part: &LinearPart, columns: Range<usize>, worker: &Worker) {
+    fn linear(&self, part: &LinearPart, x: Activations, columns: Range<usize>, worker: &Worker) {
         let y = &self.buffers.slots.region(self.buffers.storage.slot_of[part.out.0]);
         let scratch = &mut self.scratch(worker).kernel;
-        self.multiply(part.weight, self.prepared(), columns, part.bias, y, scratch);
+        self.multiply(part.weight, x, columns, part.bias, y, scratch);
     }
 
-    /// `rows` of a matrix times what was prepared, or of the one that stands in for it.
+    /// `rows` of a matrix times `x`, or of the one that stands in for it.
     pub(super) fn multiply(
         &self,
         weight: MatrixId,
-        x: &Prepared,
+        x: Activations,
         rows: Range<usize>,
         bias: Option<VectorId>,
         y: &SharedSlice<f32>,

@@ -32,8 +32,8 @@ pub enum Step {
         x: BufferId,
         matrix: MatrixId,
     },
-    /// Multiplies what was prepared last.
     Linear {
+        input: LinearInput,
         parts: Vec<LinearPart>,
     },
     Activate(ActivationSpec),
@@ -59,6 +59,15 @@ pub enum Step {
     Append(Append),
     Attend(Attend),
     Argmax(ArgmaxSpec),
+}
+
+/// What matrices are multiplied by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum LinearInput {
+    /// A buffer as it is.
+    Plain(BufferId),
+    /// What was prepared last.
+    Prepared,
 }
 
 /// Normalises and rotates queries and keys, where there is a norm and a rope, and writes keys and values to the cache.
@@ -94,6 +103,8 @@ pub struct Attend {
 pub enum Split {
     /// Worker 0 alone.
     One,
+    /// Every worker all of it, for itself.
+    Each,
     /// By rows of the call.
     Rows,
     /// By elements of a row, the same for every buffer of one width.
@@ -112,11 +123,12 @@ impl Step {
     /// The split for a call with one row (`single`) or several.
     pub fn split(&self, single: bool) -> Split {
         match self {
+            Step::Prepare { .. } if single => Split::Each,
             Step::Prepare { .. } | Step::Argmax(_) | Step::LastRow(_) => Split::One,
             Step::Patches(_) | Step::Features(_) | Step::Route(_) => Split::One,
             Step::Embed(_) | Step::Norm(_) | Step::NormInPlace { .. } | Step::AddRows(_) if single => Split::One,
             Step::Embed(_) | Step::Norm(_) | Step::NormInPlace { .. } | Step::AddRows(_) => Split::Rows,
-            Step::Linear { parts } if parts.iter().any(|part| part.rows.is_some()) => Split::FusedElements,
+            Step::Linear { input: _, parts } if parts.iter().any(|part| part.rows.is_some()) => Split::FusedElements,
             Step::Linear { .. } | Step::Activate(_) | Step::Add(_) | Step::Cap { .. } => Split::Elements,
             Step::ExpertsIn(_) => Split::ExpertElements,
             Step::ExpertsBetween(_) => Split::Experts,
@@ -127,23 +139,23 @@ impl Step {
 }
 
 /// Returns whether a barrier stands between two steps. Elements stay with their worker from a linear to what follows it, but a
-/// linear itself reads what all have prepared; heads stay from append to attention while the call has one row, and with
+/// linear itself reads what all have written, or what each has prepared for itself; heads stay from append to attention while the call has one row, and with
 /// several rows attention reads what others appended.
 pub fn needs_barrier(before: &Step, after: &Step, single: bool) -> bool {
     let (first, second) = (before.split(single), after.split(single));
     match (first, second) {
+        (Split::Each, _) => false,
         (Split::Heads, Split::Heads) => !single,
         (Split::Elements, Split::Elements) => matches!(after, Step::Linear { .. }),
         _ => first != second,
     }
 }
 
-/// `form(matrix)` distinguishes matrices that read activations in different forms: parts of one linear group that differ in
-/// it are prepared one after the other.
+/// `form(matrix)` distinguishes matrices that read activations in different forms, which are prepared one after the other; `None` is fp32.
 ///
 /// # Errors
 /// If the plan holds an operation that no step computes, by its name.
-pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> FormatId) -> Result<Vec<Step>> {
+pub fn lower(plan: &Plan, form: impl Fn(MatrixId) -> Option<FormatId>) -> Result<Vec<Step>> {
     let mut steps = Vec::new();
     for op in &plan.ops {
         match op {
@@ -236,12 +248,51 @@ pub fn product_rows(part: &LinearPart, plan: &Plan) -> usize {
     part.rows.map_or(plan.buffers[part.out.0].width, |rows| rows.len)
 }
 
-fn lower_linear(x: BufferId, mut parts: Vec<LinearPart>, form: &impl Fn(MatrixId) -> FormatId, steps: &mut Vec<Step>) {
+fn lower_linear(
+    x: BufferId,
+    mut parts: Vec<LinearPart>,
+    form: &impl Fn(MatrixId) -> Option<FormatId>,
+    steps: &mut Vec<Step>,
+) {
     while let Some(first) = parts.first() {
         let matrix = first.weight;
         let (same, rest) = parts.into_iter().partition(|part| form(part.weight) == form(matrix));
-        steps.push(Step::Prepare { x, matrix });
-        steps.push(Step::Linear { parts: same });
+        let input = if form(matrix).is_some() { LinearInput::Prepared } else { LinearInput::Plain(x) };
+        if input == LinearInput::Prepared {
+            steps.push(Step::Prepare { x, matrix });
+        }
+        steps.push(Step::Linear { input, parts: same });
         parts = rest;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::builtin_models;
+
+    #[test]
+    fn nothing_takes_the_place_of_what_slower_threads_still_multiply() {
+        let mut products = 0;
+        for shape in builtin_models() {
+            let model = crate::models::build(&shape.config()).expect("a model");
+            for plan in model.plans() {
+                let storage = plan.storage();
+                for (index, op) in plan.ops.iter().enumerate() {
+                    let Op::Linear(spec) = op else { continue };
+                    let behind =
+                        plan.ops[index + 1..].iter().take_while(|op| matches!(op, Op::Activation(_) | Op::Add(_)));
+                    for out in std::iter::once(op).chain(behind).flat_map(Op::writes) {
+                        products += 1;
+                        assert_ne!(
+                            storage.slot_of[out.0], storage.slot_of[spec.x.0],
+                            "{} operation {index}",
+                            shape.name
+                        );
+                    }
+                }
+            }
+        }
+        assert!(products > 0);
     }
 }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use super::environment::Machine;
 use crate::engines::{self, ADAPTERS, Adapter, Probe};
 use crate::error::BadInput;
+use crate::kernels::cpu::arithmetic;
 use crate::kernels::cpu::bandwidth::WorkingSet;
 use crate::kernels::cpu::libraries::can_open;
 use crate::kernels::cpu::pool::{Pool, default_threads};
@@ -24,6 +25,9 @@ use crate::report::doctor::{
 
 /// A mean load below half a CPU is the system itself.
 const BUSY_LOAD: f64 = 0.5;
+
+/// Two threads of one core compute hardly more than one; clocks that fall as cores join take less than this.
+const SHARED_CORES: f64 = 0.7;
 
 /// Examines everything and measures the memory bandwidth. Nothing here can fail: a missing part is a finding.
 pub fn examine() -> Examination {
@@ -44,6 +48,8 @@ pub fn examine() -> Examination {
     };
     let pool = Pool::new(threads);
     let _pinned = pool.pin_caller();
+    let rates = [1, threads].map(|threads| arithmetic::gflop_s(isa, &pool, threads));
+    (examination.cpu.gflop_s, examination.cpu.scaling) = (Some(rates[1]), Some(rates[1] / rates[0]));
     if let Ok(mut memory) = WorkingSet::new(&pool) {
         examination.memory.read_gb_s = Some(memory.read_gb_s(isa, &pool));
         examination.memory.copy_gb_s = Some(memory.copy_gb_s(isa, &pool));
@@ -124,6 +130,8 @@ impl System {
             last_level_cache_bytes: last_level_cache_bytes().map(|bytes| bytes as u64),
             governor: first("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
             load: first("proc/loadavg").and_then(|load| load.parse().ok()),
+            gflop_s: None,
+            scaling: None,
         }
     }
 
@@ -237,6 +245,13 @@ fn findings(seen: &Examination, problem: Option<BadInput>) -> Vec<Finding> {
             "stop it, or leave it CPUs with `--threads`; runs that it affects are marked `*`",
         ));
     }
+    let scaling = cpu.scaling.filter(|&scaling| scaling < SHARED_CORES * cpu.threads as f64);
+    // Where others run as well, nothing follows from it.
+    if let (Some(scaling), true) = (scaling, cpu.load.is_none_or(|load| load <= BUSY_LOAD)) {
+        let what = format!("{} threads compute {scaling:.2} times as fast as one: their CPUs share cores", cpu.threads);
+        let advice = format!("`--threads {}` may be as fast", (scaling.round() as usize).max(1));
+        found.push(Finding::new(what, advice));
+    }
     if memory.huge_pages.as_deref() == Some("never") {
         let what = "huge pages are off: reading weights misses the translation cache more often";
         let advice = "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled";
@@ -327,6 +342,7 @@ mod tests {
             (with_cpu(Cpu { isa: "portable".to_owned(), ..Cpu::default() }), "plain Rust"),
             (with_cpu(Cpu { group_limit: Some(1.5), ..Cpu::default() }), "--threads 1"),
             (with_cpu(Cpu { load: Some(1.2), ..Cpu::default() }), "1.20"),
+            (with_cpu(Cpu { scaling: Some(1.04), load: Some(0.1), ..Cpu::default() }), "--threads 1"),
             (Examination { memory, ..quiet() }, "madvise"),
             (Examination { permissions: Permissions::default(), ..quiet() }, "clear_refs"),
             (with_gpu(GpuSection { in_build: false, ..driver() }), "--features cuda"),

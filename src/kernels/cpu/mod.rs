@@ -1,9 +1,11 @@
 //! CPU plumbing: the thread pool, shared output slices, norms, rope, attention, activations.
 //!
 //! Every operation takes the [`super::isa::Isa`] to use and is safe to call: it checks its lengths, and that the machine
-//! has the instructions. What threads do with the parts is the caller's business, but for [`bandwidth`].
+//! has the instructions. What threads do with the parts is the caller's business, but for [`arithmetic`] and
+//! [`bandwidth`].
 
 pub mod activation;
+pub mod arithmetic;
 pub mod attention;
 pub mod bandwidth;
 mod lanes;

@@ -5,6 +5,7 @@
 //! read once for all of them: the `group` query heads of a token (decode), times several tokens (prefill). Positions can
 //! be split over threads: each computes a part with [`attend_part`], and [`merge`] and [`finish`] put the parts together.
 
+mod block;
 mod tile;
 
 use super::lanes::on;
@@ -43,8 +44,8 @@ impl Partial {
     pub const EMPTY: Partial = Partial { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-/// Queries of one call share a stack buffer of partials; more are done in turns.
-const QUERIES: usize = 32;
+/// Queries that read a tile of positions together. More are done in turns.
+pub const QUERIES: usize = 64;
 
 /// Attention of the `group` query heads of one token over all `t` positions.
 ///

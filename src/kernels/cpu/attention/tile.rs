@@ -1,15 +1,15 @@
-//! The inner loops of attention: queries two at a time against tiles of positions that stay in the nearest cache.
+//! Attention of few queries, and of queries with a bias: two at a time against tiles of positions that stay in the nearest cache.
 
 use std::ops::Range;
 
-use super::{Context, Partial, finite_base};
-use crate::kernels::cpu::lanes::{Lanes, LanesKernel, exp};
+use super::{Context, Partial, block, finite_base};
+use crate::kernels::cpu::lanes::{Lanes, LanesKernel, exp, prefetch};
 
 /// Positions of a tile, a multiple of every vector's width. Keys and values of 64 × 64 fp32 are 16 KiB each.
 const TILE: usize = 64;
 
-/// From so many queries on, transposing a tile of keys costs less than adding up across vectors for each score.
-const TRANSPOSE_FROM: usize = 16;
+/// How far ahead keys and values are fetched, in elements: the hardware's prefetcher stops at pages of 4 KiB.
+const AHEAD: usize = 1024;
 
 /// Fills `out` and `partials` for all queries: query `i` sees the last `window` of the first `first + i / group` positions.
 pub(super) struct TiledAttention<'a> {
@@ -27,8 +27,6 @@ pub(super) struct TiledAttention<'a> {
 /// One tile of positions.
 struct Tile<'a> {
     keys: &'a [f32],
-    /// Keys as `[d, TILE]`, where it pays.
-    transposed: Option<&'a [f32]>,
     values: &'a [f32],
     start: usize,
     len: usize,
@@ -39,22 +37,17 @@ impl LanesKernel for TiledAttention<'_> {
     #[inline(always)]
     fn run<L: Lanes>(mut self) {
         let (n, d) = (self.partials.len(), self.context.d);
+        if self.bias.is_none() && n >= block::FROM_QUERIES {
+            return block::attend::<L>(self);
+        }
         self.out.fill(0.0);
         self.partials.fill(Partial::EMPTY);
-        let mut packed = std::mem::take(self.scratch);
-        if n >= TRANSPOSE_FROM {
-            packed.resize(d * TILE, 0.0);
-        }
         let t = if n == 0 { 0 } else { self.seen(n - 1) };
         for start in (self.hidden(0) / TILE * TILE..t).step_by(TILE) {
             let len = TILE.min(t - start);
             let keys = &self.context.keys[start * d..(start + len) * d];
             let values = &self.context.values[start * d..(start + len) * d];
-            if n >= TRANSPOSE_FROM {
-                transpose(keys, d, &mut packed);
-            }
-            let transposed = (n >= TRANSPOSE_FROM).then_some(&packed[..]);
-            let tile = Tile { keys, transposed, values, start, len };
+            let tile = Tile { keys, values, start, len };
             let mut i = (0..n).find(|i| self.seen(*i) > start).unwrap_or(n);
             while i + 1 < n {
                 self.absorb::<L, 2>(i, &tile);
@@ -64,17 +57,16 @@ impl LanesKernel for TiledAttention<'_> {
                 self.absorb::<L, 1>(i, &tile);
             }
         }
-        *self.scratch = packed;
     }
 }
 
 impl TiledAttention<'_> {
-    fn seen(&self, query: usize) -> usize {
+    pub(super) fn seen(&self, query: usize) -> usize {
         self.first + query / self.group
     }
 
     /// Positions before the window of a query.
-    fn hidden(&self, query: usize) -> usize {
+    pub(super) fn hidden(&self, query: usize) -> usize {
         self.context.window.map_or(0, |window| self.seen(query).saturating_sub(window))
     }
 
@@ -85,10 +77,7 @@ impl TiledAttention<'_> {
         let len = tile.len.min(self.seen(i + H - 1) - tile.start);
         let q = &self.q[i * d..(i + H) * d];
         let mut scores = [[0.0; TILE]; H];
-        match tile.transposed {
-            Some(keys) => multiply_add::<L, H>(q, d, d, keys, TILE, scores.as_flattened_mut()),
-            None => dots::<L, H>(q, d, &tile.keys[..len * d], &mut scores),
-        }
+        dots::<L, H>(q, d, &tile.keys[..len * d], &mut scores);
         let t = self.context.keys.len() / d;
         for (h, scores) in scores.iter_mut().enumerate() {
             let seen = len.min(self.seen(i + h) - tile.start);
@@ -103,16 +92,6 @@ impl TiledAttention<'_> {
     }
 }
 
-/// `[len, d]` to the first `len` columns of `[d, TILE]`; what stands in the others is not used.
-#[inline(always)]
-fn transpose(keys: &[f32], d: usize, packed: &mut [f32]) {
-    for (e, row) in packed.chunks_exact_mut(TILE).enumerate() {
-        for (out, key) in row.iter_mut().zip(keys.chunks_exact(d)) {
-            *out = key[e];
-        }
-    }
-}
-
 /// `scores[h][j] = q[h] · keys[j]`, four keys at a time.
 #[inline(always)]
 fn dots<L: Lanes, const H: usize>(q: &[f32], d: usize, keys: &[f32], scores: &mut [[f32; TILE]; H]) {
@@ -124,6 +103,7 @@ fn dots<L: Lanes, const H: usize>(q: &[f32], d: usize, keys: &[f32], scores: &mu
         let mut sums = [[L::splat(0.0); 4]; H];
         for e in (0..whole).step_by(L::WIDTH) {
             for (k, row) in rows.iter().enumerate() {
+                prefetch(keys.as_ptr().wrapping_add(row * d + e + AHEAD));
                 // SAFETY: row < len and e + WIDTH ≤ d, so the read ends within `keys`.
                 let key = unsafe { L::read(keys.as_ptr().add(row * d + e)) };
                 for (h, sums) in sums.iter_mut().enumerate() {
@@ -262,6 +242,7 @@ unsafe fn block<L: Lanes, const H: usize, const C: usize>(
     for r in 0..rows {
         let mut row = [L::splat(0.0); C];
         for (c, row) in row.iter_mut().enumerate() {
+            prefetch(b.as_ptr().wrapping_add(r * columns + column + c * L::WIDTH + AHEAD));
             // SAFETY: r < rows, and the vector ends within the row by the caller's promise.
             *row = unsafe { L::read(b.as_ptr().add(r * columns + column + c * L::WIDTH)) };
         }

@@ -125,9 +125,13 @@ impl Lanes for Ymm {
     }
     #[inline(always)]
     fn greatest(self) -> f32 {
-        let mut lanes = [0.0; 8];
-        self.store(&mut lanes);
-        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+        let Self(numbers) = self.max(Self::splat(f32::NEG_INFINITY));
+        // SAFETY: the machine has AVX2.
+        unsafe {
+            let four = _mm_max_ps(_mm256_castps256_ps128(numbers), _mm256_extractf128_ps::<1>(numbers));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
     }
 }
 
@@ -207,8 +211,9 @@ impl Lanes for Zmm {
     }
     #[inline(always)]
     fn greatest(self) -> f32 {
-        let mut lanes = [0.0; 16];
-        self.store(&mut lanes);
-        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+        let numbers = self.max(Self::splat(f32::NEG_INFINITY));
+        // SAFETY: the machine has AVX-512 F and DQ.
+        let [low, high] = unsafe { [_mm512_castps512_ps256(numbers.0), _mm512_extractf32x8_ps::<1>(numbers.0)] };
+        Ymm(low).max(Ymm(high)).greatest()
     }
 }

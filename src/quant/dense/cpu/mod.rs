@@ -20,7 +20,7 @@ use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, checked, strips, write_strip};
-use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
+use crate::quant::{Activations, CpuMatrix, FormatId, Stored};
 
 /// A floating-point type that matrices are made of.
 pub trait DenseValue: DenseFormat + Pod + Send + Sync + std::fmt::Debug + PartialEq + 'static {
@@ -220,10 +220,6 @@ impl<T: DenseValue> CpuMatrix for DenseMatrix<T> {
         T::widen(&values[rows.start * self.k..rows.end * self.k], out);
     }
 
-    fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared) {
-        prepared.copy(x, m, self.k);
-    }
-
     fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
         let row_bytes = self.k * size_of::<T>();
         piece(&self.weights[rows.start * row_bytes..rows.end * row_bytes]);
@@ -235,17 +231,17 @@ impl<T: DenseValue> CpuMatrix for DenseMatrix<T> {
 
     fn multiply(
         &self,
-        x: &Prepared,
+        x: Activations,
         rows: Range<usize>,
         bias: Option<&[f32]>,
         y: &SharedSlice<'_, f32>,
         scratch: &mut Vec<f32>,
     ) {
         if x.m > 1 {
-            return panel::multiply(self, &x.f32s, x.m, rows, Start::Bias(bias), y, scratch);
+            return panel::multiply(self, x.f32s, x.m, rows, Start::Bias(bias), y, scratch);
         }
         for strip in strips(&rows) {
-            let sums = self.strip_rows(strip).map(|row| self.dot(row, &x.f32s));
+            let sums = self.strip_rows(strip).map(|row| self.dot(row, x.f32s));
             write_strip(&sums, strip, &rows, bias, 0, y);
         }
     }

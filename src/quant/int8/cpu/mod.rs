@@ -18,7 +18,7 @@ use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, checked, strips, write_strip};
-use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
+use crate::quant::{Activations, CpuMatrix, FormatId, Prepared, Stored};
 
 pub use activations::encode_row;
 
@@ -124,11 +124,11 @@ impl Int8Matrix {
     }
 
     /// One token: the strip's outlier columns are read while the strip is in the cache.
-    fn multiply_token(&self, x: &Prepared, rows: Range<usize>, bias: Option<&[f32]>, y: &SharedSlice<'_, f32>) {
+    fn multiply_token(&self, x: Activations, rows: Range<usize>, bias: Option<&[f32]>, y: &SharedSlice<'_, f32>) {
         let mut tile = Tile::default();
         let outliers = &x.f32s[self.k..];
         for strip in strips(&rows) {
-            self.multiply_tile(strip..strip + 1, &x.i8s, 1, &mut tile);
+            self.multiply_tile(strip..strip + 1, x.i8s, 1, &mut tile);
             let mut sums = self.dequantize_sums(strip, &tile[0][0], x.scales[0]);
             for (column, value) in x.outlier_columns.iter().zip(outliers) {
                 let weights = self.column(strip, *column as usize);
@@ -139,7 +139,7 @@ impl Int8Matrix {
     }
 
     /// The int8 part for several tokens.
-    fn multiply_tokens(&self, x: &Prepared, rows: Range<usize>, bias: Option<&[f32]>, y: &SharedSlice<'_, f32>) {
+    fn multiply_tokens(&self, x: Activations, rows: Range<usize>, bias: Option<&[f32]>, y: &SharedSlice<'_, f32>) {
         let mut tile = Tile::default();
         let strips = strips(&rows);
         for first in strips.clone().step_by(TILE_STRIPS) {
@@ -240,10 +240,15 @@ impl CpuMatrix for Int8Matrix {
 
     /// `f32s` hold the activations after the cast to fp16, `[m, k]`, then those of the outlier columns as they were,
     /// `[m, outlier_columns]`; `i8s` the codes, `[m, padded_k]`.
-    fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared) {
+    fn prepare<'a>(&self, x: &'a [f32], m: usize, room: &'a mut Prepared) -> Activations<'a> {
         assert_eq!(x.len(), m * self.k, "activations of {m} tokens");
-        (prepared.m, prepared.k) = (m, self.k);
-        activations::prepare(x, self.padded_k(), self.threshold, self.isa, prepared);
+        (room.m, room.k) = (m, self.k);
+        activations::prepare(x, self.padded_k(), self.threshold, self.isa, room);
+        room.view()
+    }
+
+    fn quantizes_activations(&self) -> bool {
+        true
     }
 
     fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
@@ -264,7 +269,7 @@ impl CpuMatrix for Int8Matrix {
 
     fn multiply(
         &self,
-        x: &Prepared,
+        x: Activations,
         rows: Range<usize>,
         bias: Option<&[f32]>,
         y: &SharedSlice<'_, f32>,
@@ -275,7 +280,7 @@ impl CpuMatrix for Int8Matrix {
         }
         self.multiply_tokens(x, rows.clone(), bias, y);
         if !x.outlier_columns.is_empty() {
-            let outliers = OutlierColumns { matrix: self, columns: &x.outlier_columns };
+            let outliers = OutlierColumns { matrix: self, columns: x.outlier_columns };
             panel::multiply(&outliers, &x.f32s[x.m * self.k..], x.m, rows, Start::Sums, y, scratch);
         }
     }

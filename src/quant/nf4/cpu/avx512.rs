@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::absmax::{StripAbsmax, StripLanes};
-use super::{BLOCK, BLOCK_BYTES, BLOCK_GROUPS, CODES, GROUP, GROUP_BYTES, encode_blocks, portable};
+use super::{BLOCK, BLOCK_BYTES, BLOCK_GROUPS, CODES, GROUP, GROUP_BYTES, SLACK, encode_blocks, portable};
 use crate::quant::cpu::{STRIP_ROWS, StripSums};
 
 /// Sums in flight: one for each column of a group. With four, an FMA would wait for the one before it.
@@ -27,14 +27,17 @@ macro_rules! values {
     };
 }
 
-/// `Σ W · x` for the rows of a strip that are whole blocks.
+/// `Σ W · x` for the rows of a strip that are whole blocks. `codes` end with [`SLACK`].
+///
+/// Two pipes do the shifts, the look-ups and the sums; loads are free beside them. So each byte of a lane is brought down by a load of its own
+/// (which crosses a cache line), and only the upper codes are shifted: 20 instructions for 128 weights instead of 23.
 ///
 /// # Safety
 /// The machine has AVX-512F.
 #[target_feature(enable = "avx512f")]
 pub unsafe fn dot_strip(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32]) -> StripSums {
     let blocks = x.len() / BLOCK;
-    assert_eq!(codes.len(), blocks * BLOCK_BYTES);
+    assert_eq!(codes.len(), blocks * BLOCK_BYTES + SLACK);
     // SAFETY: 16 values.
     let table = unsafe { _mm512_loadu_ps(CODES.as_ptr()) };
     // Unknown to the compiler, or it unrolls the block: 64 long instructions more miss the decoded-instruction cache, which
@@ -45,19 +48,22 @@ pub unsafe fn dot_strip(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32]) 
         let mut sums = [_mm512_setzero_ps(); SUMS];
         for group in 0..groups {
             absmax.decode_ahead(block, group);
-            // SAFETY: a group of block `block` lies within `codes` and `x`; a prefetch may point anywhere.
+            // SAFETY: a group of block `block` and `SLACK` lie within `codes`, its columns in `x`; a prefetch may point anywhere.
             unsafe {
                 let codes = codes.as_ptr().add(block * BLOCK_BYTES + group * GROUP_BYTES);
                 let x = x.as_ptr().add(block * BLOCK + group * GROUP);
                 _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(PREFETCH_BYTES).cast());
-                let group = _mm512_loadu_si512(codes.cast());
                 macro_rules! add {
-                    ($($j:literal)*) => {$(
-                        let value = _mm512_set1_ps(*x.add($j));
-                        sums[$j] = _mm512_fmadd_ps(values!(table, group, $j), value, sums[$j]);
+                    ($($byte:literal)*) => {$(
+                        let (even, odd) = (2 * $byte, 2 * $byte + 1);
+                        let pairs = _mm512_loadu_si512(codes.add($byte).cast());
+                        let value = _mm512_set1_ps(*x.add(odd));
+                        sums[odd] = _mm512_fmadd_ps(_mm512_permutexvar_ps(pairs, table), value, sums[odd]);
+                        let (pairs, value) = (_mm512_srli_epi32::<4>(pairs), _mm512_set1_ps(*x.add(even)));
+                        sums[even] = _mm512_fmadd_ps(_mm512_permutexvar_ps(pairs, table), value, sums[even]);
                     )*};
                 }
-                add!(0 1 2 3 4 5 6 7);
+                add!(0 1 2 3);
             }
         }
         let [a, b, c, d, e, f, g, h] = sums;

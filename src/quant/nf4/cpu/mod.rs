@@ -21,7 +21,7 @@ use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PANEL_COLUMNS, PanelSource, Start};
 use crate::quant::cpu::{STRIP_ROWS, StripSums, checked, grown, strips, write_strip};
-use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
+use crate::quant::{Activations, CpuMatrix, FormatId, Stored};
 
 /// Codes of one row in a lane of 32 bits. Their nibbles keep the stored order: column `j` of the eight is at bit
 /// `4 · (j ^ 1)`.
@@ -32,7 +32,10 @@ const GROUP_BYTES: usize = STRIP_ROWS * GROUP / 2;
 const BLOCK_GROUPS: usize = BLOCK / GROUP;
 const BLOCK_BYTES: usize = BLOCK_GROUPS * GROUP_BYTES;
 
-/// Codes as `[strip][group of 8 columns][row]`.
+/// Bytes behind the codes that a kernel may read.
+const SLACK: usize = GROUP / 2 - 1;
+
+/// Codes as `[strip][group of 8 columns][row]`, and [`SLACK`].
 pub struct Nf4Matrix {
     n: usize,
     k: usize,
@@ -82,7 +85,7 @@ impl Nf4Matrix {
     pub fn new(stored: Nf4Stored, isa: Isa) -> Self {
         let (n, k) = stored.shape();
         let groups = k.div_ceil(GROUP);
-        let mut codes = Pages::required(n.div_ceil(STRIP_ROWS) * groups * GROUP_BYTES);
+        let mut codes = Pages::required(n.div_ceil(STRIP_ROWS) * groups * GROUP_BYTES + SLACK);
         for row in 0..n {
             let lane = (row / STRIP_ROWS * groups * STRIP_ROWS + row % STRIP_ROWS) * 4;
             for group in 0..groups {
@@ -102,6 +105,11 @@ impl Nf4Matrix {
     fn strip(&self, strip: usize) -> &[u8] {
         let len = self.groups() * GROUP_BYTES;
         &self.codes[strip * len..][..len]
+    }
+
+    fn strip_and_slack(&self, strip: usize) -> &[u8] {
+        let len = self.groups() * GROUP_BYTES;
+        &self.codes[strip * len..][..len + SLACK]
     }
 
     /// Rows are whole blocks.
@@ -145,7 +153,7 @@ impl Nf4Matrix {
         match self.isa {
             // SAFETY: the instruction set is checked.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::dot_strip(codes, absmax, x) },
+            Isa::Avx512 => unsafe { avx512::dot_strip(self.strip_and_slack(strip), absmax, x) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { avx2::dot_strip(codes, absmax, x) },
@@ -249,10 +257,6 @@ impl CpuMatrix for Nf4Matrix {
         }
     }
 
-    fn prepare(&self, x: &[f32], m: usize, prepared: &mut Prepared) {
-        prepared.copy(x, m, self.k);
-    }
-
     fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
         let (strips, strip_bytes) = (strips(&rows), self.groups() * GROUP_BYTES);
         piece(&self.codes[strips.start * strip_bytes..strips.end * strip_bytes]);
@@ -267,13 +271,13 @@ impl CpuMatrix for Nf4Matrix {
 
     fn multiply(
         &self,
-        x: &Prepared,
+        x: Activations,
         rows: Range<usize>,
         bias: Option<&[f32]>,
         y: &SharedSlice<'_, f32>,
         scratch: &mut Vec<f32>,
     ) {
-        let x_values = &x.f32s[..];
+        let x_values = x.f32s;
         match &self.absmax {
             PackedAbsmax::Plain(values) if x.m == 1 => {
                 for strip in strips(&rows) {
