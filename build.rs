@@ -41,10 +41,12 @@ fn compile_kernels(out: &Path) {
     for source in files_of(Path::new("src"), &["cu"]) {
         let fatbin = out.join(source.with_extension("fatbin").file_name().expect("a file"));
         compile(&source, &fatbin, &[], newest);
-        // Step kernels once more, with clock stamps.
+        // Step kernels once more with clock stamps, and with what few models need.
         if fs::read_to_string(&source).is_ok_and(|text| text.contains("quant/step.cuh")) {
-            let name = format!("{}_traced.fatbin", source.file_stem().expect("a file").display());
-            compile(&source, &out.join(name), &["-DSTEP_TRACED"], newest);
+            for (build, define) in [("traced", "-DSTEP_TRACED"), ("featured", "-DSTEP_FEATURED")] {
+                let name = format!("{}_{build}.fatbin", source.file_stem().expect("a file").display());
+                compile(&source, &out.join(name), &[define], newest);
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use quantbench::kernels::cuda::launch::Fatbin;
 use quantbench::kernels::cuda::rows;
 use quantbench::quant::{dense, int8, nf4};
 
-const OURS: [&Fatbin; 11] = [
+const OURS: [&Fatbin; 14] = [
     &dense::cuda::KERNELS,
     &dense::cuda::TRACED_KERNELS,
     &int8::cuda::TRACED_KERNELS,
@@ -16,6 +16,9 @@ const OURS: [&Fatbin; 11] = [
     &int8::cuda::ENCODE_KERNELS,
     &nf4::cuda::KERNELS,
     &nf4::cuda::ENCODE_KERNELS,
+    &dense::cuda::FEATURED_KERNELS,
+    &int8::cuda::FEATURED_KERNELS,
+    &nf4::cuda::FEATURED_KERNELS,
     &attend::KERNELS,
     &rows::KERNELS,
 ];

@@ -59,7 +59,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
         Pipeline::begin(shared_pipeline, at);
         stamp(at, STAMP_READY);
     };
-    if (matvec.chosen && matvec.mode != MODE_GATED && matvec.first_chosen == 0) {
+    if (HAS_FEATURES && matvec.chosen && matvec.mode != MODE_GATED && matvec.first_chosen == 0) {
         // The first downs add to what all gates have read, and read the results of some gates alone: they wait for the others.
         const ExpectedTag expected(tags, matvec.inputs[0].written_by);
 #pragma unroll 1
@@ -67,7 +67,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
         barrier_sync();
     }
     if (!matvec.reuses_input && has_rows) {
-        if (matvec.inputs[0].norm == NORM_CAST) cast_input(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, begin);
+        if (HAS_FEATURES && matvec.inputs[0].norm == NORM_CAST) cast_input(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, begin);
         else if (is_normed) normalize(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, sums_of_warps, begin);
         else if (matvec.inputs[0].is_tagged) read_inputs<true, Format::WORDS_HELD>(matvec, tags, x, begin);
         else read_inputs<false, Format::WORDS_HELD>(matvec, tags, x, begin);
@@ -109,7 +109,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
                                                             activations.own[matvec.mode == MODE_JOINED ? run : 0], factors.scale[run]);
             else values[run] = total_of<Value>(partials, factors.sums_of[run], of_tile).value;
             values[run] = values[run] * matvec.product_scale + factors.bias[run];
-            if (matvec.chosen && matvec.mode != MODE_GATED) values[run] *= chosen_experts().weights[matvec.first_chosen + run];
+            if (HAS_FEATURES && matvec.chosen && matvec.mode != MODE_GATED) values[run] *= chosen_experts().weights[matvec.first_chosen + run];
         }
         store_row(matvec, parts_of(matvec)[factors.part()], factors.row(), values, factors.residual, tags.of(at), best);
     }
@@ -136,9 +136,10 @@ __device__ __forceinline__ void run_step(const Program &program) {
     start_trace(program);
     Pipeline pipeline;
     // Weights of the instructions before it may be copied. In shared memory: nf4 on Hopper has no register left for it.
-    __shared__ int gate;
-    if (threadIdx.x == 0) gate = program.gate;
-    pipeline.start(shared_address(dynamic), program.stages, min(min(n, RESIDENT_INSTRUCTIONS), program.gate), shared_pipeline);
+    __shared__ int shared_gate;
+    if (HAS_FEATURES && threadIdx.x == 0) shared_gate = program.gate;
+    auto gate = [&]() { return HAS_FEATURES ? shared_gate : n; };
+    pipeline.start(shared_address(dynamic), program.stages, min(min(n, RESIDENT_INSTRUCTIONS), HAS_FEATURES ? program.gate : n), shared_pipeline);
     uint8_t *room = (uint8_t *)dynamic + WARPS * Pipeline::bytes(program.stages);
     if (warp < RESIDENT_INSTRUCTIONS && warp < n) {
         // A single instruction is a kernel parameter, which asynchronous copies cannot read.
@@ -163,14 +164,14 @@ __device__ __forceinline__ void run_step(const Program &program) {
 #pragma unroll 1
     for (int at = 0; at < n; at++) {
         // Instructions in shared memory before and after the next one is fetched.
-        const int open = min(n, gate), before = min(open, max(at - 2, 0) + RESIDENT_INSTRUCTIONS), behind = min(open, max(at - 1, 0) + RESIDENT_INSTRUCTIONS);
+        const int open = min(n, gate()), before = min(open, max(at - 2, 0) + RESIDENT_INSTRUCTIONS), behind = min(open, max(at - 1, 0) + RESIDENT_INSTRUCTIONS);
         // The block has finished the instruction before, whose place in shared memory is free.
         auto ahead = [&]() {
             const int next = at - 1 + RESIDENT_INSTRUCTIONS;
             if (warp != WARPS - 1) return;
             if (at > 1 && next - 1 < n) {
                 compute_share(resident[(next - 1) % RESIDENT_INSTRUCTIONS]);
-                Pipeline::set_instructions_ready(shared_pipeline, min(next, gate));
+                Pipeline::set_instructions_ready(shared_pipeline, min(next, gate()));
             }
             if (at > 0 && next < n) {
                 Pipeline::wait_copied(shared_pipeline, at);
@@ -179,14 +180,14 @@ __device__ __forceinline__ void run_step(const Program &program) {
         };
         const Instruction &instruction = resident[at % RESIDENT_INSTRUCTIONS].instruction;
         if (instruction.opcode == OPCODE_ATTENTION) attend(instruction.attention, tags, at, room, ahead);
-        else if (instruction.opcode >= OPCODE_FEATURED_ATTENTION) {
+        else if (HAS_FEATURES && instruction.opcode >= OPCODE_FEATURED_ATTENTION) {
             if (instruction.opcode == OPCODE_NORM_ADD) norm_add(instruction.norm_add, tags, at, room, ahead);
             else if (instruction.opcode == OPCODE_ROUTE) {
                 route(instruction.route, tags, at, ahead);
-                if (threadIdx.x == 0) gate = instruction.route.next_gate;
+                if (threadIdx.x == 0) shared_gate = instruction.route.next_gate;
                 // All warps see the choice.
                 barrier_sync();
-                if (warp == WARPS - 1) Pipeline::set_instructions_ready(shared_pipeline, min(min(n, gate), max(at - 1, 0) + RESIDENT_INSTRUCTIONS));
+                if (warp == WARPS - 1) Pipeline::set_instructions_ready(shared_pipeline, min(min(n, gate()), max(at - 1, 0) + RESIDENT_INSTRUCTIONS));
             }
             else attend_wide<true>(instruction.attention, tags, at, room, ahead);
             pipeline.leave(at);

@@ -13,6 +13,8 @@ pub enum Cell {
     Percent(f64),
     /// A number and the two ends of its 95 % interval.
     Interval(f64, f64, f64),
+    /// A median of too few repeats for an interval, the least and the greatest of them.
+    Range(f64, f64, f64),
     /// The two ends of a 95 % interval.
     Between(f64, f64),
     Word(&'static str),
@@ -179,6 +181,9 @@ fn notes(case: &Case, rows: &[Row], compares: bool) -> Vec<String> {
     if values().any(|value| value.contains('[')) {
         notes.push("[low, high] is a 95 % interval".to_owned());
     }
+    if values().any(|value| value.ends_with(')')) {
+        notes.push("(least-greatest) of the repeats, which are too few for an interval".to_owned());
+    }
     if ratios().any(|ratio| ratio.paired) {
         notes.push(
             "speed-ups are medians of paired repeats, so they need not equal the ratio of the medians shown".to_owned(),
@@ -223,7 +228,9 @@ impl Cell {
     fn magnitude(&self) -> f64 {
         match *self {
             Cell::Unknown | Cell::Word(_) => 0.0,
-            Cell::Number(x) | Cell::Percent(x) | Cell::Interval(x, ..) | Cell::Between(_, x) => x.abs(),
+            Cell::Number(x) | Cell::Percent(x) | Cell::Interval(x, ..) | Cell::Range(x, ..) | Cell::Between(_, x) => {
+                x.abs()
+            }
         }
     }
 
@@ -233,6 +240,7 @@ impl Cell {
             Cell::Number(x) => format!("{x:.decimals$}"),
             Cell::Percent(x) => format!("{x:.1}"),
             Cell::Interval(x, low, high) => format!("{x:.decimals$} [{low:.decimals$}, {high:.decimals$}]"),
+            Cell::Range(x, least, greatest) => format!("{x:.decimals$} ({least:.decimals$}-{greatest:.decimals$})"),
             Cell::Between(low, high) => format!("[{low:.decimals$}, {high:.decimals$}]"),
             Cell::Word(word) => word.into(),
         }
@@ -274,10 +282,11 @@ fn share(value: Option<f64>) -> Cell {
 }
 
 fn interval(record: &Record, key: &str) -> Cell {
-    match summary(record, key).map(|s| (s.median, s.ci95_low, s.ci95_high)) {
-        Some((Some(median), Some(low), Some(high))) => Cell::Interval(median, low, high),
-        Some((median, ..)) => number(median),
-        None => Cell::Unknown,
+    let Some(summary) = summary(record, key) else { return Cell::Unknown };
+    match (summary.median, summary.ci95_low.zip(summary.ci95_high), summary.min.zip(summary.max)) {
+        (Some(median), Some((low, high)), _) => Cell::Interval(median, low, high),
+        (Some(median), None, Some((least, greatest))) if summary.n > 1 => Cell::Range(median, least, greatest),
+        (median, ..) => number(median),
     }
 }
 

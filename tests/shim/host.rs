@@ -197,12 +197,18 @@ fn compile() -> std::result::Result<Vec<Unit>, String> {
         let text = fs::read_to_string(&source).expect("a source");
         let differs = text.contains("step.cuh") || text.contains("__CUDA_ARCH__");
         let chips = if differs { &CHIPS[..] } else { &CHIPS[CHIPS.len() - 1..] };
-        wanted.extend(chips.iter().map(|chip| (source.clone(), kernels(&text), *chip)));
+        let builds = if text.contains("quant/step.cuh") { &["", "featured"][..] } else { &[""] };
+        let wanted_of = |build: &&'static str| {
+            chips.iter().map(|chip| (source.clone(), *build, kernels(&text), *chip)).collect::<Vec<_>>()
+        };
+        wanted.extend(builds.iter().flat_map(wanted_of));
     }
     let queue = Mutex::new(wanted.into_iter());
     let work = || {
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-        std::iter::from_fn(next).map(|(source, kernels, chip)| unit(&compiler, &source, kernels, chip)).collect()
+        std::iter::from_fn(next)
+            .map(|(source, build, kernels, chip)| unit(&compiler, &source, build, kernels, chip))
+            .collect()
     };
     let workers = thread::available_parallelism().map_or(1, usize::from);
     Ok(thread::scope(|scope| {
@@ -230,8 +236,9 @@ fn kernels(text: &str) -> Vec<String> {
 }
 
 /// Compiles where the library is older than anything it is made of.
-fn unit(compiler: &str, source: &Path, kernels: Vec<String>, chip: u32) -> Unit {
-    let name = source.file_stem().expect("a file").to_string_lossy().into_owned();
+fn unit(compiler: &str, source: &Path, build: &str, kernels: Vec<String>, chip: u32) -> Unit {
+    let stem = source.file_stem().expect("a file").to_string_lossy();
+    let name = if build.is_empty() { stem.into_owned() } else { format!("{stem}_{build}") };
     let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("shim-{name}-{chip}.so"));
     let modified = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).ok();
     let shim = root().join("tests/shim");
@@ -250,6 +257,7 @@ fn unit(compiler: &str, source: &Path, kernels: Vec<String>, chip: u32) -> Unit 
             .arg("-ftrivial-auto-var-init=pattern")
             .args(["-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-error"])
             .arg(format!("-D__CUDA_ARCH__={chip}"))
+            .args((build == "featured").then_some("-DSTEP_FEATURED"))
             .arg(format!("-DSOURCE=\"{}\"", source.display()))
             .arg(format!("-DKERNELS={kernels}"))
             .arg("-I")

@@ -18,6 +18,7 @@ mod prefill;
 mod products;
 mod prompt;
 mod range;
+mod reference;
 mod rows;
 mod session;
 #[path = "../skips/mod.rs"]

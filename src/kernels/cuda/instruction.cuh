@@ -19,6 +19,14 @@ constexpr int WARPS = THREADS / LANES;
 constexpr int PRODUCER_WARPS = 4;
 constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 112;
 
+// Two builds of the step kernel: one has what OPCODE_HALF to OPCODE_ATTENTION need of llama, phi, t5 and gemma, whose registers are few; the other
+// also norms of heads, windows, caps, sinks, norms behind products, casts and the choice of experts (STEP_FEATURED). step_kernel.rs picks one.
+#ifdef STEP_FEATURED
+constexpr bool HAS_FEATURES = true;
+#else
+constexpr bool HAS_FEATURES = false;
+#endif
+
 // A barrier of all threads but those of producer warps.
 __device__ __forceinline__ void barrier_sync() { barrier_sync_first<THREADS>(); }
 constexpr int MAX_PARTS = 4;

@@ -352,9 +352,9 @@ __device__ __forceinline__ Partial total_of(const void *room, uint32_t sums_of, 
 __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart &part, int row, const float (&values)[MAX_INPUTS], float residual,
                                         uint32_t tag, unsigned long long &best) {
     float y = values[0] + (matvec.mode == MODE_JOINED ? values[1] : 0.0f);
-    if (part.activation == ACT_CAP) {
+    if (HAS_FEATURES && part.activation == ACT_CAP) {
         y = capped(y, matvec.softcap);
-    } else if (part.activation == ACT_CLAMPED) {
+    } else if (HAS_FEATURES && part.activation == ACT_CLAMPED) {
         const float limit = matvec.softcap, wide = __half2float(__float2half_rn(y)), gate = wide > limit ? limit : wide;
         const float of_up = __half2float(__float2half_rn(values[1])), up = of_up > limit ? limit : of_up < -limit ? -limit : of_up;
         y = (up + 1.0f) * gate * logistic(1.702f * gate);
@@ -370,7 +370,7 @@ __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart
         store_relaxed(matvec.residual + row, tagged(residual + y, tag));
     } else if (matvec.output_type == OUTPUT_TAGGED_HALVES) {
         store_relaxed((uint32_t *)part.out + row, tagged(__float2half_rn(y), tag));
-    } else if (matvec.output_type == OUTPUT_TAGGED_FLOATS) {
+    } else if (HAS_FEATURES && matvec.output_type == OUTPUT_TAGGED_FLOATS) {
         store_relaxed((uint2 *)part.out + row, tagged(y, tag));
     } else if (matvec.output_type == OUTPUT_FLOATS) {
         ((float *)part.out)[row] = y;

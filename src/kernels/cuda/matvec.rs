@@ -383,6 +383,15 @@ impl Matvec {
         format!("{what}{shapes}")
     }
 
+    /// Whether it needs `HAS_FEATURES` of instruction.cuh.
+    pub(super) fn is_featured(&self) -> bool {
+        let is_featured = |part: &MatrixPart| [ACT_CAP, ACT_CLAMPED].contains(&part.activation);
+        self.is_routed()
+            || self.inputs.iter().any(|input| input.norm == NORM_CAST)
+            || self.output_type == OutputType::TaggedFloats as i32
+            || self.parts.iter().any(is_featured)
+    }
+
     /// Whether it reads the matrices of chosen experts.
     pub(super) fn is_routed(&self) -> bool {
         self.chosen.count > 0

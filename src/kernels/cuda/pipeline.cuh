@@ -95,12 +95,12 @@ __device__ __forceinline__ int rows_of(const BlockShare &share, int tile) { retu
 __device__ __forceinline__ int first_row_of(const BlockShare &share, int tile) { return share.first_row + tile * share.of_tile + min(tile, share.extra_rows); }
 
 // The parts that an instruction reads: its own, or those of the chosen experts.
-__device__ __forceinline__ const MatrixPart *parts_of(const Matvec &matvec) { return matvec.chosen ? chosen_experts().parts : matvec.parts; }
+__device__ __forceinline__ const MatrixPart *parts_of(const Matvec &matvec) { return HAS_FEATURES && matvec.chosen ? chosen_experts().parts : matvec.parts; }
 
 // The part that a run reads for row `row` of all parts; `row` becomes the row of that part.
 __device__ __forceinline__ const MatrixPart &part_at(const ResidentInstruction &resident, int second, int &row) {
     const Matvec &matvec = resident.instruction.matvec;
-    if (matvec.chosen) {
+    if (HAS_FEATURES && matvec.chosen) {
         if (matvec.mode != MODE_GATED) return chosen_experts().parts[2 * MAX_CHOSEN + matvec.first_chosen + second];
         const int expert = (unsigned)row / (unsigned)matvec.rows_of_expert;
         row -= expert * matvec.rows_of_expert;

@@ -8,7 +8,7 @@ use super::launch::{Grid, Kernel, Launcher, dimension, launch};
 use super::matvec::{Epilogue, Family, InputDesc, Matvec, Mode, Product};
 use super::norm_add::NormAdd;
 use super::route::Route;
-use super::step_kernel::{DeviceProperties, StepKernel, WARPS, WeightDecoder};
+use super::step_kernel::{DeviceProperties, FEATURED_STATIC_BYTES, StepKernel, WARPS, WeightDecoder};
 use crate::parameters;
 
 /// `written_by` of values that were there before the launch.
@@ -119,6 +119,15 @@ impl Instruction {
         match self {
             Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => Some(matvec),
             Self::Attention(_) | Self::FeaturedAttention(_) | Self::NormAdd(_) | Self::Route(_) => None,
+        }
+    }
+
+    /// Returns whether it needs `HAS_FEATURES` of instruction.cuh.
+    fn is_featured(&self) -> bool {
+        match self {
+            Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.is_featured(),
+            Self::Attention(_) => false,
+            Self::FeaturedAttention(_) | Self::NormAdd(_) | Self::Route(_) => true,
         }
     }
 
@@ -335,7 +344,9 @@ impl ProgramBuilder {
         self.check_hazards()?;
         let data_bytes = self.list.iter().map(|instruction| instruction.shared_bytes(kernel)).max().unwrap_or(0);
         let data_bytes = data_bytes.next_multiple_of(16);
-        let (stages, stage_bytes) = self.properties.pipeline(kernel, data_bytes);
+        let is_featured = self.list.iter().any(Instruction::is_featured);
+        let static_bytes = if is_featured { FEATURED_STATIC_BYTES } else { 0 };
+        let (stages, stage_bytes) = self.properties.pipeline(kernel, data_bytes + static_bytes);
         let grid = Grid {
             shared_bytes: WARPS * stages * stage_bytes + data_bytes,
             cooperative: self.list.len() > 1,
@@ -354,7 +365,7 @@ impl ProgramBuilder {
             stages,
             gate: route.map_or(Ok(NO_GATE), |route| dimension(route + 1))?,
         };
-        Ok(PlannedLaunch { kernel, grid, program })
+        Ok(PlannedLaunch { kernel, is_featured, grid, program })
     }
 
     /// The first kernel that reads all matrices.
@@ -373,6 +384,8 @@ impl ProgramBuilder {
 #[derive(Clone, Copy)]
 pub struct PlannedLaunch {
     kernel: &'static StepKernel,
+    /// An instruction needs [`StepKernel::featured`].
+    is_featured: bool,
     grid: Grid,
     pub program: Program,
 }
@@ -380,8 +393,15 @@ pub struct PlannedLaunch {
 impl PlannedLaunch {
     /// Loads the kernel onto a device, which must have the shared memory for it.
     pub fn load(self, device: &CudaDevice) -> Result<LoadedLaunch> {
-        let Self { kernel: StepKernel { fatbin, traced, name, .. }, grid, program } = self;
-        let fatbin = if program.trace == 0 { fatbin } else { traced };
+        let Self { kernel: StepKernel { fatbin, traced, featured, name, .. }, is_featured, grid, program } = self;
+        let fatbin = match (program.trace == 0, is_featured) {
+            (true, false) => fatbin,
+            (true, true) => featured,
+            (false, false) => traced,
+            (false, true) => {
+                bail!("QUANTBENCH_TRACE: no build of the step kernel has both stamps and this model's instructions")
+            }
+        };
         let kernel = fatbin.kernel(device, name)?;
         kernel.allow_shared(grid.shared_bytes)?;
         if kernel.blocks_per_multiprocessor(grid.threads, grid.shared_bytes)? == 0 {
@@ -396,7 +416,8 @@ impl PlannedLaunch {
     /// # Safety
     /// Every address that this launch was made of is still valid.
     pub unsafe fn launch_on(&self, launcher: &dyn Launcher) -> Result<()> {
-        let StepKernel { fatbin, name, .. } = self.kernel;
+        let StepKernel { fatbin, featured, name, .. } = self.kernel;
+        let fatbin = if self.is_featured { featured } else { fatbin };
         // SAFETY: steps' kernels take one struct, which `Program` mirrors; the caller vouches for the addresses.
         unsafe { launcher.launch(fatbin, name, self.grid, parameters![self.program]) }
     }

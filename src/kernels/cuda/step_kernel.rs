@@ -21,12 +21,16 @@ const MAX_STAGES: usize = 5;
 /// Shared memory of a block on Hopper, and the part of it that is left for static variables.
 const HOPPER_SHARED_BYTES: usize = 227 << 10;
 pub const HOPPER_STATIC_BYTES: usize = 8 << 10;
+/// What a kernel with `HAS_FEATURES` has beside it: the experts that were chosen.
+pub const FEATURED_STATIC_BYTES: usize = 2 << 10;
 
 /// A kernel that runs programs. Each reads fp16 and fp32 matrices, and those of one format.
 pub struct StepKernel {
     pub fatbin: &'static Fatbin,
     /// The same with clock stamps, as [`super::trace`] reads them.
     pub traced: &'static Fatbin,
+    /// The same with `HAS_FEATURES` of instruction.cuh.
+    pub featured: &'static Fatbin,
     pub name: &'static str,
     /// Whether tables of its format share the memory with the pipelines.
     pub has_tables: bool,
@@ -115,6 +119,7 @@ mod tests {
         StepKernel {
             fatbin: &NO_CODE,
             traced: &NO_CODE,
+            featured: &NO_CODE,
             name: "none",
             has_tables,
             side_data_words,

@@ -22,11 +22,14 @@ pub(in crate::quant) use encode::{device_bytes, encoder};
 pub static KERNELS: Fatbin = Fatbin { name: "dense", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense.fatbin")) };
 pub static TRACED_KERNELS: Fatbin =
     Fatbin { name: "dense_traced", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense_traced.fatbin")) };
+pub static FEATURED_KERNELS: Fatbin =
+    Fatbin { name: "dense_featured", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense_featured.fatbin")) };
 
 /// Reads no format but these.
 pub static STEP: StepKernel = StepKernel {
     fatbin: &KERNELS,
     traced: &TRACED_KERNELS,
+    featured: &FEATURED_KERNELS,
     name: "half_step",
     has_tables: false,
     side_data_words: 0,

@@ -22,10 +22,13 @@ pub(super) use encode::{device_bytes, encoder};
 pub static KERNELS: Fatbin = Fatbin { name: "int8", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin")) };
 pub static TRACED_KERNELS: Fatbin =
     Fatbin { name: "int8_traced", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8_traced.fatbin")) };
+pub static FEATURED_KERNELS: Fatbin =
+    Fatbin { name: "int8_featured", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8_featured.fatbin")) };
 
 static STEP: StepKernel = StepKernel {
     fatbin: &KERNELS,
     traced: &TRACED_KERNELS,
+    featured: &FEATURED_KERNELS,
     name: "int8_step",
     has_tables: false,
     side_data_words: 0,

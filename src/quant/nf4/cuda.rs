@@ -26,11 +26,14 @@ pub(super) use encode::{device_bytes, encoder};
 pub static KERNELS: Fatbin = Fatbin { name: "nf4", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4.fatbin")) };
 pub static TRACED_KERNELS: Fatbin =
     Fatbin { name: "nf4_traced", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4_traced.fatbin")) };
+pub static FEATURED_KERNELS: Fatbin =
+    Fatbin { name: "nf4_featured", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4_featured.fatbin")) };
 
 const fn step(name: &'static str, side_data_words: usize) -> StepKernel {
     StepKernel {
         fatbin: &KERNELS,
         traced: &TRACED_KERNELS,
+        featured: &FEATURED_KERNELS,
         name,
         has_tables: true,
         side_data_words,
