@@ -7,6 +7,7 @@ use crate::lower::prompt::{self, CPU_CALLS, CUDA_CALLS};
 use crate::plan::{
     BufferId, CacheScope, CacheSpec, LinearPart, LinearSpec, Model, NormSpec, Op, Plan, Rope, RopeByLength, Rows,
 };
+use crate::quant::FormatId;
 use crate::weights::policy::Formats;
 
 /// Bytes that a process takes of a GPU beside its own allocations: the driver's context, the kernels and cuBLAS. An H200 with driver 580
@@ -86,7 +87,7 @@ pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Needs {
         kv_cache_bytes: cache_bytes(model, holding, lengths),
         scratch_bytes: match (holding.engine, holding.device) {
             (Engine::Candle, _) => candle_scratch_bytes(model, lengths, holding.kv_format(model).bytes()),
-            (Engine::Quantbench, Device::Cpu) => cpu_scratch_bytes(model, lengths),
+            (Engine::Quantbench, Device::Cpu) => cpu_scratch_bytes(model, lengths, holding.formats.precision()),
             (Engine::Quantbench, Device::Cuda(_)) => cuda_scratch_bytes(model, lengths, holding.formats),
         },
         context_bytes: if is_cuda { CONTEXT_BYTES } else { 0 },
@@ -119,23 +120,29 @@ fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
 }
 
 /// Regions of fp32 as the engine lays them out: each side's for its longest call.
-fn cpu_scratch_bytes(model: &Model, lengths: &Lengths) -> u64 {
+fn cpu_scratch_bytes(model: &Model, lengths: &Lengths, precision: FormatId) -> u64 {
     let longest = lengths.calls().map(|(rows, _)| rows).into_iter().max().unwrap_or(0);
-    let encoder = model.encoder.as_ref().map_or(0, |encoder| cpu_call_bytes(&encoder.plan, lengths.encoder));
     let rows = longest.min(cpu_rows_of_call(model));
-    cpu_call_bytes(&model.decoder, rows).saturating_add(encoder).saturating_add(mixture_bytes(model, rows))
+    let bytes = |plan: &Plan, rows: usize| {
+        let codes = if precision.finds_outliers { code_bytes(plan, rows) } else { 0 };
+        slot_bytes(plan, rows).saturating_add(codes)
+    };
+    let encoder = model.encoder.as_ref().map_or(0, |encoder| bytes(&encoder.plan, lengths.encoder));
+    bytes(&model.decoder, rows).saturating_add(encoder).saturating_add(mixture_bytes(model, rows))
 }
 
-/// Rows of a call of the decoder on a CPU at most: longer prompts are cut.
+/// Rows of a call of the decoder on a CPU at most: longer prompts are cut, and at the same places at every precision.
 pub fn cpu_rows_of_call(model: &Model) -> usize {
-    let bytes = |rows| cpu_call_bytes(&model.decoder, rows).saturating_add(mixture_bytes(model, rows));
-    prompt::rows_of_call(model, CPU_CALLS, bytes)
+    let plan = &model.decoder;
+    prompt::rows_of_call(model, CPU_CALLS, |rows| {
+        slot_bytes(plan, rows).saturating_add(code_bytes(plan, rows)).saturating_add(mixture_bytes(model, rows))
+    })
 }
 
-/// Buffers of a call, and the widest of them once more in the form that a matrix reads.
-fn cpu_call_bytes(plan: &Plan, rows: usize) -> u64 {
+/// Activations of the widest product as LLM.int8 reads them: fp32 through fp16, and codes.
+fn code_bytes(plan: &Plan, rows: usize) -> u64 {
     let widest = plan.buffers.iter().filter(|buffer| buffer.rows == Rows::Tokens).map(|buffer| buffer.width).max();
-    slot_bytes(plan, rows).saturating_add(product(&[size_of::<f32>(), widest.unwrap_or(0), rows]))
+    product(&[size_of::<f32>() + size_of::<i8>(), widest.unwrap_or(0), rows])
 }
 
 /// Bytes that the CPU engine holds of a mixture of experts in a call of `rows` rows; all layers use the same memory.
@@ -288,7 +295,7 @@ fn product(factors: &[usize]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::{FormatId, FormatOptions, fp16, int8, nf4};
+    use crate::quant::{FormatOptions, fp16, int8, nf4};
     use crate::weights::builtin_models;
 
     fn model(name: &str) -> Model {
