@@ -75,7 +75,12 @@ def with_interval(*values):
 
 
 def interval(key):
-    return lambda r: with_interval(*(metric(key, end)(r) for end in ("median", "ci95_low", "ci95_high")))
+    """The median with its interval, or with the ends of several repeats that are too few for one."""
+    def values(r):
+        ends = ("min", "max") if metric(key, "ci95_low")(r) is None and (metric(key, "n")(r) or 0) > 1 else ("ci95_low", "ci95_high")
+        return with_interval(*(metric(key, end)(r) for end in ("median", *ends)))
+
+    return values
 
 
 def one(value):

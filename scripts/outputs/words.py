@@ -117,6 +117,7 @@ def verdict(checks, text, records, document):
 
 NOTES = [
     "[low, high] is a 95 % interval",
+    "(least to greatest) of the repeats, which are too few for an interval",
     "speed-ups are medians of paired repeats, so they need not equal the ratio of the medians shown",
 ]
 

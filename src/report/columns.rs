@@ -182,7 +182,7 @@ fn notes(case: &Case, rows: &[Row], compares: bool) -> Vec<String> {
         notes.push("[low, high] is a 95 % interval".to_owned());
     }
     if values().any(|value| value.ends_with(')')) {
-        notes.push("(least-greatest) of the repeats, which are too few for an interval".to_owned());
+        notes.push("(least to greatest) of the repeats, which are too few for an interval".to_owned());
     }
     if ratios().any(|ratio| ratio.paired) {
         notes.push(
@@ -240,7 +240,7 @@ impl Cell {
             Cell::Number(x) => format!("{x:.decimals$}"),
             Cell::Percent(x) => format!("{x:.1}"),
             Cell::Interval(x, low, high) => format!("{x:.decimals$} [{low:.decimals$}, {high:.decimals$}]"),
-            Cell::Range(x, least, greatest) => format!("{x:.decimals$} ({least:.decimals$}-{greatest:.decimals$})"),
+            Cell::Range(x, least, greatest) => format!("{x:.decimals$} ({least:.decimals$} to {greatest:.decimals$})"),
             Cell::Between(low, high) => format!("[{low:.decimals$}, {high:.decimals$}]"),
             Cell::Word(word) => word.into(),
         }

@@ -8,7 +8,7 @@ use crate::lower::cuda as lower;
 use crate::plan::{Rope, RopeByLength};
 
 /// The angles of a rope.
-pub struct Angles {
+pub struct DeviceAngles {
     /// Laid out by [`lower::step_angles`].
     pub steps: CudaSlice<f32>,
     /// Laid out by [`lower::call_angles`], where these are others.
@@ -17,7 +17,7 @@ pub struct Angles {
     class: usize,
 }
 
-impl Angles {
+impl DeviceAngles {
     pub fn new(rope: &Rope, capacity: usize, device: &CudaDevice) -> Result<Self> {
         let steps = device.clone_htod(&lower::step_angles(rope, capacity, 0))?;
         let calls = match rope.by_length {

@@ -17,7 +17,7 @@ use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::f16;
 
-use self::angles::Angles;
+use self::angles::DeviceAngles;
 use self::prefill_graphs::{PrefillCall, PrefillGraphs};
 use self::step::DecodeStep;
 use self::times::StepTimes;
@@ -71,7 +71,7 @@ struct Weights {
     matrices: Vec<Box<dyn CudaMatrix>>,
     vectors: Vec<CudaSlice<f32>>,
     caches: Vec<Cache>,
-    angles: Vec<Angles>,
+    angles: Vec<DeviceAngles>,
     biases: Vec<BiasTable>,
     /// Token, position, step, rows of the encoder.
     state: CudaSlice<i32>,
@@ -153,7 +153,7 @@ impl Weights {
                 || named(device.alloc_zeros(len), len * size_of::<f16>(), || format!("a cache of {capacity} tokens"));
             Ok(Cache { keys: half()?, values: half()?, capacity, d_pad })
         };
-        let angles = |rope: &Rope| Angles::new(rope, setup.capacity, &device);
+        let angles = |rope: &Rope| DeviceAngles::new(rope, setup.capacity, &device);
         let vector = |values: &Vec<f32>| device.clone_htod(&padded(values));
         let reach = setup.capacity.max(setup.encoder_capacity);
         let bias = |bias: &RelativeBias| -> Result<BiasTable> {
@@ -244,7 +244,7 @@ impl Addresses for Weights {
     }
 
     fn call_angles(&self, id: RopeId) -> u64 {
-        let Angles { steps, calls, .. } = &self.angles[id.0];
+        let DeviceAngles { steps, calls, .. } = &self.angles[id.0];
         address(calls.as_ref().unwrap_or(steps), &self.device)
     }
 

@@ -151,7 +151,7 @@ pub struct Matvec {
     /// 1 where the instruction before has read the same inputs.
     reuses_input: i32,
     partitions: [RowPartition; 2],
-    chosen: Chosen,
+    chosen: ChosenExperts,
     out_scale: f32,
     product_scale: f32,
 }
@@ -219,21 +219,21 @@ pub struct Epilogue {
     pub logits: u64,
     /// The cap or the limit of [`ACT_CAP`] and [`ACT_CLAMPED`].
     pub softcap: f32,
-    pub range: Range,
+    pub range: PowersOfTwo,
     /// The experts whose matrices take the place of the products'.
-    pub chosen: Chosen,
+    pub chosen: ChosenExperts,
 }
 
 /// Exact powers of two that keep fp16 values in range.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Range {
+pub struct PowersOfTwo {
     /// That the inputs were stored by; products are divided by it.
     pub read: f32,
     /// That a gate's results are stored by.
     pub stored: f32,
 }
 
-impl Default for Range {
+impl Default for PowersOfTwo {
     fn default() -> Self {
         Self { read: 1.0, stored: 1.0 }
     }
@@ -242,7 +242,7 @@ impl Default for Range {
 /// Experts that the router has chosen, as the end of `struct Matvec`; all zeros for a matvec that has matrices of its own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct Chosen {
+pub struct ChosenExperts {
     pub count: i32,
     pub first: i32,
     pub rows_of_expert: i32,

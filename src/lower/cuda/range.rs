@@ -1,6 +1,6 @@
 //! Powers of two by which fp16 values are stored where they may be out of range.
 
-use crate::plan::{ActivationSpec, BufferId, ExpertsSpec, GatedActivation, LinearPart, LinearSpec, Model, Op};
+use crate::plan::{ActivationSpec, BufferId, GatedActivation, LinearPart, LinearSpec, Model, Op};
 
 /// What results of gates are stored by: up to 2 million are in range then, and values below 0.002 lose places.
 const GATE_SCALE: f32 = 1.0 / 32.0;
@@ -27,8 +27,8 @@ pub fn scales(model: &Model) -> Vec<f32> {
     let is_biased = |out: BufferId| linears().any(|spec| spec.x == out && has_bias(spec));
     for op in &plan.ops {
         let out = match op {
-            Op::Activation(ActivationSpec { up: Some(_), out, .. }) if !is_biased(*out) => *out,
-            Op::Experts(ExpertsSpec { activation: GatedActivation::Plain(_), out, .. }) => *out,
+            Op::Activation(ActivationSpec { kind: _, gate: _, up: Some(_), out }) if !is_biased(*out) => *out,
+            Op::Experts(spec) if matches!(spec.activation, GatedActivation::Plain(_)) => spec.out,
             Op::Activation(_) | Op::Experts(_) | Op::Attention(_) | Op::Norm(_) | Op::Embed(_) | Op::Patches(_) => {
                 continue;
             }

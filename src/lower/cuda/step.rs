@@ -8,7 +8,7 @@ use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_
 use crate::kernels::cuda::attention::{Attention, Features, KvSplit};
 use crate::kernels::cuda::launch::dimension;
 use crate::kernels::cuda::matvec::{
-    ACT_CAP, Epilogue, InputDesc, MatrixDesc, Mode, NORM_CAST, NORM_LAYER, NORM_RMS, OutputType, Product, Range,
+    ACT_CAP, Epilogue, InputDesc, MatrixDesc, Mode, NORM_CAST, NORM_LAYER, NORM_RMS, OutputType, PowersOfTwo, Product,
 };
 use crate::kernels::cuda::norm_add::NormAdd;
 use crate::kernels::cuda::program::{COUNTERS, Instruction, PlannedLaunch, ProgramBuilder, TokenOutput};
@@ -364,7 +364,7 @@ impl Lowering<'_> {
         let plain = Epilogue {
             outlier_columns: session.outlier_columns,
             output_type: OutputType::TaggedHalves,
-            range: Range { read, ..Range::default() },
+            range: PowersOfTwo { read, ..PowersOfTwo::default() },
             ..Epilogue::default()
         };
         let (mode, products, epilogue) = match *join {
@@ -373,7 +373,7 @@ impl Lowering<'_> {
                 (Mode::Apart, self.products(spec)?, Epilogue { output_type: OutputType::TaggedFloats, ..plain })
             }
             Join::Gated { kind, out } => {
-                let range = Range { read, stored: self.scales[out.0] };
+                let range = PowersOfTwo { read, stored: self.scales[out.0] };
                 (Mode::Gated, self.gated(spec, kind, out)?, Epilogue { range, ..plain })
             }
             Join::Residual { x } => {

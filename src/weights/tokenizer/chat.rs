@@ -88,7 +88,7 @@ impl ChatTemplate {
         };
         let content_bytes: usize = messages.iter().map(|message| message.content.len()).sum();
         let most = content_bytes.saturating_mul(4).saturating_add(MOST_OUTPUT);
-        let (source, environment) = (without_generation_tags(&self.source), environment());
+        let (source, environment) = (with_lines_joined(&without_generation_tags(&self.source)), environment());
         let template = environment.template_from_named_str("chat", &source).map_err(bad)?;
         let tokens = Value::from(Serde(&self.tokens));
         let variables = context! {
@@ -210,6 +210,38 @@ fn without_generation_tags(source: &str) -> String {
     out + rest
 }
 
+/// Jinja reads a string literal as Python does, where a backslash at the end of a line joins it with the next one; minijinja keeps both.
+fn with_lines_joined(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let (mut rest, mut closes, mut quote) = (source, None, None);
+    while let Some(c) = rest.chars().next() {
+        let mut length = c.len_utf8();
+        match (closes, quote) {
+            (None, _) => {
+                let opened =
+                    [("{%", "%}"), ("{{", "}}"), ("{#", "#}")].into_iter().find(|(open, _)| rest.starts_with(open));
+                closes = opened.map(|(_, close)| close);
+                length = opened.map_or(length, |(open, _)| open.len());
+            }
+            (Some(_), Some(_)) if c == '\\' => {
+                let behind = &rest[length..];
+                if let Some(line) = behind.strip_prefix("\r\n").or_else(|| behind.strip_prefix('\n')) {
+                    rest = line;
+                    continue;
+                }
+                length += behind.chars().next().map_or(0, char::len_utf8);
+            }
+            (Some(_), Some(open)) => quote = Some(open).filter(|_| c != open),
+            (Some(close), None) if rest.starts_with(close) => (closes, length) = (None, close.len()),
+            (Some("#}"), None) => {}
+            (Some(_), None) => quote = Some(c).filter(|c| ['"', '\''].contains(c)),
+        }
+        out += &rest[..length];
+        rest = &rest[length..];
+    }
+    out
+}
+
 /// Takes so many bytes and refuses more.
 struct Bounded {
     text: Vec<u8>,
@@ -313,6 +345,19 @@ mod tests {
         let config = serde_json::json!({"bos_token": "<s>", "eos_token": {"content": "</s>"}});
         let Json::Object(config) = config else { unreachable!("written so above") };
         ChatTemplate::new(source, &config).render(&[ChatMessage { role: "user", content: " hello <b> " }])
+    }
+
+    #[test]
+    fn a_backslash_joins_lines_of_a_literal_alone() {
+        for (source, expected) in [
+            ("{% set a = \"x\\\ny\" %}", "{% set a = \"xy\" %}"),
+            ("{{ 'x\\\r\ny' }}\\\n", "{{ 'xy' }}\\\n"),
+            ("{{ \"\\\\\n\" }}", "{{ \"\\\\\n\" }}"),
+            ("{# it's \\\n #}{{ 'a\\\nb' }}", "{# it's \\\n #}{{ 'ab' }}"),
+            ("{{ '%}' ~ \"it's\\\n\" }} ü", "{{ '%}' ~ \"it's\" }} ü"),
+        ] {
+            assert_eq!(with_lines_joined(source), expected, "{source}");
+        }
     }
 
     #[test]

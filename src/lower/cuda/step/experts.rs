@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use super::{EXECUTOR, Lowering};
 use crate::kernels::cuda::launch::dimension;
 use crate::kernels::cuda::matvec::{
-    ACT_CLAMPED, Chosen, Epilogue, InputDesc, MatrixDesc, Mode, OutputType, Product, Range,
+    ACT_CLAMPED, ChosenExperts, Epilogue, InputDesc, MatrixDesc, Mode, OutputType, PowersOfTwo, Product,
 };
 use crate::kernels::cuda::route::{ExpertParts, Route};
 use crate::lower::cuda::activation_number;
@@ -49,12 +49,12 @@ impl Lowering<'_> {
         // Operands that the chosen experts' replace, but for shapes, formats and the place of the results.
         let product = |matrix: MatrixDesc, out| Product { matrix, first_row: 0, bias: 0, out, activation: 0 };
         let of_all = [gate, up].map(|matrix| product(MatrixDesc { n: top_k * rows, ..matrix }, hidden));
-        let chosen = Chosen { count: dimension(*top_k)?, first: 0, rows_of_expert };
+        let chosen = ChosenExperts { count: dimension(*top_k)?, first: 0, rows_of_expert };
         self.instructions.multiply(
             Mode::Gated,
             vec![self.input(input)?],
             &of_all,
-            Epilogue { chosen, range: Range { read: 1.0, stored: scale }, ..plain },
+            Epilogue { chosen, range: PowersOfTwo { read: 1.0, stored: scale }, ..plain },
         )?;
         let residual = self.memory.at(x)?;
         for first in (0..*top_k).step_by(2) {
@@ -64,8 +64,9 @@ impl Lowering<'_> {
                 InputDesc { x, scale: 1.0, is_tagged: 1, ..InputDesc::default() }
             });
             let products = vec![product(down, 0); chosen_here.len()];
-            let chosen = Chosen { count: dimension(chosen_here.len())?, first: dimension(first)?, rows_of_expert };
-            let range = Range { read: scale, stored: 1.0 };
+            let chosen =
+                ChosenExperts { count: dimension(chosen_here.len())?, first: dimension(first)?, rows_of_expert };
+            let range = PowersOfTwo { read: scale, stored: 1.0 };
             let epilogue = Epilogue { residual, chosen, range, ..plain };
             self.instructions.multiply(Mode::Joined, inputs.collect(), &products, epilogue)?;
         }
