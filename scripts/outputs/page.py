@@ -67,6 +67,7 @@ def of_page(checks, text, document, changes):
     page, taker, overview = Page(text).root, Rows(document), Rows(document)
     for nav in every(page, "nav"):
         of_overview(checks, nav, overview)
+        over_all(checks, nav, document)
     for article in every(page, "article"):
         grid = next(every(next(every(article, "div", "scroll")), "table"))
         lines = list(every(grid, "tr"))
@@ -112,7 +113,7 @@ OVERVIEW = {
 
 
 def of_overview(checks, nav, taker):
-    lines = list(every(nav, "tr"))
+    lines = list(every(next(every(nav, "table", "overview")), "tr"))
     headers = [head_of(cell) for cell in every(lines[0], "th")][2:]
     for line in lines[1:]:
         case, *cells = cells_of(line)
@@ -122,6 +123,23 @@ def of_overview(checks, nav, taker):
         elif r["status"] == "ok":
             for header, cell in zip(headers, cells[1:]):
                 checks.cell(cell, [OVERVIEW[header](r)], f"overview, {header}")
+
+
+def over_all(checks, nav, document):
+    """Speed against memory of all rows: each is a record, and those on the Pareto line are those that no other beats at both."""
+    known = [(name(r), metric("decode_tps")(r), at("memory", "peak_bytes", scale=GIB)(r)) for r in document["records"] if r["status"] == "ok"]
+    for grid in every(nav, "table"):
+        if "overview" in grid[1].get("class", ""):
+            continue
+        rows = [cells_of(line) for line in list(every(grid, "tr"))[1:]]
+        spots = [(Decimal(row[2]), Decimal(row[3])) for row in rows]
+        for row, (speed, memory) in zip(rows, spots):
+            places = [len(text.partition(".")[2]) for text in row[2:4]]
+            as_shown = {(label, f"{tps:.{places[0]}f}", f"{gib:.{places[1]}f}") for label, tps, gib in known if None not in (tps, gib)}
+            checks.equal(tuple(row[1:4]) in as_shown, True, f"all cases, {row[0]}, {row[1]}")
+            if len(row) > 4:
+                beaten = any(s >= speed and m <= memory and (s, m) != (speed, memory) for s, m in spots)
+                checks.equal(row[4], "no" if beaten else "yes", f"the Pareto line, {row[0]}, {row[1]}")
 
 
 def changed(checks, section, records, runs, changes):
