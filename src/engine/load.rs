@@ -251,7 +251,7 @@ impl Budget {
     }
 }
 
-/// Bytes taken from a [`Budget`], given back on drop.
+/// Bytes taken from a `Budget`, given back on drop.
 pub struct Reservation<'a> {
     budget: &'a Budget,
     bytes: usize,

@@ -5,7 +5,7 @@
 //!
 //! A router of independent weights sends most tokens to few experts: what tokens have in common decides, as outlier channels and what attention
 //! averages over a context. A trained router is balanced by its loss. So here a router reads no outlier channel, its rows have one length, and
-//! embeddings are large beside what the blocks add to them: each token's own share decides ([`routers`]).
+//! embeddings are large beside what the blocks add to them: each token's own share decides (`routers`).
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
