@@ -6,6 +6,7 @@
 mod deadline;
 mod exit_reason;
 mod failure;
+mod lines;
 mod pipes;
 mod serve;
 mod socket;

@@ -3,7 +3,7 @@
 //! It reads one request a line from its standard input and writes [`Message`]s to its standard output. It ends when the
 //! parent closes the pipe.
 
-use std::io::{BufRead, BufReader, Error, ErrorKind, Write};
+use std::io::{BufReader, Error};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
 use serde::Serialize;
@@ -11,9 +11,10 @@ use serde::de::DeserializeOwned;
 
 use super::deadline::{Deadline, Killed, KilledAtDeadline};
 use super::exit_reason::{self, OomBaseline};
+use super::lines;
 use super::stderr_tail::Tail;
 use crate::events::{Event, Listener};
-use crate::protocol::{Failure, Message};
+use crate::protocol::Failure;
 
 /// Kills by the kernel for want of memory that count as the child's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +58,7 @@ impl Child {
             let process = KilledAtDeadline::new(child, deadline, Killed::Process);
             Ok(Self { role, process, requests, replies, stderr, oom_scope, oom_baseline: OomBaseline::now() })
         };
-        start().map_err(|cause: Error| error(format!("starting a {role} process: {cause}")))
+        start().map_err(|cause: Error| Failure::error(format!("starting a {role} process: {cause}")))
     }
 
     pub fn id(&self) -> u32 {
@@ -72,39 +73,22 @@ impl Child {
         events: &dyn Listener,
         sizes: impl FnOnce() -> (u64, u64),
     ) -> Result<R, Failure> {
-        let reply = self.send(request).and_then(|()| self.reply(events));
-        reply.unwrap_or_else(|_| Err(self.exit_reason(sizes)))
-    }
-
-    fn send<Q: Serialize>(&mut self, request: &Q) -> std::io::Result<()> {
         self.oom_baseline = OomBaseline::now();
-        let mut line = serde_json::to_string(request)?;
-        line.push('\n');
-        self.requests.write_all(line.as_bytes())?;
-        self.requests.flush()
+        let reply = lines::send(&mut self.requests, request).and_then(|()| self.reply(events));
+        reply.unwrap_or_else(|_| Err(self.exit_reason(sizes)))
     }
 
     /// An error means that the child is gone.
     fn reply<R: DeserializeOwned>(&mut self, events: &dyn Listener) -> std::io::Result<Result<R, Failure>> {
-        loop {
-            let mut line = String::new();
-            if self.replies.read_line(&mut line)? == 0 {
-                return Err(ErrorKind::UnexpectedEof.into());
+        let Self { role, replies, oom_scope, oom_baseline, .. } = self;
+        let on_event = |event| {
+            if event == Event::End && *oom_scope == OomScope::Phase {
+                *oom_baseline = OomBaseline::now();
             }
-            match serde_json::from_str(&line) {
-                Ok(Message::Event(event)) => {
-                    if event == Event::End && self.oom_scope == OomScope::Phase {
-                        self.oom_baseline = OomBaseline::now();
-                    }
-                    events.on(event);
-                }
-                Ok(Message::Failed(failure)) => return Ok(Err(failure)),
-                Ok(Message::Reply(reply)) => return Ok(Ok(reply)),
-                Err(_) => {
-                    return Ok(Err(error(format!("the {} wrote `{}` to its output", self.role, line.trim()))));
-                }
-            }
-        }
+            events.on(event);
+        };
+        let unreadable = |line: &str| Failure::error(format!("the {role} wrote `{line}` to its output"));
+        lines::receive(replies, u64::MAX, on_event, unreadable)
     }
 
     fn exit_reason(&mut self, sizes: impl FnOnce() -> (u64, u64)) -> Failure {
@@ -123,8 +107,4 @@ impl Drop for Child {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-fn error(message: String) -> Failure {
-    Failure::Error { message }
 }

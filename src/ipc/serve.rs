@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::failure::failure_of;
+use super::lines;
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
 use crate::protocol::{EngineReply, EngineRequest, Hello, Message, SOCKET_VARIABLE};
@@ -80,11 +81,10 @@ struct Output<W>(Mutex<W>);
 
 impl<W: Write> Output<W> {
     fn send<R: Serialize>(&self, message: &Message<R, Event>) {
-        let mut line = serde_json::to_string(message).unwrap_or_default();
-        line.push('\n');
         let mut out = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // A parent that no longer reads has closed the other way as well, which ends this process.
-        let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+        // What is no JSON becomes a line that it refuses.
+        let _ = lines::send(&mut *out, message).or_else(|_| out.write_all(b"\n"));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufReader, ErrorKind};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -15,16 +15,17 @@ use tempfile::TempDir;
 
 use super::deadline::{Deadline, Killed, KilledAtDeadline, signal_group};
 use super::exit_reason::{OomBaseline, exit_reason};
+use super::lines;
 use super::stderr_tail::Tail;
-use crate::events::{Event, Listener};
+use crate::events::Listener;
 use crate::os::cpu_usage::group_ticks;
-use crate::protocol::{self, EngineReply, EngineRequest, Failure, Hello, Message, SOCKET_VARIABLE};
+use crate::protocol::{self, EngineReply, EngineRequest, Failure, Hello, SOCKET_VARIABLE};
 
 /// Longest line of an engine. The stamps of a million tokens take 20 MB.
 const MAX_LINE_BYTES: u64 = 64 << 20;
 
 /// Time that a process that closed its connection has to end by itself.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const EXIT_GRACE: Duration = Duration::from_secs(2);
 
 /// How often a process that has not connected yet is looked at.
 const CONNECT_POLL: Duration = Duration::from_millis(2);
@@ -93,7 +94,6 @@ pub struct EngineProcess {
     hello: Hello,
     process: KilledAtDeadline,
     stream: BufReader<UnixStream>,
-    stdout: Tail,
     stderr: Tail,
     /// The socket and the engine's arrays.
     directory: TempDir,
@@ -128,7 +128,8 @@ impl EngineProcess {
                 _ => not_started(cause),
             })?;
         let missing = || not_started(io::Error::other("a pipe is missing"));
-        let stdout = Tail::of(child.stdout.take().ok_or_else(missing)?);
+        // Read, so that whoever writes there does not wait, and nothing of the protocol.
+        drop(Tail::of(child.stdout.take().ok_or_else(missing)?));
         let stderr = Tail::of(child.stderr.take().ok_or_else(missing)?);
         // The kernel should end an engine, not the parent, when memory runs out. Raising a score needs no right.
         let _ = std::fs::write(format!("/proc/{}/oom_score_adj", child.id()), "1000");
@@ -141,7 +142,7 @@ impl EngineProcess {
         let hello = Hello { protocol: 0, engine: String::new(), version: String::new(), capabilities: Vec::new() };
         let stream = BufReader::new(stream);
         let oom_baseline = OomBaseline::now();
-        let mut engine = Self { command, hello, process, stream, stdout, stderr, directory, oom_baseline, turns };
+        let mut engine = Self { command, hello, process, stream, stderr, directory, oom_baseline, turns };
         engine.hello = engine.greeting()?;
         Ok(engine)
     }
@@ -178,7 +179,7 @@ impl EngineProcess {
     ) -> Result<EngineReply, Failure> {
         self.take_turn();
         self.oom_baseline = OomBaseline::now();
-        let sent = self.send(request);
+        let sent = lines::send(self.stream.get_mut(), request);
         let reply = sent.and_then(|()| self.reply(events));
         let reply = reply.unwrap_or_else(|cause| Err(self.lost(&cause, request.name(), sizes)))?;
         match reply.name() == request.name() {
@@ -208,32 +209,14 @@ impl EngineProcess {
         Failure::error(format!("the {} {what}", self.command.role))
     }
 
-    fn send(&mut self, request: &EngineRequest) -> io::Result<()> {
-        let mut line = serde_json::to_string(request)?;
-        line.push('\n');
-        self.stream.get_mut().write_all(line.as_bytes())
-    }
-
     /// An error means that the process is gone, or that it took too long.
     fn reply(&mut self, events: &dyn Listener) -> io::Result<Result<EngineReply, Failure>> {
-        loop {
-            let mut line = Vec::new();
-            if (&mut self.stream).take(MAX_LINE_BYTES).read_until(b'\n', &mut line)? == 0 {
-                return Err(ErrorKind::UnexpectedEof.into());
-            }
-            match serde_json::from_slice(&line) {
-                Ok(Message::<EngineReply, Event>::Event(event)) => events.on(event),
-                Ok(Message::Failed(failure)) => return Ok(Err(failure)),
-                Ok(Message::Reply(reply)) => return Ok(Ok(reply)),
-                Err(_) => {
-                    let said = String::from_utf8_lossy(&line);
-                    let said: String = said.trim().chars().take(SHOWN_CHARS).collect();
-                    return Ok(Err(
-                        self.error(format!("wrote `{said}` to its socket, which is no message of the protocol"))
-                    ));
-                }
-            }
-        }
+        let role = self.command.role;
+        let unreadable = |line: &str| {
+            let shown: String = line.chars().take(SHOWN_CHARS).collect();
+            Failure::error(format!("the {role} wrote `{shown}` to its socket, which is no message of the protocol"))
+        };
+        lines::receive(&mut self.stream, MAX_LINE_BYTES, |event| events.on(event), unreadable)
     }
 
     /// Why no answer came.
@@ -244,7 +227,7 @@ impl EngineProcess {
             return timed_out(&self.command, asked);
         }
         let began = Instant::now();
-        while !has_ended(self.id()) && began.elapsed() < LAST_WORDS {
+        while !has_ended(self.id()) && began.elapsed() < EXIT_GRACE {
             std::thread::sleep(CONNECT_POLL);
         }
         let closed_alone = !has_ended(self.id());
@@ -258,11 +241,6 @@ impl EngineProcess {
             return self.error(format!("closed its connection and ran on, asked for `{asked}`"));
         }
         exit_reason((role, self.id()), status, &self.stderr.bytes(), &self.oom_baseline, sizes())
-    }
-
-    /// What the process wrote to its standard output last: nothing of the protocol.
-    pub fn said(&self) -> Vec<u8> {
-        self.stdout.bytes()
     }
 }
 
@@ -330,7 +308,7 @@ impl Starting<'_> {
         if status.as_ref().is_ok_and(std::process::ExitStatus::success) {
             let version = protocol::VERSION;
             return Failure::error(format!(
-                "the {role} ended without a word: it does not speak version {version} of the engine protocol"
+                "the {role} ended before it said `hello`: it does not speak version {version} of the engine protocol"
             ));
         }
         exit_reason((role, self.process.id()), status, &self.stderr.bytes(), &OomBaseline::now(), (0, 0))

@@ -37,11 +37,32 @@ pub fn rows_of_call(model: &Model, limits: CallLimits, bytes: impl Fn(usize) -> 
     rows
 }
 
+/// A prompt as calls of at most `rows` tokens: those before the last one, whose results are read by nobody, and the last one.
+pub fn cut(tokens: &[u32], rows: usize) -> (std::slice::Chunks<'_, u32>, &[u32]) {
+    let (before, last) = tokens.split_at(tokens.len().saturating_sub(1) / rows * rows);
+    (before.chunks(rows), last)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::plan::RopeByLength;
     use crate::weights::builtin_models;
+
+    #[test]
+    fn the_last_call_is_never_empty() {
+        let of = |n: usize, rows| {
+            let tokens: Vec<u32> = (0..n as u32).collect();
+            let (before, last) = cut(&tokens, rows);
+            (before.map(<[u32]>::len).collect::<Vec<_>>(), last.len())
+        };
+        assert_eq!(of(1, 4), (vec![], 1));
+        assert_eq!(of(4, 4), (vec![], 4));
+        assert_eq!(of(5, 4), (vec![4], 1));
+        assert_eq!(of(12, 4), (vec![4, 4], 4));
+        assert_eq!(of(3, usize::MAX), (vec![], 3));
+        assert_eq!(of(0, 4), (vec![], 0));
+    }
 
     #[test]
     fn calls_are_cut_where_rows_see_none_behind_them() {

@@ -35,6 +35,7 @@ use crate::kernels::cpu::norm;
 use crate::kernels::cpu::pool::Pool;
 use crate::kernels::cpu::rope::Angles;
 use crate::kernels::isa::Isa;
+use crate::lower::prompt;
 use crate::plan::{
     CacheId, CacheScope, CacheShape, EncoderInputKind, Model, Norm, NormKind, Op, Plan, RelativeBias, Rope, Rows, Slot,
     Storage, Window,
@@ -241,12 +242,12 @@ impl CpuSession {
     /// Runs `tokens` through the decoder and returns the next one.
     fn step(&mut self, tokens: &[u32]) -> Result<u32> {
         let steps = Arc::clone(&self.decoder.steps);
-        let last = tokens.len().saturating_sub(1) / self.rows_of_call * self.rows_of_call;
-        let (before, last) = tokens.split_at(last);
-        if !before.is_empty() {
+        let (before, last) = prompt::cut(tokens, self.rows_of_call);
+        if before.len() > 0 {
             self.check_room(tokens)?;
-            let body = body(&steps);
-            before.chunks(self.rows_of_call).try_for_each(|part| self.call(part, body).map(drop))?;
+        }
+        for part in before {
+            self.call(part, body(&steps))?;
         }
         self.last_token = self.call(last, &steps)?;
         Ok(self.last_token)

@@ -37,6 +37,7 @@ use crate::lower::cuda::{
     self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallResult, CallShape, SessionAt, padded,
     padded_floats, padded_head,
 };
+use crate::lower::prompt;
 use crate::plan::{
     BiasId, CacheId, CacheScope, CacheShape, EncoderInputKind, MatrixId, Model, RelativeBias, Rope, RopeId, VectorId,
 };
@@ -374,8 +375,8 @@ impl Session for CudaSession {
             next.fill(self.weights.token_ring.wait(self.steps, &self.weights.device)?);
             return Ok(());
         }
-        let (before, last) = tokens.split_at((tokens.len() - 1) / self.rows_of_call * self.rows_of_call);
-        for part in before.chunks(self.rows_of_call) {
+        let (before, last) = prompt::cut(tokens, self.rows_of_call);
+        for part in before {
             self.call(CallKind::Scored, part)?;
         }
         self.call(CallKind::Prompt, last)?;

@@ -1,5 +1,6 @@
 //! The fp32 arithmetic of this machine: what multiplication of many tokens is held against, and whether its CPUs share cores.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::lanes::{Lanes, LanesKernel, on};
@@ -16,11 +17,11 @@ const ROUND: usize = 1 << 18;
 pub fn gflop_s(isa: Isa, pool: &Pool, threads: usize) -> f64 {
     let (mut best, mut width) = (Duration::MAX, 0);
     for _ in 0..ROUNDS {
-        let widths = std::sync::atomic::AtomicUsize::new(0);
+        let widths = AtomicUsize::new(0);
         let start = Instant::now();
         pool.run(&|worker| {
             if worker.index() < threads {
-                widths.store(on(isa, Multiply { turns: ROUND }), std::sync::atomic::Ordering::Relaxed);
+                widths.store(on(isa, Multiply { turns: ROUND }), Ordering::Relaxed);
             }
         });
         best = best.min(start.elapsed());

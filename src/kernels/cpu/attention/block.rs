@@ -1,7 +1,8 @@
 //! Attention of many queries, a lane each: scores lie as `[positions, queries]`, so that the softmax runs down the lanes and nothing is added up
 //! across a vector.
 
-use super::tile::TiledAttention;
+use super::product::{End, SmallProduct};
+use super::tile::{TiledAttention, cap_scores};
 use super::{Context, Partial};
 use crate::kernels::cpu::lanes::{Lanes, exp};
 
@@ -11,7 +12,7 @@ pub(super) const FROM_QUERIES: usize = 12;
 /// Positions of a tile. Its keys or values are 16 KiB at 64 elements a head, as are its scores for 64 queries.
 const TILE: usize = 64;
 
-/// Rows of a register tile, of up to four vectors: 16 sums, twice what hides the latency of an FMA.
+/// Rows of the output that share what is loaded.
 const ROWS: usize = 4;
 
 /// Bytes of a cache line.
@@ -60,15 +61,10 @@ impl<'a> Block<'a> {
         let (len, lanes) = (keys.len() / d, self.lanes);
         let scale = softcap.map_or(scale, |cap| scale / cap);
         let scores = &mut self.scores[..len * lanes];
-        let product = Product { a: keys, row: d, step: 1, depth: d, b: self.q, columns: lanes };
-        product.run::<L>(scores, End::Scaled(scale));
+        let product = SmallProduct { a: keys, row: d, step: 1, depth: d, b: self.q, columns: lanes };
+        product.run::<L, ROWS, false>(scores, End::Scaled(scale));
         if let Some(cap) = softcap {
-            for chunk in scores.chunks_exact_mut(L::WIDTH) {
-                // tanh(u) = 1 − 2 / (1 + e^(2u)), which is −1 and 1 at the ends.
-                let e = exp(L::load(chunk).mul(L::splat(2.0)));
-                let tanh = L::splat(1.0).sub(L::splat(2.0).div(e.add(L::splat(1.0))));
-                tanh.mul(L::splat(cap)).store(chunk);
-            }
+            cap_scores::<L>(scores, 1.0, cap);
         }
     }
 
@@ -123,131 +119,11 @@ pub(super) fn attend<L: Lanes>(work: TiledAttention) {
         }
         block.soften::<L>(len);
         let (scores, values) = (&block.scores[..len * block.lanes], &context.values[at]);
-        let product = Product { a: scores, row: 1, step: block.lanes, depth: len, b: values, columns: d };
-        product.run::<L>(work.out, End::Added(block.factor));
+        let product = SmallProduct { a: scores, row: 1, step: block.lanes, depth: len, b: values, columns: d };
+        product.run::<L, ROWS, false>(work.out, End::Rescaled(block.factor));
     }
     for (partial, (max, sum)) in work.partials.iter_mut().zip(block.max.iter().zip(block.sum.iter())) {
         *partial = Partial { max: *max, sum: *sum };
     }
     *work.scratch = scratch;
-}
-
-/// What becomes of the sums of a [`Product`].
-#[derive(Clone, Copy)]
-enum End<'a> {
-    /// They are multiplied by this.
-    Scaled(f32),
-    /// They are added to each row of the output times its factor.
-    Added(&'a [f32]),
-}
-
-/// `Σ_k a[r, k] · b[k, c]`: `a[r, k]` at `r · row + k · step`, `b` `[depth, columns]`, the output `[rows, columns]`.
-#[derive(Clone, Copy)]
-struct Product<'a> {
-    a: &'a [f32],
-    row: usize,
-    step: usize,
-    depth: usize,
-    b: &'a [f32],
-    columns: usize,
-}
-
-impl Product<'_> {
-    #[inline(always)]
-    fn run<L: Lanes>(self, out: &mut [f32], end: End) {
-        let rows = out.len() / self.columns;
-        assert!(self.b.len() == self.depth * self.columns && out.len() == rows * self.columns);
-        assert!(self.depth > 0 && self.a.len() > (rows - 1) * self.row + (self.depth - 1) * self.step);
-        if let End::Added(factors) = end {
-            assert!(factors.len() >= rows);
-        }
-        let mut column = 0;
-        // Sums and a row of `b` fit 16 registers at two vectors, and 32 at four.
-        if L::WIDTH == 16 {
-            while column + 4 * L::WIDTH <= self.columns {
-                self.columns::<L, 4>(rows, column, out, end);
-                column += 4 * L::WIDTH;
-            }
-        }
-        while column + 2 * L::WIDTH <= self.columns {
-            self.columns::<L, 2>(rows, column, out, end);
-            column += 2 * L::WIDTH;
-        }
-        while column + L::WIDTH <= self.columns {
-            self.columns::<L, 1>(rows, column, out, end);
-            column += L::WIDTH;
-        }
-        if column < self.columns {
-            self.last_columns::<L>(column, out, end);
-        }
-    }
-
-    /// `C` vectors of columns from `column` on.
-    #[inline(always)]
-    fn columns<L: Lanes, const C: usize>(self, rows: usize, column: usize, out: &mut [f32], end: End) {
-        let whole = rows / ROWS * ROWS;
-        for row in (0..whole).step_by(ROWS) {
-            // SAFETY: the lengths that `run` asserts; rows and vectors lie within them.
-            unsafe { self.tile::<L, ROWS, C>(row, column, out, end) };
-        }
-        for row in whole..rows {
-            // SAFETY: as above.
-            unsafe { self.tile::<L, 1, C>(row, column, out, end) };
-        }
-    }
-
-    /// # Safety
-    /// The lengths that [`Product::run`] asserts, `R` rows from `row` and `C` vectors from `column`.
-    #[inline(always)]
-    unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
-        self,
-        row: usize,
-        column: usize,
-        out: &mut [f32],
-        end: End,
-    ) {
-        let mut sums = [[L::splat(0.0); C]; R];
-        let (mut a, mut b) = (self.a[row * self.row..].as_ptr(), self.b[column..].as_ptr());
-        for _ in 0..self.depth {
-            let mut values = [L::splat(0.0); C];
-            for (c, value) in values.iter_mut().enumerate() {
-                // SAFETY: C vectors from `column` end within the row of `b`.
-                *value = unsafe { L::read(b.add(c * L::WIDTH)) };
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: row `row + r` of `a` has this element.
-                let factor = L::splat(unsafe { *a.add(r * self.row) });
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum = value.mul_add(factor, *sum);
-                }
-            }
-            (a, b) = (a.wrapping_add(self.step), b.wrapping_add(self.columns));
-        }
-        for (r, sums) in sums.into_iter().enumerate() {
-            let out = &mut out[(row + r) * self.columns + column..][..C * L::WIDTH];
-            for (out, sum) in out.chunks_exact_mut(L::WIDTH).zip(sums) {
-                match end {
-                    End::Scaled(scale) => sum.mul(L::splat(scale)).store(out),
-                    End::Added(factors) => L::load(out).mul_add(L::splat(factors[row + r]), sum).store(out),
-                }
-            }
-        }
-    }
-
-    /// Those that fill no vector.
-    #[inline(always)]
-    fn last_columns<L: Lanes>(self, column: usize, out: &mut [f32], end: End) {
-        for (row, out) in out.chunks_exact_mut(self.columns).enumerate() {
-            let mut sum = L::splat(0.0);
-            for (k, b) in self.b.chunks_exact(self.columns).enumerate() {
-                let factor = L::splat(self.a[row * self.row + k * self.step]);
-                sum = L::load_head(&b[column..]).mul_add(factor, sum);
-            }
-            let out = &mut out[column..];
-            match end {
-                End::Scaled(scale) => sum.mul(L::splat(scale)).store_head(out),
-                End::Added(factors) => L::load_head(out).mul_add(L::splat(factors[row]), sum).store_head(out),
-            }
-        }
-    }
 }

@@ -6,6 +6,7 @@
 //! be split over threads: each computes a part with [`attend_part`], and [`merge`] and [`finish`] put the parts together.
 
 mod block;
+mod product;
 mod tile;
 
 use super::lanes::on;

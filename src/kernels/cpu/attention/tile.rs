@@ -2,14 +2,12 @@
 
 use std::ops::Range;
 
+use super::product::{AHEAD, End, SmallProduct};
 use super::{Context, Partial, block, finite_base};
 use crate::kernels::cpu::lanes::{Lanes, LanesKernel, exp, prefetch};
 
 /// Positions of a tile, a multiple of every vector's width. Keys and values of 64 × 64 fp32 are 16 KiB each.
 const TILE: usize = 64;
-
-/// How far ahead keys and values are fetched, in elements: the hardware's prefetcher stops at pages of 4 KiB.
-const AHEAD: usize = 1024;
 
 /// Fills `out` and `partials` for all queries: query `i` sees the last `window` of the first `first + i / group` positions.
 pub(super) struct TiledAttention<'a> {
@@ -88,7 +86,9 @@ impl TiledAttention<'_> {
             let Context { scale, softcap, .. } = self.context;
             soften::<L>(scores, visible, (scale, softcap), bias, &mut self.partials[i + h], out);
         }
-        multiply_add::<L, H>(scores.as_flattened(), TILE, len, tile.values, d, &mut self.out[i * d..(i + H) * d]);
+        let values = &tile.values[..len * d];
+        let product = SmallProduct { a: scores.as_flattened(), row: TILE, step: 1, depth: len, b: values, columns: d };
+        product.run::<L, H, true>(&mut self.out[i * d..(i + H) * d], End::Added);
     }
 }
 
@@ -181,84 +181,12 @@ fn soften<L: Lanes>(
 
 /// `cap · tanh(factor · score)` in place of each score, within 2e-7 · cap.
 #[inline(always)]
-fn cap_scores<L: Lanes>(scores: &mut [f32], factor: f32, cap: f32) {
+pub(super) fn cap_scores<L: Lanes>(scores: &mut [f32], factor: f32, cap: f32) {
     for chunk in scores.chunks_exact_mut(L::WIDTH) {
         // tanh(u) = 1 − 2 / (1 + e^(2u)), which is −1 and 1 at the ends.
         let e = exp(L::load(chunk).mul(L::splat(2.0 * factor)));
         let tanh = L::splat(1.0).sub(L::splat(2.0).div(e.add(L::splat(1.0))));
         tanh.mul(L::splat(cap)).store(chunk);
-    }
-}
-
-/// `out[h][c] += Σ_r a[h][r] · b[r][c]` for H rows: `a` with `stride`, of which `r` < `rows` count; `b` `[rows, columns]`;
-/// `out` `[H, columns]`.
-#[inline(always)]
-fn multiply_add<L: Lanes, const H: usize>(
-    a: &[f32],
-    stride: usize,
-    rows: usize,
-    b: &[f32],
-    columns: usize,
-    out: &mut [f32],
-) {
-    assert!(a.len() == H * stride && rows <= stride && b.len() >= rows * columns && out.len() == H * columns);
-    let mut column = 0;
-    while column + 4 * L::WIDTH <= columns {
-        // SAFETY: the asserted lengths, and four vectors from `column` end within a row.
-        unsafe { block::<L, H, 4>(a, stride, rows, b, columns, column, out) };
-        column += 4 * L::WIDTH;
-    }
-    while column + L::WIDTH <= columns {
-        // SAFETY: as above, with one vector.
-        unsafe { block::<L, H, 1>(a, stride, rows, b, columns, column, out) };
-        column += L::WIDTH;
-    }
-    if column < columns {
-        for (h, out) in out.chunks_exact_mut(columns).enumerate() {
-            let mut sum = L::load_head(&out[column..]);
-            for (a, b) in a[h * stride..][..rows].iter().zip(b.chunks_exact(columns)) {
-                sum = L::load_head(&b[column..]).mul_add(L::splat(*a), sum);
-            }
-            sum.store_head(&mut out[column..]);
-        }
-    }
-}
-
-/// `C` vectors of columns of [`multiply_add`]: eight sums hide the latency of the additions.
-///
-/// # Safety
-/// The lengths that `multiply_add` asserts, and `column + C · WIDTH ≤ columns`.
-#[inline(always)]
-unsafe fn block<L: Lanes, const H: usize, const C: usize>(
-    a: &[f32],
-    stride: usize,
-    rows: usize,
-    b: &[f32],
-    columns: usize,
-    column: usize,
-    out: &mut [f32],
-) {
-    let mut sums = [[L::splat(0.0); C]; H];
-    for r in 0..rows {
-        let mut row = [L::splat(0.0); C];
-        for (c, row) in row.iter_mut().enumerate() {
-            prefetch(b.as_ptr().wrapping_add(r * columns + column + c * L::WIDTH + AHEAD));
-            // SAFETY: r < rows, and the vector ends within the row by the caller's promise.
-            *row = unsafe { L::read(b.as_ptr().add(r * columns + column + c * L::WIDTH)) };
-        }
-        for (h, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: h < H and r < rows ≤ stride.
-            let weight = L::splat(unsafe { *a.get_unchecked(h * stride + r) });
-            for (sum, row) in sums.iter_mut().zip(row) {
-                *sum = row.mul_add(weight, *sum);
-            }
-        }
-    }
-    for (h, sums) in sums.iter().enumerate() {
-        for (c, sum) in sums.iter().enumerate() {
-            let out = &mut out[h * columns + column + c * L::WIDTH..][..L::WIDTH];
-            L::load(out).add(*sum).store(out);
-        }
     }
 }
 
