@@ -116,7 +116,7 @@ impl DryRun {
         match (self.weights.as_str(), missing.as_slice()) {
             (_, []) if !self.files.is_empty() => "no download: the cache has every file\n".to_owned(),
             ("random", []) => "no download: random weights\n".to_owned(),
-            (_, []) => "no download: a local folder\n".to_owned(),
+            (_, []) => "no download: local files\n".to_owned(),
             (_, missing) => {
                 let line =
                     |file: &&File| Line::Cells(vec![format!("  {}", plain(&file.name)), mib(file.bytes), "MiB".into()]);

@@ -17,7 +17,7 @@ struct Kind {
     is: fn(&str) -> bool,
 }
 
-const GGUF: &str = "name the file itself: `--model-id FOLDER/NAME.gguf`";
+const GGUF: &str = "name the file itself, as in `--model-id FOLDER/NAME.gguf`; of a hub repository, download it first";
 const MERGE: &str =
     "merge the adapter into its base model (`merge_and_unload()` in PEFT) and save that, or name the base model";
 const RENAME: &str = "where it holds the whole model in transformers' names, call it `model.safetensors`";

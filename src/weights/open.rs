@@ -205,10 +205,9 @@ impl Checkpoint {
         vectors: &[VectorSpec],
         events: &dyn Listener,
     ) -> Result<Box<dyn Source>> {
-        let model_type = self.config["model_type"].as_str().unwrap_or("the model");
+        let labels = Labels { id: &self.id, model_type: self.config["model_type"].as_str().unwrap_or("the model") };
         let files = match &self.weights {
             Weights::Gguf(file) => {
-                let labels = gguf::Labels { id: &self.id, model_type };
                 let is_quantized = self.quantized.is_some();
                 let source = GgufSource::new(file.clone(), is_quantized, (matrices, vectors), &labels, events)?;
                 return Ok(Box::new(source));
@@ -219,7 +218,6 @@ impl Checkpoint {
             Weights::Files { files: Some(files), .. } => files.clone(),
             Weights::Files { folder, source, files: None } => Arc::new(open_files(folder, *source)?),
         };
-        let labels = Labels { id: &self.id, model_type };
         let bound = BoundSource::new(files, self.quantized.clone(), (matrices, vectors), &labels, events)?;
         Ok(Box::new(bound))
     }

@@ -21,10 +21,34 @@ pub trait Block: Send + Sync + 'static {
     /// Decodes [`Self::BYTES`] bytes to [`Self::LEN`] fp32 values.
     fn decode(block: &[u8], values: &mut [f32]);
 
+    /// The kernel of a decode step.
+    const KERNEL: DotKernel = DotKernel::Decoded;
+
+    /// Of [`DotKernel::Nibbles`]: d and m of `d·table[q] + m`.
+    fn scales(_block: &[u8]) -> (f32, f32) {
+        (0.0, 0.0)
+    }
+
     /// Why these bytes have no meaning.
     fn fault(_block: &[u8]) -> Option<&'static str> {
         None
     }
+}
+
+/// What multiplies a row by one token without decoding it to memory first.
+pub enum DotKernel {
+    /// None: it is decoded.
+    Decoded,
+    /// Of Q8_0.
+    Bytes,
+    /// Blocks of 32 codes in 16 bytes from byte `at` on; a code means a value of `table`.
+    Nibbles {
+        at: usize,
+        table: &'static [f32; 16],
+        has_min: bool,
+    },
+    Q4K,
+    Q6K,
 }
 
 /// The row of a block format.
@@ -121,7 +145,7 @@ impl<B: Block> Stored for BlockStored<B> {
 }
 
 /// A format whose name stands for a mixture of types: a file's. No matrix is in it; sizes are those of its commonest type.
-pub struct Mixture {
+pub struct MixedFormat {
     pub id: FormatId,
     pub commonest: FormatId,
 }
@@ -131,7 +155,7 @@ pub const fn mixture(name: &'static str, doc: &'static str, new: fn(FormatOption
     FormatEntry { is_stored: true, runs_on_cuda: false, ..FormatEntry::plain(name, doc, new) }
 }
 
-impl Format for Mixture {
+impl Format for MixedFormat {
     fn id(&self) -> FormatId {
         self.id
     }

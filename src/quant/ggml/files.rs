@@ -1,7 +1,7 @@
 //! What files are called: llama.cpp's recipes, each of which gives every tensor a type.
 
 use super::super::{FormatEntry, FormatId, fp16, fp32};
-use super::block::{Block, Mixture, mixture};
+use super::block::{Block, MixedFormat, mixture};
 use super::{k_quants, small};
 
 /// A value of `general.file_type`. It names the recipe of a file; tensors say their types by themselves.
@@ -16,7 +16,7 @@ macro_rules! mixtures {
     ($($id:ident, $entry:ident, $name:literal, $commonest:ty, $doc:literal;)*) => {
         $(pub const $id: FormatId = FormatId::of(&$entry);
         static $entry: FormatEntry =
-            mixture($name, $doc, |_| Box::new(Mixture { id: $id, commonest: <$commonest>::ID }));)*
+            mixture($name, $doc, |_| Box::new(MixedFormat { id: $id, commonest: <$commonest>::ID }));)*
     };
 }
 

@@ -1,7 +1,7 @@
 //! Types of blocks of 256 values, whose scales are quantized too: the K types and IQ4_XS. `d` and `dmin` are fp16.
 
 use super::super::{FormatEntry, FormatId};
-use super::block::{Block, entry};
+use super::block::{Block, DotKernel, entry};
 use super::small::{IQ4_VALUES, half, nibbles};
 
 static Q2_K: FormatEntry =
@@ -67,7 +67,7 @@ impl Block for Q3K {
 
 /// Scale and minimum of run `i` of 32 elements, 6 bits each, of 12 bytes.
 #[inline(always)]
-fn scale_and_min(s: &[u8], i: usize) -> (f32, f32) {
+pub fn scale_and_min(s: &[u8], i: usize) -> (f32, f32) {
     let (scale, min) = match i < 4 {
         true => (s[i] & 63, s[i + 4] & 63),
         false => (s[i + 4] & 15 | s[i - 4] >> 6 << 4, s[i + 4] >> 4 | s[i] >> 6 << 4),
@@ -85,6 +85,7 @@ impl Block for Q4K {
     const ID: FormatId = FormatId::of(&Q4_K);
     const LEN: usize = 256;
     const BYTES: usize = 144;
+    const KERNEL: DotKernel = DotKernel::Q4K;
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
@@ -131,6 +132,7 @@ impl Block for Q6K {
     const ID: FormatId = FormatId::of(&Q6_K);
     const LEN: usize = 256;
     const BYTES: usize = 210;
+    const KERNEL: DotKernel = DotKernel::Q6K;
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {

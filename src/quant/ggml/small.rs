@@ -2,14 +2,16 @@
 //!
 //! `d` and `m` are fp16. Where 32 codes lie in 16 bytes, byte j holds elements j (low nibble) and j + 16 (high nibble).
 
-use half::f16;
-
 use super::super::{FormatEntry, FormatId};
-use super::block::{Block, entry};
+use super::block::{Block, DotKernel, entry};
 
 /// Twice the values of E2M1, by code.
 const E2M1_DOUBLED: [f32; 16] =
     [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0];
+
+/// The values of codes that are integers, and of those that stand for −8 … 7.
+const CODES: [f32; 16] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
+const CENTRED: [f32; 16] = [-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
 
 /// The values of IQ4_NL and IQ4_XS, by code.
 pub const IQ4_VALUES: [f32; 16] =
@@ -18,7 +20,15 @@ pub const IQ4_VALUES: [f32; 16] =
 /// The fp16 value at byte `at`.
 #[inline(always)]
 pub fn half(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+    // Without a look for the machine's own instruction, which would be one for each block.
+    let bits = u32::from(u16::from_le_bytes([block[at], block[at + 1]]));
+    let (sign, magnitude) = ((bits & 0x8000) << 16, (bits & 0x7fff) << 13);
+    let value = match magnitude >= 0x7c00 << 13 {
+        true => f32::from_bits(magnitude | 0x7f80_0000),
+        // 2^112 brings the exponent from the bias of fp16 to that of fp32, subnormals included.
+        false => f32::from_bits(magnitude) * f32::from_bits(0x7780_0000),
+    };
+    f32::from_bits(value.to_bits() | sign)
 }
 
 /// Decodes a half of `values` from the low nibbles of `codes` and the other half from the high ones. Both functions get the byte's
@@ -57,6 +67,7 @@ impl Block for Q8_0 {
     const ID: FormatId = FormatId::of(&Q8_0);
     const LEN: usize = 32;
     const BYTES: usize = 34;
+    const KERNEL: DotKernel = DotKernel::Bytes;
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
@@ -76,6 +87,12 @@ impl Block for Q4_0 {
     const ID: FormatId = FormatId::of(&Q4_0);
     const LEN: usize = 32;
     const BYTES: usize = 18;
+    const KERNEL: DotKernel = DotKernel::Nibbles { at: 2, table: &CENTRED, has_min: false };
+
+    #[inline(always)]
+    fn scales(block: &[u8]) -> (f32, f32) {
+        (half(block, 0), 0.0)
+    }
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
@@ -94,6 +111,12 @@ impl Block for Q4_1 {
     const ID: FormatId = FormatId::of(&Q4_1);
     const LEN: usize = 32;
     const BYTES: usize = 20;
+    const KERNEL: DotKernel = DotKernel::Nibbles { at: 4, table: &CODES, has_min: true };
+
+    #[inline(always)]
+    fn scales(block: &[u8]) -> (f32, f32) {
+        (half(block, 0), half(block, 2))
+    }
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
@@ -156,6 +179,12 @@ impl Block for Iq4Nl {
     const ID: FormatId = FormatId::of(&IQ4_NL);
     const LEN: usize = 32;
     const BYTES: usize = 18;
+    const KERNEL: DotKernel = DotKernel::Nibbles { at: 2, table: &IQ4_VALUES, has_min: false };
+
+    #[inline(always)]
+    fn scales(block: &[u8]) -> (f32, f32) {
+        (half(block, 0), 0.0)
+    }
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
@@ -175,17 +204,36 @@ impl Block for Mxfp4 {
     const ID: FormatId = FormatId::of(&MXFP4);
     const LEN: usize = 32;
     const BYTES: usize = 17;
+    const KERNEL: DotKernel = DotKernel::Nibbles { at: 1, table: &E2M1_DOUBLED, has_min: false };
+
+    #[inline(always)]
+    fn scales(block: &[u8]) -> (f32, f32) {
+        // 2^-128 and 2^-127 are subnormal.
+        let e = u32::from(block[0]);
+        (f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 }), 0.0)
+    }
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
-        // 2^-128 and 2^-127 are subnormal.
-        let e = u32::from(block[0]);
-        let scale = f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 });
+        let (scale, _) = Self::scales(block);
         let value = |_: usize, q: u8| scale * E2M1_DOUBLED[usize::from(q)];
         nibbles(&block[1..17], values, value, value);
     }
 
     fn fault(block: &[u8]) -> Option<&'static str> {
         (block[0] == 255).then_some("its scale is 255, which is no number")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fp16_value_is_read() {
+        for bits in 0..=u16::MAX {
+            let (seen, expected) = (half(&bits.to_le_bytes(), 0), half::f16::from_bits(bits).to_f32());
+            assert!(seen.to_bits() == expected.to_bits() || (seen.is_nan() && expected.is_nan()), "{bits:#x}");
+        }
     }
 }

@@ -170,7 +170,8 @@ impl Keys<'_> {
     fn turned(&self, head_dim: u64) -> Result<Option<Value>, BadInput> {
         let Some(turned) = self.number("rope.dimension_count")? else { return Ok(None) };
         match self.family.turns_in_part {
-            true => Ok(Some(json!(turned as f64 / head_dim.max(1) as f64))),
+            // A half more, so that the product with the head's elements is cut to this count.
+            true => Ok(Some(json!((turned as f64 + 0.5) / head_dim.max(1) as f64))),
             false if turned == head_dim => Ok(None),
             false => {
                 Err(self.refused("rope.dimension_count", turned, &format!("all {head_dim} elements of a head turn")))

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::cursor::{Cursor, bad};
-use super::metadata::Metadata;
+use super::metadata::GgufKeys;
 use super::{ALIGNMENT, MAGIC};
 use crate::error::BadInput;
 use crate::quant::ggml::{self, GgmlType};
@@ -29,7 +29,7 @@ pub struct GgufFile {
     /// The last components of its path, for messages.
     pub name: String,
     bytes: u64,
-    pub metadata: Metadata,
+    pub metadata: GgufKeys,
     tensors: HashMap<String, GgufTensor>,
     pub info: SourceInfo,
 }
@@ -62,7 +62,7 @@ impl GgufFile {
         let mut cursor = Cursor::new(&file, &name, 0, bytes)?;
         check_kind(&mut cursor, path)?;
         let (tensor_count, key_count) = (cursor.u64("the count of tensors")?, cursor.u64("the count of keys")?);
-        let metadata = Metadata::read(&mut cursor, key_count)?;
+        let metadata = GgufKeys::read(&mut cursor, key_count)?;
         check_parts(&metadata, &name)?;
         let alignment = alignment(&cursor, &metadata)?;
         let mut tensors = records(&mut cursor, tensor_count)?;
@@ -127,7 +127,7 @@ fn check_kind(cursor: &mut Cursor, path: &Path) -> Result<()> {
 }
 
 /// Fails on a part of a model that is split.
-fn check_parts(metadata: &Metadata, name: &str) -> Result<(), BadInput> {
+fn check_parts(metadata: &GgufKeys, name: &str) -> Result<(), BadInput> {
     match metadata.count("split.count") {
         Some(count) if count > 1 => {
             let message = format!("`{name}` is one of {count} files of a model, which are not read one by one");
@@ -137,7 +137,7 @@ fn check_parts(metadata: &Metadata, name: &str) -> Result<(), BadInput> {
     }
 }
 
-fn alignment(cursor: &Cursor, metadata: &Metadata) -> Result<u64, BadInput> {
+fn alignment(cursor: &Cursor, metadata: &GgufKeys) -> Result<u64, BadInput> {
     let key = "general.alignment";
     let Some(value) = metadata.get(key) else { return Ok(ALIGNMENT) };
     let alignment = metadata.count(key).filter(|bytes| bytes.is_power_of_two() && *bytes <= MAX_ALIGNMENT);

@@ -38,9 +38,9 @@ pub struct List {
 
 /// All keys of a file.
 #[derive(Debug, Default)]
-pub struct Metadata(BTreeMap<String, MetaValue>);
+pub struct GgufKeys(BTreeMap<String, MetaValue>);
 
-impl Metadata {
+impl GgufKeys {
     /// Reads `count` keys. Fails with [`BadInput`] on a type that is not known, a key that stands there twice, and on what is longer than the file.
     pub fn read(cursor: &mut Cursor, count: u64) -> Result<Self, BadInput> {
         // A key has a length, a type and a value.

@@ -16,6 +16,7 @@ use crate::events::{Event, Listener};
 use crate::quant::ggml::FILE_TYPES;
 use crate::quant::{FormatId, Part};
 use crate::weights::bnb::PreQuantized;
+use crate::weights::bound::Labels;
 use crate::weights::safetensors::listed;
 use crate::weights::spec::{MatrixSpec, VectorSpec};
 use crate::weights::{Source, SourceInfo, cast};
@@ -42,12 +43,6 @@ pub fn hold(file: &GgufFile, matrices: &mut [MatrixSpec]) {
     for spec in matrices {
         spec.held = gguf_name(&spec.name).and_then(|name| file.get(&name)).map(|tensor| tensor.kind.format);
     }
-}
-
-/// What messages call a model and its architecture.
-pub struct Labels<'a> {
-    pub id: &'a str,
-    pub model_type: &'a str,
 }
 
 /// A source that reads a GGUF file.

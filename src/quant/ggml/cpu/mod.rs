@@ -1,5 +1,9 @@
 //! Block matrices on the CPU: rows as the file has them. A piece of a row is decoded to fp32 in the first-level cache, and dense kernels
-//! multiply it. The decoders are plain Rust, compiled once for each instruction set.
+//! multiply it. The decoders are plain Rust, compiled once for each instruction set. Common types have kernels for one token, which
+//! multiply in registers.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -53,6 +57,16 @@ impl<B: Block> BlockMatrix<B> {
 
     /// `x` is `[k]`.
     fn dot(&self, row: usize, x: &[f32]) -> f32 {
+        match self.isa {
+            // SAFETY: the instruction set is checked.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { avx512::dot::<B>(self.blocks(row, 0..self.k), x) },
+            _ => None,
+        }
+        .unwrap_or_else(|| self.decoded_dot(row, x))
+    }
+
+    fn decoded_dot(&self, row: usize, x: &[f32]) -> f32 {
         let mut piece = [0.0f32; PIECE];
         let mut sum = 0.0;
         for (at, x) in x.chunks(PIECE).enumerate() {
