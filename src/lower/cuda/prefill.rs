@@ -294,8 +294,10 @@ impl<'a> Prefill<'a> {
         let epsilon = epsilon * x.scale * x.scale;
         let (x, deferred) = (x.address, std::mem::take(&mut x.addends));
         // SAFETY: x, its deferred additions and y hold rows · width values, the vectors width.
-        unsafe { kernels.norm(rows, width, x, addends(&deferred), weight, bias, epsilon, y.address) }?;
-        self.buffers[out.0] = Some(y);
+        unsafe {
+            kernels.norm(rows, width, x, addends(&deferred), weight, bias, epsilon, self.scales[out.0], y.address)
+        }?;
+        self.buffers[out.0] = Some(Buffer { scale: self.scales[out.0], ..y });
         Ok(())
     }
 

@@ -6,8 +6,8 @@ use crate::plan::{ActivationSpec, BufferId, GatedActivation, LinearPart, LinearS
 const SCALE: f32 = 1.0 / 32.0;
 
 /// By the decoder's buffers, the power of two that fp16 values are stored by. In models that norm queries, keys or products, or add biases to
-/// queries, gates, what these multiply and products that a norm reads or a residual takes have a scale: such checkpoints were trained in bf16, and have gates of 10^5
-/// and more (Gemma 2 and 3, Qwen).
+/// queries, these have one: results of gates, what gates multiply, products that a norm reads, and products and norms that a residual takes. Such
+/// checkpoints were trained in bf16, and have values of 10^5 and more (Gemma 2 and 3, Qwen).
 pub fn scales(model: &Model) -> Vec<f32> {
     let plan = &model.decoder;
     let mut scales = vec![1.0; plan.buffers.len()];
@@ -31,6 +31,8 @@ pub fn scales(model: &Model) -> Vec<f32> {
         let mut parts = parts_of(buffer).peekable();
         parts.peek().is_some() && parts.all(|part| part.bias.is_none() && part.rows.is_none())
     };
+    let is_normed = |buffer: BufferId| plan.ops.iter().any(|op| matches!(op, Op::Norm(spec) if spec.out == buffer));
+    let is_added_norm = |buffer| is_normed(buffer) && !linears().any(|spec| spec.x == buffer);
     for op in &plan.ops {
         match op {
             Op::Activation(ActivationSpec { kind: _, gate: _, up: Some(up), out }) if !is_biased(*out) => {
@@ -39,7 +41,7 @@ pub fn scales(model: &Model) -> Vec<f32> {
             }
             Op::Experts(spec) if matches!(spec.activation, GatedActivation::Plain(_)) => scales[spec.out.0] = SCALE,
             Op::Norm(spec) if is_plain(spec.x) => scales[spec.x.0] = SCALE,
-            Op::Add(spec) if is_plain(spec.b) => scales[spec.b.0] = SCALE,
+            Op::Add(spec) if is_plain(spec.b) || is_added_norm(spec.b) => scales[spec.b.0] = SCALE,
             Op::Activation(_) | Op::Experts(_) | Op::Attention(_) | Op::Norm(_) | Op::Embed(_) | Op::Patches(_) => {}
             Op::AddRows(_) | Op::Features(_) | Op::Linear(_) | Op::Append(_) | Op::Add(_) => {}
             Op::LastRow(_) | Op::Argmax(_) => {}
