@@ -4,11 +4,13 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::planted::{PROMPT, logits_behind_prompt, planted};
-use super::{Executor, Golden, forced, generate, largest_difference, load, load_from, models, plan, worst};
+use super::{
+    Executor, Golden, forced, generate, kl_divergence, largest_difference, load, load_from, models, plan, worst,
+};
 
 /// fp16 compute moves logits of such models by up to 0.04 (tests/models.rs has the sum).
 const TOLERANCE: f32 = 0.1;
-/// Of LLM.int8: its activations are fp16 here, and a value that crosses a rounding boundary moves logits by up to this.
+/// Of LLM.int8 behind planted weights: its activations are fp16 here, and a value that crosses a rounding boundary moves logits by up to this.
 const INT8_TOLERANCE: f32 = 0.7;
 const REPLAYS: usize = 4;
 
@@ -23,11 +25,8 @@ fn device() -> Option<MutexGuard<'static, ()>> {
     Some(ONE.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-fn tolerance(precision: &str) -> f32 {
-    if precision == "int8" { INT8_TOLERANCE } else { TOLERANCE }
-}
-
-/// Fed the reference's own tokens, so that a close call between two of them does not part the runs.
+/// Fed the reference's own tokens, so that a close call between two of them does not part the runs. Where one rounding changes a logit by much, as a
+/// code of LLM.int8 or an expert that a quantized router chooses, it is the cost that is near: the mean divergence from fp32 (tests/models.rs).
 #[test]
 fn logits_stay_near_the_reference() {
     let Some(_device) = device() else { return };
@@ -41,7 +40,16 @@ fn logits_stay_near_the_reference() {
                 let (_, logits) = forced(cuda.as_mut(), prompt, tokens);
                 let difference = worst(&logits, &expected);
                 println!("{model} {precision} prompt {i}: {difference}");
-                assert!(difference <= tolerance(precision), "{model} {precision} prompt {i}: {difference}");
+                if precision == "int8" || (precision == "nf4" && plan.experts().is_some()) {
+                    let fp32 = golden.steps(&format!("p{i}.step_logits"));
+                    let cost =
+                        |logits: &[Vec<f32>]| fp32.iter().zip(logits).map(|(p, q)| kl_divergence(p, q)).sum::<f64>();
+                    let (seen, known) = (cost(&logits), cost(&expected));
+                    let is_near = seen <= 2.0 * known && seen >= known / 2.0;
+                    assert!(is_near, "{model} {precision} prompt {i}: divergence {seen}, reference {known}");
+                } else {
+                    assert!(difference <= TOLERANCE, "{model} {precision} prompt {i}: {difference}");
+                }
             }
         }
     }
@@ -83,7 +91,8 @@ fn values_beyond_fp16_stay_in_range() {
             for (what, logits) in [("a call", of_call), ("steps", of_steps)] {
                 let difference = largest_difference(&logits, &expected);
                 println!("{} {precision}, {what}: {difference}", planted.name);
-                assert!(difference <= tolerance(precision), "{} {precision}, {what}: {difference}", planted.name);
+                let tolerance = if precision == "int8" { INT8_TOLERANCE } else { TOLERANCE };
+                assert!(difference <= tolerance, "{} {precision}, {what}: {difference}", planted.name);
             }
         }
     }
