@@ -109,7 +109,7 @@ fn patches(plan: &Model) -> usize {
 fn weight_bytes(config: &serde_json::Value, precision: &str) -> u64 {
     let plan = quantbench::models::build(config).expect("a built-in shape");
     let formats = Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default());
-    let bytes = |spec: &MatrixSpec| formats.of(spec.role).stored_bytes(spec.n, spec.k);
+    let bytes = |spec: &MatrixSpec| formats.of(spec).stored_bytes(spec.n, spec.k);
     let stored: Vec<usize> = plan.matrices.iter().map(bytes).collect();
     plan.weight_bytes_per_token(&stored) as u64
 }

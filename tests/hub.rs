@@ -86,7 +86,7 @@ fn open(config: &HubConfig, events: &dyn Listener) -> anyhow::Result<Checkpoint>
 }
 
 fn matrix(name: &str, n: usize) -> MatrixSpec {
-    MatrixSpec { name: name.to_owned(), n, k: 1, role: Role::Projection, others: Vec::new() }
+    MatrixSpec { name: name.to_owned(), n, k: 1, role: Role::Projection, others: Vec::new(), held: None }
 }
 
 #[derive(Default)]

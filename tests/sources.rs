@@ -30,7 +30,7 @@ fn open(folder: &Path) -> anyhow::Result<Checkpoint> {
 }
 
 fn matrix(name: &str, n: usize, k: usize) -> MatrixSpec {
-    MatrixSpec { name: name.to_owned(), n, k, role: Role::Projection, others: Vec::new() }
+    MatrixSpec { name: name.to_owned(), n, k, role: Role::Projection, others: Vec::new(), held: None }
 }
 
 fn vector(name: &str, len: usize, kind: VectorKind) -> VectorSpec {

@@ -46,7 +46,7 @@ pub struct ModelArgs {
 
 fn model_help() -> String {
     format!(
-        "Hub id, local folder or built-in model [default: {DEFAULT_MODEL_ID}; {DEFAULT_CUDA_MODEL_ID} on a GPU and beside a CPU cache that \
+        "Hub id, local folder, GGUF file or built-in model [default: {DEFAULT_MODEL_ID}; {DEFAULT_CUDA_MODEL_ID} on a GPU and beside a CPU cache that \
          would hold the small one]"
     )
 }

@@ -8,7 +8,7 @@ use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 
 use super::Cli;
 use crate::error::{BadInput, nearest};
-use crate::quant::FORMATS;
+use crate::quant::{FORMATS, STORED_FORMATS};
 
 /// The words of a command line, the program first, with each value that begins with a dash joined to its option: `--prompt '- hello'`
 /// becomes `--prompt=- hello`. A word that is itself an option stays apart, so that an option without its value is noticed.
@@ -164,6 +164,12 @@ pub fn unknown_precision(word: &str, takes: Takes) -> BadInput {
     let error = BadInput::new(format!("unknown precision `{word}`: known are {}", names.join(", ")));
     if takes == Takes::One && (word == "all" || word.contains(',')) {
         return error.hint("one precision is written at a time; run the command once for each");
+    }
+    if STORED_FORMATS.iter().any(|format| format.name == word) {
+        return error.hint(format!(
+            "`{word}` is read from a file that holds it, and not made of other weights: name the file with `--model-id`, without \
+             `--precision`"
+        ));
     }
     match meaning(word) {
         Some(hint) => error.hint(hint),

@@ -46,7 +46,7 @@ fn bytes_of(name: &str, model: &Model, precisions: &[FormatId]) -> ModelBytes {
     let precision_bytes = |&precision: &FormatId| {
         let formats = Formats::new(precision, FormatOptions::default());
         let matrix_bytes: Vec<usize> =
-            model.matrices.iter().map(|spec| formats.of(spec.role).stored_bytes(spec.n, spec.k)).collect();
+            model.matrices.iter().map(|spec| formats.of(spec).stored_bytes(spec.n, spec.k)).collect();
         PrecisionBytes {
             precision: precision.to_string(),
             bytes_per_token: model.weight_bytes_per_token(&matrix_bytes) as u64,

@@ -72,7 +72,7 @@ pub fn stream<T: Send>(
 /// does.
 pub fn fp16_overflow_by_tensor(setup: &Setup) -> Result<BTreeMap<String, u64>> {
     let Setup { model, source, formats, .. } = setup;
-    let is_cast = |spec: &&MatrixSpec| !formats.is_exact(spec.role) && source.parts(spec).is_none();
+    let is_cast = |spec: &&MatrixSpec| !formats.is_exact(spec) && source.parts(spec).is_none();
     let matrices = model.matrices.iter().filter(is_cast).map(|spec| (&spec.name, spec.n, spec.k));
     let vectors = model.vectors.iter().filter(|_| !formats.has_exact_vectors());
     let vectors = vectors.map(|spec| (&spec.name, spec.len, 1));
@@ -111,8 +111,8 @@ pub fn begin(setup: &Setup, events: &dyn Listener) {
 /// The format that holds a matrix which the source has in plain values.
 pub fn format_of<'a>(source: &dyn Source, spec: &MatrixSpec, formats: &'a Formats) -> &'a dyn Format {
     // What a quantized checkpoint holds in plain values was left out on purpose.
-    let left_out = source.is_quantized() && spec.role.is_quantized();
-    if left_out { formats.unquantized() } else { formats.of(spec.role) }
+    let left_out = source.is_quantized() && spec.role.is_quantized() && spec.held.is_none();
+    if left_out { formats.unquantized() } else { formats.of(spec) }
 }
 
 /// State that the loading threads share.
@@ -158,7 +158,7 @@ impl Shared {
 
     /// Room for a matrix on its way through the host.
     pub fn room(&self, spec: &MatrixSpec, formats: &Formats) -> Reservation<'_> {
-        let weight_bytes = if formats.is_exact(spec.role) { size_of::<f32>() } else { size_of::<f16>() };
+        let weight_bytes = if formats.is_exact(spec) { size_of::<f32>() } else { size_of::<f16>() };
         self.budget.take(weight_bytes * spec.n * spec.k)
     }
 
@@ -179,11 +179,11 @@ impl Shared {
         if let Some(parts) = source.parts(spec) {
             let parts = parts?;
             let begin = Instant::now();
-            let stored =
-                formats.asked().restore(spec.n, spec.k, parts).with_context(|| format!("loading `{}`", spec.name))?;
+            let format = if spec.held.is_some() { formats.of(spec) } else { formats.asked() };
+            let stored = format.restore(spec.n, spec.k, parts).with_context(|| format!("loading `{}`", spec.name))?;
             return Ok((stored, begin));
         }
-        if formats.is_exact(spec.role) {
+        if formats.is_exact(spec) {
             let mut data = vec![0.0; spec.n * spec.k];
             source.read_rows_f32(&spec.name, 0..spec.n, &mut data)?;
             return Ok((quant::exact(spec.n, spec.k, data)?, Instant::now()));

@@ -96,7 +96,7 @@ pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Needs {
 
 /// Bytes of all weights at a precision, as stored; vectors count as fp16.
 pub fn stored_bytes(model: &Model, formats: &Formats) -> u64 {
-    let matrices = model.matrices.iter().map(|spec| formats.of(spec.role).stored_bytes(spec.n, spec.k) as u64);
+    let matrices = model.matrices.iter().map(|spec| formats.of(spec).stored_bytes(spec.n, spec.k) as u64);
     matrices.sum::<u64>() + model.vector_bytes() as u64
 }
 
@@ -277,7 +277,7 @@ impl CudaCall<'_> {
             let matrix = &self.model.matrices[part.weight.0];
             // Products of a matrix that is cut are made together.
             let whole = if part.rows.is_some() { product(&[size_of::<half::f16>(), self.rows, matrix.n]) } else { 0 };
-            whole.saturating_add((self.formats.of(matrix.role).id().prefill_bytes)(self.rows, (matrix.n, matrix.k)))
+            whole.saturating_add((self.formats.of(matrix).id().prefill_bytes)(self.rows, (matrix.n, matrix.k)))
         };
         spec.parts.iter().map(of_part).max().unwrap_or(0)
     }

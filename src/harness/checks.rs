@@ -94,6 +94,19 @@ pub fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result
     Ok(case)
 }
 
+/// Fails where a precision has no kernels for the device.
+pub fn on_device(case: &Case, device: Device) -> Result<(), BadInput> {
+    let lacks = |precision: &&FormatId| matches!(device, Device::Cuda(_)) && !precision.runs_on_cuda;
+    match case.precisions.iter().find(lacks) {
+        None => Ok(()),
+        Some(precision) => Err(BadInput::new(format!(
+            "`{}` is held in `{precision}`, which has no kernels for CUDA yet",
+            case.model.model_id
+        ))
+        .hint("measure it with `--device cpu`")),
+    }
+}
+
 /// The device of a case, and a warning about the choice.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chosen {
@@ -133,6 +146,17 @@ fn choose(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_format_without_kernels_for_a_device_is_refused_there() {
+        let case = crate::harness::case::tests::case();
+        for precision in quant::FORMATS.iter().chain(quant::STORED_FORMATS).copied() {
+            let case = Case { precisions: vec![precision], ..case.clone() };
+            assert!(on_device(&case, Device::Cpu).is_ok(), "{precision}");
+            assert_eq!(on_device(&case, Device::Cuda(0)).is_ok(), precision.runs_on_cuda, "{precision}");
+        }
+        assert!(quant::FORMATS.iter().all(|format| format.runs_on_cuda));
+    }
 
     #[test]
     fn where_no_device_was_asked_for_the_cpu_does() {

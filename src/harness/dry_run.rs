@@ -36,6 +36,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
     open_model::select(&mut model, &checkpoint, &case.selection())?;
     let case = &checks::in_own_precision(case, checkpoint.quantized.as_ref())?;
     checks::check_engines(case)?;
+    checks::on_device(case, device)?;
     if case.has(Engine::Candle) {
         engine::candle::check(&model, &checkpoint.config)?;
     }

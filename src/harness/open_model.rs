@@ -45,7 +45,9 @@ pub fn build(checkpoint: &Checkpoint, request: &ModelRequest, events: &dyn Liste
         }
         events.on(Event::Warning { name: name.to_owned(), message });
     }
-    Ok(built.model)
+    let mut model = built.model;
+    checkpoint.hold(&mut model.matrices);
+    Ok(model)
 }
 
 impl OpenModel {

@@ -76,6 +76,7 @@ impl PreparedCase {
         opened.select(&case.selection())?;
         let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
         checks::check_engines(&case)?;
+        checks::on_device(&case, chosen.device)?;
         let (case, mut prepared) = Self::new(&case, chosen.device, opened)?;
         for message in case.not_offered() {
             events.on(Event::Hint { message });

@@ -106,6 +106,8 @@ pub struct Words<'a> {
     pub chat_template: Option<&'a ChatTemplate>,
     /// Why the template of the model cannot be read, where it cannot.
     pub problem: Option<&'a str>,
+    /// Why the tokenizer of the model is not read, where it has one that is not.
+    pub unread: Option<&'a str>,
 }
 
 impl<'a> Words<'a> {
@@ -115,7 +117,13 @@ impl<'a> Words<'a> {
             tokenizer: checkpoint.tokenizer.as_ref(),
             chat_template: template.ok().and_then(Option::as_ref),
             problem: template.err().map(String::as_str),
+            unread: checkpoint.unread_tokenizer.as_deref(),
         }
+    }
+
+    /// The end of a message about a tokenizer that is not there.
+    fn why_none(&self) -> String {
+        self.unread.map(|why| format!(": {why}")).unwrap_or_default()
     }
 
     /// `text` as a user's message, up to where the model answers.
@@ -144,7 +152,7 @@ pub fn workload(case: &Case, words: Words, model: &Model) -> anyhow::Result<Toke
     // A length is checked before its ids are made: what a user types may exceed the memory.
     check_lengths(case, n_prompt.unwrap_or(1), model)?;
     if case.stream && tokenizer.is_none() && !matches!(case.prompt, PromptChoice::Synthetic(_)) {
-        return Err(nothing_to_stream(case).into());
+        return Err(nothing_to_stream(case, words).into());
     }
     let n_image = n_image(model);
     if let Some(image) = case.image.as_ref().filter(|_| n_image == 0) {
@@ -167,7 +175,7 @@ pub fn workload(case: &Case, words: Words, model: &Model) -> anyhow::Result<Toke
         // A template writes the token of the beginning itself.
         (_, None, Some((text, tokenizer))) if case.chat => encode(tokenizer, &words.message(case, text)?, false)?,
         (_, None, Some((text, tokenizer))) => encode(tokenizer, text, true)?,
-        (_, None, None) => return Err(no_tokenizer(case).into()),
+        (_, None, None) => return Err(no_tokenizer(case, words).into()),
     };
     let prompt = without_image_tokens(prompt, model)?;
     check_lengths(case, prompt.len(), model)?;
@@ -299,13 +307,15 @@ pub fn encode(tokenizer: &Tokenizer, text: &str, adds_special: bool) -> anyhow::
     Ok(encoding.get_ids().to_vec())
 }
 
-fn no_tokenizer(case: &Case) -> BadInput {
-    BadInput::new(format!("`{}` has no tokenizer here, so a text prompt cannot become tokens", case.model.model_id))
+fn no_tokenizer(case: &Case, words: Words) -> BadInput {
+    let (model_id, why) = (&case.model.model_id, words.why_none());
+    BadInput::new(format!("`{model_id}` has no tokenizer here, so a text prompt cannot become tokens{why}"))
         .hint("give a length with `--prompt-tokens N` or exact ids with `--prompt-ids 1,2,3`")
 }
 
-fn nothing_to_stream(case: &Case) -> BadInput {
-    BadInput::new(format!("`--stream`: `{}` has no tokenizer here, so its tokens have no text", case.model.model_id))
+fn nothing_to_stream(case: &Case, words: Words) -> BadInput {
+    let (model_id, why) = (&case.model.model_id, words.why_none());
+    BadInput::new(format!("`--stream`: `{model_id}` has no tokenizer here, so its tokens have no text{why}"))
         .hint("drop `--stream`, or name a model with a tokenizer: a folder that has tokenizer.json, or a hub id")
 }
 

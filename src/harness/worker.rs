@@ -158,8 +158,9 @@ fn weights_by_format(opened: &OpenModel, formats: &Formats) -> BTreeMap<String, 
     for spec in &opened.model.matrices {
         // What a checkpoint that was saved quantized holds in 2 bytes a value or more was left out on purpose.
         let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
-        let left_out = opened.source.is_quantized() && spec.role.is_quantized() && wide;
-        let format = if left_out { formats.unquantized() } else { formats.of(spec.role) };
+        let may_be_left_out = spec.role.is_quantized() && spec.held.is_none();
+        let left_out = opened.source.is_quantized() && may_be_left_out && wide;
+        let format = if left_out { formats.unquantized() } else { formats.of(spec) };
         *bytes.entry(format.id().to_string()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
     }
     bytes

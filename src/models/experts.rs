@@ -95,7 +95,7 @@ impl ExpertsBlock {
             b.packed_vector(VectorSpec { name: path.name("bias"), len: n, kind: VectorKind::Bias, others })
         });
         let others = vec![Elsewhere { tensor: packed, slice: slice(self.packing == Packing::InterleavedColumns) }];
-        let spec = MatrixSpec { name: path.name("weight"), n, k, role: Role::Expert, others };
+        let spec = MatrixSpec { name: path.name("weight"), n, k, role: Role::Expert, others, held: None };
         ExpertMatrix { weight: b.packed_matrix(spec), bias }
     }
 }

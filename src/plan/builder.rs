@@ -69,7 +69,7 @@ impl Builder {
 
     /// The matrix `{path}.weight`, `[n, k]`.
     pub fn matrix(&mut self, path: &Path, n: usize, k: usize, role: Role) -> MatrixId {
-        self.packed_matrix(MatrixSpec { name: path.name("weight"), n, k, role, others: Vec::new() })
+        self.packed_matrix(MatrixSpec { name: path.name("weight"), n, k, role, others: Vec::new(), held: None })
     }
 
     /// A matrix that files may hold under other names too.

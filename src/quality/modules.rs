@@ -84,8 +84,14 @@ mod tests {
             ("model.layers.1.self_attn.dense.weight", Role::Projection),
             ("decoder.block.1.layer.1.EncDecAttention.q.weight", Role::Projection),
         ];
-        let spec =
-            |&(name, role): &(&str, Role)| MatrixSpec { name: name.to_owned(), n: 1, k: 1, role, others: Vec::new() };
+        let spec = |&(name, role): &(&str, Role)| MatrixSpec {
+            name: name.to_owned(),
+            n: 1,
+            k: 1,
+            role,
+            others: Vec::new(),
+            held: None,
+        };
         let groups = groups(&names.iter().map(spec).collect::<Vec<_>>());
         let found: Vec<_> = groups.iter().map(|group| (group.name.as_str(), group.matrices.len())).collect();
         let expected = [

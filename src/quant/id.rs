@@ -8,7 +8,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::saved::SavedForm;
-use super::{FORMATS, Format, FormatOptions, INTERNAL_FORMATS};
+use super::{FORMATS, Format, FormatOptions, INTERNAL_FORMATS, STORED_FORMATS};
 
 /// A row of [`FORMATS`]: what a format is called, and how the rest of the program treats it.
 pub struct FormatEntry {
@@ -25,6 +25,11 @@ pub struct FormatEntry {
     pub without_double_quant: Option<FormatId>,
     /// Holds the checkpoint's own values, and so do all other matrices, norm weights and biases at this precision.
     pub is_exact: bool,
+    /// Files hold it and nothing makes it: every matrix stays in the format that its file has it in, and norm weights and biases keep the
+    /// file's own values.
+    pub is_stored: bool,
+    /// Has kernels for CUDA.
+    pub runs_on_cuda: bool,
     /// Looks for outlier columns among the activations of each call. So its numbers depend on which tokens share a call, and
     /// records count the columns.
     pub finds_outliers: bool,
@@ -45,6 +50,8 @@ impl FormatEntry {
             is_variant: false,
             without_double_quant: None,
             is_exact: false,
+            is_stored: false,
+            runs_on_cuda: true,
             finds_outliers: false,
             saved: None,
             prefill_bytes: |_, _| 0,
@@ -67,9 +74,9 @@ impl FormatId {
         FORMATS.iter().copied().find(|format| format.name == word || format.aliases.contains(&word))
     }
 
-    /// The format of this canonical name, [`INTERNAL_FORMATS`] included: the way back from a record or a message.
+    /// The format of this canonical name, [`INTERNAL_FORMATS`] and [`STORED_FORMATS`] included: the way back from a record or a message.
     pub fn named(name: &str) -> Option<Self> {
-        FORMATS.iter().chain(INTERNAL_FORMATS).copied().find(|format| format.name == name)
+        FORMATS.iter().chain(INTERNAL_FORMATS).chain(STORED_FORMATS).copied().find(|format| format.name == name)
     }
 }
 
@@ -127,7 +134,7 @@ mod tests {
 
     #[test]
     fn an_id_travels_as_its_name() {
-        for format in FORMATS.iter().chain(INTERNAL_FORMATS) {
+        for format in FORMATS.iter().chain(INTERNAL_FORMATS).chain(STORED_FORMATS) {
             let text = serde_json::to_string(format).unwrap();
             assert_eq!(text, format!("\"{}\"", format.name));
             assert_eq!(serde_json::from_str::<FormatId>(&text).unwrap(), *format);

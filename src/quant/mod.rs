@@ -12,6 +12,7 @@ pub mod cuda;
 pub mod dense;
 pub mod fp16;
 pub mod fp32;
+pub mod ggml;
 mod id;
 pub mod int8;
 pub mod nf4;
@@ -101,6 +102,9 @@ pub static FORMATS: &[FormatId] = &[fp16::ID, int8::ID, nf4::ID, nf4::NO_DOUBLE_
 
 /// Formats that no user asks for: what some layers are held in at every precision.
 pub static INTERNAL_FORMATS: &[FormatId] = &[fp32::ID];
+
+/// Formats that files hold and no user asks for: they are read as stored.
+pub static STORED_FORMATS: &[FormatId] = ggml::FORMATS;
 
 /// The format that others are compared with: weights without quantization. Vectors are held in it too.
 pub const BASELINE: FormatId = fp16::ID;

@@ -13,7 +13,7 @@ use super::bnb::{self, SavedTensor, config};
 use super::policy::Formats;
 use super::safetensors::SINGLE;
 use super::spec::{MatrixSpec, Role, VectorSpec};
-use super::{Checkpoint, Source};
+use super::{Checkpoint, Source, SourceKind};
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Unit};
 use crate::quant::{self, FormatId, FormatOptions, HalfMatrix};
@@ -145,6 +145,10 @@ fn folder_of(checkpoint: &Checkpoint, is_quantized: bool) -> Result<Option<&Path
             .hint("name the model that it was made from"));
     }
     match checkpoint.folder() {
+        None if checkpoint.source_kind() != SourceKind::Random => {
+            Err(BadInput::new(format!("`{}` is a GGUF file, and a folder is made of a folder alone", checkpoint.id))
+                .hint("name the safetensors model that it was made from"))
+        }
         None if is_quantized => Err(BadInput::new(format!(
             "`{}` is a shape without weights, so there is nothing to quantize",
             checkpoint.id
@@ -236,7 +240,7 @@ impl Writer<'_> {
     }
 
     fn matrix(&mut self, spec: &MatrixSpec) -> Result<()> {
-        let &MatrixSpec { ref name, n, k, role, others: _ } = spec;
+        let &MatrixSpec { ref name, n, k, role, others: _, held: _ } = spec;
         match role {
             _ if self.formats.precision() == quant::BASELINE && role != Role::HighPrecision => self.half(name, n, k),
             Role::Embedding | Role::Head | Role::Patches | Role::Kept => self.half(name, n, k),

@@ -1,5 +1,7 @@
 //! Weights in formats that are not read, recognized by the names of files: what was found and what to do.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use serde_json::Value;
@@ -15,8 +17,7 @@ struct Kind {
     is: fn(&str) -> bool,
 }
 
-const GGUF: &str = "name the original safetensors model; llama.cpp's `llama-bench` measures GGUF files, and `quantbench import` takes \
-                    its rows";
+const GGUF: &str = "name the file itself: `--model-id FOLDER/NAME.gguf`";
 const MERGE: &str =
     "merge the adapter into its base model (`merge_and_unload()` in PEFT) and save that, or name the base model";
 const RENAME: &str = "where it holds the whole model in transformers' names, call it `model.safetensors`";
@@ -139,6 +140,13 @@ fn base_model(folder: &Path) -> String {
         }
         None => String::new(),
     }
+}
+
+/// Whether a file is called as GGUF files are, or begins as one.
+pub fn is_gguf(path: &Path) -> bool {
+    let mut head = [0; 4];
+    let is_named = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"));
+    is_named || File::open(path).and_then(|mut file| file.read_exact(&mut head)).is_ok_and(|()| &head == b"GGUF")
 }
 
 /// The error of a model id that is a file.

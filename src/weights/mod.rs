@@ -39,7 +39,7 @@ use crate::quant::Part;
 /// Which model, and where its weights come from.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct ModelRequest {
-    /// A hub id, a local folder, or a built-in shape.
+    /// A hub id, a local folder, a GGUF file, or a built-in shape.
     pub model_id: String,
     /// Branch, tag or commit on the hub.
     pub revision: Option<String>,
@@ -55,7 +55,7 @@ pub struct ModelRequest {
 }
 
 impl ModelRequest {
-    /// Real weights of a hub id or a folder.
+    /// Real weights of a hub id, a folder or a file.
     pub fn of(model_id: impl Into<String>) -> Self {
         Self {
             model_id: model_id.into(),

@@ -11,18 +11,21 @@ use tokenizers::Tokenizer;
 use super::bnb::PreQuantized;
 use super::bound::{BoundSource, Labels};
 use super::builtin::{self, BuiltIn};
+use super::gguf::{GgufFile, GgufSource};
 use super::hub::{self, HubConfig, Need, RemoteFile};
 use super::random::Random;
 use super::safetensors::{self, Safetensors};
 use super::spec::{MatrixSpec, VectorSpec};
 use super::tokenizer::ChatTemplate;
-use super::{ModelRequest, Source, SourceKind, WeightsChoice, foreign, json, processor, settle, sniff, tokenizer};
+use super::{
+    ModelRequest, Source, SourceKind, WeightsChoice, foreign, gguf, json, processor, settle, sniff, tokenizer,
+};
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Silent};
 
 /// An opened model: its small files are read, its weights are not.
 pub struct Checkpoint {
-    /// Hub id, built-in name, or the folder's last component: records hold no user's path.
+    /// Hub id, built-in name, or the last component of a folder or a file: records hold no user's path.
     pub id: String,
     /// Commit on the hub.
     pub revision: Option<String>,
@@ -34,6 +37,8 @@ pub struct Checkpoint {
     /// The image processor's settings, of whichever file has them.
     pub preprocessor_config: Option<Value>,
     pub tokenizer: Option<Tokenizer>,
+    /// Why a tokenizer that the files hold is not read.
+    pub unread_tokenizer: Option<String>,
     /// How a message is written for this model, where its files say it; why that cannot be read, where it cannot.
     pub chat_template: Result<Option<ChatTemplate>, String>,
     /// What the weights were quantized into before they were saved; `None` where they were not, or are random.
@@ -54,6 +59,7 @@ enum Weights {
         source: SourceKind,
         files: Option<Arc<Safetensors>>,
     },
+    Gguf(Arc<GgufFile>),
 }
 
 /// Opens a model with the hub settings of the environment.
@@ -108,6 +114,10 @@ fn open_place(
             refuse_revision(request, "a folder")?;
             from_folder(&folder, folder_name(&folder), SourceKind::Local, !random, events)?
         }
+        Place::Gguf(path) => {
+            refuse_revision(request, "a file")?;
+            from_gguf(&path)?
+        }
         Place::BuiltIn(shape) => {
             refuse_revision(request, "a built-in shape")?;
             from_shape(shape, shape.name)
@@ -119,6 +129,7 @@ fn open_place(
     };
     if random {
         checkpoint.weights = Weights::Random { seed: 0, outlier_channels: 0 };
+        checkpoint.quantized = None;
     }
     match &mut checkpoint.weights {
         Weights::Random { seed, outlier_channels } => {
@@ -129,6 +140,7 @@ fn open_place(
             checkpoint.quantized = settle::settle(&mut checkpoint.config, files.as_deref(), events)?;
             warn_of_adapter(folder, events);
         }
+        Weights::Gguf(_) => {}
     }
     Ok(checkpoint)
 }
@@ -156,13 +168,14 @@ impl Checkpoint {
         match &self.weights {
             Weights::Random { .. } => SourceKind::Random,
             Weights::Files { source, .. } => *source,
+            Weights::Gguf(_) => SourceKind::Local,
         }
     }
 
-    /// Folder of its files; `None` for random weights.
+    /// Folder of its files; `None` for random weights and for a GGUF file.
     pub fn folder(&self) -> Option<&Path> {
         match &self.weights {
-            Weights::Random { .. } => None,
+            Weights::Random { .. } | Weights::Gguf(_) => None,
             Weights::Files { folder, .. } => Some(folder),
         }
     }
@@ -170,6 +183,13 @@ impl Checkpoint {
     /// True where its weights can be read: random, or in files that are here.
     pub fn has_weights(&self) -> bool {
         !matches!(&self.weights, Weights::Files { files: None, .. })
+    }
+
+    /// Gives each matrix the format that a file of several formats holds it in.
+    pub fn hold(&self, matrices: &mut [MatrixSpec]) {
+        if let (Weights::Gguf(file), Some(_)) = (&self.weights, &self.quantized) {
+            gguf::hold(file, matrices);
+        }
     }
 
     /// [`Self::source_with`] without warnings of tensors that are not read.
@@ -185,14 +205,21 @@ impl Checkpoint {
         vectors: &[VectorSpec],
         events: &dyn Listener,
     ) -> Result<Box<dyn Source>> {
+        let model_type = self.config["model_type"].as_str().unwrap_or("the model");
         let files = match &self.weights {
+            Weights::Gguf(file) => {
+                let labels = gguf::Labels { id: &self.id, model_type };
+                let is_quantized = self.quantized.is_some();
+                let source = GgufSource::new(file.clone(), is_quantized, (matrices, vectors), &labels, events)?;
+                return Ok(Box::new(source));
+            }
             Weights::Random { seed, outlier_channels } => {
                 return Ok(Box::new(Random::new(*seed, *outlier_channels, matrices, vectors)));
             }
             Weights::Files { files: Some(files), .. } => files.clone(),
             Weights::Files { folder, source, files: None } => Arc::new(open_files(folder, *source)?),
         };
-        let labels = Labels { id: &self.id, model_type: self.config["model_type"].as_str().unwrap_or("the model") };
+        let labels = Labels { id: &self.id, model_type };
         let bound = BoundSource::new(files, self.quantized.clone(), (matrices, vectors), &labels, events)?;
         Ok(Box::new(bound))
     }
@@ -201,6 +228,7 @@ impl Checkpoint {
 /// Where a model id points.
 enum Place {
     Folder(PathBuf),
+    Gguf(PathBuf),
     BuiltIn(&'static BuiltIn),
     Hub(String),
 }
@@ -210,6 +238,9 @@ impl Place {
         let path = Path::new(id);
         if path.is_dir() {
             return Ok(Place::Folder(path.to_owned()));
+        }
+        if path.is_file() && foreign::is_gguf(path) {
+            return Ok(Place::Gguf(path.to_owned()));
         }
         if path.is_file() {
             return Err(foreign::a_file(path, id).into());
@@ -248,6 +279,30 @@ fn refuse_revision(request: &ModelRequest, what: &str) -> Result<()> {
     }
 }
 
+fn from_gguf(path: &Path) -> Result<Checkpoint> {
+    let file = GgufFile::open(path)?;
+    let config = gguf::config(&file)?;
+    let vocabulary = config["vocab_size"].as_u64().and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
+    let (tokenizer, unread_tokenizer) = match gguf::tokenizer(&file, vocabulary) {
+        Ok(tokenizer) => (Some(tokenizer), None),
+        Err(why) => (None, Some(why)),
+    };
+    Ok(Checkpoint {
+        id: folder_name(path),
+        revision: None,
+        config,
+        generation_config: None,
+        notes: Vec::new(),
+        preprocessor_config: None,
+        tokenizer,
+        unread_tokenizer,
+        chat_template: Ok(gguf::chat_template(&file)),
+        quantized: gguf::quantized(&file),
+        resolve_s: 0.0,
+        weights: Weights::Gguf(Arc::new(file)),
+    })
+}
+
 fn from_shape(shape: &BuiltIn, id: &str) -> Checkpoint {
     Checkpoint {
         id: id.to_owned(),
@@ -257,6 +312,7 @@ fn from_shape(shape: &BuiltIn, id: &str) -> Checkpoint {
         notes: Vec::new(),
         preprocessor_config: None,
         tokenizer: None,
+        unread_tokenizer: None,
         chat_template: Ok(None),
         quantized: None,
         resolve_s: 0.0,
@@ -312,6 +368,7 @@ fn from_folder(
         notes,
         preprocessor_config,
         tokenizer,
+        unread_tokenizer: None,
         chat_template: ChatTemplate::read(folder).map_err(|error| format!("{error:#}")),
         quantized: None,
         resolve_s: 0.0,

@@ -12,13 +12,21 @@ pub struct Formats {
     /// fp16; the precision itself where that is exact.
     unquantized: Box<dyn Format>,
     exact: Box<dyn Format>,
+    /// Those that files hold and nothing makes.
+    stored: Vec<Box<dyn Format>>,
 }
 
 impl Formats {
     pub fn new(precision: FormatId, options: FormatOptions) -> Self {
         let unquantized = if precision.is_exact { precision } else { quant::BASELINE };
         let make = |format: FormatId| (format.new)(options);
-        Self { precision, asked: make(precision), unquantized: make(unquantized), exact: make(quant::EXACT) }
+        Self {
+            precision,
+            asked: make(precision),
+            unquantized: make(unquantized),
+            exact: make(quant::EXACT),
+            stored: quant::STORED_FORMATS.iter().map(|format| make(*format)).collect(),
+        }
     }
 
     pub fn precision(&self) -> FormatId {
@@ -30,14 +38,14 @@ impl Formats {
         self.asked.as_ref()
     }
 
-    /// Returns whether matrices of this role keep the checkpoint's own values.
-    pub fn is_exact(&self, role: Role) -> bool {
-        self.of(role).id().is_exact
+    /// Returns whether a matrix keeps the checkpoint's own values.
+    pub fn is_exact(&self, spec: &MatrixSpec) -> bool {
+        self.of(spec).id().is_exact
     }
 
     /// Returns whether norm weights and biases do.
     pub fn has_exact_vectors(&self) -> bool {
-        self.precision.is_exact
+        self.precision.is_exact || self.precision.is_stored
     }
 
     /// Format of a matrix that the precision leaves alone.
@@ -45,10 +53,14 @@ impl Formats {
         self.unquantized.as_ref()
     }
 
-    /// transformers converts linear layers only, without the head; what an architecture lists in `_keep_in_fp32_modules`
-    /// stays fp32 when the model's dtype is fp16.
-    pub fn of(&self, role: Role) -> &dyn Format {
-        match role {
+    /// A file's own format where it has one. Else transformers' rule: it converts linear layers only, without the head; what an architecture
+    /// lists in `_keep_in_fp32_modules` stays fp32 when the model's dtype is fp16.
+    pub fn of(&self, spec: &MatrixSpec) -> &dyn Format {
+        let all = || self.stored.iter().chain([&self.asked, &self.unquantized, &self.exact]);
+        if let Some(held) = spec.held.and_then(|held| all().find(|format| format.id() == held)) {
+            return held.as_ref();
+        }
+        match spec.role {
             Role::Projection | Role::Expert | Role::Router => self.asked.as_ref(),
             Role::Head | Role::Embedding | Role::Patches | Role::Kept => self.unquantized.as_ref(),
             Role::HighPrecision => self.exact.as_ref(),
@@ -146,7 +158,8 @@ mod tests {
 
     #[test]
     fn a_selection_changes_roles() {
-        let spec = |name: &str, role| MatrixSpec { name: name.to_owned(), n: 1, k: 1, role, others: Vec::new() };
+        let spec =
+            |name: &str, role| MatrixSpec { name: name.to_owned(), n: 1, k: 1, role, others: Vec::new(), held: None };
         let model = || {
             vec![
                 spec("embed", Role::Embedding),

@@ -17,7 +17,7 @@ const HEAD_BYTES: u64 = 512;
 
 /// First bytes of formats that a file of weights is found to be in under another's name.
 const SIGNATURES: &[(&[u8], &str, &str)] = &[
-    (b"GGUF", "a GGUF file", "name the original safetensors model; llama.cpp's `llama-bench` measures GGUF files"),
+    (b"GGUF", "a GGUF file", "give it a name that ends in `.gguf` and name the file itself"),
     (b"PK\x03\x04", "a zip archive, as `torch.save` writes", SAVE_SAFETENSORS),
     (b"\x80\x02", "a Python pickle", SAVE_SAFETENSORS),
     (b"\x80\x04", "a Python pickle", SAVE_SAFETENSORS),

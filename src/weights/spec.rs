@@ -1,5 +1,7 @@
 //! What a model asks of a checkpoint: names, shapes and what each tensor is for.
 
+use crate::quant::FormatId;
+
 /// What a matrix is for; [`super::policy`] decides from it which format holds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
@@ -71,6 +73,8 @@ pub struct MatrixSpec {
     pub role: Role,
     /// Place of the values in files without a tensor `name`.
     pub others: Vec<Elsewhere>,
+    /// The format that a file holds it in and no precision changes; `None` where its role decides.
+    pub held: Option<FormatId>,
 }
 
 /// A norm weight or a bias.

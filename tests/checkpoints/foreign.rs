@@ -20,7 +20,7 @@ fn weights_called(name: &str) -> Folder {
 fn weights_that_are_not_read_are_named_with_what_to_do() {
     for (name, what, hint) in [
         ("model-00001-of-00002.safetensors", "shards without their index", INDEX),
-        ("model-Q4_K_M.gguf", "a GGUF file", "llama-bench"),
+        ("model-Q4_K_M.gguf", "a GGUF file", "name the file itself"),
         ("adapter_model.safetensors", "a LoRA adapter", "merge"),
         ("consolidated.safetensors", "the original format", "transformers"),
         ("consolidated.00.pth", "the original format", "transformers"),
@@ -66,14 +66,13 @@ fn an_adapter_names_its_base_model() {
 fn a_file_is_no_model_and_says_what_to_name() {
     let place = tempfile::tempdir().unwrap();
     for (name, words) in [
-        ("model-Q4_K_M.gguf", ["is a file, a GGUF file", "quantbench import"]),
         ("pytorch_model.bin", ["is a file, PyTorch pickles", "save_pretrained"]),
         ("model.onnx", ["is a file, an exported graph", "original"]),
         ("model.safetensors", ["is a file", "name the folder that holds config.json"]),
         ("config.json", ["is a file", "name the folder that holds config.json"]),
     ] {
         let path = place.path().join(name);
-        fs::write(&path, "GGUF").unwrap();
+        fs::write(&path, "x").unwrap();
         let error = weights::open(&ModelRequest::of(path.display().to_string()), &Silent).err().unwrap();
         refused(&error, &words);
     }
@@ -112,7 +111,7 @@ fn files_that_are_something_else_are_called_what_they_are() {
     for (name, bytes, words) in [
         (SINGLE, &b""[..], ["is empty", "download"]),
         (SINGLE, b"<!DOCTYPE html>\n<html>", ["is a web page", "download"]),
-        (SINGLE, b"GGUF\x03\0\0\0\0\0\0\0", ["is a GGUF file", "llama-bench"]),
+        (SINGLE, b"GGUF\x03\0\0\0\0\0\0\0", ["is a GGUF file", "name the file itself"]),
         (SINGLE, b"PK\x03\x04\0\0\0\0\0\0\0\0", ["torch.save", "save_pretrained"]),
         (SINGLE, &whole[..whole.len() - 1], ["truncated", "download"]),
         ("config.json", b"", ["is empty", "download"]),

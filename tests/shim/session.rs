@@ -117,11 +117,11 @@ impl<'a> Session<'a> {
         });
         let stored = model.matrices.iter().map(|spec| {
             let data = read(&spec.name, spec.n, spec.n * spec.k);
-            formats.of(spec.role).quantize(HalfMatrix { n: spec.n, k: spec.k, data }).expect("quantize")
+            formats.of(spec).quantize(HalfMatrix { n: spec.n, k: spec.k, data }).expect("quantize")
         });
         let stored: Vec<Box<dyn Stored>> = stored.collect();
         let matrices = model.matrices.iter().zip(&stored).map(|(spec, stored)| {
-            place(memory, formats.of(spec.role).id().name, &**stored, FormatOptions::default().int8_threshold)
+            place(memory, formats.of(spec).id().name, &**stored, FormatOptions::default().int8_threshold)
         });
         let vectors = model.vectors.iter().map(|spec| {
             let offset = if spec.kind == VectorKind::NormOffset { 1.0 } else { 0.0 };

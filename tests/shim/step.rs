@@ -193,7 +193,7 @@ impl Products {
             let scale = scales(&session.model)[of.x.0];
             let x: Vec<f32> =
                 shown(session.host, input(session, of), matrix.k).iter().map(|x| x.to_f32() / scale).collect();
-            let name = session.formats.of(matrix.role).id().name;
+            let name = session.formats.of(matrix).id().name;
             let threshold = FormatOptions::default().int8_threshold;
             let expected = expected(name, &*session.stored[weight.0], &x, threshold);
             (

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use quantbench::quant::{FORMATS, INTERNAL_FORMATS};
+use quantbench::quant::{FORMATS, INTERNAL_FORMATS, STORED_FORMATS};
 
 use super::{SourceFile, code, fail_on, rust_files};
 
@@ -30,7 +30,8 @@ fn production(file: &SourceFile) -> &str {
 
 /// Lines, from 1, that spell a format's name as text or as the path of its folder.
 fn naming_formats(text: &str) -> Vec<usize> {
-    let names: BTreeSet<&str> = FORMATS.iter().chain(INTERNAL_FORMATS).map(|format| format.name).collect();
+    let all = FORMATS.iter().chain(INTERNAL_FORMATS).chain(STORED_FORMATS);
+    let names: BTreeSet<&str> = all.map(|format| format.name).collect();
     let folders: BTreeSet<&str> = names.iter().map(|name| name.split('-').next().unwrap_or(name)).collect();
     let is_named = |line: &str| {
         let is_text = line.split('"').skip(1).step_by(2).any(|text| names.contains(text));

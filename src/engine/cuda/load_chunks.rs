@@ -59,7 +59,7 @@ impl SourceReading {
             Some(Dtype::F32) => Some(SourceReading::Raw(SourceDtype::F32)),
             Some(other) => bail!("tensor `{}` is {other}; allowed are F16, BF16 and F32", spec.name),
             None if source.is_quantized() => None,
-            None if formats.is_exact(spec.role) => Some(SourceReading::Floats),
+            None if formats.is_exact(spec) => Some(SourceReading::Floats),
             None => Some(SourceReading::Halves),
         })
     }

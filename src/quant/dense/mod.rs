@@ -1,6 +1,6 @@
 //! Matrices of plain floating-point values: what fp16 and fp32 share. The value type is the format.
 
-mod cpu;
+pub(in crate::quant) mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 

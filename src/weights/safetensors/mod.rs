@@ -104,7 +104,11 @@ impl Safetensors {
         }
         let hash = match etags {
             Some(etags) => etags,
-            None => sample_hash(&files)?,
+            None => {
+                let sampled =
+                    files.iter().map(|shard| (&shard.file, shard.name.as_str(), shard.bytes, shard.data_start));
+                sample_hash(&sampled.collect::<Vec<_>>())?
+            }
         };
         let info = SourceInfo { source, dtype: commonest_dtype(&places), seed: None, hash };
         let mut opened = Self {
@@ -322,19 +326,20 @@ fn commonest_dtype(places: &BTreeMap<String, Vec<Tensor>>) -> String {
     values.into_iter().max_by_key(|(_, count)| *count).map(|(dtype, _)| dtype).unwrap_or_default()
 }
 
-/// xxh3 over header, size and the first, middle and last MiB of the tensors of each file.
-fn sample_hash(files: &[Shard]) -> Result<String> {
+/// xxh3 over header, size and the first, middle and last MiB of the tensors of each file. Of a file: its name, its bytes, and where the
+/// tensors begin.
+pub(super) fn sample_hash(files: &[(&File, &str, u64, u64)]) -> Result<String> {
     let mut hash = Xxh3::new();
     let mut buffer = Vec::new();
-    for shard in files {
-        hash.update(&shard.bytes.to_le_bytes());
-        let data_bytes = shard.bytes - shard.data_start;
+    for &(file, name, bytes, data_start) in files {
+        hash.update(&bytes.to_le_bytes());
+        let data_bytes = bytes - data_start;
         let sample = SAMPLE_BYTES.min(data_bytes);
-        let last = shard.bytes - sample;
-        let middle = shard.data_start + (data_bytes - sample) / 2;
-        for (offset, length) in [(0, shard.data_start), (shard.data_start, sample), (middle, sample), (last, sample)] {
+        let last = bytes - sample;
+        let middle = data_start + (data_bytes - sample) / 2;
+        for (offset, length) in [(0, data_start), (data_start, sample), (middle, sample), (last, sample)] {
             buffer.resize(length as usize, 0);
-            shard.file.read_exact_at(&mut buffer, offset).with_context(|| format!("reading `{}`", shard.name))?;
+            file.read_exact_at(&mut buffer, offset).with_context(|| format!("reading `{name}`"))?;
             hash.update(&buffer);
         }
     }

@@ -155,18 +155,31 @@ impl<T: DenseValue> DenseMatrix<T> {
     fn strip_rows(&self, strip: usize) -> [&[T]; STRIP_ROWS] {
         std::array::from_fn(|r| self.row((strip * STRIP_ROWS + r).min(self.n - 1)))
     }
+}
 
-    /// `x` is `[k]`.
-    fn dot(&self, row: &[T], x: &[f32]) -> f32 {
-        match self.isa {
-            // SAFETY: the instruction set is checked.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::dot(row, x) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2::dot(row, x) },
-            _ => portable::dot(row, x),
-        }
+/// `Σ row · x` over equally many values by the kernel of `isa`, which was [`checked`].
+pub fn dot<T: DenseValue>(isa: Isa, row: &[T], x: &[f32]) -> f32 {
+    match isa {
+        // SAFETY: the instruction set is checked.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::dot(row, x) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::dot(row, x) },
+        _ => portable::dot(row, x),
+    }
+}
+
+/// The columns of equally long `rows` as `[columns][16]`, by the kernel of `isa`, which was [`checked`].
+pub fn transpose<T: DenseValue>(isa: Isa, rows: [&[T]; STRIP_ROWS], panel: &mut [f32]) {
+    match isa {
+        // SAFETY: the instruction set is checked.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::transpose(rows, panel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::transpose(rows, panel) },
+        _ => portable::transpose(&rows, 0, panel),
     }
 }
 
@@ -181,15 +194,7 @@ impl<T: DenseValue> PanelSource for DenseMatrix<T> {
 
     fn decode_panel(&self, strip: usize, columns: Range<usize>, panel: &mut [f32]) {
         let rows = self.strip_rows(strip).map(|row| &row[columns.clone()]);
-        match self.isa {
-            // SAFETY: the instruction set is checked.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::transpose(rows, panel) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2::transpose(rows, panel) },
-            _ => portable::transpose(&rows, 0, panel),
-        }
+        transpose(self.isa, rows, panel);
     }
 }
 
@@ -241,7 +246,7 @@ impl<T: DenseValue> CpuMatrix for DenseMatrix<T> {
             return panel::multiply(self, x.f32s, x.m, rows, Start::Bias(bias), y, scratch);
         }
         for strip in strips(&rows) {
-            let sums = self.strip_rows(strip).map(|row| self.dot(row, x.f32s));
+            let sums = self.strip_rows(strip).map(|row| dot(self.isa, row, x.f32s));
             write_strip(&sums, strip, &rows, bias, 0, y);
         }
     }

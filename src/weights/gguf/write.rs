@@ -1,72 +1,23 @@
 //! A checkpoint as one GGUF file in F16, with which llama.cpp runs the same weights. Its quantizer makes its other formats of it.
 //!
-//! The file has no vocabulary (`no_vocab`): it is for token ids. Names and metadata are those of llama.cpp's `constants.py` and
-//! `convert_hf_to_gguf.py`.
+//! The file has no vocabulary (`no_vocab`): it is for token ids.
 
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use half::f16;
 use serde_json::Value;
 
-use super::spec::{MatrixSpec, VectorSpec};
-use super::{Checkpoint, Source};
+use super::{
+    ALIGNMENT, F16, F32, FAMILIES, FLOAT32, Family, MAGIC, MOSTLY_F16, ROPE_FREQS, STRING, UINT32, VERSION, gguf_name,
+    is_turned, order,
+};
 use crate::error::{BadInput, nearest};
 use crate::events::{Event, Listener, Unit};
-
-const MAGIC: &[u8; 4] = b"GGUF";
-const VERSION: u32 = 3;
-/// Where tensors begin, unless a key says otherwise.
-const ALIGNMENT: u64 = 32;
-/// Types of tensors and `general.file_type`, in ggml's numbers.
-const F32: u32 = 0;
-const F16: u32 = 1;
-const MOSTLY_F16: u32 = 1;
-/// Types of values, in GGUF's numbers.
-const UINT32: u32 = 4;
-const FLOAT32: u32 = 6;
-const STRING: u32 = 8;
-
-/// A family of models as llama.cpp knows it.
-struct Family {
-    /// `model_type` of config.json.
-    model_type: &'static str,
-    /// `general.architecture`.
-    name: &'static str,
-    /// Keys and queries turn neighbouring elements, where checkpoints turn the two halves of a head.
-    turns_neighbours: bool,
-}
-
-const FAMILIES: &[Family] = &[
-    Family { model_type: "llama", name: "llama", turns_neighbours: true },
-    Family { model_type: "qwen2", name: "qwen2", turns_neighbours: false },
-    Family { model_type: "qwen3", name: "qwen3", turns_neighbours: false },
-    Family { model_type: "phi", name: "phi2", turns_neighbours: false },
-];
-
-/// Parts of names, the checkpoint's and llama.cpp's.
-const NAMES: &[(&str, &str)] = &[
-    ("model.embed_tokens", "token_embd"),
-    ("model.norm", "output_norm"),
-    ("model.final_layernorm", "output_norm"),
-    ("lm_head", "output"),
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.dense", "attn_output"),
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("mlp.fc1", "ffn_up"),
-    ("mlp.fc2", "ffn_down"),
-];
+use crate::weights::spec::{MatrixSpec, VectorSpec};
+use crate::weights::{Checkpoint, Source};
 
 /// A tensor of the file.
 struct Tensor {
@@ -270,24 +221,14 @@ fn tensors(
         .chain(vectors.iter().map(|spec| (&spec.name, 1, spec.len, F32)))
     {
         let name = gguf_name(from).ok_or_else(|| BadInput::new(format!("no GGUF has a tensor for `{from}`")))?;
-        let is_turned = family.turns_neighbours && [".attn_q.", ".attn_k."].iter().any(|part| name.contains(part));
-        all.push(Tensor { name, from: Some(from.clone()), n, k, dtype, head_rows: is_turned.then_some(head_dim) });
+        let head_rows = is_turned(family, &name).then_some(head_dim);
+        all.push(Tensor { name, from: Some(from.clone()), n, k, dtype, head_rows });
     }
     if let Some(factors) = factors {
-        let (name, k) = ("rope_freqs.weight".to_owned(), factors.len());
+        let (name, k) = (ROPE_FREQS.to_owned(), factors.len());
         all.push(Tensor { name, from: None, n: 1, k, dtype: F32, head_rows: None });
     }
     Ok(all)
-}
-
-/// `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`.
-fn gguf_name(name: &str) -> Option<String> {
-    let (stem, kind) = name.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
-    let known = |part: &str| NAMES.iter().find(|(own, _)| *own == part).map(|(_, theirs)| *theirs);
-    match stem.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
-        Some((layer, part)) => Some(format!("blk.{layer}.{}.{kind}", known(part)?)),
-        None => Some(format!("{}.{kind}", known(stem)?)),
-    }
 }
 
 fn header(metadata: &[(String, Meta)], tensors: &[Tensor]) -> Vec<u8> {
@@ -353,39 +294,9 @@ fn write(file: &mut impl Write, tensor: &Tensor, source: &dyn Source, factors: &
     Ok(overflow)
 }
 
-/// The order of `n` rows: of each head, the rows of the two halves by turns.
-fn order(n: usize, head_rows: Option<usize>) -> Result<Vec<usize>> {
-    let Some(head) = head_rows else { return Ok((0..n).collect()) };
-    ensure!(head.is_multiple_of(2) && n.is_multiple_of(head), "{n} rows are no heads of {head}");
-    let within = |at: usize| at / 2 + (at % 2) * head / 2;
-    Ok((0..n).map(|row| row / head * head + within(row % head)).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_are_llama_cpps() {
-        for (own, theirs) in [
-            ("model.embed_tokens.weight", Some("token_embd.weight")),
-            ("model.layers.3.mlp.up_proj.weight", Some("blk.3.ffn_up.weight")),
-            ("model.layers.12.self_attn.q_proj.bias", Some("blk.12.attn_q.bias")),
-            ("model.final_layernorm.bias", Some("output_norm.bias")),
-            ("model.layers.0.mlp.experts.0.w1.weight", None),
-            ("model.norm.scale", None),
-        ] {
-            assert_eq!(gguf_name(own).as_deref(), theirs, "{own}");
-        }
-    }
-
-    /// What `permute` of convert_hf_to_gguf.py does to two heads of four rows.
-    #[test]
-    fn halves_of_a_head_become_neighbours() {
-        assert_eq!(order(8, Some(4)).unwrap(), [0, 2, 1, 3, 4, 6, 5, 7]);
-        assert_eq!(order(3, None).unwrap(), [0, 1, 2]);
-        assert!(order(6, Some(4)).is_err());
-    }
 
     /// Between both wavelengths the divisor goes smoothly from 1 to the factor; the frequencies are those that our rope has.
     #[test]

@@ -1,0 +1,160 @@
+//! What every block format shares: the trait that each implements, and the matrix of its blocks with the plain reference.
+
+use std::marker::PhantomData;
+
+use candle_core::{Result, bail};
+use safetensors::Dtype;
+
+use super::super::{
+    CpuMatrix, Format, FormatEntry, FormatId, FormatOptions, HalfMatrix, Part, Stored, multiply_dense, take_part,
+};
+use super::cpu::BlockMatrix;
+use crate::kernels::isa::Isa;
+
+/// A block of values of one row.
+pub trait Block: Send + Sync + 'static {
+    const ID: FormatId;
+    /// Values of a block: a divisor of 256.
+    const LEN: usize;
+    const BYTES: usize;
+
+    /// Decodes [`Self::BYTES`] bytes to [`Self::LEN`] fp32 values.
+    fn decode(block: &[u8], values: &mut [f32]);
+
+    /// Why these bytes have no meaning.
+    fn fault(_block: &[u8]) -> Option<&'static str> {
+        None
+    }
+}
+
+/// The row of a block format.
+pub const fn entry<B: Block>(name: &'static str, doc: &'static str) -> FormatEntry {
+    FormatEntry { is_stored: true, runs_on_cuda: false, ..FormatEntry::plain(name, doc, new::<B>) }
+}
+
+fn new<B: Block>(_: FormatOptions) -> Box<dyn Format> {
+    Box::new(BlockFormat::<B>(PhantomData))
+}
+
+struct BlockFormat<B>(PhantomData<B>);
+
+/// Bytes of a row.
+pub fn row_bytes<B: Block>(k: usize) -> usize {
+    k.div_ceil(B::LEN) * B::BYTES
+}
+
+impl<B: Block> Format for BlockFormat<B> {
+    fn id(&self) -> FormatId {
+        B::ID
+    }
+
+    fn stored_bytes(&self, n: usize, k: usize) -> usize {
+        n * row_bytes::<B>(k)
+    }
+
+    fn quantize(&self, _: HalfMatrix) -> Result<Box<dyn Stored>> {
+        bail!("matrices in {} are read from files; nothing makes them here", B::ID)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn device_bytes(&self, n: usize, k: usize) -> super::super::cuda::DeviceBytes {
+        super::super::cuda::DeviceBytes { resident: self.stored_bytes(n, k), transient: 0 }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn encoder(&self, _: usize, _: usize, _: &candle_core::Device) -> Result<Box<dyn super::super::cuda::CudaEncoder>> {
+        bail!("matrices in {} do not run on CUDA yet", B::ID)
+    }
+
+    fn restore(&self, n: usize, k: usize, mut parts: Vec<Part>) -> Result<Box<dyn Stored>> {
+        if n == 0 || k == 0 || !k.is_multiple_of(B::LEN) {
+            bail!("rows of {k} values are no whole blocks of {} in {}", B::LEN, B::ID);
+        }
+        let bytes = take_part(&mut parts, "", Dtype::U8, n.saturating_mul(row_bytes::<B>(k)))?;
+        let fault = |(at, block): (usize, &[u8])| B::fault(block).map(|fault| (at, fault));
+        if let Some((at, fault)) = bytes.chunks_exact(B::BYTES).enumerate().find_map(fault) {
+            bail!("block {at} of a matrix in {}: {fault}", B::ID);
+        }
+        Ok(Box::new(BlockStored::<B> { n, k, bytes, block: PhantomData }))
+    }
+}
+
+/// A matrix as its file has it: `n` rows of `k / LEN` blocks.
+pub struct BlockStored<B> {
+    pub n: usize,
+    pub k: usize,
+    pub bytes: Vec<u8>,
+    pub block: PhantomData<B>,
+}
+
+impl<B: Block> Stored for BlockStored<B> {
+    fn shape(&self) -> (usize, usize) {
+        (self.n, self.k)
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        let shape = vec![self.n, row_bytes::<B>(self.k)];
+        vec![Part { suffix: "", dtype: Dtype::U8, shape, bytes: self.bytes.clone() }]
+    }
+
+    fn dequantize(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.n * self.k];
+        for (block, values) in self.bytes.chunks_exact(B::BYTES).zip(values.chunks_exact_mut(B::LEN)) {
+            B::decode(block, values);
+        }
+        values
+    }
+
+    /// Sums in fp64 over decoded fp32 weights, rounded once.
+    fn multiply(&self, x: &[f32], m: usize) -> Vec<f32> {
+        multiply_dense(&self.dequantize(), self.shape(), x, m)
+    }
+
+    fn pack(self: Box<Self>, isa: Isa) -> Box<dyn CpuMatrix> {
+        Box::new(BlockMatrix::new(*self, isa))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn upload(&self, _: &candle_core::Device) -> Result<Box<dyn super::super::CudaMatrix>> {
+        bail!("matrices in {} do not run on CUDA yet", B::ID)
+    }
+}
+
+/// A format whose name stands for a mixture of types: a file's. No matrix is in it; sizes are those of its commonest type.
+pub struct Mixture {
+    pub id: FormatId,
+    pub commonest: FormatId,
+}
+
+/// The row of a mixture.
+pub const fn mixture(name: &'static str, doc: &'static str, new: fn(FormatOptions) -> Box<dyn Format>) -> FormatEntry {
+    FormatEntry { is_stored: true, runs_on_cuda: false, ..FormatEntry::plain(name, doc, new) }
+}
+
+impl Format for Mixture {
+    fn id(&self) -> FormatId {
+        self.id
+    }
+
+    fn stored_bytes(&self, n: usize, k: usize) -> usize {
+        (self.commonest.new)(FormatOptions::default()).stored_bytes(n, k)
+    }
+
+    fn quantize(&self, _: HalfMatrix) -> Result<Box<dyn Stored>> {
+        bail!("`{}` is a mixture of files; nothing makes it here", self.id)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn device_bytes(&self, n: usize, k: usize) -> super::super::cuda::DeviceBytes {
+        super::super::cuda::DeviceBytes { resident: self.stored_bytes(n, k), transient: 0 }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn encoder(&self, _: usize, _: usize, _: &candle_core::Device) -> Result<Box<dyn super::super::cuda::CudaEncoder>> {
+        bail!("`{}` is a mixture of files; nothing makes it here", self.id)
+    }
+
+    fn restore(&self, _: usize, _: usize, _: Vec<Part>) -> Result<Box<dyn Stored>> {
+        bail!("`{}` is a mixture: each matrix of its file has a type of its own", self.id)
+    }
+}
