@@ -1,8 +1,8 @@
 //! Names commit and target for `--version`; with feature `cuda`, compiles each `src/**/*.cu` to `$OUT_DIR/<name>.fatbin`.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
-use std::time::SystemTime;
 use std::{env, fs};
 
 /// Chips with machine code of their own.
@@ -17,7 +17,9 @@ fn main() {
     println!("cargo::rustc-env=QUANTBENCH_COMMIT={}", commit().unwrap_or_else(|| "unknown".into()));
     println!("cargo::rustc-env=QUANTBENCH_TARGET={}", env::var("TARGET").expect("cargo sets TARGET"));
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
-        println!("cargo::rerun-if-changed=src\ncargo::rerun-if-env-changed=CUDA_HOME");
+        println!(
+            "cargo::rerun-if-changed=src\ncargo::rerun-if-env-changed=CUDA_HOME\ncargo::rerun-if-env-changed={SHARED}"
+        );
         compile_kernels(Path::new(&env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")));
     }
 }
@@ -33,51 +35,77 @@ fn commit() -> Option<String> {
     git(&["rev-parse", "--short=9", "HEAD"])
 }
 
-/// A fatbin newer than all kernel sources and this file is kept.
+/// Where builds share what nvcc has made; by default each keeps its own. A name is a hash of all that its code depends on.
+const SHARED: &str = "QUANTBENCH_FATBINS";
+
 fn compile_kernels(out: &Path) {
-    let modified = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).ok();
-    let sources = files_of(Path::new("src"), &["cu", "cuh"]);
-    let newest = sources.iter().map(PathBuf::as_path).chain([Path::new("build.rs")]).filter_map(modified).max();
+    let kept = env::var_os(SHARED).map_or_else(|| out.join("kept"), PathBuf::from);
+    fs::create_dir_all(&kept).unwrap_or_else(|error| fail(&format!("{}: {error}", kept.display())));
+    let said = nvcc_version();
+    let headers: Vec<Vec<u8>> = files_of(Path::new("src"), &["cuh"]).iter().map(|path| read(path)).collect();
     for source in files_of(Path::new("src"), &["cu"]) {
-        let fatbin = out.join(source.with_extension("fatbin").file_name().expect("a file"));
-        compile(&source, &fatbin, &[], newest);
+        let (text, stem) = (read(&source), source.file_stem().expect("a file").display());
         // Step kernels once more with clock stamps, and with what few models need.
-        if fs::read_to_string(&source).is_ok_and(|text| text.contains("quant/step.cuh")) {
-            for (build, define) in [("traced", "-DSTEP_TRACED"), ("featured", "-DSTEP_FEATURED")] {
-                let name = format!("{}_{build}.fatbin", source.file_stem().expect("a file").display());
-                compile(&source, &out.join(name), &[define], newest);
+        let is_step = String::from_utf8_lossy(&text).contains("quant/step.cuh");
+        let builds = [("", None), ("_traced", Some("-DSTEP_TRACED")), ("_featured", Some("-DSTEP_FEATURED"))];
+        for (suffix, define) in &builds[..if is_step { builds.len() } else { 1 }] {
+            let arguments: Vec<String> = arguments().chain(define.map(str::to_owned)).collect();
+            let key = hash(&(&said, &arguments, &source, &text, &headers));
+            let (made, fatbin) =
+                (kept.join(format!("{stem}{suffix}-{key:016x}.fatbin")), out.join(format!("{stem}{suffix}.fatbin")));
+            if !made.exists() {
+                compile(&source, &arguments, &made);
             }
+            fs::copy(&made, &fatbin).unwrap_or_else(|error| fail(&format!("{}: {error}", made.display())));
         }
     }
 }
 
-fn compile(source: &Path, fatbin: &Path, defines: &[&str], newest: Option<SystemTime>) {
-    let built = fs::metadata(fatbin).and_then(|file| file.modified()).ok();
-    let is_stale = built.is_none_or(|built| newest.is_none_or(|newest| built <= newest));
-    let mut compiler = nvcc();
-    compiler.args(defines).arg("-o").arg(fatbin).arg(source);
-    if is_stale && !compiler.status().is_ok_and(|status| status.success()) {
+/// Under another name until it is whole: another build may look for it.
+fn compile(source: &Path, arguments: &[String], made: &Path) {
+    let part = made.with_extension(format!("{}.part", std::process::id()));
+    let status = Command::new("nvcc").args(arguments).arg("-o").arg(&part).arg(source).status();
+    if !status.is_ok_and(|status| status.success()) || fs::rename(&part, made).is_err() {
         fail(&format!("nvcc could not compile {}", source.display()));
     }
 }
 
+fn arguments() -> impl Iterator<Item = String> {
+    let for_all =
+        ["-fatbin", "-O3", "-std=c++17", "-Isrc", "-Werror", "all-warnings", "--threads=0"].map(str::to_owned);
+    let ptx = format!("-gencode=arch=compute_{PTX},code=compute_{PTX}");
+    let codes = CHIPS.map(|chip| format!("-gencode=arch=compute_{chip},code=sm_{chip}"));
+    for_all.into_iter().chain(codes).chain([ptx])
+}
+
+fn hash(of: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    of.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn read(path: &Path) -> Vec<u8> {
+    fs::read(path).unwrap_or_else(|error| fail(&format!("{}: {error}", path.display())))
+}
+
+/// In the order of their names, which a folder does not have.
 fn files_of(folder: &Path, extensions: &[&str]) -> Vec<PathBuf> {
     let is_wanted = |path: &PathBuf| path.extension().is_some_and(|found| extensions.iter().any(|&e| found == e));
     let paths = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    paths.flat_map(|p| if p.is_dir() { files_of(&p, extensions) } else { vec![p] }).filter(is_wanted).collect()
+    let files = paths.flat_map(|p| if p.is_dir() { files_of(&p, extensions) } else { vec![p] }).filter(is_wanted);
+    let mut files: Vec<PathBuf> = files.collect();
+    files.sort();
+    files
 }
 
-fn nvcc() -> Command {
+/// What nvcc says of itself.
+fn nvcc_version() -> String {
     let said = Command::new("nvcc").arg("--version").output().ok();
     let said = said.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
     if let Some(refusal) = nvcc_refusal(said.as_deref()) {
         fail(&refusal);
     }
-    let mut nvcc = Command::new("nvcc");
-    nvcc.args(["-fatbin", "-O3", "-std=c++17", "-Isrc", "-Werror", "all-warnings"]);
-    nvcc.args(CHIPS.map(|chip| format!("-gencode=arch=compute_{chip},code=sm_{chip}")));
-    nvcc.arg(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
-    nvcc
+    said.unwrap_or_default()
 }
 
 /// The oldest CUDA whose nvcc is known to compile the kernels and whose libraries the binary is made for: major and minor version.

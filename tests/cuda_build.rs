@@ -1,10 +1,13 @@
 //! What a CUDA build holds: kernels for every supported chip, and nothing that only one chip can load. Needs no GPU.
 #![cfg(feature = "cuda")]
 
+mod shipped;
+
 use quantbench::kernels::cuda::attend;
 use quantbench::kernels::cuda::launch::Fatbin;
 use quantbench::kernels::cuda::rows;
 use quantbench::quant::{dense, int8, nf4};
+use shipped::binary;
 
 const OURS: [&Fatbin; 14] = [
     &dense::cuda::KERNELS,
@@ -68,15 +71,15 @@ fn our_kernels_have_code_for_every_chip_and_ptx_for_newer_ones() {
 /// CUDA's libraries are opened when a GPU is asked for, wherever they are: the loader finds none of them here.
 #[test]
 fn the_binary_starts_where_the_loader_finds_no_cuda() {
-    let path = env!("CARGO_BIN_EXE_quantbench");
-    let output = std::process::Command::new(path).arg("--version").env_clear().output().expect("start the binary");
+    let output = std::process::Command::new(binary()).arg("--version").env_clear().output().expect("start the binary");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
 fn candles_kernels_in_the_binary_run_on_every_supported_chip() {
-    let path = env!("CARGO_BIN_EXE_quantbench");
-    let targets = ptx_targets(&std::fs::read(path).expect("the binary that cargo built for this test"));
+    let path = binary();
+    let targets = ptx_targets(&std::fs::read(&path).expect("the binary"));
+    let path = path.display();
     assert!(!targets.is_empty(), "no PTX in {path}");
     let foreign: Vec<_> = targets.iter().filter(|target| *target != "sm_75").collect();
     assert!(foreign.is_empty(), "{foreign:?} in {path}: shipped builds are made with CUDA_COMPUTE_CAP=75");

@@ -2,6 +2,7 @@
 //! a toolkit or among Python's packages without `LD_LIBRARY_PATH`. Needs no GPU.
 #![cfg(feature = "cuda")]
 
+mod shipped;
 mod skips;
 
 use std::os::unix::fs::symlink;
@@ -9,15 +10,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
+use shipped::binary;
 use tempfile::TempDir;
 
-const BINARY: &str = env!("CARGO_BIN_EXE_quantbench");
 const DRIVER: &str = "libcuda.so.1";
 const OF_TOOLKIT: [&str; 3] = ["libcublas.so.13", "libcublasLt.so.13", "libcurand.so.10"];
 
 /// Runs the binary with nothing in its environment but `variables`.
 fn run(arguments: &[&str], variables: &[(&str, &Path)]) -> Output {
-    let mut command = Command::new(BINARY);
+    let mut command = Command::new(binary());
     command.args(arguments).env_clear().envs(variables.iter().copied());
     command.output().expect("the binary starts")
 }
@@ -83,7 +84,7 @@ fn is_hidden(folder: &TempDir) -> bool {
 
 #[test]
 fn no_cuda_library_is_needed_to_start() {
-    let needed = needed_libraries(&std::fs::read(BINARY).expect("the binary"));
+    let needed = needed_libraries(&std::fs::read(binary()).expect("the binary"));
     assert!(needed.iter().any(|name| name.starts_with("libc.so")), "{needed:?}");
     let cuda: Vec<&String> =
         needed.iter().filter(|name| name.starts_with("libcu") || name.starts_with("libnv")).collect();

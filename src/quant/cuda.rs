@@ -10,7 +10,7 @@ use crate::kernels::cuda::arena::{Arena, Layout};
 use crate::kernels::cuda::launch::{Launcher, MemoryPlanner, address, half_rows, tensor};
 use crate::kernels::cuda::matvec::{Epilogue, InputDesc, MatrixDesc, Mode, OutputType, Product};
 use crate::kernels::cuda::program::ProgramBuilder;
-use crate::kernels::cuda::shared_input::SharedInput;
+use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
 use crate::kernels::cuda::step_kernel::DeviceProperties;
 
 /// A matrix on a CUDA device.
@@ -117,6 +117,7 @@ pub fn multiply(matrix: &dyn CudaMatrix, x: &Tensor) -> Result<Tensor> {
     let x = address(&rows, device);
     let run = |y: u64| -> Result<()> {
         if m > 1 {
+            let y = ProductAt::new(y, matrix.product_is_float());
             let multiply = |on: &dyn Launcher, arena: &Arena| {
                 // SAFETY: x and y are as large as the call says; what frees them is on the same stream.
                 unsafe { matrix.desc().multiply_rows(on, &SharedInput::new(x, m, 0, arena), y) }

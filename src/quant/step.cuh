@@ -106,7 +106,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
         for (int run = 0; run < MAX_INPUTS; run++) {
             if (run >= share.runs) break;
             if (opcode == OPCODE_FORMAT) values[run] = Format::result(total_of<typename Format::Partial>(partials, factors.sums_of[run], of_tile),
-                                                            activations.own[matvec.mode == MODE_JOINED ? run : 0], factors.scale[run]);
+                                                            activations.own[matvec.mode == MODE_JOINED ? run : 0], factors.scale[run], matvec.rounded_scale);
             else values[run] = total_of<Value>(partials, factors.sums_of[run], of_tile).value;
             values[run] = values[run] * matvec.product_scale + factors.bias[run];
             if (HAS_FEATURES && matvec.chosen && matvec.mode != MODE_GATED) values[run] *= chosen_experts().weights[matvec.first_chosen + run];

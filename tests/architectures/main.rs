@@ -7,12 +7,17 @@ mod bitsandbytes;
 mod contrasts;
 #[path = "../coverage/mod.rs"]
 mod coverage;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod lengths;
 mod packed;
 #[path = "../range/mod.rs"]
 mod planted;
 mod range;
 mod routing;
+#[cfg(feature = "cuda")]
+#[path = "../skips/mod.rs"]
+mod skips;
 mod windows;
 
 use std::path::{Path, PathBuf};
@@ -47,6 +52,8 @@ const EXPERTS_KEPT: [&str; 2] = ["experts", "router"];
 enum Executor {
     Reference,
     Cpu(Isa),
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    Cuda,
     /// candle-transformers' own models, in fp32.
     Candle,
 }
@@ -98,21 +105,23 @@ fn load_from(
     precision: &str,
     executor: Executor,
 ) -> anyhow::Result<Box<dyn Session>> {
+    let device = if executor == Executor::Cuda { Device::Cuda(0) } else { Device::Cpu };
     let setup = Setup {
         model: plan,
         source,
         formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
-        device: Device::Cpu,
+        device,
         threads: 2,
         sequences: 1,
-        kv_format: Device::Cpu.kv_format(),
+        kv_format: device.kv_format(),
         capacity: 64,
         encoder_capacity: 0,
-        cuda_graph: false,
+        cuda_graph: true,
     };
     let loaded = match executor {
         Executor::Reference => engine::reference::load(&setup, &Silent)?,
         Executor::Cpu(isa) => engine::cpu::load(&setup, isa, &Silent)?,
+        Executor::Cuda => engine::load(&setup, &Silent)?,
         Executor::Candle => engine::candle::load(&setup, config, DType::F32, &Silent)?,
     };
     Ok(loaded.session)

@@ -67,7 +67,7 @@ impl Host<'_> {
 
     /// All products of `gemm`, summed in fp64 and rounded once.
     fn products<T: Plain, U: Plain>(&self, gemm: &Gemm, widen: impl Fn(T) -> f64, round: impl Fn(f64) -> U) {
-        let Gemm { m, n, k, batch, a, b, b_is_transposed, out, from: _, to: _ } = *gemm;
+        let Gemm { m, n, k, batch, a, b, b_is_transposed, out, alpha, from: _, to: _ } = *gemm;
         let read = |operand: Operand, rows: usize, columns: usize, at: usize| -> Vec<f64> {
             let start = operand.address + (at * operand.batch_stride * size_of::<T>()) as u64;
             let values = self.memory.read::<T>(start, (rows - 1) * operand.stride + columns);
@@ -80,7 +80,9 @@ impl Host<'_> {
             let weight =
                 |row: usize, column: usize| if b_is_transposed { b[column * k + row] } else { b[row * n + column] };
             for (row, a) in a.chunks_exact(k).enumerate() {
-                let sum = |column| a.iter().enumerate().map(|(row, a)| a * weight(row, column)).sum::<f64>();
+                let sum = |column| {
+                    a.iter().enumerate().map(|(row, a)| a * weight(row, column)).sum::<f64>() * f64::from(alpha)
+                };
                 let sums: Vec<U> = (0..n).map(|column| round(sum(column))).collect();
                 let start = at * out.batch_stride + row * out.stride;
                 self.memory.write(out.address + (start * size_of::<U>()) as u64, &sums);

@@ -14,6 +14,8 @@ mod memory;
 mod norms;
 mod place;
 mod plain;
+#[path = "../range/mod.rs"]
+mod planted;
 mod prefill;
 mod products;
 mod prompt;

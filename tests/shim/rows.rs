@@ -125,7 +125,8 @@ impl Case<'_> {
             let (x_at, out) = (self.memory.hold(&a), self.memory.room::<f16>(rows * width));
             let bias_at = if has_bias { held[1] } else { 0 };
             // SAFETY: as above.
-            unsafe { on(&self.host()).norm(rows, width, x_at, addends, held[0], bias_at, 1e-5, out) }.expect("norm");
+            unsafe { on(&self.host()).norm(rows, width, x_at, addends, held[0], bias_at, 1e-5, 1.0, out) }
+                .expect("norm");
             assert_eq!(self.memory.read::<f32>(x_at, rows * width), x, "{addends:?}");
             let made: Vec<f16> = self.memory.read(out, rows * width);
             for (x, made) in x.chunks_exact(width).zip(made.chunks_exact(width)) {

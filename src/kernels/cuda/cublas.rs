@@ -59,9 +59,9 @@ fn data_type(ty: Type) -> sys::cudaDataType {
 /// The operands are matrices of these shapes on `device`, and stay so until its stream has come past this call.
 pub unsafe fn multiply(gemm: &Gemm, device: &CudaDevice) -> Result<()> {
     let [m, n, k] = [dimension(gemm.m)?, dimension(gemm.n)?, dimension(gemm.k)?];
-    let (compute, one, zero) = match gemm.from {
+    let (compute, alpha, zero) = match gemm.from {
         Type::Byte => (sys::cublasComputeType_t::CUBLAS_COMPUTE_32I, 1u32, 0u32),
-        _ => (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, 1f32.to_bits(), 0),
+        _ => (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, gemm.alpha.to_bits(), 0),
     };
     let scalar = |bits: &u32| (&raw const *bits).cast::<c_void>();
     // cuBLAS counts by columns: its first operand is our second one.
@@ -80,7 +80,7 @@ pub unsafe fn multiply(gemm: &Gemm, device: &CudaDevice) -> Result<()> {
             n,
             m,
             k,
-            scalar(&one),
+            scalar(&alpha),
             gemm.b.address as *const c_void,
             data_type(gemm.from),
             dimension(gemm.b.stride)?,

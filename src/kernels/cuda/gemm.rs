@@ -19,7 +19,7 @@ pub enum Type {
     Int,
 }
 
-/// `batch` products `out [m, n] = a [m, k] · bᵀ`, where b is `[n, k]`, or `· b` where b is `[k, n]`.
+/// `batch` products `out [m, n] = alpha · a [m, k] · bᵀ`, where b is `[n, k]`, or `· b` where b is `[k, n]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Gemm {
     pub m: usize,
@@ -30,6 +30,8 @@ pub struct Gemm {
     pub b: Operand,
     pub b_is_transposed: bool,
     pub out: Operand,
+    /// 1 where sums are int32.
+    pub alpha: f32,
     pub from: Type,
     pub to: Type,
 }

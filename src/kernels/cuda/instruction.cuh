@@ -97,8 +97,9 @@ struct Matvec {
     // many experts the gates and what they gate, `rows_of_expert` rows each. Else: down of one or two, from `first_chosen` on, whose products are
     // weighed.
     int chosen, first_chosen, rows_of_expert;
-    // Exact powers of two that keep fp16 in range: of what MODE_GATED stores, and of products whose input was stored so.
-    float out_scale, product_scale;
+    // Exact powers of two that keep fp16 in range: of what MODE_GATED stores, of products that a format rounds to fp16, and by which products are
+    // multiplied in the end.
+    float out_scale, rounded_scale, product_scale;
 };
 
 struct Attention {

@@ -4,7 +4,7 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{Result, bail};
 
 use super::launch::{Launcher, dimension};
-use super::shared_input::SharedInput;
+use super::shared_input::{ProductAt, SharedInput};
 use super::step_kernel::{DeviceProperties, StepKernel, TILE_ROWS, WARPS, WeightDecoder};
 
 pub const MAX_PARTS: usize = 4;
@@ -42,16 +42,16 @@ pub struct Family {
     pub kernels: &'static [&'static StepKernel],
     /// Products of many rows are fp32 if set, fp16 otherwise.
     pub product_is_float: bool,
-    /// Whether they may be fp32 where a call wants that ([`SharedInput::to_floats`]).
-    pub has_float_products: bool,
+    /// Whether every product is rounded to fp16; it may be fp32 otherwise, where that is wanted ([`ProductAt::is_float`]).
+    pub rounds_products: bool,
     pub multiply_rows: MultiplyRows,
 }
 
-/// `y = x · Wᵀ` of many rows with fp32 sums, `y` `[m, n]`. Scratch memory comes from the arena of `x`.
+/// `y = scale · x · Wᵀ` of many rows with fp32 sums, `y` `[m, n]`. Scratch memory comes from the arena of `x`.
 ///
 /// # Safety
 /// As [`MatrixDesc::multiply_rows`].
-pub type MultiplyRows = unsafe fn(&MatrixDesc, &dyn Launcher, &SharedInput, u64) -> Result<()>;
+pub type MultiplyRows = unsafe fn(&MatrixDesc, &dyn Launcher, &SharedInput, ProductAt) -> Result<()>;
 
 impl PartialEq for Family {
     fn eq(&self, other: &Self) -> bool {
@@ -110,12 +110,12 @@ pub struct MatrixPart {
 unsafe impl DeviceRepr for MatrixPart {}
 
 impl MatrixDesc {
-    /// `y = x · Wᵀ`, by the matrix's family.
+    /// `y = scale · x · Wᵀ`, by the matrix's family.
     ///
     /// # Safety
     /// `x` holds rows of k; it, its arena, the matrix and `y` are that much memory where `on` runs, good until its stream has come
     /// past this call.
-    pub unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+    pub unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &SharedInput, y: ProductAt) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { (self.family.multiply_rows)(self, on, x, y) }
     }
@@ -153,6 +153,7 @@ pub struct Matvec {
     partitions: [RowPartition; 2],
     chosen: ChosenExperts,
     out_scale: f32,
+    rounded_scale: f32,
     product_scale: f32,
 }
 
@@ -231,11 +232,13 @@ pub struct PowersOfTwo {
     pub read: f32,
     /// That a gate's results are stored by.
     pub stored: f32,
+    /// That a product is rounded by, where the format rounds it to fp16.
+    pub rounded: f32,
 }
 
 impl Default for PowersOfTwo {
     fn default() -> Self {
-        Self { read: 1.0, stored: 1.0 }
+        Self { read: 1.0, stored: 1.0, rounded: 1.0 }
     }
 }
 
@@ -277,6 +280,7 @@ impl Matvec {
         let mode = if mode == Mode::Joined && products.len() == 1 { Mode::Apart } else { mode };
         // Kernels count rows in 31 bits.
         dimension(products.iter().map(|product| product.matrix.n).sum())?;
+        let rounded_scale = if first.family.rounds_products { epilogue.range.rounded } else { 1.0 };
         let mut matvec = Self {
             parts: [MatrixPart { first_row: NO_ROW, ..MatrixPart::default() }; MAX_PARTS],
             inputs: [InputDesc::default(); MAX_INPUTS],
@@ -295,7 +299,8 @@ impl Matvec {
             partitions: [RowPartition::default(); 2],
             chosen: epilogue.chosen,
             out_scale: epilogue.range.stored,
-            product_scale: 1.0 / epilogue.range.read,
+            rounded_scale,
+            product_scale: 1.0 / (epilogue.range.read * rounded_scale),
         };
         matvec.inputs[..inputs.len()].copy_from_slice(&inputs);
         let part_of = |&Product { matrix, first_row, bias, out, activation }: &Product| {

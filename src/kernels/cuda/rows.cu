@@ -63,9 +63,9 @@ __device__ __forceinline__ float added(const Addend &addend, long long at, int c
     return (addend.bias ? y + addend.bias[column] : y) * addend.scale;
 }
 
-// x += first + second, where there are any; out = norm(x), fp16. A block owns a row.
+// x += first + second, where there are any; out = scale * norm(x), fp16. A block owns a row.
 extern "C" __global__ void __launch_bounds__(WIDE_THREADS) norm_rows(
-    float *x, const Addend first, const Addend second, const float *weight, const float *bias, __half *out, float epsilon, int width) {
+    float *x, const Addend first, const Addend second, const float *weight, const float *bias, __half *out, float epsilon, float scale, int width) {
     const long long start = (long long)blockIdx.x * width;
     float *row = x + start;
     // Each thread reads back what it has written itself.
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS) norm_rows(
     float factor = rsqrtf(row_sum<WIDE_THREADS>(squares) / width + epsilon);
     for (int at = threadIdx.x; at < width; at += WIDE_THREADS) {
         float y = (row[at] - mean) * factor * weight[at];
-        out[(long long)blockIdx.x * width + at] = __float2half_rn(bias ? y + bias[at] : y);
+        out[(long long)blockIdx.x * width + at] = __float2half_rn((bias ? y + bias[at] : y) * scale);
     }
 }
 

@@ -94,7 +94,7 @@ impl RowKernels<'_> {
         }
     }
 
-    /// fp32 `x += addends`, the first of which may be all; fp16 `out = norm(x)`, a layer norm where there is a `bias`.
+    /// fp32 `x += addends`, the first of which may be all; fp16 `out = scale · norm(x)`, a layer norm where there is a `bias`.
     ///
     /// # Safety
     /// See [`RowKernels`].
@@ -108,10 +108,11 @@ impl RowKernels<'_> {
         weight: u64,
         bias: u64,
         epsilon: f32,
+        scale: f32,
         out: u64,
     ) -> Result<()> {
         let width = dimension(width)?;
-        let parameters = parameters![x, first, second, weight, bias, out, epsilon, width];
+        let parameters = parameters![x, first, second, weight, bias, out, epsilon, scale, width];
         // SAFETY: as rows.cu declares them.
         unsafe { self.launch("norm_rows", Grid::new((rows, 1), WIDE_THREADS), parameters) }
     }

@@ -1,7 +1,7 @@
-//! Activations of many rows, which several matrices read.
+//! Activations of many rows, which several matrices read, and where their products go.
 
 use std::any::Any;
-use std::cell::{Cell, OnceCell, RefCell};
+use std::cell::{OnceCell, RefCell};
 
 use candle_core::Result;
 
@@ -14,8 +14,6 @@ pub struct SharedInput<'a> {
     pub m: usize,
     /// A count of 64 bits that LLM.int8's outlier columns are added to, or 0.
     pub outlier_columns: u64,
-    /// Whether the next product is fp32, of a family that has such.
-    pub to_floats: Cell<bool>,
     pub arena: &'a Arena<'a>,
     made: OnceCell<Box<dyn Any>>,
     /// The memory of it.
@@ -24,8 +22,7 @@ pub struct SharedInput<'a> {
 
 impl<'a> SharedInput<'a> {
     pub fn new(at: u64, m: usize, outlier_columns: u64, arena: &'a Arena<'a>) -> Self {
-        let (to_floats, made, kept) = (Cell::new(false), OnceCell::new(), RefCell::default());
-        Self { at, m, outlier_columns, to_floats, arena, made, kept }
+        Self { at, m, outlier_columns, arena, made: OnceCell::new(), kept: RefCell::default() }
     }
 
     /// Room that stays as long as these rows.
@@ -42,5 +39,22 @@ impl<'a> SharedInput<'a> {
             let _ = self.made.set(Box::new(make()?));
         }
         Ok(self.made.get().and_then(|made| made.downcast_ref()))
+    }
+}
+
+/// Where a product `[m, n]` of many rows goes, and as what.
+#[derive(Debug, Clone, Copy)]
+pub struct ProductAt {
+    pub address: u64,
+    /// fp32 if set, fp16 otherwise. Products of fp32 matrices are, LLM.int8's are not.
+    pub is_float: bool,
+    /// A power of two that it is multiplied by before it is rounded.
+    pub scale: f32,
+}
+
+impl ProductAt {
+    /// As it is.
+    pub fn new(address: u64, is_float: bool) -> Self {
+        Self { address, is_float, scale: 1.0 }
     }
 }

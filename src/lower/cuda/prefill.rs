@@ -13,7 +13,7 @@ use crate::kernels::cuda::launch::Launcher;
 use crate::kernels::cuda::matvec::{Epilogue, MatrixDesc};
 use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
 use crate::kernels::cuda::rows::{Addend, RowKernels, Table};
-use crate::kernels::cuda::shared_input::SharedInput;
+use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
 use crate::plan::{
     ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, BufferId, EmbedSpec, FeaturesSpec, Lifetime, LinearPart,
     LinearSpec, MatrixId, MatrixRows, Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, VectorId,
@@ -294,8 +294,10 @@ impl<'a> Prefill<'a> {
         let epsilon = epsilon * x.scale * x.scale;
         let (x, deferred) = (x.address, std::mem::take(&mut x.addends));
         // SAFETY: x, its deferred additions and y hold rows · width values, the vectors width.
-        unsafe { kernels.norm(rows, width, x, addends(&deferred), weight, bias, epsilon, y.address) }?;
-        self.buffers[out.0] = Some(y);
+        unsafe {
+            kernels.norm(rows, width, x, addends(&deferred), weight, bias, epsilon, self.scales[out.0], y.address)
+        }?;
+        self.buffers[out.0] = Some(Buffer { scale: self.scales[out.0], ..y });
         Ok(())
     }
 
@@ -313,13 +315,15 @@ impl<'a> Prefill<'a> {
         for parts in parts.chunk_by(|a, b| a.rows.is_some() && b.rows.is_some() && a.weight == b.weight) {
             match parts {
                 [part @ LinearPart { rows: None, .. }] => {
-                    let y = Buffer { scale, ..self.room(part)? };
-                    x.to_floats.set(y.is_float);
+                    let y = self.room(part)?;
+                    // What was stored by a power of two gives a product by it.
+                    let by = if y.is_float || scale != 1.0 { 1.0 } else { self.scales[part.out.0] };
+                    let at = ProductAt { address: y.address, is_float: y.is_float, scale: by };
                     // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
-                    unsafe { scaled(self.on.matrix(part.weight), scale).multiply_rows(self.launcher, &x, y.address) }?;
-                    self.buffers[part.out.0] = Some(y);
+                    unsafe { scaled(self.on.matrix(part.weight), scale).multiply_rows(self.launcher, &x, at) }?;
+                    self.buffers[part.out.0] = Some(Buffer { scale: scale * by, ..y });
                 }
-                parts => self.cut(&x, parts)?,
+                parts => self.cut(&x, scale, parts)?,
             }
         }
         // The first matrix that has outlier columns finds them for all parts.
@@ -339,30 +343,32 @@ impl<'a> Prefill<'a> {
             has(&|op| matches!(op, Op::Norm(spec) if spec.x == out))
                 && !has(&|op| matches!(op, Op::Add(spec) if spec.a == out))
         };
-        let is_float = family.product_is_float || (family.has_float_products && is_normed());
+        let is_float = family.product_is_float || (!family.rounds_products && is_normed());
         let y = if is_float { self.float(out)? } else { self.half(out)? };
         Ok(Buffer { bias: bias.map_or(0, |bias| self.vector(bias)), ..y })
     }
 
-    /// The product of one matrix, whose rows are cut into parts.
-    fn cut(&mut self, x: &SharedInput<'a>, parts: &[LinearPart]) -> Result<()> {
-        let (m, matrix) = (self.shape.rows(), self.on.matrix(parts[0].weight));
+    /// The product of one matrix with rows that are stored by `scale`, cut into parts.
+    fn cut(&mut self, x: &SharedInput<'a>, scale: f32, parts: &[LinearPart]) -> Result<()> {
+        let (m, matrix) = (self.shape.rows(), scaled(self.on.matrix(parts[0].weight), scale));
         // Values of 16 bits that one product takes.
         let of_value = if matrix.family.product_is_float { 2 } else { 1 };
         let whole = self.arena.take::<f16>(m * matrix.n * of_value)?;
+        let at = ProductAt::new(whole.address, matrix.family.product_is_float);
         // SAFETY: as in `linear`.
-        unsafe { matrix.multiply_rows(self.launcher, x, whole.address) }?;
+        unsafe { matrix.multiply_rows(self.launcher, x, at) }?;
         for part in parts {
             let MatrixRows { start, len } = part.rows.context("parts of a matrix")?;
             let (y, columns) = (self.room(part)?, (start * of_value, len * of_value));
             // SAFETY: `whole` holds m rows of all columns, y those of the part.
             unsafe { self.kernels().copy_columns(m, matrix.n * of_value, columns, whole.address, y.address) }?;
-            self.buffers[part.out.0] = Some(y);
+            self.buffers[part.out.0] = Some(Buffer { scale, ..y });
         }
         Ok(())
     }
 
     fn activate(&mut self, index: usize, ActivationSpec { kind, gate, up, out }: ActivationSpec) -> Result<()> {
+        let up_scale = up.map_or(Ok(1.0), |up| self.buffer(up).map(|up| up.scale))?;
         let up = up.map_or(Ok(0), |up| self.read(up))?;
         let ((from, bias), width, rows) = (self.product(gate)?, self.width(out), self.shape.rows());
         // In its place, if nobody reads it again.
@@ -371,7 +377,7 @@ impl<'a> Prefill<'a> {
             Some(gate) => Buffer { bias: 0, scale: self.scales[out.0], ..gate },
             None => Buffer { scale: self.scales[out.0], ..self.half(out)? },
         };
-        let (kind, scale) = (activation_number(kind), y.scale);
+        let (kind, scale) = (activation_number(kind), y.scale / up_scale);
         // SAFETY: all hold rows · width values, the bias width; each thread reads what it writes.
         unsafe { self.kernels().activate(rows, width, kind, from, bias, up, scale, y.address) }?;
         self.buffers[out.0] = Some(y);

@@ -355,16 +355,19 @@ impl Lowering<'_> {
         Ok(self.instructions.add_norm(NormAdd { x, y, weight, epsilon, n, ..NormAdd::default() })?)
     }
 
-    fn multiply(&mut self, spec @ MatvecSpec { inputs, parts: _, join }: &MatvecSpec) -> Result<()> {
+    fn multiply(&mut self, spec @ MatvecSpec { inputs, parts, join }: &MatvecSpec) -> Result<()> {
         let session = self.on.session();
         let read = inputs.first().map_or(1.0, |input| self.scales[input.x.0]);
         if inputs.iter().any(|input| self.scales[input.x.0] != read) {
             refuse(EXECUTOR, "a matvec", &[Some(&"inputs of several scales")])?;
         }
+        // What was stored by a power of two gives products by it.
+        let stored = |part: &FusedPart| self.scales[part.out.0];
+        let rounded = if read == 1.0 { parts.iter().map(stored).fold(1.0, f32::min) } else { 1.0 };
         let plain = Epilogue {
             outlier_columns: session.outlier_columns,
             output_type: OutputType::TaggedHalves,
-            range: PowersOfTwo { read, ..PowersOfTwo::default() },
+            range: PowersOfTwo { read, rounded, ..PowersOfTwo::default() },
             ..Epilogue::default()
         };
         let (mode, products, epilogue) = match *join {
@@ -373,7 +376,7 @@ impl Lowering<'_> {
                 (Mode::Apart, self.products(spec)?, Epilogue { output_type: OutputType::TaggedFloats, ..plain })
             }
             Join::Gated { kind, out } => {
-                let range = PowersOfTwo { read, stored: self.scales[out.0] };
+                let range = PowersOfTwo { stored: self.scales[out.0], ..plain.range };
                 (Mode::Gated, self.gated(spec, kind, out)?, Epilogue { range, ..plain })
             }
             Join::Residual { x } => {

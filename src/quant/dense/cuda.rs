@@ -11,7 +11,7 @@ use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Launcher, address, upload_rows};
 use crate::kernels::cuda::matvec::{Family, MatrixDesc};
 use crate::kernels::cuda::rows::RowKernels;
-use crate::kernels::cuda::shared_input::SharedInput;
+use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
 use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepKernel, WeightDecoder};
 use crate::quant::cuda::download;
 use crate::quant::{CudaMatrix, Stored};
@@ -42,7 +42,7 @@ static HALVES: Family = Family {
     chunk: CHUNK_BYTES / size_of::<f16>(),
     kernels: &[&STEP],
     product_is_float: false,
-    has_float_products: true,
+    rounds_products: false,
     multiply_rows,
 };
 static FLOATS: Family = Family {
@@ -51,7 +51,7 @@ static FLOATS: Family = Family {
     chunk: CHUNK_BYTES / size_of::<f32>(),
     kernels: &[&STEP],
     product_is_float: true,
-    has_float_products: true,
+    rounds_products: false,
     multiply_rows,
 };
 
@@ -128,13 +128,12 @@ impl CudaMatrix for DenseOnDevice {
 ///
 /// # Safety
 /// As [`MatrixDesc::multiply_rows`].
-unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
-    let to_floats = x.to_floats.get();
+unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: ProductAt) -> Result<()> {
     let SharedInput { at: x, m, arena, .. } = *x;
-    let (k, is_float) = (matrix.k, matrix.family.product_is_float);
+    let k = matrix.k;
     let operand = |address, stride| Operand { address, stride, batch_stride: 0 };
     let mut widened = None;
-    let (ty, element_bytes, a) = if is_float {
+    let (from, element_bytes, a) = if matrix.family.product_is_float {
         let at = widened.insert(arena.take::<f32>(m * k)?).address;
         // SAFETY: both hold m * k values.
         unsafe { RowKernels { on }.widen(m * k, x, 1.0, at) }?;
@@ -150,9 +149,10 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
         a: operand(a, k),
         b: operand(matrix.weight, matrix.stride_bytes / element_bytes),
         b_is_transposed: true,
-        out: operand(y, matrix.n),
-        from: ty,
-        to: if to_floats { Type::Float } else { ty },
+        out: operand(y.address, matrix.n),
+        alpha: y.scale,
+        from,
+        to: if y.is_float { Type::Float } else { Type::Half },
     };
     // SAFETY: the caller's promise.
     unsafe { on.multiply(&gemm) }

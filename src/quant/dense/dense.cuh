@@ -28,7 +28,7 @@ struct PlainDecoder {
         uint32_t x;
     };
     static __device__ void prepare(Shared &, const float *) {}
-    static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
+    static __device__ float result(const Value &total, const Activations &, float, float) { return total.value; }
 };
 
 struct HalfDecoder : PlainDecoder {

@@ -7,11 +7,11 @@
 constexpr float PER_127_SQUARED = 6.200012e-05f;
 constexpr float PER_127 = 0.007874015718698502f;
 
-// An output from its int8 sum and the sum of its outlier columns.
-__device__ __forceinline__ float join(int product, float row_absmax, float scale, float outlier) {
+// An output from its int8 sum and the sum of its outlier columns, times a power of two that keeps it in fp16's range.
+__device__ __forceinline__ float join(int product, float row_absmax, float scale, float outlier, float power) {
     float scaled = __fmul_rn(__fmul_rn(__int2float_rn(product), row_absmax), scale);
-    __half regular = __float2half_rn(__fmul_rn(scaled, PER_127_SQUARED));
-    return __half2float(__float2half_rn(__half2float(regular) + outlier));
+    __half regular = __float2half_rn(__fmul_rn(scaled, PER_127_SQUARED) * power);
+    return __half2float(__float2half_rn(__half2float(regular) + outlier * power));
 }
 
 // A dequantized weight of an outlier column.
@@ -166,7 +166,7 @@ struct Bytes {
     static __device__ void partial(const Sums &sums, Partial &of_row) {
         of_row = {sums.products[0] + sums.products[3], quad_sum(sums.outlier)};
     }
-    static __device__ float result(const Partial &total, const Activations &from, float scale) {
-        return join(total.product, from.absmax, scale, total.outlier);
+    static __device__ float result(const Partial &total, const Activations &from, float scale, float power) {
+        return join(total.product, from.absmax, scale, total.outlier, power);
     }
 };

@@ -10,7 +10,7 @@ use super::Int8Stored;
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
 use crate::kernels::cuda::matvec::{Family, MatrixDesc};
-use crate::kernels::cuda::shared_input::SharedInput;
+use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
 use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepKernel, WeightDecoder};
 use crate::parameters;
 use crate::quant::CudaMatrix;
@@ -43,8 +43,7 @@ static BYTES: Family = Family {
     chunk: CHUNK_BYTES,
     kernels: &[&STEP],
     product_is_float: false,
-    // LLM.int8 rounds its sums to fp16.
-    has_float_products: false,
+    rounds_products: true,
     multiply_rows,
 };
 
@@ -136,7 +135,7 @@ impl CudaMatrix for Int8OnDevice {
 
 /// # Safety
 /// As [`MatrixDesc::multiply_rows`].
-unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
+unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: ProductAt) -> Result<()> {
     // Matrices that read the same rows have the same k and threshold.
     // SAFETY: the caller's promise for x.
     let Some(rows) = x.made(|| unsafe { quantize(matrix, on, x) })? else {
@@ -148,7 +147,8 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
         _ => Some(x.arena.take::<f16>(matrix.n * matrix.stride_bytes)?),
     };
     let gathered_weights = gathered.as_ref().map_or(0, |gathered| gathered.address);
-    let call = ManyRows { y, products: products.address, gathered_weights, ..many_rows(matrix, x, rows) };
+    let ProductAt { address: y, is_float: _, scale } = y;
+    let call = ManyRows { y, scale, products: products.address, gathered_weights, ..many_rows(matrix, x, rows) };
     // SAFETY: all are as large as `ManyRows` says, every product is written before it is read, and what overwrites them comes
     // later on the same stream; the caller's promise for the matrix, x and y.
     unsafe {
@@ -201,6 +201,7 @@ fn many_rows(matrix: &MatrixDesc, x: &SharedInput, rows: &QuantizedRows) -> Many
         absmax: matrix.scales,
         x: x.at,
         y: 0,
+        scale: 1.0,
         flags,
         columns,
         count,
@@ -257,6 +258,8 @@ pub struct ManyRows {
     pub x: u64,
     /// fp16 `[m, n]`.
     pub y: u64,
+    /// A power of two that results are multiplied by before they are rounded.
+    pub scale: f32,
     /// [`flag_bytes`] bytes: a bit for each column that has an outlier, in each part of the rows.
     pub flags: u64,
     /// int32 `[k]`, of which the first `count` are outlier columns, ascending.
@@ -324,6 +327,7 @@ impl ManyRows {
             b: operand(self.weight, self.stride),
             b_is_transposed: true,
             out: operand(self.products, self.n),
+            alpha: 1.0,
             from: Type::Byte,
             to: Type::Int,
         }
@@ -347,12 +351,15 @@ impl ManyRows {
     /// # Safety
     /// As [`Self::quantize`].
     pub unsafe fn finish(&self, on: &dyn Launcher) -> Result<()> {
-        let Self { products, weight, absmax, row_absmax, columns, count, x, y, gathered, gathered_weights, .. } = *self;
+        let Self {
+            products, weight, absmax, row_absmax, columns, count, x, y, scale, gathered, gathered_weights, ..
+        } = *self;
         let (m, n, k, stride) = (dimension(self.m)?, dimension(self.n)?, dimension(self.k)?, dimension(self.stride)?);
         if gathered != 0 {
             let blocks = (self.n.div_ceil(DENSE_COLUMNS), self.m.div_ceil(DENSE_ROWS));
             let weights = parameters![weight, absmax, columns, count, gathered_weights, stride];
-            let finish = parameters![products, gathered_weights, absmax, row_absmax, count, gathered, y, m, n, stride];
+            let finish =
+                parameters![products, gathered_weights, absmax, row_absmax, count, gathered, y, scale, m, n, stride];
             // SAFETY: parameters as int8.cu declares them; the columns listed are below k, and each row has a block that writes all that the
             // second launch reads of it.
             return unsafe {
@@ -362,7 +369,8 @@ impl ManyRows {
         }
         let blocks = (self.n.div_ceil(FINISH_COLUMNS), self.m.div_ceil(FINISH_ROWS).min(FINISH_BLOCKS_Y));
         let grid = Grid::new(blocks, FINISH_THREADS);
-        let parameters = parameters![products, weight, absmax, row_absmax, columns, count, x, y, m, n, k, stride];
+        let parameters =
+            parameters![products, weight, absmax, row_absmax, columns, count, x, y, scale, m, n, k, stride];
         // SAFETY: parameters as int8.cu declares them; the columns listed are below k, and a thread past n returns.
         unsafe { on.launch(&KERNELS, "int8_finish_rows", grid, parameters) }
     }

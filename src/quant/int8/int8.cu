@@ -186,8 +186,8 @@ extern "C" __global__ void int8_products(
 }
 
 // Two neighbouring outputs at `at`, of which the second may be behind the row's end.
-__device__ __forceinline__ void finish_two(const int *products, const float *weight_absmax, float row_absmax, __half *y, long long at, int column, int n, float first, float second) {
-    auto made = [&](int product, int j) { return __float2half_rn(join(product, row_absmax, weight_absmax[column + j], j ? second : first)); };
+__device__ __forceinline__ void finish_two(const int *products, const float *weight_absmax, float row_absmax, float scale, __half *y, long long at, int column, int n, float first, float second) {
+    auto made = [&](int product, int j) { return __float2half_rn(join(product, row_absmax, weight_absmax[column + j], j ? second : first, scale)); };
     if (n % 2 == 0) {
         const int2 both = *(const int2 *)(products + at);
         *(__half2 *)(y + at) = __halves2half2(made(both.x, 0), made(both.y, 1));
@@ -212,6 +212,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
     const int *__restrict__ count,            // [1]
     const __half *__restrict__ x,             // [m, k]
     __half *__restrict__ y,                   // [m, n]
+    float scale,                              // a power of two that y is stored by
     int m, int n, int k, int stride) {
     __shared__ __align__(16) __half values[2][FINISH_ROWS][FINISH_STRIDE], weights[2][FINISH_COLUMNS][FINISH_STRIDE];
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, first_column = blockIdx.x * FINISH_COLUMNS, outliers = *count;
@@ -269,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_rows
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int tile = i / 2, row = first_row + warp_row + lane / 4 + i % 2 * 8, column = first_column + warp_column + tile * 8 + lane % 4 * 2;
-            if (row < m && column < n) finish_two(products, weight_absmax, row_absmax[row], y, (long long)row * n + column, column, n, sums[tile][i % 2 * 2], sums[tile][i % 2 * 2 + 1]);
+            if (row < m && column < n) finish_two(products, weight_absmax, row_absmax[row], scale, y, (long long)row * n + column, column, n, sums[tile][i % 2 * 2], sums[tile][i % 2 * 2 + 1]);
         }
     }
 }
@@ -311,6 +312,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_gath
     const int *__restrict__ count,            // [1]
     const __half *__restrict__ values,        // [m, stride]
     __half *__restrict__ y,                   // [m, n]
+    float scale,                              // a power of two that y is stored by
     int m, int n, int stride) {
     __shared__ __align__(16) __half stages[DENSE_STAGES][DENSE_ROWS + DENSE_COLUMNS][FINISH_STRIDE];
     constexpr uint32_t ROW = FINISH_STRIDE * sizeof(__half), STAGE = (DENSE_ROWS + DENSE_COLUMNS) * ROW;
@@ -364,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS, 2) int8_finish_gath
     for (int i = 0; i < 16; i++) {
         const int tile = i / 2 % 4, row = first_row + warp_row + i / 8 * 16 + i % 2 * 8 + lane / 4, column = first_column + warp_column + tile * 8 + lane % 4 * 2;
         const float *two = &sums[i / 8][tile][i % 2 * 2];
-        if (row < m && column < n) finish_two(products, weight_absmax, row_absmax[row], y, (long long)row * n + column, column, n, two[0], two[1]);
+        if (row < m && column < n) finish_two(products, weight_absmax, row_absmax[row], scale, y, (long long)row * n + column, column, n, two[0], two[1]);
     }
 }
 

@@ -14,7 +14,7 @@ use super::{Absmax, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
 use crate::kernels::cuda::matvec::{Family, MatrixDesc};
-use crate::kernels::cuda::shared_input::SharedInput;
+use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
 use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepKernel, WeightDecoder};
 use crate::parameters;
 use crate::quant::CudaMatrix;
@@ -53,7 +53,7 @@ const fn family(name: &'static str, kernels: &'static [&'static StepKernel]) -> 
         chunk: CHUNK_ELEMENTS,
         kernels,
         product_is_float: false,
-        has_float_products: true,
+        rounds_products: false,
         multiply_rows,
     }
 }
@@ -236,10 +236,9 @@ impl CudaMatrix for Nf4OnDevice {
 ///
 /// # Safety
 /// As [`MatrixDesc::multiply_rows`].
-unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: u64) -> Result<()> {
-    let to_floats = x.to_floats.get();
+unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput, y: ProductAt) -> Result<()> {
     let SharedInput { at: x, m, arena, .. } = *x;
-    let (to, value_bytes) = if to_floats { (Type::Float, size_of::<f32>()) } else { (Type::Half, size_of::<f16>()) };
+    let (to, value_bytes) = if y.is_float { (Type::Float, size_of::<f32>()) } else { (Type::Half, size_of::<f16>()) };
     let &MatrixDesc { n, k, .. } = matrix;
     let step = tile_rows(m, n, k);
     let tile = arena.take::<f16>(step * k)?;
@@ -255,7 +254,8 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
             a: operand(x, k),
             b: operand(weight, k),
             b_is_transposed: true,
-            out: operand(y + (value_bytes * first) as u64, n),
+            out: operand(y.address + (value_bytes * first) as u64, n),
+            alpha: y.scale,
             from: Type::Half,
             to,
         };

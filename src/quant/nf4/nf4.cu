@@ -167,7 +167,7 @@ struct Nibbles {
         sums.scaled += row.absmax.next(extra, row.absmax_code, row.offset) * (row.scaled & 2 ? of_high : of_low);
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.scaled); }
-    static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
+    static __device__ float result(const Value &total, const Activations &, float, float) { return total.value; }
 };
 
 // Blocks that cross rows: every element reads its own absmax.
@@ -236,7 +236,7 @@ struct CrossingNibbles {
         row.column += CHUNK;
     }
     static __device__ void partial(const Sums &sums, Value &of_row) { of_row.value = quad_sum(sums.sum); }
-    static __device__ float result(const Value &total, const Activations &, float) { return total.value; }
+    static __device__ float result(const Value &total, const Activations &, float, float) { return total.value; }
 };
 
 STEP_KERNEL(nf4_nested, Nibbles<NestedAbsmax>, STAGES_BESIDE_TABLES)

@@ -7,7 +7,7 @@ static HALVES: Family = Family {
     chunk: 64,
     kernels: &[],
     product_is_float: false,
-    has_float_products: false,
+    rounds_products: false,
     multiply_rows: |_, _, _, _| Ok(()),
 };
 

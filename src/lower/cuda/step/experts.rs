@@ -54,7 +54,7 @@ impl Lowering<'_> {
             Mode::Gated,
             vec![self.input(input)?],
             &of_all,
-            Epilogue { chosen, range: PowersOfTwo { read: 1.0, stored: scale }, ..plain },
+            Epilogue { chosen, range: PowersOfTwo { read: 1.0, stored: scale, rounded: scale }, ..plain },
         )?;
         let residual = self.memory.at(x)?;
         for first in (0..*top_k).step_by(2) {
@@ -66,7 +66,7 @@ impl Lowering<'_> {
             let products = vec![product(down, 0); chosen_here.len()];
             let chosen =
                 ChosenExperts { count: dimension(chosen_here.len())?, first: dimension(first)?, rows_of_expert };
-            let range = PowersOfTwo { read: scale, stored: 1.0 };
+            let range = PowersOfTwo { read: scale, ..PowersOfTwo::default() };
             let epilogue = Epilogue { residual, chosen, range, ..plain };
             self.instructions.multiply(Mode::Joined, inputs.collect(), &products, epilogue)?;
         }
