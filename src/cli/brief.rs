@@ -6,7 +6,7 @@ use super::Cli;
 
 /// Options of a run that `-h` shows, in order, in few words.
 const OPTIONS: &[(&str, &str)] = &[
-    ("model_id", "Hub id, local folder, GGUF file or built-in model"),
+    ("model_id", "Hub id, folder, GGUF file or built-in model"),
     ("precision", "fp16, int8, nf4 (4bit), nf4-nodq or all"),
     ("device", "auto, cpu, cuda or cuda:N"),
     ("prompt", "Text to continue"),

@@ -165,15 +165,13 @@ pub fn unknown_precision(word: &str, takes: Takes) -> BadInput {
     if takes == Takes::One && (word == "all" || word.contains(',')) {
         return error.hint("one precision is written at a time; run the command once for each");
     }
-    if STORED_FORMATS.iter().any(|format| format.name == word) {
-        return error.hint(format!(
-            "`{word}` is read from a file that holds it, and not made of other weights: name the file with `--model-id`, without \
-             `--precision`"
-        ));
-    }
-    match meaning(word) {
-        Some(hint) => error.hint(hint),
-        None => match nearest(word, names.iter().copied()) {
+    let is_stored = STORED_FORMATS.iter().any(|format| format.name == word);
+    let stored = is_stored
+        .then(|| format!("a GGUF file in `{word}` is measured with `--model-id FILE.gguf`, without `--precision`"));
+    match (meaning(word), stored) {
+        (Some(hint), Some(stored)) => error.hint(format!("{hint}; {stored}")),
+        (Some(hint), None) | (None, Some(hint)) => error.hint(hint),
+        (None, None) => match nearest(word, names.iter().copied()) {
             Some(nearest) => error.hint(format!("the nearest is `--precision {nearest}`")),
             None => error,
         },
@@ -327,6 +325,9 @@ mod tests {
         }
         for word in ["bf16", "fp8", "fp32", "int2"] {
             assert!(hint(word).contains("not supported"), "{word}: {}", hint(word));
+        }
+        for format in STORED_FORMATS {
+            assert!(hint(format.name).contains("`--model-id FILE.gguf`"), "{format}: {}", hint(format.name));
         }
         assert_eq!(hint("fp61"), "the nearest is `--precision fp16`");
         assert_eq!(hint("imt8"), "the nearest is `--precision int8`");

@@ -36,6 +36,7 @@ pub trait Block: Send + Sync + 'static {
 }
 
 /// What multiplies a row by one token without decoding it to memory first.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "kernels for x86-64 alone"))]
 pub enum DotKernel {
     /// None: it is decoded.
     Decoded,
