@@ -1,6 +1,7 @@
 //! The block formats of GGUF files against ggml's own bytes, values and products, and their kernels against their oracles.
 
 use std::ops::Range;
+use std::slice;
 
 use quantbench::kernels::cpu::shared::SharedSlice;
 use quantbench::kernels::isa::Isa;
@@ -133,11 +134,11 @@ fn products_are_the_goldens() {
                         fp32_bound(k, sums[at], expected[at])
                     });
                 };
-                close(&multiply(&*matrix, &x, m, None, &[0..n]), 0..m * n);
+                close(&multiply(&*matrix, &x, m, None, slice::from_ref(&(0..n))), 0..m * n);
                 // A decode step has kernels of its own.
                 for token in 0..m {
                     let one = &x[token * k..][..k];
-                    close(&multiply(&*matrix, one, 1, None, &[0..n]), token * n..(token + 1) * n);
+                    close(&multiply(&*matrix, one, 1, None, slice::from_ref(&(0..n))), token * n..(token + 1) * n);
                 }
             }
             compared += 1;
@@ -188,10 +189,14 @@ fn kernels_equal_the_oracles() {
                         let bias = f64::from(bias[i % n].abs());
                         2.0 * fp32_bound(k, sums[i], expected[i]) + 2f64.powi(-23) * (expected[i].abs() + bias)
                     });
-                    assert_eq!(y, multiply(&*matrix, &x, m, Some(&bias), &[0..n]), "{what}: rows split otherwise");
+                    assert_eq!(
+                        y,
+                        multiply(&*matrix, &x, m, Some(&bias), slice::from_ref(&(0..n))),
+                        "{what}: rows split otherwise"
+                    );
                     let mut broken = x.clone();
                     broken[k / 2] = f32::NAN;
-                    let y = multiply(&*matrix, &broken, m, None, &[0..n]);
+                    let y = multiply(&*matrix, &broken, m, None, slice::from_ref(&(0..n)));
                     assert!(y[..n].iter().all(|y| y.is_nan()), "{what}: an activation that is no number stays visible");
                 }
             }

@@ -97,8 +97,12 @@ pub fn config(file: &GgufFile) -> Result<Value, BadInput> {
         set("attention_bias", json!(file.get("blk.0.attn_q.bias").is_some()));
         set("mlp_bias", json!(file.get("blk.0.ffn_gate.bias").is_some()));
     }
-    keys.turned(head_dim)?.map(|part| set("partial_rotary_factor", part));
-    keys.rope_scaling()?.map(|scaling| set("rope_scaling", scaling));
+    if let Some(part) = keys.turned(head_dim)? {
+        set("partial_rotary_factor", part);
+    }
+    if let Some(scaling) = keys.rope_scaling()? {
+        set("rope_scaling", scaling);
+    }
     let ends: Vec<u64> = ENDS.iter().filter_map(|key| file.metadata.count(key)).collect();
     if !ends.is_empty() {
         set("eos_token_id", json!(ends));
