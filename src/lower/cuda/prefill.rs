@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use half::f16;
 
 use super::call::{CallKind, CallResult, CallShape};
+use super::range::rounded;
 use super::{Addresses, activation_number, scales};
 use crate::kernels::cuda::arena::{Arena, Region};
 use crate::kernels::cuda::launch::Launcher;
@@ -316,8 +317,7 @@ impl<'a> Prefill<'a> {
             match parts {
                 [part @ LinearPart { rows: None, .. }] => {
                     let y = self.room(part)?;
-                    // What was stored by a power of two gives a product by it.
-                    let by = if y.is_float || scale != 1.0 { 1.0 } else { self.scales[part.out.0] };
+                    let by = if y.is_float { 1.0 } else { rounded(&self.scales, scale, [part.out].into_iter()) };
                     let at = ProductAt { address: y.address, is_float: y.is_float, scale: by };
                     // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
                     unsafe { scaled(self.on.matrix(part.weight), scale).multiply_rows(self.launcher, &x, at) }?;

@@ -49,3 +49,8 @@ pub fn scales(model: &Model) -> Vec<f32> {
     }
     scales
 }
+
+/// What products into `outs` are rounded by, of values that were stored by `read`: what was stored by a power of two gives products by it.
+pub fn rounded(scales: &[f32], read: f32, outs: impl Iterator<Item = BufferId>) -> f32 {
+    if read == 1.0 { outs.map(|out| scales[out.0]).fold(1.0, f32::min) } else { 1.0 }
+}

@@ -4,6 +4,7 @@ mod experts;
 
 use anyhow::{Context, Result};
 
+use super::range::rounded;
 use super::{Addresses, ENCODED_BYTES, POSITION_BYTES, activation_number, padded_floats, scales, token_output};
 use crate::kernels::cuda::attention::{Attention, Features, KvSplit};
 use crate::kernels::cuda::launch::dimension;
@@ -361,15 +362,10 @@ impl Lowering<'_> {
         if inputs.iter().any(|input| self.scales[input.x.0] != read) {
             refuse(EXECUTOR, "a matvec", &[Some(&"inputs of several scales")])?;
         }
-        // What was stored by a power of two gives products by it.
-        let stored = |part: &FusedPart| self.scales[part.out.0];
-        let rounded = if read == 1.0 { parts.iter().map(stored).fold(1.0, f32::min) } else { 1.0 };
-        let plain = Epilogue {
-            outlier_columns: session.outlier_columns,
-            output_type: OutputType::TaggedHalves,
-            range: PowersOfTwo { read, rounded, ..PowersOfTwo::default() },
-            ..Epilogue::default()
-        };
+        let rounded = rounded(&self.scales, read, parts.iter().map(|part| part.out));
+        let range = PowersOfTwo { read, rounded, ..PowersOfTwo::default() };
+        let (output_type, outlier_columns) = (OutputType::TaggedHalves, session.outlier_columns);
+        let plain = Epilogue { outlier_columns, output_type, range, ..Epilogue::default() };
         let (mode, products, epilogue) = match *join {
             Join::Apart => (Mode::Apart, self.products(spec)?, plain),
             Join::Floats => {
