@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 
 use super::case::{Case, Variant};
 use super::exports::Exports;
+use super::warnings::Warning;
 use crate::engine::Engine;
 use crate::engines::Width;
 use crate::quality::cost;
@@ -35,6 +36,8 @@ pub fn add(records: &mut [Record], case: &Case, exports: &Exports, layers: usize
             file(&variants[own]).and_then(|ours| compare((&ours, &own_ids), (&file(variant)?, &ids), layers));
         // An engine that gives no logits is measured all the same.
         engine.agreement = compared.ok();
+        let warning = engine.agreement.as_ref().and_then(disagreement);
+        record.warnings.extend(warning.map(|warning| warning.to_string()));
     }
 }
 
@@ -65,6 +68,15 @@ fn compare((ours, our_ids): (&Path, &[u32]), (theirs, their_ids): (&Path, &[u32]
     agreement.top1_agreement = f64::from(agreed) / steps.max(1) as f64;
     agreement.margin_bound = margin_bound(layers, largest);
     Ok(agreement)
+}
+
+/// First logits that differ by more than roundings explain. [`Agreement::margin_bound`] has for each engine a step of a random walk at its
+/// largest; roundings are uniform, so that a deviation is 1/√3 of it, and the largest of 10⁵ to 10⁶ differences between two engines is 5 · √2
+/// deviations: 2.04 times that bound.
+fn disagreement(agreement: &Agreement) -> Option<Warning> {
+    let explained = agreement.margin_bound * 5.0 * (2.0f64 / 3.0).sqrt() / 2.0;
+    let (logit_error, kl) = (agreement.logit_error_first, agreement.kl_first);
+    (logit_error > explained || logit_error.is_nan()).then_some(Warning::EnginesDisagree { logit_error, explained, kl })
 }
 
 /// The largest logit over the second.
@@ -113,5 +125,16 @@ mod tests {
         assert_eq!(parted.top1_agreement, 0.5);
         // Ten roundings of a logit of 3: 2 · √10 · 2⁻¹¹ · 3.
         assert!((parted.margin_bound - 0.009_265).abs() < 1e-6, "{}", parted.margin_bound);
+        assert_eq!(disagreement(&parted), None, "its first logits are the same");
+    }
+
+    #[test]
+    fn another_model_is_told_from_rounding() {
+        let agreement = |logit_error_first| Agreement { margin_bound: 0.1, logit_error_first, ..Agreement::default() };
+        assert_eq!(disagreement(&agreement(0.2)), None);
+        let warning = disagreement(&agreement(0.21)).expect("a warning");
+        assert_eq!(warning.name(), "engines_disagree");
+        assert!(warning.to_string().contains("by up to 0.21, and rounding explains 0.20"), "{warning}");
+        assert!(disagreement(&agreement(f64::NAN)).is_some());
     }
 }

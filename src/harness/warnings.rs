@@ -54,6 +54,12 @@ pub enum Warning {
     TokensDiffer {
         repeat: usize,
     },
+    /// Logits of another engine that rounding does not explain.
+    EnginesDisagree {
+        logit_error: f64,
+        explained: f64,
+        kl: f64,
+    },
     EndOfText {
         n_gen: usize,
         asked: usize,
@@ -154,6 +160,7 @@ impl Warning {
             Warning::CacheResident { .. } => "cache-resident",
             Warning::UnpairedRatios { .. } => "unpaired_ratios",
             Warning::TokensDiffer { .. } => "tokens_differ",
+            Warning::EnginesDisagree { .. } => "engines_disagree",
             Warning::EndOfText { .. } => "end_of_text",
             Warning::UnequalLengths { .. } => "unequal_lengths",
             Warning::PeakNotExact => "peak_not_exact",
@@ -251,6 +258,11 @@ impl fmt::Display for Warning {
                  in their ratios",
                 size(*needed_bytes),
                 size(*free_bytes)
+            ),
+            Warning::EnginesDisagree { logit_error, explained, kl } => write!(
+                f,
+                "the first logits differ from quantbench's by up to {logit_error:.2}, and rounding explains {explained:.2} (KL {kl:.1e}); the \
+                 engine computes another model of these weights, so the speeds are not of the same work"
             ),
             Warning::TokensDiffer { repeat } => write!(
                 f,

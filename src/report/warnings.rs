@@ -11,6 +11,7 @@ const ORDER: &[&str] = &[
     "logits_not_saved",
     "debug_build",
     "tokens_differ",
+    "engines_disagree",
     "fp16_overflow",
     UNKNOWN,
     "gpu_throttled",

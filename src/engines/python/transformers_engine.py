@@ -130,9 +130,11 @@ class Transformers:
         if not tied:
             read -= of(table)["bytes"] - of(table)["bytes"] // table.weight.shape[0]
         if self.kind != "causal":
-            # A decode step reads no encoder.
+            # A decode step reads no encoder, and has keys and values of the encoder's output in its cache.
             encoders = "encoder.", "vision_tower", "vision_model", "multi_modal_projector"
-            read -= sum(size for name, (_, size, _) in sizes.items() if any(part in name for part in encoders) and "decoder" not in name)
+            cached = "EncDecAttention.k.", "EncDecAttention.v."
+            is_read = lambda name: not any(part in name for part in encoders if "decoder" not in name) and not any(part in name for part in cached)
+            read -= sum(size for name, (_, size, _) in sizes.items() if not is_read(name))
         if precision not in ("fp16", "bf16", "fp32"):
             wide = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
         text = model.config.get_text_config(decoder=True)
