@@ -165,7 +165,7 @@ pub fn unknown_precision(word: &str, takes: Takes) -> BadInput {
     if takes == Takes::One && (word == "all" || word.contains(',')) {
         return error.hint("one precision is written at a time; run the command once for each");
     }
-    let is_stored = STORED_FORMATS.iter().any(|format| format.name == word);
+    let is_stored = STORED_FORMATS.iter().any(|format| format.name == word && !format.is_made);
     let stored = is_stored
         .then(|| format!("a GGUF file in `{word}` is measured with `--model-id FILE.gguf`, without `--precision`"));
     match (meaning(word), stored) {
@@ -326,7 +326,7 @@ mod tests {
         for word in ["bf16", "fp8", "fp32", "int2"] {
             assert!(hint(word).contains("not supported"), "{word}: {}", hint(word));
         }
-        for format in STORED_FORMATS {
+        for format in STORED_FORMATS.iter().filter(|format| !format.is_made) {
             assert!(hint(format.name).contains("`--model-id FILE.gguf`"), "{format}: {}", hint(format.name));
         }
         assert_eq!(hint("fp61"), "the nearest is `--precision fp16`");

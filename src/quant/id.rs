@@ -25,9 +25,11 @@ pub struct FormatEntry {
     pub without_double_quant: Option<FormatId>,
     /// Holds the checkpoint's own values, and so do all other matrices, norm weights and biases at this precision.
     pub is_exact: bool,
-    /// Files hold it and nothing makes it: every matrix stays in the format that its file has it in, and norm weights and biases keep the
-    /// file's own values.
+    /// Files hold it: every matrix of such a file stays in the format that the file has it in. Norm weights and biases keep the checkpoint's own
+    /// values.
     pub is_stored: bool,
+    /// It is made at load of 16-bit weights, where it is asked for.
+    pub is_made: bool,
     /// Has kernels for CUDA.
     pub runs_on_cuda: bool,
     /// Looks for outlier columns among the activations of each call. So its numbers depend on which tokens share a call, and
@@ -51,6 +53,7 @@ impl FormatEntry {
             without_double_quant: None,
             is_exact: false,
             is_stored: false,
+            is_made: true,
             runs_on_cuda: true,
             finds_outliers: false,
             saved: None,
@@ -69,9 +72,10 @@ impl FormatId {
         Self(entry)
     }
 
-    /// The format of [`FORMATS`] whose name or alias is `word`.
+    /// The format of [`FORMATS`], or the one of [`STORED_FORMATS`] that is made, whose name or alias is `word`.
     pub fn parse(word: &str) -> Option<Self> {
-        FORMATS.iter().copied().find(|format| format.name == word || format.aliases.contains(&word))
+        let made = STORED_FORMATS.iter().filter(|format| format.is_made);
+        FORMATS.iter().chain(made).copied().find(|format| format.name == word || format.aliases.contains(&word))
     }
 
     /// The format of this canonical name, [`INTERNAL_FORMATS`] and [`STORED_FORMATS`] included: the way back from a record or a message.

@@ -97,13 +97,13 @@ impl std::ops::AddAssign for OutlierColumns {
     }
 }
 
-/// Every precision that can be asked for, in the order tables show them.
+/// The precisions that every device runs, in the order tables show them.
 pub static FORMATS: &[FormatId] = &[fp16::ID, int8::ID, nf4::ID, nf4::NO_DOUBLE_QUANT];
 
 /// Formats that no user asks for: what some layers are held in at every precision.
 pub static INTERNAL_FORMATS: &[FormatId] = &[fp32::ID];
 
-/// Formats that files hold and no user asks for: they are read as stored.
+/// Formats that files hold, and are read as stored in. Those that are made can be asked for as well.
 pub static STORED_FORMATS: &[FormatId] = ggml::FORMATS;
 
 /// The format that others are compared with: weights without quantization. Vectors are held in it too.

@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use candle_core::{Result, bail};
+use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
 
 use super::super::{
@@ -21,6 +22,9 @@ pub trait Block: Send + Sync + 'static {
     /// Decodes [`Self::BYTES`] bytes to [`Self::LEN`] fp32 values.
     fn decode(block: &[u8], values: &mut [f32]);
 
+    /// Makes a block of values; `None` where nothing does.
+    const ENCODE: Option<Encode> = None;
+
     /// The kernel of a decode step.
     const KERNEL: DotKernel = DotKernel::Decoded;
 
@@ -34,6 +38,9 @@ pub trait Block: Send + Sync + 'static {
         None
     }
 }
+
+/// Encodes as many values as a block has into its bytes.
+pub type Encode = fn(&[f32], &mut [u8]);
 
 /// What multiplies a row by one token without decoding it to memory first.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "kernels for x86-64 alone"))]
@@ -54,7 +61,8 @@ pub enum DotKernel {
 
 /// The row of a block format.
 pub const fn entry<B: Block>(name: &'static str, doc: &'static str) -> FormatEntry {
-    FormatEntry { is_stored: true, runs_on_cuda: false, ..FormatEntry::plain(name, doc, new::<B>) }
+    let is_made = B::ENCODE.is_some();
+    FormatEntry { is_stored: true, is_made, runs_on_cuda: false, ..FormatEntry::plain(name, doc, new::<B>) }
 }
 
 fn new<B: Block>(_: FormatOptions) -> Box<dyn Format> {
@@ -62,6 +70,13 @@ fn new<B: Block>(_: FormatOptions) -> Box<dyn Format> {
 }
 
 struct BlockFormat<B>(PhantomData<B>);
+
+fn check_row<B: Block>(k: usize) -> Result<()> {
+    if !k.is_multiple_of(B::LEN) {
+        bail!("rows of {k} values are no whole blocks of {} in {}", B::LEN, B::ID);
+    }
+    Ok(())
+}
 
 /// Bytes of a row.
 pub fn row_bytes<B: Block>(k: usize) -> usize {
@@ -77,8 +92,19 @@ impl<B: Block> Format for BlockFormat<B> {
         n * row_bytes::<B>(k)
     }
 
-    fn quantize(&self, _: HalfMatrix) -> Result<Box<dyn Stored>> {
-        bail!("matrices in {} are read from files; nothing makes them here", B::ID)
+    fn quantize(&self, weight: HalfMatrix) -> Result<Box<dyn Stored>> {
+        let Some(encode) = B::ENCODE else {
+            bail!("matrices in {} are read from files; nothing makes them here", B::ID)
+        };
+        weight.check()?;
+        let HalfMatrix { n, k, data } = weight;
+        check_row::<B>(k)?;
+        let (mut bytes, mut values) = (vec![0; n * row_bytes::<B>(k)], vec![0.0; B::LEN]);
+        for (block, halves) in bytes.chunks_exact_mut(B::BYTES).zip(data.chunks_exact(B::LEN)) {
+            halves.convert_to_f32_slice(&mut values);
+            encode(&values, block);
+        }
+        Ok(Box::new(BlockStored::<B> { n, k, bytes, block: PhantomData }))
     }
 
     #[cfg(feature = "cuda")]
@@ -92,9 +118,10 @@ impl<B: Block> Format for BlockFormat<B> {
     }
 
     fn restore(&self, n: usize, k: usize, mut parts: Vec<Part>) -> Result<Box<dyn Stored>> {
-        if n == 0 || k == 0 || !k.is_multiple_of(B::LEN) {
-            bail!("rows of {k} values are no whole blocks of {} in {}", B::LEN, B::ID);
+        if n == 0 || k == 0 {
+            bail!("a matrix of [{n}, {k}] in {}", B::ID);
         }
+        check_row::<B>(k)?;
         let bytes = take_part(&mut parts, "", Dtype::U8, n.saturating_mul(row_bytes::<B>(k)))?;
         let fault = |(at, block): (usize, &[u8])| B::fault(block).map(|fault| (at, fault));
         if let Some((at, fault)) = bytes.chunks_exact(B::BYTES).enumerate().find_map(fault) {
@@ -153,7 +180,7 @@ pub struct MixedFormat {
 
 /// The row of a mixture.
 pub const fn mixture(name: &'static str, doc: &'static str, new: fn(FormatOptions) -> Box<dyn Format>) -> FormatEntry {
-    FormatEntry { is_stored: true, runs_on_cuda: false, ..FormatEntry::plain(name, doc, new) }
+    FormatEntry { is_stored: true, is_made: false, runs_on_cuda: false, ..FormatEntry::plain(name, doc, new) }
 }
 
 impl Format for MixedFormat {

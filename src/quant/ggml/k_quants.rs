@@ -1,7 +1,8 @@
 //! Types of blocks of 256 values, whose scales are quantized too: the K types and IQ4_XS. `d` and `dmin` are fp16.
 
 use super::super::{FormatEntry, FormatId};
-use super::block::{Block, DotKernel, entry};
+use super::block::{Block, DotKernel, Encode, entry};
+use super::encode;
 use super::small::{IQ4_VALUES, half, nibbles};
 
 static Q2_K: FormatEntry =
@@ -85,6 +86,7 @@ impl Block for Q4K {
     const ID: FormatId = FormatId::of(&Q4_K);
     const LEN: usize = 256;
     const BYTES: usize = 144;
+    const ENCODE: Option<Encode> = Some(encode::q4_k);
     const KERNEL: DotKernel = DotKernel::Q4K;
 
     #[inline(always)]
@@ -107,6 +109,7 @@ impl Block for Q5K {
     const ID: FormatId = FormatId::of(&Q5_K);
     const LEN: usize = 256;
     const BYTES: usize = 176;
+    const ENCODE: Option<Encode> = Some(encode::q5_k);
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
@@ -132,6 +135,7 @@ impl Block for Q6K {
     const ID: FormatId = FormatId::of(&Q6_K);
     const LEN: usize = 256;
     const BYTES: usize = 210;
+    const ENCODE: Option<Encode> = Some(encode::q6_k);
     const KERNEL: DotKernel = DotKernel::Q6K;
 
     #[inline(always)]

@@ -1,7 +1,7 @@
-//! The block formats of ggml, in which GGUF files hold matrices: rows of blocks with scales of their own. They are read as stored and
-//! nothing makes them here.
+//! The block formats of ggml, in which GGUF files hold matrices: rows of blocks with scales of their own. They are read as stored; most are
+//! made at load as well (`encode.rs`).
 //!
-//! Each type is a [`Block`] that decodes its bytes to fp32; all that a format needs beyond that is written once, over blocks. A product
+//! Each type is a `Block` that decodes its bytes to fp32; all that a format needs beyond that is written once, over blocks. A product
 //! multiplies the decoded values by unquantized activations, which is another arithmetic than llama.cpp's, whose kernels round activations to
 //! 8 bits.
 //!
@@ -10,6 +10,7 @@
 
 mod block;
 mod cpu;
+mod encode;
 mod files;
 mod k_quants;
 mod small;
@@ -93,7 +94,7 @@ const UNREAD: &[(u32, &str)] = &[
     (40, "NVFP4"),
 ];
 
-/// The formats that files hold and nothing makes here: those of tensors, and the mixtures that files are named by.
+/// The formats that files hold: those of tensors, and the mixtures that files are named by.
 pub static FORMATS: &[FormatId] = &[
     small::Bf16::ID,
     small::Q8_0::ID,
