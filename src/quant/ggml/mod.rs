@@ -1,7 +1,7 @@
 //! The block formats of ggml, in which GGUF files hold matrices: rows of blocks with scales of their own. They are read as stored and
 //! nothing makes them here.
 //!
-//! Each type is a [`Block`] that decodes its bytes to fp32; all that a format needs beyond that is written once, over blocks. A product
+//! Each type is a `Block` that decodes its bytes to fp32; all that a format needs beyond that is written once, over blocks. A product
 //! multiplies the decoded values by unquantized activations, which is another arithmetic than llama.cpp's, whose kernels round activations to
 //! 8 bits.
 //!
