@@ -38,6 +38,10 @@ pub struct ExportArgs {
     #[arg(long, value_name = "NAME", value_enum, default_value_t = ExportForm::Safetensors, help_heading = "Output")]
     pub format: ExportForm,
 
+    /// Norm channels that a shape's random weights scale up, as in a run.
+    #[arg(long, value_name = "N", default_value_t = 6, help_heading = "Model")]
+    pub outlier_channels: usize,
+
     /// Seed of a shape's random weights.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Model")]
     pub seed: u64,
@@ -88,6 +92,7 @@ impl ExportRequest {
             offline: args.offline,
             strict_config: args.strict_config,
             seed: args.seed,
+            outlier_channels: args.outlier_channels,
             ..weights::ModelRequest::of(&args.model_id)
         };
         let patterns: Vec<String> = args.keep_fp16.iter().map(|pattern| pattern.trim().to_owned()).collect();

@@ -158,7 +158,8 @@ pub enum Takes {
 
 /// The error for a precision that is none, with what was probably meant.
 pub fn unknown_precision(word: &str, takes: Takes) -> BadInput {
-    let formats = FORMATS.iter().filter(|entry| takes == Takes::Many || entry.saved.is_some());
+    let made = STORED_FORMATS.iter().filter(|format| format.is_made && takes == Takes::Many);
+    let formats = FORMATS.iter().filter(|entry| takes == Takes::Many || entry.saved.is_some()).chain(made);
     let names = formats.flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
     let names: Vec<&str> = names.chain((takes == Takes::Many).then_some("all")).collect();
     let error = BadInput::new(format!("unknown precision `{word}`: known are {}", names.join(", ")));

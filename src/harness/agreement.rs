@@ -134,7 +134,7 @@ mod tests {
         assert_eq!(disagreement(&agreement(0.2)), None);
         let warning = disagreement(&agreement(0.21)).expect("a warning");
         assert_eq!(warning.name(), "engines_disagree");
-        assert!(warning.to_string().contains("by up to 0.21, and rounding explains 0.20"), "{warning}");
+        assert!(warning.to_string().contains("by up to 0.21, where rounding explains 0.20"), "{warning}");
         assert!(disagreement(&agreement(f64::NAN)).is_some());
     }
 }

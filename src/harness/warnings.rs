@@ -261,8 +261,8 @@ impl fmt::Display for Warning {
             ),
             Warning::EnginesDisagree { logit_error, explained, kl } => write!(
                 f,
-                "the first logits differ from quantbench's by up to {logit_error:.2}, and rounding explains {explained:.2} (KL {kl:.1e}); the \
-                 engine computes another model of these weights, so the speeds are not of the same work"
+                "the first logits differ from quantbench's by up to {logit_error:.2}, where rounding explains {explained:.2} (KL {kl:.1e}): \
+                 the engine computes another model, or these weights amplify rounding, as random T5s do"
             ),
             Warning::TokensDiffer { repeat } => write!(
                 f,
