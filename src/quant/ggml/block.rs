@@ -23,7 +23,7 @@ pub trait Block: Send + Sync + 'static {
     fn decode(block: &[u8], values: &mut [f32]);
 
     /// Makes a block of values; `None` where nothing does.
-    const ENCODE: Option<Encode> = None;
+    const ENCODE: Option<BlockEncoder> = None;
 
     /// The kernel of a decode step.
     const KERNEL: DotKernel = DotKernel::Decoded;
@@ -40,7 +40,7 @@ pub trait Block: Send + Sync + 'static {
 }
 
 /// Encodes as many values as a block has into its bytes.
-pub type Encode = fn(&[f32], &mut [u8]);
+pub type BlockEncoder = fn(&[f32], &mut [u8]);
 
 /// What multiplies a row by one token without decoding it to memory first.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "kernels for x86-64 alone"))]

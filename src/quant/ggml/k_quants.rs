@@ -1,7 +1,7 @@
 //! Types of blocks of 256 values, whose scales are quantized too: the K types and IQ4_XS. `d` and `dmin` are fp16.
 
 use super::super::{FormatEntry, FormatId};
-use super::block::{Block, DotKernel, Encode, entry};
+use super::block::{Block, BlockEncoder, DotKernel, entry};
 use super::encode;
 use super::small::{IQ4_VALUES, half, nibbles};
 
@@ -86,7 +86,7 @@ impl Block for Q4K {
     const ID: FormatId = FormatId::of(&Q4_K);
     const LEN: usize = 256;
     const BYTES: usize = 144;
-    const ENCODE: Option<Encode> = Some(encode::q4_k);
+    const ENCODE: Option<BlockEncoder> = Some(encode::q4_k);
     const KERNEL: DotKernel = DotKernel::Q4K;
 
     #[inline(always)]
@@ -109,7 +109,7 @@ impl Block for Q5K {
     const ID: FormatId = FormatId::of(&Q5_K);
     const LEN: usize = 256;
     const BYTES: usize = 176;
-    const ENCODE: Option<Encode> = Some(encode::q5_k);
+    const ENCODE: Option<BlockEncoder> = Some(encode::q5_k);
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
@@ -135,7 +135,7 @@ impl Block for Q6K {
     const ID: FormatId = FormatId::of(&Q6_K);
     const LEN: usize = 256;
     const BYTES: usize = 210;
-    const ENCODE: Option<Encode> = Some(encode::q6_k);
+    const ENCODE: Option<BlockEncoder> = Some(encode::q6_k);
     const KERNEL: DotKernel = DotKernel::Q6K;
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 //! `d` and `m` are fp16. Where 32 codes lie in 16 bytes, byte j holds elements j (low nibble) and j + 16 (high nibble).
 
 use super::super::{FormatEntry, FormatId};
-use super::block::{Block, DotKernel, Encode, entry};
+use super::block::{Block, BlockEncoder, DotKernel, entry};
 use super::encode;
 
 /// Twice the values of E2M1, by code.
@@ -52,7 +52,7 @@ impl Block for Bf16 {
     const ID: FormatId = FormatId::of(&BF16);
     const LEN: usize = 1;
     const BYTES: usize = 2;
-    const ENCODE: Option<Encode> = Some(encode::bf16);
+    const ENCODE: Option<BlockEncoder> = Some(encode::bf16);
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
@@ -69,7 +69,7 @@ impl Block for Q8_0 {
     const ID: FormatId = FormatId::of(&Q8_0);
     const LEN: usize = 32;
     const BYTES: usize = 34;
-    const ENCODE: Option<Encode> = Some(encode::q8_0);
+    const ENCODE: Option<BlockEncoder> = Some(encode::q8_0);
     const KERNEL: DotKernel = DotKernel::Bytes;
 
     #[inline(always)]
@@ -90,7 +90,7 @@ impl Block for Q4_0 {
     const ID: FormatId = FormatId::of(&Q4_0);
     const LEN: usize = 32;
     const BYTES: usize = 18;
-    const ENCODE: Option<Encode> = Some(encode::q4_0);
+    const ENCODE: Option<BlockEncoder> = Some(encode::q4_0);
     const KERNEL: DotKernel = DotKernel::Nibbles { at: 2, table: &CENTRED, has_min: false };
 
     #[inline(always)]
@@ -115,7 +115,7 @@ impl Block for Q4_1 {
     const ID: FormatId = FormatId::of(&Q4_1);
     const LEN: usize = 32;
     const BYTES: usize = 20;
-    const ENCODE: Option<Encode> = Some(encode::q4_1);
+    const ENCODE: Option<BlockEncoder> = Some(encode::q4_1);
     const KERNEL: DotKernel = DotKernel::Nibbles { at: 4, table: &CODES, has_min: true };
 
     #[inline(always)]
@@ -146,7 +146,7 @@ impl Block for Q5_0 {
     const ID: FormatId = FormatId::of(&Q5_0);
     const LEN: usize = 32;
     const BYTES: usize = 22;
-    const ENCODE: Option<Encode> = Some(encode::q5_0);
+    const ENCODE: Option<BlockEncoder> = Some(encode::q5_0);
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
@@ -165,7 +165,7 @@ impl Block for Q5_1 {
     const ID: FormatId = FormatId::of(&Q5_1);
     const LEN: usize = 32;
     const BYTES: usize = 24;
-    const ENCODE: Option<Encode> = Some(encode::q5_1);
+    const ENCODE: Option<BlockEncoder> = Some(encode::q5_1);
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {
@@ -211,7 +211,7 @@ impl Block for Mxfp4 {
     const ID: FormatId = FormatId::of(&MXFP4);
     const LEN: usize = 32;
     const BYTES: usize = 17;
-    const ENCODE: Option<Encode> =
+    const ENCODE: Option<BlockEncoder> =
         Some(|values, block| encode::mxfp4(values, block, &E2M1_DOUBLED, |block| Self::scales(block).0));
     const KERNEL: DotKernel = DotKernel::Nibbles { at: 1, table: &E2M1_DOUBLED, has_min: false };
 
