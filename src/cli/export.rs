@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, ValueEnum, ValueHint};
 
+use super::groups::OUTLIER_CHANNELS;
 use super::words::{Takes, unknown_precision};
 use crate::error::BadInput;
 use crate::quant::{self, FormatId};
@@ -39,7 +40,7 @@ pub struct ExportArgs {
     pub format: ExportForm,
 
     /// Norm channels that a shape's random weights scale up, as in a run.
-    #[arg(long, value_name = "N", default_value_t = 6, help_heading = "Model")]
+    #[arg(long, value_name = "N", default_value_t = OUTLIER_CHANNELS, help_heading = "Model")]
     pub outlier_channels: usize,
 
     /// Seed of a shape's random weights.

@@ -10,6 +10,9 @@ use crate::engines::{self, ADAPTERS, WIDTHS, Width};
 use crate::quant::{FORMATS, FormatOptions};
 use crate::weights;
 
+/// Norm channels that random weights scale up, in a run and in its export.
+pub(super) const OUTLIER_CHANNELS: usize = 6;
+
 /// Which model, with which weights.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
@@ -32,7 +35,7 @@ pub struct ModelArgs {
     pub weights: WeightsWord,
 
     /// Norm channels that random weights scale up, so that int8 meets outliers.
-    #[arg(long, value_name = "N", default_value_t = 6, help_heading = "Model")]
+    #[arg(long, value_name = "N", default_value_t = OUTLIER_CHANNELS, help_heading = "Model")]
     pub outlier_channels: usize,
 
     /// Seed of random weights and synthetic ids.

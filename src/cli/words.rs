@@ -8,7 +8,7 @@ use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
 
 use super::Cli;
 use crate::error::{BadInput, nearest};
-use crate::quant::{FORMATS, STORED_FORMATS};
+use crate::quant::{FormatId, STORED_FORMATS};
 
 /// The words of a command line, the program first, with each value that begins with a dash joined to its option: `--prompt '- hello'`
 /// becomes `--prompt=- hello`. A word that is itself an option stays apart, so that an option without its value is noticed.
@@ -158,9 +158,9 @@ pub enum Takes {
 
 /// The error for a precision that is none, with what was probably meant.
 pub fn unknown_precision(word: &str, takes: Takes) -> BadInput {
-    let made = STORED_FORMATS.iter().filter(|format| format.is_made && takes == Takes::Many);
-    let formats = FORMATS.iter().filter(|entry| takes == Takes::Many || entry.saved.is_some()).chain(made);
-    let names = formats.flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
+    let formats: Vec<FormatId> =
+        FormatId::asked().filter(|entry| takes == Takes::Many || entry.saved.is_some()).collect();
+    let names = formats.iter().flat_map(|entry| [entry.name].into_iter().chain(entry.aliases.iter().copied()));
     let names: Vec<&str> = names.chain((takes == Takes::Many).then_some("all")).collect();
     let error = BadInput::new(format!("unknown precision `{word}`: known are {}", names.join(", ")));
     if takes == Takes::One && (word == "all" || word.contains(',')) {

@@ -72,10 +72,14 @@ impl FormatId {
         Self(entry)
     }
 
-    /// The format of [`FORMATS`], or the one of [`STORED_FORMATS`] that is made, whose name or alias is `word`.
+    /// Every format that can be asked for: [`FORMATS`], and those of [`STORED_FORMATS`] that are made.
+    pub fn asked() -> impl Iterator<Item = Self> {
+        FORMATS.iter().chain(STORED_FORMATS.iter().filter(|format| format.is_made)).copied()
+    }
+
+    /// The format of [`Self::asked`] whose name or alias is `word`.
     pub fn parse(word: &str) -> Option<Self> {
-        let made = STORED_FORMATS.iter().filter(|format| format.is_made);
-        FORMATS.iter().chain(made).copied().find(|format| format.name == word || format.aliases.contains(&word))
+        Self::asked().find(|format| format.name == word || format.aliases.contains(&word))
     }
 
     /// The format of this canonical name, [`INTERNAL_FORMATS`] and [`STORED_FORMATS`] included: the way back from a record or a message.
