@@ -15,9 +15,9 @@ using PipelineFor = std::conditional_t<HAS_BULK_COPIES && Format::SideData::WORD
 
 template <class Format>
 union Activations {
-    HalfDecoder::Activations of_halves[MAX_INPUTS];
-    FloatDecoder::Activations of_floats[MAX_INPUTS];
-    typename Format::Activations own[MAX_INPUTS];
+    HalfDecoder::Activations of_halves[MAX_VECTORS];
+    FloatDecoder::Activations of_floats[MAX_VECTORS];
+    typename Format::Activations own[MAX_VECTORS];
 };
 
 // Runs a matvec: waits for its inputs, streams its matrices, writes its results. Every thread calls `ahead` once. `room` holds the inputs in
@@ -26,7 +26,7 @@ template <class Format, class Pipeline, class Ahead>
 __device__ __forceinline__ void multiply(const Program &program, const ResidentInstruction *instructions, int at, const Tags &tags, int before, int behind, Pipeline &pipeline,
                                          typename Pipeline::Shared &shared_pipeline, const typename Format::Shared &shared, uint8_t *room, Ahead ahead) {
     __shared__ Activations<Format> activations;
-    __shared__ float sums_of_warps[MAX_INPUTS * WARPS];
+    __shared__ float sums_of_warps[MAX_VECTORS * WARPS];
     const ResidentInstruction &resident = instructions[at % RESIDENT_INSTRUCTIONS];
     const Matvec &matvec = resident.instruction.matvec;
     const BlockShare &share = resident.share;
@@ -39,7 +39,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
     reader.next(resident);
 
     __half *x = (__half *)room;
-    const int padded = matvec.inputs[0].padded + (matvec.n_inputs > 1 ? matvec.inputs[1].padded : 0);
+    const int padded = padded_of(matvec);
     uint8_t *converted = (uint8_t *)(x + padded);
     const int eighths = opcode == OPCODE_HALF ? HalfDecoder::CONVERTED_EIGHTHS : opcode == OPCODE_FLOAT ? FloatDecoder::CONVERTED_EIGHTHS : Format::CONVERTED_EIGHTHS;
     uint8_t *partials = converted + padded * eighths / 8;
@@ -48,24 +48,17 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
     // Everything that needs no input values is done before they are ready.
     constexpr bool FORMAT_NEEDS_VALUES = Format::CONVERTED_EIGHTHS > 0;
     if (!matvec.reuses_input) {
-        for (int i = 0; i < matvec.n_inputs; i++)
-            for (int k = matvec.inputs[i].k + threadIdx.x; k < matvec.inputs[i].padded; k += THREADS) x[i * matvec.inputs[0].padded + k] = __half();
+        for (int i = 0; i < vectors_of(matvec); i++)
+            for (int k = vector_at(matvec, i).k + threadIdx.x; k < vector_at(matvec, i).padded; k += THREADS) x[i * matvec.inputs[0].padded + k] = __half();
         if (opcode == OPCODE_HALF) HalfDecoder::convert(activations.of_halves, {}, matvec, x, converted, sums_of_warps);
         if (!FORMAT_NEEDS_VALUES && opcode == OPCODE_FORMAT) Format::convert(activations.own, shared, matvec, x, converted, sums_of_warps);
     }
     ahead();
-    const bool has_rows = share.rows != 0 || matvec.logits;
+    const bool has_rows = share.rows != 0 || matvec.logits || (HAS_FEATURES && matvec.keeps_input);
     auto begin = [&]() {
         Pipeline::begin(shared_pipeline, at);
         stamp(at, STAMP_READY);
     };
-    if (HAS_FEATURES && matvec.chosen && matvec.mode != MODE_GATED && matvec.first_chosen == 0) {
-        // The first downs add to what all gates have read, and read the results of some gates alone: they wait for the others.
-        const ExpectedTag expected(tags, matvec.inputs[0].written_by);
-#pragma unroll 1
-        for (int at = threadIdx.x; at < chosen_experts().hidden; at += THREADS) wait_half((const uint32_t *)matvec.inputs[0].x + at, expected);
-        barrier_sync();
-    }
     if (!matvec.reuses_input && has_rows) {
         if (HAS_FEATURES && matvec.inputs[0].norm == NORM_CAST) cast_input(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, begin);
         else if (is_normed) normalize(matvec.inputs[0], ExpectedTag(tags, matvec.inputs[0].written_by), x, sums_of_warps, begin);
@@ -101,15 +94,25 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
         const int of_tile = at_row % TILE_ROWS;
         if (at_row >= THREADS) has_row = factors.load(resident, at_row / TILE_ROWS, of_tile);
         if (!has_row) continue;
+        auto value_of = [&](int run, uint32_t sums_of, float scale, float bias) {
+            float value;
+            if (opcode == OPCODE_FORMAT) value = Format::result(total_of<typename Format::Partial>(partials, sums_of, of_tile), activations.own[vector_of_run(matvec, run)], scale, matvec.rounded_scale);
+            else value = total_of<Value>(partials, sums_of, of_tile).value;
+            value = value * matvec.product_scale + bias;
+            return is_weighed(matvec) ? value * chosen_experts().weights[run] : value;
+        };
         float values[MAX_INPUTS] = {};
 #pragma unroll
         for (int run = 0; run < MAX_INPUTS; run++) {
             if (run >= share.runs) break;
-            if (opcode == OPCODE_FORMAT) values[run] = Format::result(total_of<typename Format::Partial>(partials, factors.sums_of[run], of_tile),
-                                                            activations.own[matvec.mode == MODE_JOINED ? run : 0], factors.scale[run], matvec.rounded_scale);
-            else values[run] = total_of<Value>(partials, factors.sums_of[run], of_tile).value;
-            values[run] = values[run] * matvec.product_scale + factors.bias[run];
-            if (HAS_FEATURES && matvec.chosen && matvec.mode != MODE_GATED) values[run] *= chosen_experts().weights[matvec.first_chosen + run];
+            values[run] = value_of(run, factors.sums_of[run], factors.scale[run], factors.bias[run]);
+        }
+#pragma unroll 1
+        for (int run = MAX_INPUTS; run < (is_weighed(matvec) ? share.runs : 0); run++) {
+            int row = first_row_of(share, at_row / TILE_ROWS) + of_tile;
+            float bias = 0.0f, scale = 0.0f;
+            factors.load_run(resident, part_at(resident, run, row), row, bias, scale);
+            values[1] += value_of(run, factors.partials_of(share, at_row / TILE_ROWS, run), scale, bias);
         }
         store_row(matvec, parts_of(matvec)[factors.part()], factors.row(), values, factors.residual, tags.of(at), best);
     }

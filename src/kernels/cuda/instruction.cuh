@@ -32,7 +32,9 @@ __device__ __forceinline__ void barrier_sync() { barrier_sync_first<THREADS>(); 
 constexpr int MAX_PARTS = 4;
 constexpr int MAX_INPUTS = 2;
 // Experts of a token, and experts that there are.
-constexpr int MAX_CHOSEN = 8, MAX_EXPERTS = 256;
+constexpr int LOG_MAX_CHOSEN = 3, MAX_CHOSEN = 1 << LOG_MAX_CHOSEN, MAX_EXPERTS = 512;
+// Vectors that a matvec multiplies: its inputs, or what the gates of the chosen experts have made.
+constexpr int MAX_VECTORS = HAS_FEATURES ? MAX_CHOSEN : MAX_INPUTS;
 
 // NORM_CAST: none, but fp32 values of a residual, which are cast to fp16.
 enum Norm { NORM_NONE, NORM_RMS, NORM_LAYER, NORM_CAST };
@@ -42,6 +44,8 @@ enum Mode {
     MODE_PARTS,   // every part is a matrix of its own over input 0
     MODE_GATED,   // two runs a tile, parts 0 and 1 over input 0: out = act(part 0) * part 1
     MODE_JOINED,  // a run for each input, part i over input i; the products of the same row add up
+    MODE_WEIGHED, // a run for each chosen expert: its down over its vector of input 0, which holds one behind the other; the products of the same
+                  // row are weighed and add up
 };
 
 // One matrix.
@@ -91,12 +95,12 @@ struct Matvec {
     int stride;                           // bytes from row to row of part 0; of part 1 where inputs are joined: stride_1
     int stride_1;
     int n_inputs, mode, output_type;
-    int reuses_input;            // the instruction before has read the same inputs, which are still in shared memory
+    int reuses_input;            // the matvec before has read the same inputs, which are still in shared memory
+    int keeps_input;             // the matvec behind reuses them: blocks without rows read them too
     RowPartition partitions[2];  // the first rows for the first blocks, the rest for the others
-    // Matrices of experts that the OPCODE_ROUTE before has chosen, in the place of `parts`; 0 of them where there are none. MODE_GATED: of so
-    // many experts the gates and what they gate, `rows_of_expert` rows each. Else: down of one or two, from `first_chosen` on, whose products are
-    // weighed.
-    int chosen, first_chosen, rows_of_expert;
+    // Matrices of so many experts that the OPCODE_ROUTE before has chosen, in the place of `parts`; 0 where there are none. MODE_GATED: their gates and
+    // what these gate, `rows_of_expert` rows each. MODE_WEIGHED: their downs.
+    int chosen, rows_of_expert;
     // Exact powers of two that keep fp16 in range: of what MODE_GATED stores, of products that a format rounds to fp16, and by which products are
     // multiplied in the end.
     float out_scale, rounded_scale, product_scale;

@@ -158,20 +158,26 @@ __device__ __forceinline__ void cast_input(const InputDesc &input, const Expecte
     on_ready();
 }
 
-// Waits for all inputs without a norm and stores them in fp16, one behind the other: 16 bytes at a time, HELD of them in a thread's registers
+// Waits for all vectors without a norm and stores them in fp16, one behind the other: 16 bytes at a time, HELD of them in a thread's registers
 // so that one latency covers them, and the rest one by one. The second input is ready no sooner than the first. A thread calls `on_ready` once
 // it has read its words of 16 bytes.
 template <bool IS_TAGGED, int HELD, class OnReady>
 __device__ __forceinline__ void read_inputs(const Matvec &matvec, const Tags &tags, __half *out, OnReady on_ready) {
     constexpr int OF_UNIT = IS_TAGGED ? 4 : 8;
     const InputDesc &first = matvec.inputs[0], &second = matvec.inputs[1];
-    auto units_of = [](const InputDesc &input) { return (uintptr_t)input.x % 16 == 0 ? input.k / OF_UNIT : 0; };
-    const int of_first = units_of(first), units = of_first + (matvec.n_inputs > 1 ? units_of(second) : 0);
+    // Of a vector; those of experts lie one behind the other in input 0, each of whole units or none.
+    auto units_of = [&](const InputDesc &input) {
+        const bool is_whole = (uintptr_t)input.x % 16 == 0 && !(is_weighed(matvec) && input.k % OF_UNIT != 0);
+        return is_whole ? input.k / OF_UNIT : 0;
+    };
+    const int of_first = units_of(first);
+    const int units = is_weighed(matvec) ? matvec.chosen * of_first : of_first + (matvec.n_inputs > 1 ? units_of(second) : 0);
     const ExpectedTag expected_first(tags, first.written_by), expected_second(tags, second.written_by);
-    auto from = [&](int at) { return at < of_first ? (const uint4 *)first.x + at : (const uint4 *)second.x + at - of_first; };
+    auto is_first = [&](int at) { return is_weighed(matvec) || at < of_first; };
+    auto from = [&](int at) { return is_first(at) ? (const uint4 *)first.x + at : (const uint4 *)second.x + at - of_first; };
     auto is_ready = [&](const uint4 &unit, int at) {
         if (!IS_TAGGED) return true;
-        const ExpectedTag &expected = at < of_first ? expected_first : expected_second;
+        const ExpectedTag &expected = is_first(at) ? expected_first : expected_second;
         return expected.ready(expected.mismatch_half(unit.x) | expected.mismatch_half(unit.y) | expected.mismatch_half(unit.z) | expected.mismatch_half(unit.w));
     };
     auto scaled = [&](int index, uint32_t pair) {
@@ -181,8 +187,10 @@ __device__ __forceinline__ void read_inputs(const Matvec &matvec, const Tags &ta
         return __half_as_ushort(__float2half_rn(two.x * scale)) | (uint32_t)__half_as_ushort(__float2half_rn(two.y * scale)) << 16;
     };
     auto store = [&](int at, const uint4 &unit) {
-        const int index = at >= of_first;
-        __half *to = index ? out + first.padded + (at - of_first) * OF_UNIT : out + at * OF_UNIT;
+        int index = at >= of_first;
+        if (is_weighed(matvec)) index = (unsigned)at / (unsigned)of_first;
+        __half *to = out + index * first.padded + (at - index * of_first) * OF_UNIT;
+        if (is_weighed(matvec)) index = 0;
         if (IS_TAGGED) *(uint2 *)to = make_uint2(scaled(index, __byte_perm(unit.x, unit.y, 0x5410)), scaled(index, __byte_perm(unit.z, unit.w, 0x5410)));
         else *(uint4 *)to = make_uint4(scaled(index, unit.x), scaled(index, unit.y), scaled(index, unit.z), scaled(index, unit.w));
     };
@@ -210,13 +218,14 @@ __device__ __forceinline__ void read_inputs(const Matvec &matvec, const Tags &ta
     }
     on_ready();
 #pragma unroll 1
-    for (int i = 0; i < matvec.n_inputs; i++) {
-        const InputDesc &input = matvec.inputs[i];
+    for (int i = 0; i < vectors_of(matvec); i++) {
+        const InputDesc &input = vector_at(matvec, i);
         const ExpectedTag expected(tags, input.written_by);
+        const int behind = is_weighed(matvec) ? i * input.k : 0;
 #pragma unroll 1
         for (int at = OF_UNIT * units_of(input) + threadIdx.x; at < input.k; at += THREADS) {
-            const __half value = IS_TAGGED ? wait_half((const uint32_t *)input.x + at, expected) : load_l2((const __half *)input.x + at);
-            out[i * first.padded + at] = __ushort_as_half((unsigned short)scaled(i, __half_as_ushort(value)));
+            const __half value = IS_TAGGED ? wait_half((const uint32_t *)input.x + behind + at, expected) : load_l2((const __half *)input.x + at);
+            out[i * first.padded + at] = __ushort_as_half((unsigned short)scaled(is_weighed(matvec) ? 0 : i, __half_as_ushort(value)));
         }
     }
 }
@@ -233,7 +242,6 @@ struct RowFactors {
         const Matvec &matvec = resident.instruction.matvec;
         const BlockShare &share = resident.share;
         if (tile >= share.tiles || of_tile >= rows_of(share, tile)) return false;
-        int begin = tile * (share.chunks[0] + share.chunks[1]), run = tile * share.runs;
 #pragma unroll
         for (int i = 0; i < MAX_INPUTS; i++) {
             bias[i] = scale[i] = 0.0f;
@@ -241,15 +249,30 @@ struct RowFactors {
             int in_part = first_row_of(share, tile) + of_tile;
             const MatrixPart &of_run = part_at(resident, i, in_part);
             if (i == 0) place = (uint32_t)(&of_run - parts_of(matvec)) << 27 | in_part;
-            if (of_run.bias) bias[i] = load_float(of_run.bias + in_part);
-            if (Format::HAS_ROW_SCALES && resident.instruction.opcode == OPCODE_FORMAT) scale[i] = load_float((const float *)of_run.scales + in_part);
-            const int first_warp = quotient(begin, share.of_warp, share.per_of_warp);
-            begin += share.chunks[i];
-            sums_of[i] = (run + i + first_warp) << 16 | (quotient(begin - 1, share.of_warp, share.per_of_warp) - first_warp);
+            load_run(resident, of_run, in_part, bias[i], scale[i]);
+            sums_of[i] = partials_of(share, tile, i);
+        }
+        // Later runs load theirs at the end.
+        for (int i = MAX_INPUTS; i < (is_weighed(matvec) ? share.runs : 0); i++) {
+            int in_part = first_row_of(share, tile) + of_tile;
+            const MatrixPart &of_run = part_at(resident, i, in_part);
+            if (of_run.bias) prefetch(of_run.bias + in_part);
+            if (Format::HAS_ROW_SCALES && resident.instruction.opcode == OPCODE_FORMAT) prefetch((const float *)of_run.scales + in_part);
         }
         // All instructions that add to a residual give a row to the same thread: only this one has written it.
         residual = matvec.residual ? __uint_as_float(load_relaxed(&matvec.residual[row()].x)) : 0.0f;
         return true;
+    }
+    // Bias and scale of a row of a run, which are 0 where there are none.
+    static __device__ __forceinline__ void load_run(const ResidentInstruction &resident, const MatrixPart &part, int row, float &bias, float &scale) {
+        if (part.bias) bias = load_float(part.bias + row);
+        if (Format::HAS_ROW_SCALES && resident.instruction.opcode == OPCODE_FORMAT) scale = load_float((const float *)part.scales + row);
+    }
+    // Where the partials of a tile's run are: index of the first << 16 | how many follow.
+    static __device__ __forceinline__ uint32_t partials_of(const BlockShare &share, int tile, int run) {
+        const int behind = share.chunks[0] + run * share.chunks[1], of_tile = share.chunks[0] + (share.runs - 1) * share.chunks[1];
+        const int end = tile * of_tile + behind, begin = end - chunks_of(share, run), first_warp = quotient(begin, share.of_warp, share.per_of_warp);
+        return ((tile << share.shift) + run + first_warp) << 16 | (quotient(end - 1, share.of_warp, share.per_of_warp) - first_warp);
     }
     __device__ __forceinline__ int part() const { return place >> 27; }
     __device__ __forceinline__ int row() const { return place & 0x7ffffff; }
@@ -266,7 +289,7 @@ struct RunReader {
         if (iterator.steps == 0) return;
         const int tile = tile_of(share, iterator.run);
         row = first_row_of(share, tile) + min((int)threadIdx.x % LANES / 4, rows_of(share, tile) - 1);
-        part = &part_at(resident, iterator.second, row);
+        part = &part_at(resident, iterator.in_tile, row);
     }
 };
 
@@ -300,7 +323,7 @@ __device__ __forceinline__ void process_steps(uint32_t stage, typename Decoder::
 //   SideData                  data that is copied for a step beside the weights
 template <class Decoder, class Pipeline>
 __device__ __forceinline__ void stream(const ResidentInstruction *instructions, int at, int limit, Pipeline &pipeline, RunReader reader, const typename Decoder::Shared &shared,
-                                       const typename Decoder::Activations (&activations)[MAX_INPUTS], void *room) {
+                                       const typename Decoder::Activations (&activations)[MAX_VECTORS], void *room) {
     typename Decoder::Partial(*partials)[TILE_ROWS] = (typename Decoder::Partial(*)[TILE_ROWS])room;
     const ResidentInstruction &resident = instructions[at % RESIDENT_INSTRUCTIONS];
     const Matvec &matvec = resident.instruction.matvec;
@@ -308,10 +331,10 @@ __device__ __forceinline__ void stream(const ResidentInstruction *instructions, 
     WaitClock waited;
 #pragma unroll 1
     for (; reader.iterator.steps > 0; reader.next(resident)) {
-        const int input = matvec.mode == MODE_JOINED ? reader.iterator.second : 0;
+        const int vector = vector_of_run(matvec, reader.iterator.in_tile);
         int steps_left = reader.iterator.steps;
         typename Decoder::Row row;
-        row.set(shared, *reader.part, activations[input], matvec.inputs[input].k, reader.row, lane, reader.iterator.chunk);
+        row.set(shared, *reader.part, activations[vector], vector_at(matvec, vector).k, reader.row, lane, reader.iterator.chunk);
         typename Decoder::Sums sums = {};
 #pragma unroll 1
         while (steps_left > 0) {
@@ -351,7 +374,7 @@ __device__ __forceinline__ Partial total_of(const void *room, uint32_t sums_of, 
 // The epilogue of a row.
 __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart &part, int row, const float (&values)[MAX_INPUTS], float residual,
                                         uint32_t tag, unsigned long long &best) {
-    float y = values[0] + (matvec.mode == MODE_JOINED ? values[1] : 0.0f);
+    float y = values[0] + (matvec.mode == MODE_JOINED || is_weighed(matvec) ? values[1] : 0.0f);
     if (HAS_FEATURES && part.activation == ACT_CAP) {
         y = capped(y, matvec.softcap);
     } else if (HAS_FEATURES && part.activation == ACT_CLAMPED) {

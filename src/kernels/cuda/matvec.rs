@@ -4,6 +4,7 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{Result, bail};
 
 use super::launch::{Launcher, dimension};
+use super::route::MAX_CHOSEN;
 use super::shared_input::{ProductAt, SharedInput};
 use super::step_kernel::{DeviceProperties, StepKernel, TILE_ROWS, WARPS, WeightDecoder};
 
@@ -60,7 +61,7 @@ impl PartialEq for Family {
 }
 
 /// An input of a matvec, as `struct InputDesc` of instruction.cuh.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[repr(C)]
 pub struct InputDesc {
     /// Tagged fp32 `[k]` where it is normed or cast, fp16 otherwise.
@@ -148,8 +149,10 @@ pub struct Matvec {
     n_inputs: i32,
     mode: i32,
     output_type: i32,
-    /// 1 where the instruction before has read the same inputs.
+    /// 1 where the matvec before has read the same inputs.
     reuses_input: i32,
+    /// 1 where the matvec behind reuses them.
+    keeps_input: i32,
     partitions: [RowPartition; 2],
     chosen: ChosenExperts,
     out_scale: f32,
@@ -194,6 +197,8 @@ pub enum Mode {
     Apart = 0,
     Gated = 1,
     Joined = 2,
+    /// The downs of the chosen experts, each over its vector of the only input.
+    Weighed = 3,
 }
 
 /// The type of results, as `enum OutputType` of instruction.cuh.
@@ -247,7 +252,6 @@ impl Default for PowersOfTwo {
 #[repr(C)]
 pub struct ChosenExperts {
     pub count: i32,
-    pub first: i32,
     pub rows_of_expert: i32,
 }
 
@@ -296,6 +300,7 @@ impl Matvec {
             mode: mode as i32,
             output_type: epilogue.output_type as i32,
             reuses_input: 0,
+            keeps_input: 0,
             partitions: [RowPartition::default(); 2],
             chosen: epilogue.chosen,
             out_scale: epilogue.range.stored,
@@ -341,6 +346,16 @@ impl Matvec {
         self.partitions = [RowPartition::default(), RowPartition::new(rows as usize, properties.multiprocessors)];
     }
 
+    /// Lets this matvec reuse the input of `before`, the matvec before it, which is still in shared memory: where it is the same, by one decoder, and
+    /// every block has rows of this one. A block without rows would wait for values that others may already have overwritten.
+    pub(super) fn reuse_input_of(&mut self, before: &mut Self) {
+        let is_same = |a: &Self, b: &Self| a.inputs() == b.inputs() && a.threshold.to_bits() == b.threshold.to_bits();
+        let has_rows = self.partitions.iter().all(|partition| partition.blocks == 0 || partition.rows_per_block > 0);
+        if self.n_inputs == 1 && has_rows && is_same(self, before) {
+            (before.keeps_input, self.reuses_input) = (1, 1);
+        }
+    }
+
     /// Gives the first `busy` blocks fewer rows: each has other work that takes as long as `bytes` of weights.
     pub(super) fn rebalance(&mut self, busy: usize, bytes: usize, properties: DeviceProperties) {
         let (rows, blocks) =
@@ -363,13 +378,22 @@ impl Matvec {
             .max()
             .unwrap_or(0);
         let tiles = (most as usize).div_ceil(TILE_ROWS);
-        let runs = if self.mode == Mode::Apart as i32 { 1 } else { 2 };
+        let runs = match self.mode {
+            mode if mode == Mode::Apart as i32 => 1,
+            mode if mode == Mode::Weighed as i32 => MAX_CHOSEN,
+            _ => 2,
+        };
         (tiles * runs + WARPS) * TILE_ROWS
     }
 
-    /// Elements of all inputs' chunks.
+    /// Elements of all vectors' chunks.
     pub(super) fn padded(&self) -> usize {
-        self.inputs().iter().map(|input| input.padded as usize).sum()
+        self.vectors() * self.inputs().iter().map(|input| input.padded as usize).sum::<usize>()
+    }
+
+    /// Vectors of each input: those of the chosen experts lie one behind the other.
+    fn vectors(&self) -> usize {
+        if self.mode == Mode::Weighed as i32 { self.chosen.count as usize } else { 1 }
     }
 
     /// Rows and columns of its matrices.
@@ -382,10 +406,13 @@ impl Matvec {
             "head "
         } else if self.mode == Mode::Gated as i32 {
             "gated "
+        } else if self.mode == Mode::Weighed as i32 {
+            "weighed "
         } else {
             ""
         };
-        format!("{what}{shapes}")
+        let of_experts = if self.mode == Mode::Weighed as i32 { format!("{} times ", self.chosen.count) } else { String::new() };
+        format!("{what}{of_experts}{shapes}")
     }
 
     /// Whether it needs `HAS_FEATURES` of instruction.cuh.
@@ -405,7 +432,8 @@ impl Matvec {
     /// Rows that it examines for outlier columns, and their elements.
     pub(super) fn examines(&self) -> (usize, usize) {
         let inputs = if self.threshold.is_nan() || self.reuses_input != 0 { &[][..] } else { self.inputs() };
-        (inputs.len(), inputs.iter().map(|input| input.k as usize).sum())
+        let rows = self.vectors() * inputs.len();
+        (rows, self.vectors() * inputs.iter().map(|input| input.k as usize).sum::<usize>())
     }
 
     pub(super) fn inputs(&self) -> &[InputDesc] {

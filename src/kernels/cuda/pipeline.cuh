@@ -28,7 +28,6 @@ struct Chosen {
     MatrixPart parts[3 * MAX_CHOSEN];
     float weights[MAX_CHOSEN];
     int experts[MAX_CHOSEN];
-    int hidden;  // values that all their gates write
 };
 __device__ __forceinline__ Chosen &chosen_experts() {
     __shared__ Chosen chosen;
@@ -39,8 +38,9 @@ __device__ __forceinline__ Chosen &chosen_experts() {
 struct BlockShare {
     int first_row, rows;       // in the rows of all parts
     int tiles, of_tile, extra_rows;  // rows of a tile, and how many of the first tiles have one more
-    int runs;                  // of a tile: 1 or 2
-    int chunks[2];             // of a run, first and second of a tile
+    int runs;                  // of a tile: 1 or 2, or one for each chosen expert
+    int shift;                 // runs are counted through in steps of 1 << shift a tile
+    int chunks[2];             // of a tile's first run, and of each other one
     int steps, of_warp;
     float per_of_warp;  // 1 / of_warp
     int enter_run[WARPS], enter_chunk[WARPS];
@@ -51,13 +51,21 @@ struct ResidentInstruction {
     BlockShare share;
 };
 
-__device__ __forceinline__ int tile_of(const BlockShare &share, int run) { return run >> (share.runs - 1); }
-__device__ __forceinline__ int is_second(const BlockShare &share, int run) { return run & (share.runs - 1); }
+// a / b for `per_b` = 1 / b, whose product is off by one at most.
+__device__ __forceinline__ int quotient(int a, int b, float per_b) {
+    const int near = (int)((float)a * per_b), rest = a - near * b;
+    return near + (rest >= b) - (rest < 0);
+}
+
+__device__ __forceinline__ int tile_of(const BlockShare &share, int run) { return run >> share.shift; }
+// Of a tile's runs, which one.
+__device__ __forceinline__ int place_of(const BlockShare &share, int run) { return run & ((1 << share.shift) - 1); }
+__device__ __forceinline__ int chunks_of(const BlockShare &share, int in_tile) { return share.chunks[HAS_FEATURES ? min(in_tile, 1) : in_tile]; }
 
 // Iterates over a warp's steps of an instruction, run by run. The copies and the reads of weights use the same order.
 struct RunIterator {
     int run;  // negative before the first one
-    int second, chunk;
+    int in_tile, chunk;
     int steps;  // of the run, from that chunk on; none behind the last run
     int left;   // of the instruction, behind these
     __device__ __forceinline__ void next(const BlockShare &share, int warp) {
@@ -67,21 +75,17 @@ struct RunIterator {
             left = min(share.of_warp, share.steps - warp * share.of_warp);
         } else {
             run++;
+            // Behind the last of the chosen experts comes the next tile.
+            if (HAS_FEATURES && place_of(share, run) == share.runs) run = (tile_of(share, run) + 1) << share.shift;
             chunk = 0;
         }
         steps = 0;
         if (left <= 0) return;
-        second = is_second(share, run);
-        steps = min(left, share.chunks[second] - chunk);
+        in_tile = place_of(share, run);
+        steps = min(left, chunks_of(share, in_tile) - chunk);
         left -= steps;
     }
 };
-
-// a / b for `per_b` = 1 / b, whose product is off by one at most.
-__device__ __forceinline__ int quotient(int a, int b, float per_b) {
-    const int near = (int)((float)a * per_b), rest = a - near * b;
-    return near + (rest >= b) - (rest < 0);
-}
 
 __device__ __forceinline__ int part_of(const Matvec &matvec, int row) {
     int part = 0;
@@ -97,16 +101,27 @@ __device__ __forceinline__ int first_row_of(const BlockShare &share, int tile) {
 // The parts that an instruction reads: its own, or those of the chosen experts.
 __device__ __forceinline__ const MatrixPart *parts_of(const Matvec &matvec) { return HAS_FEATURES && matvec.chosen ? chosen_experts().parts : matvec.parts; }
 
+// The vectors that a matvec multiplies: its inputs, or those of the chosen experts, which are all alike.
+__device__ __forceinline__ bool is_weighed(const Matvec &matvec) { return HAS_FEATURES && matvec.mode == MODE_WEIGHED; }
+__device__ __forceinline__ int vectors_of(const Matvec &matvec) { return is_weighed(matvec) ? matvec.chosen : matvec.n_inputs; }
+__device__ __forceinline__ const InputDesc &vector_at(const Matvec &matvec, int vector) { return matvec.inputs[is_weighed(matvec) ? 0 : vector]; }
+__device__ __forceinline__ int vector_of_run(const Matvec &matvec, int in_tile) { return matvec.mode == MODE_JOINED || is_weighed(matvec) ? in_tile : 0; }
+// Elements of all vectors' chunks.
+__device__ __forceinline__ int padded_of(const Matvec &matvec) {
+    if (is_weighed(matvec)) return matvec.chosen * matvec.inputs[0].padded;
+    return matvec.inputs[0].padded + (matvec.n_inputs > 1 ? matvec.inputs[1].padded : 0);
+}
+
 // The part that a run reads for row `row` of all parts; `row` becomes the row of that part.
-__device__ __forceinline__ const MatrixPart &part_at(const ResidentInstruction &resident, int second, int &row) {
+__device__ __forceinline__ const MatrixPart &part_at(const ResidentInstruction &resident, int in_tile, int &row) {
     const Matvec &matvec = resident.instruction.matvec;
     if (HAS_FEATURES && matvec.chosen) {
-        if (matvec.mode != MODE_GATED) return chosen_experts().parts[2 * MAX_CHOSEN + matvec.first_chosen + second];
+        if (matvec.mode == MODE_WEIGHED) return chosen_experts().parts[2 * MAX_CHOSEN + in_tile];
         const int expert = (unsigned)row / (unsigned)matvec.rows_of_expert;
         row -= expert * matvec.rows_of_expert;
-        return chosen_experts().parts[2 * expert + second];
+        return chosen_experts().parts[2 * expert + in_tile];
     }
-    const MatrixPart &part = matvec.parts[matvec.mode == MODE_PARTS ? part_of(matvec, row) : second];
+    const MatrixPart &part = matvec.parts[matvec.mode == MODE_PARTS ? part_of(matvec, row) : in_tile];
     row -= part.first_row;
     return part;
 }
@@ -135,13 +150,15 @@ __device__ __forceinline__ void compute_share(ResidentInstruction &resident) {
     const int block = blockIdx.x - (is_first ? 0 : first_partition.blocks), with_more = block - (partition.blocks - partition.extra_rows);
     const int rows = partition.rows_per_block + (with_more >= 0 ? 1 : 0), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const int chunks_0 = matvec.inputs[0].chunks;
-    const int chunks_1 = matvec.mode == MODE_PARTS ? 0 : matvec.mode == MODE_JOINED ? matvec.inputs[1].chunks : chunks_0;
-    const int of_tile = chunks_0 + chunks_1, steps = tiles * of_tile, of_warp = (steps + WARPS - 1) / WARPS;
+    const int runs = is_weighed(matvec) ? matvec.chosen : matvec.mode == MODE_PARTS ? 1 : 2;
+    const int shift = is_weighed(matvec) ? LOG_MAX_CHOSEN : runs - 1;
+    const int chunks_1 = runs == 1 ? 0 : matvec.mode == MODE_JOINED ? matvec.inputs[1].chunks : chunks_0;
+    const int of_tile = chunks_0 + (runs - 1) * chunks_1, steps = tiles * of_tile, of_warp = (steps + WARPS - 1) / WARPS;
     if (lane < WARPS) {
-        const int begin = lane * of_warp, tile = quotient(begin, of_tile, __frcp_rn((float)of_tile)), in_tile = begin - tile * of_tile;
-        const bool second = in_tile >= chunks_0;
-        share.enter_run[lane] = tile * (chunks_1 ? 2 : 1) + second;
-        share.enter_chunk[lane] = in_tile - (second ? chunks_0 : 0);
+        const int begin = lane * of_warp, tile = quotient(begin, of_tile, __frcp_rn((float)of_tile)), step = begin - tile * of_tile;
+        const int later = step < chunks_0 ? 0 : runs == 2 ? 1 : quotient(step, chunks_0, __frcp_rn((float)chunks_0));
+        share.enter_run[lane] = (tile << shift) + later;
+        share.enter_chunk[lane] = step - later * chunks_0;
     }
     if (lane == 0) {
         share.first_row = block * partition.rows_per_block + max(0, with_more) + (is_first ? 0 : first_partition.blocks * first_partition.rows_per_block + first_partition.extra_rows);
@@ -149,7 +166,8 @@ __device__ __forceinline__ void compute_share(ResidentInstruction &resident) {
         share.tiles = tiles;
         share.of_tile = tiles ? quotient(rows, tiles, __frcp_rn((float)tiles)) : 0;
         share.extra_rows = rows - share.of_tile * tiles;
-        share.runs = chunks_1 ? 2 : 1;
+        share.runs = runs;
+        share.shift = shift;
         share.chunks[0] = chunks_0;
         share.chunks[1] = chunks_1;
         share.steps = steps;
@@ -204,12 +222,12 @@ struct CopyCursor {
             iterator.next(resident.share, warp);
             if (iterator.steps == 0) continue;
             const Matvec &matvec = resident.instruction.matvec;
-            const int input = matvec.mode == MODE_JOINED ? iterator.second : 0, tile = tile_of(resident.share, iterator.run);
+            const int vector = vector_of_run(matvec, iterator.in_tile), tile = tile_of(resident.share, iterator.run);
             rows.count = rows_of(resident.share, tile);
             rows.row = first_row_of(resident.share, tile) + min((int)threadIdx.x % TILE_ROWS, rows.count - 1);
-            rows.part = &part_at(resident, iterator.second, rows.row);
-            rows.k = matvec.inputs[input].k;
-            const long long stride = input ? matvec.stride_1 : matvec.stride;
+            rows.part = &part_at(resident, iterator.in_tile, rows.row);
+            rows.k = vector_at(matvec, vector).k;
+            const long long stride = vector ? matvec.stride_1 : matvec.stride;
             rows.from = rows.part->weight + rows.row * stride + iterator.chunk * CHUNK_BYTES;
             return true;
         }

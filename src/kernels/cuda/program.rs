@@ -122,6 +122,13 @@ impl Instruction {
         }
     }
 
+    fn matvec_mut(&mut self) -> Option<&mut Matvec> {
+        match self {
+            Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => Some(matvec),
+            Self::Attention(_) | Self::FeaturedAttention(_) | Self::NormAdd(_) | Self::Route(_) => None,
+        }
+    }
+
     /// Returns whether it needs `HAS_FEATURES` of instruction.cuh.
     fn is_featured(&self) -> bool {
         match self {
@@ -283,6 +290,13 @@ impl ProgramBuilder {
             Instruction::Route(route) => {
                 (route.written_by, route.next_gate) = (writer(route.scores), NO_GATE);
             }
+        }
+        // The gates of experts read what their router has read.
+        if let [.., router, Instruction::Route(_)] = &mut self.list[..]
+            && router.decoder() == instruction.decoder()
+            && let (Some(router), Some(gates)) = (router.matvec_mut(), instruction.matvec_mut())
+        {
+            gates.reuse_input_of(router);
         }
         self.list.push(instruction);
         Ok(())

@@ -6,69 +6,62 @@
 
 #include "kernels/cuda/matvec.cuh"
 
-// Every thread calls `ahead` once.
+static_assert(MAX_EXPERTS <= THREADS, "a thread for each expert");
+
+// Every thread calls `ahead` once. Dynamic shared memory keeps what the router has read: the gates reuse it.
 template <class Ahead>
 __device__ __forceinline__ void route(const Route &op, const Tags &tags, int instruction, Ahead ahead) {
-    constexpr int OF_LANE = MAX_EXPERTS / LANES, WORDS = sizeof(MatrixPart) / sizeof(uint32_t);
+    constexpr int WORDS = sizeof(MatrixPart) / sizeof(uint32_t);
+    // Scores as bits in their order.
+    __shared__ __align__(16) uint32_t keys[MAX_EXPERTS];
+    auto score_of = [&](int expert) {
+        const uint32_t key = keys[expert];
+        return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+    };
+    Chosen &chosen = chosen_experts();
     stamp(instruction, STAMP_BEGUN);
     ahead();
-    Chosen &chosen = chosen_experts();
-    if (threadIdx.x < LANES) {
-        const int lane = threadIdx.x;
-        const ExpectedTag expected(tags, op.written_by);
-        float scores[OF_LANE];
-#pragma unroll
-        for (int i = 0; i < OF_LANE; i++) {
-            const int expert = i * LANES + lane;
-            scores[i] = expert < op.n_experts ? wait_float(op.scores + expert, expected) : 0.0f;
+    const int own = threadIdx.x, fours = (op.n_experts + 3) / 4;
+    if (own < 4 * fours) {
+        // Behind the last expert stands what comes before none.
+        keys[own] = own < op.n_experts ? ordered_bits(wait_float(op.scores + own, ExpectedTag(tags, op.written_by))) : 0;
+    }
+    stamp(instruction, STAMP_READY);
+    barrier_sync();
+    if (own < op.n_experts) {
+        // Its rank: how many come before it.
+        const uint32_t key = keys[own];
+        int before = 0;
+#pragma unroll 4
+        for (int at = 0; at < fours; at++) {
+            const uint4 four = ((const uint4 *)keys)[at];
+            auto comes_before = [&](uint32_t other, int index) { return other > key || (other == key && index < own); };
+            before += comes_before(four.x, 4 * at) + comes_before(four.y, 4 * at + 1) + comes_before(four.z, 4 * at + 2) + comes_before(four.w, 4 * at + 3);
         }
-        stamp(instruction, STAMP_READY);
-        uint32_t taken = 0;
-        float first = 0.0f, sum = 0.0f;
-#pragma unroll 1
-        for (int at = 0; at < op.top_k; at++) {
-            // No score ranks as low as none.
-            unsigned long long best = 0;
-#pragma unroll
-            for (int i = 0; i < OF_LANE; i++) {
-                const int expert = i * LANES + lane;
-                const unsigned long long rank = expert < op.n_experts && !(taken >> i & 1) ? rank_of(scores[i], expert) : 0;
-                best = rank > best ? rank : best;
-            }
-#pragma unroll
-            for (int distance = LANES / 2; distance > 0; distance /= 2) {
-                const unsigned long long other = __shfl_xor_sync(ALL_LANES, best, distance);
-                best = other > best ? other : best;
-            }
-            const int expert = (int)~(uint32_t)best;
-            // From its rank: an index into registers would put them into local memory.
-            const uint32_t ordered = (uint32_t)(best >> 32);
-            const float score = __uint_as_float(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered);
-            if (expert % LANES == lane) taken |= 1u << expert / LANES;
-            if (at == 0) first = score;
-            const float weight = __expf(score - first);
-            sum += weight;
-            if (lane == 0) chosen.experts[at] = expert, chosen.weights[at] = weight;
-        }
-        if (op.is_over_all) {
-            sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < OF_LANE; i++)
-                if (i * LANES + lane < op.n_experts) sum += __expf(scores[i] - first);
-            sum = warp_sum(sum);
-        }
-        __syncwarp();
-        if (lane < op.top_k) chosen.weights[lane] = chosen.weights[lane] / sum;
+        if (before < op.top_k) chosen.experts[before] = own;
     }
     barrier_sync();
+    if (own < LANES) {
+        const float first = score_of(chosen.experts[0]);
+        float sum = 0.0f;
+        if (op.is_over_all) {
+#pragma unroll 1
+            for (int expert = own; expert < op.n_experts; expert += LANES) sum += __expf(score_of(expert) - first);
+            sum = warp_sum(sum);
+        } else {
+#pragma unroll 1
+            for (int at = 0; at < op.top_k; at++) sum += __expf(score_of(chosen.experts[at]) - first);
+        }
+        if (own < op.top_k) chosen.weights[own] = __expf(score_of(chosen.experts[own]) - first) / sum;
+    }
 #pragma unroll 1
     for (int at = threadIdx.x; at < 3 * op.top_k * WORDS; at += THREADS) {
         const int part = (unsigned)at / WORDS, word = at - part * WORDS, expert = part / 3, which = part - 3 * expert;
         const uint32_t *from = (const uint32_t *)(op.experts + chosen.experts[expert] * 3 + which);
-        ((uint32_t *)(chosen.parts + (which == 2 ? 2 * MAX_CHOSEN + expert : 2 * expert + which)))[word] = __ldg(from + word);
+        uint32_t *to = (uint32_t *)(chosen.parts + (which == 2 ? 2 * MAX_CHOSEN + expert : 2 * expert + which));
+        to[word] = __ldg(from + word);
     }
     barrier_sync();
-    if (threadIdx.x == 0) chosen.hidden = op.top_k * op.rows_of_expert;
     if ((int)threadIdx.x < 2 * op.top_k) chosen.parts[threadIdx.x].out = op.hidden + (long long)(threadIdx.x / 2) * op.rows_of_expert;
     stamp_rest(instruction, STAMP_READ);
 }

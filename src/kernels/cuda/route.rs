@@ -6,8 +6,8 @@ use super::launch::dimension;
 use super::matvec::MatrixPart;
 
 /// As in instruction.cuh: experts of a token, and experts that there are.
-const MAX_CHOSEN: usize = 8;
-const MAX_EXPERTS: usize = 256;
+pub(super) const MAX_CHOSEN: usize = 8;
+const MAX_EXPERTS: usize = 512;
 
 /// Parts of an expert in the table that [`Route::experts`] is the address of: gate, up and down.
 pub type ExpertParts = [MatrixPart; 3];

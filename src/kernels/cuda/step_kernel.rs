@@ -21,8 +21,8 @@ const MAX_STAGES: usize = 5;
 /// Shared memory of a block on Hopper, and the part of it that is left for static variables.
 const HOPPER_SHARED_BYTES: usize = 227 << 10;
 pub const HOPPER_STATIC_BYTES: usize = 8 << 10;
-/// What a kernel with `HAS_FEATURES` has beside it: the experts that were chosen.
-pub const FEATURED_STATIC_BYTES: usize = 2 << 10;
+/// What a kernel with `HAS_FEATURES` has beside it: the scores of experts, and those that were chosen.
+pub const FEATURED_STATIC_BYTES: usize = 5 << 10;
 
 /// A kernel that runs programs. Each reads fp16 and fp32 matrices, and those of one format.
 pub struct StepKernel {

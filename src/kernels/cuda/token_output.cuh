@@ -3,12 +3,14 @@
 
 #include "kernels/cuda/instruction.cuh"
 
-// A key that orders as the logits do and, among equals, puts the lower index first. NaN never wins, as in a comparison.
-__device__ __forceinline__ unsigned long long rank_of(float logit, int index) {
-    uint32_t bits = __float_as_uint(logit);
-    uint32_t ordered = isnan(logit) ? 0u : (bits & 0x80000000u ? ~bits : bits | 0x80000000u);
-    return (unsigned long long)ordered << 32 | (uint32_t)~index;
+// Bits that order as the values do. NaN never wins, as in a comparison.
+__device__ __forceinline__ uint32_t ordered_bits(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    return isnan(value) ? 0u : (bits & 0x80000000u ? ~bits : bits | 0x80000000u);
 }
+
+// A key that orders as the logits do and, among equals, puts the lower index first.
+__device__ __forceinline__ unsigned long long rank_of(float logit, int index) { return (unsigned long long)ordered_bits(logit) << 32 | (uint32_t)~index; }
 
 __device__ __forceinline__ unsigned long long block_best(unsigned long long best, unsigned long long *room) {
 #pragma unroll

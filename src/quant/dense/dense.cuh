@@ -42,9 +42,9 @@ struct HalfDecoder : PlainDecoder {
             x = from.x + (lane / 4 % 2 * 4 + lane % 4) * 16 + chunk * 2 * CHUNK;
         }
     };
-    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *,
-                                   float (&)[MAX_INPUTS * WARPS]) {
-        if (threadIdx.x < matvec.n_inputs) to[threadIdx.x].x = shared_address(x + threadIdx.x * matvec.inputs[0].padded);
+    static __device__ void convert(Activations (&to)[MAX_VECTORS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *,
+                                   float (&)[MAX_VECTORS * WARPS]) {
+        if ((int)threadIdx.x < vectors_of(matvec)) to[threadIdx.x].x = shared_address(x + threadIdx.x * matvec.inputs[0].padded);
     }
 
     static __device__ __forceinline__ void add(const uint4 &low, const uint4 &high, uint32_t, uint32_t, Row &row, Sums &sums) {
@@ -67,12 +67,11 @@ struct FloatDecoder : PlainDecoder {
             x = from.x + lane % 4 * 16 + chunk * 4 * CHUNK;
         }
     };
-    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *free_bytes,
-                                   float (&)[MAX_INPUTS * WARPS]) {
+    static __device__ void convert(Activations (&to)[MAX_VECTORS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *free_bytes,
+                                   float (&)[MAX_VECTORS * WARPS]) {
         float *floats = (float *)free_bytes;
-        const int all = matvec.inputs[0].padded + (matvec.n_inputs > 1 ? matvec.inputs[1].padded : 0);
-        for (int at = threadIdx.x; at < all; at += THREADS) floats[at] = __half2float(x[at]);
-        if (threadIdx.x < matvec.n_inputs) to[threadIdx.x].x = shared_address(floats + threadIdx.x * matvec.inputs[0].padded);
+        for (int at = threadIdx.x; at < padded_of(matvec); at += THREADS) floats[at] = __half2float(x[at]);
+        if ((int)threadIdx.x < vectors_of(matvec)) to[threadIdx.x].x = shared_address(floats + threadIdx.x * matvec.inputs[0].padded);
     }
 
     static __device__ __forceinline__ float dot(const uint4 &w, const uint4 &x) {

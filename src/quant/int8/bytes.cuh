@@ -58,49 +58,46 @@ struct Bytes {
         }
     };
 
-    // A thread takes eight elements at a time, and all inputs in one pass; the first eight of each stay in registers. Magnitudes of halves compare
-    // as their bits do.
-    static __device__ void convert(Activations (&to)[MAX_INPUTS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *free_bytes,
-                                   float (&room)[MAX_INPUTS * WARPS]) {
+    // A thread takes eight elements at a time, and all vectors in one pass; the first eight of each input stay in registers. Magnitudes of halves
+    // compare as their bits do.
+    static __device__ void convert(Activations (&to)[MAX_VECTORS], const Shared &, const Matvec &matvec, const __half *x, uint8_t *free_bytes,
+                                   float (&room)[MAX_VECTORS * WARPS]) {
         const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
         const uint32_t threshold = first_outlier(matvec.threshold) * 0x10001u;
+        const int of_vector = matvec.inputs[0].padded;
         uint4 first[MAX_INPUTS] = {};
         uint32_t of_first[MAX_INPUTS] = {};
-#pragma unroll
-        for (int i = 0; i < MAX_INPUTS; i++) {
-            if (i >= matvec.n_inputs) break;
-            const int padded = matvec.inputs[i].padded;
-            const uint4 *eights = (const uint4 *)(x + i * matvec.inputs[0].padded);
-            uint32_t *bits = (uint32_t *)(free_bytes + i * behind(matvec.inputs[0].padded) + padded);
+        // The largest magnitude, and the outlier bits' zeros; a thread's first eight elements without outliers, and which were.
+        auto examine = [&](int i, uint4 &own, uint32_t &of_own) {
+            const int padded = vector_at(matvec, i).padded;
+            const uint4 *eights = (const uint4 *)(x + i * of_vector);
+            uint32_t *bits = (uint32_t *)(free_bytes + i * behind(of_vector) + padded);
             uint32_t largest = 0;
 #pragma unroll 1
             for (int at = threadIdx.x; at < padded / 8; at += THREADS) {
                 uint4 eight = eights[at];
                 if (at < padded / 32) bits[at] = 0;
                 const uint32_t found = remove_outliers(eight, threshold);
-                if (at == threadIdx.x) first[i] = eight, of_first[i] = found;
+                if (at == threadIdx.x) own = eight, of_own = found;
                 const uint32_t low = larger_halves(eight.x & MAGNITUDES, eight.y & MAGNITUDES);
                 largest = larger_halves(largest, larger_halves(low, larger_halves(eight.z & MAGNITUDES, eight.w & MAGNITUDES)));
             }
             largest = warp_largest(max(largest & 0xffff, largest >> 16));
             if (lane == 0) room[i * WARPS + warp] = __half2float(__ushort_as_half((unsigned short)largest));
-        }
-        barrier_sync();
-#pragma unroll
-        for (int i = 0; i < MAX_INPUTS; i++) {
-            if (i >= matvec.n_inputs) break;
-            const int padded = matvec.inputs[i].padded;
-            const uint4 *eights = (const uint4 *)(x + i * matvec.inputs[0].padded);
-            uint8_t *made = free_bytes + i * behind(matvec.inputs[0].padded);
+        };
+        auto encode = [&](int i, bool is_held, const uint4 &own, uint32_t of_own) {
+            const int padded = vector_at(matvec, i).padded;
+            const uint4 *eights = (const uint4 *)(x + i * of_vector);
+            uint8_t *made = free_bytes + i * behind(of_vector);
             // Floats that are not negative compare as their bits do; NaN is the largest.
             const float largest = __uint_as_float(warp_largest(__float_as_uint(room[i * WARPS + lane % WARPS])));
             // Two roundings, of the reciprocal and of the product, as on the CPU. A zero row stays zero.
             const float scale = largest == 0.0f ? 0.0f : __fmul_rn(__frcp_rn(largest), 127.0f);
 #pragma unroll 1
             for (int at = threadIdx.x; at < padded / 8; at += THREADS) {
-                uint4 eight = first[i];
-                uint32_t found = of_first[i];
-                if (at != threadIdx.x) eight = eights[at], found = remove_outliers(eight, threshold);
+                uint4 eight = own;
+                uint32_t found = of_own;
+                if (!is_held || at != threadIdx.x) eight = eights[at], found = remove_outliers(eight, threshold);
                 ((uint2 *)made)[at] = make_uint2(codes_of(eight.x, eight.y, scale), codes_of(eight.z, eight.w, scale));
                 if (!found) continue;
                 atomicOr((uint32_t *)(made + padded) + at / 16 * 4 + at / 2 % 4, found << (at / 8 % 2 * 16 + at % 2 * 8));
@@ -108,7 +105,20 @@ struct Bytes {
                 if (matvec.outlier_columns && blockIdx.x == gridDim.x - 1) atomicAdd(matvec.outlier_columns, (unsigned long long)__popc(found));
             }
             if (threadIdx.x == 0) to[i] = {shared_address(eights), shared_address(made), shared_address(made + padded), largest};
-        }
+        };
+#pragma unroll
+        for (int i = 0; i < MAX_INPUTS; i++)
+            if (i < vectors_of(matvec)) examine(i, first[i], of_first[i]);
+        uint4 passed;
+        uint32_t of_passed;
+#pragma unroll 1
+        for (int i = MAX_INPUTS; i < (is_weighed(matvec) ? matvec.chosen : 0); i++) examine(i, passed, of_passed);
+        barrier_sync();
+#pragma unroll
+        for (int i = 0; i < MAX_INPUTS; i++)
+            if (i < vectors_of(matvec)) encode(i, true, first[i], of_first[i]);
+#pragma unroll 1
+        for (int i = MAX_INPUTS; i < (is_weighed(matvec) ? matvec.chosen : 0); i++) encode(i, false, {}, 0);
     }
     // Bytes of codes and outlier bits.
     static __device__ __forceinline__ int behind(int padded) { return padded + padded / 8; }

@@ -13,7 +13,7 @@ use crate::plan::fuse::FusedExperts;
 use crate::plan::{Expert, ExpertMatrix, ExpertWeighting, ExpertsSpec, GatedActivation, refuse};
 
 impl Lowering<'_> {
-    /// The router's choice, the gates of all chosen experts together, and their downs, two at a time.
+    /// The router's choice, the gates of all chosen experts together, and their downs.
     pub(super) fn choose(&mut self, FusedExperts { input, spec, residual }: &FusedExperts) -> Result<()> {
         let ExpertsSpec { x: _, scores, experts, top_k, weighting, activation, out } = spec;
         let x = residual.context("a mixture that is added to no residual")?;
@@ -49,27 +49,17 @@ impl Lowering<'_> {
         // Operands that the chosen experts' replace, but for shapes, formats and the place of the results.
         let product = |matrix: MatrixDesc, out| Product { matrix, first_row: 0, bias: 0, out, activation: 0 };
         let of_all = [gate, up].map(|matrix| product(MatrixDesc { n: top_k * rows, ..matrix }, hidden));
-        let chosen = ChosenExperts { count: dimension(*top_k)?, first: 0, rows_of_expert };
+        let chosen = ChosenExperts { count: dimension(*top_k)?, rows_of_expert };
         self.instructions.multiply(
             Mode::Gated,
             vec![self.input(input)?],
             &of_all,
             Epilogue { chosen, range: PowersOfTwo { read: 1.0, stored: scale, rounded: scale }, ..plain },
         )?;
-        let residual = self.memory.at(x)?;
-        for first in (0..*top_k).step_by(2) {
-            let chosen_here = first..(first + 2).min(*top_k);
-            let inputs = chosen_here.clone().map(|at| {
-                let x = hidden + (size_of::<u32>() * at * rows) as u64;
-                InputDesc { x, scale: 1.0, is_tagged: 1, ..InputDesc::default() }
-            });
-            let products = vec![product(down, 0); chosen_here.len()];
-            let chosen =
-                ChosenExperts { count: dimension(chosen_here.len())?, first: dimension(first)?, rows_of_expert };
-            let range = PowersOfTwo { read: scale, ..PowersOfTwo::default() };
-            let epilogue = Epilogue { residual, chosen, range, ..plain };
-            self.instructions.multiply(Mode::Joined, inputs.collect(), &products, epilogue)?;
-        }
+        let results = InputDesc { x: hidden, scale: 1.0, is_tagged: 1, ..InputDesc::default() };
+        let range = PowersOfTwo { read: scale, ..PowersOfTwo::default() };
+        let epilogue = Epilogue { residual: self.memory.at(x)?, chosen, range, ..plain };
+        self.instructions.multiply(Mode::Weighed, vec![results], &[product(down, 0)], epilogue)?;
         Ok(())
     }
 

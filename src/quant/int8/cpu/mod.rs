@@ -1,6 +1,7 @@
 //! LLM.int8 on the CPU: strips of 16 rows, each lane of a register one row's next four codes; exact int32 sums.
 
 mod activations;
+mod outliers;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -88,9 +89,8 @@ impl Int8Matrix {
 
     /// Dequantized weights of a column, one for each row of a strip.
     fn column(&self, strip: usize, column: usize) -> [f32; STRIP_ROWS] {
-        let codes = &self.strip_codes(strip..strip + 1)[column / QUAD * QUAD_BYTES + column % QUAD..];
-        let absmax = &self.absmax[strip * STRIP_ROWS..];
-        std::array::from_fn(|row| f32::from(codes[row * QUAD].cast_signed()) * absmax[row] * CODE_UNIT)
+        let absmax = &self.absmax[strip * STRIP_ROWS..].as_chunks().0[0];
+        outliers::weights(self.strip_codes(strip..strip + 1), column, absmax)
     }
 
     /// Products summed over the columns in fp32, from the kernel's sums.
@@ -130,10 +130,9 @@ impl Int8Matrix {
         for strip in strips(&rows) {
             self.multiply_tile(strip..strip + 1, x.i8s, 1, &mut tile);
             let mut sums = self.dequantize_sums(strip, &tile[0][0], x.scales[0]);
-            for (column, value) in x.outlier_columns.iter().zip(outliers) {
-                let weights = self.column(strip, *column as usize);
-                sums.iter_mut().zip(weights).for_each(|(sum, weight)| *sum += weight * value);
-            }
+            let absmax = &self.absmax[strip * STRIP_ROWS..].as_chunks().0[0];
+            let codes = self.strip_codes(strip..strip + 1);
+            outliers::add(codes, x.outlier_columns, outliers, absmax, self.isa, &mut sums);
             write_strip(&sums, strip, &rows, bias, 0, y);
         }
     }
