@@ -216,7 +216,7 @@ fn random_weights_take_the_shape_of_a_folder_without_weights() {
     let opened = weights::open(&request(&folder.path().display().to_string(), WeightsChoice::Random), &Silent).unwrap();
     let source = opened.source(&[matrix("a.weight", 2, 3)], &[]).unwrap();
     let info = source.info();
-    assert_eq!((info.source, info.seed, info.hash.as_str()), (SourceKind::Random, Some(3), "seed:3"));
+    assert_eq!((info.source, info.seed, info.hash.as_str()), (SourceKind::Random, Some(3), "seed:3, recipe:2"));
     assert_eq!(opened.id, folder.path().file_name().unwrap().to_string_lossy());
 }
 
@@ -306,24 +306,24 @@ fn rows_may_be_read_in_any_chunks() {
 fn random_weights_are_the_same_everywhere_scaled_and_hold_the_outliers_asked_for() {
     let (n, k) = (300, 257);
     let kinds = [VectorKind::NormWeight, VectorKind::NormOffset, VectorKind::Bias];
-    let specs = [matrix("m", n, k), matrix("other", n, k)];
+    let specs = [matrix("m", n, k + 1), matrix("other", n, k + 1), matrix("behind", n, k)];
     let vectors: Vec<_> = kinds.iter().map(|kind| vector(&format!("{kind:?}"), k, *kind)).collect();
     let make = |seed| Random::new(seed, 6, &specs, &vectors);
     let source = make(7);
-    let (m, _) = values(&source, "m", n, k);
+    let (m, _) = values(&source, "m", n, k + 1);
 
     // Fixed by arithmetic that every machine does alike; a change here changes every published random-weight result.
     let first: Vec<u16> = m[..4].iter().map(|x| x.to_bits()).collect();
     assert_eq!(first, FIRST_BITS);
-    assert!(m != values(&make(8), "m", n, k).0, "another seed");
-    assert!(m != values(&source, "other", n, k).0, "another tensor");
+    assert!(m != values(&make(8), "m", n, k + 1).0, "another seed");
+    assert!(m != values(&source, "other", n, k + 1).0, "another tensor");
 
-    // 77,100 independent draws: their variance is off by √(2 / 77100) = 0.5 % at one sigma, their mean by 0.36 % of it.
+    // 77,400 independent draws: their variance is off by √(2 / 77400) = 0.5 % at one sigma, their mean by 0.36 % of it.
     let wide: Vec<f64> = m.iter().map(|x| x.to_f64()).collect();
     let mean = wide.iter().sum::<f64>() / wide.len() as f64;
     let variance = wide.iter().map(|x| x * x).sum::<f64>() / wide.len() as f64;
-    assert!((variance * k as f64 - 1.0).abs() < 0.025, "{variance}");
-    assert!((mean * (k as f64).sqrt()).abs() < 0.018, "{mean}");
+    assert!((variance * (k + 1) as f64 - 1.0).abs() < 0.025, "{variance}");
+    assert!((mean * ((k + 1) as f64).sqrt()).abs() < 0.018, "{mean}");
 
     let mut channels = Vec::new();
     for (kind, centre) in [("NormWeight", 0.0), ("NormOffset", 1.0)] {
@@ -336,6 +336,14 @@ fn random_weights_are_the_same_everywhere_scaled_and_hold_the_outliers_asked_for
         channels.push(large);
     }
     assert_eq!(channels[0], channels[1], "the same channels in every norm");
+    // A matrix behind the norm: half the size, and each outlier channel's values a 20th of that. 300 draws: 4 % at one sigma.
+    let (behind, _) = values(&source, "behind", n, k);
+    for channel in 0..k {
+        let square: f64 = behind.iter().skip(channel).step_by(k).map(|x| x.to_f64() * x.to_f64()).sum();
+        let size = (square / n as f64 * k as f64).sqrt();
+        let expected = if channels[0].contains(&channel) { 0.5 / 20.0 } else { 0.5 };
+        assert!((size / expected - 1.0).abs() < 0.2, "{channel}: {size}, not {expected}");
+    }
     assert!(values(&source, "Bias", k, 1).0.iter().all(|x| x.to_f32().abs() < 0.12));
 }
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
     const int opcode = resident.instruction.opcode;
     stamp(at, STAMP_BEGUN);
     RowFactors<Format> factors;
-    bool has_row = factors.load(resident, threadIdx.x / TILE_ROWS, threadIdx.x % TILE_ROWS);
+    bool has_row = is_weighed(matvec) ? factors.load_weighed(resident, threadIdx.x) : factors.load(resident, threadIdx.x / TILE_ROWS, threadIdx.x % TILE_ROWS);
     pipeline.fill(instructions, before);
     RunReader reader;
     reader.next(resident);
@@ -88,31 +88,38 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
     barrier_sync();
     stamp(at, STAMP_SUMMED);
 
+    auto value_of = [&](int run, int of_tile, uint32_t sums_of, float scale, float bias) {
+        float value;
+        if (opcode == OPCODE_FORMAT) value = Format::result(total_of<typename Format::Partial>(partials, sums_of, of_tile), activations.own[vector_of_run(matvec, run)], scale, matvec.rounded_scale);
+        else value = total_of<Value>(partials, sums_of, of_tile).value;
+        return value * matvec.product_scale + bias;
+    };
+    if (is_weighed(matvec)) {
+        // A thread for each expert's product of a row; the first of a row's adds them up.
+#pragma unroll 1
+        for (int at_product = threadIdx.x; at_product < share.tiles * TILE_ROWS * MAX_CHOSEN; at_product += THREADS) {
+            const int run = at_product % MAX_CHOSEN, of_tile = at_product / MAX_CHOSEN % TILE_ROWS;
+            if (at_product >= THREADS) has_row = factors.load_weighed(resident, at_product);
+            float value = 0.0f;
+            if (has_row && run < share.runs) value = value_of(run, of_tile, factors.sums_of[0], factors.scale[0], factors.bias[0]) * chosen_experts().weights[run];
+#pragma unroll
+            for (int distance = 1; distance < MAX_CHOSEN; distance *= 2) value += __shfl_xor_sync(ALL_LANES, value, distance);
+            if (has_row && run == 0) store_relaxed(matvec.residual + factors.row(), tagged(factors.residual + value, tags.of(at)));
+        }
+        stamp(at, STAMP_STORED);
+        return;
+    }
     unsigned long long best = 0;
 #pragma unroll 1
     for (int at_row = threadIdx.x; at_row < share.tiles * TILE_ROWS; at_row += THREADS) {
         const int of_tile = at_row % TILE_ROWS;
         if (at_row >= THREADS) has_row = factors.load(resident, at_row / TILE_ROWS, of_tile);
         if (!has_row) continue;
-        auto value_of = [&](int run, uint32_t sums_of, float scale, float bias) {
-            float value;
-            if (opcode == OPCODE_FORMAT) value = Format::result(total_of<typename Format::Partial>(partials, sums_of, of_tile), activations.own[vector_of_run(matvec, run)], scale, matvec.rounded_scale);
-            else value = total_of<Value>(partials, sums_of, of_tile).value;
-            value = value * matvec.product_scale + bias;
-            return is_weighed(matvec) ? value * chosen_experts().weights[run] : value;
-        };
         float values[MAX_INPUTS] = {};
 #pragma unroll
         for (int run = 0; run < MAX_INPUTS; run++) {
             if (run >= share.runs) break;
-            values[run] = value_of(run, factors.sums_of[run], factors.scale[run], factors.bias[run]);
-        }
-#pragma unroll 1
-        for (int run = MAX_INPUTS; run < (is_weighed(matvec) ? share.runs : 0); run++) {
-            int row = first_row_of(share, at_row / TILE_ROWS) + of_tile;
-            float bias = 0.0f, scale = 0.0f;
-            factors.load_run(resident, part_at(resident, run, row), row, bias, scale);
-            values[1] += value_of(run, factors.partials_of(share, at_row / TILE_ROWS, run), scale, bias);
+            values[run] = value_of(run, of_tile, factors.sums_of[run], factors.scale[run], factors.bias[run]);
         }
         store_row(matvec, parts_of(matvec)[factors.part()], factors.row(), values, factors.residual, tags.of(at), best);
     }
@@ -188,7 +195,7 @@ __device__ __forceinline__ void run_step(const Program &program) {
             else if (instruction.opcode == OPCODE_ROUTE) {
                 route(instruction.route, tags, at, ahead);
                 if (threadIdx.x == 0) shared_gate = instruction.route.next_gate;
-                // All warps see the choice.
+                // All warps see gate and choice.
                 barrier_sync();
                 if (warp == WARPS - 1) Pipeline::set_instructions_ready(shared_pipeline, min(min(n, gate()), max(at - 1, 0) + RESIDENT_INSTRUCTIONS));
             }

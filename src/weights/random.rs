@@ -6,6 +6,10 @@
 //! A router of independent weights sends most tokens to few experts: what tokens have in common decides, as outlier channels and what attention
 //! averages over a context. A trained router is balanced by its loss. So here a router reads no outlier channel, its rows have one length, and
 //! embeddings are large beside what the blocks add to them: each token's own share decides (`routers`).
+//!
+//! Beside the planted channels LLM.int8 should meet about as few outliers as in a trained model, where what a gate multiplies is small: SmolLM2-135M has 2.7
+//! outlier columns a call over 512 tokens. So what reads a norm weighs its outlier channels by as little as they are larger, and makes results
+//! of half the size (`Kind::BehindNorm`).
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -24,6 +28,13 @@ const TABLE: usize = 1 << 13;
 /// What an outlier channel of a norm is multiplied by. A normalised activation is near N(0, 1), so |x| ≥ 6 for
 /// P(|x| ≥ 0.3) = 76 % of the tokens: LLM.int8 meets about the planted number of outlier columns in each call.
 const OUTLIER_SCALE: f32 = 20.0;
+
+/// Standard deviation of what a matrix behind a norm makes of activations near N(0, 1). Of two such values the product, as gates make it, exceeds 6
+/// once in 10⁹; of values near N(0, 1) once in a thousand, and a column of 512 tokens would hardly be without.
+const BEHIND_NORM_STD: f64 = 0.5;
+
+/// Names how values are made of a seed: other weights have another name.
+const RECIPE: &str = "recipe:2";
 
 /// Spread of norm weights around 1, and of biases around 0.
 const VECTOR_STD: f64 = 0.02;
@@ -47,7 +58,9 @@ struct Tensor {
 enum Kind {
     /// Draws from a table that carries the standard deviation 1 / √k: sums over k inputs keep their size.
     Matrix(Arc<[f16; TABLE]>),
-    /// The same, with rows of length 1 and nothing in outlier channels.
+    /// By [`BEHIND_NORM_STD`], and outlier channels, which are these, once more by 1 / [`OUTLIER_SCALE`].
+    BehindNorm(Arc<[f16; TABLE]>, Arc<[usize]>),
+    /// As `Matrix`, with rows of length 1 and nothing in outlier channels.
     Router(Arc<[f16; TABLE]>),
     Vector(VectorKind, Arc<[f16; TABLE]>),
 }
@@ -55,20 +68,33 @@ enum Kind {
 impl Random {
     pub fn new(seed: u64, outlier_channels: usize, matrices: &[MatrixSpec], vectors: &[VectorSpec]) -> Self {
         let normal = normal_table();
-        let mut by_k = HashMap::new();
+        let mut tables = HashMap::new();
         let mut tensors = HashMap::new();
+        // Norms of heads have other widths than matrices have inputs.
+        let norms: HashMap<usize, Arc<[usize]>> = vectors
+            .iter()
+            .filter(|spec| spec.kind != VectorKind::Bias)
+            .map(|spec| (spec.len, outliers(seed, outlier_channels, spec.len).into()))
+            .collect();
         let key = |name: &str| xxh3_64_with_seed(name.as_bytes(), seed);
         let routers = routers(matrices);
         // Twice what as many blocks add, each of which adds about 1 to every channel's variance.
         let embedding_std = 2.0 * (routers.len() as f64).sqrt();
         let embedding = (!routers.is_empty()).then(|| Arc::new(scaled(&normal, embedding_std)));
         for spec in matrices {
-            let table =
-                by_k.entry(spec.k).or_insert_with(|| Arc::new(scaled(&normal, 1.0 / (spec.k.max(1) as f64).sqrt())));
-            let kind = match &embedding {
-                Some(embedding) if spec.role == Role::Embedding => Kind::Matrix(embedding.clone()),
-                _ if routers.contains(spec.name.as_str()) => Kind::Router(table.clone()),
-                _ => Kind::Matrix(table.clone()),
+            let is_router = routers.contains(spec.name.as_str());
+            let reads_rows = ![Role::Embedding, Role::Patches].contains(&spec.role) && !is_router;
+            let behind = norms.get(&spec.k).filter(|_| reads_rows);
+            let std = if behind.is_some() { BEHIND_NORM_STD } else { 1.0 };
+            let table = tables
+                .entry((spec.k, behind.is_some()))
+                .or_insert_with(|| Arc::new(scaled(&normal, std / (spec.k.max(1) as f64).sqrt())))
+                .clone();
+            let kind = match (&embedding, behind) {
+                (Some(embedding), _) if spec.role == Role::Embedding => Kind::Matrix(embedding.clone()),
+                _ if is_router => Kind::Router(table),
+                (_, Some(channels)) => Kind::BehindNorm(table, channels.clone()),
+                (_, None) => Kind::Matrix(table),
             };
             tensors.insert(spec.name.clone(), Tensor { shape: vec![spec.n, spec.k], key: key(&spec.name), kind });
         }
@@ -81,30 +107,15 @@ impl Random {
             source: SourceKind::Random,
             dtype: "f16".to_owned(),
             seed: Some(seed),
-            hash: format!("seed:{seed}"),
+            hash: format!("seed:{seed}, {RECIPE}"),
         };
         Self { info, seed, outlier_channels, tensors }
-    }
-
-    /// The channels that every norm of this width scales: the same in all layers, as in trained models.
-    fn outliers(&self, len: usize) -> Vec<usize> {
-        let mut channels = Vec::new();
-        let key = xxh3_64_with_seed(b"outlier channels", self.seed);
-        let mut draw = 0;
-        while channels.len() < self.outlier_channels.min(len) {
-            let channel = (mix(key.wrapping_add(draw)) % len as u64) as usize;
-            if !channels.contains(&channel) {
-                channels.push(channel);
-            }
-            draw += 1;
-        }
-        channels
     }
 
     /// A row of a router.
     fn router_row(&self, key: u64, row: usize, table: &[f16; TABLE], out: &mut [f16]) {
         fill_row(key, row as u64, table, out);
-        for channel in self.outliers(out.len()) {
+        for channel in outliers(self.seed, self.outlier_channels, out.len()) {
             out[channel] = f16::ZERO;
         }
         let square: f64 = out.iter().map(|value| value.to_f64() * value.to_f64()).sum();
@@ -123,7 +134,7 @@ impl Random {
         for value in out.iter_mut() {
             *value = f16::from_f32(1.0 - centre + value.to_f32());
         }
-        for channel in self.outliers(out.len()) {
+        for channel in outliers(self.seed, self.outlier_channels, out.len()) {
             out[channel] = f16::from_f32(OUTLIER_SCALE * (out[channel].to_f32() + centre) - centre);
         }
     }
@@ -151,7 +162,15 @@ impl Source for Random {
         ensure!(rows.start <= rows.end && rows.end <= n, "rows {rows:?} of `{name}`, which has {n}");
         ensure!(out.len() == rows.len() * k, "{} values asked of {} in `{name}`", out.len(), rows.len() * k);
         match &tensor.kind {
-            Kind::Matrix(_) | Kind::Router(_) if k == 0 => {}
+            Kind::Matrix(_) | Kind::BehindNorm(..) | Kind::Router(_) if k == 0 => {}
+            Kind::BehindNorm(table, channels) => {
+                for (row, out) in rows.zip(out.chunks_exact_mut(k)) {
+                    fill_row(tensor.key, row as u64, table, out);
+                    for channel in channels.iter() {
+                        out[*channel] = f16::from_f32(out[*channel].to_f32() / OUTLIER_SCALE);
+                    }
+                }
+            }
             Kind::Router(table) => {
                 for (row, out) in rows.zip(out.chunks_exact_mut(k)) {
                     self.router_row(tensor.key, row, table, out);
@@ -174,6 +193,21 @@ impl Source for Random {
     fn stored_bytes(&self, name: &str) -> u64 {
         self.tensors.get(name).map_or(0, |tensor| 2 * tensor.shape.iter().product::<usize>() as u64)
     }
+}
+
+/// The channels that every norm of this width scales: the same in all layers, as in trained models.
+fn outliers(seed: u64, count: usize, len: usize) -> Vec<usize> {
+    let mut channels = Vec::new();
+    let key = xxh3_64_with_seed(b"outlier channels", seed);
+    let mut draw = 0;
+    while channels.len() < count.min(len) {
+        let channel = (mix(key.wrapping_add(draw)) % len as u64) as usize;
+        if !channels.contains(&channel) {
+            channels.push(channel);
+        }
+        draw += 1;
+    }
+    channels
 }
 
 /// Names of the routers: matrices of a module that has experts, with a row for each. Whatever role a user gave them.

@@ -252,15 +252,23 @@ struct RowFactors {
             load_run(resident, of_run, in_part, bias[i], scale[i]);
             sums_of[i] = partials_of(share, tile, i);
         }
-        // Later runs load theirs at the end.
-        for (int i = MAX_INPUTS; i < (is_weighed(matvec) ? share.runs : 0); i++) {
-            int in_part = first_row_of(share, tile) + of_tile;
-            const MatrixPart &of_run = part_at(resident, i, in_part);
-            if (of_run.bias) prefetch(of_run.bias + in_part);
-            if (Format::HAS_ROW_SCALES && resident.instruction.opcode == OPCODE_FORMAT) prefetch((const float *)of_run.scales + in_part);
-        }
-        // All instructions that add to a residual give a row to the same thread: only this one has written it.
+        // All instructions that add to a residual give a row to the same block, which has written it before a barrier.
         residual = matvec.residual ? __uint_as_float(load_relaxed(&matvec.residual[row()].x)) : 0.0f;
+        return true;
+    }
+    // The same for one product of MODE_WEIGHED: rows of all tiles, MAX_CHOSEN runs each. True where there is such a row.
+    __device__ __forceinline__ bool load_weighed(const ResidentInstruction &resident, int product) {
+        const BlockShare &share = resident.share;
+        const int tile = product / (TILE_ROWS * MAX_CHOSEN), of_tile = product / MAX_CHOSEN % TILE_ROWS, run = product % MAX_CHOSEN;
+        if (tile >= share.tiles || of_tile >= rows_of(share, tile)) return false;
+        int row = first_row_of(share, tile) + of_tile;
+        place = row;
+        bias[0] = scale[0] = 0.0f;
+        if (run < share.runs) {
+            load_run(resident, part_at(resident, run, row), row, bias[0], scale[0]);
+            sums_of[0] = partials_of(share, tile, run);
+        }
+        residual = run == 0 ? __uint_as_float(load_relaxed(&resident.instruction.matvec.residual[row].x)) : 0.0f;
         return true;
     }
     // Bias and scale of a row of a run, which are 0 where there are none.
@@ -374,7 +382,7 @@ __device__ __forceinline__ Partial total_of(const void *room, uint32_t sums_of, 
 // The epilogue of a row.
 __device__ __forceinline__ void store_row(const Matvec &matvec, const MatrixPart &part, int row, const float (&values)[MAX_INPUTS], float residual,
                                         uint32_t tag, unsigned long long &best) {
-    float y = values[0] + (matvec.mode == MODE_JOINED || is_weighed(matvec) ? values[1] : 0.0f);
+    float y = values[0] + (matvec.mode == MODE_JOINED ? values[1] : 0.0f);
     if (HAS_FEATURES && part.activation == ACT_CAP) {
         y = capped(y, matvec.softcap);
     } else if (HAS_FEATURES && part.activation == ACT_CLAMPED) {

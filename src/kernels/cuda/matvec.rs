@@ -411,7 +411,8 @@ impl Matvec {
         } else {
             ""
         };
-        let of_experts = if self.mode == Mode::Weighed as i32 { format!("{} times ", self.chosen.count) } else { String::new() };
+        let of_experts =
+            if self.mode == Mode::Weighed as i32 { format!("{} times ", self.chosen.count) } else { String::new() };
         format!("{what}{of_experts}{shapes}")
     }
 

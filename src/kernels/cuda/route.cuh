@@ -7,8 +7,10 @@
 #include "kernels/cuda/matvec.cuh"
 
 static_assert(MAX_EXPERTS <= THREADS, "a thread for each expert");
+// Threads that find an expert's rank together, where there are few experts.
+constexpr int COUNTERS = 4;
 
-// Every thread calls `ahead` once. Dynamic shared memory keeps what the router has read: the gates reuse it.
+// The choice is whole behind the next barrier. Every thread calls `ahead` once. Dynamic shared memory keeps what the router has read: the gates reuse it.
 template <class Ahead>
 __device__ __forceinline__ void route(const Route &op, const Tags &tags, int instruction, Ahead ahead) {
     constexpr int WORDS = sizeof(MatrixPart) / sizeof(uint32_t);
@@ -20,48 +22,58 @@ __device__ __forceinline__ void route(const Route &op, const Tags &tags, int ins
     };
     Chosen &chosen = chosen_experts();
     stamp(instruction, STAMP_BEGUN);
+    // The table of experts comes from memory while the scores are waited for: each block fetches other lines of it.
+    const int lines = (op.n_experts * 3 * (int)sizeof(MatrixPart) + CHUNK_BYTES - 1) / CHUNK_BYTES;
+    for (int line = threadIdx.x * gridDim.x + blockIdx.x; line < lines; line += THREADS * gridDim.x) prefetch((const uint8_t *)op.experts + line * CHUNK_BYTES);
     ahead();
-    const int own = threadIdx.x, fours = (op.n_experts + 3) / 4;
-    if (own < 4 * fours) {
-        // Behind the last expert stands what comes before none.
-        keys[own] = own < op.n_experts ? ordered_bits(wait_float(op.scores + own, ExpectedTag(tags, op.written_by))) : 0;
-    }
+    const int fours = (op.n_experts + 3) / 4;
+    // Behind the last expert stands what comes before none.
+    if ((int)threadIdx.x < 4 * fours)
+        keys[threadIdx.x] = (int)threadIdx.x < op.n_experts ? max(ordered_bits(wait_float(op.scores + threadIdx.x, ExpectedTag(tags, op.written_by))), 1u) : 0;
     stamp(instruction, STAMP_READY);
     barrier_sync();
+    // An expert's rank is how many come before it: COUNTERS neighbouring threads count for as many experts as there are threads for, or one does.
+    const int counters = op.n_experts * COUNTERS <= THREADS ? COUNTERS : 1, own = threadIdx.x / counters;
+    int before = 0;
     if (own < op.n_experts) {
-        // Its rank: how many come before it.
         const uint32_t key = keys[own];
-        int before = 0;
 #pragma unroll 4
-        for (int at = 0; at < fours; at++) {
+        for (int at = threadIdx.x % counters; at < fours; at += counters) {
             const uint4 four = ((const uint4 *)keys)[at];
-            auto comes_before = [&](uint32_t other, int index) { return other > key || (other == key && index < own); };
+            // Of equal keys the lower index comes first.
+            auto comes_before = [&](uint32_t other, int index) { return other > key - (index < own); };
             before += comes_before(four.x, 4 * at) + comes_before(four.y, 4 * at + 1) + comes_before(four.z, 4 * at + 2) + comes_before(four.w, 4 * at + 3);
         }
-        if (before < op.top_k) chosen.experts[before] = own;
     }
+#pragma unroll
+    for (int distance = 1; distance < COUNTERS; distance *= 2) {
+        const int other = __shfl_xor_sync(ALL_LANES, before, distance);
+        if (distance < counters) before += other;
+    }
+    if (own < op.n_experts && before < op.top_k) chosen.experts[before] = own;
     barrier_sync();
-    if (own < LANES) {
-        const float first = score_of(chosen.experts[0]);
+    if (threadIdx.x < LANES) {
+        const int lane = threadIdx.x;
+        const float first = score_of(chosen.experts[0]), weight = lane < op.top_k ? __expf(score_of(chosen.experts[lane]) - first) : 0.0f;
         float sum = 0.0f;
         if (op.is_over_all) {
 #pragma unroll 1
-            for (int expert = own; expert < op.n_experts; expert += LANES) sum += __expf(score_of(expert) - first);
+            for (int expert = lane; expert < op.n_experts; expert += LANES) sum += __expf(score_of(expert) - first);
             sum = warp_sum(sum);
         } else {
-#pragma unroll 1
-            for (int at = 0; at < op.top_k; at++) sum += __expf(score_of(chosen.experts[at]) - first);
+            sum = warp_sum(weight);
         }
-        if (own < op.top_k) chosen.weights[own] = __expf(score_of(chosen.experts[own]) - first) / sum;
+        if (lane < op.top_k) chosen.weights[lane] = weight / sum;
     }
+    constexpr int OUT_WORD = offsetof(MatrixPart, out) / sizeof(uint32_t);
 #pragma unroll 1
     for (int at = threadIdx.x; at < 3 * op.top_k * WORDS; at += THREADS) {
         const int part = (unsigned)at / WORDS, word = at - part * WORDS, expert = part / 3, which = part - 3 * expert;
-        const uint32_t *from = (const uint32_t *)(op.experts + chosen.experts[expert] * 3 + which);
-        uint32_t *to = (uint32_t *)(chosen.parts + (which == 2 ? 2 * MAX_CHOSEN + expert : 2 * expert + which));
-        to[word] = __ldg(from + word);
+        const uint32_t *from = (const uint32_t *)(op.experts + chosen.experts[expert] * 3 + which) + word;
+        // The gates' results lie one expert behind the other.
+        const unsigned long long out = (unsigned long long)(op.hidden + (long long)expert * op.rows_of_expert);
+        const uint32_t value = word == OUT_WORD ? (uint32_t)out : word == OUT_WORD + 1 ? (uint32_t)(out >> 32) : __ldg(from);
+        ((uint32_t *)(chosen.parts + (which == 2 ? 2 * MAX_CHOSEN + expert : 2 * expert + which)))[word] = value;
     }
-    barrier_sync();
-    if ((int)threadIdx.x < 2 * op.top_k) chosen.parts[threadIdx.x].out = op.hidden + (long long)(threadIdx.x / 2) * op.rows_of_expert;
     stamp_rest(instruction, STAMP_READ);
 }

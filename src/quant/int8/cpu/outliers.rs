@@ -7,7 +7,8 @@ use crate::quant::cpu::STRIP_ROWS;
 /// Dequantized weights of a column, one for each row of a strip, whose `codes` are `[quad][row][4]`.
 #[inline(always)]
 pub fn weights(codes: &[u8], column: usize, absmax: &[f32; STRIP_ROWS]) -> [f32; STRIP_ROWS] {
-    let quads: &[[u8; QUAD]; STRIP_ROWS] = codes[column / QUAD * QUAD_BYTES..].as_chunks().0.as_chunks().0.first().expect("a quad of the strip");
+    let quads: &[[u8; QUAD]; STRIP_ROWS] =
+        codes[column / QUAD * QUAD_BYTES..].as_chunks().0.as_chunks().0.first().expect("a quad of the strip");
     // A row's four codes are one word, whose shifts take the code to its top and back with its sign.
     let shift = 24 - 8 * (column % QUAD) as u32;
     std::array::from_fn(|row| (i32::from_le_bytes(quads[row]) << shift >> 24) as f32 * absmax[row] * CODE_UNIT)
