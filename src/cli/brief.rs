@@ -14,6 +14,7 @@ const OPTIONS: &[(&str, &str)] = &[
     ("prompt_tokens", "Synthetic prompt tokens; a list makes cases"),
     ("max_new_tokens", "Tokens to generate; a list makes cases"),
     ("depth", "Tokens in the KV cache before; a list makes cases"),
+    ("batch_size", "Sequences at a time; a list makes cases"),
     ("repeats", "Counted repeats"),
     ("quality", "Measure quality (KL, perplexity) as well"),
     ("baseline", "Records of an earlier run to compare with"),

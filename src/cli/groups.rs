@@ -163,7 +163,7 @@ pub struct PromptArgs {
     #[arg(long, conflicts_with_all = ["prompt_tokens", "prompt_ids", "image"], help_heading = "Workload")]
     pub chat: bool,
 
-    /// File whose text to continue, to the last byte.
+    /// File whose text to continue, to the last byte; of a batch, one prompt a line, each cut to the length of the shortest.
     #[arg(long, group = "prompt_source", value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub prompt_file: Option<PathBuf>,
 

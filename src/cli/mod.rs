@@ -157,6 +157,10 @@ pub struct RunArgs {
     )]
     pub depth: Vec<usize>,
 
+    /// Sequences to generate at once, each with a prompt of its own; a list makes a case of each.
+    #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "1", help_heading = "Workload")]
+    pub batch_size: Vec<usize>,
+
     /// End at the model's end-of-sequence token, which is ignored otherwise.
     #[arg(long, help_heading = "Workload")]
     pub stop_at_eos: bool,

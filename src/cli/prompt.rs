@@ -35,6 +35,20 @@ fn prompt(args: &PromptArgs) -> Result<PromptChoice, BadInput> {
     }
 }
 
+/// The prompts of a batch of `sequences`: one a line of a file that was named, and else what one sequence has.
+pub fn prompts_of_batch(args: &PromptArgs, prompt: &PromptChoice, sequences: usize) -> Result<PromptChoice, BadInput> {
+    let (Some(path), PromptChoice::Text(text), 2..) = (&args.prompt_file, prompt, sequences) else {
+        return Ok(prompt.clone());
+    };
+    let lines: Vec<String> = text.lines().filter(|line| !line.is_empty()).take(sequences).map(str::to_owned).collect();
+    if lines.len() < sequences {
+        let (path, n) = (path.display(), lines.len());
+        return Err(BadInput::new(format!("`--prompt-file {path}` has {n} prompts for a batch of {sequences}"))
+            .hint("give a line of text for each sequence, or a smaller `--batch-size`"));
+    }
+    Ok(PromptChoice::Texts(lines))
+}
+
 /// Bound on a text: more than any context holds, and less than the memory of a machine that measures.
 const MOST_TEXT_MIB: usize = 64;
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use super::engines::{asked, engines};
-use super::prompt::{prompts, text_file};
+use super::prompt::{prompts, prompts_of_batch, text_file};
 use super::words::{Takes, unknown_precision};
 use super::{
     DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, QualityArgs,
@@ -95,26 +95,34 @@ impl Request {
     }
 }
 
-/// `case` with each combination of the lengths, the prompt's outermost. Fails where their logits would go to one file.
+/// `case` with each combination of the lengths and batches, the prompt's outermost. Fails where their logits would go to one file.
 fn of_each_length(case: &Case, args: &RunArgs) -> Result<Vec<Case>, BadInput> {
     let n_gens = match args.max_new_tokens.as_slice() {
         [] => vec![harness::DEFAULT_N_GEN],
         asked => positives("--max-new-tokens", asked)?,
     };
+    let batches = positives("--batch-size", &args.batch_size)?;
     let may_shorten = args.max_new_tokens.is_empty();
     let mut cases = Vec::new();
     for prompt in prompts(&args.prompt)? {
+        // The prompt of each batch, read before the first case is made.
+        let of_batch = |&sequences: &usize| Ok((sequences, prompts_of_batch(&args.prompt, &prompt, sequences)?));
+        let batches = batches.iter().map(of_batch).collect::<Result<Vec<_>, BadInput>>()?;
         for &n_gen in &n_gens {
-            let of_depth =
-                |&n_depth: &usize| Case { prompt: prompt.clone(), n_gen, n_depth, may_shorten, ..case.clone() };
-            cases.extend(args.depth.iter().map(of_depth));
+            for &n_depth in &args.depth {
+                let of_batch = |(sequences, prompt): &(usize, PromptChoice)| {
+                    let (sequences, prompt) = (*sequences, prompt.clone());
+                    Case { prompt, sequences, n_gen, n_depth, may_shorten, ..case.clone() }
+                };
+                cases.extend(batches.iter().map(of_batch));
+            }
         }
     }
     match &case.save_logits {
         Some(path) if cases.len() > 1 => {
             let (path, n) = (path.display(), cases.len());
             Err(BadInput::new(format!("`--save-logits {path}`: {n} cases would write the same file"))
-                .hint("give one length of each kind"))
+                .hint("give one length of each kind, and one batch"))
         }
         _ => Ok(cases),
     }
@@ -419,6 +427,31 @@ mod tests {
     }
 
     #[test]
+    fn batches_make_cases_innermost() {
+        let of = |line: &str| {
+            let of = |case: &Case| (case.n_gen, case.n_depth, case.sequences);
+            request(line).unwrap().cases.iter().map(of).collect::<Vec<_>>()
+        };
+        assert_eq!(of(""), [(64, 0, 1)]);
+        assert_eq!(of("-b 4"), [(64, 0, 4)]);
+        assert_eq!(of("--batch-size 1,8 -n 2,3"), [(2, 0, 1), (2, 0, 8), (3, 0, 1), (3, 0, 8)]);
+        assert_eq!(of("-b 1 -b 2 -d 0,9"), [(64, 0, 1), (64, 0, 2), (64, 9, 1), (64, 9, 2)]);
+    }
+
+    #[test]
+    fn a_batch_takes_a_prompt_of_each_line() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut file, b"one\n\ntwo\nthree\n").unwrap();
+        let path = file.path().display();
+        let prompts: Vec<PromptChoice> =
+            request(&format!("--prompt-file {path} -b 1,2")).unwrap().cases.into_iter().map(|case| case.prompt).collect();
+        let texts = PromptChoice::Texts(vec!["one".to_owned(), "two".to_owned()]);
+        assert_eq!(prompts, [PromptChoice::Text("one\n\ntwo\nthree\n".to_owned()), texts]);
+        let error = request(&format!("--prompt-file {path} -b 4")).err().expect("too few lines");
+        assert!(error.to_string().contains("3 prompts for a batch of 4"), "{error}");
+    }
+
+    #[test]
     fn the_default_model_on_cuda_is_larger() {
         let on_cuda = |model_id: &'static str| Some(model_id).filter(|_| cfg!(feature = "cuda"));
         for (line, model_id) in [
@@ -474,6 +507,9 @@ mod tests {
             ("--method single-cold-run --launches 3", "one run"),
             ("--method fair", "quantbench"),
             ("-p 8,0", "at least 1"),
+            ("-b 1,0", "at least 1"),
+            ("-b 2,x", "invalid"),
+            ("-b 1,2 --save-logits l.safetensors", "same file"),
             ("-n 8,x", "invalid"),
             ("-n 4,8 --save-logits l.safetensors", "same file"),
             ("--threads 0", "at least 1"),

@@ -77,7 +77,7 @@ const HEADINGS: &[&str] = &["Model", "Precision", "Workload", "Quality", "Device
 const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits"];
 
 /// Options whose list makes cases: that is what a suite's matrix is for.
-const AXES: &[&str] = &["prompt-tokens", "max-new-tokens", "depth"];
+const AXES: &[&str] = &["prompt-tokens", "max-new-tokens", "depth", "batch-size"];
 
 /// Options that read a list from one text.
 const LISTS: &[&str] = &["prompt-ids"];

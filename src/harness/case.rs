@@ -261,6 +261,8 @@ pub enum PromptChoice {
     /// The default text where there is a tokenizer, else 8 synthetic ids.
     Default,
     Text(String),
+    /// Of each sequence of a batch, at least as many as there are.
+    Texts(Vec<String>),
     /// This many synthetic ids.
     Synthetic(usize),
     Ids(Vec<u32>),

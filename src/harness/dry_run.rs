@@ -87,6 +87,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
 fn bounded(case: &Case) -> Option<Case> {
     let bytes = match &case.prompt {
         PromptChoice::Text(text) => text.len(),
+        PromptChoice::Texts(texts) => texts.iter().map(String::len).min().unwrap_or(0),
         PromptChoice::Default => DEFAULT_TEXT.len().max(DEFAULT_PICTURE_TEXT.len()),
         PromptChoice::Synthetic(_) | PromptChoice::Ids(_) => return None,
     };

@@ -48,6 +48,8 @@ pub struct Work<'a> {
     /// Tokens of prompt and picture, whoever reads them.
     pub n_prompt: usize,
     pub n_depth: usize,
+    /// Sequences of a run.
+    pub sequences: usize,
     pub device: Device,
     pub threads: usize,
     /// A run more, which shows its text.
@@ -60,7 +62,8 @@ impl<'a> Work<'a> {
             needs: &room.needs,
             parameters: model.parameters() as u64,
             n_prompt: workload.n_prompt + workload.n_image,
-            n_depth: workload.task.depth.len(),
+            n_depth: workload.task.n_depth(),
+            sequences: workload.task.sequences,
             device: room.device,
             threads,
             streams: workload.task.stream,
@@ -74,8 +77,13 @@ impl<'a> Work<'a> {
             Device::Cpu => ((CPU_THREAD_BYTES_S * threads).min(CPU_MAX_BYTES_S), CPU_THREAD_FLOPS * threads),
             Device::Cuda(_) => (GPU_BYTES_S, GPU_FLOPS),
         };
-        let prefill_s = 2.0 * self.parameters as f64 * self.n_prompt as f64 / flops;
-        let step_s = |needs: &Needs| ((needs.weights_bytes + needs.kv_cache_bytes) as f64 / bytes_s).max(STEP_S);
+        let flops_s = |tokens: usize| 2.0 * self.parameters as f64 * (self.sequences * tokens) as f64 / flops;
+        let prefill_s = flops_s(self.n_prompt);
+        // Bytes decide for one sequence, arithmetic for many.
+        let arithmetic_s = if self.sequences > 1 { flops_s(1) } else { 0.0 };
+        let step_s = |needs: &Needs| {
+            ((needs.weights_bytes + needs.kv_cache_bytes) as f64 / bytes_s).max(arithmetic_s).max(STEP_S)
+        };
         self.needs.iter().map(|needs| prefill_s + n_gen as f64 * step_s(needs)).collect()
     }
 
@@ -137,7 +145,8 @@ pub fn announcement(case: &Case, work: &Work, model_id: &str) -> String {
         }
         false => String::new(),
     };
-    let lengths = format!("{} prompt + {} new tokens{shorter}", work.n_prompt, case.n_gen);
+    let batch = if work.sequences > 1 { format!(", batch {}", work.sequences) } else { String::new() };
+    let lengths = format!("{} prompt + {} new tokens{batch}{shorter}", work.n_prompt, case.n_gen);
     let takes = about(work.seconds(case.n_gen, &case.protocol));
     // How long other engines take is what the run finds out.
     let takes = if case.has_others() { format!("{takes} at quantbench's own speed") } else { takes };
@@ -163,7 +172,8 @@ mod tests {
     }
 
     fn work(needs: &[Needs], billions: f64, device: Device, threads: usize) -> Work<'_> {
-        Work { needs, parameters: (billions * 1e9) as u64, n_prompt: 8, n_depth: 0, device, threads, streams: false }
+        let (parameters, sequences) = ((billions * 1e9) as u64, 1);
+        Work { needs, parameters, n_prompt: 8, n_depth: 0, sequences, device, threads, streams: false }
     }
 
     #[test]

@@ -93,7 +93,13 @@ pub fn free_bytes(device: Device) -> Option<u64> {
 
 pub fn lengths(workload: &TokenizedWorkload) -> Lengths {
     let task = &workload.task;
-    Lengths { depth: task.depth.len(), prompt: task.prompt.len(), gen_tokens: task.n_gen, encoder: workload.n_encoder }
+    Lengths {
+        sequences: task.sequences,
+        depth: task.n_depth(),
+        prompt: task.n_before() - task.n_depth(),
+        gen_tokens: task.n_gen,
+        encoder: workload.n_encoder,
+    }
 }
 
 /// A worker that is never started: it refuses every request.

@@ -65,6 +65,11 @@ impl Mixtures {
         }
     }
 
+    /// Experts that the last mixture sent rows through.
+    pub fn chosen(&self) -> usize {
+        self.routes.groups.len()
+    }
+
     pub fn bytes(&self) -> usize {
         let floats = self.gates.len() + self.ups.len() + self.downs.len() + self.routes.gathered.capacity();
         let prepared: usize = self.inputs.iter().chain(&self.betweens).map(Prepared::capacity_bytes).sum();
