@@ -248,6 +248,9 @@ fn a_token_of_a_mixture_reads_the_experts_that_it_chooses() {
     // One row of the table of tokens, and the head.
     let dense = model.parameters() - experts - 151_936 * 2048 + 2048;
     assert_eq!(model.weight_bytes_per_token(&bytes), 2 * (dense + experts * 8 / 128));
+    // Two tokens choose 8 of 128 each, and share half an expert on average.
+    let two = experts as f64 * (1.0 - (120.0f64 / 128.0).powi(2));
+    assert_eq!(model.weight_bytes_per_step(&bytes, 2), 2 * (dense + 2048) + (2.0 * two) as usize);
     assert_eq!(model.experts(), Some((8, 128)));
     let active = dense - vectors - 2048 + experts / 16;
     assert_eq!(model.decoder.flops(&model, Batch::step(0)) - 4 * 48 * 32 * 128, 2 * active);

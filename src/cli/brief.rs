@@ -10,7 +10,6 @@ const OPTIONS: &[(&str, &str)] = &[
     ("precision", "fp16, int8, nf4 (4bit), nf4-nodq or all"),
     ("device", "auto, cpu, cuda or cuda:N"),
     ("prompt", "Text to continue"),
-    ("chat", "Apply the model's chat template to the prompt"),
     ("prompt_tokens", "Synthetic prompt tokens; a list makes cases"),
     ("max_new_tokens", "Tokens to generate; a list makes cases"),
     ("depth", "Tokens in the KV cache before; a list makes cases"),

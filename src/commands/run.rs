@@ -11,7 +11,7 @@ use crate::cli::{Against, Judgement, Request, RunArgs};
 use crate::error::BadInput;
 use crate::harness::Case;
 use crate::os::interrupt;
-use crate::record::{Document, Record, SCHEMA_VERSION, Status};
+use crate::record::{Document, Record, SCHEMA_VERSION, Status, break_even};
 use crate::report::compare::Comparison;
 use crate::report::{Options, Writer};
 use crate::ui::{self, Progress};
@@ -70,9 +70,10 @@ pub fn and<T>(first: Result<T>, second: Result<()>) -> Result<T> {
     both(first, second).map(|(first, ())| first)
 }
 
-/// What was measured, with the card that was asked about.
+/// What was measured, with the card that was asked about and the break-even of several batches.
 pub fn document(request: &Request, mut records: Vec<Record>) -> Document {
     records.iter_mut().for_each(|record| record.card_bytes = request.options.card_bytes);
+    break_even::fill(&mut records);
     Document { schema_version: SCHEMA_VERSION, records }
 }
 

@@ -4,6 +4,7 @@
 //! that tables, gates and reports can name. `docs/record.schema.json` is generated from these types.
 
 mod bound;
+pub mod break_even;
 mod engines;
 pub mod import;
 mod machine;
@@ -13,6 +14,7 @@ mod summary;
 mod unknown;
 
 pub use bound::Bound;
+pub use break_even::{BreakEven, BreakEvenFinding};
 pub use engines::{Agreement, HeldFormat, OtherEngine, WidthRatio};
 pub use machine::{Energy, Memory, Pool, PoolPhase, Range, Series};
 pub use quality::{ModuleQuality, Quality};
@@ -79,6 +81,9 @@ pub struct Record {
     pub dtypes: Dtypes,
     /// Speed-up in `decode_tps` over the fp16 record of the same run, from paired repeats; of another engine over its own 16-bit record.
     pub ratio_to_fp16: Option<Ratio>,
+    /// Where the precision stops being faster, of a case that was measured with several batches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub break_even: Option<BreakEven>,
     pub memory: Memory,
     pub bandwidth: Bandwidth,
     /// `None` where no counter can be read.

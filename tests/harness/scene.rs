@@ -60,8 +60,8 @@ impl Local {
     ) -> Self {
         let time = FakeTime::default();
         let nowhere = PathBuf::from("no such folder");
-        let session = Box::new(FakeSession::new(time.clone(), runs).with_alone(alone));
-        let served = ServedSession::new(session, time.clone(), Vec::new(), 1);
+        let session = FakeSession::new(time.clone(), runs).with_alone(alone).with_sequences(task.sequences);
+        let served = ServedSession::new(Box::new(session), time.clone(), Vec::new(), task.sequences);
         let bench = Bench::new(time, ProcessMemory::below(&nowhere), CpuAccounts::below(&nowhere), task, None);
         let loading = Ok(LoadReport { load_s: 2.5, ..LoadReport::default() });
         Self {

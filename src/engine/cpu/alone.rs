@@ -278,6 +278,7 @@ mod tests {
     use std::sync::{Arc, Mutex, PoisonError};
 
     use super::*;
+    use crate::call::Batch;
     use crate::engine::load::stream;
     use crate::engine::{Device, EncoderInput, Session, Setup};
     use crate::events::Silent;
@@ -363,6 +364,11 @@ mod tests {
 
     /// A session of a golden model behind three tokens and two steps.
     fn session(model: &str, precision: &str, threads: usize) -> (CpuSession, Log) {
+        session_of(model, precision, threads, 1)
+    }
+
+    /// The same of several sequences.
+    fn session_of(model: &str, precision: &str, threads: usize, sequences: usize) -> (CpuSession, Log) {
         let request = ModelRequest::of(format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")));
         let checkpoint = weights::open(&request, &Silent).unwrap();
         let plan = crate::models::build(&checkpoint.config).unwrap();
@@ -373,7 +379,7 @@ mod tests {
             formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
             device: Device::Cpu,
             threads,
-            sequences: 1,
+            sequences,
             kv_format: Device::Cpu.kv_format(),
             capacity: 64,
             encoder_capacity: 8,
@@ -386,10 +392,11 @@ mod tests {
         let matrices = streamed.matrices.into_iter().enumerate().map(counted).collect();
         let mut session = CpuSession::new(&setup, isa, Pool::new(threads), matrices, streamed.vectors).unwrap();
         if plan.encoder.is_some() {
-            session.encode(EncoderInput::Tokens(&[1, 2, 3, 4])).unwrap();
+            session.encode(EncoderInput::Tokens(&[1, 2, 3, 4].repeat(sequences))).unwrap();
         }
-        session.prefill(&[1, 2, 3]).unwrap();
-        session.decode(2, &mut |_| {}).unwrap();
+        let batch = Batch { sequences, positions: (0..3).into() };
+        session.prefill_batch(batch, &[1, 2, 3].repeat(sequences), &mut vec![0; sequences]).unwrap();
+        session.decode_batch(2, &mut |_| {}).unwrap();
         (session, log)
     }
 
@@ -417,10 +424,11 @@ mod tests {
     #[test]
     fn arithmetic_alone_multiplies_as_much_of_fewer_rows() {
         for model in ["llama-tiny", "llama-odd", "phi-odd", "t5-tiny"] {
-            for (precision, threads) in FORMATS.iter().flat_map(|format| [(format.name, 1), (format.name, 2)]) {
-                let (mut session, log) = session(model, precision, threads);
+            let pairs = FORMATS.iter().flat_map(|format| [(format.name, 1), (format.name, 2)]);
+            for (precision, threads, sequences) in pairs.flat_map(|(name, threads)| [(name, threads, 1), (name, threads, 3)]) {
+                let (mut session, log) = session_of(model, precision, threads, sequences);
                 let [real, alone] = compare(&mut session, &log, 0);
-                let what = format!("{model} {precision} on {threads}");
+                let what = format!("{model} {precision} on {threads}, {sequences} sequences");
                 assert!(real.0.products > 0, "{what}");
                 assert_eq!((alone.0.products, alone.0.outputs), (real.0.products, real.0.outputs), "{what}");
                 assert_eq!((&alone.1, alone.2), (&real.1, real.2), "{what}: the activations are the real step's");

@@ -131,6 +131,7 @@ fn base(
         metrics: BTreeMap::new(),
         dtypes: dtypes(context, variant, &loaded),
         ratio_to_fp16: None,
+        break_even: None,
         memory: memory::memory(outcome, &context.device.kind),
         bandwidth: Bandwidth::default(),
         energy: monitor::energy(context.counter.as_ref(), outcome),
