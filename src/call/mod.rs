@@ -95,9 +95,9 @@ pub fn check_scored(sequences: usize) -> Result<()> {
 mod tests {
     use super::*;
 
-    const ONE: Supported =
-        Supported { executor: "the CUDA engine", kv_formats: &[KvFormat::Fp16], most_sequences: 1 };
-    const MANY: Supported = Supported { executor: "the CPU engine", kv_formats: &[KvFormat::Fp32], most_sequences: ANY };
+    const ONE: Supported = Supported { executor: "the CUDA engine", kv_formats: &[KvFormat::Fp16], most_sequences: 1 };
+    const MANY: Supported =
+        Supported { executor: "the CPU engine", kv_formats: &[KvFormat::Fp32], most_sequences: ANY };
 
     #[test]
     fn refusals_name_the_executor_and_what_it_runs() {

@@ -184,6 +184,26 @@ pub struct PromptArgs {
     pub prompt_ids: Option<Vec<String>>,
 }
 
+/// A batch as it was typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchWord {
+    Count(usize),
+    /// The largest that fits.
+    Max,
+}
+
+impl std::str::FromStr for BatchWord {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        match word.trim() {
+            "max" => Ok(BatchWord::Max),
+            "0" => Err("at least 1 is needed".to_owned()),
+            word => word.parse().map(BatchWord::Count).map_err(|_| "a number or `max` is needed".to_owned()),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum WeightsWord {
     #[value(help = None)]

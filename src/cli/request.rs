@@ -9,8 +9,8 @@ use super::engines::{asked, engines};
 use super::prompt::{prompts, prompts_of_batch, text_file};
 use super::words::{Takes, unknown_precision};
 use super::{
-    DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs, QualityArgs,
-    RunArgs, TextArgs, WeightsWord,
+    BatchWord, DEFAULT_CUDA_MODEL_ID, DEFAULT_MODEL_ID, DeviceArgs, ModelArgs, OutputArgs, PathWord, PrecisionArgs,
+    QualityArgs, RunArgs, TextArgs, WeightsWord,
 };
 use crate::engine::{Device, Engine};
 use crate::engines::{self, Width};
@@ -101,18 +101,21 @@ fn of_each_length(case: &Case, args: &RunArgs) -> Result<Vec<Case>, BadInput> {
         [] => vec![harness::DEFAULT_N_GEN],
         asked => positives("--max-new-tokens", asked)?,
     };
-    let batches = positives("--batch-size", &args.batch_size)?;
     let may_shorten = args.max_new_tokens.is_empty();
     let mut cases = Vec::new();
     for prompt in prompts(&args.prompt)? {
         // The prompt of each batch, read before the first case is made.
-        let of_batch = |&sequences: &usize| Ok((sequences, prompts_of_batch(&args.prompt, &prompt, sequences)?));
-        let batches = batches.iter().map(of_batch).collect::<Result<Vec<_>, BadInput>>()?;
+        let of_batch = |word: &BatchWord| Ok((*word, prompts_of_batch(&args.prompt, &prompt, *word)?));
+        let batches = args.batch_size.iter().map(of_batch).collect::<Result<Vec<_>, BadInput>>()?;
         for &n_gen in &n_gens {
             for &n_depth in &args.depth {
-                let of_batch = |(sequences, prompt): &(usize, PromptChoice)| {
-                    let (sequences, prompt) = (*sequences, prompt.clone());
-                    Case { prompt, sequences, n_gen, n_depth, may_shorten, ..case.clone() }
+                let of_batch = |(batch, prompt): &(BatchWord, PromptChoice)| {
+                    let prompt = prompt.clone();
+                    let (sequences, largest_batch) = match *batch {
+                        BatchWord::Count(sequences) => (sequences, false),
+                        BatchWord::Max => (1, true),
+                    };
+                    Case { prompt, sequences, largest_batch, n_gen, n_depth, may_shorten, ..case.clone() }
                 };
                 cases.extend(batches.iter().map(of_batch));
             }
@@ -142,6 +145,7 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
         device,
         cuda_graph: !device_args.no_cuda_graph,
         sequences: 1,
+        largest_batch: false,
         kv_format: None,
         threads: device_args.threads.map(threads).transpose()?.unwrap_or(0),
         prompt: PromptChoice::Default,
@@ -436,6 +440,8 @@ mod tests {
         assert_eq!(of("-b 4"), [(64, 0, 4)]);
         assert_eq!(of("--batch-size 1,8 -n 2,3"), [(2, 0, 1), (2, 0, 8), (3, 0, 1), (3, 0, 8)]);
         assert_eq!(of("-b 1 -b 2 -d 0,9"), [(64, 0, 1), (64, 0, 2), (64, 9, 1), (64, 9, 2)]);
+        let largest: Vec<bool> = request("-b 1,max").unwrap().cases.iter().map(|case| case.largest_batch).collect();
+        assert_eq!(largest, [false, true]);
     }
 
     #[test]
@@ -443,8 +449,12 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         std::io::Write::write_all(&mut file, b"one\n\ntwo\nthree\n").unwrap();
         let path = file.path().display();
-        let prompts: Vec<PromptChoice> =
-            request(&format!("--prompt-file {path} -b 1,2")).unwrap().cases.into_iter().map(|case| case.prompt).collect();
+        let prompts: Vec<PromptChoice> = request(&format!("--prompt-file {path} -b 1,2"))
+            .unwrap()
+            .cases
+            .into_iter()
+            .map(|case| case.prompt)
+            .collect();
         let texts = PromptChoice::Texts(vec!["one".to_owned(), "two".to_owned()]);
         assert_eq!(prompts, [PromptChoice::Text("one\n\ntwo\nthree\n".to_owned()), texts]);
         let error = request(&format!("--prompt-file {path} -b 4")).err().expect("too few lines");
@@ -508,7 +518,8 @@ mod tests {
             ("--method fair", "quantbench"),
             ("-p 8,0", "at least 1"),
             ("-b 1,0", "at least 1"),
-            ("-b 2,x", "invalid"),
+            ("-b 2,x", "a number or `max`"),
+            ("-b max --prompt-file Cargo.toml", "`--batch-size max`"),
             ("-b 1,2 --save-logits l.safetensors", "same file"),
             ("-n 8,x", "invalid"),
             ("-n 4,8 --save-logits l.safetensors", "same file"),

@@ -117,6 +117,9 @@ pub fn suite_task(planned: Planned) -> Result<SuiteCase> {
     })?;
     match <[Case; 1]>::try_from(request.cases) {
         // The same work on every machine, so that its records can be merged.
+        Ok([case]) if case.largest_batch => {
+            Err(refused("`--batch-size max` makes a case of each precision").hint("give numbers of sequences").into())
+        }
         Ok([case]) => Ok(SuiteCase { planned, case: Case { may_shorten: false, ..case } }),
         Err(_) => Err(refused("a list of lengths makes several cases").hint("put the lengths into `[matrix]`").into()),
     }

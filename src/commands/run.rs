@@ -23,6 +23,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let against = args.against.request()?;
     ui::end_on_interrupt();
     let events = Progress::new(request.quiet);
+    let cases = harness::with_largest_batches(request.cases, request.options.card_bytes, &events)?;
+    let request = Request { cases, ..request };
     let document = |records| self::document(&request, records);
     match against {
         None => {

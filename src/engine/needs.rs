@@ -124,7 +124,8 @@ fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
 
 /// Regions of fp32 as the engine lays them out: each side's for its longest call.
 fn cpu_scratch_bytes(model: &Model, lengths: &Lengths, precision: FormatId) -> u64 {
-    let (longest, sequences) = (lengths.calls().map(|(rows, _)| rows).into_iter().max().unwrap_or(0), lengths.sequences);
+    let (longest, sequences) =
+        (lengths.calls().map(|(rows, _)| rows).into_iter().max().unwrap_or(0), lengths.sequences);
     // A call has the same rows of each sequence, and a decode step one.
     let rows = longest.min((cpu_rows_of_call(model) / sequences).max(1)).saturating_mul(sequences);
     let bytes = |plan: &Plan, rows: usize| {
@@ -181,8 +182,11 @@ fn candle_scratch_bytes(model: &Model, lengths: &Lengths, element_bytes: usize) 
     let decoder =
         lengths.calls().map(|call| scores(&model.decoder, call).saturating_add(slot_bytes(&model.decoder, call.0, 1)));
     let encoder = model.encoder.as_ref().map(|encoder| {
-        scores(&encoder.plan, (lengths.encoder, lengths.encoder))
-            .saturating_add(slot_bytes(&encoder.plan, lengths.encoder, 1))
+        scores(&encoder.plan, (lengths.encoder, lengths.encoder)).saturating_add(slot_bytes(
+            &encoder.plan,
+            lengths.encoder,
+            1,
+        ))
     });
     decoder.into_iter().chain(encoder).max().unwrap_or(0)
 }

@@ -113,7 +113,10 @@ impl Session for Recompute {
             };
             if steps == 0 {
                 if self.tokens.iter().any(|tokens| tokens.len() != position) {
-                    bail!("sequences of different lengths beyond {} positions rotate by other frequencies", self.original);
+                    bail!(
+                        "sequences of different lengths beyond {} positions rotate by other frequencies",
+                        self.original
+                    );
                 }
                 let mut next = self.next.clone();
                 let batch = Batch { sequences: next.len(), positions: (position..position + 1).into() };

@@ -36,6 +36,9 @@ pub struct Case {
     pub cuda_graph: bool,
     /// Sequences that a call runs at once.
     pub sequences: usize,
+    /// `sequences` is, or is to become, the largest number that fits.
+    #[serde(default)]
+    pub largest_batch: bool,
     /// Format of the key/value cache; `None`: the engine's own.
     pub kv_format: Option<KvFormat>,
     pub prompt: PromptChoice,
@@ -319,6 +322,7 @@ pub mod tests {
             threads: 1,
             cuda_graph: true,
             sequences: 1,
+            largest_batch: false,
             kv_format: None,
             prompt: PromptChoice::Default,
             chat: false,

@@ -72,26 +72,32 @@ impl<'a> Work<'a> {
 
     /// Seconds of one run of `n_gen` tokens, of each row.
     fn run_s(&self, n_gen: usize) -> Vec<f64> {
+        self.run_of_s(n_gen, self.sequences)
+    }
+
+    /// The same of another number of sequences.
+    fn run_of_s(&self, n_gen: usize, sequences: usize) -> Vec<f64> {
         let threads = self.threads.max(1) as f64;
         let (bytes_s, flops) = match self.device {
             Device::Cpu => ((CPU_THREAD_BYTES_S * threads).min(CPU_MAX_BYTES_S), CPU_THREAD_FLOPS * threads),
             Device::Cuda(_) => (GPU_BYTES_S, GPU_FLOPS),
         };
-        let flops_s = |tokens: usize| 2.0 * self.parameters as f64 * (self.sequences * tokens) as f64 / flops;
+        let flops_s = |tokens: usize| 2.0 * self.parameters as f64 * (sequences * tokens) as f64 / flops;
         let prefill_s = flops_s(self.n_prompt);
         // Bytes decide for one sequence, arithmetic for many.
-        let arithmetic_s = if self.sequences > 1 { flops_s(1) } else { 0.0 };
+        let arithmetic_s = if sequences > 1 { flops_s(1) } else { 0.0 };
         let step_s = |needs: &Needs| {
-            ((needs.weights_bytes + needs.kv_cache_bytes) as f64 / bytes_s).max(arithmetic_s).max(STEP_S)
+            let kv_bytes = needs.kv_cache_bytes as f64 / self.sequences as f64 * sequences as f64;
+            ((needs.weights_bytes as f64 + kv_bytes) / bytes_s).max(arithmetic_s).max(STEP_S)
         };
         self.needs.iter().map(|needs| prefill_s + n_gen as f64 * step_s(needs)).collect()
     }
 
     /// The longest of the usual lengths, at most `most`, with which every precision gets enough repeats within the budget; else the
-    /// shortest.
+    /// shortest. Of one sequence, so that all batches of a model have the same length.
     pub fn affordable_n_gen(&self, most: usize, protocol: &MeasurementProtocol) -> usize {
         let n_runs = (OTHER_RUNS + usize::from(self.streams) + protocol.min_repeats) as f64;
-        let fits = |n_gen: &usize| n_runs * self.run_s(*n_gen).iter().sum::<f64>() <= BUDGET_S;
+        let fits = |n_gen: &usize| n_runs * self.run_of_s(*n_gen, 1).iter().sum::<f64>() <= BUDGET_S;
         let shorter = LENGTHS.into_iter().filter(|n_gen| *n_gen < most);
         std::iter::once(most).chain(shorter).find(fits).unwrap_or(LENGTHS[LENGTHS.len() - 1].min(most))
     }

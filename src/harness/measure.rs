@@ -203,7 +203,8 @@ impl<C: Clock> Bench<C> {
         let sent_ns = self.clock.now_ns();
         let report = engine.run(run)?;
         let received_ns = self.clock.now_ns();
-        check_stamps(&report, self.task.sequences, (sent_ns, received_ns)).map_err(|message| Failure::Invalid { message })?;
+        check_stamps(&report, self.task.sequences, (sent_ns, received_ns))
+            .map_err(|message| Failure::Invalid { message })?;
         Ok(report)
     }
 

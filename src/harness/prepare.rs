@@ -210,6 +210,7 @@ impl PreparedCase {
             weights: self.weight_facts(),
             device: self.device_facts(&machine),
             workload: self.workload.recorded(),
+            largest_batch: case.largest_batch,
             n_before: self.workload.task.n_before() as u64,
             flops_per_step: self.flops_per_step(),
             environment: machine.environment(isa, self.assignment.threads),

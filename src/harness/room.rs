@@ -74,13 +74,18 @@ pub fn needs(
     (model, workload): (&Model, &TokenizedWorkload),
     device: Device,
 ) -> Result<Needs> {
+    Ok(needs_of(case, variant, model, &lengths(workload), device))
+}
+
+/// The same for other lengths.
+pub fn needs_of(case: &Case, variant: &Variant, model: &Model, lengths: &Lengths, device: Device) -> Needs {
     let formats = Formats::new(variant.format(), case.format_options);
     // Of another engine only this much is known: it reads the 16-bit weights and holds a cache.
     let engine = variant.own_engine().unwrap_or(Engine::Quantbench);
     let holding = Holding { engine, formats: &formats, device };
-    let needs = needs::needs(model, holding, &lengths(workload));
+    let needs = needs::needs(model, holding, lengths);
     let beside = if variant.own_engine().is_none() && device == Device::Cpu { OTHER_ENGINE_BYTES } else { 0 };
-    Ok(Needs { context_bytes: needs.context_bytes + beside, ..needs })
+    Needs { context_bytes: needs.context_bytes + beside, ..needs }
 }
 
 /// Free bytes of the memory that a worker's weights and cache are in. Asks the driver without a context, which would take some of it.

@@ -21,6 +21,8 @@ pub struct RunContext {
     pub workload: record::Workload,
     /// Positions of the decoder's cache before the first decode step.
     pub n_before: u64,
+    /// The batch is the largest that fits.
+    pub largest_batch: bool,
     /// Operations of the matrix products in a decode step in the middle of a run.
     pub flops_per_step: u64,
     pub environment: record::Environment,

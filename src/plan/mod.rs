@@ -340,7 +340,9 @@ impl Model {
             WeightRead::Matrix(id) => matrix_bytes[id.0] as f64,
             WeightRead::Rows(id) => (sequences * (matrix_bytes[id.0] / self.matrices[id.0].n)) as f64,
             WeightRead::Vector(id) => (2 * self.vectors[id.0].len) as f64,
-            WeightRead::OneOf { matrix, chosen, of } => matrix_bytes[matrix.0] as f64 * chosen_share(chosen, of, sequences),
+            WeightRead::OneOf { matrix, chosen, of } => {
+                matrix_bytes[matrix.0] as f64 * chosen_share(chosen, of, sequences)
+            }
             WeightRead::OneVectorOf { vector, chosen, of } => {
                 (2 * self.vectors[vector.0].len) as f64 * chosen_share(chosen, of, sequences)
             }

@@ -165,7 +165,13 @@ pub static METRICS: &[Metric] = &[
         "operations of the matrix products in a decode step of all sequences",
         "bandwidth.flops_per_step",
     ),
-    stored("achieved_gflop_s", "GFLOP/s", Higher, "flops_per_step over the time of a step", "bandwidth.achieved_gflop_s"),
+    stored(
+        "achieved_gflop_s",
+        "GFLOP/s",
+        Higher,
+        "flops_per_step over the time of a step",
+        "bandwidth.achieved_gflop_s",
+    ),
     stored(
         "matmul_gflop_s",
         "GFLOP/s",

@@ -18,6 +18,7 @@ pub mod grid;
 pub mod history;
 mod html;
 mod json;
+mod largest;
 mod limits;
 mod markdown;
 mod markup;

@@ -80,7 +80,9 @@ fn scope(record: &Record) -> String {
     let weights = if record.weights.source == "random" { ", random weights" } else { "" };
     // Rows from another tool may come from anywhere.
     let engine = if record.engine.name == case::OWN { String::new() } else { format!("{}, ", record.engine.name) };
-    format!("{engine}batch {}, {} tokens{weights}", record.workload.batch_size, case::lengths(&record.workload))
+    let most = if record.memory.largest_batch.is_some() { ", the most that fit" } else { "" };
+    let batch = record.workload.batch_size;
+    format!("{engine}batch {batch}{most}, {} tokens{weights}", case::lengths(&record.workload))
 }
 
 /// What holds the fastest back, and the measurement that says so.

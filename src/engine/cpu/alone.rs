@@ -262,9 +262,8 @@ fn read_cache(
         let positions = worker.share(seen - hidden, 1);
         let positions = hidden + positions.start..hidden + positions.end;
         for head in 0..spec.kv_heads {
-            let of_head = |position: usize| {
-                ((place.cache * spec.kv_heads + head) * capacity + position) * spec.head_dim
-            };
+            let of_head =
+                |position: usize| ((place.cache * spec.kv_heads + head) * capacity + position) * spec.head_dim;
             for region in [2 * cache.0, 2 * cache.0 + 1] {
                 piece(cast_slice(&memory.caches.region(region)[of_head(positions.start)..of_head(positions.end)]));
             }
@@ -425,7 +424,9 @@ mod tests {
     fn arithmetic_alone_multiplies_as_much_of_fewer_rows() {
         for model in ["llama-tiny", "llama-odd", "phi-odd", "t5-tiny"] {
             let pairs = FORMATS.iter().flat_map(|format| [(format.name, 1), (format.name, 2)]);
-            for (precision, threads, sequences) in pairs.flat_map(|(name, threads)| [(name, threads, 1), (name, threads, 3)]) {
+            for (precision, threads, sequences) in
+                pairs.flat_map(|(name, threads)| [(name, threads, 1), (name, threads, 3)])
+            {
                 let (mut session, log) = session_of(model, precision, threads, sequences);
                 let [real, alone] = compare(&mut session, &log, 0);
                 let what = format!("{model} {precision} on {threads}, {sequences} sequences");

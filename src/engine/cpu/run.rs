@@ -209,7 +209,7 @@ impl Runner<'_> {
     }
 
     fn input(&self, input: LinearInput, worker: &Worker) -> Activations<'_> {
-        match input {
+        let x = match input {
             LinearInput::Plain(x) => {
                 Activations::plain(self.buffers.whole(x), self.buffers.rows(x), self.buffers.width(x))
             }
@@ -218,7 +218,12 @@ impl Runner<'_> {
                 // SAFETY: written in `prepare` by this worker itself, or by worker 0 with a barrier before any linear reads it.
                 unsafe { &self.prepared.range(own..own + 1)[0] }.view()
             }
-        }
+        };
+        self.of_call(x)
+    }
+
+    pub(super) fn of_call<'x>(&self, x: Activations<'x>) -> Activations<'x> {
+        Activations { of_batch: self.call.places.len() > 1, ..x }
     }
 
     /// Rows of a call with several are split over the workers; a single row is worker 0's.

@@ -106,7 +106,11 @@ impl Reference {
         let q = q.reshape((t, g, group, d))?.permute((1, 2, 0, 3))?.reshape((g, group * t, d))?;
         let (q, keys, values) = (q.to_dtype(DType::F32)?, keys.to_dtype(DType::F32)?, values.to_dtype(DType::F32)?);
         let scores = capped((q.matmul(&keys.transpose(1, 2)?.contiguous()?)? * scale as f64)?, softcap)?;
-        let bias = Tensor::from_vec(self.bias(g * group, (sequence.position, t), total, attend)?, (g, group * t, total), &self.device)?;
+        let bias = Tensor::from_vec(
+            self.bias(g * group, (sequence.position, t), total, attend)?,
+            (g, group * t, total),
+            &self.device,
+        )?;
         let mut scores = (scores + bias)?;
         if let Some(Sinks(vector)) = sinks {
             let sinks = self.vectors[vector.0].reshape((g, group, 1, 1))?.broadcast_as((g, group, t, 1))?;
@@ -120,13 +124,7 @@ impl Reference {
     }
 
     /// Terms that are added to the scores, `[h, t, total]`: the relative bias, and −∞ where mask or window hides a key.
-    fn bias(
-        &self,
-        h: usize,
-        (start, t): (usize, usize),
-        total: usize,
-        attend: &AttentionSpec,
-    ) -> Result<Vec<f32>> {
+    fn bias(&self, h: usize, (start, t): (usize, usize), total: usize, attend: &AttentionSpec) -> Result<Vec<f32>> {
         let causal = match attend.mask {
             Mask::Causal => true,
             Mask::Full => false,

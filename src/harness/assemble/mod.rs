@@ -132,7 +132,10 @@ fn base(
         dtypes: dtypes(context, variant, &loaded),
         ratio_to_fp16: None,
         break_even: None,
-        memory: memory::memory(outcome, &context.device.kind),
+        memory: record::Memory {
+            largest_batch: context.largest_batch.then_some(context.workload.batch_size),
+            ..memory::memory(outcome, &context.device.kind)
+        },
         bandwidth: Bandwidth::default(),
         energy: monitor::energy(context.counter.as_ref(), outcome),
         monitor: monitor::ranges(outcome),

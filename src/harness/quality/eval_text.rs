@@ -142,7 +142,8 @@ impl EvalText {
         let longest = self.windows[0].end.max(self.greedy.n_prompt + self.greedy.n_gen);
         let (encode, prompt) = (self.encode.clone(), vec![0; self.prefix.len() + longest]);
         let task = Task { encode, prompt, n_gen: 1, ..Task::default() };
-        let workload = TokenizedWorkload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder, longest_given: None };
+        let workload =
+            TokenizedWorkload { task, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder, longest_given: None };
         let mut selected = model.clone();
         // Patterns were checked when the model was opened.
         let _ = selection.apply(&mut selected.matrices);

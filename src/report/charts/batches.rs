@@ -87,7 +87,10 @@ fn by_batch(lines: &[Line], precisions: &Precisions) -> Option<Chart> {
         name: "by-batch",
         title: "Total decode speed by batch, tokens/s".to_owned(),
         note: Some("where two lines cross, the narrower format stops paying".to_owned()),
-        description: format!("Decode speed of all sequences in tokens/s from batch {least} to {largest}: {}.", said(lines)),
+        description: format!(
+            "Decode speed of all sequences in tokens/s from batch {least} to {largest}: {}.",
+            said(lines)
+        ),
         headers: headers(&["precision", "batch", "tokens/s", "tokens/s a sequence"]),
         rows: rows(lines, digits),
         drawing: drawn(
@@ -107,7 +110,8 @@ fn operating_curve(lines: &[Line], precisions: &Precisions) -> Option<Chart> {
             .spots
             .iter()
             .map(|&Spot { batch, total, each, interval: _ }| {
-                let words = format!("{}, batch {batch}: {each:.1} tokens/s a sequence, {total:.digits$} in all", line.name);
+                let words =
+                    format!("{}, batch {batch}: {each:.1} tokens/s a sequence, {total:.digits$} in all", line.name);
                 Point { words: Some(words), ..Point::plain(each, total) }
             })
             .collect();

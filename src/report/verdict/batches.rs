@@ -24,7 +24,9 @@ fn sentence(record: &Record, found: &BreakEven) -> String {
         }
         (BreakEvenFinding::Within, None) => {
             let low = found.low.unwrap_or(most as f64);
-            format!("{name} may stop paying from {low:.1} sequences on, and its median stays above {base}'s up to {most}")
+            format!(
+                "{name} may stop paying from {low:.1} sequences on, and its median stays above {base}'s up to {most}"
+            )
         }
         (BreakEvenFinding::NotUpToLargest, _) => format!("{name} decodes faster than {base} up to {most} sequences"),
         (BreakEvenFinding::BelowAlready, _) if least == 1 => {
