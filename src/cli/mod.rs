@@ -3,6 +3,7 @@
 //! Value lists, defaults, help, completions and the man page come from here and from the tables of the layers below.
 
 mod brief;
+mod cases;
 mod compare;
 mod engines;
 mod export;

@@ -27,6 +27,7 @@ pub mod port;
 mod prepare;
 mod prompt;
 mod quality;
+mod random_ids;
 mod room;
 mod run_context;
 pub mod schedule;

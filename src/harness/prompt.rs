@@ -8,6 +8,7 @@ use super::case::{Case, PromptChoice, Variant};
 use super::load::{DeviceAssignment, LoadRequest, OwnOptions};
 use super::logits;
 use super::measurement_protocol::{MeasurementProtocol, Method};
+use super::random_ids::{seed_of, synthetic};
 use super::task::{Task, Wait};
 use crate::engine::Engine;
 use crate::error::BadInput;
@@ -15,7 +16,6 @@ use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::Encode;
 use crate::quant::FormatId;
 use crate::record;
-use crate::rng::SplitMix64;
 use crate::weights::Checkpoint;
 use crate::weights::tokenizer::{ChatMessage, ChatTemplate};
 
@@ -30,9 +30,6 @@ const DEFAULT_SYNTHETIC: usize = 8;
 
 /// Stream of the random ids of the depth, other than the prompt's.
 const DEPTH_STREAM: u64 = 0xde97;
-
-/// Distance between the seeds of a batch's sequences.
-const SEQUENCE_STREAM: u64 = 0x5e90_e9ce_0000_0001;
 
 /// The work of every repeat and its description in records.
 #[derive(Debug, Clone, PartialEq)]
@@ -203,11 +200,6 @@ fn of_all_sequences(given: Vec<Vec<u32>>, n: usize, case: &Case, model: &Model) 
     given.chain(random).collect()
 }
 
-/// The seed of a sequence's random ids: the first one's is the user's.
-fn seed_of(seed: u64, sequence: usize) -> u64 {
-    seed ^ SEQUENCE_STREAM.wrapping_mul(sequence as u64)
-}
-
 /// Length of a synthetic prompt; `None` where the prompt is something else.
 fn n_synthetic(case: &Case, tokenizer: Option<&Tokenizer>) -> Option<usize> {
     match case.prompt {
@@ -349,14 +341,6 @@ fn nothing_to_stream(case: &Case, words: Words) -> BadInput {
         .hint("drop `--stream`, or name a model with a tokenizer: a folder that has tokenizer.json, or a hub id")
 }
 
-/// `n` ids that depend on the seed alone. Both ends of the vocabulary are left out where it is large enough, since special
-/// tokens lie there.
-fn synthetic(n: usize, vocab: usize, seed: u64) -> Vec<u32> {
-    let margin = vocab / 16;
-    let mut rng = SplitMix64::new(seed);
-    (0..n).map(|_| (margin + rng.below((vocab - 2 * margin).max(1))) as u32).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -389,15 +373,6 @@ mod tests {
 
     fn case(prompt: PromptChoice, n_gen: usize, n_depth: usize) -> Case {
         Case { prompt, n_gen, n_depth, ..super::super::case::tests::case() }
-    }
-
-    #[test]
-    fn synthetic_ids_are_repeatable_and_ordinary() {
-        let ids = synthetic(1000, 320, 42);
-        assert_eq!(ids, synthetic(1000, 320, 42));
-        assert_ne!(ids, synthetic(1000, 320, 43));
-        assert!(ids.iter().all(|id| (20..300).contains(id)));
-        assert_eq!(synthetic(3, 1, 0), [0, 0, 0]);
     }
 
     #[test]

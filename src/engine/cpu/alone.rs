@@ -361,13 +361,8 @@ mod tests {
         }
     }
 
-    /// A session of a golden model behind three tokens and two steps.
-    fn session(model: &str, precision: &str, threads: usize) -> (CpuSession, Log) {
-        session_of(model, precision, threads, 1)
-    }
-
-    /// The same of several sequences.
-    fn session_of(model: &str, precision: &str, threads: usize, sequences: usize) -> (CpuSession, Log) {
+    /// A session of a golden model whose sequences are each behind three tokens and two steps.
+    fn session(model: &str, precision: &str, threads: usize, sequences: usize) -> (CpuSession, Log) {
         let request = ModelRequest::of(format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")));
         let checkpoint = weights::open(&request, &Silent).unwrap();
         let plan = crate::models::build(&checkpoint.config).unwrap();
@@ -423,13 +418,12 @@ mod tests {
     #[test]
     fn arithmetic_alone_multiplies_as_much_of_fewer_rows() {
         for model in ["llama-tiny", "llama-odd", "phi-odd", "t5-tiny"] {
-            let pairs = FORMATS.iter().flat_map(|format| [(format.name, 1), (format.name, 2)]);
-            for (precision, threads, sequences) in
-                pairs.flat_map(|(name, threads)| [(name, threads, 1), (name, threads, 3)])
+            let splits = [(1, 1), (2, 1), (2, 3)];
+            for (format, (threads, sequences)) in FORMATS.iter().flat_map(|format| splits.map(|split| (format, split)))
             {
-                let (mut session, log) = session_of(model, precision, threads, sequences);
+                let (mut session, log) = session(model, format.name, threads, sequences);
                 let [real, alone] = compare(&mut session, &log, 0);
-                let what = format!("{model} {precision} on {threads}, {sequences} sequences");
+                let what = format!("{model} {} on {threads}, {sequences} sequences", format.name);
                 assert!(real.0.products > 0, "{what}");
                 assert_eq!((alone.0.products, alone.0.outputs), (real.0.products, real.0.outputs), "{what}");
                 assert_eq!((&alone.1, alone.2), (&real.1, real.2), "{what}: the activations are the real step's");
@@ -444,7 +438,7 @@ mod tests {
 
     #[test]
     fn a_large_cache_keeps_one_whole_matrix_of_each_shape() {
-        let (mut session, log) = session("llama-tiny", "nf4", 2);
+        let (mut session, log) = session("llama-tiny", "nf4", 2, 1);
         let [real, alone] = compare(&mut session, &log, 1 << 30);
         assert_eq!(alone.0.products, real.0.products);
         let of: HashSet<_> = alone.0.rows.iter().map(|(id, _)| *id).collect();
@@ -457,7 +451,7 @@ mod tests {
     #[test]
     fn memory_alone_reads_the_bytes_of_every_product() {
         for precision in FORMATS.iter().map(|format| format.name) {
-            let (session, log) = session("llama-tiny", precision, 2);
+            let (session, log) = session("llama-tiny", precision, 2, 1);
             let call = Call::decoder(&session.places, &session.last_tokens);
             taken(&log);
             read(&session.decoder.steps, &session.weights, &session.pool, &session.memory, call);
@@ -492,7 +486,7 @@ mod tests {
 
     #[test]
     fn rounds_leave_the_session_where_it_was() {
-        let (mut session, _) = session("llama-tiny", "int8", 2);
+        let (mut session, _) = session("llama-tiny", "int8", 2, 1);
         let (position, outliers) = (session.position(), session.outliers);
         let alone = session.measure_alone(position - 1).unwrap();
         let rounds = alone.step_ns.len();

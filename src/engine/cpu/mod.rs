@@ -7,6 +7,7 @@ mod arena;
 mod attend;
 mod bias_table;
 mod buffers;
+mod calls;
 mod experts;
 mod partials;
 mod rings;
@@ -15,17 +16,17 @@ mod schedule;
 mod score;
 pub mod throughput;
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
 use self::arena::Arena;
 use self::bias_table::BiasTable;
+use self::calls::body;
 use self::experts::Mixtures;
 use self::partials::PartSums;
 use self::rings::Rings;
-use self::run::{Call, Outcome, Place};
+use self::run::{Call, Outcome, SequencePlace};
 use self::schedule::{Step, lower};
 use super::load::stream;
 use super::needs::cpu_rows_of_call;
@@ -36,10 +37,8 @@ use crate::kernels::cpu::norm;
 use crate::kernels::cpu::pool::Pool;
 use crate::kernels::cpu::rope::Angles;
 use crate::kernels::isa::Isa;
-use crate::lower::prompt;
 use crate::plan::{
-    CacheId, CacheScope, CacheShape, EncoderInputKind, Model, Norm, NormKind, Op, Plan, RelativeBias, Rope, Rows, Slot,
-    Storage, Window,
+    CacheId, CacheScope, CacheShape, Model, Norm, NormKind, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage, Window,
 };
 use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
@@ -52,7 +51,7 @@ pub struct CpuSession {
     decoder: Program,
     memory: Memory,
     /// Of each sequence, what its caches hold.
-    places: Vec<Place>,
+    places: Vec<SequencePlace>,
     /// Tokens that each sequence chose last.
     last_tokens: Vec<u32>,
     /// Memory of the tokens that a decode step reads.
@@ -200,7 +199,7 @@ impl CpuSession {
                 parts: PartSums::new(&model, setup.threads),
                 mixtures: Mixtures::default(),
             },
-            places: (0..sequences).map(|cache| Place { cache, position: 0, encoded: 0 }).collect(),
+            places: (0..sequences).map(|cache| SequencePlace { cache, position: 0, encoded: 0 }).collect(),
             last_tokens: vec![0; sequences],
             fed: vec![0; sequences],
             called: 1,
@@ -222,137 +221,11 @@ impl CpuSession {
             },
         })
     }
-
-    /// Angles of `rows` positions from `start` on, where they depend on the length that the sequence will have.
-    fn turn_angles(&mut self, start: usize, rows: usize) {
-        let Self { weights: Weights { model, angles, .. }, frequencies, .. } = self;
-        let end = start + rows;
-        for (rope, angles) in model.ropes.iter().zip(angles).filter(|(rope, _)| rope.by_length.is_some()) {
-            rope.frequencies_into(end, frequencies);
-            angles.set(start, (start..end).flat_map(|position| rope.turns_by(frequencies, position)));
-        }
-    }
-
-    /// Checks that `tokens` of the sequences `which` fit behind their caches.
-    fn check_room(&self, which: &Range<usize>, tokens: &[u32]) -> Result<()> {
-        let (each, capacity) = (tokens.len() / which.len().max(1), self.weights.capacity);
-        let places = &self.places[which.clone()];
-        let longest = places.iter().map(|place| place.position).max().unwrap_or(0);
-        if tokens.is_empty() || longest + each > capacity {
-            bail!("a call of {each} tokens at position {longest} does not fit a cache of {capacity}");
-        }
-        if each > 1 && places.iter().any(|place| place.position != longest) {
-            bail!("{} cannot run {each} tokens each behind sequences of different lengths in one call", CALLS.executor);
-        }
-        self.weights.check_tokens(tokens)
-    }
-
-    /// Runs `tokens` of the sequences `which`, those of each together, through the decoder, which chooses the next ones.
-    fn step(&mut self, which: Range<usize>, tokens: &[u32]) -> Result<()> {
-        self.check_room(&which, tokens)?;
-        let steps = Arc::clone(&self.decoder.steps);
-        let each = tokens.len() / which.len();
-        let (before, last) = prompt::parts(each, self.rows_of_sequence(which.len()));
-        let part_of = |part: Range<usize>| -> Vec<u32> {
-            tokens.chunks(each).flat_map(|tokens| &tokens[part.clone()]).copied().collect()
-        };
-        for part in before {
-            self.call(which.clone(), &part_of(part), body(&steps));
-        }
-        match last.start {
-            0 => self.call(which.clone(), tokens, &steps),
-            _ => self.call(which.clone(), &part_of(last), &steps),
-        }
-        self.last_tokens[which.clone()].copy_from_slice(&self.memory.chosen[..which.len()]);
-        Ok(())
-    }
-
-    /// Rows of a sequence in a call of `sequences` of them at most.
-    fn rows_of_sequence(&self, sequences: usize) -> usize {
-        (self.rows_of_call / sequences).max(1)
-    }
-
-    /// Runs `tokens` of the sequences `which` through the first operations of the decoder, which are `steps`. They fit behind the caches.
-    fn call(&mut self, which: Range<usize>, tokens: &[u32], steps: &[Step]) {
-        let each = tokens.len() / which.len();
-        let _pinned = self.pool.pin_caller();
-        for sequence in which.clone() {
-            if let Some(before) = self.rings[sequence].restart(self.places[sequence].position) {
-                self.run_again(sequence, &before, steps);
-            }
-            self.turn_angles(self.places[sequence].position, each);
-        }
-        let Self { pool, weights, decoder, memory, places, rings, .. } = self;
-        let call = Call::decoder(&places[which.clone()], tokens);
-        let outcome = decoder.run(steps, weights, pool, memory, call);
-        for (sequence, tokens) in which.clone().zip(tokens.chunks(each)) {
-            rings[sequence].extend(places[sequence].position, tokens);
-            places[sequence].position += each;
-        }
-        self.outliers += outcome.outliers;
-        self.called = which.len();
-    }
-
-    /// Runs the tokens `before` the end of a sequence once more, whose rings hold nothing of use.
-    fn run_again(&mut self, sequence: usize, before: &[u32], steps: &[Step]) {
-        let place = self.places[sequence];
-        for (at, part) in before.chunks(self.rows_of_call).enumerate() {
-            let first = at * self.rows_of_call;
-            self.turn_angles(first, part.len());
-            let Self { pool, weights, decoder, memory, rings, .. } = self;
-            decoder.run(steps, weights, pool, memory, Call::decoder(&[Place { position: first, ..place }], part));
-            rings[sequence].extend(first, part);
-        }
-    }
-
-    /// Runs the encoder over `rows` rows of each of the sequences `which`.
-    fn encoder_call(&mut self, which: Range<usize>, tokens: &[u32], patches: &[f32], rows: usize) -> Result<()> {
-        let capacity = self.weights.encoder_capacity;
-        if rows == 0 || rows > capacity {
-            bail!("an encoder call of {rows} rows does not fit a cache of {capacity}");
-        }
-        self.weights.check_tokens(tokens)?;
-        let Self { pool, weights, encoder, memory, places, .. } = self;
-        let Some(encoder) = encoder else { bail!("this model has no encoder") };
-        places[which.clone()].iter_mut().for_each(|place| place.encoded = rows);
-        let _pinned = pool.pin_caller();
-        let steps = Arc::clone(&encoder.steps);
-        encoder.run(&steps, weights, pool, memory, Call::encoder(&places[which], rows, tokens, patches));
-        Ok(())
-    }
-
-    /// The encoder over the input of the sequences `which`, one behind the other.
-    fn encode_of(&mut self, which: Range<usize>, input: EncoderInput) -> Result<()> {
-        let kind = self.weights.model.encoder.as_ref().map(|encoder| encoder.input);
-        match (kind, input) {
-            (Some(EncoderInputKind::Tokens), EncoderInput::Tokens(tokens)) => {
-                let rows = input.of_each(which.len())?;
-                self.encoder_call(which, tokens, &[], rows)
-            }
-            (Some(EncoderInputKind::Picture(picture)), EncoderInput::Pixels(pixels)) => {
-                let each = input.of_each(which.len())?;
-                let patches = pixels.chunks(each.max(1)).map(|pixels| picture.patch_rows(pixels));
-                let patches = patches.collect::<candle_core::Result<Vec<_>>>()?.concat();
-                self.encoder_call(which, &[], &patches, picture.patches())
-            }
-            (Some(_), _) => bail!("this model's encoder reads another kind of input"),
-            (None, _) => bail!("this model has no encoder"),
-        }
-    }
-
-    fn all(&self) -> Range<usize> {
-        0..self.places.len()
-    }
 }
 
 /// The format whose form of activations a matrix reads; `None` for fp32.
 fn form(matrix: &dyn CpuMatrix) -> Option<FormatId> {
     matrix.quantizes_activations().then(|| matrix.format())
-}
-
-/// Steps before those of the last row alone.
-fn body(steps: &[Step]) -> &[Step] {
-    &steps[..steps.iter().position(|step| matches!(step, Step::LastRow(_))).unwrap_or(steps.len())]
 }
 
 /// Positions that a cache holds: no more than its window.
@@ -543,13 +416,6 @@ impl Session for CpuSession {
 }
 
 impl CpuSession {
-    /// Before a prompt of the sequences `which`.
-    fn save_rings(&mut self, which: Range<usize>) {
-        for (rings, place) in self.rings[which.clone()].iter_mut().zip(&self.places[which]) {
-            rings.save(place.position, &self.memory.caches);
-        }
-    }
-
     fn scratch_bytes(&self) -> usize {
         let Memory { features, prepared, scratch, parts, mixtures, chosen, caches: _ } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);

@@ -9,7 +9,7 @@ use super::attend::CallAttention;
 use super::buffers::Buffers;
 use super::experts::SharedMixtures;
 use super::partials::SharedParts;
-use super::schedule::{Attend, CallShape, LinearInput, Step, needs_barrier, product_rows};
+use super::schedule::{Attend, LinearInput, RowShape, Step, needs_barrier, product_rows};
 use super::{Memory, Program, Scratch, Weights};
 use crate::call::Batch;
 use crate::engine::OutlierColumns;
@@ -24,7 +24,7 @@ use crate::quant::{Activations, Prepared};
 
 /// A sequence: its part of the caches, and what that holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct SequencePlace {
     /// The sequence's number among those of the session.
     pub cache: usize,
     /// Tokens in the decoder's caches before the call.
@@ -39,7 +39,7 @@ pub struct Call<'a> {
     /// Its positions are those of the longest sequence.
     pub batch: Batch,
     /// One per sequence.
-    pub places: &'a [Place],
+    pub places: &'a [SequencePlace],
     /// The rows are an encoder's, whose positions begin at 0.
     pub is_encoder: bool,
     /// One per row; none for a picture.
@@ -51,7 +51,7 @@ pub struct Call<'a> {
 
 impl<'a> Call<'a> {
     /// `tokens` of all `places` behind what their caches hold.
-    pub fn decoder(places: &'a [Place], tokens: &'a [u32]) -> Self {
+    pub fn decoder(places: &'a [SequencePlace], tokens: &'a [u32]) -> Self {
         let start = places.iter().map(|place| place.position).max().unwrap_or(0);
         let positions = (start..start + tokens.len() / places.len().max(1)).into();
         let batch = Batch { sequences: places.len(), positions };
@@ -59,7 +59,7 @@ impl<'a> Call<'a> {
     }
 
     /// `rows` rows of each of `places`, from the first position on: `tokens` or `patches`.
-    pub fn encoder(places: &'a [Place], rows: usize, tokens: &'a [u32], patches: &'a [f32]) -> Self {
+    pub fn encoder(places: &'a [SequencePlace], rows: usize, tokens: &'a [u32], patches: &'a [f32]) -> Self {
         let batch = Batch { sequences: places.len(), positions: (0..rows).into() };
         Self { batch, places, is_encoder: true, tokens, patches, mode: StepMode::Real }
     }
@@ -116,7 +116,7 @@ pub fn run(
         outlier_calls: AtomicU64::new(0),
         examined_columns: AtomicU64::new(0),
     };
-    let shape = CallShape::of(call.batch);
+    let shape = RowShape::of(call.batch);
     pool.run(&|worker: &Worker| {
         for (index, step) in steps.iter().enumerate() {
             if index > 0 && needs_barrier(&steps[index - 1], step, shape) {

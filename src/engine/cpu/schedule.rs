@@ -122,7 +122,7 @@ pub enum Split {
 
 /// How many rows a call has, as far as splits differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CallShape {
+pub enum RowShape {
     /// One row.
     Single,
     /// One row of each of several sequences.
@@ -131,23 +131,23 @@ pub enum CallShape {
     Prompt,
 }
 
-impl CallShape {
+impl RowShape {
     pub fn of(batch: Batch) -> Self {
         match (batch.rows(), batch.rows_each()) {
-            (1, _) => CallShape::Single,
-            (_, 1) => CallShape::Step,
-            _ => CallShape::Prompt,
+            (1, _) => RowShape::Single,
+            (_, 1) => RowShape::Step,
+            _ => RowShape::Prompt,
         }
     }
 }
 
 impl Step {
     /// The split in a call.
-    pub fn split(&self, shape: CallShape) -> Split {
-        let single = shape == CallShape::Single;
+    pub fn split(&self, shape: RowShape) -> Split {
+        let single = shape == RowShape::Single;
         match self {
             Step::Prepare { .. } if single => Split::Each,
-            Step::Argmax(_) if shape == CallShape::Step => Split::Rows,
+            Step::Argmax(_) if shape == RowShape::Step => Split::Rows,
             Step::Prepare { .. } | Step::Argmax(_) | Step::LastRow(_) => Split::One,
             Step::Patches(_) | Step::Features(_) | Step::Route(_) => Split::One,
             Step::Embed(_) | Step::Norm(_) | Step::NormInPlace { .. } | Step::AddRows(_) if single => Split::One,
@@ -165,11 +165,11 @@ impl Step {
 /// Returns whether a barrier stands between two steps. Elements stay with their worker from a linear to what follows it, but a
 /// linear itself reads what all have written, or what each has prepared for itself; heads stay from append to attention while the call has one row of each
 /// sequence, and with several rows attention reads what others appended.
-pub fn needs_barrier(before: &Step, after: &Step, shape: CallShape) -> bool {
+pub fn needs_barrier(before: &Step, after: &Step, shape: RowShape) -> bool {
     let (first, second) = (before.split(shape), after.split(shape));
     match (first, second) {
         (Split::Each, _) => false,
-        (Split::Heads, Split::Heads) => shape == CallShape::Prompt,
+        (Split::Heads, Split::Heads) => shape == RowShape::Prompt,
         (Split::Elements, Split::Elements) => matches!(after, Step::Linear { .. }),
         _ => first != second,
     }

@@ -8,7 +8,7 @@ use half::f16;
 use crate::kernels::cpu::pool::Pool;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
-use crate::quant::{Format, HalfMatrix, Prepared, fp16};
+use crate::quant::{BASELINE, FormatOptions, HalfMatrix, Prepared};
 
 /// Rows of the product, and the shape of its matrix: 2 MiB of weights for each of some rounds, so that decoding them counts as little as in
 /// a prompt.
@@ -19,11 +19,11 @@ const INPUTS: usize = 1024;
 /// The best of the rounds counts, as for the bandwidth.
 const ROUNDS: usize = 8;
 
-/// fp32 operations a second / 1e9 (a multiplication and an addition are two) of a product by a matrix in fp16, on all threads of the pool.
+/// fp32 operations a second / 1e9 (a multiplication and an addition are two) of a product by a matrix in 16 bit, on all threads of the pool.
 pub fn matmul_gflop_s(isa: Isa, pool: &Pool) -> f64 {
     let data = (0..OUTPUTS * INPUTS).map(|i| f16::from_f32((i % 13) as f32 - 6.0)).collect();
     let weight = HalfMatrix { n: OUTPUTS, k: INPUTS, data };
-    let Ok(stored) = fp16::Fp16.quantize(weight) else { return f64::NAN };
+    let Ok(stored) = (BASELINE.new)(FormatOptions::default()).quantize(weight) else { return f64::NAN };
     let matrix = stored.pack(isa);
     let x: Vec<f32> = (0..ROWS * INPUTS).map(|i| (i % 11) as f32 - 5.0).collect();
     let (mut y, mut prepared) = (vec![0.0; ROWS * OUTPUTS], Prepared::default());

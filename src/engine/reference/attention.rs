@@ -2,7 +2,8 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::{Buffers, Call, Reference, Sequence, capped, missing};
+use super::call::{Call, Sequence};
+use super::{Buffers, Reference, capped, missing};
 use crate::plan::{
     AttentionSpec, BiasId, CacheId, CacheScope, KeyValue, Mask, Norm, QkNorm, QkNormOver, RopeId, Sinks, Window,
 };

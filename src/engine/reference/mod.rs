@@ -4,6 +4,7 @@
 //! norms fp32, and a linear is the format's device kernel. Speed is no aim here.
 
 mod attention;
+mod call;
 mod experts;
 
 use std::ops::Range;
@@ -11,9 +12,10 @@ use std::ops::Range;
 use anyhow::{Context, Result, bail};
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 
+use self::call::{Call, Sequence};
 use super::load::{LoadedTensors, stream};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
-use crate::call::{self, Batch, KvFormat, Supported};
+use crate::call::{ANY, Batch, KvFormat, Supported, check_scored, check_sequence};
 use crate::events::Listener;
 use crate::plan::{
     ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, BufferId, CacheScope, EmbedSpec,
@@ -72,33 +74,6 @@ pub struct Reference {
     calls: Supported,
 }
 
-/// What the session holds of one sequence.
-#[derive(Clone)]
-struct Sequence {
-    /// Keys and values of each cache, `[g, t, d]`; empty before the first token.
-    caches: Vec<Option<(Tensor, Tensor)>>,
-    /// Tokens in the decoder's caches.
-    position: usize,
-    /// Rows of the last encoder call.
-    encoded: usize,
-    /// `[patches, hidden]`
-    features: Option<Tensor>,
-    last_token: u32,
-}
-
-/// A call: the rows of some sequences, equally many of each, those of one together.
-struct Call<'a> {
-    sequences: Range<usize>,
-    rows_each: usize,
-    tokens: &'a [u32],
-}
-
-impl<'a> Call<'a> {
-    fn of(sequences: Range<usize>, tokens: &'a [u32]) -> Self {
-        Self { rows_each: tokens.len() / sequences.len().max(1), sequences, tokens }
-    }
-}
-
 /// The calls that the executor runs: its caches are in the compute dtype.
 fn calls(format: KvFormat) -> Supported {
     let kv_formats: &'static [KvFormat] = match format {
@@ -106,7 +81,7 @@ fn calls(format: KvFormat) -> Supported {
         KvFormat::Fp16 => &[KvFormat::Fp16],
         KvFormat::Bf16 | KvFormat::Fp8 => &[],
     };
-    Supported { executor: EXECUTOR, kv_formats, most_sequences: call::ANY }
+    Supported { executor: EXECUTOR, kv_formats, most_sequences: ANY }
 }
 
 /// The name in errors.
@@ -448,7 +423,7 @@ impl Session for Reference {
         if tokens.is_empty() {
             bail!("a prefill needs at least one token");
         }
-        let which = call::check_sequence(sequence, self.sequences.len())?;
+        let which = check_sequence(sequence, self.sequences.len())?;
         input.map_or(Ok(()), |input| self.encode_of(which.clone(), input))?;
         self.decoder_call(&Call::of(which, tokens))?;
         Ok(self.sequences[sequence].last_token)
@@ -458,7 +433,7 @@ impl Session for Reference {
         let plan = self.model.decoder.clone();
         let head = plan.head().context("this plan has no head")?;
         let body = Plan { ops: plan.ops[..head.body_len].to_vec(), buffers: plan.buffers.clone() };
-        call::check_scored(self.sequences.len())?;
+        check_scored(self.sequences.len())?;
         let x = (self.run(&body, &Call::of(0..1, tokens))?.get(head.x)? * head.scale as f64)?;
         self.sequences[0].position += tokens.len();
         for row in 0..tokens.len() {

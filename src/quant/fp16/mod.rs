@@ -22,8 +22,7 @@ impl DenseFormat for f16 {
 /// Row-major fp16.
 pub type Fp16Stored = DenseStored<f16>;
 
-/// The format itself.
-pub(crate) struct Fp16;
+struct Fp16;
 
 impl Format for Fp16 {
     fn id(&self) -> FormatId {
