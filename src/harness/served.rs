@@ -286,6 +286,10 @@ impl<C: Clock> EnginePort for ServedSession<C> {
     fn logits(&mut self, logits: &Logits) -> Result<RowsReply, Failure> {
         ServedSession::logits(self, logits).map_err(|error| failure_of(&error))
     }
+
+    fn score(&mut self, score: &Score) -> Result<RowsReply, Failure> {
+        ServedSession::score(self, score).map_err(|error| failure_of(&error))
+    }
 }
 
 /// The encoder where there is one, until the device is done, so that its time is its own.
