@@ -82,6 +82,7 @@ fn case(folder: &Path, precisions: &[&str], precision_selection: PrecisionSelect
         precision_selection,
         engines: vec![Engine::Quantbench.into()],
         asked: Vec::new(),
+        saved: None,
         engine_timeout_s: 60.0,
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,

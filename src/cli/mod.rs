@@ -295,6 +295,10 @@ fn command_names() -> Vec<&'static str> {
 /// What was typed for `quantbench doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
+    /// Interpreter of the engines in Python, as in a run.
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::ExecutablePath, help_heading = "Device")]
+    pub python: Option<PathBuf>,
+
     /// Format of stdout: table or json.
     #[arg(
         long, value_name = "FORMAT", value_enum, default_value_t = PlainFormat::Table, hide_possible_values = true,

@@ -104,6 +104,7 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
         precisions: precisions(&precision.precision, precision.no_double_quant)?,
         engines: vec![Engine::Quantbench.into()],
         asked: asked(&precision.precision, precision.no_double_quant),
+        saved: None,
         engine_timeout_s: harness::engine_timeout_s(),
         precision_selection: precision_selection(&precision.precision, precision.no_double_quant),
         format_options: FormatOptions { int8_threshold: not_negative("--int8-threshold", precision.int8_threshold)? },

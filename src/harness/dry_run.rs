@@ -34,7 +34,7 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
         checkpoint.source_with(&model.matrices, &model.vectors, events)?;
     }
     open_model::select(&mut model, &checkpoint, &case.selection())?;
-    let case = &checks::in_own_precision(case, checkpoint.quantized.as_ref())?;
+    let case = &checks::as_saved(case, &checkpoint)?;
     checks::check_engines(case)?;
     checks::on_device(case, device)?;
     if case.has(Engine::Candle) {

@@ -40,7 +40,7 @@ fn at_largest_batch(case: &Case, card_bytes: Option<u64>, events: &dyn Listener)
     let Surveyed { checkpoint, files } = weights::survey(&case.model, events)?;
     let mut model = open_model::build(&checkpoint, &case.model, events)?;
     open_model::select(&mut model, &checkpoint, &case.selection())?;
-    let case = &checks::in_own_precision(case, checkpoint.quantized.as_ref())?;
+    let case = &checks::as_saved(case, &checkpoint)?;
     let tokenizer_comes = files.iter().any(|file| file.name == "tokenizer.json" && !file.is_cached);
     let bound = bounded(case).filter(|_| tokenizer_comes);
     let workload = prompt::workload(bound.as_ref().unwrap_or(case), Words::of(&checkpoint), &model)?;

@@ -114,6 +114,8 @@ pub struct LoadReport {
     pub held: HeldModel,
     /// Resident set just before, with all that the process imports.
     pub before_bytes: Option<u64>,
+    /// Memory of the device just before; `None` on the CPU.
+    pub before_device_bytes: Option<u64>,
     /// Highest resident set while loading.
     pub load_peak_bytes: Option<u64>,
     pub own: OwnLoaded,

@@ -2,9 +2,10 @@
 //! clock. The engine alone stamps its tokens; here each stamp is checked.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::clock::Clock;
+use super::compared::ComparedLogits;
 use super::measured::{FinishReport, Sample, WarmupEnd, WarmupReport};
 use super::port::EnginePort;
 use super::served::{OwnFinish, OwnFinished};
@@ -31,15 +32,6 @@ pub struct Bench<C: Clock> {
     peak_is_exact: bool,
     /// Use of the device's memory pool at the end of each phase so far.
     pool: BTreeMap<String, PoolUse>,
-}
-
-/// Logits of one more run by which engines are compared.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ComparedLogits {
-    /// The file for them.
-    pub path: PathBuf,
-    /// Tokens of the run.
-    pub n_gen: usize,
 }
 
 impl<C: Clock> Bench<C> {
@@ -221,21 +213,15 @@ impl<C: Clock> Bench<C> {
         let options = serde_json::to_value(OwnFinish { alone_max_s: self.task.max_time_s }).unwrap_or_default();
         let finished = engine.finish(&Finish { options })?;
         let own: OwnFinished = serde_json::from_value(finished.details).unwrap_or_default();
-        let n_gen = self.task.n_gen;
-        let mut write = |path: &Path, n_gen: usize| {
-            if !engine.can(capability::LOGITS) {
-                return Err(Failure::error("this engine gives no logits"));
-            }
-            let run = RunRequest { n_gen, ..self.task.run(false) };
-            engine.logits(&Logits { run, file: path.to_owned() }).map(drop)
+        let run = self.task.run(false);
+        let save = |path: &Path| match engine.can(capability::LOGITS) {
+            true => engine.logits(&Logits { run: run.clone(), file: path.to_owned() }).map(drop),
+            false => Err(Failure::error("this engine gives no logits")),
         };
-        let saved = save_logits.map_or(Ok(()), |path| write(path, n_gen));
-        let finite_logits = match compared {
-            Some(ComparedLogits { path, n_gen }) if write(path, *n_gen).is_ok() => {
-                rows::all_finite(path).ok().filter(|_| self.wants_logits)
-            }
-            _ => None,
-        };
+        let saved = save_logits.map_or(Ok(()), save);
+        let compared_ids = compared.and_then(|compared| compared.write(engine, run));
+        let written = compared.filter(|_| compared_ids.is_some() && self.wants_logits);
+        let finite_logits = written.and_then(|compared| rows::all_finite(&compared.path).ok());
         Ok(FinishReport {
             end_bytes,
             peak_bytes: exact_peak.or(self.seen_peak_bytes.max(end_bytes)),
@@ -247,6 +233,7 @@ impl<C: Clock> Bench<C> {
             pool: std::mem::take(&mut self.pool),
             // What was measured is there all the same.
             finite_logits,
+            compared_ids,
             waited_ticks: 0,
             logits_problem: saved.err().map(|failure| failure.message().to_owned()),
         })

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::compared::ComparedIds;
 use crate::engine::memory::PoolUse;
 use crate::engine::{Alone, Footprint, OutlierColumns};
 use crate::os::cpu_usage::CpuUsage;
@@ -110,6 +111,8 @@ pub struct FinishReport {
     pub alone: Option<Alone>,
     /// Whether the logits of one more run hold numbers alone; `None` where every repeat said so itself.
     pub finite_logits: Option<bool>,
+    /// The ids behind which the logits stand that rows are compared by; `None` without such logits.
+    pub compared_ids: Option<ComparedIds>,
     /// Clock ticks of the processor that the engine's processes used while others were measured.
     pub waited_ticks: u64,
     /// Reason why the logits that were asked for are not in their file.

@@ -9,6 +9,7 @@ mod bandwidth_cache;
 mod case;
 mod checks;
 pub mod clock;
+pub mod compared;
 pub mod doctor;
 mod dry_run;
 pub mod environment;

@@ -9,11 +9,11 @@ use anyhow::Result;
 use super::bandwidth_cache::{BandwidthCache, DeviceBandwidth};
 use super::case::{Case, Variant};
 use super::checks::{self, Chosen};
+use super::compared::{ComparedLogits, WrittenIds};
 use super::environment::{self, Machine};
 use super::estimate::{self, Work};
 use super::exports::Exports;
 use super::load::DeviceAssignment;
-use super::measure::ComparedLogits;
 use super::open_model::{self, OpenModel};
 use super::prompt::{self, TokenizedWorkload, Words};
 use super::quality::EvalText;
@@ -21,6 +21,7 @@ use super::room::{MemoryBudget, NeverStarted};
 use super::run_context::RunContext;
 use super::schedule::{self, RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
 use super::streaming::Streaming;
+use super::task::Task;
 use super::warnings::Warning;
 use super::watch::Watch;
 use super::watch::machine::Sensors;
@@ -30,7 +31,7 @@ use crate::engine::cpu::throughput::matmul_gflop_s;
 use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::needs::Needs;
 use crate::engine::{self, Device, Engine};
-use crate::engines::{EngineProgram, Width};
+use crate::engines::EngineProgram;
 use crate::events::{Collector, Event, Listener, Unit};
 use crate::ipc::{self, Turns};
 use crate::kernels::cpu::bandwidth::WorkingSet;
@@ -41,6 +42,7 @@ use crate::kernels::nvml::Gpu;
 use crate::os::memory::ProcessMemory;
 use crate::plan::Model;
 use crate::protocol::{self, Failure, Load};
+use crate::quality::rows;
 use crate::record;
 
 /// Source of a device's bandwidth.
@@ -67,6 +69,8 @@ pub struct PreparedCase {
     pub exports: Exports,
     /// Set where another engine is measured: whoever waits is stopped.
     turns: Option<Turns>,
+    /// What variants wrote, for comparing engines.
+    ids: WrittenIds,
 }
 
 impl PreparedCase {
@@ -75,7 +79,7 @@ impl PreparedCase {
         let collector = Collector::new(events);
         let mut opened = open_model::open(&case.model, &collector)?;
         opened.select(&case.selection())?;
-        let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
+        let case = checks::as_saved(case, &opened.checkpoint)?;
         checks::check_engines(&case)?;
         checks::on_device(&case, chosen.device)?;
         let (case, mut prepared) = Self::new(&case, chosen.device, opened)?;
@@ -108,8 +112,8 @@ impl PreparedCase {
         let workload = prompt::workload(&case, Words::of(&opened.checkpoint), &opened.model)?;
         let room = MemoryBudget::new(&case, (&opened.model, &workload), device)?;
         let turns = case.has_others().then(Turns::default);
-        let exports = Exports::default();
-        Ok((case, Self { opened, assignment, workload, room, warnings: Vec::new(), exports, turns }))
+        let (exports, ids) = (Exports::default(), WrittenIds::default());
+        Ok((case, Self { opened, assignment, workload, room, warnings: Vec::new(), exports, turns, ids }))
     }
 
     /// Announces the work and its estimated time before it starts.
@@ -330,35 +334,36 @@ impl PreparedCase {
                 let request = self.workload.load_request(case, (*engine, *precision), self.assignment);
                 ProcessWorker::new(request, needed_bytes, case.protocol.deadline)?
             }
-            Variant::Other { program, precision, .. } => self.other(case, (program, precision), needed_bytes)?,
+            Variant::Other { program, precision, .. } => {
+                self.other(case, (program, precision), &self.workload.task, needed_bytes)?
+            }
         };
-        let compared = case.has_others().then(|| self.compared_logits(variant)).flatten();
+        let compared = if case.engines == [Engine::Quantbench.into()] { None } else { self.compared(case, variant) };
         let saved = self.workload.logits_file(case, variant);
         Ok(worker.with_turns(self.turns.clone()).with_logits(saved, compared))
     }
 
-    /// At 16 bit the logits of a whole run are compared; of narrower formats of others a token shows whether they are numbers.
-    fn compared_logits(&self, variant: &Variant) -> Option<ComparedLogits> {
-        let n_gen = match (variant.width(), variant.own_engine()) {
-            (Some(Width::Bits16), _) => self.workload.task.n_gen,
-            (_, None) => 1,
-            (_, Some(_)) => return None,
-        };
+    /// The logits that a variant is compared by. Of another engine they also show whether it computes numbers.
+    fn compared(&self, case: &Case, variant: &Variant) -> Option<ComparedLogits> {
+        let at = case.variants().iter().position(|known| known == variant)?;
         let path = self.exports.logits_file(&variant.label()).ok()?;
-        Some(ComparedLogits { path, n_gen })
+        let max_rows = rows::max_rows(self.model().vocab);
+        let reference = case.compared_with(at).unwrap_or(at);
+        Some(ComparedLogits { path, max_rows, variant: at, reference, ids: self.ids.clone() })
     }
 
-    /// Another engine's process, with the same weights and ids.
-    fn other(
+    /// Another engine's process, with the same weights and ids; `needed_bytes` are 0 where unknown.
+    pub fn other(
         &self,
         case: &Case,
         (program, precision): (&EngineProgram, &str),
+        task: &Task,
         needed_bytes: u64,
     ) -> Result<ProcessWorker, Failure> {
         let DeviceAssignment { device, threads } = self.assignment;
-        let task = self.exports.task(&self.workload.task, || {
-            open_model::pixels(&self.opened.model, &self.opened.checkpoint, &self.workload.task.encode)
-        })?;
+        let task = self
+            .exports
+            .task(task, || open_model::pixels(&self.opened.model, &self.opened.checkpoint, &task.encode))?;
         let load = Load {
             protocol: protocol::VERSION,
             model: self.exports.model(program.form(), &self.opened)?.to_string_lossy().into_owned(),

@@ -292,6 +292,10 @@ impl<C: Clock> EnginePort for ServedSession<C> {
     fn logits(&mut self, logits: &Logits) -> Result<RowsReply, Failure> {
         ServedSession::logits(self, logits).map_err(|error| failure_of(&error))
     }
+
+    fn score(&mut self, score: &Score) -> Result<RowsReply, Failure> {
+        ServedSession::score(self, score).map_err(|error| failure_of(&error))
+    }
 }
 
 /// The ids of all sequences behind what their caches hold; their next tokens to `next`.

@@ -65,6 +65,8 @@ pub struct HeldModel {
     pub logits: Option<String>,
     pub head: Option<HeldPart>,
     pub embeddings: Option<HeldPart>,
+    /// Experts of a mixture.
+    pub experts: Option<HeldPart>,
     /// Format of keys and values, and the bytes of the whole cache.
     pub kv_cache: Option<HeldPart>,
     /// Bytes of keys and values of one position of one sequence.

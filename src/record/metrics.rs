@@ -227,6 +227,13 @@ pub static METRICS: &[Metric] = &[
     stored("start_bytes", "bytes", Lower, "memory after load and warm-up", "memory.start_bytes"),
     stored("end_bytes", "bytes", Lower, "memory after the run", "memory.end_bytes"),
     stored("peak_bytes", "bytes", Lower, "highest memory in the run", "memory.peak_bytes"),
+    stored(
+        "growth_bytes",
+        "bytes",
+        Lower,
+        "what a process grew by from just before it loaded to the most in the run",
+        "memory.growth_bytes",
+    ),
     stored("load_peak_bytes", "bytes", Lower, "highest memory while loading", "memory.load_peak_bytes"),
     stored("prefill_peak_bytes", "bytes", Lower, "highest memory in a prefill", "memory.prefill_peak_bytes"),
     stored("decode_peak_bytes", "bytes", Lower, "highest memory in the decode steps", "memory.decode_peak_bytes"),
@@ -275,6 +282,27 @@ pub static METRICS: &[Metric] = &[
     stored("perplexity", "tokens", Lower, "exp of nll_mean", "quality.perplexity"),
     stored("perplexity_ratio", "x", Lower, "perplexity over that of fp16 in the same run", "quality.perplexity_ratio"),
     stored("logit_error_max", "logits", Lower, "largest difference of a logit", "quality.logit_error_max"),
+    stored(
+        "agreement_kl_mean",
+        "nats/token",
+        Lower,
+        "KL divergence from quantbench's own record in a run of several engines, mean of the steps",
+        "agreement.kl_mean",
+    ),
+    stored(
+        "agreement_top1",
+        "share",
+        Higher,
+        "steps at which quantbench's own record and this one expect the same token most",
+        "agreement.top1_agreement",
+    ),
+    stored(
+        "host_ms_per_token",
+        "ms",
+        Lower,
+        "time between two steps that another engine's host spends outside its model",
+        "other_engine.host_ms_per_token",
+    ),
 ];
 
 /// The row of `key`.

@@ -105,6 +105,9 @@ pub struct Record {
     /// What is known of an engine that is no code of quantbench's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub other_engine: Option<OtherEngine>,
+    /// Logits against those of quantbench's record in the same run, where several engines ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<Agreement>,
     pub environment: Environment,
     /// Memory of the card that the user named with `--card`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

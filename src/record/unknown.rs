@@ -49,6 +49,7 @@ impl Record {
             self_check: None,
             quality: None,
             other_engine: None,
+            agreement: None,
             environment: Environment::default(),
             card_bytes: None,
             warnings: Vec::new(),

@@ -156,6 +156,7 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         precision_selection: PrecisionSelection::ByName,
         engines: vec![Engine::Quantbench.into()],
         asked: Vec::new(),
+        saved: None,
         engine_timeout_s: 60.0,
         format_options: FormatOptions::default(),
         device: DeviceChoice::Cpu,

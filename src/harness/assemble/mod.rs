@@ -151,6 +151,7 @@ fn base(
         warnings: Vec::new(),
         quality: None,
         other_engine: None,
+        agreement: None,
     };
     if let Some(failure) = &outcome.failure {
         fail(&mut record, failure);
