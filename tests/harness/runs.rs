@@ -77,6 +77,10 @@ fn every_metric_is_exact() {
         "arithmetic_alone_share",
         "context_bytes",
         "device_process_bytes",
+        "growth_bytes",
+        "agreement_kl_mean",
+        "agreement_top1",
+        "host_ms_per_token",
     ];
     for key in undefined {
         assert_eq!(metric(record, key), None, "{key}");

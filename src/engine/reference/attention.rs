@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::call::{Call, Sequence};
+use super::call::{Sequence, SequenceCall};
 use super::{Buffers, Reference, capped, missing};
 use crate::plan::{
     AttentionSpec, BiasId, CacheId, CacheScope, KeyValue, Mask, Norm, QkNorm, QkNormOver, RopeId, Sinks, Window,
@@ -10,7 +10,7 @@ use crate::plan::{
 
 impl Reference {
     /// Appends keys and values, and attends, sequence by sequence: `[rows, h · d]`.
-    pub(super) fn attention(&mut self, spec: &AttentionSpec, call: &Call, buffers: &Buffers) -> Result<Tensor> {
+    pub(super) fn attention(&mut self, spec: &AttentionSpec, call: &SequenceCall, buffers: &Buffers) -> Result<Tensor> {
         let d = self.model.caches[spec.cache.0].head_dim;
         let mut outs = Vec::with_capacity(call.sequences.len());
         for (at, sequence) in call.sequences.clone().enumerate() {

@@ -19,13 +19,13 @@ pub struct Sequence {
 }
 
 /// A call: the rows of some sequences, equally many of each, those of one together.
-pub struct Call<'a> {
+pub struct SequenceCall<'a> {
     pub sequences: Range<usize>,
     pub rows_each: usize,
     pub tokens: &'a [u32],
 }
 
-impl<'a> Call<'a> {
+impl<'a> SequenceCall<'a> {
     pub fn of(sequences: Range<usize>, tokens: &'a [u32]) -> Self {
         Self { rows_each: tokens.len() / sequences.len().max(1), sequences, tokens }
     }

@@ -12,7 +12,7 @@ use std::ops::Range;
 use anyhow::{Context, Result, bail};
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 
-use self::call::{Call, Sequence};
+use self::call::{Sequence, SequenceCall};
 use super::load::{LoadedTensors, stream};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
 use crate::call::{ANY, Batch, KvFormat, Supported, check_scored, check_sequence};
@@ -103,7 +103,7 @@ pub fn largest_values(setup: &Setup, tokens: &[u32]) -> Result<Vec<(String, f32)
     let tensors = stream(setup, &crate::events::Silent, &finish)?;
     let mut reference = Reference::of(setup, tensors.matrices, tensors.vectors, Device::Cpu, DType::F32)?;
     let plan = setup.model.decoder.clone();
-    let buffers = reference.run(&plan, &Call::of(0..1, tokens))?;
+    let buffers = reference.run(&plan, &SequenceCall::of(0..1, tokens))?;
     let largest = |values: &Tensor| values.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
     let of_buffer = |(buffer, values): (&crate::plan::Buffer, &Option<Tensor>)| {
         let largest = values.as_ref().map(largest).transpose()?;
@@ -163,7 +163,7 @@ impl Reference {
     }
 
     /// Runs a call through `plan`.
-    fn run(&mut self, plan: &Plan, call: &Call) -> Result<Buffers> {
+    fn run(&mut self, plan: &Plan, call: &SequenceCall) -> Result<Buffers> {
         let mut buffers = Buffers(vec![None; plan.buffers.len()]);
         for op in &plan.ops {
             self.step(op, call, &mut buffers).with_context(|| format!("reference executor at {op:?}"))?;
@@ -171,7 +171,7 @@ impl Reference {
         Ok(buffers)
     }
 
-    fn decoder_call(&mut self, call: &Call) -> Result<()> {
+    fn decoder_call(&mut self, call: &SequenceCall) -> Result<()> {
         let longest = self.sequences[call.sequences.clone()].iter().map(|sequence| sequence.position).max();
         let is_longest = |sequence: &Sequence| Some(sequence.position) == longest;
         if call.rows_each > 1 && !self.sequences[call.sequences.clone()].iter().all(is_longest) {
@@ -202,7 +202,7 @@ impl Reference {
             _ => bail!("this model's encoder reads another kind of input"),
         };
         self.sequences[which.clone()].iter_mut().for_each(|sequence| sequence.encoded = rows_each);
-        self.run(&encoder.plan, &Call { sequences: which, rows_each, tokens })?;
+        self.run(&encoder.plan, &SequenceCall { sequences: which, rows_each, tokens })?;
         Ok(())
     }
 
@@ -210,7 +210,7 @@ impl Reference {
         self.sequences.iter().map(|sequence| sequence.last_token).collect()
     }
 
-    fn step(&mut self, op: &Op, call: &Call, buffers: &mut Buffers) -> candle_core::Result<()> {
+    fn step(&mut self, op: &Op, call: &SequenceCall, buffers: &mut Buffers) -> candle_core::Result<()> {
         match op {
             Op::Embed(spec) => {
                 let EmbedSpec { table, scale, image, out } = *spec;
@@ -304,7 +304,13 @@ impl Reference {
         }
     }
 
-    fn embed(&self, call: &Call, table: MatrixId, scale: f32, image: Option<u32>) -> candle_core::Result<Tensor> {
+    fn embed(
+        &self,
+        call: &SequenceCall,
+        table: MatrixId,
+        scale: f32,
+        image: Option<u32>,
+    ) -> candle_core::Result<Tensor> {
         let rows = (self.matrices[table.0].rows(call.tokens)?.to_dtype(self.compute)? * scale as f64)?;
         if !call.tokens.iter().any(|&token| Some(token) == image) {
             return Ok(rows);
@@ -414,7 +420,7 @@ impl Session for Reference {
         }
         let n = self.sequences.len();
         self.calls.check_batch(batch, tokens.len(), (n, self.position()))?;
-        self.decoder_call(&Call::of(0..n, tokens))?;
+        self.decoder_call(&SequenceCall::of(0..n, tokens))?;
         next.copy_from_slice(&self.last_tokens());
         Ok(())
     }
@@ -425,7 +431,7 @@ impl Session for Reference {
         }
         let which = check_sequence(sequence, self.sequences.len())?;
         input.map_or(Ok(()), |input| self.encode_of(which.clone(), input))?;
-        self.decoder_call(&Call::of(which, tokens))?;
+        self.decoder_call(&SequenceCall::of(which, tokens))?;
         Ok(self.sequences[sequence].last_token)
     }
 
@@ -434,7 +440,7 @@ impl Session for Reference {
         let head = plan.head().context("this plan has no head")?;
         let body = Plan { ops: plan.ops[..head.body_len].to_vec(), buffers: plan.buffers.clone() };
         check_scored(self.sequences.len())?;
-        let x = (self.run(&body, &Call::of(0..1, tokens))?.get(head.x)? * head.scale as f64)?;
+        let x = (self.run(&body, &SequenceCall::of(0..1, tokens))?.get(head.x)? * head.scale as f64)?;
         self.sequences[0].position += tokens.len();
         for row in 0..tokens.len() {
             let logits = self.matrices[head.weight.0].forward(&x.narrow(0, row, 1)?.contiguous()?)?;
@@ -446,7 +452,7 @@ impl Session for Reference {
 
     fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
         for _ in 0..n {
-            self.decoder_call(&Call::of(0..self.sequences.len(), &self.last_tokens()))?;
+            self.decoder_call(&SequenceCall::of(0..self.sequences.len(), &self.last_tokens()))?;
             on_tokens(&self.last_tokens());
         }
         Ok(())
