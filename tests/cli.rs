@@ -108,7 +108,6 @@ const SNAPSHOTS: &[(&str, &[&str])] = &[
     ("output_without_format", &["--output", "r.xml"]),
     ("candle_quantized", &["--engine", "candle", "--precision", "4bit"]),
     ("candle_without_fp16", &["--engine", "quantbench,candle", "--precision", "int8,nf4"]),
-    ("candle_quality", &["--engine", "candle", "--quality"]),
     ("unknown_engine", &["--engine", "cnadle"]),
     ("dry_run_as_csv", &["--dry-run", "--format", "csv"]),
     ("cold_run_with_repeats", &["--method", "seed", "--repeats", "3"]),

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use quantbench::record::metrics::{self, METRICS};
-use quantbench::record::{Document, Energy, Protocol, Record, SCHEMA_VERSION};
+use quantbench::record::{
+    Agreement, BreakEven, BreakEvenFinding, Document, Energy, OtherEngine, Protocol, Record, SCHEMA_VERSION,
+};
 use quantbench::report::compare::Order;
 use quantbench::report::{self, Options, Terminal, WRITERS};
 use serde_json::Value;
@@ -220,11 +222,18 @@ fn full_record() -> Record {
     (record.bandwidth.theoretical_gb_s, record.bandwidth.device_share) = (Some(50.0), Some(0.9));
     (record.bandwidth.memory_alone_share, record.bandwidth.arithmetic_alone_share) = (Some(0.9), Some(0.4));
     let memory = &mut record.memory;
-    (memory.context_bytes, memory.device_process_bytes) = (Some(1), Some(2));
+    (memory.context_bytes, memory.device_process_bytes, memory.growth_bytes) = (Some(1), Some(2), Some(6));
+    record.agreement = Some(Agreement { kl_mean: 0.1, top1_agreement: 0.9, ..Agreement::default() });
+    record.other_engine = Some(OtherEngine { host_ms_per_token: Some(0.5), ..OtherEngine::default() });
     (memory.prefill_peak_bytes, memory.decode_peak_bytes, memory.load_peak_bytes) = (Some(3), Some(4), Some(5));
     let environment = &mut record.environment;
     (environment.gpu, environment.driver, environment.cuda) = (Some("GPU".into()), Some("1".into()), Some("2".into()));
     record.warnings = vec!["what: why".into()];
+    let bandwidth = &mut record.bandwidth;
+    (bandwidth.flops_per_step, bandwidth.achieved_gflop_s) = (Some(40), Some(2.0));
+    (bandwidth.matmul_gflop_s, bandwidth.mfu) = (Some(8.0), Some(0.25));
+    let (finding, batches) = (BreakEvenFinding::Within, vec![1, 16]);
+    record.break_even = Some(BreakEven { finding, batches, low: Some(6.0), batch: Some(8.0), high: Some(12.0) });
     record.protocol = Protocol {
         n_repeats: 6,
         ended: "count".into(),

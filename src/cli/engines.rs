@@ -1,7 +1,6 @@
 //! `--engine`: whose code runs, and what other engines are asked to hold.
 
 use super::RunArgs;
-use crate::engine::Engine;
 use crate::engines::{self, Asked, EngineChoice, Width};
 use crate::error::BadInput;
 use crate::quant::FormatId;
@@ -22,16 +21,6 @@ pub(super) fn engines(args: &RunArgs) -> Result<Vec<EngineChoice>, BadInput> {
     if others && args.keeps_matrices() {
         return Err(BadInput::new("`--keep-fp16` is for quantbench's own engine alone")
             .hint("drop `--keep-fp16`, or the other engines"));
-    }
-    if others && (args.quality || args.text.is_given()) {
-        let message = "quality is measured of quantbench's own precisions, and another engine was asked for";
-        return Err(BadInput::new(message).hint("measure quality without the other engines"));
-    }
-    if engines.contains(&Engine::Candle.into()) && (args.quality || args.text.is_given()) {
-        return Err(BadInput::new(
-            "`--engine candle` measures speed alone: quality is that of quantbench's own precisions",
-        )
-        .hint("drop `--engine candle`, or the options of quality"));
     }
     Ok(engines)
 }

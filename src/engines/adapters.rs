@@ -49,12 +49,20 @@ pub enum Asked {
 }
 
 /// The form in which an engine takes a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ModelForm {
     /// A folder with config.json and safetensors files.
     Folder,
-    /// One GGUF file in F16.
+    /// One GGUF file.
     Gguf,
+}
+
+/// A Python package that an adapter imports.
+#[derive(Debug)]
+pub struct Package {
+    pub name: &'static str,
+    /// The oldest version whose interface the adapter calls.
+    pub least: &'static str,
 }
 
 /// An engine that this binary has an adapter for, in Python.
@@ -64,8 +72,7 @@ pub struct Adapter {
     pub doc: &'static str,
     /// The adapter's code, behind the part that all share.
     pub source: &'static str,
-    /// Modules that it imports, and the packages that have them.
-    pub packages: &'static [(&'static str, &'static str)],
+    pub packages: &'static [Package],
     pub form: ModelForm,
     /// Its formats by width, and those that are asked for by name alone.
     pub formats: &'static [(Option<Width>, &'static str)],
@@ -86,8 +93,12 @@ const BITSANDBYTES: &[(Option<Width>, &str)] = &[
     (None, "fp32"),
 ];
 
-const TRANSFORMERS: &[(&str, &str)] =
-    &[("torch", "torch"), ("transformers", "transformers"), ("bitsandbytes", "bitsandbytes")];
+/// transformers 4.56 renamed an argument to `dtype`; bitsandbytes 0.46 is the first with 4 bits on CPUs.
+const TRANSFORMERS: &[Package] = &[
+    Package { name: "torch", least: "2.4" },
+    Package { name: "transformers", least: "4.56" },
+    Package { name: "bitsandbytes", least: "0.46" },
+];
 
 /// The engines with an adapter.
 pub static ADAPTERS: &[Adapter] = &[
@@ -111,7 +122,8 @@ pub static ADAPTERS: &[Adapter] = &[
         name: "llama.cpp",
         doc: "llama.cpp through llama-cpp-python",
         source: include_str!("python/llama_cpp_engine.py"),
-        packages: &[("llama_cpp", "llama-cpp-python")],
+        // The first with llama.cpp's `llama_memory` calls.
+        packages: &[Package { name: "llama-cpp-python", least: "0.3.10" }],
         form: ModelForm::Gguf,
         formats: &[(Some(Width::Bits16), "f16"), (Some(Width::Bits8), "q8_0"), (Some(Width::Bits4), "q4_0")],
     },

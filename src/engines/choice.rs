@@ -96,8 +96,9 @@ impl EngineProgram {
         ADAPTERS.iter().find(|adapter| self.command.is_none() && adapter.name == self.name)
     }
 
-    pub fn form(&self) -> ModelForm {
-        self.adapter().map_or(ModelForm::Folder, |adapter| adapter.form)
+    /// The form that its adapter takes; a program without one is given the model as it is, or a folder.
+    pub fn form(&self) -> Option<ModelForm> {
+        self.adapter().map(|adapter| adapter.form)
     }
 
     /// The program's name for what is asked, with its width; `Err` is the nearest format that it has. A program without an adapter is
@@ -126,7 +127,10 @@ impl EngineProgram {
             (None, adapter) => {
                 let source = adapter.map_or("", |adapter| adapter.source);
                 let code = format!("{SHARED}\n\n{source}\n");
-                (find_python(self.python.as_deref()), vec!["-c".into(), code.into(), self.name.clone().into()])
+                let packages = adapter.map_or(&[][..], |adapter| adapter.packages).iter();
+                let packages = packages.map(|package| format!("{}>={}", package.name, package.least).into());
+                let plain = ["-c".into(), code.into(), self.name.clone().into()];
+                (find_python(self.python.as_deref()), plain.into_iter().chain(packages).collect())
             }
         };
         let threads: OsString = threads.to_string().into();

@@ -7,6 +7,6 @@ mod adapters;
 mod choice;
 mod python;
 
-pub use adapters::{ADAPTERS, Adapter, Asked, ModelForm, WIDTHS, Width, is_format, width_of};
+pub use adapters::{ADAPTERS, Adapter, Asked, ModelForm, Package, WIDTHS, Width, is_format, width_of};
 pub use choice::{EngineChoice, EngineProgram, names};
 pub use python::{Probe, find_python, probe};

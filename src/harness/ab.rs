@@ -21,6 +21,10 @@ use crate::record::{self, Record};
 /// Measures every variant of `case` with this build and with another one, repeat by repeat in turn: the records of the other
 /// build, then those of this one. Both speak the same engine protocol or the other's records say that they do not.
 pub fn run_ab(case: &Case, other: &Path, events: &dyn Listener) -> Result<(Vec<Record>, Vec<Record>)> {
+    if case.has_others() {
+        let message = "`--ab` measures two builds of quantbench, and an engine that is neither was asked for";
+        return Err(BadInput::new(message).hint("drop `--ab`, or the other engines of `--engine`").into());
+    }
     let chosen = checks::check(case)?;
     let engine = engine_of(other)?;
     let (case, prepared) = &PreparedCase::open(case, chosen, events)?;

@@ -1,13 +1,14 @@
-//! Whether engines compute the same: their logits for the same prompt and the same weights, against quantbench's own at 16 bit.
+//! Whether engines compute the same: their logits for the same prompt and the same weights, against quantbench's own.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use super::case::{Case, Variant};
+use super::case::Case;
+use super::compared::ComparedIds;
 use super::exports::Exports;
+use super::schedule::VariantOutcome;
 use super::warnings::Warning;
-use crate::engine::Engine;
 use crate::engines::Width;
 use crate::quality::cost;
 use crate::quality::rows::RowReader;
@@ -20,33 +21,45 @@ const ROUNDINGS_PER_LAYER: f64 = 10.0;
 /// Unit roundoff of fp16.
 const ROUNDOFF: f64 = 1.0 / 2048.0;
 
-/// Fills the agreement of every 16-bit record of another engine, where quantbench ran at 16 bit as well.
-pub fn add(records: &mut [Record], case: &Case, exports: &Exports, layers: usize) {
+/// Fills the agreement of every record that has logits and a record of quantbench's to be compared with. An engine that gives no logits is
+/// measured all the same.
+pub fn add(records: &mut [Record], case: &Case, outcomes: &[VariantOutcome], (exports, layers): (&Exports, usize)) {
     let variants = case.variants();
-    let is_own =
-        |variant: &Variant| variant.own_engine() == Some(Engine::Quantbench) && variant.width() == Some(Width::Bits16);
-    let Some(own) = variants.iter().position(is_own).filter(|own| records[*own].status == Status::Ok) else { return };
-    let own_ids = records[own].output.token_ids.clone();
-    for (record, variant) in records.iter_mut().zip(&variants) {
-        let is_compared = variant.own_engine().is_none() && variant.width() == Some(Width::Bits16);
-        let (ids, is_ok) = (record.output.token_ids.clone(), record.status == Status::Ok);
-        let Some(engine) = record.other_engine.as_mut().filter(|_| is_compared && is_ok) else { continue };
-        let file = |variant: &Variant| exports.logits_file(&variant.label());
-        let compared =
-            file(&variants[own]).and_then(|ours| compare((&ours, &own_ids), (&file(variant)?, &ids), layers));
-        // An engine that gives no logits is measured all the same.
-        engine.agreement = compared.ok();
-        let warning = engine.agreement.as_ref().and_then(disagreement);
+    let behind = |at: usize| outcomes[at].finished.as_ref()?.compared_ids.filter(|_| records[at].status == Status::Ok);
+    let compared = |at: usize| -> Option<Agreement> {
+        let reference = case.compared_with(at)?;
+        let (behind, _) = (behind(at)?, behind(reference)?);
+        let run = |at: usize| -> Result<Run> {
+            Ok(Run { logits: exports.logits_file(&variants[at].label())?, ids: &records[at].output.token_ids })
+        };
+        let agreement = compare(&run(reference).ok()?, &run(at).ok()?, behind, layers).ok()?;
+        Some(Agreement { reference: variants[reference].precision(), ..agreement })
+    };
+    let all: Vec<Option<Agreement>> = (0..variants.len()).map(compared).collect();
+    for ((record, variant), agreement) in records.iter_mut().zip(&variants).zip(all) {
+        let is_wide = !variant.is_quantbench() && variant.width() == Some(Width::Bits16);
+        let warning = agreement.as_ref().filter(|_| is_wide).and_then(disagreement);
         record.warnings.extend(warning.map(|warning| warning.to_string()));
+        record.agreement = agreement;
     }
 }
 
-/// Compares two runs up to the step where they part. Ids are those of the measured repeats; logits those of a further run.
-fn compare((ours, our_ids): (&Path, &[u32]), (theirs, their_ids): (&Path, &[u32]), layers: usize) -> Result<Agreement> {
-    let (mut ours, mut theirs) = (RowReader::open(ours)?, RowReader::open(theirs)?);
+/// The ids of a record's measured repeats, and the file of the logits of a further pass.
+struct Run<'a> {
+    logits: PathBuf,
+    ids: &'a [u32],
+}
+
+/// Compares the steps with the same ids before them: all, or those up to where two runs part.
+fn compare(ours: &Run, theirs: &Run, behind: ComparedIds, layers: usize) -> Result<Agreement> {
+    let (our_ids, their_ids) = (ours.ids, theirs.ids);
+    let (mut ours, mut theirs) = (RowReader::open(&ours.logits)?, RowReader::open(&theirs.logits)?);
     let parts_at = our_ids.iter().zip(their_ids).position(|(a, b)| a != b);
     let rows = ours.rows_left().min(theirs.rows_left());
-    let steps = parts_at.map_or(rows, |at| (at + 1).min(rows));
+    let steps = match (behind, parts_at) {
+        (ComparedIds::Own, Some(at)) => (at + 1).min(rows),
+        (ComparedIds::Own, None) | (ComparedIds::Reference, _) => rows,
+    };
     let mut agreement =
         Agreement { steps: steps as u64, parts_at: parts_at.map(|at| at as u64), ..Agreement::default() };
     let (mut agreed, mut largest) = (0u32, 0.0f64);
@@ -100,6 +113,8 @@ fn margin_bound(layers: usize, largest: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::quality::rows::RowWriter;
 
@@ -116,10 +131,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let ours = file(folder.path(), "ours", &[[1.0, 3.0, 0.0], [2.0, 1.5, 0.0], [9.0, 0.0, 0.0]]);
         let theirs = file(folder.path(), "theirs", &[[1.0, 3.0, 0.0], [2.0, 2.25, 0.0], [0.0, 0.0, 9.0]]);
-        let same = compare((&ours, &[1, 0, 0]), (&ours, &[1, 0, 0]), 1).unwrap();
+        let ours = Run { logits: ours, ids: &[1, 0, 0] };
+        let theirs = Run { logits: theirs, ids: &[1, 1, 2] };
+        let same = compare(&ours, &ours, ComparedIds::Own, 1).unwrap();
         assert_eq!((same.steps, same.parts_at, same.margin, same.kl_mean), (3, None, None, 0.0));
         assert_eq!((same.top1_agreement, same.logit_error_max), (1.0, 0.0));
-        let parted = compare((&ours, &[1, 0, 0]), (&theirs, &[1, 1, 2]), 1).unwrap();
+        // Behind the reference's ids all steps count.
+        let forced = compare(&ours, &theirs, ComparedIds::Reference, 1).unwrap();
+        assert_eq!((forced.steps, forced.parts_at, forced.margin), (3, Some(1), Some(0.5)));
+        assert_eq!((forced.top1_agreement, forced.logit_error_max), (1.0 / 3.0, 9.0));
+        let parted = compare(&ours, &theirs, ComparedIds::Own, 1).unwrap();
         assert_eq!((parted.steps, parted.parts_at, parted.margin), (2, Some(1), Some(0.5)));
         assert_eq!((parted.kl_first, parted.logit_error_first, parted.logit_error_max), (0.0, 0.0, 0.75));
         assert_eq!(parted.top1_agreement, 0.5);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::measurement_protocol::MeasurementProtocol;
 use crate::call::KvFormat;
 use crate::engine::Engine;
-use crate::engines::{Asked, EngineChoice, EngineProgram, WIDTHS, Width};
+use crate::engines::{Asked, EngineChoice, EngineProgram, ModelForm, WIDTHS, Width};
 use crate::quality::CallPath;
 use crate::quality::text::SAMPLE_NAME;
 use crate::quant::{self, FormatId, FormatOptions};
@@ -25,6 +25,9 @@ pub struct Case {
     /// What engines other than our own are asked to hold; empty: a format of each width.
     #[serde(default)]
     pub asked: Vec<Asked>,
+    /// Set where the model's files bind what engines can run, once it is opened.
+    #[serde(default)]
+    pub saved: Option<SavedModel>,
     /// Longest time for one answer of another engine.
     #[serde(default = "engine_timeout_s")]
     pub engine_timeout_s: f64,
@@ -36,6 +39,9 @@ pub struct Case {
     pub cuda_graph: bool,
     /// Sequences that a call runs at once.
     pub sequences: usize,
+    /// `sequences` is, or is to become, the largest number that fits.
+    #[serde(default)]
+    pub largest_batch: bool,
     /// Format of the key/value cache; `None`: the engine's own.
     pub kv_format: Option<KvFormat>,
     pub prompt: PromptChoice,
@@ -63,6 +69,14 @@ pub struct Case {
     pub command: String,
 }
 
+/// Files of a model of which no other form is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedModel {
+    pub form: ModelForm,
+    /// What it was quantized into before it was saved: every engine runs it so, or not at all. `None`: plain values.
+    pub precision: Option<FormatId>,
+}
+
 /// The way in which the precisions of a case were chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum PrecisionSelection {
@@ -83,8 +97,9 @@ pub fn engine_timeout_s() -> f64 {
 pub enum Variant {
     /// An engine of our own.
     Own { engine: Engine, precision: FormatId },
-    /// Another program, with its own name of the format; `width` is unknown for a format of no width that all engines have.
-    Other { program: EngineProgram, precision: String, width: Option<Width> },
+    /// Another program, with its own name of the format; `width` is unknown for a format of no width that all engines have. Its memory is
+    /// estimated as that of our own engine in `like`.
+    Other { program: EngineProgram, precision: String, width: Option<Width>, like: FormatId },
 }
 
 impl Variant {
@@ -115,11 +130,11 @@ impl Variant {
         }
     }
 
-    /// The format of our own; the widest one for another engine, whose needs are unknown.
+    /// The format of our own; for another engine, whose needs are unknown, that of the model's files or the widest one.
     pub fn format(&self) -> FormatId {
         match self {
             Variant::Own { precision, .. } => *precision,
-            Variant::Other { .. } => quant::BASELINE,
+            Variant::Other { like, .. } => *like,
         }
     }
 
@@ -128,6 +143,11 @@ impl Variant {
             Variant::Own { precision, .. } => crate::engines::width_of(precision.name),
             Variant::Other { width, .. } => *width,
         }
+    }
+
+    /// True for quantbench's own engine.
+    pub fn is_quantbench(&self) -> bool {
+        self.own_engine() == Some(Engine::Quantbench)
     }
 
     /// Name in labels and file names; quantbench's own engine is left out.
@@ -154,18 +174,24 @@ impl Case {
         self.engines.iter().flat_map(of).collect()
     }
 
-    /// What a program holds of what is asked for, each format once, or the nearest that it has instead.
-    fn of_program(&self, program: &EngineProgram) -> Vec<Result<Variant, (String, &'static str)>> {
+    /// What a program holds of what is asked for, each format once, or a line that says why not.
+    fn of_program(&self, program: &EngineProgram) -> Vec<Result<Variant, String>> {
+        if let Some(found) = self.saved.as_ref().and_then(|saved| self.of_saved(program, saved)) {
+            return vec![found];
+        }
         let every = WIDTHS.map(Asked::Width);
         let asked = if self.asked.is_empty() { &every } else { self.asked.as_slice() };
-        let mut all: Vec<Result<Variant, (String, &'static str)>> = Vec::new();
+        let mut all: Vec<Result<Variant, String>> = Vec::new();
         for asked in asked {
             let found = match program.format(asked) {
-                Ok((precision, width)) => Ok(Variant::Other { program: program.clone(), precision, width }),
-                Err(nearest) => Err((
+                Ok((precision, width)) => {
+                    Ok(Variant::Other { program: program.clone(), precision, width, like: quant::BASELINE })
+                }
+                Err(nearest) => Err(not_offered(
+                    &program.name,
                     match asked {
-                        Asked::Width(width) => width.name().to_owned(),
-                        Asked::Name(name) => name.clone(),
+                        Asked::Width(width) => width.name(),
+                        Asked::Name(name) => name,
                     },
                     nearest,
                 )),
@@ -177,17 +203,36 @@ impl Case {
         all
     }
 
-    /// One line for each format that was asked for by name and that an engine does not have.
-    pub fn not_offered(&self) -> Vec<String> {
-        let line = |engine: &str, asked: &str, nearest: &str| {
-            format!("`{asked}` is not offered by {engine}; nearest: {nearest}")
+    /// How a program runs a model of which no other form is made; `None` where it may be asked for any of its formats.
+    fn of_saved(&self, program: &EngineProgram, saved: &SavedModel) -> Option<Result<Variant, String>> {
+        let (name, model_id) = (&program.name, &self.model.model_id);
+        let takes = program.form().is_none_or(|form| form == saved.form);
+        let Some(own) = saved.precision else {
+            let line =
+                || format!("{name} loads no GGUF file such as `{model_id}`: name the model that it was made from");
+            return (!takes).then(|| Err(line()));
         };
+        // A file names itself; of a folder an engine must have the format.
+        let has = saved.form == ModelForm::Gguf || program.format(&Asked::Name(own.name.to_owned())).is_ok();
+        Some(match takes && has {
+            true => Ok(Variant::Other {
+                program: program.clone(),
+                precision: own.to_string(),
+                width: crate::engines::width_of(own.name),
+                like: own,
+            }),
+            false => Err(format!(
+                "{name} does not load `{model_id}`, which is saved in `{own}`: name the model that it was made from"
+            )),
+        })
+    }
+
+    /// One line for each format that was asked for by name and that an engine does not have, and for each engine that does not load the
+    /// model's files.
+    pub fn not_offered(&self) -> Vec<String> {
         let of = |choice: &EngineChoice| -> Vec<String> {
             match choice {
-                EngineChoice::Other(program) => {
-                    let missing = self.of_program(program).into_iter().filter_map(Result::err);
-                    missing.map(|(asked, nearest)| line(&program.name, &asked, nearest)).collect()
-                }
+                EngineChoice::Other(program) => self.of_program(program).into_iter().filter_map(Result::err).collect(),
                 EngineChoice::Own(Engine::Candle) => Vec::new(),
                 EngineChoice::Own(Engine::Quantbench) => {
                     let foreign = self.asked.iter().filter_map(|asked| match asked {
@@ -195,7 +240,7 @@ impl Case {
                         Asked::Name(_) | Asked::Width(_) => None,
                     });
                     let near = |name: &str| crate::engines::width_of(name).map_or(quant::BASELINE, Width::own);
-                    foreign.map(|name| line("quantbench", name, near(name).name)).collect()
+                    foreign.map(|name| not_offered("quantbench", name, near(name).name)).collect()
                 }
             }
         };
@@ -232,19 +277,32 @@ impl Case {
         }
     }
 
-    /// Index of quantbench's own variant of the same width.
-    pub fn own_of_width(&self, at: usize) -> Option<usize> {
+    /// Index of quantbench's own variant that another engine's stands beside: of the same format by name, else of the same width.
+    pub fn own_beside(&self, at: usize) -> Option<usize> {
         let variants = self.variants();
-        let width = variants[at].width()?;
-        variants
-            .iter()
-            .position(|variant| variant.own_engine() == Some(Engine::Quantbench) && variant.width() == Some(width))
+        let (name, width) = (variants[at].precision(), variants[at].width());
+        let own =
+            |is: &dyn Fn(&Variant) -> bool| variants.iter().position(|variant| variant.is_quantbench() && is(variant));
+        own(&|variant| variant.precision() == name)
+            .or_else(|| own(&|variant| width.is_some() && variant.width() == width))
+    }
+
+    /// Index of quantbench's variant whose logits those of this one are compared with: the 16-bit one, else the one beside it. `None` for
+    /// that variant itself, and where quantbench is not measured.
+    pub fn compared_with(&self, at: usize) -> Option<usize> {
+        let is_wide = |variant: &Variant| variant.is_quantbench() && variant.width() == Some(Width::Bits16);
+        let wide = self.variants().iter().position(is_wide);
+        wide.or_else(|| self.own_beside(at)).filter(|reference| *reference != at)
     }
 
     /// Matrices that every precision quantizes.
     pub fn selection(&self) -> Selection {
         if self.keep_fp16.is_empty() { Selection::Usual } else { Selection::Without(self.keep_fp16.clone()) }
     }
+}
+
+fn not_offered(engine: &str, asked: &str, nearest: &str) -> String {
+    format!("`{asked}` is not offered by {engine}; nearest: {nearest}")
 }
 
 /// The device as the user chose it.
@@ -261,6 +319,8 @@ pub enum PromptChoice {
     /// The default text where there is a tokenizer, else 8 synthetic ids.
     Default,
     Text(String),
+    /// Of each sequence of a batch, at least as many as there are.
+    Texts(Vec<String>),
     /// This many synthetic ids.
     Synthetic(usize),
     Ids(Vec<u32>),
@@ -311,12 +371,14 @@ pub mod tests {
             precision_selection: PrecisionSelection::ByName,
             engines: vec![Engine::Quantbench.into()],
             asked: Vec::new(),
+            saved: None,
             engine_timeout_s: engine_timeout_s(),
             format_options: FormatOptions::default(),
             device: DeviceChoice::Cpu,
             threads: 1,
             cuda_graph: true,
             sequences: 1,
+            largest_batch: false,
             kv_format: None,
             prompt: PromptChoice::Default,
             chat: false,
@@ -343,5 +405,58 @@ pub mod tests {
         assert_eq!(case.baseline(), Some(2), "fp16 of the own engine");
         assert_eq!(Case { engines: vec![Engine::Candle.into()], ..case.clone() }.baseline(), Some(0));
         assert_eq!(Case { precisions: vec![nf4::ID], ..case }.baseline(), None);
+    }
+
+    fn with_engines(words: &[&str], saved: Option<SavedModel>) -> Case {
+        let engines = words.iter().map(|word| EngineChoice::parse(word, None).unwrap()).collect();
+        Case { engines, saved, ..case() }
+    }
+
+    #[test]
+    fn files_that_bind_engines_are_run_as_they_are_or_not_at_all() {
+        let q4_k_m = FormatId::named("q4_k_m").unwrap();
+        let rows = |case: &Case| case.variants().iter().map(Variant::label).collect::<Vec<_>>();
+        let words = ["quantbench", "transformers", "llama.cpp", "mine=./mine"];
+        let file = |precision| Some(SavedModel { form: ModelForm::Gguf, precision });
+        let mixture = Case { precisions: vec![q4_k_m], ..with_engines(&words, file(Some(q4_k_m))) };
+        assert_eq!(rows(&mixture), ["q4_k_m", "llama.cpp-q4_k_m", "mine-q4_k_m"]);
+        let refused =
+            "transformers does not load `tiny`, which is saved in `q4_k_m`: name the model that it was made from";
+        assert_eq!(mixture.not_offered(), [refused]);
+        assert_eq!(mixture.variants()[1].format(), q4_k_m, "its memory is that of the file");
+        assert_eq!(
+            (mixture.own_beside(1), mixture.compared_with(1), mixture.compared_with(0)),
+            (Some(0), Some(0), None)
+        );
+
+        let plain = with_engines(&words, file(None));
+        let every = ["fp16", "llama.cpp-f16", "llama.cpp-q8_0", "llama.cpp-q4_0", "mine-fp16", "mine-int8", "mine-nf4"];
+        assert_eq!(rows(&plain), every);
+        assert!(plain.not_offered()[0].starts_with("transformers loads no GGUF file such as `tiny`"));
+
+        let saved = Some(SavedModel { form: ModelForm::Folder, precision: Some(nf4::ID) });
+        let folder = Case { precisions: vec![nf4::ID], ..with_engines(&words, saved) };
+        assert_eq!(rows(&folder), ["nf4", "transformers-nf4", "mine-nf4"]);
+        assert!(folder.not_offered()[0].starts_with("llama.cpp does not load `tiny`, which is saved in `nf4`"));
+    }
+
+    #[test]
+    fn other_engines_stand_beside_the_same_format_or_else_the_same_width() {
+        let q4_0 = FormatId::named("q4_0").unwrap();
+        let asked = [Asked::Width(Width::Bits16), Asked::Width(Width::Bits4), Asked::Name("q4_0".to_owned())];
+        let precisions = vec![nf4::ID, q4_0, quant::BASELINE];
+        let engines = with_engines(&["quantbench", "llama.cpp", "transformers"], None);
+        let case = Case { precisions, asked: asked.to_vec(), ..engines };
+        let labels: Vec<String> = case.variants().iter().map(Variant::label).collect();
+        let others = ["llama.cpp-f16", "llama.cpp-q4_0", "transformers-fp16", "transformers-nf4"];
+        assert_eq!(labels, [&["nf4", "q4_0", "fp16"][..], &others].concat());
+        let beside: Vec<_> = (3..7).map(|at| case.own_beside(at)).collect();
+        assert_eq!(beside, [Some(2), Some(1), Some(2), Some(0)]);
+        // One reference for all where it is measured.
+        let reference: Vec<_> = (0..7).map(|at| case.compared_with(at)).collect();
+        assert_eq!(reference, [Some(2), Some(2), None, Some(2), Some(2), Some(2), Some(2)]);
+        let narrow = Case { precisions: vec![nf4::ID], ..case };
+        let reference: Vec<_> = (0..5).map(|at| narrow.compared_with(at)).collect();
+        assert_eq!(reference, [None, None, Some(0), None, Some(0)], "each with the one beside it");
     }
 }

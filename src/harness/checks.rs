@@ -2,13 +2,14 @@
 
 use anyhow::Result;
 
-use super::case::{Case, DeviceChoice, PrecisionSelection, PromptChoice};
+use super::case::{Case, DeviceChoice, PrecisionSelection, PromptChoice, SavedModel};
 use super::warnings::Warning;
 use super::{doctor, logits};
 use crate::engine::{Device, Engine};
-use crate::engines::EngineChoice;
+use crate::engines::{EngineChoice, ModelForm};
 use crate::error::BadInput;
 use crate::quant::{self, FormatId, FormatOptions};
+use crate::weights::Checkpoint;
 use crate::weights::bnb::PreQuantized;
 
 /// Runs the checks that need no model, before anything is downloaded.
@@ -76,8 +77,19 @@ pub fn check_engines(case: &Case) -> Result<(), BadInput> {
     }
 }
 
-/// The case as a model that was saved quantized allows it: in the precision that it has.
-pub fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Case, BadInput> {
+/// The case as the model's files allow it. Fails where no engine runs them.
+pub fn as_saved(case: &Case, checkpoint: &Checkpoint) -> Result<Case, BadInput> {
+    let form = if checkpoint.gguf().is_some() { ModelForm::Gguf } else { ModelForm::Folder };
+    let precision = checkpoint.quantized.as_ref().map(|own| own.precision);
+    let saved = (form == ModelForm::Gguf || precision.is_some()).then_some(SavedModel { form, precision });
+    let case = Case { saved, ..in_own_precision(case, checkpoint.quantized.as_ref())? };
+    let has_variants = !case.variants().is_empty();
+    let lines = if has_variants { Vec::new() } else { case.not_offered() };
+    if lines.is_empty() { Ok(case) } else { Err(BadInput::new(lines.join("; "))) }
+}
+
+/// A model that was saved quantized is measured in the precision that it has.
+fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result<Case, BadInput> {
     let Some(own) = quantized else { return Ok(case.clone()) };
     let others = || case.precisions.iter().find(|precision| **precision != own.precision);
     if let Some(other) = others().filter(|_| case.precision_selection == PrecisionSelection::ByName) {
@@ -94,8 +106,11 @@ pub fn in_own_precision(case: &Case, quantized: Option<&PreQuantized>) -> Result
     Ok(case)
 }
 
-/// Fails where a precision has no kernels for the device.
+/// Fails where a precision of our own engine has no kernels for the device.
 pub fn on_device(case: &Case, device: Device) -> Result<(), BadInput> {
+    if !case.has(Engine::Quantbench) {
+        return Ok(());
+    }
     let lacks = |precision: &&FormatId| matches!(device, Device::Cuda(_)) && !precision.runs_on_cuda;
     match case.precisions.iter().find(lacks) {
         None => Ok(()),

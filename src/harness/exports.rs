@@ -27,8 +27,19 @@ pub struct Exports {
 }
 
 impl Exports {
-    /// The model in the form that an engine takes. Fails where it cannot be written so.
-    pub fn model(&self, form: ModelForm, opened: &OpenModel) -> Result<PathBuf, Failure> {
+    /// The model in the form that an engine takes; `None`: as it is. Fails where it cannot be written so.
+    pub fn model(&self, form: Option<ModelForm>, opened: &OpenModel) -> Result<PathBuf, Failure> {
+        let checkpoint = &opened.checkpoint;
+        let is_taken = match form {
+            None => true,
+            Some(ModelForm::Folder) => false,
+            // llama.cpp's quantizer makes its other formats of F16.
+            Some(ModelForm::Gguf) => checkpoint.quantized.is_some() || checkpoint.is_f16_gguf(),
+        };
+        if let Some(file) = checkpoint.gguf().filter(|_| is_taken) {
+            return file.canonicalize().map_err(|error| Failure::error(format!("finding the GGUF file: {error}")));
+        }
+        let form = form.unwrap_or(ModelForm::Folder);
         let once = match form {
             ModelForm::Folder => &self.folder,
             ModelForm::Gguf => &self.gguf,

@@ -2,9 +2,10 @@
 //! clock. The engine alone stamps its tokens; here each stamp is checked.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::clock::Clock;
+use super::compared::ComparedLogits;
 use super::measured::{FinishReport, Sample, WarmupEnd, WarmupReport};
 use super::port::EnginePort;
 use super::served::{OwnFinish, OwnFinished};
@@ -31,15 +32,6 @@ pub struct Bench<C: Clock> {
     peak_is_exact: bool,
     /// Use of the device's memory pool at the end of each phase so far.
     pool: BTreeMap<String, PoolUse>,
-}
-
-/// Logits of one more run by which engines are compared.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ComparedLogits {
-    /// The file for them.
-    pub path: PathBuf,
-    /// Tokens of the run.
-    pub n_gen: usize,
 }
 
 impl<C: Clock> Bench<C> {
@@ -148,7 +140,12 @@ impl<C: Clock> Bench<C> {
             (false, false) => self.run(engine)?,
             (false, true) => return Ok(()),
         };
-        let end = report.ids.iter().position(|id| self.task.stop_at.contains(id));
+        // A batch goes on until the last of its texts has ended.
+        let ends = (0..self.task.sequences).map(|sequence| {
+            let mut own = report.ids.iter().skip(sequence).step_by(self.task.sequences);
+            own.position(|id| self.task.stop_at.contains(id))
+        });
+        let end = ends.collect::<Option<Vec<_>>>().and_then(|ends| ends.into_iter().max());
         self.task.n_gen = end.map_or(self.task.n_gen, |at| at + 1);
         Ok(())
     }
@@ -198,7 +195,8 @@ impl<C: Clock> Bench<C> {
         let sent_ns = self.clock.now_ns();
         let report = engine.run(run)?;
         let received_ns = self.clock.now_ns();
-        check_stamps(&report, (sent_ns, received_ns)).map_err(|message| Failure::Invalid { message })?;
+        check_stamps(&report, self.task.sequences, (sent_ns, received_ns))
+            .map_err(|message| Failure::Invalid { message })?;
         Ok(report)
     }
 
@@ -215,21 +213,15 @@ impl<C: Clock> Bench<C> {
         let options = serde_json::to_value(OwnFinish { alone_max_s: self.task.max_time_s }).unwrap_or_default();
         let finished = engine.finish(&Finish { options })?;
         let own: OwnFinished = serde_json::from_value(finished.details).unwrap_or_default();
-        let n_gen = self.task.n_gen;
-        let mut write = |path: &Path, n_gen: usize| {
-            if !engine.can(capability::LOGITS) {
-                return Err(Failure::error("this engine gives no logits"));
-            }
-            let run = RunRequest { n_gen, ..self.task.run(false) };
-            engine.logits(&Logits { run, file: path.to_owned() }).map(drop)
+        let run = self.task.run(false);
+        let save = |path: &Path| match engine.can(capability::LOGITS) {
+            true => engine.logits(&Logits { run: run.clone(), file: path.to_owned() }).map(drop),
+            false => Err(Failure::error("this engine gives no logits")),
         };
-        let saved = save_logits.map_or(Ok(()), |path| write(path, n_gen));
-        let finite_logits = match compared {
-            Some(ComparedLogits { path, n_gen }) if write(path, *n_gen).is_ok() => {
-                rows::all_finite(path).ok().filter(|_| self.wants_logits)
-            }
-            _ => None,
-        };
+        let saved = save_logits.map_or(Ok(()), save);
+        let compared_ids = compared.and_then(|compared| compared.write(engine, run));
+        let written = compared.filter(|_| compared_ids.is_some() && self.wants_logits);
+        let finite_logits = written.and_then(|compared| rows::all_finite(&compared.path).ok());
         Ok(FinishReport {
             end_bytes,
             peak_bytes: exact_peak.or(self.seen_peak_bytes.max(end_bytes)),
@@ -241,6 +233,7 @@ impl<C: Clock> Bench<C> {
             pool: std::mem::take(&mut self.pool),
             // What was measured is there all the same.
             finite_logits,
+            compared_ids,
             waited_ticks: 0,
             logits_problem: saved.err().map(|failure| failure.message().to_owned()),
         })
@@ -255,10 +248,11 @@ fn steps(token_ns: &[u64]) -> Vec<u64> {
 const CLOCK_SLACK_NS: u64 = 100_000;
 
 /// Fails where an engine's stamps cannot be times of the run between `sent_ns` and `received_ns`, by the same clock.
-fn check_stamps(report: &RunReport, (sent_ns, received_ns): (u64, u64)) -> Result<(), String> {
+fn check_stamps(report: &RunReport, sequences: usize, (sent_ns, received_ns): (u64, u64)) -> Result<(), String> {
     let RunReport { start_ns, encoded_ns, token_ns, ids, .. } = report;
-    if token_ns.len() != ids.len() {
-        return Err(format!("the engine gave {} ids and {} stamps", ids.len(), token_ns.len()));
+    if sequences * token_ns.len() != ids.len() {
+        let of = if sequences == 1 { String::new() } else { format!(" of a batch of {sequences}") };
+        return Err(format!("the engine gave {} ids and {} stamps{of}", ids.len(), token_ns.len()));
     }
     let (Some(first), Some(last)) = (token_ns.first(), token_ns.last()) else { return Ok(()) };
     let outside = |what: &str, (early, late): (u64, u64)| {
@@ -290,7 +284,7 @@ mod tests {
             ids: vec![1; token_ns.len()],
             ..RunReport::default()
         };
-        let said = |report: RunReport| check_stamps(&report, (1_000_000, 9_000_000)).err().unwrap_or_default();
+        let said = |report: RunReport| check_stamps(&report, 1, (1_000_000, 9_000_000)).err().unwrap_or_default();
         assert_eq!(said(report(1_000_000, &[1_000_000, 5_000_000, 9_000_000])), "");
         let clock = "the engine's clock is not CLOCK_MONOTONIC: ";
         assert_eq!(said(report(0, &[2_000_000])), format!("{clock}its start lies before the request by 1.000 ms"));
@@ -300,6 +294,9 @@ mod tests {
         assert_eq!(said(report(2_000_000, &[5_000_000, 4_000_000])), backwards);
         assert_eq!(said(RunReport { encoded_ns: Some(6_000_000), ..report(2_000_000, &[5_000_000]) }), backwards);
         let few = RunReport { ids: vec![1, 2], ..report(2_000_000, &[5_000_000]) };
-        assert_eq!(said(few), "the engine gave 2 ids and 1 stamps");
+        assert_eq!(said(few.clone()), "the engine gave 2 ids and 1 stamps");
+        assert_eq!(check_stamps(&few, 2, (1_000_000, 9_000_000)), Ok(()));
+        let three = check_stamps(&few, 3, (1_000_000, 9_000_000)).unwrap_err();
+        assert_eq!(three, "the engine gave 2 ids and 1 stamps of a batch of 3");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::compared::ComparedIds;
 use crate::engine::memory::PoolUse;
 use crate::engine::{Alone, Footprint, OutlierColumns};
 use crate::os::cpu_usage::CpuUsage;
@@ -64,6 +65,7 @@ pub struct Sample {
     pub host_step_ns: Vec<u64>,
     /// Decode steps of a second run, which waits for the device after every token; empty unless asked for.
     pub synced_step_ns: Vec<u64>,
+    /// One a step and sequence: those of a step lie together.
     pub ids: Vec<u32>,
     pub finite_logits: bool,
     pub load: Option<CpuUsage>,
@@ -73,7 +75,17 @@ impl Sample {
     /// Tokens generated in the repeat, those of the second run included.
     pub fn n_tokens(&self) -> u64 {
         let again = if self.synced_step_ns.is_empty() { 0 } else { self.synced_step_ns.len() + 1 };
-        (self.step_ns.len() + 1 + again) as u64
+        (self.sequences() * (self.step_ns.len() + 1 + again)) as u64
+    }
+
+    /// Sequences that were generated at once.
+    fn sequences(&self) -> usize {
+        (self.ids.len() / (self.step_ns.len() + 1)).max(1)
+    }
+
+    /// The ids of each of `sequences` sequences.
+    pub fn texts(&self, sequences: usize) -> Vec<Vec<u32>> {
+        (0..sequences).map(|at| self.ids.iter().skip(at).step_by(sequences).copied().collect()).collect()
     }
 
     /// Time of both runs, without the prefill of the second.
@@ -99,6 +111,8 @@ pub struct FinishReport {
     pub alone: Option<Alone>,
     /// Whether the logits of one more run hold numbers alone; `None` where every repeat said so itself.
     pub finite_logits: Option<bool>,
+    /// The ids behind which the logits stand that rows are compared by; `None` without such logits.
+    pub compared_ids: Option<ComparedIds>,
     /// Clock ticks of the processor that the engine's processes used while others were measured.
     pub waited_ticks: u64,
     /// Reason why the logits that were asked for are not in their file.

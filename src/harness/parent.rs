@@ -5,9 +5,11 @@ use anyhow::Result;
 use super::case::Case;
 use super::prepare::{BandwidthSource, PreparedCase};
 use super::quality::{self, EvalText, Failed};
+use super::schedule::WorkerHandle;
 use super::warnings::Warning;
 use super::watch::machine::MachineWatch;
 use super::{agreement, assemble, checks};
+use crate::engines::EngineProgram;
 use crate::events::{Listener, Silent};
 use crate::record::Record;
 
@@ -29,7 +31,7 @@ pub fn run(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
         context.read_gb_s = Some(higher.unwrap_or(read_gb_s));
         records = assemble::records(&context, case, &outcomes, &decode);
     }
-    agreement::add(&mut records, case, &prepared.exports, prepared.layers());
+    agreement::add(&mut records, case, &outcomes, (&prepared.exports, prepared.layers()));
     add_quality(prepared, case, text.as_ref(), &mut records, events)?;
     Ok(records)
 }
@@ -47,8 +49,7 @@ pub fn quality(case: &Case, events: &dyn Listener) -> Result<Vec<Record>> {
     let (case, prepared) = &PreparedCase::open(case, chosen, events)?;
     let Some(text) = prepared.eval_text(case)? else { return Ok(Vec::new()) };
     let mut records = assemble::unmeasured(&prepared.unmeasured_context(case), case);
-    let device = (prepared.assignment, prepared.model());
-    for Failed { at, failure } in quality::measure(&text, case, device, &mut records, events)? {
+    for Failed { at, failure } in measure_quality(prepared, case, &text, &mut records, events)? {
         assemble::fail(&mut records[at], &failure);
     }
     Ok(records)
@@ -63,12 +64,25 @@ fn add_quality(
     events: &dyn Listener,
 ) -> Result<()> {
     let Some(text) = text else { return Ok(()) };
-    let device = (prepared.assignment, prepared.model());
-    for Failed { at, failure } in quality::measure(text, case, device, records, events)? {
+    for Failed { at, failure } in measure_quality(prepared, case, text, records, events)? {
         let reason = failure.message().to_owned();
         records[at].warnings.push(Warning::NoQuality { reason }.to_string());
     }
     Ok(())
+}
+
+fn measure_quality(
+    prepared: &PreparedCase,
+    case: &Case,
+    text: &EvalText,
+    records: &mut [Record],
+    events: &dyn Listener,
+) -> Result<Vec<Failed>> {
+    let start_other = |program: &EngineProgram, precision: &str, text: &EvalText| {
+        let mut worker = prepared.other(case, (program, precision), &text.task(), 0)?;
+        worker.load(&Silent).map(|_| worker)
+    };
+    quality::measure(text, case, (prepared.assignment, prepared.model(), &start_other), records, events)
 }
 
 fn exceeds_bandwidth(records: &[Record]) -> bool {

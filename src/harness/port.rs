@@ -1,6 +1,6 @@
 //! A loaded engine as the harness asks it, in a process of its own or, in tests, in this one.
 
-use crate::protocol::{Failure, Finish, Finished, Logits, MemoryReport, RowsReply, RunReport, RunRequest};
+use crate::protocol::{Failure, Finish, Finished, Logits, MemoryReport, RowsReply, RunReport, RunRequest, Score};
 
 /// A loaded engine.
 pub trait EnginePort {
@@ -13,4 +13,5 @@ pub trait EnginePort {
     fn memory(&mut self) -> Result<MemoryReport, Failure>;
     fn finish(&mut self, finish: &Finish) -> Result<Finished, Failure>;
     fn logits(&mut self, logits: &Logits) -> Result<RowsReply, Failure>;
+    fn score(&mut self, score: &Score) -> Result<RowsReply, Failure>;
 }

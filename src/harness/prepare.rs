@@ -9,11 +9,11 @@ use anyhow::Result;
 use super::bandwidth_cache::{BandwidthCache, DeviceBandwidth};
 use super::case::{Case, Variant};
 use super::checks::{self, Chosen};
+use super::compared::{ComparedLogits, WrittenIds};
 use super::environment::{self, Machine};
 use super::estimate::{self, Work};
 use super::exports::Exports;
 use super::load::DeviceAssignment;
-use super::measure::ComparedLogits;
 use super::open_model::{self, OpenModel};
 use super::prompt::{self, TokenizedWorkload, Words};
 use super::quality::EvalText;
@@ -21,15 +21,17 @@ use super::room::{MemoryBudget, NeverStarted};
 use super::run_context::RunContext;
 use super::schedule::{self, RunOrder, ScheduleContext, VariantOutcome, WorkerHandle};
 use super::streaming::Streaming;
+use super::task::Task;
 use super::warnings::Warning;
 use super::watch::Watch;
 use super::watch::machine::Sensors;
 use super::worker_process::{self, ProcessWorker};
-use crate::call::{CacheScope, KvFormat};
+use crate::call::{Batch, CacheScope, KvFormat};
+use crate::engine::cpu::throughput::matmul_gflop_s;
 use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::needs::Needs;
 use crate::engine::{self, Device, Engine};
-use crate::engines::{EngineProgram, Width};
+use crate::engines::EngineProgram;
 use crate::events::{Collector, Event, Listener, Unit};
 use crate::ipc::{self, Turns};
 use crate::kernels::cpu::bandwidth::WorkingSet;
@@ -40,6 +42,7 @@ use crate::kernels::nvml::Gpu;
 use crate::os::memory::ProcessMemory;
 use crate::plan::Model;
 use crate::protocol::{self, Failure, Load};
+use crate::quality::rows;
 use crate::record;
 
 /// Source of a device's bandwidth.
@@ -66,6 +69,8 @@ pub struct PreparedCase {
     pub exports: Exports,
     /// Set where another engine is measured: whoever waits is stopped.
     turns: Option<Turns>,
+    /// What variants wrote, for comparing engines.
+    ids: WrittenIds,
 }
 
 impl PreparedCase {
@@ -74,7 +79,7 @@ impl PreparedCase {
         let collector = Collector::new(events);
         let mut opened = open_model::open(&case.model, &collector)?;
         opened.select(&case.selection())?;
-        let case = checks::in_own_precision(case, opened.checkpoint.quantized.as_ref())?;
+        let case = checks::as_saved(case, &opened.checkpoint)?;
         checks::check_engines(&case)?;
         checks::on_device(&case, chosen.device)?;
         let (case, mut prepared) = Self::new(&case, chosen.device, opened)?;
@@ -107,8 +112,8 @@ impl PreparedCase {
         let workload = prompt::workload(&case, Words::of(&opened.checkpoint), &opened.model)?;
         let room = MemoryBudget::new(&case, (&opened.model, &workload), device)?;
         let turns = case.has_others().then(Turns::default);
-        let exports = Exports::default();
-        Ok((case, Self { opened, assignment, workload, room, warnings: Vec::new(), exports, turns }))
+        let (exports, ids) = (Exports::default(), WrittenIds::default());
+        Ok((case, Self { opened, assignment, workload, room, warnings: Vec::new(), exports, turns, ids }))
     }
 
     /// Announces the work and its estimated time before it starts.
@@ -119,6 +124,14 @@ impl PreparedCase {
 
     pub fn model(&self) -> &Model {
         &self.opened.model
+    }
+
+    /// Operations of the matrix products in a decode step in the middle of a run.
+    fn flops_per_step(&self) -> u64 {
+        let task = &self.workload.task;
+        let middle = task.n_before() + task.n_gen / 2;
+        let batch = Batch { sequences: task.sequences, positions: (middle..middle + 1).into() };
+        self.model().decoder.flops(self.model(), batch) as u64
     }
 
     /// Layers of the decoder.
@@ -152,6 +165,7 @@ impl PreparedCase {
         let DeviceBandwidth { measured, since } = self.bandwidth(case, source, events)?;
         (context.read_gb_s, context.copy_gb_s, context.bandwidth_since) =
             (measured.read_gb_s, measured.copy_gb_s, since);
+        context.matmul_gflop_s = measured.matmul_gflop_s;
         Ok(context)
     }
 
@@ -188,7 +202,10 @@ impl PreparedCase {
         let is_cpu = self.assignment.device == Device::Cpu;
         let isa = if is_cpu { Isa::detect().name() } else { "" };
         let threads = is_cpu.then(|| environment::too_many_threads(self.assignment.threads)).flatten();
-        let warnings = [machine.warnings(), Vec::from_iter(threads), self.warnings.clone()].concat();
+        let cut = self.workload.longest_given;
+        let cut = cut.map(|longest| Warning::PromptsCut { longest, n_prompt: self.workload.n_prompt });
+        let warnings = [machine.warnings(), Vec::from_iter(threads), Vec::from_iter(cut), self.warnings.clone()];
+        let warnings = warnings.concat();
         RunContext {
             engine: environment::engine_info(Engine::Quantbench),
             command: case.command.clone(),
@@ -197,7 +214,9 @@ impl PreparedCase {
             weights: self.weight_facts(),
             device: self.device_facts(&machine),
             workload: self.workload.recorded(),
-            n_before: (self.workload.task.depth.len() + self.workload.task.prompt.len()) as u64,
+            largest_batch: case.largest_batch,
+            n_before: self.workload.task.n_before() as u64,
+            flops_per_step: self.flops_per_step(),
             environment: machine.environment(isa, self.assignment.threads),
             format_options: case.format_options,
             keep_fp16: case.keep_fp16.clone(),
@@ -206,6 +225,7 @@ impl PreparedCase {
             resolve_s: self.opened.checkpoint.resolve_s,
             read_gb_s: None,
             copy_gb_s: None,
+            matmul_gflop_s: None,
             bandwidth_since: None,
             theoretical_gb_s: Err("the memory's speed is in DMI tables, which only root may read".to_owned()),
             cache_bytes: None,
@@ -267,7 +287,8 @@ impl PreparedCase {
         let Ok(mut memory) = WorkingSet::new(&pool) else { return MeasuredBandwidth::default() };
         let read_gb_s = Some(memory.read_gb_s(isa, &pool));
         events.on(Event::Progress { done: 1 });
-        MeasuredBandwidth { read_gb_s, copy_gb_s: Some(memory.copy_gb_s(isa, &pool)) }
+        let copy_gb_s = Some(memory.copy_gb_s(isa, &pool));
+        MeasuredBandwidth { read_gb_s, copy_gb_s, matmul_gflop_s: Some(matmul_gflop_s(isa, &pool)) }
     }
 
     pub fn outcomes(
@@ -313,43 +334,44 @@ impl PreparedCase {
                 let request = self.workload.load_request(case, (*engine, *precision), self.assignment);
                 ProcessWorker::new(request, needed_bytes, case.protocol.deadline)?
             }
-            Variant::Other { program, precision, .. } => self.other(case, (program, precision), needed_bytes)?,
+            Variant::Other { program, precision, .. } => {
+                self.other(case, (program, precision), &self.workload.task, needed_bytes)?
+            }
         };
-        let compared = case.has_others().then(|| self.compared_logits(variant)).flatten();
+        let compared = if case.engines == [Engine::Quantbench.into()] { None } else { self.compared(case, variant) };
         let saved = self.workload.logits_file(case, variant);
         Ok(worker.with_turns(self.turns.clone()).with_logits(saved, compared))
     }
 
-    /// At 16 bit the logits of a whole run are compared; of narrower formats of others a token shows whether they are numbers.
-    fn compared_logits(&self, variant: &Variant) -> Option<ComparedLogits> {
-        let n_gen = match (variant.width(), variant.own_engine()) {
-            (Some(Width::Bits16), _) => self.workload.task.n_gen,
-            (_, None) => 1,
-            (_, Some(_)) => return None,
-        };
+    /// The logits that a variant is compared by. Of another engine they also show whether it computes numbers.
+    fn compared(&self, case: &Case, variant: &Variant) -> Option<ComparedLogits> {
+        let at = case.variants().iter().position(|known| known == variant)?;
         let path = self.exports.logits_file(&variant.label()).ok()?;
-        Some(ComparedLogits { path, n_gen })
+        let max_rows = rows::max_rows(self.model().vocab);
+        let reference = case.compared_with(at).unwrap_or(at);
+        Some(ComparedLogits { path, max_rows, variant: at, reference, ids: self.ids.clone() })
     }
 
-    /// Another engine's process, with the same weights and ids.
-    fn other(
+    /// Another engine's process, with the same weights and ids; `needed_bytes` are 0 where unknown.
+    pub fn other(
         &self,
         case: &Case,
         (program, precision): (&EngineProgram, &str),
+        task: &Task,
         needed_bytes: u64,
     ) -> Result<ProcessWorker, Failure> {
         let DeviceAssignment { device, threads } = self.assignment;
-        let task = self.exports.task(&self.workload.task, || {
-            open_model::pixels(&self.opened.model, &self.opened.checkpoint, &self.workload.task.encode)
-        })?;
+        let task = self
+            .exports
+            .task(task, || open_model::pixels(&self.opened.model, &self.opened.checkpoint, &task.encode))?;
         let load = Load {
             protocol: protocol::VERSION,
             model: self.exports.model(program.form(), &self.opened)?.to_string_lossy().into_owned(),
             precision: precision.to_owned(),
             device: device.name(),
             threads,
-            batch: case.sequences,
-            capacity: task.depth.len() + task.prompt.len() + task.n_gen,
+            batch: task.sequences,
+            capacity: task.capacity(),
             seed: case.model.seed,
             memory_limit_bytes: case.protocol.memory_limit_bytes,
             directory: PathBuf::new(),

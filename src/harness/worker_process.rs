@@ -6,8 +6,9 @@ use std::time::Instant;
 
 use super::case::Variant;
 use super::clock::Monotonic;
+use super::compared::ComparedLogits;
 use super::load::{LoadReport, LoadRequest, OwnLoaded};
-use super::measure::{Bench, ComparedLogits};
+use super::measure::Bench;
 use super::measured::{FinishReport, Sample, WarmupReport};
 use super::port::EnginePort;
 use super::room::free_bytes;
@@ -18,6 +19,7 @@ use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::{Device, Footprint, OutlierColumns};
 use crate::events::{Event, Listener, Silent};
 use crate::ipc::{self, Deadline, EngineCommand, EngineProcess, Turns};
+use crate::kernels::nvml::Gpu;
 use crate::os::cpu_usage::CpuAccounts;
 use crate::os::memory::ProcessMemory;
 use crate::protocol::{
@@ -120,18 +122,25 @@ impl ProcessWorker {
 
     /// Writes the logits that predict the scored tokens of a window, after [`WorkerHandle::load`], and gives the outlier columns of all
     /// calls so far.
-    pub fn score(&mut self, score: Score) -> Result<OutlierColumns, Failure> {
-        match self.port()?.0.ask(&EngineRequest::Score(score))? {
-            EngineReply::Score(rows) => {
-                Ok(serde_json::from_value::<OwnRows>(rows.details).unwrap_or_default().outliers)
-            }
-            other => unexpected(&other),
+    pub fn score(&mut self, score: &Score) -> Result<OutlierColumns, Failure> {
+        // A picture's values lie where the task says.
+        let score = Score { encode: self.task.encode.clone(), ..score.clone() };
+        let mut port = self.port()?.0;
+        if !port.can(capability::SCORE) {
+            return Err(error("this engine predicts no given text (it does not say `score`)"));
         }
+        let rows = port.score(&score)?;
+        Ok(serde_json::from_value::<OwnRows>(rows.details).unwrap_or_default().outliers)
     }
 
     /// Greedy ids of one run, after [`WorkerHandle::load`].
     pub fn generate(&mut self, run: &RunRequest) -> Result<Vec<u32>, Failure> {
-        Ok(self.port()?.0.run(run)?.ids)
+        let mut run = RunRequest { encode: self.task.encode.clone(), ..run.clone() };
+        if self.running.as_ref().is_some_and(|running| running.held.is_some()) {
+            // What a picture's prompt is to our own cache is one text to another engine.
+            run.prompt.splice(..0, std::mem::take(&mut run.depth));
+        }
+        Ok(self.port()?.0.run(&run)?.ids)
     }
 }
 
@@ -202,6 +211,21 @@ impl EnginePort for Port<'_> {
             other => unexpected(&other),
         }
     }
+
+    fn score(&mut self, score: &Score) -> Result<RowsReply, Failure> {
+        match self.ask(&EngineRequest::Score(score.clone()))? {
+            EngineReply::Score(rows) => Ok(rows),
+            other => unexpected(&other),
+        }
+    }
+}
+
+/// Memory that a process has of a device, by its driver; `None` on the CPU.
+fn device_bytes(device: Device, pid: u32) -> Option<u64> {
+    let Device::Cuda(ordinal) = device else { return None };
+    let processes = Gpu::open(ordinal)?.processes()?;
+    // One without a context has none.
+    processes.iter().find(|process| process.pid == pid).map_or(Some(0), |process| process.bytes)
 }
 
 /// Adds the sizes that a worker cannot know to its out-of-memory failure: what it needs in all, and what is free.
@@ -224,7 +248,7 @@ pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredB
     let request = EngineRequest::Bandwidth(BandwidthRequest { device: ordinal });
     match engine.ask(&request, &Silent, || (0, free_bytes()))? {
         EngineReply::Bandwidth(BandwidthReport { read_gb_s, copy_gb_s }) => {
-            Ok(MeasuredBandwidth { read_gb_s, copy_gb_s })
+            Ok(MeasuredBandwidth { read_gb_s, copy_gb_s, matmul_gflop_s: None })
         }
         other => unexpected(&other),
     }
@@ -274,6 +298,7 @@ impl WorkerHandle for ProcessWorker {
         let load = Load { directory: engine.directory().to_owned(), ..self.load.clone() };
         let memory = ProcessMemory::of("/", engine.id());
         let before_bytes = memory.resident_bytes();
+        let before_device_bytes = device_bytes(device, engine.id());
         let mut port = Port { engine: &mut engine, needed_bytes, device, events };
         let began = Instant::now();
         let loaded = match port.ask(&EngineRequest::Load(Box::new(load)))? {
@@ -288,6 +313,7 @@ impl WorkerHandle for ProcessWorker {
             version: if is_own { String::new() } else { engine.hello().version.clone() },
             held: loaded.held.clone(),
             before_bytes,
+            before_device_bytes,
             load_peak_bytes: own.load_peak_bytes.or_else(|| memory.peak_bytes()),
             own,
         };
@@ -320,7 +346,11 @@ impl WorkerHandle for ProcessWorker {
 
     fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
         let (mut port, bench) = self.port()?;
-        bench.repeat(&mut port)
+        let sample = bench.repeat(&mut port)?;
+        if let Some(compared) = &self.compared_logits {
+            compared.keep(&sample.ids);
+        }
+        Ok(sample)
     }
 
     fn finish(&mut self, _events: &dyn Listener) -> Result<FinishReport, Failure> {
@@ -353,6 +383,7 @@ fn check_capabilities(engine: &EngineProcess, task: &Task) -> Result<(), Failure
         (matches!(task.encode, Encode::Tokens(_)), capability::ENCODE_TOKENS, "run an encoder over tokens"),
         (matches!(task.encode, Encode::Picture { .. }), capability::ENCODE_PICTURE, "run an encoder over a picture"),
         (task.wait != Wait::AtEnd, capability::WAIT, "wait for the device after every token"),
+        (task.sequences > 1, capability::BATCH, "generate several sequences at once"),
     ];
     match needs.iter().find(|(is_needed, capability, _)| *is_needed && !engine.can(capability)) {
         None => Ok(()),

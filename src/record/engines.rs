@@ -10,19 +10,21 @@ pub struct OtherEngine {
     pub width: Option<String>,
     pub head: Option<HeldFormat>,
     pub embeddings: Option<HeldFormat>,
+    /// Experts of a mixture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<HeldFormat>,
     pub kv_cache: Option<HeldFormat>,
-    /// Linear layers that stay in 16 bit or wider, where the format is narrower.
+    /// Linear layers and experts that stay in 16 bit or wider, where the format is narrower.
     #[serde(default)]
     pub wide_modules: Vec<String>,
     /// Parts that quantbench's record of this width holds in another format.
     #[serde(default)]
     pub held_otherwise: Vec<String>,
-    /// Time that the host spends between two steps outside the engine's call into the model; median.
+    /// Time that the host spends between two steps outside the engine's call into the model; median. Of an engine that says so, of a GPU or of
+    /// compiled code it is the time from a token to the next step's inputs.
     pub host_ms_per_token: Option<f64>,
-    /// Against quantbench's record of the same width.
+    /// Against quantbench's record of the same format, or else of the same width.
     pub ratio_at_width: Option<WidthRatio>,
-    /// Against quantbench's logits of the same run, at 16 bit.
-    pub agreement: Option<Agreement>,
 }
 
 /// A part of a model: its format and its stored bytes.
@@ -32,7 +34,7 @@ pub struct HeldFormat {
     pub bytes: u64,
 }
 
-/// Decode speed of this record over quantbench's of the same width.
+/// Decode speed of this record over quantbench's of the same format or width.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct WidthRatio {
     /// Quantbench's precision.
@@ -47,12 +49,15 @@ pub struct WidthRatio {
     pub own_step_bytes: Option<u64>,
 }
 
-/// Logits and ids of two engines for the same prompt, up to the step where they choose different ids.
+/// Logits and ids of a record and of quantbench's, for the same prompt. Where the engine can predict a given text, both predict the ids that
+/// quantbench's record wrote; else each goes by its own, up to the step where they part.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Agreement {
+    /// Precision of quantbench's record: the 16-bit one where it ran, else the one of the same format or width.
+    pub reference: String,
     /// Steps that were compared: those with the same ids before them.
     pub steps: u64,
-    /// Step at which the ids part; absent where all are equal.
+    /// Step at which the ids of the measured repeats part; absent where all are equal.
     pub parts_at: Option<u64>,
     /// Quantbench's largest logit over its second at that step.
     pub margin: Option<f64>,

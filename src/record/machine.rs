@@ -46,11 +46,18 @@ pub struct Memory {
     /// Resident set of the process before it loaded anything: programs and libraries. What lies above it is the model's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before_load_bytes: Option<u64>,
+    /// What the process grew by from just before it loaded to the most in the run: on a CPU of its resident set; on CUDA of its memory of the
+    /// device, by NVML.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growth_bytes: Option<u64>,
     /// Highest resident set of the process from start to end.
     pub process_peak_rss_bytes: Option<u64>,
     /// For a model that did not fit: the estimated bytes of weights, cache, scratch and a GPU's context.
     #[serde(default)]
     pub needed_bytes: Option<u64>,
+    /// The most sequences that fit, where the batch was chosen so (`--batch-size max`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub largest_batch: Option<u64>,
     /// For a model that did not fit: the allocation that failed, where known; for one that was not started, `needed_bytes`.
     #[serde(default)]
     pub wanted_bytes: Option<u64>,

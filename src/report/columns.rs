@@ -38,6 +38,8 @@ pub enum Shown {
     Known,
     /// As [`Shown::Known`], in the wide table alone.
     Wide,
+    /// Beside engines that are no code of ours.
+    BesideOthers,
 }
 
 const fn narrow(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell) -> Column {
@@ -46,6 +48,10 @@ const fn narrow(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cel
 
 const fn wide(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell) -> Column {
     Column { name, unit, shown: Shown::Wide, decimals: None, cell }
+}
+
+const fn beside_others(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell) -> Column {
+    Column { name, unit, shown: Shown::BesideOthers, decimals: None, cell }
 }
 
 const fn known(name: &'static str, unit: &'static str, cell: fn(&Record) -> Cell) -> Column {
@@ -58,11 +64,14 @@ const DIVERGENCE_DECIMALS: usize = 5;
 /// From left to right, after the precision.
 pub static COLUMNS: &[Column] = &[
     narrow("decode", "tokens/s", |r| interval(r, "decode_tps")),
+    known("per sequence", "tokens/s", |r| of_batch(r, median(r, "decode_tps_per_sequence"))),
     narrow("speed-up", "x fp16", speed_up),
     narrow("bytes ratio", "fp16 / this", bytes_ratio),
     narrow("of read bandwidth", "%", percent_of_bandwidth),
+    known("of matrix products", "%", |r| of_batch(r, share(r.bandwidth.mfu))),
     known("bound by", "", bound),
     narrow("peak", "GiB", |r| gib(r.memory.peak_bytes)),
+    beside_others("growth", "GiB", |r| gib(r.memory.growth_bytes)),
     narrow("weights", "GiB", |r| gib(r.memory.weights_bytes)),
     narrow("TTFT", "ms", |r| median(r, "ttft_ms")),
     known("prefill", "tokens/s", |r| shown_by_nothing_else(r, "prefill_tps", "ttft_ms")),
@@ -99,6 +108,12 @@ pub static COLUMNS: &[Column] = &[
         ..wide("KL p99", "nats/token", |r| number(r.quality.as_ref().map(|q| q.kl_p99)))
     },
     wide("logit error", "largest", |r| number(r.quality.as_ref().map(|q| q.logit_error_max))),
+    wide("host", "ms/token", |r| number(r.other_engine.as_ref().and_then(|engine| engine.host_ms_per_token))),
+    Column {
+        decimals: Some(DIVERGENCE_DECIMALS),
+        ..wide("KL to quantbench", "nats/token", |r| number(r.agreement.as_ref().map(|a| a.kl_mean)))
+    },
+    wide("top-1 of quantbench", "%", |r| share(r.agreement.as_ref().map(|a| a.top1_agreement))),
 ];
 
 /// A case as texts.
@@ -141,10 +156,12 @@ pub fn sheet(case: &Case, extent: Extent) -> Sheet {
     let ok: Vec<_> = case.records.iter().filter(|record| record.status == Status::Ok).collect();
     let known = |column: &Column| ok.iter().any(|record| (column.cell)(record) != Cell::Unknown);
     let only_quality = !ok.is_empty() && ok.iter().all(|record| case::has_quality_alone(record));
+    let has_others = ok.iter().any(|record| record.other_engine.is_some());
     let shows = |column: &Column| match column.shown {
         Shown::Always => !only_quality || known(column),
         Shown::Known => known(column),
         Shown::Wide => extent.wide && known(column),
+        Shown::BesideOthers => has_others && known(column),
     };
     let columns: Vec<_> = COLUMNS.iter().filter(|column| shows(column)).collect();
     let decimals: Vec<_> = columns.iter().map(|column| column_decimals(column, &ok)).collect();
@@ -192,6 +209,7 @@ fn notes(case: &Case, rows: &[Row], compares: bool) -> Vec<String> {
     if ratios().any(|ratio| !ratio.paired) {
         notes.push("where precisions did not run in turn, a speed-up is the ratio of the medians".to_owned());
     }
+    notes.extend(held_otherwise(case.records));
     if compares {
         notes.push(format!("change is that of the median against {}, of the same precision", case.runs[0].label));
     }
@@ -201,6 +219,22 @@ fn notes(case: &Case, rows: &[Row], compares: bool) -> Vec<String> {
         ));
     }
     notes
+}
+
+/// Each part that another engine holds in another format, after the rows that it holds for.
+fn held_otherwise(records: &[Record]) -> Vec<String> {
+    let mut lines: Vec<(&str, Vec<String>)> = Vec::new();
+    for record in records.iter().filter(|record| record.status == Status::Ok) {
+        for line in record.other_engine.iter().flat_map(|engine| &engine.held_otherwise) {
+            let label = case::name(record);
+            match lines.iter_mut().find(|(known, _)| known == line) {
+                Some((_, labels)) if labels.contains(&label) => {}
+                Some((_, labels)) => labels.push(label),
+                None => lines.push((line, vec![label])),
+            }
+        }
+    }
+    lines.into_iter().map(|(line, labels)| case::plain(&format!("{}: {line}", labels.join(", ")))).collect()
 }
 
 /// What a later run of the case changes of the decode speed.
@@ -271,6 +305,11 @@ fn shown_by_nothing_else(record: &Record, key: &str, better: &str) -> Cell {
 /// The others, in the wide table.
 fn unless_shown(record: &Record, key: &str, better: &str) -> Cell {
     if median(record, better) == Cell::Unknown { Cell::Unknown } else { median(record, key) }
+}
+
+/// What says something new of several sequences alone.
+fn of_batch(record: &Record, cell: Cell) -> Cell {
+    if record.workload.batch_size > 1 { cell } else { Cell::Unknown }
 }
 
 fn percent_of_bandwidth(record: &Record) -> Cell {

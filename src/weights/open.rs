@@ -59,7 +59,10 @@ enum Weights {
         source: SourceKind,
         files: Option<Arc<Safetensors>>,
     },
-    Gguf(Arc<GgufFile>),
+    Gguf {
+        path: PathBuf,
+        file: Arc<GgufFile>,
+    },
 }
 
 /// Opens a model with the hub settings of the environment.
@@ -140,7 +143,7 @@ fn open_place(
             checkpoint.quantized = settle::settle(&mut checkpoint.config, files.as_deref(), events)?;
             warn_of_adapter(folder, events);
         }
-        Weights::Gguf(_) => {}
+        Weights::Gguf { .. } => {}
     }
     Ok(checkpoint)
 }
@@ -168,15 +171,31 @@ impl Checkpoint {
         match &self.weights {
             Weights::Random { .. } => SourceKind::Random,
             Weights::Files { source, .. } => *source,
-            Weights::Gguf(_) => SourceKind::Local,
+            Weights::Gguf { .. } => SourceKind::Local,
         }
     }
 
     /// Folder of its files; `None` for random weights and for a GGUF file.
     pub fn folder(&self) -> Option<&Path> {
         match &self.weights {
-            Weights::Random { .. } | Weights::Gguf(_) => None,
+            Weights::Random { .. } | Weights::Gguf { .. } => None,
             Weights::Files { folder, .. } => Some(folder),
+        }
+    }
+
+    /// The GGUF file that it is.
+    pub fn gguf(&self) -> Option<&Path> {
+        match &self.weights {
+            Weights::Gguf { path, .. } => Some(path),
+            Weights::Random { .. } | Weights::Files { .. } => None,
+        }
+    }
+
+    /// True for a GGUF file whose matrices are all in F16.
+    pub fn is_f16_gguf(&self) -> bool {
+        match &self.weights {
+            Weights::Gguf { file, .. } => gguf::is_f16(file),
+            Weights::Random { .. } | Weights::Files { .. } => false,
         }
     }
 
@@ -187,7 +206,7 @@ impl Checkpoint {
 
     /// Gives each matrix the format that a file of several formats holds it in.
     pub fn hold(&self, matrices: &mut [MatrixSpec]) {
-        if let (Weights::Gguf(file), Some(_)) = (&self.weights, &self.quantized) {
+        if let (Weights::Gguf { file, .. }, Some(_)) = (&self.weights, &self.quantized) {
             gguf::hold(file, matrices);
         }
     }
@@ -207,7 +226,7 @@ impl Checkpoint {
     ) -> Result<Box<dyn Source>> {
         let labels = Labels { id: &self.id, model_type: self.config["model_type"].as_str().unwrap_or("the model") };
         let files = match &self.weights {
-            Weights::Gguf(file) => {
+            Weights::Gguf { file, .. } => {
                 let is_quantized = self.quantized.is_some();
                 let source = GgufSource::new(file.clone(), is_quantized, (matrices, vectors), &labels, events)?;
                 return Ok(Box::new(source));
@@ -297,7 +316,7 @@ fn from_gguf(path: &Path) -> Result<Checkpoint> {
         chat_template: Ok(gguf::chat_template(&file)),
         quantized: gguf::quantized(&file),
         resolve_s: 0.0,
-        weights: Weights::Gguf(Arc::new(file)),
+        weights: Weights::Gguf { path: path.to_owned(), file: Arc::new(file) },
     })
 }
 

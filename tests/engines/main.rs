@@ -33,14 +33,23 @@ fn scripted(script: &str) -> String {
 struct Ran {
     code: Option<i32>,
     records: Vec<Value>,
+    stdout: String,
     stderr: String,
 }
 
+fn tiny() -> PathBuf {
+    root().join("tests/golden/models/llama-tiny")
+}
+
 fn run(engines: &[String], args: &str) -> Ran {
+    run_model(&tiny(), engines, args)
+}
+
+fn run_model(model: &Path, engines: &[String], args: &str) -> Ran {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("r.json");
     let mut command = Command::new(env!("CARGO_BIN_EXE_quantbench"));
-    command.arg("-m").arg(root().join("tests/golden/models/llama-tiny"));
+    command.arg("-m").arg(model);
     command.args("--device cpu --threads 1 --warmup 1 --repeats 3 -p 8 --quiet".split(' ')).args(args.split(' '));
     engines.iter().for_each(|engine| {
         command.arg("--engine").arg(engine);
@@ -49,7 +58,8 @@ fn run(engines: &[String], args: &str) -> Ran {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     let text = std::fs::read_to_string(&out).unwrap_or_else(|_| panic!("{stderr}"));
     let document: Value = serde_json::from_str(&text).unwrap();
-    Ran { code: output.status.code(), records: document["records"].as_array().unwrap().clone(), stderr }
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ran { code: output.status.code(), records: document["records"].as_array().unwrap().clone(), stdout, stderr }
 }
 
 fn record<'a>(records: &'a [Value], engine: &str) -> &'a Value {
@@ -130,6 +140,121 @@ fn precisions_are_asked_for_by_width_or_by_name() {
     assert!(said.contains("`nf4` is not offered by llama.cpp; nearest: q4_0"), "{said}");
 }
 
+/// An engine that predicts given texts is compared over every step of quantbench's text, and its quality is measured as ours is.
+#[test]
+fn engines_are_compared_over_one_text_and_have_their_quality() {
+    let engines = ["quantbench".to_owned(), scripted("predicts"), scripted("logs")];
+    let ran = run(&engines, "--precision fp16,nf4 -n 8 -d 4 --quality --quality-tokens 33");
+    let row = |engine: &str, precision: &str| {
+        let is = |record: &&Value| record["engine"]["name"] == engine && record["precision"] == precision;
+        ran.records.iter().find(is).unwrap_or_else(|| panic!("no {precision} of {engine}: {}", ran.stderr))
+    };
+    let config = std::fs::read_to_string(tiny().join("config.json")).unwrap();
+    let vocabulary = serde_json::from_str::<Value>(&config).unwrap()["vocab_size"].as_f64().unwrap();
+    for precision in ["fp16", "nf4"] {
+        let predicts = row("predicts", precision);
+        let agreement = &predicts["agreement"];
+        // It goes its own way soon, and all steps count: it is sure of the token that our fp16 chose.
+        assert_eq!((&agreement["reference"], &agreement["steps"]), (&"fp16".into(), &8.into()), "{predicts}");
+        assert!(agreement["parts_at"].as_u64().is_some_and(|at| at < 8), "{agreement}");
+        assert_eq!(agreement["top1_agreement"], 1.0);
+        assert!(agreement["kl_mean"].as_f64().is_some_and(|kl| kl > 0.0), "{agreement}");
+        // ln(1 + (n - 1) · e⁻⁵) is its negative log likelihood of each token.
+        let quality = &predicts["quality"];
+        let expected = 1.0 + (vocabulary - 1.0) * (-f64::from(scripted::SURE)).exp();
+        let perplexity = quality["perplexity"].as_f64().unwrap_or(f64::NAN);
+        assert!((perplexity / expected - 1.0).abs() < 1e-6, "{perplexity} {expected}");
+        assert_eq!((&quality["n_tokens"], &quality["path"]), (&32.into(), &"prefill".into()));
+        let of_fp16 = row("quantbench", "fp16")["quality"]["perplexity"].as_f64().unwrap();
+        let ratio = quality["perplexity_ratio"].as_f64().unwrap();
+        assert!((ratio * of_fp16 / perplexity - 1.0).abs() < 1e-9, "{ratio}");
+        // One that cannot is measured without, and runs behind no depth.
+        let logs = row("logs", precision);
+        let reason = logs["reason"].as_str().unwrap_or_default();
+        assert!(reason.starts_with("this engine cannot run behind a depth"), "{reason}");
+    }
+    let narrow = &row("quantbench", "nf4")["agreement"];
+    assert_eq!((&narrow["reference"], &narrow["steps"]), (&"fp16".into(), &8.into()), "{narrow}");
+    assert!(row("quantbench", "fp16")["agreement"].is_null());
+
+    let other = &row("predicts", "fp16")["other_engine"];
+    let otherwise = ["head in q6_k, quantbench's in fp16", "kv cache in f16, quantbench's in fp32"];
+    assert_eq!(other["held_otherwise"], serde_json::json!(otherwise));
+    assert_eq!(other["host_ms_per_token"], scripted::HOST_NS as f64 / 1e6);
+    for line in [&format!("fp16 by predicts, nf4 by predicts: {}", otherwise[0]), "growth"] {
+        assert!(ran.stdout.contains(line), "{}", ran.stdout);
+    }
+    let memory = &row("predicts", "fp16")["memory"];
+    let bytes = |key: &str| memory[key].as_u64().unwrap_or_else(|| panic!("{key}: {memory}"));
+    assert_eq!(bytes("growth_bytes"), bytes("peak_bytes") - bytes("before_load_bytes"));
+}
+
+#[test]
+fn an_engine_that_cannot_predict_a_text_says_so_and_keeps_its_speed() {
+    let ran = run(&["quantbench".to_owned(), scripted("logs")], "--precision fp16 -n 4 --quality --quality-tokens 16");
+    let logs = record(&ran.records, "logs");
+    assert_eq!((&logs["status"], &logs["quality"]), (&"ok".into(), &Value::Null), "{logs}");
+    let expected = "no_quality: no quality was measured: this engine predicts no given text (it does not say `score`)";
+    assert!(logs["warnings"].as_array().unwrap().contains(&expected.into()), "{logs}");
+    assert!(record(&ran.records, "quantbench")["quality"]["kl_mean"].is_number(), "{}", ran.stderr);
+}
+
+/// A GGUF file is given as it is to engines that take it; one that takes folders alone is refused by name.
+#[test]
+fn a_gguf_file_is_run_as_it_is_or_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tiny.gguf");
+    let mut export = Command::new(env!("CARGO_BIN_EXE_quantbench"));
+    export.args(["export", "--precision", "fp16", "--format", "gguf", "--quiet", "-m"]).arg(tiny());
+    assert!(export.arg("-o").arg(&file).output().unwrap().status.success());
+    let engines = ["quantbench".to_owned(), scripted("predicts"), "transformers".to_owned()];
+    let ran = run_model(&file, &engines, "--precision fp16 -n 4");
+    assert_eq!((ran.code, ran.records.len()), (Some(0), 2), "{}", ran.stderr);
+    assert_eq!(record(&ran.records, "predicts")["agreement"]["steps"], 4, "{}", ran.stderr);
+
+    let alone = Command::new(env!("CARGO_BIN_EXE_quantbench"))
+        .arg("-m")
+        .arg(&file)
+        .args(["--device", "cpu", "-p", "4", "--engine", "transformers"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&alone.stderr).into_owned();
+    assert_eq!(alone.status.code(), Some(2), "{said}");
+    assert!(said.contains("transformers loads no GGUF file such as"), "{said}");
+}
+
+/// Packages that are missing or too old are a row that names them and what to do.
+#[test]
+fn packages_that_are_missing_or_too_old_are_named_in_the_row() {
+    use std::os::unix::fs::PermissionsExt;
+
+    if !Command::new("python3").arg("--version").output().is_ok_and(|output| output.status.success()) {
+        return skips::skip("no python3");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    // Without the packages of the machine, and with what the file's folder pretends to have.
+    let python = folder.path().join("python");
+    let path = folder.path().display();
+    std::fs::write(&python, format!("#!/bin/sh\nPYTHONPATH='{path}' exec python3 -S \"$@\"\n")).unwrap();
+    std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let reason = |engine: &str| {
+        let ran = run(&[engine.to_owned()], &format!("--precision 16bit -n 2 --python {}", python.display()));
+        let record = record(&ran.records, engine);
+        assert_eq!(record["status"], "error", "{record}");
+        record["reason"].as_str().unwrap().to_owned()
+    };
+    let missing = reason("llama.cpp");
+    assert!(missing.starts_with("the package `llama-cpp-python` is missing"), "{missing}");
+    for (package, version) in [("torch", "2.15.0"), ("transformers", "4.9.1")] {
+        let info = folder.path().join(format!("{package}-{version}.dist-info"));
+        std::fs::create_dir(&info).unwrap();
+        let text = format!("Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n");
+        std::fs::write(info.join("METADATA"), text).unwrap();
+    }
+    let old = reason("transformers");
+    assert!(old.starts_with("the package `transformers` is 4.9.1, and 4.56 or newer is needed"), "{old}");
+}
+
 #[test]
 fn an_unknown_engine_is_refused_with_those_there_are() {
     let output = Command::new(env!("CARGO_BIN_EXE_quantbench")).args(["--engine", "lama.cpp"]).output().unwrap();
@@ -190,7 +315,7 @@ fn real_engines_agree_at_16_bit() {
         assert_eq!(record["status"], "ok", "{record}");
     }
     for engine in ["transformers", "llama.cpp"] {
-        let agreement = &record(&ran.records, engine)["other_engine"]["agreement"];
+        let agreement = &record(&ran.records, engine)["agreement"];
         let number = |key: &str| agreement[key].as_f64().unwrap_or(f64::NAN);
         let parts = agreement["parts_at"].is_null() || number("margin") < number("margin_bound");
         assert!(parts && number("logit_error_first") < number("margin_bound"), "{engine}: {agreement}");

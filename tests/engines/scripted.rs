@@ -2,12 +2,13 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use quantbench::harness::clock::{Clock, Monotonic};
 use quantbench::protocol::{
-    EngineReply, EngineRequest, Failure, Finished, Hello, Logits, Message, RowsReply, RunReport, RunRequest,
-    SOCKET_VARIABLE, VERSION, capability,
+    EngineReply, EngineRequest, Failure, Finished, HeldModel, HeldPart, Hello, Load, LoadReply, Logits, Message,
+    RowsReply, RunReport, RunRequest, SOCKET_VARIABLE, Score, VERSION, capability,
 };
 use quantbench::quality::rows::RowWriter;
 
@@ -16,18 +17,21 @@ pub const VARIABLE: &str = "SCRIPTED_ENGINE";
 
 pub const VOCABULARY: usize = 8;
 
+/// What `predicts` gives the next token of a text; 0 to all others.
+pub const SURE: f32 = 5.0;
+
+/// Time that `predicts` says its host takes between two steps.
+pub const HOST_NS: u64 = 250_000;
+
 /// Answers as `script` says until the parent is gone.
 pub fn serve(script: &str) {
     let path = std::env::var_os(SOCKET_VARIABLE).expect("the parent names a socket");
     let mut stream = UnixStream::connect(path).unwrap();
     let lines = BufReader::new(stream.try_clone().unwrap()).lines();
     let protocol = if script == "newer" { VERSION + 1 } else { VERSION };
-    let hello = Hello {
-        protocol,
-        engine: script.to_owned(),
-        version: "7.0".to_owned(),
-        capabilities: vec![capability::LOGITS.to_owned(), "a word of tomorrow".to_owned()],
-    };
+    let knows = if script == "predicts" { &[capability::SCORE, capability::DEPTH][..] } else { &[capability::LOGITS] };
+    let capabilities = knows.iter().chain(&["a word of tomorrow"]).map(|&word| word.to_owned()).collect();
+    let hello = Hello { protocol, engine: script.to_owned(), version: "7.0".to_owned(), capabilities };
     send(&mut stream, EngineReply::Hello(hello));
     if script == "spins" {
         // As a pool of threads does that waits for work.
@@ -37,7 +41,7 @@ pub fn serve(script: &str) {
             }
         });
     }
-    let mut n_runs = 0;
+    let (mut n_runs, mut vocabulary) = (0, VOCABULARY);
     for line in lines.map_while(Result::ok) {
         println!("{{\"run\":{{}}}} a log line of {script} on standard output");
         eprintln!("a log line of {script} on standard error");
@@ -49,9 +53,9 @@ pub fn serve(script: &str) {
                 continue;
             }
             EngineRequest::Load(load) => {
-                let precision = load.precision;
-                assert!(load.directory.is_dir() && std::path::Path::new(&load.model).is_dir(), "{precision}");
-                EngineReply::Load(Box::default())
+                assert!(load.directory.is_dir());
+                vocabulary = self::vocabulary(&load);
+                EngineReply::Load(Box::new(if script == "predicts" { held() } else { LoadReply::default() }))
             }
             EngineRequest::Run(run) => {
                 n_runs += 1;
@@ -60,6 +64,10 @@ pub fn serve(script: &str) {
             EngineRequest::Logits(logits) => {
                 write_logits(script, &logits);
                 EngineReply::Logits(RowsReply::default())
+            }
+            EngineRequest::Score(score) if script == "predicts" => {
+                write_score(&score, vocabulary);
+                EngineReply::Score(RowsReply::default())
             }
             EngineRequest::Finish(_) => EngineReply::Finish(Finished::default()),
             other => panic!("{other:?} was not offered"),
@@ -109,8 +117,38 @@ fn run(script: &str, n_runs: usize, run: &RunRequest) -> RunReport {
             start_ns: start_ns - 3_600_000_000_000,
             ..report
         },
+        "predicts" => {
+            RunReport { host_step_ns: vec![HOST_NS; n_gen.saturating_sub(1)], finite_logits: Some(true), ..report }
+        }
         _ => report,
     }
+}
+
+/// Rows of the model's embedding: of a folder, or, for a GGUF file, of the tiny model that it was made of.
+fn vocabulary(load: &Load) -> usize {
+    let model = Path::new(&load.model);
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models/llama-tiny");
+    let folder = if model.is_file() { &tiny } else { model };
+    let config = std::fs::read_to_string(folder.join("config.json")).expect("a folder or a file");
+    serde_json::from_str::<serde_json::Value>(&config).unwrap()["vocab_size"].as_u64().unwrap() as usize
+}
+
+fn held() -> LoadReply {
+    let part = |format: &str, bytes| Some(HeldPart { format: format.to_owned(), bytes });
+    let held = HeldModel { head: part("q6_k", 9), kv_cache: part("f16", 64), ..HeldModel::default() };
+    LoadReply { held, ..LoadReply::default() }
+}
+
+/// Each token of the text with [`SURE`].
+fn write_score(score: &Score, vocabulary: usize) {
+    let scored = &score.tokens[score.first..];
+    let mut rows = RowWriter::create(&score.file, scored.len(), vocabulary).unwrap();
+    for &token in scored {
+        let mut row = vec![0.0; vocabulary];
+        row[token as usize] = SURE;
+        rows.write(&row).unwrap();
+    }
+    rows.finish().unwrap();
 }
 
 fn write_logits(script: &str, logits: &Logits) {

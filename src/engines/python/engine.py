@@ -37,6 +37,40 @@ def missing(module, package):
     return Failure("error", f"the package `{package}` is missing (no module `{module}`): `{sys.executable} -m pip install {package}`")
 
 
+def numbers(version):
+    """The leading numbers of a version: `0.3.36.dev0` is [0, 3, 36]."""
+    found = []
+    for part in version.split("."):
+        digits = part[:len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        found.append(int(digits))
+    return found
+
+
+def check_versions():
+    """Refuses packages that are older than the arguments `package>=version` say."""
+    import importlib.metadata
+    for word in sys.argv[2:]:
+        package, least = word.split(">=")
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            # One that is not there is missing where it is imported.
+            continue
+        if numbers(version) < numbers(least):
+            raise Failure("error", f"the package `{package}` is {version}, and {least} or newer is needed: "
+                                   f"`{sys.executable} -m pip install --upgrade {package}`")
+
+
+def limit_memory(wanted):
+    """Lets the process allocate so many bytes more than it has."""
+    import resource
+    with open("/proc/self/status") as file:
+        held = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (held + wanted, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
 def write_rows(path, rows):
     """Writes numpy fp32 [rows, vocab] as tensor `logits` of a safetensors file."""
     header = {"logits": {"dtype": "F32", "shape": list(rows.shape), "data_offsets": [0, rows.nbytes]}}
@@ -58,6 +92,7 @@ def serve(make):
         lines.flush()
 
     try:
+        check_versions()
         engine = make()
     except Exception as error:
         return send("failed", failure_of(error))
@@ -68,6 +103,8 @@ def serve(make):
             answer = getattr(engine, kind, None)
             if answer is None:
                 raise Failure("error", f"this engine does not answer `{kind}`")
+            if kind == "load" and request.get("memory_limit_bytes") and request["device"] == "cpu":
+                limit_memory(request["memory_limit_bytes"])
             reply = answer(request) or {}
         except Exception as error:
             import traceback

@@ -1,4 +1,6 @@
+import copy
 import gc
+import inspect
 
 
 def make():
@@ -8,7 +10,7 @@ def make():
     except ImportError as error:
         name = error.name or "transformers"
         raise missing(name, name) from error
-    return Transformers(torch, transformers, compiled=sys.argv[-1] == "transformers-compile")
+    return Transformers(torch, transformers, compiled=sys.argv[1] == "transformers-compile")
 
 
 def version_of(package):
@@ -22,7 +24,7 @@ def version_of(package):
 class Transformers:
     """transformers' generate with a streamer, as users run it; int8 and nf4 by bitsandbytes."""
 
-    capabilities = ["logits", "score", "memory", "encode_tokens", "encode_picture"]
+    capabilities = ["logits", "score", "memory", "depth", "encode_tokens", "encode_picture"]
 
     def __init__(self, torch, transformers, compiled):
         self.torch, self.transformers, self.compiled = torch, transformers, compiled
@@ -41,6 +43,9 @@ class Transformers:
             torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self.device)
             torch.zeros(1, device=self.device)
+            if limit := request.get("memory_limit_bytes"):
+                total = torch.cuda.get_device_properties(self.device).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.device)
         else:
             torch.set_num_threads(request["threads"])
         config = transformers.AutoConfig.from_pretrained(request["model"])
@@ -48,7 +53,7 @@ class Transformers:
         self.image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
         kind = {"vision": transformers.AutoModelForImageTextToText, "encoder": transformers.AutoModelForSeq2SeqLM,
                 "causal": transformers.AutoModelForCausalLM}[self.kind]
-        options = self.options(precision)
+        options = self.options(precision, saved=getattr(config, "quantization_config", None))
         start = now_ns()
         self.model = kind.from_pretrained(request["model"], device_map={"": request["device"]}, **options).eval()
         if self.cuda:
@@ -59,26 +64,34 @@ class Transformers:
         settings.eos_token_id = settings.forced_eos_token_id = settings.forced_bos_token_id = None
         self.capacity = request["capacity"]
         self.dtype = options["dtype"]
-        self.steps = None
+        self.filled, self.depth = None, []
+        if self.compiled:
+            self.watch_compiler()
         self.watch_steps()
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
-        self.high = {}
         return dict(load_s=load_s, kernels=torch.backends.cpu.get_cpu_capability() if not self.cuda else torch.cuda.get_device_name(),
                     held=self.held(precision, request))
 
-    def options(self, precision):
-        """What from_pretrained is asked for. Products of quantized layers are in fp32 on a CPU, where bitsandbytes is made for it."""
+    def options(self, precision, saved=None):
+        """What from_pretrained is asked for. Products of quantized layers are in fp32 on a CPU, where bitsandbytes is made for it. A
+        checkpoint that was saved quantized is loaded as it is."""
         torch = self.torch
         dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-        if precision in dtypes:
+        if saved is None and precision in dtypes:
             return dict(dtype=dtypes[precision])
         try:
             import bitsandbytes
         except ImportError as error:
             raise missing("bitsandbytes", "bitsandbytes") from error
         dtype = torch.float16 if self.cuda else torch.float32
+        if saved is not None:
+            saved = saved if isinstance(saved, dict) else saved.to_dict()
+            held = "int8" if saved.get("load_in_8bit") else {True: "nf4", False: "nf4-nodq"}[bool(saved.get("bnb_4bit_use_double_quant"))]
+            if held != precision:
+                raise Failure("error", f"the checkpoint was saved in `{held}`, and `{precision}` was asked for")
+            return dict(dtype=dtype)
         if precision == "int8":
             settings = dict(load_in_8bit=True)
         elif precision in ("nf4", "nf4-nodq"):
@@ -88,9 +101,34 @@ class Transformers:
             raise Failure("error", f"transformers' adapter has no `{precision}`")
         return dict(dtype=dtype, quantization_config=self.transformers.BitsAndBytesConfig(**settings))
 
+    def watch_compiler(self):
+        """Has generate compile on every device, and notes that it does: where it cannot, it goes on without a word."""
+        settings = self.transformers.CompileConfig()
+        settings._compile_all_devices = True
+        self.model.generation_config.compile_config, self.compiles = settings, False
+        compiled_call = self.model.get_compiled_call
+
+        def noted(*args, **kwargs):
+            self.compiles = True
+            return compiled_call(*args, **kwargs)
+
+        self.model.get_compiled_call = noted
+
     def watch_steps(self):
-        """Sums the time inside the model's forward, so that the host's time between steps is known. On a GPU a forward returns early."""
+        """Stamps the steps of generate, so that the host's time between them is known. On a CPU that is all but the model's forward. A
+        GPU's forward returns early, and a compiled one is not looked into: there it is the time from a token to the next call's inputs."""
+        self.inside = self.ready = 0
         if self.cuda or self.compiled:
+            prepare = self.model.prepare_inputs_for_generation
+
+            def stamped(*args, **kwargs):
+                inputs = prepare(*args, **kwargs)
+                self.ready = now_ns()
+                return inputs
+
+            # generate looks at the signature.
+            stamped.__signature__ = inspect.signature(prepare)
+            self.model.prepare_inputs_for_generation = stamped
             return
         forward = self.model.forward
 
@@ -100,14 +138,13 @@ class Transformers:
             self.inside += now_ns() - start
             return result
 
-        # generate looks at the signature.
-        timed.__signature__ = __import__("inspect").signature(forward)
-        self.model.forward, self.inside = timed, 0
+        timed.__signature__ = inspect.signature(forward)
+        self.model.forward = timed
 
     def held(self, precision, request):
         torch, model = self.torch, self.model
         names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "int8", torch.uint8: precision}
-        by_format, sizes, wide, seen = {}, {}, [], set()
+        by_format, sizes, wide, seen, experts = {}, {}, [], set(), {}
         for name, tensor in model.named_parameters():
             size, kind = tensor.numel() * tensor.element_size(), names.get(tensor.dtype, str(tensor.dtype))
             state = getattr(tensor, "quant_state", None)
@@ -121,6 +158,8 @@ class Transformers:
                 continue
             seen.add(tensor.data_ptr())
             by_format[kind] = by_format.get(kind, 0) + size
+            if ".experts." in name:
+                experts[kind] = experts.get(kind, 0) + size
             sizes[name] = kind, size, tensor
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         of = lambda module: dict(format=names.get(module.weight.dtype, str(module.weight.dtype)),
@@ -137,7 +176,14 @@ class Transformers:
             read -= sum(size for name, (_, size, _) in sizes.items() if not is_read(name))
         if precision not in ("fp16", "bf16", "fp32"):
             wide = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+            # Experts that are one tensor for all of a layer are no modules.
+            wide += [name for name, (kind, _, _) in sizes.items() if ".experts." in name and kind in ("fp16", "bf16", "fp32")]
         text = model.config.get_text_config(decoder=True)
+        chosen = getattr(text, "num_experts_per_tok", None)
+        total = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
+        if experts and chosen and total:
+            # A token reads the experts that it chooses.
+            read -= sum(experts.values()) * (total - chosen) // total
         layers = getattr(text, "num_decoder_layers", None) or text.num_hidden_layers
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // text.num_attention_heads
@@ -146,6 +192,7 @@ class Transformers:
         dtype = names[self.dtype]
         return dict(weights_by_format=by_format, weight_bytes_per_token=read, compute=dtype, logits=dtype,
                     head=of(head) if head is not None else None, embeddings=of(table),
+                    experts=dict(format=max(experts, key=experts.get), bytes=sum(experts.values())) if experts else None,
                     kv_cache=dict(format=dtype, bytes=per_position * request["capacity"]), kv_bytes_per_position=per_position,
                     wide_modules=wide[:64])
 
@@ -153,8 +200,6 @@ class Transformers:
         """The arguments of generate, on the device."""
         torch, encode = self.torch, run.get("encode") or "nothing"
         ids = lambda tokens: torch.tensor([tokens], device=self.device)
-        if run.get("depth"):
-            raise Failure("error", "transformers' adapter runs behind no depth")
         if self.kind == "encoder":
             tokens = ids(encode["tokens"])
             return dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), decoder_input_ids=ids(run["prompt"]))
@@ -171,41 +216,102 @@ class Transformers:
             self.pixels[path] = load_file(path)["pixels"][None].to(self.device, self.dtype)
         return self.pixels[path]
 
-    def generate(self, run, **more):
-        n = run["n_gen"]
-        if self.compiled:
+    def generate(self, run, cache=None, **more):
+        n, depth = run["n_gen"], run.get("depth") or []
+        if depth:
+            # What stands in the cache is part of the input, and is not run again.
+            more[self.cache_name()] = cache if cache is not None else self.behind(depth)
+            run = dict(run, prompt=depth + run["prompt"])
+        elif self.compiled:
             more["cache_implementation"] = "static"
         with self.torch.inference_mode():
-            return self.model.generate(**self.inputs(run), max_new_tokens=n, do_sample=False, num_beams=1,
+            made = self.model.generate(**self.inputs(run), max_new_tokens=n, do_sample=False, num_beams=1,
                                        repetition_penalty=1.0, pad_token_id=0, **more)
+        if self.compiled and n > 1 and not self.compiles:
+            raise Failure("error", "transformers' generate does not compile this model here: measure it by `transformers`")
+        return made
+
+    def cache_name(self):
+        """The argument that a cache is given by: releases differ."""
+        names = inspect.signature(type(self.model).forward).parameters
+        return "cache" if "cache" in names else "past_key_values"
+
+    def fill(self, depth):
+        """A cache that holds the depth and has room for a run, made outside of what is timed."""
+        if self.kind != "causal":
+            raise Failure("error", "transformers' adapter runs behind a depth for causal models alone")
+        if self.depth == depth:
+            return
+        self.filled, self.depth = None, []
+        config = self.model.config.get_text_config(decoder=True)
+        cache = self.transformers.StaticCache(config=config, max_cache_len=self.capacity) if self.compiled \
+            else self.transformers.DynamicCache(config=config)
+        with self.torch.inference_mode():
+            # The first new token is chosen and not run: the cache holds the depth alone.
+            self.model.generate(**self.inputs(dict(prompt=depth)), max_new_tokens=1, do_sample=False, num_beams=1,
+                                pad_token_id=0, **{self.cache_name(): cache})
+        if cache.get_seq_length() != len(depth):
+            raise Failure("error", f"the cache holds {cache.get_seq_length()} tokens, not the depth of {len(depth)}")
+        self.filled, self.depth = cache, list(depth)
+
+    def behind(self, depth):
+        """The cache of the depth for one run: cut back to it, or, where layers forget what lies behind their window, copied."""
+        self.fill(depth)
+        windows = getattr(self.filled, "is_sliding", [])
+        if any(windows if isinstance(windows, (list, tuple)) else [windows]):
+            return copy.deepcopy(self.filled)
+        more = self.filled.get_seq_length() - len(depth)
+        if more:
+            self.filled.crop(-int(more))
+        return self.filled
 
     def run(self, request):
+        depth, cache = request.get("depth") or [], None
+        if depth:
+            cache = self.behind(depth)
+        else:
+            self.filled, self.depth = None, []
         if request["n_gen"] == 0:
             return {}
-        streamer = Stamps(len(request["prompt"]), self)
+        streamer = Stamps(self)
         gc.collect()
         if self.cuda:
             self.torch.cuda.synchronize()
         self.inside, start = 0, now_ns()
-        self.generate(request, streamer=streamer)
-        stamps = streamer.stamps
-        steps = zip(stamps, stamps[1:], streamer.inside, streamer.inside[1:])
-        host = [] if self.cuda or self.compiled else [b - a - (y - x) for a, b, x, y in steps]
+        self.generate(request, cache=cache, streamer=streamer)
+        stamps, inside, ready = streamer.stamps, streamer.inside, streamer.ready
+        if self.cuda or self.compiled:
+            host = [max(0, y - a) for a, y in zip(stamps, ready[1:])]
+        else:
+            host = [b - a - (y - x) for a, b, x, y in zip(stamps, stamps[1:], inside, inside[1:])]
         return dict(start_ns=start, token_ns=stamps, ids=streamer.ids, host_step_ns=host)
 
+    def raw_logits(self, run, **more):
+        made = self.generate(run, return_dict_in_generate=True, output_logits=True, **more)
+        return self.torch.cat([row[:1].float() for row in made.logits])
+
     def logits(self, request):
-        made = self.generate(request["run"], return_dict_in_generate=True, output_logits=True)
-        rows = self.torch.cat([row[:1].float() for row in made.logits])
-        write_rows(request["file"], rows.cpu().numpy())
+        write_rows(request["file"], self.raw_logits(request["run"]).cpu().numpy())
 
     def score(self, request):
-        torch = self.torch
         tokens, first, prefix = request["tokens"], request["first"], request.get("prefix") or []
-        run = dict(prompt=prefix + tokens, encode=request.get("encode"), n_gen=1)
-        with torch.inference_mode():
-            logits = self.model(**self.inputs(run)).logits[0].float()
-        begin = len(prefix) + first - 1
-        write_rows(request["file"], logits[begin:begin + len(tokens) - first].cpu().numpy())
+        run = dict(encode=request.get("encode"), n_gen=1)
+        if request.get("by_token") or self.kind == "vision":
+            # generate itself, with the text's tokens in place of those that it chooses. A picture's prompt sees itself whole, so that
+            # it is a call of its own in any case.
+            begin = prefix or tokens[:1]
+            forced = tokens if prefix else tokens[1:]
+            rows = self.raw_logits(dict(run, prompt=begin, n_gen=len(forced)), logits_processor=[Forced(len(begin), forced)])
+            rows = rows[first - (len(tokens) - len(forced)):]
+        else:
+            keep = len(tokens) - first + 1
+            kept = dict(logits_to_keep=keep) if "logits_to_keep" in \
+                inspect.signature(type(self.model).forward).parameters else {}
+            with self.torch.inference_mode():
+                logits = self.model(**self.inputs(dict(run, prompt=prefix + tokens)), **kept).logits[0]
+            # The last row predicts what the text does not hold.
+            rows = logits[-keep:-1].float()
+        write_rows(request["file"], rows.cpu().numpy())
 
     def memory(self, request):
         if not self.cuda:
@@ -221,11 +327,23 @@ class Transformers:
         return {}
 
 
+class Forced:
+    """A logits processor that leaves one token: the next of a given text behind `n_prompt` others."""
+
+    def __init__(self, n_prompt, tokens):
+        self.n_prompt, self.tokens = n_prompt, tokens
+
+    def __call__(self, input_ids, scores):
+        only = scores.new_full(scores.shape, float("-inf"))
+        only[:, self.tokens[input_ids.shape[1] - self.n_prompt]] = 0
+        return only
+
+
 class Stamps:
     """A streamer: generate hands it the prompt, then each token when it is on the host."""
 
-    def __init__(self, n_prompt, engine):
-        self.stamps, self.ids, self.inside, self.engine, self.prompt_comes = [], [], [], engine, True
+    def __init__(self, engine):
+        self.stamps, self.ids, self.inside, self.ready, self.engine, self.prompt_comes = [], [], [], [], engine, True
 
     def put(self, tokens):
         if self.prompt_comes:
@@ -233,7 +351,8 @@ class Stamps:
             return
         ids = tokens.tolist()
         self.stamps.append(now_ns())
-        self.inside.append(getattr(self.engine, "inside", 0))
+        self.inside.append(self.engine.inside)
+        self.ready.append(self.engine.ready)
         self.ids.extend(ids)
 
     def end(self):

@@ -22,10 +22,15 @@ pub fn memory(outcome: &VariantOutcome, device_kind: &str) -> Memory {
     let known = footprint.map(|f| f.weights_resident_bytes + f.kv_cache_bytes + f.scratch_bytes);
     let device_process_bytes = outcome.watched.iter().filter_map(Watched::process_bytes).max();
     let reserved = finished.and_then(|finished| finished.pool.get("run")).map(|run| run.reserved_high_bytes);
+    let (most, before) = match device_kind {
+        "cpu" => (marks.peak_bytes, loaded.and_then(|loaded| loaded.before_bytes)),
+        _ => (device_process_bytes, loaded.and_then(|loaded| loaded.before_device_bytes)),
+    };
     Memory {
         weights_bytes: footprint.map(|footprint| footprint.weights_bytes),
         weights_by_format: loaded.map(weights_by_format).unwrap_or_default(),
         before_load_bytes: loaded.and_then(|loaded| loaded.before_bytes),
+        growth_bytes: most.zip(before).and_then(|(most, before)| most.checked_sub(before)),
         weights_resident_bytes: footprint.map(|footprint| footprint.weights_resident_bytes),
         kv_cache_bytes: footprint.map(|footprint| footprint.kv_cache_bytes),
         scratch_bytes: footprint.map(|footprint| footprint.scratch_bytes),

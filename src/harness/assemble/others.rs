@@ -1,6 +1,7 @@
 //! What records say of engines that are not our own.
 
 use super::limit;
+use crate::engines::ModelForm;
 use crate::harness::case::{Case, Variant};
 use crate::harness::schedule::{RunOrder, VariantOutcome};
 use crate::harness::warnings::Warning;
@@ -35,17 +36,17 @@ pub fn add(
     }
     let Variant::Other { width, .. } = &variants[at] else { return };
     let held = outcomes[at].loaded.as_ref().map(|loaded| loaded.held.clone()).unwrap_or_default();
-    let own = case.own_of_width(at).map(|own| &records[own]);
+    let own = case.own_beside(at).map(|own| &records[own]);
     record.other_engine = Some(OtherEngine {
         width: width.map(|width| width.name().to_owned()),
         head: held.head.as_ref().map(part),
         embeddings: held.embeddings.as_ref().map(part),
+        experts: held.experts.as_ref().map(part),
         kv_cache: held.kv_cache.as_ref().map(part),
-        held_otherwise: own.map(|own| held_otherwise(&held, own)).unwrap_or_default(),
+        held_otherwise: own.map(|own| held_otherwise(&held, own, is_file(case))).unwrap_or_default(),
         wide_modules: held.wide_modules,
         host_ms_per_token: host_ms(&outcomes[at]),
         ratio_at_width: own.and_then(|own| ratio(record, own, order)),
-        agreement: None,
     });
 }
 
@@ -53,14 +54,21 @@ fn part(part: &HeldPart) -> record::HeldFormat {
     record::HeldFormat { format: part.format.clone(), bytes: part.bytes }
 }
 
-/// Parts whose format differs from ours. Ours keep head and embeddings in fp16 at every precision.
-fn held_otherwise(held: &HeldModel, own: &Record) -> Vec<String> {
+/// A file that is held as stored has one format for each part, whoever runs it.
+fn is_file(case: &Case) -> bool {
+    case.saved.as_ref().is_some_and(|saved| saved.form == ModelForm::Gguf && saved.precision.is_some())
+}
+
+/// Parts whose format differs from ours. Ours keep head and embeddings in fp16 at every precision, and quantize experts.
+fn held_otherwise(held: &HeldModel, own: &Record, is_file: bool) -> Vec<String> {
     let differs = |part: &&(&str, &Option<HeldPart>, &str)| {
         part.1.as_ref().is_some_and(|theirs| is_other(&theirs.format, part.2))
     };
+    let of_weights = |part| if is_file { &None } else { part };
     let parts = [
-        ("head", &held.head, record::BASELINE),
-        ("embeddings", &held.embeddings, record::BASELINE),
+        ("head", of_weights(&held.head), record::BASELINE),
+        ("embeddings", of_weights(&held.embeddings), record::BASELINE),
+        ("experts", of_weights(&held.experts), own.precision.as_str()),
         ("kv cache", &held.kv_cache, own.dtypes.kv_cache.as_str()),
     ];
     let line = |(name, theirs, ours): &(&str, &Option<HeldPart>, &str)| {
@@ -107,5 +115,31 @@ pub fn dtypes(variant: &Variant, held: &HeldModel) -> record::Dtypes {
         compute: said(&held.compute),
         kv_cache: held.kv_cache.as_ref().map(|part| part.format.clone()).unwrap_or_default(),
         logits: said(&held.logits),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::EngineInfo;
+
+    #[test]
+    fn parts_in_another_format_than_ours_are_named() {
+        let engine = EngineInfo { name: "quantbench".to_owned(), version: String::new(), commit: String::new() };
+        let mut own = Record { precision: "nf4".to_owned(), ..Record::unknown(engine) };
+        own.dtypes.kv_cache = "fp16".to_owned();
+        let part = |format: &str| Some(HeldPart { format: format.to_owned(), bytes: 1 });
+        let held = HeldModel {
+            head: part("q6_k"),
+            embeddings: part("f16"),
+            experts: part("fp16"),
+            kv_cache: part("f16"),
+            ..HeldModel::default()
+        };
+        let said = held_otherwise(&held, &own, false);
+        assert_eq!(said, ["head in q6_k, quantbench's in fp16", "experts in fp16, quantbench's in nf4"]);
+        assert_eq!(held_otherwise(&held, &own, true), [""; 0], "one file");
+        let cache = HeldModel { kv_cache: part("bf16"), ..held };
+        assert_eq!(held_otherwise(&cache, &own, true), ["kv cache in bf16, quantbench's in fp16"]);
     }
 }

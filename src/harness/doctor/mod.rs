@@ -7,7 +7,7 @@ mod gpus;
 mod gpus;
 
 use std::fs::OpenOptions;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::environment::Machine;
 use crate::engines::{self, ADAPTERS, Adapter, Probe};
@@ -30,7 +30,7 @@ const BUSY_LOAD: f64 = 0.5;
 const SHARED_CORES: f64 = 0.7;
 
 /// Examines everything and measures the memory bandwidth. Nothing here can fail: a missing part is a finding.
-pub fn examine() -> Examination {
+pub fn examine(python: Option<&Path>) -> Examination {
     let system = System::default();
     let (threads, isa) = (default_threads(), Isa::detect());
     let (devices, problem) = match gpus::devices() {
@@ -43,7 +43,7 @@ pub fn examine() -> Examination {
         memory: system.memory(),
         gpu: system.gpu(devices),
         permissions: system.permissions(),
-        engines: engines(),
+        engines: engines(python),
         findings: Vec::new(),
     };
     let pool = Pool::new(threads);
@@ -64,13 +64,15 @@ pub fn examine() -> Examination {
     examination
 }
 
-/// Which adapters the usual Python has the packages for. Looked at before anything is measured.
-fn engines() -> Vec<EngineFacts> {
-    let python = engines::find_python(None);
+/// Which adapters the Python that was named, or the usual one, has the packages for. Looked at before anything is measured.
+fn engines(python: Option<&Path>) -> Vec<EngineFacts> {
+    let python = engines::find_python(python);
     let facts = |adapter: &'static Adapter| {
-        let Probe { found, missing, problem } = engines::probe(adapter, &python);
+        let Probe { found, missing, too_old, problem } = engines::probe(adapter, &python);
         let packages = found.iter().map(|(package, version)| format!("{package} {version}")).collect();
         // No path: the page is meant to be shown.
+        // What is too old is named with the version that will do.
+        let missing: Vec<String> = missing.into_iter().chain(too_old).collect();
         let install = match (problem, missing.as_slice()) {
             (Some(_), _) => {
                 "no Python was found; name one with QUANTBENCH_PYTHON, or make one with scripts/engines.sh".to_owned()

@@ -83,7 +83,7 @@ impl EvalText {
         tokens.truncate(choice.n_tokens);
         prompt::check_vocabulary(&tokens, false, model)?;
         let prefix = match input {
-            Some(EncoderInputKind::Picture(_)) => workload.task.prompt.clone(),
+            Some(EncoderInputKind::Picture(_)) => workload.task.of_first().1.to_vec(),
             Some(EncoderInputKind::Tokens) => {
                 tokens.insert(0, model.decoder_start.unwrap_or(0));
                 Vec::new()
@@ -100,7 +100,7 @@ impl EvalText {
         let longest = windows[0].end;
         let n_prompt = longest.min(GREEDY_TOKENS / 4);
         let greedy = Greedy { n_prompt, n_gen: (length - n_prompt).min(GREEDY_TOKENS) };
-        let (encode, n_encoder) = (workload.task.encode.clone(), workload.n_encoder);
+        let (encode, n_encoder) = (workload.task.of_first().0, workload.n_encoder);
         Ok(Self { name, encode, n_encoder, prefix, tokens, windows, greedy })
     }
 
@@ -131,26 +131,35 @@ impl EvalText {
         })
     }
 
-    /// A loaded worker whose cache holds the longest window.
+    /// Tokens of the longest window, or of greedy decoding.
+    fn longest(&self) -> usize {
+        self.windows[0].end.max(self.greedy.n_prompt + self.greedy.n_gen)
+    }
+
+    /// A task of the length that a cache must hold.
+    pub fn task(&self) -> Task {
+        let (encode, prompt) = (self.encode.clone(), vec![0; self.prefix.len() + self.longest()]);
+        Task { encode, prompt, n_gen: 1, ..Task::default() }
+    }
+
+    /// A loaded worker of our own engines whose cache holds the longest window.
     pub fn worker(
         &self,
         (case, model): (&Case, &Model),
-        precision: FormatId,
+        (engine, precision): (Engine, FormatId),
         assignment: DeviceAssignment,
         selection: Selection,
     ) -> Result<ProcessWorker, Failure> {
-        let longest = self.windows[0].end.max(self.greedy.n_prompt + self.greedy.n_gen);
-        let (encode, prompt) = (self.encode.clone(), vec![0; self.prefix.len() + longest]);
-        let task = Task { encode, prompt, n_gen: 1, ..Task::default() };
-        let workload =
-            TokenizedWorkload { task, sequences: 1, n_prompt: longest, n_image: 0, n_encoder: self.n_encoder };
+        let (task, n_prompt, n_encoder) = (self.task(), self.longest(), self.n_encoder);
+        let workload = TokenizedWorkload { task, n_prompt, n_image: 0, n_encoder, longest_given: None };
         let mut selected = model.clone();
         // Patterns were checked when the model was opened.
         let _ = selection.apply(&mut selected.matrices);
-        let needed_bytes = room::needs(case, &Variant::own(precision), (&selected, &workload), assignment.device)
+        let variant = Variant::Own { engine, precision };
+        let needed_bytes = room::needs(case, &variant, (&selected, &workload), assignment.device)
             .map_err(|error| failure_of(&error))?
             .bytes();
-        let plain = workload.load_request(case, (Engine::Quantbench, precision), assignment);
+        let plain = workload.load_request(case, (engine, precision), assignment);
         let request = LoadRequest { options: OwnOptions { selection, ..plain.options }, ..plain };
         let mut worker = ProcessWorker::new(request, needed_bytes, case.protocol.deadline)?;
         worker.load(&crate::events::Silent)?;

@@ -2,7 +2,7 @@
 
 use super::precision;
 use super::reference::ReferenceWorker;
-use crate::engine::Device;
+use crate::engine::{Device, Engine};
 use crate::events::{Event, Listener, Unit};
 use crate::plan::Model;
 use crate::quality::modules::{Group, LayerCost, groups, sensitive};
@@ -18,7 +18,7 @@ pub fn measure(reference: &mut ReferenceWorker, records: &mut [Record], events: 
     let mut groups = groups(&model.matrices);
     // Rows of a quantized table can be read by the CPU alone.
     groups.retain(|group| reference.assignment.device == Device::Cpu || group.name != "embeddings");
-    for record in records {
+    for record in records.iter_mut().filter(|record| record.engine.name == Engine::Quantbench.name()) {
         let Some(precision) = FormatId::named(&record.precision).filter(|precision| *precision != quant::BASELINE)
         else {
             continue;
@@ -36,7 +36,8 @@ pub fn measure(reference: &mut ReferenceWorker, records: &mut [Record], events: 
 }
 
 fn cost(reference: &mut ReferenceWorker, model: &Model, precision: FormatId, group: &Group) -> record::ModuleQuality {
-    let scores = precision::score(reference, precision, &Selection::Only(group.matrices.clone())).ok();
+    let scores =
+        precision::score_own(reference, (Engine::Quantbench, precision), &Selection::Only(group.matrices.clone())).ok();
     let found = scores.as_ref().and_then(|scores| summarize(&scores.costs));
     record::ModuleQuality {
         module: group.name.clone(),

@@ -1,7 +1,7 @@
-//! One precision against the reference, and the numbers for its record.
+//! One variant against the reference, and the numbers for its record.
 
 use super::reference::ReferenceWorker;
-use crate::engine::OutlierColumns;
+use crate::engine::{Engine, OutlierColumns};
 use crate::harness::scoring;
 use crate::harness::worker_process::ProcessWorker;
 use crate::ipc::failure_of;
@@ -15,7 +15,7 @@ use crate::weights::policy::Selection;
 /// Name of the reference in records.
 const REFERENCE: &str = "the checkpoint's values in fp32 compute on the cpu";
 
-/// The scores of one precision.
+/// The scores of one variant.
 pub struct Scores {
     pub costs: Vec<TokenCost>,
     greedy_ids: Vec<u32>,
@@ -31,10 +31,25 @@ impl Scores {
     }
 }
 
-/// Scores one precision, or one selection of the matrices at it.
-pub fn score(reference: &mut ReferenceWorker, precision: FormatId, selection: &Selection) -> Result<Scores, Failure> {
-    let (text, case, assignment) = (reference.text, reference.case, reference.assignment);
-    let path = case.quality.as_ref().and_then(|choice| choice.path).unwrap_or(CallPath::usual(precision));
+/// Scores one precision of our own engines, or one selection of the matrices at it.
+pub fn score_own(
+    reference: &mut ReferenceWorker,
+    engine: (Engine, FormatId),
+    selection: &Selection,
+) -> Result<Scores, Failure> {
+    let (text, model, assignment) = (reference.text, (reference.case, reference.model), reference.assignment);
+    score(reference, Some(engine.1), &|| text.worker(model, engine, assignment, selection.clone()))
+}
+
+/// Scores what `start` loads. `precision` is what our own engine would call it, where that is known.
+pub fn score(
+    reference: &mut ReferenceWorker,
+    precision: Option<FormatId>,
+    start: &dyn Fn() -> Result<ProcessWorker, Failure>,
+) -> Result<Scores, Failure> {
+    let (text, case) = (reference.text, reference.case);
+    let usual = precision.map_or(CallPath::Prefill, CallPath::usual);
+    let path = case.quality.as_ref().and_then(|choice| choice.path).unwrap_or(usual);
     let mut worker: Option<ProcessWorker> = None;
     let (costs, greedy_ids, outliers) = (Vec::new(), Vec::new(), OutlierColumns::default());
     let mut scores = Scores { costs, greedy_ids, path, outliers };
@@ -43,12 +58,12 @@ pub fn score(reference: &mut ReferenceWorker, precision: FormatId, selection: &S
         let expected = reference.file_of(at)?;
         let worker = match &mut worker {
             Some(worker) => worker,
-            none => none.insert(text.worker((case, reference.model), precision, assignment, selection.clone())?),
+            none => none.insert(start()?),
         };
         let measured = reference.measured_file();
         let score = text.score(at, path, measured.clone());
         let (tokens, first) = (score.tokens.clone(), score.first);
-        scores.outliers = worker.score(score)?;
+        scores.outliers = worker.score(&score)?;
         if let Some(run) = text.greedy_run(at) {
             scores.greedy_ids = worker.generate(&run)?;
         }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use tempfile::TempDir;
 
 use super::eval_text::EvalText;
-use crate::engine::Device;
+use crate::engine::{Device, Engine};
 use crate::harness::case::Case;
 use crate::harness::load::DeviceAssignment;
 use crate::harness::worker_process::ProcessWorker;
@@ -65,14 +65,14 @@ impl<'a> ReferenceWorker<'a> {
             Some(worker) => worker,
             none => {
                 let assignment = DeviceAssignment { device: Device::Cpu, ..self.assignment };
-                let loaded = text.worker(model, PRECISION, assignment, Selection::Usual);
+                let loaded = text.worker(model, (Engine::Quantbench, PRECISION), assignment, Selection::Usual);
                 none.insert(loaded.map_err(|failure| failure.within("the fp32 reference"))?)
             }
         };
         // Gone until the new one is whole.
         let known = self.held.take().map(|held| held.greedy_ids).filter(|_| window > 0);
         let of_reference = |failure: Failure| failure.within("the fp32 reference");
-        worker.score(text.score(window, CallPath::Prefill, path.clone())).map_err(of_reference)?;
+        worker.score(&text.score(window, CallPath::Prefill, path.clone())).map_err(of_reference)?;
         let generated = text.greedy_run(window).map(|run| worker.generate(&run)).transpose().map_err(of_reference)?;
         self.held = Some(WindowFile { window, greedy_ids: known.or(generated).unwrap_or_default() });
         if text.windows.len() == 1 {

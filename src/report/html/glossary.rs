@@ -8,7 +8,12 @@ const TERMS: &[(&str, &str)] = &[
         "precision",
         "how weights are stored and multiplied: fp16; int8 as LLM.int8 does; nf4, 4 bits a weight as bitsandbytes stores them",
     ),
-    ("decode", "tokens after the first over the time from the first to the last"),
+    ("decode", "tokens after the first over the time from the first to the last, of all sequences"),
+    ("per sequence", "decode speed over the sequences of the batch"),
+    (
+        "of matrix products",
+        "operations a second of decoding over those of a large matrix product by the engine's own kernel, measured in the same run",
+    ),
     ("speed-up", "decode speed over that of fp16: the median of repeats that ran in turn, where they did"),
     (
         "bytes ratio",
@@ -20,6 +25,7 @@ const TERMS: &[(&str, &str)] = &[
         "what holds decoding back, where it was measured: reading memory, arithmetic, both, the host, or nothing as all lies in the cache",
     ),
     ("peak", "highest memory of the run: weights, KV cache, scratch and what the process holds beside"),
+    ("growth", "what the process grew by from just before it loaded to the most in the run"),
     ("weights", "weights in their stored formats"),
     ("TTFT", "time to first token: from the start of the prompt to the first token known on the host"),
     ("prefill", "tokens of the prompt over the time to the first token"),
@@ -50,6 +56,12 @@ const TERMS: &[(&str, &str)] = &[
     ("KL p50", "the divergence of the median token"),
     ("KL p99", "the divergence that 1 % of the tokens exceed"),
     ("logit error", "the largest difference of a logit from the reference's"),
+    ("host", "time between two decode steps that the host of another engine spends outside its model"),
+    (
+        "KL to quantbench",
+        "divergence from what quantbench's row predicts behind the ids that it wrote, mean of the steps",
+    ),
+    ("top-1 of quantbench", "steps at which the row and quantbench's expect the same token most"),
     (
         "change",
         "of a later run against the first, with the 95 % interval widened by what two starts of one build differ",

@@ -30,10 +30,12 @@ fn claim(name: &str, records: &[&Record]) -> String {
         })
         .collect();
     let beside: Vec<String> = records.iter().filter_map(|record| at_width(record)).collect();
-    let within = if within.is_empty() { String::new() } else { format!(" {} against {base}", within.join(", ")) };
-    let beside =
-        if beside.is_empty() { String::new() } else { format!("; {name} over quantbench: {}", beside.join(", ")) };
-    format!("in {name}{within}{beside}")
+    let has_ratio = records.iter().any(|record| record.status == Status::Ok && record.ratio_to_fp16.is_some());
+    let base = if has_ratio { format!(" against {base}") } else { String::new() };
+    let within = (!within.is_empty()).then(|| format!("in {name} {}{base}", within.join(", ")));
+    let beside = (!beside.is_empty()).then(|| format!("{name} over quantbench: {}", beside.join(", ")));
+    let said: Vec<String> = within.into_iter().chain(beside).collect();
+    if said.is_empty() { format!("{name} was compared with nothing") } else { said.join("; ") }
 }
 
 fn width(record: &Record) -> Option<&str> {
@@ -47,7 +49,8 @@ fn at_width(record: &Record) -> Option<String> {
     let mb = |bytes: u64| format!("{:.0} MB", bytes as f64 / 1e6);
     let sizes = step_bytes.zip(*own_step_bytes).filter(|(theirs, _)| *theirs > 0);
     let sizes = sizes.map(|(theirs, ours)| format!(" ({} a step against {})", mb(theirs), mb(ours)));
-    Some(format!("{} {median:.2}x{}", engine.width.as_deref()?, sizes.unwrap_or_default()))
+    let what = engine.width.clone().unwrap_or_else(|| case::precision(record));
+    Some(format!("{what} {median:.2}x{}", sizes.unwrap_or_default()))
 }
 
 #[cfg(test)]
@@ -81,6 +84,15 @@ mod tests {
         let said = claims(&[&wide, &failed, &narrow]);
         assert_eq!(said.len(), 1);
         assert!(said[0].starts_with("in llama.cpp q8_0 gave no result (error), q4_0 2.0"), "{}", said[0]);
+        // A file in a format of no width has neither a 16-bit row nor a name by width.
+        let file = Record {
+            other_engine: Some(OtherEngine { ratio_at_width: Some(at_width(1.5)), ..OtherEngine::default() }),
+            ..record("q4_k_m", "", None, None)
+        };
+        let alone = "llama.cpp over quantbench: q4_k_m 1.50x (90 MB a step against 87 MB)";
+        assert_eq!(claims(&[&file]), [alone]);
+        assert_eq!(claims(&[&failed]), ["in llama.cpp q8_0 gave no result (error)"]);
+        assert_eq!(claims(&[&wide]), ["llama.cpp was compared with nothing"]);
         let end = "against its f16; llama.cpp over quantbench: 4bit 0.31x (90 MB a step against 87 MB)";
         assert!(said[0].ends_with(end), "{}", said[0]);
     }

@@ -15,7 +15,7 @@ use anyhow::{Result, ensure};
 
 pub use config::config;
 pub use file::GgufFile;
-pub(super) use source::{GgufSource, hold, quantized};
+pub(super) use source::{GgufSource, hold, is_f16, quantized};
 pub(super) use tokenizer::{chat_template, open as tokenizer};
 pub use write::export;
 

@@ -10,7 +10,7 @@ use safetensors::Dtype;
 
 use super::config::{config, family};
 use super::file::{GgufFile, GgufTensor};
-use super::{Family, ROPE_FREQS, gguf_name, is_turned, place};
+use super::{F16, Family, ROPE_FREQS, gguf_name, is_turned, place};
 use crate::error::{BadInput, nearest, size};
 use crate::events::{Event, Listener};
 use crate::quant::ggml::FILE_TYPES;
@@ -36,6 +36,11 @@ pub fn quantized(file: &GgufFile) -> Option<PreQuantized> {
     let is_one_type = |format: &FormatId| crate::quant::ggml::TYPES.iter().any(|known| known.format == *format);
     let precision = recipe.filter(|recipe| is_held(recipe) || !is_one_type(recipe)).unwrap_or(*commonest);
     Some(PreQuantized { precision, int8_threshold: 6.0, skipped: Vec::new() })
+}
+
+/// Whether all matrices are in F16.
+pub fn is_f16(file: &GgufFile) -> bool {
+    file.tensors().filter(|(_, tensor)| tensor.shape.len() > 1).all(|(_, tensor)| tensor.kind.number == F16)
 }
 
 /// Marks the matrices with the formats that a quantized file holds them in.
