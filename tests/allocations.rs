@@ -6,6 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use coverage::combinations;
+use quantbench::call::Batch;
 use quantbench::engine::{self, Device, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
@@ -52,13 +53,16 @@ const MODELS: &[&str] = &[
 fn a_decode_step_allocates_nothing() {
     for (turn, isa) in Isa::available().into_iter().enumerate() {
         for (model, format) in combinations(MODELS, FORMATS, turn) {
-            let counted = allocations_of_decoding(model, format.name, isa);
-            assert_eq!(counted, 0, "{model} {} {}: allocations in 16 decode steps", format.name, isa.name());
+            for sequences in [1, 3] {
+                let counted = allocations_of_decoding(model, format.name, isa, sequences);
+                let what = format!("{model} {} {}, {sequences} sequences", format.name, isa.name());
+                assert_eq!(counted, 0, "{what}: allocations in 16 decode steps");
+            }
         }
     }
 }
 
-fn allocations_of_decoding(model: &str, precision: &str, isa: Isa) -> u64 {
+fn allocations_of_decoding(model: &str, precision: &str, isa: Isa, sequences: usize) -> u64 {
     let request = ModelRequest::of(format!("{}/tests/golden/{model}", env!("CARGO_MANIFEST_DIR")));
     let checkpoint = weights::open(&request, &Silent).unwrap();
     let plan = quantbench::models::build(&checkpoint.config).unwrap();
@@ -69,7 +73,7 @@ fn allocations_of_decoding(model: &str, precision: &str, isa: Isa) -> u64 {
         formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
         device: Device::Cpu,
         threads: 2,
-        sequences: 1,
+        sequences,
         kv_format: Device::Cpu.kv_format(),
         capacity: 64,
         encoder_capacity: 8,
@@ -77,16 +81,17 @@ fn allocations_of_decoding(model: &str, precision: &str, isa: Isa) -> u64 {
     };
     let mut session = engine::cpu::load(&setup, isa, &Silent).unwrap().session;
     if plan.encoder.is_some() {
-        session.encode(engine::EncoderInput::Tokens(&[1, 2, 3])).unwrap();
+        session.encode(engine::EncoderInput::Tokens(&[1, 2, 3].repeat(sequences))).unwrap();
     }
     // Beyond the lengths at which rotations change: LongRoPE computes its cache anew there, in a call that is no step.
-    let prompt: Vec<u32> = (1..=20).collect();
-    session.prefill(&prompt).unwrap();
+    let prompt: Vec<u32> = (1..=20).collect::<Vec<u32>>().repeat(sequences);
+    let (batch, mut next) = (Batch { sequences, positions: (0..20).into() }, vec![0; sequences]);
+    session.prefill_batch(batch, &prompt, &mut next).unwrap();
     // Scratch grows to what the steps need, outlier columns included.
-    session.decode(16, &mut |_| {}).unwrap();
+    session.decode_batch(16, &mut |_| {}).unwrap();
     session.rewind(0);
-    session.prefill(&prompt).unwrap();
+    session.prefill_batch(batch, &prompt, &mut next).unwrap();
     let before = ALLOCATIONS.load(Ordering::Relaxed);
-    session.decode(16, &mut |_| {}).unwrap();
+    session.decode_batch(16, &mut |_| {}).unwrap();
     ALLOCATIONS.load(Ordering::Relaxed) - before
 }

@@ -89,6 +89,7 @@ fn case(folder: &Path, precisions: &[&str], precision_selection: PrecisionSelect
         threads: 1,
         cuda_graph: true,
         sequences: 1,
+        largest_batch: false,
         kv_format: None,
         prompt: PromptChoice::Default,
         chat: false,

@@ -9,7 +9,8 @@ use quantbench::kernels::cpu::shared::SharedSlice;
 use quantbench::kernels::isa::Isa;
 use quantbench::quant::nf4::{BLOCK, CODES};
 use quantbench::quant::{
-    CpuMatrix, FORMATS, Format, FormatId, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Part, Prepared, Stored, int8,
+    Activations, CpuMatrix, FORMATS, Format, FormatId, FormatOptions, HalfMatrix, INTERNAL_FORMATS, Part, Prepared,
+    Stored, int8,
 };
 use safetensors::SafeTensors;
 
@@ -226,10 +227,20 @@ fn row_parts(matrix: &dyn CpuMatrix) -> Vec<Range<usize>> {
 }
 
 fn multiply(matrix: &dyn CpuMatrix, x: &[f32], m: usize, bias: Option<&[f32]>, parts: &[Range<usize>]) -> Vec<f32> {
+    multiply_of(matrix, (x, m, false), bias, parts)
+}
+
+/// The same for rows of one sequence or of several (`of_batch`).
+fn multiply_of(
+    matrix: &dyn CpuMatrix,
+    (x, m, of_batch): (&[f32], usize, bool),
+    bias: Option<&[f32]>,
+    parts: &[Range<usize>],
+) -> Vec<f32> {
     let (n, _) = matrix.shape();
     let mut y = vec![f32::NAN; m * n];
     let (mut prepared, mut scratch) = (Prepared::default(), Vec::new());
-    let prepared = matrix.prepare(x, m, &mut prepared);
+    let prepared = Activations { of_batch, ..matrix.prepare(x, m, &mut prepared) };
     for rows in parts {
         matrix.multiply(prepared, rows.clone(), bias, &SharedSlice::new(&mut y), &mut scratch);
     }
@@ -263,7 +274,11 @@ fn kernels_equal_the_oracles() {
             let stored = format.quantize(weight.clone()).unwrap();
             let weights = stored.dequantize();
             let bias = Random(5).vector(n);
-            for (m, outliers) in [(1, 0), (1, 2), (2, 1), (7, 3), (13, 0), (30, 5)] {
+            // Rows of one sequence, and of several, of which up to eight share each weight.
+            let one = [(1, 0), (1, 2), (2, 1), (7, 3), (13, 0), (30, 5)].map(|(m, outliers)| (m, outliers, false));
+            let several =
+                [(2, 1), (3, 0), (4, 2), (5, 0), (6, 1), (7, 3), (8, 0)].map(|(m, outliers)| (m, outliers, true));
+            for (m, outliers, of_batch) in one.into_iter().chain(several) {
                 let x = activations(m, k, outliers);
                 let oracle = stored.multiply(&x, m);
                 let expected: Vec<f64> =
@@ -276,10 +291,12 @@ fn kernels_equal_the_oracles() {
                 };
                 let sums = magnitudes(&weights, k, &x, x_error);
                 for isa in Isa::available() {
-                    let what = format!("{} {} [{n}, {k}] m {m}, {outliers} outliers", entry.name, isa.name());
+                    let of = if of_batch { "sequences" } else { "rows" };
+                    let what = format!("{} {} [{n}, {k}] {m} {of}, {outliers} outliers", entry.name, isa.name());
                     let matrix = format.quantize(weight.clone()).unwrap().pack(isa);
                     let parts = row_parts(&*matrix);
-                    let y = multiply(&*matrix, &x, m, Some(&bias), &parts);
+                    let rows = (x.as_slice(), m, of_batch);
+                    let y = multiply_of(&*matrix, rows, Some(&bias), &parts);
                     assert_close(&what, &y, &expected, |i| {
                         // The sum that the bias joins is at most |y| + |bias|.
                         let bias = f64::from(bias[i % n].abs());
@@ -287,12 +304,12 @@ fn kernels_equal_the_oracles() {
                     });
                     assert_eq!(
                         y,
-                        multiply(&*matrix, &x, m, Some(&bias), from_ref(&(0..n))),
+                        multiply_of(&*matrix, rows, Some(&bias), from_ref(&(0..n))),
                         "{what}: rows split otherwise"
                     );
                     let zero = vec![0.0; n];
-                    let unbiased = multiply(&*matrix, &x, m, None, &parts);
-                    assert_eq!(unbiased, multiply(&*matrix, &x, m, Some(&zero), &parts), "{what}: zero bias");
+                    let unbiased = multiply_of(&*matrix, rows, None, &parts);
+                    assert_eq!(unbiased, multiply_of(&*matrix, rows, Some(&zero), &parts), "{what}: zero bias");
                 }
             }
         }

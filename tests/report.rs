@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use quantbench::record::metrics::{self, METRICS};
-use quantbench::record::{Agreement, Document, Energy, OtherEngine, Protocol, Record, SCHEMA_VERSION};
+use quantbench::record::{
+    Agreement, BreakEven, BreakEvenFinding, Document, Energy, OtherEngine, Protocol, Record, SCHEMA_VERSION,
+};
 use quantbench::report::compare::Order;
 use quantbench::report::{self, Options, Terminal, WRITERS};
 use serde_json::Value;
@@ -227,6 +229,11 @@ fn full_record() -> Record {
     let environment = &mut record.environment;
     (environment.gpu, environment.driver, environment.cuda) = (Some("GPU".into()), Some("1".into()), Some("2".into()));
     record.warnings = vec!["what: why".into()];
+    let bandwidth = &mut record.bandwidth;
+    (bandwidth.flops_per_step, bandwidth.achieved_gflop_s) = (Some(40), Some(2.0));
+    (bandwidth.matmul_gflop_s, bandwidth.mfu) = (Some(8.0), Some(0.25));
+    let (finding, batches) = (BreakEvenFinding::Within, vec![1, 16]);
+    record.break_even = Some(BreakEven { finding, batches, low: Some(6.0), batch: Some(8.0), high: Some(12.0) });
     record.protocol = Protocol {
         n_repeats: 6,
         ended: "count".into(),

@@ -8,7 +8,7 @@ use std::ops::Range;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Batch {
     pub sequences: usize,
-    /// The same for every sequence: what its cache holds before the call, up to what it holds after it.
+    /// What the cache of the longest sequence holds before the call, up to what it holds after it. Each sequence is longer by as much after it.
     pub positions: Positions,
 }
 
@@ -38,7 +38,17 @@ impl Batch {
 
     /// Rows of all sequences.
     pub fn rows(self) -> usize {
-        self.sequences * (self.positions.end - self.positions.start)
+        self.sequences * self.rows_each()
+    }
+
+    /// Rows of each sequence.
+    pub fn rows_each(self) -> usize {
+        self.positions.end - self.positions.start
+    }
+
+    /// `1 sequence`, `4 sequences`.
+    pub(super) fn sequences_text(self) -> String {
+        format!("{} sequence{}", self.sequences, if self.sequences == 1 { "" } else { "s" })
     }
 
     /// Positions that the last row of a sequence sees, itself included.
@@ -49,8 +59,7 @@ impl Batch {
 
 impl Display for Batch {
     fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
-        let Self { sequences, positions: Positions { start, end } } = self;
-        let plural = if *sequences == 1 { "" } else { "s" };
-        write!(f, "a batch of {sequences} sequence{plural} at positions {start} to {}", end.saturating_sub(1))
+        let Positions { start, end } = self.positions;
+        write!(f, "a batch of {} at positions {start} to {}", self.sequences_text(), end.saturating_sub(1))
     }
 }

@@ -163,7 +163,7 @@ pub struct PromptArgs {
     #[arg(long, conflicts_with_all = ["prompt_tokens", "prompt_ids", "image"], help_heading = "Workload")]
     pub chat: bool,
 
-    /// File whose text to continue, to the last byte.
+    /// File whose text to continue, to the last byte; of a batch, one prompt a line, each cut to the length of the shortest.
     #[arg(long, group = "prompt_source", value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Workload")]
     pub prompt_file: Option<PathBuf>,
 
@@ -182,6 +182,26 @@ pub struct PromptArgs {
     /// Exact token ids to continue, comma separated or as Python prints a list.
     #[arg(long, group = "prompt_source", value_name = "IDS", num_args = 1.., help_heading = "Workload")]
     pub prompt_ids: Option<Vec<String>>,
+}
+
+/// A batch as it was typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchWord {
+    Count(usize),
+    /// The largest that fits.
+    Max,
+}
+
+impl std::str::FromStr for BatchWord {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        match word.trim() {
+            "max" => Ok(BatchWord::Max),
+            "0" => Err("at least 1 is needed".to_owned()),
+            word => word.parse().map(BatchWord::Count).map_err(|_| "a number or `max` is needed".to_owned()),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

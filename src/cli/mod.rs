@@ -3,6 +3,7 @@
 //! Value lists, defaults, help, completions and the man page come from here and from the tables of the layers below.
 
 mod brief;
+mod cases;
 mod compare;
 mod engines;
 mod export;
@@ -19,8 +20,8 @@ mod words;
 pub use compare::{Against, AgainstArgs, CompareArgs, CompareRequest, GateArgs, Judgement};
 pub use export::{ExportArgs, ExportForm, ExportRequest};
 pub use groups::{
-    DeviceArgs, ModelArgs, OutputArgs, PathWord, PictureArgs, PlainFormat, PrecisionArgs, PromptArgs, TextArgs,
-    WeightsWord,
+    BatchWord, DeviceArgs, ModelArgs, OutputArgs, PathWord, PictureArgs, PlainFormat, PrecisionArgs, PromptArgs,
+    TextArgs, WeightsWord,
 };
 pub use history::{AddArgs, HistoryArgs, HistoryCheckArgs, HistoryCheckRequest, HistoryCommand, ListArgs};
 pub use import::{ImportArgs, ImportRequest};
@@ -156,6 +157,11 @@ pub struct RunArgs {
         help_heading = "Workload"
     )]
     pub depth: Vec<usize>,
+
+    /// Sequences to generate at once, each with a prompt of its own; a list makes a case of each, `max` one of each precision at the most
+    /// that fit.
+    #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "1", help_heading = "Workload")]
+    pub batch_size: Vec<BatchWord>,
 
     /// End at the model's end-of-sequence token, which is ignored otherwise.
     #[arg(long, help_heading = "Workload")]

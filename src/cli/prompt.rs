@@ -5,9 +5,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use super::PromptArgs;
 use super::request::positives;
 use super::words::ids;
+use super::{BatchWord, PromptArgs};
 use crate::error::BadInput;
 use crate::harness::PromptChoice;
 
@@ -33,6 +33,27 @@ fn prompt(args: &PromptArgs) -> Result<PromptChoice, BadInput> {
             .map(PromptChoice::Ids)
             .map_err(|what| BadInput::new(format!("`--prompt-ids`: {what}"))),
     }
+}
+
+/// The prompts of a batch: one a line of a file that was named, and else what one sequence has.
+pub fn prompts_of_batch(args: &PromptArgs, prompt: &PromptChoice, batch: BatchWord) -> Result<PromptChoice, BadInput> {
+    let (Some(path), PromptChoice::Text(text)) = (&args.prompt_file, prompt) else { return Ok(prompt.clone()) };
+    let sequences = match batch {
+        BatchWord::Count(1) => return Ok(prompt.clone()),
+        BatchWord::Count(sequences) => sequences,
+        BatchWord::Max => {
+            let message =
+                format!("`--prompt-file {}`: how many prompts `--batch-size max` takes is not known", path.display());
+            return Err(BadInput::new(message).hint("give a length with `--prompt-tokens N`, or a number of sequences"));
+        }
+    };
+    let lines: Vec<String> = text.lines().filter(|line| !line.is_empty()).take(sequences).map(str::to_owned).collect();
+    if lines.len() < sequences {
+        let (path, n) = (path.display(), lines.len());
+        return Err(BadInput::new(format!("`--prompt-file {path}` has {n} prompts for a batch of {sequences}"))
+            .hint("give a line of text for each sequence, or a smaller `--batch-size`"));
+    }
+    Ok(PromptChoice::Texts(lines))
 }
 
 /// Bound on a text: more than any context holds, and less than the memory of a machine that measures.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use super::cases::of_each_length;
 use super::engines::{asked, engines};
 use super::prompt::{prompts, text_file};
 use super::words::{Takes, unknown_precision};
@@ -95,31 +96,6 @@ impl Request {
     }
 }
 
-/// `case` with each combination of the lengths, the prompt's outermost. Fails where their logits would go to one file.
-fn of_each_length(case: &Case, args: &RunArgs) -> Result<Vec<Case>, BadInput> {
-    let n_gens = match args.max_new_tokens.as_slice() {
-        [] => vec![harness::DEFAULT_N_GEN],
-        asked => positives("--max-new-tokens", asked)?,
-    };
-    let may_shorten = args.max_new_tokens.is_empty();
-    let mut cases = Vec::new();
-    for prompt in prompts(&args.prompt)? {
-        for &n_gen in &n_gens {
-            let of_depth =
-                |&n_depth: &usize| Case { prompt: prompt.clone(), n_gen, n_depth, may_shorten, ..case.clone() };
-            cases.extend(args.depth.iter().map(of_depth));
-        }
-    }
-    match &case.save_logits {
-        Some(path) if cases.len() > 1 => {
-            let (path, n) = (path.display(), cases.len());
-            Err(BadInput::new(format!("`--save-logits {path}`: {n} cases would write the same file"))
-                .hint("give one length of each kind"))
-        }
-        _ => Ok(cases),
-    }
-}
-
 /// What every command that loads a model says; one token is generated and nothing else is asked for.
 fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceArgs, command: String) -> Result<Case> {
     let device = device(&device_args.device)?;
@@ -135,6 +111,7 @@ fn case(model_args: &ModelArgs, precision: &PrecisionArgs, device_args: &DeviceA
         device,
         cuda_graph: !device_args.no_cuda_graph,
         sequences: 1,
+        largest_batch: false,
         kv_format: None,
         threads: device_args.threads.map(threads).transpose()?.unwrap_or(0),
         prompt: PromptChoice::Default,
@@ -400,26 +377,6 @@ mod tests {
     }
 
     #[test]
-    fn lists_of_lengths_make_cases() {
-        let lengths = |line: &str| {
-            let of = |case: &Case| match case.prompt {
-                PromptChoice::Synthetic(n) => (n, case.n_gen, case.n_depth),
-                _ => (0, case.n_gen, case.n_depth),
-            };
-            request(line).unwrap().cases.iter().map(of).collect::<Vec<_>>()
-        };
-        assert_eq!(lengths(""), [(0, 64, 0)]);
-        assert_eq!(lengths("-p 8,512 -n 64 -d 0,4096"), [(8, 64, 0), (8, 64, 4096), (512, 64, 0), (512, 64, 4096)]);
-        assert_eq!(lengths("--n-prompt 8 --n-gen 2,3 --n-depth 1"), [(8, 2, 1), (8, 3, 1)]);
-        assert_eq!(lengths("-n 2 -n 3 --prompt hi"), [(0, 2, 0), (0, 3, 0)]);
-        for line in ["-m phi-2 -r 4 -p 8", "--model phi-2 --runs 4 -p 8", "--model-id phi-2 --repetitions 4 -p 8"] {
-            let case = request(line).unwrap().cases.remove(0);
-            let seen = (case.model.model_id.as_str(), case.protocol.repeats, case.prompt);
-            assert_eq!(seen, ("phi-2", Some(4), PromptChoice::Synthetic(8)), "{line}");
-        }
-    }
-
-    #[test]
     fn the_default_model_on_cuda_is_larger() {
         let on_cuda = |model_id: &'static str| Some(model_id).filter(|_| cfg!(feature = "cuda"));
         for (line, model_id) in [
@@ -475,6 +432,10 @@ mod tests {
             ("--method single-cold-run --launches 3", "one run"),
             ("--method fair", "quantbench"),
             ("-p 8,0", "at least 1"),
+            ("-b 1,0", "at least 1"),
+            ("-b 2,x", "a number or `max`"),
+            ("-b max --prompt-file Cargo.toml", "`--batch-size max`"),
+            ("-b 1,2 --save-logits l.safetensors", "same file"),
             ("-n 8,x", "invalid"),
             ("-n 4,8 --save-logits l.safetensors", "same file"),
             ("--threads 0", "at least 1"),

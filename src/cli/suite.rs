@@ -77,7 +77,7 @@ const HEADINGS: &[&str] = &["Model", "Precision", "Workload", "Quality", "Device
 const NOT_IN_SUITES: &[&str] = &["list-models", "save-logits"];
 
 /// Options whose list makes cases: that is what a suite's matrix is for.
-const AXES: &[&str] = &["prompt-tokens", "max-new-tokens", "depth"];
+const AXES: &[&str] = &["prompt-tokens", "max-new-tokens", "depth", "batch-size"];
 
 /// Options that read a list from one text.
 const LISTS: &[&str] = &["prompt-ids"];
@@ -117,6 +117,9 @@ pub fn suite_task(planned: Planned) -> Result<SuiteCase> {
     })?;
     match <[Case; 1]>::try_from(request.cases) {
         // The same work on every machine, so that its records can be merged.
+        Ok([case]) if case.largest_batch => {
+            Err(refused("`--batch-size max` makes a case of each precision").hint("give numbers of sequences").into())
+        }
         Ok([case]) => Ok(SuiteCase { planned, case: Case { may_shorten: false, ..case } }),
         Err(_) => Err(refused("a list of lengths makes several cases").hint("put the lengths into `[matrix]`").into()),
     }

@@ -19,7 +19,8 @@ pub fn dry_run(args: &RunArgs) -> Result<ExitCode> {
         dry_run.hold_to(request.options.card_bytes);
         Ok(dry_run)
     };
-    let dry_runs: Vec<DryRun> = request.cases.iter().map(of).collect::<Result<_>>()?;
+    let cases = harness::with_largest_batches(request.cases, request.options.card_bytes, &events)?;
+    let dry_runs: Vec<DryRun> = cases.iter().map(of).collect::<Result<_>>()?;
     let text = match (request.stdout.name, dry_runs.as_slice()) {
         ("table", _) => dry_runs.iter().map(|one| one.text(&ui::terminal())).collect::<Vec<_>>().join("\n"),
         ("json", [one]) => one.json()?,

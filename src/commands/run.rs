@@ -11,7 +11,7 @@ use crate::cli::{Against, Judgement, Request, RunArgs};
 use crate::error::BadInput;
 use crate::harness::Case;
 use crate::os::interrupt;
-use crate::record::{Document, Record, SCHEMA_VERSION, Status};
+use crate::record::{Document, Record, SCHEMA_VERSION, Status, break_even};
 use crate::report::compare::Comparison;
 use crate::report::{Options, Writer};
 use crate::ui::{self, Progress};
@@ -23,6 +23,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     let against = args.against.request()?;
     ui::end_on_interrupt();
     let events = Progress::new(request.quiet);
+    let cases = harness::with_largest_batches(request.cases, request.options.card_bytes, &events)?;
+    let request = Request { cases, ..request };
     let document = |records| self::document(&request, records);
     match against {
         None => {
@@ -70,9 +72,10 @@ pub fn and<T>(first: Result<T>, second: Result<()>) -> Result<T> {
     both(first, second).map(|(first, ())| first)
 }
 
-/// What was measured, with the card that was asked about.
+/// What was measured, with the card that was asked about and the break-even of several batches.
 pub fn document(request: &Request, mut records: Vec<Record>) -> Document {
     records.iter_mut().for_each(|record| record.card_bytes = request.options.card_bytes);
+    break_even::fill(&mut records);
     Document { schema_version: SCHEMA_VERSION, records }
 }
 

@@ -1,6 +1,6 @@
 //! A session on a scripted clock: the harness's arithmetic is tested to the last digit without timing anything.
 
-use crate::call::{Batch, KvFormat, Supported};
+use crate::call::{ANY, Batch, KvFormat, Supported};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,8 +23,9 @@ impl FakeTime {
     }
 }
 
-/// Any cache of one sequence.
-const CALLS: Supported = Supported { executor: "the fake", kv_formats: &[KvFormat::Fp32, KvFormat::Fp16] };
+/// Any cache of any number of sequences.
+const CALLS: Supported =
+    Supported { executor: "the fake", kv_formats: &[KvFormat::Fp32, KvFormat::Fp16], most_sequences: ANY };
 
 /// Times and results of one sequence of calls: prefill and decode.
 #[derive(Debug, Clone, PartialEq)]
@@ -70,11 +71,19 @@ pub struct FakeSession {
     given: usize,
     position: usize,
     alone: Option<Alone>,
+    /// All choose the same tokens.
+    sequences: usize,
 }
 
 impl FakeSession {
     pub fn new(time: FakeTime, runs: impl IntoIterator<Item = FakeRun>) -> Self {
-        Self { time, runs: runs.into_iter().collect(), current: FakeRun::default(), given: 0, position: 0, alone: None }
+        let (runs, current) = (runs.into_iter().collect(), FakeRun::default());
+        Self { time, runs, current, given: 0, position: 0, alone: None, sequences: 1 }
+    }
+
+    /// The same with a batch of sequences.
+    pub fn with_sequences(self, sequences: usize) -> Self {
+        Self { sequences, ..self }
     }
 
     /// The same with times of the parts of its steps alone.
@@ -109,7 +118,7 @@ impl Session for FakeSession {
     }
 
     fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
-        CALLS.check_batch(batch, tokens.len(), self.position)?;
+        CALLS.check_batch(batch, tokens.len(), (self.sequences, self.position))?;
         if let Some(run) = self.runs.pop_front() {
             self.current = run;
         }
@@ -117,7 +126,7 @@ impl Session for FakeSession {
             anyhow::bail!("{message}");
         }
         self.given = 0;
-        self.position += tokens.len();
+        self.position += batch.rows_each();
         self.time.advance(self.current.prefill_ns);
         next.fill(self.token());
         Ok(())
@@ -133,7 +142,8 @@ impl Session for FakeSession {
         for _ in 0..n {
             self.time.advance(held(&self.current.step_ns, self.given - 1));
             self.position += 1;
-            on_tokens(&[self.token()]);
+            let token = self.token();
+            on_tokens(&vec![token; self.sequences]);
         }
         Ok(())
     }

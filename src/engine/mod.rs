@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::call::{Batch, CacheScope, KvFormat};
+use crate::call::{self, Batch, CacheScope, KvFormat};
 use crate::events::Listener;
 use crate::kernels::isa::Isa;
 use crate::plan::Model;
@@ -33,16 +33,16 @@ pub use crate::quant::OutlierColumns;
 use crate::weights::Source;
 use crate::weights::policy::Formats;
 
-/// A loaded model with its key/value cache, of as many sequences as it was loaded for. Every call continues where the cache
-/// ends; the sequences are equally long.
+/// A loaded model with its key/value cache, of as many sequences as it was loaded for. Every call continues each sequence where its
+/// cache ends. Sequences are equally long, but where [`Self::prefill_one`] made them differ.
 pub trait Session {
-    /// Tokens that the cache holds of each sequence.
+    /// Tokens that the cache holds of the longest sequence.
     fn position(&self) -> usize;
 
     /// Forgets all that the cache holds from `position` on. `position` ≤ [`Self::position`].
     fn rewind(&mut self, position: usize);
 
-    /// Runs the encoder, where the model has one, over a prompt or a picture; the decoder calls behind it read the result.
+    /// Runs the encoder, where the model has one, over the prompts or pictures of all sequences; the decoder calls behind it read the result.
     fn encode(&mut self, input: EncoderInput) -> Result<()>;
 
     /// Runs `tokens` (at least one a sequence, one for each row of `batch`) in one call and writes the greedy next token of each
@@ -57,6 +57,14 @@ pub trait Session {
         Ok(next[0])
     }
 
+    /// Runs the encoder over the `input` of one sequence alone, where there is one, and `tokens` behind what its cache holds. The other sequences
+    /// stay as they are, so that sequences may have prompts of different lengths; decode steps run all of them on. Returns its next token.
+    fn prefill_one(&mut self, sequence: usize, input: Option<EncoderInput>, tokens: &[u32]) -> Result<u32> {
+        call::check_sequence(sequence, 1)?;
+        input.map_or(Ok(()), |input| self.encode(input))?;
+        self.prefill(tokens)
+    }
+
     /// `n` further greedy steps after a prefill or an earlier decode; each feeds the tokens before it. `on_tokens` is called
     /// once a step with a token for each sequence, as soon as the host can read them. End-of-sequence tokens are not special.
     fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()>;
@@ -66,7 +74,7 @@ pub trait Session {
         self.decode_batch(n, &mut |tokens| tokens.iter().for_each(|token| on_token(*token)))
     }
 
-    /// Runs `tokens` of one sequence in one call as [`Self::prefill`] does and hands out the logits of every row in turn, fp32 `[vocab]`: what
+    /// Runs `tokens` of the only sequence in one call as [`Self::prefill`] does and hands out the logits of every row in turn, fp32 `[vocab]`: what
     /// the model expected after each token. The caller's memory stays free of `[rows, vocab]`.
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()>;
 
@@ -155,12 +163,29 @@ impl Engine {
     }
 }
 
-/// Input of an encoder.
+/// Input of an encoder: that of each sequence, one behind the other and equally long.
 #[derive(Debug, Clone, Copy)]
 pub enum EncoderInput<'a> {
     Tokens(&'a [u32]),
     /// Normalised pixels, `[3, size, size]`.
     Pixels(&'a [f32]),
+}
+
+impl EncoderInput<'_> {
+    /// Tokens or pixels of each of `sequences` sequences.
+    ///
+    /// # Errors
+    /// If they are not equally many.
+    pub fn of_each(&self, sequences: usize) -> Result<usize> {
+        let (len, what) = match self {
+            EncoderInput::Tokens(tokens) => (tokens.len(), "tokens"),
+            EncoderInput::Pixels(pixels) => (pixels.len(), "pixel values"),
+        };
+        if sequences == 0 || !len.is_multiple_of(sequences) {
+            anyhow::bail!("{len} {what} are no equal parts of {sequences} sequences");
+        }
+        Ok(len / sequences)
+    }
 }
 
 /// Exact bytes that a session holds.
@@ -173,14 +198,14 @@ pub struct Footprint {
     pub kv_cache_bytes: u64,
     /// Activations and scratch.
     pub scratch_bytes: u64,
-    /// Bytes of weights that one decode step reads.
+    /// Bytes of weights that one decode step of all sequences reads.
     pub weight_bytes_per_token: u64,
-    /// Bytes of keys and values for one position, in caches that every step reads whole.
+    /// Bytes of keys and values for one position of one sequence, in caches that every step reads whole.
     pub kv_bytes_per_position: u64,
     /// The same in caches of which a step reads a window alone, by window.
     #[serde(default)]
     pub windowed_kv: Vec<WindowedKv>,
-    /// Bytes of the encoder's keys and values that every decode step reads, whatever its position.
+    /// Bytes of the encoder's keys and values of one sequence that every decode step reads, whatever its position.
     pub cross_kv_bytes: u64,
 }
 
@@ -220,7 +245,7 @@ impl Footprint {
         }
     }
 
-    /// Mean bytes of keys and values that the decode steps of `n_gen` tokens read, behind `before` tokens: the first token is the
+    /// Mean bytes of keys and values of one sequence that the decode steps of `n_gen` tokens read, behind `before` tokens: the first token is the
     /// prompt's, and step `i` sees `i` further positions.
     pub fn kv_bytes_per_step(&self, before: u64, n_gen: u64) -> u64 {
         let whole = self.kv_bytes_per_position * (2 * before + n_gen) / 2;
@@ -248,9 +273,9 @@ pub struct Setup<'a> {
     pub sequences: usize,
     /// The format of keys and values: [`Device::kv_format`] where nothing else is asked.
     pub kv_format: KvFormat,
-    /// Tokens of a sequence that the decoder's key/value cache must hold: depth + prompt + generated.
+    /// Tokens of each sequence that the decoder's key/value cache must hold: depth + prompt + generated.
     pub capacity: usize,
-    /// Tokens or patches that the encoder must hold; 0 without one.
+    /// Tokens or patches of each sequence that the encoder must hold; 0 without one.
     pub encoder_capacity: usize,
     /// A decode step on CUDA is replayed as one graph; its kernels are launched one by one otherwise.
     pub cuda_graph: bool,

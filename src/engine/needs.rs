@@ -39,9 +39,11 @@ impl Needs {
     }
 }
 
-/// Tokens and rows of a workload.
+/// Sequences of a workload, and the tokens and rows of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lengths {
+    /// At least one.
+    pub sequences: usize,
     /// Filled into the cache by one call before the prompt's.
     pub depth: usize,
     pub prompt: usize,
@@ -114,20 +116,24 @@ fn cache_bytes(model: &Model, holding: Holding, lengths: &Lengths) -> u64 {
     let of_cache = |cache: CacheSpec| {
         let all = if cache.scope == CacheScope::Decoder { lengths.capacity() } else { lengths.encoder };
         let capacity = cache.window.filter(|_| is_ring).map_or(all, |window| window.min(all));
-        product(&[2, cache.kv_heads, cache.head_dim.next_multiple_of(head_granule), capacity, cache.format.bytes()])
+        let head_dim = cache.head_dim.next_multiple_of(head_granule);
+        product(&[2, lengths.sequences, cache.kv_heads, head_dim, capacity, cache.format.bytes()])
     };
     model.cache_specs(holding.kv_format(model)).map(of_cache).fold(0, u64::saturating_add)
 }
 
 /// Regions of fp32 as the engine lays them out: each side's for its longest call.
 fn cpu_scratch_bytes(model: &Model, lengths: &Lengths, precision: FormatId) -> u64 {
-    let longest = lengths.calls().map(|(rows, _)| rows).into_iter().max().unwrap_or(0);
-    let rows = longest.min(cpu_rows_of_call(model));
+    let (longest, sequences) =
+        (lengths.calls().map(|(rows, _)| rows).into_iter().max().unwrap_or(0), lengths.sequences);
+    // A call has the same rows of each sequence, and a decode step one.
+    let rows = longest.min((cpu_rows_of_call(model) / sequences).max(1)).saturating_mul(sequences);
     let bytes = |plan: &Plan, rows: usize| {
         let codes = if precision.finds_outliers { code_bytes(plan, rows) } else { 0 };
-        slot_bytes(plan, rows).saturating_add(codes)
+        slot_bytes(plan, rows, sequences).saturating_add(codes)
     };
-    let encoder = model.encoder.as_ref().map_or(0, |encoder| bytes(&encoder.plan, lengths.encoder));
+    let encoded = lengths.encoder.saturating_mul(sequences);
+    let encoder = model.encoder.as_ref().map_or(0, |encoder| bytes(&encoder.plan, encoded));
     bytes(&model.decoder, rows).saturating_add(encoder).saturating_add(mixture_bytes(model, rows))
 }
 
@@ -135,7 +141,7 @@ fn cpu_scratch_bytes(model: &Model, lengths: &Lengths, precision: FormatId) -> u
 pub fn cpu_rows_of_call(model: &Model) -> usize {
     let plan = &model.decoder;
     prompt::rows_of_call(model, CPU_CALLS, |rows| {
-        slot_bytes(plan, rows).saturating_add(code_bytes(plan, rows)).saturating_add(mixture_bytes(model, rows))
+        slot_bytes(plan, rows, 1).saturating_add(code_bytes(plan, rows)).saturating_add(mixture_bytes(model, rows))
     })
 }
 
@@ -158,11 +164,11 @@ fn mixture_bytes(model: &Model, rows: usize) -> u64 {
     model.decoder.ops.iter().map(of_op).max().unwrap_or(0)
 }
 
-/// Buffers of a call of `rows` rows in fp32, those that never live at once in one place.
-fn slot_bytes(plan: &Plan, rows: usize) -> u64 {
+/// Buffers of a call of `rows` rows of `sequences` sequences in fp32, those that never live at once in one place.
+fn slot_bytes(plan: &Plan, rows: usize, sequences: usize) -> u64 {
     let slots = plan.storage().slots;
     let of_slot = |slot: &crate::plan::Slot| {
-        product(&[size_of::<f32>(), slot.width, if slot.rows == Rows::Tokens { rows } else { 1 }])
+        product(&[size_of::<f32>(), slot.width, if slot.rows == Rows::Tokens { rows } else { sequences }])
     };
     slots.iter().map(of_slot).fold(0, u64::saturating_add)
 }
@@ -174,10 +180,13 @@ fn candle_scratch_bytes(model: &Model, lengths: &Lengths, element_bytes: usize) 
         product(&[2, element_bytes, heads, rows, seen])
     };
     let decoder =
-        lengths.calls().map(|call| scores(&model.decoder, call).saturating_add(slot_bytes(&model.decoder, call.0)));
+        lengths.calls().map(|call| scores(&model.decoder, call).saturating_add(slot_bytes(&model.decoder, call.0, 1)));
     let encoder = model.encoder.as_ref().map(|encoder| {
-        scores(&encoder.plan, (lengths.encoder, lengths.encoder))
-            .saturating_add(slot_bytes(&encoder.plan, lengths.encoder))
+        scores(&encoder.plan, (lengths.encoder, lengths.encoder)).saturating_add(slot_bytes(
+            &encoder.plan,
+            lengths.encoder,
+            1,
+        ))
     });
     decoder.into_iter().chain(encoder).max().unwrap_or(0)
 }
@@ -191,8 +200,9 @@ pub fn cuda_rows_of_call(model: &Model, formats: &Formats) -> usize {
 fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, formats: &Formats) -> u64 {
     let bytes = |plan: &Plan, rows: usize| CudaCall { model, plan, rows, formats }.bytes();
     let most = cuda_rows_of_call(model, formats);
-    let decoder = lengths.calls().map(|(rows, _)| bytes(&model.decoder, rows.min(most)));
-    let encoder = model.encoder.as_ref().map(|encoder| bytes(&encoder.plan, lengths.encoder));
+    let of_all = |rows: usize| rows.saturating_mul(lengths.sequences);
+    let decoder = lengths.calls().map(|(rows, _)| bytes(&model.decoder, of_all(rows).min(most)));
+    let encoder = model.encoder.as_ref().map(|encoder| bytes(&encoder.plan, of_all(lengths.encoder)));
     let longest = decoder.into_iter().chain(encoder).max().unwrap_or(0);
     let reach = lengths.capacity().max(lengths.encoder);
     // Steps and calls have tables of their own where frequencies change with each position.
@@ -200,7 +210,7 @@ fn cuda_scratch_bytes(model: &Model, lengths: &Lengths, formats: &Formats) -> u6
     let angles = |rope| product(&[size_of::<f32>(), tables(rope), rope.rotary_dim, lengths.capacity()]);
     let angles = model.ropes.iter().map(angles);
     let biases = model.biases.iter().map(|bias| product(&[size_of::<f32>(), model.matrices[bias.table.0].k, 2, reach]));
-    let logits = product(&[size_of::<f32>(), model.vocab]);
+    let logits = product(&[size_of::<f32>(), lengths.sequences, model.vocab]);
     angles.chain(biases).chain([logits]).fold(longest, u64::saturating_add)
 }
 
@@ -311,7 +321,7 @@ mod tests {
     /// A window of 128 of 1024 positions is an eighth of them on a CPU.
     #[test]
     fn a_window_bounds_the_cache() {
-        let lengths = Lengths { depth: 1000, prompt: 8, gen_tokens: 16, encoder: 0 };
+        let lengths = Lengths { sequences: 1, depth: 1000, prompt: 8, gen_tokens: 16, encoder: 0 };
         let formats = Formats::new(fp16::ID, FormatOptions::default());
         let mut windowed = model("llama-3.2-1b");
         let bytes = |model: &Model, device| {
@@ -325,7 +335,7 @@ mod tests {
     /// llama-3.2-1b has 16 layers of 8 key/value heads of 64: 2 · 16 · 8 · 64 values a position.
     #[test]
     fn a_cache_counts_at_the_dtype_that_it_has() {
-        let lengths = Lengths { depth: 1000, prompt: 8, gen_tokens: 16, encoder: 0 };
+        let lengths = Lengths { sequences: 1, depth: 1000, prompt: 8, gen_tokens: 16, encoder: 0 };
         let values = 2 * 16 * 8 * 64 * 1024;
         assert_eq!(of("llama-3.2-1b", fp16::ID, Device::Cpu, lengths).kv_cache_bytes, 4 * values);
         assert_eq!(of("llama-3.2-1b", fp16::ID, Device::Cuda(0), lengths).kv_cache_bytes, 2 * values);
@@ -340,7 +350,7 @@ mod tests {
     /// A cache that is filled with 120000 rows is filled in calls of 4096, or as many as hold no more than 448 MiB.
     #[test]
     fn a_long_prompt_holds_what_a_call_of_it_does() {
-        let lengths = |depth: usize| Lengths { depth, prompt: 8, gen_tokens: 64, encoder: 0 };
+        let lengths = |depth: usize| Lengths { sequences: 1, depth, prompt: 8, gen_tokens: 64, encoder: 0 };
         let scratch = |name: &str, precision: FormatId, depth: usize| {
             of(name, precision, Device::Cuda(0), lengths(depth)).scratch_bytes
         };
@@ -366,7 +376,7 @@ mod tests {
     /// more than 32 rows. Its products of two parts are of one matrix at a time.
     #[test]
     fn what_a_product_takes_beside_its_operands_is_counted() {
-        let lengths = Lengths { depth: 0, prompt: 256, gen_tokens: 64, encoder: 0 };
+        let lengths = Lengths { sequences: 1, depth: 0, prompt: 256, gen_tokens: 64, encoder: 0 };
         let scratch = |precision| of("llama-3.2-1b", precision, Device::Cuda(0), lengths).scratch_bytes;
         let plain = scratch(fp16::ID);
         assert_eq!(scratch(int8::ID) - plain, 256 * (4 * 8192 + 2048) + 2 * 2048 * (256 + 8192));
@@ -375,7 +385,7 @@ mod tests {
 
     #[test]
     fn every_precision_of_every_shape_has_needs() {
-        let lengths = Lengths { depth: 0, prompt: 128, gen_tokens: 64, encoder: 256 };
+        let lengths = Lengths { sequences: 1, depth: 0, prompt: 128, gen_tokens: 64, encoder: 256 };
         for shape in builtin_models() {
             for entry in crate::quant::FORMATS {
                 for device in [Device::Cpu, Device::Cuda(0)] {
@@ -392,7 +402,8 @@ mod tests {
 
     #[test]
     fn lengths_beyond_any_memory_are_no_overflow() {
-        let lengths = Lengths { depth: usize::MAX / 2, prompt: usize::MAX / 2, gen_tokens: 9, encoder: 0 };
+        let lengths =
+            Lengths { sequences: 1, depth: usize::MAX / 2, prompt: usize::MAX / 2, gen_tokens: 9, encoder: 0 };
         assert_eq!(of("phi-2", nf4::ID, Device::Cuda(0), lengths).bytes(), u64::MAX);
     }
 }

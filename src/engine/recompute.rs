@@ -4,7 +4,7 @@
 //! `generate` does, the call that first exceeds the original length runs all tokens from the first on. The step at which that
 //! happens takes as long as a prefill of so many tokens.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, memory};
 use crate::call::Batch;
@@ -90,6 +90,19 @@ impl Session for Recompute {
         Ok(())
     }
 
+    /// As transformers does, all sequences have the frequencies of the longest: those of one alone are not known while the others follow.
+    fn prefill_one(&mut self, sequence: usize, input: Option<EncoderInput>, tokens: &[u32]) -> Result<u32> {
+        let before = self.tokens.get(sequence).map_or(0, Vec::len);
+        if self.is_long || before + tokens.len() > self.original {
+            bail!("sequences of different lengths beyond {} positions rotate by other frequencies", self.original);
+        }
+        let next = self.inner.prefill_one(sequence, input, tokens)?;
+        self.tokens[sequence].extend_from_slice(tokens);
+        self.next.resize(self.tokens.len(), 0);
+        self.next[sequence] = next;
+        Ok(next)
+    }
+
     fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
         let mut left = n;
         while left > 0 {
@@ -99,6 +112,12 @@ impl Session for Recompute {
                 false => left.min(self.original.saturating_sub(position)),
             };
             if steps == 0 {
+                if self.tokens.iter().any(|tokens| tokens.len() != position) {
+                    bail!(
+                        "sequences of different lengths beyond {} positions rotate by other frequencies",
+                        self.original
+                    );
+                }
                 let mut next = self.next.clone();
                 let batch = Batch { sequences: next.len(), positions: (position..position + 1).into() };
                 self.prefill_batch(batch, &self.next.clone(), &mut next)?;

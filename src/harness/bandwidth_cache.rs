@@ -98,7 +98,7 @@ mod tests {
     }
 
     fn bandwidth(read_gb_s: f64) -> MeasuredBandwidth {
-        MeasuredBandwidth { read_gb_s: Some(read_gb_s), copy_gb_s: Some(4000.0) }
+        MeasuredBandwidth { read_gb_s: Some(read_gb_s), copy_gb_s: Some(4000.0), matmul_gflop_s: None }
     }
 
     #[test]

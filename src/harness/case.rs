@@ -39,6 +39,9 @@ pub struct Case {
     pub cuda_graph: bool,
     /// Sequences that a call runs at once.
     pub sequences: usize,
+    /// `sequences` is, or is to become, the largest number that fits.
+    #[serde(default)]
+    pub largest_batch: bool,
     /// Format of the key/value cache; `None`: the engine's own.
     pub kv_format: Option<KvFormat>,
     pub prompt: PromptChoice,
@@ -316,6 +319,8 @@ pub enum PromptChoice {
     /// The default text where there is a tokenizer, else 8 synthetic ids.
     Default,
     Text(String),
+    /// Of each sequence of a batch, at least as many as there are.
+    Texts(Vec<String>),
     /// This many synthetic ids.
     Synthetic(usize),
     Ids(Vec<u32>),
@@ -373,6 +378,7 @@ pub mod tests {
             threads: 1,
             cuda_graph: true,
             sequences: 1,
+            largest_batch: false,
             kv_format: None,
             prompt: PromptChoice::Default,
             chat: false,

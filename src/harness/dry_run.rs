@@ -84,9 +84,10 @@ pub fn dry_run(case: &Case, events: &dyn Listener) -> Result<DryRun> {
 
 /// The case with as many synthetic ids as its text has bytes, and one for the beginning; `None` for a prompt that is no text. A
 /// token covers at least one byte.
-fn bounded(case: &Case) -> Option<Case> {
+pub fn bounded(case: &Case) -> Option<Case> {
     let bytes = match &case.prompt {
         PromptChoice::Text(text) => text.len(),
+        PromptChoice::Texts(texts) => texts.iter().map(String::len).min().unwrap_or(0),
         PromptChoice::Default => DEFAULT_TEXT.len().max(DEFAULT_PICTURE_TEXT.len()),
         PromptChoice::Synthetic(_) | PromptChoice::Ids(_) => return None,
     };

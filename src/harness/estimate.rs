@@ -48,6 +48,8 @@ pub struct Work<'a> {
     /// Tokens of prompt and picture, whoever reads them.
     pub n_prompt: usize,
     pub n_depth: usize,
+    /// Sequences of a run.
+    pub sequences: usize,
     pub device: Device,
     pub threads: usize,
     /// A run more, which shows its text.
@@ -60,7 +62,8 @@ impl<'a> Work<'a> {
             needs: &room.needs,
             parameters: model.parameters() as u64,
             n_prompt: workload.n_prompt + workload.n_image,
-            n_depth: workload.task.depth.len(),
+            n_depth: workload.task.n_depth(),
+            sequences: workload.task.sequences,
             device: room.device,
             threads,
             streams: workload.task.stream,
@@ -69,21 +72,32 @@ impl<'a> Work<'a> {
 
     /// Seconds of one run of `n_gen` tokens, of each row.
     fn run_s(&self, n_gen: usize) -> Vec<f64> {
+        self.run_of_s(n_gen, self.sequences)
+    }
+
+    /// The same of another number of sequences.
+    fn run_of_s(&self, n_gen: usize, sequences: usize) -> Vec<f64> {
         let threads = self.threads.max(1) as f64;
         let (bytes_s, flops) = match self.device {
             Device::Cpu => ((CPU_THREAD_BYTES_S * threads).min(CPU_MAX_BYTES_S), CPU_THREAD_FLOPS * threads),
             Device::Cuda(_) => (GPU_BYTES_S, GPU_FLOPS),
         };
-        let prefill_s = 2.0 * self.parameters as f64 * self.n_prompt as f64 / flops;
-        let step_s = |needs: &Needs| ((needs.weights_bytes + needs.kv_cache_bytes) as f64 / bytes_s).max(STEP_S);
+        let flops_s = |tokens: usize| 2.0 * self.parameters as f64 * (sequences * tokens) as f64 / flops;
+        let prefill_s = flops_s(self.n_prompt);
+        // Bytes decide for one sequence, arithmetic for many.
+        let arithmetic_s = if sequences > 1 { flops_s(1) } else { 0.0 };
+        let step_s = |needs: &Needs| {
+            let kv_bytes = needs.kv_cache_bytes as f64 / self.sequences as f64 * sequences as f64;
+            ((needs.weights_bytes as f64 + kv_bytes) / bytes_s).max(arithmetic_s).max(STEP_S)
+        };
         self.needs.iter().map(|needs| prefill_s + n_gen as f64 * step_s(needs)).collect()
     }
 
     /// The longest of the usual lengths, at most `most`, with which every precision gets enough repeats within the budget; else the
-    /// shortest.
+    /// shortest. Of one sequence, so that all batches of a model have the same length.
     pub fn affordable_n_gen(&self, most: usize, protocol: &MeasurementProtocol) -> usize {
         let n_runs = (OTHER_RUNS + usize::from(self.streams) + protocol.min_repeats) as f64;
-        let fits = |n_gen: &usize| n_runs * self.run_s(*n_gen).iter().sum::<f64>() <= BUDGET_S;
+        let fits = |n_gen: &usize| n_runs * self.run_of_s(*n_gen, 1).iter().sum::<f64>() <= BUDGET_S;
         let shorter = LENGTHS.into_iter().filter(|n_gen| *n_gen < most);
         std::iter::once(most).chain(shorter).find(fits).unwrap_or(LENGTHS[LENGTHS.len() - 1].min(most))
     }
@@ -137,7 +151,8 @@ pub fn announcement(case: &Case, work: &Work, model_id: &str) -> String {
         }
         false => String::new(),
     };
-    let lengths = format!("{} prompt + {} new tokens{shorter}", work.n_prompt, case.n_gen);
+    let batch = if work.sequences > 1 { format!(", batch {}", work.sequences) } else { String::new() };
+    let lengths = format!("{} prompt + {} new tokens{batch}{shorter}", work.n_prompt, case.n_gen);
     let takes = about(work.seconds(case.n_gen, &case.protocol));
     // How long other engines take is what the run finds out.
     let takes = if case.has_others() { format!("{takes} at quantbench's own speed") } else { takes };
@@ -163,7 +178,8 @@ mod tests {
     }
 
     fn work(needs: &[Needs], billions: f64, device: Device, threads: usize) -> Work<'_> {
-        Work { needs, parameters: (billions * 1e9) as u64, n_prompt: 8, n_depth: 0, device, threads, streams: false }
+        let (parameters, sequences) = ((billions * 1e9) as u64, 1);
+        Work { needs, parameters, n_prompt: 8, n_depth: 0, sequences, device, threads, streams: false }
     }
 
     #[test]

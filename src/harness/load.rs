@@ -24,8 +24,6 @@ pub struct LoadRequest {
     pub device: Device,
     /// At least 1.
     pub threads: usize,
-    /// Sequences that a call runs at once; every engine runs one today and refuses others by name.
-    pub sequences: usize,
     pub task: Task,
     /// Most bytes that the worker may allocate.
     pub memory_limit_bytes: Option<u64>,
@@ -66,8 +64,8 @@ impl LoadRequest {
             precision: self.precision.to_string(),
             device: self.device.name(),
             threads: self.threads,
-            batch: self.sequences,
-            capacity: self.task.depth.len() + self.task.prompt.len() + self.task.n_gen,
+            batch: self.task.sequences,
+            capacity: self.task.capacity(),
             seed: self.options.model.seed,
             memory_limit_bytes: self.memory_limit_bytes,
             directory: PathBuf::new(),

@@ -10,14 +10,15 @@ use safetensors::tensor::TensorView;
 use crate::engine::Session;
 use crate::error::BadInput;
 
-/// Generates `n_gen` tokens after a prefill and writes the logits of all, fp32 `[n_gen, vocab]` as tensor
-/// `logits`. The file is written atomically.
-pub fn save(session: &mut dyn Session, n_gen: usize, path: &Path) -> Result<()> {
+/// Generates `n_gen` tokens of each of `sequences` sequences after a prefill and writes the logits of all of the first, fp32 `[n_gen, vocab]` as
+/// tensor `logits`. The file is written atomically.
+pub fn save(session: &mut dyn Session, (n_gen, sequences): (usize, usize), path: &Path) -> Result<()> {
     let mut rows = session.logits()?;
-    let vocab = rows.len();
+    let vocab = rows.len() / sequences;
+    rows.truncate(vocab);
     for _ in 1..n_gen {
-        session.decode(1, &mut |_| {})?;
-        rows.extend(session.logits()?);
+        session.decode_batch(1, &mut |_| {})?;
+        rows.extend_from_slice(&session.logits()?[..vocab]);
     }
     let bytes: Vec<u8> = rows.iter().flat_map(|value| value.to_le_bytes()).collect();
     let view = TensorView::new(Dtype::F32, vec![n_gen, vocab], &bytes)?;
@@ -82,7 +83,7 @@ mod tests {
         let run = FakeRun { logits: vec![0.5, -1.0, 2.0], ..FakeRun::default() };
         let mut session = FakeSession::new(FakeTime::default(), [run]);
         session.prefill(&[1, 2]).unwrap();
-        save(&mut session, 4, &path).unwrap();
+        save(&mut session, (4, 1), &path).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(file.tensor("logits").unwrap().shape(), [4, 3]);
@@ -97,7 +98,7 @@ mod tests {
         std::os::unix::fs::symlink("/dev/full", &path).unwrap();
         let mut session = FakeSession::new(FakeTime::default(), [FakeRun { logits: vec![0.5], ..FakeRun::default() }]);
         session.prefill(&[1]).unwrap();
-        let error = format!("{:#}", save(&mut session, 2, &path).unwrap_err());
+        let error = format!("{:#}", save(&mut session, (2, 1), &path).unwrap_err());
         assert!(error.starts_with("the logits could not be written to `l.safetensors`: No space left"), "{error}");
     }
 

@@ -140,7 +140,12 @@ impl<C: Clock> Bench<C> {
             (false, false) => self.run(engine)?,
             (false, true) => return Ok(()),
         };
-        let end = report.ids.iter().position(|id| self.task.stop_at.contains(id));
+        // A batch goes on until the last of its texts has ended.
+        let ends = (0..self.task.sequences).map(|sequence| {
+            let mut own = report.ids.iter().skip(sequence).step_by(self.task.sequences);
+            own.position(|id| self.task.stop_at.contains(id))
+        });
+        let end = ends.collect::<Option<Vec<_>>>().and_then(|ends| ends.into_iter().max());
         self.task.n_gen = end.map_or(self.task.n_gen, |at| at + 1);
         Ok(())
     }
@@ -190,7 +195,8 @@ impl<C: Clock> Bench<C> {
         let sent_ns = self.clock.now_ns();
         let report = engine.run(run)?;
         let received_ns = self.clock.now_ns();
-        check_stamps(&report, (sent_ns, received_ns)).map_err(|message| Failure::Invalid { message })?;
+        check_stamps(&report, self.task.sequences, (sent_ns, received_ns))
+            .map_err(|message| Failure::Invalid { message })?;
         Ok(report)
     }
 
@@ -242,10 +248,11 @@ fn steps(token_ns: &[u64]) -> Vec<u64> {
 const CLOCK_SLACK_NS: u64 = 100_000;
 
 /// Fails where an engine's stamps cannot be times of the run between `sent_ns` and `received_ns`, by the same clock.
-fn check_stamps(report: &RunReport, (sent_ns, received_ns): (u64, u64)) -> Result<(), String> {
+fn check_stamps(report: &RunReport, sequences: usize, (sent_ns, received_ns): (u64, u64)) -> Result<(), String> {
     let RunReport { start_ns, encoded_ns, token_ns, ids, .. } = report;
-    if token_ns.len() != ids.len() {
-        return Err(format!("the engine gave {} ids and {} stamps", ids.len(), token_ns.len()));
+    if sequences * token_ns.len() != ids.len() {
+        let of = if sequences == 1 { String::new() } else { format!(" of a batch of {sequences}") };
+        return Err(format!("the engine gave {} ids and {} stamps{of}", ids.len(), token_ns.len()));
     }
     let (Some(first), Some(last)) = (token_ns.first(), token_ns.last()) else { return Ok(()) };
     let outside = |what: &str, (early, late): (u64, u64)| {
@@ -277,7 +284,7 @@ mod tests {
             ids: vec![1; token_ns.len()],
             ..RunReport::default()
         };
-        let said = |report: RunReport| check_stamps(&report, (1_000_000, 9_000_000)).err().unwrap_or_default();
+        let said = |report: RunReport| check_stamps(&report, 1, (1_000_000, 9_000_000)).err().unwrap_or_default();
         assert_eq!(said(report(1_000_000, &[1_000_000, 5_000_000, 9_000_000])), "");
         let clock = "the engine's clock is not CLOCK_MONOTONIC: ";
         assert_eq!(said(report(0, &[2_000_000])), format!("{clock}its start lies before the request by 1.000 ms"));
@@ -287,6 +294,9 @@ mod tests {
         assert_eq!(said(report(2_000_000, &[5_000_000, 4_000_000])), backwards);
         assert_eq!(said(RunReport { encoded_ns: Some(6_000_000), ..report(2_000_000, &[5_000_000]) }), backwards);
         let few = RunReport { ids: vec![1, 2], ..report(2_000_000, &[5_000_000]) };
-        assert_eq!(said(few), "the engine gave 2 ids and 1 stamps");
+        assert_eq!(said(few.clone()), "the engine gave 2 ids and 1 stamps");
+        assert_eq!(check_stamps(&few, 2, (1_000_000, 9_000_000)), Ok(()));
+        let three = check_stamps(&few, 3, (1_000_000, 9_000_000)).unwrap_err();
+        assert_eq!(three, "the engine gave 2 ids and 1 stamps of a batch of 3");
     }
 }

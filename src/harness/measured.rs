@@ -65,6 +65,7 @@ pub struct Sample {
     pub host_step_ns: Vec<u64>,
     /// Decode steps of a second run, which waits for the device after every token; empty unless asked for.
     pub synced_step_ns: Vec<u64>,
+    /// One a step and sequence: those of a step lie together.
     pub ids: Vec<u32>,
     pub finite_logits: bool,
     pub load: Option<CpuUsage>,
@@ -74,7 +75,17 @@ impl Sample {
     /// Tokens generated in the repeat, those of the second run included.
     pub fn n_tokens(&self) -> u64 {
         let again = if self.synced_step_ns.is_empty() { 0 } else { self.synced_step_ns.len() + 1 };
-        (self.step_ns.len() + 1 + again) as u64
+        (self.sequences() * (self.step_ns.len() + 1 + again)) as u64
+    }
+
+    /// Sequences that were generated at once.
+    fn sequences(&self) -> usize {
+        (self.ids.len() / (self.step_ns.len() + 1)).max(1)
+    }
+
+    /// The ids of each of `sequences` sequences.
+    pub fn texts(&self, sequences: usize) -> Vec<Vec<u32>> {
+        (0..sequences).map(|at| self.ids.iter().skip(at).step_by(sequences).copied().collect()).collect()
     }
 
     /// Time of both runs, without the prefill of the second.

@@ -26,7 +26,8 @@ use super::warnings::Warning;
 use super::watch::Watch;
 use super::watch::machine::Sensors;
 use super::worker_process::{self, ProcessWorker};
-use crate::call::{CacheScope, KvFormat};
+use crate::call::{Batch, CacheScope, KvFormat};
+use crate::engine::cpu::throughput::matmul_gflop_s;
 use crate::engine::memory::MeasuredBandwidth;
 use crate::engine::needs::Needs;
 use crate::engine::{self, Device, Engine};
@@ -125,6 +126,14 @@ impl PreparedCase {
         &self.opened.model
     }
 
+    /// Operations of the matrix products in a decode step in the middle of a run.
+    fn flops_per_step(&self) -> u64 {
+        let task = &self.workload.task;
+        let middle = task.n_before() + task.n_gen / 2;
+        let batch = Batch { sequences: task.sequences, positions: (middle..middle + 1).into() };
+        self.model().decoder.flops(self.model(), batch) as u64
+    }
+
     /// Layers of the decoder.
     pub fn layers(&self) -> usize {
         self.model().cache_specs(KvFormat::Fp16).filter(|cache| cache.scope == CacheScope::Decoder).count()
@@ -156,6 +165,7 @@ impl PreparedCase {
         let DeviceBandwidth { measured, since } = self.bandwidth(case, source, events)?;
         (context.read_gb_s, context.copy_gb_s, context.bandwidth_since) =
             (measured.read_gb_s, measured.copy_gb_s, since);
+        context.matmul_gflop_s = measured.matmul_gflop_s;
         Ok(context)
     }
 
@@ -192,7 +202,10 @@ impl PreparedCase {
         let is_cpu = self.assignment.device == Device::Cpu;
         let isa = if is_cpu { Isa::detect().name() } else { "" };
         let threads = is_cpu.then(|| environment::too_many_threads(self.assignment.threads)).flatten();
-        let warnings = [machine.warnings(), Vec::from_iter(threads), self.warnings.clone()].concat();
+        let cut = self.workload.longest_given;
+        let cut = cut.map(|longest| Warning::PromptsCut { longest, n_prompt: self.workload.n_prompt });
+        let warnings = [machine.warnings(), Vec::from_iter(threads), Vec::from_iter(cut), self.warnings.clone()];
+        let warnings = warnings.concat();
         RunContext {
             engine: environment::engine_info(Engine::Quantbench),
             command: case.command.clone(),
@@ -201,7 +214,9 @@ impl PreparedCase {
             weights: self.weight_facts(),
             device: self.device_facts(&machine),
             workload: self.workload.recorded(),
-            n_before: (self.workload.task.depth.len() + self.workload.task.prompt.len()) as u64,
+            largest_batch: case.largest_batch,
+            n_before: self.workload.task.n_before() as u64,
+            flops_per_step: self.flops_per_step(),
             environment: machine.environment(isa, self.assignment.threads),
             format_options: case.format_options,
             keep_fp16: case.keep_fp16.clone(),
@@ -210,6 +225,7 @@ impl PreparedCase {
             resolve_s: self.opened.checkpoint.resolve_s,
             read_gb_s: None,
             copy_gb_s: None,
+            matmul_gflop_s: None,
             bandwidth_since: None,
             theoretical_gb_s: Err("the memory's speed is in DMI tables, which only root may read".to_owned()),
             cache_bytes: None,
@@ -271,7 +287,8 @@ impl PreparedCase {
         let Ok(mut memory) = WorkingSet::new(&pool) else { return MeasuredBandwidth::default() };
         let read_gb_s = Some(memory.read_gb_s(isa, &pool));
         events.on(Event::Progress { done: 1 });
-        MeasuredBandwidth { read_gb_s, copy_gb_s: Some(memory.copy_gb_s(isa, &pool)) }
+        let copy_gb_s = Some(memory.copy_gb_s(isa, &pool));
+        MeasuredBandwidth { read_gb_s, copy_gb_s, matmul_gflop_s: Some(matmul_gflop_s(isa, &pool)) }
     }
 
     pub fn outcomes(
@@ -353,8 +370,8 @@ impl PreparedCase {
             precision: precision.to_owned(),
             device: device.name(),
             threads,
-            batch: case.sequences,
-            capacity: task.depth.len() + task.prompt.len() + task.n_gen,
+            batch: task.sequences,
+            capacity: task.capacity(),
             seed: case.model.seed,
             memory_limit_bytes: case.protocol.memory_limit_bytes,
             directory: PathBuf::new(),

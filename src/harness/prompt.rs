@@ -8,6 +8,7 @@ use super::case::{Case, PromptChoice, Variant};
 use super::load::{DeviceAssignment, LoadRequest, OwnOptions};
 use super::logits;
 use super::measurement_protocol::{MeasurementProtocol, Method};
+use super::random_ids::{seed_of, synthetic};
 use super::task::{Task, Wait};
 use crate::engine::Engine;
 use crate::error::BadInput;
@@ -15,7 +16,6 @@ use crate::plan::{EncoderInputKind, Model};
 use crate::protocol::Encode;
 use crate::quant::FormatId;
 use crate::record;
-use crate::rng::SplitMix64;
 use crate::weights::Checkpoint;
 use crate::weights::tokenizer::{ChatMessage, ChatTemplate};
 
@@ -35,13 +35,13 @@ const DEPTH_STREAM: u64 = 0xde97;
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenizedWorkload {
     pub task: Task,
-    /// Sequences that a call runs at once.
-    pub sequences: usize,
-    /// Tokens of the prompt, wherever they go; image tokens are apart.
+    /// Tokens of each sequence's prompt, wherever they go; image tokens are apart.
     pub n_prompt: usize,
     pub n_image: usize,
-    /// Rows of the encoder.
+    /// Rows of the encoder, of each sequence.
     pub n_encoder: usize,
+    /// Tokens of the longest prompt that was given, where it was cut to the shortest's length.
+    pub longest_given: Option<usize>,
 }
 
 impl TokenizedWorkload {
@@ -68,7 +68,6 @@ impl TokenizedWorkload {
             precision,
             device,
             threads,
-            sequences: case.sequences,
             task: self.task.clone(),
             options,
             memory_limit_bytes: case.protocol.memory_limit_bytes,
@@ -83,18 +82,18 @@ impl TokenizedWorkload {
 
     /// The workload for records.
     pub fn recorded(&self) -> record::Workload {
-        let Self { task, sequences, n_prompt, n_image, .. } = self;
+        let Self { task, n_prompt, n_image, .. } = self;
         record::Workload {
             n_prompt: *n_prompt as u64,
             n_gen: task.n_gen as u64,
-            n_depth: task.depth.len() as u64,
+            n_depth: task.n_depth() as u64,
             n_image: *n_image as u64,
             image: match &task.encode {
                 Encode::Picture { image: None, .. } => Some(record::ImageSource::Generated),
                 Encode::Picture { image: Some(_), .. } => Some(record::ImageSource::File),
                 Encode::Nothing | Encode::Tokens(_) => None,
             },
-            batch_size: *sequences as u64,
+            batch_size: task.sequences as u64,
         }
     }
 }
@@ -138,7 +137,7 @@ impl<'a> Words<'a> {
 
     /// A notice about the model's chat template for a user who gave a text, where there is one.
     pub fn hint(&self, case: &Case) -> Option<&'static str> {
-        let is_plain = matches!(case.prompt, PromptChoice::Text(_)) && !case.chat;
+        let is_plain = matches!(case.prompt, PromptChoice::Text(_) | PromptChoice::Texts(_)) && !case.chat;
         (is_plain && self.chat_template.is_some())
             .then_some("the model has a chat template, and the prompt is plain text: `--chat` applies it")
     }
@@ -161,26 +160,44 @@ pub fn workload(case: &Case, words: Words, model: &Model) -> anyhow::Result<Toke
             .hint("drop `--image`, or name a vision-language model, such as `--model-id paligemma-3b-pt-224`")
             .into());
     }
-    let text = match &case.prompt {
-        PromptChoice::Text(text) => Some(text.as_str()),
-        PromptChoice::Default if n_image > 0 => Some(DEFAULT_PICTURE_TEXT),
-        PromptChoice::Default => Some(DEFAULT_TEXT),
-        PromptChoice::Synthetic(_) | PromptChoice::Ids(_) => None,
+    let texts: Vec<&str> = match &case.prompt {
+        PromptChoice::Text(text) => vec![text],
+        PromptChoice::Texts(texts) => texts.iter().take(case.sequences).map(String::as_str).collect(),
+        PromptChoice::Default if n_image > 0 => vec![DEFAULT_PICTURE_TEXT],
+        PromptChoice::Default => vec![DEFAULT_TEXT],
+        PromptChoice::Synthetic(_) | PromptChoice::Ids(_) => Vec::new(),
     };
-    let prompt = match (&case.prompt, n_prompt, text.zip(tokenizer)) {
-        (PromptChoice::Ids(ids), ..) => ids.clone(),
-        (_, Some(n), _) => synthetic(n, model.vocab, seed),
-        // PaliGemma's processor writes it so after the image tokens.
-        (_, None, Some((text, tokenizer))) if n_image > 0 => encode(tokenizer, &format!("<bos>{text}\n"), false)?,
-        // A template writes the token of the beginning itself.
-        (_, None, Some((text, tokenizer))) if case.chat => encode(tokenizer, &words.message(case, text)?, false)?,
-        (_, None, Some((text, tokenizer))) => encode(tokenizer, text, true)?,
-        (_, None, None) => return Err(no_tokenizer(case, words).into()),
+    let of_text = |text: &str| -> anyhow::Result<Vec<u32>> {
+        let Some(tokenizer) = tokenizer else { return Err(no_tokenizer(case, words).into()) };
+        match (n_image > 0, case.chat) {
+            // PaliGemma's processor writes it so after the image tokens.
+            (true, _) => encode(tokenizer, &format!("<bos>{text}\n"), false),
+            // A template writes the token of the beginning itself.
+            (false, true) => encode(tokenizer, &words.message(case, text)?, false),
+            (false, false) => encode(tokenizer, text, true),
+        }
     };
-    let prompt = without_image_tokens(prompt, model)?;
-    check_lengths(case, prompt.len(), model)?;
-    check_vocabulary(&prompt, matches!(case.prompt, PromptChoice::Ids(_)), model)?;
-    Ok(place(case, prompt, model))
+    let given: Vec<Vec<u32>> = match (&case.prompt, n_prompt) {
+        (PromptChoice::Ids(ids), _) => vec![ids.clone()],
+        (_, Some(n)) => vec![synthetic(n, model.vocab, seed)],
+        (_, None) => texts.into_iter().map(of_text).collect::<anyhow::Result<_>>()?,
+    };
+    let given: Vec<Vec<u32>> =
+        given.into_iter().map(|ids| without_image_tokens(ids, model)).collect::<Result<_, _>>()?;
+    let (shortest, longest) = (given.iter().map(Vec::len).min(), given.iter().map(Vec::len).max());
+    check_lengths(case, shortest.unwrap_or(0), model)?;
+    let are_typed = matches!(case.prompt, PromptChoice::Ids(_));
+    given.iter().try_for_each(|ids| check_vocabulary(ids, are_typed, model))?;
+    let workload = place(case, of_all_sequences(given, shortest.unwrap_or(0), case, model), model);
+    Ok(TokenizedWorkload { longest_given: longest.filter(|_| longest != shortest), ..workload })
+}
+
+/// Prompts of equal length, one a sequence: those that were `given`, up to the shortest's length, and random ids behind them.
+fn of_all_sequences(given: Vec<Vec<u32>>, n: usize, case: &Case, model: &Model) -> Vec<Vec<u32>> {
+    let first_random = given.len();
+    let given = given.into_iter().map(|ids| ids[..n].to_vec());
+    let random = (first_random..case.sequences).map(|at| synthetic(n, model.vocab, seed_of(case.model.seed, at)));
+    given.chain(random).collect()
 }
 
 /// Length of a synthetic prompt; `None` where the prompt is something else.
@@ -192,20 +209,25 @@ fn n_synthetic(case: &Case, tokenizer: Option<&Tokenizer>) -> Option<usize> {
     }
 }
 
-/// Gives the prompt to the side of the model that reads it.
-fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> TokenizedWorkload {
-    let (seed, n_prompt, n_image) = (case.model.seed, prompt.len(), n_image(model));
+/// Gives the prompts of all sequences to the side of the model that reads them.
+fn place(case: &Case, prompts: Vec<Vec<u32>>, model: &Model) -> TokenizedWorkload {
+    let (seed, n_prompt, n_image) = (case.model.seed, prompts[0].len(), n_image(model));
     let (encode, prompt) = match model.encoder.as_ref().map(|encoder| encoder.input) {
-        None => (Encode::Nothing, prompt),
-        Some(EncoderInputKind::Tokens) => (Encode::Tokens(prompt), vec![model.decoder_start.unwrap_or(0)]),
+        None => (Encode::Nothing, prompts.concat()),
+        Some(EncoderInputKind::Tokens) => {
+            (Encode::Tokens(prompts.concat()), vec![model.decoder_start.unwrap_or(0); prompts.len()])
+        }
         Some(EncoderInputKind::Picture(picture)) => {
-            let image = std::iter::repeat_n(picture.token, n_image);
-            (Encode::Picture { image: case.image.clone(), pixels: None }, image.chain(prompt).collect())
+            let image = vec![picture.token; n_image];
+            let all = prompts.into_iter().flat_map(|prompt| [image.clone(), prompt].concat());
+            (Encode::Picture { image: case.image.clone(), pixels: None }, all.collect())
         }
     };
-    let n_encoder = if let Encode::Tokens(tokens) = &encode { tokens.len() } else { n_image };
+    let n_encoder = if let Encode::Tokens(_) = &encode { n_prompt } else { n_image };
+    let depth = |sequence| synthetic(case.n_depth, model.vocab, seed_of(seed, sequence) ^ DEPTH_STREAM);
     let task = Task {
-        depth: synthetic(case.n_depth, model.vocab, seed ^ DEPTH_STREAM),
+        sequences: case.sequences,
+        depth: (0..case.sequences).flat_map(depth).collect(),
         encode,
         prompt,
         n_gen: case.n_gen,
@@ -215,7 +237,7 @@ fn place(case: &Case, prompt: Vec<u32>, model: &Model) -> TokenizedWorkload {
         wait: wait(&case.protocol),
         stream: case.stream,
     };
-    TokenizedWorkload { task, sequences: case.sequences, n_prompt, n_image, n_encoder }
+    TokenizedWorkload { task, n_prompt, n_image, n_encoder, longest_given: None }
 }
 
 fn wait(protocol: &MeasurementProtocol) -> Wait {
@@ -319,14 +341,6 @@ fn nothing_to_stream(case: &Case, words: Words) -> BadInput {
         .hint("drop `--stream`, or name a model with a tokenizer: a folder that has tokenizer.json, or a hub id")
 }
 
-/// `n` ids that depend on the seed alone. Both ends of the vocabulary are left out where it is large enough, since special
-/// tokens lie there.
-fn synthetic(n: usize, vocab: usize, seed: u64) -> Vec<u32> {
-    let margin = vocab / 16;
-    let mut rng = SplitMix64::new(seed);
-    (0..n).map(|_| (margin + rng.below((vocab - 2 * margin).max(1))) as u32).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -362,15 +376,6 @@ mod tests {
     }
 
     #[test]
-    fn synthetic_ids_are_repeatable_and_ordinary() {
-        let ids = synthetic(1000, 320, 42);
-        assert_eq!(ids, synthetic(1000, 320, 42));
-        assert_ne!(ids, synthetic(1000, 320, 43));
-        assert!(ids.iter().all(|id| (20..300).contains(id)));
-        assert_eq!(synthetic(3, 1, 0), [0, 0, 0]);
-    }
-
-    #[test]
     fn without_a_tokenizer_there_are_eight_ids() {
         let found = workload(&case(PromptChoice::Default, 4, 3), Words::default(), &model()).unwrap();
         assert_eq!((found.n_prompt, found.task.prompt.len(), found.task.depth.len()), (8, 8, 3));
@@ -394,6 +399,32 @@ mod tests {
             workload(&whole, Words::default(), &with_encoder(EncoderInputKind::Picture(picture), None)).unwrap(),
             seen
         );
+    }
+
+    #[test]
+    fn each_sequence_of_a_batch_has_ids_of_its_own() {
+        let of = |prompt: PromptChoice, sequences, model: &Model| {
+            workload(&Case { sequences, ..case(prompt, 4, 3) }, Words::default(), model).unwrap().task
+        };
+        let (one, three) = (of(PromptChoice::Default, 1, &model()), of(PromptChoice::Default, 3, &model()));
+        assert_eq!((three.sequences, three.n_depth(), three.n_before(), three.capacity()), (3, 3, 11, 15));
+        assert_eq!((&three.prompt[..8], &three.depth[..3]), (&one.prompt[..], &one.depth[..]), "the first is the same");
+        let parts: Vec<&[u32]> = three.prompt.chunks(8).collect();
+        assert!(parts[0] != parts[1] && parts[1] != parts[2] && parts[0] != parts[2]);
+        assert!(three.depth[..3] != three.depth[3..6]);
+        let typed = of(PromptChoice::Ids(vec![7, 8]), 2, &model());
+        assert_eq!((typed.prompt.len(), &typed.prompt[..2]), (4, &[7, 8][..]));
+        let no_depth = |prompt, model: &Model| {
+            workload(&Case { sequences: 2, ..case(prompt, 4, 0) }, Words::default(), model).unwrap()
+        };
+        let text = no_depth(PromptChoice::Synthetic(5), &with_encoder(EncoderInputKind::Tokens, Some(3)));
+        let Encode::Tokens(tokens) = &text.task.encode else { panic!("an encoder reads the prompt") };
+        assert_eq!((tokens.len(), text.n_encoder, &text.task.prompt), (10, 5, &vec![3, 3]));
+        assert_eq!(text.task.of_first(), (Encode::Tokens(tokens[..5].to_vec()), &[3][..]));
+        let picture = Picture { size: 4, patch: 2, token: 9 };
+        let seen = no_depth(PromptChoice::Ids(vec![7, 8]), &with_encoder(EncoderInputKind::Picture(picture), None));
+        assert_eq!((seen.task.prompt.len(), &seen.task.prompt[6..10]), (12, &[9, 9, 9, 9][..]));
+        assert_eq!((seen.n_prompt, seen.n_image, seen.n_encoder), (2, 4, 4));
     }
 
     #[test]

@@ -74,13 +74,18 @@ pub fn needs(
     (model, workload): (&Model, &TokenizedWorkload),
     device: Device,
 ) -> Result<Needs> {
+    Ok(needs_of(case, variant, model, &lengths(workload), device))
+}
+
+/// The same for other lengths.
+pub fn needs_of(case: &Case, variant: &Variant, model: &Model, lengths: &Lengths, device: Device) -> Needs {
     let formats = Formats::new(variant.format(), case.format_options);
     // Of another engine only this much is known: it reads the 16-bit weights and holds a cache.
     let engine = variant.own_engine().unwrap_or(Engine::Quantbench);
     let holding = Holding { engine, formats: &formats, device };
-    let needs = needs::needs(model, holding, &lengths(workload));
+    let needs = needs::needs(model, holding, lengths);
     let beside = if variant.own_engine().is_none() && device == Device::Cpu { OTHER_ENGINE_BYTES } else { 0 };
-    Ok(Needs { context_bytes: needs.context_bytes + beside, ..needs })
+    Needs { context_bytes: needs.context_bytes + beside, ..needs }
 }
 
 /// Free bytes of the memory that a worker's weights and cache are in. Asks the driver without a context, which would take some of it.
@@ -93,7 +98,13 @@ pub fn free_bytes(device: Device) -> Option<u64> {
 
 pub fn lengths(workload: &TokenizedWorkload) -> Lengths {
     let task = &workload.task;
-    Lengths { depth: task.depth.len(), prompt: task.prompt.len(), gen_tokens: task.n_gen, encoder: workload.n_encoder }
+    Lengths {
+        sequences: task.sequences,
+        depth: task.n_depth(),
+        prompt: task.n_before() - task.n_depth(),
+        gen_tokens: task.n_gen,
+        encoder: workload.n_encoder,
+    }
 }
 
 /// A worker that is never started: it refuses every request.

@@ -21,6 +21,10 @@ pub struct RunContext {
     pub workload: record::Workload,
     /// Positions of the decoder's cache before the first decode step.
     pub n_before: u64,
+    /// The batch is the largest that fits.
+    pub largest_batch: bool,
+    /// Operations of the matrix products in a decode step in the middle of a run.
+    pub flops_per_step: u64,
     pub environment: record::Environment,
     pub format_options: FormatOptions,
     /// Patterns of linear layers that stay fp16.
@@ -30,6 +34,8 @@ pub struct RunContext {
     pub resolve_s: f64,
     pub read_gb_s: Option<f64>,
     pub copy_gb_s: Option<f64>,
+    /// fp32 operations of a large matrix product, in 1e9 a second.
+    pub matmul_gflop_s: Option<f64>,
     /// Time at which an earlier run measured both; `None` for this run.
     pub bandwidth_since: Option<String>,
     /// Bandwidth of the memory by its clock and bus width, or the reason why it is unknown.

@@ -45,7 +45,7 @@ mod tests {
             by_token: false,
             file: file.clone(),
         };
-        ServedSession::new(Box::new(session), time, Vec::new()).score(&score).map(|_| file)
+        ServedSession::new(Box::new(session), time, Vec::new(), 1).score(&score).map(|_| file)
     }
 
     #[test]

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::clock::Clock;
 use super::logits;
 use super::port::EnginePort;
+use crate::call::Batch;
 use crate::engine::memory::PoolUse;
 use crate::engine::{Alone, EncoderInput, Footprint, OutlierColumns, Session};
 use crate::ipc::failure_of;
@@ -26,10 +27,12 @@ const ALONE_STEPS: u64 = 18;
 pub struct ServedSession<C: Clock> {
     session: Box<dyn Session>,
     clock: C,
-    /// The picture that is encoded, `[3, size, size]`; empty without one.
+    /// The pictures that are encoded, `[sequences, 3, size, size]`; empty without any.
     pixels: Vec<f32>,
-    /// Ids that the cache begins with.
+    /// Ids that the caches begin with.
     filled: Vec<u32>,
+    /// Ids of the last prefill, one a sequence.
+    next: Vec<u32>,
     stamps: Stamps,
 }
 
@@ -65,32 +68,35 @@ struct Stamps {
     start_ns: u64,
     /// Time at which the encoder was done; `None` without one.
     encoded_ns: Option<u64>,
-    /// Time at which each token was known on the host, the first token included.
+    /// Time at which the tokens of each step were known on the host, the first ones included.
     token_ns: Vec<u64>,
+    /// Those of a step together.
     ids: Vec<u32>,
 }
 
 impl Stamps {
-    fn clear(&mut self, n_gen: usize) {
+    fn clear(&mut self, n_gen: usize, sequences: usize) {
         self.encoded_ns = None;
         self.token_ns.clear();
         self.ids.clear();
         self.token_ns.reserve(n_gen);
-        self.ids.reserve(n_gen);
+        self.ids.reserve(n_gen * sequences);
     }
 
-    fn push(&mut self, id: u32, ns: u64) {
-        self.ids.push(id);
+    fn push(&mut self, ids: &[u32], ns: u64) {
+        self.ids.extend_from_slice(ids);
         self.token_ns.push(ns);
     }
 }
 
 impl<C: Clock> ServedSession<C> {
-    pub fn new(session: Box<dyn Session>, clock: C, pixels: Vec<f32>) -> Self {
-        Self { session, clock, pixels, filled: Vec::new(), stamps: Stamps::default() }
+    /// A session of `sequences` sequences.
+    pub fn new(session: Box<dyn Session>, clock: C, pixels: Vec<f32>, sequences: usize) -> Self {
+        let (filled, next, stamps) = (Vec::new(), vec![0; sequences], Stamps::default());
+        Self { session, clock, pixels, filled, next, stamps }
     }
 
-    /// One run, and the checks of it that are not timed. One that streams gives `show` each token as it comes.
+    /// One run, and the checks of it that are not timed. One that streams gives `show` each token of the first sequence as it comes.
     pub fn run(&mut self, run: &RunRequest, show: &mut dyn FnMut(u32)) -> Result<RunReport> {
         if run.proceed {
             return self.proceed(run.n_gen);
@@ -105,29 +111,30 @@ impl<C: Clock> ServedSession<C> {
     }
 
     fn streamed(&mut self, run: &RunRequest, further: usize, show: &mut dyn FnMut(u32)) -> Result<()> {
-        let Self { session, clock, pixels, stamps, .. } = self;
-        stamps.clear(run.n_gen);
+        let Self { session, clock, pixels, next, stamps, .. } = self;
+        stamps.clear(run.n_gen, next.len());
         stamps.start_ns = clock.now_ns();
         encode(session.as_mut(), &run.encode, pixels)?;
-        let mut push = |id: u32| {
-            stamps.push(id, clock.now_ns());
-            show(id);
+        let mut push = |ids: &[u32]| {
+            stamps.push(ids, clock.now_ns());
+            show(ids[0]);
         };
-        push(session.prefill(&run.prompt)?);
-        session.decode(further, &mut push)?;
+        prefill(session.as_mut(), &run.prompt, next)?;
+        push(next);
+        session.decode_batch(further, &mut push)?;
         session.synchronize()
     }
 
     /// Empties the cache behind the depth, and fills it where it holds another one.
     fn fill(&mut self, depth: &[u32]) -> Result<()> {
         if self.filled == depth {
-            self.session.rewind(depth.len());
+            self.session.rewind(depth.len() / self.next.len());
             return Ok(());
         }
         self.filled.clear();
         self.session.rewind(0);
         if !depth.is_empty() {
-            self.session.prefill(depth).context("filling the cache to the depth")?;
+            prefill(self.session.as_mut(), depth, &mut self.next).context("filling the cache to the depth")?;
         }
         self.filled = depth.to_vec();
         Ok(())
@@ -135,24 +142,23 @@ impl<C: Clock> ServedSession<C> {
 
     /// The timed part; `further` tokens follow the first.
     fn timed(&mut self, run: &RunRequest, further: usize) -> Result<()> {
-        let Self { session, clock, pixels, stamps, .. } = self;
-        stamps.clear(run.n_gen);
+        let Self { session, clock, pixels, next, stamps, .. } = self;
+        stamps.clear(run.n_gen, next.len());
         session.synchronize()?;
         stamps.start_ns = clock.now_ns();
         if run.encode != Encode::Nothing {
             encode(session.as_mut(), &run.encode, pixels)?;
             stamps.encoded_ns = Some(clock.now_ns());
         }
-        let first = session.prefill(&run.prompt)?;
-        stamps.push(first, clock.now_ns());
+        prefill(session.as_mut(), &run.prompt, next)?;
+        stamps.push(next, clock.now_ns());
         match run.wait {
-            RunWait::AtEnd => session.decode(further, &mut |id| stamps.push(id, clock.now_ns()))?,
+            RunWait::AtEnd => session.decode_batch(further, &mut |ids| stamps.push(ids, clock.now_ns()))?,
             RunWait::EachToken => {
                 for _ in 0..further {
-                    let mut token = first;
-                    session.decode(1, &mut |id| token = id)?;
+                    session.decode_batch(1, &mut |ids| next.copy_from_slice(ids))?;
                     session.synchronize()?;
-                    stamps.push(token, clock.now_ns());
+                    stamps.push(next, clock.now_ns());
                 }
             }
         }
@@ -160,10 +166,10 @@ impl<C: Clock> ServedSession<C> {
     }
 
     fn proceed(&mut self, n_gen: usize) -> Result<RunReport> {
-        let Self { session, clock, stamps, .. } = self;
-        stamps.clear(n_gen);
+        let Self { session, clock, next, stamps, .. } = self;
+        stamps.clear(n_gen, next.len());
         stamps.start_ns = clock.now_ns();
-        session.decode(n_gen, &mut |id| stamps.push(id, clock.now_ns()))?;
+        session.decode_batch(n_gen, &mut |ids| stamps.push(ids, clock.now_ns()))?;
         session.synchronize()?;
         self.report()
     }
@@ -234,13 +240,13 @@ impl<C: Clock> ServedSession<C> {
         self.session.alone(middle).ok().flatten()
     }
 
-    /// Runs without timing and writes the logits of every token.
+    /// Runs without timing and writes the logits of every token of the first sequence.
     pub fn logits(&mut self, request: &Logits) -> Result<RowsReply> {
         let Logits { run, file } = request;
         self.fill(&run.depth)?;
         encode(self.session.as_mut(), &run.encode, &self.pixels)?;
-        self.session.prefill(&run.prompt)?;
-        logits::save(self.session.as_mut(), run.n_gen, file)?;
+        prefill(self.session.as_mut(), &run.prompt, &mut self.next)?;
+        logits::save(self.session.as_mut(), (run.n_gen, self.next.len()), file)?;
         self.rows()
     }
 
@@ -290,6 +296,13 @@ impl<C: Clock> EnginePort for ServedSession<C> {
     fn score(&mut self, score: &Score) -> Result<RowsReply, Failure> {
         ServedSession::score(self, score).map_err(|error| failure_of(&error))
     }
+}
+
+/// The ids of all sequences behind what their caches hold; their next tokens to `next`.
+fn prefill(session: &mut dyn Session, ids: &[u32], next: &mut [u32]) -> Result<()> {
+    let (position, sequences) = (session.position(), next.len());
+    let positions = (position..position + ids.len() / sequences).into();
+    session.prefill_batch(Batch { sequences, positions }, ids, next)
 }
 
 /// The encoder where there is one, until the device is done, so that its time is its own.

@@ -22,24 +22,37 @@ pub fn check_kernels(precision: FormatId, found: Option<&SelfCheck>) -> Result<(
 }
 
 /// Reason why these repeats cannot be a result; `None` where nothing speaks against them. `fp16` are the repeats of fp16 in the
-/// same run, given only for real weights: random ones collapse by nature.
-pub fn invalid_reason(samples: &[Sample], n_gen: usize, fp16: Option<&[Sample]>) -> Option<String> {
+/// same run, given only for real weights: random ones collapse by nature. Each repeat generates `n_gen` tokens of each of `sequences` sequences.
+pub fn invalid_reason(
+    samples: &[Sample],
+    (n_gen, sequences): (usize, usize),
+    fp16: Option<&[Sample]>,
+) -> Option<String> {
     if samples.is_empty() {
         return Some("no repeat was measured".to_owned());
     }
     if let Some(at) = samples.iter().position(|sample| !sample.finite_logits) {
         return Some(format!("the logits are not finite after repeat {}", at + 1));
     }
-    if let Some((at, sample)) = samples.iter().enumerate().find(|(_, sample)| sample.ids.len() != n_gen) {
-        return Some(format!("repeat {} generated {} tokens, not {n_gen}", at + 1, sample.ids.len()));
+    let expected = n_gen * sequences;
+    if let Some((at, sample)) = samples.iter().enumerate().find(|(_, sample)| sample.ids.len() != expected) {
+        return Some(format!("repeat {} generated {} tokens, not {expected}", at + 1, sample.ids.len()));
     }
-    let collapsed_beside = fp16.is_some_and(|fp16| !fp16.iter().any(collapsed));
-    let collapse = samples.iter().find(|sample| collapsed_beside && collapsed(sample))?;
-    Some(format!("the text is one repeated token, id {}, where fp16's is not", collapse.ids[0]))
+    let fp16 = fp16?;
+    (0..sequences).find_map(|sequence| {
+        let collapsed = |sample: &Sample| collapsed(sample, sequence, sequences);
+        let collapsed_beside = !fp16.iter().any(collapsed);
+        let collapse = samples.iter().find(|sample| collapsed_beside && collapsed(sample))?;
+        let of = if sequences == 1 { String::new() } else { format!(" of sequence {sequence}") };
+        Some(format!("the text{of} is one repeated token, id {}, where fp16's is not", collapse.ids[sequence]))
+    })
 }
 
-fn collapsed(sample: &Sample) -> bool {
-    sample.ids.len() >= COLLAPSE_FROM && sample.ids.windows(2).all(|pair| pair[0] == pair[1])
+fn collapsed(sample: &Sample, sequence: usize, sequences: usize) -> bool {
+    let mut ids = sample.ids.iter().skip(sequence).step_by(sequences);
+    let n = sample.ids.len() / sequences;
+    let first = ids.next();
+    n >= COLLAPSE_FROM && ids.all(|id| Some(id) == first)
 }
 
 #[cfg(test)]
@@ -67,7 +80,7 @@ mod tests {
     fn each_cause_has_its_reason() {
         let varied = [sample(&[1, 2, 1, 2, 1, 2, 1, 2], true)];
         let same = [sample(&[3; 8], true)];
-        let check = |samples: &[Sample], fp16| invalid_reason(samples, 8, fp16).unwrap_or_default();
+        let check = |samples: &[Sample], fp16| invalid_reason(samples, (8, 1), fp16).unwrap_or_default();
         assert_eq!(check(&varied, None), "");
         assert_eq!(check(&[], None), "no repeat was measured");
         let nan = [varied[0].clone(), sample(&[1; 8], false)];
@@ -76,6 +89,15 @@ mod tests {
         assert_eq!(check(&same, Some(&varied)), "the text is one repeated token, id 3, where fp16's is not");
         assert_eq!(check(&same, Some(&same)), "", "fp16 collapses as well");
         assert_eq!(check(&same, None), "", "random weights, or no fp16 to compare with");
-        assert_eq!(invalid_reason(&[sample(&[3; 7], true)], 7, Some(&varied)), None, "too short");
+        assert_eq!(invalid_reason(&[sample(&[3; 7], true)], (7, 1), Some(&varied)), None, "too short");
+        // Two sequences, of which the second repeats.
+        let of_two = |second: u32| {
+            let ids: Vec<u32> = (0..8).flat_map(|step| [step, if second == 0 { step + 1 } else { second }]).collect();
+            [sample(&ids, true)]
+        };
+        assert_eq!(invalid_reason(&of_two(0), (8, 2), Some(&of_two(0))), None);
+        let reason = invalid_reason(&of_two(5), (8, 2), Some(&of_two(0)));
+        assert_eq!(reason.unwrap(), "the text of sequence 1 is one repeated token, id 5, where fp16's is not");
+        assert_eq!(invalid_reason(&of_two(5), (4, 2), None).unwrap(), "repeat 1 generated 16 tokens, not 8");
     }
 }

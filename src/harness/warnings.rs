@@ -64,6 +64,11 @@ pub enum Warning {
         n_gen: usize,
         asked: usize,
     },
+    /// Prompts of a batch that were cut to the length of the shortest.
+    PromptsCut {
+        longest: usize,
+        n_prompt: usize,
+    },
     UnequalLengths {
         n_gen: u64,
         fp16_n_gen: u64,
@@ -162,6 +167,7 @@ impl Warning {
             Warning::TokensDiffer { .. } => "tokens_differ",
             Warning::EnginesDisagree { .. } => "engines_disagree",
             Warning::EndOfText { .. } => "end_of_text",
+            Warning::PromptsCut { .. } => "prompts_cut",
             Warning::UnequalLengths { .. } => "unequal_lengths",
             Warning::PeakNotExact => "peak_not_exact",
             Warning::Fp16Overflow { .. } => "fp16_overflow",
@@ -274,6 +280,11 @@ impl fmt::Display for Warning {
             Warning::UnequalLengths { n_gen, fp16_n_gen } => {
                 write!(f, "{n_gen} tokens against {fp16_n_gen} of fp16, so there is no ratio; drop `--stop-at-eos`")
             }
+            Warning::PromptsCut { longest, n_prompt } => write!(
+                f,
+                "the prompts of the batch have up to {longest} tokens, and each was cut to the {n_prompt} of the shortest: sequences are timed \
+                 at equal lengths"
+            ),
             Warning::PeakNotExact => f.write_str(
                 "the kernel's memory peak cannot be reset here; the peak is the highest value between repeats",
             ),

@@ -30,8 +30,8 @@ pub fn worker_main() -> Result<()> {
 }
 
 fn hello() -> Hello {
-    use capability::{DEPTH, ENCODE_PICTURE, ENCODE_TOKENS, LOGITS, MEMORY, PROCEED, SCORE, WAIT};
-    let all = [LOGITS, SCORE, MEMORY, DEPTH, PROCEED, ENCODE_TOKENS, ENCODE_PICTURE, WAIT];
+    use capability::{BATCH, DEPTH, ENCODE_PICTURE, ENCODE_TOKENS, LOGITS, MEMORY, PROCEED, SCORE, WAIT};
+    let all = [LOGITS, SCORE, MEMORY, DEPTH, PROCEED, ENCODE_TOKENS, ENCODE_PICTURE, WAIT, BATCH];
     Hello {
         protocol: protocol::VERSION,
         engine: Engine::Quantbench.name().to_owned(),
@@ -112,7 +112,9 @@ fn load(request: &Load, events: &dyn Listener) -> Result<(Served, LoadReply)> {
         }
     };
     let load_peak_bytes = ProcessMemory::default().peak_bytes();
-    let mut served = ServedSession::new(loaded.session, Monotonic::start(), pixels);
+    // Each sequence looks at the same picture.
+    let pixels = pixels.repeat(request.sequences);
+    let mut served = ServedSession::new(loaded.session, Monotonic::start(), pixels, request.sequences);
     let pool = served.pool()?;
     let self_check = match options.engine {
         Engine::Quantbench => check::self_check(&setup)?,
@@ -184,8 +186,7 @@ mod tests {
         let model_id = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/models/llama-tiny").to_owned();
         let plain = crate::harness::case::tests::case();
         let task = Task { prompt: vec![1, 2], n_gen: 2, ..Task::default() };
-        let (sequences, n_prompt, n_image, n_encoder) = (1, 2, 0, 0);
-        let workload = TokenizedWorkload { task, sequences, n_prompt, n_image, n_encoder };
+        let workload = TokenizedWorkload { task, n_prompt: 2, n_image: 0, n_encoder: 0, longest_given: None };
         let assignment = DeviceAssignment { device: Device::Cpu, threads: 1 };
         let model = crate::weights::ModelRequest { model_id, weights: WeightsChoice::Auto, ..plain.model.clone() };
         workload.load_request(&Case { model, ..plain }, (Engine::Quantbench, quant::BASELINE), assignment)
@@ -199,16 +200,19 @@ mod tests {
 
     #[test]
     fn a_batch_or_a_cache_that_an_engine_cannot_run_is_refused_by_name() {
-        let with = |sequences, kv_format| {
+        let with = |sequences: usize, kv_format| {
             let plain = request();
-            LoadRequest { sequences, options: OwnOptions { kv_format, ..plain.options.clone() }, ..plain }
+            let task = Task { sequences, prompt: vec![1; 2 * sequences], n_gen: 2, ..Task::default() };
+            LoadRequest { task, options: OwnOptions { kv_format, ..plain.options.clone() }, ..plain }
         };
+        let none = Load { batch: 0, ..request().wire().unwrap() };
+        let none = load(&none, &Silent).err().map(|error| format!("{error:#}")).unwrap_or_default();
+        assert_eq!(none, "the CPU engine cannot run a batch of 0 sequences; it runs 1 or more");
         let message = |request| loaded(request).err().map(|error| format!("{error:#}")).unwrap_or_default();
         assert_eq!(loaded(request()).unwrap().kv_format, Some(KvFormat::Fp32));
         assert_eq!(message(with(1, Some(KvFormat::Fp32))), "");
+        assert_eq!(message(with(4, None)), "");
         for (sequences, kv_format, expected) in [
-            (4, None, "the CPU engine cannot run a batch of 4 sequences; it runs 1"),
-            (0, None, "the CPU engine cannot run a batch of 0 sequences; it runs 1"),
             (1, Some(KvFormat::Fp8), "the CPU engine cannot run a cache in fp8; it runs fp32"),
             (1, Some(KvFormat::Bf16), "the CPU engine cannot run a cache in bf16; it runs fp32"),
         ] {

@@ -248,7 +248,7 @@ pub fn bandwidth(ordinal: usize, deadline: Option<Deadline>) -> Result<MeasuredB
     let request = EngineRequest::Bandwidth(BandwidthRequest { device: ordinal });
     match engine.ask(&request, &Silent, || (0, free_bytes()))? {
         EngineReply::Bandwidth(BandwidthReport { read_gb_s, copy_gb_s }) => {
-            Ok(MeasuredBandwidth { read_gb_s, copy_gb_s })
+            Ok(MeasuredBandwidth { read_gb_s, copy_gb_s, matmul_gflop_s: None })
         }
         other => unexpected(&other),
     }
@@ -383,6 +383,7 @@ fn check_capabilities(engine: &EngineProcess, task: &Task) -> Result<(), Failure
         (matches!(task.encode, Encode::Tokens(_)), capability::ENCODE_TOKENS, "run an encoder over tokens"),
         (matches!(task.encode, Encode::Picture { .. }), capability::ENCODE_PICTURE, "run an encoder over a picture"),
         (task.wait != Wait::AtEnd, capability::WAIT, "wait for the device after every token"),
+        (task.sequences > 1, capability::BATCH, "generate several sequences at once"),
     ];
     match needs.iter().find(|(is_needed, capability, _)| *is_needed && !engine.can(capability)) {
         None => Ok(()),

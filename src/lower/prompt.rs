@@ -1,5 +1,7 @@
 //! How a long prompt is cut into calls, so that what they hold does not grow with it.
 
+use std::ops::Range;
+
 use crate::plan::{CacheScope, Mask, Model, Op};
 
 /// Bounds of a call of many rows.
@@ -43,6 +45,12 @@ pub fn cut(tokens: &[u32], rows: usize) -> (std::slice::Chunks<'_, u32>, &[u32])
     (before.chunks(rows), last)
 }
 
+/// [`cut`] as ranges of a prompt of `n` tokens, for sequences whose tokens do not lie together.
+pub fn parts(n: usize, rows: usize) -> (impl Iterator<Item = Range<usize>>, Range<usize>) {
+    let last = n.saturating_sub(1) / rows * rows;
+    ((0..last).step_by(rows).map(move |start| start..start + rows), last..n)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,7 +62,10 @@ mod tests {
         let of = |n: usize, rows| {
             let tokens: Vec<u32> = (0..n as u32).collect();
             let (before, last) = cut(&tokens, rows);
-            (before.map(<[u32]>::len).collect::<Vec<_>>(), last.len())
+            let cut = (before.map(<[u32]>::len).collect::<Vec<_>>(), last.len());
+            let (before, last) = parts(n, rows);
+            assert_eq!((before.map(|part| part.len()).collect::<Vec<_>>(), last.len()), cut);
+            cut
         };
         assert_eq!(of(1, 4), (vec![], 1));
         assert_eq!(of(4, 4), (vec![], 4));

@@ -304,6 +304,12 @@ impl Picture {
     }
 }
 
+/// The share of `of` experts that `tokens` tokens choose, of which each chooses `chosen`, all equally likely.
+fn chosen_share(chosen: usize, of: usize, tokens: usize) -> f64 {
+    let share = chosen as f64 / of as f64;
+    if tokens == 1 { share } else { 1.0 - (1.0 - share).powi(tokens.min(i32::MAX as usize) as i32) }
+}
+
 impl Model {
     /// The encoder's plan and the decoder's.
     pub fn plans(&self) -> impl Iterator<Item = &Plan> {
@@ -316,21 +322,29 @@ impl Model {
         matrices + self.vectors.iter().map(|v| v.len).sum::<usize>()
     }
 
-    /// Bytes that one decode step must read of the weights: every matrix of the decoder's linears once, one row of an
-    /// embedding, every vector that the decoder uses, and of experts those that a token chooses, at their mean size.
+    /// Bytes that one decode step of one sequence must read of the weights: [`Self::weight_bytes_per_step`].
+    pub fn weight_bytes_per_token(&self, matrix_bytes: &[usize]) -> usize {
+        self.weight_bytes_per_step(matrix_bytes, 1)
+    }
+
+    /// Bytes that one decode step of `sequences` sequences must read of the weights: every matrix of the decoder's linears once, one row of an
+    /// embedding a sequence, every vector that the decoder uses, and of experts those that a token chooses, at their mean size. Of several
+    /// tokens each chooses by itself: as many different experts are counted as they choose on average where all are equally likely.
     /// `matrix_bytes[i]` is what the stored form of `matrices[i]` takes; vectors count 2 bytes a value, as fp16 checkpoints hold
     /// them.
-    pub fn weight_bytes_per_token(&self, matrix_bytes: &[usize]) -> usize {
+    pub fn weight_bytes_per_step(&self, matrix_bytes: &[usize], sequences: usize) -> usize {
         let mut read = HashSet::new();
         // Whole numbers as long as a sum is below 2^53; shares of experts are rounded once, at the end.
         let bytes = |weight| match weight {
             WeightRead::Matrix(id) if !read.insert(id) => 0.0,
             WeightRead::Matrix(id) => matrix_bytes[id.0] as f64,
-            WeightRead::Rows(id) => (matrix_bytes[id.0] / self.matrices[id.0].n) as f64,
+            WeightRead::Rows(id) => (sequences * (matrix_bytes[id.0] / self.matrices[id.0].n)) as f64,
             WeightRead::Vector(id) => (2 * self.vectors[id.0].len) as f64,
-            WeightRead::OneOf { matrix, chosen, of } => (matrix_bytes[matrix.0] * chosen) as f64 / of as f64,
+            WeightRead::OneOf { matrix, chosen, of } => {
+                matrix_bytes[matrix.0] as f64 * chosen_share(chosen, of, sequences)
+            }
             WeightRead::OneVectorOf { vector, chosen, of } => {
-                (2 * self.vectors[vector.0].len * chosen) as f64 / of as f64
+                (2 * self.vectors[vector.0].len) as f64 * chosen_share(chosen, of, sequences)
             }
         };
         self.decoder.ops.iter().flat_map(Op::weights).map(bytes).sum::<f64>().round() as usize

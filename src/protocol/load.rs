@@ -20,10 +20,10 @@ pub struct Load {
     pub device: String,
     /// At least 1.
     pub threads: usize,
-    /// Sequences that a run generates at once; 1 today.
+    /// Sequences that a run generates at once; more than 1 only where the engine says `batch`.
     #[serde(default = "one")]
     pub batch: usize,
-    /// Tokens that the decoder's cache must hold: depth, prompt and generated ones.
+    /// Tokens that the decoder's cache must hold of each sequence: depth, prompt and generated ones.
     pub capacity: usize,
     /// Seed of whatever is random; decoding is greedy.
     #[serde(default)]
@@ -57,7 +57,7 @@ pub struct LoadReply {
 pub struct HeldModel {
     /// Stored bytes of the weights, by the name of their format.
     pub weights_by_format: BTreeMap<String, u64>,
-    /// Bytes of weights that a decode step reads: embeddings count one row.
+    /// Bytes of weights that a decode step reads: embeddings count one row a sequence.
     pub weight_bytes_per_token: Option<u64>,
     /// Dtype of products and activations.
     pub compute: Option<String>,
@@ -69,7 +69,7 @@ pub struct HeldModel {
     pub experts: Option<HeldPart>,
     /// Format of keys and values, and the bytes of the whole cache.
     pub kv_cache: Option<HeldPart>,
-    /// Bytes of keys and values of one position.
+    /// Bytes of keys and values of one position of one sequence.
     pub kv_bytes_per_position: Option<u64>,
     /// Linear layers that a quantized precision leaves in 16 bit or wider.
     pub wide_modules: Vec<String>,

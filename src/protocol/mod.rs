@@ -44,6 +44,8 @@ pub mod capability {
     pub const ENCODE_PICTURE: &str = "encode_picture";
     /// Waits for the device after every token where `wait` says so.
     pub const WAIT: &str = "wait";
+    /// Generates several sequences at once.
+    pub const BATCH: &str = "batch";
 }
 
 /// The first line of an engine.

@@ -6,7 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Greedy generation of exactly `n_gen` tokens. End-of-sequence tokens are not special.
+/// Greedy generation of exactly `n_gen` tokens of each sequence. End-of-sequence tokens are not special. The ids of the sequences of a batch
+/// (`load`) lie one behind the other, equally many of each.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RunRequest {
@@ -14,10 +15,10 @@ pub struct RunRequest {
     pub depth: Vec<u32>,
     /// Input of the encoder, inside the timed part.
     pub encode: Encode,
-    /// Ids that the decoder starts from. Empty with `n_gen` 0, which fills the cache to the depth alone, and with `proceed`.
+    /// Ids that the decoder starts from, each sequence its own. Empty with `n_gen` 0, which fills the cache to the depth alone, and with `proceed`.
     pub prompt: Vec<u32>,
     pub n_gen: usize,
-    /// Goes on where the run before ended: `n_gen` further tokens, without a prompt.
+    /// Goes on where the run before ended: `n_gen` further tokens of each sequence, without a prompt.
     pub proceed: bool,
     pub wait: RunWait,
     /// Sends the event of each token as it comes, where the engine has such events. Such a run is not timed.
@@ -35,7 +36,7 @@ pub enum Encode {
         /// The file of the user's; `null`: the generated test picture.
         #[serde(default)]
         image: Option<PathBuf>,
-        /// A safetensors file with the normalised values, fp32 `[3, size, size]`, as tensor `pixels`.
+        /// A safetensors file with the normalised values, fp32 `[3, size, size]`, as tensor `pixels`: the same for each sequence.
         #[serde(default)]
         pixels: Option<PathBuf>,
     },
@@ -59,8 +60,9 @@ pub struct RunReport {
     pub start_ns: u64,
     /// The encoder was done; absent without one.
     pub encoded_ns: Option<u64>,
-    /// One a token, the first one included.
+    /// One a step, the first tokens' included: when the ids of all sequences are there.
     pub token_ns: Vec<u64>,
+    /// One a step and sequence: those of a step lie together.
     pub ids: Vec<u32>,
     /// Whether the last logits hold finite numbers alone; `null`: the parent looks at `logits` once.
     pub finite_logits: Option<bool>,
@@ -74,11 +76,11 @@ pub struct RunReport {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Logits {
     pub run: RunRequest,
-    /// File to write: tensor `logits`, fp32 `[n_gen, vocabulary]`, those that each token was chosen from.
+    /// File to write: tensor `logits`, fp32 `[n_gen, vocabulary]`, those that each token of the first sequence was chosen from.
     pub file: PathBuf,
 }
 
-/// A text whose next tokens are predicted, from an empty cache.
+/// A text whose next tokens are predicted, from an empty cache, by an engine that was loaded for one sequence.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Score {
     #[serde(default)]

@@ -209,16 +209,24 @@ pub struct Activations<'a> {
     pub scales: &'a [f32],
     /// LLM.int8's outlier columns of this call, ascending.
     pub outlier_columns: &'a [u32],
+    /// Rows of several sequences. A few of them share each weight while it is in a register; those of one sequence keep a prompt's order of
+    /// sums, however few they are.
+    pub of_batch: bool,
 }
 
 impl<'a> Activations<'a> {
+    /// Whether a kernel takes all rows for each weight that it has in a register.
+    pub fn are_few(&self) -> bool {
+        self.of_batch && (2..=cpu::FEW_TOKENS).contains(&self.m)
+    }
+
     /// `x` `[m, k]` as it is.
     ///
     /// # Panics
     /// If `x` has another length.
     pub fn plain(x: &'a [f32], m: usize, k: usize) -> Self {
         assert_eq!(x.len(), m * k, "activations of {m} tokens");
-        Self { m, k, f32s: x, i8s: &[], scales: &[], outlier_columns: &[] }
+        Self { m, k, f32s: x, i8s: &[], scales: &[], outlier_columns: &[], of_batch: false }
     }
 }
 
@@ -248,7 +256,7 @@ impl Prepared {
 
     pub fn view(&self) -> Activations<'_> {
         let Self { m, k, f32s, i8s, scales, outlier_columns } = self;
-        Activations { m: *m, k: *k, f32s, i8s, scales, outlier_columns }
+        Activations { m: *m, k: *k, f32s, i8s, scales, outlier_columns, of_batch: false }
     }
 
     /// Bytes of the memory that is held.

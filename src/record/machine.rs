@@ -55,6 +55,9 @@ pub struct Memory {
     /// For a model that did not fit: the estimated bytes of weights, cache, scratch and a GPU's context.
     #[serde(default)]
     pub needed_bytes: Option<u64>,
+    /// The most sequences that fit, where the batch was chosen so (`--batch-size max`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub largest_batch: Option<u64>,
     /// For a model that did not fit: the allocation that failed, where known; for one that was not started, `needed_bytes`.
     #[serde(default)]
     pub wanted_bytes: Option<u64>,

@@ -4,6 +4,7 @@
 //! that tables, gates and reports can name. `docs/record.schema.json` is generated from these types.
 
 mod bound;
+pub mod break_even;
 mod engines;
 pub mod import;
 mod machine;
@@ -13,6 +14,7 @@ mod summary;
 mod unknown;
 
 pub use bound::Bound;
+pub use break_even::{BreakEven, BreakEvenFinding};
 pub use engines::{Agreement, HeldFormat, OtherEngine, WidthRatio};
 pub use machine::{Energy, Memory, Pool, PoolPhase, Range, Series};
 pub use quality::{ModuleQuality, Quality};
@@ -79,6 +81,9 @@ pub struct Record {
     pub dtypes: Dtypes,
     /// Speed-up in `decode_tps` over the fp16 record of the same run, from paired repeats; of another engine over its own 16-bit record.
     pub ratio_to_fp16: Option<Ratio>,
+    /// Where the precision stops being faster, of a case that was measured with several batches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub break_even: Option<BreakEven>,
     pub memory: Memory,
     pub bandwidth: Bandwidth,
     /// `None` where no counter can be read.
@@ -209,6 +214,7 @@ pub struct DeviceFacts {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Workload {
+    /// Tokens of each sequence, as the other lengths are.
     pub n_prompt: u64,
     pub n_gen: u64,
     /// Tokens in the cache before the prompt.
@@ -217,6 +223,7 @@ pub struct Workload {
     /// Source of the picture for a vision-language model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageSource>,
+    /// Sequences that are generated at once.
     pub batch_size: u64,
 }
 
@@ -339,8 +346,9 @@ pub struct Dtypes {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Bandwidth {
+    /// What a decode step of all sequences reads.
     pub weight_bytes_per_token: Option<u64>,
-    /// At the mean depth of the run.
+    /// The same, at the mean depth of the run.
     pub kv_bytes_per_token: Option<u64>,
     /// Read bandwidth of this device.
     pub read_gb_s: Option<f64>,
@@ -348,10 +356,22 @@ pub struct Bandwidth {
     /// Time at which an earlier run on this device measured both; `None` for this run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<String>,
-    /// Bytes per token times `decode_tps`.
+    /// Bytes of a step over its time.
     pub achieved_gb_s: Option<f64>,
     /// `achieved_gb_s / read_gb_s`.
     pub mbu: Option<f64>,
+    /// Operations of the matrix products in a decode step of all sequences, at the mean depth of the run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flops_per_step: Option<u64>,
+    /// `flops_per_step` over the time of a step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub achieved_gflop_s: Option<f64>,
+    /// fp32 operations a second of a large product of fp16 weights by the engine's own kernel on this device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub matmul_gflop_s: Option<f64>,
+    /// `achieved_gflop_s / matmul_gflop_s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
     /// Two transfers a clock over the width of the memory's bus.
     #[serde(default)]
     pub theoretical_gb_s: Option<f64>,
@@ -383,8 +403,13 @@ pub struct SelfCheck {
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Output {
+    /// Of the first sequence.
     pub token_ids: Vec<u32>,
+    /// Of the first sequence.
     pub text: Option<String>,
+    /// Of the other sequences of a batch.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub further_token_ids: Vec<Vec<u32>>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -39,6 +39,7 @@ impl Record {
             metrics: BTreeMap::new(),
             dtypes: Dtypes { weights: nothing(), compute: nothing(), kv_cache: nothing(), logits: nothing() },
             ratio_to_fp16: None,
+            break_even: None,
             memory: Memory::default(),
             bandwidth: Bandwidth::default(),
             energy: None,

@@ -64,9 +64,11 @@ const DIVERGENCE_DECIMALS: usize = 5;
 /// From left to right, after the precision.
 pub static COLUMNS: &[Column] = &[
     narrow("decode", "tokens/s", |r| interval(r, "decode_tps")),
+    known("per sequence", "tokens/s", |r| of_batch(r, median(r, "decode_tps_per_sequence"))),
     narrow("speed-up", "x fp16", speed_up),
     narrow("bytes ratio", "fp16 / this", bytes_ratio),
     narrow("of read bandwidth", "%", percent_of_bandwidth),
+    known("of matrix products", "%", |r| of_batch(r, share(r.bandwidth.mfu))),
     known("bound by", "", bound),
     narrow("peak", "GiB", |r| gib(r.memory.peak_bytes)),
     beside_others("growth", "GiB", |r| gib(r.memory.growth_bytes)),
@@ -303,6 +305,11 @@ fn shown_by_nothing_else(record: &Record, key: &str, better: &str) -> Cell {
 /// The others, in the wide table.
 fn unless_shown(record: &Record, key: &str, better: &str) -> Cell {
     if median(record, better) == Cell::Unknown { Cell::Unknown } else { median(record, key) }
+}
+
+/// What says something new of several sequences alone.
+fn of_batch(record: &Record, cell: Cell) -> Cell {
+    if record.workload.batch_size > 1 { cell } else { Cell::Unknown }
 }
 
 fn percent_of_bandwidth(record: &Record) -> Cell {

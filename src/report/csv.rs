@@ -48,6 +48,10 @@ const FACTS: &[(&str, &str)] = &[
 /// Facts that follow the metrics.
 const CONTEXT: &[(&str, &str)] = &[
     ("speedup_paired", "/ratio_to_fp16/paired"),
+    ("break_even", "/break_even/finding"),
+    ("break_even_low", "/break_even/low"),
+    ("break_even_batch", "/break_even/batch"),
+    ("break_even_high", "/break_even/high"),
     ("bound", "/bandwidth/bound"),
     ("quality_path", "/quality/path"),
     ("quality_text", "/quality/text"),

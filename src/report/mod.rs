@@ -4,6 +4,7 @@
 //! An output is one file here and one line in [`WRITERS`]. Machine output keeps bytes and `null`; tables for people
 //! show GiB (2^30) and `-`.
 
+mod break_even;
 mod case;
 mod charts;
 mod columns;
@@ -17,6 +18,7 @@ pub mod grid;
 pub mod history;
 mod html;
 mod json;
+mod largest;
 mod limits;
 mod markdown;
 mod markup;

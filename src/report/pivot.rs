@@ -40,6 +40,8 @@ pub fn table(cases: &[Case], terminal: &Terminal) -> Option<String> {
 pub struct Telling {
     models: bool,
     devices: bool,
+    /// The cases differ in their batch.
+    batches: bool,
     runs: bool,
 }
 
@@ -53,18 +55,35 @@ impl Telling {
         Self {
             models: differs(|record| &record.model.id),
             devices: differs(|record| &record.device.name),
+            batches: cases.iter().any(|case| batch(&case.records[0]) != batch(&cases[0].records[0])),
             runs: cases.iter().any(|case| case.runs.len() > 1),
         }
     }
 
-    /// Lengths, and before them model and device, behind them the run, where these differ.
+    /// The same for rows that stand for all batches.
+    pub fn without_batches(self) -> Self {
+        Self { batches: false, ..self }
+    }
+
+    /// Lengths, and before them model and device, behind them batch and run, where these differ.
     pub fn name(&self, run: &Run) -> String {
         let record = &run.records[0];
         let (model, device) = (plain(&record.model.id), plain(&record.device.name));
         let lengths = case::lengths(&record.workload);
-        let parts = [(self.models, model), (self.devices, device), (true, lengths), (self.runs, run.short.clone())];
+        let batch = format!("batch {}", batch(record));
+        let parts = [
+            (self.models, model),
+            (self.devices, device),
+            (true, lengths),
+            (self.batches, batch),
+            (self.runs, run.short.clone()),
+        ];
         parts.into_iter().filter(|(shown, _)| *shown).map(|(_, text)| text).collect::<Vec<_>>().join(", ")
     }
+}
+
+fn batch(record: &Record) -> u64 {
+    record.workload.batch_size
 }
 
 fn speed(record: &Record) -> Option<f64> {

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::error::BadInput;
 use crate::record::import::decode;
-use crate::record::{Document, Record, SCHEMA_VERSION};
+use crate::record::{Document, Record, SCHEMA_VERSION, break_even};
 
 /// What a file holds beside its records; a record line has it too.
 #[derive(Deserialize)]
@@ -19,6 +19,13 @@ struct Versioned {
 /// A document, or records one a line; of a folder, all files of either kind in it, by name. Fails with [`BadInput`] where a file cannot be
 /// read, is neither, is of another schema or holds no record, and where a folder has none.
 pub fn read(path: &Path) -> Result<Document, BadInput> {
+    let mut document = read_all(path)?;
+    // Cases of a suite are rows of their own.
+    break_even::fill(&mut document.records);
+    Ok(document)
+}
+
+fn read_all(path: &Path) -> Result<Document, BadInput> {
     if !path.is_dir() {
         return read_file(path);
     }

@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::case::{self, Case};
 use super::columns::{self, Extent, Row, Sheet};
 use super::grid::{self, Line, wrap};
-use super::{Options, Terminal, Writer, modules, pivot, texts, verdict, warnings};
+use super::{Options, Terminal, Writer, break_even, largest, modules, pivot, texts, verdict, warnings};
 use crate::record::Document;
 
 pub const WRITER: Writer = Writer {
@@ -19,6 +19,8 @@ fn write(document: &Document, options: &Options) -> Result<String> {
     let cases = case::cases(document);
     let mut blocks: Vec<_> = cases.iter().map(|case| block(case, options)).collect();
     blocks.extend(pivot::table(&cases, &options.terminal));
+    blocks.extend(break_even::table(&cases, &options.terminal));
+    blocks.extend(largest::claim(&document.records).map(|claim| wrap(&claim, options.terminal.columns, 2) + "\n"));
     Ok(blocks.join("\n"))
 }
 

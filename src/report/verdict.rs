@@ -2,6 +2,7 @@
 //! saves, what quality it costs, and which fits a card that was named. It claims no more than the intervals carry, and says what it is a
 //! claim about.
 
+pub mod batches;
 mod engines;
 mod memory;
 mod quality;
@@ -52,7 +53,9 @@ fn verdict(records: &[Record], card_bytes: Option<u64>) -> String {
     let fit = card_bytes.map(|bytes| memory::fit(&records, bytes)).unwrap_or_default();
     let (programs, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|record| record.other_engine.is_some());
     let (cost, others) = (quality::cost(&ok), beside(&others) + &list(engines::claims(&programs).into_iter()));
-    plain(&format!("{claim}{cost}{fit}{missing}{others} ({})", scope(records[0])))
+    let all: Vec<&Record> = ok.iter().copied().chain(programs).collect();
+    let pays = list(batches::claims(&all).into_iter());
+    plain(&format!("{claim}{cost}{pays}{fit}{missing}{others} ({})", scope(records[0])))
 }
 
 /// Whether the verdict is about this record: of our own engine, or of the only engine there is.
@@ -77,7 +80,9 @@ fn scope(record: &Record) -> String {
     let weights = if record.weights.source == "random" { ", random weights" } else { "" };
     // Rows from another tool may come from anywhere.
     let engine = if record.engine.name == case::OWN { String::new() } else { format!("{}, ", record.engine.name) };
-    format!("{engine}batch {}, {} tokens{weights}", record.workload.batch_size, case::lengths(&record.workload))
+    let most = if record.memory.largest_batch.is_some() { ", the most that fit" } else { "" };
+    let batch = record.workload.batch_size;
+    format!("{engine}batch {batch}{most}, {} tokens{weights}", case::lengths(&record.workload))
 }
 
 /// What holds the fastest back, and the measurement that says so.

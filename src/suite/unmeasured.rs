@@ -121,7 +121,7 @@ fn workload(case: &Case) -> record::Workload {
     let n_prompt = match &case.prompt {
         PromptChoice::Synthetic(n) => *n,
         PromptChoice::Ids(ids) => ids.len(),
-        PromptChoice::Default | PromptChoice::Text(_) => 0,
+        PromptChoice::Default | PromptChoice::Text(_) | PromptChoice::Texts(_) => 0,
     };
     record::Workload {
         n_prompt: n_prompt as u64,

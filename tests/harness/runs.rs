@@ -31,6 +31,7 @@ fn every_metric_is_exact() {
         ("tpot_ms", 20.0),
         ("itl_ms", 20.0),
         ("decode_tps", 3.0 / 0.06),
+        ("decode_tps_per_sequence", 3.0 / 0.06),
         ("prefill_tps", 8.0 / 0.05),
         ("output_tps", 4.0 / 0.11),
         ("latency_s", 0.11),
@@ -47,6 +48,11 @@ fn every_metric_is_exact() {
         ("read_gb_s", 1e-3),
         ("copy_gb_s", 5e-4),
         ("theoretical_gb_s", 1.1e-3),
+        // 40 operations a step.
+        ("flops_per_step", 40.0),
+        ("achieved_gflop_s", 40.0 * 50.0 / 1e9),
+        ("matmul_gflop_s", 0.5),
+        ("mfu", 40.0 * 50.0 / 1e9 / 0.5),
     ];
     for (key, value) in expected {
         assert_eq!(metric(record, key), Some(value), "{key}");
@@ -71,6 +77,10 @@ fn every_metric_is_exact() {
         "arithmetic_alone_share",
         "context_bytes",
         "device_process_bytes",
+        "growth_bytes",
+        "agreement_kl_mean",
+        "agreement_top1",
+        "host_ms_per_token",
     ];
     for key in undefined {
         assert_eq!(metric(record, key), None, "{key}");
@@ -83,6 +93,38 @@ fn every_metric_is_exact() {
     assert_eq!(record.samples.decode_step_ns[2], [10_000_000, 20_000_000, 30_000_000]);
     assert_eq!(record.metrics["itl_ms"].n, 9);
     assert_eq!(record.output.token_ids, [5, 6, 7, 7]);
+}
+
+/// Of three sequences: tokens a second are those of all, times those of each; a step reads the weights once and every cache.
+#[test]
+fn a_batch_counts_the_tokens_of_all_sequences() {
+    let of_three = Task { sequences: 3, depth: vec![1; 6], prompt: vec![3; 24], ..task() };
+    let case = Case { sequences: 3, ..case(&["fp16"], counted(2)) };
+    let local = Local::new("fp16", of_three, vec![filling(), run_ms(50, &[10, 20, 30])], &Journal::default());
+    let outcomes =
+        measure(vec![Box::new(local) as Box<dyn WorkerHandle>], &case.protocol, RunOrder::Interleaved, &Silent)
+            .unwrap();
+    let facts = RunContext { workload: record::Workload { batch_size: 3, ..facts(&case).workload }, ..facts(&case) };
+    let record = &records(&facts, &case, &outcomes, &|_| None)[0];
+    assert_eq!((record.status, &record.reason), (Status::Ok, &None));
+    for (key, value) in [
+        ("decode_tps", 3.0 * 3.0 / 0.06),
+        ("decode_tps_per_sequence", 3.0 / 0.06),
+        ("prefill_tps", 3.0 * 8.0 / 0.05),
+        ("output_tps", 3.0 * 4.0 / 0.11),
+        ("ttft_ms", 50.0),
+        ("tpot_ms", 20.0),
+        ("itl_ms", 20.0),
+        ("weight_bytes_per_token", 900.0),
+        ("kv_bytes_per_token", 3.0 * 120.0),
+        ("achieved_gb_s", 1260.0 * 50.0 / 1e9),
+        ("achieved_gflop_s", 40.0 * 50.0 / 1e9),
+    ] {
+        assert_eq!(metric(record, key), Some(value), "{key}");
+    }
+    assert_eq!(record.output.token_ids, [5, 6, 7, 7]);
+    assert_eq!(record.output.further_token_ids, [[5, 6, 7, 7], [5, 6, 7, 7]]);
+    assert_eq!(outcomes[0].samples[0].n_tokens(), 12);
 }
 
 #[test]

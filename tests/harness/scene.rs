@@ -60,8 +60,8 @@ impl Local {
     ) -> Self {
         let time = FakeTime::default();
         let nowhere = PathBuf::from("no such folder");
-        let session = Box::new(FakeSession::new(time.clone(), runs).with_alone(alone));
-        let served = ServedSession::new(session, time.clone(), Vec::new());
+        let session = FakeSession::new(time.clone(), runs).with_alone(alone).with_sequences(task.sequences);
+        let served = ServedSession::new(Box::new(session), time.clone(), Vec::new(), task.sequences);
         let bench = Bench::new(time, ProcessMemory::below(&nowhere), CpuAccounts::below(&nowhere), task, None);
         let loading = Ok(LoadReport { load_s: 2.5, ..LoadReport::default() });
         Self {
@@ -113,6 +113,7 @@ impl WorkerHandle for Local {
 
 pub fn task() -> Task {
     Task {
+        sequences: 1,
         depth: vec![1, 2],
         encode: Encode::Nothing,
         prompt: vec![3; N_PROMPT],
@@ -162,6 +163,7 @@ pub fn case(precisions: &[&str], protocol: MeasurementProtocol) -> Case {
         threads: 2,
         cuda_graph: true,
         sequences: 1,
+        largest_batch: false,
         kv_format: None,
         prompt: PromptChoice::Default,
         chat: false,
@@ -210,7 +212,9 @@ pub fn facts(case: &Case) -> RunContext {
             image: None,
             batch_size: 1,
         },
+        largest_batch: false,
         n_before: 2 + N_PROMPT as u64,
+        flops_per_step: 40,
         environment: record::Environment { threads: 2, ..record::Environment::default() },
         keep_fp16: Vec::new(),
         format_options: case.format_options,
@@ -218,6 +222,7 @@ pub fn facts(case: &Case) -> RunContext {
         order: RunOrder::Interleaved,
         resolve_s: 0.5,
         read_gb_s: Some(1e-3),
+        matmul_gflop_s: Some(0.5),
         copy_gb_s: Some(5e-4),
         bandwidth_since: None,
         theoretical_gb_s: Ok(1.1e-3),

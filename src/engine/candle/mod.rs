@@ -57,7 +57,7 @@ pub fn kv_format(architecture: &str) -> KvFormat {
 /// The calls that candle's models run in `dtype`, which is that of their caches too.
 fn calls(dtype: DType) -> Supported {
     let kv_formats: &[KvFormat] = if dtype == DType::F32 { &[KvFormat::Fp32] } else { &[KvFormat::Fp16] };
-    Supported { executor: "candle's engine", kv_formats }
+    Supported { executor: "candle's engine", kv_formats, most_sequences: 1 }
 }
 
 /// Loads candle's model of `setup.model` in `dtype`. Fails with [`BadInput`] on what candle-transformers does not compute.
@@ -195,7 +195,7 @@ impl Session for CandleSession {
         if tokens.is_empty() {
             bail!("a call needs at least one token");
         }
-        calls(self.dtype).check_batch(batch, tokens.len(), self.position())?;
+        calls(self.dtype).check_batch(batch, tokens.len(), (1, self.position()))?;
         let is_marked = self.mark.as_ref().is_some_and(|(at, _)| *at == self.computed);
         if self.computed > 0 && self.computed == self.history.len() && !is_marked {
             self.mark = self.now.clone().map(|family| (self.computed, family));

@@ -49,10 +49,11 @@ pub(super) enum StepMode<'a> {
     StandingIn(&'a StandIns, &'a Outputs, &'a [f32]),
 }
 
-/// Places of the kept outputs of a step's products and attentions, one behind the other.
+/// Places of the kept outputs of a step's products and attentions, one behind the other, row by row.
 pub(super) struct Outputs {
-    /// The place of each step's first output.
+    /// The place of each step's first output in a row.
     starts: Vec<usize>,
+    /// Outputs of a row.
     len: usize,
 }
 
@@ -72,9 +73,9 @@ impl Outputs {
         Self { starts, len }
     }
 
-    /// The place of the outputs of step `index`.
-    pub(super) fn start(&self, index: usize) -> usize {
-        self.starts[index]
+    /// The place of a row's outputs of step `index`.
+    pub(super) fn start(&self, index: usize, row: usize) -> usize {
+        row * self.len + self.starts[index]
     }
 }
 
@@ -155,20 +156,22 @@ impl CpuSession {
     }
 
     fn measure_alone_within(&mut self, position: usize, cache_bytes: usize) -> Result<Alone> {
-        if position < self.position {
-            self.rings.rewind(position, &mut self.memory.caches);
+        for (place, rings) in self.places.iter_mut().zip(&mut self.rings) {
+            if position < place.position {
+                rings.rewind(position, &mut self.memory.caches);
+            }
+            place.position = position;
         }
-        self.position = position;
-        let token = [self.last_token];
-        let call = self.decoder_call(&token)?;
-        self.rings.touch(position);
-        let Self { pool, weights, decoder, memory, .. } = self;
+        self.check_room(&self.all(), &self.last_tokens)?;
+        self.rings.iter_mut().for_each(|rings| rings.touch(position));
+        let Self { pool, weights, decoder, memory, places, last_tokens, .. } = self;
+        let call = Call::decoder(places, last_tokens);
         let steps = decoder.steps.clone();
         let (stand_ins, outputs) = (StandIns::new(weights, &steps, cache_bytes), Outputs::new(&steps, &decoder.plan));
         // A worker that may allocate no more has measured what counts.
         let mut kept = Vec::new();
-        kept.try_reserve_exact(outputs.len)?;
-        kept.resize(outputs.len, 0.0);
+        kept.try_reserve_exact(outputs.len * places.len())?;
+        kept.resize(outputs.len * places.len(), 0.0);
         let mut step = |mode: StepMode, memory: &mut Memory| {
             let _pinned = pool.pin_caller();
             decoder.run(&steps, weights, pool, memory, Call { mode, ..call });
@@ -192,7 +195,7 @@ fn second_ns(mut run: impl FnMut()) -> u64 {
     began.elapsed().as_nanos() as u64
 }
 
-/// Reads what a step of one row reads: the rows of its matrices as they are split over the workers, vectors, and the positions of its caches in
+/// Reads what a step of one row of each sequence reads: the rows of its matrices as they are split over the workers, vectors, and the positions of its caches in
 /// equal parts.
 fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: Call) {
     let _pinned = pool.pin_caller();
@@ -214,9 +217,10 @@ fn read(steps: &[Step], weights: &Weights, pool: &Pool, memory: &Memory, call: C
                     own.for_each(|vector| piece(cast_slice(&weights.vectors[vector.0])));
                 }
                 Step::Attend(attend) => read_cache(attend, weights, memory, call, worker, &mut piece),
-                // As many as a token chooses; which ones makes no difference to the bytes.
+                // As many as the tokens choose; which ones makes no difference to the bytes.
                 Step::Route(spec) => {
-                    for expert in spec.experts.iter().take(spec.top_k) {
+                    let chosen = memory.mixtures.chosen();
+                    for expert in spec.experts.iter().take(chosen.max(spec.top_k)) {
                         for ExpertMatrix { weight, bias } in expert.matrices() {
                             let matrix = &weights.matrices[weight.0];
                             let rows = worker.share(matrix.shape().0, weights.granule);
@@ -247,19 +251,22 @@ fn read_cache(
     let cache = attend.cache;
     let spec = weights.model.caches[cache.0];
     let capacity = weights.positions(cache);
-    let seen = match spec.scope {
-        // All slots of a ring, once they are filled.
-        CacheScope::Decoder if weights.is_ring(cache) => capacity.min(call.position() + 1),
-        CacheScope::Decoder => call.position() + 1,
-        CacheScope::Encoder => call.encoded,
-    };
-    let hidden = attend.window.map_or(0, |window| seen.saturating_sub(window));
-    let positions = worker.share(seen - hidden, 1);
-    let positions = hidden + positions.start..hidden + positions.end;
-    for head in 0..spec.kv_heads {
-        let of_head = |position: usize| (head * capacity + position) * spec.head_dim;
-        for region in [2 * cache.0, 2 * cache.0 + 1] {
-            piece(cast_slice(&memory.caches.region(region)[of_head(positions.start)..of_head(positions.end)]));
+    for place in call.places {
+        let seen = match spec.scope {
+            // All slots of a ring, once they are filled.
+            CacheScope::Decoder if weights.is_ring(cache) => capacity.min(place.position + 1),
+            CacheScope::Decoder => place.position + 1,
+            CacheScope::Encoder => place.encoded,
+        };
+        let hidden = attend.window.map_or(0, |window| seen.saturating_sub(window));
+        let positions = worker.share(seen - hidden, 1);
+        let positions = hidden + positions.start..hidden + positions.end;
+        for head in 0..spec.kv_heads {
+            let of_head =
+                |position: usize| ((place.cache * spec.kv_heads + head) * capacity + position) * spec.head_dim;
+            for region in [2 * cache.0, 2 * cache.0 + 1] {
+                piece(cast_slice(&memory.caches.region(region)[of_head(positions.start)..of_head(positions.end)]));
+            }
         }
     }
 }
@@ -270,6 +277,7 @@ mod tests {
     use std::sync::{Arc, Mutex, PoisonError};
 
     use super::*;
+    use crate::call::Batch;
     use crate::engine::load::stream;
     use crate::engine::{Device, EncoderInput, Session, Setup};
     use crate::events::Silent;
@@ -353,8 +361,8 @@ mod tests {
         }
     }
 
-    /// A session of a golden model behind three tokens and two steps.
-    fn session(model: &str, precision: &str, threads: usize) -> (CpuSession, Log) {
+    /// A session of a golden model whose sequences are each behind three tokens and two steps.
+    fn session(model: &str, precision: &str, threads: usize, sequences: usize) -> (CpuSession, Log) {
         let request = ModelRequest::of(format!("{}/tests/golden/models/{model}", env!("CARGO_MANIFEST_DIR")));
         let checkpoint = weights::open(&request, &Silent).unwrap();
         let plan = crate::models::build(&checkpoint.config).unwrap();
@@ -365,7 +373,7 @@ mod tests {
             formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
             device: Device::Cpu,
             threads,
-            sequences: 1,
+            sequences,
             kv_format: Device::Cpu.kv_format(),
             capacity: 64,
             encoder_capacity: 8,
@@ -378,10 +386,11 @@ mod tests {
         let matrices = streamed.matrices.into_iter().enumerate().map(counted).collect();
         let mut session = CpuSession::new(&setup, isa, Pool::new(threads), matrices, streamed.vectors).unwrap();
         if plan.encoder.is_some() {
-            session.encode(EncoderInput::Tokens(&[1, 2, 3, 4])).unwrap();
+            session.encode(EncoderInput::Tokens(&[1, 2, 3, 4].repeat(sequences))).unwrap();
         }
-        session.prefill(&[1, 2, 3]).unwrap();
-        session.decode(2, &mut |_| {}).unwrap();
+        let batch = Batch { sequences, positions: (0..3).into() };
+        session.prefill_batch(batch, &[1, 2, 3].repeat(sequences), &mut vec![0; sequences]).unwrap();
+        session.decode_batch(2, &mut |_| {}).unwrap();
         (session, log)
     }
 
@@ -391,16 +400,15 @@ mod tests {
 
     /// The step in each mode: what it multiplied, the logits, and the outlier columns that it found.
     fn compare(session: &mut CpuSession, log: &Log, cache_bytes: usize) -> [(Multiplied, Vec<f32>, usize); 2] {
-        let token = [session.last_token];
-        let call = session.decoder_call(&token).unwrap();
         let steps = session.decoder.steps.clone();
         let outputs = Outputs::new(&steps, &session.decoder.plan);
         let stand_ins = StandIns::new(&session.weights, &steps, cache_bytes);
-        let mut kept = vec![0.0; outputs.len];
+        let mut kept = vec![0.0; outputs.len * session.places.len()];
         let mut run = |mode: StepMode| {
             taken(log);
-            let CpuSession { pool, weights, decoder, memory, .. } = &mut *session;
-            let outcome = decoder.run(&steps, weights, pool, memory, Call { mode, ..call });
+            let CpuSession { pool, weights, decoder, memory, places, last_tokens, .. } = &mut *session;
+            let call = Call { mode, ..Call::decoder(places, last_tokens) };
+            let outcome = decoder.run(&steps, weights, pool, memory, call);
             (taken(log), session.logits().unwrap(), outcome.outliers.columns as usize)
         };
         let real = run(StepMode::Keeping(&outputs, &SharedSlice::new(&mut kept)));
@@ -410,10 +418,12 @@ mod tests {
     #[test]
     fn arithmetic_alone_multiplies_as_much_of_fewer_rows() {
         for model in ["llama-tiny", "llama-odd", "phi-odd", "t5-tiny"] {
-            for (precision, threads) in FORMATS.iter().flat_map(|format| [(format.name, 1), (format.name, 2)]) {
-                let (mut session, log) = session(model, precision, threads);
+            let splits = [(1, 1), (2, 1), (2, 3)];
+            for (format, (threads, sequences)) in FORMATS.iter().flat_map(|format| splits.map(|split| (format, split)))
+            {
+                let (mut session, log) = session(model, format.name, threads, sequences);
                 let [real, alone] = compare(&mut session, &log, 0);
-                let what = format!("{model} {precision} on {threads}");
+                let what = format!("{model} {} on {threads}, {sequences} sequences", format.name);
                 assert!(real.0.products > 0, "{what}");
                 assert_eq!((alone.0.products, alone.0.outputs), (real.0.products, real.0.outputs), "{what}");
                 assert_eq!((&alone.1, alone.2), (&real.1, real.2), "{what}: the activations are the real step's");
@@ -428,7 +438,7 @@ mod tests {
 
     #[test]
     fn a_large_cache_keeps_one_whole_matrix_of_each_shape() {
-        let (mut session, log) = session("llama-tiny", "nf4", 2);
+        let (mut session, log) = session("llama-tiny", "nf4", 2, 1);
         let [real, alone] = compare(&mut session, &log, 1 << 30);
         assert_eq!(alone.0.products, real.0.products);
         let of: HashSet<_> = alone.0.rows.iter().map(|(id, _)| *id).collect();
@@ -441,9 +451,8 @@ mod tests {
     #[test]
     fn memory_alone_reads_the_bytes_of_every_product() {
         for precision in FORMATS.iter().map(|format| format.name) {
-            let (session, log) = session("llama-tiny", precision, 2);
-            let token = [session.last_token];
-            let call = session.decoder_call(&token).unwrap();
+            let (session, log) = session("llama-tiny", precision, 2, 1);
+            let call = Call::decoder(&session.places, &session.last_tokens);
             taken(&log);
             read(&session.decoder.steps, &session.weights, &session.pool, &session.memory, call);
             let read = taken(&log);
@@ -477,7 +486,7 @@ mod tests {
 
     #[test]
     fn rounds_leave_the_session_where_it_was() {
-        let (mut session, _) = session("llama-tiny", "int8", 2);
+        let (mut session, _) = session("llama-tiny", "int8", 2, 1);
         let (position, outliers) = (session.position(), session.outliers);
         let alone = session.measure_alone(position - 1).unwrap();
         let rounds = alone.step_ns.len();

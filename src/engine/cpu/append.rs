@@ -8,7 +8,7 @@ use crate::kernels::cpu::rope;
 use crate::plan::{CacheId, KeyValue, Norm};
 
 impl CallAttention<'_> {
-    /// Each worker takes whole key/value heads with the query heads that read them.
+    /// Each worker takes whole key/value heads of sequences with the query heads that read them.
     pub fn append(&self, append: Append, worker: &Worker) {
         if append.rope.is_some() || append.norms.is_some() {
             self.turn(append, worker);
@@ -21,21 +21,22 @@ impl CallAttention<'_> {
 
     /// Returns whether rows of the call read positions whose slots the call's own would take.
     pub fn reads_ring_of_several(&self, cache: CacheId) -> bool {
-        self.weights.is_ring(cache) && self.call.batch.rows() > 1
+        self.weights.is_ring(cache) && self.call.rows_each() > 1
     }
 
     /// Normalises and rotates keys and the queries that read them, in place.
     fn turn(&self, Append { kv: KeyValue { k, v: _ }, cache, q, rope, norms }: Append, worker: &Worker) {
         let spec = self.weights.model.caches[cache.0];
         let d = spec.head_dim;
-        for head in worker.share(spec.kv_heads, 1) {
-            for row in 0..self.buffers.rows(k) {
+        for (sequence, head) in self.own_heads(spec.kv_heads, worker) {
+            for own in 0..self.call.rows_each() {
+                let row = sequence * self.call.rows_each() + own;
                 let turned = |x: &mut [f32], norm: Option<Norm>| {
                     if let Some(norm) = norm {
                         self.weights.normalise_in_place(norm, x, &mut self.scratch(worker).gathered);
                     }
                     if let Some(rope) = rope {
-                        let (cos, sin) = self.weights.angles[rope.0].at(self.call.position() + row);
+                        let (cos, sin) = self.weights.angles[rope.0].at(self.call.start(sequence) + own);
                         rope::rotate(x, cos, sin);
                     }
                 };
@@ -55,13 +56,14 @@ impl CallAttention<'_> {
         let spec = self.weights.model.caches[cache.0];
         let (d, capacity) = (spec.head_dim, self.weights.positions(cache));
         let (keys, values) = (self.caches.region(2 * cache.0), self.caches.region(2 * cache.0 + 1));
-        let rows = self.buffers.rows(k);
+        let rows = self.call.rows_each();
         let first = if self.weights.is_ring(cache) { rows.saturating_sub(capacity) } else { 0 };
-        for head in worker.share(spec.kv_heads, 1) {
+        for (sequence, head) in self.own_heads(spec.kv_heads, worker) {
             let columns = head * d..(head + 1) * d;
-            for row in first..rows {
-                let slot = self.weights.slot(cache, self.call.position() + row);
-                let at = (head * capacity + slot) * d;
+            let of_head = (self.call.places[sequence].cache * spec.kv_heads + head) * capacity;
+            for own in first..rows {
+                let row = sequence * rows + own;
+                let at = (of_head + self.weights.slot(cache, self.call.start(sequence) + own)) * d;
                 // SAFETY: this head's positions are this worker's alone in this step.
                 unsafe { keys.range_mut(at..at + d) }.copy_from_slice(self.buffers.part(k, row, columns.clone()));
                 // SAFETY: as above.

@@ -13,7 +13,7 @@ use super::{Scratch, Weights};
 use crate::kernels::cpu::attention::{self, Partial};
 use crate::kernels::cpu::pool::Worker;
 use crate::kernels::cpu::shared::SharedSlice;
-use crate::plan::{CacheId, CacheScope, Mask};
+use crate::plan::{CacheId, CacheScope, CacheShape, Mask};
 
 /// A prefill hands out attention in blocks of at least this many query rows of one key/value head.
 const QUERY_BLOCK: usize = 16;
@@ -41,26 +41,29 @@ pub(super) struct CallAttention<'a> {
 }
 
 impl CallAttention<'_> {
-    /// One row: by key/value heads, as they were appended, or by positions where heads would leave workers idle for long.
-    /// Several: by heads and blocks of rows, dealt out in turn since later rows see more.
+    /// One row of each sequence: by key/value heads, as they were appended, or by positions where heads would leave workers idle for long.
+    /// Several: by sequences, heads and blocks of rows, dealt out in turn since later rows see more.
     pub fn attend(&self, attend: &Attend, worker: &Worker) {
         let heads = self.weights.model.caches[attend.cache.0].kv_heads;
-        let rows = self.buffers.rows(attend.q);
+        let (rows, sequences) = (self.call.rows_each(), self.call.places.len());
         if rows == 1 {
-            if self.splits_positions(attend, worker.count()) {
-                return self.attend_positions(attend, worker);
+            match self.splits_positions(attend, worker.count()) {
+                true => (0..sequences).for_each(|sequence| self.attend_positions(attend, sequence, worker)),
+                false => {
+                    self.own_heads(heads, worker).for_each(|(row, head)| self.attend_row(attend, head, row, worker));
+                }
             }
-            worker.share(heads, 1).for_each(|head| self.attend_row(attend, head, 0, worker));
             return;
         }
         let reads_ring = self.reads_ring_of_several(attend.cache);
         let group = self.buffers.width(attend.q) / heads / self.weights.model.caches[attend.cache.0].head_dim;
         let least = if reads_ring { GATHERED_QUERY_BLOCK } else { QUERY_BLOCK };
         let block_rows = (attention::QUERIES / group).max(least);
-        let blocks = rows.div_ceil(block_rows);
-        for item in (worker.index()..heads * blocks).step_by(worker.count()) {
-            let (block, head) = (item / heads, item % heads);
-            let rows = block * block_rows..rows.min((block + 1) * block_rows);
+        let (blocks, all_heads) = (rows.div_ceil(block_rows), sequences * heads);
+        for item in (worker.index()..all_heads * blocks).step_by(worker.count()) {
+            let (block, sequence, head) = (item / all_heads, item % all_heads / heads, item % heads);
+            let first = sequence * rows;
+            let rows = first + block * block_rows..first + rows.min((block + 1) * block_rows);
             match attend.bias {
                 Some(_) => rows.for_each(|row| self.attend_row(attend, head, row, worker)),
                 None => self.attend_block(attend, head, rows, worker),
@@ -73,13 +76,18 @@ impl CallAttention<'_> {
         }
     }
 
+    /// Sequences of the call and key/value heads that are a worker's.
+    pub fn own_heads(&self, heads: usize, worker: &Worker) -> impl Iterator<Item = (usize, usize)> + use<> {
+        worker.share(self.call.places.len() * heads, 1).map(move |item| (item / heads, item % heads))
+    }
+
     #[allow(clippy::mut_from_ref)]
     pub fn scratch(&self, worker: &Worker) -> &mut Scratch {
         // SAFETY: each worker takes the element of its own index.
         unsafe { &mut self.scratch.range_mut(worker.index()..worker.index() + 1)[0] }
     }
 
-    /// Rows of one head together, so that keys and values are read once for the block.
+    /// Rows of one head of a sequence together, so that keys and values are read once for the block.
     fn attend_block(&self, attend: &Attend, head: usize, rows: Range<usize>, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
         let d = spec.head_dim;
@@ -92,9 +100,10 @@ impl CallAttention<'_> {
             query.copy_from_slice(self.buffers.part(attend.q, row, columns.clone()));
         }
         let (first, last) = (self.visible(attend, rows.start), self.visible(attend, rows.end - 1));
+        let (sequence, _) = self.call.place(rows.start);
         let (keys, values) = match self.reads_ring_of_several(attend.cache) {
-            true => self.gather(attend, head, first.start..last.end, window),
-            false => self.keys_and_values(attend.cache, head, first.start..last.end),
+            true => self.gather(attend, (sequence, head), first.start..last.end, window),
+            false => self.keys_and_values(attend.cache, (sequence, head), first.start..last.end),
         };
         let context = self.context(attend, head, keys, values);
         if first == last {
@@ -108,11 +117,11 @@ impl CallAttention<'_> {
         }
     }
 
-    /// Keys and values of a head at `positions`: the call's own from their buffers, those before it from the ring.
+    /// Keys and values of a sequence's head at `positions`: the call's own from their buffers, those before it from the ring.
     fn gather<'w>(
         &self,
         attend: &Attend,
-        head: usize,
+        (sequence, head): (usize, usize),
         positions: Range<usize>,
         window: &'w mut Vec<f32>,
     ) -> (&'w [f32], &'w [f32]) {
@@ -122,13 +131,14 @@ impl CallAttention<'_> {
         let (keys, values) = window.split_at_mut(positions.len() * d);
         let targets = keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d));
         for (position, (key, value)) in positions.zip(targets) {
-            let (from_key, from_value) = match (position.checked_sub(self.call.position()), attend.kv) {
-                (Some(row), Some(kv)) => {
+            let (from_key, from_value) = match (position.checked_sub(self.call.start(sequence)), attend.kv) {
+                (Some(own), Some(kv)) => {
+                    let row = sequence * self.call.rows_each() + own;
                     (self.buffers.part(kv.k, row, columns.clone()), self.buffers.part(kv.v, row, columns.clone()))
                 }
                 _ => {
                     let slot = self.weights.slot(attend.cache, position);
-                    self.keys_and_values(attend.cache, head, slot..slot + 1)
+                    self.keys_and_values(attend.cache, (sequence, head), slot..slot + 1)
                 }
             };
             key.copy_from_slice(from_key);
@@ -145,10 +155,11 @@ impl CallAttention<'_> {
         let query = self.buffers.part(attend.q, row, columns.clone());
         let out = self.buffers.part_mut(attend.out, row, columns);
         // One query head a key/value head wherever there is a bias (T5): its biases lie together.
-        let bias =
-            attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position() + row, visible.end));
+        let (sequence, own) = self.call.place(row);
+        let position = self.call.start(sequence) + own;
+        let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, position, visible.end));
         let scratch = &mut self.scratch(worker).kernel;
-        for (positions, keys, values) in self.windows(attend.cache, head, visible.clone(), worker) {
+        for (positions, keys, values) in self.windows(attend.cache, (sequence, head), visible.clone(), worker) {
             let context = self.context(attend, head, keys, values);
             let bias = bias.map(|bias| &bias[positions]);
             attention::attend_within(self.weights.isa, query, &context, bias, out, scratch);
@@ -157,18 +168,21 @@ impl CallAttention<'_> {
 
     /// Returns whether the worker with the most heads would read so much more than its part that sharing positions pays.
     fn splits_positions(&self, attend: &Attend, workers: usize) -> bool {
-        let spec = self.weights.model.caches[attend.cache.0];
-        let head_bytes = self.held(attend, 0).len() * 2 * spec.head_dim * size_of::<f32>();
-        let most = spec.kv_heads.div_ceil(workers) * head_bytes;
-        most - spec.kv_heads * head_bytes / workers >= SPARED_BYTES
+        let (spec, sequences) = (self.weights.model.caches[attend.cache.0], self.call.places.len());
+        let positions = (0..sequences).map(|row| self.held(attend, row).len()).max().unwrap_or(0);
+        let head_bytes = positions * 2 * spec.head_dim * size_of::<f32>();
+        let heads = sequences * spec.kv_heads;
+        let most = heads.div_ceil(workers) * head_bytes;
+        // The barriers are each sequence's.
+        most - heads * head_bytes / workers >= sequences * SPARED_BYTES
     }
 
-    /// Every worker takes an equal part of all heads' positions, one head after the other; then the parts of each head are put
+    /// Every worker takes an equal part of all positions of a sequence's heads, one head after the other; then the parts of each head are put
     /// together. All workers come here or none does.
-    fn attend_positions(&self, attend: &Attend, worker: &Worker) {
+    fn attend_positions(&self, attend: &Attend, row: usize, worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
         let (heads, d) = (spec.kv_heads, spec.head_dim);
-        let (width, visible) = (self.buffers.width(attend.q) / heads, self.held(attend, 0));
+        let (width, visible) = (self.buffers.width(attend.q) / heads, self.held(attend, row));
         let tiles = visible.len().div_ceil(POSITIONS);
         // Heads were appended by one worker each.
         worker.barrier();
@@ -184,11 +198,11 @@ impl CallAttention<'_> {
                 continue;
             }
             let positions = visible.start + first * POSITIONS..(visible.start + end * POSITIONS).min(visible.end);
-            let query = self.buffers.part(attend.q, 0, head * width..(head + 1) * width);
+            let query = self.buffers.part(attend.q, row, head * width..(head + 1) * width);
             // As in `attend_row`.
-            let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.position(), visible.end));
+            let bias = attend.bias.map(|bias| self.weights.biases[bias.0].of(head, self.call.start(row), visible.end));
             let scratch = &mut self.scratch(worker).kernel;
-            for (positions, keys, values) in self.windows(attend.cache, head, positions, worker) {
+            for (positions, keys, values) in self.windows(attend.cache, (row, head), positions, worker) {
                 let context = self.context(attend, head, keys, values);
                 let bias = bias.map(|bias| &bias[positions]);
                 attention::attend_part(self.weights.isa, query, &context, bias, out, partials, scratch);
@@ -196,17 +210,17 @@ impl CallAttention<'_> {
         }
         worker.barrier();
         for head in worker.share(heads, 1) {
-            self.merge_parts(attend, head, worker);
+            self.merge_parts(attend, (row, head), worker);
         }
     }
 
-    /// The output of one head from all workers' parts.
-    fn merge_parts(&self, attend: &Attend, head: usize, worker: &Worker) {
+    /// The output of one head of a row from all workers' parts.
+    fn merge_parts(&self, attend: &Attend, (row, head): (usize, usize), worker: &Worker) {
         let spec = self.weights.model.caches[attend.cache.0];
         let (isa, d, all) = (self.weights.isa, spec.head_dim, self.buffers.width(attend.q));
         let columns = head * all / spec.kv_heads..(head + 1) * all / spec.kv_heads;
         let queries = columns.start / d..columns.end / d;
-        let out = self.buffers.part_mut(attend.out, 0, columns.clone());
+        let out = self.buffers.part_mut(attend.out, row, columns.clone());
         out.fill(0.0);
         // SAFETY: a worker's own region.
         let sums = unsafe { self.parts.sums_mut(worker.index(), queries.len()) };
@@ -251,34 +265,39 @@ impl CallAttention<'_> {
         attend.sinks.map(|vector| &self.weights.vectors[vector.0][heads])
     }
 
-    /// Keys and values of a head at `positions`, in one piece. Where others stand in for them, those of as many positions as stay in the
+    /// Keys and values of a sequence's head at `positions`, in one piece. Where others stand in for them, those of as many positions as stay in the
     /// cache, as often as it takes to attend over equally many; of a head that this worker appends to, and nobody else.
     fn windows(
         &self,
         cache: CacheId,
-        head: usize,
+        of: (usize, usize),
         positions: Range<usize>,
         worker: &Worker,
     ) -> impl Iterator<Item = (Range<usize>, &[f32], &[f32])> {
         let spec = self.weights.model.caches[cache.0];
-        let (cache, head, start, most) = match self.call.mode {
+        let (cache, of, start, most) = match self.call.mode {
             StepMode::StandingIn(stand_ins, ..) => {
                 let (cache, most) = stand_ins.of_cache(cache, spec.head_dim);
-                (cache, worker.share(spec.kv_heads, 1).start.min(spec.kv_heads - 1), 0, most)
+                (cache, self.own_heads(spec.kv_heads, worker).next().unwrap_or((0, spec.kv_heads - 1)), 0, most)
             }
-            StepMode::Real | StepMode::Keeping(..) => (cache, head, positions.start, usize::MAX),
+            StepMode::Real | StepMode::Keeping(..) => (cache, of, positions.start, usize::MAX),
         };
         (0..positions.len()).step_by(most).map(move |done| {
             let len = most.min(positions.len() - done);
-            let (keys, values) = self.keys_and_values(cache, head, start..start + len);
+            let (keys, values) = self.keys_and_values(cache, of, start..start + len);
             (positions.start + done..positions.start + done + len, keys, values)
         })
     }
 
-    /// Keys and values of a head in some slots of its cache.
-    fn keys_and_values(&self, cache: CacheId, head: usize, positions: Range<usize>) -> (&[f32], &[f32]) {
-        let d = self.weights.model.caches[cache.0].head_dim;
-        let at = head * self.weights.positions(cache) * d;
+    /// Keys and values of a sequence's head in some slots of its cache.
+    fn keys_and_values(
+        &self,
+        cache: CacheId,
+        (sequence, head): (usize, usize),
+        positions: Range<usize>,
+    ) -> (&[f32], &[f32]) {
+        let CacheShape { kv_heads, head_dim: d, .. } = self.weights.model.caches[cache.0];
+        let at = (self.call.places[sequence].cache * kv_heads + head) * self.weights.positions(cache) * d;
         let [keys, values] = [2 * cache.0, 2 * cache.0 + 1].map(|region| self.caches.start(region) + at);
         let of = |start: usize| start + positions.start * d..start + positions.end * d;
         let floats = &self.caches.floats;
@@ -302,14 +321,16 @@ impl CallAttention<'_> {
 
     /// Positions of the cache up to the last one that a row sees.
     fn seen(&self, attend: &Attend, row: usize) -> usize {
+        let (sequence, own) = self.call.place(row);
         if self.weights.model.caches[attend.cache.0].scope == CacheScope::Encoder {
-            return self.call.encoded;
+            return self.call.places[sequence].encoded;
         }
+        let start = self.call.start(sequence);
         let full = match attend.mask {
             Mask::Causal => false,
             Mask::Full => true,
-            Mask::Prefix => self.call.position() == 0,
+            Mask::Prefix => start == 0,
         };
-        self.call.position() + if full { self.call.batch.rows() } else { row + 1 }
+        start + if full { self.call.rows_each() } else { own + 1 }
     }
 }

@@ -65,6 +65,11 @@ impl Mixtures {
         }
     }
 
+    /// Experts that the last mixture sent rows through.
+    pub fn chosen(&self) -> usize {
+        self.routes.groups.len()
+    }
+
     pub fn bytes(&self) -> usize {
         let floats = self.gates.len() + self.ups.len() + self.downs.len() + self.routes.gathered.capacity();
         let prepared: usize = self.inputs.iter().chain(&self.betweens).map(Prepared::capacity_bytes).sum();
@@ -143,7 +148,7 @@ impl Runner<'_> {
             let columns = worker.share(n, self.weights.granule);
             let of_group = group.choices.start * n..group.choices.end * n;
             // SAFETY: written by worker 0 before a barrier.
-            let prepared = unsafe { &self.mixtures.inputs.range(index..index + 1)[0] }.view();
+            let prepared = self.of_call(unsafe { &self.mixtures.inputs.range(index..index + 1)[0] }.view());
             let (gates, ups) = (self.mixtures.gates.part(of_group.clone()), self.mixtures.ups.part(of_group));
             self.multiply_expert(gate, prepared, columns.clone(), &gates, worker);
             self.multiply_expert(up, prepared, columns.clone(), &ups, worker);
@@ -196,7 +201,7 @@ impl Runner<'_> {
         let (groups, choices) = self.groups();
         for (index, group) in groups.iter().enumerate() {
             // SAFETY: written before a barrier.
-            let prepared = unsafe { &self.mixtures.betweens.range(index..index + 1)[0] }.view();
+            let prepared = self.of_call(unsafe { &self.mixtures.betweens.range(index..index + 1)[0] }.view());
             let downs = self.mixtures.downs.part(0..group.choices.len() * n);
             self.multiply_expert(spec.experts[group.expert].down, prepared, columns.clone(), &downs, worker);
             for (at, (_, row, weight)) in choices[group.choices.clone()].iter().enumerate() {

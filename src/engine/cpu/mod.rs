@@ -7,38 +7,38 @@ mod arena;
 mod attend;
 mod bias_table;
 mod buffers;
+mod calls;
 mod experts;
 mod partials;
 mod rings;
 mod run;
 mod schedule;
 mod score;
+pub mod throughput;
 
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use self::alone::StepMode;
 use self::arena::Arena;
 use self::bias_table::BiasTable;
+use self::calls::body;
 use self::experts::Mixtures;
 use self::partials::PartSums;
 use self::rings::Rings;
-use self::run::{Call, Outcome};
+use self::run::{Call, Outcome, SequencePlace};
 use self::schedule::{Step, lower};
 use super::load::stream;
 use super::needs::cpu_rows_of_call;
 use super::{Alone, EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
-use crate::call::{Batch, KvFormat, Supported};
+use crate::call::{self, Batch, KvFormat, Supported};
 use crate::events::Listener;
 use crate::kernels::cpu::norm;
 use crate::kernels::cpu::pool::Pool;
 use crate::kernels::cpu::rope::Angles;
 use crate::kernels::isa::Isa;
-use crate::lower::prompt;
 use crate::plan::{
-    CacheId, CacheScope, CacheShape, EncoderInputKind, Model, Norm, NormKind, Op, Plan, RelativeBias, Rope, Rows, Slot,
-    Storage, Window,
+    CacheId, CacheScope, CacheShape, Model, Norm, NormKind, Op, Plan, RelativeBias, Rope, Rows, Slot, Storage, Window,
 };
 use crate::quant::{CpuMatrix, FormatId, Prepared, Stored};
 use crate::weights::spec::MatrixSpec;
@@ -50,13 +50,17 @@ pub struct CpuSession {
     encoder: Option<Program>,
     decoder: Program,
     memory: Memory,
-    /// Tokens in the decoder's caches.
-    position: usize,
-    /// Rows of the last encoder call.
-    encoded: usize,
-    last_token: u32,
+    /// Of each sequence, what its caches hold.
+    places: Vec<SequencePlace>,
+    /// Tokens that each sequence chose last.
+    last_tokens: Vec<u32>,
+    /// Memory of the tokens that a decode step reads.
+    fed: Vec<u32>,
+    /// Sequences of the last decoder call.
+    called: usize,
     outliers: OutlierColumns,
-    rings: Rings,
+    /// One a sequence.
+    rings: Vec<Rings>,
     /// Longer prompts are cut.
     rows_of_call: usize,
     /// Rotary frequencies of a call, where they depend on its length.
@@ -71,7 +75,9 @@ struct Weights {
     vectors: Vec<Vec<f32>>,
     angles: Vec<Angles>,
     biases: Vec<BiasTable>,
-    /// Positions that the decoder's and the encoder's caches can hold.
+    /// Sequences that the caches hold.
+    sequences: usize,
+    /// Positions that the decoder's and the encoder's caches can hold of each sequence.
     capacity: usize,
     encoder_capacity: usize,
     /// Elements are handed to workers in multiples of this, whichever matrix they come from.
@@ -87,15 +93,19 @@ struct Program {
     slots: Arena,
     /// Rows that the slots can hold: those of the longest call.
     rows: usize,
+    /// Sequences of a call at most.
+    sequences: usize,
 }
 
 /// Memory that calls write, beside a program's buffers.
 struct Memory {
-    /// Keys and values of each cache, `[g, capacity, d]` each, so that a head's positions lie together: the regions
+    /// Keys and values of each cache, `[sequences, g, capacity, d]` each, so that a head's positions lie together: the regions
     /// `2 · i` and `2 · i + 1`.
     caches: Arena,
-    /// Image features, `[patches, hidden]`.
+    /// Image features, `[sequences, patches, hidden]`.
     features: Vec<f32>,
+    /// The tokens that a call chooses, one a sequence.
+    chosen: Vec<u32>,
     /// One per worker.
     prepared: Vec<Prepared>,
     /// One per worker.
@@ -117,7 +127,8 @@ struct Scratch {
 const KV_FORMAT: KvFormat = KvFormat::Fp32;
 
 /// The calls that the engine runs.
-const CALLS: Supported = Supported { executor: schedule::EXECUTOR, kv_formats: &[KV_FORMAT] };
+const CALLS: Supported =
+    Supported { executor: schedule::EXECUTOR, kv_formats: &[KV_FORMAT], most_sequences: call::ANY };
 
 /// Refuses attention over a cache that holds other positions than the attention sees.
 fn check_windows(model: &Model) -> Result<()> {
@@ -164,40 +175,43 @@ impl CpuSession {
         matrices: Vec<Box<dyn CpuMatrix>>,
         vectors: Vec<Vec<f32>>,
     ) -> Result<Self> {
-        let model = setup.model.clone();
+        let (model, sequences) = (setup.model.clone(), setup.sequences);
         let reach = setup.capacity.max(setup.encoder_capacity);
         let cache = |spec: &CacheShape| {
             let positions = positions(spec, setup.capacity, setup.encoder_capacity);
-            [spec.kv_heads * positions * spec.head_dim; 2]
+            [sequences * spec.kv_heads * positions * spec.head_dim; 2]
         };
         let angles = |rope: &Rope| {
             Angles::new((0..setup.capacity).flat_map(|position| rope.turns(position)), rope.rotary_dim / 2)
         };
         let bias = |bias: &RelativeBias| BiasTable::new(bias, matrices[bias.table.0].as_ref(), reach);
-        let encoder = model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices));
+        let encoder = model.encoder.as_ref().map(|encoder| Program::new(&encoder.plan, &matrices, sequences));
         Ok(Self {
             pool,
             encoder: encoder.transpose()?,
-            decoder: Program::new(&model.decoder, &matrices)?,
+            decoder: Program::new(&model.decoder, &matrices, sequences)?,
             memory: Memory {
                 caches: Arena::new(model.caches.iter().flat_map(cache)),
                 features: Vec::new(),
+                chosen: vec![0; sequences],
                 prepared: (0..setup.threads).map(|_| Prepared::default()).collect(),
                 scratch: (0..setup.threads).map(|_| Scratch::default()).collect(),
                 parts: PartSums::new(&model, setup.threads),
                 mixtures: Mixtures::default(),
             },
-            position: 0,
-            encoded: 0,
-            last_token: 0,
+            places: (0..sequences).map(|cache| SequencePlace { cache, position: 0, encoded: 0 }).collect(),
+            last_tokens: vec![0; sequences],
+            fed: vec![0; sequences],
+            called: 1,
             outliers: OutlierColumns::default(),
-            rings: Rings::new(&model, setup.capacity),
+            rings: (0..sequences).map(|sequence| Rings::new(&model, setup.capacity, (sequence, sequences))).collect(),
             rows_of_call: cpu_rows_of_call(&model),
             frequencies: Vec::new(),
             weights: Weights {
                 angles: model.ropes.iter().map(angles).collect(),
                 biases: model.biases.iter().map(bias).collect(),
                 granule: matrices.iter().map(|m| m.row_granule()).max().unwrap_or(1),
+                sequences,
                 capacity: setup.capacity,
                 encoder_capacity: setup.encoder_capacity,
                 isa,
@@ -207,97 +221,11 @@ impl CpuSession {
             },
         })
     }
-
-    /// Angles of `rows` positions from `start` on, where they depend on the length that the sequence will have.
-    fn turn_angles(&mut self, start: usize, rows: usize) {
-        let Self { weights: Weights { model, angles, .. }, frequencies, .. } = self;
-        let end = start + rows;
-        for (rope, angles) in model.ropes.iter().zip(angles).filter(|(rope, _)| rope.by_length.is_some()) {
-            rope.frequencies_into(end, frequencies);
-            angles.set(start, (start..end).flat_map(|position| rope.turns_by(frequencies, position)));
-        }
-    }
-
-    /// Checks that `tokens` fit behind the cache.
-    fn check_room(&self, tokens: &[u32]) -> Result<()> {
-        if tokens.is_empty() || self.position + tokens.len() > self.weights.capacity {
-            let (n, capacity) = (tokens.len(), self.weights.capacity);
-            bail!("a call of {n} tokens at position {} does not fit a cache of {capacity}", self.position);
-        }
-        self.weights.check_tokens(tokens)
-    }
-
-    /// The decoder's call of `tokens`, which fit behind the cache.
-    fn decoder_call<'a>(&self, tokens: &'a [u32]) -> Result<Call<'a>> {
-        self.check_room(tokens)?;
-        Ok(Call {
-            batch: Batch::one(self.position..self.position + tokens.len()),
-            tokens,
-            patches: &[],
-            encoded: self.encoded,
-            mode: StepMode::Real,
-        })
-    }
-
-    /// Runs `tokens` through the decoder and returns the next one.
-    fn step(&mut self, tokens: &[u32]) -> Result<u32> {
-        let steps = Arc::clone(&self.decoder.steps);
-        let (before, last) = prompt::cut(tokens, self.rows_of_call);
-        if before.len() > 0 {
-            self.check_room(tokens)?;
-        }
-        for part in before {
-            self.call(part, body(&steps))?;
-        }
-        self.last_token = self.call(last, &steps)?;
-        Ok(self.last_token)
-    }
-
-    /// Runs `tokens` through the first operations of the decoder, which are `steps`.
-    fn call(&mut self, tokens: &[u32], steps: &[Step]) -> Result<u32> {
-        let call = self.decoder_call(tokens)?;
-        let _pinned = self.pool.pin_caller();
-        if let Some(before) = self.rings.restart(self.position) {
-            for (at, part) in before.chunks(self.rows_of_call).enumerate() {
-                let first = at * self.rows_of_call;
-                self.turn_angles(first, part.len());
-                let again = Call { batch: Batch::one(first..first + part.len()), tokens: part, ..call };
-                self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, again);
-                self.rings.extend(first, part);
-            }
-        }
-        self.turn_angles(self.position, tokens.len());
-        let outcome = self.decoder.run(steps, &self.weights, &self.pool, &mut self.memory, call);
-        self.rings.extend(self.position, tokens);
-        self.position += tokens.len();
-        self.outliers += outcome.outliers;
-        Ok(outcome.token)
-    }
-
-    fn encoder_call(&mut self, tokens: &[u32], patches: &[f32], rows: usize) -> Result<()> {
-        let capacity = self.weights.encoder_capacity;
-        if rows == 0 || rows > capacity {
-            bail!("an encoder call of {rows} rows does not fit a cache of {capacity}");
-        }
-        self.weights.check_tokens(tokens)?;
-        let Some(encoder) = &mut self.encoder else { bail!("this model has no encoder") };
-        let call = Call { batch: Batch::one(0..rows), tokens, patches, encoded: rows, mode: StepMode::Real };
-        let _pinned = self.pool.pin_caller();
-        let steps = Arc::clone(&encoder.steps);
-        encoder.run(&steps, &self.weights, &self.pool, &mut self.memory, call);
-        self.encoded = rows;
-        Ok(())
-    }
 }
 
 /// The format whose form of activations a matrix reads; `None` for fp32.
 fn form(matrix: &dyn CpuMatrix) -> Option<FormatId> {
     matrix.quantizes_activations().then(|| matrix.format())
-}
-
-/// Steps before those of the last row alone.
-fn body(steps: &[Step]) -> &[Step] {
-    &steps[..steps.iter().position(|step| matches!(step, Step::LastRow(_))).unwrap_or(steps.len())]
 }
 
 /// Positions that a cache holds: no more than its window.
@@ -350,12 +278,13 @@ impl Weights {
 }
 
 impl Program {
-    fn new(plan: &Plan, matrices: &[Box<dyn CpuMatrix>]) -> Result<Self> {
+    fn new(plan: &Plan, matrices: &[Box<dyn CpuMatrix>], sequences: usize) -> Result<Self> {
         let storage = plan.storage();
         Ok(Self {
             steps: lower(plan, |matrix| form(matrices[matrix.0].as_ref()))?.into(),
             slots: Arena::default(),
             rows: 0,
+            sequences,
             storage: Arc::new(storage),
             plan: Arc::new(plan.clone()),
         })
@@ -364,80 +293,92 @@ impl Program {
     /// Replays `steps`, which are this program's from the first on.
     fn run(&mut self, steps: &[Step], weights: &Weights, pool: &Pool, memory: &mut Memory, call: Call) -> Outcome {
         if self.rows < call.batch.rows() {
-            let rows = |slot: &Slot| if slot.rows == Rows::Tokens { call.batch.rows() } else { call.batch.sequences };
+            let rows = |slot: &Slot| if slot.rows == Rows::Tokens { call.batch.rows() } else { self.sequences };
             self.slots = Arena::new(self.storage.slots.iter().map(|slot| rows(slot) * slot.width));
             self.rows = call.batch.rows();
         }
         run::run(self, steps, weights, pool, memory, call)
     }
 
-    /// The logits of the last call, where one was run.
-    fn logits(&self) -> Option<&[f32]> {
+    /// The logits of the last call, which was of so many sequences, where one was run.
+    fn logits(&self, sequences: usize) -> Option<&[f32]> {
         let argmax = self.plan.ops.iter().find_map(|op| if let Op::Argmax(spec) = op { Some(spec) } else { None })?;
         let logits = argmax.logits.0;
-        (self.rows > 0).then(|| &self.slots.region(self.storage.slot_of[logits])[..self.plan.buffers[logits].width])
+        let len = sequences * self.plan.buffers[logits].width;
+        (self.rows > 0).then(|| &self.slots.region(self.storage.slot_of[logits])[..len])
     }
 }
 
 impl Session for CpuSession {
     fn position(&self) -> usize {
-        self.position
+        self.places.iter().map(|place| place.position).max().unwrap_or(0)
     }
 
     fn rewind(&mut self, position: usize) {
-        assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
-        if position < self.position {
-            self.rings.rewind(position, &mut self.memory.caches);
+        assert!(position <= self.position(), "cannot rewind from {} to {position}", self.position());
+        for (place, rings) in self.places.iter_mut().zip(&mut self.rings) {
+            if position < place.position {
+                rings.rewind(position, &mut self.memory.caches);
+                place.position = position;
+            }
         }
-        self.position = position;
     }
 
     fn encode(&mut self, input: EncoderInput) -> Result<()> {
-        let kind = self.weights.model.encoder.as_ref().map(|encoder| encoder.input);
-        match (kind, input) {
-            (Some(EncoderInputKind::Tokens), EncoderInput::Tokens(tokens)) => {
-                self.encoder_call(tokens, &[], tokens.len())
-            }
-            (Some(EncoderInputKind::Picture(picture)), EncoderInput::Pixels(pixels)) => {
-                self.encoder_call(&[], &picture.patch_rows(pixels)?, picture.patches())
-            }
-            (Some(_), _) => bail!("this model's encoder reads another kind of input"),
-            (None, _) => bail!("this model has no encoder"),
-        }
+        self.encode_of(self.all(), input)
     }
 
     fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
-        CALLS.check_batch(batch, tokens.len(), self.position)?;
+        CALLS.check_batch(batch, tokens.len(), (self.places.len(), self.position()))?;
         // A token by itself begins no prompt.
-        if tokens.len() > 1 {
-            self.rings.save(self.position, &self.memory.caches);
+        if batch.rows_each() > 1 {
+            self.save_rings(self.all());
         }
-        next.fill(self.step(tokens)?);
+        self.step(self.all(), tokens)?;
+        next.copy_from_slice(&self.last_tokens);
         Ok(())
     }
 
-    fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
-        for _ in 0..n {
-            let token = self.step(&[self.last_token])?;
-            on_tokens(&[token]);
+    fn prefill_one(&mut self, sequence: usize, input: Option<EncoderInput>, tokens: &[u32]) -> Result<u32> {
+        let which = call::check_sequence(sequence, self.places.len())?;
+        input.map_or(Ok(()), |input| self.encode_of(which.clone(), input))?;
+        if tokens.len() > 1 {
+            self.save_rings(which.clone());
         }
-        Ok(())
+        self.step(which, tokens)?;
+        Ok(self.last_tokens[sequence])
+    }
+
+    fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
+        let mut tokens = std::mem::take(&mut self.fed);
+        let mut stepped = Ok(());
+        for _ in 0..n {
+            tokens.clone_from(&self.last_tokens);
+            stepped = self.step(self.all(), &tokens);
+            if stepped.is_err() {
+                break;
+            }
+            on_tokens(&self.last_tokens);
+        }
+        self.fed = tokens;
+        stepped
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
         let Some(head) = self.decoder.plan.head() else { bail!("this plan has no head") };
+        call::check_scored(self.places.len())?;
         let steps = Arc::clone(&self.decoder.steps);
-        self.check_room(tokens)?;
+        self.check_room(&(0..1), tokens)?;
         let rows_of_call = self.rows_of_call;
         for (at, part) in tokens.chunks(rows_of_call).enumerate() {
-            self.call(part, body(&steps))?;
+            self.call(0..1, part, body(&steps));
             self.score_rows(head, part.len(), &mut |row, logits| on_row(at * rows_of_call + row, logits));
         }
         Ok(())
     }
 
     fn logits(&mut self) -> Result<Vec<f32>> {
-        match self.decoder.logits() {
+        match self.decoder.logits(self.called) {
             Some(logits) => Ok(logits.to_vec()),
             None => bail!("no token was run yet"),
         }
@@ -460,8 +401,8 @@ impl Session for CpuSession {
             weights_resident_bytes: (resident + 2 * vectors) as u64,
             kv_cache_bytes: 4 * cache_floats as u64,
             scratch_bytes: self.scratch_bytes() as u64,
-            weight_bytes_per_token: model.weight_bytes_per_token(&stored) as u64,
-            ..Footprint::of_caches(model, KV_FORMAT, self.encoded)
+            weight_bytes_per_token: model.weight_bytes_per_step(&stored, self.places.len()) as u64,
+            ..Footprint::of_caches(model, KV_FORMAT, self.places[0].encoded)
         }
     }
 
@@ -476,12 +417,12 @@ impl Session for CpuSession {
 
 impl CpuSession {
     fn scratch_bytes(&self) -> usize {
-        let Memory { features, prepared, scratch, parts, mixtures, caches: _ } = &self.memory;
+        let Memory { features, prepared, scratch, parts, mixtures, chosen, caches: _ } = &self.memory;
         let programs = self.encoder.iter().chain([&self.decoder]);
         let buffers = programs.map(|program| program.slots.len()).sum::<usize>()
             + scratch.iter().map(|s| s.kernel.capacity() + s.gathered.capacity() + s.window.capacity()).sum::<usize>();
-        let floats = buffers + parts.floats() + features.capacity();
+        let floats = buffers + parts.floats() + features.capacity() + chosen.len();
         let prepared: usize = prepared.iter().map(Prepared::capacity_bytes).sum();
-        4 * floats + prepared + mixtures.bytes() + self.rings.bytes()
+        4 * floats + prepared + mixtures.bytes() + self.rings.iter().map(Rings::bytes).sum::<usize>()
     }
 }

@@ -1,13 +1,17 @@
 //! Caches with a sliding window after a rewind. A ring holds the window of the last position alone: going back takes the rings
 //! that were kept where a prompt began, or runs the tokens up to there again.
 
+use std::ops::Range;
+
 use super::arena::Arena;
 use crate::plan::{CacheId, Model};
 
-/// The state of a session's rings, and the positions that they can go back to.
+/// The state of a sequence's rings, and the positions that they can go back to.
 pub(super) struct Rings {
     /// The caches that are rings.
     caches: Vec<CacheId>,
+    /// The sequence, and how many there are: each has an equal part of a region.
+    sequence: (usize, usize),
     /// The narrowest ring's positions, the first to be written over; 0 without one.
     window: usize,
     /// Tokens in the caches, and those behind them that a rewind has forgotten.
@@ -23,14 +27,14 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    /// Rings of a session of `capacity` positions.
-    pub fn new(model: &Model, capacity: usize) -> Self {
+    /// Rings of a sequence of `capacity` positions.
+    pub fn new(model: &Model, capacity: usize, sequence: (usize, usize)) -> Self {
         let caches: Vec<CacheId> = (0..model.caches.len()).map(CacheId).collect();
         let is_ring = |id: &CacheId| model.caches[id.0].window.is_some_and(|window| window < capacity);
         let caches: Vec<CacheId> = caches.into_iter().filter(is_ring).collect();
         let window = caches.iter().filter_map(|id| model.caches[id.0].window).min().unwrap_or(0);
         let history = Vec::with_capacity(if caches.is_empty() { 0 } else { capacity });
-        Self { caches, window, history, written: 0, mark: None, saved: Vec::new(), is_stale: false }
+        Self { caches, sequence, window, history, written: 0, mark: None, saved: Vec::new(), is_stale: false }
     }
 
     pub fn bytes(&self) -> usize {
@@ -46,7 +50,8 @@ impl Rings {
         self.saved.resize(2 * self.caches.len(), Vec::new());
         for (saved, region) in self.saved.iter_mut().zip(regions) {
             saved.clear();
-            saved.extend_from_slice(memory.region(region));
+            let region = memory.region(region);
+            saved.extend_from_slice(&region[own(self.sequence, region.len())]);
         }
         self.mark = Some(position);
     }
@@ -78,7 +83,9 @@ impl Rings {
             self.written = 0;
         } else if !is_whole && self.mark == Some(position) {
             for (saved, region) in self.saved.iter().zip(regions(&self.caches)) {
-                memory.region_mut(region).copy_from_slice(saved);
+                let region = memory.region_mut(region);
+                let own = own(self.sequence, region.len());
+                region[own].copy_from_slice(saved);
             }
             self.written = position;
         } else if !is_whole {
@@ -94,6 +101,12 @@ impl Rings {
         (self.written, self.mark) = (0, None);
         Some(self.history[..position].to_vec()).filter(|tokens| !tokens.is_empty())
     }
+}
+
+/// The part of a region of `len` floats that is a sequence's.
+fn own((sequence, sequences): (usize, usize), len: usize) -> Range<usize> {
+    let each = len / sequences;
+    sequence * each..(sequence + 1) * each
 }
 
 /// Regions of the caches' keys and values.

@@ -1,7 +1,7 @@
 //! One call: the workers walk the steps together, each on its own part.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::alone::{StepMode, windows};
 use super::arena::SharedArena;
@@ -9,7 +9,7 @@ use super::attend::CallAttention;
 use super::buffers::Buffers;
 use super::experts::SharedMixtures;
 use super::partials::SharedParts;
-use super::schedule::{Attend, LinearInput, Step, needs_barrier, product_rows};
+use super::schedule::{Attend, LinearInput, RowShape, Step, needs_barrier, product_rows};
 use super::{Memory, Program, Scratch, Weights};
 use crate::call::Batch;
 use crate::engine::OutlierColumns;
@@ -22,30 +22,66 @@ use crate::plan::{
 };
 use crate::quant::{Activations, Prepared};
 
-/// The rows of a call and their inputs.
+/// A sequence: its part of the caches, and what that holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SequencePlace {
+    /// The sequence's number among those of the session.
+    pub cache: usize,
+    /// Tokens in the decoder's caches before the call.
+    pub position: usize,
+    /// Rows in the encoder's caches.
+    pub encoded: usize,
+}
+
+/// The rows of a call and their inputs. The rows of a sequence lie together.
 #[derive(Clone, Copy)]
 pub struct Call<'a> {
-    /// Its positions begin behind the tokens in the decoder's caches; at 0 for an encoder.
+    /// Its positions are those of the longest sequence.
     pub batch: Batch,
+    /// One per sequence.
+    pub places: &'a [SequencePlace],
+    /// The rows are an encoder's, whose positions begin at 0.
+    pub is_encoder: bool,
     /// One per row; none for a picture.
     pub tokens: &'a [u32],
-    /// Patches of a picture, `[rows, channels · patch²]`.
+    /// Patches of pictures, `[rows, channels · patch²]`.
     pub patches: &'a [f32],
-    /// Rows in the encoder's caches once this call has appended.
-    pub encoded: usize,
     pub mode: StepMode<'a>,
 }
 
-impl Call<'_> {
-    /// The position of the first row.
-    pub fn position(&self) -> usize {
-        self.batch.positions.start
+impl<'a> Call<'a> {
+    /// `tokens` of all `places` behind what their caches hold.
+    pub fn decoder(places: &'a [SequencePlace], tokens: &'a [u32]) -> Self {
+        let start = places.iter().map(|place| place.position).max().unwrap_or(0);
+        let positions = (start..start + tokens.len() / places.len().max(1)).into();
+        let batch = Batch { sequences: places.len(), positions };
+        Self { batch, places, is_encoder: false, tokens, patches: &[], mode: StepMode::Real }
+    }
+
+    /// `rows` rows of each of `places`, from the first position on: `tokens` or `patches`.
+    pub fn encoder(places: &'a [SequencePlace], rows: usize, tokens: &'a [u32], patches: &'a [f32]) -> Self {
+        let batch = Batch { sequences: places.len(), positions: (0..rows).into() };
+        Self { batch, places, is_encoder: true, tokens, patches, mode: StepMode::Real }
+    }
+
+    /// Rows of each sequence.
+    pub fn rows_each(&self) -> usize {
+        self.batch.rows_each()
+    }
+
+    /// The first position of the call's `sequence`.
+    pub fn start(&self, sequence: usize) -> usize {
+        if self.is_encoder { 0 } else { self.places[sequence].position }
+    }
+
+    /// The sequence of the call that a row belongs to, and the row's number in it.
+    pub fn place(&self, row: usize) -> (usize, usize) {
+        (row / self.rows_each(), row % self.rows_each())
     }
 }
 
-/// The results of a call, apart from its buffers.
+/// The results of a call, apart from its buffers and the tokens that it chooses.
 pub struct Outcome {
-    pub token: u32,
     /// Linear groups that looked for outlier columns, and the columns they found.
     pub outliers: OutlierColumns,
 }
@@ -75,22 +111,21 @@ pub fn run(
         scratch: SharedSlice::new(&mut memory.scratch),
         parts: memory.parts.share(),
         mixtures: memory.mixtures.share(),
-        token: AtomicU32::new(0),
+        chosen: SharedSlice::new(&mut memory.chosen),
         outlier_columns: AtomicU64::new(0),
         outlier_calls: AtomicU64::new(0),
         examined_columns: AtomicU64::new(0),
     };
-    let single = call.batch.rows() == 1;
+    let shape = RowShape::of(call.batch);
     pool.run(&|worker: &Worker| {
         for (index, step) in steps.iter().enumerate() {
-            if index > 0 && needs_barrier(&steps[index - 1], step, single) {
+            if index > 0 && needs_barrier(&steps[index - 1], step, shape) {
                 worker.barrier();
             }
             runner.step(index, step, worker);
         }
     });
     Outcome {
-        token: runner.token.into_inner(),
         outliers: OutlierColumns {
             calls: runner.outlier_calls.into_inner(),
             columns: runner.outlier_columns.into_inner(),
@@ -114,7 +149,8 @@ pub(super) struct Runner<'a> {
     scratch: SharedSlice<'a, Scratch>,
     parts: SharedParts<'a>,
     pub(super) mixtures: SharedMixtures<'a>,
-    token: AtomicU32,
+    /// One a sequence of the call.
+    chosen: SharedSlice<'a, u32>,
     outlier_columns: AtomicU64,
     outlier_calls: AtomicU64,
     examined_columns: AtomicU64,
@@ -135,13 +171,8 @@ impl Runner<'_> {
             Step::LastRow(spec) if first => self.last_row(*spec),
             Step::Prepare { x, matrix } if first || self.is_single() => self.prepare(*x, *matrix, worker),
             Step::Route(spec) if first => self.route(spec),
-            Step::Argmax(ArgmaxSpec { logits, softcap: _ }) if first => {
-                let token =
-                    vector::argmax(self.weights.isa, self.buffers.part(*logits, 0, 0..self.buffers.width(*logits)));
-                self.token.store(token as u32, Ordering::Relaxed);
-            }
-            Step::Patches(_) | Step::Features(_) | Step::LastRow(_) | Step::Prepare { .. } => {}
-            Step::Route(_) | Step::Argmax(_) => {}
+            Step::Argmax(spec) => self.argmax(*spec, worker),
+            Step::Patches(_) | Step::Features(_) | Step::LastRow(_) | Step::Prepare { .. } | Step::Route(_) => {}
             Step::ExpertsIn(spec) => self.experts_in(spec, worker),
             Step::ExpertsBetween(spec) => self.experts_between(spec, worker),
             Step::ExpertsOut(spec) => self.experts_out(index, spec, worker),
@@ -178,7 +209,7 @@ impl Runner<'_> {
     }
 
     fn input(&self, input: LinearInput, worker: &Worker) -> Activations<'_> {
-        match input {
+        let x = match input {
             LinearInput::Plain(x) => {
                 Activations::plain(self.buffers.whole(x), self.buffers.rows(x), self.buffers.width(x))
             }
@@ -187,7 +218,12 @@ impl Runner<'_> {
                 // SAFETY: written in `prepare` by this worker itself, or by worker 0 with a barrier before any linear reads it.
                 unsafe { &self.prepared.range(own..own + 1)[0] }.view()
             }
-        }
+        };
+        self.of_call(x)
+    }
+
+    pub(super) fn of_call<'x>(&self, x: Activations<'x>) -> Activations<'x> {
+        Activations { of_batch: self.call.places.len() > 1, ..x }
     }
 
     /// Rows of a call with several are split over the workers; a single row is worker 0's.
@@ -204,10 +240,12 @@ impl Runner<'_> {
         for row in self.own_rows(out, worker) {
             let (token, out) = (self.call.tokens[row], self.buffers.row_mut(out, row));
             if is_image(&token) {
-                let nth = self.call.tokens[..row].iter().filter(|token| is_image(token)).count();
+                let (sequence, own) = self.call.place(row);
+                let nth = self.call.tokens[row - own..row].iter().filter(|token| is_image(token)).count();
                 // SAFETY: written by the encoder's call, only read by the decoder's.
                 let features = unsafe { &self.features.range(0..1)[0] };
-                out.copy_from_slice(&features[nth * out.len()..(nth + 1) * out.len()]);
+                let start = self.features_of(sequence, features.len()).start + nth * out.len();
+                out.copy_from_slice(&features[start..start + out.len()]);
                 continue;
             }
             self.weights.matrices[table.0].dequantize_rows(token as usize..token as usize + 1, out);
@@ -221,7 +259,8 @@ impl Runner<'_> {
         let learned = &mut self.scratch(worker).gathered;
         learned.resize(self.buffers.width(x), 0.0);
         for row in self.own_rows(x, worker) {
-            self.weights.matrices[table.0].dequantize_rows(row..row + 1, learned);
+            let (_, own) = self.call.place(row);
+            self.weights.matrices[table.0].dequantize_rows(own..own + 1, learned);
             vector::add_to(self.weights.isa, self.buffers.row_mut(x, row), learned);
         }
     }
@@ -229,8 +268,18 @@ impl Runner<'_> {
     fn keep_features(&self, x: BufferId) {
         // SAFETY: worker 0 alone touches the features in an encoder's call.
         let features = unsafe { &mut self.features.range_mut(0..1)[0] };
-        features.clear();
-        features.extend_from_slice(self.buffers.whole(x));
+        let all = self.buffers.whole(x);
+        let each = all.len() / self.call.places.len();
+        features.resize(self.weights.sequences * each, 0.0);
+        for (sequence, of_one) in all.chunks_exact(each).enumerate() {
+            features[self.features_of(sequence, self.weights.sequences * each)].copy_from_slice(of_one);
+        }
+    }
+
+    /// The part of the features, `len` elements of all sequences, that is one's of the call.
+    fn features_of(&self, sequence: usize, len: usize) -> Range<usize> {
+        let (each, cache) = (len / self.weights.sequences, self.call.places[sequence].cache);
+        cache * each..(cache + 1) * each
     }
 
     fn norm(&self, NormSpec { norm, x, out }: NormSpec, worker: &Worker) {
@@ -247,9 +296,20 @@ impl Runner<'_> {
     }
 
     fn last_row(&self, LastRowSpec { x, out, scale }: LastRowSpec) {
-        let last = self.buffers.part(x, self.buffers.rows(x) - 1, 0..self.buffers.width(x));
-        for (out, value) in self.buffers.row_mut(out, 0).iter_mut().zip(last) {
-            *out = scale * value;
+        let each = self.call.rows_each();
+        for sequence in 0..self.buffers.rows(out) {
+            let last = self.buffers.part(x, (sequence + 1) * each - 1, 0..self.buffers.width(x));
+            for (out, value) in self.buffers.row_mut(out, sequence).iter_mut().zip(last) {
+                *out = scale * value;
+            }
+        }
+    }
+
+    fn argmax(&self, ArgmaxSpec { logits, softcap: _ }: ArgmaxSpec, worker: &Worker) {
+        for row in self.own_rows(logits, worker) {
+            let token = vector::argmax(self.weights.isa, self.buffers.part(logits, row, 0..self.buffers.width(logits)));
+            // SAFETY: a row is one worker's.
+            unsafe { self.chosen.range_mut(row..row + 1)[0] = token as u32 };
         }
     }
 
@@ -330,23 +390,37 @@ impl Runner<'_> {
 
     /// Attention's output, whose heads are split as [`Step::Append`]'s.
     fn keep_attended(&self, index: usize, attend: &Attend, worker: &Worker) {
+        if let StepMode::Real = self.call.mode {
+            return;
+        }
         let heads = self.weights.model.caches[attend.cache.0].kv_heads;
-        let (own, width) = (worker.share(heads, 1), self.buffers.width(attend.out) / heads);
-        self.keep(index, 0, attend.out, own.start * width..own.end * width);
+        let width = self.buffers.width(attend.out) / heads;
+        for item in worker.share(self.call.places.len() * heads, 1) {
+            let (row, head) = (item / heads, item % heads);
+            self.keep_row(index, 0, attend.out, row, head * width..(head + 1) * width);
+        }
     }
 
     /// Keeps a worker's `columns` of the step's output that has `before` elements before it, or puts back what was kept.
     pub(super) fn keep(&self, index: usize, before: usize, out: BufferId, columns: Range<usize>) {
+        if let StepMode::Real = self.call.mode {
+            return;
+        }
+        (0..self.buffers.rows(out)).for_each(|row| self.keep_row(index, before, out, row, columns.clone()));
+    }
+
+    fn keep_row(&self, index: usize, before: usize, out: BufferId, row: usize, columns: Range<usize>) {
         let kept = |start: usize| start + before + columns.start..start + before + columns.end;
         match self.call.mode {
             StepMode::Real => {}
             StepMode::Keeping(outputs, values) => {
                 // SAFETY: as `out`'s, these columns are this worker's alone in this step.
-                let values = unsafe { values.range_mut(kept(outputs.start(index))) };
-                values.copy_from_slice(self.buffers.part(out, 0, columns));
+                let values = unsafe { values.range_mut(kept(outputs.start(index, row))) };
+                values.copy_from_slice(self.buffers.part(out, row, columns));
             }
             StepMode::StandingIn(_, outputs, values) => {
-                self.buffers.part_mut(out, 0, columns.clone()).copy_from_slice(&values[kept(outputs.start(index))]);
+                let values = &values[kept(outputs.start(index, row))];
+                self.buffers.part_mut(out, row, columns.clone()).copy_from_slice(values);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Lowers a plan to the steps that the CPU engine's workers run together, and says where they must wait for each other.
 //!
-//! The split of a step decides that. While a call has one row, whatever works row by row is done by worker 0 alone; a
+//! The split of a step decides that. While a call has one row, whatever works row by row is done by worker 0 alone, and else by all; a
 //! linear is split over its output rows, and an element-wise operation behind it keeps that split, so that every worker
 //! goes on with the elements it has just computed. Only where the split changes does a barrier stand between two steps.
 
@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
+use crate::call::Batch;
 use crate::plan::{
     ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, AttentionSpec, BiasId, BufferId, CacheId, EmbedSpec,
     ExpertsSpec, FeaturesSpec, KeyValue, LastRowSpec, LinearPart, LinearSpec, Mask, MatrixId, MatrixRows, Norm,
@@ -115,15 +116,38 @@ pub enum Split {
     ExpertElements,
     /// By chosen experts.
     Experts,
-    /// By key/value heads, with all that belongs to a head on one worker.
+    /// By key/value heads of each sequence, with all that belongs to a head on one worker.
     Heads,
 }
 
+/// How many rows a call has, as far as splits differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowShape {
+    /// One row.
+    Single,
+    /// One row of each of several sequences.
+    Step,
+    /// Several rows of a sequence.
+    Prompt,
+}
+
+impl RowShape {
+    pub fn of(batch: Batch) -> Self {
+        match (batch.rows(), batch.rows_each()) {
+            (1, _) => RowShape::Single,
+            (_, 1) => RowShape::Step,
+            _ => RowShape::Prompt,
+        }
+    }
+}
+
 impl Step {
-    /// The split for a call with one row (`single`) or several.
-    pub fn split(&self, single: bool) -> Split {
+    /// The split in a call.
+    pub fn split(&self, shape: RowShape) -> Split {
+        let single = shape == RowShape::Single;
         match self {
             Step::Prepare { .. } if single => Split::Each,
+            Step::Argmax(_) if shape == RowShape::Step => Split::Rows,
             Step::Prepare { .. } | Step::Argmax(_) | Step::LastRow(_) => Split::One,
             Step::Patches(_) | Step::Features(_) | Step::Route(_) => Split::One,
             Step::Embed(_) | Step::Norm(_) | Step::NormInPlace { .. } | Step::AddRows(_) if single => Split::One,
@@ -139,13 +163,13 @@ impl Step {
 }
 
 /// Returns whether a barrier stands between two steps. Elements stay with their worker from a linear to what follows it, but a
-/// linear itself reads what all have written, or what each has prepared for itself; heads stay from append to attention while the call has one row, and with
-/// several rows attention reads what others appended.
-pub fn needs_barrier(before: &Step, after: &Step, single: bool) -> bool {
-    let (first, second) = (before.split(single), after.split(single));
+/// linear itself reads what all have written, or what each has prepared for itself; heads stay from append to attention while the call has one row of each
+/// sequence, and with several rows attention reads what others appended.
+pub fn needs_barrier(before: &Step, after: &Step, shape: RowShape) -> bool {
+    let (first, second) = (before.split(shape), after.split(shape));
     match (first, second) {
         (Split::Each, _) => false,
-        (Split::Heads, Split::Heads) => !single,
+        (Split::Heads, Split::Heads) => shape == RowShape::Prompt,
         (Split::Elements, Split::Elements) => matches!(after, Step::Linear { .. }),
         _ => first != second,
     }

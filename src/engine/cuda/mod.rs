@@ -366,7 +366,7 @@ impl Session for CudaSession {
     }
 
     fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
-        lower::CALLS.check_batch(batch, tokens.len(), self.position)?;
+        lower::CALLS.check_batch(batch, tokens.len(), (1, self.position))?;
         self.times.restart();
         self.check_call(tokens)?;
         self.weights.set_length(self.position + tokens.len())?;

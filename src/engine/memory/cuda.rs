@@ -41,5 +41,5 @@ pub fn is_out_of_memory(error: &anyhow::Error) -> bool {
 pub fn read_bandwidth(ordinal: usize) -> Result<MeasuredBandwidth> {
     let device = open(ordinal)?;
     let (read_gb_s, copy_gb_s) = bandwidth::measure(device.as_cuda_device()?)?;
-    Ok(MeasuredBandwidth { read_gb_s: Some(read_gb_s), copy_gb_s: Some(copy_gb_s) })
+    Ok(MeasuredBandwidth { read_gb_s: Some(read_gb_s), copy_gb_s: Some(copy_gb_s), matmul_gflop_s: None })
 }

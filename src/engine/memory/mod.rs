@@ -58,4 +58,7 @@ pub struct MeasuredBandwidth {
     pub read_gb_s: Option<f64>,
     /// Bytes read plus bytes written.
     pub copy_gb_s: Option<f64>,
+    /// fp32 operations of a large matrix product, in 1e9 a second.
+    #[serde(default)]
+    pub matmul_gflop_s: Option<f64>,
 }

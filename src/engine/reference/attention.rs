@@ -2,26 +2,40 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
+use super::call::{Sequence, SequenceCall};
 use super::{Buffers, Reference, capped, missing};
 use crate::plan::{
     AttentionSpec, BiasId, CacheId, CacheScope, KeyValue, Mask, Norm, QkNorm, QkNormOver, RopeId, Sinks, Window,
 };
 
 impl Reference {
-    /// Appends keys and values, and attends: `[t, h · d]`.
-    pub(super) fn attention(&mut self, spec: &AttentionSpec, buffers: &Buffers) -> Result<Tensor> {
+    /// Appends keys and values, and attends, sequence by sequence: `[rows, h · d]`.
+    pub(super) fn attention(&mut self, spec: &AttentionSpec, call: &SequenceCall, buffers: &Buffers) -> Result<Tensor> {
         let d = self.model.caches[spec.cache.0].head_dim;
-        if let Some(KeyValue { k, v }) = spec.append {
-            let k = self.turned(&buffers.get(k)?, spec.qk_norm.map(|norm| (norm.k, norm.over)), spec.rope, d)?;
-            self.append(spec.cache, &k, &buffers.get(v)?)?;
+        let mut outs = Vec::with_capacity(call.sequences.len());
+        for (at, sequence) in call.sequences.clone().enumerate() {
+            let own = |buffer| buffers.get(buffer)?.narrow(0, at * call.rows_each, call.rows_each);
+            let start = self.sequences[sequence].position;
+            if let Some(KeyValue { k, v }) = spec.append {
+                let norm = spec.qk_norm.map(|norm| (norm.k, norm.over));
+                let k = self.turned(&own(k)?, norm, spec.rope.map(|rope| (rope, start)), d)?;
+                self.append(sequence, spec.cache, &k, &own(v)?)?;
+            }
+            let norm = spec.qk_norm.map(|QkNorm { q, over, .. }| (q, over));
+            let q = self.turned(&own(spec.q)?, norm, spec.rope.map(|rope| (rope, start)), d)?;
+            outs.push(self.attend(&self.sequences[sequence], &q, spec)?);
         }
-        let q =
-            self.turned(&buffers.get(spec.q)?, spec.qk_norm.map(|QkNorm { q, over, .. }| (q, over)), spec.rope, d)?;
-        self.attend(&q, spec)
+        Tensor::cat(&outs, 0)
     }
 
     /// `rope(norm(x))` of queries or keys, `[t, heads · d]`.
-    fn turned(&self, x: &Tensor, norm: Option<(Norm, QkNormOver)>, rope: Option<RopeId>, d: usize) -> Result<Tensor> {
+    fn turned(
+        &self,
+        x: &Tensor,
+        norm: Option<(Norm, QkNormOver)>,
+        rope: Option<(RopeId, usize)>,
+        d: usize,
+    ) -> Result<Tensor> {
         let (t, width) = x.dims2()?;
         let normed = match norm {
             Some((norm, QkNormOver::Head)) => {
@@ -36,13 +50,13 @@ impl Reference {
         }
     }
 
-    /// `x` is `[t, heads · d]`; each head's first `rotary_dim` elements turn by position.
-    fn rotate(&self, rope: RopeId, x: &Tensor, d: usize) -> Result<Tensor> {
+    /// `x` is `[t, heads · d]`; each head's first `rotary_dim` elements turn by position, from `start` on.
+    fn rotate(&self, (rope, start): (RopeId, usize), x: &Tensor, d: usize) -> Result<Tensor> {
         let rope = &self.model.ropes[rope.0];
         let (t, width) = x.dims2()?;
         let half = rope.rotary_dim / 2;
-        let frequencies = rope.frequencies(self.position + t);
-        let turns = (self.position..self.position + t).flat_map(|position| rope.turns_by(&frequencies, position));
+        let frequencies = rope.frequencies(start + t);
+        let turns = (start..start + t).flat_map(|position| rope.turns_by(&frequencies, position));
         let (cos, sin): (Vec<f32>, Vec<f32>) = turns.unzip();
         let cos = Tensor::from_vec(cos, (t, 1, half), &self.device)?;
         let sin = Tensor::from_vec(sin, (t, 1, half), &self.device)?;
@@ -54,20 +68,21 @@ impl Reference {
         Tensor::cat(&[turned_a, turned_b, rest], 2)?.reshape((t, width))?.to_dtype(self.compute)
     }
 
-    /// Keys and values, `[t, g · d]`, rotated. The encoder's caches hold one call, the decoder's grow.
-    pub(super) fn append(&mut self, cache: CacheId, k: &Tensor, v: &Tensor) -> Result<()> {
+    /// Keys and values of a sequence, `[t, g · d]`, rotated. The encoder's caches hold one call, the decoder's grow.
+    pub(super) fn append(&mut self, sequence: usize, cache: CacheId, k: &Tensor, v: &Tensor) -> Result<()> {
         let spec = self.model.caches[cache.0];
         let (k, v) = (heads(k, spec.head_dim)?, heads(v, spec.head_dim)?);
-        let old = self.caches[cache.0].take().filter(|_| spec.scope == CacheScope::Decoder);
-        self.caches[cache.0] = Some(match old {
+        let held = &mut self.sequences[sequence].caches[cache.0];
+        let old = held.take().filter(|_| spec.scope == CacheScope::Decoder);
+        *held = Some(match old {
             Some((keys, values)) => (Tensor::cat(&[keys, k], 1)?, Tensor::cat(&[values, v], 1)?),
             None => (k, v),
         });
         Ok(())
     }
 
-    /// `q` is `[t, h · d]`, rotated; softmax in fp32.
-    fn attend(&self, q: &Tensor, attend: &AttentionSpec) -> Result<Tensor> {
+    /// `q` is `[t, h · d]` of one sequence, rotated; softmax in fp32.
+    fn attend(&self, sequence: &Sequence, q: &Tensor, attend: &AttentionSpec) -> Result<Tensor> {
         // The caller has appended, normed and rotated; `bias` takes the rest.
         let &AttentionSpec {
             q: _,
@@ -84,7 +99,7 @@ impl Reference {
             sinks,
         } = attend;
         let spec = self.model.caches[cache.0];
-        let (keys, values) = self.caches[cache.0].as_ref().ok_or_else(|| missing("keys and values"))?;
+        let (keys, values) = sequence.caches[cache.0].as_ref().ok_or_else(|| missing("keys and values"))?;
         let (t, width) = q.dims2()?;
         let (g, d, total) = (spec.kv_heads, spec.head_dim, keys.dim(1)?);
         let group = width / d / g;
@@ -92,7 +107,11 @@ impl Reference {
         let q = q.reshape((t, g, group, d))?.permute((1, 2, 0, 3))?.reshape((g, group * t, d))?;
         let (q, keys, values) = (q.to_dtype(DType::F32)?, keys.to_dtype(DType::F32)?, values.to_dtype(DType::F32)?);
         let scores = capped((q.matmul(&keys.transpose(1, 2)?.contiguous()?)? * scale as f64)?, softcap)?;
-        let bias = Tensor::from_vec(self.bias(g * group, t, total, attend)?, (g, group * t, total), &self.device)?;
+        let bias = Tensor::from_vec(
+            self.bias(g * group, (sequence.position, t), total, attend)?,
+            (g, group * t, total),
+            &self.device,
+        )?;
         let mut scores = (scores + bias)?;
         if let Some(Sinks(vector)) = sinks {
             let sinks = self.vectors[vector.0].reshape((g, group, 1, 1))?.broadcast_as((g, group, t, 1))?;
@@ -106,11 +125,11 @@ impl Reference {
     }
 
     /// Terms that are added to the scores, `[h, t, total]`: the relative bias, and −∞ where mask or window hides a key.
-    fn bias(&self, h: usize, t: usize, total: usize, attend: &AttentionSpec) -> Result<Vec<f32>> {
+    fn bias(&self, h: usize, (start, t): (usize, usize), total: usize, attend: &AttentionSpec) -> Result<Vec<f32>> {
         let causal = match attend.mask {
             Mask::Causal => true,
             Mask::Full => false,
-            Mask::Prefix => self.position > 0,
+            Mask::Prefix => start > 0,
         };
         let first_seen = |query: i64| attend.window.map_or(i64::MIN, |Window(window)| query - window as i64 + 1);
         let table = attend.bias.map(|bias| self.relative_bias(bias)).transpose()?;

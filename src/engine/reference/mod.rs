@@ -4,14 +4,18 @@
 //! norms fp32, and a linear is the format's device kernel. Speed is no aim here.
 
 mod attention;
+mod call;
 mod experts;
+
+use std::ops::Range;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 
+use self::call::{Sequence, SequenceCall};
 use super::load::{LoadedTensors, stream};
 use super::{EncoderInput, Footprint, Loaded, OutlierColumns, Session, Setup, recompute};
-use crate::call::{Batch, KvFormat, Supported};
+use crate::call::{ANY, Batch, KvFormat, Supported, check_scored, check_sequence};
 use crate::events::Listener;
 use crate::plan::{
     ActivationKind, ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, ArgmaxSpec, BufferId, CacheScope, EmbedSpec,
@@ -61,17 +65,11 @@ pub struct Reference {
     compute: DType,
     matrices: Vec<Box<dyn Linear>>,
     vectors: Vec<Tensor>,
-    /// Keys and values of each cache, `[g, t, d]`; empty before the first token.
-    caches: Vec<Option<(Tensor, Tensor)>>,
-    position: usize,
-    /// Rows of the last encoder call.
-    encoded: usize,
-    /// `[patches, hidden]`
-    features: Option<Tensor>,
-    /// The input of [`PatchesSpec`]: `[patches, channels · patch²]`.
+    sequences: Vec<Sequence>,
+    /// The input of [`PatchesSpec`]: `[rows, channels · patch²]`.
     patches: Option<Tensor>,
+    /// `[sequences, vocab]`, of the last call.
     logits: Option<Tensor>,
-    last_token: u32,
     kv_format: KvFormat,
     calls: Supported,
 }
@@ -83,7 +81,7 @@ fn calls(format: KvFormat) -> Supported {
         KvFormat::Fp16 => &[KvFormat::Fp16],
         KvFormat::Bf16 | KvFormat::Fp8 => &[],
     };
-    Supported { executor: EXECUTOR, kv_formats }
+    Supported { executor: EXECUTOR, kv_formats, most_sequences: ANY }
 }
 
 /// The name in errors.
@@ -105,7 +103,7 @@ pub fn largest_values(setup: &Setup, tokens: &[u32]) -> Result<Vec<(String, f32)
     let tensors = stream(setup, &crate::events::Silent, &finish)?;
     let mut reference = Reference::of(setup, tensors.matrices, tensors.vectors, Device::Cpu, DType::F32)?;
     let plan = setup.model.decoder.clone();
-    let buffers = reference.run(&plan, tokens)?;
+    let buffers = reference.run(&plan, &SequenceCall::of(0..1, tokens))?;
     let largest = |values: &Tensor| values.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
     let of_buffer = |(buffer, values): (&crate::plan::Buffer, &Option<Tensor>)| {
         let largest = values.as_ref().map(largest).transpose()?;
@@ -147,39 +145,76 @@ impl Reference {
             compute,
             matrices,
             vectors,
-            caches: vec![None; setup.model.caches.len()],
-            position: 0,
-            encoded: 0,
-            features: None,
+            sequences: vec![
+                Sequence {
+                    caches: vec![None; setup.model.caches.len()],
+                    position: 0,
+                    encoded: 0,
+                    features: None,
+                    last_token: 0,
+                };
+                setup.sequences
+            ],
             patches: None,
             logits: None,
-            last_token: 0,
             kv_format: setup.kv_format,
             calls: calls(setup.kv_format),
         })
     }
 
-    /// Runs a call of `rows` rows through `plan`.
-    fn run(&mut self, plan: &Plan, tokens: &[u32]) -> Result<Buffers> {
+    /// Runs a call through `plan`.
+    fn run(&mut self, plan: &Plan, call: &SequenceCall) -> Result<Buffers> {
         let mut buffers = Buffers(vec![None; plan.buffers.len()]);
         for op in &plan.ops {
-            self.step(op, tokens, &mut buffers).with_context(|| format!("reference executor at {op:?}"))?;
+            self.step(op, call, &mut buffers).with_context(|| format!("reference executor at {op:?}"))?;
         }
         Ok(buffers)
     }
 
-    fn decoder_call(&mut self, tokens: &[u32]) -> Result<u32> {
+    fn decoder_call(&mut self, call: &SequenceCall) -> Result<()> {
+        let longest = self.sequences[call.sequences.clone()].iter().map(|sequence| sequence.position).max();
+        let is_longest = |sequence: &Sequence| Some(sequence.position) == longest;
+        if call.rows_each > 1 && !self.sequences[call.sequences.clone()].iter().all(is_longest) {
+            let each = call.rows_each;
+            bail!("{EXECUTOR} cannot run {each} tokens each behind sequences of different lengths in one call");
+        }
         let plan = self.model.decoder.clone();
-        self.run(&plan, tokens)?;
-        self.position += tokens.len();
-        Ok(self.last_token)
+        self.run(&plan, call)?;
+        for sequence in &mut self.sequences[call.sequences.clone()] {
+            sequence.position += call.rows_each;
+        }
+        Ok(())
     }
 
-    fn step(&mut self, op: &Op, tokens: &[u32], buffers: &mut Buffers) -> candle_core::Result<()> {
+    fn encode_of(&mut self, which: Range<usize>, input: EncoderInput) -> Result<()> {
+        let Some(encoder) = self.model.encoder.clone() else { bail!("this model has no encoder") };
+        let each = input.of_each(which.len())?;
+        let (rows_each, tokens) = match (encoder.input, input) {
+            (EncoderInputKind::Tokens, EncoderInput::Tokens(tokens)) => (each, tokens),
+            (EncoderInputKind::Picture(picture), EncoderInput::Pixels(pixels)) => {
+                let patches = pixels.chunks(each.max(1)).map(|pixels| picture.patch_rows(pixels));
+                let patches = patches.collect::<candle_core::Result<Vec<_>>>()?.concat();
+                let rows = which.len() * picture.patches();
+                let width = patches.len() / rows;
+                self.patches = Some(Tensor::from_vec(patches, (rows, width), &self.device)?);
+                (picture.patches(), &[][..])
+            }
+            _ => bail!("this model's encoder reads another kind of input"),
+        };
+        self.sequences[which.clone()].iter_mut().for_each(|sequence| sequence.encoded = rows_each);
+        self.run(&encoder.plan, &SequenceCall { sequences: which, rows_each, tokens })?;
+        Ok(())
+    }
+
+    fn last_tokens(&self) -> Vec<u32> {
+        self.sequences.iter().map(|sequence| sequence.last_token).collect()
+    }
+
+    fn step(&mut self, op: &Op, call: &SequenceCall, buffers: &mut Buffers) -> candle_core::Result<()> {
         match op {
             Op::Embed(spec) => {
                 let EmbedSpec { table, scale, image, out } = *spec;
-                buffers.set(out, self.embed(tokens, table, scale, image)?);
+                buffers.set(out, self.embed(call, table, scale, image)?);
             }
             Op::Patches(PatchesSpec { out }) => {
                 let patches = self.patches.as_ref().ok_or_else(|| missing("a picture"))?;
@@ -187,11 +222,17 @@ impl Reference {
             }
             Op::AddRows(AddRowsSpec { x, table }) => {
                 let rows = buffers.get(*x)?;
-                let ids: Vec<u32> = (0..rows.dim(0)? as u32).collect();
+                let ids: Vec<u32> = (0..rows.dim(0)?).map(|row| (row % call.rows_each) as u32).collect();
                 let table = self.matrices[table.0].rows(&ids)?.to_dtype(self.compute)?;
                 buffers.set(*x, (rows + table)?);
             }
-            Op::Features(FeaturesSpec { x }) => self.features = Some(buffers.get(*x)?),
+            Op::Features(FeaturesSpec { x }) => {
+                let features = buffers.get(*x)?;
+                for (at, sequence) in call.sequences.clone().enumerate() {
+                    let own = features.narrow(0, at * call.rows_each, call.rows_each)?;
+                    self.sequences[sequence].features = Some(own);
+                }
+            }
             Op::Norm(NormSpec { norm, x, out }) => buffers.set(*out, self.norm(*norm, &buffers.get(*x)?)?),
             Op::Linear(LinearSpec { x, parts }) => {
                 let x = buffers.get(*x)?.contiguous()?;
@@ -200,10 +241,14 @@ impl Reference {
                 }
             }
             Op::Append(AppendSpec { kv: KeyValue { k, v }, cache }) => {
-                self.append(*cache, &buffers.get(*k)?, &buffers.get(*v)?)?;
+                let (k, v) = (buffers.get(*k)?, buffers.get(*v)?);
+                for (at, sequence) in call.sequences.clone().enumerate() {
+                    let own = |x: &Tensor| x.narrow(0, at * call.rows_each, call.rows_each);
+                    self.append(sequence, *cache, &own(&k)?, &own(&v)?)?;
+                }
             }
             Op::Attention(spec) => {
-                let out = self.attention(spec, buffers)?;
+                let out = self.attention(spec, call, buffers)?;
                 buffers.set(spec.out, out);
             }
             Op::Activation(ActivationSpec { kind, gate, up, out }) => {
@@ -226,11 +271,15 @@ impl Reference {
             }
             Op::LastRow(LastRowSpec { x, out, scale }) => {
                 let x = buffers.get(*x)?;
-                buffers.set(*out, (x.narrow(0, x.dim(0)? - 1, 1)? * *scale as f64)?);
+                let last = |at: usize| x.narrow(0, (at + 1) * call.rows_each - 1, 1);
+                let rows: Vec<Tensor> = (0..call.sequences.len()).map(last).collect::<candle_core::Result<_>>()?;
+                buffers.set(*out, (Tensor::cat(&rows, 0)? * *scale as f64)?);
             }
             Op::Argmax(ArgmaxSpec { logits, softcap }) => {
-                let logits = capped(buffers.get(*logits)?.to_dtype(DType::F32)?.flatten_all()?, *softcap)?;
-                self.last_token = first_largest(&logits.to_vec1::<f32>()?);
+                let logits = capped(buffers.get(*logits)?.to_dtype(DType::F32)?, *softcap)?;
+                for (sequence, logits) in call.sequences.clone().zip(logits.to_vec2::<f32>()?) {
+                    self.sequences[sequence].last_token = first_largest(&logits);
+                }
                 self.logits = Some(logits);
             }
         }
@@ -255,22 +304,31 @@ impl Reference {
         }
     }
 
-    fn embed(&self, tokens: &[u32], table: MatrixId, scale: f32, image: Option<u32>) -> candle_core::Result<Tensor> {
-        let rows = (self.matrices[table.0].rows(tokens)?.to_dtype(self.compute)? * scale as f64)?;
-        let n_image = tokens.iter().filter(|&&token| Some(token) == image).count();
-        if n_image == 0 {
+    fn embed(
+        &self,
+        call: &SequenceCall,
+        table: MatrixId,
+        scale: f32,
+        image: Option<u32>,
+    ) -> candle_core::Result<Tensor> {
+        let rows = (self.matrices[table.0].rows(call.tokens)?.to_dtype(self.compute)? * scale as f64)?;
+        if !call.tokens.iter().any(|&token| Some(token) == image) {
             return Ok(rows);
         }
-        let features = self.features.as_ref().ok_or_else(|| missing("image features"))?;
-        let mut next = 0;
-        let picked = tokens.iter().enumerate().map(|(row, &token)| {
-            if Some(token) != image {
-                return rows.narrow(0, row, 1);
+        let mut picked = Vec::new();
+        for (at, tokens) in call.tokens.chunks(call.rows_each).enumerate() {
+            let features = self.sequences[call.sequences.start + at].features.as_ref();
+            let features = features.ok_or_else(|| missing("image features"))?;
+            let mut next = 0;
+            for (own, &token) in tokens.iter().enumerate() {
+                picked.push(match Some(token) == image {
+                    true => features.narrow(0, next, 1)?,
+                    false => rows.narrow(0, at * call.rows_each + own, 1)?,
+                });
+                next += usize::from(Some(token) == image);
             }
-            next += 1;
-            features.narrow(0, next - 1, 1)
-        });
-        Tensor::cat(&picked.collect::<candle_core::Result<Vec<_>>>()?, 0)
+        }
+        Tensor::cat(&picked, 0)
     }
 
     /// Row by row in fp32, back in the compute dtype.
@@ -332,58 +390,58 @@ fn first_largest(logits: &[f32]) -> u32 {
 
 impl Session for Reference {
     fn position(&self) -> usize {
-        self.position
+        self.sequences.iter().map(|sequence| sequence.position).max().unwrap_or(0)
     }
 
     fn rewind(&mut self, position: usize) {
-        assert!(position <= self.position, "cannot rewind from {} to {position}", self.position);
-        let specs = self.model.caches.iter();
-        for (_, cache) in specs.zip(&mut self.caches).filter(|(spec, _)| spec.scope == CacheScope::Decoder) {
-            *cache = match cache.take() {
-                Some((k, v)) if position > 0 => match (k.i((.., ..position)), v.i((.., ..position))) {
-                    (Ok(k), Ok(v)) => Some((k, v)),
+        assert!(position <= self.position(), "cannot rewind from {} to {position}", self.position());
+        for sequence in self.sequences.iter_mut().filter(|sequence| sequence.position > position) {
+            let specs = self.model.caches.iter();
+            for (_, cache) in specs.zip(&mut sequence.caches).filter(|(spec, _)| spec.scope == CacheScope::Decoder) {
+                *cache = match cache.take() {
+                    Some((k, v)) if position > 0 => match (k.i((.., ..position)), v.i((.., ..position))) {
+                        (Ok(k), Ok(v)) => Some((k, v)),
+                        _ => None,
+                    },
                     _ => None,
-                },
-                _ => None,
-            };
+                };
+            }
+            sequence.position = position;
         }
-        self.position = position;
     }
 
     fn encode(&mut self, input: EncoderInput) -> Result<()> {
-        let Some(encoder) = self.model.encoder.clone() else { bail!("this model has no encoder") };
-        match (encoder.input, input) {
-            (EncoderInputKind::Tokens, EncoderInput::Tokens(tokens)) => {
-                self.encoded = tokens.len();
-                self.run(&encoder.plan, tokens)?;
-            }
-            (EncoderInputKind::Picture(picture), EncoderInput::Pixels(pixels)) => {
-                let patches = picture.patch_rows(pixels)?;
-                let width = patches.len() / picture.patches();
-                self.encoded = picture.patches();
-                self.patches = Some(Tensor::from_vec(patches, (picture.patches(), width), &self.device)?);
-                self.run(&encoder.plan, &[])?;
-            }
-            _ => bail!("this model's encoder reads another kind of input"),
-        }
-        Ok(())
+        self.encode_of(0..self.sequences.len(), input)
     }
 
     fn prefill_batch(&mut self, batch: Batch, tokens: &[u32], next: &mut [u32]) -> Result<()> {
         if tokens.is_empty() {
             bail!("a prefill needs at least one token");
         }
-        self.calls.check_batch(batch, tokens.len(), self.position)?;
-        next.fill(self.decoder_call(tokens)?);
+        let n = self.sequences.len();
+        self.calls.check_batch(batch, tokens.len(), (n, self.position()))?;
+        self.decoder_call(&SequenceCall::of(0..n, tokens))?;
+        next.copy_from_slice(&self.last_tokens());
         Ok(())
+    }
+
+    fn prefill_one(&mut self, sequence: usize, input: Option<EncoderInput>, tokens: &[u32]) -> Result<u32> {
+        if tokens.is_empty() {
+            bail!("a prefill needs at least one token");
+        }
+        let which = check_sequence(sequence, self.sequences.len())?;
+        input.map_or(Ok(()), |input| self.encode_of(which.clone(), input))?;
+        self.decoder_call(&SequenceCall::of(which, tokens))?;
+        Ok(self.sequences[sequence].last_token)
     }
 
     fn score(&mut self, tokens: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
         let plan = self.model.decoder.clone();
         let head = plan.head().context("this plan has no head")?;
         let body = Plan { ops: plan.ops[..head.body_len].to_vec(), buffers: plan.buffers.clone() };
-        let x = (self.run(&body, tokens)?.get(head.x)? * head.scale as f64)?;
-        self.position += tokens.len();
+        check_scored(self.sequences.len())?;
+        let x = (self.run(&body, &SequenceCall::of(0..1, tokens))?.get(head.x)? * head.scale as f64)?;
+        self.sequences[0].position += tokens.len();
         for row in 0..tokens.len() {
             let logits = self.matrices[head.weight.0].forward(&x.narrow(0, row, 1)?.contiguous()?)?;
             let logits = self.biased(logits, head.bias)?.to_dtype(DType::F32)?.flatten_all()?;
@@ -394,15 +452,15 @@ impl Session for Reference {
 
     fn decode_batch(&mut self, n: usize, on_tokens: &mut dyn FnMut(&[u32])) -> Result<()> {
         for _ in 0..n {
-            let token = self.decoder_call(&[self.last_token])?;
-            on_tokens(&[token]);
+            self.decoder_call(&SequenceCall::of(0..self.sequences.len(), &self.last_tokens()))?;
+            on_tokens(&self.last_tokens());
         }
         Ok(())
     }
 
     fn logits(&mut self) -> Result<Vec<f32>> {
         let logits = self.logits.as_ref().context("no token was run yet")?;
-        Ok(logits.to_vec1::<f32>()?)
+        Ok(logits.flatten_all()?.to_vec1::<f32>()?)
     }
 
     fn synchronize(&mut self) -> Result<()> {
@@ -415,14 +473,15 @@ impl Session for Reference {
 
     fn footprint(&self) -> Footprint {
         let stored: Vec<usize> = self.matrices.iter().map(|m| m.stored_bytes()).collect();
-        let caches = Footprint::of_caches(&self.model, self.kv_format, self.encoded);
+        let caches = Footprint::of_caches(&self.model, self.kv_format, self.sequences[0].encoded);
+        let positions: usize = self.sequences.iter().map(|sequence| sequence.position).sum();
         let weights_bytes = (stored.iter().sum::<usize>() + self.model.vector_bytes()) as u64;
         Footprint {
             weights_bytes,
             weights_resident_bytes: weights_bytes,
-            kv_cache_bytes: caches.kv_bytes_per_held_position() * self.position as u64,
+            kv_cache_bytes: caches.kv_bytes_per_held_position() * positions as u64,
             scratch_bytes: 0,
-            weight_bytes_per_token: self.model.weight_bytes_per_token(&stored) as u64,
+            weight_bytes_per_token: self.model.weight_bytes_per_step(&stored, self.sequences.len()) as u64,
             ..caches
         }
     }

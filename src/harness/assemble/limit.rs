@@ -9,15 +9,21 @@ use crate::stats;
 /// The bandwidth of a record, from its metrics and the bytes that the session counted.
 pub fn bandwidth(context: &RunContext, record: &Record, outcome: &VariantOutcome) -> Bandwidth {
     let footprint = outcome.finished.as_ref().map(|finished| &finished.footprint);
-    let kv_bytes_per_token = footprint.map(|f| f.kv_bytes_per_step(context.n_before, record.workload.n_gen));
+    let batch = record.workload.batch_size.max(1);
+    let kv_bytes_per_token = footprint.map(|f| batch * f.kv_bytes_per_step(context.n_before, record.workload.n_gen));
     let weight_bytes_per_token = footprint.map(|footprint| footprint.weight_bytes_per_token);
     let decode_tps = record.metrics.get("decode_tps").and_then(|summary| summary.median);
     let bytes = weight_bytes_per_token.zip(kv_bytes_per_token).map(|(weights, kv)| weights + kv);
-    let achieved_gb_s = bytes.zip(decode_tps).map(|(bytes, tps)| bytes as f64 * tps / 1e9);
+    let steps_s = decode_tps.map(|tps| tps / batch as f64);
+    let achieved_gb_s = bytes.zip(steps_s).map(|(bytes, steps)| bytes as f64 * steps / 1e9);
+    // Of another engine it is not known which products it computes.
+    let is_own = record.engine.name == context.engine.name;
+    let flops_per_step = Some(context.flops_per_step).filter(|flops| is_own && *flops > 0);
+    let achieved_gflop_s = flops_per_step.zip(steps_s).map(|(flops, steps)| flops as f64 * steps / 1e9);
     let mbu = achieved_gb_s.zip(context.read_gb_s).map(|(achieved, read)| achieved / read);
     let alone = outcome.finished.as_ref().and_then(|finished| Shares::of(finished.alone.as_ref()?));
     let seen = LimitInputs {
-        is_own: record.engine.name == context.engine.name,
+        is_own,
         is_cached: bytes.is_some_and(|bytes| is_cached(context, bytes, mbu)),
         on_cpu: context.device.kind == "cpu",
         mbu,
@@ -32,6 +38,10 @@ pub fn bandwidth(context: &RunContext, record: &Record, outcome: &VariantOutcome
         since: context.bandwidth_since.clone(),
         achieved_gb_s,
         mbu,
+        flops_per_step,
+        achieved_gflop_s,
+        matmul_gflop_s: context.matmul_gflop_s,
+        mfu: achieved_gflop_s.zip(context.matmul_gflop_s).map(|(achieved, most)| achieved / most),
         theoretical_gb_s: context.theoretical_gb_s.as_ref().ok().copied(),
         theoretical_unknown: context.theoretical_gb_s.as_ref().err().cloned(),
         device_share: seen.device_share,

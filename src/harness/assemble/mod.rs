@@ -38,9 +38,9 @@ pub fn records(
     for (at, (record, outcome)) in records.iter_mut().zip(outcomes).enumerate() {
         let fp16 = case.baseline_of(at);
         let fp16_samples = fp16.filter(|_| real).map(|at| outcomes[at].samples.as_slice());
-        let n_gen = record.workload.n_gen as usize;
+        let tokens = (record.workload.n_gen as usize, record.workload.batch_size as usize);
         if record.status == Status::Ok
-            && let Some(reason) = invalid_reason(&outcome.samples, n_gen, fp16_samples).or(others::not_finite(outcome))
+            && let Some(reason) = invalid_reason(&outcome.samples, tokens, fp16_samples).or(others::not_finite(outcome))
         {
             (record.status, record.reason) = (Status::Invalid, Some(reason));
         }
@@ -101,7 +101,9 @@ fn base(
 ) -> Record {
     let loaded = outcome.loaded.clone().unwrap_or_default();
     let n_gen = outcome.warmed.as_ref().map_or(context.workload.n_gen, |warmed| warmed.n_gen as u64);
-    let token_ids = outcome.samples.first().map(|sample| sample.ids.clone()).unwrap_or_default();
+    let texts = outcome.samples.first().map(|sample| sample.texts(context.workload.batch_size as usize));
+    let mut texts = texts.unwrap_or_default().into_iter();
+    let token_ids = texts.next().unwrap_or_default();
     let text = (!token_ids.is_empty()).then(|| decode(&token_ids)).flatten();
     let isa = if loaded.isa.is_empty() { context.environment.isa.clone() } else { loaded.isa.clone() };
     let mut record = Record {
@@ -129,12 +131,16 @@ fn base(
         metrics: BTreeMap::new(),
         dtypes: dtypes(context, variant, &loaded),
         ratio_to_fp16: None,
-        memory: memory::memory(outcome, &context.device.kind),
+        break_even: None,
+        memory: record::Memory {
+            largest_batch: context.largest_batch.then_some(context.workload.batch_size),
+            ..memory::memory(outcome, &context.device.kind)
+        },
         bandwidth: Bandwidth::default(),
         energy: monitor::energy(context.counter.as_ref(), outcome),
         monitor: monitor::ranges(outcome),
         series: if context.protocol.keep_series { monitor::series(outcome) } else { Vec::new() },
-        output: record::Output { token_ids, text },
+        output: record::Output { token_ids, text, further_token_ids: texts.collect() },
         self_check: loaded
             .own
             .self_check

@@ -83,7 +83,7 @@ impl EvalText {
         tokens.truncate(choice.n_tokens);
         prompt::check_vocabulary(&tokens, false, model)?;
         let prefix = match input {
-            Some(EncoderInputKind::Picture(_)) => workload.task.prompt.clone(),
+            Some(EncoderInputKind::Picture(_)) => workload.task.of_first().1.to_vec(),
             Some(EncoderInputKind::Tokens) => {
                 tokens.insert(0, model.decoder_start.unwrap_or(0));
                 Vec::new()
@@ -100,7 +100,7 @@ impl EvalText {
         let longest = windows[0].end;
         let n_prompt = longest.min(GREEDY_TOKENS / 4);
         let greedy = Greedy { n_prompt, n_gen: (length - n_prompt).min(GREEDY_TOKENS) };
-        let (encode, n_encoder) = (workload.task.encode.clone(), workload.n_encoder);
+        let (encode, n_encoder) = (workload.task.of_first().0, workload.n_encoder);
         Ok(Self { name, encode, n_encoder, prefix, tokens, windows, greedy })
     }
 
@@ -151,7 +151,7 @@ impl EvalText {
         selection: Selection,
     ) -> Result<ProcessWorker, Failure> {
         let (task, n_prompt, n_encoder) = (self.task(), self.longest(), self.n_encoder);
-        let workload = TokenizedWorkload { task, sequences: 1, n_prompt, n_image: 0, n_encoder };
+        let workload = TokenizedWorkload { task, n_prompt, n_image: 0, n_encoder, longest_given: None };
         let mut selected = model.clone();
         // Patterns were checked when the model was opened.
         let _ = selection.apply(&mut selected.matrices);

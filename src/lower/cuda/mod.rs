@@ -23,7 +23,8 @@ use crate::kernels::cuda::step_kernel::DeviceProperties;
 use crate::plan::{ActivationKind, BiasId, CacheId, EmbedSpec, LmHead, MatrixId, Model, Op, RopeId, Softcap, VectorId};
 
 /// The calls that the device runs.
-pub const CALLS: Supported = Supported { executor: "the CUDA engine", kv_formats: &[KvFormat::Fp16] };
+pub const CALLS: Supported =
+    Supported { executor: "the CUDA engine", kv_formats: &[KvFormat::Fp16], most_sequences: 1 };
 
 /// A loaded model in memory that kernels reach: on a device, or in tests on the host.
 pub trait Addresses {

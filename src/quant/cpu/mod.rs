@@ -23,6 +23,12 @@ pub const STRIP_ROWS: usize = 16;
 /// One output for each row of a strip.
 pub type StripSums = [f32; STRIP_ROWS];
 
+/// Tokens that a strip is multiplied by while each of its weights is in a register, at most. More pass over panels.
+pub const FEW_TOKENS: usize = 8;
+
+/// Outputs of a strip for up to [`FEW_TOKENS`] tokens.
+pub type FewSums = [StripSums; FEW_TOKENS];
+
 /// `isa`, after the check that lets kernels be called for it without another.
 ///
 /// # Panics
@@ -59,6 +65,18 @@ pub fn write_strip(
         Some(bias) => out.iter_mut().zip(sums).zip(&bias[first..end]).for_each(|((y, sum), bias)| *y = sum + bias),
         None => out.copy_from_slice(&sums[..end - first]),
     }
+}
+
+/// [`write_strip`] for each of `tokens` tokens, whose outputs are `n` apart.
+pub fn write_few(
+    sums: &FewSums,
+    tokens: Range<usize>,
+    (strip, rows): (usize, &Range<usize>),
+    bias: Option<&[f32]>,
+    n: usize,
+    y: &SharedSlice<'_, f32>,
+) {
+    tokens.zip(sums).for_each(|(token, sums)| write_strip(sums, strip, rows, bias, token * n, y));
 }
 
 /// The first `len` values of `scratch`, grown once.

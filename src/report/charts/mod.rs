@@ -3,6 +3,7 @@
 mod all_cases;
 mod axes;
 mod bars;
+mod batches;
 mod distribution;
 mod drawing;
 mod lines;
@@ -13,6 +14,7 @@ mod series;
 mod trend;
 
 pub use all_cases::{AllCases, PageRow, all_cases};
+pub use batches::batches;
 
 use super::case::{self, Case};
 use super::markup::escape;

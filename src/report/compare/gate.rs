@@ -7,7 +7,8 @@ use crate::record::metrics::{self, Better, METRICS, Metric};
 pub const DEFAULT_GATES: &str = "decode_tps:-5%,peak_bytes:+3%";
 
 /// Numbers that follow from `decode_tps` or from the machine and have no interval of their own.
-const WITHOUT_INTERVAL: &[&str] = &["mbu", "achieved_gb_s", "read_gb_s", "copy_gb_s"];
+const WITHOUT_INTERVAL: &[&str] =
+    &["mbu", "achieved_gb_s", "read_gb_s", "copy_gb_s", "achieved_gflop_s", "matmul_gflop_s", "mfu"];
 
 /// One thing that must not get worse.
 #[derive(Clone)]

@@ -8,7 +8,12 @@ const TERMS: &[(&str, &str)] = &[
         "precision",
         "how weights are stored and multiplied: fp16; int8 as LLM.int8 does; nf4, 4 bits a weight as bitsandbytes stores them",
     ),
-    ("decode", "tokens after the first over the time from the first to the last"),
+    ("decode", "tokens after the first over the time from the first to the last, of all sequences"),
+    ("per sequence", "decode speed over the sequences of the batch"),
+    (
+        "of matrix products",
+        "operations a second of decoding over those of a large matrix product by the engine's own kernel, measured in the same run",
+    ),
     ("speed-up", "decode speed over that of fp16: the median of repeats that ran in turn, where they did"),
     (
         "bytes ratio",

@@ -94,7 +94,12 @@ fn parts<'a>(document: &'a Document, precisions: &Precisions) -> Vec<Part<'a>> {
         let charts = charts::charts(&case, precisions);
         Part { number: index + 1, case, charts }
     };
-    case::cases(document).into_iter().enumerate().map(part).collect()
+    let cases = case::cases(document);
+    let by_batch = charts::batches(&cases, precisions);
+    let mut parts: Vec<Part> = cases.into_iter().enumerate().map(part).collect();
+    // With the largest batch, which is the last of its line.
+    by_batch.into_iter().for_each(|(at, chart)| parts[at].charts.push(chart));
+    parts
 }
 
 fn title(parts: &[Part]) -> String {

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::{DenseValue, portable};
-use crate::quant::cpu::STRIP_ROWS;
+use crate::quant::cpu::{FewSums, STRIP_ROWS};
 
 const LANES: usize = 8;
 /// Bytes of a cache line.
@@ -41,10 +41,80 @@ pub unsafe fn dot<T: DenseValue>(row: &[T], x: &[f32]) -> f32 {
     for sum in &sums[1..] {
         total = _mm256_add_ps(total, *sum);
     }
+    let sum = sum_lanes(total);
+    if row_tail.is_empty() { sum } else { sum + portable::dot(row_tail, x_tail) }
+}
+
+/// The sum of a vector's lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sum_lanes(total: __m256) -> f32 {
     let pairs = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps::<1>(total));
     let pairs = _mm_add_ps(pairs, _mm_movehl_ps(pairs, pairs));
-    let sum = _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
-    if row_tail.is_empty() { sum } else { sum + portable::dot(row_tail, x_tail) }
+    _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)))
+}
+
+/// Tokens that two rows are multiplied by at once: eight sums, two weights and a value of 16 registers.
+const TOKENS_AT_ONCE: usize = 4;
+
+/// `Σ row · x` of each row for as many tokens as `x` holds.
+///
+/// # Safety
+/// The machine has AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub unsafe fn dot_few<T: DenseValue>(rows: [&[T]; STRIP_ROWS], x: &[f32], sums: &mut FewSums) {
+    let k = rows[0].len();
+    assert!(rows.iter().all(|row| row.len() == k));
+    for (x, sums) in x.chunks(TOKENS_AT_ONCE * k).zip(sums.chunks_mut(TOKENS_AT_ONCE)) {
+        // SAFETY: this function's own contract; the rows and each token have `k` values.
+        unsafe {
+            match x.len() / k {
+                1 => dot_tokens::<T, 1>(rows, x, sums),
+                2 => dot_tokens::<T, 2>(rows, x, sums),
+                3 => dot_tokens::<T, 3>(rows, x, sums),
+                _ => dot_tokens::<T, TOKENS_AT_ONCE>(rows, x, sums),
+            }
+        }
+    }
+}
+
+/// Two rows at a time, so that each value of a token is loaded once for both.
+///
+/// # Safety
+/// As [`dot_few`]; rows have equally many values, and `x` those of `TOKENS` tokens.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dot_tokens<T: DenseValue, const TOKENS: usize>(
+    rows: [&[T]; STRIP_ROWS],
+    x: &[f32],
+    out: &mut [[f32; STRIP_ROWS]],
+) {
+    let k = rows[0].len();
+    let whole = k / LANES * LANES;
+    for pair in 0..STRIP_ROWS / 2 {
+        let (first, second) = (rows[2 * pair], rows[2 * pair + 1]);
+        let mut sums = [[_mm256_setzero_ps(); 2]; TOKENS];
+        for column in (0..whole).step_by(LANES) {
+            for row in [first, second] {
+                _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(column).wrapping_byte_add(PREFETCH_BYTES).cast());
+            }
+            // SAFETY: 8 columns from `column` on lie within each row and each token.
+            unsafe {
+                let (a, b) = (T::load_avx2(first.as_ptr().add(column)), T::load_avx2(second.as_ptr().add(column)));
+                for (t, sums) in sums.iter_mut().enumerate() {
+                    let x = _mm256_loadu_ps(x.as_ptr().add(t * k + column));
+                    sums[0] = _mm256_fmadd_ps(a, x, sums[0]);
+                    sums[1] = _mm256_fmadd_ps(b, x, sums[1]);
+                }
+            }
+        }
+        for ((t, sums), out) in sums.into_iter().enumerate().zip(out.iter_mut()) {
+            for (row, (values, sum)) in [first, second].into_iter().zip(sums).enumerate() {
+                let tail =
+                    if whole < k { portable::dot(&values[whole..], &x[t * k + whole..(t + 1) * k]) } else { 0.0 };
+                out[2 * pair + row] = sum_lanes(sum) + tail;
+            }
+        }
+    }
 }
 
 /// # Safety

@@ -19,7 +19,7 @@ use crate::kernels::cpu::pages::Pages;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PanelSource, Start};
-use crate::quant::cpu::{STRIP_ROWS, checked, strips, write_strip};
+use crate::quant::cpu::{FewSums, STRIP_ROWS, checked, strips, write_few, write_strip};
 use crate::quant::{Activations, CpuMatrix, FormatId, Stored};
 
 /// A floating-point type that matrices are made of.
@@ -170,6 +170,24 @@ pub fn dot<T: DenseValue>(isa: Isa, row: &[T], x: &[f32]) -> f32 {
     }
 }
 
+/// `Σ row · x` of each of equally long `rows` for each of a few tokens, whose values lie one behind the other, by the kernel of
+/// `isa`, which was [`checked`]: each weight is widened once.
+fn dot_few<T: DenseValue>(isa: Isa, rows: [&[T]; STRIP_ROWS], x: &[f32], sums: &mut FewSums) {
+    match isa {
+        // SAFETY: the instruction set is checked.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { avx512::dot_few(rows, x, sums) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { avx2::dot_few(rows, x, sums) },
+        _ => {
+            for (sums, x) in sums.iter_mut().zip(x.chunks_exact(rows[0].len())) {
+                *sums = rows.map(|row| portable::dot(row, x));
+            }
+        }
+    }
+}
+
 /// The columns of equally long `rows` as `[columns][16]`, by the kernel of `isa`, which was [`checked`].
 pub fn transpose<T: DenseValue>(isa: Isa, rows: [&[T]; STRIP_ROWS], panel: &mut [f32]) {
     match isa {
@@ -242,6 +260,14 @@ impl<T: DenseValue> CpuMatrix for DenseMatrix<T> {
         y: &SharedSlice<'_, f32>,
         scratch: &mut Vec<f32>,
     ) {
+        if x.are_few() {
+            let mut sums = FewSums::default();
+            for strip in strips(&rows) {
+                dot_few(self.isa, self.strip_rows(strip), x.f32s, &mut sums);
+                write_few(&sums, 0..x.m, (strip, &rows), bias, self.n, y);
+            }
+            return;
+        }
         if x.m > 1 {
             return panel::multiply(self, x.f32s, x.m, rows, Start::Bias(bias), y, scratch);
         }

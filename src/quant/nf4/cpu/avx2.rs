@@ -12,7 +12,7 @@ use half::f16;
 
 use super::absmax::{StripAbsmax, StripLanes};
 use super::{BLOCK, BLOCK_BYTES, CODES, GROUP, GROUP_BYTES, encode_blocks, portable};
-use crate::quant::cpu::{STRIP_ROWS, StripSums};
+use crate::quant::cpu::{FEW_TOKENS, FewSums, STRIP_ROWS, StripSums};
 
 const LANES: usize = 8;
 const PREFETCH_BYTES: usize = 1024;
@@ -86,6 +86,96 @@ pub unsafe fn dot_strip(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32]) 
         unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(half * LANES), total) };
     }
     out
+}
+
+/// Tokens that a strip is multiplied by at once: eight sums of 16 registers.
+const TOKENS_AT_ONCE: usize = 4;
+
+/// [`dot_strip`] for each token of `x`, `k` values each: a code is looked up once for four of them.
+///
+/// # Safety
+/// The machine has AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
+pub unsafe fn dot_few(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32], k: usize, sums: &mut FewSums) {
+    assert_eq!(codes.len(), k / BLOCK * BLOCK_BYTES);
+    // Looked up once for all, where there are more tokens than registers for them.
+    let mut lanes = [[0.0; STRIP_ROWS]; MOST_BLOCKS];
+    let blocks = k / BLOCK;
+    let mut totals = [[[_mm256_setzero_ps(); 2]; TOKENS_AT_ONCE]; FEW_TOKENS / TOKENS_AT_ONCE];
+    for first in (0..blocks).step_by(MOST_BLOCKS) {
+        let some = first..(first + MOST_BLOCKS).min(blocks);
+        for (block, lanes) in some.clone().zip(&mut lanes) {
+            (0..BLOCK / GROUP).for_each(|group| absmax.decode_ahead(block, group));
+            *lanes = absmax.lanes(block);
+        }
+        let codes = &codes[some.start * BLOCK_BYTES..some.end * BLOCK_BYTES];
+        for (part, totals) in x.chunks(TOKENS_AT_ONCE * k).zip(&mut totals) {
+            let x = &part[some.start * BLOCK..];
+            // SAFETY: this function's own contract; `codes` are those of the blocks, and `x` begins at the first one's column of each token.
+            unsafe {
+                match part.len() / k {
+                    1 => dot_tokens::<1>(codes, &lanes, x, k, totals),
+                    2 => dot_tokens::<2>(codes, &lanes, x, k, totals),
+                    3 => dot_tokens::<3>(codes, &lanes, x, k, totals),
+                    _ => dot_tokens::<TOKENS_AT_ONCE>(codes, &lanes, x, k, totals),
+                }
+            }
+        }
+    }
+    for (out, total) in sums.iter_mut().zip(totals.as_flattened()) {
+        for (half, total) in total.iter().enumerate() {
+            // SAFETY: half of 16 values.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(half * LANES), *total) };
+        }
+    }
+}
+
+/// Blocks of a row whose absmax values are held on the stack: 4 KiB.
+const MOST_BLOCKS: usize = 64;
+
+/// # Safety
+/// As [`dot_few`], for `TOKENS` tokens, whose values at the first code's column are `k` apart from `x` on; `lanes` has one entry a block of `codes`.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn dot_tokens<const TOKENS: usize>(
+    codes: &[u8],
+    lanes: &[StripLanes],
+    x: &[f32],
+    k: usize,
+    totals: &mut [[__m256; 2]; TOKENS_AT_ONCE],
+) {
+    let table = table();
+    for (block, (codes, lanes)) in codes.chunks_exact(BLOCK_BYTES).zip(lanes).enumerate() {
+        let mut sums = [[_mm256_setzero_ps(); 2]; TOKENS];
+        for group in 0..BLOCK / GROUP {
+            // SAFETY: a group of the block lies within its codes and each token; a prefetch may point anywhere.
+            unsafe {
+                let codes = codes.as_ptr().add(group * GROUP_BYTES);
+                let x = x.as_ptr().add(block * BLOCK + group * GROUP);
+                _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(PREFETCH_BYTES).cast());
+                let low = _mm256_loadu_si256(codes.cast());
+                let high = _mm256_loadu_si256(codes.add(GROUP_BYTES / 2).cast());
+                macro_rules! add {
+                    ($($j:literal)*) => {$(
+                        let upper = values!(table, high, $j);
+                        let lower = values!(table, low, $j);
+                        for (t, sums) in sums.iter_mut().enumerate() {
+                            let value = _mm256_broadcast_ss(&*x.add(t * k + $j));
+                            sums[0] = _mm256_fmadd_ps(lower, value, sums[0]);
+                            sums[1] = _mm256_fmadd_ps(upper, value, sums[1]);
+                        }
+                    )*};
+                }
+                add!(0 1 2 3 4 5 6 7);
+            }
+        }
+        for half in 0..2 {
+            // SAFETY: half of 16 values.
+            let absmax = unsafe { _mm256_loadu_ps(lanes.as_ptr().add(half * LANES)) };
+            for (total, sums) in totals.iter_mut().zip(sums) {
+                total[half] = _mm256_fmadd_ps(sums[half], absmax, total[half]);
+            }
+        }
+    }
 }
 
 /// Writes values as `[column][row]`; `absmax` is `[block of the columns][row]`.

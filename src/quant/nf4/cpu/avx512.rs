@@ -6,7 +6,7 @@ use half::f16;
 
 use super::absmax::{StripAbsmax, StripLanes};
 use super::{BLOCK, BLOCK_BYTES, BLOCK_GROUPS, CODES, GROUP, GROUP_BYTES, SLACK, encode_blocks, portable};
-use crate::quant::cpu::{STRIP_ROWS, StripSums};
+use crate::quant::cpu::{FewSums, STRIP_ROWS, StripSums};
 
 /// Sums in flight: one for each column of a group. With four, an FMA would wait for the one before it.
 const SUMS: usize = GROUP;
@@ -76,6 +76,80 @@ pub unsafe fn dot_strip(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32]) 
     // SAFETY: 16 values.
     unsafe { _mm512_storeu_ps(out.as_mut_ptr(), total) };
     out
+}
+
+/// [`dot_strip`] for each token of `x`, `k` values each: a code is looked up once for all of them.
+///
+/// # Safety
+/// The machine has AVX-512F.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn dot_few(codes: &[u8], absmax: &mut impl StripAbsmax, x: &[f32], k: usize, sums: &mut FewSums) {
+    assert_eq!(codes.len(), k / BLOCK * BLOCK_BYTES + SLACK);
+    macro_rules! dispatch {
+        ($($tokens:literal by $sums:literal),*) => {
+            match x.len() / k {
+                // SAFETY: this function's own contract; `codes` hold `k` columns and `x` as many values of each token.
+                $($tokens => unsafe { dot_tokens::<$tokens, $sums>(codes, absmax, x, k, sums) },)*
+                tokens => assert_eq!(tokens, 0, "more tokens than a kernel takes"),
+            }
+        };
+    }
+    // At least eight sums in flight: an FMA takes four cycles and two start in each.
+    dispatch!(1 by 8, 2 by 4, 3 by 4, 4 by 2, 5 by 2, 6 by 2, 7 by 2, 8 by 2)
+}
+
+/// # Safety
+/// As [`dot_few`], for `TOKENS` tokens.
+#[target_feature(enable = "avx512f")]
+unsafe fn dot_tokens<const TOKENS: usize, const EACH: usize>(
+    codes: &[u8],
+    absmax: &mut impl StripAbsmax,
+    x: &[f32],
+    k: usize,
+    out: &mut FewSums,
+) {
+    // SAFETY: 16 values.
+    let table = unsafe { _mm512_loadu_ps(CODES.as_ptr()) };
+    let mut totals = [_mm512_setzero_ps(); TOKENS];
+    for block in 0..k / BLOCK {
+        let mut sums = [[_mm512_setzero_ps(); EACH]; TOKENS];
+        for group in 0..BLOCK_GROUPS {
+            absmax.decode_ahead(block, group);
+            // SAFETY: a group of block `block` and `SLACK` lie within `codes`, its columns in each token; a prefetch may point anywhere.
+            unsafe {
+                let codes = codes.as_ptr().add(block * BLOCK_BYTES + group * GROUP_BYTES);
+                let x = x.as_ptr().add(block * BLOCK + group * GROUP);
+                _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(PREFETCH_BYTES).cast());
+                macro_rules! add {
+                    ($($byte:literal)*) => {$(
+                        let (even, odd) = (2 * $byte, 2 * $byte + 1);
+                        let pairs = _mm512_loadu_si512(codes.add($byte).cast());
+                        let weights = _mm512_permutexvar_ps(pairs, table);
+                        for (t, sums) in sums.iter_mut().enumerate() {
+                            let value = _mm512_set1_ps(*x.add(t * k + odd));
+                            sums[odd % EACH] = _mm512_fmadd_ps(weights, value, sums[odd % EACH]);
+                        }
+                        let weights = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(pairs), table);
+                        for (t, sums) in sums.iter_mut().enumerate() {
+                            let value = _mm512_set1_ps(*x.add(t * k + even));
+                            sums[even % EACH] = _mm512_fmadd_ps(weights, value, sums[even % EACH]);
+                        }
+                    )*};
+                }
+                add!(0 1 2 3);
+            }
+        }
+        // SAFETY: 16 values.
+        let lanes = unsafe { _mm512_loadu_ps(absmax.lanes(block).as_ptr()) };
+        for (total, sums) in totals.iter_mut().zip(sums) {
+            let sum = sums[1..].iter().fold(sums[0], |sum, part| _mm512_add_ps(sum, *part));
+            *total = _mm512_fmadd_ps(sum, lanes, *total);
+        }
+    }
+    for (out, total) in out.iter_mut().zip(totals) {
+        // SAFETY: 16 values.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), total) };
+    }
 }
 
 /// Writes values as `[column][row]`; `absmax` is `[block of the columns][row]`.

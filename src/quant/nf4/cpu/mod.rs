@@ -20,7 +20,7 @@ use crate::kernels::cpu::pages::{Pages, prefer_huge_pages};
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 use crate::quant::cpu::panel::{self, PANEL_COLUMNS, PanelSource, Start};
-use crate::quant::cpu::{STRIP_ROWS, StripSums, checked, grown, strips, write_strip};
+use crate::quant::cpu::{FewSums, STRIP_ROWS, StripSums, checked, grown, strips, write_few, write_strip};
 use crate::quant::{Activations, CpuMatrix, FormatId, Stored};
 
 /// Codes of one row in a lane of 32 bits. Their nibbles keep the stored order: column `j` of the eight is at bit
@@ -161,6 +161,50 @@ impl Nf4Matrix {
         }
     }
 
+    /// A few tokens, where rows are whole blocks: each code is looked up once.
+    fn multiply_few(
+        &self,
+        x: Activations,
+        rows: Range<usize>,
+        bias: Option<&[f32]>,
+        y: &SharedSlice<'_, f32>,
+        scratch: &mut Vec<f32>,
+    ) {
+        let strips = strips(&rows);
+        let mut sums = FewSums::default();
+        let values = grown(scratch, self.k / BLOCK * STRIP_ROWS).as_chunks_mut::<STRIP_ROWS>().0;
+        if let (PackedAbsmax::Nested { codes, .. }, false) = (&self.absmax, strips.is_empty()) {
+            NestedStrip::look_up(codes, strips.start, values);
+        }
+        for strip in strips.clone() {
+            match &self.absmax {
+                PackedAbsmax::Plain(values) => {
+                    self.dot_few(strip, &mut PlainStrip::new(values, strip), x.f32s, &mut sums);
+                }
+                PackedAbsmax::Nested { codes, absmax, offset } => {
+                    let next = (strip + 1).min(strips.end - 1);
+                    let mut lanes = NestedStrip::new((codes, absmax, *offset), strip, next, values);
+                    self.dot_few(strip, &mut lanes, x.f32s, &mut sums);
+                    lanes.finish();
+                }
+                PackedAbsmax::Crossing(_) => unreachable!("blocks cross rows"),
+            }
+            write_few(&sums, 0..x.m, (strip, &rows), bias, self.n, y);
+        }
+    }
+
+    fn dot_few(&self, strip: usize, absmax: &mut impl StripAbsmax, x: &[f32], sums: &mut FewSums) {
+        match self.isa {
+            // SAFETY: the instruction set is checked.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { avx512::dot_few(self.strip_and_slack(strip), absmax, x, self.k, sums) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { avx2::dot_few(self.strip(strip), absmax, x, self.k, sums) },
+            _ => portable::dot_few(self.strip(strip), absmax, x, self.k, sums),
+        }
+    }
+
     /// Scales a panel of code values where blocks cross rows.
     fn scale_panel(&self, strip: usize, columns: Range<usize>, panel: &mut [f32]) {
         let panel = panel.as_chunks_mut::<STRIP_ROWS>().0;
@@ -287,6 +331,9 @@ impl CpuMatrix for Nf4Matrix {
             }
             PackedAbsmax::Nested { codes, absmax, offset } if x.m == 1 => {
                 self.multiply_nested((codes, absmax, *offset), x_values, rows, bias, y, scratch);
+            }
+            PackedAbsmax::Plain(_) | PackedAbsmax::Nested { .. } if x.are_few() => {
+                self.multiply_few(x, rows, bias, y, scratch);
             }
             _ => panel::multiply(self, x_values, x.m, rows, Start::Bias(bias), y, scratch),
         }
