@@ -82,7 +82,7 @@ mod tests {
     fn passed(ids: &WrittenIds, max_rows: usize, folder: &Path) -> (Option<ComparedIds>, usize) {
         let time = FakeTime::default();
         let run = FakeRun { logits: vec![0.0, 0.5], ..FakeRun::default() };
-        let mut engine = ServedSession::new(Box::new(FakeSession::new(time.clone(), [run])), time, Vec::new());
+        let mut engine = ServedSession::new(Box::new(FakeSession::new(time.clone(), [run])), time, Vec::new(), 1);
         let path = folder.join("rows");
         let compared = ComparedLogits { path: path.clone(), max_rows, variant: 1, reference: 0, ids: ids.clone() };
         let run = RunRequest { depth: vec![1], prompt: vec![0, 1], n_gen: 5, ..RunRequest::default() };
