@@ -22,8 +22,11 @@ const ROUNDINGS_PER_LAYER: f64 = 10.0;
 const ROUNDOFF: f64 = 1.0 / 2048.0;
 
 /// Fills the agreement of every record that has logits and a record of quantbench's to be compared with. An engine that gives no logits is
-/// measured all the same.
+/// measured all the same. Of a batch nothing is compared.
 pub fn add(records: &mut [Record], case: &Case, outcomes: &[VariantOutcome], (exports, layers): (&Exports, usize)) {
+    if case.sequences > 1 {
+        return;
+    }
     let variants = case.variants();
     let behind = |at: usize| outcomes[at].finished.as_ref()?.compared_ids.filter(|_| records[at].status == Status::Ok);
     let compared = |at: usize| -> Option<Agreement> {

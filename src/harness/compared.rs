@@ -68,3 +68,38 @@ impl ComparedLogits {
         written.then_some(ComparedIds::Own)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::engine::fake::{FakeRun, FakeSession, FakeTime};
+    use crate::harness::served::ServedSession;
+    use crate::quality::rows::RowReader;
+
+    /// The ids that a pass of variant 1 went by, and the rows that it wrote.
+    fn passed(ids: &WrittenIds, max_rows: usize, folder: &Path) -> (Option<ComparedIds>, usize) {
+        let time = FakeTime::default();
+        let run = FakeRun { logits: vec![0.0, 0.5], ..FakeRun::default() };
+        let mut engine = ServedSession::new(Box::new(FakeSession::new(time.clone(), [run])), time, Vec::new(), 1);
+        let path = folder.join("rows");
+        let compared = ComparedLogits { path: path.clone(), max_rows, variant: 1, reference: 0, ids: ids.clone() };
+        let run = RunRequest { depth: vec![1], prompt: vec![0, 1], n_gen: 5, ..RunRequest::default() };
+        let by = compared.write(&mut engine, run);
+        (by, RowReader::open(&path).unwrap().rows_left())
+    }
+
+    #[test]
+    fn a_pass_goes_by_the_references_ids_once_they_are_known() {
+        let (folder, ids) = (tempfile::tempdir().unwrap(), WrittenIds::default());
+        assert_eq!(passed(&ids, 9, folder.path()), (Some(ComparedIds::Own), 5));
+        assert_eq!(passed(&ids, 2, folder.path()), (Some(ComparedIds::Own), 2));
+        ids.keep(1, &[0, 0, 0]);
+        assert_eq!(passed(&ids, 9, folder.path()).0, Some(ComparedIds::Own), "its own are not the reference's");
+        ids.keep(0, &[1, 0, 1, 1]);
+        ids.keep(0, &[0]);
+        assert_eq!(passed(&ids, 9, folder.path()), (Some(ComparedIds::Reference), 4));
+        assert_eq!(passed(&ids, 3, folder.path()), (Some(ComparedIds::Reference), 3));
+    }
+}

@@ -347,7 +347,8 @@ impl WorkerHandle for ProcessWorker {
     fn repeat(&mut self, _events: &dyn Listener) -> Result<Sample, Failure> {
         let (mut port, bench) = self.port()?;
         let sample = bench.repeat(&mut port)?;
-        if let Some(compared) = &self.compared_logits {
+        // Those of a batch are no text that `score` could predict.
+        if let Some(compared) = self.compared_logits.as_ref().filter(|_| self.task.sequences == 1) {
             compared.keep(&sample.ids);
         }
         Ok(sample)

@@ -29,7 +29,7 @@ def is_out_of_memory(error):
 def failure_of(error):
     if isinstance(error, Failure):
         return error.fields
-    message = f"{type(error).__name__}: {error}".strip()
+    message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return dict(kind="out_of_memory" if is_out_of_memory(error) else "error", message=message[:2000])
 
 

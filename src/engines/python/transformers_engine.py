@@ -24,7 +24,7 @@ def version_of(package):
 class Transformers:
     """transformers' generate with a streamer, as users run it; int8 and nf4 by bitsandbytes."""
 
-    capabilities = ["logits", "score", "memory", "depth", "encode_tokens", "encode_picture"]
+    capabilities = ["logits", "score", "memory", "depth", "batch", "encode_tokens", "encode_picture"]
 
     def __init__(self, torch, transformers, compiled):
         self.torch, self.transformers, self.compiled = torch, transformers, compiled
@@ -62,7 +62,7 @@ class Transformers:
         # The end of the text is a token like any other: exactly as many are generated as asked.
         settings = self.model.generation_config
         settings.eos_token_id = settings.forced_eos_token_id = settings.forced_bos_token_id = None
-        self.capacity = request["capacity"]
+        self.capacity, self.batch = request["capacity"], request.get("batch", 1)
         self.dtype = options["dtype"]
         self.filled, self.depth = None, []
         if self.compiled:
@@ -193,20 +193,22 @@ class Transformers:
         return dict(weights_by_format=by_format, weight_bytes_per_token=read, compute=dtype, logits=dtype,
                     head=of(head) if head is not None else None, embeddings=of(table),
                     experts=dict(format=max(experts, key=experts.get), bytes=sum(experts.values())) if experts else None,
-                    kv_cache=dict(format=dtype, bytes=per_position * request["capacity"]), kv_bytes_per_position=per_position,
+                    kv_cache=dict(format=dtype, bytes=per_position * request["capacity"] * self.batch), kv_bytes_per_position=per_position,
                     wide_modules=wide[:64])
 
     def inputs(self, run):
         """The arguments of generate, on the device."""
         torch, encode = self.torch, run.get("encode") or "nothing"
-        ids = lambda tokens: torch.tensor([tokens], device=self.device)
+        # The ids of a batch lie one behind the other, equally many of each sequence.
+        ids = lambda tokens: torch.tensor(tokens, device=self.device).reshape(self.batch, -1)
         if self.kind == "encoder":
             tokens = ids(encode["tokens"])
             return dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), decoder_input_ids=ids(run["prompt"]))
         tokens = ids(run["prompt"])
         given = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))
         if isinstance(encode, dict) and "picture" in encode:
-            given["pixel_values"] = self.picture(encode["picture"]["pixels"])
+            pixels = self.picture(encode["picture"]["pixels"])
+            given["pixel_values"] = pixels.expand(self.batch, *pixels.shape[1:])
             given["token_type_ids"] = torch.zeros_like(tokens)
         return given
 
@@ -221,7 +223,7 @@ class Transformers:
         if depth:
             # What stands in the cache is part of the input, and is not run again.
             more[self.cache_name()] = cache if cache is not None else self.behind(depth)
-            run = dict(run, prompt=depth + run["prompt"])
+            run = dict(run, prompt=self.joined(depth, run["prompt"]))
         elif self.compiled:
             more["cache_implementation"] = "static"
         with self.torch.inference_mode():
@@ -230,6 +232,12 @@ class Transformers:
         if self.compiled and n > 1 and not self.compiles:
             raise Failure("error", "transformers' generate does not compile this model here: measure it by `transformers`")
         return made
+
+    def joined(self, depth, prompt):
+        """The ids of each sequence behind those of its depth."""
+        n, m = len(depth) // self.batch, len(prompt) // self.batch
+        parts = (depth[at * n:(at + 1) * n] + prompt[at * m:(at + 1) * m] for at in range(self.batch))
+        return [token for part in parts for token in part]
 
     def cache_name(self):
         """The argument that a cache is given by: releases differ."""
@@ -250,8 +258,8 @@ class Transformers:
             # The first new token is chosen and not run: the cache holds the depth alone.
             self.model.generate(**self.inputs(dict(prompt=depth)), max_new_tokens=1, do_sample=False, num_beams=1,
                                 pad_token_id=0, **{self.cache_name(): cache})
-        if cache.get_seq_length() != len(depth):
-            raise Failure("error", f"the cache holds {cache.get_seq_length()} tokens, not the depth of {len(depth)}")
+        if cache.get_seq_length() != len(depth) // self.batch:
+            raise Failure("error", f"the cache holds {cache.get_seq_length()} tokens, not the depth of {len(depth) // self.batch}")
         self.filled, self.depth = cache, list(depth)
 
     def behind(self, depth):
@@ -260,7 +268,7 @@ class Transformers:
         windows = getattr(self.filled, "is_sliding", [])
         if any(windows if isinstance(windows, (list, tuple)) else [windows]):
             return copy.deepcopy(self.filled)
-        more = self.filled.get_seq_length() - len(depth)
+        more = self.filled.get_seq_length() - len(depth) // self.batch
         if more:
             self.filled.crop(-int(more))
         return self.filled
