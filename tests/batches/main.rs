@@ -1,5 +1,6 @@
 //! Batches of sequences on tiny models of every family: each sequence gives the logits that it gives alone.
 
+mod command;
 #[path = "../coverage/mod.rs"]
 mod coverage;
 

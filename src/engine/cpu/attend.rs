@@ -167,7 +167,7 @@ impl CallAttention<'_> {
     }
 
     /// Returns whether the worker with the most heads would read so much more than its part that sharing positions pays.
-    fn splits_positions(&self, attend: &Attend, workers: usize) -> bool {
+    pub fn splits_positions(&self, attend: &Attend, workers: usize) -> bool {
         let (spec, sequences) = (self.weights.model.caches[attend.cache.0], self.call.places.len());
         let positions = (0..sequences).map(|row| self.held(attend, row).len()).max().unwrap_or(0);
         let head_bytes = positions * 2 * spec.head_dim * size_of::<f32>();

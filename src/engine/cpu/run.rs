@@ -388,16 +388,21 @@ impl Runner<'_> {
         }
     }
 
-    /// Attention's output, whose heads are split as [`Step::Append`]'s.
+    /// Attention's output, whose heads are split as [`Step::Append`]'s, or sequence by sequence where positions were.
     fn keep_attended(&self, index: usize, attend: &Attend, worker: &Worker) {
         if let StepMode::Real = self.call.mode {
             return;
         }
         let heads = self.weights.model.caches[attend.cache.0].kv_heads;
         let width = self.buffers.width(attend.out) / heads;
-        for item in worker.share(self.call.places.len() * heads, 1) {
-            let (row, head) = (item / heads, item % heads);
-            self.keep_row(index, 0, attend.out, row, head * width..(head + 1) * width);
+        let keep = |(row, head)| self.keep_row(index, 0, attend.out, row, head * width..(head + 1) * width);
+        let attention = self.attention();
+        // As they were put together.
+        match attention.splits_positions(attend, worker.count()) {
+            true => {
+                (0..self.call.places.len()).for_each(|row| worker.share(heads, 1).for_each(|head| keep((row, head))))
+            }
+            false => attention.own_heads(heads, worker).for_each(keep),
         }
     }
 
