@@ -34,7 +34,8 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
     stamp(at, STAMP_BEGUN);
     RowFactors<Format> factors;
     bool has_row = is_weighed(matvec) ? factors.load_weighed(resident, threadIdx.x) : factors.load(resident, threadIdx.x / TILE_ROWS, threadIdx.x % TILE_ROWS);
-    pipeline.fill(instructions, before);
+    // Behind a choice nothing has been copied yet: the warp that `ahead` lets wait for its copies fills its pipeline later.
+    if (!(HAS_FEATURES && matvec.chosen && threadIdx.x / LANES == WARPS - 1)) pipeline.fill(instructions, before);
     RunReader reader;
     reader.next(resident);
 

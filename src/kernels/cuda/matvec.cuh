@@ -242,6 +242,7 @@ struct RowFactors {
         const Matvec &matvec = resident.instruction.matvec;
         const BlockShare &share = resident.share;
         if (tile >= share.tiles || of_tile >= rows_of(share, tile)) return false;
+        int begin = tile * (share.chunks[0] + share.chunks[1]);
 #pragma unroll
         for (int i = 0; i < MAX_INPUTS; i++) {
             bias[i] = scale[i] = 0.0f;
@@ -250,7 +251,8 @@ struct RowFactors {
             const MatrixPart &of_run = part_at(resident, i, in_part);
             if (i == 0) place = (uint32_t)(&of_run - parts_of(matvec)) << 27 | in_part;
             load_run(resident, of_run, in_part, bias[i], scale[i]);
-            sums_of[i] = partials_of(share, tile, i);
+            sums_of[i] = partials_of(share, (tile << share.shift) + i, begin, share.chunks[i]);
+            begin += share.chunks[i];
         }
         // All instructions that add to a residual give a row to the same block, which has written it before a barrier.
         residual = matvec.residual ? __uint_as_float(load_relaxed(&matvec.residual[row()].x)) : 0.0f;
@@ -266,7 +268,7 @@ struct RowFactors {
         bias[0] = scale[0] = 0.0f;
         if (run < share.runs) {
             load_run(resident, part_at(resident, run, row), row, bias[0], scale[0]);
-            sums_of[0] = partials_of(share, tile, run);
+            sums_of[0] = partials_of(share, (tile << share.shift) + run, (tile * share.runs + run) * share.chunks[0], share.chunks[0]);
         }
         residual = run == 0 ? __uint_as_float(load_relaxed(&resident.instruction.matvec.residual[row].x)) : 0.0f;
         return true;
@@ -276,11 +278,10 @@ struct RowFactors {
         if (part.bias) bias = load_float(part.bias + row);
         if (Format::HAS_ROW_SCALES && resident.instruction.opcode == OPCODE_FORMAT) scale = load_float((const float *)part.scales + row);
     }
-    // Where the partials of a tile's run are: index of the first << 16 | how many follow.
-    static __device__ __forceinline__ uint32_t partials_of(const BlockShare &share, int tile, int run) {
-        const int behind = share.chunks[0] + run * share.chunks[1], of_tile = share.chunks[0] + (share.runs - 1) * share.chunks[1];
-        const int end = tile * of_tile + behind, begin = end - chunks_of(share, run), first_warp = quotient(begin, share.of_warp, share.per_of_warp);
-        return ((tile << share.shift) + run + first_warp) << 16 | (quotient(end - 1, share.of_warp, share.per_of_warp) - first_warp);
+    // Where the partials of a run are whose `chunks` steps begin at `begin`: index of the first << 16 | how many follow.
+    static __device__ __forceinline__ uint32_t partials_of(const BlockShare &share, int run, int begin, int chunks) {
+        const int first_warp = quotient(begin, share.of_warp, share.per_of_warp);
+        return (run + first_warp) << 16 | (quotient(begin + chunks - 1, share.of_warp, share.per_of_warp) - first_warp);
     }
     __device__ __forceinline__ int part() const { return place >> 27; }
     __device__ __forceinline__ int row() const { return place & 0x7ffffff; }

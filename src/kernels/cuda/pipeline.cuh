@@ -156,7 +156,7 @@ __device__ __forceinline__ void compute_share(ResidentInstruction &resident) {
     const int of_tile = chunks_0 + (runs - 1) * chunks_1, steps = tiles * of_tile, of_warp = (steps + WARPS - 1) / WARPS;
     if (lane < WARPS) {
         const int begin = lane * of_warp, tile = quotient(begin, of_tile, __frcp_rn((float)of_tile)), step = begin - tile * of_tile;
-        const int later = step < chunks_0 ? 0 : runs == 2 ? 1 : quotient(step, chunks_0, __frcp_rn((float)chunks_0));
+        const int later = step < chunks_0 ? 0 : is_weighed(matvec) ? quotient(step, chunks_0, __frcp_rn((float)chunks_0)) : 1;
         share.enter_run[lane] = (tile << shift) + later;
         share.enter_chunk[lane] = step - later * chunks_0;
     }
