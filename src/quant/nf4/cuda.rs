@@ -68,9 +68,7 @@ const CHUNK_ELEMENTS: usize = 2 * CHUNK_BYTES;
 const HALF_BYTES: usize = CHUNK_BYTES / 2;
 /// Bytes that stay together: 16 elements.
 const UNIT_BYTES: usize = 8;
-/// As in nf4.cu.
 const DEQUANTIZE_THREADS: u32 = 256;
-const DEQUANTIZED: usize = 4;
 
 pub(super) fn upload(stored: &Nf4Stored, device: &Device) -> Result<Box<dyn CudaMatrix>> {
     let device = device.as_cuda_device()?;
@@ -157,8 +155,8 @@ pub unsafe fn dequantize(on: &dyn Launcher, matrix: &MatrixDesc, rows: Range<usi
     let (first, end) = (dimension(rows.start)?, dimension(rows.end)?);
     // The kernel counts threads in 31 bits.
     let units = dimension(rows.len() * matrix.stride_bytes / UNIT_BYTES)? as usize;
-    let grid = Grid::over(units.div_ceil(DEQUANTIZED), DEQUANTIZE_THREADS);
-    // SAFETY: parameters as nf4.cu declares them, threads for all units; the caller vouches for the addresses.
+    let grid = Grid::over(units, DEQUANTIZE_THREADS);
+    // SAFETY: parameters as nf4.cu declares them, a thread for each unit; the caller vouches for the addresses.
     unsafe { on.launch(&KERNELS, name, grid, parameters![part, matrix.constants, out, k, stride, first, end]) }
 }
 

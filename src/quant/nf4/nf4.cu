@@ -244,78 +244,50 @@ STEP_KERNEL(nf4_plain, Nibbles<PlainAbsmax>, STAGES_BESIDE_TABLES)
 STEP_KERNEL(nf4_nested_crossing, CrossingNibbles<NestedAbsmax>, STAGES_BESIDE_TABLES)
 STEP_KERNEL(nf4_plain_crossing, CrossingNibbles<PlainAbsmax>, STAGES_BESIDE_TABLES)
 
-// Rows first_row .. end_row of the weight as fp16 [end_row - first_row, k], each value rounded once. A unit is 16 elements of one row, in one block
-// unless blocks cross rows. A thread decodes DEQUANTIZED units, all of which it loads before it stores any.
-constexpr int DEQUANTIZE_THREADS = 256, DEQUANTIZED = 4;
-
-struct Unit {
-    uint2 bytes = {};
-    float scale = 0.0f;
-    int row = 0, column = 0;
-    bool is_row = false;  // of the rows that are wanted
-
-    // The value of element `at` of 16, times its block's absmax.
-    __device__ __forceinline__ __half value(int at, float of_block, const float (&values)[16]) const {
-        const int nibble = (at < 8 ? bytes.x : bytes.y) >> (at % 8 / 2 * 8 + (at % 2 ? 0 : 4)) & 15;
-        return __float2half_rn(__fmul_rn(values[nibble], of_block));
-    }
-};
-
+// Rows first_row .. end_row of the weight as fp16 [end_row - first_row, k], each value rounded once. A thread decodes a unit: 16 elements of one
+// row, in one block unless blocks cross rows.
 template <class Absmax>
-__device__ __forceinline__ void dequantize(const MatrixPart &part, const float *code, __half *weight, int k, int stride, int first_row, int end_row) {
+__device__ __forceinline__ void dequantize(const uint8_t *packed, const MatrixPart &part, const float *code, __half *weight, int k,
+                                           int stride, int first_row, int end_row) {
     __shared__ float values[16], absmax_values[256];
     if (threadIdx.x < 16) values[threadIdx.x] = code[threadIdx.x];
     absmax_values[threadIdx.x] = code[16 + threadIdx.x];
     __syncthreads();
-    const unsigned units = stride / 8, first = blockIdx.x * (DEQUANTIZE_THREADS * DEQUANTIZED) + threadIdx.x;
-    Unit of_thread[DEQUANTIZED];
+    const unsigned units = stride / 8, index = blockIdx.x * blockDim.x + threadIdx.x;
+    const int row = first_row + index / units, unit = index % units;
+    if (row >= end_row) return;
+    int place = unit % 8;
+    int column = unit / 8 * 128 + place % 2 * BLOCK + place / 2 * 16;
+    uint2 bytes = *(const uint2 *)(packed + (long long)row * stride + unit * 8);
+    __align__(16) __half decoded[16];
+    if (column >= k) return;
+    const unsigned long long first = (unsigned long long)row * k;
+    const int block = (int)((first + column) / BLOCK), left = BLOCK - (int)((first + column) % BLOCK);
+    float scale = Absmax::rows_per_block(part, block, absmax_values);
 #pragma unroll
-    for (int i = 0; i < DEQUANTIZED; i++) {
-        Unit &unit = of_thread[i];
-        const unsigned index = first + i * DEQUANTIZE_THREADS, row = index / units, of_row = index - row * units, place = of_row % 8;
-        unit.row = first_row + row;
-        unit.column = of_row / 8 * 128 + place % 2 * BLOCK + place / 2 * 16;
-        unit.is_row = unit.row < end_row;
-        if (!unit.is_row || unit.column >= k) continue;
-        unit.bytes = *(const uint2 *)(part.weight + (long long)unit.row * stride + of_row * 8);
-        unit.scale = Absmax::rows_per_block(part, (int)(((unsigned long long)unit.row * k + unit.column) / BLOCK), absmax_values);
+    for (int at = 0; at < 16; at++) {
+        // The next block begins, in this row.
+        if (at == left && column + at < k) scale = Absmax::rows_per_block(part, block + 1, absmax_values);
+        int nibble = (at < 8 ? bytes.x : bytes.y) >> (at % 8 / 2 * 8 + (at % 2 ? 0 : 4)) & 15;
+        decoded[at] = __float2half_rn(__fmul_rn(values[nibble], scale));
     }
+    __half *out = weight + (long long)(row - first_row) * k + column;
+    if (k % 16 == 0) {
+        ((uint4 *)out)[0] = ((const uint4 *)decoded)[0];
+        ((uint4 *)out)[1] = ((const uint4 *)decoded)[1];
+    } else {
 #pragma unroll
-    for (int i = 0; i < DEQUANTIZED; i++) {
-        const Unit &unit = of_thread[i];
-        __half *out = weight + (long long)(unit.row - first_row) * k;
-        if (k % 16 == 0) {
-            __align__(16) __half decoded[16];
-#pragma unroll
-            for (int at = 0; at < 16; at++) decoded[at] = unit.value(at, unit.scale, values);
-            // Two neighbouring threads store a unit together: whole sectors of 32 bytes, first the even thread's, then the odd one's, which lies a block
-            // further on.
-            const bool is_odd = threadIdx.x % 2;
-            const uint4 low = ((const uint4 *)decoded)[0], high = ((const uint4 *)decoded)[1], given = is_odd ? low : high;
-            auto other = [&](uint32_t word) { return __shfl_xor_sync(ALL_LANES, word, 1); };
-            const uint4 got = make_uint4(other(given.x), other(given.y), other(given.z), other(given.w));
-            const int even = unit.column - (is_odd ? BLOCK : 0);
-            if (unit.is_row && even < k) *(uint4 *)(out + even + 8 * is_odd) = is_odd ? got : low;
-            if (unit.is_row && even + BLOCK < k) *(uint4 *)(out + even + BLOCK + 8 * is_odd) = is_odd ? high : got;
-        } else if (unit.is_row) {
-            const unsigned long long at_first = (unsigned long long)unit.row * k + unit.column;
-            const int left = BLOCK - (int)(at_first % BLOCK);
-            float scale = unit.scale;
-            for (int at = 0; at < 16 && unit.column + at < k; at++) {
-                // The next block begins, in this row.
-                if (at == left) scale = Absmax::rows_per_block(part, (int)(at_first / BLOCK) + 1, absmax_values);
-                out[unit.column + at] = unit.value(at, scale, values);
-            }
-        }
+        for (int at = 0; at < 16; at++)
+            if (column + at < k) out[at] = decoded[at];
     }
 }
 
-extern "C" __global__ void __launch_bounds__(DEQUANTIZE_THREADS, 4) nf4_dequantize_nested(
+extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_nested(
     const __grid_constant__ MatrixPart part, const float *code, __half *weight, int k, int stride, int first_row, int end_row) {
-    dequantize<NestedAbsmax>(part, code, weight, k, stride, first_row, end_row);
+    dequantize<NestedAbsmax>(part.weight, part, code, weight, k, stride, first_row, end_row);
 }
 
-extern "C" __global__ void __launch_bounds__(DEQUANTIZE_THREADS, 4) nf4_dequantize_plain(
+extern "C" __global__ void __launch_bounds__(256) nf4_dequantize_plain(
     const __grid_constant__ MatrixPart part, const float *code, __half *weight, int k, int stride, int first_row, int end_row) {
-    dequantize<PlainAbsmax>(part, code, weight, k, stride, first_row, end_row);
+    dequantize<PlainAbsmax>(part.weight, part, code, weight, k, stride, first_row, end_row);
 }
