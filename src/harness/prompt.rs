@@ -256,6 +256,9 @@ fn n_image(model: &Model) -> usize {
     }
 }
 
+/// Tokens of all sequences together: their ids are made before anything is known of the memory.
+const MOST_TOKENS: usize = 1 << 26;
+
 fn check_lengths(case: &Case, n_prompt: usize, model: &Model) -> Result<(), BadInput> {
     let (n_depth, n_gen, context) = (case.n_depth, case.n_gen, model.context);
     if n_prompt == 0 {
@@ -273,6 +276,12 @@ fn check_lengths(case: &Case, n_prompt: usize, model: &Model) -> Result<(), BadI
     }
     let sum = |lengths: &[usize]| lengths.iter().fold(0usize, |sum, length| sum.saturating_add(*length));
     let hint = "shorten the prompt, `--depth` or `--max-new-tokens`";
+    let (sequences, of_each) = (case.sequences, sum(&[n_depth, n_prompt, n_gen]));
+    if sequences > 1 && sequences.saturating_mul(of_each) > MOST_TOKENS {
+        let message =
+            format!("`--batch-size {sequences}` of {of_each} tokens each is more than {MOST_TOKENS} tokens together");
+        return Err(BadInput::new(message).hint("ask for fewer sequences, or `--batch-size max` for as many as fit"));
+    }
     if model.decoder_start.is_some() {
         let n_longest = n_prompt.max(sum(&[n_gen, 1]));
         let message =
@@ -399,6 +408,18 @@ mod tests {
             workload(&whole, Words::default(), &with_encoder(EncoderInputKind::Picture(picture), None)).unwrap(),
             seen
         );
+    }
+
+    #[test]
+    fn more_sequences_than_any_machine_holds_are_refused_before_their_ids_are_made() {
+        for sequences in [1 << 24, usize::MAX] {
+            let case = Case { sequences, ..case(PromptChoice::Default, 4, 0) };
+            let error = workload(&case, Words::default(), &model()).unwrap_err().to_string();
+            assert!(
+                error.starts_with(&format!("`--batch-size {sequences}` of 12 tokens each is more than")),
+                "{error}"
+            );
+        }
     }
 
     #[test]
