@@ -70,10 +70,10 @@ fn the_cuda_lowering_refuses_by_name_what_it_cannot_run() {
     let mut many = shape("mixtral-8x7b");
     for op in &mut many.decoder.ops {
         if let Op::Experts(spec) = op {
-            spec.experts.resize(300, spec.experts[0]);
+            spec.experts.resize(600, spec.experts[0]);
         }
     }
-    assert_eq!(refusal(&many), "2 of 300 experts for a token, allowed are 8 of 256");
+    assert_eq!(refusal(&many), "2 of 600 experts for a token, allowed are 8 of 512");
     // An encoder's attention is no part of a step.
     let mut model = shape("flan-t5-base");
     let encoder = &mut model.encoder.as_mut().expect("an encoder").plan;
