@@ -26,6 +26,7 @@ pub trait Block: Send + Sync + 'static {
     const ENCODE: Option<BlockEncoder> = None;
 
     /// The kernel of a decode step.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only kernels of x86-64 read it"))]
     const KERNEL: DotKernel = DotKernel::Decoded;
 
     /// Of [`DotKernel::Nibbles`]: d and m of `d·table[q] + m`.

@@ -107,6 +107,7 @@ impl Nf4Matrix {
         &self.codes[strip * len..][..len]
     }
 
+    #[cfg(target_arch = "x86_64")]
     fn strip_and_slack(&self, strip: usize) -> &[u8] {
         let len = self.groups() * GROUP_BYTES;
         &self.codes[strip * len..][..len + SLACK]
