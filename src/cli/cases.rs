@@ -44,16 +44,8 @@ pub fn of_each_length(case: &Case, args: &RunArgs) -> Result<Vec<Case>, BadInput
 
 #[cfg(test)]
 mod tests {
-    use anyhow::Result;
-    use clap::Parser;
-
     use super::*;
-    use crate::cli::{Cli, Request};
-
-    fn request(line: &str) -> Result<Request> {
-        let words = std::iter::once("quantbench").chain(line.split_whitespace());
-        Request::new(&Cli::try_parse_from(words)?.run, line.to_owned())
-    }
+    use crate::cli::request::tests::request;
 
     #[test]
     fn lists_of_lengths_make_cases() {

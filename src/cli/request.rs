@@ -310,13 +310,14 @@ fn not_negative<T: Into<f64> + Copy + Display>(option: &str, x: T) -> Result<T, 
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use clap::Parser;
 
     use super::*;
     use crate::cli::{Cli, Command};
 
-    fn request(line: &str) -> Result<Request> {
+    /// The request of a command line behind the program's name.
+    pub(in crate::cli) fn request(line: &str) -> Result<Request> {
         let words = std::iter::once("quantbench").chain(line.split_whitespace());
         Request::new(&Cli::try_parse_from(words)?.run, line.to_owned())
     }

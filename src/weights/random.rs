@@ -29,8 +29,9 @@ const TABLE: usize = 1 << 13;
 /// P(|x| ≥ 0.3) = 76 % of the tokens: LLM.int8 meets about the planted number of outlier columns in each call.
 const OUTLIER_SCALE: f32 = 20.0;
 
-/// Standard deviation of what a matrix behind a norm makes of activations near N(0, 1). Of two such values the product, as gates make it, exceeds 6
-/// once in 10⁹; of values near N(0, 1) once in a thousand, and a column of 512 tokens would hardly be without.
+/// Standard deviation of what a matrix behind a norm makes of activations near N(0, 1). The product of two such values, as
+/// gates make it, is beyond 6 with a probability of 6 · 10⁻¹²; that of two values near N(0, 1) with 7 · 10⁻⁴, so that three of ten columns of 512 tokens
+/// would have an outlier.
 const BEHIND_NORM_STD: f64 = 0.5;
 
 /// Names how values are made of a seed: other weights have another name.

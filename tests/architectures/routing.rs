@@ -1,10 +1,10 @@
 //! Random weights behave as trained ones do where that decides speed: tokens of a mixture go to all experts, and LLM.int8 meets few outlier columns.
 
-use quantbench::engine::{self, Device, Setup};
+use quantbench::engine::{self, Device, Session, Setup};
 use quantbench::events::Silent;
 use quantbench::kernels::isa::Isa;
 use quantbench::plan::{ArgmaxSpec, Buffer, LastRowSpec, LinearPart, LinearSpec, Model, Op, Rows};
-use quantbench::quant::{FormatOptions, fp16, int8};
+use quantbench::quant::{FormatId, FormatOptions, fp16, int8};
 use quantbench::weights::builtin;
 use quantbench::weights::policy::Formats;
 use quantbench::weights::random::Random;
@@ -44,13 +44,13 @@ fn up_to_routers(model: &Model) -> Vec<(Model, usize)> {
     routers.collect()
 }
 
-/// Uses of each expert over different tokens, as a share of the mean.
-fn shares(model: &Model, top_k: usize) -> Vec<f64> {
+/// A session of random weights with the planted outlier channels.
+fn load(model: &Model, format: FormatId) -> Box<dyn Session> {
     let source = Random::new(0, 6, &model.matrices, &model.vectors);
     let setup = Setup {
         model,
         source: &source,
-        formats: &Formats::new(fp16::ID, FormatOptions::default()),
+        formats: &Formats::new(format, FormatOptions::default()),
         device: Device::Cpu,
         threads: 2,
         sequences: 1,
@@ -59,7 +59,12 @@ fn shares(model: &Model, top_k: usize) -> Vec<f64> {
         encoder_capacity: 0,
         cuda_graph: false,
     };
-    let mut session = engine::cpu::load(&setup, Isa::detect(), &Silent).unwrap().session;
+    engine::cpu::load(&setup, Isa::detect(), &Silent).unwrap().session
+}
+
+/// Uses of each expert over different tokens, as a share of the mean.
+fn shares(model: &Model, top_k: usize) -> Vec<f64> {
+    let mut session = load(model, fp16::ID);
     let tokens: Vec<u32> = (0..TOKENS as u32).map(|i| i * 37 % model.vocab as u32).collect();
     let mut uses = Vec::new();
     session
@@ -108,20 +113,7 @@ fn experts_of_random_weights_are_used_evenly() {
 #[test]
 fn int8_meets_the_planted_outlier_columns_and_few_others() {
     let model = shape("smollm2-135m", serde_json::json!({"num_hidden_layers": 6, "vocab_size": 1024}));
-    let source = Random::new(0, 6, &model.matrices, &model.vectors);
-    let setup = Setup {
-        model: &model,
-        source: &source,
-        formats: &Formats::new(int8::ID, FormatOptions::default()),
-        device: Device::Cpu,
-        threads: 2,
-        sequences: 1,
-        kv_format: Device::Cpu.kv_format(),
-        capacity: TOKENS,
-        encoder_capacity: 0,
-        cuda_graph: false,
-    };
-    let mut session = engine::cpu::load(&setup, Isa::detect(), &Silent).unwrap().session;
+    let mut session = load(&model, int8::ID);
     let tokens: Vec<u32> = (0..TOKENS as u32).map(|i| i * 37 % 1024).collect();
     session.prefill(&tokens).unwrap();
     let found = session.outlier_columns().unwrap();

@@ -322,7 +322,7 @@ impl Matvec {
         let (stay, leave): (Vec<MatrixPart>, Vec<MatrixPart>) =
             self.parts.iter().filter(is_part).partition(|part| outs.contains(&part.out));
         let rows = |parts: &[MatrixPart]| parts.iter().map(|part| part.n as usize).sum::<usize>();
-        let is_apart = self.mode == Mode::Apart as i32 && self.residual == 0 && self.logits == 0;
+        let is_apart = self.is(Mode::Apart) && self.residual == 0 && self.logits == 0;
         let is_long = rows(&leave) * self.stride as usize >= least_bytes;
         if !is_apart || !is_long || stay.is_empty() || leave.is_empty() || rows(&stay) < properties.multiprocessors {
             return None;
@@ -338,7 +338,7 @@ impl Matvec {
     /// Sets the parts, whose rows are counted through in [`Mode::Apart`] and shared otherwise, and partitions the rows evenly.
     fn set_parts(&mut self, parts: &[MatrixPart], properties: DeviceProperties) {
         self.parts = [MatrixPart { first_row: NO_ROW, ..MatrixPart::default() }; MAX_PARTS];
-        let (is_apart, mut rows) = (self.mode == Mode::Apart as i32, 0);
+        let (is_apart, mut rows) = (self.is(Mode::Apart), 0);
         for (place, part) in self.parts.iter_mut().zip(parts) {
             *place = MatrixPart { first_row: if is_apart { rows } else { part.first_row }, ..*part };
             rows = if is_apart { rows + part.n } else { parts[0].n };
@@ -378,12 +378,18 @@ impl Matvec {
             .max()
             .unwrap_or(0);
         let tiles = (most as usize).div_ceil(TILE_ROWS);
-        let runs = match self.mode {
-            mode if mode == Mode::Apart as i32 => 1,
-            mode if mode == Mode::Weighed as i32 => MAX_CHOSEN,
-            _ => 2,
+        let runs = if self.is(Mode::Apart) {
+            1
+        } else if self.is(Mode::Weighed) {
+            MAX_CHOSEN
+        } else {
+            2
         };
         (tiles * runs + WARPS) * TILE_ROWS
+    }
+
+    fn is(&self, mode: Mode) -> bool {
+        self.mode == mode as i32
     }
 
     /// Elements of all vectors' chunks.
@@ -393,27 +399,24 @@ impl Matvec {
 
     /// Vectors of each input: those of the chosen experts lie one behind the other.
     fn vectors(&self) -> usize {
-        if self.mode == Mode::Weighed as i32 { self.chosen.count as usize } else { 1 }
+        if self.is(Mode::Weighed) { self.chosen.count as usize } else { 1 }
     }
 
     /// Rows and columns of its matrices.
     pub(super) fn label(&self) -> String {
-        let is_joined = self.mode == Mode::Joined as i32;
+        let is_joined = self.is(Mode::Joined);
         let parts = self.parts.iter().filter(|part| part.first_row != NO_ROW).enumerate();
         let shapes = parts.map(|(at, part)| format!("{} x {}", part.n, self.inputs[if is_joined { at } else { 0 }].k));
         let shapes = shapes.collect::<Vec<_>>().join(" + ");
-        let what = if self.logits != 0 {
-            "head "
-        } else if self.mode == Mode::Gated as i32 {
-            "gated "
-        } else if self.mode == Mode::Weighed as i32 {
-            "weighed "
+        if self.logits != 0 {
+            format!("head {shapes}")
+        } else if self.is(Mode::Gated) {
+            format!("gated {shapes}")
+        } else if self.is(Mode::Weighed) {
+            format!("weighed {} times {shapes}", self.chosen.count)
         } else {
-            ""
-        };
-        let of_experts =
-            if self.mode == Mode::Weighed as i32 { format!("{} times ", self.chosen.count) } else { String::new() };
-        format!("{what}{of_experts}{shapes}")
+            shapes
+        }
     }
 
     /// Whether it needs `HAS_FEATURES` of instruction.cuh.

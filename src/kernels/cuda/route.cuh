@@ -8,7 +8,7 @@
 
 static_assert(MAX_EXPERTS <= THREADS, "a thread for each expert");
 // Threads that find an expert's rank together, where there are few experts.
-constexpr int COUNTERS = 4;
+constexpr int RANKING_THREADS = 4;
 
 // The choice is whole behind the next barrier. Every thread calls `ahead` once. Dynamic shared memory keeps what the router has read: the gates reuse it.
 template <class Ahead>
@@ -27,18 +27,18 @@ __device__ __forceinline__ void route(const Route &op, const Tags &tags, int ins
     for (int line = threadIdx.x * gridDim.x + blockIdx.x; line < lines; line += THREADS * gridDim.x) prefetch((const uint8_t *)op.experts + line * CHUNK_BYTES);
     ahead();
     const int fours = (op.n_experts + 3) / 4;
-    // Behind the last expert stands what comes before none.
+    // A key is at least 1, so that 1 can be taken from it. Behind the last expert stands 0, which comes before none.
     if ((int)threadIdx.x < 4 * fours)
         keys[threadIdx.x] = (int)threadIdx.x < op.n_experts ? max(ordered_bits(wait_float(op.scores + threadIdx.x, ExpectedTag(tags, op.written_by))), 1u) : 0;
     stamp(instruction, STAMP_READY);
     barrier_sync();
-    // An expert's rank is how many come before it: COUNTERS neighbouring threads count for as many experts as there are threads for, or one does.
-    const int counters = op.n_experts * COUNTERS <= THREADS ? COUNTERS : 1, own = threadIdx.x / counters;
+    // An expert's rank is how many come before it. RANKING_THREADS neighbours count them together, or one thread alone where there are too many experts.
+    const int neighbours = op.n_experts * RANKING_THREADS <= THREADS ? RANKING_THREADS : 1, own = threadIdx.x / neighbours;
     int before = 0;
     if (own < op.n_experts) {
         const uint32_t key = keys[own];
 #pragma unroll 4
-        for (int at = threadIdx.x % counters; at < fours; at += counters) {
+        for (int at = threadIdx.x % neighbours; at < fours; at += neighbours) {
             const uint4 four = ((const uint4 *)keys)[at];
             // Of equal keys the lower index comes first.
             auto comes_before = [&](uint32_t other, int index) { return other > key - (index < own); };
@@ -46,9 +46,9 @@ __device__ __forceinline__ void route(const Route &op, const Tags &tags, int ins
         }
     }
 #pragma unroll
-    for (int distance = 1; distance < COUNTERS; distance *= 2) {
+    for (int distance = 1; distance < RANKING_THREADS; distance *= 2) {
         const int other = __shfl_xor_sync(ALL_LANES, before, distance);
-        if (distance < counters) before += other;
+        if (distance < neighbours) before += other;
     }
     if (own < op.n_experts && before < op.top_k) chosen.experts[before] = own;
     barrier_sync();

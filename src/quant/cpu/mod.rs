@@ -70,13 +70,13 @@ pub fn write_strip(
 /// [`write_strip`] for each of `tokens` tokens, whose outputs are `n` apart.
 pub fn write_few(
     sums: &FewSums,
-    tokens: Range<usize>,
+    tokens: usize,
     (strip, rows): (usize, &Range<usize>),
     bias: Option<&[f32]>,
     n: usize,
     y: &SharedSlice<'_, f32>,
 ) {
-    tokens.zip(sums).for_each(|(token, sums)| write_strip(sums, strip, rows, bias, token * n, y));
+    (0..tokens).zip(sums).for_each(|(token, sums)| write_strip(sums, strip, rows, bias, token * n, y));
 }
 
 /// The first `len` values of `scratch`, grown once.

@@ -264,7 +264,7 @@ impl<T: DenseValue> CpuMatrix for DenseMatrix<T> {
             let mut sums = FewSums::default();
             for strip in strips(&rows) {
                 dot_few(self.isa, self.strip_rows(strip), x.f32s, &mut sums);
-                write_few(&sums, 0..x.m, (strip, &rows), bias, self.n, y);
+                write_few(&sums, x.m, (strip, &rows), bias, self.n, y);
             }
             return;
         }

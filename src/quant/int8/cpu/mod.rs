@@ -13,6 +13,7 @@ use std::ops::Range;
 
 use bytemuck::cast_slice;
 
+use self::outliers::StripOutliers;
 use super::{CODE_UNIT, ID, Int8Stored, PRODUCT_UNIT};
 use crate::kernels::cpu::pages::Pages;
 use crate::kernels::cpu::shared::SharedSlice;
@@ -132,7 +133,7 @@ impl Int8Matrix {
             let mut sums = self.dequantize_sums(strip, &tile[0][0], x.scales[0]);
             let absmax = &self.absmax[strip * STRIP_ROWS..].as_chunks().0[0];
             let codes = self.strip_codes(strip..strip + 1);
-            outliers::add(codes, x.outlier_columns, outliers, absmax, self.isa, &mut sums);
+            StripOutliers { codes, absmax, columns: x.outlier_columns, values: outliers }.add_to(&mut sums, self.isa);
             write_strip(&sums, strip, &rows, bias, 0, y);
         }
     }

@@ -14,68 +14,56 @@ pub fn weights(codes: &[u8], column: usize, absmax: &[f32; STRIP_ROWS]) -> [f32;
     std::array::from_fn(|row| (i32::from_le_bytes(quads[row]) << shift >> 24) as f32 * absmax[row] * CODE_UNIT)
 }
 
-/// `sums[row] += weight[row, column] * value` for all columns in their order; `isa` is checked.
-pub fn add(
-    codes: &[u8],
-    columns: &[u32],
-    values: &[f32],
-    absmax: &[f32; STRIP_ROWS],
-    isa: Isa,
-    sums: &mut [f32; STRIP_ROWS],
-) {
-    match isa {
-        // SAFETY: the instruction set is checked.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { x86::add_avx512(codes, columns, values, absmax, sums) },
-        // SAFETY: the instruction set is checked.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { x86::add_avx2(codes, columns, values, absmax, sums) },
-        _ => add_columns(codes, columns, values, absmax, sums),
-    }
+/// The outlier columns of a strip.
+#[derive(Clone, Copy)]
+pub struct StripOutliers<'a> {
+    /// `[quad][row][4]`
+    pub codes: &'a [u8],
+    pub absmax: &'a [f32; STRIP_ROWS],
+    pub columns: &'a [u32],
+    /// The token's activation in each of the columns.
+    pub values: &'a [f32],
 }
 
-/// What [`add`] does, compiled for each instruction set.
-#[inline(always)]
-fn add_columns(
-    codes: &[u8],
-    columns: &[u32],
-    values: &[f32],
-    absmax: &[f32; STRIP_ROWS],
-    sums: &mut [f32; STRIP_ROWS],
-) {
-    let mut total = *sums;
-    for (column, value) in columns.iter().zip(values) {
-        let weights = weights(codes, *column as usize, absmax);
-        for row in 0..STRIP_ROWS {
-            total[row] += weights[row] * value;
+impl StripOutliers<'_> {
+    /// `sums[row] += weight[row, column] * value` for all columns in their order; `isa` is checked.
+    pub fn add_to(self, sums: &mut [f32; STRIP_ROWS], isa: Isa) {
+        match isa {
+            // SAFETY: the instruction set is checked.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { x86::add_avx512(self, sums) },
+            // SAFETY: the instruction set is checked.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { x86::add_avx2(self, sums) },
+            _ => self.add(sums),
         }
     }
-    *sums = total;
+
+    /// What [`Self::add_to`] does, compiled for each instruction set.
+    #[inline(always)]
+    fn add(self, sums: &mut [f32; STRIP_ROWS]) {
+        let mut total = *sums;
+        for (column, value) in self.columns.iter().zip(self.values) {
+            let weights = weights(self.codes, *column as usize, self.absmax);
+            for row in 0..STRIP_ROWS {
+                total[row] += weights[row] * value;
+            }
+        }
+        *sums = total;
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{STRIP_ROWS, add_columns};
+    use super::{STRIP_ROWS, StripOutliers};
 
     #[target_feature(enable = "avx512f")]
-    pub fn add_avx512(
-        codes: &[u8],
-        columns: &[u32],
-        values: &[f32],
-        absmax: &[f32; STRIP_ROWS],
-        sums: &mut [f32; STRIP_ROWS],
-    ) {
-        add_columns(codes, columns, values, absmax, sums);
+    pub fn add_avx512(outliers: StripOutliers, sums: &mut [f32; STRIP_ROWS]) {
+        outliers.add(sums);
     }
 
     #[target_feature(enable = "avx2")]
-    pub fn add_avx2(
-        codes: &[u8],
-        columns: &[u32],
-        values: &[f32],
-        absmax: &[f32; STRIP_ROWS],
-        sums: &mut [f32; STRIP_ROWS],
-    ) {
-        add_columns(codes, columns, values, absmax, sums);
+    pub fn add_avx2(outliers: StripOutliers, sums: &mut [f32; STRIP_ROWS]) {
+        outliers.add(sums);
     }
 }

@@ -190,7 +190,7 @@ impl Nf4Matrix {
                 }
                 PackedAbsmax::Crossing(_) => unreachable!("blocks cross rows"),
             }
-            write_few(&sums, 0..x.m, (strip, &rows), bias, self.n, y);
+            write_few(&sums, x.m, (strip, &rows), bias, self.n, y);
         }
     }
 
