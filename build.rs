@@ -45,9 +45,14 @@ fn compile_kernels(out: &Path) {
     let headers: Vec<Vec<u8>> = files_of(Path::new("src"), &["cuh"]).iter().map(|path| read(path)).collect();
     for source in files_of(Path::new("src"), &["cu"]) {
         let (text, stem) = (read(&source), source.file_stem().expect("a file").display());
-        // Step kernels once more with clock stamps, and with what few models need.
+        // Step kernels once more with clock stamps, and with what few models need, experts last.
         let is_step = String::from_utf8_lossy(&text).contains("quant/step.cuh");
-        let builds = [("", None), ("_traced", Some("-DSTEP_TRACED")), ("_featured", Some("-DSTEP_FEATURED"))];
+        let builds = [
+            ("", None),
+            ("_traced", Some("-DSTEP_TRACED")),
+            ("_featured", Some("-DSTEP_FEATURED")),
+            ("_experts", Some("-DSTEP_EXPERTS")),
+        ];
         for (suffix, define) in &builds[..if is_step { builds.len() } else { 1 }] {
             let arguments: Vec<String> = arguments().chain(define.map(str::to_owned)).collect();
             let key = hash(&(&said, &arguments, &source, &text, &headers));

@@ -12,16 +12,16 @@ use std::process::Command;
 use quantbench::kernels::cuda::attend;
 use quantbench::kernels::cuda::launch::Fatbin;
 use quantbench::kernels::cuda::rows;
-use quantbench::kernels::cuda::step_kernel::{FEATURED_STATIC_BYTES, HOPPER_STATIC_BYTES};
+use quantbench::kernels::cuda::step_kernel::{EXPERTS_STATIC_BYTES, HOPPER_STATIC_BYTES};
 use quantbench::quant::{dense, int8, nf4};
 
 const OURS: [&Fatbin; 8] = [
     &attend::KERNELS,
-    &dense::cuda::KERNELS,
+    &dense::cuda::KERNELS.plain,
     &dense::cuda::ENCODE_KERNELS,
-    &int8::cuda::KERNELS,
+    &int8::cuda::KERNELS.plain,
     &int8::cuda::ENCODE_KERNELS,
-    &nf4::cuda::KERNELS,
+    &nf4::cuda::KERNELS.plain,
     &nf4::cuda::ENCODE_KERNELS,
     &rows::KERNELS,
 ];
@@ -319,7 +319,7 @@ fn nothing_spills() {
 
 #[test]
 fn steps_over_the_weights_leave_half_the_issue_slots_free() {
-    let fatbins = [&dense::cuda::KERNELS, &int8::cuda::KERNELS, &nf4::cuda::KERNELS];
+    let fatbins = [&dense::cuda::KERNELS.plain, &int8::cuda::KERNELS.plain, &nf4::cuda::KERNELS.plain];
     let Some(files) = fatbins.into_iter().map(disassemble).collect::<Option<Vec<_>>>() else { return };
     let mut problems = Vec::new();
     for step in &STEPS {
@@ -349,11 +349,13 @@ fn steps_over_the_weights_leave_half_the_issue_slots_free() {
 #[test]
 fn steps_leave_their_pipelines_the_planned_memory() {
     const OF_SYSTEM: usize = 1024;
-    let plain = [&dense::cuda::KERNELS, &int8::cuda::KERNELS, &nf4::cuda::KERNELS];
-    let featured = [&dense::cuda::FEATURED_KERNELS, &int8::cuda::FEATURED_KERNELS, &nf4::cuda::FEATURED_KERNELS];
-    let with_room = |fatbins: [&'static Fatbin; 3], bytes| fatbins.map(|fatbin| (fatbin, bytes));
-    let plain = with_room(plain, HOPPER_STATIC_BYTES);
-    for (fatbin, room) in plain.into_iter().chain(with_room(featured, HOPPER_STATIC_BYTES + FEATURED_STATIC_BYTES)) {
+    let steps = [&dense::cuda::KERNELS, &int8::cuda::KERNELS, &nf4::cuda::KERNELS];
+    let with_experts = HOPPER_STATIC_BYTES + EXPERTS_STATIC_BYTES;
+    let builds = steps.into_iter().flat_map(|step| {
+        let without = [&step.plain, &step.featured].map(|fatbin| (fatbin, HOPPER_STATIC_BYTES));
+        without.into_iter().chain([(&step.experts, with_experts)])
+    });
+    for (fatbin, room) in builds {
         let (_folder, file) = written(fatbin);
         let Some(usage) = run("cuobjdump", &["-arch", "sm_90a", "-res-usage"], &file) else { return };
         let lines: Vec<&str> = usage.lines().map(str::trim).collect();
@@ -377,7 +379,7 @@ fn steps_leave_their_pipelines_the_planned_memory() {
 fn attention_reads_its_cache_in_wide_loads() {
     /// Two keys and two values of 16 bytes for each lane.
     const WAY_BYTES: f64 = 4.0 * 16.0 * 32.0;
-    let Some(chips) = disassemble(&dense::cuda::KERNELS) else { return };
+    let Some(chips) = disassemble(&dense::cuda::KERNELS.plain) else { return };
     for (chip, kernels) in &chips {
         let step = kernels.iter().find(|kernel| kernel.name == "half_step").expect("the kernel of a step");
         // Two keys and their values are in flight in the loop that takes powers.

@@ -35,7 +35,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
     RowFactors<Format> factors;
     bool has_row = is_weighed(matvec) ? factors.load_weighed(resident, threadIdx.x) : factors.load(resident, threadIdx.x / TILE_ROWS, threadIdx.x % TILE_ROWS);
     // Behind a choice nothing has been copied yet: the warp that `ahead` lets wait for its copies fills its pipeline later.
-    if (!(HAS_FEATURES && matvec.chosen && threadIdx.x / LANES == WARPS - 1)) pipeline.fill(instructions, before);
+    if (!(HAS_EXPERTS && matvec.chosen && threadIdx.x / LANES == WARPS - 1)) pipeline.fill(instructions, before);
     RunReader reader;
     reader.next(resident);
 
@@ -55,7 +55,7 @@ __device__ __forceinline__ void multiply(const Program &program, const ResidentI
         if (!FORMAT_NEEDS_VALUES && opcode == OPCODE_FORMAT) Format::convert(activations.own, shared, matvec, x, converted, sums_of_warps);
     }
     ahead();
-    const bool has_rows = share.rows != 0 || matvec.logits || (HAS_FEATURES && matvec.keeps_input);
+    const bool has_rows = share.rows != 0 || matvec.logits || (HAS_EXPERTS && matvec.keeps_input);
     auto begin = [&]() {
         Pipeline::begin(shared_pipeline, at);
         stamp(at, STAMP_READY);
@@ -148,9 +148,9 @@ __device__ __forceinline__ void run_step(const Program &program) {
     Pipeline pipeline;
     // Weights of the instructions before it may be copied. In shared memory: nf4 on Hopper has no register left for it.
     __shared__ int shared_gate;
-    if (HAS_FEATURES && threadIdx.x == 0) shared_gate = program.gate;
-    auto gate = [&]() { return HAS_FEATURES ? shared_gate : n; };
-    pipeline.start(shared_address(dynamic), program.stages, min(min(n, RESIDENT_INSTRUCTIONS), HAS_FEATURES ? program.gate : n), shared_pipeline);
+    if (HAS_EXPERTS && threadIdx.x == 0) shared_gate = program.gate;
+    auto gate = [&]() { return HAS_EXPERTS ? shared_gate : n; };
+    pipeline.start(shared_address(dynamic), program.stages, min(min(n, RESIDENT_INSTRUCTIONS), HAS_EXPERTS ? program.gate : n), shared_pipeline);
     uint8_t *room = (uint8_t *)dynamic + WARPS * Pipeline::bytes(program.stages);
     if (warp < RESIDENT_INSTRUCTIONS && warp < n) {
         // A single instruction is a kernel parameter, which asynchronous copies cannot read.
@@ -193,7 +193,7 @@ __device__ __forceinline__ void run_step(const Program &program) {
         if (instruction.opcode == OPCODE_ATTENTION) attend(instruction.attention, tags, at, room, ahead);
         else if (HAS_FEATURES && instruction.opcode >= OPCODE_FEATURED_ATTENTION) {
             if (instruction.opcode == OPCODE_NORM_ADD) norm_add(instruction.norm_add, tags, at, room, ahead);
-            else if (instruction.opcode == OPCODE_ROUTE) {
+            else if (HAS_EXPERTS && instruction.opcode == OPCODE_ROUTE) {
                 route(instruction.route, tags, at, ahead);
                 if (threadIdx.x == 0) shared_gate = instruction.route.next_gate;
                 // All warps see gate and choice.

@@ -199,7 +199,7 @@ fn compile() -> std::result::Result<Vec<Unit>, String> {
         let text = fs::read_to_string(&source).expect("a source");
         let differs = text.contains("step.cuh") || text.contains("__CUDA_ARCH__");
         let chips = if differs { &CHIPS[..] } else { &CHIPS[CHIPS.len() - 1..] };
-        let builds = if text.contains("quant/step.cuh") { &["", "featured"][..] } else { &[""] };
+        let builds = if text.contains("quant/step.cuh") { &["", "featured", "experts"][..] } else { &[""] };
         let wanted_of = |build: &&'static str| {
             chips.iter().map(|chip| (source.clone(), *build, kernels(&text), *chip)).collect::<Vec<_>>()
         };
@@ -259,7 +259,7 @@ fn unit(compiler: &str, source: &Path, build: &str, kernels: Vec<String>, chip: 
             .arg("-ftrivial-auto-var-init=pattern")
             .args(["-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-error"])
             .arg(format!("-D__CUDA_ARCH__={chip}"))
-            .args((build == "featured").then_some("-DSTEP_FEATURED"))
+            .args((!build.is_empty()).then(|| format!("-DSTEP_{}", build.to_uppercase())))
             .arg(format!("-DSOURCE=\"{}\"", source.display()))
             .arg(format!("-DKERNELS={kernels}"))
             .arg("-I")

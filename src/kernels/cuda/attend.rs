@@ -4,10 +4,9 @@ use candle_core::{Result, bail};
 
 use super::arena::Arena;
 use super::launch::{Fatbin, Grid, Launcher, dimension};
-use crate::parameters;
+use crate::{fatbin, parameters};
 
-pub static KERNELS: Fatbin =
-    Fatbin { name: "attend", image: include_bytes!(concat!(env!("OUT_DIR"), "/attend.fatbin")) };
+pub static KERNELS: Fatbin = fatbin!("attend");
 
 /// As in attend.cu.
 const THREADS: u32 = 128;

@@ -19,12 +19,15 @@ constexpr int WARPS = THREADS / LANES;
 constexpr int PRODUCER_WARPS = 4;
 constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 112;
 
-// Two builds of the step kernel: one has what OPCODE_HALF to OPCODE_ATTENTION need of llama, phi, t5 and gemma, whose registers are few; the other
-// also norms of heads, windows, caps, sinks, norms behind products, casts and the choice of experts (STEP_FEATURED). step_kernel.rs picks one.
-#ifdef STEP_FEATURED
-constexpr bool HAS_FEATURES = true;
+// Builds of the step kernel, each with few registers for what it has. The first has what OPCODE_HALF to OPCODE_ATTENTION need of llama, phi, t5 and
+// gemma; the second also norms of heads, windows, caps, sinks, norms behind products and casts (STEP_FEATURED); the third the choice of experts
+// too (STEP_EXPERTS). program.rs picks one.
+#ifdef STEP_EXPERTS
+constexpr bool HAS_EXPERTS = true, HAS_FEATURES = true;
+#elif defined(STEP_FEATURED)
+constexpr bool HAS_EXPERTS = false, HAS_FEATURES = true;
 #else
-constexpr bool HAS_FEATURES = false;
+constexpr bool HAS_EXPERTS = false, HAS_FEATURES = false;
 #endif
 
 // A barrier of all threads but those of producer warps.
@@ -34,7 +37,7 @@ constexpr int MAX_INPUTS = 2;
 // Experts of a token, and experts that there are.
 constexpr int LOG_MAX_CHOSEN = 3, MAX_CHOSEN = 1 << LOG_MAX_CHOSEN, MAX_EXPERTS = 512;
 // Vectors that a matvec multiplies: its inputs, or what the gates of the chosen experts have made.
-constexpr int MAX_VECTORS = HAS_FEATURES ? MAX_CHOSEN : MAX_INPUTS;
+constexpr int MAX_VECTORS = HAS_EXPERTS ? MAX_CHOSEN : MAX_INPUTS;
 
 // NORM_CAST: none, but fp32 values of a residual, which are cast to fp16.
 enum Norm { NORM_NONE, NORM_RMS, NORM_LAYER, NORM_CAST };

@@ -19,6 +19,20 @@ pub struct Fatbin {
     pub image: &'static [u8],
 }
 
+/// The kernels that `build.rs` made of the source `$stem.cu`, in the build `$build`.
+#[macro_export]
+macro_rules! fatbin {
+    ($stem:literal) => {
+        $crate::fatbin!($stem, "")
+    };
+    ($stem:literal, $build:literal) => {
+        $crate::kernels::cuda::launch::Fatbin {
+            name: concat!($stem, $build),
+            image: include_bytes!(concat!(env!("OUT_DIR"), "/", $stem, $build, ".fatbin")),
+        }
+    };
+}
+
 /// A kernel of a loaded module. Modules are never unloaded: candle uses the device's primary context, which lives as long
 /// as the process uses the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

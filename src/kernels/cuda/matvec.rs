@@ -6,7 +6,7 @@ use candle_core::{Result, bail};
 use super::launch::{Launcher, dimension};
 use super::route::MAX_CHOSEN;
 use super::shared_input::{ProductAt, SharedInput};
-use super::step_kernel::{DeviceProperties, StepKernel, TILE_ROWS, WARPS, WeightDecoder};
+use super::step_kernel::{DeviceProperties, StepFeatures, StepKernel, TILE_ROWS, WARPS, WeightDecoder};
 
 pub const MAX_PARTS: usize = 4;
 const MAX_INPUTS: usize = 2;
@@ -419,13 +419,16 @@ impl Matvec {
         }
     }
 
-    /// Whether it needs `HAS_FEATURES` of instruction.cuh.
-    pub(super) fn is_featured(&self) -> bool {
-        let is_featured = |part: &MatrixPart| [ACT_CAP, ACT_CLAMPED].contains(&part.activation);
-        self.is_routed()
-            || self.inputs.iter().any(|input| input.norm == NORM_CAST)
+    /// What it needs of its kernel.
+    pub(super) fn features(&self) -> StepFeatures {
+        let is_featured = self.inputs.iter().any(|input| input.norm == NORM_CAST)
             || self.output_type == OutputType::TaggedFloats as i32
-            || self.parts.iter().any(is_featured)
+            || self.parts.iter().any(|part| [ACT_CAP, ACT_CLAMPED].contains(&part.activation));
+        match is_featured {
+            _ if self.is_routed() || self.keeps_input != 0 => StepFeatures::Experts,
+            true => StepFeatures::Featured,
+            false => StepFeatures::Plain,
+        }
     }
 
     /// Whether it reads the matrices of chosen experts.

@@ -60,7 +60,7 @@ __device__ __forceinline__ int quotient(int a, int b, float per_b) {
 __device__ __forceinline__ int tile_of(const BlockShare &share, int run) { return run >> share.shift; }
 // Of a tile's runs, which one.
 __device__ __forceinline__ int place_of(const BlockShare &share, int run) { return run & ((1 << share.shift) - 1); }
-__device__ __forceinline__ int chunks_of(const BlockShare &share, int in_tile) { return share.chunks[HAS_FEATURES ? min(in_tile, 1) : in_tile]; }
+__device__ __forceinline__ int chunks_of(const BlockShare &share, int in_tile) { return share.chunks[HAS_EXPERTS ? min(in_tile, 1) : in_tile]; }
 
 // Iterates over a warp's steps of an instruction, run by run. The copies and the reads of weights use the same order.
 struct RunIterator {
@@ -76,7 +76,7 @@ struct RunIterator {
         } else {
             run++;
             // Behind the last of the chosen experts comes the next tile.
-            if (HAS_FEATURES && place_of(share, run) == share.runs) run = (tile_of(share, run) + 1) << share.shift;
+            if (HAS_EXPERTS && place_of(share, run) == share.runs) run = (tile_of(share, run) + 1) << share.shift;
             chunk = 0;
         }
         steps = 0;
@@ -99,10 +99,10 @@ __device__ __forceinline__ int rows_of(const BlockShare &share, int tile) { retu
 __device__ __forceinline__ int first_row_of(const BlockShare &share, int tile) { return share.first_row + tile * share.of_tile + min(tile, share.extra_rows); }
 
 // The parts that an instruction reads: its own, or those of the chosen experts.
-__device__ __forceinline__ const MatrixPart *parts_of(const Matvec &matvec) { return HAS_FEATURES && matvec.chosen ? chosen_experts().parts : matvec.parts; }
+__device__ __forceinline__ const MatrixPart *parts_of(const Matvec &matvec) { return HAS_EXPERTS && matvec.chosen ? chosen_experts().parts : matvec.parts; }
 
 // The vectors that a matvec multiplies: its inputs, or those of the chosen experts, which are all alike.
-__device__ __forceinline__ bool is_weighed(const Matvec &matvec) { return HAS_FEATURES && matvec.mode == MODE_WEIGHED; }
+__device__ __forceinline__ bool is_weighed(const Matvec &matvec) { return HAS_EXPERTS && matvec.mode == MODE_WEIGHED; }
 __device__ __forceinline__ int vectors_of(const Matvec &matvec) { return is_weighed(matvec) ? matvec.chosen : matvec.n_inputs; }
 __device__ __forceinline__ const InputDesc &vector_at(const Matvec &matvec, int vector) { return matvec.inputs[is_weighed(matvec) ? 0 : vector]; }
 __device__ __forceinline__ int vector_of_run(const Matvec &matvec, int in_tile) { return matvec.mode == MODE_JOINED || is_weighed(matvec) ? in_tile : 0; }
@@ -115,7 +115,7 @@ __device__ __forceinline__ int padded_of(const Matvec &matvec) {
 // The part that a run reads for row `row` of all parts; `row` becomes the row of that part.
 __device__ __forceinline__ const MatrixPart &part_at(const ResidentInstruction &resident, int in_tile, int &row) {
     const Matvec &matvec = resident.instruction.matvec;
-    if (HAS_FEATURES && matvec.chosen) {
+    if (HAS_EXPERTS && matvec.chosen) {
         if (matvec.mode == MODE_WEIGHED) return chosen_experts().parts[2 * MAX_CHOSEN + in_tile];
         const int expert = (unsigned)row / (unsigned)matvec.rows_of_expert;
         row -= expert * matvec.rows_of_expert;

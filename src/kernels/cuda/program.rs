@@ -8,7 +8,7 @@ use super::launch::{Grid, Kernel, Launcher, dimension, launch};
 use super::matvec::{Epilogue, Family, InputDesc, Matvec, Mode, Product};
 use super::norm_add::NormAdd;
 use super::route::Route;
-use super::step_kernel::{DeviceProperties, FEATURED_STATIC_BYTES, StepKernel, WARPS, WeightDecoder};
+use super::step_kernel::{DeviceProperties, StepFeatures, StepKernel, WARPS, WeightDecoder};
 use crate::parameters;
 
 /// `written_by` of values that were there before the launch.
@@ -129,12 +129,13 @@ impl Instruction {
         }
     }
 
-    /// Returns whether it needs `HAS_FEATURES` of instruction.cuh.
-    fn is_featured(&self) -> bool {
+    /// Returns what it needs of its kernel.
+    fn features(&self) -> StepFeatures {
         match self {
-            Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.is_featured(),
-            Self::Attention(_) => false,
-            Self::FeaturedAttention(_) | Self::NormAdd(_) | Self::Route(_) => true,
+            Self::Half(matvec) | Self::Float(matvec) | Self::Format(matvec) => matvec.features(),
+            Self::Attention(_) => StepFeatures::Plain,
+            Self::FeaturedAttention(_) | Self::NormAdd(_) => StepFeatures::Featured,
+            Self::Route(_) => StepFeatures::Experts,
         }
     }
 
@@ -358,9 +359,8 @@ impl ProgramBuilder {
         self.check_hazards()?;
         let data_bytes = self.list.iter().map(|instruction| instruction.shared_bytes(kernel)).max().unwrap_or(0);
         let data_bytes = data_bytes.next_multiple_of(16);
-        let is_featured = self.list.iter().any(Instruction::is_featured);
-        let static_bytes = if is_featured { FEATURED_STATIC_BYTES } else { 0 };
-        let (stages, stage_bytes) = self.properties.pipeline(kernel, data_bytes + static_bytes);
+        let features = self.list.iter().map(Instruction::features).max().unwrap_or(StepFeatures::Plain);
+        let (stages, stage_bytes) = self.properties.pipeline(kernel, data_bytes + features.static_bytes());
         let grid = Grid {
             shared_bytes: WARPS * stages * stage_bytes + data_bytes,
             cooperative: self.list.len() > 1,
@@ -379,7 +379,7 @@ impl ProgramBuilder {
             stages,
             gate: route.map_or(Ok(NO_GATE), |route| dimension(route + 1))?,
         };
-        Ok(PlannedLaunch { kernel, is_featured, grid, program })
+        Ok(PlannedLaunch { kernel, features, grid, program })
     }
 
     /// The first kernel that reads all matrices.
@@ -398,8 +398,7 @@ impl ProgramBuilder {
 #[derive(Clone, Copy)]
 pub struct PlannedLaunch {
     kernel: &'static StepKernel,
-    /// An instruction needs [`StepKernel::featured`].
-    is_featured: bool,
+    features: StepFeatures,
     grid: Grid,
     pub program: Program,
 }
@@ -407,12 +406,11 @@ pub struct PlannedLaunch {
 impl PlannedLaunch {
     /// Loads the kernel onto a device, which must have the shared memory for it.
     pub fn load(self, device: &CudaDevice) -> Result<LoadedLaunch> {
-        let Self { kernel: StepKernel { fatbin, traced, featured, name, .. }, is_featured, grid, program } = self;
-        let fatbin = match (program.trace == 0, is_featured) {
-            (true, false) => fatbin,
-            (true, true) => featured,
-            (false, false) => traced,
-            (false, true) => {
+        let Self { kernel: StepKernel { fatbins, name, .. }, features, grid, program } = self;
+        let fatbin = match (program.trace == 0, features) {
+            (true, _) => features.fatbin(fatbins),
+            (false, StepFeatures::Plain) => &fatbins.traced,
+            (false, _) => {
                 bail!("QUANTBENCH_TRACE: no build of the step kernel has both stamps and this model's instructions")
             }
         };
@@ -430,8 +428,8 @@ impl PlannedLaunch {
     /// # Safety
     /// Every address that this launch was made of is still valid.
     pub unsafe fn launch_on(&self, launcher: &dyn Launcher) -> Result<()> {
-        let StepKernel { fatbin, featured, name, .. } = self.kernel;
-        let fatbin = if self.is_featured { featured } else { fatbin };
+        let StepKernel { fatbins, name, .. } = self.kernel;
+        let fatbin = self.features.fatbin(fatbins);
         // SAFETY: steps' kernels take one struct, which `Program` mirrors; the caller vouches for the addresses.
         unsafe { launcher.launch(fatbin, name, self.grid, parameters![self.program]) }
     }

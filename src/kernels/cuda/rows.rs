@@ -7,9 +7,9 @@ use candle_core::Result;
 use super::attend::Heads;
 use super::launch::{Fatbin, Grid, Launcher, dimension};
 use super::program::TokenOutput;
-use crate::parameters;
+use crate::{fatbin, parameters};
 
-pub static KERNELS: Fatbin = Fatbin { name: "rows", image: include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")) };
+pub static KERNELS: Fatbin = fatbin!("rows");
 
 /// Threads of a block for elements, and of one that owns a row.
 const THREADS: u32 = 256;

@@ -21,16 +21,59 @@ const MAX_STAGES: usize = 5;
 /// Shared memory of a block on Hopper, and the part of it that is left for static variables.
 const HOPPER_SHARED_BYTES: usize = 227 << 10;
 pub const HOPPER_STATIC_BYTES: usize = 8 << 10;
-/// What a kernel with `HAS_FEATURES` has beside it: the scores of experts, and those that were chosen.
-pub const FEATURED_STATIC_BYTES: usize = 5 << 10;
+/// What a kernel with `HAS_EXPERTS` has beside it: the scores of experts, and those that were chosen.
+pub const EXPERTS_STATIC_BYTES: usize = 5 << 10;
+
+/// The builds of a format's kernels, as `build.rs` makes them of one source.
+pub struct StepFatbins {
+    pub plain: Fatbin,
+    /// With clock stamps, as [`super::trace`] reads them.
+    pub traced: Fatbin,
+    /// With `HAS_FEATURES` of instruction.cuh.
+    pub featured: Fatbin,
+    /// With `HAS_EXPERTS` too.
+    pub experts: Fatbin,
+}
+
+/// The builds of the source `$stem.cu`.
+#[macro_export]
+macro_rules! step_fatbins {
+    ($stem:literal) => {
+        $crate::kernels::cuda::step_kernel::StepFatbins {
+            plain: $crate::fatbin!($stem),
+            traced: $crate::fatbin!($stem, "_traced"),
+            featured: $crate::fatbin!($stem, "_featured"),
+            experts: $crate::fatbin!($stem, "_experts"),
+        }
+    };
+}
+
+/// What a program needs of its kernel beyond the plain build. Each build can do what those before it can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum StepFeatures {
+    Plain,
+    Featured,
+    Experts,
+}
+
+impl StepFeatures {
+    pub(super) fn fatbin(self, of: &StepFatbins) -> &Fatbin {
+        match self {
+            Self::Plain => &of.plain,
+            Self::Featured => &of.featured,
+            Self::Experts => &of.experts,
+        }
+    }
+
+    /// Bytes of static shared memory beside [`HOPPER_STATIC_BYTES`].
+    pub(super) fn static_bytes(self) -> usize {
+        if self == Self::Experts { EXPERTS_STATIC_BYTES } else { 0 }
+    }
+}
 
 /// A kernel that runs programs. Each reads fp16 and fp32 matrices, and those of one format.
 pub struct StepKernel {
-    pub fatbin: &'static Fatbin,
-    /// The same with clock stamps, as [`super::trace`] reads them.
-    pub traced: &'static Fatbin,
-    /// The same with `HAS_FEATURES` of instruction.cuh.
-    pub featured: &'static Fatbin,
+    pub fatbins: &'static StepFatbins,
     pub name: &'static str,
     /// Whether tables of its format share the memory with the pipelines.
     pub has_tables: bool,
@@ -113,13 +156,13 @@ impl DeviceProperties {
 mod tests {
     use super::*;
 
-    static NO_CODE: Fatbin = Fatbin { name: "none", image: &[] };
+    const NO_CODE: Fatbin = Fatbin { name: "none", image: &[] };
+    static NO_BUILDS: StepFatbins =
+        StepFatbins { plain: NO_CODE, traced: NO_CODE, featured: NO_CODE, experts: NO_CODE };
 
     fn kernel(has_tables: bool, side_data_words: usize) -> StepKernel {
         StepKernel {
-            fatbin: &NO_CODE,
-            traced: &NO_CODE,
-            featured: &NO_CODE,
+            fatbins: &NO_BUILDS,
             name: "none",
             has_tables,
             side_data_words,

@@ -8,28 +8,23 @@ use half::f16;
 
 use super::{DenseStored, DenseValue};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
-use crate::kernels::cuda::launch::{Fatbin, Launcher, address, upload_rows};
+use crate::kernels::cuda::launch::{Launcher, address, upload_rows};
 use crate::kernels::cuda::matvec::{Family, MatrixDesc};
 use crate::kernels::cuda::rows::RowKernels;
 use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
-use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepKernel, WeightDecoder};
+use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepFatbins, StepKernel, WeightDecoder};
 use crate::quant::cuda::download;
 use crate::quant::{CudaMatrix, Stored};
+use crate::step_fatbins;
 
 pub use encode::{KERNELS as ENCODE_KERNELS, cast_rows};
 pub(in crate::quant) use encode::{device_bytes, encoder};
 
-pub static KERNELS: Fatbin = Fatbin { name: "dense", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense.fatbin")) };
-pub static TRACED_KERNELS: Fatbin =
-    Fatbin { name: "dense_traced", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense_traced.fatbin")) };
-pub static FEATURED_KERNELS: Fatbin =
-    Fatbin { name: "dense_featured", image: include_bytes!(concat!(env!("OUT_DIR"), "/dense_featured.fatbin")) };
+pub static KERNELS: StepFatbins = step_fatbins!("dense");
 
 /// Reads no format but these.
 pub static STEP: StepKernel = StepKernel {
-    fatbin: &KERNELS,
-    traced: &TRACED_KERNELS,
-    featured: &FEATURED_KERNELS,
+    fatbins: &KERNELS,
     name: "half_step",
     has_tables: false,
     side_data_words: 0,

@@ -8,27 +8,22 @@ use half::f16;
 
 use super::Int8Stored;
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
-use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
+use crate::kernels::cuda::launch::{Grid, Launcher, address, dimension, upload_rows};
 use crate::kernels::cuda::matvec::{Family, MatrixDesc};
 use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
-use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepKernel, WeightDecoder};
+use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepFatbins, StepKernel, WeightDecoder};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::download;
+use crate::step_fatbins;
 
 pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
 
-pub static KERNELS: Fatbin = Fatbin { name: "int8", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin")) };
-pub static TRACED_KERNELS: Fatbin =
-    Fatbin { name: "int8_traced", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8_traced.fatbin")) };
-pub static FEATURED_KERNELS: Fatbin =
-    Fatbin { name: "int8_featured", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8_featured.fatbin")) };
+pub static KERNELS: StepFatbins = step_fatbins!("int8");
 
 static STEP: StepKernel = StepKernel {
-    fatbin: &KERNELS,
-    traced: &TRACED_KERNELS,
-    featured: &FEATURED_KERNELS,
+    fatbins: &KERNELS,
     name: "int8_step",
     has_tables: false,
     side_data_words: 0,
@@ -293,7 +288,7 @@ impl ManyRows {
             let parameters = parameters![x, columns, count, total, codes, row_absmax, m, k, stride, threshold];
             // SAFETY: parameters as int8.cu declares them, and shared memory as it says. Each row of x, codes and row_absmax has a
             // block, of which the first makes the list.
-            return unsafe { on.launch(&KERNELS, "int8_quantize_few", grid, parameters) };
+            return unsafe { on.launch(&KERNELS.plain, "int8_quantize_few", grid, parameters) };
         }
         let n_parts = FLAG_PARTS.min(self.m);
         let flag = Grid::new((bytes.div_ceil(FLAG_THREADS as usize), n_parts), FLAG_THREADS);
@@ -302,15 +297,20 @@ impl ManyRows {
         // SAFETY: parameters as int8.cu declares them. A thread past the flags returns; the list is made by one block; each row of
         // x, codes and row_absmax has a block.
         unsafe {
-            on.launch(&KERNELS, "int8_outlier_flags", flag, parameters![x, flags, m, k, stride, threshold])?;
-            on.launch(&KERNELS, "int8_outlier_list", list, parameters![flags, columns, count, total, parts, stride])?;
+            on.launch(&KERNELS.plain, "int8_outlier_flags", flag, parameters![x, flags, m, k, stride, threshold])?;
+            on.launch(
+                &KERNELS.plain,
+                "int8_outlier_list",
+                list,
+                parameters![flags, columns, count, total, parts, stride],
+            )?;
             let parameters = parameters![x, flags, codes, row_absmax, k, stride, threshold];
-            on.launch(&KERNELS, "int8_quantize_rows", encode, parameters)?;
+            on.launch(&KERNELS.plain, "int8_quantize_rows", encode, parameters)?;
             if self.gathered == 0 {
                 return Ok(());
             }
             let gathered = self.gathered;
-            on.launch(&KERNELS, "int8_gather_rows", encode, parameters![x, columns, count, gathered, k, stride])
+            on.launch(&KERNELS.plain, "int8_gather_rows", encode, parameters![x, columns, count, gathered, k, stride])
         }
     }
 
@@ -343,7 +343,7 @@ impl ManyRows {
         let grid = Grid::over(self.m * self.n, FINISH_THREADS);
         let parameters = parameters![codes, weight, products, m, n, stride];
         // SAFETY: parameters as int8.cu declares them; a thread for each product.
-        unsafe { on.launch(&KERNELS, "int8_products", grid, parameters) }
+        unsafe { on.launch(&KERNELS.plain, "int8_products", grid, parameters) }
     }
 
     /// y, of the products and the outlier columns.
@@ -363,8 +363,8 @@ impl ManyRows {
             // SAFETY: parameters as int8.cu declares them; the columns listed are below k, and each row has a block that writes all that the
             // second launch reads of it.
             return unsafe {
-                on.launch(&KERNELS, "int8_gather_weights", Grid::new((self.n, 1), FINISH_THREADS), weights)?;
-                on.launch(&KERNELS, "int8_finish_gathered", Grid::new(blocks, FINISH_THREADS), finish)
+                on.launch(&KERNELS.plain, "int8_gather_weights", Grid::new((self.n, 1), FINISH_THREADS), weights)?;
+                on.launch(&KERNELS.plain, "int8_finish_gathered", Grid::new(blocks, FINISH_THREADS), finish)
             };
         }
         let blocks = (self.n.div_ceil(FINISH_COLUMNS), self.m.div_ceil(FINISH_ROWS).min(FINISH_BLOCKS_Y));
@@ -372,6 +372,6 @@ impl ManyRows {
         let parameters =
             parameters![products, weight, absmax, row_absmax, columns, count, x, y, scale, m, n, k, stride];
         // SAFETY: parameters as int8.cu declares them; the columns listed are below k, and a thread past n returns.
-        unsafe { on.launch(&KERNELS, "int8_finish_rows", grid, parameters) }
+        unsafe { on.launch(&KERNELS.plain, "int8_finish_rows", grid, parameters) }
     }
 }

@@ -12,28 +12,23 @@ use super::nested::{self, NestedAbsmax};
 use super::tile::tile_rows;
 use super::{Absmax, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
-use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension, upload_rows};
+use crate::kernels::cuda::launch::{Grid, Launcher, address, dimension, upload_rows};
 use crate::kernels::cuda::matvec::{Family, MatrixDesc};
 use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
-use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepKernel, WeightDecoder};
+use crate::kernels::cuda::step_kernel::{CHUNK_BYTES, StepFatbins, StepKernel, WeightDecoder};
 use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::download;
+use crate::step_fatbins;
 
 pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
 
-pub static KERNELS: Fatbin = Fatbin { name: "nf4", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4.fatbin")) };
-pub static TRACED_KERNELS: Fatbin =
-    Fatbin { name: "nf4_traced", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4_traced.fatbin")) };
-pub static FEATURED_KERNELS: Fatbin =
-    Fatbin { name: "nf4_featured", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4_featured.fatbin")) };
+pub static KERNELS: StepFatbins = step_fatbins!("nf4");
 
 const fn step(name: &'static str, side_data_words: usize) -> StepKernel {
     StepKernel {
-        fatbin: &KERNELS,
-        traced: &TRACED_KERNELS,
-        featured: &FEATURED_KERNELS,
+        fatbins: &KERNELS,
         name,
         has_tables: true,
         side_data_words,
@@ -157,7 +152,7 @@ pub unsafe fn dequantize(on: &dyn Launcher, matrix: &MatrixDesc, rows: Range<usi
     let units = dimension(rows.len() * matrix.stride_bytes / UNIT_BYTES)? as usize;
     let grid = Grid::over(units, DEQUANTIZE_THREADS);
     // SAFETY: parameters as nf4.cu declares them, a thread for each unit; the caller vouches for the addresses.
-    unsafe { on.launch(&KERNELS, name, grid, parameters![part, matrix.constants, out, k, stride, first, end]) }
+    unsafe { on.launch(&KERNELS.plain, name, grid, parameters![part, matrix.constants, out, k, stride, first, end]) }
 }
 
 struct Nf4OnDevice {

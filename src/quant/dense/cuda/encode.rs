@@ -6,12 +6,12 @@ use candle_core::{Device, Result, bail};
 
 use super::{DenseOnDevice, stride_bytes};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension};
-use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::{CudaEncoder, DeviceBytes, SourceDtype, SourceValues};
 use crate::quant::dense::DenseValue;
+use crate::{fatbin, parameters};
 
-pub static KERNELS: Fatbin = Fatbin { name: "cast", image: include_bytes!(concat!(env!("OUT_DIR"), "/cast.fatbin")) };
+pub static KERNELS: Fatbin = fatbin!("cast");
 
 const THREADS: u32 = 256;
 

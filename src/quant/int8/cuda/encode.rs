@@ -6,13 +6,12 @@ use candle_core::{Device, Result, bail};
 
 use super::{Int8OnDevice, device_threshold, stride};
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension};
-use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::{CudaEncoder, DeviceBytes, SourceDtype, SourceValues};
 use crate::quant::int8::check_columns;
+use crate::{fatbin, parameters};
 
-pub static KERNELS: Fatbin =
-    Fatbin { name: "int8_encode", image: include_bytes!(concat!(env!("OUT_DIR"), "/int8_encode.fatbin")) };
+pub static KERNELS: Fatbin = fatbin!("int8_encode");
 
 /// `ENCODE_THREADS` in int8_encode.cu.
 const THREADS: u32 = 256;

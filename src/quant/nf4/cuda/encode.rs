@@ -9,15 +9,14 @@ use candle_core::{CudaDevice, Device, Result, bail};
 use super::{DeviceAbsmax, Nf4OnDevice, UNIT_BYTES, stride_bytes, values};
 
 use crate::kernels::cuda::launch::{Fatbin, Grid, Launcher, address, dimension};
-use crate::parameters;
 use crate::quant::CudaMatrix;
 use crate::quant::cuda::{CudaEncoder, DeviceBytes, SourceDtype, SourceValues};
 use crate::quant::nf4::codes::THRESHOLDS;
 use crate::quant::nf4::nested::{self, NESTED_BLOCK, NestedAbsmax};
 use crate::quant::nf4::{Absmax, AbsmaxKind, BLOCK, CODES, stored_bytes};
+use crate::{fatbin, parameters};
 
-pub static KERNELS: Fatbin =
-    Fatbin { name: "nf4_encode", image: include_bytes!(concat!(env!("OUT_DIR"), "/nf4_encode.fatbin")) };
+pub static KERNELS: Fatbin = fatbin!("nf4_encode");
 
 /// `ABSMAX_THREADS` in nf4_encode.cu, and the values that so many threads take.
 const ABSMAX_THREADS: u32 = 256;
