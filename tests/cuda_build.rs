@@ -4,6 +4,7 @@
 mod shipped;
 
 use quantbench::kernels::cuda::attend;
+use quantbench::kernels::cuda::choose;
 use quantbench::kernels::cuda::launch::Fatbin;
 use quantbench::kernels::cuda::rows;
 use quantbench::quant::{dense, int8, nf4};
@@ -16,6 +17,8 @@ fn ours() -> Vec<&'static Fatbin> {
         &dense::cuda::ENCODE_KERNELS,
         &int8::cuda::ENCODE_KERNELS,
         &nf4::cuda::ENCODE_KERNELS,
+        &nf4::cuda::ROWS_KERNELS,
+        &choose::KERNELS,
         &attend::KERNELS,
         &rows::KERNELS,
     ];

@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use quantbench::kernels::cuda::attend;
+use quantbench::kernels::cuda::choose;
 use quantbench::kernels::cuda::launch::Fatbin;
 use quantbench::kernels::cuda::rows;
 use quantbench::kernels::cuda::step_kernel::{EXPERTS_STATIC_BYTES, HOPPER_STATIC_BYTES};
 use quantbench::quant::{dense, int8, nf4};
 
-const OURS: [&Fatbin; 8] = [
+const OURS: [&Fatbin; 10] = [
     &attend::KERNELS,
     &dense::cuda::KERNELS.plain,
     &dense::cuda::ENCODE_KERNELS,
@@ -23,6 +24,8 @@ const OURS: [&Fatbin; 8] = [
     &int8::cuda::ENCODE_KERNELS,
     &nf4::cuda::KERNELS.plain,
     &nf4::cuda::ENCODE_KERNELS,
+    &nf4::cuda::ROWS_KERNELS,
+    &choose::KERNELS,
     &rows::KERNELS,
 ];
 

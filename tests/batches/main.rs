@@ -3,6 +3,8 @@
 mod command;
 #[path = "../coverage/mod.rs"]
 mod coverage;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use std::path::{Path, PathBuf};
 
@@ -30,8 +32,21 @@ const STEPS: usize = 4;
 enum Executor {
     Reference,
     Cpu(Isa),
+    #[cfg(feature = "cuda")]
+    Cuda,
 }
 
+impl Executor {
+    fn device(self) -> Device {
+        match self {
+            Executor::Reference | Executor::Cpu(_) => Device::Cpu,
+            #[cfg(feature = "cuda")]
+            Executor::Cuda => Device::Cuda(0),
+        }
+    }
+}
+
+/// Those of a machine without a GPU.
 fn executors() -> Vec<Executor> {
     std::iter::once(Executor::Reference).chain(Isa::available().into_iter().map(Executor::Cpu)).collect()
 }
@@ -61,23 +76,30 @@ impl Tiny {
     }
 
     fn load(&self, precision: &str, executor: Executor, sequences: usize) -> Box<dyn Session> {
+        self.try_load(precision, executor, sequences).unwrap()
+    }
+
+    fn try_load(&self, precision: &str, executor: Executor, sequences: usize) -> anyhow::Result<Box<dyn Session>> {
         let source = self.checkpoint.source(&self.plan.matrices, &self.plan.vectors).unwrap();
         let setup = Setup {
             model: &self.plan,
             source: source.as_ref(),
             formats: &Formats::new(FormatId::named(precision).expect("a format"), FormatOptions::default()),
-            device: Device::Cpu,
+            device: executor.device(),
             threads: 2,
             sequences,
-            kv_format: Device::Cpu.kv_format(),
+            kv_format: executor.device().kv_format(),
             capacity: 300,
             encoder_capacity: 256,
             cuda_graph: true,
         };
-        match executor {
-            Executor::Reference => engine::reference::load(&setup, &Silent).unwrap().session,
-            Executor::Cpu(isa) => engine::cpu::load(&setup, isa, &Silent).unwrap().session,
-        }
+        let loaded = match executor {
+            Executor::Reference => engine::reference::load(&setup, &Silent),
+            Executor::Cpu(isa) => engine::cpu::load(&setup, isa, &Silent),
+            #[cfg(feature = "cuda")]
+            Executor::Cuda => engine::load(&setup, &Silent),
+        };
+        Ok(loaded?.session)
     }
 
     /// Ids of a text of `n` tokens, other ones for each sequence.
@@ -227,27 +249,38 @@ fn each_sequence_of_a_batch_gives_the_logits_that_it_gives_alone() {
     }
 }
 
+/// Prompts of `n` sequences, of lengths that differ.
+fn unequal(tiny: &Tiny, n: usize) -> Vec<Input> {
+    // LongRoPE's sequences all have the frequencies of the longest, as transformers' have.
+    let longest = if tiny.plan.ropes.iter().any(|rope| rope.by_length.is_some()) { 8 } else { 19 };
+    (0..n).map(|sequence| tiny.input(sequence, 2 + (5 * sequence + 3) % (longest - 1))).collect()
+}
+
+/// Logits behind prompts that are run one by one, and behind the given tokens of all.
+fn one_by_one(session: &mut dyn Session, inputs: &[Input]) -> Vec<Vec<Vec<f32>>> {
+    session.rewind(0);
+    let mut logits = vec![Vec::new(); inputs.len()];
+    for (sequence, input) in inputs.iter().enumerate() {
+        let next = session.prefill_one(sequence, input.encoder(), &input.prompt).unwrap();
+        push(session, &[next], &mut logits[sequence..sequence + 1]);
+    }
+    steps(session, logits)
+}
+
 /// Prompts one by one, of lengths that differ, and then steps of all.
 #[test]
 fn sequences_of_different_lengths_give_the_logits_that_they_give_alone() {
     for (turn, folder) in folders().iter().enumerate() {
         let tiny = Tiny::open(folder);
         for (precision, executor, n) in cases(turn + 1) {
-            // LongRoPE's sequences all have the frequencies of the longest, as transformers' have.
-            let longest = if tiny.plan.ropes.iter().any(|rope| rope.by_length.is_some()) { 8 } else { 19 };
-            let inputs: Vec<Input> =
-                (0..n).map(|sequence| tiny.input(sequence, 2 + (5 * sequence + 3) % (longest - 1))).collect();
+            let inputs = unequal(&tiny, n);
             let mut session = tiny.load(precision, executor, n);
             let mut one = tiny.load(precision, executor, 1);
             let expected: Vec<_> =
                 inputs.iter().enumerate().map(|(sequence, input)| alone(one.as_mut(), sequence, input)).collect();
             let case = format!("{} {precision} {executor:?}, {n} sequences", tiny.name);
-            let mut logits = vec![Vec::new(); n];
-            for (sequence, input) in inputs.iter().enumerate() {
-                let next = session.prefill_one(sequence, input.encoder(), &input.prompt).unwrap();
-                push(session.as_mut(), &[next], &mut logits[sequence..sequence + 1]);
-            }
-            for (sequence, (batched, expected)) in steps(session.as_mut(), logits).iter().zip(&expected).enumerate() {
+            let batched = one_by_one(session.as_mut(), &inputs);
+            for (sequence, (batched, expected)) in batched.iter().zip(&expected).enumerate() {
                 let difference = worst(expected, batched);
                 assert!(difference <= tolerance(precision), "{case}, sequence {sequence}: {difference}");
             }
@@ -265,19 +298,22 @@ fn a_batch_decodes_and_rewinds_as_one_sequence_does() {
         let all = Input::together(&inputs);
         let each = all.prompt.len() / 3;
         let mut session = tiny.load("fp16", executor, 3);
-        let mut run = || {
-            let mut chosen = vec![0; 3];
-            session.rewind(0);
-            all.encoder().map_or(Ok(()), |input| session.encode(input)).unwrap();
-            let batch = Batch { sequences: 3, positions: (0..each).into() };
-            session.prefill_batch(batch, &all.prompt, &mut chosen).unwrap();
-            session.decode_batch(5, &mut |tokens| chosen.extend_from_slice(tokens)).unwrap();
-            assert_eq!(session.position(), each + 5);
-            chosen
-        };
+        let mut run = || decoded(session.as_mut(), &all, (3, each));
         let first = run();
         assert_eq!((first.len(), run()), (18, first.clone()), "{} {executor:?}", tiny.name);
     }
+}
+
+/// Tokens of prompts of `each` tokens and of five steps.
+fn decoded(session: &mut dyn Session, all: &Input, (n, each): (usize, usize)) -> Vec<u32> {
+    let mut chosen = vec![0; n];
+    session.rewind(0);
+    all.encoder().map_or(Ok(()), |input| session.encode(input)).unwrap();
+    let batch = Batch { sequences: n, positions: (0..each).into() };
+    session.prefill_batch(batch, &all.prompt, &mut chosen).unwrap();
+    session.decode_batch(5, &mut |tokens| chosen.extend_from_slice(tokens)).unwrap();
+    assert_eq!(session.position(), each + 5);
+    chosen
 }
 
 /// Equal sequences have one sequence's outlier columns, and so its products. Columns are those of all rows of a call, as bitsandbytes finds

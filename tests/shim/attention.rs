@@ -5,6 +5,7 @@ use quantbench::kernels::cuda::arena::{Arena, Layout};
 use quantbench::kernels::cuda::attend::{Bias, Heads, RowsAttention, RowsFeatures};
 use quantbench::kernels::cuda::attention::{Attention, Features, KvSplit};
 use quantbench::kernels::cuda::launch::MemoryPlanner;
+use quantbench::kernels::cuda::place::{Place, RowPlaces};
 use quantbench::kernels::cuda::program::ProgramBuilder;
 use quantbench::quant::dense;
 
@@ -139,36 +140,45 @@ pub fn attention_of_many_rows() {
     {
         let case = Case { appends: false, ..case };
         let total = if is_causal { position + rows } else { case.capacity - 3 };
-        let mut cache = case.cache(total, &mut numbers);
-        let q = (0..rows * case.heads * case.d).map(|_| f16::from_f32(numbers.normal())).collect::<Vec<f16>>();
+        // Every other case is of two sequences, the second of which is shorter: in causal calls it stands earlier, in others its encoder had fewer rows.
+        let sequences = 1 + turn % 2;
+        let shorter = |of: usize, by: usize| [of, of - by.min(of)];
+        let positions = if is_causal { shorter(position, position / 3) } else { [position; 2] };
+        let totals = if is_causal { positions.map(|position| position + rows) } else { shorter(total, 2) };
+        let mut caches: Vec<Cache> = totals[..sequences].iter().map(|total| case.cache(*total, &mut numbers)).collect();
+        let q: Vec<f16> =
+            (0..sequences * rows * case.heads * case.d).map(|_| f16::from_f32(numbers.normal())).collect();
         let memory = Memory::default();
         let host = Host { chip: CHIPS[turn % CHIPS.len()], memory: &memory };
         let (heads, kv_heads, d, d_pad, capacity) = (case.heads, case.kv_heads, case.d, case.d_pad(), case.capacity);
         let scale = 1.0 / (d as f32).sqrt();
         let bias = match case.has_bias {
-            true => Bias { address: memory.hold(&cache.bias), reach: case.reach() },
+            true => Bias { address: memory.hold(&caches[0].bias), reach: case.reach() },
             false => Bias::default(),
         };
+        let sinks = if case.has_sinks { memory.hold(&caches[0].sinks) } else { 0 };
+        let held =
+            |of: fn(&Cache) -> &Vec<f16>| memory.hold(&caches.iter().map(of).cloned().collect::<Vec<_>>().concat());
+        let places =
+            positions.iter().zip(totals).map(|(position, total)| Place::new(*position as i32, total as i32, 0));
+        let places: Vec<Place> = places.take(sequences).collect();
         let (q_at, out) = (memory.hold(&q), memory.room::<f16>(q.len()));
-        let (keys, values) = (memory.hold(&cache.keys), memory.hold(&cache.values));
+        let (keys, values) = (held(|cache| &cache.keys), held(|cache| &cache.values));
         let heads_at = Heads { heads, kv_heads, d, d_pad, capacity };
+        let places_at = if sequences > 1 { memory.hold(&places) } else { 0 };
         let call = RowsAttention {
-            rows,
+            places: RowPlaces { sequences, rows, position, places: places_at },
             heads: heads_at,
             q: q_at,
             out,
             keys,
             values,
             total,
+            over_encoder: !is_causal,
             scale,
             is_causal,
-            position,
             bias,
-            features: RowsFeatures {
-                window: case.window as i32,
-                softcap: case.softcap,
-                sinks: if case.has_sinks { memory.hold(&cache.sinks) } else { 0 },
-            },
+            features: RowsFeatures { window: case.window as i32, softcap: case.softcap, sinks },
         };
         // SAFETY: the planner launches nothing.
         let layout =
@@ -177,16 +187,20 @@ pub fn attention_of_many_rows() {
         // SAFETY: every address is of `memory`, and as large as the shapes say.
         unsafe { call.run(&host, &arena, case.multiprocessors) }.unwrap_or_else(|error| panic!("{case:?}: {error}"));
         let made: Vec<f16> = memory.read(out, q.len());
-        for row in 0..rows {
-            let length = if is_causal { position + row + 1 } else { total };
-            cache.q.copy_from_slice(&q[row * heads * d..][..heads * d]);
+        let (first_bias, first_sinks) = (caches[0].bias.clone(), caches[0].sinks.clone());
+        for (at_row, row) in (0..sequences).flat_map(|_| 0..rows).enumerate() {
+            let (sequence, cache) = (at_row / rows, &mut caches[at_row / rows]);
+            (cache.bias, cache.sinks) = (first_bias.clone(), first_sinks.clone());
+            let length = if is_causal { positions[sequence] + row + 1 } else { totals[sequence] };
+            cache.q.copy_from_slice(&q[at_row * heads * d..][..heads * d]);
             for head in 0..heads {
-                let (y, error) = expected(case, &cache, head, length, position + row, scale);
+                let (y, error) = expected(case, cache, head, length, positions[sequence] + row, scale);
                 let rounded = rounded_weights(length, &cache.values);
-                for (at, (y, made)) in y.iter().zip(&made[(row * heads + head) * d..]).enumerate() {
+                for (at, (y, made)) in y.iter().zip(&made[(at_row * heads + head) * d..]).enumerate() {
                     let allowed = 1.01 * (error + rounded + f64::from(rounding(*y as f32)));
                     let off = (made.to_f64() - y).abs();
-                    assert!(off <= allowed, "{case:?} [{row}, {head}, {at}]: {made} for {y} within {allowed:e}");
+                    let place = format!("{case:?} [{sequence}, {row}, {head}, {at}]");
+                    assert!(off <= allowed, "{place}: {made} for {y} within {allowed:e}");
                 }
             }
         }

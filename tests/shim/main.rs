@@ -3,6 +3,7 @@
 #![cfg(feature = "cuda")]
 
 mod attention;
+mod batch;
 mod checks;
 #[path = "../coverage/mod.rs"]
 mod coverage;
@@ -30,7 +31,7 @@ mod step;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tests that launch kernels.
-const GROUPS: usize = 23;
+const GROUPS: usize = 26;
 
 /// Runs the cases of a group; the last group to end checks that none of the sources' kernels was left out.
 #[track_caller]
@@ -102,6 +103,11 @@ fn int8_of_many_rows() {
 }
 
 #[test]
+fn nf4_of_few_rows() {
+    group(prompt::nf4_of_few_rows);
+}
+
+#[test]
 fn nf4_as_halves() {
     group(prompt::nf4_as_halves);
 }
@@ -159,6 +165,16 @@ fn encoders_follow_the_reference() {
 #[test]
 fn prompts_find_the_outliers_of_the_cpu() {
     group(prefill::prompts_find_the_outliers_of_the_cpu);
+}
+
+#[test]
+fn sequences_of_a_batch_follow_the_sequence_alone() {
+    group(batch::sequences_of_a_batch_follow_the_sequence_alone);
+}
+
+#[test]
+fn int8_takes_a_batch_as_one_call() {
+    group(batch::int8_takes_a_batch_as_one_call);
 }
 
 #[test]

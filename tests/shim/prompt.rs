@@ -1,6 +1,8 @@
 //! What stands around cuBLAS for many rows: LLM.int8's outliers, codes and results, NF4's weights as halves.
 
 use half::f16;
+use quantbench::kernels::cuda::arena::{Arena, Layout};
+use quantbench::kernels::cuda::shared_input::{ProductAt, SharedInput};
 use quantbench::quant::int8::cuda::{ManyRows, flag_bytes};
 use quantbench::quant::{FormatOptions, int8, nf4};
 
@@ -65,6 +67,35 @@ pub fn int8_of_many_rows() {
         assert_eq!(memory.read::<i32>(call.columns, columns.len()), columns, "{what}");
         let unscaled: Vec<f32> = widened(&memory.read(call.y, m * n)).iter().map(|y| y / scale).collect();
         check_stored_by(scale, "int8", &what, &*stored, &x, &unscaled);
+    }
+}
+
+/// Few rows, whose codes are decoded as they stream: no more than a launch takes, and more.
+pub fn nf4_of_few_rows() {
+    let mut numbers = Numbers(0x4f46);
+    let shapes = SHAPES.into_iter().filter(|(n, k)| k.is_multiple_of(nf4::BLOCK) && n * k <= 130 * 4096);
+    let cases = shapes.flat_map(|shape| KINDS.map(|kind| (shape, kind)));
+    let rows = [2, 8, 9, 16, 17, 32, 33, 64];
+    for (turn, ((n, k), kind)) in cases.enumerate() {
+        let (m, entry) = (rows[turn * 3 % rows.len()], [nf4::ID, nf4::NO_DOUBLE_QUANT][turn % 2]);
+        let stored = quantize(entry, weight(n, k, kind, &mut numbers));
+        let x = activations(m, k, kind, &mut numbers);
+        let memory = Memory::default();
+        let host = Host { chip: CHIPS[turn % CHIPS.len()], memory: &memory };
+        let matrix = place(&memory, entry.name, &*stored, f32::NAN);
+        let (is_float, scale) = (turn % 3 == 0, if turn % 5 == 0 { SCALE } else { 1.0 });
+        let y = if is_float { memory.room::<f32>(m * n) } else { memory.room::<f16>(m * n) };
+        // No weight is made in memory.
+        let layout = Layout::default();
+        let arena = Arena::at(0, &layout);
+        let input = SharedInput::new(memory.hold(&x), m, 0, &arena);
+        let what = format!("{} {kind:?} {m}x{k} @ {k}x{n}", entry.name);
+        // SAFETY: the matrix, x and y are of `memory`, and as large as the shapes say.
+        unsafe { matrix.multiply_rows(&host, &input, ProductAt { address: y, is_float, scale }) }
+            .unwrap_or_else(|error| panic!("{what}: {error}"));
+        let made = if is_float { memory.read::<f32>(y, m * n) } else { widened(&memory.read(y, m * n)) };
+        let unscaled: Vec<f32> = made.iter().map(|y| y / scale).collect();
+        check_stored_by(scale, entry.name, &what, &*stored, &widened(&x), &unscaled);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use half::f16;
 use quantbench::kernels::cuda::attend::Heads;
+use quantbench::kernels::cuda::place::RowPlaces;
 use quantbench::kernels::cuda::rows::{Addend, RowKernels, Table};
 
 use super::attention::rotated;
@@ -76,11 +77,13 @@ impl Case<'_> {
 
     fn add_table(&mut self) {
         let (rows, width, stride) = (self.rows, self.width, self.width + 5);
-        let (mut x, table) = (self.floats(rows * width), self.halves(rows * stride));
+        // The rows of two sequences, where they are even.
+        let period = if rows % 2 == 0 { rows / 2 } else { rows };
+        let (mut x, table) = (self.floats(rows * width), self.halves(period * stride));
         let (at, table_at) = (self.memory.hold(&x), Table { address: self.memory.hold(&table), stride, width });
         // SAFETY: as above.
-        unsafe { on(&self.host()).add_table(rows, at, table_at) }.expect("add_table");
-        x.iter_mut().enumerate().for_each(|(at, x)| *x += table[at / width * stride + at % width].to_f32());
+        unsafe { on(&self.host()).add_table(rows, period, at, table_at) }.expect("add_table");
+        x.iter_mut().enumerate().for_each(|(at, x)| *x += table[at / width % period * stride + at % width].to_f32());
         assert_eq!(self.memory.read::<f32>(at, x.len()), x);
     }
 
@@ -267,8 +270,9 @@ fn append(numbers: &mut Numbers) {
         let biases_at = biases.each_ref().map(|bias| if has_bias { memory.hold(bias) } else { 0 });
         let shape = Heads { heads, kv_heads, d, d_pad, capacity };
         let (host, angles_at) = (Host { chip: CHIPS[1], memory: &memory }, memory.hold(&angles));
+        let places = RowPlaces { sequences: 1, rows, position, places: 0 };
         // SAFETY: buffers of the case, as large as the call says.
-        unsafe { on(&host).append(rows, position, shape, held, biases_at, caches, angles_at, rotary) }.expect("append");
+        unsafe { on(&host).append(places, shape, held, biases_at, caches, angles_at, rotary) }.expect("append");
         let biased = |values: &[f16], bias: &[f32]| -> Vec<f16> {
             let with =
                 |(value, bias): (&f16, &f32)| if has_bias { f16::from_f32(value.to_f32() + bias) } else { *value };

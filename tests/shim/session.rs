@@ -5,14 +5,16 @@ use std::path::{Path, PathBuf};
 use half::f16;
 use quantbench::call::Batch;
 use quantbench::events::Silent;
-use quantbench::kernels::cuda::arena::{Arena, Layout};
-use quantbench::kernels::cuda::launch::MemoryPlanner;
+use quantbench::kernels::cuda::arena::{Arena, Layout, Region};
+use quantbench::kernels::cuda::launch::{Launcher, MemoryPlanner};
 use quantbench::kernels::cuda::matvec::MatrixDesc;
+use quantbench::kernels::cuda::place::Place;
 use quantbench::kernels::cuda::rows::RowKernels;
 use quantbench::kernels::cuda::step_kernel::DeviceProperties;
 use quantbench::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 use quantbench::lower::cuda::{
-    self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, SessionAt, padded, padded_head, prefill,
+    self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallResult, CallShape, SessionAt, padded,
+    padded_head, prefill,
 };
 use quantbench::plan::fuse::FusedOp;
 use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeByLength, RopeId, VectorId};
@@ -25,8 +27,8 @@ use safetensors::SafeTensors;
 use super::host::Host;
 use super::place::place;
 
-const CAPACITY: usize = 320;
-const SLOTS: usize = 64;
+pub const CAPACITY: usize = 320;
+pub const SLOTS: usize = 64;
 
 pub struct Session<'a> {
     pub host: &'a Host<'a>,
@@ -44,10 +46,12 @@ pub struct Session<'a> {
     /// Of steps, of calls, and [`lower::length_class`].
     angles: Vec<(u64, u64, usize)>,
     biases: Vec<BiasAt>,
-    session: SessionAt,
+    pub session: SessionAt,
     position: usize,
     encoded: usize,
     steps: usize,
+    /// Where the sequences of a batch stand.
+    pub places: Vec<Place>,
 }
 
 /// The folder of `name` in the first of the golden sets that has one.
@@ -93,6 +97,11 @@ impl<'a> Session<'a> {
         Self::open(&folder(name), keeps_experts(name), precision, host, multiprocessors)
     }
 
+    /// A session of several sequences.
+    pub fn load_batch(name: &str, precision: &str, host: &'a Host<'a>, sequences: usize) -> Self {
+        Self::open_batch(&folder(name), keeps_experts(name), precision, host, 16, sequences)
+    }
+
     /// Loads the model of a folder.
     pub fn open(
         folder: &Path,
@@ -100,6 +109,17 @@ impl<'a> Session<'a> {
         precision: &str,
         host: &'a Host<'a>,
         multiprocessors: usize,
+    ) -> Self {
+        Self::open_batch(folder, keeps_experts, precision, host, multiprocessors, 1)
+    }
+
+    fn open_batch(
+        folder: &Path,
+        keeps_experts: bool,
+        precision: &str,
+        host: &'a Host<'a>,
+        multiprocessors: usize,
+        sequences: usize,
     ) -> Self {
         let checkpoint =
             weights::open(&ModelRequest::of(folder.display().to_string()), &Silent).expect("a golden model");
@@ -131,7 +151,7 @@ impl<'a> Session<'a> {
         });
         let caches = model.caches.iter().map(|spec| {
             let d_pad = padded_head(spec.head_dim);
-            let zeros = vec![f16::ZERO; spec.kv_heads * CAPACITY * d_pad];
+            let zeros = vec![f16::ZERO; sequences * spec.kv_heads * CAPACITY * d_pad];
             CacheAt { keys: memory.hold(&zeros), values: memory.hold(&zeros), capacity: CAPACITY, d_pad }
         });
         let biases = model.biases.iter().map(|bias| {
@@ -145,12 +165,15 @@ impl<'a> Session<'a> {
         };
         let session = SessionAt {
             state: memory.hold(&[0i32; 4]),
-            logits: memory.room::<f32>(model.vocab),
+            logits: memory.room::<f32>(sequences * model.vocab),
             zeros: memory.hold(&vec![0.0f32; model.vectors.iter().map(|spec| spec.len).max().unwrap_or(1) + 1]),
-            features: lower::features_width(&model).map_or(0, |width| memory.room::<f16>(patches * width)),
+            features: lower::features_width(&model).map_or(0, |width| memory.room::<f16>(sequences * patches * width)),
             outlier_columns: memory.hold(&[0u64]),
-            host: memory.hold(&[0u64; SLOTS]),
+            host: memory.hold(&vec![0u64; sequences * SLOTS]),
             host_slots: SLOTS,
+            sequences,
+            places: memory.hold(&vec![Place::default(); sequences]),
+            tokens: memory.room::<i32>(sequences),
         };
         let mut loaded = Self {
             host,
@@ -183,6 +206,7 @@ impl<'a> Session<'a> {
             position: 0,
             encoded: 0,
             steps: 0,
+            places: vec![Place::default(); sequences],
             session,
             model,
             formats,
@@ -201,14 +225,14 @@ impl<'a> Session<'a> {
     pub fn encode(&mut self, tokens: &[u32], pixels: &[f32]) {
         let (rows, input) = match self.model.encoder.as_ref().expect("an encoder").input {
             EncoderInputKind::Tokens => {
-                (tokens.len(), CallInput::tokens(&self.model, tokens, 0).expect("tokens without pictures"))
+                (tokens.len(), CallInput::tokens(&self.model, tokens, 1, 0).expect("tokens without pictures"))
             }
             EncoderInputKind::Picture(picture) => {
                 let rows = picture.patch_rows(pixels).expect("a picture");
                 (picture.patches(), CallInput::Patches(rows.into_iter().map(f16::from_f32).collect()))
             }
         };
-        self.call(CallShape { kind: CallKind::Encoder, batch: Batch::one(0..rows), encoded: rows }, &input);
+        self.call(CallShape { kind: CallKind::Encoder, first: 0, batch: Batch::one(0..rows), encoded: rows }, &input);
         self.encoded = rows;
     }
 
@@ -221,18 +245,22 @@ impl<'a> Session<'a> {
             }
             return;
         }
-        let input = CallInput::tokens(&self.model, tokens, self.encoded).expect("no more image tokens than features");
+        let input =
+            CallInput::tokens(&self.model, tokens, 1, self.encoded).expect("no more image tokens than features");
         let state = [0, self.position as i32, self.steps as i32, self.encoded as i32];
         self.host.memory.write(self.session.state, &state);
         let (rows, position, encoded) = (tokens.len(), self.position, self.encoded);
         self.set_length(position + rows);
-        self.call(CallShape { kind: CallKind::Prompt, batch: Batch::one(position..position + rows), encoded }, &input);
+        self.call(
+            CallShape { kind: CallKind::Prompt, first: 0, batch: Batch::one(position..position + rows), encoded },
+            &input,
+        );
         self.position += rows;
         self.steps += 1;
     }
 
     /// Makes the tables those of a sequence that has `length` positions, as the engine does.
-    fn set_length(&mut self, length: usize) {
+    pub fn set_length(&mut self, length: usize) {
         for ((steps, calls, class), rope) in self.angles.iter_mut().zip(&self.model.ropes) {
             let new = lower::length_class(rope, length);
             if new != std::mem::replace(class, new) {
@@ -246,11 +274,11 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn call(&mut self, shape: CallShape, input: &CallInput) {
+    pub fn call(&mut self, shape: CallShape, input: &CallInput) {
         let memory = self.host.memory;
         let layout = Layout::of(|arena| {
             let region = arena.take::<u8>(input.bytes())?;
-            prefill::run(self, shape, &MemoryPlanner, arena, region).map(|_| ())
+            self.launch(shape, &MemoryPlanner, arena, region).map(|_| ())
         });
         let layout = layout.unwrap_or_else(|error| panic!("planning {shape:?}: {error:#}"));
         let arena = Arena::at(memory.room::<u8>(layout.bytes()), &layout);
@@ -258,16 +286,32 @@ impl<'a> Session<'a> {
         match input {
             CallInput::Tokens(values) => memory.write(region.address, values),
             CallInput::Patches(values) => memory.write(region.address, values),
+            CallInput::OnDevice => {}
         }
-        let done = prefill::run(self, shape, self.host, &arena, region);
+        let done = self.launch(shape, self.host, &arena, region);
         let done = done.unwrap_or_else(|error| panic!("chip {}, {shape:?}: {error:#}", self.host.chip));
         self.examined += done.examined;
-        if shape.kind == CallKind::Prompt {
+        if shape.kind == CallKind::Prompt && self.places.len() == 1 {
             let token = self.buffers.token_output(self, shape.rows()).expect("an embedding");
             let head = prefill::last_head(self, shape, done, token, self.buffers.counters).expect("a head");
             // SAFETY: every address in it is of the host's memory.
             unsafe { head.launch_on(self.host) }.unwrap_or_else(|error| panic!("chip {}: {error}", self.host.chip));
         }
+    }
+
+    /// What a call takes of its memory: all but the head of a single sequence.
+    fn launch(
+        &self,
+        shape: CallShape,
+        launcher: &dyn Launcher,
+        arena: &Arena,
+        input: Region,
+    ) -> anyhow::Result<CallResult> {
+        let done = prefill::run(self, shape, launcher, arena, input)?;
+        if self.places.len() > 1 && matches!(shape.kind, CallKind::Prompt | CallKind::Step) {
+            prefill::choose(self, shape, done, launcher, arena)?;
+        }
+        Ok(done)
     }
 
     /// Runs the first `n` operations of a step as one launch.

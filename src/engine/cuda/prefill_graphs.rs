@@ -11,7 +11,7 @@ use super::Weights;
 use super::step::DecodeStep;
 use crate::engine::memory::named;
 use crate::kernels::cuda::arena::{Arena, Layout, Region};
-use crate::kernels::cuda::launch::{MemoryPlanner, address, upload};
+use crate::kernels::cuda::launch::{Launcher, MemoryPlanner, address, upload};
 use crate::lower::cuda::{CallInput, CallKind, CallResult, CallShape, prefill};
 
 /// Shapes that are kept: those of the last calls, of which a long prompt has some.
@@ -20,18 +20,27 @@ const SHAPES: usize = 16;
 /// A call on a session's memory.
 pub struct PrefillCall<'a> {
     pub weights: &'a Weights,
-    pub step: &'a DecodeStep,
+    /// Of a session of one sequence, whose head is a launch of the step's kernel.
+    pub step: Option<&'a DecodeStep>,
     pub shape: CallShape,
 }
 
 impl PrefillCall<'_> {
+    /// Queues all launches that take memory of the arena.
+    fn run(&self, launcher: &dyn Launcher, arena: &Arena, input: Region) -> Result<CallResult> {
+        let done = prefill::run(self.weights, self.shape, launcher, arena, input)?;
+        if self.step.is_none() && matches!(self.shape.kind, CallKind::Prompt | CallKind::Step) {
+            prefill::choose(self.weights, self.shape, done, launcher, arena)?;
+        }
+        Ok(done)
+    }
+
     /// Queues all launches on the device.
     fn queue(&self, device: &CudaDevice, arena: &Arena, input: Region) -> Result<CallResult> {
-        let done = prefill::run(self.weights, self.shape, device, arena, input)?;
-        if self.shape.kind == CallKind::Prompt {
-            let token = self.step.token_output(self.weights, self.shape.rows())?;
-            let counters = self.step.counters(device);
-            let head = prefill::last_head(self.weights, self.shape, done, token, counters)?;
+        let done = self.run(device, arena, input)?;
+        if let (Some(step), CallKind::Prompt) = (self.step, self.shape.kind) {
+            let token = step.token_output(self.weights, self.shape.rows())?;
+            let head = prefill::last_head(self.weights, self.shape, done, token, step.counters(device))?;
             // SAFETY: x holds rows of the call; all else is the session's.
             unsafe { head.load(device)?.launch(device) }?;
         }
@@ -49,6 +58,7 @@ unsafe fn upload_input(input: &CallInput, to: u64, device: &CudaDevice) -> Resul
         match input {
             CallInput::Tokens(values) => upload(values, to, device),
             CallInput::Patches(values) => upload(values, to, device),
+            CallInput::OnDevice => Ok(()),
         }
     }?)
 }
@@ -114,9 +124,7 @@ impl PrefillGraphs {
             None => {
                 let layout = Layout::of(|arena| {
                     let planned = arena.take::<u8>(input_bytes).map_err(anyhow::Error::from);
-                    planned
-                        .and_then(|input| prefill::run(call.weights, call.shape, &MemoryPlanner, arena, input))
-                        .map(|_| ())
+                    planned.and_then(|input| call.run(&MemoryPlanner, arena, input)).map(|_| ())
                 })?;
                 KnownShape { shape: call.shape, layout, done: None, graph: None }
             }

@@ -6,29 +6,31 @@ use anyhow::{Context, Result, bail};
 use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
 
-/// Tokens in flight at most. A power of two.
+/// Tokens of a sequence in flight at most. A power of two.
 pub const SLOTS: usize = 4096;
 
 /// Polls of a slot between two queries of the driver.
 const POLLS: usize = 1 << 14;
 
-/// Pinned memory that the device sees under the same address; slot `step % SLOTS` holds the step and its token in one word.
+/// Pinned memory that the device sees under the same address: words `[SLOTS, sequences]`, of which that at slot `step % SLOTS` holds the step and
+/// its token.
 pub struct TokenRing {
     slots: *mut u64,
+    sequences: usize,
 }
 
 // SAFETY: the memory belongs to the ring alone, and every access is a volatile read.
 unsafe impl Send for TokenRing {}
 
 impl TokenRing {
-    pub fn new(device: &CudaDevice) -> Result<Self> {
+    pub fn new(device: &CudaDevice, sequences: usize) -> Result<Self> {
         device.cuda_stream().context().bind_to_thread()?;
         let flags = sys::CU_MEMHOSTALLOC_DEVICEMAP;
         // SAFETY: the size is not zero; the memory is initialised right below.
-        let slots: *mut u64 = unsafe { result::malloc_host(SLOTS * size_of::<u64>(), flags) }?.cast();
+        let slots: *mut u64 = unsafe { result::malloc_host(SLOTS * sequences * size_of::<u64>(), flags) }?.cast();
         // SAFETY: freshly allocated, of this size, and nobody else knows it yet.
-        unsafe { slots.write_bytes(0, SLOTS) };
-        Ok(Self { slots })
+        unsafe { slots.write_bytes(0, SLOTS * sequences) };
+        Ok(Self { slots, sequences })
     }
 
     /// Its address on the device.
@@ -36,18 +38,19 @@ impl TokenRing {
         self.slots as u64
     }
 
-    /// The token of `step`, if it has arrived.
-    pub fn token(&self, step: u32) -> Option<u32> {
-        // SAFETY: the index is below SLOTS. The device stores whole words.
-        let word = unsafe { self.slots.add(step as usize % SLOTS).read_volatile() };
+    /// The token of a sequence's `step`, if it has arrived.
+    pub fn token(&self, step: u32, sequence: usize) -> Option<u32> {
+        assert!(sequence < self.sequences, "a sequence of the session");
+        // SAFETY: the index is below SLOTS * sequences. The device stores whole words.
+        let word = unsafe { self.slots.add(step as usize % SLOTS * self.sequences + sequence).read_volatile() };
         (word >> 32 == u64::from(step)).then_some(word as u32)
     }
 
-    /// Waits for the token of `step`, which was launched on the device's stream.
-    pub fn wait(&self, step: u32, device: &CudaDevice) -> Result<u32> {
+    /// Waits for the token of a sequence's `step`, which was launched on the device's stream.
+    pub fn wait(&self, step: u32, sequence: usize, device: &CudaDevice) -> Result<u32> {
         loop {
             for _ in 0..POLLS {
-                if let Some(token) = self.token(step) {
+                if let Some(token) = self.token(step, sequence) {
                     return Ok(token);
                 }
                 std::hint::spin_loop();
@@ -58,7 +61,9 @@ impl TokenRing {
             if status == sys::cudaError_enum::CUDA_SUCCESS {
                 // A store may still be in flight on the bus.
                 std::thread::sleep(Duration::from_millis(1));
-                return self.token(step).with_context(|| format!("the device ended step {step} without a token"));
+                return self
+                    .token(step, sequence)
+                    .with_context(|| format!("the device ended step {step} without a token"));
             }
             if status != sys::cudaError_enum::CUDA_ERROR_NOT_READY {
                 bail!(DriverError(status));

@@ -17,16 +17,17 @@
 // head once for each block, from L2.
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/place.cuh"
 
 constexpr int TILE_THREADS = 128, TILE_WARPS = TILE_THREADS / LANES, WARP_QUERIES = 16, TILE_QUERIES = TILE_WARPS * WARP_QUERIES;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// One attention of `rows` rows, the first at `position`.
+// One attention of `rows` rows of each sequence, whose first row is at `position`. All are one behind the other, by sequence.
 struct RowsAttention {
-    const __half *q;      // [rows, heads, d]
-    const __half *keys;   // [heads / group, capacity, d_pad]; so are values
+    const __half *q;      // [sequences, rows, heads, d]
+    const __half *keys;   // [sequences, heads / group, capacity, d_pad]; so are values
     const __half *values;
-    __half *out;        // [rows, heads, d]
+    __half *out;        // [sequences, rows, heads, d]
     const float *bias;  // [heads, 2 * reach + 1] by key - query, or null
     float scale;
     int rows, heads, group, d, d_pad, capacity;
@@ -35,7 +36,10 @@ struct RowsAttention {
     int is_causal;  // a row sees no keys behind its own position
     int reach;
     int splits;
-    float *partials;  // [splits, rows, heads, 2 + d], where there are several splits: max in powers of two, sum, out
+    float *partials;  // [splits, sequences, rows, heads, 2 + d], where there are several splits: max in powers of two, sum, out
+    const Place *places;  // [sequences], in the place of `position` and `total`, which are the most then; null without
+    int sequences;
+    int over_encoder;  // keys are the encoder's rows, and rows have no position
     // Of featured kernels alone.
     const float *sinks;  // [heads]: scores that join the softmax and weigh no value; null without
     float softcap;       // of scores: softcap * tanh(score / softcap); 0 for none
@@ -71,20 +75,24 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
     const uint32_t shared = shared_address(tiles);
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, split = blockIdx.y % op.splits, head = blockIdx.y / op.splits / PARTS, first_element = blockIdx.y / op.splits % PARTS * OUT;
     // The longest blocks go first.
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * TILE_QUERIES, last_row = min(first_row + TILE_QUERIES, op.rows) - 1;
-    const int seen = op.is_causal ? min(op.total, op.position + last_row + 1) : op.total, all_tiles = (seen + KEYS - 1) / KEYS;
+    const int of_sequence = (op.rows + TILE_QUERIES - 1) / TILE_QUERIES, sequence = op.sequences == 1 ? 0 : blockIdx.x / of_sequence;
+    const int first_row = (of_sequence - 1 - (blockIdx.x - sequence * of_sequence)) * TILE_QUERIES, last_row = min(first_row + TILE_QUERIES, op.rows) - 1;
+    const int position = op.places ? (op.over_encoder ? 0 : op.places[sequence].position) : op.position;
+    const int total = op.places ? (op.over_encoder ? op.places[sequence].encoded : position + op.rows) : op.total;
+    const int seen = op.is_causal ? min(total, position + last_row + 1) : total, all_tiles = (seen + KEYS - 1) / KEYS;
     // The tile with the first key that a row of the block sees.
-    const int begin = FEATURED && op.window > 0 ? max(0, op.position + first_row + 1 - op.window) / KEYS : 0;
+    const int begin = FEATURED && op.window > 0 ? max(0, position + first_row + 1 - op.window) / KEYS : 0;
     const int of_split = (all_tiles - begin + op.splits - 1) / op.splits, first_tile = begin + split * of_split, n_tiles = min(all_tiles, first_tile + of_split);
-    const long long cache = (long long)(head / op.group) * op.capacity * op.d_pad;
+    // In words of 16 bytes, of which a cache has fewer than 2^32.
+    const uint32_t cache = (uint32_t)(sequence * (op.heads / op.group) + head / op.group) * op.capacity * (op.d_pad / 8);
     // Copies a tile's keys and values: 16 bytes a thread at a time.
     auto copy = [&](int tile) {
         const uint32_t to = shared + tile % 2 * 2 * TILE_BYTES;
 #pragma unroll 2
         for (int at = threadIdx.x; at < KEYS * WORDS; at += TILE_THREADS) {
             const int key = at / WORDS, word = at % WORDS, place = tile * KEYS + key;
-            const bool is_there = place < op.total && 8 * word < op.d_pad;
-            const long long from = is_there ? cache + (long long)place * op.d_pad + 8 * word : 0;
+            const bool is_there = place < total && 8 * word < op.d_pad;
+            const long long from = is_there ? 8ll * (cache + (uint32_t)(place * (op.d_pad / 8) + word)) : 0;
             copy_streaming(to + key * ROW_BYTES + 16 * word, op.keys + from, is_there);
             if (OUT == D || (8 * word >= first_element && 8 * word < first_element + OUT))
                 copy_streaming(to + TILE_BYTES + key * ROW_BYTES + 16 * word, op.values + from, is_there);
@@ -94,11 +102,11 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
     copy(first_tile);
 
     // This lane's two rows; those behind the last one compute what the last one does.
-    const int row_of_lane = first_row + warp * WARP_QUERIES + g;
+    const int row_of_lane = first_row + warp * WARP_QUERIES + g, own = position + row_of_lane;
     uint32_t of_query[D / 16][4];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const __half *row = op.q + ((long long)min(row_of_lane + 8 * i, op.rows - 1) * op.heads + head) * op.d;
+        const __half *row = op.q + (((long long)sequence * op.rows + min(row_of_lane + 8 * i, op.rows - 1)) * op.heads + head) * op.d;
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
             of_query[step][i] = two_of(row, step * 16 + 2 * q, op.d);
@@ -134,7 +142,7 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
 
         // Element i of a fragment is of row g + 8 (i / 2), and of key 2q + i % 2. Scores with a bias are scaled with it.
         auto key_of = [&](int at, int i) { return first_key + at * 8 + 2 * q + i % 2; };
-        auto distance_of = [&](int at, int i) { return key_of(at, i) - op.position - row_of_lane - i / 2 * 8; };
+        auto distance_of = [&](int at, int i) { return key_of(at, i) - own - i / 2 * 8; };
         auto for_all = [&](auto change) {
 #pragma unroll
             for (int at = 0; at < KEYS / 8; at++) {
@@ -144,18 +152,18 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
         };
         if (op.bias) {
             for_all([&](float score, int at, int i) {
-                if (key_of(at, i) >= op.total) return 0.0f;
+                if (key_of(at, i) >= total) return 0.0f;
                 // Of rows behind the last one the distance may lie before the table's begin.
                 const float bias = op.bias[head * (2 * op.reach + 1) + max(0, op.reach + distance_of(at, i))];
                 return score * op.scale * LOG2_E + bias * LOG2_E;
             });
         }
         if (is_capped) for_all([&](float score, int, int) { return op.softcap * tanhf(score * op.scale / op.softcap) * LOG2_E; });
-        if (FEATURED && op.window > 0 && first_key + op.window <= op.position + first_row + (warp + 1) * WARP_QUERIES - 1)
+        if (FEATURED && op.window > 0 && first_key + op.window <= own - g + WARP_QUERIES - 1)
             for_all([&](float score, int at, int i) { return distance_of(at, i) <= -op.window ? -INFINITY : score; });
-        const bool is_edge = first_key + KEYS > op.total || (op.is_causal && first_key + KEYS > op.position + first_row + warp * WARP_QUERIES + 1);
+        const bool is_edge = first_key + KEYS > total || (op.is_causal && first_key + KEYS > own - g + 1);
         if (is_edge)
-            for_all([&](float score, int at, int i) { return key_of(at, i) >= op.total || (op.is_causal && distance_of(at, i) > 0) ? -INFINITY : score; });
+            for_all([&](float score, int at, int i) { return key_of(at, i) >= total || (op.is_causal && distance_of(at, i) > 0) ? -INFINITY : score; });
         // NaN is never the largest; its power is NaN all the same.
         float largest[2] = {most[0], most[1]}, old[2];
         for_all([&](float score, int, int i) {
@@ -196,13 +204,15 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
             }
         }
     }
+    // Known once more: it would take registers of the loop.
+    const int block = opaque(blockIdx.x), again = op.sequences == 1 ? 0 : block / of_sequence, end_row = (of_sequence - 1 - (block - again * of_sequence)) * TILE_QUERIES + warp * WARP_QUERIES + g;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const float of_row = quad_sum(sum[i]);
-        const int row = row_of_lane + 8 * i;
+        const int row = end_row + 8 * i;
         if (row >= op.rows) continue;
         if (op.splits > 1) {
-            float *partial = op.partials + (((long long)split * op.rows + row) * op.heads + head) * (2 + op.d);
+            float *partial = op.partials + ((((long long)split * op.sequences + again) * op.rows + row) * op.heads + head) * (2 + op.d);
             if (q == 0) partial[0] = most[i] == -INFINITY ? -INFINITY : most[i] * factor, partial[1] = of_row;
 #pragma unroll
             for (int at = 0; at < OUT / 8; at++) {
@@ -217,7 +227,7 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
             const float own = most[i] == -INFINITY ? -INFINITY : most[i] * factor, sink = op.sinks[head] * LOG2_E, all = fmaxf(own, sink), kept = power_of_two(own - all);
             by = kept / (of_row * kept + power_of_two(sink - all));
         }
-        __half *to = op.out + ((long long)row * op.heads + head) * op.d;
+        __half *to = op.out + (((long long)again * op.rows + row) * op.heads + head) * op.d;
 #pragma unroll
         for (int at = 0; at < OUT / 8; at++) {
             const int element = first_element + at * 8 + 2 * q;
@@ -229,7 +239,7 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
 
 // Merges the splits of a row and head, a block each.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS) attend_merge(const __grid_constant__ RowsAttention op) {
-    const long long row = (long long)blockIdx.x * op.heads + blockIdx.y, step = (long long)op.rows * op.heads * (2 + op.d);
+    const long long row = (long long)blockIdx.x * op.heads + blockIdx.y, step = (long long)op.sequences * op.rows * op.heads * (2 + op.d);
     const float *first = op.partials + row * (2 + op.d);
     const float sink = op.sinks ? op.sinks[blockIdx.y] * LOG2_E : -INFINITY;
     float most = sink, sum = 0.0f;

@@ -4,6 +4,7 @@ use candle_core::{Result, bail};
 
 use super::arena::Arena;
 use super::launch::{Fatbin, Grid, Launcher, dimension};
+use super::place::RowPlaces;
 use crate::{fatbin, parameters};
 
 pub static KERNELS: Fatbin = fatbin!("attend");
@@ -32,24 +33,24 @@ pub struct Bias {
     pub reach: usize,
 }
 
-/// `out = softmax(scale · q · Kᵀ + bias) · V` of `rows` rows, with fp32 sums.
+/// `out = softmax(scale · q · Kᵀ + bias) · V` of rows at `places`, with fp32 sums.
 #[derive(Debug, Clone, Copy)]
 pub struct RowsAttention {
-    pub rows: usize,
+    pub places: RowPlaces,
     pub heads: Heads,
-    /// fp16 `[rows, h, d]`, rotated; so is `out`.
+    /// fp16 `[sequences, rows, h, d]`, rotated; so is `out`.
     pub q: u64,
     pub out: u64,
-    /// fp16 `[g, capacity, d_pad]`; so are `values`.
+    /// fp16 `[sequences, g, capacity, d_pad]`; so are `values`.
     pub keys: u64,
     pub values: u64,
-    /// Positions of the cache that the last row sees.
+    /// Positions of the cache that the last row sees, the most where there are `places`.
     pub total: usize,
+    /// The cache is the encoder's, in which rows have no position.
+    pub over_encoder: bool,
     pub scale: f32,
     /// A row sees no key behind its own position.
     pub is_causal: bool,
-    /// The first row's.
-    pub position: usize,
     pub bias: Bias,
     pub features: RowsFeatures,
 }
@@ -88,6 +89,9 @@ struct Operands {
     reach: i32,
     splits: i32,
     partials: u64,
+    places: u64,
+    sequences: i32,
+    over_encoder: i32,
     features: RowsFeatures,
 }
 
@@ -115,9 +119,14 @@ impl Kernel {
 }
 
 impl RowsAttention {
+    /// Tiles of rows of all sequences.
+    fn row_blocks(&self) -> usize {
+        self.places.sequences * self.places.rows.div_ceil(TILE_QUERIES)
+    }
+
     /// Blocks that share the keys of the same rows: where rows and heads alone give a multiprocessor less than a block, each with enough keys.
     fn splits(&self, kernel: &Kernel, multiprocessors: usize) -> usize {
-        let blocks = self.rows.div_ceil(TILE_QUERIES) * self.heads.heads * kernel.parts;
+        let blocks = self.row_blocks() * self.heads.heads * kernel.parts;
         (2 * multiprocessors / blocks).min(self.total / SPLIT_KEYS).clamp(1, MAX_SPLITS)
     }
 
@@ -127,14 +136,15 @@ impl RowsAttention {
     /// # Safety
     /// Everything that it names is as large as it says where `on` runs, and good until its stream has come past this call.
     pub unsafe fn run(&self, on: &dyn Launcher, arena: &Arena, multiprocessors: usize) -> Result<()> {
-        let Self { rows, heads, q, out, keys, values, total, scale, is_causal, position, bias, features } = *self;
+        let Self { places, heads, q, out, keys, values, total, over_encoder, scale, is_causal, bias, features } = *self;
+        let all_rows = places.all_rows();
         let Some(kernel) = ATTEND.iter().find(|kernel| heads.d <= kernel.d) else {
             bail!("heads of {} elements, allowed are up to {}", heads.d, ATTEND[ATTEND.len() - 1].d)
         };
         let splits = self.splits(kernel, multiprocessors);
         let partials = match splits {
             1 => None,
-            _ => Some(arena.take::<f32>(splits * rows * heads.heads * (2 + heads.d))?),
+            _ => Some(arena.take::<f32>(splits * all_rows * heads.heads * (2 + heads.d))?),
         };
         let operands = Operands {
             q,
@@ -143,29 +153,32 @@ impl RowsAttention {
             out,
             bias: bias.address,
             scale,
-            rows: dimension(rows)?,
+            rows: dimension(places.rows)?,
             heads: dimension(heads.heads)?,
             group: dimension(heads.heads / heads.kv_heads)?,
             d: dimension(heads.d)?,
             d_pad: dimension(heads.d_pad)?,
             capacity: dimension(heads.capacity)?,
             total: dimension(total)?,
-            position: dimension(position)?,
+            position: dimension(if over_encoder { 0 } else { places.position })?,
             is_causal: i32::from(is_causal),
             reach: dimension(bias.reach)?,
             splits: dimension(splits)?,
             partials: partials.as_ref().map_or(0, |partials| partials.address),
+            places: places.places,
+            sequences: dimension(places.sequences)?,
+            over_encoder: i32::from(over_encoder),
             features,
         };
         let name = if features == RowsFeatures::default() { kernel.name } else { kernel.featured };
-        let blocks = (rows.div_ceil(TILE_QUERIES), heads.heads * kernel.parts * splits);
+        let blocks = (self.row_blocks(), heads.heads * kernel.parts * splits);
         let grid = Grid { shared_bytes: kernel.shared_bytes(), ..Grid::new(blocks, THREADS) };
         // SAFETY: the kernels take one struct, which `Operands` mirrors; the caller's promise for what it names. Each block of the first writes its
         // partials, if there are any.
         unsafe {
             on.launch(&KERNELS, name, grid, parameters![operands])?;
             if splits > 1 {
-                let merge = Grid::new((rows, heads.heads), THREADS);
+                let merge = Grid::new((all_rows, heads.heads), THREADS);
                 on.launch(&KERNELS, "attend_merge", merge, parameters![operands])?;
             }
         }

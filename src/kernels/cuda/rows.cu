@@ -2,6 +2,7 @@
 // fp16 activations, fp32 residual stream and sums; one thread an element unless said otherwise.
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/place.cuh"
 
 // Threads of a block that owns a row.
 constexpr int WIDE_THREADS = 1024;
@@ -38,10 +39,16 @@ extern "C" __global__ void place_token(const __half *row, uint2 *embedding, floa
     if (threadIdx.x == 0) state[0] = token, state[1] = position, state[2] = step;
 }
 
-// x[t] += table[t]
-extern "C" __global__ void add_table_rows(float *x, const __half *table, int stride, int width) {
-    for (int at = threadIdx.x; at < width; at += blockDim.x)
-        x[(long long)blockIdx.x * width + at] += __half2float(table[(long long)blockIdx.x * stride + at]);
+// x[t] += table[t % period]
+extern "C" __global__ void add_table_rows(float *x, const __half *table, int stride, int width, int period) {
+    const long long row = blockIdx.x % period;
+    for (int at = threadIdx.x; at < width; at += blockDim.x) x[(long long)blockIdx.x * width + at] += __half2float(table[row * stride + at]);
+}
+
+// out[s] = scale * x[s, rows - 1]: what the head reads of each sequence. A block owns a sequence.
+extern "C" __global__ void last_rows(const __half *x, __half *out, float scale, int rows, int width) {
+    const __half *from = x + ((long long)blockIdx.x * rows + rows - 1) * width;
+    for (int at = threadIdx.x; at < width; at += blockDim.x) out[(long long)blockIdx.x * width + at] = __float2half_rn(__half2float(from[at]) * scale);
 }
 
 // A product whose bias and whose addition to the residual are deferred.
@@ -125,12 +132,13 @@ extern "C" __global__ void activate_rows(const __half *gate, const float *bias, 
     out[at] = up ? __float2half_rn(__half2float(y) * __half2float(__float2half_rn(__half2float(up[at]) * scale))) : y;
 }
 
-// Adds biases, if there are any, rotates q [t, h, d] in place and writes k, v [t, g, d] to the cache [g, capacity, d_pad]. A block owns a
-// row.
+// Adds biases, if there are any, rotates q [t, h, d] in place and writes k, v [t, g, d] to the cache [sequences, g, capacity, d_pad], each
+// sequence's `rows` rows from `first_position` and its place on. A block owns a row.
 extern "C" __global__ void append_rows(__half *q, const __half *k, const __half *v, const float *q_bias, const float *k_bias,
                                        const float *v_bias, __half *keys, __half *values, const float2 *angles, int heads, int kv_heads,
-                                       int d, int d_pad, int rotary, int capacity, int first_position) {
-    int row = blockIdx.x, position = first_position + row, half = rotary / 2;
+                                       int d, int d_pad, int rotary, int capacity, int first_position, int rows, const Place *places) {
+    const int row = blockIdx.x, sequence = row / rows, half = rotary / 2;
+    const int position = (places ? places[sequence].position : first_position) + row - sequence * rows;
     for (int at = threadIdx.x; at < heads * half; at += blockDim.x) {
         int head = at / half, pair = at % half;
         float2 angle = angles[(long long)position * half + pair];
@@ -155,7 +163,7 @@ extern "C" __global__ void append_rows(__half *q, const __half *k, const __half 
             float other = biased(of[partner], k_bias, head * d + partner);
             value = element < half ? value * angle.x - other * angle.y : value * angle.x + other * angle.y;
         }
-        long long to = ((long long)head * capacity + position) * d_pad + element;
+        long long to = (((long long)sequence * kv_heads + head) * capacity + position) * d_pad + element;
         keys[to] = __float2half_rn(value);
         values[to] = __float2half_rn(biased(v[((long long)row * kv_heads + head) * d + element], v_bias, at));
     }

@@ -6,6 +6,7 @@ use candle_core::Result;
 
 use super::attend::Heads;
 use super::launch::{Fatbin, Grid, Launcher, dimension};
+use super::place::RowPlaces;
 use super::program::TokenOutput;
 use crate::{fatbin, parameters};
 
@@ -82,16 +83,32 @@ impl RowKernels<'_> {
         unsafe { self.launch("place_token", Grid::new((1, 1), WIDE_THREADS), parameters) }
     }
 
-    /// fp32 `x[t] += table[t]`
+    /// fp32 `x[t] += table[t % period]`
     ///
     /// # Safety
     /// See [`RowKernels`].
-    pub unsafe fn add_table(self, rows: usize, x: u64, table: Table) -> Result<()> {
-        let (stride, width) = (dimension(table.stride)?, dimension(table.width)?);
+    pub unsafe fn add_table(self, rows: usize, period: usize, x: u64, table: Table) -> Result<()> {
+        let (stride, width, period) = (dimension(table.stride)?, dimension(table.width)?, dimension(period)?);
+        let parameters = parameters![x, table.address, stride, width, period];
         // SAFETY: as rows.cu declares them.
-        unsafe {
-            self.launch("add_table_rows", Grid::new((rows, 1), THREADS), parameters![x, table.address, stride, width])
-        }
+        unsafe { self.launch("add_table_rows", Grid::new((rows, 1), THREADS), parameters) }
+    }
+
+    /// fp16 `out[s] = scale · x[s, rows - 1]` of each sequence.
+    ///
+    /// # Safety
+    /// See [`RowKernels`].
+    pub unsafe fn last_rows(
+        self,
+        sequences: usize,
+        (rows, width): (usize, usize),
+        x: u64,
+        scale: f32,
+        out: u64,
+    ) -> Result<()> {
+        let (rows, width) = (dimension(rows)?, dimension(width)?);
+        // SAFETY: as rows.cu declares them.
+        unsafe { self.launch("last_rows", Grid::new((sequences, 1), THREADS), parameters![x, out, scale, rows, width]) }
     }
 
     /// fp32 `x += addends`, the first of which may be all; fp16 `out = scale · norm(x)`, a layer norm where there is a `bias`.
@@ -162,16 +179,15 @@ impl RowKernels<'_> {
         unsafe { self.launch("activate_rows", Grid::over(rows * width, THREADS), parameters) }
     }
 
-    /// Adds the biases of q, k and v, fp32 or 0, and rounds to fp16; rotates `q` in place and writes `k`, `v` to a cache from `position`
-    /// on. `rotary` may be 0, `q` then too.
+    /// Adds the biases of q, k and v, fp32 or 0, and rounds to fp16; rotates `q` in place and writes `k`, `v` to a cache at `places`.
+    /// `rotary` may be 0, `q` then too.
     ///
     /// # Safety
     /// See [`RowKernels`].
     #[allow(clippy::too_many_arguments)] // the kernel's own
     pub unsafe fn append(
         self,
-        rows: usize,
-        position: usize,
+        at: RowPlaces,
         heads: Heads,
         [q, k, v]: [u64; 3],
         [q_bias, k_bias, v_bias]: [u64; 3],
@@ -181,12 +197,13 @@ impl RowKernels<'_> {
     ) -> Result<()> {
         let (h, g) = (dimension(heads.heads)?, dimension(heads.kv_heads)?);
         let (d, d_pad, capacity) = (dimension(heads.d)?, dimension(heads.d_pad)?, dimension(heads.capacity)?);
-        let (rotary, position) = (dimension(rotary)?, dimension(position)?);
+        let (rotary, position, rows) = (dimension(rotary)?, dimension(at.position)?, dimension(at.rows)?);
         let parameters = parameters![
-            q, k, v, q_bias, k_bias, v_bias, keys, values, angles, h, g, d, d_pad, rotary, capacity, position
+            q, k, v, q_bias, k_bias, v_bias, keys, values, angles, h, g, d, d_pad, rotary, capacity, position, rows,
+            at.places
         ];
         // SAFETY: as rows.cu declares them.
-        unsafe { self.launch("append_rows", Grid::new((rows, 1), WIDE_THREADS), parameters) }
+        unsafe { self.launch("append_rows", Grid::new((at.all_rows(), 1), WIDE_THREADS), parameters) }
     }
 
     /// fp16 `x = norm(x + bias)` of each of the `parts` parts of a row, an rms norm whose `weight` they share; `bias`, fp32 of a

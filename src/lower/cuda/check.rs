@@ -31,11 +31,12 @@ pub fn check(model: &Model, properties: DeviceProperties) -> Result<()> {
     let prompt = model.experts().is_none().then_some(CallKind::Prompt);
     let kinds = model.encoder.iter().map(|_| CallKind::Encoder).chain(prompt);
     for kind in kinds {
-        let shape = CallShape { kind, batch: Batch::step(0), encoded: 1 };
+        let shape = CallShape { kind, first: 0, batch: Batch::step(0), encoded: 1 };
         let input = CallInput::Tokens(vec![0; 2]);
         Layout::of(|arena| {
             let region = arena.take::<u8>(input.bytes())?;
-            prefill::run(&on, shape, &MemoryPlanner, arena, region).map(|_| ())
+            let done = prefill::run(&on, shape, &MemoryPlanner, arena, region)?;
+            if kind == CallKind::Prompt { prefill::choose(&on, shape, done, &MemoryPlanner, arena) } else { Ok(()) }
         })?;
     }
     Ok(())
@@ -91,6 +92,7 @@ impl Addresses for Nowhere<'_> {
     fn session(&self) -> SessionAt {
         let features = super::features_width(self.model).map_or(0, |_| ADDRESS);
         let (state, logits, zeros, outlier_columns, host) = (ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS);
-        SessionAt { state, logits, zeros, features, outlier_columns, host, host_slots: 1 }
+        let (places, tokens) = (ADDRESS, ADDRESS);
+        SessionAt { state, logits, zeros, features, outlier_columns, host, host_slots: 1, sequences: 1, places, tokens }
     }
 }

@@ -15,7 +15,7 @@ pub use tables::{by_distance, call_angles, length_class, padded, padded_floats, 
 
 use candle_core::{Result, bail};
 
-use crate::call::{KvFormat, Supported};
+use crate::call::{ANY, KvFormat, Supported};
 use crate::kernels::cuda::launch::dimension;
 use crate::kernels::cuda::matvec::{self, Epilogue, MatrixDesc, Mode, Product};
 use crate::kernels::cuda::program::{self, PlannedLaunch, ProgramBuilder};
@@ -24,7 +24,7 @@ use crate::plan::{ActivationKind, BiasId, CacheId, EmbedSpec, LmHead, MatrixId, 
 
 /// The calls that the device runs.
 pub const CALLS: Supported =
-    Supported { executor: "the CUDA engine", kv_formats: &[KvFormat::Fp16], most_sequences: 1 };
+    Supported { executor: "the CUDA engine", kv_formats: &[KvFormat::Fp16], most_sequences: ANY };
 
 /// A loaded model in memory that kernels reach: on a device, or in tests on the host.
 pub trait Addresses {
@@ -50,7 +50,7 @@ pub trait Addresses {
     fn session(&self) -> SessionAt;
 }
 
-/// Keys and values, fp16 `[g, capacity, d_pad]` each.
+/// Keys and values, fp16 `[sequences, g, capacity, d_pad]` each.
 #[derive(Debug, Clone, Copy)]
 pub struct CacheAt {
     pub keys: u64,
@@ -72,17 +72,22 @@ pub struct BiasAt {
 pub struct SessionAt {
     /// Four int32: token, position, step, rows of the encoder.
     pub state: u64,
-    /// fp32 `[vocab]`
+    /// fp32 `[sequences, vocab]`
     pub logits: u64,
     /// fp32 zeros, as many as the widest norm has: the bias of those that have none.
     pub zeros: u64,
-    /// Features of a picture, fp16 `[patches, width]`; 0 where the model reads none.
+    /// Features of pictures, fp16 `[sequences, patches, width]`; 0 where the model reads none.
     pub features: u64,
     /// A count of 64 bits: outlier columns that were found.
     pub outlier_columns: u64,
-    /// Words of 64 bits that the host reads tokens from, and their number.
+    /// Words of 64 bits that the host reads tokens from, `[host_slots, sequences]`.
     pub host: u64,
     pub host_slots: usize,
+    /// A session of several runs steps as calls of many rows; one of a single sequence runs the step's program.
+    pub sequences: usize,
+    /// Of a batch: [`crate::kernels::cuda::place::Place`] of each sequence, and its last token in int32.
+    pub places: u64,
+    pub tokens: u64,
 }
 
 /// Offsets of the position and of the encoder's rows in the state.

@@ -2,13 +2,16 @@
 //! operation that writes it to the last that reads it.
 
 mod attend;
+mod choose;
+
+pub use choose::choose;
 
 use anyhow::{Context, Result, bail};
 use half::f16;
 
 use super::call::{CallKind, CallResult, CallShape};
 use super::range::rounded;
-use super::{Addresses, activation_number, scales};
+use super::{Addresses, activation_number, features_width, scales};
 use crate::kernels::cuda::arena::{Arena, Region};
 use crate::kernels::cuda::launch::Launcher;
 use crate::kernels::cuda::matvec::{Epilogue, MatrixDesc};
@@ -16,15 +19,15 @@ use crate::kernels::cuda::program::{PlannedLaunch, TokenOutput};
 use crate::kernels::cuda::rows::{Addend, RowKernels, Table};
 use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
 use crate::plan::{
-    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, BufferId, EmbedSpec, FeaturesSpec, Lifetime, LinearPart,
-    LinearSpec, MatrixId, MatrixRows, Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, VectorId,
+    ActivationSpec, AddRowsSpec, AddSpec, AppendSpec, BufferId, EmbedSpec, EncoderInputKind, FeaturesSpec, Lifetime,
+    LinearPart, LinearSpec, MatrixId, MatrixRows, Model, Norm, NormKind, NormSpec, Op, PatchesSpec, Plan, VectorId,
 };
 use crate::quant::OutlierColumns;
 
 /// The name in errors.
 const EXECUTOR: &str = "the CUDA prefill";
 
-/// Launches a call, all but the head of its last row. Its input lies at `input`, as [`super::CallInput`] says.
+/// Launches a call, all but the head of its last rows. Its input lies at `input`, as [`super::CallInput`] says.
 ///
 /// # Errors
 /// If the plan holds an operation that no launch computes, by its name, or a launch fails.
@@ -41,7 +44,7 @@ pub fn run(
             let plan = &model.encoder.as_ref().context("this model has no encoder")?.plan;
             (plan, plan.ops.len(), None)
         }
-        CallKind::Prompt | CallKind::Scored => {
+        CallKind::Prompt | CallKind::Scored | CallKind::Step => {
             let head = model.decoder.head().context("this plan has no head")?;
             (&model.decoder, head.body_len, Some(head.x))
         }
@@ -51,12 +54,12 @@ pub fn run(
     // Of the decoder's gates alone.
     let scales = match shape.kind {
         CallKind::Encoder => vec![1.0; plan.buffers.len()],
-        CallKind::Prompt | CallKind::Scored => scales(model),
+        CallKind::Prompt | CallKind::Scored | CallKind::Step => scales(model),
     };
     Prefill { on, plan, shape, launcher, arena, input: Some(input), buffers, lives, scales, examined }.run(len, kept)
 }
 
-/// The head of the last row, which finds the token of a prompt and puts it where `token` says.
+/// The head of the last row of a session's only sequence, which finds the token of a prompt and puts it where `token` says.
 ///
 /// # Errors
 /// If the decoder has no head.
@@ -195,7 +198,7 @@ impl<'a> Prefill<'a> {
     /// Room for an fp16 buffer, which the operation that asks for it writes before anything reads; the session's own for a picture's
     /// features.
     fn half(&self, id: BufferId) -> Result<Buffer<'a>> {
-        let features = self.on.session().features;
+        let features = self.features();
         if let Some(Op::Features(FeaturesSpec { x })) = self.plan.ops.last()
             && (*x, features != 0) == (id, true)
         {
@@ -203,6 +206,17 @@ impl<'a> Prefill<'a> {
         }
         let region = self.arena.take::<f16>(self.shape.rows() * self.width(id))?;
         Ok(Buffer::new(region.address, false, Some(region)))
+    }
+
+    /// The features of the pictures of the call's sequences, where the model reads any.
+    fn features(&self) -> u64 {
+        let (features, model) = (self.on.session().features, self.on.model());
+        match (model.encoder.as_ref().map(|encoder| encoder.input), features_width(model)) {
+            (Some(EncoderInputKind::Picture(picture)), Some(width)) if features != 0 => {
+                features + (self.shape.first * picture.patches() * width * size_of::<f16>()) as u64
+            }
+            _ => 0,
+        }
     }
 
     /// [`Self::half`] in fp32.
@@ -247,11 +261,11 @@ impl<'a> Prefill<'a> {
             Op::AddRows(AddRowsSpec { x, table }) => {
                 self.widen(*x)?;
                 let (x, table) = (self.read(*x)?, self.table(*table));
-                // SAFETY: x holds a row for each of the table's.
-                unsafe { kernels.add_table(rows, x, table) }?;
+                // SAFETY: x holds a row for each of the table's, of each sequence.
+                unsafe { kernels.add_table(rows, self.shape.batch.rows_each(), x, table) }?;
             }
             Op::Features(FeaturesSpec { x }) => {
-                let features = self.on.session().features;
+                let features = self.features();
                 if features == 0 || self.read(*x)? != features {
                     bail!("image features must be products");
                 }
@@ -271,9 +285,13 @@ impl<'a> Prefill<'a> {
     fn embed(&mut self, EmbedSpec { table, scale, image, out }: EmbedSpec) -> Result<()> {
         let rows = self.shape.rows();
         let input = self.input.take().context("a call has one input")?;
-        let y = self.float(out)?;
-        let features = self.on.session().features;
-        let (tokens, feature_of_row) = (input.address, input.address + (size_of::<i32>() * rows) as u64);
+        let (y, features) = (self.float(out)?, self.features());
+        // A token that was generated stands for itself, never for a part of a picture.
+        let (tokens, image) = match self.shape.kind {
+            CallKind::Step => (self.on.session().tokens, None),
+            CallKind::Prompt | CallKind::Scored | CallKind::Encoder => (input.address, image),
+        };
+        let feature_of_row = tokens + (size_of::<i32>() * rows) as u64;
         let (table, kernels) = (self.table(table), self.kernels());
         // SAFETY: tokens are below the vocabulary, and there is a feature for each image token, as the session checked.
         unsafe { kernels.embed(rows, tokens, feature_of_row, table, features, image, scale, y.address) }?;

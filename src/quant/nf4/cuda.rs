@@ -1,6 +1,7 @@
-//! NF4 on CUDA: one row multiplies the codes as they stream; many rows go through fp16 weights made for the call.
+//! NF4 on CUDA: one row and few rows multiply the codes as they stream; many go through fp16 weights made for the call.
 
 mod encode;
+mod rows;
 
 use std::ops::Range;
 
@@ -9,7 +10,7 @@ use candle_core::{CudaDevice, Device, Result};
 use half::f16;
 
 use super::nested::{self, NestedAbsmax};
-use super::tile::tile_rows;
+use super::tile::{is_fused, tile_rows};
 use super::{Absmax, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Grid, Launcher, address, dimension, upload_rows};
@@ -23,6 +24,7 @@ use crate::step_fatbins;
 
 pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
+pub use rows::KERNELS as ROWS_KERNELS;
 
 pub static KERNELS: StepFatbins = step_fatbins!("nf4");
 
@@ -227,7 +229,7 @@ impl CudaMatrix for Nf4OnDevice {
     }
 }
 
-/// Through fp16 weights, some rows of the matrix at a time.
+/// Of many rows through fp16 weights, some rows of the matrix at a time.
 ///
 /// # Safety
 /// As [`MatrixDesc::multiply_rows`].
@@ -235,6 +237,10 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
     let SharedInput { at: x, m, arena, .. } = *x;
     let (to, value_bytes) = if y.is_float { (Type::Float, size_of::<f32>()) } else { (Type::Half, size_of::<f16>()) };
     let &MatrixDesc { n, k, .. } = matrix;
+    if is_fused(m, k) {
+        // SAFETY: the caller's promise.
+        return unsafe { rows::multiply(matrix, on, x, m, y) };
+    }
     let step = tile_rows(m, n, k);
     let tile = arena.take::<f16>(step * k)?;
     let weight = tile.address;

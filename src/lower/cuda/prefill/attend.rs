@@ -1,11 +1,13 @@
 //! Attention of a call: norms of heads, rotation, cache write, and the product with the cache.
 
 use anyhow::Result;
+use half::f16;
 
 use super::{Buffer, EXECUTOR, Prefill};
 use crate::kernels::cuda::attend::{Bias, Heads, RowsAttention, RowsFeatures};
 use crate::kernels::cuda::launch::dimension;
-use crate::lower::cuda::BiasAt;
+use crate::kernels::cuda::place::RowPlaces;
+use crate::lower::cuda::{BiasAt, CacheAt, CallKind};
 use crate::plan::{
     AttentionSpec, BiasId, BufferId, CacheId, CacheScope, KeyValue, Mask, Norm, NormKind, QkNorm, QkNormOver, RopeId,
     Sinks, Softcap, Window, feature, refuse,
@@ -44,15 +46,15 @@ impl<'a> Prefill<'a> {
     ) -> Result<()> {
         let heads = self.heads(cache, rotate.map(|(_, q)| q));
         let (angles, rotary) = match rotate {
-            Some((rope, _)) => (self.on.call_angles(rope), self.on.model().ropes[rope.0].rotary_dim),
+            Some((rope, _)) => (self.angles(rope), self.on.model().ropes[rope.0].rotary_dim),
             None => (0, 0),
         };
         let (q, q_bias) = rotate.map_or(Ok((0, 0)), |(_, q)| self.product(q))?;
         let ((k, k_bias), (v, v_bias)) = (self.product(k)?, self.product(v)?);
-        let (rows, position, at) = (self.shape.rows(), self.first_position(cache), self.on.cache(cache));
+        let (places, at) = (self.places(cache), self.cache(cache));
         let (memory, biases) = ([at.keys, at.values], [q_bias, k_bias, v_bias]);
-        // SAFETY: q, k and v hold `rows` rows of their heads; the caller checked that the cache has room.
-        unsafe { self.kernels().append(rows, position, heads, [q, k, v], biases, memory, angles, rotary) }?;
+        // SAFETY: q, k and v hold the rows of their heads; the caller checked that the cache has room.
+        unsafe { self.kernels().append(places, heads, [q, k, v], biases, memory, angles, rotary) }?;
         if let Some((_, q)) = rotate {
             self.buffer_mut(q)?.bias = 0;
         }
@@ -97,26 +99,26 @@ impl<'a> Prefill<'a> {
         features: RowsFeatures,
     ) -> Result<Buffer<'a>> {
         let scope = self.on.model().caches[cache.0].scope;
-        let (q_at, out, at) = (self.read(q)?, self.half(q)?, self.on.cache(cache));
+        let (q_at, out, at) = (self.read(q)?, self.half(q)?, self.cache(cache));
         let call = RowsAttention {
-            rows: self.shape.rows(),
+            places: self.places(cache),
             heads: self.heads(cache, Some(q)),
             q: q_at,
             out: out.address,
             keys: at.keys,
             values: at.values,
             total: match scope {
-                CacheScope::Decoder => self.shape.position() + self.shape.rows(),
+                CacheScope::Decoder => self.shape.batch.keys(),
                 CacheScope::Encoder => self.shape.encoded,
             },
+            // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
+            over_encoder: scope == CacheScope::Encoder,
             scale,
             is_causal: match mask {
                 Mask::Causal => true,
                 Mask::Full => false,
                 Mask::Prefix => self.shape.position() > 0,
             },
-            // A query of the decoder stands where the cache ended; cross-attention has no place and no bias.
-            position: if scope == CacheScope::Decoder { self.shape.position() } else { 0 },
             bias: bias.map_or(Bias::default(), |bias| {
                 let BiasAt { address, reach } = self.on.bias(bias);
                 Bias { address, reach }
@@ -128,11 +130,37 @@ impl<'a> Prefill<'a> {
         Ok(out)
     }
 
-    fn first_position(&self, cache: CacheId) -> usize {
-        match self.on.model().caches[cache.0].scope {
-            CacheScope::Decoder => self.shape.position(),
-            CacheScope::Encoder => 0,
+    /// Where the call's rows stand in a cache.
+    fn places(&self, cache: CacheId) -> RowPlaces {
+        RowPlaces {
+            sequences: self.shape.batch.sequences,
+            rows: self.shape.batch.rows_each(),
+            position: match self.on.model().caches[cache.0].scope {
+                CacheScope::Decoder => self.shape.position(),
+                CacheScope::Encoder => 0,
+            },
+            // Only those of a step differ.
+            places: match self.shape.kind {
+                CallKind::Step => self.on.session().places,
+                CallKind::Encoder | CallKind::Prompt | CallKind::Scored => 0,
+            },
         }
+    }
+
+    /// Steps have tables of their own where frequencies change with each position.
+    fn angles(&self, rope: RopeId) -> u64 {
+        match self.shape.kind {
+            CallKind::Step => self.on.step_angles(rope),
+            CallKind::Encoder | CallKind::Prompt | CallKind::Scored => self.on.call_angles(rope),
+        }
+    }
+
+    /// A cache from the call's first sequence on.
+    fn cache(&self, cache: CacheId) -> CacheAt {
+        let at = self.on.cache(cache);
+        let of_sequence = self.on.model().caches[cache.0].kv_heads * at.capacity * at.d_pad;
+        let before = (self.shape.first * of_sequence * size_of::<f16>()) as u64;
+        CacheAt { keys: at.keys + before, values: at.values + before, ..at }
     }
 
     fn heads(&self, cache: CacheId, q: Option<BufferId>) -> Heads {
