@@ -10,9 +10,18 @@ use crate::record::Record;
 
 /// `None` where no case was measured with several batches.
 pub fn table(cases: &[Case], terminal: &Terminal) -> Option<String> {
-    let runs: Vec<&Run> = cases.iter().flat_map(|case| &case.runs).filter(|run| is_largest(run)).collect();
+    let telling = Telling::of(&cases.iter().collect::<Vec<_>>()).without_batches();
+    // Runs without an interval are in no line: where these were the largest, the one before says the same.
+    let mut runs: Vec<(String, &Run)> = Vec::new();
+    for run in cases.iter().flat_map(|case| &case.runs).filter(|run| is_largest(run)) {
+        let name = telling.name(run);
+        match runs.iter_mut().find(|(known, _)| *known == name) {
+            Some(known) => known.1 = run,
+            None => runs.push((name, run)),
+        }
+    }
     let mut names: Vec<String> = Vec::new();
-    for record in runs.iter().flat_map(|run| run.records).filter(|record| record.break_even.is_some()) {
+    for record in runs.iter().flat_map(|(_, run)| run.records).filter(|record| record.break_even.is_some()) {
         let name = case::name(record);
         if !names.contains(&name) {
             names.push(name);
@@ -21,12 +30,11 @@ pub fn table(cases: &[Case], terminal: &Terminal) -> Option<String> {
     if names.is_empty() {
         return None;
     }
-    let telling = Telling::of(&cases.iter().collect::<Vec<_>>()).without_batches();
     let header = std::iter::once("stops paying at batch".to_owned()).chain(names.iter().cloned()).collect();
-    let row = |run: &&Run| {
+    let row = |(line, run): &(String, &Run)| {
         let found = |name: &String| run.records.iter().find(|record| case::name(record) == *name)?.break_even.as_ref();
         let cell = |name: &String| found(name).map_or_else(|| "-".to_owned(), batches::cell);
-        Line::Cells(std::iter::once(telling.name(run)).chain(names.iter().map(cell)).collect())
+        Line::Cells(std::iter::once(line.clone()).chain(names.iter().map(cell)).collect())
     };
     let lines: Vec<Line> = std::iter::once(Line::Cells(header)).chain(runs.iter().map(row)).collect();
     let painted =
@@ -52,6 +60,10 @@ mod tests {
 
     /// Three precisions with 1, 4 and 16 sequences, of which nf4 and int8 have these ratios.
     fn document(nf4: [(f64, f64, f64); 3], int8: [(f64, f64, f64); 3]) -> Document {
+        changed(nf4, int8, |_| {})
+    }
+
+    fn changed(nf4: [(f64, f64, f64); 3], int8: [(f64, f64, f64); 3], change: fn(&mut Record)) -> Document {
         let text = include_str!("../../tests/golden/records/three_precisions.json");
         let example = serde_json::from_str::<Document>(text).expect("an example").records;
         let mut records = Vec::new();
@@ -63,6 +75,7 @@ mod tests {
                 if let Some(ratio) = &mut record.ratio_to_fp16 {
                     *ratio = Ratio { median, ci95_low: Some(low), ci95_high: Some(high), ..*ratio };
                 }
+                change(record);
             }
             records.extend(case);
         }
@@ -93,6 +106,20 @@ mod tests {
         let of_batches: Vec<&String> =
             pictures.iter().filter(|name| name.contains("by-batch") || name.contains("operating-curve")).collect();
         assert!(of_batches.len() == 2 && of_batches.iter().all(|name| name.starts_with("03-")), "{pictures:?}");
+    }
+
+    /// The largest batch had too few repeats.
+    #[test]
+    fn a_run_without_an_interval_gives_no_line_of_its_own() {
+        let ratios = [(1.9, 2.0, 2.1), (1.4, 1.5, 1.6), (1.1, 1.2, 1.3)];
+        let document = changed(ratios, ratios, |record| {
+            let is_largest = record.workload.batch_size == 16;
+            if let Some(ratio) = record.ratio_to_fp16.as_mut().filter(|_| is_largest) {
+                (ratio.ci95_low, ratio.ci95_high) = (None, None);
+            }
+        });
+        let text = table(&case::cases(&document), &Terminal::default()).expect("several batches");
+        assert_eq!(text.matches("none up to 4").count(), 2, "{text}");
     }
 
     #[test]

@@ -61,14 +61,16 @@ fn replays_of_a_batch_are_bit_equal_on_a_gpu() {
     let Some(_device) = device() else { return };
     for tiny in models() {
         for precision in ["fp16", "int8", "nf4"] {
-            let inputs: Vec<Input> = (0..5).map(|sequence| tiny.input(sequence, 9)).collect();
-            let all = Input::together(&inputs);
-            let shape = (5, all.prompt.len() / 5);
-            let mut session = tiny.load(precision, Executor::Cuda, 5);
-            let mut run = || (decoded(session.as_mut(), &all, shape), session.logits().unwrap());
-            let first = run();
-            for replay in 1..4 {
-                assert!(run() == first, "{} {precision}: replay {replay}", tiny.name);
+            for n in [5, 64] {
+                let inputs: Vec<Input> = (0..n).map(|sequence| tiny.input(sequence, 9)).collect();
+                let all = Input::together(&inputs);
+                let shape = (n, all.prompt.len() / n);
+                let mut session = tiny.load(precision, Executor::Cuda, n);
+                let mut run = || (decoded(session.as_mut(), &all, shape), session.logits().unwrap());
+                let first = run();
+                for replay in 1..4 {
+                    assert!(run() == first, "{} {precision} {n} sequences: replay {replay}", tiny.name);
+                }
             }
         }
     }

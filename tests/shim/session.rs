@@ -5,16 +5,15 @@ use std::path::{Path, PathBuf};
 use half::f16;
 use quantbench::call::Batch;
 use quantbench::events::Silent;
-use quantbench::kernels::cuda::arena::{Arena, Layout, Region};
-use quantbench::kernels::cuda::launch::{Launcher, MemoryPlanner};
+use quantbench::kernels::cuda::arena::{Arena, Layout};
+use quantbench::kernels::cuda::launch::MemoryPlanner;
 use quantbench::kernels::cuda::matvec::MatrixDesc;
 use quantbench::kernels::cuda::place::Place;
 use quantbench::kernels::cuda::rows::RowKernels;
 use quantbench::kernels::cuda::step_kernel::DeviceProperties;
 use quantbench::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
 use quantbench::lower::cuda::{
-    self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallResult, CallShape, SessionAt, padded,
-    padded_head, prefill,
+    self as lower, Addresses, BiasAt, CacheAt, CallInput, CallKind, CallShape, SessionAt, padded, padded_head, prefill,
 };
 use quantbench::plan::fuse::FusedOp;
 use quantbench::plan::{BiasId, CacheId, EncoderInputKind, MatrixId, Model, RopeByLength, RopeId, VectorId};
@@ -278,7 +277,7 @@ impl<'a> Session<'a> {
         let memory = self.host.memory;
         let layout = Layout::of(|arena| {
             let region = arena.take::<u8>(input.bytes())?;
-            self.launch(shape, &MemoryPlanner, arena, region).map(|_| ())
+            prefill::run(self, shape, &MemoryPlanner, arena, region).map(|_| ())
         });
         let layout = layout.unwrap_or_else(|error| panic!("planning {shape:?}: {error:#}"));
         let arena = Arena::at(memory.room::<u8>(layout.bytes()), &layout);
@@ -288,7 +287,7 @@ impl<'a> Session<'a> {
             CallInput::Patches(values) => memory.write(region.address, values),
             CallInput::OnDevice => {}
         }
-        let done = self.launch(shape, self.host, &arena, region);
+        let done = prefill::run(self, shape, self.host, &arena, region);
         let done = done.unwrap_or_else(|error| panic!("chip {}, {shape:?}: {error:#}", self.host.chip));
         self.examined += done.examined;
         if shape.kind == CallKind::Prompt && self.places.len() == 1 {
@@ -297,21 +296,6 @@ impl<'a> Session<'a> {
             // SAFETY: every address in it is of the host's memory.
             unsafe { head.launch_on(self.host) }.unwrap_or_else(|error| panic!("chip {}: {error}", self.host.chip));
         }
-    }
-
-    /// What a call takes of its memory: all but the head of a single sequence.
-    fn launch(
-        &self,
-        shape: CallShape,
-        launcher: &dyn Launcher,
-        arena: &Arena,
-        input: Region,
-    ) -> anyhow::Result<CallResult> {
-        let done = prefill::run(self, shape, launcher, arena, input)?;
-        if self.places.len() > 1 && matches!(shape.kind, CallKind::Prompt | CallKind::Step) {
-            prefill::choose(self, shape, done, launcher, arena)?;
-        }
-        Ok(done)
     }
 
     /// Runs the first `n` operations of a step as one launch.

@@ -11,7 +11,7 @@ use super::Weights;
 use super::step::DecodeStep;
 use crate::engine::memory::named;
 use crate::kernels::cuda::arena::{Arena, Layout, Region};
-use crate::kernels::cuda::launch::{Launcher, MemoryPlanner, address, upload};
+use crate::kernels::cuda::launch::{MemoryPlanner, address, upload};
 use crate::lower::cuda::{CallInput, CallKind, CallResult, CallShape, prefill};
 
 /// Shapes that are kept: those of the last calls, of which a long prompt has some.
@@ -26,18 +26,9 @@ pub struct PrefillCall<'a> {
 }
 
 impl PrefillCall<'_> {
-    /// Queues all launches that take memory of the arena.
-    fn run(&self, launcher: &dyn Launcher, arena: &Arena, input: Region) -> Result<CallResult> {
-        let done = prefill::run(self.weights, self.shape, launcher, arena, input)?;
-        if self.step.is_none() && matches!(self.shape.kind, CallKind::Prompt | CallKind::Step) {
-            prefill::choose(self.weights, self.shape, done, launcher, arena)?;
-        }
-        Ok(done)
-    }
-
     /// Queues all launches on the device.
     fn queue(&self, device: &CudaDevice, arena: &Arena, input: Region) -> Result<CallResult> {
-        let done = self.run(device, arena, input)?;
+        let done = prefill::run(self.weights, self.shape, device, arena, input)?;
         if let (Some(step), CallKind::Prompt) = (self.step, self.shape.kind) {
             let token = step.token_output(self.weights, self.shape.rows())?;
             let head = prefill::last_head(self.weights, self.shape, done, token, step.counters(device))?;
@@ -124,7 +115,9 @@ impl PrefillGraphs {
             None => {
                 let layout = Layout::of(|arena| {
                     let planned = arena.take::<u8>(input_bytes).map_err(anyhow::Error::from);
-                    planned.and_then(|input| call.run(&MemoryPlanner, arena, input)).map(|_| ())
+                    planned
+                        .and_then(|input| prefill::run(call.weights, call.shape, &MemoryPlanner, arena, input))
+                        .map(|_| ())
                 })?;
                 KnownShape { shape: call.shape, layout, done: None, graph: None }
             }

@@ -35,8 +35,7 @@ pub fn check(model: &Model, properties: DeviceProperties) -> Result<()> {
         let input = CallInput::Tokens(vec![0; 2]);
         Layout::of(|arena| {
             let region = arena.take::<u8>(input.bytes())?;
-            let done = prefill::run(&on, shape, &MemoryPlanner, arena, region)?;
-            if kind == CallKind::Prompt { prefill::choose(&on, shape, done, &MemoryPlanner, arena) } else { Ok(()) }
+            prefill::run(&on, shape, &MemoryPlanner, arena, region).map(|_| ())
         })?;
     }
     Ok(())
@@ -93,6 +92,7 @@ impl Addresses for Nowhere<'_> {
         let features = super::features_width(self.model).map_or(0, |_| ADDRESS);
         let (state, logits, zeros, outlier_columns, host) = (ADDRESS, ADDRESS, ADDRESS, ADDRESS, ADDRESS);
         let (places, tokens) = (ADDRESS, ADDRESS);
-        SessionAt { state, logits, zeros, features, outlier_columns, host, host_slots: 1, sequences: 1, places, tokens }
+        // The heads of a batch are lowered too.
+        SessionAt { state, logits, zeros, features, outlier_columns, host, host_slots: 1, sequences: 2, places, tokens }
     }
 }

@@ -4,8 +4,6 @@
 mod attend;
 mod choose;
 
-pub use choose::choose;
-
 use anyhow::{Context, Result, bail};
 use half::f16;
 
@@ -27,7 +25,8 @@ use crate::quant::OutlierColumns;
 /// The name in errors.
 const EXECUTOR: &str = "the CUDA prefill";
 
-/// Launches a call, all but the head of its last rows. Its input lies at `input`, as [`super::CallInput`] says.
+/// Launches a call. Of a batch that is all, and the tokens are chosen; of a single sequence the head of the last row is a launch of its own
+/// ([`last_head`]). Its input lies at `input`, as [`super::CallInput`] says.
 ///
 /// # Errors
 /// If the plan holds an operation that no launch computes, by its name, or a launch fails.
@@ -150,6 +149,10 @@ impl<'a> Prefill<'a> {
             }
         }
         let x = kept.map_or(Ok(0), |kept| self.read(kept))?;
+        // As long as x has its memory.
+        if self.on.session().sequences > 1 && matches!(self.shape.kind, CallKind::Prompt | CallKind::Step) {
+            self.choose(x)?;
+        }
         Ok(CallResult { x, examined: self.examined })
     }
 
