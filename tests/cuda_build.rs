@@ -18,6 +18,8 @@ fn ours() -> Vec<&'static Fatbin> {
         &int8::cuda::ENCODE_KERNELS,
         &nf4::cuda::ENCODE_KERNELS,
         &nf4::cuda::ROWS_KERNELS,
+        &int8::cuda::ROWS_KERNELS,
+        &dense::cuda::ROWS_KERNELS,
         &choose::KERNELS,
         &attend::KERNELS,
         &rows::KERNELS,

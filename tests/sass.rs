@@ -16,7 +16,7 @@ use quantbench::kernels::cuda::rows;
 use quantbench::kernels::cuda::step_kernel::{EXPERTS_STATIC_BYTES, HOPPER_STATIC_BYTES};
 use quantbench::quant::{dense, int8, nf4};
 
-const OURS: [&Fatbin; 10] = [
+const OURS: [&Fatbin; 12] = [
     &attend::KERNELS,
     &dense::cuda::KERNELS.plain,
     &dense::cuda::ENCODE_KERNELS,
@@ -25,6 +25,8 @@ const OURS: [&Fatbin; 10] = [
     &nf4::cuda::KERNELS.plain,
     &nf4::cuda::ENCODE_KERNELS,
     &nf4::cuda::ROWS_KERNELS,
+    &int8::cuda::ROWS_KERNELS,
+    &dense::cuda::ROWS_KERNELS,
     &choose::KERNELS,
     &rows::KERNELS,
 ];

@@ -103,8 +103,8 @@ fn int8_of_many_rows() {
 }
 
 #[test]
-fn nf4_of_few_rows() {
-    group(prompt::nf4_of_few_rows);
+fn products_of_few_rows() {
+    group(prompt::products_of_few_rows);
 }
 
 #[test]

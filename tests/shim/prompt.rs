@@ -2,9 +2,11 @@
 
 use half::f16;
 use quantbench::kernels::cuda::arena::{Arena, Layout};
+use quantbench::kernels::cuda::launch::{Launcher, MemoryPlanner};
+use quantbench::kernels::cuda::matvec::MatrixDesc;
 use quantbench::kernels::cuda::shared_input::{ProductAt, SharedInput};
 use quantbench::quant::int8::cuda::{ManyRows, flag_bytes};
-use quantbench::quant::{FormatOptions, int8, nf4};
+use quantbench::quant::{FormatOptions, fp16, int8, nf4};
 
 use super::host::{CHIPS, Host};
 use super::memory::Memory;
@@ -70,32 +72,54 @@ pub fn int8_of_many_rows() {
     }
 }
 
-/// Few rows, whose codes are decoded as they stream: no more than a launch takes, and more.
-pub fn nf4_of_few_rows() {
+/// Few rows, whose weights are decoded as they stream: no more than a launch takes and more, of one matrix and of five that read the same rows.
+pub fn products_of_few_rows() {
     let mut numbers = Numbers(0x4f46);
-    let shapes = SHAPES.into_iter().filter(|(n, k)| k.is_multiple_of(nf4::BLOCK) && n * k <= 130 * 4096);
+    let shapes = SHAPES.into_iter().filter(|(n, k)| k.is_multiple_of(64) && n * k <= 130 * 4096);
     let cases = shapes.flat_map(|shape| KINDS.map(|kind| (shape, kind)));
-    let rows = [2, 8, 9, 16, 17, 32, 33, 64];
-    for (turn, ((n, k), kind)) in cases.enumerate() {
-        let (m, entry) = (rows[turn * 3 % rows.len()], [nf4::ID, nf4::NO_DOUBLE_QUANT][turn % 2]);
-        let stored = quantize(entry, weight(n, k, kind, &mut numbers));
+    let entries = [fp16::ID, int8::ID, nf4::ID, nf4::NO_DOUBLE_QUANT];
+    for (turn, (((n, k), kind), entry)) in cases.flat_map(|case| entries.map(|entry| (case, entry))).enumerate() {
+        let rows: &[usize] = match entry.name {
+            "fp16" => &[2, 8, 9, 16],
+            "int8" => &[2, 8, 9, 16, 17, 32],
+            _ => &[2, 8, 9, 16, 17, 32, 33, 64],
+        };
+        let m = rows[turn * 7 / 4 % rows.len()];
+        let n_parts = if turn % 11 == 0 && n * k <= 1 << 14 { 5 } else { 1 };
+        let stored: Vec<_> =
+            (0..n_parts).map(|part| quantize(entry, weight(n + part, k, kind, &mut numbers))).collect();
         let x = activations(m, k, kind, &mut numbers);
         let memory = Memory::default();
         let host = Host { chip: CHIPS[turn % CHIPS.len()], memory: &memory };
-        let matrix = place(&memory, entry.name, &*stored, f32::NAN);
-        let (is_float, scale) = (turn % 3 == 0, if turn % 5 == 0 { SCALE } else { 1.0 });
-        let y = if is_float { memory.room::<f32>(m * n) } else { memory.room::<f16>(m * n) };
-        // No weight is made in memory.
-        let layout = Layout::default();
-        let arena = Arena::at(0, &layout);
-        let input = SharedInput::new(memory.hold(&x), m, 0, &arena);
-        let what = format!("{} {kind:?} {m}x{k} @ {k}x{n}", entry.name);
-        // SAFETY: the matrix, x and y are of `memory`, and as large as the shapes say.
-        unsafe { matrix.multiply_rows(&host, &input, ProductAt { address: y, is_float, scale }) }
+        let threshold = if entry == int8::ID { FormatOptions::default().int8_threshold } else { f32::NAN };
+        let is_float = turn % 3 == 0 && entry != int8::ID;
+        let scale = if turn % 5 == 0 { SCALE } else { 1.0 };
+        let parts: Vec<_> = stored
+            .iter()
+            .map(|stored| {
+                let matrix = place(&memory, entry.name, &**stored, threshold);
+                let y = m * matrix.n;
+                let address = if is_float { memory.room::<f32>(y) } else { memory.room::<f16>(y) };
+                (matrix, ProductAt { address, is_float, scale })
+            })
+            .collect();
+        let (at, total) = (memory.hold(&x), memory.hold(&[BEFORE]));
+        let run = |on: &dyn Launcher, arena: &Arena| {
+            let input = SharedInput::new(at, m, total, arena);
+            // SAFETY: the matrices, x and y are of `memory`, and as large as the shapes say.
+            unsafe { MatrixDesc::multiply_all(&parts, on, &input) }
+        };
+        let what = format!("{} {kind:?} {m}x{k} @ {k}x{n}, {n_parts} parts", entry.name);
+        let layout = Layout::of(|arena| run(&MemoryPlanner, arena)).expect("a plan");
+        run(&host, &Arena::at(memory.room::<u8>(layout.bytes().max(1)), &layout))
             .unwrap_or_else(|error| panic!("{what}: {error}"));
-        let made = if is_float { memory.read::<f32>(y, m * n) } else { widened(&memory.read(y, m * n)) };
-        let unscaled: Vec<f32> = made.iter().map(|y| y / scale).collect();
-        check_stored_by(scale, entry.name, &what, &*stored, &widened(&x), &unscaled);
+        for (stored, (matrix, y)) in stored.iter().zip(&parts) {
+            let y = y.address;
+            let len = m * matrix.n;
+            let made = if is_float { memory.read::<f32>(y, len) } else { widened(&memory.read(y, len)) };
+            let unscaled: Vec<f32> = made.iter().map(|y| y / scale).collect();
+            check_stored_by(scale, entry.name, &what, &**stored, &widened(&x), &unscaled);
+        }
     }
 }
 

@@ -46,7 +46,15 @@ pub struct Family {
     /// Whether every product is rounded to fp16; it may be fp32 otherwise, where that is wanted ([`ProductAt::is_float`]).
     pub rounds_products: bool,
     pub multiply_rows: MultiplyRows,
+    /// Products of few rows, of several matrices at once: false where they are too many.
+    pub multiply_few: MultiplyFew,
 }
+
+/// [`MultiplyRows`] of matrices of one family that read the same rows, if these are few enough.
+///
+/// # Safety
+/// As [`MatrixDesc::multiply_rows`], for each of them.
+pub type MultiplyFew = unsafe fn(&[(MatrixDesc, ProductAt)], &dyn Launcher, &SharedInput) -> Result<bool>;
 
 /// `y = scale · x · Wᵀ` of many rows with fp32 sums, `y` `[m, n]`. Scratch memory comes from the arena of `x`.
 ///
@@ -118,7 +126,26 @@ impl MatrixDesc {
     /// past this call.
     pub unsafe fn multiply_rows(&self, on: &dyn Launcher, x: &SharedInput, y: ProductAt) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { (self.family.multiply_rows)(self, on, x, y) }
+        unsafe { Self::multiply_all(&[(*self, y)], on, x) }
+    }
+
+    /// [`Self::multiply_rows`] of all `parts`, by as few launches as their families have.
+    ///
+    /// # Safety
+    /// As [`Self::multiply_rows`], for each part.
+    pub unsafe fn multiply_all(parts: &[(Self, ProductAt)], on: &dyn Launcher, x: &SharedInput) -> Result<()> {
+        for parts in parts.chunk_by(|(a, _), (b, _)| a.family == b.family) {
+            let family = parts[0].0.family;
+            // SAFETY: the caller's promise.
+            if unsafe { (family.multiply_few)(parts, on, x) }? {
+                continue;
+            }
+            for (matrix, y) in parts {
+                // SAFETY: as above.
+                unsafe { (family.multiply_rows)(matrix, on, x, *y) }?;
+            }
+        }
+        Ok(())
     }
 
     /// The matrix alone, for kernels that take it as it is.

@@ -13,6 +13,7 @@ pub mod bandwidth;
 pub mod choose;
 pub mod cublas;
 pub mod device;
+pub mod few_rows;
 mod functions;
 pub mod gemm;
 pub mod launch;

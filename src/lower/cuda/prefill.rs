@@ -334,17 +334,12 @@ impl<'a> Prefill<'a> {
         let outlier_columns = self.on.session().outlier_columns;
         let at = cast.as_ref().map_or(at, |cast| cast.address);
         let (x, scale) = (SharedInput::new(at, self.shape.rows(), outlier_columns, self.arena), self.buffer(*x)?.scale);
-        for parts in parts.chunk_by(|a, b| a.rows.is_some() && b.rows.is_some() && a.weight == b.weight) {
-            match parts {
-                [part @ LinearPart { rows: None, .. }] => {
-                    let y = self.room(part)?;
-                    let by = if y.is_float { 1.0 } else { rounded(&self.scales, scale, [part.out].into_iter()) };
-                    let at = ProductAt { address: y.address, is_float: y.is_float, scale: by };
-                    // SAFETY: x holds rows of k, y rows of n; both stay until the stream has come past, and the counter does.
-                    unsafe { scaled(self.on.matrix(part.weight), scale).multiply_rows(self.launcher, &x, at) }?;
-                    self.buffers[part.out.0] = Some(Buffer { scale: scale * by, ..y });
-                }
-                parts => self.cut(&x, scale, parts)?,
+        let is_cut = |part: &LinearPart| part.rows.is_some();
+        for parts in parts.chunk_by(|a, b| is_cut(a) == is_cut(b) && (!is_cut(a) || a.weight == b.weight)) {
+            if is_cut(&parts[0]) {
+                self.cut(&x, scale, parts)?;
+            } else {
+                self.whole(&x, scale, parts)?;
             }
         }
         // The first matrix that has outlier columns finds them for all parts.
@@ -367,6 +362,20 @@ impl<'a> Prefill<'a> {
         let is_float = family.product_is_float || (!family.rounds_products && is_normed());
         let y = if is_float { self.float(out)? } else { self.half(out)? };
         Ok(Buffer { bias: bias.map_or(0, |bias| self.vector(bias)), ..y })
+    }
+
+    /// The products of whole matrices with rows that are stored by `scale`.
+    fn whole(&mut self, x: &SharedInput<'a>, scale: f32, parts: &[LinearPart]) -> Result<()> {
+        let mut products = Vec::with_capacity(parts.len());
+        for part in parts {
+            let y = self.room(part)?;
+            let by = if y.is_float { 1.0 } else { rounded(&self.scales, scale, [part.out].into_iter()) };
+            let at = ProductAt { address: y.address, is_float: y.is_float, scale: by };
+            products.push((scaled(self.on.matrix(part.weight), scale), at));
+            self.buffers[part.out.0] = Some(Buffer { scale: scale * by, ..y });
+        }
+        // SAFETY: x holds rows of k, each y rows of n; all stay until the stream has come past, and the counter does.
+        Ok(unsafe { MatrixDesc::multiply_all(&products, self.launcher, x) }?)
     }
 
     /// The product of one matrix with rows that are stored by `scale`, cut into parts.

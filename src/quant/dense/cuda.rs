@@ -1,6 +1,7 @@
 //! Dense matrices on CUDA: row-major as they are, streamed for one row, cuBLAS for many.
 
 mod encode;
+mod rows;
 
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result};
@@ -19,6 +20,7 @@ use crate::step_fatbins;
 
 pub use encode::{KERNELS as ENCODE_KERNELS, cast_rows};
 pub(in crate::quant) use encode::{device_bytes, encoder};
+pub use rows::KERNELS as ROWS_KERNELS;
 
 pub static KERNELS: StepFatbins = step_fatbins!("dense");
 
@@ -39,6 +41,7 @@ static HALVES: Family = Family {
     product_is_float: false,
     rounds_products: false,
     multiply_rows,
+    multiply_few: rows::multiply,
 };
 static FLOATS: Family = Family {
     name: "float",
@@ -48,6 +51,8 @@ static FLOATS: Family = Family {
     product_is_float: true,
     rounds_products: false,
     multiply_rows,
+    // No batch is worth a kernel of fp32 weights.
+    multiply_few: |_, _, _| Ok(false),
 };
 
 /// Uploads row-major values in their own dtype.

@@ -1,6 +1,7 @@
 //! LLM.int8 on CUDA: outlier columns are found, listed and multiplied on the device, without asking the host.
 
 mod encode;
+mod rows;
 
 use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{CudaDevice, Device, Result, bail};
@@ -19,6 +20,7 @@ use crate::step_fatbins;
 
 pub use encode::{KERNELS as ENCODE_KERNELS, encode_rows};
 pub(super) use encode::{device_bytes, encoder};
+pub use rows::KERNELS as ROWS_KERNELS;
 
 pub static KERNELS: StepFatbins = step_fatbins!("int8");
 
@@ -40,6 +42,7 @@ static BYTES: Family = Family {
     product_is_float: false,
     rounds_products: true,
     multiply_rows,
+    multiply_few: rows::multiply,
 };
 
 /// Rows up to which one launch quantizes: each of its blocks examines all rows.

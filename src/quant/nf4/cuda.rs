@@ -10,7 +10,7 @@ use candle_core::{CudaDevice, Device, Result};
 use half::f16;
 
 use super::nested::{self, NestedAbsmax};
-use super::tile::{is_fused, tile_rows};
+use super::tile::tile_rows;
 use super::{Absmax, BLOCK, CODES, Nf4Stored};
 use crate::kernels::cuda::gemm::{Gemm, Operand, Type};
 use crate::kernels::cuda::launch::{Grid, Launcher, address, dimension, upload_rows};
@@ -52,6 +52,7 @@ const fn family(name: &'static str, kernels: &'static [&'static StepKernel]) -> 
         product_is_float: false,
         rounds_products: false,
         multiply_rows,
+        multiply_few: rows::multiply,
     }
 }
 // The kernels for blocks that cross rows read the others too.
@@ -237,10 +238,6 @@ unsafe fn multiply_rows(matrix: &MatrixDesc, on: &dyn Launcher, x: &SharedInput,
     let SharedInput { at: x, m, arena, .. } = *x;
     let (to, value_bytes) = if y.is_float { (Type::Float, size_of::<f32>()) } else { (Type::Half, size_of::<f16>()) };
     let &MatrixDesc { n, k, .. } = matrix;
-    if is_fused(m, k) {
-        // SAFETY: the caller's promise.
-        return unsafe { rows::multiply(matrix, on, x, m, y) };
-    }
     let step = tile_rows(m, n, k);
     let tile = arena.take::<f16>(step * k)?;
     let weight = tile.address;

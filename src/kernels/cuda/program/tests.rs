@@ -8,6 +8,7 @@ static HALVES: Family = Family {
     kernels: &[],
     product_is_float: false,
     rounds_products: false,
+    multiply_few: |_, _, _| Ok(false),
     multiply_rows: |_, _, _, _| Ok(()),
 };
 
