@@ -70,31 +70,57 @@ __device__ __forceinline__ float added(const Addend &addend, long long at, int c
     return (addend.bias ? y + addend.bias[column] : y) * addend.scale;
 }
 
+// Values of a row that a thread keeps in registers: the whole row of most models, so that one latency covers them.
+constexpr int NORM_HELD = 8;
+
 // x += first + second, where there are any; out = scale * norm(x), fp16. A block owns a row.
 extern "C" __global__ void __launch_bounds__(WIDE_THREADS) norm_rows(
     float *x, const Addend first, const Addend second, const float *weight, const float *bias, __half *out, float epsilon, float scale, int width) {
     const long long start = (long long)blockIdx.x * width;
     float *row = x + start;
-    // Each thread reads back what it has written itself.
-    if (first.values) {
-        for (int at = threadIdx.x; at < width; at += WIDE_THREADS) {
-            float sum = row[at] + added(first, start + at, at);
-            row[at] = second.values ? sum + added(second, start + at, at) : sum;
+    float held[NORM_HELD] = {};
+    auto for_held = [&](auto change) {
+#pragma unroll
+        for (int i = 0; i < NORM_HELD; i++) {
+            const int at = threadIdx.x + i * WIDE_THREADS;
+            if (at < width) change(held[i], at);
         }
+    };
+    auto for_rest = [&](auto change) {
+        for (int at = threadIdx.x + NORM_HELD * WIDE_THREADS; at < width; at += WIDE_THREADS) change(row[at], at);
+    };
+    for_held([&](float &value, int at) { value = row[at]; });
+    if (first.values) {
+        auto add = [&](float &value, int at) {
+            value += added(first, start + at, at);
+            if (second.values) value += added(second, start + at, at);
+        };
+        for_held([&](float &value, int at) {
+            add(value, at);
+            row[at] = value;
+        });
+        // Each thread reads back what it has written itself.
+        for_rest(add);
     }
     float mean = 0.0f;
     if (bias) {
         float sum = 0.0f;
-        for (int at = threadIdx.x; at < width; at += WIDE_THREADS) sum += row[at];
+        auto add = [&](float value, int) { sum += value; };
+        for_held(add);
+        for_rest(add);
         mean = row_sum<WIDE_THREADS>(sum) / width;
     }
     float squares = 0.0f;
-    for (int at = threadIdx.x; at < width; at += WIDE_THREADS) squares += (row[at] - mean) * (row[at] - mean);
+    auto square = [&](float value, int) { squares += (value - mean) * (value - mean); };
+    for_held(square);
+    for_rest(square);
     float factor = rsqrtf(row_sum<WIDE_THREADS>(squares) / width + epsilon);
-    for (int at = threadIdx.x; at < width; at += WIDE_THREADS) {
-        float y = (row[at] - mean) * factor * weight[at];
-        out[(long long)blockIdx.x * width + at] = __float2half_rn((bias ? y + bias[at] : y) * scale);
-    }
+    auto store = [&](float value, int at) {
+        float y = (value - mean) * factor * weight[at];
+        out[start + at] = __float2half_rn((bias ? y + bias[at] : y) * scale);
+    };
+    for_held(store);
+    for_rest(store);
 }
 
 // y[t] += bias in place, fp16 or fp32.
@@ -133,13 +159,13 @@ extern "C" __global__ void activate_rows(const __half *gate, const float *bias, 
 }
 
 // Adds biases, if there are any, rotates q [t, h, d] in place and writes k, v [t, g, d] to the cache [sequences, g, capacity, d_pad], each
-// sequence's `rows` rows from `first_position` and its place on. A block owns a row.
+// sequence's `rows` rows from `first_position` and its place on. The blocks of a row share its elements.
 extern "C" __global__ void append_rows(__half *q, const __half *k, const __half *v, const float *q_bias, const float *k_bias,
                                        const float *v_bias, __half *keys, __half *values, const float2 *angles, int heads, int kv_heads,
                                        int d, int d_pad, int rotary, int capacity, int first_position, int rows, const Place *places) {
-    const int row = blockIdx.x, sequence = row / rows, half = rotary / 2;
+    const int row = blockIdx.x, sequence = row / rows, half = rotary / 2, first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
     const int position = (places ? places[sequence].position : first_position) + row - sequence * rows;
-    for (int at = threadIdx.x; at < heads * half; at += blockDim.x) {
+    for (int at = first; at < heads * half; at += step) {
         int head = at / half, pair = at % half;
         float2 angle = angles[(long long)position * half + pair];
         __half *of = q + ((long long)row * heads + head) * d;
@@ -148,12 +174,12 @@ extern "C" __global__ void append_rows(__half *q, const __half *k, const __half 
         of[pair + half] = __float2half_rn(b * angle.x + a * angle.y);
     }
     // Elements that do not rotate.
-    for (int at = threadIdx.x; q_bias && at < heads * (d - rotary); at += blockDim.x) {
+    for (int at = first; q_bias && at < heads * (d - rotary); at += step) {
         int column = at / (d - rotary) * d + rotary + at % (d - rotary);
         __half *of = q + (long long)row * heads * d + column;
         *of = __float2half_rn(biased(*of, q_bias, column));
     }
-    for (int at = threadIdx.x; at < kv_heads * d; at += blockDim.x) {
+    for (int at = first; at < kv_heads * d; at += step) {
         int head = at / d, element = at % d;
         const __half *of = k + ((long long)row * kv_heads + head) * d;
         float value = biased(of[element], k_bias, at);

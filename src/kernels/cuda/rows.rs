@@ -197,13 +197,15 @@ impl RowKernels<'_> {
     ) -> Result<()> {
         let (h, g) = (dimension(heads.heads)?, dimension(heads.kv_heads)?);
         let (d, d_pad, capacity) = (dimension(heads.d)?, dimension(heads.d_pad)?, dimension(heads.capacity)?);
+        // As many blocks a row as give a thread one element of the keys, and one of each pair of a query.
+        let blocks = (heads.kv_heads.max(heads.heads / 2) * heads.d).div_ceil(THREADS as usize).max(1);
         let (rotary, position, rows) = (dimension(rotary)?, dimension(at.position)?, dimension(at.rows)?);
         let parameters = parameters![
             q, k, v, q_bias, k_bias, v_bias, keys, values, angles, h, g, d, d_pad, rotary, capacity, position, rows,
             at.places
         ];
         // SAFETY: as rows.cu declares them.
-        unsafe { self.launch("append_rows", Grid::new((at.all_rows(), 1), WIDE_THREADS), parameters) }
+        unsafe { self.launch("append_rows", Grid::new((at.all_rows(), blocks), THREADS), parameters) }
     }
 
     /// fp16 `x = norm(x + bias)` of each of the `parts` parts of a row, an rms norm whose `weight` they share; `bias`, fp32 of a

@@ -23,9 +23,10 @@ struct Halves {
         for (int half = 0; half < HALVES; half++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) ahead.values[half][i] = load_streaming(rows.weights[i] + step * STEP_BYTES + 64 * half);
-            if (!READS_AHEAD) continue;
+            if constexpr (READS_AHEAD) {
 #pragma unroll
-            for (int i = 0; i < COLUMNS; i++) ahead.x[half][READS_AHEAD ? i : 0] = x_at(rows, i, step, half);
+                for (int i = 0; i < COLUMNS; i++) ahead.x[half][i] = x_at(rows, i, step, half);
+            }
         }
     }
     static __device__ __forceinline__ uint4 x_at(const LaneRows<COLUMNS> &rows, int eight, int step, int half) {

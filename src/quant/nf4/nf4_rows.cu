@@ -48,7 +48,7 @@ struct Nibbles {
             ahead.code[half] = nested ? __ldg((const uint8_t *)scales + block) : 0;
             ahead.absmax[half] = nested ? __ldg(nested + (block >> 8)) : __ldg((const float *)scales + block);
         }
-        if (READS_AHEAD) {
+        if constexpr (READS_AHEAD) {
 #pragma unroll
             for (int at = 0; at < 4; at++) ahead.x[at] = x_at(rows, 0, min(2 * step + at / 2, blocks - 1), at % 2);
         }
