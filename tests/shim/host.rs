@@ -223,7 +223,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Names of the kernels in a source, those that step.cuh's macro makes included.
+/// Names of the kernels in a source, those that the macros of step.cuh and few_rows.cuh make included.
 fn kernels(text: &str) -> Vec<String> {
     let name = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
     let plain = text.split("__global__ void ").skip(1).map(|rest| {
@@ -233,8 +233,9 @@ fn kernels(text: &str) -> Vec<String> {
         };
         name(rest)
     });
-    let made = text.split("\nSTEP_KERNEL(").skip(1).map(|rest| format!("{}_step", name(rest)));
-    plain.chain(made).collect()
+    let steps = text.split("\nSTEP_KERNEL(").skip(1).map(|rest| format!("{}_step", name(rest)));
+    let few_rows = text.split("\nFEW_ROWS_KERNEL(").skip(1).map(name);
+    plain.chain(steps).chain(few_rows).collect()
 }
 
 /// Compiles where the library is older than anything it is made of.

@@ -69,6 +69,8 @@ __device__ __forceinline__ float quad_max(float value) {
 template <int D, int KEYS, int OUT = D, bool FEATURED = false>
 __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
     // A row of shared memory: an odd number of 16-byte words, so that neighbouring rows have no bank conflicts.
+    let_next_start();
+    wait_for_launch_before();
     constexpr int WORDS = D / 8, ROW_BYTES = (WORDS | 1) * 16, TILE_BYTES = KEYS * ROW_BYTES, PARTS = D / OUT;
     static_assert(D % 16 == 0 && KEYS % 16 == 0 && OUT % 16 == 0 && D % OUT == 0, "whole fragments");
     DYNAMIC_SHARED(uint4, tiles);
@@ -239,6 +241,8 @@ __device__ __forceinline__ void attend_tile(const RowsAttention &op) {
 
 // Merges the splits of a row and head, a block each.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS) attend_merge(const __grid_constant__ RowsAttention op) {
+    let_next_start();
+    wait_for_launch_before();
     const long long row = (long long)blockIdx.x * op.heads + blockIdx.y, step = (long long)op.sequences * op.rows * op.heads * (2 + op.d);
     const float *first = op.partials + row * (2 + op.d);
     const float sink = op.sinks ? op.sinks[blockIdx.y] * LOG2_E : -INFINITY;

@@ -172,13 +172,13 @@ impl RowsAttention {
         };
         let name = if features == RowsFeatures::default() { kernel.name } else { kernel.featured };
         let blocks = (self.row_blocks(), heads.heads * kernel.parts * splits);
-        let grid = Grid { shared_bytes: kernel.shared_bytes(), ..Grid::new(blocks, THREADS) };
+        let grid = Grid { shared_bytes: kernel.shared_bytes(), ..Grid::new(blocks, THREADS).overlapping() };
         // SAFETY: the kernels take one struct, which `Operands` mirrors; the caller's promise for what it names. Each block of the first writes its
         // partials, if there are any.
         unsafe {
             on.launch(&KERNELS, name, grid, parameters![operands])?;
             if splits > 1 {
-                let merge = Grid::new((all_rows, heads.heads), THREADS);
+                let merge = Grid::new((all_rows, heads.heads), THREADS).overlapping();
                 on.launch(&KERNELS, "attend_merge", merge, parameters![operands])?;
             }
         }

@@ -15,6 +15,8 @@ struct Choice {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) choose_tokens(const __grid_constant__ Choice op) {
+    let_next_start();
+    wait_for_launch_before();
     __shared__ unsigned long long room[WARPS];
     const long long begin = (long long)blockIdx.x * op.n;
     unsigned long long best = 0;

@@ -45,6 +45,8 @@ impl Choice {
     pub unsafe fn run(self, on: &dyn Launcher, sequences: usize) -> Result<()> {
         dimension(sequences)?;
         // SAFETY: the kernel takes one struct, which `Choice` mirrors; a block for each sequence.
-        unsafe { on.launch(&KERNELS, "choose_tokens", Grid::new((sequences, 1), THREADS), parameters![self]) }
+        unsafe {
+            on.launch(&KERNELS, "choose_tokens", Grid::new((sequences, 1), THREADS).overlapping(), parameters![self])
+        }
     }
 }

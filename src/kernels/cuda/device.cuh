@@ -55,6 +55,19 @@ __device__ __forceinline__ uint32_t word_at(uint32_t base, uint32_t index) {
     return at;
 }
 
+// Launches that overlap (`Grid::overlapping`): lets the next launch's blocks start as soon as all of this one's have, and waits until the launch
+// before has ended and its writes are seen. What is read in between is written by no launch: weights and tables.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The same value, opaque to the compiler: it is kept over a loop and not recomputed in it.
 __device__ __forceinline__ int opaque(int value) {
     asm("" : "+r"(value));

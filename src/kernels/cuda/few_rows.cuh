@@ -61,7 +61,8 @@ struct LaneRows {
 //   STEP_BYTES            of a row of the weight
 //   Sum                   of a lane: float or int
 //   Tables                in shared memory; `fill` makes them
-//   Ahead, load           what a step reads, and its loads
+//   Ahead, load_weights   what a step reads, and its loads
+//   load_x
 //   multiply              adds a step's products to sums: rows g, g + 8 and g + 16, g + 24, columns 2q and 2q + 1 of each eight
 //   result                a value of y from its sum
 template <template <int> class Format, int COLUMNS, int THREADS>
@@ -73,6 +74,7 @@ __device__ __forceinline__ void multiply_few_rows(const FewRows &op) {
         typename Decoder::Sum sums[SUMS];
     };
     __shared__ __align__(16) Room room;
+    let_next_start();
     int which = 0;
 #pragma unroll
     for (int i = 1; i < ROWS_PARTS; i++)
@@ -84,15 +86,19 @@ __device__ __forceinline__ void multiply_few_rows(const FewRows &op) {
     const int begin = min(warp * of_warp, steps), end = min(begin + of_warp, steps);
     Decoder decoder(op, of.part, rows);
     typename Decoder::Ahead ahead;
-    decoder.load(ahead, rows, begin, end);
+    // Weights and tables come while the launch before ends.
+    decoder.load_weights(ahead, rows, begin, end);
     decoder.fill(room.tables, op.constants);
+    wait_for_launch_before();
+    decoder.load_x(ahead, rows, begin, end);
     __syncthreads();
 
     typename Decoder::Sum sums[COLUMNS][2][4] = {};
 #pragma unroll 1
     for (int step = begin; step < end; step++) {
         const typename Decoder::Ahead now = ahead;
-        decoder.load(ahead, rows, step + 1, end);
+        decoder.load_weights(ahead, rows, step + 1, end);
+        decoder.load_x(ahead, rows, step + 1, end);
         decoder.multiply(now, room.tables, rows, step, sums);
     }
     // Tables are read no more.

@@ -23,7 +23,7 @@ const WIDE_THREADS: u32 = 512;
 pub struct FewRowsKernels {
     pub fatbin: &'static Fatbin,
     /// By rows of activations that each takes at most, the fewest first.
-    pub by_rows: [(usize, &'static str); 3],
+    pub by_rows: &'static [(usize, &'static str)],
     /// The first of these with twice the warps.
     pub wide: &'static str,
 }
@@ -155,6 +155,6 @@ impl FewRowsKernels {
         let is_wide = name == self.by_rows[0].1 && tiles < WIDE_BELOW;
         let (name, threads) = if is_wide { (self.wide, WIDE_THREADS) } else { (name, THREADS) };
         // SAFETY: the kernels take one struct, which `Operands` mirrors; a block for each tile; the caller vouches for the addresses.
-        unsafe { on.launch(self.fatbin, name, Grid::new((tiles, 1), threads), parameters![operands]) }
+        unsafe { on.launch(self.fatbin, name, Grid::new((tiles, 1), threads).overlapping(), parameters![operands]) }
     }
 }

@@ -141,11 +141,19 @@ pub struct Grid {
     pub shared_bytes: usize,
     /// All blocks are on the device at once, so that they may wait for each other; a launch that does not fit fails.
     pub cooperative: bool,
+    /// The kernel may start while the launch before it ends, where the chip can do that: it waits before it reads what others write
+    /// (`wait_for_launch_before` of device.cuh).
+    pub overlaps: bool,
 }
 
 impl Grid {
     pub fn new(blocks: (usize, usize), threads: u32) -> Self {
-        Self { blocks, threads, shared_bytes: 0, cooperative: false }
+        Self { blocks, threads, shared_bytes: 0, cooperative: false, overlaps: false }
+    }
+
+    /// The same for a kernel that waits for the launch before.
+    pub fn overlapping(self) -> Self {
+        Self { overlaps: true, ..self }
     }
 
     /// A thread for each of `count` elements.
@@ -204,11 +212,16 @@ pub unsafe fn launch(device: &CudaDevice, kernel: Kernel, grid: Grid, parameters
     };
     let stream = device.cuda_stream();
     stream.context().bind_to_thread().map_err(driver_error)?;
-    let mut attribute = sys::CUlaunchAttribute {
-        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
-        pad: [0; 4],
-        value: sys::CUlaunchAttributeValue { cooperative: 1 },
-    };
+    use sys::{CUlaunchAttributeID as id, CUlaunchAttributeValue as value};
+    let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+    let mut attributes = Vec::with_capacity(2);
+    if grid.cooperative {
+        attributes.push(attribute(id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, value { cooperative: 1 }));
+    }
+    if grid.overlaps && overlaps(stream.context().ordinal()) {
+        let value = value { programmaticStreamSerializationAllowed: 1 };
+        attributes.push(attribute(id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value));
+    }
     let config = sys::CUlaunchConfig {
         gridDimX: dimension(grid.blocks.0, i32::MAX as u32)?,
         gridDimY: dimension(grid.blocks.1, MAX_GRID_Y)?,
@@ -218,13 +231,25 @@ pub unsafe fn launch(device: &CudaDevice, kernel: Kernel, grid: Grid, parameters
         blockDimZ: 1,
         sharedMemBytes: u32::try_from(grid.shared_bytes).unwrap_or(u32::MAX),
         hStream: stream.cu_stream(),
-        attrs: &mut attribute,
-        numAttrs: u32::from(grid.cooperative),
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
     };
-    // SAFETY: the caller's promise; the configuration and its attribute live through the call.
+    // SAFETY: the caller's promise; the configuration and its attributes live through the call.
     unsafe { sys::cuLaunchKernelEx(&config, kernel.function, parameters.as_mut_ptr(), std::ptr::null_mut()) }
         .result()
         .map_err(|error| driver_error(error).context(format!("launching kernel `{}`", kernel.name)))
+}
+
+/// Whether launches on device `ordinal` may overlap: from Hopper on.
+fn overlaps(ordinal: usize) -> bool {
+    static KNOWN: Mutex<Vec<(usize, bool)>> = Mutex::new(Vec::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, overlaps)) = known.iter().find(|(known, _)| *known == ordinal) {
+        return *overlaps;
+    }
+    let overlaps = super::probe(ordinal).is_ok_and(|properties| properties.compute_capability.0 >= 9);
+    known.push((ordinal, overlaps));
+    overlaps
 }
 
 /// CUDA's limit for the second dimension of a grid.

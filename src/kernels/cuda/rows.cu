@@ -7,6 +7,12 @@
 // Threads of a block that owns a row.
 constexpr int WIDE_THREADS = 1024;
 
+// All launches here overlap the one before but those that say otherwise.
+__device__ __forceinline__ void begin_overlapping() {
+    let_next_start();
+    wait_for_launch_before();
+}
+
 // The sum over the block, in every thread.
 template <int THREADS>
 __device__ __forceinline__ float row_sum(float value) {
@@ -22,6 +28,7 @@ __device__ __forceinline__ float row_sum(float value) {
 // out[t] = scale * table[token_t]; rows of the token `image` take the next row of the features instead. A block owns a row.
 extern "C" __global__ void embed_rows(const int *tokens, const int *feature_of_row, const __half *table, const __half *features,
                                       float *out, float scale, int image, int stride, int width) {
+    begin_overlapping();
     int row = blockIdx.x, token = tokens[row];
     float *to = out + (long long)row * width;
     if (token == image) {
@@ -41,12 +48,14 @@ extern "C" __global__ void place_token(const __half *row, uint2 *embedding, floa
 
 // x[t] += table[t % period]
 extern "C" __global__ void add_table_rows(float *x, const __half *table, int stride, int width, int period) {
+    begin_overlapping();
     const long long row = blockIdx.x % period;
     for (int at = threadIdx.x; at < width; at += blockDim.x) x[(long long)blockIdx.x * width + at] += __half2float(table[row * stride + at]);
 }
 
 // out[s] = scale * x[s, rows - 1]: what the head reads of each sequence. A block owns a sequence.
 extern "C" __global__ void last_rows(const __half *x, __half *out, float scale, int rows, int width) {
+    begin_overlapping();
     const __half *from = x + ((long long)blockIdx.x * rows + rows - 1) * width;
     for (int at = threadIdx.x; at < width; at += blockDim.x) out[(long long)blockIdx.x * width + at] = __float2half_rn(__half2float(from[at]) * scale);
 }
@@ -76,6 +85,7 @@ constexpr int NORM_HELD = 8;
 // x += first + second, where there are any; out = scale * norm(x), fp16. A block owns a row.
 extern "C" __global__ void __launch_bounds__(WIDE_THREADS) norm_rows(
     float *x, const Addend first, const Addend second, const float *weight, const float *bias, __half *out, float epsilon, float scale, int width) {
+    begin_overlapping();
     const long long start = (long long)blockIdx.x * width;
     float *row = x + start;
     float held[NORM_HELD] = {};
@@ -125,6 +135,7 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS) norm_rows(
 
 // y[t] += bias in place, fp16 or fp32.
 extern "C" __global__ void add_bias_rows(void *y, const float *bias, int is_float, int n, long long count) {
+    begin_overlapping();
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= count) return;
     float b = bias[at % n];
@@ -136,6 +147,7 @@ extern "C" __global__ void add_bias_rows(void *y, const float *bias, int is_floa
 
 // out = a + first + second in fp32, where there is a second.
 extern "C" __global__ void add_rows(const float *a, const Addend first, const Addend second, float *out, int n, long long count) {
+    begin_overlapping();
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= count) return;
     int column = first.bias || second.bias ? (int)(at % n) : 0;
@@ -152,6 +164,7 @@ __device__ __forceinline__ float activated(int kind, float x) {
 // out = act(gate + bias), times scale * up where there is one.
 extern "C" __global__ void activate_rows(const __half *gate, const float *bias, const __half *up, __half *out, float scale, int kind, int n,
                                          long long count) {
+    begin_overlapping();
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= count) return;
     __half y = __float2half_rn(activated(kind, biased(gate[at], bias, bias ? (int)(at % n) : 0)));
@@ -163,6 +176,7 @@ extern "C" __global__ void activate_rows(const __half *gate, const float *bias, 
 extern "C" __global__ void append_rows(__half *q, const __half *k, const __half *v, const float *q_bias, const float *k_bias,
                                        const float *v_bias, __half *keys, __half *values, const float2 *angles, int heads, int kv_heads,
                                        int d, int d_pad, int rotary, int capacity, int first_position, int rows, const Place *places) {
+    begin_overlapping();
     const int row = blockIdx.x, sequence = row / rows, half = rotary / 2, first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
     const int position = (places ? places[sequence].position : first_position) + row - sequence * rows;
     for (int at = first; at < heads * half; at += step) {
@@ -198,6 +212,7 @@ extern "C" __global__ void append_rows(__half *q, const __half *k, const __half 
 // x = norm(x + bias), an rms norm of `len` neighbouring values of a row, which `weight` [len] multiplies; a block owns them. Values are rounded
 // once with their bias, where there is one, and once at the end.
 extern "C" __global__ void __launch_bounds__(128) norm_parts(__half *x, const float *bias, const float *weight, float epsilon, int len) {
+    begin_overlapping();
     __half *of = x + ((long long)blockIdx.x * gridDim.y + blockIdx.y) * len;
     const int column = blockIdx.y * len;
     float squares = 0.0f;
@@ -211,18 +226,21 @@ extern "C" __global__ void __launch_bounds__(128) norm_parts(__half *x, const fl
 
 // Columns start .. start + len of rows of n 16-bit values, one row behind the other.
 extern "C" __global__ void copy_columns(const uint16_t *from, uint16_t *to, int n, int start, int len, long long count) {
+    begin_overlapping();
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at < count) to[at] = from[at / len * n + start + at % len];
 }
 
 // fp32 to fp16.
 extern "C" __global__ void narrow_rows(const float *from, __half *to, long long count) {
+    begin_overlapping();
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at < count) to[at] = __float2half_rn(from[at]);
 }
 
 // fp16 to fp32, scaled.
 extern "C" __global__ void widen_rows(const __half *from, float *to, float scale, long long count) {
+    begin_overlapping();
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at < count) to[at] = __half2float(from[at]) * scale;
 }

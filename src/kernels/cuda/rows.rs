@@ -15,6 +15,8 @@ pub static KERNELS: Fatbin = fatbin!("rows");
 /// Threads of a block for elements, and of one that owns a row.
 const THREADS: u32 = 256;
 const WIDE_THREADS: u32 = 1024;
+/// Kernels that do not wait for the launch before.
+const NOT_OVERLAPPING: [&str; 2] = ["place_token", "read_all"];
 
 /// Addresses where `on` runs. Every method says what lies there; all are `unsafe` for that reason: the caller vouches that the
 /// memory is as large as said and lives until the stream has come past the call.
@@ -278,6 +280,7 @@ impl RowKernels<'_> {
     /// # Safety
     /// See [`Launcher::launch`].
     unsafe fn launch(self, kernel: &'static str, grid: Grid, parameters: &mut [*mut c_void]) -> Result<()> {
+        let grid = if NOT_OVERLAPPING.contains(&kernel) { grid } else { grid.overlapping() };
         // SAFETY: the caller's promise.
         unsafe { self.on.launch(&KERNELS, kernel, grid, parameters) }
     }

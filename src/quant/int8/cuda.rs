@@ -287,7 +287,7 @@ impl ManyRows {
         let (m, k, stride) = (dimension(self.m)?, dimension(self.k)?, dimension(self.stride)?);
         let bytes = self.stride / 8;
         if self.m <= FEW_ROWS {
-            let grid = Grid { shared_bytes: bytes, ..Grid::new((self.m, 1), FEW_THREADS) };
+            let grid = Grid { shared_bytes: bytes, ..Grid::new((self.m, 1), FEW_THREADS).overlapping() };
             let parameters = parameters![x, columns, count, total, codes, row_absmax, m, k, stride, threshold];
             // SAFETY: parameters as int8.cu declares them, and shared memory as it says. Each row of x, codes and row_absmax has a
             // block, of which the first makes the list.

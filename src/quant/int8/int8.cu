@@ -157,6 +157,8 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS) int8_quantize_few(
     int8_t *__restrict__ codes,              // [m, stride]
     float *__restrict__ row_absmax,          // [m]
     int m, int k, int stride, float threshold) {
+    let_next_start();
+    wait_for_launch_before();
     DYNAMIC_SHARED(uint16_t, flags_of_16);
     uint8_t *flags = (uint8_t *)flags_of_16;
     for (int byte = threadIdx.x; byte < stride / 8; byte += FEW_THREADS) flags[byte] = outliers_among(x, 8 * byte, 0, 1, m, k, threshold);

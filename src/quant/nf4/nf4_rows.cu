@@ -8,8 +8,12 @@
 #include "kernels/cuda/few_rows.cuh"
 
 constexpr int BLOCK = 64;
-// Copies of the table of code pairs, so that lanes have few bank conflicts.
+// Copies of the table of code pairs: lanes have no bank conflicts where each has its own, and few otherwise.
+#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 900
+constexpr int PAIR_COPIES = 32;
+#else
 constexpr int PAIR_COPIES = 16;
+#endif
 
 template <int COLUMNS>
 struct Nibbles {
@@ -37,7 +41,7 @@ struct Nibbles {
         : nested(part.nested), scales(part.scales), offset(part.offset), blocks(op.k / BLOCK), first_block(rows.row_of_scale * (op.k / BLOCK)) {}
     static __device__ int row_bytes(const FewRows &op) { return op.k / 2; }
 
-    __device__ __forceinline__ void load(Ahead &ahead, const LaneRows<COLUMNS> &rows, int step, int end) const {
+    __device__ __forceinline__ void load_weights(Ahead &ahead, const LaneRows<COLUMNS> &rows, int step, int end) const {
         if (step >= end) return;
 #pragma unroll
         for (int i = 0; i < 4; i++) ahead.codes[i] = load_streaming(rows.weights[i] + step * STEP_BYTES);
@@ -48,6 +52,9 @@ struct Nibbles {
             ahead.code[half] = nested ? __ldg((const uint8_t *)scales + block) : 0;
             ahead.absmax[half] = nested ? __ldg(nested + (block >> 8)) : __ldg((const float *)scales + block);
         }
+    }
+    __device__ __forceinline__ void load_x(Ahead &ahead, const LaneRows<COLUMNS> &rows, int step, int end) const {
+        if (step >= end) return;
         if constexpr (READS_AHEAD) {
 #pragma unroll
             for (int at = 0; at < 4; at++) ahead.x[at] = x_at(rows, 0, min(2 * step + at / 2, blocks - 1), at % 2);

@@ -16,11 +16,8 @@ const MOST_ROWS: usize = 16;
 /// Elements of a row's step.
 const STEP: usize = 64;
 
-static FEW: FewRowsKernels = FewRowsKernels {
-    fatbin: &KERNELS,
-    by_rows: [(8, "half_rows_8"), (16, "half_rows_16"), (32, "half_rows_32")],
-    wide: "half_rows_8_wide",
-};
+static FEW: FewRowsKernels =
+    FewRowsKernels { fatbin: &KERNELS, by_rows: &[(8, "half_rows_8"), (16, "half_rows_16")], wide: "half_rows_8_wide" };
 
 /// # Safety
 /// As [`MatrixDesc::multiply_rows`].

@@ -12,13 +12,10 @@ use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
 pub static KERNELS: Fatbin = fatbin!("int8_rows");
 
 /// Rows up to which cuBLAS and a launch behind it are slower (docs/benchmarks.md).
-pub const MOST_ROWS: usize = 32;
+pub const MOST_ROWS: usize = 16;
 
-static FEW: FewRowsKernels = FewRowsKernels {
-    fatbin: &KERNELS,
-    by_rows: [(8, "int8_rows_8"), (16, "int8_rows_16"), (32, "int8_rows_32")],
-    wide: "int8_rows_8_wide",
-};
+static FEW: FewRowsKernels =
+    FewRowsKernels { fatbin: &KERNELS, by_rows: &[(8, "int8_rows_8"), (16, "int8_rows_16")], wide: "int8_rows_8_wide" };
 
 /// # Safety
 /// As [`MatrixDesc::multiply_rows`].

@@ -14,7 +14,7 @@ pub static KERNELS: Fatbin = fatbin!("nf4_rows");
 
 static FEW: FewRowsKernels = FewRowsKernels {
     fatbin: &KERNELS,
-    by_rows: [(8, "nf4_rows_8"), (16, "nf4_rows_16"), (32, "nf4_rows_32")],
+    by_rows: &[(8, "nf4_rows_8"), (16, "nf4_rows_16"), (32, "nf4_rows_32")],
     wide: "nf4_rows_8_wide",
 };
 

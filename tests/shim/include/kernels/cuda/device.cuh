@@ -9,6 +9,8 @@ inline uint32_t warp_largest(uint32_t value) {
     for (int distance = LANES / 2; distance > 0; distance /= 2) value = std::max(value, __shfl_xor_sync(ALL_LANES, value, distance));
     return value;
 }
+inline void let_next_start() {}
+inline void wait_for_launch_before() {}
 inline uint4 load_streaming(const void *at) { return *shim::at_global<uint4>(at); }
 inline float load_float(const float *at) { return *shim::at_global<float>(at); }
 inline void prefetch(const void *) {}
