@@ -5,5 +5,6 @@
 
 mod golden;
 mod hostile;
+mod kernels;
 mod models;
 mod tensors;

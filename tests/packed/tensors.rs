@@ -1,17 +1,16 @@
 //! Single matrices against golden values, bit for bit, and golden products.
 
-use std::ops::Range;
 use std::slice;
 use std::sync::Arc;
 
-use quantbench::kernels::cpu::shared::SharedSlice;
 use quantbench::kernels::isa::Isa;
+use quantbench::quant::Stored;
 use quantbench::quant::scheme::Scheme;
-use quantbench::quant::{CpuMatrix, Prepared, Stored};
 use quantbench::rng::SplitMix64;
 use serde_json::{Value, json};
 
 use crate::golden::{Golden, Tensors, of_bitsandbytes, root, scheme};
+use crate::kernels::{assert_products, bits, check, magnitudes, multiply};
 
 /// A golden matrix: its name, shape, tensors and scheme.
 pub struct Entry {
@@ -118,11 +117,6 @@ fn activations(golden: &Golden, entry: &Entry) -> Vec<f32> {
     golden.f32s(of_width.unwrap_or_else(|| panic!("{}: no activations of {k}", entry.name)))
 }
 
-/// A zero's sign is free.
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|value| (value + 0.0).to_bits()).collect()
-}
-
 const FILES: [(&str, usize); 2] = [("int4", 14), ("float", 16)];
 
 #[test]
@@ -146,6 +140,14 @@ fn values_are_the_goldens_bit_for_bit() {
 }
 
 #[test]
+fn kernels_equal_the_oracles() {
+    for (file, _) in FILES {
+        let golden = Golden::open(file);
+        entries(&golden, file).iter().for_each(|entry| check(&entry.name, &|| entry.read()));
+    }
+}
+
+#[test]
 fn tables_are_the_goldens() {
     use quantbench::quant::scaled::codes::{E2M1_VALUES, e4m3};
     let golden = Golden::open("float");
@@ -153,35 +155,6 @@ fn tables_are_the_goldens() {
     let expected: Vec<u32> = golden.f32s("e4m3_table").iter().map(|value| value.to_bits() & 0x7fff_ffff).collect();
     assert_eq!(seen, expected);
     assert_eq!(bits(&golden.f32s("e2m1_table")), bits(&E2M1_VALUES));
-}
-
-fn multiply(matrix: &dyn CpuMatrix, x: &[f32], m: usize, parts: &[Range<usize>]) -> Vec<f32> {
-    let (n, _) = matrix.shape();
-    let mut y = vec![f32::NAN; m * n];
-    let (mut room, mut scratch) = (Prepared::default(), Vec::new());
-    let x = matrix.prepare(x, m, &mut room);
-    for rows in parts {
-        matrix.multiply(x, rows.clone(), None, &SharedSlice::new(&mut y), &mut scratch);
-    }
-    y
-}
-
-/// Σ |x · w| of each output, fp64 `[m, n]`.
-fn magnitudes(weights: &[f32], k: usize, x: &[f32]) -> Vec<f64> {
-    let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| (f64::from(*x) * f64::from(*w)).abs()).sum();
-    x.chunks(k).flat_map(|x| weights.chunks(k).map(move |w| dot(x, w))).collect()
-}
-
-/// An fp32 sum of k products in any order rounds each product and each partial sum by half an ulp, 2⁻²⁴ of at most S = Σ|x·w|: (k + 1) · 2⁻²⁴ · S,
-/// and 8 more for terms of second order and partial sums of pieces. The last rounding is 2⁻²⁴ of the result.
-#[track_caller]
-fn assert_products(what: &str, y: &[f32], expected: &[f64], sums: &[f64], k: usize) {
-    assert_eq!(y.len(), expected.len(), "{what}");
-    for ((y, expected), sum) in y.iter().zip(expected).zip(sums) {
-        let bound = (k + 9) as f64 * 2f64.powi(-24) * sum + 2f64.powi(-24) * expected.abs();
-        let error = (f64::from(*y) - expected).abs();
-        assert!(error <= bound, "{what}: {y}, expected {expected}: off by {error:e} > {bound:e}");
-    }
 }
 
 #[test]
@@ -397,14 +370,11 @@ fn odd_shapes_are_read_by_the_same_rules() {
                 bits(&expected(&listed)),
                 "{what} compressed-tensors by list"
             );
-            // Every instruction set, and products.
-            let stored = || act.read(v2.as_ref(), (n, k)).expect("a matrix");
-            let x: Vec<f32> = (0..3 * k).map(|_| rng.unit() as f32 - 0.5).collect();
-            let oracle: Vec<f64> = stored().multiply(&x, 3).into_iter().map(f64::from).collect();
-            let sums = magnitudes(&expected(&listed), k, &x);
-            for isa in Isa::available() {
-                let y = multiply(&*stored().pack(isa), &x, 3, slice::from_ref(&(0..n)));
-                assert_products(&format!("{what} {}", isa.name()), &y, &oracle, &sums, k + 1);
+            for (kind, tensors, scheme) in
+                [("gptq", &gptq, &v2), ("gptq by list", &act, &v2), ("compressed-tensors", &packed, &asymmetric)]
+            {
+                let read = || tensors.read(scheme.as_ref(), (n, k)).expect("a matrix");
+                check(&format!("{kind} {bits_of_code} bits in {group}"), &read);
             }
 
             if bits_of_code == 4 {

@@ -69,6 +69,11 @@ fn quantize(
     ScaledStored::new(Scaling { format, n, k, meaning, groups, scales: Scales::Bf16(scales), zeros: None }, bytes)
 }
 
+/// Whether zeros are signed bytes and no words.
+fn zeros_are_bytes(module: &Module) -> Result<bool> {
+    Ok(module.get("weight_zero_point")?.0 == Dtype::I8)
+}
+
 /// What a group of targets says of its integers.
 #[derive(Debug, Clone, Copy)]
 pub struct Integers {
@@ -126,9 +131,10 @@ impl Integers {
         if !self.is_symmetric {
             // One zero of all is not packed along the rows of anything.
             let rows = if is_one { 1 } else { n };
-            match module.has("weight_packed") {
-                true => module.expect("weight_zero_point", WORDS, &[&[words(rows), count]])?,
-                false => module.expect("weight_zero_point", &[Dtype::I8], &[&[rows, count], &shape])?,
+            // Older files hold them in bytes beside packed codes, too.
+            match zeros_are_bytes(module)? {
+                false => module.expect("weight_zero_point", WORDS, &[&[words(rows), count]])?,
+                true => module.expect("weight_zero_point", &[Dtype::I8], &[&[rows, count], &shape])?,
             };
         }
         match module.has("weight_g_idx") {
@@ -210,7 +216,7 @@ impl Integers {
     /// Zeros in the order of the scales.
     fn zeros(self, module: &Module, groups: &Groups) -> Result<Fields> {
         let scales = groups.count(module.n, module.k).unwrap_or(0);
-        if !module.has("weight_packed") {
+        if zeros_are_bytes(module)? {
             let middle = 1u8 << (self.bits - 1);
             let zeros: Vec<u8> =
                 module.bytes("weight_zero_point")?.iter().map(|zero| zero.wrapping_add(middle)).collect();

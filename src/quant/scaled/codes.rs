@@ -1,5 +1,7 @@
 //! Codes of 4 and 8 bits: what they mean, and how they lie.
 
+use std::ops::Range;
+
 /// The values of codes before zero and scale.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Meaning {
@@ -141,6 +143,11 @@ impl Fields {
 
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// The bytes that hold the fields `range`.
+    pub fn of(&self, range: Range<usize>) -> &[u8] {
+        &self.bytes[range.start * self.bits / 8..(range.end * self.bits).div_ceil(8)]
     }
 }
 

@@ -82,6 +82,18 @@ impl Scaling {
         }
     }
 
+    /// Hands out the memory of the scales, zeros and groups that `rows` are decoded with.
+    fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
+        let groups = self.groups.of_rows(rows, self.k);
+        self.scales.memory_of(groups.clone(), piece);
+        if let Some(zeros) = &self.zeros {
+            piece(zeros.of(groups));
+        }
+        if let Groups::Listed { of_column, .. } = &self.groups {
+            piece(bytemuck::cast_slice(of_column));
+        }
+    }
+
     /// Bytes of scales, zeros and groups.
     fn bytes(&self) -> usize {
         self.scales.bytes() + self.zeros.as_ref().map_or(0, |zeros| zeros.bytes().len()) + self.groups.bytes()

@@ -1,5 +1,7 @@
 //! Scales in the types that checkpoints hold them in, and which values share one.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use safetensors::Dtype;
 
@@ -92,6 +94,21 @@ impl Scales {
         }
     }
 
+    /// Hands out the memory of the scales of `groups`.
+    pub fn memory_of(&self, groups: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
+        match self {
+            Scales::F32(scales) => piece(bytemuck::cast_slice(&scales[groups])),
+            Scales::F16(scales) => piece(bytemuck::cast_slice(&scales[groups])),
+            Scales::Bf16(scales) => piece(bytemuck::cast_slice(&scales[groups])),
+            Scales::E8m0(scales) | Scales::E4m3 { scales, .. } => piece(&scales[groups]),
+            Scales::Nested(nested) => {
+                piece(&nested.codes[groups.clone()]);
+                let outer = groups.start / nested::NESTED_BLOCK..groups.end.div_ceil(nested::NESTED_BLOCK);
+                piece(bytemuck::cast_slice(&nested.absmax[outer]));
+            }
+        }
+    }
+
     pub fn bytes(&self) -> usize {
         match self {
             Scales::F32(scales) => size_of_val(&scales[..]),
@@ -130,6 +147,18 @@ impl Groups {
             Groups::Runs(length) if *length > 0 => Some(n.checked_mul(k)?.div_ceil(*length)),
             Groups::Tiles { .. } | Groups::Runs(_) => None,
             Groups::Listed { count, .. } => n.checked_mul(*count),
+        }
+    }
+
+    /// The groups of whole rows.
+    pub fn of_rows(&self, rows: Range<usize>, k: usize) -> Range<usize> {
+        match self {
+            Groups::Tiles { rows: height, columns } => {
+                let in_row = k.div_ceil(*columns);
+                rows.start / height * in_row..rows.end.div_ceil(*height) * in_row
+            }
+            Groups::Runs(length) => rows.start * k / length..(rows.end * k).div_ceil(*length),
+            Groups::Listed { count, .. } => rows.start * count..rows.end * count,
         }
     }
 

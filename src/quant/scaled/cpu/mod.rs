@@ -1,4 +1,8 @@
-//! Scaled codes on the CPU: rows as they are stored, decoded piece by piece.
+//! Scaled codes on the CPU: rows as they are stored, decoded piece by piece; with AVX-512 in registers, for which the nibbles of a block change
+//! places.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 use std::ops::Range;
 
@@ -15,13 +19,22 @@ pub struct ScaledMatrix {
     scaling: Scaling,
     isa: Isa,
     codes: Pages,
+    /// Whether the kernels for AVX-512 run it, whose order its codes are in then.
+    has_kernel: bool,
 }
 
 impl ScaledMatrix {
     pub fn new(ScaledStored { scaling, bytes }: ScaledStored, isa: Isa) -> Self {
         let mut codes = Pages::required(bytes.len());
         codes.copy_from_slice(&bytes);
-        Self { scaling, isa: checked(isa), codes }
+        let has_kernel = has_kernel(isa, &scaling, &bytes);
+        #[allow(unused_mut, reason = "only kernels of x86-64 have an order of their own")]
+        let mut matrix = Self { scaling, isa: checked(isa), codes, has_kernel };
+        #[cfg(target_arch = "x86_64")]
+        if has_kernel {
+            reorder(&matrix.scaling, &mut matrix.codes, avx512::split);
+        }
+        matrix
     }
 
     fn row_bytes(&self) -> usize {
@@ -31,6 +44,24 @@ impl ScaledMatrix {
     fn row(&self, row: usize) -> &[u8] {
         &self.codes[row * self.row_bytes()..][..self.row_bytes()]
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_kernel(isa: Isa, scaling: &Scaling, bytes: &[u8]) -> bool {
+    isa == Isa::Avx512 && avx512::takes(scaling, bytes)
+}
+
+/// Applies `order` to each row of 4-bit codes.
+#[cfg(target_arch = "x86_64")]
+fn reorder(scaling: &Scaling, codes: &mut [u8], order: fn(&mut [u8])) {
+    if scaling.meaning.bits() == 4 {
+        codes.chunks_exact_mut(scaling.meaning.row_bytes(scaling.k)).for_each(order);
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_kernel(_: Isa, _: &Scaling, _: &[u8]) -> bool {
+    false
 }
 
 /// # Safety
@@ -63,11 +94,23 @@ impl DecodeRows for ScaledMatrix {
         match self.isa {
             // SAFETY: the instruction set is checked.
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if self.has_kernel => unsafe { avx512::decode(&self.scaling, bytes, row, columns, out) },
+            // SAFETY: the instruction set is checked.
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => unsafe { decode_avx512(&self.scaling, bytes, row, columns, out) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { decode_avx2(&self.scaling, bytes, row, columns, out) },
             _ => self.scaling.decode(bytes, row, columns, out),
+        }
+    }
+
+    fn dot(&self, row: usize, x: &[f32]) -> f32 {
+        match self.isa {
+            // SAFETY: the instruction set is checked.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if self.has_kernel => unsafe { avx512::dot(&self.scaling, self.row(row), row, x) },
+            _ => rows::decoded_dot(self, row, x),
         }
     }
 }
@@ -90,16 +133,22 @@ impl CpuMatrix for ScaledMatrix {
     }
 
     fn unpack(&self) -> Box<dyn Stored> {
-        Box::new(ScaledStored { scaling: self.scaling.clone(), bytes: self.codes.to_vec() })
+        #[allow(unused_mut, reason = "only kernels of x86-64 have an order of their own")]
+        let mut bytes = self.codes.to_vec();
+        #[cfg(target_arch = "x86_64")]
+        if self.has_kernel {
+            reorder(&self.scaling, &mut bytes, avx512::joined);
+        }
+        Box::new(ScaledStored { scaling: self.scaling.clone(), bytes })
     }
 
     fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         rows::dequantize(self, rows, out);
     }
 
-    /// The codes; scales are a small part.
     fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
         piece(&self.codes[rows.start * self.row_bytes()..rows.end * self.row_bytes()]);
+        self.scaling.memory_of(rows, piece);
     }
 
     fn row_granule(&self) -> usize {
