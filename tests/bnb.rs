@@ -352,7 +352,7 @@ fn a_gguf_file_has_the_weights_that_were_measured() {
     let checkpoint = weights::open(&request(&golden("models", "llama-tiny")), &Silent).unwrap();
     let plan = quantbench::models::build(&checkpoint.config).unwrap();
     let tensors = (plan.matrices.as_slice(), plan.vectors.as_slice());
-    let (size, _) = weights::gguf::export(&checkpoint, tensors, &output, &Silent).unwrap();
+    let (size, _) = weights::gguf::export(&checkpoint, tensors, quant::BASELINE, &output, &Silent).unwrap();
     let bytes = fs::read(&output).unwrap();
     assert!(bytes.starts_with(b"GGUF\x03\0\0\0") && size == bytes.len() as u64);
     let (saved, begin) = gguf(&bytes);
@@ -386,7 +386,9 @@ fn a_gguf_file_has_the_weights_that_were_measured() {
         let checkpoint = weights::open(&request(&golden("models", model)), &Silent).unwrap();
         let plan = quantbench::models::build(&checkpoint.config).unwrap();
         let new = place.path().join("other.gguf");
-        weights::gguf::export(&checkpoint, (&plan.matrices, &plan.vectors), &new, &Silent).unwrap_err().to_string()
+        weights::gguf::export(&checkpoint, (&plan.matrices, &plan.vectors), quant::BASELINE, &new, &Silent)
+            .unwrap_err()
+            .to_string()
     };
     assert_eq!(refused("t5-tiny"), "no GGUF is written for `t5`");
     assert!(!place.path().join("other.gguf").exists());
