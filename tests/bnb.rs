@@ -146,8 +146,8 @@ fn what_is_not_as_bitsandbytes_saves_it_is_refused_with_where_and_why() {
     let same = |bytes: Vec<u8>| bytes;
     let text = |config: String| config;
     for (folder, expected) in [
-        (changed("llama-tiny-nf4", |c| c.replace("\"nf4\"", "\"fp4\""), same), "`fp4`"),
-        (changed("llama-tiny-nf4", |c| c.replace("bitsandbytes", "gptq"), same), "`gptq`"),
+        (changed("llama-tiny-nf4", |c| c.replace("\"nf4\"", "\"fp4\""), same), "says `bnb-fp4-dq`"),
+        (changed("llama-tiny-nf4", |c| c.replace("bitsandbytes", "gptq"), same), "bits absent"),
         (changed("llama-tiny-nf4", |c| c.replace("quantization_config", "other"), same), "which cannot be cast"),
         (changed("llama-tiny-int8", text, |b| replaced(b, "q_proj.SCB", "q_proj.SCA")), "it is absent"),
         (
@@ -158,7 +158,10 @@ fn what_is_not_as_bitsandbytes_saves_it_is_refused_with_where_and_why() {
             changed("llama-tiny-nf4", |c| c.replace("\"intermediate_size\": 256", "\"intermediate_size\": 512"), same),
             "must be U8 of",
         ),
-        (changed("llama-tiny-nf4", text, |b| replaced(b, "\"blocksize\": 64", "\"blocksize\": 32")), "blocks of 32"),
+        (
+            changed("llama-tiny-nf4", text, |b| replaced(b, "\"blocksize\": 64", "\"blocksize\": 32")),
+            "weight.absmax` must be",
+        ),
         (
             changed("llama-tiny-nf4", text, |b| replaced(b, "\"shape\": [128, 256]", "\"shape\": [256, 128]")),
             "[256, 128]",
@@ -349,7 +352,7 @@ fn a_gguf_file_has_the_weights_that_were_measured() {
     let checkpoint = weights::open(&request(&golden("models", "llama-tiny")), &Silent).unwrap();
     let plan = quantbench::models::build(&checkpoint.config).unwrap();
     let tensors = (plan.matrices.as_slice(), plan.vectors.as_slice());
-    let (size, _) = weights::gguf::export(&checkpoint, tensors, &output, &Silent).unwrap();
+    let (size, _) = weights::gguf::export(&checkpoint, tensors, quant::BASELINE, &output, &Silent).unwrap();
     let bytes = fs::read(&output).unwrap();
     assert!(bytes.starts_with(b"GGUF\x03\0\0\0") && size == bytes.len() as u64);
     let (saved, begin) = gguf(&bytes);
@@ -383,7 +386,9 @@ fn a_gguf_file_has_the_weights_that_were_measured() {
         let checkpoint = weights::open(&request(&golden("models", model)), &Silent).unwrap();
         let plan = quantbench::models::build(&checkpoint.config).unwrap();
         let new = place.path().join("other.gguf");
-        weights::gguf::export(&checkpoint, (&plan.matrices, &plan.vectors), &new, &Silent).unwrap_err().to_string()
+        weights::gguf::export(&checkpoint, (&plan.matrices, &plan.vectors), quant::BASELINE, &new, &Silent)
+            .unwrap_err()
+            .to_string()
     };
     assert_eq!(refused("t5-tiny"), "no GGUF is written for `t5`");
     assert!(!place.path().join("other.gguf").exists());

@@ -7,10 +7,9 @@ use clap::{Args, ValueEnum, ValueHint};
 
 use super::groups::OUTLIER_CHANNELS;
 use super::words::{Takes, unknown_precision};
-use crate::error::BadInput;
-use crate::quant::{self, FormatId};
+use crate::quant::FormatId;
 use crate::weights::policy::Selection;
-use crate::weights::{self, export};
+use crate::weights::{self, export, gguf};
 
 /// What was typed for an export.
 #[derive(Debug, Args)]
@@ -31,11 +30,11 @@ pub struct ExportArgs {
     #[arg(long, help_heading = "Model")]
     pub strict_config: bool,
 
-    /// Precision to write: fp16, int8 (8bit), nf4 (4bit) or nf4-nodq.
+    /// Precision to write: fp16, int8 (8bit), nf4 (4bit) or nf4-nodq; of a GGUF fp16, q8_0, q4_0, q4_k, q4_k_m or q6_k.
     #[arg(long, value_name = "NAME", help_heading = "Precision")]
     pub precision: String,
 
-    /// What to write: a folder for transformers, or one fp16 file for llama.cpp (llama, qwen2, qwen3, phi).
+    /// What to write: a folder for transformers, or one file for llama.cpp (llama, qwen2, qwen3, phi).
     #[arg(long, value_name = "NAME", value_enum, default_value_t = ExportForm::Safetensors, help_heading = "Output")]
     pub format: ExportForm,
 
@@ -81,11 +80,13 @@ impl ExportRequest {
     /// Fails with [`crate::error::BadInput`] on an unknown precision and on an output that cannot be made.
     pub fn new(args: &ExportArgs) -> Result<Self> {
         let word = args.precision.trim().to_lowercase();
-        let precision = FormatId::parse(&word).ok_or_else(|| unknown_precision(&word, Takes::One))?;
-        if args.format == ExportForm::Gguf && precision != quant::BASELINE {
-            return Err(BadInput::new(format!("`--format gguf` writes fp16, and `{precision}` was asked for"))
-                .hint("write `--precision fp16`; llama.cpp's own quantizer makes its other formats of that file")
-                .into());
+        let is_gguf = args.format == ExportForm::Gguf;
+        // Mixtures are the names of files alone.
+        let mixture = || FormatId::named(&word).filter(|format| is_gguf && gguf::Recipe::of(*format).is_some());
+        let parsed = FormatId::parse(&word).or_else(mixture);
+        let precision = parsed.ok_or_else(|| unknown_precision(&word, Takes::One))?;
+        if is_gguf && gguf::Recipe::of(precision).is_none() {
+            return Err(gguf::not_written(precision).into());
         }
         export::check_output(&args.output)?;
         let model = weights::ModelRequest {

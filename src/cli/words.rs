@@ -168,7 +168,7 @@ pub fn unknown_precision(word: &str, takes: Takes) -> BadInput {
     }
     let is_stored = STORED_FORMATS.iter().any(|format| format.name == word && !format.is_made);
     let stored = is_stored
-        .then(|| format!("a GGUF file in `{word}` is measured with `--model-id FILE.gguf`, without `--precision`"));
+        .then(|| format!("a model that was saved in `{word}` is measured with `--model-id FOLDER` (`FILE.gguf`), without `--precision`"));
     match (meaning(word), stored) {
         (Some(hint), Some(stored)) => error.hint(format!("{hint}; {stored}")),
         (Some(hint), None) | (None, Some(hint)) => error.hint(hint),
@@ -328,7 +328,7 @@ mod tests {
             assert!(hint(word).contains("not supported"), "{word}: {}", hint(word));
         }
         for format in STORED_FORMATS.iter().filter(|format| !format.is_made) {
-            assert!(hint(format.name).contains("`--model-id FILE.gguf`"), "{format}: {}", hint(format.name));
+            assert!(hint(format.name).contains("`--model-id FOLDER` (`FILE.gguf`)"), "{format}: {}", hint(format.name));
         }
         assert_eq!(hint("fp61"), "the nearest is `--precision fp16`");
         assert_eq!(hint("imt8"), "the nearest is `--precision int8`");

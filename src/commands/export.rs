@@ -19,7 +19,7 @@ pub fn export(args: &ExportArgs) -> Result<ExitCode> {
     harness::select(&mut model, &checkpoint, &request.selection)?;
     let tensors = (model.matrices.as_slice(), model.vectors.as_slice());
     let (bytes, fp16_overflow) = match request.form {
-        ExportForm::Gguf => gguf::export(&checkpoint, tensors, &request.output, &events)?,
+        ExportForm::Gguf => gguf::export(&checkpoint, tensors, request.precision, &request.output, &events)?,
         ExportForm::Safetensors => {
             let exported = export::export(&checkpoint, tensors, request.precision, &request.output, &events)?;
             (exported.bytes, exported.fp16_overflow)

@@ -45,8 +45,7 @@ fn program() -> String {
 fn bytes_of(name: &str, model: &Model, precisions: &[FormatId]) -> ModelBytes {
     let precision_bytes = |&precision: &FormatId| {
         let formats = Formats::new(precision, FormatOptions::default());
-        let matrix_bytes: Vec<usize> =
-            model.matrices.iter().map(|spec| formats.of(spec).stored_bytes(spec.n, spec.k)).collect();
+        let matrix_bytes: Vec<usize> = model.matrices.iter().map(|spec| formats.stored_bytes(spec) as usize).collect();
         PrecisionBytes {
             precision: precision.to_string(),
             bytes_per_token: model.weight_bytes_per_token(&matrix_bytes) as u64,

@@ -72,7 +72,8 @@ pub fn stream<T: Send>(
 /// does.
 pub fn fp16_overflow_by_tensor(setup: &Setup) -> Result<BTreeMap<String, u64>> {
     let Setup { model, source, formats, .. } = setup;
-    let is_cast = |spec: &&MatrixSpec| !formats.is_exact(spec) && source.parts(spec).is_none();
+    let is_cast =
+        |spec: &&MatrixSpec| !formats.is_exact(spec) && source.parts(spec).is_none() && source.stored(spec).is_none();
     let matrices = model.matrices.iter().filter(is_cast).map(|spec| (&spec.name, spec.n, spec.k));
     let vectors = model.vectors.iter().filter(|_| !formats.has_exact_vectors());
     let vectors = vectors.map(|spec| (&spec.name, spec.len, 1));
@@ -176,6 +177,9 @@ impl Shared {
         spec: &MatrixSpec,
         formats: &Formats,
     ) -> Result<(Box<dyn Stored>, Instant)> {
+        if let Some(stored) = source.stored(spec) {
+            return Ok((stored.with_context(|| format!("loading `{}`", spec.name))?, Instant::now()));
+        }
         if let Some(parts) = source.parts(spec) {
             let parts = parts?;
             let begin = Instant::now();

@@ -98,7 +98,7 @@ pub fn needs(model: &Model, holding: Holding, lengths: &Lengths) -> Needs {
 
 /// Bytes of all weights at a precision, as stored; vectors count as fp16.
 pub fn stored_bytes(model: &Model, formats: &Formats) -> u64 {
-    let matrices = model.matrices.iter().map(|spec| formats.of(spec).stored_bytes(spec.n, spec.k) as u64);
+    let matrices = model.matrices.iter().map(|spec| formats.stored_bytes(spec));
     matrices.sum::<u64>() + model.vector_bytes() as u64
 }
 

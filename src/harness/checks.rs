@@ -10,7 +10,7 @@ use crate::engines::{EngineChoice, ModelForm};
 use crate::error::BadInput;
 use crate::quant::{self, FormatId, FormatOptions};
 use crate::weights::Checkpoint;
-use crate::weights::bnb::PreQuantized;
+use crate::weights::PreQuantized;
 
 /// Runs the checks that need no model, before anything is downloaded.
 pub fn check(case: &Case) -> Result<Chosen> {
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn a_format_without_kernels_for_a_device_is_refused_there() {
         let case = crate::harness::case::tests::case();
-        for precision in quant::FORMATS.iter().chain(quant::STORED_FORMATS).copied() {
+        for precision in quant::FORMATS.iter().chain(quant::STORED_FORMATS.iter()).copied() {
             let case = Case { precisions: vec![precision], ..case.clone() };
             assert!(on_device(&case, Device::Cpu).is_ok(), "{precision}");
             assert_eq!(on_device(&case, Device::Cuda(0)).is_ok(), precision.runs_on_cuda, "{precision}");

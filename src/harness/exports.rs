@@ -83,7 +83,7 @@ impl Exports {
             }
             ModelForm::Gguf => {
                 let path = self.directory()?.join("model-f16.gguf");
-                gguf::export(checkpoint, tensors, &path, &Silent)?;
+                gguf::export(checkpoint, tensors, quant::BASELINE, &path, &Silent)?;
                 Ok(path)
             }
         }

@@ -38,6 +38,8 @@ pub fn build(checkpoint: &Checkpoint, request: &ModelRequest, events: &dyn Liste
         ))
     })?;
     let unread = checkpoint.notes.iter().map(|message| (models::UNREAD_FILE, message.clone()));
+    let quantization = checkpoint.quantized.iter().flat_map(|own| &own.notes);
+    let unread = unread.chain(quantization.map(|message| ("quantization_config", message.clone())));
     for (name, message) in unread.chain(built.notes.into_iter().map(|note| (note.name, note.message))) {
         if request.strict_config {
             return Err(BadInput::new(format!("`--strict-config`: {message}"))

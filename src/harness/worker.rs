@@ -162,8 +162,11 @@ fn weights_by_format(opened: &OpenModel, formats: &Formats) -> BTreeMap<String, 
         let wide = opened.source.stored_bytes(&spec.name) >= 2 * (spec.n * spec.k) as u64;
         let may_be_left_out = spec.role.is_quantized() && spec.held.is_none();
         let left_out = opened.source.is_quantized() && may_be_left_out && wide;
-        let format = if left_out { formats.unquantized() } else { formats.of(spec) };
-        *bytes.entry(format.id().to_string()).or_default() += format.stored_bytes(spec.n, spec.k) as u64;
+        let (format, of_matrix) = match left_out {
+            true => (formats.unquantized(), formats.unquantized().stored_bytes(spec.n, spec.k) as u64),
+            false => (formats.of(spec), formats.stored_bytes(spec)),
+        };
+        *bytes.entry(format.id().to_string()).or_default() += of_matrix;
     }
     bytes
 }

@@ -84,7 +84,7 @@ impl FormatId {
 
     /// The format of this canonical name, [`INTERNAL_FORMATS`] and [`STORED_FORMATS`] included: the way back from a record or a message.
     pub fn named(name: &str) -> Option<Self> {
-        FORMATS.iter().chain(INTERNAL_FORMATS).chain(STORED_FORMATS).copied().find(|format| format.name == name)
+        FORMATS.iter().chain(INTERNAL_FORMATS).chain(STORED_FORMATS.iter()).copied().find(|format| format.name == name)
     }
 }
 
@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn an_id_travels_as_its_name() {
-        for format in FORMATS.iter().chain(INTERNAL_FORMATS).chain(STORED_FORMATS) {
+        for format in FORMATS.iter().chain(INTERNAL_FORMATS).chain(STORED_FORMATS.iter()) {
             let text = serde_json::to_string(format).unwrap();
             assert_eq!(text, format!("\"{}\"", format.name));
             assert_eq!(serde_json::from_str::<FormatId>(&text).unwrap(), *format);

@@ -6,23 +6,35 @@
 //!
 //! Dimensions: a weight is `[n, k]` row-major, n outputs and k inputs; activations are `[m, k]`; `y = x · Wᵀ` is `[m, n]`.
 
+pub mod awq;
+pub mod bnb4;
+pub mod compressed_tensors;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod dense;
 pub mod fp16;
 pub mod fp32;
+pub mod fp8;
 pub mod ggml;
+pub mod gptq;
 mod id;
 pub mod int8;
+pub mod modelopt;
+pub mod mxfp4;
 pub mod nf4;
+pub mod nvfp4;
 pub mod saved;
+pub mod scaled;
+pub mod scheme;
+mod words;
 
 #[cfg(feature = "cuda")]
 pub use cuda::CudaMatrix;
 pub use id::{FormatEntry, FormatId};
 
 use std::ops::Range;
+use std::sync::LazyLock;
 
 use candle_core::Result;
 use half::f16;
@@ -104,7 +116,23 @@ pub static FORMATS: &[FormatId] = &[fp16::ID, int8::ID, nf4::ID, nf4::NO_DOUBLE_
 pub static INTERNAL_FORMATS: &[FormatId] = &[fp32::ID];
 
 /// Formats that files hold, and are read as stored in. Those that are made can be asked for as well.
-pub static STORED_FORMATS: &[FormatId] = ggml::FORMATS;
+pub static STORED_FORMATS: LazyLock<Vec<FormatId>> = LazyLock::new(|| {
+    let folders = [
+        ggml::FORMATS,
+        gptq::FORMATS,
+        awq::FORMATS,
+        fp8::FORMATS,
+        compressed_tensors::FORMATS,
+        nvfp4::FORMATS,
+        bnb4::FORMATS,
+    ];
+    folders.concat()
+});
+
+/// The format of plain values that a checkpoint holds in `dtype`; `None` for others.
+pub fn of_plain(dtype: safetensors::Dtype) -> Option<FormatId> {
+    ggml::TYPES.iter().find(|known| known.plain == Some(dtype)).map(|known| known.format)
+}
 
 /// The format that others are compared with: weights without quantization. Vectors are held in it too.
 pub const BASELINE: FormatId = fp16::ID;

@@ -12,10 +12,11 @@ use super::bnb::{self, PreQuantized};
 use super::names::{candidates, spellings};
 use super::safetensors::{Safetensors, Tensor, listed};
 use super::spec::{Elsewhere, MatrixSpec, Role, TensorSlice, VectorSpec};
-use super::{Source, SourceInfo, unread};
+use super::{Source, SourceInfo, packed, unread};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
-use crate::quant::{FormatId, Part};
+use crate::quant::scheme::Scheme;
+use crate::quant::{FormatId, Part, Stored};
 
 /// A source that reads checkpoint files.
 pub struct BoundSource {
@@ -32,6 +33,51 @@ pub struct Located {
     pub tensor: String,
     /// The part of it, and the number of its values; `None` is the whole.
     pub slice: Option<(TensorSlice, usize)>,
+    /// Whether a method quantized it: then the tensors of its module hold it, and perhaps none of this name.
+    pub is_packed: bool,
+}
+
+/// Finds the tensors of a plan.
+struct Finder<'a> {
+    files: &'a Safetensors,
+    scheme: Option<&'a dyn Scheme>,
+    /// The names that the plan asks for.
+    asked: HashSet<&'a str>,
+}
+
+impl Finder<'_> {
+    /// A tensor or, of a matrix, a module in the form of the scheme.
+    fn locate(&self, name: &str, others: &[Elsewhere], len: usize, is_matrix: bool) -> Option<Located> {
+        let is_there = |candidate: &String| self.files.get(candidate).is_some();
+        let is_packed =
+            |module: &str| is_matrix && self.scheme.is_some_and(|scheme| packed::is_packed(self.files, scheme, module));
+        let whole = candidates(name, &self.asked).into_iter().find_map(|tensor| {
+            let is_packed = tensor.strip_suffix(".weight").is_some_and(is_packed);
+            (is_packed || is_there(&tensor)).then_some(Located { tensor, slice: None, is_packed })
+        });
+        whole.or_else(|| {
+            others.iter().find_map(|Elsewhere { tensor, slice }| {
+                let slice = slice.map(|slice| (slice, len));
+                spellings(tensor).into_iter().find_map(|tensor| {
+                    let is_packed = is_packed(tensor.strip_suffix(".weight").unwrap_or(&tensor));
+                    (is_packed || is_there(&tensor)).then_some(Located { tensor, slice, is_packed })
+                })
+            })
+        })
+    }
+}
+
+/// Marks the matrices with the formats that the files of a checkpoint hold them in, where its method says so. Those that are not as they must be
+/// stay unmarked: their source says why.
+pub fn hold(files: &Safetensors, own: &PreQuantized, matrices: &mut [MatrixSpec]) {
+    let Some(scheme) = own.scheme.as_deref() else { return };
+    let names: Vec<String> = matrices.iter().map(|spec| spec.name.clone()).collect();
+    let asked = names.iter().map(String::as_str).collect();
+    let finder = Finder { files, scheme: Some(scheme), asked };
+    for spec in matrices {
+        let located = finder.locate(&spec.name, &spec.others, spec.n * spec.k, true);
+        spec.held = located.and_then(|located| packed::held(files, scheme, spec, &located).ok().flatten());
+    }
 }
 
 /// What messages call a checkpoint and its model.
@@ -50,23 +96,15 @@ impl BoundSource {
         labels: &Labels,
         events: &dyn Listener,
     ) -> Result<Self> {
-        let wanted_matrices = matrices.iter().map(|spec| (spec.name.as_str(), &spec.others, spec.n * spec.k));
-        let wanted_vectors = vectors.iter().map(|spec| (spec.name.as_str(), &spec.others, spec.len));
-        let wanted: Vec<(&str, &Vec<Elsewhere>, usize)> = wanted_matrices.chain(wanted_vectors).collect();
+        let wanted_matrices = matrices.iter().map(|spec| (spec.name.as_str(), &spec.others, spec.n * spec.k, true));
+        let wanted_vectors = vectors.iter().map(|spec| (spec.name.as_str(), &spec.others, spec.len, false));
+        let wanted: Vec<(&str, &Vec<Elsewhere>, usize, bool)> = wanted_matrices.chain(wanted_vectors).collect();
         let asked: HashSet<&str> = wanted.iter().map(|(name, ..)| *name).collect();
         let mut names = HashMap::new();
         let mut absent = Vec::new();
-        let is_there = |candidate: &String| files.get(candidate).is_some();
-        for &(name, others, len) in &wanted {
-            let whole = candidates(name, &asked).into_iter().find(is_there);
-            let whole = whole.map(|tensor| Located { tensor, slice: None });
-            let found = whole.or_else(|| {
-                others.iter().find_map(|Elsewhere { tensor, slice }| {
-                    let tensor = spellings(tensor).into_iter().find(is_there)?;
-                    Some(Located { tensor, slice: slice.map(|slice| (slice, len)) })
-                })
-            });
-            match found {
+        let finder = Finder { files: &files, scheme: quantized.as_ref().and_then(|own| own.scheme.as_deref()), asked };
+        for &(name, others, len, is_matrix) in &wanted {
+            match finder.locate(name, others, len, is_matrix) {
                 Some(found) => drop(names.insert(name.to_owned(), found)),
                 None => absent.push(name),
             }
@@ -77,7 +115,8 @@ impl BoundSource {
         let bound = Self { files, names, quantized };
         bound.check(matrices, vectors)?;
         bound.check_quantized(matrices, labels, events)?;
-        if let Some(message) = unread::unread(&bound.files, &bound.names, labels.model_type)? {
+        let scheme = bound.scheme();
+        if let Some(message) = unread::unread(&bound.files, &bound.names, scheme, labels.model_type)? {
             events.on(Event::Warning { name: "unread_tensors".to_owned(), message });
         }
         Ok(bound)
@@ -93,12 +132,26 @@ impl BoundSource {
         self.names.get(name)?.slice.as_ref()
     }
 
+    fn scheme(&self) -> Option<&dyn Scheme> {
+        self.quantized.as_ref()?.scheme.as_deref()
+    }
+
+    /// Whether the method of the checkpoint holds a matrix.
+    fn is_packed(&self, name: &str) -> bool {
+        self.names.get(name).is_some_and(|located| located.is_packed)
+    }
+
     fn get(&self, name: &str) -> Option<&Tensor> {
         self.files.get(self.name_of(name))
     }
 
     fn check(&self, matrices: &[MatrixSpec], vectors: &[VectorSpec]) -> Result<()> {
         for spec in matrices {
+            if let (Some(scheme), Some(located)) = (self.scheme(), self.names.get(&spec.name).filter(|at| at.is_packed))
+            {
+                packed::held(&self.files, scheme, spec, located)?;
+                continue;
+            }
             match self.stored_precision(spec) {
                 Some(precision) => bnb::check(&self.renamed(spec), precision, self.files.as_ref())?,
                 None => self.check_tensor(&spec.name, &[spec.n, spec.k])?,
@@ -117,7 +170,7 @@ impl BoundSource {
         let is_whole = self.slice_of(&spec.name).is_none();
         let is_packed = is_whole && matches!(self.get(&spec.name)?.dtype, Dtype::U8 | Dtype::I8);
         let quantized = self.quantized.as_ref().filter(|_| is_packed && bnb::may_be_quantized(spec.role))?;
-        Some(quantized.precision)
+        quantized.scheme.is_none().then_some(quantized.precision)
     }
 
     fn check_tensor(&self, name: &str, shape: &[usize]) -> Result<()> {
@@ -155,7 +208,8 @@ impl BoundSource {
     fn check_quantized(&self, matrices: &[MatrixSpec], labels: &Labels, events: &dyn Listener) -> Result<()> {
         let Some(own) = &self.quantized else { return Ok(()) };
         let linear = matrices.iter().filter(|spec| spec.role.is_quantized());
-        let (packed, plain): (Vec<_>, Vec<_>) = linear.partition(|spec| self.stored_precision(spec).is_some());
+        let (packed, plain): (Vec<_>, Vec<_>) =
+            linear.partition(|spec| self.is_packed(&spec.name) || self.stored_precision(spec).is_some());
         if packed.is_empty() && !plain.is_empty() {
             return Err(BadInput::new(format!(
                 "config.json's quantization_config says `{}`, but none of the {} linear layers of `{}` is held in it",
@@ -172,11 +226,12 @@ impl BoundSource {
             plain.iter().filter(|spec| !is_left(spec)).map(|spec| format!("`{}`", spec.name)).collect();
         if !forgotten.is_empty() {
             let message = format!(
-                "{} of {} linear layers are held in plain values and not in `{}`, which config.json's llm_int8_skip_modules \
+                "{} of {} linear layers are held in plain values and not in `{}`, which config.json's {} \
                  does not say: {}",
                 forgotten.len(),
                 packed.len() + plain.len(),
                 own.precision,
+                own.scheme.as_ref().map_or("llm_int8_skip_modules", |scheme| scheme.skip_key()),
                 listed(&forgotten)
             );
             events.on(Event::Warning { name: "partly_quantized".to_owned(), message });
@@ -191,7 +246,7 @@ fn hint_of(dtype: Dtype) -> &'static str {
             "the checkpoint is quantized in a way that config.json does not describe; name the one that it was made from"
         }
         Dtype::F8_E4M3 | Dtype::F8_E5M2 => {
-            "the checkpoint is quantized to fp8, which is not read; name the 16-bit one that it was made from"
+            "the checkpoint is quantized to fp8 in a way that config.json does not describe; name the one that it was made from"
         }
         _ => "save the weights in one of these dtypes",
     }
@@ -209,7 +264,8 @@ fn absent_error(files: &Safetensors, labels: &Labels, name: &str, count: usize) 
     let hint = if !trace.is_empty() {
         "save the model again, so that the index and its files belong together"
     } else if names.iter().any(|have| have.ends_with(".qweight") || have.ends_with(".weight_packed")) {
-        "the checkpoint is quantized by GPTQ, AWQ or the like, which are not read; name the model that it was made from"
+        "the checkpoint is quantized by GPTQ, AWQ or the like, and config.json's quantization_config does not say how; name the model that it \
+         was made from"
     } else if names.iter().any(|have| have.contains(".lora_A.") || have.contains(".base_layer.")) {
         "the checkpoint holds a LoRA adapter that is not merged; merge it (`merge_and_unload()` in PEFT) and save the model"
     } else if name.ends_with("lm_head.weight") {
@@ -271,7 +327,14 @@ impl Source for BoundSource {
         Some(bnb::parts(&self.renamed(spec), precision, self.files.as_ref()))
     }
 
+    fn stored(&self, spec: &MatrixSpec) -> Option<Result<Box<dyn Stored>>> {
+        packed::read(&self.files, self.quantized.as_ref()?, spec, self.names.get(&spec.name)?)
+    }
+
     fn stored_bytes(&self, name: &str) -> u64 {
+        if let (Some(scheme), Some(located)) = (self.scheme(), self.names.get(name).filter(|at| at.is_packed)) {
+            return packed::bytes(&self.files, scheme, located);
+        }
         let bytes = self.get(name).map_or(0, |tensor| tensor.bytes);
         match (self.slice_of(name), self.get(name)) {
             (Some((_, len)), Some(tensor)) => {

@@ -3,6 +3,7 @@
 //! A [`Source`] gives tensors by name as fp16 rows, so that a loader streams them: read, cast, quantize, drop. No fp16 copy
 //! of the model ever exists.
 
+mod beside;
 pub mod bnb;
 mod bound;
 pub mod builtin;
@@ -14,6 +15,7 @@ pub mod hub;
 pub mod json;
 mod names;
 mod open;
+mod packed;
 pub mod policy;
 mod processor;
 pub mod random;
@@ -24,6 +26,7 @@ pub mod spec;
 pub mod tokenizer;
 mod unread;
 
+pub use bnb::PreQuantized;
 pub use builtin::builtin_models;
 pub use open::{Checkpoint, Surveyed, open, open_with, survey, survey_with};
 
@@ -34,7 +37,7 @@ use half::slice::HalfFloatSliceExt;
 
 use ::safetensors::Dtype;
 
-use crate::quant::Part;
+use crate::quant::{Part, Stored};
 
 /// Which model, and where its weights come from.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -148,6 +151,11 @@ pub trait Source: Send + Sync {
     /// The stored form of a matrix that was quantized before it was saved, `None` for every other. Fails on an I/O error and on
     /// what no format here means.
     fn parts(&self, _spec: &spec::MatrixSpec) -> Option<anyhow::Result<Vec<Part>>> {
+        None
+    }
+
+    /// A matrix as the files hold it, where they say in which format that is; `None` for every other. Fails as [`Self::parts`] does.
+    fn stored(&self, _spec: &spec::MatrixSpec) -> Option<anyhow::Result<Box<dyn Stored>>> {
         None
     }
 

@@ -18,7 +18,7 @@ use super::safetensors::{self, Safetensors};
 use super::spec::{MatrixSpec, VectorSpec};
 use super::tokenizer::ChatTemplate;
 use super::{
-    ModelRequest, Source, SourceKind, WeightsChoice, foreign, gguf, json, processor, settle, sniff, tokenizer,
+    ModelRequest, Source, SourceKind, WeightsChoice, bound, foreign, gguf, json, processor, settle, sniff, tokenizer,
 };
 use crate::error::BadInput;
 use crate::events::{Event, Listener, Silent};
@@ -140,7 +140,7 @@ fn open_place(
         }
         Weights::Files { folder, source, files } => {
             *files = open_files(folder, *source).ok().map(Arc::new);
-            checkpoint.quantized = settle::settle(&mut checkpoint.config, files.as_deref(), events)?;
+            checkpoint.quantized = settle::settle(&mut checkpoint.config, folder, files.as_deref(), events)?;
             warn_of_adapter(folder, events);
         }
         Weights::Gguf { .. } => {}
@@ -206,8 +206,10 @@ impl Checkpoint {
 
     /// Gives each matrix the format that a file of several formats holds it in.
     pub fn hold(&self, matrices: &mut [MatrixSpec]) {
-        if let (Weights::Gguf { file, .. }, Some(_)) = (&self.weights, &self.quantized) {
-            gguf::hold(file, matrices);
+        match (&self.weights, &self.quantized) {
+            (Weights::Gguf { file, .. }, Some(_)) => gguf::hold(file, matrices),
+            (Weights::Files { files: Some(files), .. }, Some(own)) => bound::hold(files, own, matrices),
+            _ => {}
         }
     }
 

@@ -57,7 +57,7 @@ impl Formats {
     /// lists in `_keep_in_fp32_modules` stays fp32 when the model's dtype is fp16.
     pub fn of(&self, spec: &MatrixSpec) -> &dyn Format {
         let all = || self.stored.iter().chain([&self.asked, &self.unquantized, &self.exact]);
-        if let Some(held) = spec.held.and_then(|held| all().find(|format| format.id() == held)) {
+        if let Some(held) = spec.held.and_then(|held| all().find(|format| format.id() == held.format)) {
             return held.as_ref();
         }
         match spec.role {
@@ -65,6 +65,11 @@ impl Formats {
             Role::Head | Role::Embedding | Role::Patches | Role::Kept => self.unquantized.as_ref(),
             Role::HighPrecision => self.exact.as_ref(),
         }
+    }
+
+    /// Bytes of a matrix as stored: what its file says, else what its format takes.
+    pub fn stored_bytes(&self, spec: &MatrixSpec) -> u64 {
+        spec.held.map_or_else(|| self.of(spec).stored_bytes(spec.n, spec.k) as u64, |held| held.bytes)
     }
 }
 

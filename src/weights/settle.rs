@@ -1,31 +1,41 @@
 //! Where config.json and the files disagree on what the checkpoint is, the files decide: whether the head has weights of its own, and
 //! whether the weights are quantized. Models are then built from a config that says what is there.
 
+use std::path::Path;
+
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::beside;
 use super::bnb::config::PreQuantized;
 use super::bnb::held::{self, Held};
 use super::names::{TIED, spellings};
+use super::packed;
 use super::safetensors::{Safetensors, Tensor, listed};
 use crate::error::BadInput;
 use crate::events::{Event, Listener};
 use crate::quant::FormatId;
+use crate::quant::bnb4::Blocks4;
 
 /// Architectures whose configs mean a tied head where they do not say.
 const TIED_BY_DEFAULT: &[&str] = &["gemma", "gemma2", "gemma3", "gemma3_text", "mt5", "paligemma", "smollm3", "t5"];
 
 /// Warns of what config.json and `files` disagree on, makes `config` say what the files hold, and gives what they are quantized into.
-/// `files` are `None` where they cannot be read, or not yet. Fails with [`BadInput`] on a quantization that is not read here, and on
+/// Where config.json has no section, a file of `folder` may be it. `files` are `None` where they cannot be read, or not yet. Fails with [`BadInput`] on a quantization that is not read here, and on
 /// one that contradicts the files.
-pub fn settle(config: &mut Value, files: Option<&Safetensors>, events: &dyn Listener) -> Result<Option<PreQuantized>> {
+pub fn settle(
+    config: &mut Value,
+    folder: &Path,
+    files: Option<&Safetensors>,
+    events: &dyn Listener,
+) -> Result<Option<PreQuantized>> {
     let Some(files) = files else { return PreQuantized::of(config) };
     let warn = |name: &str, message: String| events.on(Event::Warning { name: name.to_owned(), message });
     for (name, message) in files.remarks() {
         warn(name, message.clone());
     }
     settle_head(config, files, &warn)?;
-    settle_quantization(config, files, &warn)
+    settle_quantization(config, folder, files, &warn)
 }
 
 /// The token embedding and the head, by their names in the files.
@@ -100,11 +110,18 @@ fn settle_head(config: &mut Value, files: &Safetensors, warn: &dyn Fn(&str, Stri
 
 fn settle_quantization(
     config: &mut Value,
+    folder: &Path,
     files: &Safetensors,
     warn: &dyn Fn(&str, String),
 ) -> Result<Option<PreQuantized>> {
-    let Some(method) = PreQuantized::method(config) else { return Ok(None) };
     let held = Held::of(files);
+    if PreQuantized::method(config).is_none()
+        && !held.is_plain()
+        && let Some(section) = beside::section(folder)?
+    {
+        config["quantization_config"] = section;
+    }
+    let Some(method) = PreQuantized::method(config) else { return Ok(None) };
     if held.is_plain() {
         let message = "config.json says that the weights are quantized, but every one is held in plain values: they are \
                        measured as any plain checkpoint";
@@ -115,6 +132,12 @@ fn settle_quantization(
         return Ok(None);
     }
     let Some(mut said) = PreQuantized::of(config)? else { return Ok(None) };
+    if let Some(scheme) = &said.scheme {
+        said.precision = scheme.precision(&packed::modules(files, scheme.as_ref()));
+    }
+    if let (Some(blocks), "bitsandbytes") = (held.other_blocks, method.as_str()) {
+        return in_other_blocks(said, blocks, &held);
+    }
     let names = held.names();
     match held.only() {
         // A weight that nothing belongs to: the check of its model names what is missing.
@@ -137,6 +160,22 @@ fn settle_quantization(
         }
     }
     Ok(Some(said))
+}
+
+/// bitsandbytes' 4 bits that are no NF4 in blocks of 64: the files say in which blocks.
+fn in_other_blocks(said: PreQuantized, blocks: Blocks4, held: &Held) -> Result<Option<PreQuantized>> {
+    let says_fp4 = said.scheme.is_some();
+    let says_4_bits = says_fp4 || said.precision.saved.is_some_and(|saved| saved.config().quant_type().is_some());
+    if !says_4_bits || says_fp4 != blocks.is_fp4 || (blocks.is_fp4 && !held.names().iter().all(|name| *name == "fp4")) {
+        return Err(BadInput::new(format!(
+            "config.json's quantization_config says `{}`, but the checkpoint holds weights in `{}`",
+            said.precision,
+            blocks.format()
+        ))
+        .hint("give the folder the config.json that its weights were saved with")
+        .into());
+    }
+    Ok(Some(PreQuantized { precision: blocks.format(), scheme: Some(blocks.scheme()), ..said }))
 }
 
 /// True if both formats differ in double quantization at most.

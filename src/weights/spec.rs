@@ -74,7 +74,15 @@ pub struct MatrixSpec {
     /// Place of the values in files without a tensor `name`.
     pub others: Vec<Elsewhere>,
     /// The format that a file holds it in and no precision changes; `None` where its role decides.
-    pub held: Option<FormatId>,
+    pub held: Option<HeldAs>,
+}
+
+/// How a file holds a matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldAs {
+    pub format: FormatId,
+    /// Of codes and statistics.
+    pub bytes: u64,
 }
 
 /// A norm weight or a bias.

@@ -4,10 +4,11 @@ use std::collections::{HashMap, HashSet};
 
 use anyhow::Result;
 
-use super::bnb;
 use super::bound::Located;
 use super::names::candidates;
 use super::safetensors::{Safetensors, listed};
+use super::{bnb, packed};
+use crate::quant::scheme::Scheme;
 
 /// Tables that older releases saved and every reader makes by itself.
 const COMPUTED: &[&str] =
@@ -18,12 +19,18 @@ const UNUSED_T5: &str = "decoder.block.0.layer.1.EncDecAttention.relative_attent
 
 /// Warning about the tensors that a model does not read, which takes `names`: name in the plan → name in the files. `None` where
 /// there are none, or none that matter. Fails on an I/O error.
-pub fn unread(files: &Safetensors, names: &HashMap<String, Located>, model_type: &str) -> Result<Option<String>> {
+pub fn unread(
+    files: &Safetensors,
+    names: &HashMap<String, Located>,
+    scheme: Option<&dyn Scheme>,
+    model_type: &str,
+) -> Result<Option<String>> {
     let asked: HashSet<&str> = names.keys().map(String::as_str).collect();
     let mut known: HashSet<String> = names.values().map(|located| located.tensor.clone()).collect();
     known.extend(names.values().flat_map(|located| bnb::companions(&located.tensor)));
-    for (name, Located { tensor: in_file, slice }) in names {
-        if slice.is_some() {
+    known.extend(packed_companions(files, names, scheme)?);
+    for (name, Located { tensor: in_file, slice, is_packed }) in names {
+        if slice.is_some() || *is_packed {
             continue;
         }
         for other in candidates(name, &asked) {
@@ -50,6 +57,30 @@ pub fn unread(files: &Safetensors, names: &HashMap<String, Located>, model_type:
         size(bytes),
         listed(&names)
     )))
+}
+
+/// The tensors that belong to modules which a method quantized, and biases of nothing but zeros, which old tools gave to all of them.
+fn packed_companions(
+    files: &Safetensors,
+    names: &HashMap<String, Located>,
+    scheme: Option<&dyn Scheme>,
+) -> Result<Vec<String>> {
+    let Some(scheme) = scheme else { return Ok(Vec::new()) };
+    let mut known = Vec::new();
+    for located in names.values().filter(|located| located.is_packed) {
+        let module = located.tensor.strip_suffix(".weight").unwrap_or(&located.tensor);
+        known.extend(scheme.companions().iter().map(|suffix| packed::tensor_of(module, suffix)));
+        let bias = packed::tensor_of(module, "bias");
+        if files.get(&bias).is_some_and(|tensor| tensor.is_plain()) {
+            let shape = files.get(&bias).map(|tensor| tensor.matrix()).unwrap_or_default();
+            let mut values = vec![0.0; shape.0 * shape.1];
+            files.read_rows_f32(&bias, 0..shape.0, &mut values)?;
+            if values.iter().all(|value| *value == 0.0) {
+                known.push(bias);
+            }
+        }
+    }
+    Ok(known)
 }
 
 fn size(bytes: u64) -> String {

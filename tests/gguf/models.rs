@@ -191,7 +191,7 @@ fn a_file_of_our_own_is_a_checkpoint_like_its_folder() {
         let (from, model) = open(&folder);
         let tensors = (model.matrices.as_slice(), model.vectors.as_slice());
         let output = place.path().join(format!("{at}.gguf"));
-        weights::gguf::export(&from, tensors, &output, &Silent).expect("a file");
+        weights::gguf::export(&from, tensors, BASELINE, &output, &Silent).expect("a file");
         let (read, again) = open(&output);
         assert!(read.quantized.is_none() && read.tokenizer.is_none(), "{name}");
         assert!(read.unread_tokenizer.is_some_and(|why| why.contains("no tokenizer")), "{name}");
@@ -224,6 +224,82 @@ fn a_file_of_our_own_is_a_checkpoint_like_its_folder() {
             // Equal but for the fp32 roundings of Llama 3's divisors.
             assert!(worst <= LOGIT_TOLERANCE, "{name} {precision}: {worst}");
         }
+    }
+}
+
+/// Files by llama.cpp's recipes: every matrix in the type and the bytes that its own quantizer gives it.
+#[test]
+fn exported_blocks_are_those_of_llama_cpps_quantizer() {
+    let models = root().join("models");
+    let source = models.join("tiny-f16.gguf");
+    if !source.is_file() {
+        return skip("no tiny-f16.gguf lies beside the quantized files");
+    }
+    let (place, (checkpoint, model)) = (tempfile::tempdir().expect("a folder"), open(&source));
+    let mut compared = 0;
+    for name in ["q8_0", "q4_0", "q4_k_m"] {
+        let theirs = models.join(format!("tiny-{name}.gguf"));
+        if !theirs.is_file() {
+            continue;
+        }
+        let (output, format) = (place.path().join(name), FormatId::named(name).expect("a format"));
+        let tensors = (model.matrices.as_slice(), model.vectors.as_slice());
+        weights::gguf::export(&checkpoint, tensors, format, &output, &Silent).expect("a file");
+        let [ours, theirs] = [&output, &theirs].map(|path| weights::gguf::GgufFile::open(path).expect("a GGUF file"));
+        assert_eq!(ours.names(), theirs.names(), "{name}");
+        for (tensor, own) in ours.tensors() {
+            let other = theirs.get(tensor).expect("named above");
+            assert_eq!((own.kind.name, &own.shape), (other.kind.name, &other.shape), "{name} {tensor}");
+            let bytes = [(&ours, own), (&theirs, other)].map(|(file, of)| {
+                let mut bytes = vec![0; of.bytes as usize];
+                file.read(tensor, of, 0, &mut bytes).expect("bytes");
+                bytes
+            });
+            let block = own.kind.block_bytes;
+            let differing = bytes[0].chunks(block).zip(bytes[1].chunks(block)).filter(|(a, b)| a != b).count();
+            assert_eq!(differing, 0, "{name} {tensor}: blocks of {} that differ", own.kind.name);
+        }
+        // It is named by what it is when it is read again.
+        assert_eq!(precision(&open(&output).0), format);
+        compared += 1;
+    }
+    assert!(compared > 0);
+    let (output, tensors) = (place.path().join("x"), (model.matrices.as_slice(), model.vectors.as_slice()));
+    let error = weights::gguf::export(&checkpoint, tensors, quantbench::quant::nf4::ID, &output, &Silent).unwrap_err();
+    assert!(
+        error.to_string().contains("writes fp16, q8_0, q4_0, q4_k, q4_k_m, q6_k, and `nf4` was asked for"),
+        "{error}"
+    );
+}
+
+/// One type for all matrices but the head, which stays in Q6_K as in llama.cpp's recipes of K types.
+#[test]
+fn exported_files_of_one_type_are_read_as_that_type() {
+    let (place, folder) = (tempfile::tempdir().expect("a folder"), Path::new(env!("CARGO_MANIFEST_DIR")));
+    let (from, model) = open(&folder.join("tests/golden/models/llama-tiny"));
+    let prompt: Vec<u32> = (1..9).map(|id| id * 7 % model.vocab as u32).collect();
+    for name in ["q4_0", "q6_k", "q4_k"] {
+        let (output, format) = (place.path().join(format!("{name}.gguf")), FormatId::named(name).expect("a format"));
+        let tensors = (model.matrices.as_slice(), model.vectors.as_slice());
+        let (bytes, _) = weights::gguf::export(&from, tensors, format, &output, &Silent).expect("a file");
+        assert_eq!(std::fs::metadata(&output).expect("a file").len(), bytes);
+        let (read, again) = open(&output);
+        let file = weights::gguf::GgufFile::open(&output).expect("a GGUF file");
+        for (tensor, own) in file.tensors().filter(|(_, own)| own.shape.len() == 2) {
+            let k = own.shape[1];
+            // Rows of 128 are no whole blocks of K types.
+            let expected = match (tensor, name, k % 256) {
+                ("token_embd.weight", ..) | (_, "q6_k", 128) => "Q8_0",
+                (_, "q6_k", _) => "Q6_K",
+                (_, "q4_0", _) => "Q4_0",
+                (_, _, 128) => "Q5_0",
+                (_, _, _) => "Q4_K",
+            };
+            assert_eq!(own.kind.name, expected, "{name} {tensor}");
+        }
+        let mut session = load((&read, &again), precision(&read), Executor::Cpu(Isa::detect()));
+        let logits = forced(session.as_mut(), &prompt, &prompt).concat();
+        assert!(logits.iter().all(|logit| logit.is_finite()), "{name}");
     }
 }
 

@@ -30,7 +30,7 @@ fn production(file: &SourceFile) -> &str {
 
 /// Lines, from 1, that spell a format's name as text or as the path of its folder.
 fn naming_formats(text: &str) -> Vec<usize> {
-    let all = FORMATS.iter().chain(INTERNAL_FORMATS).chain(STORED_FORMATS);
+    let all = FORMATS.iter().chain(INTERNAL_FORMATS).chain(STORED_FORMATS.iter());
     let names: BTreeSet<&str> = all.map(|format| format.name).collect();
     let folders: BTreeSet<&str> = names.iter().map(|name| name.split('-').next().unwrap_or(name)).collect();
     let is_named = |line: &str| {

@@ -4,6 +4,7 @@
 //! the columns ends in registers that hold one output each.
 
 pub mod panel;
+pub mod rows;
 
 mod portable;
 

@@ -53,6 +53,9 @@ impl GgmlType {
     }
 }
 
+/// MXFP4, whose matrices other files hold in another order.
+pub const MXFP4: FormatId = small::Mxfp4::ID;
+
 /// Every type that is read.
 pub static TYPES: &[GgmlType] = &[
     GgmlType::plain(0, "F32", fp32::ID, 4, Dtype::F32),

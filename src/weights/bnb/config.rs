@@ -1,38 +1,62 @@
 //! `quantization_config` of config.json: which precision a saved checkpoint has.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::forms;
 use super::held::SECTIONS;
 use crate::error::BadInput;
-use crate::quant::FormatId;
+use crate::quant::bnb4::Blocks4;
 use crate::quant::saved::SavedConfig;
+use crate::quant::scheme::{Scheme, Section};
+use crate::quant::{self, FormatId};
 
 /// What config.json says about weights that were quantized before they were saved.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct PreQuantized {
     pub precision: FormatId,
     /// LLM.int8's threshold.
     pub int8_threshold: f32,
     /// Modules that were left alone on purpose: parts of their names.
     pub skipped: Vec<String>,
+    /// How another method than bitsandbytes' holds its matrices.
+    pub scheme: Option<Arc<dyn Scheme>>,
+    /// Settings that are not computed: what a reader of the result must know.
+    pub notes: Vec<String>,
 }
 
 impl PreQuantized {
-    /// `None` where config.json describes no quantization. Fails with [`BadInput`] on another method than bitsandbytes' and
-    /// on variants of it that are not known here.
+    /// Weights of which no more is known.
+    pub fn of_format(precision: FormatId) -> Self {
+        Self { precision, int8_threshold: 6.0, skipped: Vec::new(), scheme: None, notes: Vec::new() }
+    }
+
+    /// `None` where config.json describes no quantization. Fails with [`BadInput`] on methods and on variants of them that are not known
+    /// here.
     pub fn of(config: &Value) -> Result<Option<Self>> {
         let Some((section, method)) = section_of(config) else { return Ok(None) };
         if method != "bitsandbytes" {
-            return Err(other_method(&method).into());
+            let known = quant::scheme::method(&method).ok_or_else(|| other_method(&method))?;
+            let keys = Section::new(section.as_object().ok_or_else(|| other_method(&method))?);
+            let scheme = known.read(&keys)?;
+            let own = Self::of_format(scheme.precision(&[]));
+            return Ok(Some(Self { scheme: Some(scheme), notes: keys.into_notes(), ..own }));
         }
         let threshold = section.get("llm_int8_threshold").and_then(Value::as_f64).unwrap_or(6.0);
         let skipped = section.get("llm_int8_skip_modules").and_then(Value::as_array).into_iter().flatten();
+        let other_blocks = blocks_of(section);
+        let precision = match other_blocks {
+            Some(blocks) => blocks.format(),
+            None => format_of(section)?,
+        };
         Ok(Some(Self {
-            precision: format_of(section)?,
+            precision,
+            scheme: other_blocks.map(Blocks4::scheme),
             int8_threshold: threshold as f32,
             skipped: skipped.filter_map(Value::as_str).map(str::to_owned).collect(),
+            ..Self::of_format(quant::BASELINE)
         }))
     }
 
@@ -43,9 +67,23 @@ impl PreQuantized {
 
     /// Whether the tensor `name` belongs to a module that was left alone on purpose.
     pub fn skips(&self, name: &str) -> bool {
+        if self.scheme.as_ref().is_some_and(|scheme| scheme.skips(name.strip_suffix(".weight").unwrap_or(name))) {
+            return true;
+        }
         let dotted = format!(".{name}.");
         self.skipped.iter().any(|module| dotted.contains(&format!(".{module}.")))
     }
+}
+
+/// 4 bits that are no NF4 in blocks of 64, as far as a section says it: transformers' own default is `fp4`.
+fn blocks_of(section: &Value) -> Option<Blocks4> {
+    let flag = |key: &str| section.get(key).and_then(Value::as_bool).unwrap_or(false);
+    let word = |key: &str| section.get(key).and_then(Value::as_str);
+    let is_alone = flag("load_in_4bit") && !flag("load_in_8bit");
+    let is_stored = word("bnb_4bit_quant_storage").unwrap_or("uint8") == "uint8";
+    let quant_type = word("bnb_4bit_quant_type").unwrap_or("fp4");
+    let blocks = Blocks4::of(quant_type, flag("bnb_4bit_use_double_quant"));
+    blocks.filter(|blocks| is_alone && is_stored && blocks.is_fp4)
 }
 
 /// The format that a section of bitsandbytes names.
@@ -93,22 +131,27 @@ fn section_of(config: &Value) -> Option<(&Value, String)> {
 }
 
 /// Methods whose checkpoints are known by name and not read, and what they are made from.
-const METHODS: &[(&str, &str)] = &[
-    ("gptq", "4-bit integers of GPTQ"),
-    ("awq", "4-bit integers of AWQ"),
-    ("fp8", "8-bit floats with scales"),
-    ("fbgemm_fp8", "8-bit floats with scales"),
-    ("compressed-tensors", "tensors compressed by llm-compressor"),
-    ("mxfp4", "4-bit floats in blocks of 32"),
+const OTHER_METHODS: &[(&str, &str)] = &[
     ("mlx", "integers in groups, as MLX packs them"),
-    ("modelopt", "weights of NVIDIA's ModelOpt"),
+    ("hqq", "integers of HQQ"),
+    ("aqlm", "codebooks of AQLM"),
+    ("quanto", "weights of quanto"),
+    ("torchao", "weights of torchao"),
+    ("eetq", "8-bit integers of EETQ"),
+    ("higgs", "codebooks of HIGGS"),
+    ("vptq", "codebooks of VPTQ"),
+    ("spqr", "weights of SpQR"),
+    ("bitnet", "ternary weights"),
+    ("quark", "weights of AMD's Quark"),
+    ("auto-round", "integers of AutoRound"),
 ];
 
 fn other_method(method: &str) -> BadInput {
-    let what = METHODS.iter().find(|(name, _)| *name == method).map(|(_, what)| format!(" ({what})"));
+    let what = OTHER_METHODS.iter().find(|(name, _)| *name == method).map(|(_, what)| format!(" ({what})"));
     BadInput::new(format!(
-        "config.json's quantization_config has quant_method `{method}`{}; only `bitsandbytes` can be loaded",
-        what.unwrap_or_default()
+        "config.json's quantization_config has quant_method `{method}`{}; `bitsandbytes`, {} can be loaded",
+        what.unwrap_or_default(),
+        quant::scheme::METHODS.iter().map(|known| format!("`{}`", known.name())).collect::<Vec<_>>().join(", ")
     ))
     .hint("name the 16-bit model that the checkpoint was made from, or measure its shape with `--weights random`")
 }
@@ -153,20 +196,21 @@ mod tests {
         for entry in FORMATS {
             let Some(section) = section(*entry, 6.0) else { continue };
             let found = PreQuantized::of(&json!({ "quantization_config": section })).unwrap();
-            assert_eq!(found, Some(PreQuantized { precision: *entry, int8_threshold: 6.0, skipped: Vec::new() }));
+            let found = found.expect("a quantization");
+            assert_eq!((found.precision, found.int8_threshold, found.skipped), (*entry, 6.0, Vec::new()));
             sections += 1;
         }
         assert_eq!(sections, 3);
-        assert_eq!(PreQuantized::of(&json!({})).unwrap(), None);
+        assert!(PreQuantized::of(&json!({})).unwrap().is_none());
     }
 
     #[test]
     fn what_is_not_known_is_named() {
         for (section, expected) in [
-            (json!({"quant_method": "gptq"}), "`gptq`"),
+            (json!({"quant_method": "hqq"}), "`hqq` (integers of HQQ)"),
             (json!({}), "`unknown`"),
             (json!({"quant_method": "bitsandbytes"}), "`false, false`"),
-            (json!({"load_in_4bit": true}), "`fp4`"),
+            (json!({"load_in_4bit": true, "bnb_4bit_quant_type": "fp5"}), "`fp5`"),
             (json!({"load_in_4bit": true, "load_in_8bit": true}), "`true, true`"),
             (
                 json!({"load_in_4bit": true, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"}),

@@ -3,6 +3,7 @@
 use safetensors::Dtype;
 
 use super::{forms, name_of};
+use crate::quant::bnb4::Blocks4;
 use crate::quant::{FORMATS, FormatId};
 use crate::weights::safetensors::Safetensors;
 
@@ -33,6 +34,8 @@ pub struct Held {
     /// Formats that hold any, in the order of the table.
     formats: Vec<FormatId>,
     has_fp4: bool,
+    /// The 4 bits of the first matrix, where they are no NF4 in blocks of 64.
+    pub other_blocks: Option<Blocks4>,
     /// Tensors that are no plain values and none of these.
     has_others: bool,
 }
@@ -51,6 +54,7 @@ impl Held {
                 held.has_others = true;
             }
         }
+        held.other_blocks = other_blocks(files);
         held.formats.sort_by_key(|format| FORMATS.iter().position(|known| known == format));
         held.formats.dedup();
         held
@@ -58,7 +62,7 @@ impl Held {
 
     /// Whether no matrix is quantized.
     pub fn is_plain(&self) -> bool {
-        let Self { formats, has_fp4, has_others } = self;
+        let Self { formats, has_fp4, has_others, other_blocks: _ } = self;
         formats.is_empty() && !has_fp4 && !has_others
     }
 
@@ -74,6 +78,16 @@ impl Held {
     pub fn names(&self) -> Vec<&'static str> {
         self.formats.iter().map(|format| format.name).chain(self.has_fp4.then_some("fp4")).collect()
     }
+}
+
+/// What the first `quant_state` says, where it is no NF4 in blocks of 64; `None` too where it cannot be read, which is said as its matrix is.
+fn other_blocks(files: &Safetensors) -> Option<Blocks4> {
+    const MOST_BYTES: u64 = 1 << 16;
+    let is_state = |name: &&String| name.contains(".quant_state.bitsandbytes__");
+    let name = files.names().into_iter().find(|name| is_state(&name))?;
+    let bytes = files.get(&name).map(|tensor| tensor.bytes).filter(|bytes| *bytes <= MOST_BYTES)?;
+    let blocks = Blocks4::parse(&files.bytes_at(&name, 0, bytes as usize).ok()?).ok()?;
+    (blocks.is_fp4 || blocks.block != 64).then_some(blocks)
 }
 
 fn is_plain(dtype: Dtype) -> bool {

@@ -1,4 +1,4 @@
-//! GGUF files, llama.cpp's: a checkpoint as one file, read as stored ([`GgufFile`]) and written in F16 ([`export`]).
+//! GGUF files, llama.cpp's: a checkpoint as one file, read as stored ([`GgufFile`]) and written ([`export`]).
 //!
 //! Names, metadata and the order of rows are those of llama.cpp's `constants.py` and `convert_hf_to_gguf.py`; the layout is that of
 //! ggml's `docs/gguf.md`, version 3.
@@ -7,6 +7,7 @@ mod config;
 mod cursor;
 mod file;
 mod metadata;
+mod recipe;
 mod source;
 mod tokenizer;
 mod write;
@@ -15,18 +16,18 @@ use anyhow::{Result, ensure};
 
 pub use config::config;
 pub use file::GgufFile;
+pub use recipe::Recipe;
 pub(super) use source::{GgufSource, hold, is_f16, quantized};
 pub(super) use tokenizer::{chat_template, open as tokenizer};
-pub use write::export;
+pub use write::{export, not_written};
 
 const MAGIC: &[u8; 4] = b"GGUF";
 const VERSION: u32 = 3;
 /// Where tensors begin, unless a key says otherwise.
 const ALIGNMENT: u64 = 32;
-/// Types of tensors and `general.file_type`, in ggml's numbers.
+/// Types of tensors, in ggml's numbers.
 const F32: u32 = 0;
 const F16: u32 = 1;
-const MOSTLY_F16: u32 = 1;
 /// Types of values, in GGUF's numbers.
 const UINT32: u32 = 4;
 const FLOAT32: u32 = 6;

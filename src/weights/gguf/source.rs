@@ -18,7 +18,7 @@ use crate::quant::{FormatId, Part};
 use crate::weights::bnb::PreQuantized;
 use crate::weights::bound::Labels;
 use crate::weights::safetensors::listed;
-use crate::weights::spec::{MatrixSpec, VectorSpec};
+use crate::weights::spec::{HeldAs, MatrixSpec, VectorSpec};
 use crate::weights::{Source, SourceInfo, cast};
 
 /// What the file is called by: `None` where all of it is in plain values, which is a checkpoint like any other. The name is that of its
@@ -35,7 +35,7 @@ pub fn quantized(file: &GgufFile) -> Option<PreQuantized> {
     let is_held = |format: &FormatId| values.values().any(|(_, held)| held == format);
     let is_one_type = |format: &FormatId| crate::quant::ggml::TYPES.iter().any(|known| known.format == *format);
     let precision = recipe.filter(|recipe| is_held(recipe) || !is_one_type(recipe)).unwrap_or(*commonest);
-    Some(PreQuantized { precision, int8_threshold: 6.0, skipped: Vec::new() })
+    Some(PreQuantized::of_format(precision))
 }
 
 /// Whether all matrices are in F16.
@@ -46,7 +46,8 @@ pub fn is_f16(file: &GgufFile) -> bool {
 /// Marks the matrices with the formats that a quantized file holds them in.
 pub fn hold(file: &GgufFile, matrices: &mut [MatrixSpec]) {
     for spec in matrices {
-        spec.held = gguf_name(&spec.name).and_then(|name| file.get(&name)).map(|tensor| tensor.kind.format);
+        let tensor = gguf_name(&spec.name).and_then(|name| file.get(&name));
+        spec.held = tensor.map(|tensor| HeldAs { format: tensor.kind.format, bytes: tensor.bytes });
     }
 }
 
@@ -234,7 +235,7 @@ impl Source for GgufSource {
     }
 
     fn parts(&self, spec: &MatrixSpec) -> Option<Result<Vec<Part>>> {
-        let format = spec.held?;
+        let format = spec.held?.format;
         Some(self.rows(&spec.name, 0..spec.n).map(|(found, bytes)| {
             // Plain values that have a format of their own; others are blocks.
             let plain = found.tensor.kind.plain.filter(|_| !format.is_stored);

@@ -1,4 +1,4 @@
-//! A checkpoint as one GGUF file in F16, with which llama.cpp runs the same weights. Its quantizer makes its other formats of it.
+//! A checkpoint as one GGUF file, with which llama.cpp runs the same weights: in F16, or in the types of one of its own recipes.
 //!
 //! The file has no vocabulary (`no_vocab`): it is for token ids.
 
@@ -10,13 +10,16 @@ use anyhow::{Context, Result};
 use half::f16;
 use serde_json::Value;
 
+use super::recipe::{Recipe, plain};
 use super::{
-    ALIGNMENT, F16, F32, FAMILIES, FLOAT32, Family, MAGIC, MOSTLY_F16, ROPE_FREQS, STRING, UINT32, VERSION, gguf_name,
-    is_turned, order,
+    ALIGNMENT, F16, F32, FAMILIES, FLOAT32, Family, MAGIC, ROPE_FREQS, STRING, UINT32, VERSION, gguf_name, is_turned,
+    order, recipe,
 };
 use crate::error::{BadInput, nearest};
 use crate::events::{Event, Listener, Unit};
-use crate::weights::spec::{MatrixSpec, VectorSpec};
+use crate::quant::ggml::GgmlType;
+use crate::quant::{FormatId, FormatOptions, HalfMatrix};
+use crate::weights::spec::{MatrixSpec, Role, VectorSpec};
 use crate::weights::{Checkpoint, Source};
 
 /// A tensor of the file.
@@ -27,19 +30,18 @@ struct Tensor {
     /// Rows and their length; a vector has one.
     n: usize,
     k: usize,
-    dtype: u32,
+    kind: &'static GgmlType,
     /// Rows of a head, where its rows are put in another order.
     head_rows: Option<usize>,
 }
 
 impl Tensor {
     fn bytes(&self) -> u64 {
-        let element = if self.dtype == F16 { 2 } else { 4 };
-        (self.n * self.k * element) as u64
+        (self.n * self.kind.row_bytes(self.k).unwrap_or(0)) as u64
     }
 }
 
-/// Writes `checkpoint`, whose model needs these tensors, to the new file `output`, which is written atomically. Gives its size and how many
+/// Writes `checkpoint`, whose model needs these tensors, by the recipe of `format` to the new file `output`, which is written atomically. Gives its size and how many
 /// finite values became infinite in fp16.
 ///
 /// Fails with [`BadInput`] for a family or a setting that llama.cpp computes otherwise or that is not written yet, for a checkpoint that is
@@ -47,23 +49,26 @@ impl Tensor {
 pub fn export(
     checkpoint: &Checkpoint,
     (matrices, vectors): (&[MatrixSpec], &[VectorSpec]),
+    format: FormatId,
     output: &Path,
     events: &dyn Listener,
 ) -> Result<(u64, usize)> {
+    let recipe = Recipe::of(format).ok_or_else(|| not_written(format))?;
     if let Some(own) = &checkpoint.quantized {
-        let message = format!("`{}` is saved in `{}`, and a GGUF is made of fp16", checkpoint.id, own.precision);
+        let message =
+            format!("`{}` is saved in `{}`, and a GGUF is made of plain weights", checkpoint.id, own.precision);
         return Err(BadInput::new(message).hint("name the model that it was made from").into());
     }
     let config = Config(&checkpoint.config);
     let family = config.family()?;
     let factors = config.rope_factors()?;
-    let tensors = tensors(family, &config, (matrices, vectors), factors.as_deref())?;
+    let tensors = tensors(family, &config, &recipe, (matrices, vectors), factors.as_deref())?;
     let source = checkpoint.source_with(matrices, vectors, events)?;
     let folder = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let unwritable = |error: std::io::Error| BadInput::new(format!("cannot write `{}`: {error}", output.display()));
     let temporary = tempfile::NamedTempFile::new_in(folder).map_err(unwritable)?;
     let mut file = BufWriter::with_capacity(1 << 20, temporary.as_file());
-    let header = header(&config.metadata(family, &checkpoint.id)?, &tensors);
+    let header = header(&config.metadata(family, &recipe, &checkpoint.id)?, &tensors);
     file.write_all(&header)?;
     let total = tensors.iter().map(Tensor::bytes).sum();
     events.on(Event::Begin { label: "export gguf".to_owned(), total, unit: Unit::Bytes });
@@ -87,6 +92,15 @@ pub fn export(
 fn make_readable(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o644))?)
+}
+
+/// Whether LongRoPE has one list of divisors for all lengths, and no other factor.
+fn is_one_list(rope: &Value) -> bool {
+    rope["short_factor"] == rope["long_factor"] && rope["attention_factor"].as_f64() == Some(1.0)
+}
+
+fn floats(list: &Value) -> Vec<f32> {
+    list.as_array().into_iter().flatten().filter_map(Value::as_f64).map(|value| value as f32).collect()
 }
 
 /// As messages list them.
@@ -145,6 +159,8 @@ impl Config<'_> {
         match kind {
             "default" => return Ok(None),
             "llama3" => {}
+            // As a file with divisors of its own is read.
+            "longrope" if is_one_list(rope) => return Ok(Some(floats(&rope["long_factor"]))),
             other => return Err(BadInput::new(format!("no GGUF is written with the rope scaling `{other}`"))),
         }
         let number = |key: &str| {
@@ -169,13 +185,12 @@ impl Config<'_> {
         Ok(Some((0..turned / 2).map(|pair| divisor(pair) as f32).collect()))
     }
 
-    fn metadata(&self, family: &Family, name: &str) -> Result<Vec<(String, Meta)>, BadInput> {
+    fn metadata(&self, family: &Family, recipe: &Recipe, name: &str) -> Result<Vec<(String, Meta)>, BadInput> {
         let of = |key: &str, value| (format!("{}.{key}", family.name), value);
         let (heads, head_dim) = (self.needed("num_attention_heads")?, self.head_dim()?);
         let mut all = vec![
             ("general.architecture".to_owned(), Meta::Text(family.name.to_owned())),
             ("general.name".to_owned(), Meta::Text(name.to_owned())),
-            ("general.file_type".to_owned(), Meta::Number(MOSTLY_F16)),
             ("general.quantization_version".to_owned(), Meta::Number(2)),
             of("vocab_size", Meta::Number(self.needed("vocab_size")?)),
             of("context_length", Meta::Number(self.needed("max_position_embeddings")?)),
@@ -190,6 +205,7 @@ impl Config<'_> {
             of("rope.freq_base", Meta::Float(self.theta() as f32)),
             ("tokenizer.ggml.model".to_owned(), Meta::Text("no_vocab".to_owned())),
         ];
+        all.extend(recipe.file_type.map(|number| ("general.file_type".to_owned(), Meta::Number(number))));
         all.push(match self.float("rms_norm_eps") {
             Some(eps) => of("attention.layer_norm_rms_epsilon", Meta::Float(eps as f32)),
             None => {
@@ -210,23 +226,30 @@ enum Meta {
 fn tensors(
     family: &Family,
     config: &Config,
+    recipe: &Recipe,
     (matrices, vectors): (&[MatrixSpec], &[VectorSpec]),
     factors: Option<&[f32]>,
 ) -> Result<Vec<Tensor>, BadInput> {
     let head_dim = config.head_dim()? as usize;
+    let layers = config.needed("num_hidden_layers")? as usize;
+    let has_head = matrices.iter().any(|spec| spec.role == Role::Head);
+    let of = |from: &String| gguf_name(from).ok_or_else(|| BadInput::new(format!("no GGUF has a tensor for `{from}`")));
     let mut all = Vec::new();
-    for (from, n, k, dtype) in matrices
-        .iter()
-        .map(|spec| (&spec.name, spec.n, spec.k, F16))
-        .chain(vectors.iter().map(|spec| (&spec.name, 1, spec.len, F32)))
-    {
-        let name = gguf_name(from).ok_or_else(|| BadInput::new(format!("no GGUF has a tensor for `{from}`")))?;
+    for spec in matrices {
+        let (name, n, k) = (of(&spec.name)?, spec.n, spec.k);
+        let is_kept = spec.role == Role::Kept;
+        let kind = if is_kept { plain(F16) } else { recipe.kind(&name, k, layers, has_head) };
         let head_rows = is_turned(family, &name).then_some(head_dim);
-        all.push(Tensor { name, from: Some(from.clone()), n, k, dtype, head_rows });
+        all.push(Tensor { name, from: Some(spec.name.clone()), n, k, kind, head_rows });
+    }
+    for spec in vectors {
+        let name = of(&spec.name)?;
+        let head_rows = is_turned(family, &name).then_some(head_dim);
+        all.push(Tensor { name, from: Some(spec.name.clone()), n: 1, k: spec.len, kind: plain(F32), head_rows });
     }
     if let Some(factors) = factors {
         let (name, k) = (ROPE_FREQS.to_owned(), factors.len());
-        all.push(Tensor { name, from: None, n: 1, k, dtype: F32, head_rows: None });
+        all.push(Tensor { name, from: None, n: 1, k, kind: plain(F32), head_rows: None });
     }
     Ok(all)
 }
@@ -255,10 +278,10 @@ fn header(metadata: &[(String, Meta)], tensors: &[Tensor]) -> Vec<u8> {
     for tensor in tensors {
         text(&mut out, &tensor.name);
         // The length of a row first.
-        let dims: &[usize] = if tensor.dtype == F32 { &[tensor.k] } else { &[tensor.k, tensor.n] };
+        let dims: &[usize] = if tensor.kind.number == F32 { &[tensor.k] } else { &[tensor.k, tensor.n] };
         out.extend((dims.len() as u32).to_le_bytes());
         dims.iter().for_each(|dim| out.extend((*dim as u64).to_le_bytes()));
-        out.extend(tensor.dtype.to_le_bytes());
+        out.extend(tensor.kind.number.to_le_bytes());
         out.extend(u64::to_le_bytes(offset));
         offset = (offset + tensor.bytes()).next_multiple_of(ALIGNMENT);
     }
@@ -269,7 +292,7 @@ fn header(metadata: &[(String, Meta)], tensors: &[Tensor]) -> Vec<u8> {
 /// Writes the values and the gap behind them; gives how many became infinite.
 fn write(file: &mut impl Write, tensor: &Tensor, source: &dyn Source, factors: &[f32]) -> Result<usize> {
     let mut overflow = 0;
-    match (&tensor.from, tensor.dtype) {
+    match (&tensor.from, tensor.kind.number) {
         (None, _) => factors.iter().try_for_each(|value| file.write_all(&value.to_le_bytes()))?,
         (Some(from), F16) => {
             let mut values = vec![f16::ZERO; tensor.n * tensor.k];
@@ -279,7 +302,7 @@ fn write(file: &mut impl Write, tensor: &Tensor, source: &dyn Source, factors: &
                 file.write_all(bytemuck::cast_slice(row))?;
             }
         }
-        (Some(from), _) => {
+        (Some(from), F32) => {
             // Of vectors, too, the values that our fp16 has.
             let mut values = vec![f16::ZERO; tensor.k];
             let rows = source.shape(from).and_then(|shape| shape.first().copied()).unwrap_or(tensor.k);
@@ -288,10 +311,45 @@ fn write(file: &mut impl Write, tensor: &Tensor, source: &dyn Source, factors: &
                 file.write_all(&values[at].to_f32().to_le_bytes())?;
             }
         }
+        (Some(from), _) => overflow = write_blocks(file, tensor, from, source)?,
     }
     let gap = tensor.bytes().next_multiple_of(ALIGNMENT) - tensor.bytes();
     file.write_all(&[0; ALIGNMENT as usize][..gap as usize])?;
     Ok(overflow)
+}
+
+/// Writes a matrix in blocks; gives how many values became infinite in fp16, of which the blocks are made.
+fn write_blocks(file: &mut impl Write, tensor: &Tensor, from: &str, source: &dyn Source) -> Result<usize> {
+    let (n, k) = (tensor.n, tensor.k);
+    let mut values = vec![f16::ZERO; n * k];
+    let overflow = source.read_rows(from, 0..n, &mut values)?;
+    // Rows are quantized by themselves, so that threads share them in any way.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let rows = n.div_ceil(threads).max(1);
+    let make = |values: &[f16]| -> Result<Vec<u8>> {
+        let format = (tensor.kind.format.new)(FormatOptions::default());
+        let weight = HalfMatrix { n: values.len() / k, k, data: values.to_vec() };
+        let parts = format.quantize(weight).with_context(|| format!("quantizing `{from}`"))?.parts();
+        Ok(parts.into_iter().flat_map(|part| part.bytes).collect())
+    };
+    let made: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = values.chunks(rows * k).map(|values| scope.spawn(move || make(values))).collect();
+        let failed = |_| Err(anyhow::anyhow!("a thread that quantized `{from}` ended early"));
+        workers.into_iter().map(|worker| worker.join().unwrap_or_else(failed)).collect()
+    });
+    let bytes = made.into_iter().collect::<Result<Vec<_>>>()?.concat();
+    let row_bytes = bytes.len() / n;
+    for row in order(n, tensor.head_rows)? {
+        file.write_all(&bytes[row * row_bytes..(row + 1) * row_bytes])?;
+    }
+    Ok(overflow)
+}
+
+/// The error for a format that no file is written in.
+pub fn not_written(format: FormatId) -> BadInput {
+    let names: Vec<&str> = recipe::names().collect();
+    BadInput::new(format!("`--format gguf` writes {}, and `{format}` was asked for", names.join(", ")))
+        .hint("write one of these; llama.cpp's own quantizer makes its other formats of an fp16 file")
 }
 
 #[cfg(test)]

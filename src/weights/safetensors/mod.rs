@@ -300,20 +300,27 @@ impl Safetensors {
     }
 }
 
+impl Safetensors {
+    /// `len` bytes of a tensor, little-endian as they are saved, from byte `first` on. Fails where it has not as many, and on an I/O error.
+    pub fn bytes_at(&self, name: &str, first: usize, len: usize) -> Result<Vec<u8>> {
+        let tensor = self.tensor(name)?;
+        let end = first.checked_add(len).filter(|end| *end as u64 <= tensor.bytes);
+        ensure!(end.is_some(), "{len} bytes at {first} of `{name}`, which has {}", tensor.bytes);
+        let shard = &self.files[tensor.shard];
+        let (mut bytes, offset) = (vec![0; len], tensor.offset + first as u64);
+        let read = shard.file.read_exact_at(&mut bytes, offset);
+        read.with_context(|| format!("reading `{name}` at byte {offset} of `{}`", shard.name))?;
+        Ok(bytes)
+    }
+}
+
 impl Lookup for Safetensors {
     fn shape_of(&self, name: &str) -> Option<(Dtype, &[usize])> {
         self.tensors.get(name).map(|tensor| (tensor.dtype, tensor.shape.as_slice()))
     }
 
     fn bytes_of(&self, name: &str) -> Result<Vec<u8>> {
-        let tensor = self.tensor(name)?;
-        let shard = &self.files[tensor.shard];
-        let mut bytes = vec![0; tensor.bytes as usize];
-        shard
-            .file
-            .read_exact_at(&mut bytes, tensor.offset)
-            .with_context(|| format!("reading `{name}` at byte {} of `{}`", tensor.offset, shard.name))?;
-        Ok(bytes)
+        self.bytes_at(name, 0, self.tensor(name)?.bytes as usize)
     }
 }
 

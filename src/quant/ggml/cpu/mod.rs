@@ -8,17 +8,13 @@ mod avx512;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::super::cpu::panel::{self, PANEL_COLUMNS, PanelSource, Start};
-use super::super::cpu::{STRIP_ROWS, checked, strips, write_strip};
-use super::super::dense::cpu as dense;
+use super::super::cpu::rows::{self, DecodeRows};
+use super::super::cpu::{STRIP_ROWS, checked, panel::PANEL_COLUMNS};
 use super::super::{Activations, CpuMatrix, FormatId, Stored};
 use super::block::{Block, BlockStored, row_bytes};
 use crate::kernels::cpu::pages::Pages;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
-
-/// Values decoded at once, a multiple of every block's: 4 KiB.
-const PIECE: usize = 1024;
 
 /// Rows of blocks in huge pages.
 pub struct BlockMatrix<B> {
@@ -31,7 +27,7 @@ pub struct BlockMatrix<B> {
 
 impl<B: Block> BlockMatrix<B> {
     pub fn new(stored: BlockStored<B>, isa: Isa) -> Self {
-        const { assert!(PANEL_COLUMNS.is_multiple_of(B::LEN) && PIECE.is_multiple_of(B::LEN)) };
+        const { assert!(PANEL_COLUMNS.is_multiple_of(B::LEN)) };
         let mut blocks = Pages::required(stored.bytes.len());
         blocks.copy_from_slice(&stored.bytes);
         Self { n: stored.n, k: stored.k, isa: checked(isa), blocks, block: PhantomData }
@@ -41,40 +37,6 @@ impl<B: Block> BlockMatrix<B> {
     fn blocks(&self, row: usize, columns: Range<usize>) -> &[u8] {
         let row = &self.blocks[row * row_bytes::<B>(self.k)..][..row_bytes::<B>(self.k)];
         &row[columns.start / B::LEN * B::BYTES..columns.end / B::LEN * B::BYTES]
-    }
-
-    fn decode(&self, blocks: &[u8], values: &mut [f32]) {
-        match self.isa {
-            // SAFETY: the instruction set is checked.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { decode_avx512::<B>(blocks, values) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { decode_avx2::<B>(blocks, values) },
-            _ => decode::<B>(blocks, values),
-        }
-    }
-
-    /// `x` is `[k]`.
-    fn dot(&self, row: usize, x: &[f32]) -> f32 {
-        match self.isa {
-            // SAFETY: the instruction set is checked.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::dot::<B>(self.blocks(row, 0..self.k), x) },
-            _ => None,
-        }
-        .unwrap_or_else(|| self.decoded_dot(row, x))
-    }
-
-    fn decoded_dot(&self, row: usize, x: &[f32]) -> f32 {
-        let mut piece = [0.0f32; PIECE];
-        let mut sum = 0.0;
-        for (at, x) in x.chunks(PIECE).enumerate() {
-            let values = &mut piece[..x.len()];
-            self.decode(self.blocks(row, at * PIECE..at * PIECE + x.len()), values);
-            sum += dense::dot::<f32>(self.isa, values, x);
-        }
-        sum
     }
 }
 
@@ -101,7 +63,7 @@ unsafe fn decode_avx2<B: Block>(blocks: &[u8], values: &mut [f32]) {
     decode::<B>(blocks, values);
 }
 
-impl<B: Block> PanelSource for BlockMatrix<B> {
+impl<B: Block> DecodeRows for BlockMatrix<B> {
     fn isa(&self) -> Isa {
         self.isa
     }
@@ -110,14 +72,27 @@ impl<B: Block> PanelSource for BlockMatrix<B> {
         (self.n, self.k)
     }
 
-    fn decode_panel(&self, strip: usize, columns: Range<usize>, panel: &mut [f32]) {
-        let mut rows = [[0.0f32; PANEL_COLUMNS]; STRIP_ROWS];
-        for (r, values) in rows.iter_mut().enumerate() {
-            // The last row stands in for those that are missing.
-            let row = (strip * STRIP_ROWS + r).min(self.n - 1);
-            self.decode(self.blocks(row, columns.clone()), &mut values[..columns.len()]);
+    fn decode(&self, row: usize, columns: Range<usize>, values: &mut [f32]) {
+        let blocks = self.blocks(row, columns);
+        match self.isa {
+            // SAFETY: the instruction set is checked.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { decode_avx512::<B>(blocks, values) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { decode_avx2::<B>(blocks, values) },
+            _ => decode::<B>(blocks, values),
         }
-        dense::transpose::<f32>(self.isa, rows.each_ref().map(|row| &row[..columns.len()]), panel);
+    }
+
+    fn dot(&self, row: usize, x: &[f32]) -> f32 {
+        match self.isa {
+            // SAFETY: the instruction set is checked.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { avx512::dot::<B>(self.blocks(row, 0..self.k), x) },
+            _ => None,
+        }
+        .unwrap_or_else(|| rows::decoded_dot(self, row, x))
     }
 }
 
@@ -143,9 +118,7 @@ impl<B: Block> CpuMatrix for BlockMatrix<B> {
     }
 
     fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        for (row, out) in rows.zip(out.chunks_exact_mut(self.k)) {
-            self.decode(self.blocks(row, 0..self.k), out);
-        }
+        rows::dequantize(self, rows, out);
     }
 
     fn memory_of(&self, rows: Range<usize>, piece: &mut dyn FnMut(&[u8])) {
@@ -165,12 +138,6 @@ impl<B: Block> CpuMatrix for BlockMatrix<B> {
         y: &SharedSlice<'_, f32>,
         scratch: &mut Vec<f32>,
     ) {
-        if x.m > 1 {
-            return panel::multiply(self, x.f32s, x.m, rows, Start::Bias(bias), y, scratch);
-        }
-        for strip in strips(&rows) {
-            let sums = std::array::from_fn(|r| self.dot((strip * STRIP_ROWS + r).min(self.n - 1), x.f32s));
-            write_strip(&sums, strip, &rows, bias, 0, y);
-        }
+        rows::multiply(self, x, rows, bias, y, scratch);
     }
 }

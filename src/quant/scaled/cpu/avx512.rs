@@ -1,0 +1,177 @@
+//! AVX-512: codes become the same fp32 values in registers as the plain decoder makes, 32 at once.
+//!
+//! Of 32 codes of 4 bits in 16 bytes, byte j holds codes j (low nibble) and j + 16 (high nibble) here ([`split`]), so that each half becomes 16
+//! values by one permutation of the table, which has zero and scale in it.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::super::Scaling;
+use super::super::codes::{Meaning, nibble};
+use super::super::scales::Groups;
+
+/// Codes that kernels take at once.
+const BLOCK: usize = 32;
+/// A smaller group that they know: one for each half.
+const HALF: usize = BLOCK / 2;
+
+/// Whether the kernels run a matrix: no group begins or ends inside of a block, but for halves, and no code of 8 bits is NaN.
+pub fn takes(scaling: &Scaling, bytes: &[u8]) -> bool {
+    let is_number = |bytes: &[u8]| !bytes.iter().any(|code| code & 0x7f == 0x7f);
+    let is_cut = match &scaling.groups {
+        Groups::Tiles { columns, .. } => columns.is_multiple_of(BLOCK) || *columns == HALF || *columns >= scaling.k,
+        Groups::Runs(length) => length.is_multiple_of(BLOCK) && scaling.k.is_multiple_of(BLOCK),
+        Groups::Listed { .. } => false,
+    };
+    is_cut && (!matches!(scaling.meaning, Meaning::E4m3) || is_number(bytes))
+}
+
+/// Puts the nibbles of each whole block of a row into the order of the kernels.
+pub fn split(row: &mut [u8]) {
+    for block in row.as_chunks_mut::<HALF>().0 {
+        let plain = *block;
+        for (at, byte) in block.iter_mut().enumerate() {
+            *byte = nibble(&plain, at) | nibble(&plain, at + HALF) << 4;
+        }
+    }
+}
+
+/// Undoes [`split`].
+pub fn joined(row: &mut [u8]) {
+    for block in row.as_chunks_mut::<HALF>().0 {
+        let split = *block;
+        let code = |at: usize| if at < HALF { split[at] & 15 } else { split[at - HALF] >> 4 };
+        for (at, byte) in block.iter_mut().enumerate() {
+            *byte = code(2 * at) | code(2 * at + 1) << 4;
+        }
+    }
+}
+
+/// Scale and zero of a group.
+fn factors(scaling: &Scaling, group: usize) -> (f32, f32) {
+    let zero = scaling.zeros.as_ref().map_or(0.0, |zeros| f32::from(zeros.get(group)));
+    (scaling.scales.get(group), zero)
+}
+
+/// 16 bytes from `at` on.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load16(bytes: &[u8], at: usize) -> __m128i {
+    let bytes = &bytes[at..][..16];
+    // SAFETY: 16 bytes.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+/// The values of the 4-bit codes under a scale and a zero.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn table_of(values: &[f32; 16], (scale, zero): (f32, f32)) -> __m512 {
+    // SAFETY: 16 values.
+    let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+    _mm512_mul_ps(_mm512_sub_ps(values, _mm512_set1_ps(zero)), _mm512_set1_ps(scale))
+}
+
+/// The values of 16 codes of 8 bits.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn of_bytes(meaning: &Meaning, codes: __m128i, (scale, zero): (f32, f32)) -> __m512 {
+    let wide = _mm512_cvtepu8_epi32(codes);
+    let values = match meaning {
+        Meaning::E4m3 => {
+            let magnitude = _mm512_slli_epi32::<20>(_mm512_and_si512(wide, _mm512_set1_epi32(0x7f)));
+            let sign = _mm512_slli_epi32::<24>(_mm512_and_si512(wide, _mm512_set1_epi32(0x80)));
+            let bits = _mm512_castsi512_ps(_mm512_or_si512(magnitude, sign));
+            _mm512_mul_ps(bits, _mm512_set1_ps(f32::from_bits(0x7b80_0000)))
+        }
+        Meaning::Bytes { offset } => _mm512_sub_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(zero + offset)),
+        Meaning::Nibbles(_) => _mm512_setzero_ps(),
+    };
+    _mm512_mul_ps(values, _mm512_set1_ps(scale))
+}
+
+/// Hands out the whole blocks of `columns` of a row as two halves of 16 values, in order. Returns the column behind them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+fn blocks(
+    scaling: &Scaling,
+    codes: &[u8],
+    row: usize,
+    columns: Range<usize>,
+    mut each: impl FnMut(usize, __m512, __m512),
+) -> usize {
+    let mut column = columns.start;
+    let behind = columns.start + columns.len() / BLOCK * BLOCK;
+    while column < behind {
+        let (group, end) = scaling.groups.at(scaling.k, row, column);
+        // Of groups of 16 each half has its own.
+        let is_half = end - column == HALF;
+        let end = if is_half { column + BLOCK } else { end.min(behind) };
+        let low = factors(scaling, group);
+        let high = if is_half { factors(scaling, group + 1) } else { low };
+        match &scaling.meaning {
+            Meaning::Nibbles(values) => {
+                let (low, high) = (table_of(values, low), table_of(values, high));
+                for at in (column..end).step_by(BLOCK) {
+                    // A permutation reads the lowest four bits of an index.
+                    let wide = _mm512_cvtepu8_epi32(load16(codes, at / 2));
+                    let high_codes = _mm512_srli_epi32::<4>(wide);
+                    each(at, _mm512_permutexvar_ps(wide, low), _mm512_permutexvar_ps(high_codes, high));
+                }
+            }
+            meaning => {
+                for at in (column..end).step_by(BLOCK) {
+                    let halves = (load16(codes, at), load16(codes, at + HALF));
+                    each(at, of_bytes(meaning, halves.0, low), of_bytes(meaning, halves.1, high));
+                }
+            }
+        }
+        column = end;
+    }
+    behind
+}
+
+/// 16 values from `at` on.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn values(x: &[f32], at: usize) -> __m512 {
+    let x = &x[at..][..16];
+    // SAFETY: 16 values.
+    unsafe { _mm512_loadu_ps(x.as_ptr()) }
+}
+
+/// `Σ row · x` for `x` `[k]`, of a matrix that the kernels [`takes`]; its 4-bit codes are [`split`].
+///
+/// # Safety
+/// The machine has AVX-512 F, BW, VL, DQ, F16C and FMA.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+pub unsafe fn dot(scaling: &Scaling, codes: &[u8], row: usize, x: &[f32]) -> f32 {
+    let mut sums = [_mm512_setzero_ps(); 4];
+    let behind = blocks(scaling, codes, row, 0..scaling.k, |column, low, high| {
+        let pair = column / BLOCK % 2 * 2;
+        sums[pair] = _mm512_fmadd_ps(low, values(x, column), sums[pair]);
+        sums[pair + 1] = _mm512_fmadd_ps(high, values(x, column + HALF), sums[pair + 1]);
+    });
+    let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+    let mut tail = [0.0f32; BLOCK];
+    let tail = &mut tail[..scaling.k - behind];
+    scaling.decode(codes, row, behind..scaling.k, tail);
+    tail.iter().zip(&x[behind..]).fold(_mm512_reduce_add_ps(sum), |sum, (w, x)| w.mul_add(*x, sum))
+}
+
+/// Decodes `columns` of a row, which begin at a block and end with one or with the row.
+///
+/// # Safety
+/// The machine has AVX-512 F, BW, VL, DQ, F16C and FMA.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")]
+pub unsafe fn decode(scaling: &Scaling, codes: &[u8], row: usize, columns: Range<usize>, out: &mut [f32]) {
+    let start = columns.start;
+    let behind = blocks(scaling, codes, row, columns.clone(), |column, low, high| {
+        let out = &mut out[column - start..][..BLOCK];
+        // SAFETY: 32 values.
+        unsafe {
+            _mm512_storeu_ps(out.as_mut_ptr(), low);
+            _mm512_storeu_ps(out.as_mut_ptr().add(HALF), high);
+        }
+    });
+    scaling.decode(codes, row, behind..columns.end, &mut out[behind - start..]);
+}
