@@ -6,6 +6,9 @@ mod avx512;
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use self::avx512::ScaledKernel;
+
 use super::super::cpu::rows::{self, DecodeRows};
 use super::super::cpu::{STRIP_ROWS, checked};
 use super::super::{Activations, CpuMatrix, FormatId, Stored};
@@ -14,24 +17,29 @@ use crate::kernels::cpu::pages::Pages;
 use crate::kernels::cpu::shared::SharedSlice;
 use crate::kernels::isa::Isa;
 
+/// No kernels for other machines.
+#[cfg(not(target_arch = "x86_64"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ScaledKernel {}
+
 /// Codes in huge pages, scales beside them.
 pub struct ScaledMatrix {
     scaling: Scaling,
     isa: Isa,
     codes: Pages,
-    /// Whether the kernels for AVX-512 run it, whose order its codes are in then.
-    has_kernel: bool,
+    /// The kernel for AVX-512, whose order its codes are in.
+    kernel: Option<ScaledKernel>,
 }
 
 impl ScaledMatrix {
     pub fn new(ScaledStored { scaling, bytes }: ScaledStored, isa: Isa) -> Self {
         let mut codes = Pages::required(bytes.len());
         codes.copy_from_slice(&bytes);
-        let has_kernel = has_kernel(isa, &scaling, &bytes);
+        let kernel = kernel(isa, &scaling, &bytes);
         #[allow(unused_mut, reason = "only kernels of x86-64 have an order of their own")]
-        let mut matrix = Self { scaling, isa: checked(isa), codes, has_kernel };
+        let mut matrix = Self { scaling, isa: checked(isa), codes, kernel };
         #[cfg(target_arch = "x86_64")]
-        if has_kernel {
+        if kernel == Some(ScaledKernel::Blocks) {
             reorder(&matrix.scaling, &mut matrix.codes, avx512::split);
         }
         matrix
@@ -47,8 +55,8 @@ impl ScaledMatrix {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn has_kernel(isa: Isa, scaling: &Scaling, bytes: &[u8]) -> bool {
-    isa == Isa::Avx512 && avx512::takes(scaling, bytes)
+fn kernel(isa: Isa, scaling: &Scaling, bytes: &[u8]) -> Option<ScaledKernel> {
+    if isa == Isa::Avx512 { avx512::kernel(scaling, bytes) } else { None }
 }
 
 /// Applies `order` to each row of 4-bit codes.
@@ -60,8 +68,8 @@ fn reorder(scaling: &Scaling, codes: &mut [u8], order: fn(&mut [u8])) {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn has_kernel(_: Isa, _: &Scaling, _: &[u8]) -> bool {
-    false
+fn kernel(_: Isa, _: &Scaling, _: &[u8]) -> Option<ScaledKernel> {
+    None
 }
 
 /// # Safety
@@ -94,10 +102,12 @@ impl DecodeRows for ScaledMatrix {
         match self.isa {
             // SAFETY: the instruction set is checked.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 if self.has_kernel => unsafe { avx512::decode(&self.scaling, bytes, row, columns, out) },
-            // SAFETY: the instruction set is checked.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { decode_avx512(&self.scaling, bytes, row, columns, out) },
+            Isa::Avx512 => match self.kernel {
+                // SAFETY: as above.
+                Some(kernel) => unsafe { avx512::decode(kernel, &self.scaling, bytes, row, columns, out) },
+                // SAFETY: as above.
+                None => unsafe { decode_avx512(&self.scaling, bytes, row, columns, out) },
+            },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { decode_avx2(&self.scaling, bytes, row, columns, out) },
@@ -106,10 +116,10 @@ impl DecodeRows for ScaledMatrix {
     }
 
     fn dot(&self, row: usize, x: &[f32]) -> f32 {
-        match self.isa {
-            // SAFETY: the instruction set is checked.
+        match self.kernel {
+            // SAFETY: kernels are for a checked instruction set.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 if self.has_kernel => unsafe { avx512::dot(&self.scaling, self.row(row), row, x) },
+            Some(kernel) => unsafe { avx512::dot(kernel, &self.scaling, self.row(row), row, x) },
             _ => rows::decoded_dot(self, row, x),
         }
     }
@@ -136,7 +146,7 @@ impl CpuMatrix for ScaledMatrix {
         #[allow(unused_mut, reason = "only kernels of x86-64 have an order of their own")]
         let mut bytes = self.codes.to_vec();
         #[cfg(target_arch = "x86_64")]
-        if self.has_kernel {
+        if self.kernel == Some(ScaledKernel::Blocks) {
             reorder(&self.scaling, &mut bytes, avx512::joined);
         }
         Box::new(ScaledStored { scaling: self.scaling.clone(), bytes })
