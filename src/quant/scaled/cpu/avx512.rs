@@ -1,72 +1,15 @@
 //! AVX-512: codes become the same fp32 values in registers as the plain decoder makes, 32 at once.
 //!
-//! Of 32 codes of 4 bits in 16 bytes, byte j holds codes j (low nibble) and j + 16 (high nibble) here ([`split`]), so that each half becomes 16
+//! Of 32 codes of 4 bits in 16 bytes, byte j holds codes j (low nibble) and j + 16 (high nibble) here ([`super::blocks::split`]), so that each half becomes 16
 //! values by one permutation of the table, which has zero and scale in it.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::Scaling;
-use super::super::codes::{Meaning, nibble};
+use super::super::codes::Meaning;
 use super::super::scales::{GlobalOrder, Groups, Scales};
-
-/// Codes that kernels take at once.
-const BLOCK: usize = 32;
-/// A smaller group that they know: one for each half.
-const HALF: usize = BLOCK / 2;
-
-/// Groups of a row that a table on the stack holds.
-const MOST_LISTED: usize = 512;
-
-/// How the kernels run a matrix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ScaledKernel {
-    /// In whole blocks: no group begins or ends inside of one, but for halves, and no code of 8 bits is NaN.
-    Blocks,
-    /// By a table of a row's groups, from which each value takes its own.
-    Listed,
-}
-
-/// The kernel of a matrix; `None` for the plain decoder.
-pub fn kernel(scaling: &Scaling, bytes: &[u8]) -> Option<ScaledKernel> {
-    let is_e4m3 = matches!(scaling.meaning, Meaning::E4m3);
-    let has_nan = || is_e4m3 && bytes.iter().any(|code| code & 0x7f == 0x7f);
-    let blocks = |is_cut: bool| (is_cut && !has_nan()).then_some(ScaledKernel::Blocks);
-    match &scaling.groups {
-        Groups::Tiles { columns, .. } => {
-            blocks(columns.is_multiple_of(BLOCK) || *columns == HALF || *columns >= scaling.k)
-        }
-        Groups::Runs(length) => blocks(length.is_multiple_of(BLOCK) && scaling.k.is_multiple_of(BLOCK)),
-        Groups::Listed { count, .. } => (*count <= MOST_LISTED && !is_e4m3).then_some(ScaledKernel::Listed),
-    }
-}
-
-/// Puts the nibbles of each whole block of a row into the order of the kernels.
-pub fn split(row: &mut [u8]) {
-    for block in row.as_chunks_mut::<HALF>().0 {
-        let plain = *block;
-        for (at, byte) in block.iter_mut().enumerate() {
-            *byte = nibble(&plain, at) | nibble(&plain, at + HALF) << 4;
-        }
-    }
-}
-
-/// Undoes [`split`].
-pub fn joined(row: &mut [u8]) {
-    for block in row.as_chunks_mut::<HALF>().0 {
-        let split = *block;
-        let code = |at: usize| if at < HALF { split[at] & 15 } else { split[at - HALF] >> 4 };
-        for (at, byte) in block.iter_mut().enumerate() {
-            *byte = code(2 * at) | code(2 * at + 1) << 4;
-        }
-    }
-}
-
-/// Scale and zero of a group.
-fn factors(scaling: &Scaling, group: usize) -> (f32, f32) {
-    let zero = scaling.zeros.as_ref().map_or(0.0, |zeros| f32::from(zeros.get(group)));
-    (scaling.scales.get(group), zero)
-}
+use super::blocks::{BLOCK, HALF, MOST_LISTED, ScaledKernel, factors};
 
 /// The scales of 16 groups from a multiple of 16 on, as the last of them that were asked for needed them.
 struct SixteenScales {
@@ -241,7 +184,7 @@ fn listed(
     }
 }
 
-/// `Σ row · x` for `x` `[k]`, of a matrix with a [`kernel`]; the 4-bit codes of [`ScaledKernel::Blocks`] are [`split`].
+/// `Σ row · x` for `x` `[k]`, of a matrix with this kernel; the 4-bit codes of [`ScaledKernel::Blocks`] are split.
 ///
 /// # Safety
 /// The machine has AVX-512 F, BW, VL, DQ, F16C and FMA.
