@@ -42,6 +42,7 @@ impl QuantMethod for Awq {
             return Err(section.refused("bits", "4"));
         }
         section.one_of("version", &["gemm"], "gemm")?;
+        section.one_of("format", &["gemm"], "gemm")?;
         section.one_of("backend", &["autoawq", "auto"], "autoawq")?;
         // The zeros lie in the files, also those of symmetric weights.
         section.harmless(&[
@@ -51,7 +52,6 @@ impl QuantMethod for Awq {
             "fuse_max_seq_len",
             "modules_to_fuse",
             "exllama_config",
-            "format",
             "pack_dtype",
             "meta",
             "desc_act",

@@ -44,7 +44,8 @@ impl QuantMethod for CompressedTensors {
 
     fn read(&self, section: &Section) -> Result<Arc<dyn Scheme>> {
         section.one_of("format", LAYOUTS, "")?;
-        section.one_of("quantization_status", &["compressed"], "compressed")?;
+        // Older files of llm-compressor say `frozen` and are compressed; tensors of plain values are refused as they are found.
+        section.one_of("quantization_status", &["compressed", "frozen"], "compressed")?;
         section.harmless(HARMLESS);
         if let Some(sparsity) = section.inner("sparsity_config")? {
             sparsity.one_of("format", &["dense"], "dense")?;

@@ -50,6 +50,8 @@ pub enum DotKernel {
     Decoded,
     /// Of Q8_0.
     Bytes,
+    /// Of bf16, whose values stand alone.
+    Bf16,
     /// Blocks of 32 codes in 16 bytes from byte `at` on; a code means a value of `table`.
     Nibbles {
         at: usize,

@@ -55,6 +55,7 @@ impl Block for Bf16 {
     const LEN: usize = 1;
     const BYTES: usize = 2;
     const ENCODE: Option<BlockEncoder> = Some(encode::bf16);
+    const KERNEL: DotKernel = DotKernel::Bf16;
 
     #[inline(always)]
     fn decode(block: &[u8], values: &mut [f32]) {

@@ -14,6 +14,7 @@ pub unsafe fn dot<B: Block>(blocks: &[u8], x: &[f32]) -> Option<f32> {
     let pairs = blocks.chunks_exact(B::BYTES).zip(x.chunks_exact(B::LEN)).enumerate();
     match B::KERNEL {
         DotKernel::Decoded => return None,
+        DotKernel::Bf16 => return Some(bf16(blocks, x)),
         DotKernel::Bytes => pairs.for_each(|(at, (block, x))| sums[at % 2] = bytes(block, x, sums[at % 2])),
         DotKernel::Nibbles { at: from, table, has_min } => {
             // SAFETY: 16 values.
@@ -53,6 +54,28 @@ fn values(x: &[f32], at: usize) -> __m512 {
 fn half(block: &[u8], at: usize) -> __m512 {
     let bits = i32::from(u16::from_le_bytes([block[at], block[at + 1]]));
     _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)))
+}
+
+/// Values of 2 bytes, 64 at once: as many sums as FMAs are under way.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn bf16(bytes: &[u8], x: &[f32]) -> f32 {
+    const SUMS: usize = 4;
+    let mut sums = [_mm512_setzero_ps(); SUMS];
+    let (chunks, tail) = bytes.as_chunks::<{ 2 * 16 * SUMS }>();
+    for (chunk, x) in chunks.iter().zip(x.chunks_exact(16 * SUMS)) {
+        for (at, sum) in sums.iter_mut().enumerate() {
+            let half = &chunk[32 * at..][..32];
+            // SAFETY: 32 bytes.
+            let half = unsafe { _mm256_loadu_si256(half.as_ptr().cast()) };
+            let wide = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)));
+            *sum = _mm512_fmadd_ps(wide, values(x, 16 * at), *sum);
+        }
+    }
+    let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+    let behind = chunks.len() * 16 * SUMS;
+    let value = |bytes: &[u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+    let tail = tail.as_chunks::<2>().0.iter().zip(&x[behind..]);
+    tail.fold(_mm512_reduce_add_ps(sum), |sum, (bytes, x)| value(bytes).mul_add(*x, sum))
 }
 
 /// Q8_0.

@@ -1,11 +1,16 @@
-//! Scaled codes on the CPU: rows as they are stored, decoded piece by piece; with AVX-512 in registers, for which the nibbles of a block change
-//! places.
+//! Scaled codes on the CPU: rows as they are stored, decoded piece by piece; with AVX-512 and AVX2 in registers, for which the nibbles of a block
+//! change places.
 
+mod blocks;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
 use std::ops::Range;
 
+use self::blocks::ScaledKernel;
 use super::super::cpu::rows::{self, DecodeRows};
 use super::super::cpu::{STRIP_ROWS, checked};
 use super::super::{Activations, CpuMatrix, FormatId, Stored};
@@ -19,22 +24,19 @@ pub struct ScaledMatrix {
     scaling: Scaling,
     isa: Isa,
     codes: Pages,
-    /// Whether the kernels for AVX-512 run it, whose order its codes are in then.
-    has_kernel: bool,
+    /// Its codes are in the order of this kernel.
+    kernel: Option<ScaledKernel>,
 }
 
 impl ScaledMatrix {
     pub fn new(ScaledStored { scaling, bytes }: ScaledStored, isa: Isa) -> Self {
         let mut codes = Pages::required(bytes.len());
         codes.copy_from_slice(&bytes);
-        let has_kernel = has_kernel(isa, &scaling, &bytes);
-        #[allow(unused_mut, reason = "only kernels of x86-64 have an order of their own")]
-        let mut matrix = Self { scaling, isa: checked(isa), codes, has_kernel };
-        #[cfg(target_arch = "x86_64")]
-        if has_kernel {
-            reorder(&matrix.scaling, &mut matrix.codes, avx512::split);
+        let kernel = blocks::kernel(isa, &scaling, &bytes);
+        if kernel == Some(ScaledKernel::Blocks) {
+            reorder(&scaling, &mut codes, blocks::split);
         }
-        matrix
+        Self { scaling, isa: checked(isa), codes, kernel }
     }
 
     fn row_bytes(&self) -> usize {
@@ -46,22 +48,11 @@ impl ScaledMatrix {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-fn has_kernel(isa: Isa, scaling: &Scaling, bytes: &[u8]) -> bool {
-    isa == Isa::Avx512 && avx512::takes(scaling, bytes)
-}
-
 /// Applies `order` to each row of 4-bit codes.
-#[cfg(target_arch = "x86_64")]
 fn reorder(scaling: &Scaling, codes: &mut [u8], order: fn(&mut [u8])) {
     if scaling.meaning.bits() == 4 {
         codes.chunks_exact_mut(scaling.meaning.row_bytes(scaling.k)).for_each(order);
     }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn has_kernel(_: Isa, _: &Scaling, _: &[u8]) -> bool {
-    false
 }
 
 /// # Safety
@@ -91,25 +82,31 @@ impl DecodeRows for ScaledMatrix {
 
     fn decode(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
         let bytes = self.row(row);
-        match self.isa {
+        match (self.isa, self.kernel) {
             // SAFETY: the instruction set is checked.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 if self.has_kernel => unsafe { avx512::decode(&self.scaling, bytes, row, columns, out) },
-            // SAFETY: the instruction set is checked.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { decode_avx512(&self.scaling, bytes, row, columns, out) },
+            (Isa::Avx512, Some(kernel)) => unsafe { avx512::decode(kernel, &self.scaling, bytes, row, columns, out) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { decode_avx2(&self.scaling, bytes, row, columns, out) },
+            (Isa::Avx512, None) => unsafe { decode_avx512(&self.scaling, bytes, row, columns, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, Some(_)) => unsafe { avx2::decode(&self.scaling, bytes, row, columns, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, None) => unsafe { decode_avx2(&self.scaling, bytes, row, columns, out) },
             _ => self.scaling.decode(bytes, row, columns, out),
         }
     }
 
     fn dot(&self, row: usize, x: &[f32]) -> f32 {
-        match self.isa {
+        match (self.isa, self.kernel) {
             // SAFETY: the instruction set is checked.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 if self.has_kernel => unsafe { avx512::dot(&self.scaling, self.row(row), row, x) },
+            (Isa::Avx512, Some(kernel)) => unsafe { avx512::dot(kernel, &self.scaling, self.row(row), row, x) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, Some(_)) => unsafe { avx2::dot(&self.scaling, self.row(row), row, x) },
             _ => rows::decoded_dot(self, row, x),
         }
     }
@@ -133,11 +130,9 @@ impl CpuMatrix for ScaledMatrix {
     }
 
     fn unpack(&self) -> Box<dyn Stored> {
-        #[allow(unused_mut, reason = "only kernels of x86-64 have an order of their own")]
         let mut bytes = self.codes.to_vec();
-        #[cfg(target_arch = "x86_64")]
-        if self.has_kernel {
-            reorder(&self.scaling, &mut bytes, avx512::joined);
+        if self.kernel == Some(ScaledKernel::Blocks) {
+            reorder(&self.scaling, &mut bytes, blocks::joined);
         }
         Box::new(ScaledStored { scaling: self.scaling.clone(), bytes })
     }
