@@ -10,6 +10,9 @@ use crate::record::Record;
 
 /// `None` where no case was measured with several batches.
 pub fn table(cases: &[Case], terminal: &Terminal) -> Option<String> {
+    if cases.is_empty() {
+        return None;
+    }
     let telling = Telling::of(&cases.iter().collect::<Vec<_>>()).without_batches();
     // Runs without an interval are in no line: where these were the largest, the one before says the same.
     let mut runs: Vec<(String, &Run)> = Vec::new();

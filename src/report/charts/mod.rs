@@ -4,6 +4,7 @@ mod all_cases;
 mod axes;
 mod bars;
 mod batches;
+mod by_size;
 mod distribution;
 mod drawing;
 mod lines;
@@ -61,6 +62,7 @@ const CHARTS: &[Draw] = &[
     bars::latency,
     bars::energy,
     bars::divergence,
+    by_size::divergence_by_size,
     parts::memory_parts,
     bars::peak_memory,
     over_repeats::latency_per_token,

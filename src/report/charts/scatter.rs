@@ -119,7 +119,7 @@ impl Place {
 }
 
 /// Places the middle of the name of each dot. Where there is no free place, names overprint rather than vanish.
-fn labels(dots: &[(f64, f64)], widths: &[f64]) -> Vec<(f64, f64)> {
+pub fn labels(dots: &[(f64, f64)], widths: &[f64]) -> Vec<(f64, f64)> {
     let named: Vec<(usize, f64)> = widths.iter().copied().enumerate().collect();
     let beside = |&(at, width): &(usize, f64)| {
         let (x, y) = dots[at];
