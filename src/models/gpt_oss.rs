@@ -12,7 +12,7 @@ use crate::plan::{Builder, CLAMPED_SWIGLU_ALPHA, ExpertWeighting, GatedActivatio
 
 pub const ARCHITECTURE: Architecture = Architecture {
     model_type: "gpt_oss",
-    doc: "gpt-oss: decoder-only, experts, attention sinks (experts in bf16)",
+    doc: "gpt-oss: decoder-only, experts, attention sinks (experts in bf16 or MXFP4)",
     build,
 };
 

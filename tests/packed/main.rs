@@ -6,5 +6,6 @@
 mod golden;
 mod hostile;
 mod kernels;
+mod made;
 mod models;
 mod tensors;

@@ -148,7 +148,7 @@ fn ids_and_logits_are_those_of_the_dequantized_model() {
     }
 }
 
-fn architectures() -> PathBuf {
+pub fn architectures() -> PathBuf {
     match std::env::var_os("QUANTBENCH_ARCHITECTURES") {
         Some(folder) => folder.into(),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/architectures"),
