@@ -162,9 +162,12 @@ fn executors_refuse_by_name_batches_and_caches_that_they_cannot_run() {
 #[cfg(feature = "cuda")]
 #[test]
 fn the_cuda_engine_refuses_by_name_batches_and_caches_that_it_cannot_run() {
-    let refusal = |sequences, format| quantbench::lower::cuda::CALLS.check(sequences, format).unwrap_err().to_string();
-    assert_eq!(refusal(2, KvFormat::Fp16), "the CUDA engine cannot run a batch of 2 sequences; it runs 1");
-    assert_eq!(refusal(1, KvFormat::Fp32), "the CUDA engine cannot run a cache in fp32; it runs fp16");
+    use quantbench::lower::cuda::{CALLS, check_sequences};
+    let refusal = CALLS.check(1, KvFormat::Fp32).unwrap_err().to_string();
+    assert_eq!(refusal, "the CUDA engine cannot run a cache in fp32; it runs fp16");
+    let refusal = check_sequences(&shape("mixtral-8x7b"), 2).unwrap_err().to_string();
+    assert_eq!(refusal, "the CUDA engine cannot run a batch of 2 sequences of a mixture of experts; it runs 1");
+    assert!(check_sequences(&shape("mixtral-8x7b"), 1).is_ok() && check_sequences(&shape("phi-2"), 64).is_ok());
 }
 
 #[test]
@@ -228,6 +231,7 @@ fn shapes_have_as_many_parameters_as_the_models() {
         ("llama-3.1-8b", 8_030_261_248),
         ("mistral-7b", 7_248_023_552),
         ("mixtral-8x7b", 46_702_792_704),
+        ("gpt-oss-20b", 20_914_757_184),
         ("gemma-3-1b", 999_885_952),
         ("gemma-3-4b", 3_880_263_168),
         ("phi-4-mini", 3_836_021_760),

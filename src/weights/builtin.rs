@@ -73,6 +73,11 @@ static BUILT_IN: &[BuiltIn] = &[
         config: include_str!("../../configs/models/mixtral-8x7b.json"),
     },
     BuiltIn {
+        name: "gpt-oss-20b",
+        hub_id: "openai/gpt-oss-20b",
+        config: include_str!("../../configs/models/gpt-oss-20b.json"),
+    },
+    BuiltIn {
         name: "gemma-3-1b",
         hub_id: "google/gemma-3-1b-pt",
         config: include_str!("../../configs/models/gemma-3-1b.json"),

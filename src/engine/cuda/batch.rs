@@ -16,7 +16,7 @@ use crate::engine::{EncoderInput, Footprint, OutlierColumns, Session};
 use crate::kernels::cuda::place::Place;
 use crate::lower::cuda::{self as lower, CallInput, CallKind, CallShape};
 use crate::lower::prompt;
-use crate::plan::{EncoderInputKind, Model};
+use crate::plan::EncoderInputKind;
 
 /// A loaded model and the places of its sequences.
 pub struct BatchSession {
@@ -41,18 +41,6 @@ struct SequencePlace {
     encoded: usize,
     /// Tokens that were asked of the device: the number of the last one.
     steps: u32,
-}
-
-/// Refuses batches that no call computes.
-///
-/// # Errors
-/// If the model is a mixture of experts: their tokens are known to a step of one sequence alone.
-pub fn check(model: &Model, sequences: usize) -> Result<()> {
-    if sequences > 1 && model.experts().is_some() {
-        let executor = lower::CALLS.executor;
-        bail!("{executor} cannot run a batch of {sequences} sequences of a mixture of experts; it runs 1");
-    }
-    Ok(())
 }
 
 impl BatchSession {

@@ -59,7 +59,7 @@ pub struct CudaSession {
 /// Loads `setup` onto device `ordinal`.
 pub fn load(setup: &Setup, ordinal: usize, events: &dyn Listener) -> Result<Loaded> {
     lower::CALLS.check(setup.sequences, setup.kv_format)?;
-    batch::check(setup.model, setup.sequences)?;
+    lower::check_sequences(setup.model, setup.sequences)?;
     let properties = probe(ordinal)?;
     let device = open(ordinal).with_context(|| format!("opening CUDA device {ordinal}"))?;
     // What no kernel computes is refused before any weight is read.

@@ -1,6 +1,6 @@
 //! Lowers a model before anything of it is loaded, to refuse by name what the device cannot run.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::prefill;
 use super::step::{StepMemory, StepProgram, fused};
@@ -37,6 +37,18 @@ pub fn check(model: &Model, properties: DeviceProperties) -> Result<()> {
             let region = arena.take::<u8>(input.bytes())?;
             prefill::run(&on, shape, &MemoryPlanner, arena, region).map(|_| ())
         })?;
+    }
+    Ok(())
+}
+
+/// Refuses batches that no call computes.
+///
+/// # Errors
+/// If the model is a mixture of experts: which of them a token goes through is known to a step of one sequence alone.
+pub fn check_sequences(model: &Model, sequences: usize) -> Result<()> {
+    if sequences > 1 && model.experts().is_some() {
+        let executor = super::CALLS.executor;
+        bail!("{executor} cannot run a batch of {sequences} sequences of a mixture of experts; it runs 1");
     }
     Ok(())
 }

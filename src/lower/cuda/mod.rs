@@ -9,7 +9,7 @@ pub mod step;
 mod tables;
 
 pub use call::{CallInput, CallKind, CallResult, CallShape};
-pub use check::check;
+pub use check::{check, check_sequences};
 pub use range::scales;
 pub use tables::{by_distance, call_angles, length_class, padded, padded_floats, step_angles};
 
