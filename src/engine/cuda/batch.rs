@@ -8,7 +8,6 @@ use half::f16;
 
 use super::prefill_graphs::{PrefillCall, PrefillGraphs};
 use super::times::StepTimes;
-use super::token_ring;
 use super::weights::Weights;
 use crate::call::{self, Batch};
 use crate::engine::memory::MemoryPool;
@@ -230,7 +229,7 @@ impl Session for BatchSession {
                 on_tokens(&tokens);
                 arrived += 1;
             }
-            if queued - arrived >= token_ring::SLOTS / 2 {
+            if queued - arrived >= self.weights.token_ring.slots() / 2 {
                 self.wait_step(&first, arrived as u32 + 1, &mut tokens)?;
                 on_tokens(&tokens);
                 arrived += 1;

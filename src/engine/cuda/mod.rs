@@ -236,7 +236,7 @@ impl Session for CudaSession {
                 on_tokens(&[token]);
                 arrived += 1;
             }
-            if queued - arrived >= token_ring::SLOTS / 2 {
+            if queued - arrived >= self.weights.token_ring.slots() / 2 {
                 on_tokens(&[self.weights.token_ring.wait(first + arrived as u32 + 1, 0, &self.weights.device)?]);
                 arrived += 1;
             }

@@ -6,7 +6,7 @@ use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use half::f16;
 
 use super::angles::DeviceAngles;
-use super::token_ring::{self, TokenRing};
+use super::token_ring::TokenRing;
 use crate::call::KvFormat;
 use crate::engine::memory::named;
 use crate::engine::{Footprint, OutlierColumns, Setup};
@@ -221,7 +221,7 @@ impl Addresses for Weights {
             features: self.features.as_ref().map_or(0, |features| address(features, device)),
             outlier_columns: address(&self.outlier_columns, device),
             host: self.token_ring.address(),
-            host_slots: token_ring::SLOTS,
+            host_slots: self.token_ring.slots(),
             sequences: self.sequences,
             places: address(&self.places, device),
             tokens: address(&self.tokens, device),
