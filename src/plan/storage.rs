@@ -77,10 +77,15 @@ impl Plan {
     }
 
     /// Lifetimes where threads share each operation and meet only where one needs what others wrote. A thread that is done with its rows of a
-    /// product goes on to the activation or the addition behind it while others still read what is multiplied, which therefore lives on.
+    /// product goes on to the activation or the addition behind it while others still read what is multiplied, which therefore lives on. So do
+    /// keys and values that are appended: a thread that has appended its heads attends while others still append theirs.
     fn lifetimes_over_threads(&self) -> Vec<Lifetime> {
         let mut lives = self.lifetimes();
         for (index, op) in self.ops.iter().enumerate() {
+            for buffer in op.reads_before_writing() {
+                let last = &mut lives[buffer.0].last;
+                *last = (*last).max(2 * index + 1);
+            }
             let Op::Linear(spec) = op else { continue };
             let by_element = |op: &&Op| matches!(op, Op::Activation(_) | Op::Add(_));
             let end = index + self.ops[index + 1..].iter().take_while(by_element).count();

@@ -319,4 +319,22 @@ mod tests {
         }
         assert!(products > 0);
     }
+
+    #[test]
+    fn an_attention_takes_no_place_of_what_slower_threads_still_append() {
+        let mut attentions = 0;
+        for shape in builtin_models() {
+            let model = crate::models::build(&shape.config()).expect("a model");
+            for plan in model.plans() {
+                let storage = plan.storage();
+                for op in &plan.ops {
+                    let Op::Attention(AttentionSpec { append: Some(kv), out, .. }) = op else { continue };
+                    attentions += 1;
+                    let slot = |buffer: &BufferId| storage.slot_of[buffer.0];
+                    assert!(![kv.k, kv.v].iter().any(|read| slot(read) == slot(out)), "{}: {op:?}", shape.name);
+                }
+            }
+        }
+        assert!(attentions > 0);
+    }
 }
