@@ -214,6 +214,7 @@ CHARTS = {
     "prompt-speed": with_interval("prefill_tps"),
     "energy": with_interval("joules_per_token"),
     "divergence": [quality("kl_mean"), divergence_interval],
+    "divergence-by-size": [at("memory", "weights_bytes", scale=GIB), quality("kl_mean"), quality("kl_mean_half_width"), metric("decode_tps")],
     "peak-memory": [at("memory", "peak_bytes", scale=GIB)],
     "bandwidth": [at("bandwidth", "achieved_gb_s")],
     "trade": [metric("decode_tps"), lambda r: (r["memory"]["peak_bytes"] or r["memory"]["weights_bytes"]) / GIB],
@@ -224,6 +225,8 @@ CHARTS = {
 # Whose texts are the rows' own numbers; the others have axes, whose marks are even steps.
 INTERVALS = {"latency", "speed", "first-token", "prompt-speed", "energy", "divergence"}
 BARS = INTERVALS | {"peak-memory", "bandwidth", "memory-parts"}
+# Whose upright axis counts in equal factors.
+LOGARITHMIC = {"divergence-by-size"}
 OVER_TIME = {"memory-over-time", "clocks-over-time"}
 
 
@@ -267,7 +270,7 @@ def chart(checks, figure, records, runs):
         allowed = Decimal("0.0002") + Decimal("0.5") * Decimal(10) ** -len(said.group(1).partition(".")[2])
         checks.equal(abs(Decimal(said.group(1)) - sum_) <= allowed and said.group(1) in texts, True, f"{kind}: {said.group(1)} for {label}")
     # Marks of the upright axis end at it, those of the level one have their middle at theirs.
-    for anchor in ("end", "middle") if kind not in BARS else ():
+    for anchor in () if kind in BARS else ("middle",) if kind in LOGARITHMIC else ("end", "middle"):
         of_axis = [text_of(text) for text in every(svg, "text") if text[1].get("text-anchor") == anchor]
         marks_are_even(checks, kind, [text for text in of_axis if re.fullmatch(NUMBER, text)])
 
