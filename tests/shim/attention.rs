@@ -5,7 +5,7 @@ use quantbench::kernels::cuda::arena::{Arena, Layout};
 use quantbench::kernels::cuda::attend::{Bias, Heads, RowsAttention, RowsFeatures};
 use quantbench::kernels::cuda::attention::{Attention, Features, KvSplit};
 use quantbench::kernels::cuda::launch::MemoryPlanner;
-use quantbench::kernels::cuda::place::{Place, RowPlaces};
+use quantbench::kernels::cuda::place::{DevicePlace, RowPlaces};
 use quantbench::kernels::cuda::program::ProgramBuilder;
 use quantbench::quant::dense;
 
@@ -160,8 +160,8 @@ pub fn attention_of_many_rows() {
         let held =
             |of: fn(&Cache) -> &Vec<f16>| memory.hold(&caches.iter().map(of).cloned().collect::<Vec<_>>().concat());
         let places =
-            positions.iter().zip(totals).map(|(position, total)| Place::new(*position as i32, total as i32, 0));
-        let places: Vec<Place> = places.take(sequences).collect();
+            positions.iter().zip(totals).map(|(position, total)| DevicePlace::new(*position as i32, total as i32, 0));
+        let places: Vec<DevicePlace> = places.take(sequences).collect();
         let (q_at, out) = (memory.hold(&q), memory.room::<f16>(q.len()));
         let (keys, values) = (held(|cache| &cache.keys), held(|cache| &cache.values));
         let heads_at = Heads { heads, kv_heads, d, d_pad, capacity };

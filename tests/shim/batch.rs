@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 use quantbench::call::Batch;
-use quantbench::kernels::cuda::place::Place;
+use quantbench::kernels::cuda::place::DevicePlace;
 use quantbench::lower::cuda::{CallInput, CallKind, CallShape};
 use quantbench::plan::EncoderInputKind;
 use quantbench::rng::SplitMix64;
@@ -71,7 +71,7 @@ impl Session<'_> {
         let batch = Batch { sequences: n, positions: (0..rows).into() };
         self.call(CallShape { kind: CallKind::Encoder, first: which.start, batch, encoded: rows }, &input);
         for place in &mut self.places[which] {
-            *place = Place::new(place.position, rows as i32, place.step);
+            *place = DevicePlace::new(place.position, rows as i32, place.step);
         }
     }
 
@@ -103,16 +103,16 @@ impl Session<'_> {
 
     /// Takes over where the device says that sequences stand, and checks it.
     fn moved(&mut self, which: Range<usize>, each: usize) {
-        let found: Vec<Place> = (0..self.places.len())
+        let found: Vec<DevicePlace> = (0..self.places.len())
             .map(|sequence| {
-                let at = self.session.places + (sequence * size_of::<Place>()) as u64;
+                let at = self.session.places + (sequence * size_of::<DevicePlace>()) as u64;
                 let values = self.host.memory.read::<i32>(at, 3);
-                Place::new(values[0], values[1], values[2])
+                DevicePlace::new(values[0], values[1], values[2])
             })
             .collect();
         for sequence in which {
-            let Place { position, encoded, step, .. } = self.places[sequence];
-            self.places[sequence] = Place::new(position + each as i32, encoded, step + 1);
+            let DevicePlace { position, encoded, step, .. } = self.places[sequence];
+            self.places[sequence] = DevicePlace::new(position + each as i32, encoded, step + 1);
         }
         assert_eq!(found, self.places);
     }

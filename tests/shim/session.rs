@@ -8,7 +8,7 @@ use quantbench::events::Silent;
 use quantbench::kernels::cuda::arena::{Arena, Layout};
 use quantbench::kernels::cuda::launch::MemoryPlanner;
 use quantbench::kernels::cuda::matvec::MatrixDesc;
-use quantbench::kernels::cuda::place::Place;
+use quantbench::kernels::cuda::place::DevicePlace;
 use quantbench::kernels::cuda::rows::RowKernels;
 use quantbench::kernels::cuda::step_kernel::DeviceProperties;
 use quantbench::lower::cuda::step::{Allocation, StepMemory, StepProgram, fused};
@@ -50,7 +50,7 @@ pub struct Session<'a> {
     encoded: usize,
     steps: usize,
     /// Where the sequences of a batch stand.
-    pub places: Vec<Place>,
+    pub places: Vec<DevicePlace>,
 }
 
 /// The folder of `name` in the first of the golden sets that has one.
@@ -171,7 +171,7 @@ impl<'a> Session<'a> {
             host: memory.hold(&vec![0u64; sequences * SLOTS]),
             host_slots: SLOTS,
             sequences,
-            places: memory.hold(&vec![Place::default(); sequences]),
+            places: memory.hold(&vec![DevicePlace::default(); sequences]),
             tokens: memory.room::<i32>(sequences),
         };
         let mut loaded = Self {
@@ -205,7 +205,7 @@ impl<'a> Session<'a> {
             position: 0,
             encoded: 0,
             steps: 0,
-            places: vec![Place::default(); sequences],
+            places: vec![DevicePlace::default(); sequences],
             session,
             model,
             formats,

@@ -12,7 +12,7 @@ use super::weights::Weights;
 use crate::call::{self, Batch};
 use crate::engine::memory::MemoryPool;
 use crate::engine::{EncoderInput, Footprint, OutlierColumns, Session};
-use crate::kernels::cuda::place::Place;
+use crate::kernels::cuda::place::DevicePlace;
 use crate::lower::cuda::{self as lower, CallInput, CallKind, CallShape};
 use crate::lower::prompt;
 use crate::plan::EncoderInputKind;
@@ -62,9 +62,10 @@ impl BatchSession {
 
     /// Puts places where the launches from now on find them.
     fn upload_places(&mut self) -> Result<()> {
-        let place =
-            |place: &SequencePlace| Place::new(place.position as i32, place.encoded as i32, place.steps.cast_signed());
-        let places: Vec<Place> = self.places.iter().map(place).collect();
+        let place = |place: &SequencePlace| {
+            DevicePlace::new(place.position as i32, place.encoded as i32, place.steps.cast_signed())
+        };
+        let places: Vec<DevicePlace> = self.places.iter().map(place).collect();
         Ok(self.weights.device.memcpy_htod(&places, &mut self.weights.places)?)
     }
 

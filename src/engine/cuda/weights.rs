@@ -13,7 +13,7 @@ use crate::engine::{Footprint, OutlierColumns, Setup};
 use crate::kernels::cuda::cublas::{WORKSPACE_BYTES, Workspace};
 use crate::kernels::cuda::launch::address;
 use crate::kernels::cuda::matvec::MatrixDesc;
-use crate::kernels::cuda::place::Place;
+use crate::kernels::cuda::place::DevicePlace;
 use crate::kernels::cuda::step_kernel::DeviceProperties;
 use crate::lower::cuda::{self as lower, Addresses, BiasAt, CacheAt, SessionAt, padded, padded_floats, padded_head};
 use crate::plan::{
@@ -34,7 +34,7 @@ pub struct Weights {
     /// Sequences of the session.
     pub(super) sequences: usize,
     /// Where each stands, and its last token: of a batch.
-    pub(super) places: CudaSlice<Place>,
+    pub(super) places: CudaSlice<DevicePlace>,
     pub(super) tokens: CudaSlice<i32>,
     angles: Vec<DeviceAngles>,
     biases: Vec<BiasTable>,
@@ -107,7 +107,7 @@ impl Weights {
             angles: model.ropes.iter().map(angles).collect::<Result<_>>()?,
             biases: model.biases.iter().map(bias).collect::<Result<_>>()?,
             sequences,
-            places: device.clone_htod(&vec![Place::default(); sequences])?,
+            places: device.clone_htod(&vec![DevicePlace::default(); sequences])?,
             tokens: device.alloc_zeros(sequences)?,
             state: device.alloc_zeros(4)?,
             logits: device.alloc_zeros(sequences * model.vocab)?,

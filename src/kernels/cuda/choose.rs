@@ -22,7 +22,7 @@ pub struct Choice {
     pub bias: u64,
     /// int32 `[sequences]`
     pub tokens: u64,
-    /// [`super::place::Place`] of each sequence, which stands `advance` positions further on then.
+    /// [`super::place::DevicePlace`] of each sequence, which stands `advance` positions further on then.
     pub places: u64,
     /// Words of 64 bits `[host_slots, host_sequences]`, from the call's first sequence on.
     pub host: u64,

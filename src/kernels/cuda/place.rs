@@ -2,10 +2,10 @@
 
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 
-/// As `struct Place`.
+/// As `struct Place` of place.cuh.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct Place {
+pub struct DevicePlace {
     /// That the next row of the sequence has.
     pub position: i32,
     /// Rows that the encoder has made of it.
@@ -16,9 +16,9 @@ pub struct Place {
 }
 
 // SAFETY: four ints and no padding.
-unsafe impl DeviceRepr for Place {}
+unsafe impl DeviceRepr for DevicePlace {}
 
-impl Place {
+impl DevicePlace {
     pub fn new(position: i32, encoded: i32, step: i32) -> Self {
         Self { position, encoded, step, unused: 0 }
     }
@@ -32,7 +32,7 @@ pub struct RowPlaces {
     pub rows: usize,
     /// The first row's of each sequence; the most that it may be where there are `places`.
     pub position: usize,
-    /// [`Place`] of each sequence; 0 where all are at `position`.
+    /// [`DevicePlace`] of each sequence; 0 where all are at `position`.
     pub places: u64,
 }
 

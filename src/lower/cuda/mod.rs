@@ -85,7 +85,7 @@ pub struct SessionAt {
     pub host_slots: usize,
     /// A session of several runs steps as calls of many rows; one of a single sequence runs the step's program.
     pub sequences: usize,
-    /// Of a batch: [`crate::kernels::cuda::place::Place`] of each sequence, and its last token in int32.
+    /// Of a batch: [`crate::kernels::cuda::place::DevicePlace`] of each sequence, and its last token in int32.
     pub places: u64,
     pub tokens: u64,
 }

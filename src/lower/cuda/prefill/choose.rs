@@ -6,7 +6,7 @@ use half::f16;
 use super::Prefill;
 use crate::kernels::cuda::choose::Choice;
 use crate::kernels::cuda::launch::dimension;
-use crate::kernels::cuda::place::Place;
+use crate::kernels::cuda::place::DevicePlace;
 use crate::kernels::cuda::shared_input::{ProductAt, SharedInput};
 use crate::plan::Softcap;
 
@@ -31,7 +31,7 @@ impl Prefill<'_> {
             logits,
             bias: head.bias.map_or(0, |bias| on.vector(bias)),
             tokens: of_first(session.tokens, size_of::<i32>()),
-            places: of_first(session.places, size_of::<Place>()),
+            places: of_first(session.places, size_of::<DevicePlace>()),
             host: of_first(session.host, size_of::<u64>()),
             softcap: head.softcap.map_or(0.0, |Softcap(cap)| cap),
             is_float: i32::from(rounded.is_none()),
