@@ -1,5 +1,5 @@
 //! compressed-tensors (llm-compressor): which modules are in which format is said by groups of targets in config.json. Integers of 4 and 8 bits are
-//! read here ([`integers`]); FP8, NVFP4 and MXFP4 are other folders', under this method's names.
+//! read here (`integers.rs`); FP8, NVFP4 and MXFP4 are other folders', under this method's names.
 
 mod integers;
 
