@@ -78,19 +78,24 @@ pub fn products_of_few_rows() {
     let shapes = SHAPES.into_iter().filter(|(n, k)| k.is_multiple_of(64) && n * k <= 130 * 4096);
     let cases = shapes.flat_map(|shape| KINDS.map(|kind| (shape, kind)));
     let entries = [fp16::ID, int8::ID, nf4::ID, nf4::NO_DOUBLE_QUANT];
-    for (turn, (((n, k), kind), entry)) in cases.flat_map(|case| entries.map(|entry| (case, entry))).enumerate() {
+    let cases = cases.flat_map(|case| entries.map(|entry| (case, entry))).enumerate();
+    let cases = cases.map(|(turn, (((n, k), kind), entry))| {
         let rows: &[usize] = match entry.name {
             "fp16" => &[2, 8, 9, 16],
             "int8" => &[2, 8, 9, 16],
             _ => &[2, 8, 9, 16, 17, 32, 33, 64],
         };
-        let m = rows[turn * 7 / 4 % rows.len()];
         let n_parts = if turn % 11 == 0 && n * k <= 1 << 14 { 5 } else { 1 };
+        ((n, k), kind, entry, rows[turn * 7 / 4 % rows.len()], n_parts, CHIPS[turn % CHIPS.len()])
+    });
+    // So many rows of a weight that blocks have no more warps than they need.
+    let wide = CHIPS.map(|chip| entries.map(|entry| ((8480, 64), Kind::Outliers, entry, 3, 1, chip)));
+    for (turn, ((n, k), kind, entry, m, n_parts, chip)) in cases.chain(wide.into_iter().flatten()).enumerate() {
         let stored: Vec<_> =
             (0..n_parts).map(|part| quantize(entry, weight(n + part, k, kind, &mut numbers))).collect();
         let x = activations(m, k, kind, &mut numbers);
         let memory = Memory::default();
-        let host = Host { chip: CHIPS[turn % CHIPS.len()], memory: &memory };
+        let host = Host { chip, memory: &memory };
         let threshold = if entry == int8::ID { FormatOptions::default().int8_threshold } else { f32::NAN };
         let is_float = turn % 3 == 0 && entry != int8::ID;
         let scale = if turn % 5 == 0 { SCALE } else { 1.0 };
